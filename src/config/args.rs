@@ -1,0 +1,137 @@
+//! The command line and environment, as words. Where ztunnel has a variable, ours has its name, meaning and default.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// A per-node L4 tunnel for Kubernetes: captures pods' TCP and carries it as HBONE under workload identity.
+#[derive(Debug, Parser)]
+#[command(name = "culvert", disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What culvert can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run as this node's daemon.
+    Node(Box<NodeArgs>),
+    /// The same as `node`, under the words of Istio's ztunnel chart: `proxy ztunnel`.
+    Proxy {
+        /// Must be `ztunnel`.
+        #[arg(value_parser = ["ztunnel"])]
+        role: String,
+        /// Settings.
+        #[command(flatten)]
+        node: Box<NodeArgs>,
+    },
+    /// Check a configuration, the mesh file and the pods file; start nothing.
+    Check(Box<NodeArgs>),
+    /// The built-in certificate authority.
+    Ca {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: CaCommand,
+    },
+    /// See it work: two nodes and five pods on this machine, real traffic, and an account of it.
+    Demo(DemoArgs),
+    /// Print the version.
+    Version,
+}
+
+/// What can be done with the built-in certificate authority.
+#[derive(Debug, Subcommand)]
+pub enum CaCommand {
+    /// Make a new authority (P-256) in a directory; an existing one is never overwritten.
+    Init {
+        /// The directory.
+        dir: PathBuf,
+    },
+}
+
+/// Settings of the demonstration.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// Leave everything running until Ctrl-C.
+    #[arg(long)]
+    pub keep: bool,
+    /// Print one JSON object instead of the account.
+    #[arg(long)]
+    pub json: bool,
+    /// Seconds for each of the measurements.
+    #[arg(long, default_value_t = 2)]
+    pub seconds: u64,
+}
+
+macro_rules! settings {
+    ($($(#[doc = $doc:literal])+ $field:ident $flag:literal $env:literal;)+) => {
+        /// Settings of the daemon, unchecked: each an argument and an environment variable.
+        #[derive(Clone, Debug, Default, Args)]
+        pub struct NodeArgs {
+            $($(#[doc = $doc])+ #[arg(long = $flag, env = $env, value_name = "VALUE")] pub $field: Option<String>,)+
+        }
+
+        /// Argument and variable of each setting, for messages and tests.
+        pub const NAMES: &[(&str, &str)] = &[$(($flag, $env),)+];
+    };
+}
+
+settings! {
+    /// Mesh facts: a YAML file of workloads, services and policies, re-read when it changes.
+    mesh_file "mesh-file" "LOCAL_XDS_PATH";
+    /// This node's pods: a YAML file, re-read when it changes.
+    pods_file "pods-file" "CULVERT_PODS_FILE";
+    /// Directory of the built-in CA (make one with `culvert ca init`).
+    ca_dir "ca-dir" "CULVERT_CA_DIR";
+    /// Life of certificates [24h].
+    secret_ttl "secret-ttl" "SECRET_TTL";
+    /// Trust domains accepted beside a workload's own, comma-joined.
+    trust_domain_aliases "trust-domain-aliases" "CULVERT_TRUST_DOMAIN_ALIASES";
+    /// Mark of the daemon's own packets [1337].
+    packet_mark "packet-mark" "PACKET_MARK";
+    /// Let a second daemon listen beside this one, for upgrades [true].
+    port_reuse "port-reuse" "INPOD_PORT_REUSE";
+    /// Use IPv6 [true].
+    ipv6 "ipv6" "IPV6_ENABLED";
+    /// Show applications the original client's address [true].
+    keep_source "keep-source" "ENABLE_ORIG_SRC";
+    /// Worker threads: a number (0: all CPUs) or a share such as 50% [a quarter of the CPUs, 2 at least].
+    workers "workers" "ZTUNNEL_WORKER_THREADS";
+    /// CPUs to reckon with, where they are not the machine's.
+    cpu_limit "cpu-limit" "ZTUNNEL_CPU_LIMIT";
+    /// Connections open at once [40% of the open-files limit]; further ones are reset and counted.
+    max_connections "max-connections" "CULVERT_MAX_CONNECTIONS";
+    /// Streams on one tunnel before another is opened [100].
+    pool_streams "pool-streams" "POOL_MAX_STREAMS_PER_CONNECTION";
+    /// Idle time after which a tunnel is closed [5m].
+    pool_idle "pool-idle" "POOL_UNUSED_RELEASE_TIMEOUT";
+    /// HTTP/2 window of a stream, in bytes [4194304].
+    stream_window "stream-window" "HTTP2_STREAM_WINDOW_SIZE";
+    /// HTTP/2 window of a tunnel, in bytes [16777216].
+    connection_window "connection-window" "HTTP2_CONNECTION_WINDOW_SIZE";
+    /// Largest HTTP/2 frame accepted, in bytes [1048576].
+    frame_size "frame-size" "HTTP2_FRAME_SIZE";
+    /// TCP keepalive on every leg [true].
+    keepalive "keepalive" "KEEPALIVE_ENABLED";
+    /// Silence before the first keepalive probe [180s].
+    keepalive_time "keepalive-time" "KEEPALIVE_TIME";
+    /// Time between keepalive probes [180s].
+    keepalive_interval "keepalive-interval" "KEEPALIVE_INTERVAL";
+    /// Unanswered keepalive probes before a connection is given up [9].
+    keepalive_retries "keepalive-retries" "KEEPALIVE_RETRIES";
+    /// Give up unacknowledged data after time + retries x interval of keepalive [true; ztunnel: false].
+    user_timeout "user-timeout" "USER_TIMEOUT_ENABLED";
+    /// Silence of one direction after the other has closed, before a connection is given up [1h].
+    half_closed "half-closed" "CULVERT_HALF_CLOSED_TIMEOUT";
+    /// How long connections may take to finish when the daemon ends or a pod is released [5s].
+    drain_deadline "drain-deadline" "CONNECTION_TERMINATION_DEADLINE";
+    /// The pod's grace period in seconds; gives the drain deadline where that is not set.
+    grace_period "grace-period" "TERMINATION_GRACE_PERIOD_SECONDS";
+    /// Send the accepting workload's baggage with the 200 [true].
+    response_baggage "response-baggage" "ENABLE_RESPONSE_BAGGAGE";
+    /// Log filter, e.g. `info` or `warn,access=info` [info].
+    log "log" "RUST_LOG";
+    /// Log format: `text` or `json` [text].
+    log_format "log-format" "LOG_FORMAT";
+}

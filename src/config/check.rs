@@ -1,0 +1,216 @@
+//! Words → checked settings. Pure but for the limits of the process, which are given in. All faults are reported at
+//! once, each with the names of the setting, the value and what is expected.
+
+use super::args::NodeArgs;
+use super::{Config, Faults};
+use crate::connection::dial::direct::SocketConfig;
+use crate::connection::dial::pool::PoolConfig;
+use crate::sys::socket::{Keepalive, LegOptions};
+use crate::{connection, hbone, node, telemetry};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Unsent bytes in the kernel per leg: enough for a long link, few enough that small requests do not queue behind bulk.
+const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
+
+/// Streams a peer may open towards us on one tunnel (the reference's value).
+const SERVER_STREAMS: u32 = 200;
+
+/// What the machine offers, as far as defaults depend on it.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// Logical CPUs.
+    pub cpus: usize,
+    /// Files the process may open.
+    pub open_files: u64,
+}
+
+struct Checker {
+    faults: Vec<String>,
+}
+
+impl Checker {
+    fn read<T>(&mut self, name: &str, value: Option<&String>, default: T, parse: impl Fn(&str) -> Result<T, String>) -> T {
+        let Some(text) = value.map(|v| v.trim()).filter(|v| !v.is_empty()) else { return default };
+        match parse(text) {
+            Ok(value) => value,
+            Err(expected) => {
+                self.faults.push(format!("{name}: {text:?} is not valid: expected {expected}"));
+                default
+            }
+        }
+    }
+
+    fn required(&mut self, name: &str, value: Option<&String>, purpose: &str) -> PathBuf {
+        match value.filter(|v| !v.is_empty()) {
+            Some(path) => PathBuf::from(path),
+            None => {
+                self.faults.push(format!("{name}: is not set; it names {purpose}"));
+                PathBuf::new()
+            }
+        }
+    }
+}
+
+/// Checks the settings of the daemon.
+pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
+    let mut c = Checker { faults: Vec::new() };
+    let grace = c.read("TERMINATION_GRACE_PERIOD_SECONDS", args.grace_period.as_ref(), None, |t| integer(0..=86_400)(t).map(Some));
+    let grace_deadline = grace.map_or(5, |n: u64| if n > 10 { n - 5 } else { n.saturating_sub(1).max(1) });
+    let deadline = Duration::from_secs(grace_deadline);
+    let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
+    let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, integer(1..=0xfff));
+    let config = Config {
+        mesh_file: c.required("LOCAL_XDS_PATH", args.mesh_file.as_ref(), "the mesh file"),
+        ca_dir: c.required("CULVERT_CA_DIR", args.ca_dir.as_ref(), "the directory of the built-in CA (see `culvert ca init`)"),
+        secret_ttl: c.read("SECRET_TTL", args.secret_ttl.as_ref(), Duration::from_secs(86_400), ttl),
+        trust_domain_aliases: c.read("CULVERT_TRUST_DOMAIN_ALIASES", args.trust_domain_aliases.as_ref(), Vec::new(), domains),
+        drain_deadline,
+        connection: connection_config(&mut c, args, machine, mark),
+        node: node::Config {
+            pods_file: Some(c.required("CULVERT_PODS_FILE", args.pods_file.as_ref(), "the file of this node's pods")),
+            mark,
+            reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),
+            ipv6: c.read("IPV6_ENABLED", args.ipv6.as_ref(), true, boolean),
+            release_deadline: drain_deadline,
+        },
+        log: telemetry::log::Config {
+            filter: args.log.clone().filter(|f| !f.trim().is_empty()).unwrap_or_else(|| "info".into()),
+            json: args.log_format.as_deref() == Some("json"),
+        },
+    };
+    if let Err(error) = telemetry::log::check(&config.log.filter) {
+        c.faults.push(format!("RUST_LOG: {error}"));
+    }
+    if c.faults.is_empty() { Ok(config) } else { Err(Faults(c.faults)) }
+}
+
+fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u32) -> connection::Config {
+    let keepalive = Keepalive {
+        time: c.read("KEEPALIVE_TIME", args.keepalive_time.as_ref(), Duration::from_secs(180), duration),
+        interval: c.read("KEEPALIVE_INTERVAL", args.keepalive_interval.as_ref(), Duration::from_secs(180), duration),
+        retries: c.read("KEEPALIVE_RETRIES", args.keepalive_retries.as_ref(), 9, integer(1..=127)),
+        user_timeout: c.read("USER_TIMEOUT_ENABLED", args.user_timeout.as_ref(), true, boolean),
+    };
+    let keepalive_on = c.read("KEEPALIVE_ENABLED", args.keepalive.as_ref(), true, boolean);
+    let legs =
+        LegOptions { keepalive: keepalive_on.then_some(keepalive), notsent_lowat: Some(NOTSENT_LOWAT_BYTES) };
+    let window = integer(65_535..=2_147_483_647);
+    // A connection takes two sockets; a fifth of the files is left for everything else.
+    let default_limit = usize::try_from(machine.open_files / 10 * 4).unwrap_or(usize::MAX).max(16);
+    connection::Config {
+        workers: workers(c, args, machine),
+        sockets: SocketConfig {
+            mark,
+            legs,
+            keep_source: c.read("ENABLE_ORIG_SRC", args.keep_source.as_ref(), true, boolean),
+        },
+        hbone: hbone::Config {
+            stream_window: c.read("HTTP2_STREAM_WINDOW_SIZE", args.stream_window.as_ref(), 4 << 20, &window),
+            connection_window: c.read("HTTP2_CONNECTION_WINDOW_SIZE", args.connection_window.as_ref(), 16 << 20, &window),
+            frame_size: c.read("HTTP2_FRAME_SIZE", args.frame_size.as_ref(), 1 << 20, integer(16_384..=16_777_215)),
+            max_streams: SERVER_STREAMS,
+            half_closed_silence: c.read("CULVERT_HALF_CLOSED_TIMEOUT", args.half_closed.as_ref(), Duration::from_secs(3600), duration),
+        },
+        pool: PoolConfig {
+            max_streams: c.read("POOL_MAX_STREAMS_PER_CONNECTION", args.pool_streams.as_ref(), 100, integer(1..=65_535)),
+            idle: c.read("POOL_UNUSED_RELEASE_TIMEOUT", args.pool_idle.as_ref(), Duration::from_secs(300), duration),
+        },
+        max_connections: c.read("CULVERT_MAX_CONNECTIONS", args.max_connections.as_ref(), default_limit, integer(1..=10_000_000)),
+        response_baggage: c.read("ENABLE_RESPONSE_BAGGAGE", args.response_baggage.as_ref(), true, boolean),
+    }
+}
+
+fn workers(c: &mut Checker, args: &NodeArgs, machine: Machine) -> usize {
+    let cpus = c.read("ZTUNNEL_CPU_LIMIT", args.cpu_limit.as_ref(), machine.cpus, integer(1..=4096));
+    let share = |percent: usize| (cpus * percent).div_ceil(100).max(1);
+    let parse = |text: &str| match text.strip_suffix('%') {
+        Some(percent) => integer(1..=100)(percent).map(share),
+        None => integer(0..=4096)(text).map(|n: usize| if n == 0 { cpus } else { n }),
+    };
+    c.read("ZTUNNEL_WORKER_THREADS", args.workers.as_ref(), share(25).max(2), parse)
+}
+
+fn boolean(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| "true or false".into())
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => Err("a duration above zero such as 10s, 5m or 1h30m".into()),
+    }
+}
+
+fn ttl(text: &str) -> Result<Duration, String> {
+    duration(text).ok().filter(|d| *d >= Duration::from_secs(10)).ok_or_else(|| "a duration of 10s or more".into())
+}
+
+fn domains(text: &str) -> Result<Vec<String>, String> {
+    let all: Vec<String> = text.split(',').map(|d| d.trim().to_owned()).collect();
+    let fine = |d: &String| crate::mesh::SpiffeName::new(d, "a", "a").is_ok();
+    if all.iter().all(fine) { Ok(all) } else { Err("trust domains in lower case, comma-joined".into()) }
+}
+
+fn integer<T>(range: std::ops::RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String>
+where
+    T: FromStr + PartialOrd + std::fmt::Display,
+{
+    move |text| match text.parse::<T>() {
+        Ok(value) if range.contains(&value) => Ok(value),
+        _ => Err(format!("a number from {} to {}", range.start(), range.end())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MACHINE: Machine = Machine { cpus: 16, open_files: 20_000 };
+
+    fn base() -> NodeArgs {
+        let path = |p: &str| Some(p.to_owned());
+        NodeArgs { mesh_file: path("/m"), pods_file: path("/p"), ca_dir: path("/c"), ..NodeArgs::default() }
+    }
+
+    #[test]
+    fn all_faults_are_named_at_once() {
+        let word = |w: &str| Some(w.to_owned());
+        let args = NodeArgs {
+            keepalive: word("yes"),
+            pool_idle: word("soon"),
+            frame_size: word("10"),
+            log: word("a=b=c"),
+            ..NodeArgs::default()
+        };
+        let Faults(faults) = check(&args, MACHINE).unwrap_err();
+        for name in [
+            "LOCAL_XDS_PATH: is not set",
+            "CULVERT_CA_DIR: is not set",
+            "CULVERT_PODS_FILE: is not set",
+            "KEEPALIVE_ENABLED: \"yes\"",
+            "POOL_UNUSED_RELEASE_TIMEOUT: \"soon\"",
+            "HTTP2_FRAME_SIZE: \"10\"",
+            "RUST_LOG:",
+        ] {
+            assert!(faults.iter().any(|f| f.starts_with(name)), "{name} in {faults:#?}");
+        }
+        assert_eq!(faults.len(), 7, "{faults:#?}");
+    }
+
+    #[test]
+    fn defaults_and_deadlines() {
+        let config = check(&base(), MACHINE).unwrap();
+        assert_eq!((config.connection.workers, config.connection.max_connections), (4, 8000));
+        assert_eq!(config.drain_deadline, Duration::from_secs(5));
+        for (grace, seconds) in [("30", 25), ("10", 9), ("1", 1), ("0", 1)] {
+            let args = NodeArgs { grace_period: Some(grace.into()), ..base() };
+            assert_eq!(check(&args, MACHINE).unwrap().drain_deadline, Duration::from_secs(seconds), "{grace}");
+        }
+        for (workers, expected) in [("0", 16), ("3", 3), ("50%", 8), ("1%", 1)] {
+            let args = NodeArgs { workers: Some(workers.into()), ..base() };
+            assert_eq!(check(&args, MACHINE).unwrap().connection.workers, expected, "{workers}");
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! A redirected connection and where it was going.
+
+use super::AcceptError;
+use crate::mesh::address::canonical;
+use crate::sys::original_dst::original_dst;
+use crate::sys::socket::{LegOptions, set_leg_options};
+use std::net::SocketAddr;
+use tokio::net::TcpStream;
+
+/// A connection taken from an application (outbound) or for one (plaintext inbound).
+#[derive(Debug)]
+pub struct Captured {
+    /// The accepted socket.
+    pub app: TcpStream,
+    /// Who opened it.
+    pub source: SocketAddr,
+    /// Where it was going before it was redirected.
+    pub destination: SocketAddr,
+}
+
+/// Takes over an accepted socket on this worker and asks the kernel where it was going. Unknown is an error: there is
+/// no fall-back to the local address.
+pub fn captured(
+    socket: std::net::TcpStream,
+    source: SocketAddr,
+    legs: &LegOptions,
+) -> Result<Captured, AcceptError> {
+    let destination = original_dst(&socket, source).map_err(AcceptError::OriginalDestination)?;
+    set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
+    let app = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
+    Ok(Captured { app, source: canonical(source), destination: canonical(destination) })
+}

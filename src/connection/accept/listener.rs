@@ -1,0 +1,60 @@
+//! The accept loop of one listener: hands each socket on and never ends because one accept failed.
+
+use crate::sys::socket::watch;
+use crate::task::Signal;
+use crate::telemetry::limit::LogLimit;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+/// Accepts per turn before others get theirs.
+const ACCEPTS_PER_TURN: usize = 64;
+
+/// Pause after an accept failed for want of descriptors or memory; trying again at once would only burn CPU.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts until told to drain. What is queued by then is still accepted: closing a listener resets its queue.
+pub async fn run(listener: TcpListener, drain: Signal, deliver: impl Fn(TcpStream, SocketAddr)) {
+    let listener = match watch(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%error, "a listener cannot be watched; its traffic is refused");
+            return;
+        }
+    };
+    let failures = LogLimit::default();
+    loop {
+        let mut ready = tokio::select! {
+            biased;
+            () = drain.gentle() => break,
+            ready = listener.readable() => match ready { Ok(ready) => ready, Err(_) => return },
+        };
+        let mut taken = 0;
+        while taken < ACCEPTS_PER_TURN {
+            match accept_one(listener.get_ref(), &deliver) {
+                Ok(()) => taken += 1,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready.clear_ready();
+                    break;
+                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => taken += 1,
+                Err(error) => {
+                    if let Some(suppressed) = failures.allow() {
+                        tracing::warn!(%error, suppressed, "cannot accept; trying again");
+                    }
+                    tokio::time::sleep(PAUSE).await;
+                    break;
+                }
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+    while accept_one(listener.get_ref(), &deliver).is_ok() {}
+}
+
+fn accept_one(listener: &TcpListener, deliver: &impl Fn(TcpStream, SocketAddr)) -> io::Result<()> {
+    let (socket, peer) = listener.accept()?;
+    socket.set_nonblocking(true)?;
+    deliver(socket, peer);
+    Ok(())
+}

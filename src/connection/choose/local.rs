@@ -1,0 +1,178 @@
+//! Inbound: the CONNECT authority → the pod's own socket. Whatever is not this pod's is refused here, with the status
+//! that the reference gives.
+
+use super::{OWN_PORTS, waypoint};
+use crate::hbone::Authority;
+use crate::mesh::snapshot::Known;
+use crate::mesh::{GatewayRef, Service, Snapshot, Workload};
+use http::StatusCode;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+/// Where an inbound stream goes.
+#[derive(Clone, Debug)]
+pub struct LocalTarget {
+    /// The application's address: always the pod's own.
+    pub address: SocketAddr,
+    /// The service that was asked for, where a host name was.
+    pub service: Option<Arc<Service>>,
+}
+
+/// Why an inbound stream is refused before any policy is asked.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LocalError {
+    /// The address is not this pod's, and this pod is not its waypoint.
+    #[error("ip mismatch: {asked} != {own}")]
+    IpMismatch {
+        /// What was asked for.
+        asked: IpAddr,
+        /// The pod's address on this connection.
+        own: IpAddr,
+    },
+    /// No service of this name that this pod serves.
+    #[error("no service or workload for hostname: {0}")]
+    UnknownHost(String),
+    /// The service has no such port here.
+    #[error("requested service {0}:{1} found, but cannot resolve port")]
+    UnknownPort(String, u16),
+    /// To one of our own listeners.
+    #[error("attempted recursive call to ourselves ({0})")]
+    Loop(SocketAddr),
+    /// The pod asks for PROXY protocol, which is not spoken yet.
+    #[error("the workload asks for the PROXY protocol, which is not supported")]
+    ProxyProtocol,
+}
+
+impl LocalError {
+    /// The status for the peer (source: the reference's inbound HBONE table).
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
+            Self::UnknownHost(_) | Self::UnknownPort(..) | Self::Loop(_) | Self::ProxyProtocol => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+}
+
+/// Finds the target of a stream that asks for `authority` on a connection to `own` (the pod's address).
+pub fn choose(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    own: IpAddr,
+    authority: &Authority,
+) -> Result<LocalTarget, LocalError> {
+    let (port, service) = match authority {
+        Authority::Address(address) => {
+            let tunnelled = workload.application_tunnel.is_some();
+            if address.ip() != own && !tunnelled && !is_our_client(snapshot, workload, address.ip()) {
+                return Err(LocalError::IpMismatch { asked: address.ip(), own });
+            }
+            (address.port(), None)
+        }
+        Authority::Host(host, port) => {
+            let (port, service) = by_host(snapshot, workload, host, *port)?;
+            (port, Some(service))
+        }
+    };
+    if workload.application_tunnel.is_some_and(|tunnel| tunnel.proxy_protocol) {
+        return Err(LocalError::ProxyProtocol);
+    }
+    let address = SocketAddr::new(own, workload.application_tunnel.and_then(|t| t.port).unwrap_or(port));
+    if OWN_PORTS.contains(&address.port()) {
+        return Err(LocalError::Loop(address));
+    }
+    Ok(LocalTarget { address, service })
+}
+
+fn by_host(
+    snapshot: &Snapshot,
+    workload: &Workload,
+    host: &str,
+    port: u16,
+) -> Result<(u16, Arc<Service>), LocalError> {
+    let unknown = || LocalError::UnknownHost(host.to_owned());
+    let service = snapshot.service_by_hostname(host, &workload.namespace).ok_or_else(unknown)?;
+    let own_ports = workload.services.get(&service.key);
+    let serves_it = own_ports.is_some() || is_waypoint(snapshot, service.waypoint.as_ref(), workload);
+    if !serves_it {
+        return Err(unknown());
+    }
+    let own = own_ports.and_then(|ports| ports.get(&port)).copied();
+    let of_service = || service.ports.get(&port).copied();
+    let target = own.filter(|p| *p != 0).or_else(|| of_service().filter(|p| *p != 0));
+    let target = target.ok_or_else(|| LocalError::UnknownPort(host.to_owned(), port))?;
+    Ok((target, service.clone()))
+}
+
+/// Whether the address belongs to somebody who has this workload as waypoint.
+fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
+    match snapshot.at(&workload.network, ip, &workload.namespace) {
+        Some(Known::Service(service)) => is_waypoint(snapshot, service.waypoint.as_ref(), workload),
+        Some(Known::Workload(other)) => is_waypoint(snapshot, other.waypoint.as_ref(), workload),
+        None => false,
+    }
+}
+
+fn is_waypoint(snapshot: &Snapshot, reference: Option<&GatewayRef>, workload: &Workload) -> bool {
+    reference.is_some_and(|reference| waypoint::is_behind(snapshot, reference, workload))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::workload::ApplicationTunnel;
+    use crate::mesh::{Facts, GatewayTarget};
+
+    #[test]
+    fn what_an_inbound_stream_may_ask_for() {
+        let mut server = workload("a", "server", "10.0.0.2");
+        let mut waypoint = workload("a", "waypoint", "10.0.0.4");
+        let mut sandwiched = workload("a", "sandwiched", "10.0.0.5");
+        sandwiched.application_tunnel = Some(ApplicationTunnel { proxy_protocol: false, port: Some(9000) });
+        let mut web = service("a", "web", "10.96.0.1", &[(80, 8080), (81, 0)]);
+        let way = service("a", "way", "10.96.0.2", &[(15008, 15008)]);
+        server.services.insert(web.key.clone(), [(81, 8181)].into());
+        waypoint.services.insert(way.key.clone(), [].into());
+        let target = GatewayTarget::Hostname(way.key.clone());
+        web.waypoint = Some(GatewayRef { target, hbone_port: 15008 });
+        let facts = Facts {
+            workloads: vec![server, waypoint, sandwiched],
+            services: vec![web, way],
+            ..Facts::default()
+        };
+        let snapshot = Snapshot::build(1, facts);
+        for (pod, own, authority, expected) in [
+            ("server", "10.0.0.2", "10.0.0.2:80", Ok("10.0.0.2:80")),
+            ("server", "10.0.0.2", "10.0.0.3:80", Err((400, "ip mismatch"))),
+            ("server", "10.0.0.2", "127.0.0.1:80", Err((400, "ip mismatch"))),
+            ("server", "10.0.0.2", "169.254.169.254:80", Err((400, "ip mismatch"))),
+            ("server", "10.0.0.2", "10.96.0.1:80", Err((400, "ip mismatch"))),
+            ("server", "10.0.0.2", "10.0.0.2:15001", Err((503, "recursive"))),
+            ("server", "10.0.0.2", "10.0.0.2:15006", Err((503, "recursive"))),
+            ("server", "10.0.0.2", "10.0.0.2:15008", Err((503, "recursive"))),
+            ("server", "10.0.0.2", "web.a.svc.cluster.local:80", Ok("10.0.0.2:8080")),
+            ("server", "10.0.0.2", "web.a.svc.cluster.local:81", Ok("10.0.0.2:8181")),
+            ("server", "10.0.0.2", "web.a.svc.cluster.local:82", Err((503, "cannot resolve port"))),
+            ("server", "10.0.0.2", "other.a.svc.cluster.local:80", Err((503, "no service"))),
+            ("server", "10.0.0.2", "way.a.svc.cluster.local:15008", Err((503, "no service"))),
+            ("waypoint", "10.0.0.4", "10.96.0.1:80", Ok("10.0.0.4:80")),
+            ("waypoint", "10.0.0.4", "10.0.0.2:80", Err((400, "ip mismatch"))),
+            ("waypoint", "10.0.0.4", "web.a.svc.cluster.local:80", Ok("10.0.0.4:8080")),
+            ("sandwiched", "10.0.0.5", "10.0.0.2:80", Ok("10.0.0.5:9000")),
+        ] {
+            let workload = snapshot.workload_of_pod("a", pod).unwrap();
+            let asked = Authority::parse(authority).unwrap();
+            let found = choose(&snapshot, workload, own.parse().unwrap(), &asked);
+            match (found, expected) {
+                (Ok(target), Ok(address)) => assert_eq!(target.address.to_string(), address, "{pod} {authority}"),
+                (Err(error), Err((status, word))) => {
+                    assert_eq!(error.status().as_u16(), status, "{pod} {authority}");
+                    assert!(error.to_string().contains(word), "{pod} {authority}: {error}");
+                }
+                (found, _) => panic!("{pod} {authority}: {found:?}, expected {expected:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Step 3: where does it go, and by which way? Pure decisions on one snapshot; chance comes in as an argument.
+
+pub mod destination;
+pub mod local;
+pub mod route;
+pub mod waypoint;
+
+pub use local::{LocalError, LocalTarget};
+pub use route::{HboneWay, Route, Way};
+
+use crate::mesh::Text;
+use std::net::SocketAddr;
+
+/// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself.
+pub const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
+
+/// Port on which a node tunnel takes HBONE.
+pub const HBONE_PORT: u16 = 15008;
+
+/// Gives a number below its argument; random in the daemon, chosen in tests.
+pub type Chance<'a> = &'a mut dyn FnMut(u64) -> u64;
+
+/// Why an outbound connection has no route. Every one ends the connection; none is a fall-back to plaintext.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RouteError {
+    /// To one of our own listeners.
+    #[error("attempted recursive call to ourselves ({0})")]
+    Loop(SocketAddr),
+    /// The waypoint that the destination asks for cannot be resolved.
+    #[error("unknown waypoint: {waypoint} of {destination}: {reason}")]
+    UnknownWaypoint {
+        /// The reference.
+        waypoint: String,
+        /// Who refers to it.
+        destination: Text,
+        /// What is missing.
+        reason: String,
+    },
+    /// The service has no endpoint that may be used.
+    #[error("no healthy upstream: {0}")]
+    NoEndpoint(Text),
+    /// The service does not have this port.
+    #[error("no healthy upstream: service {0} has no port {1}")]
+    NoPort(Text, u16),
+    /// The chosen workload has no address.
+    #[error("no ip addresses were resolved for workload: {0}")]
+    NoAddress(Text),
+    /// The chosen workload is in another network.
+    #[error("no valid routing destination for workload: {0} is in another network")]
+    OtherNetwork(Text),
+    /// The chosen workload's identity is no valid name.
+    #[error("the identity of workload {0} is not valid: {1}")]
+    Identity(Text, String),
+}

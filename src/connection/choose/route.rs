@@ -1,0 +1,247 @@
+//! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
+
+use super::destination::{self, Chosen};
+use super::{Chance, HBONE_PORT, OWN_PORTS, RouteError, waypoint};
+use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Workload};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// How the far side is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Plain TCP.
+    Direct {
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// Through a tunnel.
+    Hbone(HboneWay),
+}
+
+/// A way through a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HboneWay {
+    /// Where the tunnel goes.
+    pub to: SocketAddr,
+    /// What is asked for at its end.
+    pub authority: SocketAddr,
+    /// Who its end must prove to be, one of these.
+    pub expected: Vec<SpiffeName>,
+    /// The workload at its end: a tunnel is never used for another one that has the address later.
+    pub uid: Text,
+}
+
+/// A route, with the facts it was chosen by.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// How to get there.
+    pub way: Way,
+    /// The workload at the far end of our leg (a waypoint, or the destination itself), if it is one we know.
+    pub workload: Option<Arc<Workload>>,
+    /// The service that was asked for.
+    pub service: Option<Arc<Service>>,
+}
+
+/// Finds the route from `source` to `target` (the original destination).
+pub fn choose(
+    snapshot: &Snapshot,
+    source: &Workload,
+    target: SocketAddr,
+    chance: Chance<'_>,
+) -> Result<Route, RouteError> {
+    let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
+    if own && OWN_PORTS.contains(&target.port()) {
+        return Err(RouteError::Loop(target));
+    }
+    if let Some(service) = snapshot.service_at(&source.network, target.ip(), &source.namespace) {
+        return to_service(snapshot, source, service, target, chance);
+    }
+    let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
+        return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
+    };
+    if let Some(reference) = &workload.waypoint
+        && !waypoint::is_behind(snapshot, reference, source)
+    {
+        let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
+        return to_waypoint(source, found, None, target);
+    }
+    let chosen = Chosen { workload: workload.clone(), port: target.port() };
+    to_workload(source, chosen, None, target)
+}
+
+fn to_service(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Arc<Service>,
+    target: SocketAddr,
+    chance: Chance<'_>,
+) -> Result<Route, RouteError> {
+    if let Some(reference) = &service.waypoint
+        && !waypoint::is_behind(snapshot, reference, source)
+    {
+        let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
+        return to_waypoint(source, found, Some(service), target);
+    }
+    if service.is_passthrough() {
+        return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
+    }
+    let chosen = destination::choose(snapshot, source, service, target.port(), chance)?;
+    to_workload(source, chosen, Some(service), target)
+}
+
+fn to_workload(
+    source: &Workload,
+    chosen: Chosen,
+    service: Option<&Arc<Service>>,
+    target: SocketAddr,
+) -> Result<Route, RouteError> {
+    let Chosen { workload, port } = chosen;
+    if workload.network != source.network {
+        return Err(RouteError::OtherNetwork(workload.uid.clone()));
+    }
+    let ip = destination::address(&workload, service.map(|s| &**s), target.ip())?;
+    let to = SocketAddr::new(ip, port);
+    let way = match workload.protocol {
+        Protocol::Tcp => Way::Direct { to },
+        Protocol::Hbone => Way::Hbone(HboneWay {
+            to: SocketAddr::new(ip, HBONE_PORT),
+            authority: to,
+            expected: expected(&workload, service.map(|s| &**s))?,
+            uid: workload.uid.clone(),
+        }),
+    };
+    Ok(Route { way, workload: Some(workload), service: service.cloned() })
+}
+
+fn to_waypoint(
+    source: &Workload,
+    found: waypoint::Waypoint,
+    service: Option<&Arc<Service>>,
+    target: SocketAddr,
+) -> Result<Route, RouteError> {
+    let Chosen { workload, port } = found.chosen;
+    if workload.network != source.network {
+        return Err(RouteError::OtherNetwork(workload.uid.clone()));
+    }
+    let ip = destination::address(&workload, found.service.as_deref(), target.ip())?;
+    let way = Way::Hbone(HboneWay {
+        to: SocketAddr::new(ip, port),
+        authority: target,
+        expected: expected(&workload, found.service.as_deref())?,
+        uid: workload.uid.clone(),
+    });
+    Ok(Route { way, workload: Some(workload), service: service.cloned() })
+}
+
+/// Who the far end may prove to be: the workload itself, and whoever the service names besides.
+fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<SpiffeName>, RouteError> {
+    let own = workload.identity().map_err(|e| RouteError::Identity(workload.uid.clone(), e.to_string()))?;
+    let mut names = vec![own];
+    // A name that is not a SPIFFE name can be proven by nobody, so leaving it out widens nothing.
+    let others = service.into_iter().flat_map(|s| &s.subject_alt_names);
+    names.extend(others.filter_map(|name| SpiffeName::parse(name).ok()));
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::workload::Health;
+    use crate::mesh::{Facts, GatewayRef, GatewayTarget};
+
+    struct World(Facts);
+
+    impl World {
+        fn new() -> Self {
+            let mut facts = Facts::default();
+            for (name, ip) in [("client", "10.0.0.1"), ("server", "10.0.0.2"), ("plain", "10.0.0.3"), ("waypoint", "10.0.0.4")] {
+                facts.workloads.push(workload("a", name, ip));
+            }
+            facts.workloads[2].protocol = Protocol::Tcp;
+            facts.services.push(service("a", "web", "10.96.0.1", &[(80, 8080)]));
+            facts.services.push(service("a", "way", "10.96.0.2", &[(15008, 15009)]));
+            let (web, way) = (facts.services[0].key.clone(), facts.services[1].key.clone());
+            facts.workloads[1].services.insert(web, [(80, 8081)].into());
+            facts.workloads[3].services.insert(way, [].into());
+            Self(facts)
+        }
+
+        fn with(mut self, change: impl FnOnce(&mut Facts)) -> Self {
+            change(&mut self.0);
+            self
+        }
+
+        fn route(&self, from: &str, to: &str) -> String {
+            let snapshot = Snapshot::build(1, self.0.clone());
+            let source = snapshot.workload_of_pod("a", from).unwrap();
+            match choose(&snapshot, source, to.parse().unwrap(), &mut |_| 0) {
+                Ok(Route { way: Way::Direct { to }, .. }) => format!("direct {to}"),
+                Ok(Route { way: Way::Hbone(way), .. }) => {
+                    let names: Vec<String> = way.expected.iter().map(|n| n.service_account.to_string()).collect();
+                    format!("hbone {} for {} as {}", way.to, way.authority, names.join("+"))
+                }
+                Err(error) => error.to_string(),
+            }
+        }
+    }
+
+    fn reference(target: &str) -> Option<GatewayRef> {
+        Some(GatewayRef { target: GatewayTarget::parse(target).unwrap(), hbone_port: 15008 })
+    }
+
+    #[test]
+    fn ways_without_waypoint() {
+        let world = World::new();
+        for (to, expected) in [
+            ("10.0.0.2:80", "hbone 10.0.0.2:15008 for 10.0.0.2:80 as server"),
+            ("10.0.0.3:80", "direct 10.0.0.3:80"),
+            ("192.0.2.1:443", "direct 192.0.2.1:443"),
+            ("10.96.0.1:80", "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server"),
+            ("10.96.0.1:81", "no healthy upstream: service web.a.svc.cluster.local has no port 81"),
+            ("127.0.0.1:15001", "attempted recursive call to ourselves (127.0.0.1:15001)"),
+            ("10.0.0.1:15006", "attempted recursive call to ourselves (10.0.0.1:15006)"),
+        ] {
+            assert_eq!(world.route("client", to), expected, "{to}");
+        }
+    }
+
+    #[test]
+    fn unhealthy_and_absent_endpoints_are_never_chosen() {
+        let world = World::new().with(|f| f.workloads[1].health = Health::Unhealthy);
+        assert_eq!(world.route("client", "10.96.0.1:80"), "no healthy upstream: web.a.svc.cluster.local");
+        let world = World::new().with(|f| f.workloads[1].capacity = 0);
+        assert_eq!(world.route("client", "10.96.0.1:80"), "no healthy upstream: web.a.svc.cluster.local");
+        let world = World::new().with(|f| f.workloads[1].network = "far".into());
+        assert!(world.route("client", "10.96.0.1:80").contains("is in another network"));
+    }
+
+    #[test]
+    fn waypoints_by_address_and_name_are_used_and_never_bypassed() {
+        let by_name = || World::new().with(|f| f.services[0].waypoint = reference("a/way.a.svc.cluster.local"));
+        let through = "hbone 10.0.0.4:15009 for 10.96.0.1:80 as waypoint";
+        assert_eq!(by_name().route("client", "10.96.0.1:80"), through);
+        assert_eq!(
+            by_name().route("waypoint", "10.96.0.1:80"),
+            "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server",
+            "its own traffic is not sent back to it"
+        );
+        let by_vip = World::new().with(|f| f.services[0].waypoint = reference("/10.96.0.2"));
+        assert_eq!(by_vip.route("client", "10.96.0.1:80"), through);
+        let of_workload = World::new().with(|f| f.workloads[1].waypoint = reference("/10.0.0.4"));
+        assert_eq!(of_workload.route("client", "10.0.0.2:80"), "hbone 10.0.0.4:15008 for 10.0.0.2:80 as waypoint");
+        assert_eq!(
+            of_workload.route("client", "10.96.0.1:80"),
+            "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server",
+            "a service-addressed connection ignores the waypoint of the workload"
+        );
+        for missing in ["/10.96.0.99", "a/none.a.svc.cluster.local"] {
+            let world = World::new().with(|f| f.services[0].waypoint = reference(missing));
+            assert!(world.route("client", "10.96.0.1:80").starts_with("unknown waypoint"), "{missing}");
+        }
+        let empty = by_name().with(|f| f.workloads[3].services.clear());
+        assert!(empty.route("client", "10.96.0.1:80").starts_with("unknown waypoint"));
+    }
+}

@@ -1,0 +1,52 @@
+//! Handing a connection to a waypoint: found by address or host name, never bypassed when it cannot be found, and
+//! never given its own traffic back.
+
+use super::destination::{self, Chosen};
+use super::{Chance, RouteError};
+use crate::mesh::snapshot::Known;
+use crate::mesh::{GatewayRef, Service, Snapshot, Text, Workload};
+use std::sync::Arc;
+
+/// A waypoint that was found.
+#[derive(Debug)]
+pub struct Waypoint {
+    /// The workload to connect to, and its HBONE port.
+    pub chosen: Chosen,
+    /// The service it was found through.
+    pub service: Option<Arc<Service>>,
+}
+
+/// Finds the workload behind a waypoint reference of `destination`.
+pub fn resolve(
+    snapshot: &Snapshot,
+    source: &Workload,
+    waypoint: &GatewayRef,
+    destination: &Text,
+    chance: Chance<'_>,
+) -> Result<Waypoint, RouteError> {
+    let unknown = |reason: String| RouteError::UnknownWaypoint {
+        waypoint: waypoint.target.to_string(),
+        destination: destination.clone(),
+        reason,
+    };
+    match snapshot.gateway(waypoint, &source.namespace) {
+        Some(Known::Workload(workload)) => {
+            Ok(Waypoint { chosen: Chosen { workload, port: waypoint.hbone_port }, service: None })
+        }
+        Some(Known::Service(service)) => {
+            let chosen = destination::choose(snapshot, source, &service, waypoint.hbone_port, chance)
+                .map_err(|error| unknown(error.to_string()))?;
+            Ok(Waypoint { chosen, service: Some(service) })
+        }
+        None => Err(unknown("neither a service nor a workload".into())),
+    }
+}
+
+/// Whether `workload` is (one of) the workloads behind a waypoint reference.
+pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
+    match snapshot.gateway(waypoint, &workload.namespace) {
+        Some(Known::Workload(one)) => one.uid == workload.uid,
+        Some(Known::Service(service)) => workload.services.contains_key(&service.key),
+        None => false,
+    }
+}

@@ -1,0 +1,378 @@
+//! Tunnels of one worker, by who we are, whom we expect, and where: one dial is shared by all who wait for it, its
+//! failure too, so that a dead destination costs one timeout and not one per waiter.
+//!
+//! ```text
+//!   (none) ──first checkout──► dialling ──up──► open ──idle · GOAWAY · broken──► gone
+//!                                 └──failed──► (none), and every waiter gets the same error
+//! ```
+
+use super::TunnelDialError;
+use crate::hbone::Tunnel;
+use crate::identity::TlsFacts;
+use crate::mesh::{SpiffeName, Text};
+use crate::task::{Group, Signal};
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// What makes two connections share a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The pod the tunnel starts in: its namespace gives the tunnel its source address.
+    pub pod: Text,
+    /// Who we are.
+    pub own: SpiffeName,
+    /// Certificate we prove it with.
+    pub generation: u64,
+    /// Who the far end may be.
+    pub expected: Vec<SpiffeName>,
+    /// Where it is.
+    pub to: SocketAddr,
+    /// Which workload it is: an address that passes to another workload gets another tunnel.
+    pub uid: Text,
+}
+
+/// Settings of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Streams on one tunnel before another is opened.
+    pub max_streams: usize,
+    /// Idle time after which a tunnel is closed.
+    pub idle: Duration,
+}
+
+/// A dialled tunnel: the handle, and the future that moves its bytes.
+pub struct Dialled {
+    /// Opens streams.
+    pub tunnel: Tunnel,
+    /// What TLS agreed on.
+    pub tls: TlsFacts,
+    /// Runs until the tunnel ends.
+    pub run: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl fmt::Debug for Dialled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Dialled")
+    }
+}
+
+/// The tunnels of one worker.
+#[derive(Debug)]
+pub struct Pool {
+    config: PoolConfig,
+    tasks: Group,
+    slots: Mutex<HashMap<Key, Slot>>,
+}
+
+type Outcome = Option<Result<(), Arc<TunnelDialError>>>;
+
+#[derive(Debug, Default)]
+struct Slot {
+    open: Vec<Arc<Open>>,
+    dialling: Option<watch::Receiver<Outcome>>,
+}
+
+#[derive(Debug)]
+struct Open {
+    tunnel: Tunnel,
+    tls: TlsFacts,
+    streams: AtomicUsize,
+    gone: AtomicBool,
+    last_used: Mutex<Instant>,
+}
+
+/// Room for one stream on a tunnel; given back when dropped.
+#[derive(Debug)]
+pub struct Lease {
+    open: Arc<Open>,
+}
+
+impl Lease {
+    /// The tunnel.
+    pub fn tunnel(&self) -> &Tunnel {
+        &self.open.tunnel
+    }
+
+    /// What TLS agreed on.
+    pub fn tls(&self) -> TlsFacts {
+        self.open.tls
+    }
+
+    /// Takes the tunnel out of use for others: it is going away.
+    pub fn retire(&self) {
+        self.open.gone.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        *self.open.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.open.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Pool {
+    /// An empty pool whose tunnels run as tasks of `tasks`.
+    pub fn new(config: PoolConfig, tasks: Group) -> Arc<Self> {
+        Arc::new(Self { config, tasks, slots: Mutex::default() })
+    }
+
+    /// Room on a tunnel for `key`; opens one with `dial` where there is none, or waits for one that is being opened.
+    /// The dial goes on when a waiter leaves; `drain` ends the tunnel.
+    pub async fn checkout<D, F>(self: &Arc<Self>, key: &Key, drain: &Signal, dial: D) -> Result<Lease, Arc<TunnelDialError>>
+    where
+        D: Fn() -> F,
+        F: Future<Output = Result<Dialled, TunnelDialError>> + Send + 'static,
+    {
+        loop {
+            let mut outcome = {
+                let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+                let slot = slots.entry(key.clone()).or_default();
+                if let Some(lease) = slot.open.iter().find_map(|open| self.lease(open)) {
+                    return Ok(lease);
+                }
+                if let Some(outcome) = &slot.dialling {
+                    outcome.clone()
+                } else {
+                    let (send, outcome) = watch::channel(None);
+                    slot.dialling = Some(outcome.clone());
+                    self.tasks.spawn(self.clone().dial(key.clone(), drain.clone(), dial(), send));
+                    outcome
+                }
+            };
+            let settled = match outcome.wait_for(Option::is_some).await {
+                Ok(settled) => settled.clone(),
+                Err(_) => return Err(Arc::new(TunnelDialError::Draining)),
+            };
+            if let Some(Err(error)) = settled {
+                return Err(error);
+            }
+        }
+    }
+
+    fn lease(&self, open: &Arc<Open>) -> Option<Lease> {
+        let limit = self.config.max_streams.min(open.tunnel.max_streams()).max(1);
+        let free = !open.gone.load(Ordering::Relaxed) && open.streams.load(Ordering::Relaxed) < limit;
+        free.then(|| {
+            open.streams.fetch_add(1, Ordering::Relaxed);
+            Lease { open: open.clone() }
+        })
+    }
+
+    /// How many tunnels are open.
+    pub fn len(&self) -> usize {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().map(|slot| slot.open.len()).sum()
+    }
+
+    async fn dial<F>(self: Arc<Self>, key: Key, drain: Signal, dialling: F, outcome: watch::Sender<Outcome>)
+    where
+        F: Future<Output = Result<Dialled, TunnelDialError>>,
+    {
+        // A dial that is cut short (or panics) must not leave its slot in a state where later checkouts wait for ever.
+        let settle = Settle { pool: &self, key: &key, outcome: &outcome };
+        let dialled = tokio::select! {
+            () = drain.now() => Err(TunnelDialError::Draining),
+            dialled = dialling => dialled,
+        };
+        let (open, run) = match dialled {
+            Err(error) => {
+                settle.with(None, Err(Arc::new(error)));
+                return;
+            }
+            Ok(dialled) => {
+                let open = Open {
+                    tunnel: dialled.tunnel,
+                    tls: dialled.tls,
+                    streams: AtomicUsize::new(0),
+                    gone: AtomicBool::new(false),
+                    last_used: Mutex::new(Instant::now()),
+                };
+                (Arc::new(open), dialled.run)
+            }
+        };
+        settle.with(Some(open.clone()), Ok(()));
+        self.keep(&key, open, drain, run).await;
+    }
+
+    /// Runs a tunnel until it ends or has been idle; it leaves the pool first, and its streams finish.
+    async fn keep(
+        &self,
+        key: &Key,
+        open: Arc<Open>,
+        drain: Signal,
+        mut run: Pin<Box<dyn Future<Output = ()> + Send>>,
+    ) {
+        let leave = async {
+            loop {
+                let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+                tokio::time::sleep_until(last + self.config.idle).await;
+                let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+                let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+                if open.streams.load(Ordering::Relaxed) == 0 && last.elapsed() >= self.config.idle {
+                    remove(&mut slots, key, &open);
+                    return;
+                }
+                drop(slots);
+                if last.elapsed() >= self.config.idle {
+                    // Streams are open on it; look again later.
+                    tokio::time::sleep(self.config.idle).await;
+                }
+            }
+        };
+        let ended = tokio::select! {
+            () = &mut run => true,
+            () = leave => false,
+            () = drain.gentle() => false,
+        };
+        remove(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner), key, &open);
+        drop(open);
+        if !ended {
+            tokio::select! { () = run => {}, () = drain.now() => {} }
+        }
+    }
+}
+
+fn remove(slots: &mut HashMap<Key, Slot>, key: &Key, open: &Arc<Open>) {
+    open.gone.store(true, Ordering::Relaxed);
+    if let Some(slot) = slots.get_mut(key) {
+        slot.open.retain(|other| !Arc::ptr_eq(other, open));
+        if slot.open.is_empty() && slot.dialling.is_none() {
+            slots.remove(key);
+        }
+    }
+}
+
+/// Settles a dial exactly once, at the latest when dropped.
+struct Settle<'a> {
+    pool: &'a Pool,
+    key: &'a Key,
+    outcome: &'a watch::Sender<Outcome>,
+}
+
+impl Settle<'_> {
+    fn with(&self, open: Option<Arc<Open>>, result: Result<(), Arc<TunnelDialError>>) {
+        let mut slots = self.pool.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = slots.entry(self.key.clone()).or_default();
+        slot.dialling = None;
+        slot.open.retain(|open| !open.gone.load(Ordering::Relaxed));
+        slot.open.extend(open);
+        if slot.open.is_empty() {
+            slots.remove(self.key);
+        }
+        drop(slots);
+        self.outcome.send_replace(Some(result));
+    }
+}
+
+impl Drop for Settle<'_> {
+    fn drop(&mut self) {
+        if self.outcome.borrow().is_none() {
+            self.with(None, Err(Arc::new(TunnelDialError::Draining)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hbone;
+    use crate::task::Drain;
+
+    fn key() -> Key {
+        Key {
+            pod: "p".into(),
+            own: SpiffeName::new("td", "a", "b").unwrap(),
+            generation: 1,
+            expected: vec![],
+            to: "10.0.0.1:15008".parse().unwrap(),
+            uid: "u".into(),
+        }
+    }
+
+    fn config(max_streams: usize) -> PoolConfig {
+        PoolConfig { max_streams, idle: Duration::from_secs(300) }
+    }
+
+    const HBONE: hbone::Config = hbone::Config {
+        stream_window: 65_535,
+        connection_window: 65_535,
+        frame_size: 16_384,
+        max_streams: 100,
+        half_closed_silence: Duration::from_secs(1),
+    };
+
+    /// A tunnel over an in-memory pipe, whose far end answers HTTP/2 and ends with `far`.
+    async fn dialled(far: Group) -> Result<Dialled, TunnelDialError> {
+        let (near, end) = tokio::io::duplex(65_536);
+        far.spawn(async move {
+            let mut server = hbone::Server::handshake(end, &HBONE).await.unwrap();
+            while let Some(Ok(_)) = server.next().await {}
+        });
+        let (tunnel, driver) = hbone::client::handshake(near, &HBONE).await.map_err(TunnelDialError::Http2)?;
+        let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
+        Ok(Dialled { tunnel, tls, run: Box::pin(async move { drop(driver.run().await) }) })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_hundred_waiters_share_one_failed_dial() {
+        let pool = Pool::new(config(100), Group::default());
+        let (drain, dials) = (Drain::default(), Arc::new(AtomicUsize::new(0)));
+        let start = Instant::now();
+        let mut waiters = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            let (pool, signal, dials) = (pool.clone(), drain.signal(), dials.clone());
+            waiters.spawn(async move {
+                let dial = || {
+                    dials.fetch_add(1, Ordering::Relaxed);
+                    async {
+                        tokio::time::sleep(Duration::from_secs(10)).await;
+                        Err(TunnelDialError::Blocked("10.0.0.1:15008".parse().unwrap()))
+                    }
+                };
+                pool.checkout(&key(), &signal, dial).await.map(drop)
+            });
+        }
+        let results = waiters.join_all().await;
+        assert!(results.iter().all(|r| r.as_ref().is_err_and(|e| matches!(**e, TunnelDialError::Blocked(_)))));
+        assert_eq!(dials.load(Ordering::Relaxed), 1);
+        assert!(start.elapsed() < Duration::from_secs(11), "{:?}", start.elapsed());
+        assert!(pool.slots.lock().unwrap().is_empty(), "a failed dial leaves nothing behind");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn streams_beyond_the_limit_get_a_second_tunnel_and_idle_ones_close() {
+        let (pool, drain, far) = (Pool::new(config(2), Group::default()), Drain::default(), Group::default());
+        let signal = drain.signal();
+        let mut leases = Vec::new();
+        for expected in [1, 1, 2, 2] {
+            leases.push(pool.checkout(&key(), &signal, || dialled(far.clone())).await.unwrap());
+            assert_eq!(pool.len(), expected);
+        }
+        leases.truncate(1);
+        tokio::time::sleep(Duration::from_secs(301)).await;
+        assert_eq!(pool.len(), 1, "the idle tunnel is closed, the used one is kept");
+        leases.clear();
+        tokio::time::sleep(Duration::from_secs(601)).await;
+        assert_eq!(pool.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_whose_far_end_has_gone_is_replaced() {
+        let (pool, drain, far) = (Pool::new(config(100), Group::default()), Drain::default(), Group::default());
+        let signal = drain.signal();
+        drop(pool.checkout(&key(), &signal, || dialled(far.clone())).await.unwrap());
+        far.cut();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(pool.len(), 0);
+        let again = Group::default();
+        assert!(pool.checkout(&key(), &signal, || dialled(again.clone())).await.is_ok());
+    }
+}

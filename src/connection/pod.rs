@@ -1,0 +1,94 @@
+//! What the path of a connection needs to know of the pod it belongs to.
+
+use crate::mesh::{Snapshot, Store, Text, Workload};
+use crate::sys::netns::Netns;
+use crate::task::{Drain, Signal};
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio_util::task::TaskTracker;
+
+/// How long a connection waits for the facts about its own pod.
+const FACTS_WAIT: Duration = Duration::from_secs(5);
+
+/// A captured pod.
+#[derive(Debug)]
+pub struct Pod {
+    /// Uid as whoever enrolled the pod gave it.
+    pub uid: Text,
+    /// Pod name.
+    pub name: Text,
+    /// Namespace.
+    pub namespace: Text,
+    /// Service account, which together with the workload's trust domain is the pod's identity.
+    pub service_account: Text,
+    /// Its network namespace, in which all its sockets are made.
+    pub netns: Netns,
+    /// Addresses that its interfaces held when it was captured.
+    pub addresses: Vec<IpAddr>,
+    /// Ends the pod's connections; kept by the pod so that its connections hear of it through it.
+    pub drain: Drain,
+    /// Counts the pod's connections, for waiting until they have ended.
+    pub active: TaskTracker,
+    /// Probe connections of capture verification that are expected.
+    pub probes: Probes,
+}
+
+impl Pod {
+    /// The facts about this pod: its workload, by pod name, if that has the pod's service account.
+    pub fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        snapshot
+            .workload_of_pod(&self.namespace, &self.name)
+            .filter(|workload| workload.service_account == self.service_account)
+    }
+
+    /// The facts of now and this pod's workload among them; waits up to 5 s for it to become known.
+    pub async fn facts(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+        let mut changes = mesh.subscribe();
+        let wait = async {
+            loop {
+                changes.mark_unchanged();
+                let snapshot = mesh.load();
+                if let Some(workload) = self.workload(&snapshot).cloned() {
+                    return Some((snapshot, workload));
+                }
+                changes.changed().await.ok()?;
+            }
+        };
+        tokio::time::timeout(FACTS_WAIT, wait).await.unwrap_or(None)
+    }
+
+    /// Whether an address is one of this pod's.
+    pub fn owns(&self, workload: &Workload, ip: IpAddr) -> bool {
+        workload.ips.contains(&ip) || self.addresses.contains(&ip)
+    }
+
+    /// Hears when the pod's connections are to end.
+    pub fn signal(&self) -> Signal {
+        self.drain.signal()
+    }
+}
+
+/// Probe connections that are expected at the outbound listener, by original destination.
+#[derive(Debug, Default)]
+pub struct Probes {
+    expected: Mutex<HashMap<SocketAddr, oneshot::Sender<()>>>,
+}
+
+impl Probes {
+    /// Expects a connection to `destination`; the receiver hears when it has been captured.
+    pub fn expect(&self, destination: SocketAddr) -> oneshot::Receiver<()> {
+        let (send, receive) = oneshot::channel();
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).insert(destination, send);
+        receive
+    }
+
+    /// Whether a captured connection is such a probe; it is one only once.
+    pub fn take(&self, destination: SocketAddr) -> bool {
+        let found = self.expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&destination);
+        // A prober that has given up meanwhile needs no answer.
+        found.is_some_and(|send| send.send(()).is_ok())
+    }
+}

@@ -1,0 +1,255 @@
+//! The record of one connection. It begins when the socket is accepted, and whatever happens then, it is written once:
+//! by [`Record::finish`], or when dropped.
+
+use super::access_log;
+use super::failure::Failure;
+use super::live::{Bytes, Connection, LiveConnections};
+use super::metrics::{FailureLabels, Metrics, ReporterLabel, TrafficLabels};
+use crate::mesh::{Service, SpiffeName, Text, Workload};
+use crate::telemetry::limit::LogLimit;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Which way a connection goes, as seen from its pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the pod.
+    Outbound,
+    /// To the pod.
+    Inbound,
+}
+
+impl Direction {
+    /// Word in the log.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+
+    /// Word in traffic metrics.
+    pub fn reporter(self) -> &'static str {
+        match self {
+            Self::Outbound => "source",
+            Self::Inbound => "destination",
+        }
+    }
+}
+
+/// What all records of a process share.
+#[derive(Debug, Default)]
+pub struct Reporter {
+    /// Metrics.
+    pub metrics: Metrics,
+    /// The list of live connections.
+    pub live: LiveConnections,
+    /// Bound on the lines about connections that failed early, which any peer can cause.
+    pub early: LogLimit,
+}
+
+/// What is known of a connection once its route is.
+#[derive(Debug)]
+pub struct Details {
+    /// Source workload.
+    pub source_workload: Option<Arc<Workload>>,
+    /// Source identity, if there is mutual TLS.
+    pub source_identity: Option<SpiffeName>,
+    /// Destination workload.
+    pub destination_workload: Option<Arc<Workload>>,
+    /// Destination identity, if there is mutual TLS.
+    pub destination_identity: Option<SpiffeName>,
+    /// Service that was asked for.
+    pub service: Option<Arc<Service>>,
+    /// Where our leg goes (outbound), or the pod's own address (inbound).
+    pub actual: SocketAddr,
+    /// What was asked for at the tunnel's end.
+    pub authority: Option<String>,
+    /// What decided that it may go.
+    pub rule: Option<String>,
+}
+
+/// The record of one connection or stream.
+#[derive(Debug)]
+pub struct Record {
+    reporter: Arc<Reporter>,
+    pod: Text,
+    direction: Direction,
+    source: SocketAddr,
+    destination: Option<SocketAddr>,
+    start: Instant,
+    opened: Option<Opened>,
+    failure: Option<Failure>,
+    finished: bool,
+}
+
+#[derive(Debug)]
+struct Opened {
+    id: u64,
+    labels: TrafficLabels,
+    details: Details,
+    connection: Arc<Connection>,
+}
+
+impl Record {
+    /// Begins a record.
+    pub fn begin(reporter: &Arc<Reporter>, pod: &Text, direction: Direction, source: SocketAddr) -> Self {
+        Self {
+            reporter: reporter.clone(),
+            pod: pod.clone(),
+            direction,
+            source,
+            destination: None,
+            start: Instant::now(),
+            opened: None,
+            failure: None,
+            finished: false,
+        }
+    }
+
+    /// Says where it goes.
+    pub fn destination(&mut self, destination: SocketAddr) {
+        self.destination = Some(destination);
+    }
+
+    /// Says that its route is known. From now on it is live and counted.
+    pub fn opened(&mut self, details: Details) -> Arc<Connection> {
+        let labels = labels(self.direction, &details);
+        let metrics = &self.reporter.metrics;
+        metrics.opened.get_or_create(&labels).inc();
+        let received = metrics.received.get_or_create_owned(&labels);
+        let sent = metrics.sent.get_or_create_owned(&labels);
+        // `received` counts client to server: from the application outbound, towards it inbound.
+        let (up_metric, down_metric) = match self.direction {
+            Direction::Outbound => (received, sent),
+            Direction::Inbound => (sent, received),
+        };
+        let connection = Arc::new(Connection {
+            pod: self.pod.clone(),
+            direction: self.direction,
+            protocol: if details.authority.is_some() { "HBONE" } else { "TCP" },
+            source: self.source,
+            destination: self.destination.unwrap_or(details.actual),
+            actual: details.actual,
+            authority: details.authority.clone(),
+            source_identity: details.source_identity.clone(),
+            destination_identity: details.destination_identity.clone(),
+            tls: std::sync::OnceLock::new(),
+            rule: details.rule.clone(),
+            since: self.start,
+            bytes: Bytes { up_metric, down_metric, ..Bytes::default() },
+        });
+        let id = self.reporter.live.add(&connection);
+        self.opened = Some(Opened { id, labels, details, connection: connection.clone() });
+        if let Some(opened) = &self.opened {
+            let (source, destination) = (self.source, self.destination);
+            access_log::opened(self.direction, source, destination, &opened.details);
+        }
+        connection
+    }
+
+    /// Says how it ended.
+    pub fn finish(mut self, result: Result<(), Failure>) {
+        self.failure = result.err();
+        self.finished = true;
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.failure = Some(Failure::Abandoned);
+        }
+        let metrics = &self.reporter.metrics;
+        if let Some(failure) = &self.failure {
+            let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
+            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc();
+        }
+        let Some(opened) = self.opened.take() else {
+            if let (Some(failure), Some(suppressed)) = (&self.failure, self.reporter.early.allow()) {
+                access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
+            }
+            return;
+        };
+        self.reporter.live.remove(opened.id);
+        let response_flags = self.failure.as_ref().map_or("-", Failure::flag);
+        let labels = TrafficLabels { response_flags, ..opened.labels };
+        metrics.closed.get_or_create(&labels).inc();
+        if response_flags != "-" {
+            metrics.failed.get_or_create(&labels).inc();
+        }
+        let summary = access_log::Summary {
+            direction: self.direction,
+            source: self.source,
+            destination: self.destination,
+            bytes: &opened.connection.bytes,
+            duration: self.start.elapsed(),
+            failure: self.failure.as_ref(),
+        };
+        access_log::complete(&summary, &opened.details);
+    }
+}
+
+/// Counts an accepted socket for as long as it is held.
+#[derive(Debug)]
+pub struct SocketCount {
+    reporter: Arc<Reporter>,
+    label: ReporterLabel,
+}
+
+impl SocketCount {
+    /// Counts one.
+    pub fn new(reporter: &Arc<Reporter>, direction: Direction) -> Self {
+        let label = ReporterLabel { reporter: direction.reporter() };
+        reporter.metrics.sockets.get_or_create(&label).inc();
+        Self { reporter: reporter.clone(), label }
+    }
+}
+
+impl Drop for SocketCount {
+    fn drop(&mut self) {
+        self.reporter.metrics.sockets.get_or_create(&self.label).dec();
+    }
+}
+
+fn labels(direction: Direction, details: &Details) -> TrafficLabels {
+    let known = |text: Option<&str>| match text {
+        Some(text) if !text.is_empty() => text.to_owned(),
+        _ => "unknown".to_owned(),
+    };
+    let (source, destination) = (details.source_workload.as_deref(), details.destination_workload.as_deref());
+    let service = details.service.as_deref();
+    let tls = details.source_identity.is_some();
+    let principal = |identity: Option<&SpiffeName>| known(identity.map(ToString::to_string).as_deref());
+    let destination_identity = destination.and_then(|workload| workload.identity().ok());
+    TrafficLabels {
+        reporter: direction.reporter(),
+        source_workload: known(source.map(|w| &*w.workload_name)),
+        source_canonical_service: known(source.map(|w| &*w.canonical_name)),
+        source_canonical_revision: known(source.map(|w| &*w.canonical_revision)),
+        source_workload_namespace: known(source.map(|w| &*w.namespace)),
+        source_principal: principal(details.source_identity.as_ref()),
+        source_app: known(source.map(|w| &*w.canonical_name)),
+        source_version: known(source.map(|w| &*w.canonical_revision)),
+        source_cluster: known(source.map(|w| &*w.cluster_id)),
+        destination_service: known(service.map(|s| &*s.key.hostname)),
+        destination_service_namespace: known(service.map(|s| &*s.key.namespace)),
+        destination_service_name: known(service.map(|s| &*s.name)),
+        destination_workload: known(destination.map(|w| &*w.workload_name)),
+        destination_canonical_service: known(destination.map(|w| &*w.canonical_name)),
+        destination_canonical_revision: known(destination.map(|w| &*w.canonical_revision)),
+        destination_workload_namespace: known(destination.map(|w| &*w.namespace)),
+        destination_principal: principal(destination_identity.as_ref()),
+        destination_app: known(destination.map(|w| &*w.canonical_name)),
+        destination_version: known(destination.map(|w| &*w.canonical_revision)),
+        destination_cluster: known(destination.map(|w| &*w.cluster_id)),
+        request_protocol: "tcp",
+        response_flags: "-",
+        connection_security_policy: if tls { "mutual_tls" } else { "unknown" },
+        source_region: known(source.map(|w| &*w.locality.region)),
+        source_zone: known(source.map(|w| &*w.locality.zone)),
+        destination_region: known(destination.map(|w| &*w.locality.region)),
+        destination_zone: known(destination.map(|w| &*w.locality.zone)),
+    }
+}

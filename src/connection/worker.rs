@@ -1,0 +1,206 @@
+//! The workers: each one thread with its own runtime, its own tunnels and its own connections. A connection is given
+//! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
+
+use super::accept::listener;
+use super::authorize::revoke::Registry;
+use super::dial::Pool;
+use super::report::{Direction, Failure, Record, Reporter};
+use super::{Config, Pod, journey};
+use crate::mesh::address::canonical;
+use crate::sys::socket::reset_on_close;
+use crate::task::{Group, thread};
+use crate::{identity, mesh};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Accepted sockets that may wait for a busy worker.
+const QUEUE: usize = 4096;
+
+/// What all workers share; all of it read-mostly.
+#[derive(Debug)]
+pub struct Shared {
+    /// Settings.
+    pub config: Config,
+    /// Facts.
+    pub mesh: Arc<mesh::Store>,
+    /// Certificates.
+    pub identities: Arc<identity::Store>,
+    /// Metrics, live connections, log limits.
+    pub reporter: Arc<Reporter>,
+    /// Live permits.
+    pub permits: Arc<Registry>,
+}
+
+/// One worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// What all workers share.
+    pub shared: Arc<Shared>,
+    /// This worker's tunnels.
+    pub pool: Arc<Pool>,
+    /// This worker's connections and streams.
+    pub tasks: Group,
+    load: AtomicUsize,
+}
+
+/// By which listener a connection came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// 15001: from the pod.
+    Outbound,
+    /// 15006: to the pod, in plaintext.
+    Plaintext,
+    /// 15008: to the pod, through a tunnel.
+    Tunnel,
+}
+
+impl Entrance {
+    /// Its direction.
+    pub fn direction(self) -> Direction {
+        match self {
+            Self::Outbound => Direction::Outbound,
+            Self::Plaintext | Self::Tunnel => Direction::Inbound,
+        }
+    }
+}
+
+struct Accepted {
+    socket: TcpStream,
+    peer: SocketAddr,
+    entrance: Entrance,
+    pod: Arc<Pod>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    worker: Arc<Worker>,
+    deliver: mpsc::Sender<Accepted>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// All workers of a process.
+#[derive(Debug)]
+pub struct Workers {
+    all: Arc<Vec<Handle>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    stop: CancellationToken,
+}
+
+impl Workers {
+    /// Starts `config.workers` threads.
+    pub fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+        let stop = CancellationToken::new();
+        let (mut all, mut threads) = (Vec::new(), Vec::new());
+        for index in 0..shared.config.workers.max(1) {
+            let tasks = Group::default();
+            let pool = Pool::new(shared.config.pool, tasks.clone());
+            let worker = Arc::new(Worker { shared: shared.clone(), pool, tasks, load: AtomicUsize::new(0) });
+            let (deliver, accepted) = mpsc::channel(QUEUE);
+            let (stop, main) = (stop.clone(), worker.clone());
+            let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
+                tokio::select! { () = stop.cancelled() => {}, () = receive(&main, accepted) => {} }
+            })?;
+            all.push(Handle { worker, deliver, runtime });
+            threads.push(thread);
+        }
+        Ok(Self { all: Arc::new(all), threads: Mutex::new(threads), stop })
+    }
+
+    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker; what it accepts goes to
+    /// the least loaded.
+    pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
+        let (all, pod) = (self.all.clone(), pod.clone());
+        let Some(home) = self.all.iter().min_by_key(|handle| handle.worker.tasks.len()) else { return };
+        let drain = pod.signal();
+        let work = listener::run(listener, drain, move |socket, peer| {
+            hand_over(&all, Accepted { socket, peer, entrance, pod: pod.clone() });
+        });
+        accepting.spawn_on(work, &home.runtime);
+    }
+
+    /// Connections and streams running now.
+    pub fn running(&self) -> usize {
+        self.all.iter().map(|handle| handle.worker.tasks.len()).sum()
+    }
+
+    /// Tunnels open towards peers now.
+    pub fn tunnels(&self) -> usize {
+        self.all.iter().map(|handle| handle.worker.pool.len()).sum()
+    }
+
+    /// Waits until everything has ended, at most until `deadline`; cuts the rest and says how much that was.
+    pub async fn finish(&self, deadline: Duration) -> usize {
+        let finished = async {
+            for handle in self.all.iter() {
+                handle.worker.tasks.finished().await;
+            }
+        };
+        let cut = match tokio::time::timeout(deadline, finished).await {
+            Ok(()) => 0,
+            Err(_) => self.running(),
+        };
+        for handle in self.all.iter() {
+            handle.worker.tasks.cut();
+            handle.worker.tasks.finished().await;
+        }
+        self.stop.cancel();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
+            // A worker thread that panicked has nothing left to end.
+            let _ = thread.join();
+        }
+        cut
+    }
+}
+
+async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
+    while let Some(Accepted { socket, peer, entrance, pod }) = accepted.recv().await {
+        let worker = worker.clone();
+        worker.tasks.clone().spawn(async move {
+            let (load, active) = (Load(worker.clone()), pod.active.token());
+            match entrance {
+                Entrance::Outbound => journey::outbound(&worker, &pod, socket, peer).await,
+                Entrance::Plaintext => journey::plaintext(&worker, &pod, socket, peer).await,
+                Entrance::Tunnel => journey::tunnel(&worker, &pod, socket, peer).await,
+            }
+            drop((load, active));
+        });
+    }
+}
+
+/// Gives back a connection's share of the load when it ends, however it ends.
+struct Load(Arc<Worker>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn hand_over(all: &[Handle], accepted: Accepted) {
+    let limit = all.first().map_or(0, |handle| handle.worker.shared.config.max_connections);
+    let total: usize = all.iter().map(|handle| handle.worker.load.load(Ordering::Relaxed)).sum();
+    let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
+    let Some(handle) = least else { return };
+    let refuse = |accepted: Accepted| {
+        let reporter = &handle.worker.shared.reporter;
+        let direction = accepted.entrance.direction();
+        let record = Record::begin(reporter, &accepted.pod.uid, direction, canonical(accepted.peer));
+        record.finish(Err(Failure::Limit(limit)));
+        reset_on_close(&accepted.socket);
+    };
+    if total >= limit {
+        return refuse(accepted);
+    }
+    handle.worker.load.fetch_add(1, Ordering::Relaxed);
+    if let Err(full) = handle.deliver.try_send(accepted) {
+        handle.worker.load.fetch_sub(1, Ordering::Relaxed);
+        refuse(full.into_inner());
+    }
+}

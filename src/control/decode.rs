@@ -1,0 +1,630 @@
+//! The mesh file: YAML text → facts. Pure and total; unknown keys and values are errors with line and name.
+//!
+//! The format is that of the reference's local configuration (workloads, services, policies). Beyond it: `trustDomain`
+//! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an
+//! IP without prefix length is taken where a CIDR is asked for.
+
+use crate::mesh::address::{parse_network_address, parse_network_cidr};
+use crate::mesh::policy::{self, Action, Attribute, Match, Policy, PolicyScope, ServiceAccountMatch};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, WorkloadType};
+use crate::task::files::from_yaml;
+use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
+use ipnet::IpNet;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+
+/// Why a mesh file is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// Not YAML of this form; names line, column and key.
+    #[error("{0}")]
+    Yaml(String),
+    /// Well-formed, but a value means nothing; names the object.
+    #[error("{0}")]
+    Values(String),
+}
+
+/// Reads a mesh file. All faults of values are reported together.
+pub fn facts(text: &str) -> Result<Facts, DecodeError> {
+    if text.trim().is_empty() {
+        return Ok(Facts::default());
+    }
+    let file: File = from_yaml(text).map_err(DecodeError::Yaml)?;
+    let mut faults = Vec::new();
+    let facts = Facts {
+        workloads: file.workloads.into_iter().filter_map(|w| keep(w.check(), &mut faults)).collect(),
+        services: file.services.into_iter().filter_map(|s| keep(s.check(), &mut faults)).collect(),
+        policies: file.policies.into_iter().filter_map(|p| keep(p.check(), &mut faults)).collect(),
+    };
+    twice("workload", facts.workloads.iter().map(|w| w.uid.to_string()), &mut faults);
+    let pods = facts.workloads.iter().filter(|w| !w.name.is_empty());
+    twice("workload", pods.map(|w| format!("{}/{}", w.namespace, w.name)), &mut faults);
+    twice("service", facts.services.iter().map(|s| s.key.to_string()), &mut faults);
+    twice("policy", facts.policies.iter().map(|p| p.key.to_string()), &mut faults);
+    if faults.is_empty() { Ok(facts) } else { Err(DecodeError::Values(faults.join("; "))) }
+}
+
+fn keep<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
+    result.map_err(|fault| faults.push(fault)).ok()
+}
+
+fn twice(kind: &str, keys: impl Iterator<Item = String>, faults: &mut Vec<String>) {
+    let mut seen = HashSet::new();
+    for key in keys {
+        if !seen.insert(key.clone()) {
+            faults.push(format!("{kind} {key} is there twice"));
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    workloads: Vec<FileWorkload>,
+    #[serde(default)]
+    services: Vec<FileService>,
+    #[serde(default)]
+    policies: Vec<FilePolicy>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileGateway {
+    destination: String,
+    hbone_mtls_port: u16,
+}
+
+impl FileGateway {
+    fn check(self) -> Result<GatewayRef, String> {
+        let target = GatewayTarget::parse(&self.destination)
+            .map_err(|_| format!("{:?} is neither network/ip nor namespace/hostname", self.destination))?;
+        Ok(GatewayRef { target, hbone_port: self.hbone_mtls_port })
+    }
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct FileLocality {
+    region: String,
+    zone: String,
+    subzone: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileTunnel {
+    protocol: TunnelProtocol,
+    port: Option<u16>,
+}
+
+#[derive(Deserialize)]
+enum TunnelProtocol {
+    #[serde(rename = "NONE")]
+    None,
+    #[serde(rename = "PROXY")]
+    Proxy,
+}
+
+#[derive(Deserialize, Default)]
+enum FileProtocol {
+    #[default]
+    #[serde(rename = "TCP")]
+    Tcp,
+    #[serde(rename = "HBONE")]
+    Hbone,
+}
+
+#[derive(Deserialize, Default)]
+enum FileNetworkMode {
+    #[default]
+    Standard,
+    HostNetwork,
+}
+
+#[derive(Deserialize, Default)]
+enum FileHealth {
+    #[default]
+    Healthy,
+    Unhealthy,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+enum FileWorkloadType {
+    #[default]
+    Deployment,
+    CronJob,
+    Pod,
+    Job,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileWorkload {
+    workload_ips: Vec<IpAddr>,
+    namespace: String,
+    services: BTreeMap<String, BTreeMap<u16, u16>>,
+    #[serde(default)]
+    uid: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default = "cluster_local")]
+    trust_domain: String,
+    #[serde(default = "default_account")]
+    service_account: String,
+    #[serde(default)]
+    network: String,
+    #[serde(default)]
+    protocol: FileProtocol,
+    #[serde(default)]
+    network_mode: FileNetworkMode,
+    waypoint: Option<FileGateway>,
+    network_gateway: Option<FileGateway>,
+    #[serde(default)]
+    workload_name: String,
+    #[serde(default)]
+    workload_type: FileWorkloadType,
+    #[serde(default)]
+    canonical_name: String,
+    #[serde(default)]
+    canonical_revision: String,
+    #[serde(default)]
+    hostname: String,
+    #[serde(default)]
+    node: String,
+    #[serde(default)]
+    native_tunnel: bool,
+    application_tunnel: Option<FileTunnel>,
+    #[serde(default)]
+    authorization_policies: Vec<String>,
+    #[serde(default)]
+    status: FileHealth,
+    #[serde(default)]
+    cluster_id: String,
+    #[serde(default)]
+    locality: FileLocality,
+    #[serde(default = "one")]
+    capacity: u32,
+}
+
+fn cluster_local() -> String {
+    "cluster.local".into()
+}
+
+fn default_account() -> String {
+    "default".into()
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl FileWorkload {
+    fn check(self) -> Result<Workload, String> {
+        let label = if self.uid.is_empty() { format!("{}/{}", self.namespace, self.name) } else { self.uid.clone() };
+        let fault = |reason: String| format!("workload {label}: {reason}");
+        if self.uid.is_empty() && self.name.is_empty() {
+            return Err(fault("one of uid and name is needed".into()));
+        }
+        let mut services = BTreeMap::new();
+        for (key, ports) in self.services {
+            services.insert(ServiceKey::parse(&key).map_err(|e| fault(e.to_string()))?, ports);
+        }
+        let gateway = |g: Option<FileGateway>| g.map(FileGateway::check).transpose().map_err(&fault);
+        let uid = if self.uid.is_empty() {
+            format!("{}//Pod/{}/{}", self.cluster_id, self.namespace, self.name)
+        } else {
+            self.uid
+        };
+        let workload = Workload {
+            uid: uid.into(),
+            name: self.name.into(),
+            namespace: self.namespace.into(),
+            trust_domain: self.trust_domain.into(),
+            service_account: self.service_account.into(),
+            ips: self.workload_ips.iter().map(IpAddr::to_canonical).collect(),
+            network: self.network.into(),
+            protocol: match self.protocol {
+                FileProtocol::Tcp => Protocol::Tcp,
+                FileProtocol::Hbone => Protocol::Hbone,
+            },
+            network_mode: match self.network_mode {
+                FileNetworkMode::Standard => NetworkMode::Standard,
+                FileNetworkMode::HostNetwork => NetworkMode::HostNetwork,
+            },
+            waypoint: gateway(self.waypoint)?,
+            network_gateway: gateway(self.network_gateway)?,
+            canonical_name: self.canonical_name.into(),
+            canonical_revision: self.canonical_revision.into(),
+            workload_name: self.workload_name.into(),
+            workload_type: match self.workload_type {
+                FileWorkloadType::Deployment => WorkloadType::Deployment,
+                FileWorkloadType::CronJob => WorkloadType::CronJob,
+                FileWorkloadType::Pod => WorkloadType::Pod,
+                FileWorkloadType::Job => WorkloadType::Job,
+            },
+            hostname: self.hostname.into(),
+            node: self.node.into(),
+            native_tunnel: self.native_tunnel,
+            application_tunnel: self.application_tunnel.map(|tunnel| ApplicationTunnel {
+                proxy_protocol: matches!(tunnel.protocol, TunnelProtocol::Proxy),
+                port: tunnel.port.filter(|port| *port != 0),
+            }),
+            policies: self.authorization_policies.into_iter().map(Text::from).collect(),
+            health: match self.status {
+                FileHealth::Healthy => Health::Healthy,
+                FileHealth::Unhealthy => Health::Unhealthy,
+            },
+            cluster_id: self.cluster_id.into(),
+            locality: Locality {
+                region: self.locality.region.into(),
+                zone: self.locality.zone.into(),
+                subzone: self.locality.subzone.into(),
+            },
+            services,
+            capacity: self.capacity,
+        };
+        match workload.identity() {
+            Err(error) if workload.protocol == Protocol::Hbone => Err(fault(error.to_string())),
+            _ => Ok(workload),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+enum FileMode {
+    Standard,
+    Strict,
+    Failover,
+    Passthrough,
+}
+
+#[derive(Deserialize)]
+enum FileScope {
+    Region,
+    Zone,
+    Subzone,
+    Node,
+    Cluster,
+    Network,
+}
+
+#[derive(Deserialize)]
+enum FileHealthPolicy {
+    OnlyHealthy,
+    AllowAll,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileLoadBalancer {
+    routing_preferences: Vec<FileScope>,
+    mode: FileMode,
+    health_policy: FileHealthPolicy,
+}
+
+#[derive(Deserialize)]
+enum FileFamilies {
+    #[serde(rename = "IPv4")]
+    V4,
+    #[serde(rename = "IPv6")]
+    V6,
+    Dual,
+}
+
+#[derive(Deserialize, Default)]
+enum FileVisibility {
+    #[default]
+    Public,
+    Namespace,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileService {
+    name: String,
+    namespace: String,
+    hostname: String,
+    vips: Vec<String>,
+    ports: BTreeMap<u16, u16>,
+    #[serde(default)]
+    cidr_vips: Vec<String>,
+    #[serde(default)]
+    subject_alt_names: Vec<String>,
+    waypoint: Option<FileGateway>,
+    load_balancer: Option<FileLoadBalancer>,
+    ip_families: Option<FileFamilies>,
+    #[serde(default)]
+    canonical: bool,
+    #[serde(default)]
+    visibility: FileVisibility,
+}
+
+impl FileService {
+    fn check(self) -> Result<Service, String> {
+        let label = format!("{}/{}", self.namespace, self.hostname);
+        let fault = |reason: String| format!("service {label}: {reason}");
+        let key = ServiceKey::parse(&label).map_err(|e| fault(e.to_string()))?;
+        let vip = |v: &String| {
+            parse_network_address(v).ok_or_else(|| fault(format!("vip {v:?} is not of the form network/ip")))
+        };
+        let cidr = |v: &String| {
+            parse_network_cidr(v).ok_or_else(|| fault(format!("cidrVip {v:?} is not of the form network/ip/length")))
+        };
+        Ok(Service {
+            vips: self.vips.iter().map(vip).collect::<Result<_, _>>()?,
+            cidrs: self.cidr_vips.iter().map(cidr).collect::<Result<_, _>>()?,
+            waypoint: self.waypoint.map(FileGateway::check).transpose().map_err(&fault)?,
+            key,
+            name: self.name.into(),
+            ports: self.ports,
+            subject_alt_names: self.subject_alt_names.into_iter().map(Text::from).collect(),
+            load_balancer: self.load_balancer.map(load_balancer),
+            ip_families: self.ip_families.map(|families| match families {
+                FileFamilies::V4 => IpFamilies::V4,
+                FileFamilies::V6 => IpFamilies::V6,
+                FileFamilies::Dual => IpFamilies::Dual,
+            }),
+            canonical: self.canonical,
+            visibility: match self.visibility {
+                FileVisibility::Public => Visibility::Public,
+                FileVisibility::Namespace => Visibility::Namespace,
+            },
+        })
+    }
+}
+
+fn load_balancer(lb: FileLoadBalancer) -> LoadBalancer {
+    let scope = |scope: FileScope| match scope {
+        FileScope::Region => Scope::Region,
+        FileScope::Zone => Scope::Zone,
+        FileScope::Subzone => Scope::Subzone,
+        FileScope::Node => Scope::Node,
+        FileScope::Cluster => Scope::Cluster,
+        FileScope::Network => Scope::Network,
+    };
+    LoadBalancer {
+        preferences: lb.routing_preferences.into_iter().map(scope).collect(),
+        mode: match lb.mode {
+            FileMode::Standard => Mode::Standard,
+            FileMode::Strict => Mode::Strict,
+            FileMode::Failover => Mode::Failover,
+            FileMode::Passthrough => Mode::Passthrough,
+        },
+        health_policy: match lb.health_policy {
+            FileHealthPolicy::OnlyHealthy => HealthPolicy::OnlyHealthy,
+            FileHealthPolicy::AllowAll => HealthPolicy::AllowAll,
+        },
+    }
+}
+
+#[derive(Deserialize)]
+enum FilePolicyScope {
+    Global,
+    Namespace,
+    WorkloadSelector,
+}
+
+#[derive(Deserialize)]
+enum FileAction {
+    Allow,
+    Deny,
+}
+
+#[derive(Deserialize)]
+enum FileString {
+    Exact(String),
+    Prefix(String),
+    Suffix(String),
+    Presence,
+}
+
+impl From<FileString> for policy::StringMatch {
+    fn from(text: FileString) -> Self {
+        match text {
+            FileString::Exact(t) => Self::Exact(t.into()),
+            FileString::Prefix(t) => Self::Prefix(t.into()),
+            FileString::Suffix(t) => Self::Suffix(t.into()),
+            FileString::Presence => Self::Presence,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FileAccount {
+    namespace: String,
+    service_account: String,
+}
+
+impl From<FileAccount> for ServiceAccountMatch {
+    fn from(account: FileAccount) -> Self {
+        Self { namespace: account.namespace.into(), service_account: account.service_account.into() }
+    }
+}
+
+/// A CIDR, or an address that stands for itself alone.
+#[derive(Deserialize)]
+#[serde(try_from = "String")]
+struct FileNet(IpNet);
+
+impl TryFrom<String> for FileNet {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+        net.map(Self).ok_or_else(|| format!("{text:?} is neither a CIDR nor an IP address"))
+    }
+}
+
+impl From<FileNet> for IpNet {
+    fn from(net: FileNet) -> Self {
+        net.0
+    }
+}
+
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct FileMatch {
+    namespaces: Vec<FileString>,
+    not_namespaces: Vec<FileString>,
+    principals: Vec<FileString>,
+    not_principals: Vec<FileString>,
+    service_accounts: Vec<FileAccount>,
+    not_service_accounts: Vec<FileAccount>,
+    source_ips: Vec<FileNet>,
+    not_source_ips: Vec<FileNet>,
+    destination_ips: Vec<FileNet>,
+    not_destination_ips: Vec<FileNet>,
+    destination_ports: Vec<u16>,
+    not_destination_ports: Vec<u16>,
+}
+
+fn attribute<F, T: From<F>>(any_of: Vec<F>, none_of: Vec<F>) -> Attribute<T> {
+    let all = |list: Vec<F>| list.into_iter().map(T::from).collect();
+    Attribute { any_of: all(any_of), none_of: all(none_of) }
+}
+
+impl From<FileMatch> for Match {
+    fn from(m: FileMatch) -> Self {
+        Self {
+            namespaces: attribute(m.namespaces, m.not_namespaces),
+            principals: attribute(m.principals, m.not_principals),
+            service_accounts: attribute(m.service_accounts, m.not_service_accounts),
+            source_ips: attribute(m.source_ips, m.not_source_ips),
+            destination_ips: attribute(m.destination_ips, m.not_destination_ips),
+            destination_ports: attribute(m.destination_ports, m.not_destination_ports),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FilePolicy {
+    name: String,
+    namespace: String,
+    scope: FilePolicyScope,
+    action: FileAction,
+    dry_run: bool,
+    rules: Vec<Vec<Vec<FileMatch>>>,
+}
+
+impl FilePolicy {
+    fn check(self) -> Result<Policy, String> {
+        if self.name.is_empty() || self.namespace.is_empty() || self.name.contains('/') {
+            return Err(format!("policy {}/{}: name and namespace are needed, without slash", self.namespace, self.name));
+        }
+        let clause = |matches: Vec<FileMatch>| matches.into_iter().map(Match::from).collect();
+        let rule = |clauses: Vec<Vec<FileMatch>>| clauses.into_iter().map(clause).collect();
+        Ok(Policy {
+            key: format!("{}/{}", self.namespace, self.name).into(),
+            name: self.name.into(),
+            namespace: self.namespace.into(),
+            scope: match self.scope {
+                FilePolicyScope::Global => PolicyScope::Global,
+                FilePolicyScope::Namespace => PolicyScope::Namespace,
+                FilePolicyScope::WorkloadSelector => PolicyScope::WorkloadSelector,
+            },
+            action: match self.action {
+                FileAction::Allow => Action::Allow,
+                FileAction::Deny => Action::Deny,
+            },
+            dry_run: self.dry_run,
+            rules: self.rules.into_iter().map(rule).collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const FULL: &str = r#"
+services:
+- name: shop
+  namespace: retail
+  hostname: shop.retail.svc.cluster.local
+  vips: ["net-a/10.96.0.7", "/fd00::7"]
+  ports: {80: 8080}
+  subjectAltNames: ["spiffe://cluster.local/ns/retail/sa/other"]
+  waypoint: {destination: "net-a/10.96.0.9", hboneMtlsPort: 15008}
+  loadBalancer: {routingPreferences: [Network, Zone], mode: Failover, healthPolicy: OnlyHealthy}
+workloads:
+- uid: c1//Pod/retail/shop-0
+  name: shop-0
+  namespace: retail
+  serviceAccount: shop
+  trustDomain: cluster.local
+  workloadIps: ["10.0.1.5"]
+  protocol: HBONE
+  node: node-1
+  network: net-a
+  waypoint: {destination: retail/way.retail.svc, hboneMtlsPort: 15008}
+  services:
+    "retail/shop.retail.svc.cluster.local": {80: 8080}
+policies:
+- name: only-front
+  namespace: retail
+  scope: Namespace
+  action: Allow
+  dryRun: false
+  rules:
+  - - - principals: [{Exact: cluster.local/ns/retail/sa/front}, Presence]
+        notSourceIps: ["10.0.0.0/8", "192.0.2.1"]
+        destinationPorts: [8080]
+"#;
+
+    #[test]
+    fn the_format_of_the_reference_is_read() {
+        let facts = facts(FULL).unwrap();
+        assert_eq!(facts.workloads[0].identity().unwrap().to_string(), "spiffe://cluster.local/ns/retail/sa/shop");
+        assert_eq!(facts.services[0].vips.len(), 2);
+        let test = &facts.policies[0].rules[0][0][0];
+        assert_eq!((test.principals.any_of.len(), test.source_ips.none_of.len()), (2, 2));
+        assert_eq!(test.destination_ports.any_of, [8080]);
+        assert_eq!(super::facts("").unwrap(), Facts::default());
+    }
+
+    #[test]
+    fn faults_are_named_with_line_or_object() {
+        for (change, expected) in [
+            (("serviceAccount: shop", "serviceAcount: shop"), &["line 15", "serviceAcount"][..]),
+            (("protocol: HBONE", "protocol: QUIC"), &["line 18", "QUIC"]),
+            (("\"10.0.0.0/8\"", "\"10.0.0.0/80\""), &["line 34", "10.0.0.0/80"]),
+            (("net-a/10.96.0.7", "10.96.0.7"), &["retail/shop.retail.svc.cluster.local", "\"10.96.0.7\""]),
+            (("trustDomain: cluster.local", "trustDomain: \"Cluster local\""), &["c1//Pod/retail/shop-0", "Cluster local"]),
+            (("dryRun: false", ""), &["dryRun"]),
+            (("\"retail/shop.", "\"shop."), &["c1//Pod/retail/shop-0", "namespace/hostname"]),
+        ] {
+            let text = FULL.replacen(change.0, change.1, 1);
+            assert_ne!(text, FULL, "{change:?}");
+            let error = facts(&text).unwrap_err().to_string();
+            for word in expected {
+                assert!(error.contains(word), "{change:?}: {error:?} should name {word:?}");
+            }
+            assert!(!error.contains('\n'), "one line: {error:?}");
+        }
+        let twice = format!("{FULL}- {{name: only-front, namespace: retail, scope: Global, action: Deny, dryRun: true, rules: []}}\n");
+        assert!(facts(&twice).unwrap_err().to_string().contains("policy retail/only-front is there twice"));
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_is_total(text in "\\PC{0,200}") {
+            drop(facts(&text));
+        }
+
+        #[test]
+        fn parsing_a_damaged_file_is_total(position in 0..FULL.len(), junk in "[\\PC\\n]{0,3}") {
+            let mut text = FULL.to_owned();
+            text.insert_str(position, &junk);
+            drop(facts(&text));
+            text.truncate(position);
+            drop(facts(&text));
+        }
+    }
+}

@@ -1,0 +1,341 @@
+//! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
+
+use super::assemble::Parts;
+use crate::connection::report::Direction;
+use crate::connection::report::live::Connection;
+use crate::identity::Credentials;
+use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::workload::{Health, NetworkMode};
+use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Workload};
+use crate::node::status::{PodStatus, State};
+use rustls::pki_types::CertificateDer;
+use serde_json::{Map, Value, json};
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// `/config_dump`.
+pub(super) fn config_dump(parts: &Parts) -> Value {
+    let snapshot = parts.mesh.load();
+    let sorted = |mut all: Vec<(String, Value)>| {
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        Value::Array(all.into_iter().map(|(_, value)| value).collect())
+    };
+    let live = parts.reporter.live.list();
+    let state: Map<String, Value> =
+        parts.board.list().iter().map(|pod| (pod.spec.uid.to_string(), workload_state(pod, &live))).collect();
+    json!({
+        "workloads": sorted(snapshot.workloads().map(|w| (w.uid.to_string(), workload(w))).collect()),
+        "services": sorted(snapshot.services().map(|s| (s.key.hostname.to_string(), service(&snapshot, s))).collect()),
+        "policies": sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
+        "stagedServices": {},
+        "staticConfig": {"workloads": [], "services": [], "policies": []},
+        "certificates": certificates(parts),
+        "workloadState": state,
+        "version": {"version": env!("CARGO_PKG_VERSION"), "buildStatus": "culvert", "cryptoProvider": "aws-lc-rs"},
+        "config": config(parts),
+    })
+}
+
+/// `/connections`.
+pub(super) fn connections(parts: &Parts) -> Value {
+    let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
+    let one = |(id, c): (u64, std::sync::Arc<Connection>)| {
+        json!({
+            "id": id,
+            "pod": &*c.pod,
+            "direction": c.direction.word(),
+            "protocol": c.protocol,
+            "src": c.source.to_string(),
+            "dst": c.destination.to_string(),
+            "actualDst": c.actual.to_string(),
+            "hboneAddr": c.authority,
+            "srcIdentity": name(&c.source_identity),
+            "dstIdentity": name(&c.destination_identity),
+            "bytesSent": c.bytes.up.load(Ordering::Relaxed),
+            "bytesReceived": c.bytes.down.load(Ordering::Relaxed),
+            "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "tls": c.tls.get().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
+            "rule": c.rule,
+        })
+    };
+    Value::Array(parts.reporter.live.list().into_iter().map(one).collect())
+}
+
+/// `/pods`.
+pub(super) fn pods(parts: &Parts) -> Value {
+    let one = |pod: &PodStatus| {
+        json!({
+            "uid": &*pod.spec.uid,
+            "name": &*pod.spec.name,
+            "namespace": &*pod.spec.namespace,
+            "serviceAccount": &*pod.spec.service_account,
+            "netns": pod.spec.netns.display().to_string(),
+            "state": pod.state.word(),
+            "reason": pod.state.reason(),
+            "since": time(pod.since),
+        })
+    };
+    Value::Array(parts.board.list().iter().map(one).collect())
+}
+
+fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -> Value {
+    let of = |direction: Direction| {
+        let all = live.iter().filter(|(_, c)| c.pod == pod.spec.uid && c.direction == direction);
+        let one = |(_, c): &(u64, std::sync::Arc<Connection>)| {
+            let original = match direction {
+                Direction::Outbound => Value::from(c.destination.to_string()),
+                Direction::Inbound => Value::Null,
+            };
+            json!({"src": c.source.to_string(), "originalDst": original, "actualDst": c.actual.to_string(), "protocol": c.protocol})
+        };
+        all.map(one).collect::<Vec<Value>>()
+    };
+    json!({
+        "state": if pod.state == State::Captured { "Up" } else { "Pending" },
+        "reason": pod.state.reason(),
+        "info": {
+            "name": &*pod.spec.name,
+            "namespace": &*pod.spec.namespace,
+            "serviceAccount": &*pod.spec.service_account,
+        },
+        "connections": {"inbound": of(Direction::Inbound), "outbound": of(Direction::Outbound)},
+    })
+}
+
+/// Drops what is empty: the shape leaves default values out.
+fn without_defaults(value: Value, always: &[&str]) -> Value {
+    let Value::Object(map) = value else { return value };
+    let empty = |v: &Value| match v {
+        Value::Null | Value::Bool(false) => true,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    };
+    Value::Object(map.into_iter().filter(|(key, v)| always.contains(&key.as_str()) || !empty(v)).collect())
+}
+
+fn workload(w: &Workload) -> Value {
+    let ports = |ports: &crate::mesh::workload::Ports| {
+        ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect::<Map<_, _>>()
+    };
+    let services: Map<String, Value> =
+        w.services.iter().map(|(key, map)| (key.to_string(), Value::Object(ports(map)))).collect();
+    let locality = json!({"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone});
+    let value = json!({
+        "workloadIps": w.ips,
+        "waypoint": w.waypoint.as_ref().map(gateway),
+        "networkGateway": w.network_gateway.as_ref().map(gateway),
+        "protocol": match w.protocol { Protocol::Tcp => "TCP", Protocol::Hbone => "HBONE" },
+        "networkMode": match w.network_mode { NetworkMode::Standard => "Standard", NetworkMode::HostNetwork => "HostNetwork" },
+        "uid": &*w.uid,
+        "name": &*w.name,
+        "namespace": &*w.namespace,
+        "trustDomain": &*w.trust_domain,
+        "serviceAccount": &*w.service_account,
+        "network": &*w.network,
+        "workloadName": &*w.workload_name,
+        "workloadType": w.workload_type.as_str(),
+        "canonicalName": &*w.canonical_name,
+        "canonicalRevision": &*w.canonical_revision,
+        "hostname": &*w.hostname,
+        "node": &*w.node,
+        "nativeTunnel": w.native_tunnel,
+        "applicationTunnel": w.application_tunnel.map(|t| {
+            json!({"protocol": if t.proxy_protocol { "PROXY" } else { "NONE" }, "port": t.port})
+        }),
+        "authorizationPolicies": w.policies.iter().map(|p| &**p).collect::<Vec<_>>(),
+        "status": match w.health { Health::Healthy => "Healthy", Health::Unhealthy => "Unhealthy" },
+        "clusterId": &*w.cluster_id,
+        "locality": without_defaults(locality, &[]),
+        "services": services,
+        "capacity": w.capacity,
+    });
+    without_defaults(value, &["workloadIps", "protocol", "networkMode", "name", "namespace", "status", "clusterId", "capacity"])
+}
+
+fn gateway(g: &GatewayRef) -> Value {
+    json!({"destination": g.target.to_string(), "hboneMtlsPort": g.hbone_port})
+}
+
+fn service(snapshot: &Snapshot, s: &Service) -> Value {
+    let ports: Map<String, Value> = s.ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect();
+    let endpoints: Map<String, Value> = snapshot
+        .endpoints(&s.key)
+        .iter()
+        .map(|endpoint| {
+            let ports: Map<String, Value> =
+                endpoint.ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect();
+            let status = if endpoint.workload.health == Health::Healthy { "Healthy" } else { "Unhealthy" };
+            let uid = endpoint.workload.uid.to_string();
+            (uid.clone(), json!({"workloadUid": uid, "port": ports, "status": status}))
+        })
+        .collect();
+    let value = json!({
+        "name": &*s.name,
+        "namespace": &*s.key.namespace,
+        "hostname": &*s.key.hostname,
+        "vips": s.vips.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "cidrVips": s.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "ports": ports,
+        "endpoints": endpoints,
+        "subjectAltNames": s.subject_alt_names.iter().map(|n| &**n).collect::<Vec<_>>(),
+        "waypoint": s.waypoint.as_ref().map(gateway),
+        "loadBalancer": s.load_balancer.as_ref().map(load_balancer),
+        "ipFamilies": s.ip_families.map(|f| match f { IpFamilies::V4 => "IPv4", IpFamilies::V6 => "IPv6", IpFamilies::Dual => "Dual" }),
+        "canonical": s.canonical,
+        "visibility": match s.visibility { Visibility::Public => "Public", Visibility::Namespace => "Namespace" },
+    });
+    without_defaults(value, &["name", "namespace", "hostname", "vips", "ports", "endpoints", "visibility"])
+}
+
+fn load_balancer(lb: &LoadBalancer) -> Value {
+    let scope = |scope: &Scope| match scope {
+        Scope::Region => "Region",
+        Scope::Zone => "Zone",
+        Scope::Subzone => "Subzone",
+        Scope::Node => "Node",
+        Scope::Cluster => "Cluster",
+        Scope::Network => "Network",
+    };
+    json!({
+        "routingPreferences": lb.preferences.iter().map(scope).collect::<Vec<_>>(),
+        "mode": match lb.mode {
+            Mode::Standard => "Standard",
+            Mode::Strict => "Strict",
+            Mode::Failover => "Failover",
+            Mode::Passthrough => "Passthrough",
+        },
+        "healthPolicy": match lb.health_policy { HealthPolicy::OnlyHealthy => "OnlyHealthy", HealthPolicy::AllowAll => "AllowAll" },
+    })
+}
+
+fn policy(p: &Policy) -> Value {
+    let rules: Vec<Vec<Vec<Value>>> =
+        p.rules.iter().map(|rule| rule.iter().map(|clause| clause.iter().map(one_match).collect()).collect()).collect();
+    json!({
+        "name": &*p.name,
+        "namespace": &*p.namespace,
+        "scope": match p.scope {
+            PolicyScope::Global => "Global",
+            PolicyScope::Namespace => "Namespace",
+            PolicyScope::WorkloadSelector => "WorkloadSelector",
+        },
+        "action": match p.action { Action::Allow => "Allow", Action::Deny => "Deny" },
+        "dryRun": p.dry_run,
+        "rules": rules,
+    })
+}
+
+fn one_match(m: &Match) -> Value {
+    let mut map = Map::new();
+    let mut put = |name: &str, not: &str, (any_of, none_of): (Vec<Value>, Vec<Value>)| {
+        for (key, list) in [(name, any_of), (not, none_of)] {
+            if !list.is_empty() {
+                map.insert(key.to_owned(), Value::Array(list));
+            }
+        }
+    };
+    let text = |m: &StringMatch| match m {
+        StringMatch::Exact(t) => json!({"Exact": &**t}),
+        StringMatch::Prefix(t) => json!({"Prefix": &**t}),
+        StringMatch::Suffix(t) => json!({"Suffix": &**t}),
+        StringMatch::Presence => json!("Presence"),
+    };
+    put("namespaces", "notNamespaces", lists(&m.namespaces, text));
+    put("principals", "notPrincipals", lists(&m.principals, text));
+    let account = |a: &crate::mesh::policy::ServiceAccountMatch| {
+        json!({"namespace": &*a.namespace, "serviceAccount": &*a.service_account})
+    };
+    put("serviceAccounts", "notServiceAccounts", lists(&m.service_accounts, account));
+    let net = |n: &ipnet::IpNet| Value::from(n.to_string());
+    put("sourceIps", "notSourceIps", lists(&m.source_ips, net));
+    put("destinationIps", "notDestinationIps", lists(&m.destination_ips, net));
+    put("destinationPorts", "notDestinationPorts", lists(&m.destination_ports, |p| Value::from(*p)));
+    Value::Object(map)
+}
+
+fn lists<T>(attribute: &Attribute<T>, show: impl Fn(&T) -> Value) -> (Vec<Value>, Vec<Value>) {
+    (attribute.any_of.iter().map(&show).collect(), attribute.none_of.iter().map(&show).collect())
+}
+
+fn certificates(parts: &Parts) -> Value {
+    let one = |held: crate::identity::store::Held| {
+        let state = match (&held.credentials, &held.error) {
+            (Some(_), _) => "Available".to_owned(),
+            (None, Some(error)) => format!("Unavailable: {error}"),
+            (None, None) => "Initializing".to_owned(),
+        };
+        let chain = |pick: fn(&Credentials) -> &[CertificateDer<'static>]| {
+            held.credentials.as_ref().map_or(Vec::new(), |c| pick(c).iter().map(certificate).collect())
+        };
+        json!({
+            "identity": held.identity.to_string(),
+            "state": state,
+            "certChain": chain(|c| &c.chain),
+            "rootCerts": chain(|c| &c.roots),
+        })
+    };
+    Value::Array(parts.identities.list().into_iter().map(one).collect())
+}
+
+fn certificate(der: &CertificateDer<'static>) -> Value {
+    let pem = rcgen_pem(der);
+    let Ok((_, parsed)) = X509Certificate::from_der(der) else { return json!({"pem": pem}) };
+    let at = |time: x509_parser::time::ASN1Time| {
+        let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
+        self::time(UNIX_EPOCH + std::time::Duration::from_secs(seconds))
+    };
+    json!({
+        "pem": pem,
+        "serialNumber": parsed.tbs_certificate.serial.to_string(),
+        "validFrom": at(parsed.validity().not_before),
+        "expirationTime": at(parsed.validity().not_after),
+    })
+}
+
+/// The certificate's PEM text in base64, which is what the reference's dump holds.
+fn rcgen_pem(der: &CertificateDer<'static>) -> String {
+    use base64::Engine as _;
+    let base64 = base64::engine::general_purpose::STANDARD;
+    let body = base64.encode(der);
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in body.as_bytes().chunks(64) {
+        text.push_str(&String::from_utf8_lossy(line));
+        text.push('\n');
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    base64.encode(text)
+}
+
+fn time(at: SystemTime) -> String {
+    humantime::format_rfc3339_seconds(at).to_string()
+}
+
+fn config(parts: &Parts) -> Value {
+    let c = &parts.config;
+    let duration = |d: std::time::Duration| humantime::format_duration(d).to_string();
+    json!({
+        "localXdsPath": c.mesh_file.display().to_string(),
+        "podsFile": c.node.pods_file.as_ref().map(|p| p.display().to_string()),
+        "caDir": c.ca_dir.display().to_string(),
+        "secretTtl": duration(c.secret_ttl),
+        "trustDomainAliases": c.trust_domain_aliases,
+        "connectionTerminationDeadline": duration(c.drain_deadline),
+        "packetMark": c.node.mark,
+        "inpodPortReuse": c.node.reuse_port,
+        "ipv6Enabled": c.node.ipv6,
+        "enableOriginalSource": c.connection.sockets.keep_source,
+        "numWorkerThreads": c.connection.workers,
+        "maxConnections": c.connection.max_connections,
+        "poolMaxStreamsPerConn": c.connection.pool.max_streams,
+        "poolUnusedReleaseTimeout": duration(c.connection.pool.idle),
+        "windowSize": c.connection.hbone.stream_window,
+        "connectionWindowSize": c.connection.hbone.connection_window,
+        "frameSize": c.connection.hbone.frame_size,
+        "halfClosedTimeout": duration(c.connection.hbone.half_closed_silence),
+        "enableResponseBaggage": c.connection.response_baggage,
+    })
+}

@@ -1,0 +1,213 @@
+//! `culvert demo`: two nodes and five pods on one machine, real traffic between ordinary programs, and an account of
+//! what happened: what was captured, what crossed the wire, who saw whom, what was denied and by which rule, how fast.
+
+mod account;
+mod nodes;
+mod traffic;
+mod wire;
+mod world;
+
+use crate::config::args::DemoArgs;
+use crate::sys;
+use account::{Account, Denied, Seen};
+use anyhow::{Context, bail};
+use serde_json::Value;
+use std::io::Write;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use world::{PODS, World};
+
+/// Programs that the demonstration runs, and the Debian package of each.
+const PROGRAMS: [(&str, &str); 4] = [("ip", "iproute2"), ("nft", "nftables"), ("curl", "curl"), ("python3", "python3")];
+
+/// How long a fact may take to show up in a log.
+const LOG_DEADLINE: Duration = Duration::from_secs(5);
+
+type Shared = Arc<Mutex<Option<World>>>;
+
+/// Runs the demonstration; leaves nothing behind, also when interrupted.
+pub fn run(args: &DemoArgs) -> ExitCode {
+    let missing = lacking();
+    if !missing.is_empty() {
+        for line in missing {
+            let _ = writeln!(std::io::stderr(), "culvert demo: {line}");
+        }
+        return ExitCode::FAILURE;
+    }
+    sys::limits::raise_open_files();
+    let result = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start a runtime")
+        .and_then(|runtime| {
+            let result = runtime.block_on(interruptible(args.clone()));
+            // A scenario that was interrupted may still wait in a system call; nothing of it is needed any more.
+            runtime.shutdown_background();
+            result
+        });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "culvert demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What this machine or user lacks, one line each, with what to do.
+fn lacking() -> Vec<String> {
+    let mut lines = Vec::new();
+    if !sys::limits::is_root() {
+        lines.push("must run as root: it makes network namespaces and captures packets (try sudo)".to_owned());
+    }
+    for (program, package) in PROGRAMS {
+        let found = Command::new(program).arg("--help").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        if found.is_err() {
+            lines.push(format!("{program} is not there: apt-get install {package}"));
+        }
+    }
+    lines
+}
+
+async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let shared: Shared = Arc::default();
+    let (keep, for_scenario) = (args.keep, shared.clone());
+    let scenario = tokio::task::spawn_blocking(move || scenario(&args, &for_scenario));
+    let result = tokio::select! {
+        result = scenario => result.context("the demonstration panicked")?,
+        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
+    };
+    if keep && result.is_ok() {
+        let _ = writeln!(std::io::stderr(), "\nEverything is left running. Ctrl-C ends it and removes every trace.");
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+    }
+    // Here the namespaces, rules and processes go, whatever happened before.
+    drop(shared.lock().unwrap_or_else(PoisonError::into_inner).take());
+    result
+}
+
+fn with<T>(shared: &Shared, work: impl FnOnce(&mut World) -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    work(world.as_mut().context("interrupted")?)
+}
+
+fn progress(args: &DemoArgs, text: &str) {
+    if !args.json {
+        let _ = writeln!(std::io::stderr(), "… {text}");
+    }
+}
+
+fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
+    progress(args, "making two nodes and five pods");
+    *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(World::build()?);
+    let canary = format!("canary-{:032x}", rand::random::<u128>());
+    let (client, server, node1) = with(shared, |w| Ok((w.netns("client")?, w.netns("server")?, w.netns("node1")?)))?;
+    with(shared, |world| serve_files(world, &canary))?;
+    traffic::serve(&server)?;
+    let duration = Duration::from_secs(args.seconds.clamp(1, 60));
+    let server_ip = "10.2.0.20".parse()?;
+
+    progress(args, "without culvert: the same programs, in plaintext");
+    let watch = wire::Watch::start(&node1, &canary)?;
+    with(shared, |world| fetch(world, "client", "http://10.2.0.20:8080/", Wait::ForServer)?.ok_or_else(|| anyhow::anyhow!("the server did not answer")))?;
+    let plain_wire = watch.take()?;
+    let direct = traffic::measure(&client, server_ip, duration)?;
+
+    progress(args, "starting culvert on both nodes");
+    with(shared, nodes::start)?;
+    let captured = with(shared, nodes::wait_until_captured)?;
+
+    progress(args, "through culvert");
+    let watch = wire::Watch::start(&node1, &canary)?;
+    let seen = with(shared, |world| exchanges(world, &canary))?;
+    let wire = watch.take()?;
+    let tunnelled = traffic::measure(&client, server_ip, duration)?;
+    let (identities, denied) = with(shared, |world| from_logs(world))?;
+    let (node_names, dead) = with(shared, |w| Ok(([w.name("node1"), w.name("node2")], w.ended())))?;
+    if let Some(pid) = dead {
+        bail!("process {pid} has ended before its time");
+    }
+    let account = Account { captured, plain_wire, wire, seen, identities, denied, direct, tunnelled, node_names };
+    let text = if args.json { account.json() } else { account.text() };
+    let _ = writeln!(std::io::stdout(), "{text}");
+    Ok(if account.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// An ordinary web server in the server pod; its page is the canary.
+fn serve_files(world: &mut World, canary: &str) -> anyhow::Result<()> {
+    let site = world.folder.join("site");
+    std::fs::create_dir_all(&site)?;
+    std::fs::write(site.join("index.html"), canary)?;
+    let mut command = Command::new("python3");
+    command.args(["-m", "http.server", "8080", "--bind", "::"]).current_dir(&site);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    world.start("server", &mut command).map(drop)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    ForServer,
+    No,
+}
+
+/// Fetches a page with curl in a pod; `None` where there was no answer.
+fn fetch(world: &World, pod: &str, url: &str, wait: Wait) -> anyhow::Result<Option<String>> {
+    let mut command = Command::new("curl");
+    command.args(["--silent", "--globoff", "--max-time", "10"]);
+    if wait == Wait::ForServer {
+        command.args(["--retry", "40", "--retry-connrefused", "--retry-delay", "0", "--retry-max-time", "10"]);
+    }
+    Ok(world.run(pod, command.arg(url))?.ok())
+}
+
+/// Who fetches what, and whether it should succeed.
+fn exchanges(world: &mut World, canary: &str) -> anyhow::Result<Vec<Seen>> {
+    let vip = format!("http://{}/", nodes::SERVICE_VIP);
+    let mut all = Vec::new();
+    for (from, to, url, expected) in [
+        ("client", "server, pod address", "http://10.2.0.20:8080/", true),
+        ("client", "server, service address", vip.as_str(), true),
+        ("dual", "server, IPv6", "http://[fd00:2::20]:8080/", true),
+        ("forbidden", "server", "http://10.2.0.20:8080/", false),
+        ("outside", "server (in plaintext)", "http://10.2.0.20:8080/", false),
+    ] {
+        let answered = fetch(world, from, url, Wait::No)?.is_some_and(|page| page.trim() == canary);
+        all.push(Seen { from, to, answered, expected });
+    }
+    Ok(all)
+}
+
+/// Identities that each side saw, and refusals, from the access logs of both nodes.
+fn from_logs(world: &mut World) -> anyhow::Result<(Vec<[String; 3]>, Vec<Denied>)> {
+    let deadline = Instant::now() + LOG_DEADLINE;
+    loop {
+        let (mut identities, mut denied) = (Vec::new(), Vec::new());
+        for node in [1, 2] {
+            for line in nodes::access_log(world, node)? {
+                let text = |key: &str| line.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+                let direction = text("direction");
+                if line.get("error").is_none() && line.get("src.identity").is_some() {
+                    let seen = [format!("node{node} {direction}"), text("src.identity"), text("dst.identity")];
+                    if !identities.contains(&seen) {
+                        identities.push(seen);
+                    }
+                }
+                if direction == "inbound" && text("error").contains("policy rejection") {
+                    let source = text("src.addr");
+                    let ip = source.rsplit_once(':').map_or(source.as_str(), |(ip, _)| ip);
+                    let pod = PODS.iter().find(|pod| pod.v4 == ip).map_or(ip, |pod| pod.name);
+                    denied.push(Denied { who: pod.to_owned(), by: text("error") });
+                }
+            }
+        }
+        if denied.len() >= 2 && identities.len() >= 4 || Instant::now() > deadline {
+            identities.sort();
+            return Ok((identities, denied));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,103 @@
+//! The client end of a tunnel: open streams through it until either side says that it is going away.
+
+use super::request::ConnectRequest;
+use super::{Config, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
+use bytes::Bytes;
+use h2::client::{Connection, SendRequest};
+use http::StatusCode;
+use std::fmt;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Largest header list taken in an answer.
+const HEADER_LIST_BYTES: u32 = 16 * 1024;
+
+/// A tunnel to one peer; clones share it.
+#[derive(Clone)]
+pub struct Tunnel {
+    sender: SendRequest<Bytes>,
+}
+
+impl fmt::Debug for Tunnel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Tunnel")
+    }
+}
+
+/// Moves the bytes of a tunnel; somebody must await [`Driver::run`] for as long as the tunnel is used.
+pub struct Driver<IO> {
+    connection: Connection<IO, Bytes>,
+}
+
+impl<IO> fmt::Debug for Driver<IO> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Driver")
+    }
+}
+
+/// Why a stream could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The tunnel was gone before the request was sent: another tunnel may be tried without risk.
+    #[error("the tunnel is going away: {0}")]
+    TunnelGone(h2::Error),
+    /// The peer refused the stream.
+    #[error("http status: {0}")]
+    Status(StatusCode),
+    /// The tunnel broke while the answer was awaited.
+    #[error("the tunnel broke: {0}")]
+    Broken(h2::Error),
+    /// The request cannot be written as HTTP.
+    #[error("the request cannot be written: {0}")]
+    Request(#[from] http::Error),
+}
+
+/// Starts HTTP/2 on `io`.
+pub async fn handshake<IO>(io: IO, config: &Config) -> Result<(Tunnel, Driver<IO>), TunnelError>
+where
+    IO: AsyncRead + AsyncWrite + Unpin,
+{
+    let (sender, connection) = h2::client::Builder::new()
+        .initial_window_size(config.stream_window)
+        .initial_connection_window_size(config.connection_window)
+        .max_frame_size(config.frame_size)
+        .max_header_list_size(HEADER_LIST_BYTES)
+        .max_send_buffer_size(SEND_BUFFER_BYTES)
+        .enable_push(false)
+        .handshake(io)
+        .await?;
+    Ok((Tunnel { sender }, Driver { connection }))
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
+    /// Runs the tunnel until it ends: when nobody uses it any more, when the peer closes it, or when it breaks.
+    pub async fn run(mut self) -> Result<(), TunnelError> {
+        let pings = self.connection.ping_pong();
+        tokio::select! {
+            ended = self.connection => Ok(ended?),
+            overdue = ping::watch(pings) => Err(overdue),
+        }
+    }
+}
+
+impl Tunnel {
+    /// Streams that the peer lets us have open at once.
+    pub fn max_streams(&self) -> usize {
+        self.sender.current_max_send_streams()
+    }
+
+    /// Opens a stream and waits for the peer to accept it. No byte is sent on it before.
+    pub async fn open(&self, request: &ConnectRequest) -> Result<Stream, OpenError> {
+        let http = request.to_http()?;
+        let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
+        let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
+        let response = response.await.map_err(|error| {
+            // REFUSED_STREAM promises that nothing was done (RFC 9113 8.7).
+            let untouched = error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            if untouched { OpenError::TunnelGone(error) } else { OpenError::Broken(error) }
+        })?;
+        if response.status() != StatusCode::OK {
+            return Err(OpenError::Status(response.status()));
+        }
+        Ok(Stream::new(send, response.into_body()))
+    }
+}

@@ -1,0 +1,98 @@
+//! The server end of a tunnel: streams come in, each to be accepted or refused.
+
+use super::request::{self, ConnectRequest, RequestError};
+use super::{Config, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::server::{Connection, SendResponse};
+use http::StatusCode;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Largest header list taken in a request: CONNECT needs a fraction of it.
+const HEADER_LIST_BYTES: u32 = 64 * 1024;
+
+/// A tunnel from one peer.
+pub struct Server<IO> {
+    connection: Connection<IO, Bytes>,
+    pings: Pin<Box<dyn Future<Output = TunnelError> + Send>>,
+}
+
+impl<IO> fmt::Debug for Server<IO> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Server")
+    }
+}
+
+/// A stream that waits for an answer; without one it is reset when dropped.
+pub struct Incoming {
+    /// What is asked for, or why it is no HBONE request.
+    pub request: Result<ConnectRequest, RequestError>,
+    body: RecvStream,
+    respond: SendResponse<Bytes>,
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Incoming({:?})", self.request)
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
+    /// Starts HTTP/2 on `io`.
+    pub async fn handshake(io: IO, config: &Config) -> Result<Self, TunnelError> {
+        let mut connection = h2::server::Builder::new()
+            .initial_window_size(config.stream_window)
+            .initial_connection_window_size(config.connection_window)
+            .max_frame_size(config.frame_size)
+            .max_header_list_size(HEADER_LIST_BYTES)
+            .max_send_buffer_size(SEND_BUFFER_BYTES)
+            .max_concurrent_streams(config.max_streams)
+            .handshake(io)
+            .await?;
+        let pings = Box::pin(ping::watch(connection.ping_pong()));
+        Ok(Self { connection, pings })
+    }
+
+    /// The next stream; `None` when the tunnel has ended. Must be awaited for any stream of the tunnel to move.
+    pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
+        tokio::select! {
+            accepted = self.connection.accept() => Some(match accepted? {
+                Ok((http, respond)) => {
+                    let (parts, body) = http.into_parts();
+                    let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
+                    Ok(Incoming { request, body, respond })
+                }
+                Err(error) => Err(error.into()),
+            }),
+            overdue = &mut self.pings => Some(Err(overdue)),
+        }
+    }
+
+    /// Sends GOAWAY: no new streams, those there are go on.
+    pub fn go_away(&mut self) {
+        self.connection.graceful_shutdown();
+    }
+}
+
+impl Incoming {
+    /// Answers 200; `baggage` says who accepted.
+    pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, TunnelError> {
+        let send = self.respond.send_response(request::accepted(baggage), false)?;
+        Ok(Stream::new(send, self.body))
+    }
+
+    /// Answers with a status that is not 200. What the peer has sent already is never looked at.
+    pub fn refuse(mut self, status: StatusCode) {
+        // Fails only when the stream is gone already, and then there is nobody to tell.
+        let _ = self.respond.send_response(request::refused(status), true);
+    }
+
+    /// Resolves when the peer gives the stream up before it is answered.
+    pub async fn abandoned(&mut self) {
+        // Any outcome means that no answer is awaited any more.
+        let _ = std::future::poll_fn(|context| self.respond.poll_reset(context)).await;
+    }
+}

@@ -1,0 +1,12 @@
+//! Who we are and how we prove it: certificates by identity, kept fresh, and the TLS settings made of them.
+//!
+//! It knows names, not pods; who needs a certificate asks the [`Store`] for the identity's current [`Credentials`].
+
+pub mod authority;
+pub mod credentials;
+pub mod store;
+pub mod verify;
+
+pub use authority::Authority;
+pub use credentials::{Credentials, TlsFacts};
+pub use store::Store;

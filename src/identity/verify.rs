@@ -1,0 +1,173 @@
+//! Verifying a peer: the chain by webpki, the name by us. A peer is who its one SPIFFE URI SAN says, exactly.
+
+use crate::mesh::SpiffeName;
+use crate::mesh::name::NameError;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme};
+use std::sync::Arc;
+use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
+
+/// Why a certificate that may be valid is still not the peer we talk to.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PeerError {
+    /// The certificate cannot be parsed.
+    #[error("the peer's certificate cannot be parsed: {0}")]
+    Unparsable(String),
+    /// Not exactly one URI among the subject alternative names.
+    #[error("the peer's certificate has {0} URI names, exactly one is needed")]
+    NotOneUri(usize),
+    /// The URI is not a SPIFFE name.
+    #[error("the peer's URI name is not a workload identity: {0}")]
+    Name(#[from] NameError),
+    /// The peer is of a trust domain that is not ours.
+    #[error("the peer {peer} is of a foreign trust domain (accepted: {accepted})")]
+    TrustDomain {
+        /// Who the peer is.
+        peer: SpiffeName,
+        /// Whom we accept, joined.
+        accepted: String,
+    },
+    /// The peer is somebody else.
+    #[error("the peer is {peer}, expected {expected}")]
+    Unexpected {
+        /// Who the peer is.
+        peer: SpiffeName,
+        /// Whom we expected, joined.
+        expected: String,
+    },
+}
+
+impl From<PeerError> for Error {
+    fn from(error: PeerError) -> Self {
+        CertificateError::Other(OtherError(Arc::new(error))).into()
+    }
+}
+
+/// The identity in a certificate: exactly one URI SAN, and that a SPIFFE name in its exact form.
+pub fn peer_name(certificate: &CertificateDer<'_>) -> Result<SpiffeName, PeerError> {
+    let unparsable = |error: &dyn std::fmt::Display| PeerError::Unparsable(error.to_string());
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| unparsable(&e))?;
+    let mut uris = Vec::new();
+    for extension in parsed.extensions() {
+        if let ParsedExtension::SubjectAlternativeName(names) = extension.parsed_extension() {
+            uris.extend(names.general_names.iter().filter_map(|name| match name {
+                GeneralName::URI(uri) => Some(*uri),
+                _ => None,
+            }));
+        }
+    }
+    match uris.as_slice() {
+        [one] => Ok(SpiffeName::parse(one)?),
+        other => Err(PeerError::NotOneUri(other.len())),
+    }
+}
+
+/// Verifies servers: chain under our roots, identity among the expected ones.
+#[derive(Debug)]
+pub struct ServerVerifier {
+    /// Verifies the chain (webpki's, for client certificates: it checks no DNS name, which SPIFFE leaves have none of).
+    pub chain: Arc<dyn ClientCertVerifier>,
+    /// Who the server may be. Empty means nobody.
+    pub expected: Vec<SpiffeName>,
+}
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let peer = peer_name(end_entity)?;
+        if self.expected.contains(&peer) {
+            return Ok(ServerCertVerified::assertion());
+        }
+        let expected = join(self.expected.iter());
+        Err(PeerError::Unexpected { peer, expected }.into())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+/// Verifies clients: chain under our roots, trust domain among the accepted ones.
+#[derive(Debug)]
+pub struct ClientVerifier {
+    /// Verifies the chain.
+    pub chain: Arc<dyn ClientCertVerifier>,
+    /// Our trust domain and its aliases.
+    pub trust_domains: Vec<crate::mesh::Text>,
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        // Names of our roots would help nobody: every peer of the mesh has one certificate.
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let peer = peer_name(end_entity)?;
+        if self.trust_domains.contains(&peer.trust_domain) {
+            return Ok(verified);
+        }
+        let accepted = join(self.trust_domains.iter());
+        Err(PeerError::TrustDomain { peer, accepted }.into())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.chain.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+fn join<T: ToString>(names: impl Iterator<Item = T>) -> String {
+    let names: Vec<String> = names.map(|name| name.to_string()).collect();
+    if names.is_empty() { "nobody".into() } else { names.join(" or ") }
+}

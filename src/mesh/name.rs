@@ -1,0 +1,158 @@
+//! Names: the SPIFFE name of a workload, the hostname of a service, the uid of a workload.
+//!
+//! A SPIFFE name is parsed exactly: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>` and nothing near it
+//! (source: Istio's workload identity form). Whatever is refused here can never be taken for an identity elsewhere.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// A shared, immutable string; names are cloned once per connection and must be cheap to clone.
+pub type Text = Arc<str>;
+
+/// The identity of a workload: who a peer is, as its certificate says.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpiffeName {
+    /// Trust domain, e.g. `cluster.local`; always lower case.
+    pub trust_domain: Text,
+    /// Kubernetes namespace.
+    pub namespace: Text,
+    /// Kubernetes service account.
+    pub service_account: Text,
+}
+
+/// Why a text is not a SPIFFE name of a workload.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NameError {
+    /// It does not begin with `spiffe://`.
+    #[error("{0:?} does not begin with spiffe://")]
+    Scheme(String),
+    /// The path is not `/ns/<namespace>/sa/<service account>`.
+    #[error("{0:?} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
+    Form(String),
+    /// A part is empty or holds a character that such a part cannot have.
+    #[error("{0:?} has an empty part, or one with a character outside [a-z0-9.-_]")]
+    Character(String),
+    /// A `namespace/hostname` key without exactly one slash.
+    #[error("{0:?} is not of the form namespace/hostname")]
+    Key(String),
+}
+
+impl SpiffeName {
+    /// Makes a name of its three parts; the parts are checked as [`SpiffeName::parse`] checks them.
+    pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, NameError> {
+        let whole = || format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}");
+        let fine = |part: &str| {
+            !part.is_empty()
+                && part.len() <= 253
+                && part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
+        };
+        if !fine(trust_domain) || !fine(namespace) || !fine(service_account) {
+            return Err(NameError::Character(whole()));
+        }
+        Ok(Self {
+            trust_domain: trust_domain.into(),
+            namespace: namespace.into(),
+            service_account: service_account.into(),
+        })
+    }
+
+    /// Reads `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`; anything else is an error.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        let rest = text.strip_prefix("spiffe://").ok_or_else(|| NameError::Scheme(text.to_owned()))?;
+        let mut parts = rest.split('/');
+        let (Some(domain), Some("ns"), Some(namespace), Some("sa"), Some(account), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
+        else {
+            return Err(NameError::Form(text.to_owned()));
+        };
+        Self::new(domain, namespace, account)
+    }
+
+    /// The name without `spiffe://`: what a policy's principal is compared with.
+    pub fn principal(&self) -> String {
+        format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+    }
+}
+
+impl fmt::Display for SpiffeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+    }
+}
+
+impl fmt::Debug for SpiffeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// `namespace/hostname`: the key of a service.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ServiceKey {
+    /// Kubernetes namespace of the service.
+    pub namespace: Text,
+    /// Fully qualified host name of the service.
+    pub hostname: Text,
+}
+
+impl ServiceKey {
+    /// Reads `namespace/hostname`.
+    pub fn parse(text: &str) -> Result<Self, NameError> {
+        match text.split_once('/') {
+            Some((namespace, hostname)) if !namespace.is_empty() && !hostname.is_empty() && !hostname.contains('/') => {
+                Ok(Self { namespace: namespace.into(), hostname: hostname.into() })
+            }
+            _ => Err(NameError::Key(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.hostname)
+    }
+}
+
+impl fmt::Debug for ServiceKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spiffe_names_are_parsed_exactly() {
+        let good = "spiffe://cluster.local/ns/retail/sa/shop";
+        assert_eq!(SpiffeName::parse(good).unwrap().to_string(), good);
+        assert_eq!(SpiffeName::parse(good).unwrap().principal(), "cluster.local/ns/retail/sa/shop");
+        for bad in [
+            "",
+            "cluster.local/ns/a/sa/b",
+            "SPIFFE://cluster.local/ns/a/sa/b",
+            "spiffe://Cluster.local/ns/a/sa/b",
+            "spiffe://cluster.local/ns/a/sa/b/",
+            "spiffe://cluster.local/ns/a/sa/",
+            "spiffe://cluster.local/ns//sa/b",
+            "spiffe:///ns/a/sa/b",
+            "spiffe://cluster.local/ns/a/sa/b/c",
+            "spiffe://cluster.local/sa/a/ns/b",
+            "spiffe://cluster.local/ns/a/sa/b\0",
+            "spiffe://cluster.local/ns/a/sa/b%2e",
+            "spiffe://cluster.local/ns/a/sa/*",
+            "spiffe://cluster.local/ns/a/sa/b ",
+        ] {
+            assert!(SpiffeName::parse(bad).is_err(), "{bad:?} must be refused");
+        }
+    }
+
+    #[test]
+    fn service_keys_have_one_slash() {
+        assert_eq!(ServiceKey::parse("a/b.c").unwrap().to_string(), "a/b.c");
+        for bad in ["", "a", "/b", "a/", "a/b/c"] {
+            assert!(ServiceKey::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! A service: names and addresses that stand for a set of workloads, and how one of them is chosen.
+
+use super::address::{GatewayRef, NetworkAddress, NetworkCidr};
+use super::name::{ServiceKey, Text};
+use super::workload::Ports;
+
+/// What two workloads may have in common when endpoints are preferred.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Same region.
+    Region,
+    /// Same zone.
+    Zone,
+    /// Same subzone.
+    Subzone,
+    /// Same node.
+    Node,
+    /// Same cluster.
+    Cluster,
+    /// Same network.
+    Network,
+}
+
+/// How strictly [`LoadBalancer::preferences`] are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// All endpoints alike.
+    Standard,
+    /// Only endpoints that match every preference.
+    Strict,
+    /// Those that match most leading preferences.
+    Failover,
+    /// None is chosen: the original destination is used.
+    Passthrough,
+}
+
+/// Which endpoints may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HealthPolicy {
+    /// Only healthy ones.
+    OnlyHealthy,
+    /// All of them.
+    AllowAll,
+}
+
+/// Rules for choosing an endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadBalancer {
+    /// Preferences, the most important first.
+    pub preferences: Vec<Scope>,
+    /// How strictly they are taken.
+    pub mode: Mode,
+    /// Which endpoints may be chosen at all.
+    pub health_policy: HealthPolicy,
+}
+
+/// IP families a service is offered in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IpFamilies {
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+    /// Both.
+    Dual,
+}
+
+/// Who may see a service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Visibility {
+    /// Everybody.
+    #[default]
+    Public,
+    /// Clients of its own namespace.
+    Namespace,
+}
+
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Namespace and host name.
+    pub key: ServiceKey,
+    /// Short name.
+    pub name: Text,
+    /// Its virtual addresses.
+    pub vips: Vec<NetworkAddress>,
+    /// Its virtual address ranges.
+    pub cidrs: Vec<NetworkCidr>,
+    /// Service port to target port; target 0 means that each endpoint says.
+    pub ports: Ports,
+    /// Further SPIFFE names that endpoints may prove.
+    pub subject_alt_names: Vec<Text>,
+    /// Waypoint asked for by the service.
+    pub waypoint: Option<GatewayRef>,
+    /// How endpoints are chosen.
+    pub load_balancer: Option<LoadBalancer>,
+    /// IP families; `None`: whatever there is.
+    pub ip_families: Option<IpFamilies>,
+    /// Preferred where several services share a name or address.
+    pub canonical: bool,
+    /// Who may see it.
+    pub visibility: Visibility,
+}
+
+impl Service {
+    /// Whether clients of `namespace` may see this service.
+    pub fn visible_to(&self, namespace: &str) -> bool {
+        match self.visibility {
+            Visibility::Public => true,
+            Visibility::Namespace => &*self.key.namespace == namespace,
+        }
+    }
+
+    /// Whether endpoints are not chosen by us for this service.
+    pub fn is_passthrough(&self) -> bool {
+        self.load_balancer.as_ref().is_some_and(|lb| lb.mode == Mode::Passthrough)
+    }
+}

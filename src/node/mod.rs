@@ -1,0 +1,99 @@
+//! Which pods are on this node, and capturing them: enter the namespace, listen, redirect, verify; and the way back.
+
+pub mod capture;
+pub mod pod;
+pub mod pods;
+pub mod redirect;
+pub mod status;
+pub mod verify;
+
+pub use pods::{PodSpec, Pods};
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of capture.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file that names this node's pods.
+    pub pods_file: Option<PathBuf>,
+    /// `SO_MARK` of the daemon's sockets.
+    pub mark: u32,
+    /// Whether a second daemon may listen beside this one, for upgrades without a gap.
+    pub reuse_port: bool,
+    /// Whether IPv6 is used at all.
+    pub ipv6: bool,
+    /// How long a released pod's connections may take to finish.
+    pub release_deadline: Duration,
+}
+
+/// Why a pod is not captured. Each names the thing, the reason and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// Nothing is known about the pod yet.
+    #[error("no workload {0} in the mesh facts yet; capture waits for it")]
+    NoFacts(String),
+    /// The facts say that the pod has another service account.
+    #[error("the pod's service account is {own:?}, the mesh facts say {facts:?}; make them agree")]
+    ServiceAccount {
+        /// What enrolment says.
+        own: String,
+        /// What the facts say.
+        facts: String,
+    },
+    /// The facts do not give a valid identity.
+    #[error("the workload's identity is not valid: {0}")]
+    Identity(#[from] crate::mesh::name::NameError),
+    /// The namespace cannot be used.
+    #[error(transparent)]
+    Netns(#[from] crate::sys::netns::NetnsError),
+    /// The namespace does not hold the pod's address: it is another pod's.
+    #[error("the namespace {path} does not hold the workload's address {missing} (it holds: {held}); check the netns path")]
+    NotThePod {
+        /// The namespace.
+        path: PathBuf,
+        /// Which address is missing.
+        missing: IpAddr,
+        /// Which are there.
+        held: String,
+    },
+    /// Another pod has this namespace.
+    #[error("the namespace {0} is that of pod {1} already; a namespace belongs to one pod")]
+    Taken(PathBuf, String),
+    /// A port cannot be bound in the namespace.
+    #[error("port {port} cannot be bound in the pod's namespace: {source}; is something else listening there?")]
+    Port {
+        /// The port.
+        port: u16,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// The rules cannot be written.
+    #[error(transparent)]
+    Redirect(#[from] redirect::RedirectError),
+    /// A probe from inside was not captured.
+    #[error(transparent)]
+    Verify(#[from] verify::VerifyError),
+    /// The namespace was there, and is no more.
+    #[error("the namespace {0} has gone (the pod has ended?)")]
+    Vanished(PathBuf),
+}
+
+impl CaptureError {
+    /// The word in `culvert_capture_failures_total{reason}`.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::NoFacts(_) => "no_facts",
+            Self::ServiceAccount { .. } => "service_account",
+            Self::Identity(_) => "identity",
+            Self::Netns(_) => "netns",
+            Self::NotThePod { .. } => "not_the_pod",
+            Self::Taken(..) => "netns_taken",
+            Self::Port { .. } => "port",
+            Self::Redirect(_) => "redirect",
+            Self::Verify(_) => "verify",
+            Self::Vanished(_) => "vanished",
+        }
+    }
+}

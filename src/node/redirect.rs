@@ -1,0 +1,200 @@
+//! The redirection inside a pod: one nftables table of our own, replaced in one transaction, and the rule and route by
+//! which replies to foreign source addresses come back to us. IPv4 and IPv6; no IPv6 where the namespace has none.
+//!
+//! The meaning of each rule is Istio ambient's in-pod redirection, without its DNS part. What the application sends goes
+//! to 15001, what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
+
+use crate::sys::netns::{Netns, NetnsError};
+use rtnetlink::packet_route::route::RouteType;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
+use rtnetlink::{Handle, RouteMessageBuilder};
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+
+/// Name of our table.
+pub const TABLE: &str = "culvert";
+
+/// Mark bits that are looked at.
+const MASK: u32 = 0xfff;
+/// Mark of connections whose replies must come back to us.
+const RETURN_MARK: u32 = 0x111;
+/// Priority of the ip rule.
+const RULE_PRIORITY: u32 = 32764;
+/// Routing table of the ip rule.
+const ROUTE_TABLE: u32 = 100;
+/// Source address of kubelet probes, which are not captured.
+const PROBE_V4: &str = "169.254.7.127";
+/// Its IPv6 twin.
+const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
+/// How long `nft` or the kernel may take.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why rules could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// The namespace cannot be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// `nft` cannot be run.
+    #[error("cannot run nft: {0}; install nftables")]
+    NoNft(io::Error),
+    /// `nft` refused the rules.
+    #[error("nft refused the rules: {0}; does the kernel have nf_tables and nat?")]
+    Nft(String),
+    /// The rule or route could not be set.
+    #[error("cannot set the {what}: {source}")]
+    Route {
+        /// Which.
+        what: &'static str,
+        /// What the library said.
+        source: rtnetlink::Error,
+    },
+    /// Too slow.
+    #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
+    Deadline,
+}
+
+/// Installs the redirection; a repetition replaces it, nothing is doubled.
+pub async fn install(netns: &Netns, mark: u32, ipv6: bool) -> Result<(), RedirectError> {
+    within(async {
+        routes(netns, ipv6, true).await?;
+        nft(netns, &ruleset(mark, true)).await
+    })
+    .await
+}
+
+/// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
+pub async fn stop_capturing(netns: &Netns, mark: u32) -> Result<(), RedirectError> {
+    within(nft(netns, &ruleset(mark, false))).await
+}
+
+/// Removes every trace.
+pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
+    within(async {
+        nft(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await?;
+        routes(netns, ipv6, false).await
+    })
+    .await
+}
+
+async fn within(work: impl Future<Output = Result<(), RedirectError>>) -> Result<(), RedirectError> {
+    tokio::time::timeout(DEADLINE, work).await.unwrap_or(Err(RedirectError::Deadline))
+}
+
+/// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
+/// would stop translating the connections that are open.
+fn ruleset(mark: u32, capture: bool) -> String {
+    let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
+    let others = format!("meta mark & {MASK:#x} != {mark:#x}");
+    let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
+    let not_loopback = [("ip daddr != 127.0.0.1"), ("ip6 daddr != ::1")];
+    let mut inbound = String::new();
+    let mut outbound = String::new();
+    if capture {
+        inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} accept\n");
+        inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
+        outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
+        outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
+        outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");
+        for outside in not_loopback {
+            inbound += &format!("    {outside} tcp dport != 15008 {others} redirect to :15006\n");
+            // A pod that calls its own address is not captured.
+            outbound += &format!("    oifname lo {outside} accept\n");
+        }
+        for outside in not_loopback {
+            outbound += &format!("    meta l4proto tcp {outside} {others} redirect to :15001\n");
+        }
+    }
+    let return_bits = !MASK;
+    format!(
+        "add table inet {TABLE}\nflush table inet {TABLE}\ntable inet {TABLE} {{\n\
+         \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
+         \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\
+         \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
+         \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
+         \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
+         \x20 chain out_nat {{\n    type nat hook output priority -100; policy accept;\n{outbound}  }}\n}}\n"
+    )
+}
+
+async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
+    let mut command = Command::new("nft");
+    command.arg("-f").arg("-").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    // The child inherits the namespace that the thread is in when it is started.
+    let mut child = netns.enter(|| command.spawn())?.map_err(RedirectError::NoNft)?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(script.as_bytes()).await.map_err(RedirectError::NoNft)?;
+    }
+    let output = child.wait_with_output().await.map_err(RedirectError::NoNft)?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(RedirectError::Nft(said.lines().next().unwrap_or("no reason given").trim().to_owned()))
+}
+
+async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+    let (connection, handle, _) = netns
+        .enter(rtnetlink::new_connection)?
+        .map_err(|source| RedirectError::Route { what: "netlink socket", source: rtnetlink::Error::NamespaceError(source.to_string()) })?;
+    let work = async {
+        set_rule(&handle, false, present).await?;
+        set_route(&handle, false, present).await?;
+        if ipv6 {
+            set_rule(&handle, true, present).await?;
+            set_route(&handle, true, present).await?;
+        }
+        Ok(())
+    };
+    tokio::select! {
+        result = work => result,
+        () = connection => Err(RedirectError::Route { what: "netlink socket", source: rtnetlink::Error::RequestFailed }),
+    }
+}
+
+async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+    let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
+    let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
+    message.attributes.push(RuleAttribute::FwMark(RETURN_MARK));
+    message.attributes.push(RuleAttribute::FwMask(MASK));
+    let result = if present {
+        let mut add = handle.rule().add();
+        *add.message_mut() = message;
+        add.execute().await
+    } else {
+        handle.rule().del(message).execute().await
+    };
+    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ENOENT }, "ip rule")
+}
+
+async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+    // The loopback interface is always the first of a namespace (Linux, LOOPBACK_IFINDEX).
+    let loopback = 1;
+    let message = if ipv6 {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(loopback).build()
+    } else {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0);
+        let scope = rtnetlink::packet_route::route::RouteScope::Host;
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(loopback).build()
+    };
+    let result = if present {
+        handle.route().add(message).replace().execute().await
+    } else {
+        handle.route().del(message).execute().await
+    };
+    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ESRCH }, "route")
+}
+
+/// A state that is as wanted already is no error.
+fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<(), RedirectError> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(()),
+        Err(source) => Err(RedirectError::Route { what, source }),
+        Ok(()) => Ok(()),
+    }
+}

@@ -1,0 +1,138 @@
+//! What state each pod is in, for the admin port and metrics. Every pod is in exactly one.
+
+use super::{CaptureError, PodSpec};
+use crate::mesh::Text;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+/// State of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Being captured, or waiting for facts; with the reason.
+    Pending(String),
+    /// Captured, and verified from inside.
+    Captured,
+    /// Not captured, with the reason; tried again.
+    Failed(String),
+    /// Removed; its connections are finishing.
+    Releasing,
+}
+
+impl State {
+    /// The word on the admin port and in metrics.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Pending(_) => "pending",
+            Self::Captured => "captured",
+            Self::Failed(_) => "failed",
+            Self::Releasing => "releasing",
+        }
+    }
+
+    /// The reason, where there is one.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Self::Pending(reason) | Self::Failed(reason) => Some(reason),
+            Self::Captured | Self::Releasing => None,
+        }
+    }
+}
+
+/// One pod and its state.
+#[derive(Clone, Debug)]
+pub struct PodStatus {
+    /// The pod.
+    pub spec: PodSpec,
+    /// Its state.
+    pub state: State,
+    /// Since when.
+    pub since: SystemTime,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabel {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// The states of all pods.
+#[derive(Debug, Default)]
+pub struct Board {
+    pods: Mutex<BTreeMap<Text, PodStatus>>,
+    by_state: Family<StateLabel, Gauge>,
+    failures: Family<ReasonLabel, Counter>,
+    started: Counter,
+    stopped: Counter,
+}
+
+impl Board {
+    /// Registers the metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("culvert_pods", "Pods of this node by capture state", self.by_state.clone());
+        let failures = "Attempts to capture a pod that failed, by reason";
+        registry.register("culvert_capture_failures", failures, self.failures.clone());
+        let started = "Pods captured (unstable)";
+        registry.register("workload_manager_proxies_started", started, self.started.clone());
+        let stopped = "Pods released or lost (unstable)";
+        registry.register("workload_manager_proxies_stopped", stopped, self.stopped.clone());
+        self.count(&BTreeMap::new());
+    }
+
+    /// Sets a pod's state, and logs a change of it.
+    pub fn set(&self, spec: &PodSpec, state: State) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = pods.get(&spec.uid).map(|status| status.state.clone());
+        if before.as_ref() == Some(&state) {
+            return;
+        }
+        let (namespace, name, uid) = (&*spec.namespace, &*spec.name, &*spec.uid);
+        match &state {
+            State::Captured => {
+                self.started.inc();
+                tracing::info!(namespace, name, uid, "pod captured");
+            }
+            State::Failed(reason) => tracing::error!(namespace, name, uid, reason, "pod not captured; trying again"),
+            State::Pending(reason) => tracing::info!(namespace, name, uid, reason, "pod pending"),
+            State::Releasing => tracing::info!(namespace, name, uid, "pod releasing"),
+        }
+        if before == Some(State::Captured) {
+            self.stopped.inc();
+        }
+        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since: SystemTime::now() });
+        self.count(&pods);
+    }
+
+    /// Counts a failed attempt.
+    pub fn failed(&self, error: &CaptureError) {
+        self.failures.get_or_create(&ReasonLabel { reason: error.word() }).inc();
+    }
+
+    /// Forgets a pod.
+    pub fn remove(&self, uid: &Text) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.remove(uid);
+        self.count(&pods);
+    }
+
+    /// All pods and their states.
+    pub fn list(&self) -> Vec<PodStatus> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    fn count(&self, pods: &BTreeMap<Text, PodStatus>) {
+        for state in ["pending", "captured", "failed", "releasing"] {
+            let count = pods.values().filter(|status| status.state.word() == state).count();
+            self.by_state.get_or_create(&StateLabel { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! What the kernel offers and safe crates do not: namespaces, socket options, original destinations, raw packets.
+//!
+//! The only module with `unsafe`, each use with its safety argument. It knows nothing of pods or meshes.
+
+pub mod limits;
+pub mod netns;
+pub mod original_dst;
+pub mod packet;
+pub mod scratch;
+pub mod socket;

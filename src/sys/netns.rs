@@ -1,0 +1,189 @@
+//! Network namespaces: open one by path or process, and do something inside it without ever staying there.
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::statfs::{FsType, fstatfs};
+use std::cell::OnceCell;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Filesystem type of namespace files (linux/magic.h, `NSFS_MAGIC`).
+const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
+
+nix::ioctl_none_bad!(
+    /// `NS_GET_NSTYPE` of linux/nsfs.h: the kind of namespace behind a descriptor, as a clone flag.
+    ns_get_nstype,
+    0xb703
+);
+
+/// Why a path cannot be used as a pod's network namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// The path cannot be opened.
+    #[error("{path}: cannot open the network namespace: {source}")]
+    Open {
+        /// The path as configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The path is something else.
+    #[error("{0}: not a network namespace (expected a file such as /run/netns/NAME or /proc/PID/ns/net)")]
+    NotNetns(PathBuf),
+    /// The kernel refused to enter it.
+    #[error("cannot enter the network namespace {path}: {source} (CAP_SYS_ADMIN and CAP_NET_ADMIN are needed)")]
+    Enter {
+        /// The path as configured.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A handle on a network namespace; the namespace lives at least as long as it.
+#[derive(Clone)]
+pub struct Netns {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    file: File,
+    path: PathBuf,
+    /// Device and inode: two handles with the same pair are the same namespace.
+    id: (u64, u64),
+}
+
+impl fmt::Debug for Netns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Netns({} {:?})", self.inner.path.display(), self.inner.id)
+    }
+}
+
+thread_local! {
+    /// This thread's own namespace, opened before it first leaves it.
+    static HOME: OnceCell<File> = const { OnceCell::new() };
+}
+
+/// Goes home when dropped. A thread that cannot go home would carry other pods' sockets in a foreign namespace from
+/// then on, so the process ends rather than that.
+struct HomeGuard;
+
+impl Drop for HomeGuard {
+    fn drop(&mut self) {
+        let home = HOME.with(|home| home.get().map(|file| setns(file.as_fd(), CloneFlags::CLONE_NEWNET)));
+        if !matches!(home, Some(Ok(()))) {
+            tracing::error!("cannot return from a pod's network namespace; ending the process");
+            std::process::abort();
+        }
+    }
+}
+
+impl Netns {
+    /// Opens a namespace file and makes sure that it is a network namespace.
+    pub fn open(path: &Path) -> Result<Self, NetnsError> {
+        let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        let metadata = file.metadata().map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        let not = || NetnsError::NotNetns(path.to_owned());
+        if fstatfs(&file).map_err(|_| not())?.filesystem_type() != NSFS_MAGIC {
+            return Err(not());
+        }
+        // SAFETY: the descriptor is open for the duration of the call and this ioctl takes no argument.
+        let kind = unsafe { ns_get_nstype(std::os::fd::AsRawFd::as_raw_fd(&file)) }.map_err(|_| not())?;
+        if kind != CloneFlags::CLONE_NEWNET.bits() {
+            return Err(not());
+        }
+        let id = (metadata.dev(), metadata.ino());
+        Ok(Self { inner: Arc::new(Inner { file, path: path.to_owned(), id }) })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Device and inode: equal for two handles exactly when the namespace is the same.
+    pub fn id(&self) -> (u64, u64) {
+        self.inner.id
+    }
+
+    /// Runs `work` on this thread inside the namespace and comes back, also when `work` panics.
+    /// `work` must be short and must not wait: the thread serves others.
+    pub fn enter<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
+        let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
+        HOME.with(|home| {
+            if home.get().is_none() {
+                let file = File::open("/proc/thread-self/ns/net").map_err(failed)?;
+                // A thread sets its own cell once; nobody else can have filled it in between.
+                let _ = home.set(file);
+            }
+            Ok(())
+        })?;
+        setns(self.inner.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| failed(e.into()))?;
+        let _guard = HomeGuard;
+        Ok(work())
+    }
+
+    /// The addresses that interfaces of this namespace hold, with their prefix lengths; loopback left out.
+    pub fn addresses(&self) -> Result<Vec<(IpAddr, u8)>, NetnsError> {
+        let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
+        let found = self.enter(nix::ifaddrs::getifaddrs)?.map_err(|e| failed(e.into()))?;
+        let ip_of = |storage: nix::sys::socket::SockaddrStorage| {
+            let v4 = storage.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| storage.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        };
+        let mut addresses = Vec::new();
+        for interface in found {
+            let (Some(ip), mask) = (interface.address.and_then(ip_of), interface.netmask.and_then(ip_of)) else {
+                continue;
+            };
+            if !ip.is_loopback() {
+                let length = mask.and_then(|mask| ipnet::ip_mask_to_prefix(mask).ok());
+                addresses.push((ip, length.unwrap_or(if ip.is_ipv4() { 32 } else { 128 })));
+            }
+        }
+        Ok(addresses)
+    }
+
+    /// Whether IPv6 can be used in this namespace: the kernel has it and the loopback interface does not disable it.
+    pub fn has_ipv6(&self) -> Result<bool, NetnsError> {
+        let disabled = self.enter(|| std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6"))?;
+        Ok(disabled.is_ok_and(|text| text.trim() == "0"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_or_another_namespace_is_refused_by_name() {
+        for (path, word) in [
+            ("/etc/hostname", "not a network namespace"),
+            ("/proc/self/ns/mnt", "not a network namespace"),
+            ("/nonexistent/ns", "cannot open"),
+        ] {
+            let error = Netns::open(Path::new(path)).unwrap_err().to_string();
+            assert!(error.contains(word) && error.contains(path), "{error}");
+        }
+        assert!(Netns::open(Path::new("/proc/self/ns/net")).is_ok());
+    }
+
+    #[test]
+    fn a_panic_inside_comes_home() {
+        let here = Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap();
+        let made = std::thread::spawn(|| {
+            nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap()
+        });
+        let other = made.join().unwrap();
+        assert_ne!(here.id(), other.id());
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| other.enter(|| panic!("inside"))));
+        assert!(panicked.is_err());
+        assert_eq!(Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap().id(), here.id());
+    }
+}

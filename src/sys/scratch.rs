@@ -1,0 +1,52 @@
+//! One read buffer per thread, borrowed for the length of a read: an idle connection owns none.
+
+use bytes::Bytes;
+use std::cell::RefCell;
+use std::io;
+use tokio::net::TcpStream;
+
+/// Size of the buffer, and so of the largest single read.
+pub const SCRATCH_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
+}
+
+/// Reads up to `limit` bytes that are there now and copies them out at their exact size. Empty: end of stream.
+/// `WouldBlock`: nothing is there.
+pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let room = scratch.len().min(limit);
+        let target = scratch.get_mut(..room).unwrap_or_default();
+        let length = from.try_read(target)?;
+        Ok(Bytes::copy_from_slice(target.get(..length).unwrap_or_default()))
+    })
+}
+
+/// Reads what is there and writes as much of it as fits, both now; gives the bytes read and the rest not written.
+pub fn pass_now(from: &TcpStream, to: &TcpStream) -> io::Result<(usize, Bytes)> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let length = from.try_read(scratch)?;
+        let mut rest = scratch.get(..length).unwrap_or_default();
+        while !rest.is_empty() {
+            match to.try_write(rest) {
+                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((length, Bytes::copy_from_slice(rest)))
+    })
+}
+
+/// Writes all of `bytes`, waiting for room as needed.
+pub async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match to.try_write(bytes) {
+            Ok(written) => bytes = bytes.get(written..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

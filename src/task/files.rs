@@ -1,0 +1,72 @@
+//! Files that others write: reading YAML, and watching. A change is told once it has settled, however it was made (write in place,
+//! rename over, or the symlink swap of a mounted ConfigMap).
+
+use notify::{RecursiveMode, Watcher};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+/// How long a file must be quiet before a change is told.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// Without any event the file is looked at this often, for filesystems that send none.
+const LOOK_ANYWAY: Duration = Duration::from_secs(5);
+
+/// Tells of changes of one file.
+#[derive(Debug)]
+pub struct FileWatch {
+    path: PathBuf,
+    seen: Stamp,
+    events: mpsc::Receiver<()>,
+    /// Kept for its life only: dropping it ends the watch. `None` where the system offers no more watches.
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+type Stamp = Option<(u64, u64, SystemTime)>;
+
+impl FileWatch {
+    /// Watches `path`, which need not exist yet.
+    pub fn new(path: &Path) -> Self {
+        let (send, events) = mpsc::channel(1);
+        // A full channel already says that there is something to look at.
+        let watcher = notify::recommended_watcher(move |_| drop(send.try_send(())));
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let watcher = watcher.and_then(|mut w| w.watch(folder, RecursiveMode::NonRecursive).map(|()| w));
+        if let Err(error) = &watcher {
+            tracing::warn!(path = %path.display(), %error, "no file events here; looking every 5 s instead");
+        }
+        Self { path: path.to_owned(), seen: stamp(path), events, _watcher: watcher.ok() }
+    }
+
+    /// Completes when the file is another than at the last call (or than at the start).
+    pub async fn changed(&mut self) {
+        loop {
+            // A closed channel (no watcher) must not spin: then only the timeout paces the loop.
+            match timeout(LOOK_ANYWAY, self.events.recv()).await {
+                Ok(Some(())) => tokio::time::sleep(SETTLE).await,
+                Ok(None) => tokio::time::sleep(LOOK_ANYWAY).await,
+                Err(_) => {}
+            }
+            let now = stamp(&self.path);
+            if now != self.seen {
+                self.seen = now;
+                return;
+            }
+        }
+    }
+}
+
+/// Reads YAML; an error is one line that names line and column.
+pub fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_saphyr::from_str(text).map_err(|error| {
+        let plain = error.without_snippet().render();
+        plain.split_whitespace().collect::<Vec<_>>().join(" ")
+    })
+}
+
+fn stamp(path: &Path) -> Stamp {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
+}

@@ -1,0 +1,17 @@
+//! Threads with a runtime of their own.
+
+use std::future::Future;
+use std::io;
+use std::thread::JoinHandle;
+use tokio::runtime::{Builder, Handle};
+
+/// Starts a thread named `name` with a single-threaded runtime that runs `main` to its end.
+pub fn start<F>(name: String, main: impl FnOnce() -> F + Send + 'static) -> io::Result<(Handle, JoinHandle<()>)>
+where
+    F: Future<Output = ()>,
+{
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    let thread = std::thread::Builder::new().name(name).spawn(move || runtime.block_on(async move { main().await }))?;
+    Ok((handle, thread))
+}

@@ -1,0 +1,52 @@
+//! A bound on log lines that a peer can cause: a few per second each, the rest counted and told with the next line.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lets through at most [`LogLimit::PER_SECOND`] lines a second.
+#[derive(Debug, Default)]
+pub struct LogLimit {
+    window: Mutex<Option<Window>>,
+}
+
+#[derive(Debug)]
+struct Window {
+    since: Instant,
+    lines: u32,
+    suppressed: u64,
+}
+
+impl LogLimit {
+    /// Lines let through in each second.
+    pub const PER_SECOND: u32 = 20;
+
+    /// `Some(n)`: write the line; `n` lines were left out before it. `None`: leave this one out.
+    pub fn allow(&self) -> Option<u64> {
+        let now = Instant::now();
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = window.get_or_insert(Window { since: now, lines: 0, suppressed: 0 });
+        if now.duration_since(current.since) >= Duration::from_secs(1) {
+            current.since = now;
+            current.lines = 0;
+        }
+        if current.lines >= Self::PER_SECOND {
+            current.suppressed += 1;
+            return None;
+        }
+        current.lines += 1;
+        Some(std::mem::take(&mut current.suppressed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_beyond_the_limit_are_counted() {
+        let limit = LogLimit::default();
+        let written = (0..100).filter(|_| limit.allow().is_some()).count();
+        // The loop may by chance cross into a second window, hence two of them at most.
+        assert!((20..=40).contains(&written), "{written}");
+    }
+}

@@ -1,0 +1,222 @@
+//! The log: one line per event on standard output, as text or JSON, written by a thread of its own.
+//!
+//! Text: `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`; JSON: one object per line (spec: ztunnel's format).
+//! A slow reader of standard output never stalls traffic: when 10,000 lines wait, further ones are dropped and counted.
+
+use serde_json::Value;
+use std::fmt::{self, Write as _};
+use std::time::SystemTime;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, reload};
+
+/// Lines that may wait for a slow reader.
+const QUEUE_LINES: usize = 10_000;
+
+/// What the log looks like and what is in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Filter directives, e.g. `info` or `warn,access=info`.
+    pub filter: String,
+    /// JSON instead of text.
+    pub json: bool,
+}
+
+/// Changes the filter while running.
+#[derive(Clone, Debug)]
+pub struct LogControl {
+    handle: reload::Handle<EnvFilter, tracing_subscriber::Registry>,
+    initial: String,
+    lines: NonBlocking,
+}
+
+/// Why a filter is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The directives cannot be parsed.
+    #[error("log filter {0:?} is not understood: {1}")]
+    Filter(String, tracing_subscriber::filter::ParseError),
+    /// The log was set up before, or is gone.
+    #[error("the log cannot be changed now: {0}")]
+    State(String),
+}
+
+/// Starts the log. Keep the guard to the end of the process: it writes what still waits.
+pub fn start(config: &Config) -> Result<(LogControl, WorkerGuard), LogError> {
+    let (lines, guard) =
+        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES).finish(std::io::stdout());
+    let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
+    let format = LineFormat { json: config.json };
+    let layer = tracing_subscriber::fmt::layer().event_format(format).with_writer(lines.clone());
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(layer)
+        .try_init()
+        .map_err(|error| LogError::State(error.to_string()))?;
+    Ok((LogControl { handle, initial: config.filter.clone(), lines }, guard))
+}
+
+/// Whether a filter can be understood.
+pub fn check(filter: &str) -> Result<(), LogError> {
+    parse(filter).map(drop)
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    EnvFilter::try_new(filter).map_err(|error| LogError::Filter(filter.to_owned(), error))
+}
+
+impl LogControl {
+    /// The filter in force.
+    pub fn current(&self) -> String {
+        self.handle.with_current(ToString::to_string).unwrap_or_default()
+    }
+
+    /// Goes back to the filter of the start.
+    pub fn reset(&self) -> Result<(), LogError> {
+        self.set(&self.initial)
+    }
+
+    /// Adds directives (`level` or `target=level`, comma-joined) to the filter in force.
+    pub fn add(&self, directives: &str) -> Result<(), LogError> {
+        self.set(&format!("{},{directives}", self.current()))
+    }
+
+    fn set(&self, filter: &str) -> Result<(), LogError> {
+        self.handle.reload(parse(filter)?).map_err(|error| LogError::State(error.to_string()))
+    }
+
+    /// Lines dropped so far because standard output was not read.
+    pub fn dropped_lines(&self) -> usize {
+        self.lines.error_counter().dropped_lines()
+    }
+}
+
+struct LineFormat {
+    json: bool,
+}
+
+impl<S, N> FormatEvent<S, N> for LineFormat
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        let metadata = event.metadata();
+        let target = metadata.target().strip_prefix("culvert::").unwrap_or(metadata.target());
+        let time = humantime::format_rfc3339_micros(SystemTime::now());
+        let level = metadata.level().as_str();
+        if self.json {
+            let level = level.to_ascii_lowercase();
+            write!(out, r#"{{"level":"{level}","time":"{time}","scope":{}"#, Value::from(target))?;
+            write!(out, r#","message":{}"#, Value::from(fields.message))?;
+            for (name, value) in fields.others {
+                write!(out, ",{}:{}", Value::from(name), value)?;
+            }
+            return writeln!(out, "}}");
+        }
+        let level = level.to_ascii_lowercase();
+        write!(out, "{time}\t{level}\t{target}\t{}", Printable(&fields.message))?;
+        for (index, (name, value)) in fields.others.iter().enumerate() {
+            out.write_char(if index == 0 { '\t' } else { ' ' })?;
+            match value {
+                Value::String(text) if is_bare(text) => write!(out, "{name}={text}")?,
+                Value::String(text) => write!(out, "{name}={text:?}")?,
+                other => write!(out, "{name}={other}")?,
+            }
+        }
+        writeln!(out)
+    }
+}
+
+/// Whether a value can stand without quotes: what looks like an address, a number or a short word.
+fn is_bare(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b":.[]/-_".contains(&b))
+}
+
+/// A message with control characters escaped: nothing a peer sends can move the cursor of who reads the log.
+struct Printable<'a>(&'a str);
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.0.chars() {
+            if c.is_control() { write!(f, "{}", c.escape_default())? } else { f.write_char(c)? }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Vec<(&'static str, Value)>,
+}
+
+impl Fields {
+    fn put(&mut self, field: &Field, value: Value) {
+        self.others.push((field.name(), value));
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.message = format!("{value:?}");
+        } else {
+            self.put(field, Value::from(format!("{value:?}")));
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field, Value::from(value));
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.put(field, Value::from(with_causes(value)));
+    }
+}
+
+/// An error with all its causes on one line.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let more = cause.to_string();
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn control_characters_are_escaped() {
+        assert_eq!(Printable("a\u{1b}[31mb\n").to_string(), "a\\u{1b}[31mb\\n");
+        assert!(is_bare("10.0.0.1:80") && is_bare("[::1]:80") && !is_bare("a b") && !is_bare("\u{1b}"));
+    }
+}
