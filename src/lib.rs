@@ -12,19 +12,19 @@
 //! | 5 | `demo` |
 //! | 6 | `daemon` |
 
-mod connection;
-mod node;
-mod control;
-mod identity;
-mod hbone;
-mod mesh;
 mod admin;
-mod telemetry;
-mod task;
-mod sys;
 mod config;
-mod demo;
+mod connection;
+mod control;
 mod daemon;
+mod demo;
+mod hbone;
+mod identity;
+mod mesh;
+mod node;
+mod sys;
+mod task;
+mod telemetry;
 
 pub use config::args::Cli;
 pub use daemon::run;

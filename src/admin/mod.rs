@@ -2,13 +2,13 @@
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
 use crate::task::Ready;
+use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawQuery, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::Router;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::fmt;
@@ -210,10 +210,14 @@ mod tests {
 
     #[test]
     fn only_loopback_hosts_are_answered() {
-        for good in ["localhost", "localhost:15000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:15000", "[::1]:15000", "[::1]"] {
+        for good in
+            ["localhost", "localhost:15000", "LOCALHOST:1", "127.0.0.1", "127.0.0.1:15000", "[::1]:15000", "[::1]"]
+        {
             assert!(is_loopback(good), "{good}");
         }
-        for bad in ["", "evil.example", "evil.example:15000", "10.0.0.1:15000", "localhost.evil.example", "127.0.0.1.evil"] {
+        for bad in
+            ["", "evil.example", "evil.example:15000", "10.0.0.1:15000", "localhost.evil.example", "127.0.0.1.evil"]
+        {
             assert!(!is_loopback(bad), "{bad}");
         }
     }

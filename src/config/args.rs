@@ -72,8 +72,6 @@ macro_rules! settings {
             $($(#[doc = $doc])+ #[arg(long = $flag, env = $env, value_name = "VALUE")] pub $field: Option<String>,)+
         }
 
-        /// Argument and variable of each setting, for messages and tests.
-        pub const NAMES: &[(&str, &str)] = &[$(($flag, $env),)+];
     };
 }
 

@@ -31,7 +31,13 @@ struct Checker {
 }
 
 impl Checker {
-    fn read<T>(&mut self, name: &str, value: Option<&String>, default: T, parse: impl Fn(&str) -> Result<T, String>) -> T {
+    fn read<T>(
+        &mut self,
+        name: &str,
+        value: Option<&String>,
+        default: T,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> T {
         let Some(text) = value.map(|v| v.trim()).filter(|v| !v.is_empty()) else { return default };
         match parse(text) {
             Ok(value) => value,
@@ -56,16 +62,27 @@ impl Checker {
 /// Checks the settings of the daemon.
 pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
     let mut c = Checker { faults: Vec::new() };
-    let grace = c.read("TERMINATION_GRACE_PERIOD_SECONDS", args.grace_period.as_ref(), None, |t| integer(0..=86_400)(t).map(Some));
+    let grace = c.read("TERMINATION_GRACE_PERIOD_SECONDS", args.grace_period.as_ref(), None, |t| {
+        integer(0..=86_400)(t).map(Some)
+    });
     let grace_deadline = grace.map_or(5, |n: u64| if n > 10 { n - 5 } else { n.saturating_sub(1).max(1) });
     let deadline = Duration::from_secs(grace_deadline);
     let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
     let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, integer(1..=0xfff));
     let config = Config {
         mesh_file: c.required("LOCAL_XDS_PATH", args.mesh_file.as_ref(), "the mesh file"),
-        ca_dir: c.required("CULVERT_CA_DIR", args.ca_dir.as_ref(), "the directory of the built-in CA (see `culvert ca init`)"),
+        ca_dir: c.required(
+            "CULVERT_CA_DIR",
+            args.ca_dir.as_ref(),
+            "the directory of the built-in CA (see `culvert ca init`)",
+        ),
         secret_ttl: c.read("SECRET_TTL", args.secret_ttl.as_ref(), Duration::from_secs(86_400), ttl),
-        trust_domain_aliases: c.read("CULVERT_TRUST_DOMAIN_ALIASES", args.trust_domain_aliases.as_ref(), Vec::new(), domains),
+        trust_domain_aliases: c.read(
+            "CULVERT_TRUST_DOMAIN_ALIASES",
+            args.trust_domain_aliases.as_ref(),
+            Vec::new(),
+            domains,
+        ),
         drain_deadline,
         connection: connection_config(&mut c, args, machine, mark),
         node: node::Config {
@@ -94,8 +111,7 @@ fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u
         user_timeout: c.read("USER_TIMEOUT_ENABLED", args.user_timeout.as_ref(), true, boolean),
     };
     let keepalive_on = c.read("KEEPALIVE_ENABLED", args.keepalive.as_ref(), true, boolean);
-    let legs =
-        LegOptions { keepalive: keepalive_on.then_some(keepalive), notsent_lowat: Some(NOTSENT_LOWAT_BYTES) };
+    let legs = LegOptions { keepalive: keepalive_on.then_some(keepalive), notsent_lowat: Some(NOTSENT_LOWAT_BYTES) };
     let window = integer(65_535..=2_147_483_647);
     // A connection takes two sockets; a fifth of the files is left for everything else.
     let default_limit = usize::try_from(machine.open_files / 10 * 4).unwrap_or(usize::MAX).max(16);
@@ -108,16 +124,36 @@ fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u
         },
         hbone: hbone::Config {
             stream_window: c.read("HTTP2_STREAM_WINDOW_SIZE", args.stream_window.as_ref(), 4 << 20, &window),
-            connection_window: c.read("HTTP2_CONNECTION_WINDOW_SIZE", args.connection_window.as_ref(), 16 << 20, &window),
+            connection_window: c.read(
+                "HTTP2_CONNECTION_WINDOW_SIZE",
+                args.connection_window.as_ref(),
+                16 << 20,
+                &window,
+            ),
             frame_size: c.read("HTTP2_FRAME_SIZE", args.frame_size.as_ref(), 1 << 20, integer(16_384..=16_777_215)),
             max_streams: SERVER_STREAMS,
-            half_closed_silence: c.read("CULVERT_HALF_CLOSED_TIMEOUT", args.half_closed.as_ref(), Duration::from_secs(3600), duration),
+            half_closed_silence: c.read(
+                "CULVERT_HALF_CLOSED_TIMEOUT",
+                args.half_closed.as_ref(),
+                Duration::from_secs(3600),
+                duration,
+            ),
         },
         pool: PoolConfig {
-            max_streams: c.read("POOL_MAX_STREAMS_PER_CONNECTION", args.pool_streams.as_ref(), 100, integer(1..=65_535)),
+            max_streams: c.read(
+                "POOL_MAX_STREAMS_PER_CONNECTION",
+                args.pool_streams.as_ref(),
+                100,
+                integer(1..=65_535),
+            ),
             idle: c.read("POOL_UNUSED_RELEASE_TIMEOUT", args.pool_idle.as_ref(), Duration::from_secs(300), duration),
         },
-        max_connections: c.read("CULVERT_MAX_CONNECTIONS", args.max_connections.as_ref(), default_limit, integer(1..=10_000_000)),
+        max_connections: c.read(
+            "CULVERT_MAX_CONNECTIONS",
+            args.max_connections.as_ref(),
+            default_limit,
+            integer(1..=10_000_000),
+        ),
         response_baggage: c.read("ENABLE_RESPONSE_BAGGAGE", args.response_baggage.as_ref(), true, boolean),
     }
 }

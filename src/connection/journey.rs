@@ -42,7 +42,8 @@ async fn outbound_steps(
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
     let (snapshot, source) = local_facts(worker, pod).await?;
-    let route = choose::route::choose(&snapshot, &source, captured.destination, &mut |below| rand::random_range(0..below))?;
+    let route =
+        choose::route::choose(&snapshot, &source, captured.destination, &mut |below| rand::random_range(0..below))?;
     drop(snapshot);
     let details = |way: Option<&HboneWay>, actual| Details {
         source_identity: way.and(source.identity().ok()),
@@ -182,8 +183,7 @@ async fn admit(
     let (snapshot, workload) = local_facts(worker, pod).await?;
     let target = choose::local::choose(&snapshot, &workload, peer.local.ip(), &request.authority)?;
     record.destination(peer.local);
-    let subject =
-        Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
+    let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Registered before it is asked for: no policy change can fall between the two.
     let live_permit = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
@@ -265,17 +265,13 @@ async fn plaintext_steps(
     Ok(())
 }
 
-async fn local_facts(
-    worker: &Worker,
-    pod: &Pod,
-) -> Result<(Arc<crate::mesh::Snapshot>, Arc<Workload>), Failure> {
+async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<crate::mesh::Snapshot>, Arc<Workload>), Failure> {
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
 
 async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc<Credentials>, Failure> {
-    let identity = workload
-        .identity()
-        .map_err(|error| choose::RouteError::Identity(workload.uid.clone(), error.to_string()))?;
+    let identity =
+        workload.identity().map_err(|error| choose::RouteError::Identity(workload.uid.clone(), error.to_string()))?;
     Ok(worker.shared.identities.get(&identity).await?)
 }
 
@@ -291,10 +287,7 @@ fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) -> Origin {
 }
 
 /// Dials for a client; gives up when the client resets meanwhile.
-async fn unless_gone<T>(
-    client: &TcpStream,
-    dial: impl Future<Output = Result<T, DialError>>,
-) -> Result<T, DialError> {
+async fn unless_gone<T>(client: &TcpStream, dial: impl Future<Output = Result<T, DialError>>) -> Result<T, DialError> {
     tokio::select! {
         biased;
         dialled = dial => dialled,

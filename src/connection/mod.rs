@@ -16,7 +16,6 @@ pub mod pod;
 pub mod report;
 pub mod worker;
 
-pub use choose::OWN_PORTS;
 pub use pod::Pod;
 pub use worker::{Entrance, Shared, Workers};
 

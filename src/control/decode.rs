@@ -8,8 +8,8 @@ use crate::mesh::address::{parse_network_address, parse_network_cidr};
 use crate::mesh::policy::{self, Action, Attribute, Match, Policy, PolicyScope, ServiceAccountMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, WorkloadType};
-use crate::task::files::from_yaml;
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
+use crate::task::files::from_yaml;
 use ipnet::IpNet;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashSet};
@@ -515,7 +515,10 @@ struct FilePolicy {
 impl FilePolicy {
     fn check(self) -> Result<Policy, String> {
         if self.name.is_empty() || self.namespace.is_empty() || self.name.contains('/') {
-            return Err(format!("policy {}/{}: name and namespace are needed, without slash", self.namespace, self.name));
+            return Err(format!(
+                "policy {}/{}: name and namespace are needed, without slash",
+                self.namespace, self.name
+            ));
         }
         let clause = |matches: Vec<FileMatch>| matches.into_iter().map(Match::from).collect();
         let rule = |clauses: Vec<Vec<FileMatch>>| clauses.into_iter().map(clause).collect();
@@ -596,7 +599,10 @@ policies:
             (("protocol: HBONE", "protocol: QUIC"), &["line 18", "QUIC"]),
             (("\"10.0.0.0/8\"", "\"10.0.0.0/80\""), &["line 34", "10.0.0.0/80"]),
             (("net-a/10.96.0.7", "10.96.0.7"), &["retail/shop.retail.svc.cluster.local", "\"10.96.0.7\""]),
-            (("trustDomain: cluster.local", "trustDomain: \"Cluster local\""), &["c1//Pod/retail/shop-0", "Cluster local"]),
+            (
+                ("trustDomain: cluster.local", "trustDomain: \"Cluster local\""),
+                &["c1//Pod/retail/shop-0", "Cluster local"],
+            ),
             (("dryRun: false", ""), &["dryRun"]),
             (("\"retail/shop.", "\"shop."), &["c1//Pod/retail/shop-0", "namespace/hostname"]),
         ] {
@@ -608,7 +614,9 @@ policies:
             }
             assert!(!error.contains('\n'), "one line: {error:?}");
         }
-        let twice = format!("{FULL}- {{name: only-front, namespace: retail, scope: Global, action: Deny, dryRun: true, rules: []}}\n");
+        let twice = format!(
+            "{FULL}- {{name: only-front, namespace: retail, scope: Global, action: Deny, dryRun: true, rules: []}}\n"
+        );
         assert!(facts(&twice).unwrap_err().to_string().contains("policy retail/only-front is there twice"));
     }
 

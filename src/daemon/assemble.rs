@@ -12,9 +12,9 @@ use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
 use crate::identity::{Authority, Store as Identities};
 use crate::mesh::Store as Mesh;
+use crate::node::Pods;
 use crate::node::capture::Capturer;
 use crate::node::status::Board;
-use crate::node::Pods;
 use crate::task::{Drain, Group, Ready};
 use crate::telemetry::log::{self, LogControl};
 use crate::{control, identity, sys, telemetry};
@@ -30,7 +30,8 @@ use tokio::sync::Notify;
 /// Runs the daemon until it is told to end.
 pub fn node(config: Config) -> anyhow::Result<()> {
     let (log, guard) = log::start(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
     let result = runtime.block_on(run(config, log));
     drop(guard);
     result
@@ -81,7 +82,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     registry.register_collector(Box::new(Gauges { workers: workers.clone(), log: log.clone() }));
 
     let quit = Arc::new(Notify::new());
-    let parts = Arc::new(Parts { config, mesh: mesh.clone(), identities: identities.clone(), reporter, board: board.clone() });
+    let parts =
+        Arc::new(Parts { config, mesh: mesh.clone(), identities: identities.clone(), reporter, board: board.clone() });
     let pages = pages(&parts, log, &quit, registry, ready);
     for port in Ports::bind(pages, parts.config.node.ipv6).await?.serve() {
         background.spawn(port);
@@ -149,7 +151,8 @@ fn logging(log: &LogControl, query: Option<&str>) -> Result<String, String> {
             None if part == "reset" => log.reset(),
             Some(("reset", _)) => log.reset(),
             Some(("level", directives)) => {
-                let directives = directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
+                let directives =
+                    directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
                 log.add(&directives)
             }
             _ => return Err(format!("{part:?} is not understood: use level=debug, level=access=debug, or reset\n")),

@@ -153,7 +153,10 @@ fn workload(w: &Workload) -> Value {
         "services": services,
         "capacity": w.capacity,
     });
-    without_defaults(value, &["workloadIps", "protocol", "networkMode", "name", "namespace", "status", "clusterId", "capacity"])
+    without_defaults(
+        value,
+        &["workloadIps", "protocol", "networkMode", "name", "namespace", "status", "clusterId", "capacity"],
+    )
 }
 
 fn gateway(g: &GatewayRef) -> Value {
@@ -246,9 +249,7 @@ fn one_match(m: &Match) -> Value {
     };
     put("namespaces", "notNamespaces", lists(&m.namespaces, text));
     put("principals", "notPrincipals", lists(&m.principals, text));
-    let account = |a: &crate::mesh::policy::ServiceAccountMatch| {
-        json!({"namespace": &*a.namespace, "serviceAccount": &*a.service_account})
-    };
+    let account = |a: &crate::mesh::policy::ServiceAccountMatch| json!({"namespace": &*a.namespace, "serviceAccount": &*a.service_account});
     put("serviceAccounts", "notServiceAccounts", lists(&m.service_accounts, account));
     let net = |n: &ipnet::IpNet| Value::from(n.to_string());
     put("sourceIps", "notSourceIps", lists(&m.source_ips, net));

@@ -74,7 +74,10 @@ fn node_command(args: &NodeArgs) -> ExitCode {
         Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
     };
     if !sys::limits::is_root() {
-        return fail(1, "culvert node must run as root: it enters pods' network namespaces and writes nftables rules there (CAP_SYS_ADMIN, CAP_NET_ADMIN)");
+        return fail(
+            1,
+            "culvert node must run as root: it enters pods' network namespaces and writes nftables rules there (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
+        );
     }
     match assemble::node(config) {
         Ok(()) => ExitCode::SUCCESS,

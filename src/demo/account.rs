@@ -104,7 +104,8 @@ impl Account {
         writeln!(t, "\nOn the wire between the nodes")?;
         let (plain, wire) = (&self.plain_wire, &self.wire);
         let ports = |seen: &wire::Seen| {
-            let all: Vec<String> = seen.bytes_by_port.iter().map(|(port, bytes)| format!("{port} ({bytes} B)")).collect();
+            let all: Vec<String> =
+                seen.bytes_by_port.iter().map(|(port, bytes)| format!("{port} ({bytes} B)")).collect();
             if all.is_empty() { "none".to_owned() } else { all.join(", ") }
         };
         writeln!(t, "  without     ports {}; the canary was readable in {} frames", ports(plain), plain.canaries)?;

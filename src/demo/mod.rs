@@ -37,16 +37,15 @@ pub fn run(args: &DemoArgs) -> ExitCode {
         return ExitCode::FAILURE;
     }
     sys::limits::raise_open_files();
-    let result = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .context("cannot start a runtime")
-        .and_then(|runtime| {
-            let result = runtime.block_on(interruptible(args.clone()));
-            // A scenario that was interrupted may still wait in a system call; nothing of it is needed any more.
-            runtime.shutdown_background();
-            result
-        });
+    let result =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime").and_then(
+            |runtime| {
+                let result = runtime.block_on(interruptible(args.clone()));
+                // A scenario that was interrupted may still wait in a system call; nothing of it is needed any more.
+                runtime.shutdown_background();
+                result
+            },
+        );
     match result {
         Ok(code) => code,
         Err(error) => {
@@ -63,7 +62,12 @@ fn lacking() -> Vec<String> {
         lines.push("must run as root: it makes network namespaces and captures packets (try sudo)".to_owned());
     }
     for (program, package) in PROGRAMS {
-        let found = Command::new(program).arg("--help").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let found = Command::new(program)
+            .arg("--help")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
         if found.is_err() {
             lines.push(format!("{program} is not there: apt-get install {package}"));
         }
@@ -113,7 +117,10 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
 
     progress(args, "without culvert: the same programs, in plaintext");
     let watch = wire::Watch::start(&node1, &canary)?;
-    with(shared, |world| fetch(world, "client", "http://10.2.0.20:8080/", Wait::ForServer)?.ok_or_else(|| anyhow::anyhow!("the server did not answer")))?;
+    with(shared, |world| {
+        fetch(world, "client", "http://10.2.0.20:8080/", Wait::ForServer)?
+            .ok_or_else(|| anyhow::anyhow!("the server did not answer"))
+    })?;
     let plain_wire = watch.take()?;
     let direct = traffic::measure(&client, server_ip, duration)?;
 
@@ -126,7 +133,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     let seen = with(shared, |world| exchanges(world, &canary))?;
     let wire = watch.take()?;
     let tunnelled = traffic::measure(&client, server_ip, duration)?;
-    let (identities, denied) = with(shared, |world| from_logs(world))?;
+    let (identities, denied) = with(shared, from_logs)?;
     let (node_names, dead) = with(shared, |w| Ok(([w.name("node1"), w.name("node2")], w.ended())))?;
     if let Some(pid) = dead {
         bail!("process {pid} has ended before its time");

@@ -46,7 +46,8 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
     let deadline = Instant::now() + START_DEADLINE;
     loop {
         if let Some(pid) = world.ended() {
-            let logs: Vec<String> = [1, 2].iter().filter_map(|n| std::fs::read_to_string(log_path(world, *n)).ok()).collect();
+            let logs: Vec<String> =
+                [1, 2].iter().filter_map(|n| std::fs::read_to_string(log_path(world, *n)).ok()).collect();
             bail!("process {pid} has ended before its time; its log:\n{}", logs.concat());
         }
         let mut captured = Vec::new();
@@ -76,7 +77,8 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
 pub fn get(world: &World, node: u8, path: &str) -> anyhow::Result<Value> {
     let address: SocketAddr = ([127, 0, 0, 1], crate::admin::ADMIN_PORT).into();
     let patience = Duration::from_secs(2);
-    let mut stream = world.netns(&format!("node{node}"))?.enter(|| TcpStream::connect_timeout(&address, patience))??;
+    let mut stream =
+        world.netns(&format!("node{node}"))?.enter(|| TcpStream::connect_timeout(&address, patience))??;
     stream.set_read_timeout(Some(patience))?;
     write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
@@ -131,9 +133,7 @@ fn facts() -> Value {
             "services": services,
         })
     };
-    let deny = |name: &str, test: Value| {
-        json!({"name": name, "namespace": "demo", "scope": "Namespace", "action": "Deny", "dryRun": false, "rules": [[[test]]]})
-    };
+    let deny = |name: &str, test: Value| json!({"name": name, "namespace": "demo", "scope": "Namespace", "action": "Deny", "dryRun": false, "rules": [[[test]]]});
     json!({
         "workloads": PODS.iter().map(workload).collect::<Vec<_>>(),
         "services": [{

@@ -72,17 +72,17 @@ pub fn measure(from: &Netns, to: std::net::IpAddr, duration: Duration) -> anyhow
         times.extend(thread.join().map_err(|_| anyhow::anyhow!("a load thread panicked"))??);
     }
     times.sort_unstable();
-    let at = |share: f64| {
-        let index = ((times.len() as f64 - 1.0) * share).max(0.0) as usize;
-        times.get(index).map_or(0.0, |time| time.as_secs_f64() * 1e6)
+    let at = |per_mille: usize| {
+        times.get(times.len() * per_mille / 1000).map_or(0.0, |time| time.as_secs_f64() * 1e6)
     };
     let rps = times.len() as f64 / duration.as_secs_f64();
     let gbps = bulk(connect(from, SocketAddr::new(to, SINK_PORT))?, duration)?;
-    Ok(Figures { rps, p50_us: at(0.5), p99_us: at(0.99), gbps })
+    Ok(Figures { rps, p50_us: at(500), p99_us: at(990), gbps })
 }
 
 fn connect(from: &Netns, to: SocketAddr) -> anyhow::Result<TcpStream> {
-    let stream = from.enter(|| TcpStream::connect_timeout(&to, PATIENCE))?.with_context(|| format!("cannot connect to {to}"))?;
+    let stream =
+        from.enter(|| TcpStream::connect_timeout(&to, PATIENCE))?.with_context(|| format!("cannot connect to {to}"))?;
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;

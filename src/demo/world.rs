@@ -75,7 +75,9 @@ impl World {
 
     fn nodes(&self) -> anyhow::Result<()> {
         let (one, two) = (self.name("node1"), self.name("node2"));
-        ip(&format!("netns add {one}\nnetns add {two}\nlink add {WIRE} netns {one} type veth peer name {WIRE} netns {two}\n"))?;
+        ip(&format!(
+            "netns add {one}\nnetns add {two}\nlink add {WIRE} netns {one} type veth peer name {WIRE} netns {two}\n"
+        ))?;
         for (node, other) in [(1, 2), (2, 1)] {
             let name = self.name(&format!("node{node}"));
             ip_in(

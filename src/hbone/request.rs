@@ -129,7 +129,11 @@ impl ConnectRequest {
 
     /// The `host=` of the `forwarded` header: the service that the client asked for.
     pub fn forwarded_host(&self) -> Option<&str> {
-        self.forwarded.as_deref()?.split(';').find_map(|part| part.trim().strip_prefix("host=")).map(|h| h.trim_matches('"'))
+        self.forwarded
+            .as_deref()?
+            .split(';')
+            .find_map(|part| part.trim().strip_prefix("host="))
+            .map(|h| h.trim_matches('"'))
     }
 }
 

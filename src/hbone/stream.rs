@@ -15,9 +15,9 @@ use tokio::net::TcpStream;
 /// Counts bytes as they are passed on.
 pub trait Meter: Sync {
     /// Bytes from the application to the tunnel.
-    fn into_tunnel(&self, bytes: usize);
+    fn up(&self, bytes: usize);
     /// Bytes from the tunnel to the application.
-    fn out_of_tunnel(&self, bytes: usize);
+    fn down(&self, bytes: usize);
     /// All bytes so far, in either direction.
     fn total(&self) -> u64;
 }
@@ -155,7 +155,7 @@ async fn app_to_tunnel(app: &TcpStream, send: &mut SendStream<Bytes>, meter: &im
             Ok(bytes) => {
                 let length = bytes.len();
                 send.send_data(bytes, false)?;
-                meter.into_tunnel(length);
+                meter.up(length);
                 if length < room.min(SCRATCH_BYTES) {
                     // What an idle stream has reserved, busy ones would miss.
                     send.reserve_capacity(0);
@@ -179,7 +179,7 @@ async fn tunnel_to_app(app: &TcpStream, receive: &mut RecvStream, meter: &impl M
             other => other?,
         };
         write_all(app, &chunk).await.map_err(CarryError::App)?;
-        meter.out_of_tunnel(chunk.len());
+        meter.down(chunk.len());
         receive.flow_control().release_capacity(chunk.len())?;
     }
     // The other direction may still run: only our sending side ends.
@@ -193,16 +193,12 @@ fn unconnected(error: io::Error) -> io::Result<()> {
 
 /// Resolves when the application's connection is reset while nobody reads it.
 pub async fn app_broken(app: &TcpStream) -> io::Error {
-    loop {
-        match app.ready(Interest::ERROR).await {
-            Err(error) => return error,
-            Ok(_) => match app.take_error() {
-                Ok(Some(error)) | Err(error) => return error,
-                Ok(None) => {
-                    // Both directions shut without error: an orderly end, reported by whoever reads or writes.
-                    return std::future::pending().await;
-                }
-            },
-        }
+    match app.ready(Interest::ERROR).await {
+        Err(error) => error,
+        Ok(_) => match app.take_error() {
+            Ok(Some(error)) | Err(error) => error,
+            // Both directions shut without error: an orderly end, reported by whoever reads or writes.
+            Ok(None) => std::future::pending().await,
+        },
     }
 }

@@ -143,8 +143,7 @@ impl Authority {
             params.distinguished_name = DistinguishedName::new();
             params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(identity.to_string())?)];
             params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-            params.extended_key_usages =
-                vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
             params.not_before = OffsetDateTime::from(issued - BACKDATE);
             params.not_after = OffsetDateTime::from(issued + self.leaf_life);
             let leaf = params.signed_by(&key, &issuer)?;

@@ -11,7 +11,7 @@ pub mod snapshot;
 pub mod store;
 pub mod workload;
 
-pub use address::{GatewayRef, GatewayTarget, NetworkAddress};
+pub use address::{GatewayRef, GatewayTarget};
 pub use name::{ServiceKey, SpiffeName, Text};
 pub use policy::Policy;
 pub use service::Service;

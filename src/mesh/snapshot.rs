@@ -132,28 +132,23 @@ impl Snapshot {
         self.by_address.get(&NetworkAddress { network: network.clone(), ip })
     }
 
-    /// The service with this key.
-    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
-        self.services.get(key)
-    }
-
     /// The service that a virtual address stands for, as seen by a client of `client_namespace`: the client's own
     /// namespace first, then a canonical one, then the first; exact addresses before ranges.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let exact = self.by_vip.get(&NetworkAddress { network: network.clone(), ip });
         let exact = exact.and_then(|list| preferred(list.iter(), client_namespace));
         exact.or_else(|| {
-            let mut best: Option<((bool, u8, bool), &Arc<Service>)> = None;
+            let (mut best, mut best_score) = (None, None);
             for service in self.cidr_services.iter().filter(|s| s.visible_to(client_namespace)) {
                 for cidr in service.cidrs.iter().filter(|c| c.network == *network && c.range.contains(&ip)) {
                     let own = &*service.key.namespace == client_namespace;
-                    let score = (own, cidr.range.prefix_len(), service.canonical);
-                    if best.as_ref().is_none_or(|(other, _)| score > *other) {
-                        best = Some((score, service));
+                    let score = Some((own, cidr.range.prefix_len(), service.canonical));
+                    if score > best_score {
+                        (best, best_score) = (Some(service), score);
                     }
                 }
             }
-            best.map(|(_, service)| service)
+            best
         })
     }
 

@@ -123,7 +123,12 @@ impl Capturer {
         pod.active.close();
         if tokio::time::timeout(self.config.release_deadline, pod.active.wait()).await.is_err() {
             let cut = pod.active.len();
-            tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, cut, "connections cut: the pod was released");
+            tracing::warn!(
+                namespace = &*pod.namespace,
+                name = &*pod.name,
+                cut,
+                "connections cut: the pod was released"
+            );
         }
         pod.drain.at_once();
         pod.active.wait().await;

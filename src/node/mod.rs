@@ -49,7 +49,9 @@ pub enum CaptureError {
     #[error(transparent)]
     Netns(#[from] crate::sys::netns::NetnsError),
     /// The namespace does not hold the pod's address: it is another pod's.
-    #[error("the namespace {path} does not hold the workload's address {missing} (it holds: {held}); check the netns path")]
+    #[error(
+        "the namespace {path} does not hold the workload's address {missing} (it holds: {held}); check the netns path"
+    )]
     NotThePod {
         /// The namespace.
         path: PathBuf,

@@ -45,7 +45,7 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
                 let reason = error.to_string();
                 let waits = matches!(error, CaptureError::NoFacts(_));
                 board.set(&spec, if waits { State::Pending(reason) } else { State::Failed(reason) });
-                first_attempt = None;
+                drop(first_attempt.take());
                 tokio::select! {
                     () = tokio::time::sleep(RETRY) => continue,
                     () = watch.changed() => continue,
@@ -56,7 +56,7 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
             }
         };
         board.set(&spec, State::Captured);
-        first_attempt = None;
+        drop(first_attempt.take());
         let end = tokio::select! {
             lost = hold(&capturer, &captured, &mut watch) => End::Lost(lost),
             () = process.gentle() => End::Process,

@@ -59,11 +59,8 @@ struct FilePod {
 pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
     let content = |reason: String| PodsFileError::Content(path.to_owned(), reason);
     let text = std::fs::read_to_string(path).map_err(|error| PodsFileError::Read(path.to_owned(), error))?;
-    let file: File = if text.trim().is_empty() {
-        File { pods: Vec::new() }
-    } else {
-        from_yaml(&text).map_err(content)?
-    };
+    let file: File =
+        if text.trim().is_empty() { File { pods: Vec::new() } } else { from_yaml(&text).map_err(content)? };
     let mut faults = Vec::new();
     let mut specs: Vec<PodSpec> = Vec::new();
     for pod in file.pods {

@@ -138,9 +138,10 @@ async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
 }
 
 async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<(), RedirectError> {
-    let (connection, handle, _) = netns
-        .enter(rtnetlink::new_connection)?
-        .map_err(|source| RedirectError::Route { what: "netlink socket", source: rtnetlink::Error::NamespaceError(source.to_string()) })?;
+    let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RedirectError::Route {
+        what: "netlink socket",
+        source: rtnetlink::Error::NamespaceError(source.to_string()),
+    })?;
     let work = async {
         set_rule(&handle, false, present).await?;
         set_route(&handle, false, present).await?;

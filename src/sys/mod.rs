@@ -2,6 +2,8 @@
 //!
 //! The only module with `unsafe`, each use with its safety argument. It knows nothing of pods or meshes.
 
+#![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
+
 pub mod limits;
 pub mod netns;
 pub mod original_dst;

@@ -24,8 +24,8 @@ impl Sniffer {
         let index = nix::net::if_::if_nametoindex(interface)?;
         // SAFETY: sockaddr_ll is a plain C struct for which all zeroes is a valid value.
         let mut address: nix::libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = nix::libc::AF_PACKET as u16;
-        address.sll_protocol = (nix::libc::ETH_P_ALL as u16).to_be();
+        address.sll_family = u16::try_from(nix::libc::AF_PACKET).unwrap_or_default();
+        address.sll_protocol = u16::try_from(nix::libc::ETH_P_ALL).unwrap_or_default().to_be();
         address.sll_ifindex = index.cast_signed();
         let raw: *const nix::libc::sockaddr_ll = &raw const address;
         let length = u32::try_from(std::mem::size_of_val(&address)).ok();

@@ -29,8 +29,10 @@ impl FileWatch {
     /// Watches `path`, which need not exist yet.
     pub fn new(path: &Path) -> Self {
         let (send, events) = mpsc::channel(1);
-        // A full channel already says that there is something to look at.
-        let watcher = notify::recommended_watcher(move |_| drop(send.try_send(())));
+        let watcher = notify::recommended_watcher(move |_| {
+            // A full channel already says that there is something to look at.
+            let _ = send.try_send(());
+        });
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let watcher = watcher.and_then(|mut w| w.watch(folder, RecursiveMode::NonRecursive).map(|()| w));
         if let Err(error) = &watcher {

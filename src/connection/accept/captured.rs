@@ -20,11 +20,7 @@ pub struct Captured {
 
 /// Takes over an accepted socket on this worker and asks the kernel where it was going. Unknown is an error: there is
 /// no fall-back to the local address.
-pub fn captured(
-    socket: std::net::TcpStream,
-    source: SocketAddr,
-    legs: &LegOptions,
-) -> Result<Captured, AcceptError> {
+pub fn captured(socket: std::net::TcpStream, source: SocketAddr, legs: &LegOptions) -> Result<Captured, AcceptError> {
     let destination = original_dst(&socket, source).map_err(AcceptError::OriginalDestination)?;
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let app = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;

@@ -5,7 +5,7 @@ pub mod captured;
 pub mod listener;
 pub mod tunnel;
 
-pub use captured::{Captured, captured};
+pub use captured::captured;
 pub use tunnel::Peer;
 
 use crate::hbone::TunnelError;

@@ -196,8 +196,16 @@ mod tests {
             (vec![policy("d", Global, Deny, me)], vec![], "explicitly denied by: a/d rule[0]"),
             (vec![policy("d", Global, Deny, other)], vec![], "allowed: no ALLOW policy applies"),
             (vec![policy("y", Namespace, Allow, me)], vec![], "allowed by a/y rule[0]"),
-            (vec![policy("y", Namespace, Allow, other)], vec![], "allow policies exist, but none allowed (applied: a/y)"),
-            (vec![policy("y", Global, Allow, me), policy("d", Namespace, Deny, me)], vec![], "explicitly denied by: a/d rule[0]"),
+            (
+                vec![policy("y", Namespace, Allow, other)],
+                vec![],
+                "allow policies exist, but none allowed (applied: a/y)",
+            ),
+            (
+                vec![policy("y", Global, Allow, me), policy("d", Namespace, Deny, me)],
+                vec![],
+                "explicitly denied by: a/d rule[0]",
+            ),
             (vec![policy("s", WorkloadSelector, Deny, me)], vec![], "allowed: no ALLOW policy applies"),
             (vec![policy("s", WorkloadSelector, Deny, me)], vec!["a/s"], "explicitly denied by: a/s rule[0]"),
             (vec![], vec!["a/missing"], "unknown a/missing"),

@@ -119,7 +119,8 @@ mod tests {
             (StringMatch::Presence, Some(v)) => !v.is_empty(),
         };
         let namespace = Some(s.peer.as_ref().map_or(String::new(), |p| p.namespace.to_string()));
-        let principal = s.peer.as_ref().map(|p| format!("{}/ns/{}/sa/{}", p.trust_domain, p.namespace, p.service_account));
+        let principal =
+            s.peer.as_ref().map(|p| format!("{}/ns/{}/sa/{}", p.trust_domain, p.namespace, p.service_account));
         for clause in rule {
             let mut clause_holds = clause.is_empty();
             for m in clause {
@@ -172,7 +173,9 @@ mod tests {
         })
     }
 
-    fn attribute<T: std::fmt::Debug + Clone>(one: impl Strategy<Value = T> + Clone) -> impl Strategy<Value = Attribute<T>> {
+    fn attribute<T: std::fmt::Debug + Clone>(
+        one: impl Strategy<Value = T> + Clone,
+    ) -> impl Strategy<Value = Attribute<T>> {
         let some = prop::collection::vec(one, 0..2);
         (some.clone(), some).prop_map(|(any_of, none_of)| Attribute { any_of, none_of })
     }
@@ -192,13 +195,8 @@ mod tests {
             attribute(net.boxed()),
             attribute(prop_oneof![Just(80u16), Just(443)].boxed()),
         );
-        parts.prop_map(|(namespaces, principals, service_accounts, source_ips, destination_ips, destination_ports)| Match {
-            namespaces,
-            principals,
-            service_accounts,
-            source_ips,
-            destination_ips,
-            destination_ports,
+        parts.prop_map(|(namespaces, principals, service_accounts, source_ips, destination_ips, destination_ports)| {
+            Match { namespaces, principals, service_accounts, source_ips, destination_ips, destination_ports }
         })
     }
 

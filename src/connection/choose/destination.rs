@@ -30,8 +30,7 @@ pub fn choose(
         let port = target_port(service, endpoint, port)?;
         let any_health = service.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
         let healthy = any_health || endpoint.workload.health == Health::Healthy;
-        (healthy && !endpoint.workload.ips.is_empty())
-            .then(|| Chosen { workload: endpoint.workload.clone(), port })
+        (healthy && !endpoint.workload.ips.is_empty()).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
     let candidates: Vec<Chosen> = preferred(source, service, usable.collect());
     let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();

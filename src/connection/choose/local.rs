@@ -85,12 +85,7 @@ pub fn choose(
     Ok(LocalTarget { address, service })
 }
 
-fn by_host(
-    snapshot: &Snapshot,
-    workload: &Workload,
-    host: &str,
-    port: u16,
-) -> Result<(u16, Arc<Service>), LocalError> {
+fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> Result<(u16, Arc<Service>), LocalError> {
     let unknown = || LocalError::UnknownHost(host.to_owned());
     let service = snapshot.service_by_hostname(host, &workload.namespace).ok_or_else(unknown)?;
     let own_ports = workload.services.get(&service.key);
@@ -137,11 +132,8 @@ mod tests {
         waypoint.services.insert(way.key.clone(), [].into());
         let target = GatewayTarget::Hostname(way.key.clone());
         web.waypoint = Some(GatewayRef { target, hbone_port: 15008 });
-        let facts = Facts {
-            workloads: vec![server, waypoint, sandwiched],
-            services: vec![web, way],
-            ..Facts::default()
-        };
+        let facts =
+            Facts { workloads: vec![server, waypoint, sandwiched], services: vec![web, way], ..Facts::default() };
         let snapshot = Snapshot::build(1, facts);
         for (pod, own, authority, expected) in [
             ("server", "10.0.0.2", "10.0.0.2:80", Ok("10.0.0.2:80")),

@@ -5,8 +5,8 @@ pub mod local;
 pub mod route;
 pub mod waypoint;
 
-pub use local::{LocalError, LocalTarget};
-pub use route::{HboneWay, Route, Way};
+pub use local::LocalError;
+pub use route::{HboneWay, Way};
 
 use crate::mesh::Text;
 use std::net::SocketAddr;

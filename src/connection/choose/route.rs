@@ -157,7 +157,9 @@ mod tests {
     impl World {
         fn new() -> Self {
             let mut facts = Facts::default();
-            for (name, ip) in [("client", "10.0.0.1"), ("server", "10.0.0.2"), ("plain", "10.0.0.3"), ("waypoint", "10.0.0.4")] {
+            for (name, ip) in
+                [("client", "10.0.0.1"), ("server", "10.0.0.2"), ("plain", "10.0.0.3"), ("waypoint", "10.0.0.4")]
+            {
                 facts.workloads.push(workload("a", name, ip));
             }
             facts.workloads[2].protocol = Protocol::Tcp;

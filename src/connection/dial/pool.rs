@@ -127,7 +127,12 @@ impl Pool {
 
     /// Room on a tunnel for `key`; opens one with `dial` where there is none, or waits for one that is being opened.
     /// The dial goes on when a waiter leaves; `drain` ends the tunnel.
-    pub async fn checkout<D, F>(self: &Arc<Self>, key: &Key, drain: &Signal, dial: D) -> Result<Lease, Arc<TunnelDialError>>
+    pub async fn checkout<D, F>(
+        self: &Arc<Self>,
+        key: &Key,
+        drain: &Signal,
+        dial: D,
+    ) -> Result<Lease, Arc<TunnelDialError>>
     where
         D: Fn() -> F,
         F: Future<Output = Result<Dialled, TunnelDialError>> + Send + 'static,
@@ -203,13 +208,7 @@ impl Pool {
     }
 
     /// Runs a tunnel until it ends or has been idle; it leaves the pool first, and its streams finish.
-    async fn keep(
-        &self,
-        key: &Key,
-        open: Arc<Open>,
-        drain: Signal,
-        mut run: Pin<Box<dyn Future<Output = ()> + Send>>,
-    ) {
+    async fn keep(&self, key: &Key, open: Arc<Open>, drain: Signal, mut run: Pin<Box<dyn Future<Output = ()> + Send>>) {
         let leave = async {
             loop {
                 let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);

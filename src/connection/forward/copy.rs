@@ -17,8 +17,12 @@ pub async fn both_ways(
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let up = async { one_way(app, far, |n| meter.into_tunnel(n)).await.map_err(|e| e.of(ForwardError::App, ForwardError::Far)) };
-    let down = async { one_way(far, app, |n| meter.out_of_tunnel(n)).await.map_err(|e| e.of(ForwardError::Far, ForwardError::App)) };
+    let up = async {
+        one_way(app, far, |n| meter.up(n)).await.map_err(|e| e.of(ForwardError::App, ForwardError::Far))
+    };
+    let down = async {
+        one_way(far, app, |n| meter.down(n)).await.map_err(|e| e.of(ForwardError::Far, ForwardError::App))
+    };
     let (mut up, mut down) = (pin!(up), pin!(down));
     let up_ended = tokio::select! {
         result = &mut up => { result?; true }
@@ -103,10 +107,10 @@ mod tests {
     struct Count(AtomicU64);
 
     impl Meter for Count {
-        fn into_tunnel(&self, bytes: usize) {
+        fn up(&self, bytes: usize) {
             self.0.fetch_add(bytes as u64, Ordering::Relaxed);
         }
-        fn out_of_tunnel(&self, bytes: usize) {
+        fn down(&self, bytes: usize) {
             self.0.fetch_add(bytes as u64, Ordering::Relaxed);
         }
         fn total(&self) -> u64 {

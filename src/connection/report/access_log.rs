@@ -70,11 +70,30 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
     let duration = format!("{}ms", summary.duration.as_millis());
     let (direction, source, destination) = (summary.direction, summary.source, summary.destination);
     match summary.failure {
-        None => line!(tracing::Level::INFO, "connection complete", direction, source, destination, details,
-            bytes_sent = sent, bytes_recv = received, duration = duration.as_str()),
-        Some(failure) => line!(tracing::Level::ERROR, "connection complete", direction, source, destination, details,
-            bytes_sent = sent, bytes_recv = received, duration = duration.as_str(),
-            error = failure.to_string().as_str(), reason = failure.word()),
+        None => line!(
+            tracing::Level::INFO,
+            "connection complete",
+            direction,
+            source,
+            destination,
+            details,
+            bytes_sent = sent,
+            bytes_recv = received,
+            duration = duration.as_str()
+        ),
+        Some(failure) => line!(
+            tracing::Level::ERROR,
+            "connection complete",
+            direction,
+            source,
+            destination,
+            details,
+            bytes_sent = sent,
+            bytes_recv = received,
+            duration = duration.as_str(),
+            error = failure.to_string().as_str(),
+            reason = failure.word()
+        ),
     }
 }
 

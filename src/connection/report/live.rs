@@ -55,12 +55,12 @@ pub struct Bytes {
 }
 
 impl crate::hbone::Meter for Bytes {
-    fn into_tunnel(&self, bytes: usize) {
+    fn up(&self, bytes: usize) {
         self.up.fetch_add(bytes as u64, Ordering::Relaxed);
         self.up_metric.inc_by(bytes as u64);
     }
 
-    fn out_of_tunnel(&self, bytes: usize) {
+    fn down(&self, bytes: usize) {
         self.down.fetch_add(bytes as u64, Ordering::Relaxed);
         self.down_metric.inc_by(bytes as u64);
     }
@@ -94,10 +94,5 @@ impl LiveConnections {
     pub fn list(&self) -> Vec<(u64, Arc<Connection>)> {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.iter().map(|(id, connection)| (*id, connection.clone())).collect()
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 }

@@ -74,8 +74,6 @@ pub struct Metrics {
     pub sockets: Family<ReporterLabel, Gauge>,
     /// Failures, early ones included.
     pub failures: Family<FailureLabels, Counter>,
-    /// Tunnels open towards peers.
-    pub tunnels: Gauge,
 }
 
 impl Metrics {

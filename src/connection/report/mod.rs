@@ -7,6 +7,4 @@ pub mod metrics;
 pub mod record;
 
 pub use failure::Failure;
-pub use live::LiveConnections;
-pub use metrics::Metrics;
 pub use record::{Details, Direction, Record, Reporter};
