@@ -1,0 +1,120 @@
+//! Policies at work: who is refused, by which rule, and which live connections a change ends.
+
+use crate::world::facts::principal;
+use crate::world::{World, apps, ask, connect, eventually};
+use serde_json::{Value, json};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+
+fn world() -> World {
+    let mut w = World::new();
+    for (name, node) in [("good", 1), ("bad", 1), ("server", 2)] {
+        w.mesh_pod(name, node);
+    }
+    w.plain_pod("stranger", 1);
+    apps::serve(&w.ns("server"), 8080, apps::who);
+    apps::serve(&w.ns("server"), 9000, apps::echo);
+    w
+}
+
+fn server(w: &World) -> std::net::IpAddr {
+    w.pods.iter().find(|pod| pod.name == "server").unwrap().v4
+}
+
+/// An open connection that has carried something.
+fn open(w: &World, from: &str) -> TcpStream {
+    let mut stream = connect(&w.ns(from), (server(w), 9000)).unwrap();
+    assert!(alive(&mut stream));
+    stream
+}
+
+fn alive(stream: &mut TcpStream) -> bool {
+    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
+}
+
+fn refused(w: &World, from: &str) -> bool {
+    matches!(ask(&w.ns(from), (server(w), 8080), "x"), Err(e) if e.kind() == ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn a_refusal_names_its_rule_in_the_log_and_in_metrics() {
+    let mut w = world();
+    w.mesh.policy("no-bad", "Namespace", "Deny", principal("bad"));
+    w.mesh.policy("mesh-only", "Namespace", "Deny", json!({"notPrincipals": ["Presence"]}));
+    w.start();
+    assert!(ask(&w.ns("good"), (server(&w), 8080), "x").is_ok());
+    assert!(refused(&w, "bad"));
+    assert!(refused(&w, "stranger"));
+    for (source, rule) in [("bad", "ns/no-bad rule[0]"), ("stranger", "ns/mesh-only rule[0]")] {
+        let by = |l: &Value| l["direction"] == "inbound" && l["src.workload"] == source && l["reason"] == "denied";
+        let line = w.log_line(2, source, by);
+        let expected = format!("connection closed due to policy rejection: explicitly denied by: {rule}");
+        assert_eq!(line["error"], json!(expected));
+        assert_eq!(line["level"], "error");
+    }
+    let out = w.log_line(1, "the client's side", |l| l["src.workload"] == "bad" && l["direction"] == "outbound");
+    assert!(out["error"].as_str().unwrap().contains("401"), "{out}");
+    let denied = ["reporter=\"destination\"", "response_flags=\"DENY\"", "source_workload=\"bad\""];
+    assert_eq!(w.metric(2, "istio_tcp_connections_failed_total", &denied), 1.0);
+    assert_eq!(w.metric(2, "culvert_connection_failures_total", &["reason=\"denied\"", "fault=\"policy\""]), 2.0);
+}
+
+#[test]
+fn a_new_policy_ends_exactly_the_connections_that_it_denies() {
+    let mut w = world();
+    w.start();
+    let (mut good, mut bad, mut stranger) = (open(&w, "good"), open(&w, "bad"), open(&w, "stranger"));
+    w.mesh.policy("no-bad", "Namespace", "Deny", principal("bad"));
+    w.write_mesh();
+    let error = bad.read(&mut [0]).expect_err("the denied connection is reset");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(alive(&mut good) && alive(&mut stranger), "the others go on");
+    let line = w.log_line(2, "policy change", |l| l["reason"] == "policy_change");
+    let error = line["error"].as_str().unwrap();
+    assert!(error.starts_with("connection closed due to policy change: explicitly denied by: ns/no-bad"), "{error}");
+}
+
+#[test]
+fn attaching_a_policy_to_the_workload_ends_live_connections_too() {
+    let mut w = world();
+    w.mesh.policy("strict", "WorkloadSelector", "Deny", json!({"notPrincipals": ["Presence"]}));
+    w.start();
+    let (mut good, mut stranger) = (open(&w, "good"), open(&w, "stranger"));
+    w.mesh.of("server")["authorizationPolicies"] = json!(["ns/strict"]);
+    w.write_mesh();
+    let error = stranger.read(&mut [0]).expect_err("plaintext is reset once STRICT is attached");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(alive(&mut good));
+    assert!(refused(&w, "stranger"));
+}
+
+#[test]
+fn a_policy_that_is_attached_but_unknown_refuses_and_is_waited_for() {
+    let mut w = world();
+    w.mesh.of("server")["authorizationPolicies"] = json!(["ns/late"]);
+    w.start();
+    assert!(refused(&w, "good"), "never skipped");
+    let line = w.log_line(2, "policy unknown", |l| l["reason"] == "policy_unknown");
+    assert!(line["error"].as_str().unwrap().contains("ns/late"), "{line}");
+    let waiting = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| ask(&w.ns("good"), (server(&w), 8080), "x"));
+        eventually("the question is waiting", || w.metric(2, "culvert_data_plane_tasks", &[]) >= 2.0);
+        let mut mesh = w.mesh.clone();
+        mesh.policy("late", "WorkloadSelector", "Allow", principal("good"));
+        crate::world::replace(&w.mesh_file(2), &mesh.json());
+        asking.join().unwrap()
+    });
+    assert!(waiting.is_ok(), "{waiting:?}");
+    assert!(refused(&w, "bad"));
+}
+
+#[test]
+fn a_dry_run_policy_is_only_noted() {
+    let mut w = world();
+    w.mesh.policy("trial", "Namespace", "Deny", principal("good"));
+    w.mesh.policies[0]["dryRun"] = json!(true);
+    w.start();
+    assert!(ask(&w.ns("good"), (server(&w), 8080), "x").is_ok());
+    let line = w.log_line(2, "dry run", |l| l["scope"] == "authorize");
+    assert_eq!(line["message"], "dry-run policy: ns/trial rule[0] would have denied this");
+}

@@ -1,0 +1,183 @@
+//! A real Envoy on each end: as HBONE client of a captured pod, and as the waypoint of a service.
+
+use crate::world::certs::{self, Files};
+use crate::world::{Pod, World, apps, ask, eventually, python_env};
+use serde_json::{Value, json};
+use std::net::IpAddr;
+use std::process::Command;
+
+/// Starts Envoy in a pod's namespace and waits until it listens on `port`.
+fn start(w: &mut World, pod: &Pod, port: u16, config: &Value) {
+    let file = w.dir.join(format!("{}-envoy.json", pod.name));
+    std::fs::write(&file, serde_json::to_string_pretty(config).unwrap()).unwrap();
+    let mut command = Command::new(python_env("envoy"));
+    command.arg("-c").arg(&file).args(["--disable-hot-restart", "--concurrency", "1", "-l", "warning"]);
+    command.args(["--file-flush-interval-msec", "50"]);
+    w.start_in(&pod.netns, &mut command, &format!("{}-envoy.log", pod.name));
+    let listening = || {
+        let sockets = crate::world::output_in(&pod.netns, "ss", &["-Hltn"]);
+        sockets.contains(&format!(":{port} "))
+    };
+    eventually("Envoy listens", listening);
+}
+
+fn log(w: &World, pod: &Pod) -> String {
+    std::fs::read_to_string(w.dir.join(format!("{}-envoy.log", pod.name))).unwrap()
+}
+
+fn typed(kind: &str, mut fields: Value) -> Value {
+    fields["@type"] = json!(format!("type.googleapis.com/{kind}"));
+    fields
+}
+
+fn tls(w: &World, cert: &Files, peer: &str) -> Value {
+    json!({
+        "alpn_protocols": ["h2"],
+        "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+        "tls_certificates": [{"certificate_chain": {"filename": cert.chain}, "private_key": {"filename": cert.key}}],
+        "validation_context": {
+            "trusted_ca": {"filename": w.ca().join("ca.pem")},
+            "match_typed_subject_alt_names": [{"san_type": "URI", "matcher": {"prefix": peer}}],
+        },
+    })
+}
+
+fn address(ip: &str, port: u16) -> Value {
+    json!({"socket_address": {"address": ip, "port_value": port}})
+}
+
+/// TCP in on loopback, out as one CONNECT stream each to a pod's HBONE port.
+fn client(w: &World, cert: &Files, to: &Pod, port: u16) -> Value {
+    let proxy = json!({
+        "stat_prefix": "out", "cluster": "hbone",
+        "tunneling_config": {"hostname": format!("{}:{port}", to.v4)},
+    });
+    let http2 = json!({"explicit_http_config": {"http2_protocol_options": {"max_concurrent_streams": 100}}});
+    let kind = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions";
+    let context = json!({"common_tls_context": tls(w, cert, &certs::spiffe(&to.name))});
+    json!({"static_resources": {
+        "listeners": [{
+            "name": "in", "address": address("127.0.0.1", 15101),
+            "filter_chains": [{"filters": [{
+                "name": "envoy.filters.network.tcp_proxy",
+                "typed_config": typed("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", proxy),
+            }]}],
+        }],
+        "clusters": [{
+            "name": "hbone", "type": "STATIC", "connect_timeout": "5s",
+            "load_assignment": {"cluster_name": "hbone", "endpoints": [{"lb_endpoints": [
+                {"endpoint": {"address": address(&to.v4.to_string(), 15008)}},
+            ]}]},
+            "typed_extension_protocol_options": {(format!("envoy.extensions.upstreams.http.v3.HttpProtocolOptions")): typed(kind, http2)},
+            "transport_socket": {
+                "name": "envoy.transport_sockets.tls",
+                "typed_config": typed("envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext", context),
+            },
+        }],
+    }})
+}
+
+/// Ends CONNECT on `port` and sends the bytes on to the address in `:authority`, as plain TCP.
+fn waypoint(w: &World, cert: &Files, port: u16) -> Value {
+    let manager = json!({
+        "stat_prefix": "hbone", "codec_type": "HTTP2",
+        "http2_protocol_options": {"allow_connect": true},
+        "upgrade_configs": [{"upgrade_type": "CONNECT"}],
+        "access_log": [{"name": "envoy.access_loggers.stdout", "typed_config": typed(
+            "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+            json!({"log_format": {"text_format_source": {"inline_string":
+                "authority=%REQ(:AUTHORITY)% peer=%DOWNSTREAM_PEER_URI_SAN% code=%RESPONSE_CODE% baggage=%REQ(BAGGAGE)% forwarded=%REQ(FORWARDED)%\n"}}}),
+        )}],
+        "route_config": {"name": "connect", "virtual_hosts": [{
+            "name": "all", "domains": ["*"],
+            "routes": [{"match": {"connect_matcher": {}}, "route": {
+                "cluster": "authority", "timeout": "0s",
+                "upgrade_configs": [{"upgrade_type": "CONNECT", "connect_config": {}}],
+            }}],
+        }]},
+        "http_filters": [{
+            "name": "envoy.filters.http.router",
+            "typed_config": typed("envoy.extensions.filters.http.router.v3.Router", json!({})),
+        }],
+    });
+    let context = json!({"require_client_certificate": true, "common_tls_context": tls(w, cert, "spiffe://cluster.local/")});
+    json!({"static_resources": {
+        "listeners": [{
+            "name": "hbone", "address": address("0.0.0.0", port),
+            "filter_chains": [{
+                "transport_socket": {
+                    "name": "envoy.transport_sockets.tls",
+                    "typed_config": typed("envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", context),
+                },
+                "filters": [{
+                    "name": "envoy.filters.network.http_connection_manager",
+                    "typed_config": typed(
+                        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager", manager),
+                }],
+            }],
+        }],
+        "clusters": [{
+            "name": "authority", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "5s",
+            "original_dst_lb_config": {"use_http_header": true, "http_header_name": ":authority"},
+        }],
+    }})
+}
+
+#[test]
+fn envoy_as_client_reaches_a_captured_pod() {
+    let mut w = World::new();
+    let (envoy, server) = (w.plain_pod("envoy", 1), w.mesh_pod("server", 2));
+    apps::serve(&server.netns, 8080, apps::who);
+    apps::serve(&server.netns, 9002, apps::count);
+    w.mesh.policy("envoy-only", "Namespace", "Allow", crate::world::facts::principal("envoy"));
+    w.start();
+    let cert = certs::good(&w.ca(), &w.dir, "envoy");
+    let config = client(&w, &cert, &server, 8080);
+    start(&mut w, &envoy, 15101, &config);
+    let local: IpAddr = "127.0.0.1".parse().unwrap();
+    for _ in 0..20 {
+        assert_eq!(ask(&envoy.netns, (local, 15101), "x").unwrap(), format!("{} x", envoy.v4));
+    }
+    let line = w.log_line(2, "from Envoy", |l| l["src.identity"] == certs::spiffe("envoy"));
+    assert_eq!(line["message"], "connection complete", "{line}");
+}
+
+#[test]
+fn envoy_as_waypoint_stands_between_two_captured_pods() {
+    let mut w = World::new();
+    let (from, server, way) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.mesh_pod("way", 2));
+    apps::serve(&server.netns, 8080, apps::who);
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
+    w.mesh.service("way", &["10.96.0.2"], &json!({"15008": 15009}), &[&way]);
+    w.start();
+    let cert = certs::good(&w.ca(), &w.dir, "way");
+    let config = waypoint(&w, &cert, 15009);
+    start(&mut w, &way, 15009, &config);
+    let vip: IpAddr = "10.96.0.1".parse().unwrap();
+    for (index, (destination, port)) in
+        [(format!("/{}", way.v4), 15009), ("ns/way.ns.svc.cluster.local".into(), 15008), ("/10.96.0.2".into(), 15008)].iter().enumerate()
+    {
+        w.mesh.services[0]["waypoint"] = json!({"destination": destination, "hboneMtlsPort": port});
+        let applied = w.metric(1, "culvert_mesh_file_applied_total", &[]);
+        w.write_mesh();
+        eventually("the reference is known", || w.metric(1, "culvert_mesh_file_applied_total", &[]) > applied);
+        eventually("on both nodes", || w.metric(2, "culvert_mesh_file_applied_total", &[]) > applied);
+        // The server is reached by the waypoint, whose own traffic to the service is not sent back to it.
+        assert_eq!(ask(&from.netns, (vip, 80), "x").unwrap(), format!("{} x", way.v4), "{destination}");
+        eventually("Envoy has logged it", || log(&w, &way).matches("code=200").count() == index + 1);
+    }
+    let text = log(&w, &way);
+    let line = text.lines().find(|line| line.contains("code=200")).unwrap();
+    for word in [
+        "authority=10.96.0.1:80",
+        "peer=spiffe://cluster.local/ns/ns/sa/client",
+        "k8s.namespace.name=ns",
+        "service.name=client",
+        &format!("for=\"{}:", from.v4),
+        "host=web.ns.svc.cluster.local",
+    ] {
+        assert!(line.contains(word), "{word} in {line}");
+    }
+    let inbound = w.log_line(2, "at the server", |l| l["dst.workload"] == "server" && l["direction"] == "inbound");
+    assert_eq!(inbound["src.identity"], certs::spiffe("way"), "{inbound}");
+}

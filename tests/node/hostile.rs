@@ -1,0 +1,152 @@
+//! Peers that are not culvert: what an HBONE port answers them, and whom it does not talk to at all.
+
+use crate::world::certs::{self, Files, spiffe};
+use crate::world::{Pod, World, apps, ask, connect, eventually, output_in, peer_script, python_env};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::path::Path;
+
+/// Runs the raw HTTP/2 client in a namespace.
+fn raw(w: &World, from: &str, to: &Pod, ca: &Path, cert: Option<&Files>, requests: &[Value]) -> Value {
+    let spec = json!({
+        "to": [to.v4, 15008], "ca": ca.join("ca.pem"), "cert": cert.map(|c| &c.chain), "key": cert.map(|c| &c.key),
+        "requests": requests,
+    });
+    let python = python_env("python");
+    let script = peer_script("h2_connect.py");
+    let args = [script.to_str().unwrap(), &spec.to_string()];
+    serde_json::from_str(&output_in(&w.ns(from), python.to_str().unwrap(), &args)).unwrap()
+}
+
+fn connect_to(authority: &str) -> Value {
+    json!({"headers": [[":method", "CONNECT"], [":authority", authority]], "send": "x\n"})
+}
+
+fn world() -> World {
+    let mut w = World::new();
+    w.mesh_pod("server", 2);
+    w.plain_pod("peer", 1);
+    apps::serve(&w.ns("server"), 8080, apps::who);
+    w
+}
+
+fn server(w: &World) -> Pod {
+    w.pods.iter().find(|pod| pod.name == "server").unwrap().clone()
+}
+
+#[test]
+fn every_connect_is_answered_with_its_status() {
+    let mut w = world();
+    let to = server(&w);
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080, "81": 0}), &[&to]);
+    w.mesh.service("other", &["10.96.0.2"], &json!({"80": 8080}), &[]);
+    w.mesh.policy("no-9999", "Namespace", "Deny", json!({"destinationPorts": [9999]}));
+    w.start();
+    let cert = certs::good(&w.ca(), &w.dir, "peer");
+    let own = |port: u16| format!("{}:{port}", to.v4);
+    let cases = [
+        (connect_to(&own(8080)), 200),
+        (connect_to("web.ns.svc.cluster.local:80"), 200),
+        (json!({"headers": [[":method", "GET"], [":scheme", "https"], [":authority", own(8080)], [":path", "/"]]}), 400),
+        (json!({"headers": [[":method", "CONNECT"], [":authority", own(8080)], ["te", "trailers"]], "send": "x\n"}), 200),
+        (connect_to("nonsense"), 400),
+        (connect_to("10.2.0.99:8080"), 400),
+        (connect_to("127.0.0.1:8080"), 400),
+        (connect_to("169.254.169.254:80"), 400),
+        (connect_to("[::1]:8080"), 400),
+        (connect_to("10.96.0.1:80"), 400),
+        (connect_to(&own(15001)), 503),
+        (connect_to(&own(15006)), 503),
+        (connect_to(&own(15008)), 503),
+        (connect_to("nobody.ns.svc.cluster.local:80"), 503),
+        (connect_to("other.ns.svc.cluster.local:80"), 503),
+        (connect_to("web.ns.svc.cluster.local:81"), 503),
+        (connect_to("web.ns.svc.cluster.local:82"), 503),
+        (connect_to(&own(9999)), 401),
+        (connect_to(&own(7)), 503),
+    ];
+    let requests: Vec<Value> = cases.iter().map(|(request, _)| request.clone()).collect();
+    let answer = raw(&w, "peer", &to, &w.ca(), Some(&cert), &requests);
+    assert_eq!(answer["tls"], "ok", "{answer}");
+    for ((request, status), result) in cases.iter().zip(answer["results"].as_array().unwrap()) {
+        assert_eq!(result["status"], *status, "{request}: {result}");
+        let peer = w.pods.iter().find(|pod| pod.name == "peer").unwrap().v4;
+        let body = if *status == 200 { format!("{peer} x") } else { String::new() };
+        assert_eq!(result["body"], body, "{request}: a refusal says nothing, and the app sees the original client");
+    }
+    eventually("each refusal is counted", || {
+        w.metric(2, "culvert_connection_failures_total", &["reason=\"ip_mismatch\""]) == 5.0
+            && w.metric(2, "culvert_connection_failures_total", &["reason=\"loop\""]) == 3.0
+            && w.metric(2, "culvert_connection_failures_total", &["reason=\"bad_request\""]) == 2.0
+    });
+}
+
+#[test]
+fn peers_that_cannot_prove_who_they_are_are_not_talked_to() {
+    let mut w = world();
+    w.start();
+    let to = server(&w);
+    let other_ca = w.dir.join("other-ca");
+    let made = std::process::Command::new(crate::world::subject()).args(["ca", "init"]).arg(&other_ca).status().unwrap();
+    assert!(made.success());
+    let (ca, dir) = (w.ca(), w.dir.clone());
+    let me = spiffe("peer");
+    let evil = me.replace("cluster.local", "evil.local");
+    let two = [me.as_str(), "spiffe://cluster.local/ns/ns/sa/server"];
+    let bad = [
+        ("no certificate", None),
+        ("another CA", Some(certs::good(&other_ca, &dir, "b"))),
+        ("another trust domain", Some(certs::leaf(&ca, &dir, "c", &[&evil], -60, 600))),
+        ("two identities", Some(certs::leaf(&ca, &dir, "d", &two, -60, 600))),
+        ("expired", Some(certs::leaf(&ca, &dir, "e", &[&me], -600, -60))),
+        ("not yet valid", Some(certs::leaf(&ca, &dir, "f", &[&me], 600, 1200))),
+        ("no identity", Some(certs::leaf(&ca, &dir, "g", &[], -60, 600))),
+        ("upper case", Some(certs::leaf(&ca, &dir, "h", &["spiffe://cluster.local/ns/ns/sa/Peer"], -60, 600))),
+        ("trailing slash", Some(certs::leaf(&ca, &dir, "i", &[&format!("{me}/")], -60, 600))),
+        ("another path", Some(certs::leaf(&ca, &dir, "j", &["spiffe://cluster.local/peer"], -60, 600))),
+    ];
+    let request = [connect_to(&format!("{}:8080", to.v4))];
+    for (index, (what, cert)) in bad.iter().enumerate() {
+        let answer = raw(&w, "peer", &to, &ca, cert.as_ref(), &request);
+        assert_ne!(answer["tls"], "ok", "{what}: {answer}");
+        eventually("the failure is counted", || {
+            w.metric(2, "culvert_connection_failures_total", &["reason=\"peer_tls\""]) == (index + 1) as f64
+        });
+    }
+    let good = certs::good(&ca, &dir, "peer");
+    let answer = raw(&w, "peer", &to, &ca, Some(&good), &request);
+    assert_eq!(answer["results"][0]["status"], 200, "{answer}");
+}
+
+#[test]
+fn a_destination_that_is_somebody_else_gets_nothing() {
+    let mut w = world();
+    let client = w.mesh_pod("client", 1);
+    w.start();
+    // On node 1 only, the facts say that the server is another workload than the one that is there.
+    let mut mesh = w.mesh.clone();
+    mesh.of("server")["serviceAccount"] = json!("impostor");
+    crate::world::replace(&w.mesh_file(1), &mesh.json());
+    eventually("node 1 has the new facts", || w.metric(1, "culvert_mesh_file_applied_total", &[]) >= 2.0);
+    assert!(ask(&client.netns, (server(&w).v4, 8080), "x").is_err());
+    let line = w.log_line(1, "refused", |l| l["direction"] == "outbound" && l["reason"] == "tunnel_tls");
+    let error = line["error"].as_str().unwrap();
+    assert!(error.contains("sa/server") && error.contains("sa/impostor"), "names whom it met and whom it expected: {error}");
+}
+
+#[test]
+fn a_peer_that_says_nothing_is_dropped_and_others_go_on() {
+    let mut w = world();
+    let client = w.mesh_pod("client", 1);
+    w.start();
+    let to = server(&w);
+    let mut silent: Vec<_> = (0..50).map(|_| connect(&w.ns("peer"), (to.v4, 15008)).unwrap()).collect();
+    assert!(ask(&client.netns, (to.v4, 8080), "x").is_ok());
+    for stream in &mut silent {
+        // Closed or reset by the handshake deadline; PATIENCE would show as a timeout.
+        let ended = stream.read(&mut [0]);
+        assert!(!matches!(&ended, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock), "{ended:?}");
+    }
+    let deadline = ["reason=\"peer_handshake_deadline\""];
+    eventually("all are counted", || w.metric(2, "culvert_connection_failures_total", &deadline) == 50.0);
+}

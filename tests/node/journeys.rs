@@ -1,0 +1,204 @@
+//! Who reaches whom, by which way, and what each side sees of the other.
+
+use crate::world::{PATIENCE, Pod, World, apps, ask, connect};
+use serde_json::{Value, json};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown};
+
+/// A world with captured and uncaptured clients and servers; servers tell who asked, on 8080.
+fn world() -> World {
+    let mut w = World::new();
+    for (name, node) in [("client", 1), ("near", 1), ("far", 2)] {
+        w.mesh_pod(name, node);
+    }
+    for (name, node) in [("stranger", 1), ("plain-near", 1), ("plain-far", 2)] {
+        w.plain_pod(name, node);
+    }
+    for server in ["near", "far", "plain-near", "plain-far"] {
+        apps::serve(&w.ns(server), 8080, apps::who);
+    }
+    w
+}
+
+fn pod(w: &World, name: &str) -> Pod {
+    w.pods.iter().find(|pod| pod.name == name).unwrap().clone()
+}
+
+#[test]
+fn every_pair_of_captured_and_uncaptured_on_one_node_and_two_in_both_families() {
+    let mut w = world();
+    for (index, server) in ["near", "far", "plain-near", "plain-far"].into_iter().enumerate() {
+        let pod = pod(&w, server);
+        let (v4, v6) = (format!("10.96.0.{index}1"), format!("fd00:96::{index}1"));
+        w.mesh.service(server, &[&v4, &v6], &json!({"80": 8080}), &[&pod]);
+    }
+    w.start();
+    for client in ["client", "stranger"] {
+        for (index, server) in ["near", "far", "plain-near", "plain-far"].into_iter().enumerate() {
+            let (from, to) = (pod(&w, client), pod(&w, server));
+            let vip = |text: String| -> IpAddr { text.parse().unwrap() };
+            let mut ways = vec![(to.v4, 8080, from.v4), (to.v6, 8080, from.v6)];
+            if client == "client" {
+                // Service addresses exist only for those whose traffic is captured: nothing else resolves them here.
+                ways.push((vip(format!("10.96.0.{index}1")), 80, from.v4));
+                ways.push((vip(format!("fd00:96::{index}1")), 80, from.v6));
+            }
+            for (ip, port, seen_as) in ways {
+                let answer = ask(&from.netns, (ip, port), "x").unwrap_or_else(|e| panic!("{client} to {server} at {ip}: {e}"));
+                assert_eq!(answer, format!("{seen_as} x"), "{client} to {server} at {ip}");
+                both_are_named(&w, &from, &to);
+            }
+        }
+    }
+}
+
+/// Where both are captured, both logs name both identities; where one is not, none is claimed.
+fn both_are_named(w: &World, from: &Pod, to: &Pod) {
+    let captured = |pod: &Pod| w.mesh.is_hbone(&pod.name);
+    let sides = [("outbound", from, captured(from)), ("inbound", to, captured(to))];
+    for (direction, own, watched) in sides {
+        if !watched {
+            continue;
+        }
+        let about = |line: &Value| {
+            line["message"] == "connection complete"
+                && line["direction"] == direction
+                && line["src.workload"] == *from.name
+                && line["dst.workload"] == *to.name
+        };
+        let line = w.log_line(own.node, &format!("{direction} {} to {}", from.name, to.name), about);
+        let both = captured(from) && captured(to);
+        let name = |pod: &Pod| if both { json!(format!("spiffe://cluster.local/ns/ns/sa/{}", pod.name)) } else { Value::Null };
+        assert_eq!(line["src.identity"], name(from), "{line}");
+        assert_eq!(line["dst.identity"], name(to), "{line}");
+        assert_eq!(line.get("error"), None, "{line}");
+    }
+}
+
+#[test]
+fn the_tunnel_is_post_quantum_tls_and_live_connections_are_listed_with_their_rule() {
+    let mut w = world();
+    w.mesh.policy("clients", "Namespace", "Allow", json!({"namespaces": [{"Exact": "ns"}]}));
+    apps::serve(&w.ns("far"), 9000, apps::echo);
+    w.start();
+    let far = pod(&w, "far");
+    let mut stream = connect(&w.ns("client"), (far.v4, 9000)).unwrap();
+    stream.write_all(b"ping").unwrap();
+    stream.read_exact(&mut [0; 4]).unwrap();
+    for (node, direction) in [(1, "outbound"), (2, "inbound")] {
+        let all = w.json(node, "/connections");
+        let live: Vec<&Value> = all.as_array().unwrap().iter().filter(|c| c["direction"] == direction).collect();
+        let [one] = live.as_slice() else { panic!("{direction}: {all}") };
+        assert_eq!(one["tls"]["version"], "TLSv1_3", "{one}");
+        assert_eq!(one["tls"]["keyExchange"], "X25519MLKEM768", "{one}");
+        assert_eq!(one["srcIdentity"], "spiffe://cluster.local/ns/ns/sa/client");
+        assert_eq!(one["dstIdentity"], "spiffe://cluster.local/ns/ns/sa/far");
+        assert_eq!((&one["bytesSent"], &one["bytesReceived"]), (&json!(4), &json!(4)));
+        if direction == "inbound" {
+            assert_eq!(one["rule"], "allowed by ns/clients rule[0]");
+        }
+    }
+}
+
+#[test]
+fn a_server_may_speak_first() {
+    let mut w = world();
+    w.start();
+    for server in ["far", "plain-far"] {
+        apps::serve(&w.ns(server), 9001, apps::greet);
+        let mut stream = connect(&w.ns("client"), (pod(&w, server).v4, 9001)).unwrap();
+        let mut hello = [0; 21];
+        stream.read_exact(&mut hello).unwrap();
+        assert_eq!(&hello, b"hello, who is there?\n");
+        stream.write_all(b"me\n").unwrap();
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "ME\n", "{server}");
+    }
+}
+
+#[test]
+fn upload_then_read_survives_half_close() {
+    let mut w = world();
+    w.start();
+    let body = vec![9u8; 5_000_000];
+    for server in ["far", "near", "plain-far"] {
+        apps::serve(&w.ns(server), 9002, apps::count);
+        let mut stream = connect(&w.ns("client"), (pod(&w, server).v4, 9002)).unwrap();
+        stream.write_all(&body).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "5000000 true", "{server}");
+    }
+}
+
+#[test]
+fn a_reset_arrives_as_a_reset_in_both_directions() {
+    let mut w = world();
+    w.start();
+    for server in ["far", "plain-far"] {
+        let to = pod(&w, server);
+        apps::serve(&to.netns, 9003, apps::reset);
+        let mut stream = connect(&w.ns("client"), (to.v4, 9003)).unwrap();
+        stream.write_all(b"x").unwrap();
+        let error = stream.read(&mut [0]).expect_err("an orderly end instead of a reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "server {server} resets");
+
+        // The server tells whether what it read ended in order.
+        static ENDED: std::sync::Mutex<Vec<Result<usize, ErrorKind>>> = std::sync::Mutex::new(Vec::new());
+        apps::serve(&to.netns, 9004, |mut stream| {
+            stream.write_all(b"!").unwrap();
+            let ended = std::iter::repeat_with(|| stream.read(&mut [0; 16])).find(|r| !matches!(r, Ok(n) if *n > 0));
+            ENDED.lock().unwrap().push(ended.unwrap().map_err(|e| e.kind()));
+        });
+        let mut stream = connect(&w.ns("client"), (to.v4, 9004)).unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+        drop(stream);
+        crate::world::eventually("the server sees the end", || !ENDED.lock().unwrap().is_empty());
+        let ended = ENDED.lock().unwrap().pop().unwrap();
+        assert_eq!(ended, Err(ErrorKind::ConnectionReset), "client resets, server {server}");
+    }
+}
+
+#[test]
+fn an_unknown_address_is_passed_on_and_a_service_without_endpoints_is_refused() {
+    let mut w = world();
+    w.mesh.service("empty", &["10.96.0.99"], &json!({"80": 80}), &[]);
+    let outsider = w.add_pod("outsider", 2);
+    apps::serve(&outsider.netns, 8080, apps::who);
+    w.start();
+    let client = pod(&w, "client");
+    assert_eq!(ask(&client.netns, (outsider.v4, 8080), "x").unwrap(), format!("{} x", client.v4));
+    let vip: IpAddr = "10.96.0.99".parse().unwrap();
+    let mut stream = connect(&client.netns, (vip, 80)).unwrap();
+    let error = stream.read(&mut [0]).expect_err("refused with a reset");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    let line = w.log_line(1, "no endpoint", |l| l["reason"] == "no_endpoint");
+    assert!(line["error"].as_str().unwrap().contains("no healthy upstream: empty.ns.svc.cluster.local"), "{line}");
+}
+
+#[test]
+fn calls_to_our_own_ports_go_nowhere() {
+    let mut w = world();
+    w.start();
+    let (client, far) = (pod(&w, "client"), pod(&w, "far"));
+    for port in [15001, 15006, 15008] {
+        for ip in [client.v4, client.v6, "127.0.0.1".parse().unwrap(), far.v4] {
+            let refused = match connect(&client.netns, (ip, port)) {
+                Err(_) => true,
+                Ok(mut stream) => {
+                    let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
+                    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                    let mut answer = Vec::new();
+                    let _ = stream.read_to_end(&mut answer);
+                    // A TLS alert or a SETTINGS frame may come; nothing of HTTP/1.
+                    !answer.starts_with(b"HTTP/1")
+                }
+            };
+            assert!(refused, "{ip}:{port}");
+        }
+    }
+    assert_eq!(ask(&client.netns, (far.v4, 8080), "x").unwrap(), format!("{} x", client.v4), "and all goes on");
+}

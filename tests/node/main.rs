@@ -1,0 +1,28 @@
+//! The shipped binary in real network namespaces, driven from outside only: by files, sockets and signals.
+//!
+//! The subject is the path in `SUBJECT` (default: the binary of this build). Needs root, nftables, iproute2 and the
+//! Python environment that `scripts/test` makes; without them a scenario fails, it never passes by skipping.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test says what went wrong by panicking"
+)]
+#![allow(missing_docs, reason = "scenarios are read, not imported")]
+
+mod world;
+
+mod authorization;
+mod capture;
+mod configuration;
+mod demo;
+mod ending;
+mod envoy;
+mod hostile;
+mod journeys;
+mod limits;
+mod visible;
+mod waypoint;

@@ -1,0 +1,138 @@
+//! What operators see: config_dump, metrics, readiness, logging, the access log.
+
+use crate::world::{Pod, World, apps, ask, eventually, http, inside};
+use serde_json::json;
+
+fn world() -> (World, Pod, Pod) {
+    let mut w = World::new();
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    apps::serve(&server.netns, 8080, apps::who);
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
+    w.mesh.policy("open", "Namespace", "Allow", json!({"destinationPorts": [8080], "notSourceIps": ["192.0.2.0/24"]}));
+    w.start();
+    (w, client, server)
+}
+
+#[test]
+fn config_dump_has_the_shape_that_istioctl_reads_and_no_keys() {
+    let (w, _, server) = world();
+    let dump = w.json(2, "/config_dump");
+    let workload = dump["workloads"].as_array().unwrap().iter().find(|x| x["name"] == "server").unwrap();
+    assert_eq!(workload["workloadIps"], json!([server.v4, server.v6]));
+    assert_eq!((&workload["protocol"], &workload["status"]), (&json!("HBONE"), &json!("Healthy")));
+    assert_eq!(workload["services"], json!({"ns/web.ns.svc.cluster.local": {"80": 8080}}));
+    let service = &dump["services"][0];
+    assert_eq!(service["vips"], json!(["/10.96.0.1"]));
+    assert_eq!(service["endpoints"]["c1//Pod/ns/server"]["status"], "Healthy");
+    let policy = &dump["policies"][0];
+    assert_eq!((&policy["scope"], &policy["action"]), (&json!("Namespace"), &json!("Allow")));
+    assert_eq!(policy["rules"], json!([[[{"destinationPorts": [8080], "notSourceIps": ["192.0.2.0/24"]}]]]));
+    let certificate = &dump["certificates"][0];
+    assert_eq!(certificate["identity"], "spiffe://cluster.local/ns/ns/sa/server");
+    assert_eq!(certificate["state"], "Available");
+    for part in ["certChain", "rootCerts"] {
+        let one = &certificate[part][0];
+        assert!(one["serialNumber"].as_str().unwrap().bytes().all(|b| b.is_ascii_digit()), "{one}");
+        assert!(one["expirationTime"].as_str().unwrap().ends_with('Z'), "{one}");
+        assert!(one["pem"].as_str().unwrap().starts_with("LS0tLS1CRUdJTiBDRVJUSUZJQ0FURS0tLS0t"), "{one}");
+    }
+    assert_eq!(dump["workloadState"]["uid-server"]["state"], "Up");
+    assert_eq!(dump["workloadState"]["uid-server"]["info"]["serviceAccount"], "server");
+    let text = dump.to_string();
+    let key = std::fs::read_to_string(w.ca().join("ca.key")).unwrap();
+    for secret in ["PRIVATE KEY", "UFJJVkFURSBLRVk", key.lines().nth(1).unwrap()] {
+        assert!(!text.contains(secret));
+    }
+}
+
+#[test]
+fn traffic_metrics_have_the_names_and_labels_that_dashboards_read() {
+    let (w, client, _) = world();
+    let answer = ask(&client.netns, ("10.96.0.1".parse::<std::net::IpAddr>().unwrap(), 80), "hello").unwrap();
+    let labels = |reporter: &str| {
+        [
+            format!("reporter=\"{reporter}\""),
+            "source_workload=\"client\"".into(),
+            "source_principal=\"spiffe://cluster.local/ns/ns/sa/client\"".into(),
+            "source_workload_namespace=\"ns\"".into(),
+            "destination_service=\"web.ns.svc.cluster.local\"".into(),
+            "destination_service_name=\"web\"".into(),
+            "destination_workload=\"server\"".into(),
+            "destination_principal=\"spiffe://cluster.local/ns/ns/sa/server\"".into(),
+            "connection_security_policy=\"mutual_tls\"".into(),
+            "request_protocol=\"tcp\"".into(),
+            "response_flags=\"-\"".into(),
+        ]
+    };
+    for (node, reporter) in [(1, "source"), (2, "destination")] {
+        let labels = labels(reporter);
+        let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+        eventually("the connection is counted as closed", || w.metric(node, "istio_tcp_connections_closed_total", &labels) == 1.0);
+        assert_eq!(w.metric(node, "istio_tcp_connections_opened_total", &labels), 1.0);
+        assert_eq!(w.metric(node, "istio_tcp_received_bytes_total", &labels), 6.0, "client to server, {reporter}");
+        assert_eq!(w.metric(node, "istio_tcp_sent_bytes_total", &labels), answer.len() as f64, "server to client, {reporter}");
+        assert_eq!(w.metric(node, "istio_tcp_sockets_open", &["source"]), 0.0);
+    }
+    let (_, text) = w.try_get(1, 15020, "/stats/prometheus").unwrap();
+    for name in ["process_open_fds", "process_max_fds", "culvert_build_info", "culvert_pods", "culvert_certificate_expiry_seconds", "culvert_tunnels_open", "culvert_log_lines_dropped_total"] {
+        assert!(text.lines().any(|l| l.starts_with(name)), "{name}");
+    }
+}
+
+#[test]
+fn the_access_log_has_the_fields_of_the_reference() {
+    let (w, client, server) = world();
+    let vip: std::net::IpAddr = "10.96.0.1".parse().unwrap();
+    ask(&client.netns, (vip, 80), "hello").unwrap();
+    let line = w.log_line(1, "outbound", |l| l["message"] == "connection complete" && l["direction"] == "outbound");
+    let fields = [
+        ("level", json!("info")),
+        ("scope", json!("access")),
+        ("src.workload", json!("client")),
+        ("src.namespace", json!("ns")),
+        ("src.identity", json!("spiffe://cluster.local/ns/ns/sa/client")),
+        ("src.cluster", json!("c1")),
+        ("dst.addr", json!(format!("{}:15008", server.v4))),
+        ("dst.hbone_addr", json!(format!("{}:8080", server.v4))),
+        ("dst.service", json!("web.ns.svc.cluster.local")),
+        ("dst.workload", json!("server")),
+        ("dst.identity", json!("spiffe://cluster.local/ns/ns/sa/server")),
+        ("bytes_sent", json!(6)),
+    ];
+    for (key, value) in fields {
+        assert_eq!(line[key], value, "{key} in {line}");
+    }
+    assert!(line["duration"].as_str().unwrap().ends_with("ms"), "{line}");
+    let line = w.log_line(2, "inbound", |l| l["message"] == "connection complete" && l["direction"] == "inbound");
+    assert_eq!((&line["dst.addr"], &line["bytes_recv"]), (&json!(format!("{}:15008", server.v4)), &json!(6)), "{line}");
+}
+
+#[test]
+fn the_log_level_is_changed_while_running() {
+    let (w, client, server) = world();
+    let post = |path: &'static str| inside(&w.ns("n1"), move || http(15000, "POST", path, "localhost")).unwrap();
+    assert_eq!(w.try_get(1, 15000, "/logging").unwrap().0, 405);
+    assert_eq!(post("/logging"), (200, "current log level is info\n".into()));
+    assert_eq!(post("/logging?level=access=debug").0, 200);
+    ask(&client.netns, (server.v4, 8080), "x").unwrap();
+    w.log_line(1, "opened, at debug", |l| l["message"] == "connection opened");
+    assert_eq!(post("/logging?level=a=b=c").0, 400);
+    assert_eq!(post("/logging?nonsense").0, 400);
+    assert_eq!(post("/logging?reset"), (200, "current log level is info\n".into()));
+}
+
+#[test]
+fn the_admin_port_is_for_local_hosts_only() {
+    let (w, client, _) = world();
+    let get = |host: &'static str| inside(&w.ns("n1"), move || http(15000, "GET", "/config_dump", host)).unwrap().0;
+    assert_eq!(get("localhost"), 200);
+    assert_eq!(get("attacker.example"), 403);
+    let node: std::net::IpAddr = "10.1.0.1".parse().unwrap();
+    for port in [15000, 15001] {
+        // The pod's outbound connection is captured and passed on; there is nobody at the other end.
+        assert!(ask(&client.netns, (node, port), "GET / HTTP/1.0\r\n\r").is_err(), "{port}");
+    }
+    let (status, page) = w.try_get(1, 15000, "/").unwrap();
+    assert!(status == 200 && page.contains("/connections"), "{page}");
+    assert_eq!(w.try_get(1, 15021, "/healthz/ready").unwrap(), (200, "ready\n".into()));
+}
