@@ -1,7 +1,7 @@
 //! The three HTTP ports: admin (loopback only), metrics, readiness. It is handed functions and knows nothing of what
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
-use crate::task::Ready;
+use crate::task::{Group, Ready};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{RawQuery, Request, State};
@@ -9,12 +9,16 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 /// Port of the admin pages, on loopback.
 pub const ADMIN_PORT: u16 = 15000;
@@ -22,6 +26,17 @@ pub const ADMIN_PORT: u16 = 15000;
 pub const STATS_PORT: u16 = 15020;
 /// Port of readiness, on all addresses.
 pub const READY_PORT: u16 = 15021;
+
+/// Connections open at once on one port; further ones wait in its queue.
+const CONNECTIONS_MAX: usize = 256;
+/// How long a request's head may take.
+const HEAD_DEADLINE: Duration = Duration::from_secs(2);
+/// How large a request's head may be.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// How long a connection may live, however busy.
+const CONNECTION_DEADLINE: Duration = Duration::from_secs(600);
+/// Pause after an accept failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A function that gives a page.
 pub type Page = Box<dyn Fn() -> Value + Send + Sync>;
@@ -102,12 +117,33 @@ impl Ports {
 
     /// One future per port, each of which serves until dropped.
     pub fn serve(self) -> Vec<impl Future<Output = ()> + Send> {
-        let serve = |(listener, router): (TcpListener, Router)| async move {
-            if let Err(error) = axum::serve(listener, router).await {
-                tracing::error!(%error, "an admin port has ended");
+        self.listeners.into_iter().map(|(listener, router)| serve(listener, router)).collect()
+    }
+}
+
+/// Serves one port: a bounded number of connections at once, each request's head within a deadline. Whoever parks
+/// connections here must not use up the descriptors of the node.
+async fn serve(listener: TcpListener, router: Router) {
+    let (places, connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Group::default());
+    loop {
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::debug!(%error, "an admin port cannot accept; trying again");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
         };
-        self.listeners.into_iter().map(serve).collect()
+        let service = TowerToHyperService::new(router.clone());
+        connections.spawn(async move {
+            let mut http = hyper::server::conn::http1::Builder::new();
+            http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).max_buf_size(HEAD_BYTES_MAX);
+            let serving = http.half_close(true).keep_alive(true).serve_connection(TokioIo::new(stream), service);
+            // A client that breaks off, or is too slow, is its own loss.
+            let _ = tokio::time::timeout(CONNECTION_DEADLINE, serving).await;
+            drop(place);
+        });
     }
 }
 

@@ -68,7 +68,7 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
     let grace_deadline = grace.map_or(5, |n: u64| if n > 10 { n - 5 } else { n.saturating_sub(1).max(1) });
     let deadline = Duration::from_secs(grace_deadline);
     let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
-    let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, integer(1..=0xfff));
+    let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, packet_mark);
     let config = Config {
         mesh_file: c.required("LOCAL_XDS_PATH", args.mesh_file.as_ref(), "the mesh file"),
         ca_dir: c.required(
@@ -166,6 +166,12 @@ fn workers(c: &mut Checker, args: &NodeArgs, machine: Machine) -> usize {
         None => integer(0..=4096)(text).map(|n: usize| if n == 0 { cpus } else { n }),
     };
     c.read("ZTUNNEL_WORKER_THREADS", args.workers.as_ref(), share(25).max(2), parse)
+}
+
+/// The mark must lie within the bits that the rules look at, and must not be the one that brings replies back (0x111).
+fn packet_mark(text: &str) -> Result<u32, String> {
+    let expected = || "a number from 1 to 4095 other than 273".to_owned();
+    integer(1..=0xfff)(text).ok().filter(|mark| *mark != 0x111).ok_or_else(expected)
 }
 
 fn boolean(text: &str) -> Result<bool, String> {

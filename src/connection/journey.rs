@@ -15,7 +15,7 @@ use crate::identity::Credentials;
 use crate::mesh::{SpiffeName, Workload, address::canonical};
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -60,8 +60,10 @@ async fn outbound_steps(
         Way::Direct { to } => {
             let live = record.opened(details(None, *to));
             let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &shared.config.sockets)).await?;
+            let far = ResetUnlessDone::new(far);
             let silence = shared.config.hbone.half_closed_silence;
             forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None)).await?;
+            far.done();
         }
         Way::Hbone(way) => {
             let live = record.opened(details(Some(way), way.to));
@@ -148,6 +150,10 @@ struct PeerFacts {
 /// One CONNECT stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
+    let Some(_open) = worker.shared.open() else {
+        incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+        return record.finish(Err(Failure::Limit(worker.shared.config.max_connections)));
+    };
     let request = incoming.request.clone();
     let admitted = tokio::select! {
         admitted = admit(worker, pod, peer, request, &mut record) => admitted,
@@ -165,7 +171,7 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut inco
 
 /// A stream that may go, and the application's socket that is open for it.
 struct Admitted {
-    app: TcpStream,
+    app: ResetUnlessDone,
     permit: Live,
     live: Arc<Connection>,
     baggage: Option<String>,
@@ -181,13 +187,19 @@ async fn admit(
     let shared = &worker.shared;
     let request = request?;
     let (snapshot, workload) = local_facts(worker, pod).await?;
-    let target = choose::local::choose(&snapshot, &workload, peer.local.ip(), &request.authority)?;
+    let own = peer.local.ip();
+    if !pod.owns(&workload, own) || is_local(own) {
+        return Err(LocalError::IpMismatch { asked: own, own: workload.ips.first().copied().unwrap_or(own) }.into());
+    }
+    let target = choose::local::choose(&snapshot, &workload, own, &request.authority)?;
     record.destination(peer.local);
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Registered before it is asked for: no policy change can fall between the two.
     let live_permit = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
+    // What the peer says it asked for counts only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
+    let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
     let live = record.opened(Details {
         source_workload: snapshot.workload_at(&workload.network, peer.source.ip()).cloned(),
         source_identity: Some(peer.identity.clone()),
@@ -203,14 +215,16 @@ async fn admit(
     let client = peer.source.ip();
     let app = dial::direct::to_app(&permit?, &pod.netns, target.address, client, &shared.config.sockets).await?;
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
-    Ok(Admitted { app, permit: live_permit, live, baggage })
+    Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage })
 }
 
 async fn carry(worker: &Worker, pod: &Pod, incoming: Incoming, admitted: Admitted) -> Result<(), Failure> {
     let Admitted { app, permit, live, baggage } = admitted;
     let stream = incoming.accept(baggage.as_deref())?;
     let silence = worker.shared.config.hbone.half_closed_silence;
-    Ok(forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, Some(&permit))).await?)
+    forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, Some(&permit))).await?;
+    app.done();
+    Ok(())
 }
 
 /// 15006: a connection to the pod that came in plaintext.
@@ -258,11 +272,21 @@ async fn plaintext_steps(
     drop(snapshot);
     let permit = permit?;
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &shared.config.sockets);
-    let app = unless_gone(&client, app).await?;
+    let app = ResetUnlessDone::new(unless_gone(&client, app).await?);
     let silence = shared.config.hbone.half_closed_silence;
     forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit))).await?;
     client.done();
+    app.done();
     Ok(())
+}
+
+/// Whether an address means nothing outside of its own machine or link.
+fn is_local(ip: IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    ip.is_loopback() || link_local
 }
 
 async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<crate::mesh::Snapshot>, Arc<Workload>), Failure> {

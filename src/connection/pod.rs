@@ -4,10 +4,10 @@ use crate::mesh::{Snapshot, Store, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 /// How long a connection waits for the facts about its own pod.
@@ -71,24 +71,35 @@ impl Pod {
     }
 }
 
+/// Where probes of capture go: addresses for documentation (RFC 5737, RFC 3849), which nobody has. A connection to
+/// them is answered by nobody and never passed on, also when it is another daemon's probe.
+pub const PROBE_IPS: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x77))];
+
 /// Probe connections that are expected at the outbound listener, by original destination.
 #[derive(Debug, Default)]
 pub struct Probes {
-    expected: Mutex<HashMap<SocketAddr, oneshot::Sender<()>>>,
+    expected: Mutex<HashMap<SocketAddr, Arc<Notify>>>,
 }
 
 impl Probes {
-    /// Expects a connection to `destination`; the receiver hears when it has been captured.
-    pub fn expect(&self, destination: SocketAddr) -> oneshot::Receiver<()> {
-        let (send, receive) = oneshot::channel();
-        self.expected.lock().unwrap_or_else(PoisonError::into_inner).insert(destination, send);
-        receive
+    /// Expects connections to `destinations`; the notice comes when one of them has been captured.
+    pub fn expect(&self, destinations: &[SocketAddr]) -> Arc<Notify> {
+        let arrived = Arc::new(Notify::new());
+        let mut expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        expected.clear();
+        expected.extend(destinations.iter().map(|to| (*to, arrived.clone())));
+        arrived
     }
 
-    /// Whether a captured connection is such a probe; it is one only once.
+    /// Whether a captured connection is a probe, ours or another daemon's.
     pub fn take(&self, destination: SocketAddr) -> bool {
-        let found = self.expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&destination);
-        // A prober that has given up meanwhile needs no answer.
-        found.is_some_and(|send| send.send(()).is_ok())
+        match self.expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&destination) {
+            Some(arrived) => {
+                arrived.notify_one();
+                true
+            }
+            None => PROBE_IPS.contains(&destination.ip()),
+        }
     }
 }

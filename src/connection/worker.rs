@@ -7,6 +7,7 @@ use super::dial::Pool;
 use super::report::{Direction, Failure, Record, Reporter};
 use super::{Config, Pod, journey};
 use crate::mesh::address::canonical;
+use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
 use crate::task::{Group, thread};
 use crate::{identity, mesh};
@@ -18,9 +19,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Accepted sockets that may wait for a busy worker.
 const QUEUE: usize = 4096;
+
+/// How long connections may take to write their last line when they are cut.
+const CUT_GRACE: Duration = Duration::from_secs(1);
 
 /// What all workers share; all of it read-mostly.
 #[derive(Debug)]
@@ -35,6 +40,27 @@ pub struct Shared {
     pub reporter: Arc<Reporter>,
     /// Live permits.
     pub permits: Arc<Registry>,
+    /// Connections and streams open on all workers.
+    pub open: AtomicUsize,
+}
+
+impl Shared {
+    /// Room for one more connection or stream, for as long as the result is held; `None` when the limit is reached.
+    pub fn open(self: &Arc<Self>) -> Option<Open> {
+        let before = self.open.fetch_add(1, Ordering::Relaxed);
+        let open = Open(self.clone());
+        (before < self.config.max_connections).then_some(open)
+    }
+}
+
+/// One open connection or stream.
+#[derive(Debug)]
+pub struct Open(Arc<Shared>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// One worker.
@@ -71,6 +97,7 @@ impl Entrance {
 }
 
 struct Accepted {
+    open: Option<Open>,
     socket: TcpStream,
     peer: SocketAddr,
     entrance: Entrance,
@@ -89,6 +116,10 @@ struct Handle {
 pub struct Workers {
     all: Arc<Vec<Handle>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Counts accept loops.
+    accepts: TaskTracker,
+    /// Which worker gets the next accept loop.
+    turn: AtomicUsize,
     stop: CancellationToken,
 }
 
@@ -109,17 +140,25 @@ impl Workers {
             all.push(Handle { worker, deliver, runtime });
             threads.push(thread);
         }
-        Ok(Self { all: Arc::new(all), threads: Mutex::new(threads), stop })
+        Ok(Self {
+            all: Arc::new(all),
+            threads: Mutex::new(threads),
+            accepts: TaskTracker::new(),
+            turn: AtomicUsize::new(0),
+            stop,
+        })
     }
 
     /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker; what it accepts goes to
     /// the least loaded.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
-        let Some(home) = self.all.iter().min_by_key(|handle| handle.worker.tasks.len()) else { return };
-        let drain = pod.signal();
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
+        let (drain, accepts) = (pod.signal(), self.accepts.token());
         let work = listener::run(listener, drain, move |socket, peer| {
-            hand_over(&all, Accepted { socket, peer, entrance, pod: pod.clone() });
+            let _accepts = &accepts;
+            hand_over(&all, Accepted { open: None, socket, peer, entrance, pod: pod.clone() });
         });
         accepting.spawn_on(work, &home.runtime);
     }
@@ -134,33 +173,38 @@ impl Workers {
         self.all.iter().map(|handle| handle.worker.pool.len()).sum()
     }
 
-    /// Waits until everything has ended, at most until `deadline`; cuts the rest and says how much that was.
-    pub async fn finish(&self, deadline: Duration) -> usize {
-        let finished = async {
+    /// Waits until all accept loops, and then every connection and tunnel, have ended; order them to before.
+    pub async fn finished(&self) {
+        self.accepts.close();
+        self.accepts.wait().await;
+        let idle = |h: &Handle| h.worker.tasks.len() == 0 && h.deliver.capacity() == h.deliver.max_capacity();
+        while !self.all.iter().all(idle) {
             for handle in self.all.iter() {
                 handle.worker.tasks.finished().await;
             }
-        };
-        let cut = match tokio::time::timeout(deadline, finished).await {
-            Ok(()) => 0,
-            Err(_) => self.running(),
-        };
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Ends whatever is left; resets go out and the threads end.
+    pub async fn cut(&self) {
+        // Connections that hear the order write their own last line; those that do not are ended after a moment.
+        let _ = tokio::time::timeout(CUT_GRACE, self.finished()).await;
         for handle in self.all.iter() {
             handle.worker.tasks.cut();
-            handle.worker.tasks.finished().await;
         }
+        self.finished().await;
         self.stop.cancel();
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             // A worker thread that panicked has nothing left to end.
             let _ = thread.join();
         }
-        cut
     }
 }
 
 async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
-    while let Some(Accepted { socket, peer, entrance, pod }) = accepted.recv().await {
+    while let Some(Accepted { open, socket, peer, entrance, pod }) = accepted.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
             let (load, active) = (Load(worker.clone()), pod.active.token());
@@ -169,7 +213,7 @@ async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
                 Entrance::Plaintext => journey::plaintext(&worker, &pod, socket, peer).await,
                 Entrance::Tunnel => journey::tunnel(&worker, &pod, socket, peer).await,
             }
-            drop((load, active));
+            drop((load, active, open));
         });
     }
 }
@@ -183,9 +227,8 @@ impl Drop for Load {
     }
 }
 
-fn hand_over(all: &[Handle], accepted: Accepted) {
+fn hand_over(all: &[Handle], mut accepted: Accepted) {
     let limit = all.first().map_or(0, |handle| handle.worker.shared.config.max_connections);
-    let total: usize = all.iter().map(|handle| handle.worker.load.load(Ordering::Relaxed)).sum();
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
     let Some(handle) = least else { return };
     let refuse = |accepted: Accepted| {
@@ -195,8 +238,12 @@ fn hand_over(all: &[Handle], accepted: Accepted) {
         record.finish(Err(Failure::Limit(limit)));
         reset_on_close(&accepted.socket);
     };
-    if total >= limit {
-        return refuse(accepted);
+    accepted.open = handle.worker.shared.open();
+    if accepted.open.is_none() {
+        // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
+        let probe = accepted.entrance == Entrance::Outbound
+            && original_dst(&accepted.socket, accepted.peer).is_ok_and(|to| accepted.pod.probes.take(canonical(to)));
+        return if probe { reset_on_close(&accepted.socket) } else { refuse(accepted) };
     }
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
     if let Err(full) = handle.deliver.try_send(accepted) {

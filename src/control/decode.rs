@@ -11,7 +11,9 @@ use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, Wo
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
@@ -28,9 +30,6 @@ pub enum DecodeError {
 
 /// Reads a mesh file. All faults of values are reported together.
 pub fn facts(text: &str) -> Result<Facts, DecodeError> {
-    if text.trim().is_empty() {
-        return Ok(Facts::default());
-    }
     let file: File = from_yaml(text).map_err(DecodeError::Yaml)?;
     let mut faults = Vec::new();
     let facts = Facts {
@@ -419,16 +418,44 @@ enum FileString {
     Exact(String),
     Prefix(String),
     Suffix(String),
-    Presence,
+    Presence(IgnoredAny),
 }
 
-impl From<FileString> for policy::StringMatch {
-    fn from(text: FileString) -> Self {
-        match text {
+/// A string match; presence may be written as a bare word or, as the reference's dump does, as `{Presence: []}`.
+struct FileMatchText(FileString);
+
+impl<'de> Deserialize<'de> for FileMatchText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Either;
+        impl<'de> Visitor<'de> for Either {
+            type Value = FileMatchText;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("{Exact: text}, {Prefix: text}, {Suffix: text} or Presence")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Self::Value, E> {
+                match word {
+                    "Presence" => Ok(FileMatchText(FileString::Presence(IgnoredAny))),
+                    _ => Err(E::unknown_variant(word, &["Presence"])),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                FileString::deserialize(MapAccessDeserializer::new(map)).map(FileMatchText)
+            }
+        }
+        deserializer.deserialize_any(Either)
+    }
+}
+
+impl From<FileMatchText> for policy::StringMatch {
+    fn from(text: FileMatchText) -> Self {
+        match text.0 {
             FileString::Exact(t) => Self::Exact(t.into()),
             FileString::Prefix(t) => Self::Prefix(t.into()),
             FileString::Suffix(t) => Self::Suffix(t.into()),
-            FileString::Presence => Self::Presence,
+            FileString::Presence(_) => Self::Presence,
         }
     }
 }
@@ -469,10 +496,10 @@ impl From<FileNet> for IpNet {
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct FileMatch {
-    namespaces: Vec<FileString>,
-    not_namespaces: Vec<FileString>,
-    principals: Vec<FileString>,
-    not_principals: Vec<FileString>,
+    namespaces: Vec<FileMatchText>,
+    not_namespaces: Vec<FileMatchText>,
+    principals: Vec<FileMatchText>,
+    not_principals: Vec<FileMatchText>,
     service_accounts: Vec<FileAccount>,
     not_service_accounts: Vec<FileAccount>,
     source_ips: Vec<FileNet>,
@@ -576,7 +603,7 @@ policies:
   action: Allow
   dryRun: false
   rules:
-  - - - principals: [{Exact: cluster.local/ns/retail/sa/front}, Presence]
+  - - - principals: [{Exact: cluster.local/ns/retail/sa/front}, Presence, {Presence: []}]
         notSourceIps: ["10.0.0.0/8", "192.0.2.1"]
         destinationPorts: [8080]
 "#;
@@ -587,9 +614,10 @@ policies:
         assert_eq!(facts.workloads[0].identity().unwrap().to_string(), "spiffe://cluster.local/ns/retail/sa/shop");
         assert_eq!(facts.services[0].vips.len(), 2);
         let test = &facts.policies[0].rules[0][0][0];
-        assert_eq!((test.principals.any_of.len(), test.source_ips.none_of.len()), (2, 2));
+        assert_eq!((test.principals.any_of.len(), test.source_ips.none_of.len()), (3, 2));
         assert_eq!(test.destination_ports.any_of, [8080]);
-        assert_eq!(super::facts("").unwrap(), Facts::default());
+        assert_eq!(super::facts("workloads: []").unwrap(), Facts::default());
+        assert!(super::facts(" \n").is_err(), "a file that is being written is empty at first");
     }
 
     #[test]

@@ -72,19 +72,20 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         identities: identities.clone(),
         reporter: reporter.clone(),
         permits: permits.clone(),
+        open: Default::default(),
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
 
     let board = Arc::new(Board::default());
     board.register(&mut registry);
-    let build = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
+    let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
     telemetry::process::register(&mut registry, sys::limits::open_files, sys::limits::raise_open_files(), build);
     registry.register_collector(Box::new(Gauges { workers: workers.clone(), log: log.clone() }));
 
     let quit = Arc::new(Notify::new());
     let parts =
         Arc::new(Parts { config, mesh: mesh.clone(), identities: identities.clone(), reporter, board: board.clone() });
-    let pages = pages(&parts, log, &quit, registry, ready);
+    let pages = pages(&parts, log, &quit, registry, ready.clone());
     for port in Ports::bind(pages, parts.config.node.ipv6).await?.serve() {
         background.spawn(port);
     }
@@ -106,22 +107,23 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         name = signals.next() => tracing::info!(signal = name, "ending"),
         () = quit.notified() => tracing::info!("ending: asked to by /quitquitquit"),
     }
-    end(&parts.config, &drain, &workers, &background, &mut signals).await;
+    let _ending = ready.wait_for("ending");
+    end(&parts, &drain, &workers, &background, &mut signals).await;
     Ok(())
 }
 
-async fn end(config: &Config, drain: &Drain, workers: &Workers, background: &Group, signals: &mut Signals) {
+async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group, signals: &mut Signals) {
     drain.gently();
-    let open = workers.running();
-    tracing::info!(open, deadline = ?config.drain_deadline, "no new connections; waiting for those that are open");
-    let cut = tokio::select! {
-        cut = workers.finish(config.drain_deadline) => cut,
-        name = signals.next() => {
-            tracing::warn!(signal = name, open = workers.running(), "second signal: ending at once");
-            workers.running()
-        }
-    };
+    let (open, deadline) = (parts.reporter.live.len(), parts.config.drain_deadline);
+    tracing::info!(open, ?deadline, "no new connections; waiting for those that are open");
+    tokio::select! {
+        () = workers.finished() => {}
+        () = tokio::time::sleep(deadline) => {}
+        name = signals.next() => tracing::warn!(signal = name, "second signal: ending at once"),
+    }
+    let cut = parts.reporter.live.len();
     drain.at_once();
+    workers.cut().await;
     background.cut();
     background.finished().await;
     if cut > 0 {

@@ -245,7 +245,7 @@ fn one_match(m: &Match) -> Value {
         StringMatch::Exact(t) => json!({"Exact": &**t}),
         StringMatch::Prefix(t) => json!({"Prefix": &**t}),
         StringMatch::Suffix(t) => json!({"Suffix": &**t}),
-        StringMatch::Presence => json!("Presence"),
+        StringMatch::Presence => json!({"Presence": []}),
     };
     put("namespaces", "notNamespaces", lists(&m.namespaces, text));
     put("principals", "notPrincipals", lists(&m.principals, text));
@@ -265,7 +265,8 @@ fn lists<T>(attribute: &Attribute<T>, show: impl Fn(&T) -> Value) -> (Vec<Value>
 fn certificates(parts: &Parts) -> Value {
     let one = |held: crate::identity::store::Held| {
         let state = match (&held.credentials, &held.error) {
-            (Some(_), _) => "Available".to_owned(),
+            (Some(held), _) if held.not_after > SystemTime::now() => "Available".to_owned(),
+            (Some(_), error) => format!("Unavailable: expired; {}", error.as_deref().unwrap_or("renewal is under way")),
             (None, Some(error)) => format!("Unavailable: {error}"),
             (None, None) => "Initializing".to_owned(),
         };
@@ -275,6 +276,7 @@ fn certificates(parts: &Parts) -> Value {
         json!({
             "identity": held.identity.to_string(),
             "state": state,
+            "error": held.error,
             "certChain": chain(|c| &c.chain),
             "rootCerts": chain(|c| &c.roots),
         })

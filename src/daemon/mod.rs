@@ -11,7 +11,9 @@ use crate::demo;
 use crate::identity::Authority;
 use crate::{control, node, sys};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Exit code for a configuration that is not valid, as for a command line that is not.
 const EXIT_CONFIG: u8 = 2;
@@ -40,20 +42,26 @@ fn machine() -> Machine {
     Machine { cpus, open_files: sys::limits::raise_open_files() }
 }
 
-/// Checks the settings, and that the files they name can be read and understood.
+/// Checks the settings, and that the files they name can be read and understood; all faults together.
 fn checked(args: &NodeArgs) -> Result<Config, Faults> {
-    let config = check(args, machine())?;
-    let mut faults = Vec::new();
-    if let Err(error) = control::file::read(&config.mesh_file) {
+    let config = check(args, machine());
+    let mut faults = config.as_ref().err().map_or_else(Vec::new, |faults| faults.0.clone());
+    let path = |value: &Option<String>| value.as_deref().filter(|text| !text.is_empty()).map(PathBuf::from);
+    if let Some(Err(error)) = path(&args.mesh_file).map(|path| control::file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(Err(error)) = config.node.pods_file.as_deref().map(node::pods::read) {
+    if let Some(Err(error)) = path(&args.pods_file).map(|path| node::pods::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Err(error) = Authority::new(&config.ca_dir, config.secret_ttl).check() {
-        faults.push(format!("{error}; `culvert ca init {}` makes a CA", config.ca_dir.display()));
+    if let Some(dir) = path(&args.ca_dir)
+        && let Err(error) = Authority::new(&dir, Duration::from_secs(3600)).check()
+    {
+        faults.push(format!("{error}; `culvert ca init {}` makes a CA", dir.display()));
     }
-    if faults.is_empty() { Ok(config) } else { Err(Faults(faults)) }
+    match config {
+        Ok(config) if faults.is_empty() => Ok(config),
+        _ => Err(Faults(faults)),
+    }
 }
 
 fn check_command(args: &NodeArgs) -> ExitCode {
@@ -69,19 +77,19 @@ fn check_command(args: &NodeArgs) -> ExitCode {
 }
 
 fn node_command(args: &NodeArgs) -> ExitCode {
-    let config = match checked(args) {
-        Ok(config) => config,
-        Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
-    };
     if !sys::limits::is_root() {
         return fail(
             1,
-            "culvert node must run as root: it enters pods' network namespaces and writes nftables rules there (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
+            "culvert node must run as root: it enters pods' network namespaces and writes nftables rules there \
+             (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
         );
     }
-    match assemble::node(config) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(1, &format!("{error:#}")),
+    match checked(args) {
+        Ok(config) => match assemble::node(config) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(1, &format!("{error:#}")),
+        },
+        Err(faults) => fail(EXIT_CONFIG, &faults.to_string()),
     }
 }
 

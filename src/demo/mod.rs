@@ -14,6 +14,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,7 +26,17 @@ const PROGRAMS: [(&str, &str); 4] = [("ip", "iproute2"), ("nft", "nftables"), ("
 /// How long a fact may take to show up in a log.
 const LOG_DEADLINE: Duration = Duration::from_secs(5);
 
+/// Where the programs of the demonstration are looked for.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
 type Shared = Arc<Mutex<Option<World>>>;
+
+/// Set once, when the demonstration is to end before its time.
+static CANCELLED: AtomicBool = AtomicBool::new(false);
+
+fn is_cancelled() -> bool {
+    CANCELLED.load(Ordering::Relaxed)
+}
 
 /// Runs the demonstration; leaves nothing behind, also when interrupted.
 pub fn run(args: &DemoArgs) -> ExitCode {
@@ -76,18 +87,24 @@ fn lacking() -> Vec<String> {
 }
 
 async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else {
+        bail!("cannot take over signals");
+    };
+    let mut told = async move || {
+        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} }
+    };
     let shared: Shared = Arc::default();
     let (keep, for_scenario) = (args.keep, shared.clone());
     let scenario = tokio::task::spawn_blocking(move || scenario(&args, &for_scenario));
     let result = tokio::select! {
         result = scenario => result.context("the demonstration panicked")?,
-        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
-        _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
+        () = told() => Err(anyhow::anyhow!("interrupted")),
     };
+    CANCELLED.store(result.is_err(), Ordering::Relaxed);
     if keep && result.is_ok() {
         let _ = writeln!(std::io::stderr(), "\nEverything is left running. Ctrl-C ends it and removes every trace.");
-        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        told().await;
     }
     // Here the namespaces, rules and processes go, whatever happened before.
     drop(shared.lock().unwrap_or_else(PoisonError::into_inner).take());
@@ -107,7 +124,14 @@ fn progress(args: &DemoArgs, text: &str) {
 
 fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     progress(args, "making two nodes and five pods");
-    *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(World::build()?);
+    {
+        // Under the lock: whoever cleans up waits until it knows what there is.
+        let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_cancelled() {
+            bail!("interrupted");
+        }
+        *world = Some(World::build()?);
+    }
     let canary = format!("canary-{:032x}", rand::random::<u128>());
     let (client, server, node1) = with(shared, |w| Ok((w.netns("client")?, w.netns("server")?, w.netns("node1")?)))?;
     with(shared, |world| serve_files(world, &canary))?;
@@ -164,7 +188,8 @@ enum Wait {
 /// Fetches a page with curl in a pod; `None` where there was no answer.
 fn fetch(world: &World, pod: &str, url: &str, wait: Wait) -> anyhow::Result<Option<String>> {
     let mut command = Command::new("curl");
-    command.args(["--silent", "--globoff", "--max-time", "10"]);
+    // -q: the user's own curlrc and proxies are not for this.
+    command.args(["-q", "--silent", "--noproxy", "*", "--globoff", "--max-time", "10"]);
     if wait == Wait::ForServer {
         command.args(["--retry", "40", "--retry-connrefused", "--retry-delay", "0", "--retry-max-time", "10"]);
     }
@@ -211,7 +236,7 @@ fn from_logs(world: &mut World) -> anyhow::Result<(Vec<[String; 3]>, Vec<Denied>
                 }
             }
         }
-        if denied.len() >= 2 && identities.len() >= 4 || Instant::now() > deadline {
+        if denied.len() >= 2 && identities.len() >= 4 || is_cancelled() || Instant::now() > deadline {
             identities.sort();
             return Ok((identities, denied));
         }

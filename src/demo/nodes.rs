@@ -30,6 +30,8 @@ pub fn start(world: &mut World) -> anyhow::Result<()> {
         let mut command = Command::new(&program);
         command.arg("node").args(["--log-format", "json", "--log", "info"]);
         command.arg("--mesh-file").arg(&mesh).arg("--pods-file").arg(&pods_file).arg("--ca-dir").arg(&ca);
+        // What the user has set for other daemons is not for these.
+        command.env_clear().env("PATH", super::PATH);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         world.start(&format!("node{node}"), &mut command)?;
     }
@@ -65,6 +67,9 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
         if captured.len() == PODS.iter().filter(|pod| pod.in_mesh).count() {
             captured.sort();
             return Ok(captured);
+        }
+        if super::is_cancelled() {
+            bail!("interrupted");
         }
         if Instant::now() > deadline {
             bail!("not all pods were captured within {} s: {}", START_DEADLINE.as_secs(), others.join("; "));

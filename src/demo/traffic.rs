@@ -72,9 +72,7 @@ pub fn measure(from: &Netns, to: std::net::IpAddr, duration: Duration) -> anyhow
         times.extend(thread.join().map_err(|_| anyhow::anyhow!("a load thread panicked"))??);
     }
     times.sort_unstable();
-    let at = |per_mille: usize| {
-        times.get(times.len() * per_mille / 1000).map_or(0.0, |time| time.as_secs_f64() * 1e6)
-    };
+    let at = |per_mille: usize| times.get(times.len() * per_mille / 1000).map_or(0.0, |time| time.as_secs_f64() * 1e6);
     let rps = times.len() as f64 / duration.as_secs_f64();
     let gbps = bulk(connect(from, SocketAddr::new(to, SINK_PORT))?, duration)?;
     Ok(Figures { rps, p50_us: at(500), p99_us: at(990), gbps })

@@ -4,6 +4,7 @@ use crate::sys::netns::Netns;
 use anyhow::{Context, bail};
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -48,8 +49,10 @@ impl World {
     pub fn build() -> anyhow::Result<Self> {
         sweep();
         let prefix = format!("culvert-{}-", std::process::id());
-        let folder = std::env::temp_dir().join(prefix.trim_end_matches('-'));
-        std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        // Below /run, where only root can have put something; the CA's key will be in it.
+        let folder = folder_of(&std::process::id().to_string());
+        let made = std::fs::DirBuilder::new().mode(0o700).create(&folder);
+        made.with_context(|| format!("cannot make {}", folder.display()))?;
         let world = Self { prefix, folder, children: Vec::new() };
         world.nodes()?;
         for (index, pod) in PODS.iter().enumerate() {
@@ -150,6 +153,10 @@ impl Drop for World {
     }
 }
 
+fn folder_of(pid: &str) -> PathBuf {
+    Path::new("/run").join(format!("culvert-{pid}"))
+}
+
 /// Removes what demonstrations left behind whose process is gone (they were killed outright).
 fn sweep() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
@@ -159,7 +166,7 @@ fn sweep() {
         let is_number = !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit());
         if is_number && !Path::new("/proc").join(pid).exists() {
             remove(&format!("culvert-{pid}-"));
-            let _ = std::fs::remove_dir_all(std::env::temp_dir().join(format!("culvert-{pid}")));
+            let _ = std::fs::remove_dir_all(folder_of(pid));
         }
     }
 }

@@ -4,6 +4,7 @@ use super::request::ConnectRequest;
 use super::{Config, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
+use h2::{Ping, PingPong};
 use http::StatusCode;
 use std::fmt;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -26,6 +27,7 @@ impl fmt::Debug for Tunnel {
 /// Moves the bytes of a tunnel; somebody must await [`Driver::run`] for as long as the tunnel is used.
 pub struct Driver<IO> {
     connection: Connection<IO, Bytes>,
+    pings: Option<PingPong>,
 }
 
 impl<IO> fmt::Debug for Driver<IO> {
@@ -56,7 +58,7 @@ pub async fn handshake<IO>(io: IO, config: &Config) -> Result<(Tunnel, Driver<IO
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
-    let (sender, connection) = h2::client::Builder::new()
+    let (sender, mut connection) = h2::client::Builder::new()
         .initial_window_size(config.stream_window)
         .initial_connection_window_size(config.connection_window)
         .max_frame_size(config.frame_size)
@@ -65,16 +67,28 @@ where
         .enable_push(false)
         .handshake(io)
         .await?;
-    Ok((Tunnel { sender }, Driver { connection }))
+    let pings = connection.ping_pong();
+    Ok((Tunnel { sender }, Driver { connection, pings }))
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
+    /// Completes once the far end has answered: it has taken our certificate, and its limits are known.
+    pub async fn settled(&mut self) -> Result<(), TunnelError> {
+        let Some(pings) = &mut self.pings else { return Ok(()) };
+        tokio::select! {
+            ended = &mut self.connection => match ended {
+                Err(error) => Err(error.into()),
+                Ok(()) => Err(TunnelError::Closed),
+            },
+            answer = pings.ping(Ping::opaque()) => Ok(answer.map(drop)?),
+        }
+    }
+
     /// Runs the tunnel until it ends: when nobody uses it any more, when the peer closes it, or when it breaks.
-    pub async fn run(mut self) -> Result<(), TunnelError> {
-        let pings = self.connection.ping_pong();
+    pub async fn run(self) -> Result<(), TunnelError> {
         tokio::select! {
             ended = self.connection => Ok(ended?),
-            overdue = ping::watch(pings) => Err(overdue),
+            overdue = ping::watch(self.pings) => Err(overdue),
         }
     }
 }
@@ -91,8 +105,10 @@ impl Tunnel {
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
         let response = response.await.map_err(|error| {
-            // REFUSED_STREAM promises that nothing was done (RFC 9113 8.7).
-            let untouched = error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
+            // 8.7 and 6.8).
+            let refused = error.reason() == Some(h2::Reason::REFUSED_STREAM);
+            let untouched = error.is_remote() && (refused || error.is_go_away());
             if untouched { OpenError::TunnelGone(error) } else { OpenError::Broken(error) }
         })?;
         if response.status() != StatusCode::OK {

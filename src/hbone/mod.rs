@@ -40,6 +40,9 @@ pub enum TunnelError {
     /// HTTP/2 went wrong, or the byte stream below did.
     #[error("HTTP/2: {0}")]
     Http2(#[from] h2::Error),
+    /// The peer closed the tunnel before it was ready.
+    #[error("the peer closed the tunnel before it was ready")]
+    Closed,
     /// The peer left a PING unanswered.
     #[error("the peer did not answer a PING within {} s", ping::TIMEOUT.as_secs())]
     PingTimeout,

@@ -130,6 +130,8 @@ async fn both_ways(
 
 async fn app_to_tunnel(app: &TcpStream, send: &mut SendStream<Bytes>, meter: &impl Meter) -> Result<(), CarryError> {
     loop {
+        // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
+        tokio::task::consume_budget().await;
         tokio::select! {
             ready = app.readable() => ready.map_err(CarryError::App)?,
             reset = poll_fn(|context| send.poll_reset(context)) => return finished_early(reset?),
@@ -174,10 +176,8 @@ fn finished_early(reason: Reason) -> Result<(), CarryError> {
 
 async fn tunnel_to_app(app: &TcpStream, receive: &mut RecvStream, meter: &impl Meter) -> Result<(), CarryError> {
     while let Some(chunk) = receive.data().await {
-        let chunk = match chunk {
-            Err(error) if error.is_reset() && error.reason() == Some(Reason::NO_ERROR) => break,
-            other => other?,
-        };
+        let chunk = chunk?;
+        tokio::task::consume_budget().await;
         write_all(app, &chunk).await.map_err(CarryError::App)?;
         meter.down(chunk.len());
         receive.flow_control().release_capacity(chunk.len())?;

@@ -106,10 +106,10 @@ impl Authority {
 
     /// Checks that the directory holds a usable CA, by signing a leaf that nobody will see.
     pub fn check(&self) -> Result<(), AuthorityError> {
-        let path = self.folder.join("ca.key");
-        let identity = SpiffeName::new("cluster.local", "culvert", "check")
-            .map_err(|error| AuthorityError::Content { path, reason: error.to_string() })?;
-        self.sign(&identity).map(drop)
+        let content = |reason: String| AuthorityError::Content { path: self.folder.join("ca.key"), reason };
+        let identity = SpiffeName::new("cluster.local", "culvert", "check").map_err(|e| content(e.to_string()))?;
+        let signed = self.sign(&identity)?;
+        super::Credentials::build(identity, 0, signed, &[]).map(drop).map_err(|e| content(e.to_string()))
     }
 
     /// Signs a fresh P-256 key for `identity`, as exactly one critical SPIFFE URI SAN and an empty subject.
@@ -187,6 +187,13 @@ mod tests {
         let signed = Authority::new(&folder, Duration::from_secs(3600)).sign(&identity).unwrap();
         assert_eq!(peer_name(&signed.chain[0]).unwrap(), identity);
         assert!(Authority::init(&folder).is_err(), "an existing CA is not overwritten");
+        Authority::new(&folder, Duration::from_secs(3600)).check().unwrap();
+        let other = self::folder("other");
+        Authority::init(&other).unwrap();
+        std::fs::copy(other.join("ca.pem"), folder.join("ca.pem")).unwrap();
+        let error = Authority::new(&folder, Duration::from_secs(3600)).check().unwrap_err().to_string();
+        assert!(error.contains("do not belong together"), "{error}");
+        std::fs::remove_dir_all(&other).unwrap();
         std::fs::set_permissions(folder.join("ca.key"), Permissions::from_mode(0o644)).unwrap();
         let error = Authority::new(&folder, Duration::from_secs(1)).check().unwrap_err().to_string();
         assert!(error.contains("ca.key") && error.contains("chmod 600"), "{error}");

@@ -7,7 +7,7 @@ use super::authority::Signed;
 use super::verify::{ClientVerifier, ServerVerifier};
 use crate::mesh::{SpiffeName, Text};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -25,6 +25,9 @@ pub enum CredentialsError {
     /// No usable root certificate.
     #[error("no usable root certificate: {0}")]
     Roots(String),
+    /// The certificate does not chain to the roots that came with it.
+    #[error("the new certificate is not vouched for by its own roots ({0}): ca.key and ca.pem do not belong together")]
+    NotOurs(#[source] rustls::Error),
     /// Key or chain are not usable.
     #[error("key or certificate cannot be used: {0}")]
     Tls(#[from] rustls::Error),
@@ -71,6 +74,12 @@ impl Credentials {
         let chain_verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .build()
             .map_err(|error| CredentialsError::Roots(error.to_string()))?;
+        // A leaf that our own roots do not vouch for would replace one that works: the CA's key and root do not match.
+        if let Some((leaf, intermediates)) = signed.chain.split_first() {
+            chain_verifier
+                .verify_client_cert(leaf, intermediates, UnixTime::now())
+                .map_err(CredentialsError::NotOurs)?;
+        }
         let key = provider.key_provider.load_private_key(signed.key)?;
         let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(signed.chain.clone(), key)));
 

@@ -26,6 +26,8 @@ use tokio_util::sync::CancellationToken;
 const RETRY_MIN: Duration = Duration::from_secs(1);
 /// Longest wait after a failed fetch.
 const RETRY_MAX: Duration = Duration::from_secs(150);
+/// How often the clock is looked at while waiting.
+const CLOCK_LOOK: Duration = Duration::from_secs(60);
 /// How long a connection waits for an identity's first certificate.
 const FIRST_WAIT: Duration = Duration::from_secs(5);
 
@@ -209,7 +211,21 @@ impl Store {
                     wait
                 }
             };
-            tokio::time::sleep(wait).await;
+            self.wait(wait, out).await;
+        }
+    }
+
+    /// Waits, but not beyond the end of the certificate in use: the clock may be set while we wait.
+    async fn wait(&self, wait: Duration, out: &watch::Sender<State>) {
+        let until = tokio::time::Instant::now() + wait;
+        while tokio::time::Instant::now() < until {
+            let step = until.saturating_duration_since(tokio::time::Instant::now()).min(CLOCK_LOOK);
+            tokio::time::sleep(step).await;
+            let held = out.borrow();
+            let expired = held.credentials.as_ref().is_some_and(|held| held.not_after <= SystemTime::now());
+            if expired && held.error.is_none() {
+                return;
+            }
         }
     }
 

@@ -3,6 +3,7 @@
 
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::{Entrance, Pod, Workers};
+use crate::mesh::workload::NetworkMode;
 use crate::mesh::{Snapshot, SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
@@ -10,6 +11,7 @@ use crate::task::{Drain, Group};
 use crate::{identity, mesh};
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Listeners of a pod, and how a connection came to them.
@@ -62,6 +64,7 @@ impl Capturer {
         let identity = workload.identity()?;
         let netns = Netns::open(&spec.netns)?;
         let addresses = holds(&netns, workload)?;
+        not_ours(&netns)?;
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
@@ -91,7 +94,7 @@ impl Capturer {
         }
         let redirected = async {
             redirect::install(&netns, self.config.mark, ipv6).await?;
-            Ok(verify::verify(&pod).await?)
+            Ok(verify::verify(&pod, ipv6).await?)
         };
         match redirected.await {
             Ok(()) => Ok(captured),
@@ -109,6 +112,30 @@ impl Capturer {
             Ok((bound.map_err(|source| CaptureError::Port { port, source })?, entrance))
         };
         LISTENERS.into_iter().map(bind).collect()
+    }
+
+    /// Whether the facts still say what the pod was captured by.
+    pub fn still(&self, spec: &PodSpec, captured: &Captured) -> Result<(), CaptureError> {
+        let snapshot = self.mesh.load();
+        let workload = known(&snapshot, spec)?;
+        let now = workload.identity()?;
+        if now != captured.identity {
+            return Err(CaptureError::IdentityChanged(captured.identity.clone(), now));
+        }
+        let missing = workload.ips.iter().find(|ip| !captured.pod.addresses.contains(ip));
+        missing.map_or(Ok(()), |missing| Err(not_the_pod(&captured.pod.netns, *missing, &captured.pod.addresses)))
+    }
+
+    /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
+    /// unless the namespace is another pod's.
+    pub async fn clean(&self, spec: &PodSpec) {
+        let Ok(netns) = Netns::open(&spec.netns) else { return };
+        let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
+        if not_ours(&netns).is_ok()
+            && let Err(error) = redirect::remove(&netns, true).await
+        {
+            tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "rules not removed");
+        }
     }
 
     /// Ends the capture of a pod: rules first, listeners after, connections last, within the deadline.
@@ -148,15 +175,27 @@ fn known<'a>(snapshot: &'a Snapshot, spec: &PodSpec) -> Result<&'a Arc<Workload>
 
 /// The addresses of the namespace, if it holds all of the workload's.
 fn holds(netns: &Netns, workload: &Workload) -> Result<Vec<IpAddr>, CaptureError> {
+    if workload.ips.is_empty() || workload.network_mode == NetworkMode::HostNetwork {
+        return Err(CaptureError::NoOwnAddress(workload.uid.to_string()));
+    }
     let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
     match workload.ips.iter().find(|ip| !held.contains(ip)) {
         None => Ok(held),
-        Some(missing) => {
-            let names: Vec<String> = held.iter().map(ToString::to_string).collect();
-            let held = if names.is_empty() { "none".into() } else { names.join(", ") };
-            Err(CaptureError::NotThePod { path: netns.path().to_owned(), missing: *missing, held })
-        }
+        Some(missing) => Err(not_the_pod(netns, *missing, &held)),
     }
+}
+
+fn not_the_pod(netns: &Netns, missing: IpAddr, held: &[IpAddr]) -> CaptureError {
+    let names: Vec<String> = held.iter().map(ToString::to_string).collect();
+    let held = if names.is_empty() { "none".into() } else { names.join(", ") };
+    CaptureError::NotThePod { path: netns.path().to_owned(), missing, held }
+}
+
+/// The daemon's own namespace and that of the host are nobody's pod, whatever addresses they hold.
+fn not_ours(netns: &Netns) -> Result<(), CaptureError> {
+    let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"];
+    let same = |path: &str| Netns::open(Path::new(path)).is_ok_and(|host| host.id() == netns.id());
+    if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
 }
 
 /// Which namespaces belong to which pod: one each.

@@ -60,6 +60,15 @@ pub enum CaptureError {
         /// Which are there.
         held: String,
     },
+    /// The facts give the pod no address of its own, so its namespace cannot be told from another.
+    #[error("workload {0} has no address of its own in the mesh facts (no workloadIps, or networkMode HostNetwork)")]
+    NoOwnAddress(String),
+    /// The namespace is that of the daemon or the host.
+    #[error("the namespace {0} is the host's or the daemon's own; capturing it would cut the node off")]
+    Host(PathBuf),
+    /// The facts give the pod another identity than it was captured with.
+    #[error("the pod's identity has changed from {0} to {1}; capturing it anew")]
+    IdentityChanged(crate::mesh::SpiffeName, crate::mesh::SpiffeName),
     /// Another pod has this namespace.
     #[error("the namespace {0} is that of pod {1} already; a namespace belongs to one pod")]
     Taken(PathBuf, String),
@@ -91,6 +100,9 @@ impl CaptureError {
             Self::Identity(_) => "identity",
             Self::Netns(_) => "netns",
             Self::NotThePod { .. } => "not_the_pod",
+            Self::NoOwnAddress(_) => "no_own_address",
+            Self::Host(_) => "host_netns",
+            Self::IdentityChanged(..) => "identity_changed",
             Self::Taken(..) => "netns_taken",
             Self::Port { .. } => "port",
             Self::Redirect(_) => "redirect",

@@ -3,34 +3,44 @@
 //! ```text
 //!   pending ──captured, verified──► captured ──removed──► releasing ──► (gone)
 //!      ▲  └──error──► failed ─┐         │
-//!      └───── tried again ────┴─────────┘ namespace vanished, or a later verification failed
+//!      └───── tried again ────┴─────────┘ namespace vanished, or the identity is another one now
 //! ```
+//! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed.
 
 use super::capture::{Captured, Capturer};
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::sys::netns::Netns;
-use crate::task::{Signal, files::FileWatch};
+use crate::task::Signal;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Time between attempts to capture, where nothing that matters changes before.
 const RETRY: Duration = Duration::from_secs(5);
-/// Time between verifications of a captured pod.
-const VERIFY_AGAIN: Duration = Duration::from_secs(30);
+/// Time between looks at whether the namespace is still there.
+const LOOK: Duration = Duration::from_secs(1);
+/// Looks between verifications of a captured pod.
+const LOOKS_PER_VERIFICATION: u32 = 30;
+/// Verifications between rewritings of the rules: a probe does not see every rule.
+const VERIFICATIONS_PER_REWRITE: u32 = 10;
 
 /// Why a captured pod is held no longer.
 enum End {
+    /// It is no longer wanted: released in order.
     Removed,
+    /// Another entry has its namespace now: given up without touching the rules.
+    Replaced,
+    /// The process ends.
     Process,
+    /// It must be captured anew.
     Lost(CaptureError),
 }
 
-/// Keeps a pod captured until it is removed or the process ends. `first_attempt` is dropped after the first attempt.
+/// Keeps a pod captured until it is removed (`removed` gently), replaced (`removed` at once), or the process ends.
+/// `first_attempt` is dropped after the first attempt.
 pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, removed: Signal, first_attempt: T) {
     let process = capturer.drain.signal();
     let mut first_attempt = Some(first_attempt);
-    let mut watch = FileWatch::new(&spec.netns);
     let mut facts = capturer.mesh.subscribe();
     loop {
         facts.mark_unchanged();
@@ -42,30 +52,35 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
             Ok(captured) => captured,
             Err(error) => {
                 board.failed(&error);
-                let reason = error.to_string();
-                let waits = matches!(error, CaptureError::NoFacts(_));
-                board.set(&spec, if waits { State::Pending(reason) } else { State::Failed(reason) });
+                board.set(&spec, state_of(&error));
                 drop(first_attempt.take());
                 tokio::select! {
                     () = tokio::time::sleep(RETRY) => continue,
-                    () = watch.changed() => continue,
                     Ok(()) = facts.changed() => continue,
                     () = process.gentle() => return,
-                    () = removed.gentle() => break,
+                    () = removed.now() => break,
+                    () = removed.gentle() => {
+                        capturer.clean(&spec).await;
+                        break;
+                    }
                 }
             }
         };
         board.set(&spec, State::Captured);
         drop(first_attempt.take());
         let end = tokio::select! {
-            lost = hold(&capturer, &captured, &mut watch) => End::Lost(lost),
-            () = process.gentle() => End::Process,
+            biased;
+            () = removed.now() => End::Replaced,
             () = removed.gentle() => End::Removed,
+            () = process.gentle() => End::Process,
+            lost = hold(&capturer, &board, &spec, &captured) => End::Lost(lost),
         };
         match end {
             // The rules stay: until the next daemon is there, the pod's traffic is refused and not passed in plaintext.
             End::Process => {
                 captured.accepting.finished().await;
+                // What was accepted last still needs the pod's certificate.
+                process.now().await;
                 return;
             }
             End::Removed => {
@@ -73,11 +88,14 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
                 capturer.release(captured).await;
                 break;
             }
+            End::Replaced => {
+                give_up(captured).await;
+                break;
+            }
             End::Lost(error) => {
                 board.failed(&error);
-                board.set(&spec, State::Failed(error.to_string()));
-                captured.pod.drain.at_once();
-                captured.accepting.finished().await;
+                board.set(&spec, state_of(&error));
+                give_up(captured).await;
             }
         }
     }
@@ -86,26 +104,64 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
     tracing::info!(namespace = &*spec.namespace, name = &*spec.name, uid = &*spec.uid, "pod released");
 }
 
-/// Verifies a captured pod again and again; returns when it is lost.
-async fn hold(capturer: &Capturer, captured: &Captured, watch: &mut FileWatch) -> CaptureError {
-    let pod = &captured.pod;
+fn state_of(error: &CaptureError) -> State {
+    match error {
+        CaptureError::NoFacts(_) => State::Pending(error.to_string()),
+        _ => State::Failed(error.to_string()),
+    }
+}
+
+/// Ends the pod's connections and listeners; the rules stay.
+async fn give_up(captured: Captured) {
+    captured.pod.drain.at_once();
+    captured.accepting.finished().await;
+}
+
+/// Watches over a captured pod; returns when it must be captured anew. A pod that cannot be verified keeps its
+/// connections and is reported, because what a probe meets need not have met them.
+async fn hold(capturer: &Capturer, board: &Board, spec: &PodSpec, captured: &Captured) -> CaptureError {
+    let path = captured.pod.netns.path();
+    let mut facts = capturer.mesh.subscribe();
+    let mut looks = 0;
     loop {
         tokio::select! {
-            () = tokio::time::sleep(VERIFY_AGAIN) => {}
-            () = watch.changed() => {}
+            () = tokio::time::sleep(LOOK) => looks += 1,
+            Ok(()) = facts.changed() => match capturer.still(spec, captured) {
+                Ok(()) => looks = LOOKS_PER_VERIFICATION,
+                Err(error @ CaptureError::NoFacts(_)) => {
+                    board.set(spec, state_of(&error));
+                    continue;
+                }
+                Err(error) => return error,
+            },
         }
-        let path = pod.netns.path();
-        if !Netns::open(path).is_ok_and(|now| now.id() == pod.netns.id()) {
+        if !Netns::open(path).is_ok_and(|now| now.id() == captured.pod.netns.id()) {
             return CaptureError::Vanished(path.to_owned());
         }
-        if let Err(error) = verify::verify(pod).await {
-            tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "capture lost; writing the rules again");
-            if let Err(error) = redirect::install(&pod.netns, capturer.config.mark, captured.ipv6).await {
-                return error.into();
-            }
-            if let Err(error) = verify::verify(pod).await {
-                return error.into();
+        if looks % LOOKS_PER_VERIFICATION == 0 && capturer.still(spec, captured).is_ok() {
+            let rewrite = looks % (LOOKS_PER_VERIFICATION * VERIFICATIONS_PER_REWRITE) == 0;
+            match verified(capturer, captured, rewrite).await {
+                Ok(()) => board.set(spec, State::Captured),
+                Err(error) => {
+                    board.failed(&error);
+                    board.set(spec, state_of(&error));
+                    // Looked at again soon.
+                    looks = LOOKS_PER_VERIFICATION - u32::try_from(RETRY.as_secs()).unwrap_or(1);
+                }
             }
         }
     }
+}
+
+async fn verified(capturer: &Capturer, captured: &Captured, rewrite: bool) -> Result<(), CaptureError> {
+    let (pod, mark, ipv6) = (&captured.pod, capturer.config.mark, captured.ipv6);
+    if rewrite {
+        redirect::install(&pod.netns, mark, ipv6).await?;
+    }
+    if let Err(error) = verify::verify(pod, ipv6).await {
+        tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "a probe was lost; writing the rules again");
+        redirect::install(&pod.netns, mark, ipv6).await?;
+        verify::verify(pod, ipv6).await?;
+    }
+    Ok(())
 }

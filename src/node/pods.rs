@@ -59,8 +59,7 @@ struct FilePod {
 pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
     let content = |reason: String| PodsFileError::Content(path.to_owned(), reason);
     let text = std::fs::read_to_string(path).map_err(|error| PodsFileError::Read(path.to_owned(), error))?;
-    let file: File =
-        if text.trim().is_empty() { File { pods: Vec::new() } } else { from_yaml(&text).map_err(content)? };
+    let file: File = from_yaml(&text).map_err(content)?;
     let mut faults = Vec::new();
     let mut specs: Vec<PodSpec> = Vec::new();
     for pod in file.pods {
@@ -129,7 +128,13 @@ impl Pods {
     fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
         let wanted: HashMap<Text, PodSpec> = specs.into_iter().map(|spec| (spec.uid.clone(), spec)).collect();
         for (uid, kept) in &self.kept {
-            if wanted.get(uid) != Some(&kept.spec) {
+            if wanted.get(uid) == Some(&kept.spec) {
+                continue;
+            }
+            if wanted.values().any(|spec| spec.netns == kept.spec.netns) {
+                // The namespace stays wanted under another entry: its rules must not go, not even for a moment.
+                kept.remove.at_once();
+            } else {
                 kept.remove.gently();
             }
         }
@@ -138,14 +143,15 @@ impl Pods {
             if before.is_some_and(|kept| kept.spec == spec && !kept.remove.signal().is_gentle()) {
                 continue;
             }
+            // Whoever had the uid or the namespace has to be out of it first.
+            let had_it = |(other, kept): &(&Text, &Kept)| **other == uid || kept.spec.netns == spec.netns;
+            let earlier: Vec<Group> = self.kept.iter().filter(had_it).map(|(_, kept)| kept.task.clone()).collect();
             let (remove, task) = (Drain::default(), Group::default());
-            let earlier = before.map(|kept| kept.task.clone());
             let (capturer, board, signal, ready) =
                 (self.capturer.clone(), self.board.clone(), remove.signal(), ready.cloned());
             self.kept.insert(uid, Kept { spec: spec.clone(), remove, task: task.clone() });
             task.spawn(async move {
-                if let Some(earlier) = earlier {
-                    // A changed pod is released as it was before it is captured as it is.
+                for earlier in earlier {
                     earlier.finished().await;
                 }
                 board.set(&spec, State::Pending("being captured".into()));

@@ -127,7 +127,8 @@ async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
     // The child inherits the namespace that the thread is in when it is started.
     let mut child = netns.enter(|| command.spawn())?.map_err(RedirectError::NoNft)?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes()).await.map_err(RedirectError::NoNft)?;
+        // If nft ends before it has read all, it says why on standard error.
+        let _ = stdin.write_all(script.as_bytes()).await;
     }
     let output = child.wait_with_output().await.map_err(RedirectError::NoNft)?;
     if output.status.success() {

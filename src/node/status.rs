@@ -73,6 +73,8 @@ pub struct Board {
     failures: Family<ReasonLabel, Counter>,
     started: Counter,
     stopped: Counter,
+    active: Gauge,
+    pending: Gauge,
 }
 
 impl Board {
@@ -85,6 +87,10 @@ impl Board {
         registry.register("workload_manager_proxies_started", started, self.started.clone());
         let stopped = "Pods released or lost (unstable)";
         registry.register("workload_manager_proxies_stopped", stopped, self.stopped.clone());
+        let active = "Pods whose traffic is carried (unstable)";
+        registry.register("workload_manager_active_proxy_count", active, self.active.clone());
+        let pending = "Pods that are not captured yet, or cannot be (unstable)";
+        registry.register("workload_manager_pending_proxy_count", pending, self.pending.clone());
         self.count(&BTreeMap::new());
     }
 
@@ -130,9 +136,13 @@ impl Board {
     }
 
     fn count(&self, pods: &BTreeMap<Text, PodStatus>) {
-        for state in ["pending", "captured", "failed", "releasing"] {
+        let count = |state| {
             let count = pods.values().filter(|status| status.state.word() == state).count();
-            self.by_state.get_or_create(&StateLabel { state }).set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
+            let count = i64::try_from(count).unwrap_or(i64::MAX);
+            self.by_state.get_or_create(&StateLabel { state }).set(count);
+            count
+        };
+        self.active.set(count("captured") + count("releasing"));
+        self.pending.set(count("pending") + count("failed"));
     }
 }

@@ -2,16 +2,16 @@
 //! listener. Only then is the pod reported as captured.
 
 use crate::connection::Pod;
+use crate::connection::pod::PROBE_IPS;
 use crate::sys::netns::NetnsError;
 use crate::sys::socket::{ordinary, start_connect};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
-/// Where probes go: addresses for documentation, which nobody has.
-const PROBE_V4: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77));
-const PROBE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x77));
-const PROBE_PORT: u16 = 15099;
+/// Ports that probes go to, one each. There are several because during an upgrade two daemons listen, and the kernel
+/// gives each connection to either.
+const PROBE_PORTS: std::ops::Range<u16> = 15091..15099;
 
 /// How long a probe may take to arrive.
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -32,39 +32,38 @@ pub enum VerifyError {
     },
     /// The probe did not arrive at the listener.
     #[error("a probe to {0} from inside the pod was not captured: other rules in the pod come before ours")]
-    NotCaptured(SocketAddr),
+    NotCaptured(IpAddr),
 }
 
-/// Probes each IP family in which the pod has an address.
-pub async fn verify(pod: &Pod) -> Result<(), VerifyError> {
-    for (probe, v4) in [(PROBE_V4, true), (PROBE_V6, false)] {
+/// Probes each IP family that is redirected and in which the pod has an address.
+pub async fn verify(pod: &Pod, ipv6: bool) -> Result<(), VerifyError> {
+    for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
         let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        let own = pod.addresses.iter().find(|ip| ip.is_ipv4() == v4 && !link_local(ip));
+        let own = pod.addresses.iter().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !link_local(ip));
         let Some(own) = own else { continue };
-        match one(pod, SocketAddr::new(probe, PROBE_PORT)).await {
+        match one_family(pod, probe).await {
             // A pod without a default route still reaches its neighbours.
-            Err(VerifyError::Send { source, .. }) if unreachable(&source) => {
-                one(pod, SocketAddr::new(neighbour(*own), PROBE_PORT)).await?;
-            }
+            Err(VerifyError::Send { source, .. }) if unreachable(&source) => one_family(pod, neighbour(*own)).await?,
             other => other?,
         }
     }
     Ok(())
 }
 
-async fn one(pod: &Pod, to: SocketAddr) -> Result<(), VerifyError> {
-    let arrived = pod.probes.expect(to);
-    // The socket lives until the probe has arrived.
-    let probe = pod.netns.enter(|| {
-        let socket = ordinary(to)?;
-        start_connect(&socket, to)?;
-        Ok(socket)
+async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
+    let targets: Vec<SocketAddr> = PROBE_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
+    let arrived = pod.probes.expect(&targets);
+    // The sockets live until a probe has arrived.
+    let probes = pod.netns.enter(|| {
+        let send = |to: &SocketAddr| {
+            let started = ordinary(*to).and_then(|socket| start_connect(&socket, *to).map(|()| socket));
+            started.map_err(|source| VerifyError::Send { to: *to, source })
+        };
+        targets.iter().map(send).collect::<Result<Vec<_>, _>>()
     })?;
-    let _socket = probe.map_err(|source| VerifyError::Send { to, source })?;
-    match tokio::time::timeout(DEADLINE, arrived).await {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(_)) | Err(_) => Err(VerifyError::NotCaptured(to)),
-    }
+    let _sockets = probes?;
+    let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
+    arrival.map_err(|_| VerifyError::NotCaptured(ip))
 }
 
 fn unreachable(error: &io::Error) -> bool {

@@ -4,11 +4,11 @@ use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, fstatfs};
 use std::cell::OnceCell;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -86,7 +86,9 @@ impl Drop for HomeGuard {
 impl Netns {
     /// Opens a namespace file and makes sure that it is a network namespace.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
-        let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        // Without blocking: a FIFO of that name would otherwise hold this thread until somebody writes to it.
+        let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
+        let file = opened.map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
         let metadata = file.metadata().map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
         let not = || NetnsError::NotNetns(path.to_owned());
         if fstatfs(&file).map_err(|_| not())?.filesystem_type() != NSFS_MAGIC {

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-/// How long a file must be quiet before a change is told.
-const SETTLE: Duration = Duration::from_millis(50);
+/// How long a file must stay the same before a change is told: who writes in place takes a while, and half a file may
+/// well be valid.
+const SETTLE: Duration = Duration::from_millis(150);
 
 /// Without any event the file is looked at this often, for filesystems that send none.
 const LOOK_ANYWAY: Duration = Duration::from_secs(5);
@@ -46,21 +47,31 @@ impl FileWatch {
         loop {
             // A closed channel (no watcher) must not spin: then only the timeout paces the loop.
             match timeout(LOOK_ANYWAY, self.events.recv()).await {
-                Ok(Some(())) => tokio::time::sleep(SETTLE).await,
+                Ok(Some(())) => {}
                 Ok(None) => tokio::time::sleep(LOOK_ANYWAY).await,
                 Err(_) => {}
             }
-            let now = stamp(&self.path);
-            if now != self.seen {
-                self.seen = now;
-                return;
+            let mut now = stamp(&self.path);
+            while now != self.seen {
+                tokio::time::sleep(SETTLE).await;
+                let later = stamp(&self.path);
+                if later == now {
+                    self.seen = now;
+                    return;
+                }
+                now = later;
             }
         }
     }
 }
 
 /// Reads YAML; an error is one line that names line and column.
+///
+/// An empty document is refused: a file that is being written is empty at first, and nothing must follow from that.
 pub fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    if text.trim().is_empty() {
+        return Err("the file is empty; to say that there is nothing, write an empty list such as `pods: []`".into());
+    }
     serde_saphyr::from_str(text).map_err(|error| {
         let plain = error.without_snippet().render();
         plain.split_whitespace().collect::<Vec<_>>().join(" ")

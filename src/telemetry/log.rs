@@ -42,6 +42,9 @@ pub enum LogError {
     /// The directives cannot be parsed.
     #[error("log filter {0:?} is not understood: {1}")]
     Filter(String, tracing_subscriber::filter::ParseError),
+    /// A word that is no level.
+    #[error("{0:?} is no log level: use off, error, warn, info, debug, trace, or target=level")]
+    Level(String),
     /// The log was set up before, or is gone.
     #[error("the log cannot be changed now: {0}")]
     State(String),
@@ -68,6 +71,14 @@ pub fn check(filter: &str) -> Result<(), LogError> {
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
+    // A bare word is taken for a target by the library; here it can only be a mistyped level.
+    let levels = ["off", "error", "warn", "info", "debug", "trace"];
+    let bare = filter.split(',').map(str::trim).filter(|part| !part.is_empty() && !part.contains('='));
+    for word in bare {
+        if !levels.iter().any(|level| word.eq_ignore_ascii_case(level)) {
+            return Err(LogError::Level(word.to_owned()));
+        }
+    }
     EnvFilter::try_new(filter).map_err(|error| LogError::Filter(filter.to_owned(), error))
 }
 
@@ -213,6 +224,16 @@ pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mistyped_levels_are_refused() {
+        for good in ["info", "INFO", "warn,access=info", "off,a::b=trace"] {
+            assert!(check(good).is_ok(), "{good}");
+        }
+        for bad in ["inof", "warn,access", "a=b=c", "access=inof"] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn control_characters_are_escaped() {

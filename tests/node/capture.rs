@@ -1,6 +1,8 @@
 //! Capturing pods and letting go of them: the order, the checks, and what remains when the daemon dies.
 
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip, output_in, peer_script, pod_entry, replace};
+use crate::world::{
+    Pod, World, apps, ask, connect, eventually, inside, ip, output_in, peer_script, pod_entry, replace,
+};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::process::Command;
@@ -225,7 +227,8 @@ fn a_namespace_without_ipv6_is_captured_for_ipv4() {
 #[test]
 fn rules_that_come_before_ours_are_noticed() {
     let (mut w, client, _) = world();
-    let foreign = "table inet foreign { chain out { type nat hook output priority -200; tcp dport 15099 accept; } }";
+    let foreign =
+        "table inet foreign { chain out { type nat hook output priority -200; tcp dport 15091-15099 accept; }; }";
     let file = w.dir.join("foreign.nft");
     std::fs::write(&file, foreign).unwrap();
     output_in(&client.netns, "nft", &["-f", file.to_str().unwrap()]);
@@ -238,4 +241,51 @@ fn rules_that_come_before_ours_are_noticed() {
     });
     output_in(&client.netns, "nft", &["delete", "table", "inet", "foreign"]);
     eventually("and verified once they are gone", || w.state(1, "client").0 == "captured");
+}
+
+#[test]
+fn a_changed_entry_never_opens_the_pod_and_a_corrected_one_is_captured_again() {
+    let (mut w, client, server) = world();
+    w.start();
+    let entry = |uid: &str, account: &str| {
+        let mut entry = pod_entry(&client);
+        entry["uid"] = json!(uid);
+        entry["serviceAccount"] = json!(account);
+        json!({"pods": [entry]}).to_string()
+    };
+    let mut live = connect(&client.netns, (server.v4, 9000)).unwrap();
+    live.write_all(b"ping").unwrap();
+    live.read_exact(&mut [0; 4]).unwrap();
+    replace(&w.pods_file(1), &entry("uid-client", "typo"));
+    eventually("the mistake is named", || w.state(1, "client").1.contains("service account is \"typo\""));
+    assert!(live.read(&mut [0]).is_err(), "what was open under the old entry is cut");
+    assert!(ruleset(&client).contains("redirect to :15001"), "the rules stay");
+    assert!(ask(&client.netns, (server.v4, 8080), "x").is_err(), "refused, not passed in plaintext");
+    replace(&w.pods_file(1), &entry("another-uid", "client"));
+    eventually("captured again under another uid", || w.state(1, "client").0 == "captured");
+    assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok());
+    replace(&w.pods_file(1), &entry("another-uid", "typo"));
+    eventually("the mistake is named again", || w.state(1, "client").0 == "failed");
+    replace(&w.pods_file(1), "pods: []");
+    eventually("removed while it failed", || w.state(1, "client").0.is_empty());
+    assert_eq!(ruleset(&client), "", "a pod that is wanted no more is left as it was found");
+}
+
+#[test]
+fn a_workload_that_gets_another_identity_is_captured_anew_with_it() {
+    let (mut w, client, server) = world();
+    w.start();
+    // The destination accepts the new trust domain too; both nodes learn of it at once.
+    w.mesh.of("client")["trustDomain"] = json!("other.local");
+    w.mesh.of("server")["trustDomain"] = json!("other.local");
+    w.write_mesh();
+    let identity = |w: &World, node: u8| w.json(node, "/config_dump")["certificates"][0]["identity"].clone();
+    eventually("both have the new identity", || {
+        identity(&w, 1) == "spiffe://other.local/ns/ns/sa/client"
+            && identity(&w, 2) == "spiffe://other.local/ns/ns/sa/server"
+    });
+    eventually("captured with it", || w.state(1, "client").0 == "captured" && w.state(2, "server").0 == "captured");
+    assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok());
+    let line = w.log_line(2, "the new identity", |l| l["src.identity"] == "spiffe://other.local/ns/ns/sa/client");
+    assert_eq!(line["message"], "connection complete");
 }

@@ -25,9 +25,14 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
         let output = run(&[command], &env);
         assert_eq!(output.status.code(), Some(2), "{command}");
         let text = errors(&output);
-        for name in
-            ["KEEPALIVE_TIME: \"soon\"", "IPV6_ENABLED: \"yes\"", "PACKET_MARK: \"0\"", "HTTP2_FRAME_SIZE: \"1\"", "LOCAL_XDS_PATH: is not set", "CULVERT_PODS_FILE: is not set"]
-        {
+        for name in [
+            "KEEPALIVE_TIME: \"soon\"",
+            "IPV6_ENABLED: \"yes\"",
+            "PACKET_MARK: \"0\"",
+            "HTTP2_FRAME_SIZE: \"1\"",
+            "LOCAL_XDS_PATH: is not set",
+            "CULVERT_PODS_FILE: is not set",
+        ] {
             assert!(text.contains(name), "{command}: {name} in\n{text}");
         }
         assert!(text.lines().all(|line| line.starts_with("culvert: ")), "{text}");
@@ -54,7 +59,15 @@ fn check_names_what_is_wrong_with_each_file_and_starts_nothing() {
     let output = check("/nonexistent");
     assert_eq!(output.status.code(), Some(2));
     let text = errors(&output);
-    for word in ["mesh.yaml", "line 5", "servces", "pods.yaml", "has the uid u of pod b/a", "/nonexistent/ca.key", "culvert ca init"] {
+    for word in [
+        "mesh.yaml",
+        "line 5",
+        "servces",
+        "pods.yaml",
+        "has the uid u of pod b/a",
+        "/nonexistent/ca.key",
+        "culvert ca init",
+    ] {
         assert!(text.contains(word), "{word} in\n{text}");
     }
     assert_eq!(text.lines().count(), 3, "one line each:\n{text}");
@@ -90,7 +103,8 @@ fn a_bad_new_version_of_a_file_keeps_the_old_one_and_says_why() {
     eventually("good again", || w.metric(1, "culvert_mesh_file_stale", &[]) == 0.0);
 
     replace(&w.pods_file(1), "pods: [{name: client}]");
-    let line = w.log_line(1, "pods file refused", |l| l["message"] == "pods file refused; the pods before stay as they are");
+    let line =
+        w.log_line(1, "pods file refused", |l| l["message"] == "pods file refused; the pods before stay as they are");
     assert!(line["error"].as_str().unwrap().contains("line 1"), "{line}");
     assert_eq!(w.state(1, "client").0, "captured");
     std::fs::remove_file(w.mesh_file(1)).unwrap();

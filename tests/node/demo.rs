@@ -20,7 +20,8 @@ fn start(args: &[&str]) -> Child {
 /// Processes whose command line names the demonstration's folder.
 fn children(pid: u32) -> Vec<i32> {
     let folder = format!("culvert-{pid}/");
-    let all = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_string_lossy().parse().ok());
+    let all =
+        std::fs::read_dir("/proc").unwrap().flatten().filter_map(|e| e.file_name().to_string_lossy().parse().ok());
     let names_it = |pid: &i32| {
         std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&folder))
     };
@@ -30,7 +31,7 @@ fn children(pid: u32) -> Vec<i32> {
 fn nothing_is_left(pid: u32) {
     assert_eq!(namespaces(pid), Vec::<String>::new());
     assert_eq!(children(pid), Vec::<i32>::new());
-    assert!(!Path::new(&format!("/tmp/culvert-{pid}")).exists());
+    assert!(!Path::new(&format!("/run/culvert-{pid}")).exists());
 }
 
 #[test]
@@ -58,8 +59,9 @@ fn it_shows_the_whole_thing_and_leaves_nothing() {
 
 #[test]
 fn interrupted_or_with_a_dead_node_it_still_leaves_nothing() {
-    for (what, signal) in [("Ctrl-C", Some(Signal::SIGINT)), ("SIGTERM", Some(Signal::SIGTERM)), ("a dead node", None)] {
-        let child = start(&["--seconds", "60"]);
+    for (what, signal) in [("Ctrl-C", Some(Signal::SIGINT)), ("SIGTERM", Some(Signal::SIGTERM)), ("a dead node", None)]
+    {
+        let child = start(&["--seconds", "3"]);
         let pid = child.id();
         eventually("both nodes are there", || children(pid).len() >= 2);
         match signal {
@@ -78,7 +80,7 @@ fn interrupted_or_with_a_dead_node_it_still_leaves_nothing() {
 
 #[test]
 fn what_a_killed_demonstration_left_is_swept_by_the_next() {
-    let mut child = start(&["--seconds", "60"]);
+    let mut child = start(&["--seconds", "3"]);
     let pid = child.id();
     eventually("both nodes are there", || children(pid).len() >= 2);
     child.kill().unwrap();

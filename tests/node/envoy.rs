@@ -100,7 +100,8 @@ fn waypoint(w: &World, cert: &Files, port: u16) -> Value {
             "typed_config": typed("envoy.extensions.filters.http.router.v3.Router", json!({})),
         }],
     });
-    let context = json!({"require_client_certificate": true, "common_tls_context": tls(w, cert, "spiffe://cluster.local/")});
+    let context =
+        json!({"require_client_certificate": true, "common_tls_context": tls(w, cert, "spiffe://cluster.local/")});
     json!({"static_resources": {
         "listeners": [{
             "name": "hbone", "address": address("0.0.0.0", port),
@@ -155,7 +156,9 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
     start(&mut w, &way, 15009, &config);
     let vip: IpAddr = "10.96.0.1".parse().unwrap();
     for (index, (destination, port)) in
-        [(format!("/{}", way.v4), 15009), ("ns/way.ns.svc.cluster.local".into(), 15008), ("/10.96.0.2".into(), 15008)].iter().enumerate()
+        [(format!("/{}", way.v4), 15009), ("ns/way.ns.svc.cluster.local".into(), 15008), ("/10.96.0.2".into(), 15008)]
+            .iter()
+            .enumerate()
     {
         w.mesh.services[0]["waypoint"] = json!({"destination": destination, "hboneMtlsPort": port});
         let applied = w.metric(1, "culvert_mesh_file_applied_total", &[]);

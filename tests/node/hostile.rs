@@ -47,8 +47,14 @@ fn every_connect_is_answered_with_its_status() {
     let cases = [
         (connect_to(&own(8080)), 200),
         (connect_to("web.ns.svc.cluster.local:80"), 200),
-        (json!({"headers": [[":method", "GET"], [":scheme", "https"], [":authority", own(8080)], [":path", "/"]]}), 400),
-        (json!({"headers": [[":method", "CONNECT"], [":authority", own(8080)], ["te", "trailers"]], "send": "x\n"}), 200),
+        (
+            json!({"headers": [[":method", "GET"], [":scheme", "https"], [":authority", own(8080)], [":path", "/"]]}),
+            400,
+        ),
+        (
+            json!({"headers": [[":method", "CONNECT"], [":authority", own(8080)], ["te", "trailers"]], "send": "x\n"}),
+            200,
+        ),
         (connect_to("nonsense"), 400),
         (connect_to("10.2.0.99:8080"), 400),
         (connect_to("127.0.0.1:8080"), 400),
@@ -87,7 +93,8 @@ fn peers_that_cannot_prove_who_they_are_are_not_talked_to() {
     w.start();
     let to = server(&w);
     let other_ca = w.dir.join("other-ca");
-    let made = std::process::Command::new(crate::world::subject()).args(["ca", "init"]).arg(&other_ca).status().unwrap();
+    let made =
+        std::process::Command::new(crate::world::subject()).args(["ca", "init"]).arg(&other_ca).status().unwrap();
     assert!(made.success());
     let (ca, dir) = (w.ca(), w.dir.clone());
     let me = spiffe("peer");
@@ -131,7 +138,10 @@ fn a_destination_that_is_somebody_else_gets_nothing() {
     assert!(ask(&client.netns, (server(&w).v4, 8080), "x").is_err());
     let line = w.log_line(1, "refused", |l| l["direction"] == "outbound" && l["reason"] == "tunnel_tls");
     let error = line["error"].as_str().unwrap();
-    assert!(error.contains("sa/server") && error.contains("sa/impostor"), "names whom it met and whom it expected: {error}");
+    assert!(
+        error.contains("sa/server") && error.contains("sa/impostor"),
+        "names whom it met and whom it expected: {error}"
+    );
 }
 
 #[test]

@@ -29,7 +29,7 @@ fn every_pair_of_captured_and_uncaptured_on_one_node_and_two_in_both_families() 
     let mut w = world();
     for (index, server) in ["near", "far", "plain-near", "plain-far"].into_iter().enumerate() {
         let pod = pod(&w, server);
-        let (v4, v6) = (format!("10.96.0.{index}1"), format!("fd00:96::{index}1"));
+        let (v4, v6) = (format!("10.96.0.1{index}"), format!("fd00:96::1{index}"));
         w.mesh.service(server, &[&v4, &v6], &json!({"80": 8080}), &[&pod]);
     }
     w.start();
@@ -40,11 +40,12 @@ fn every_pair_of_captured_and_uncaptured_on_one_node_and_two_in_both_families() 
             let mut ways = vec![(to.v4, 8080, from.v4), (to.v6, 8080, from.v6)];
             if client == "client" {
                 // Service addresses exist only for those whose traffic is captured: nothing else resolves them here.
-                ways.push((vip(format!("10.96.0.{index}1")), 80, from.v4));
-                ways.push((vip(format!("fd00:96::{index}1")), 80, from.v6));
+                ways.push((vip(format!("10.96.0.1{index}")), 80, from.v4));
+                ways.push((vip(format!("fd00:96::1{index}")), 80, from.v6));
             }
             for (ip, port, seen_as) in ways {
-                let answer = ask(&from.netns, (ip, port), "x").unwrap_or_else(|e| panic!("{client} to {server} at {ip}: {e}"));
+                let answer =
+                    ask(&from.netns, (ip, port), "x").unwrap_or_else(|e| panic!("{client} to {server} at {ip}: {e}"));
                 assert_eq!(answer, format!("{seen_as} x"), "{client} to {server} at {ip}");
                 both_are_named(&w, &from, &to);
             }
@@ -68,7 +69,8 @@ fn both_are_named(w: &World, from: &Pod, to: &Pod) {
         };
         let line = w.log_line(own.node, &format!("{direction} {} to {}", from.name, to.name), about);
         let both = captured(from) && captured(to);
-        let name = |pod: &Pod| if both { json!(format!("spiffe://cluster.local/ns/ns/sa/{}", pod.name)) } else { Value::Null };
+        let name =
+            |pod: &Pod| if both { json!(format!("spiffe://cluster.local/ns/ns/sa/{}", pod.name)) } else { Value::Null };
         assert_eq!(line["src.identity"], name(from), "{line}");
         assert_eq!(line["dst.identity"], name(to), "{line}");
         assert_eq!(line.get("error"), None, "{line}");

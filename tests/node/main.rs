@@ -9,6 +9,7 @@
     clippy::panic,
     clippy::indexing_slicing,
     clippy::print_stderr,
+    clippy::cast_precision_loss,
     reason = "a test says what went wrong by panicking"
 )]
 #![allow(missing_docs, reason = "scenarios are read, not imported")]

@@ -67,14 +67,28 @@ fn traffic_metrics_have_the_names_and_labels_that_dashboards_read() {
     for (node, reporter) in [(1, "source"), (2, "destination")] {
         let labels = labels(reporter);
         let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
-        eventually("the connection is counted as closed", || w.metric(node, "istio_tcp_connections_closed_total", &labels) == 1.0);
+        eventually("the connection is counted as closed", || {
+            w.metric(node, "istio_tcp_connections_closed_total", &labels) == 1.0
+        });
         assert_eq!(w.metric(node, "istio_tcp_connections_opened_total", &labels), 1.0);
         assert_eq!(w.metric(node, "istio_tcp_received_bytes_total", &labels), 6.0, "client to server, {reporter}");
-        assert_eq!(w.metric(node, "istio_tcp_sent_bytes_total", &labels), answer.len() as f64, "server to client, {reporter}");
+        assert_eq!(
+            w.metric(node, "istio_tcp_sent_bytes_total", &labels),
+            answer.len() as f64,
+            "server to client, {reporter}"
+        );
         assert_eq!(w.metric(node, "istio_tcp_sockets_open", &["source"]), 0.0);
     }
     let (_, text) = w.try_get(1, 15020, "/stats/prometheus").unwrap();
-    for name in ["process_open_fds", "process_max_fds", "culvert_build_info", "culvert_pods", "culvert_certificate_expiry_seconds", "culvert_tunnels_open", "culvert_log_lines_dropped_total"] {
+    for name in [
+        "process_open_fds",
+        "process_max_fds",
+        "culvert_build_info",
+        "culvert_pods",
+        "culvert_certificate_expiry_seconds",
+        "culvert_tunnels_open",
+        "culvert_log_lines_dropped_total",
+    ] {
         assert!(text.lines().any(|l| l.starts_with(name)), "{name}");
     }
 }

@@ -15,7 +15,9 @@ fn a_waypoint_that_cannot_be_resolved_is_never_bypassed() {
     let vip: std::net::IpAddr = "10.96.0.1".parse().unwrap();
     assert!(ask(&client.netns, (vip, 80), "x").is_err());
     assert!(ask(&client.netns, (server.v4, 8080), "x").is_err());
-    for (reference, of) in [("ns/gone.ns.svc.cluster.local", "web.ns.svc.cluster.local"), ("/10.2.0.250", "c1//Pod/ns/server")] {
+    for (reference, of) in
+        [("ns/gone.ns.svc.cluster.local", "web.ns.svc.cluster.local"), ("/10.2.0.250", "c1//Pod/ns/server")]
+    {
         let line = w.log_line(1, reference, |l| l["error"].as_str().is_some_and(|e| e.contains(reference)));
         let error = line["error"].as_str().unwrap();
         assert!(error.starts_with("unknown waypoint") && error.contains(of), "{error}");

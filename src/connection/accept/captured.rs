@@ -3,7 +3,7 @@
 use super::AcceptError;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
-use crate::sys::socket::{LegOptions, set_leg_options};
+use crate::sys::socket::{LegOptions, reset_on_close, set_leg_options};
 use std::net::SocketAddr;
 use tokio::net::TcpStream;
 
@@ -21,7 +21,10 @@ pub struct Captured {
 /// Takes over an accepted socket on this worker and asks the kernel where it was going. Unknown is an error: there is
 /// no fall-back to the local address.
 pub fn captured(socket: std::net::TcpStream, source: SocketAddr, legs: &LegOptions) -> Result<Captured, AcceptError> {
-    let destination = original_dst(&socket, source).map_err(AcceptError::OriginalDestination)?;
+    let destination = original_dst(&socket, source).map_err(|error| {
+        reset_on_close(&socket);
+        AcceptError::OriginalDestination(error)
+    })?;
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let app = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     Ok(Captured { app, source: canonical(source), destination: canonical(destination) })

@@ -10,6 +10,9 @@ use std::time::Duration;
 /// Accepts per turn before others get theirs.
 const ACCEPTS_PER_TURN: usize = 64;
 
+/// Accepts after the order to drain: what the queue may hold. New ones keep coming, so there must be a bound.
+const LAST_ACCEPTS: usize = 1024;
+
 /// Pause after an accept failed for want of descriptors or memory; trying again at once would only burn CPU.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -49,7 +52,12 @@ pub async fn run(listener: TcpListener, drain: Signal, deliver: impl Fn(TcpStrea
         }
         tokio::task::yield_now().await;
     }
-    while accept_one(listener.get_ref(), &deliver).is_ok() {}
+    for _ in 0..LAST_ACCEPTS {
+        match accept_one(listener.get_ref(), &deliver) {
+            Err(error) if error.kind() != io::ErrorKind::ConnectionAborted => break,
+            Ok(()) | Err(_) => {}
+        }
+    }
 }
 
 fn accept_one(listener: &TcpListener, deliver: &impl Fn(TcpStream, SocketAddr)) -> io::Result<()> {

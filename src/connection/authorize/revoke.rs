@@ -16,10 +16,10 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Default)]
 pub struct Registry {
     next: AtomicU64,
-    live: Mutex<HashMap<u64, Entry>>,
+    live: Mutex<HashMap<u64, Arc<Entry>>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Entry {
     uid: Text,
     /// The workload as last known, for the case that it vanishes from the facts before its connections end.
@@ -68,7 +68,7 @@ impl Registry {
             why: why.clone(),
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, entry);
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(entry));
         Live { id, registry: self.clone(), stop, why }
     }
 
@@ -90,7 +90,7 @@ impl Registry {
 
     fn decide_again(&self, mesh: &mesh::Store, waiting: &mut HashMap<u64, Instant>) {
         // Taken out of the lock: deciding may take a while and connections must go on opening and closing.
-        let live: Vec<(u64, Entry)> = {
+        let live: Vec<(u64, Arc<Entry>)> = {
             let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
             live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
         };

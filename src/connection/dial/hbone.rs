@@ -5,7 +5,7 @@ use super::pool::{Dialled, Key, Lease, Pool};
 use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
 use crate::connection::choose::HboneWay;
 use crate::hbone::client::{OpenError, handshake};
-use crate::hbone::{self, ConnectRequest, Stream};
+use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
 use crate::identity::{Credentials, TlsFacts};
 use crate::sys::netns::Netns;
 use crate::task::Signal;
@@ -18,6 +18,9 @@ use tokio_rustls::TlsConnector;
 
 /// How long TLS and HTTP/2 together may take after TCP.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Tunnels tried for one stream: those that are going away are found out one by one.
+const ATTEMPTS: u32 = 8;
 
 /// Where a tunnel starts and how it is set up.
 #[derive(Clone, Debug)]
@@ -60,8 +63,7 @@ pub async fn open(
         to: way.to,
         uid: way.uid.clone(),
     };
-    let mut second = false;
-    loop {
+    for attempt in 1.. {
         let dial = || {
             let origin = origin.clone();
             dial(origin.netns, origin.credentials.client(&way.expected), way.to, origin.sockets, origin.hbone)
@@ -70,14 +72,13 @@ pub async fn open(
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
         match answer {
             Ok(Ok(stream)) => return Ok(Opened { stream, lease }),
-            Ok(Err(OpenError::TunnelGone(_))) if !second => {
-                lease.retire();
-                second = true;
-            }
+            // Each goes out of use, so that in the end a new one is dialled; who refuses even that is not asked again.
+            Ok(Err(OpenError::TunnelGone(_))) if attempt < ATTEMPTS => lease.retire(),
             Ok(Err(error)) => return Err(error.into()),
             Err(_) => return Err(DialError::AnswerDeadline),
         }
     }
+    Err(DialError::AnswerDeadline)
 }
 
 async fn dial(
@@ -97,7 +98,15 @@ async fn dial(
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
         let tls = TlsConnector::from(tls).connect(unused, socket).await.map_err(TunnelDialError::Tls)?;
         let facts = TlsFacts::of(tls.get_ref().1);
-        let (tunnel, driver) = handshake(tls, &config).await.map_err(TunnelDialError::Http2)?;
+        let (tunnel, mut driver) = handshake(tls, &config).await.map_err(TunnelDialError::Http2)?;
+        // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
+        driver.settled().await.map_err(|error| match error {
+            TunnelError::Http2(error) if error.is_io() => match error.into_io() {
+                Some(error) => TunnelDialError::Tls(error),
+                None => TunnelDialError::HandshakeDeadline(to),
+            },
+            error => TunnelDialError::Http2(error),
+        })?;
         let run = Box::pin(async move {
             if let Err(error) = driver.run().await {
                 tracing::debug!(%error, peer = %to, "tunnel ended");

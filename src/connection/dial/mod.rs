@@ -18,9 +18,9 @@ use std::time::Duration;
 /// How long a TCP connection may take.
 pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the far end of a tunnel may take to answer a CONNECT: its own connect deadline, its wait for a policy, and
-/// a little.
-pub const ANSWER_DEADLINE: Duration = Duration::from_secs(20);
+/// How long the far end of a tunnel may take to answer a CONNECT: its own waits for facts (5 s), for a policy (5 s) and
+/// for the connection (10 s), and a little.
+pub const ANSWER_DEADLINE: Duration = Duration::from_secs(25);
 
 /// Why the far side could not be opened.
 #[derive(Debug, thiserror::Error)]

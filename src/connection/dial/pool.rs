@@ -72,7 +72,7 @@ pub struct Pool {
     slots: Mutex<HashMap<Key, Slot>>,
 }
 
-type Outcome = Option<Result<(), Arc<TunnelDialError>>>;
+type Outcome = Option<Result<Arc<Open>, Arc<TunnelDialError>>>;
 
 #[derive(Debug, Default)]
 struct Slot {
@@ -157,15 +157,26 @@ impl Pool {
                 Ok(settled) => settled.clone(),
                 Err(_) => return Err(Arc::new(TunnelDialError::Draining)),
             };
-            if let Some(Err(error)) = settled {
-                return Err(error);
+            match settled {
+                Some(Err(error)) => return Err(error),
+                // A tunnel that is leaving the pool already, because its pod drains, still serves who waited for it.
+                Some(Ok(open)) => {
+                    if let Some(lease) = self.room(&open) {
+                        return Ok(lease);
+                    }
+                }
+                None => {}
             }
         }
     }
 
     fn lease(&self, open: &Arc<Open>) -> Option<Lease> {
+        if open.gone.load(Ordering::Relaxed) { None } else { self.room(open) }
+    }
+
+    fn room(&self, open: &Arc<Open>) -> Option<Lease> {
         let limit = self.config.max_streams.min(open.tunnel.max_streams()).max(1);
-        let free = !open.gone.load(Ordering::Relaxed) && open.streams.load(Ordering::Relaxed) < limit;
+        let free = open.streams.load(Ordering::Relaxed) < limit;
         free.then(|| {
             open.streams.fetch_add(1, Ordering::Relaxed);
             Lease { open: open.clone() }
@@ -189,7 +200,7 @@ impl Pool {
         };
         let (open, run) = match dialled {
             Err(error) => {
-                settle.with(None, Err(Arc::new(error)));
+                settle.with(Err(Arc::new(error)));
                 return;
             }
             Ok(dialled) => {
@@ -203,7 +214,7 @@ impl Pool {
                 (Arc::new(open), dialled.run)
             }
         };
-        settle.with(Some(open.clone()), Ok(()));
+        settle.with(Ok(open.clone()));
         self.keep(&key, open, drain, run).await;
     }
 
@@ -257,12 +268,12 @@ struct Settle<'a> {
 }
 
 impl Settle<'_> {
-    fn with(&self, open: Option<Arc<Open>>, result: Result<(), Arc<TunnelDialError>>) {
+    fn with(&self, result: Result<Arc<Open>, Arc<TunnelDialError>>) {
         let mut slots = self.pool.slots.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = slots.entry(self.key.clone()).or_default();
         slot.dialling = None;
         slot.open.retain(|open| !open.gone.load(Ordering::Relaxed));
-        slot.open.extend(open);
+        slot.open.extend(result.iter().cloned());
         if slot.open.is_empty() {
             slots.remove(self.key);
         }
@@ -274,7 +285,7 @@ impl Settle<'_> {
 impl Drop for Settle<'_> {
     fn drop(&mut self) {
         if self.outcome.borrow().is_none() {
-            self.with(None, Err(Arc::new(TunnelDialError::Draining)));
+            self.with(Err(Arc::new(TunnelDialError::Draining)));
         }
     }
 }

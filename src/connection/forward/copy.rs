@@ -17,12 +17,9 @@ pub async fn both_ways(
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let up = async {
-        one_way(app, far, |n| meter.up(n)).await.map_err(|e| e.of(ForwardError::App, ForwardError::Far))
-    };
-    let down = async {
-        one_way(far, app, |n| meter.down(n)).await.map_err(|e| e.of(ForwardError::Far, ForwardError::App))
-    };
+    let up = async { one_way(app, far, |n| meter.up(n)).await.map_err(|e| e.of(ForwardError::App, ForwardError::Far)) };
+    let down =
+        async { one_way(far, app, |n| meter.down(n)).await.map_err(|e| e.of(ForwardError::Far, ForwardError::App)) };
     let (mut up, mut down) = (pin!(up), pin!(down));
     let up_ended = tokio::select! {
         result = &mut up => { result?; true }
@@ -73,6 +70,8 @@ impl CopyError {
 
 async fn one_way(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> Result<(), CopyError> {
     loop {
+        // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
+        tokio::task::consume_budget().await;
         tokio::select! {
             ready = from.readable() => ready.map_err(CopyError::From)?,
             error = app_broken(to) => return Err(CopyError::To(error)),

@@ -90,6 +90,11 @@ impl LiveConnections {
         self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.all.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// All of now, the oldest first.
     pub fn list(&self) -> Vec<(u64, Arc<Connection>)> {
         let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);

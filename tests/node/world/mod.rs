@@ -50,7 +50,9 @@ impl World {
         fs::create_dir_all(&dir).unwrap();
         let world = Self { prefix, dir, pods: vec![], mesh: facts::Mesh::default(), nodes: vec![], others: vec![] };
         let (one, two) = (world.ns("n1"), world.ns("n2"));
-        ip(&format!("netns add {one}\nnetns add {two}\nlink add wire netns {one} type veth peer name wire netns {two}\n"));
+        ip(&format!(
+            "netns add {one}\nnetns add {two}\nlink add wire netns {one} type veth peer name wire netns {two}\n"
+        ));
         for (node, other) in [(1, 2), (2, 1)] {
             let name = world.ns(&format!("n{node}"));
             ip_in(
@@ -225,7 +227,8 @@ impl World {
     pub fn metric(&self, node: u8, name: &str, labels: &[&str]) -> f64 {
         let (_, text) = self.try_get(node, 15020, "/metrics").expect("the metrics port answers");
         let lines = text.lines().filter(|l| l.starts_with(name) && !l.starts_with('#'));
-        let matching = lines.filter(|l| l[name.len()..].starts_with(['{', ' ']) && labels.iter().all(|x| l.contains(x)));
+        let matching =
+            lines.filter(|l| l[name.len()..].starts_with(['{', ' ']) && labels.iter().all(|x| l.contains(x)));
         matching.filter_map(|l| l.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
@@ -259,7 +262,8 @@ impl Drop for World {
         self.nodes.clear();
         self.others.clear();
         let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
-        for name in names.map(|n| n.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with(&self.prefix)) {
+        for name in names.map(|n| n.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with(&self.prefix))
+        {
             let _ = Command::new("ip").args(["netns", "del", &name]).status();
         }
         let _ = fs::remove_dir_all(&self.dir);
@@ -274,6 +278,7 @@ pub fn pod_entry(pod: &Pod) -> Value {
 }
 
 /// The binary under test.
+#[allow(clippy::disallowed_methods, reason = "the rule is about the daemon")]
 pub fn subject() -> PathBuf {
     std::env::var_os("SUBJECT").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_culvert")), PathBuf::from)
 }
@@ -335,7 +340,8 @@ pub fn http(port: u16, method: &str, path: &str, host: &str) -> Option<(u16, Str
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(10))).ok()?;
-    write!(stream, "{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n").ok()?;
+    write!(stream, "{method} {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+        .ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;
