@@ -4,16 +4,13 @@
 //! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an
 //! IP without prefix length is taken where a CIDR is asked for.
 
+use super::policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
-use crate::mesh::policy::{self, Action, Attribute, Match, Policy, PolicyScope, ServiceAccountMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, WorkloadType};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
-use ipnet::IpNet;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
@@ -400,174 +397,6 @@ fn load_balancer(lb: FileLoadBalancer) -> LoadBalancer {
     }
 }
 
-#[derive(Deserialize)]
-enum FilePolicyScope {
-    Global,
-    Namespace,
-    WorkloadSelector,
-}
-
-#[derive(Deserialize)]
-enum FileAction {
-    Allow,
-    Deny,
-}
-
-#[derive(Deserialize)]
-enum FileString {
-    Exact(String),
-    Prefix(String),
-    Suffix(String),
-    Presence(IgnoredAny),
-}
-
-/// A string match; presence may be written as a bare word or, as the reference's dump does, as `{Presence: []}`.
-struct FileMatchText(FileString);
-
-impl<'de> Deserialize<'de> for FileMatchText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Either;
-        impl<'de> Visitor<'de> for Either {
-            type Value = FileMatchText;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("{Exact: text}, {Prefix: text}, {Suffix: text} or Presence")
-            }
-
-            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<Self::Value, E> {
-                match word {
-                    "Presence" => Ok(FileMatchText(FileString::Presence(IgnoredAny))),
-                    _ => Err(E::unknown_variant(word, &["Presence"])),
-                }
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-                FileString::deserialize(MapAccessDeserializer::new(map)).map(FileMatchText)
-            }
-        }
-        deserializer.deserialize_any(Either)
-    }
-}
-
-impl From<FileMatchText> for policy::StringMatch {
-    fn from(text: FileMatchText) -> Self {
-        match text.0 {
-            FileString::Exact(t) => Self::Exact(t.into()),
-            FileString::Prefix(t) => Self::Prefix(t.into()),
-            FileString::Suffix(t) => Self::Suffix(t.into()),
-            FileString::Presence(_) => Self::Presence,
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct FileAccount {
-    namespace: String,
-    service_account: String,
-}
-
-impl From<FileAccount> for ServiceAccountMatch {
-    fn from(account: FileAccount) -> Self {
-        Self { namespace: account.namespace.into(), service_account: account.service_account.into() }
-    }
-}
-
-/// A CIDR, or an address that stands for itself alone.
-#[derive(Deserialize)]
-#[serde(try_from = "String")]
-struct FileNet(IpNet);
-
-impl TryFrom<String> for FileNet {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        net.map(Self).ok_or_else(|| format!("{text:?} is neither a CIDR nor an IP address"))
-    }
-}
-
-impl From<FileNet> for IpNet {
-    fn from(net: FileNet) -> Self {
-        net.0
-    }
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct FileMatch {
-    namespaces: Vec<FileMatchText>,
-    not_namespaces: Vec<FileMatchText>,
-    principals: Vec<FileMatchText>,
-    not_principals: Vec<FileMatchText>,
-    service_accounts: Vec<FileAccount>,
-    not_service_accounts: Vec<FileAccount>,
-    source_ips: Vec<FileNet>,
-    not_source_ips: Vec<FileNet>,
-    destination_ips: Vec<FileNet>,
-    not_destination_ips: Vec<FileNet>,
-    destination_ports: Vec<u16>,
-    not_destination_ports: Vec<u16>,
-}
-
-fn attribute<F, T: From<F>>(any_of: Vec<F>, none_of: Vec<F>) -> Attribute<T> {
-    let all = |list: Vec<F>| list.into_iter().map(T::from).collect();
-    Attribute { any_of: all(any_of), none_of: all(none_of) }
-}
-
-impl From<FileMatch> for Match {
-    fn from(m: FileMatch) -> Self {
-        Self {
-            namespaces: attribute(m.namespaces, m.not_namespaces),
-            principals: attribute(m.principals, m.not_principals),
-            service_accounts: attribute(m.service_accounts, m.not_service_accounts),
-            source_ips: attribute(m.source_ips, m.not_source_ips),
-            destination_ips: attribute(m.destination_ips, m.not_destination_ips),
-            destination_ports: attribute(m.destination_ports, m.not_destination_ports),
-        }
-    }
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct FilePolicy {
-    name: String,
-    namespace: String,
-    scope: FilePolicyScope,
-    action: FileAction,
-    dry_run: bool,
-    rules: Vec<Vec<Vec<FileMatch>>>,
-}
-
-impl FilePolicy {
-    fn check(self) -> Result<Policy, String> {
-        if self.name.is_empty() || self.namespace.is_empty() || self.name.contains('/') {
-            return Err(format!(
-                "policy {}/{}: name and namespace are needed, without slash",
-                self.namespace, self.name
-            ));
-        }
-        let clause = |matches: Vec<FileMatch>| matches.into_iter().map(Match::from).collect();
-        let rule = |clauses: Vec<Vec<FileMatch>>| clauses.into_iter().map(clause).collect();
-        Ok(Policy {
-            key: format!("{}/{}", self.namespace, self.name).into(),
-            name: self.name.into(),
-            namespace: self.namespace.into(),
-            scope: match self.scope {
-                FilePolicyScope::Global => PolicyScope::Global,
-                FilePolicyScope::Namespace => PolicyScope::Namespace,
-                FilePolicyScope::WorkloadSelector => PolicyScope::WorkloadSelector,
-            },
-            action: match self.action {
-                FileAction::Allow => Action::Allow,
-                FileAction::Deny => Action::Deny,
-            },
-            dry_run: self.dry_run,
-            rules: self.rules.into_iter().map(rule).collect(),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -625,7 +454,7 @@ policies:
         for (change, expected) in [
             (("serviceAccount: shop", "serviceAcount: shop"), &["line 15", "serviceAcount"][..]),
             (("protocol: HBONE", "protocol: QUIC"), &["line 18", "QUIC"]),
-            (("\"10.0.0.0/8\"", "\"10.0.0.0/80\""), &["line 34", "10.0.0.0/80"]),
+            (("\"10.0.0.0/8\"", "\"10.0.0.0/80\""), &["line 32", "10.0.0.0/80"]),
             (("net-a/10.96.0.7", "10.96.0.7"), &["retail/shop.retail.svc.cluster.local", "\"10.96.0.7\""]),
             (
                 ("trustDomain: cluster.local", "trustDomain: \"Cluster local\""),

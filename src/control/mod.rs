@@ -2,6 +2,7 @@
 
 pub mod decode;
 pub mod file;
+mod policies;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;

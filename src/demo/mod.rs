@@ -9,6 +9,7 @@ mod world;
 
 use crate::config::args::DemoArgs;
 use crate::sys;
+use crate::task::thread::blocking;
 use account::{Account, Denied, Seen};
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -96,9 +97,10 @@ async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
     };
     let shared: Shared = Arc::default();
     let (keep, for_scenario) = (args.keep, shared.clone());
-    let scenario = tokio::task::spawn_blocking(move || scenario(&args, &for_scenario));
+    let (done, scenario_done) = tokio::sync::oneshot::channel();
+    let _scenario = blocking(move || done.send(scenario(&args, &for_scenario)));
     let result = tokio::select! {
-        result = scenario => result.context("the demonstration panicked")?,
+        result = scenario_done => result.context("the demonstration panicked")?,
         () = told() => Err(anyhow::anyhow!("interrupted")),
     };
     CANCELLED.store(result.is_err(), Ordering::Relaxed);

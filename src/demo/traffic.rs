@@ -1,6 +1,7 @@
 //! Load between two pods: small requests one after another on several connections, and one bulk stream.
 
 use crate::sys::netns::Netns;
+use crate::task::thread::blocking;
 use anyhow::Context;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -34,9 +35,9 @@ pub struct Figures {
 pub fn serve(pod: &Netns) -> anyhow::Result<()> {
     for (port, answer) in [(ECHO_PORT, true), (SINK_PORT, false)] {
         let listener = pod.enter(|| TcpListener::bind(("::", port)))?.context("cannot listen in the server pod")?;
-        std::thread::spawn(move || {
+        blocking(move || {
             for stream in listener.incoming().flatten() {
-                std::thread::spawn(move || answer_one(stream, answer));
+                blocking(move || answer_one(stream, answer));
             }
         });
     }
@@ -65,7 +66,7 @@ pub fn measure(from: &Netns, to: std::net::IpAddr, duration: Duration) -> anyhow
     let mut threads = Vec::new();
     for _ in 0..CONNECTIONS {
         let stream = connect(from, SocketAddr::new(to, ECHO_PORT))?;
-        threads.push(std::thread::spawn(move || requests(stream, duration)));
+        threads.push(blocking(move || requests(stream, duration)));
     }
     let mut times = Vec::new();
     for thread in threads {

@@ -3,6 +3,7 @@
 use super::world::WIRE;
 use crate::sys::netns::Netns;
 use crate::sys::packet::Sniffer;
+use crate::task::thread::blocking;
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ impl Watch {
         let sniffer = node1.enter(|| Sniffer::open(WIRE))?.context("cannot open a packet socket")?;
         let stop = Arc::new(AtomicBool::new(false));
         let (flag, canary) = (stop.clone(), canary.as_bytes().to_vec());
-        let thread = std::thread::spawn(move || watch(&sniffer, &flag, &canary));
+        let thread = blocking(move || watch(&sniffer, &flag, &canary));
         Ok(Self { stop, thread })
     }
 

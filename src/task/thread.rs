@@ -5,6 +5,11 @@ use std::io;
 use std::thread::JoinHandle;
 use tokio::runtime::{Builder, Handle};
 
+/// Runs `work`, which may block, on a thread of its own; who keeps the handle owns it.
+pub fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    std::thread::spawn(work)
+}
+
 /// Starts a thread named `name` with a single-threaded runtime that runs `main` to its end.
 pub fn start<F>(name: String, main: impl FnOnce() -> F + Send + 'static) -> io::Result<(Handle, JoinHandle<()>)>
 where

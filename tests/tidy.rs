@@ -1,0 +1,246 @@
+//! The rules of the house that no lint can hold: layers, steps, pure files, where `unsafe`, the environment and spawning
+//! may be, and that README.md names every setting and metric.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what is wrong by panicking"
+)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Layers, lower first; a module imports only from layers below its own.
+const LAYERS: [&[&str]; 7] = [
+    &["mesh", "sys", "task", "telemetry"],
+    &["hbone", "identity"],
+    &["connection", "control", "admin"],
+    &["node"],
+    &["config"],
+    &["demo"],
+    &["daemon"],
+];
+
+/// What some modules must not import although it is below them.
+const NEVER: [(&str, &[&str]); 5] = [
+    ("hbone", &["telemetry"]),
+    ("control", &["hbone", "sys"]),
+    ("admin", &["mesh", "hbone", "identity", "sys"]),
+    ("node", &["control", "admin", "hbone"]),
+    ("identity", &["sys"]),
+];
+
+/// Steps of a connection: each names only those before it.
+const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
+
+/// Files that decide and do nothing else.
+const PURE: [&str; 14] = [
+    "mesh/address.rs",
+    "mesh/name.rs",
+    "mesh/policy.rs",
+    "mesh/service.rs",
+    "mesh/snapshot.rs",
+    "mesh/workload.rs",
+    "hbone/request.rs",
+    "control/decode.rs",
+    "connection/authorize/decide.rs",
+    "connection/authorize/matcher.rs",
+    "connection/choose/destination.rs",
+    "connection/choose/local.rs",
+    "connection/choose/route.rs",
+    "connection/choose/waypoint.rs",
+];
+
+/// Production lines that a file may have.
+const LINES_MAX: usize = 500;
+
+/// Each file below src by its path, tests cut off.
+fn sources() -> BTreeMap<String, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = BTreeMap::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path: PathBuf = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(&root).unwrap().display().to_string();
+                let text = fs::read_to_string(&path).unwrap();
+                let production = text.split("#[cfg(test)]").next().unwrap().to_owned();
+                found.insert(name, production);
+            }
+        }
+    }
+    assert!(found.len() > 50, "the sources were found");
+    found
+}
+
+/// Code without comments, so that prose may name what code may not.
+fn code(text: &str) -> String {
+    text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+/// The first parts of `crate::…` paths, braces after `crate::` opened.
+fn imports(text: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for rest in code(text).split("crate::").skip(1) {
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 0;
+            let mut word = String::new();
+            for c in group.chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => all.push(std::mem::take(&mut word)),
+                    c if depth == 0 => word.push(c),
+                    _ => {}
+                }
+            }
+            all.push(word);
+        } else {
+            all.push(rest.to_owned());
+        }
+    }
+    let head = |path: String| path.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    all.into_iter().map(head).filter(|name| !name.is_empty()).collect()
+}
+
+fn layer(module: &str) -> Option<usize> {
+    LAYERS.iter().position(|modules| modules.contains(&module))
+}
+
+#[test]
+fn modules_import_only_from_below() {
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        let Some((module, _)) = file.split_once('/') else { continue };
+        let own = layer(module).unwrap_or_else(|| panic!("{file}: {module} has no layer"));
+        for import in imports(&text).into_iter().filter(|import| import != module) {
+            let Some(other) = layer(&import) else { continue };
+            let never = NEVER.iter().any(|(who, what)| *who == module && what.contains(&import.as_str()));
+            if other >= own || never {
+                wrong.push(format!("{file} imports {import}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn steps_name_only_steps_before_them() {
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        let Some(step) = STEPS.iter().position(|step| file.starts_with(&format!("connection/{step}/"))) else {
+            continue;
+        };
+        for (index, other) in STEPS.iter().enumerate() {
+            let named = code(&text).contains(&format!("connection::{other}"));
+            if named && index > step {
+                wrong.push(format!("{file} names {other}"));
+            }
+        }
+        for knows_all in ["connection::journey", "connection::worker"] {
+            if code(&text).contains(knows_all) {
+                wrong.push(format!("{file} names {knows_all}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn some_things_have_one_place() {
+    let rules: [(&str, &[&str], &[&str], &str); 5] = [
+        ("unsafe", &["unsafe "], &["sys/"], "put it into sys, with its safety argument"),
+        ("the environment", &["env::var", "env::vars", "env::set_var"], &["config/"], "make it a setting in config"),
+        (
+            "spawning",
+            &["tokio::spawn", "thread::spawn", "spawn_local", "spawn_blocking", "thread::Builder"],
+            &["task/"],
+            "use task::Group or task::thread",
+        ),
+        ("anyhow", &["anyhow"], &["daemon/", "demo/", "main.rs"], "make an error enum of the step"),
+        ("the wire's types", &["tonic::", "prost::"], &["control/", "proto/"], "convert beside the wire"),
+    ];
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        for (what, words, places, instead) in rules {
+            let here = places.iter().any(|place| file.starts_with(place));
+            if !here && words.iter().any(|word| code(&text).contains(word)) {
+                wrong.push(format!("{file}: {what} has no place here; {instead}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn pure_files_do_nothing() {
+    let sources = sources();
+    for file in PURE {
+        let text = code(sources.get(file).unwrap_or_else(|| panic!("{file} is not there")));
+        for word in ["tokio", "Instant::now", "SystemTime", "std::fs", "rand::", "tracing::", "crate::sys"] {
+            assert!(!text.contains(word), "{file} is pure and must not use {word}");
+        }
+    }
+}
+
+#[test]
+fn every_file_says_what_it_is_and_none_is_too_long_or_leaves_marks() {
+    let mut wrong = Vec::new();
+    for (file, text) in sources() {
+        if !text.starts_with("//!") {
+            wrong.push(format!("{file}: does not open with //!"));
+        }
+        let lines = text.lines().count();
+        if lines > LINES_MAX {
+            wrong.push(format!("{file}: {lines} lines, {LINES_MAX} at most"));
+        }
+        for mark in ["TODO", "FIXME", "XXX"] {
+            if text.contains(mark) {
+                wrong.push(format!("{file}: {mark}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_readme_names_every_setting_and_every_metric() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let sources = sources();
+    let mut names = Vec::new();
+    for line in sources["config/args.rs"].lines() {
+        let words: Vec<&str> = line.split('"').collect();
+        if let [_, flag, _, variable, end] = words.as_slice()
+            && end.trim() == ";"
+        {
+            names.push(format!("`--{flag}`"));
+            names.push(format!("`{variable}`"));
+        }
+    }
+    assert!(names.len() > 40, "the settings were found");
+    let before = names.len();
+    for text in sources.values() {
+        for start in ["registry.register(", "encode_descriptor(", "put("] {
+            for rest in text.split(start).skip(1) {
+                let Some(name) = rest.trim_start().strip_prefix('"').and_then(|r| r.split('"').next()) else {
+                    continue;
+                };
+                let metric =
+                    ["istio_", "culvert_", "process_", "workload_manager_"].iter().any(|p| name.starts_with(p));
+                if metric {
+                    names.push(format!("`{name}"));
+                }
+            }
+        }
+    }
+    assert!(names.len() > before + 15, "the metrics were found");
+    let missing: Vec<&String> = names.iter().filter(|name| !readme.contains(name.as_str())).collect();
+    assert!(missing.is_empty(), "README.md does not name {missing:#?}");
+}
