@@ -143,8 +143,10 @@ impl Pods {
             if before.is_some_and(|kept| kept.spec == spec && !kept.remove.signal().is_gentle()) {
                 continue;
             }
-            // Whoever had the uid or the namespace has to be out of it first.
-            let had_it = |(other, kept): &(&Text, &Kept)| **other == uid || kept.spec.netns == spec.netns;
+            // Whoever had the uid or the namespace, and is to give it up, has to be out of it first.
+            let had_it = |(other, kept): &(&Text, &Kept)| {
+                (**other == uid || kept.spec.netns == spec.netns) && kept.remove.signal().is_gentle()
+            };
             let earlier: Vec<Group> = self.kept.iter().filter(had_it).map(|(_, kept)| kept.task.clone()).collect();
             let (remove, task) = (Drain::default(), Group::default());
             let (capturer, board, signal, ready) =

@@ -227,8 +227,7 @@ fn a_namespace_without_ipv6_is_captured_for_ipv4() {
 #[test]
 fn rules_that_come_before_ours_are_noticed() {
     let (mut w, client, _) = world();
-    let foreign =
-        "table inet foreign { chain out { type nat hook output priority -200; tcp dport 15091-15099 accept; }; }";
+    let foreign = "table inet foreign { chain out { type nat hook output priority -150; tcp dport 15091-15099 redirect to :1; }; }";
     let file = w.dir.join("foreign.nft");
     std::fs::write(&file, foreign).unwrap();
     output_in(&client.netns, "nft", &["-f", file.to_str().unwrap()]);

@@ -167,7 +167,10 @@ impl Drop for Record {
             metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc();
         }
         let Some(opened) = self.opened.take() else {
-            if let (Some(failure), Some(suppressed)) = (&self.failure, self.reporter.early.allow()) {
+            // Asked only for a failure: what ended well must not use up the lines of what did not.
+            if let Some(failure) = &self.failure
+                && let Some(suppressed) = self.reporter.early.allow()
+            {
                 access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
             }
             return;

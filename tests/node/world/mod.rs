@@ -335,6 +335,12 @@ pub fn ask(ns: &str, to: impl Into<SocketAddr>, line: &str) -> std::io::Result<S
     Ok(answer)
 }
 
+/// Whether a connection is reset before anything comes: while it is opened, or at the first read.
+pub fn is_reset(ns: &str, to: impl Into<SocketAddr>) -> bool {
+    let first = connect(ns, to).and_then(|mut stream| stream.read(&mut [0]));
+    matches!(first, Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
 /// One HTTP request to a local port of the namespace the thread is in.
 pub fn http(port: u16, method: &str, path: &str, host: &str) -> Option<(u16, String)> {
     let address = SocketAddr::from(([127, 0, 0, 1], port));
