@@ -5,8 +5,9 @@ use std::cell::RefCell;
 use std::io;
 use tokio::net::TcpStream;
 
-/// Size of the buffer, and so of the largest single read.
-pub const SCRATCH_BYTES: usize = 64 * 1024;
+/// Size of the buffer, and so of the largest single read. With the 9 bytes of its frame's head it fills eight TLS
+/// records exactly.
+pub const SCRATCH_BYTES: usize = 128 * 1024 - 9;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());

@@ -9,6 +9,7 @@ use crate::mesh::address::canonical;
 use crate::sys::socket::{LegOptions, set_leg_options};
 use std::io;
 use std::net::SocketAddr;
+use tokio::io::BufReader;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -25,7 +26,7 @@ pub struct Peer {
     /// What TLS agreed on.
     pub tls: TlsFacts,
     /// The tunnel.
-    pub tunnel: hbone::Server<TlsStream<TcpStream>>,
+    pub tunnel: hbone::Server<TlsStream<BufReader<TcpStream>>>,
 }
 
 /// Shakes hands with whoever connected to the pod's HBONE port.
@@ -39,8 +40,12 @@ pub async fn handshake(
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
+    let socket = BufReader::with_capacity(hbone::READ_BUFFER_BYTES, socket);
     let shake = async {
-        let tls = TlsAcceptor::from(credentials.server()).accept(socket).await.map_err(AcceptError::Tls)?;
+        let tls = TlsAcceptor::from(credentials.server())
+            .accept_with(socket, |tls| tls.set_buffer_limit(Some(hbone::TLS_BUFFER_BYTES)))
+            .await
+            .map_err(AcceptError::Tls)?;
         let state = tls.get_ref().1;
         let leaf = state.peer_certificates().and_then(|chain| chain.first()).ok_or(AcceptError::NoCertificate)?;
         let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;

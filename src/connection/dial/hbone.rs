@@ -14,6 +14,7 @@ use rustls::pki_types::{IpAddr, ServerName};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::BufReader;
 use tokio_rustls::TlsConnector;
 
 /// How long TLS and HTTP/2 together may take after TCP.
@@ -93,10 +94,14 @@ async fn dial(
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
+    let socket = BufReader::with_capacity(hbone::READ_BUFFER_BYTES, socket);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
-        let tls = TlsConnector::from(tls).connect(unused, socket).await.map_err(TunnelDialError::Tls)?;
+        let tls = TlsConnector::from(tls)
+            .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(hbone::TLS_BUFFER_BYTES)))
+            .await
+            .map_err(TunnelDialError::Tls)?;
         let facts = TlsFacts::of(tls.get_ref().1);
         let (tunnel, mut driver) = handshake(tls, &config).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
