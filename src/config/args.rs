@@ -72,6 +72,14 @@ macro_rules! settings {
             $($(#[doc = $doc])+ #[arg(long = $flag, env = $env, value_name = "VALUE")] pub $field: Option<String>,)+
         }
 
+        /// The argument of a variable, for messages that name both.
+        pub fn flag_of(variable: &str) -> &'static str {
+            match variable {
+                $($env => $flag,)+
+                _ => "",
+            }
+        }
+
     };
 }
 

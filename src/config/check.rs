@@ -1,7 +1,7 @@
 //! Words → checked settings. Pure but for the limits of the process, which are given in. All faults are reported at
 //! once, each with the names of the setting, the value and what is expected.
 
-use super::args::NodeArgs;
+use super::args::{NodeArgs, flag_of};
 use super::{Config, Faults};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
@@ -42,7 +42,7 @@ impl Checker {
         match parse(text) {
             Ok(value) => value,
             Err(expected) => {
-                self.faults.push(format!("{name}: {text:?} is not valid: expected {expected}"));
+                self.faults.push(format!("{name} (--{}): {text:?} is not valid: expected {expected}", flag_of(name)));
                 default
             }
         }
@@ -52,7 +52,7 @@ impl Checker {
         match value.filter(|v| !v.is_empty()) {
             Some(path) => PathBuf::from(path),
             None => {
-                self.faults.push(format!("{name}: is not set; it names {purpose}"));
+                self.faults.push(format!("{name} (--{}): is not set; it names {purpose}", flag_of(name)));
                 PathBuf::new()
             }
         }
@@ -98,7 +98,7 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
         },
     };
     if let Err(error) = telemetry::log::check(&config.log.filter) {
-        c.faults.push(format!("RUST_LOG: {error}"));
+        c.faults.push(format!("RUST_LOG (--log): {error}"));
     }
     if c.faults.is_empty() { Ok(config) } else { Err(Faults(c.faults)) }
 }
@@ -228,13 +228,13 @@ mod tests {
         };
         let Faults(faults) = check(&args, MACHINE).unwrap_err();
         for name in [
-            "LOCAL_XDS_PATH: is not set",
-            "CULVERT_CA_DIR: is not set",
-            "CULVERT_PODS_FILE: is not set",
-            "KEEPALIVE_ENABLED: \"yes\"",
-            "POOL_UNUSED_RELEASE_TIMEOUT: \"soon\"",
-            "HTTP2_FRAME_SIZE: \"10\"",
-            "RUST_LOG:",
+            "LOCAL_XDS_PATH (--mesh-file): is not set",
+            "CULVERT_CA_DIR (--ca-dir): is not set",
+            "CULVERT_PODS_FILE (--pods-file): is not set",
+            "KEEPALIVE_ENABLED (--keepalive): \"yes\"",
+            "POOL_UNUSED_RELEASE_TIMEOUT (--pool-idle): \"soon\"",
+            "HTTP2_FRAME_SIZE (--frame-size): \"10\"",
+            "RUST_LOG (--log):",
         ] {
             assert!(faults.iter().any(|f| f.starts_with(name)), "{name} in {faults:#?}");
         }

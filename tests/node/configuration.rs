@@ -26,12 +26,12 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
         assert_eq!(output.status.code(), Some(2), "{command}");
         let text = errors(&output);
         for name in [
-            "KEEPALIVE_TIME: \"soon\"",
-            "IPV6_ENABLED: \"yes\"",
-            "PACKET_MARK: \"0\"",
-            "HTTP2_FRAME_SIZE: \"1\"",
-            "LOCAL_XDS_PATH: is not set",
-            "CULVERT_PODS_FILE: is not set",
+            "KEEPALIVE_TIME (--keepalive-time): \"soon\"",
+            "IPV6_ENABLED (--ipv6): \"yes\"",
+            "PACKET_MARK (--packet-mark): \"0\"",
+            "HTTP2_FRAME_SIZE (--frame-size): \"1\"",
+            "LOCAL_XDS_PATH (--mesh-file): is not set",
+            "CULVERT_PODS_FILE (--pods-file): is not set",
         ] {
             assert!(text.contains(name), "{command}: {name} in\n{text}");
         }

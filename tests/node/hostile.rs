@@ -88,6 +88,36 @@ fn every_connect_is_answered_with_its_status() {
 }
 
 #[test]
+fn what_is_sent_before_the_answer_reaches_nobody_when_the_answer_is_no() {
+    static RECEIVED: std::sync::Mutex<Vec<u8>> = std::sync::Mutex::new(Vec::new());
+    let mut w = world();
+    let to = server(&w);
+    for port in [7001, 7002] {
+        apps::serve(&to.netns, port, |mut stream| {
+            let mut all = Vec::new();
+            let _ = stream.read_to_end(&mut all);
+            RECEIVED.lock().unwrap().extend(all);
+        });
+    }
+    w.mesh.policy("no-7001", "Namespace", "Deny", json!({"destinationPorts": [7001]}));
+    w.start();
+    let cert = certs::good(&w.ca(), &w.dir, "peer");
+    let early = |port: u16, text: &str| {
+        let headers = json!([[":method", "CONNECT"], [":authority", format!("{}:{port}", to.v4)]]);
+        json!({"headers": headers, "early": text, "send": " and late"})
+    };
+    let requests = [early(7001, "smuggled"), early(7002, "early")];
+    let answer = raw(&w, "peer", &to, &w.ca(), Some(&cert), &requests);
+    assert_eq!(
+        (&answer["results"][0]["status"], &answer["results"][1]["status"]),
+        (&json!(401), &json!(200)),
+        "{answer}"
+    );
+    eventually("the allowed stream arrives", || !RECEIVED.lock().unwrap().is_empty());
+    assert_eq!(RECEIVED.lock().unwrap().as_slice(), b"early and late");
+}
+
+#[test]
 fn peers_that_cannot_prove_who_they_are_are_not_talked_to() {
     let mut w = world();
     w.start();

@@ -122,6 +122,23 @@ fn the_access_log_has_the_fields_of_the_reference() {
 }
 
 #[test]
+fn every_leg_has_keepalive_in_the_shipped_binary() {
+    let (w, client, server) = world();
+    // The server waits for a line, so the connection stays.
+    let _live = crate::world::connect(&client.netns, (server.v4, 8080)).unwrap();
+    eventually("the connection is open", || w.json(2, "/connections").as_array().unwrap().len() == 1);
+    for (pod, node, own_ends) in [(&client, 1, 2), (&server, 2, 2)] {
+        let pid = format!("pid={},", w.pid(node));
+        let sockets = crate::world::output_in(&pod.netns, "ss", &["-Htnpo", "state", "established"]);
+        let ours: Vec<&str> = sockets.lines().filter(|line| line.contains(&pid)).collect();
+        assert_eq!(ours.len(), own_ends, "{sockets}");
+        for line in ours {
+            assert!(line.contains("timer:(keepalive,"), "{line}");
+        }
+    }
+}
+
+#[test]
 fn the_log_level_is_changed_while_running() {
     let (w, client, server) = world();
     let post = |path: &'static str| inside(&w.ns("n1"), move || http(15000, "POST", path, "localhost")).unwrap();

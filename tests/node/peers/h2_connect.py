@@ -1,7 +1,7 @@
 """A raw HTTP/2 client over mutual TLS that is not culvert's own stack: sends what it is told, says what came back.
 
 usage: h2_connect.py JSON
-  {"to": [host, port], "ca": file, "cert": file|null, "key": file|null, "requests": [{"headers": [[name, value]...], "send": text}]}
+  {"to": [host, port], "ca": file, "cert": file|null, "key": file|null, "requests": [{"headers": [[name, value]...], "send": text, "early": text sent before the answer}]}
 prints {"tls": "ok", "results": [{"status": n|null, "body": text, "reset": code|null}]} or {"tls": error}
 """
 import json
@@ -50,6 +50,8 @@ def request(tls, connection, spec):
     result = {"status": None, "body": "", "reset": None}
     try:
         connection.send_headers(stream, [tuple(h) for h in spec["headers"]])
+        if spec.get("early"):
+            connection.send_data(stream, spec["early"].encode())
         tls.sendall(connection.data_to_send())
         while True:
             for event in pump(tls, connection):
