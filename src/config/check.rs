@@ -26,6 +26,9 @@ pub struct Machine {
     pub open_files: u64,
 }
 
+/// Longest duration that makes sense anywhere; beyond it arithmetic with dates could overflow.
+const LONGEST: Duration = Duration::from_secs(10 * 31_557_600);
+
 struct Checker {
     faults: Vec<String>,
 }
@@ -105,8 +108,13 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
 
 fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u32) -> connection::Config {
     let keepalive = Keepalive {
-        time: c.read("KEEPALIVE_TIME", args.keepalive_time.as_ref(), Duration::from_secs(180), duration),
-        interval: c.read("KEEPALIVE_INTERVAL", args.keepalive_interval.as_ref(), Duration::from_secs(180), duration),
+        time: c.read("KEEPALIVE_TIME", args.keepalive_time.as_ref(), Duration::from_secs(180), keepalive_time),
+        interval: c.read(
+            "KEEPALIVE_INTERVAL",
+            args.keepalive_interval.as_ref(),
+            Duration::from_secs(180),
+            keepalive_time,
+        ),
         retries: c.read("KEEPALIVE_RETRIES", args.keepalive_retries.as_ref(), 9, integer(1..=127)),
         user_timeout: c.read("USER_TIMEOUT_ENABLED", args.user_timeout.as_ref(), true, boolean),
     };
@@ -180,13 +188,21 @@ fn boolean(text: &str) -> Result<bool, String> {
 
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        _ => Err("a duration above zero such as 10s, 5m or 1h30m".into()),
+        Ok(duration) if !duration.is_zero() && duration <= LONGEST => Ok(duration),
+        _ => Err("a duration above zero and up to 10years, such as 10s, 5m or 1h30m".into()),
     }
 }
 
 fn ttl(text: &str) -> Result<Duration, String> {
-    duration(text).ok().filter(|d| *d >= Duration::from_secs(10)).ok_or_else(|| "a duration of 10s or more".into())
+    let expected = || "a duration from 10s to 10years".to_owned();
+    duration(text).ok().filter(|d| *d >= Duration::from_secs(10)).ok_or_else(expected)
+}
+
+/// What the kernel takes for `TCP_KEEPIDLE` and `TCP_KEEPINTVL`: whole seconds up to 32767 (tcp(7)).
+fn keepalive_time(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_secs(1)..=Duration::from_secs(32_767);
+    let whole = |d: &Duration| range.contains(d) && d.subsec_nanos() == 0;
+    duration(text).ok().filter(whole).ok_or_else(|| "whole seconds from 1s to 32767s".into())
 }
 
 fn domains(text: &str) -> Result<Vec<String>, String> {
@@ -221,6 +237,9 @@ mod tests {
         let word = |w: &str| Some(w.to_owned());
         let args = NodeArgs {
             keepalive: word("yes"),
+            keepalive_time: word("10h"),
+            keepalive_interval: word("500ms"),
+            secret_ttl: word("100000years"),
             pool_idle: word("soon"),
             frame_size: word("10"),
             log: word("a=b=c"),
@@ -232,13 +251,16 @@ mod tests {
             "CULVERT_CA_DIR (--ca-dir): is not set",
             "CULVERT_PODS_FILE (--pods-file): is not set",
             "KEEPALIVE_ENABLED (--keepalive): \"yes\"",
+            "KEEPALIVE_TIME (--keepalive-time): \"10h\"",
+            "KEEPALIVE_INTERVAL (--keepalive-interval): \"500ms\"",
+            "SECRET_TTL (--secret-ttl): \"100000years\"",
             "POOL_UNUSED_RELEASE_TIMEOUT (--pool-idle): \"soon\"",
             "HTTP2_FRAME_SIZE (--frame-size): \"10\"",
             "RUST_LOG (--log):",
         ] {
             assert!(faults.iter().any(|f| f.starts_with(name)), "{name} in {faults:#?}");
         }
-        assert_eq!(faults.len(), 7, "{faults:#?}");
+        assert_eq!(faults.len(), 10, "{faults:#?}");
     }
 
     #[test]

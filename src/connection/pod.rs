@@ -92,6 +92,11 @@ impl Probes {
         arrived
     }
 
+    /// Expects none any more.
+    pub fn forget(&self) {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Whether a captured connection is a probe, ours or another daemon's.
     pub fn take(&self, destination: SocketAddr) -> bool {
         match self.expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&destination) {

@@ -20,6 +20,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Accepted sockets that may wait for a busy worker.
 const QUEUE: usize = 4096;
@@ -98,6 +99,8 @@ impl Entrance {
 
 struct Accepted {
     open: Option<Open>,
+    /// Counts it among its pod's connections already while it waits for its worker.
+    active: TaskTrackerToken,
     socket: TcpStream,
     peer: SocketAddr,
     entrance: Entrance,
@@ -158,7 +161,10 @@ impl Workers {
         let (drain, accepts) = (pod.signal(), self.accepts.token());
         let work = listener::run(listener, drain, move |socket, peer| {
             let _accepts = &accepts;
-            hand_over(&all, Accepted { open: None, socket, peer, entrance, pod: pod.clone() });
+            hand_over(
+                &all,
+                Accepted { open: None, active: pod.active.token(), socket, peer, entrance, pod: pod.clone() },
+            );
         });
         accepting.spawn_on(work, &home.runtime);
     }
@@ -204,10 +210,10 @@ impl Workers {
 }
 
 async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
-    while let Some(Accepted { open, socket, peer, entrance, pod }) = accepted.recv().await {
+    while let Some(Accepted { open, active, socket, peer, entrance, pod }) = accepted.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
-            let (load, active) = (Load(worker.clone()), pod.active.token());
+            let load = Load(worker.clone());
             match entrance {
                 Entrance::Outbound => journey::outbound(&worker, &pod, socket, peer).await,
                 Entrance::Plaintext => journey::plaintext(&worker, &pod, socket, peer).await,

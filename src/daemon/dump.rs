@@ -340,5 +340,13 @@ fn config(parts: &Parts) -> Value {
         "frameSize": c.connection.hbone.frame_size,
         "halfClosedTimeout": duration(c.connection.hbone.half_closed_silence),
         "enableResponseBaggage": c.connection.response_baggage,
+        "keepalive": c.connection.sockets.legs.keepalive.map(|k| json!({
+            "time": duration(k.time),
+            "interval": duration(k.interval),
+            "retries": k.retries,
+            "userTimeout": k.user_timeout,
+        })),
+        "logFilter": c.log.filter,
+        "logFormat": if c.log.json { "json" } else { "text" },
     })
 }

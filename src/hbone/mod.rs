@@ -34,12 +34,6 @@ pub struct Config {
 /// Unsent bytes that one stream may hold in memory.
 const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
-/// Bytes that TLS may hold encrypted and unsent: a whole frame at once, or it goes out in pieces.
-pub const TLS_BUFFER_BYTES: usize = 512 * 1024;
-
-/// Buffer under TLS of each tunnel: without it TLS reads a few KiB per system call.
-pub const READ_BUFFER_BYTES: usize = 128 * 1024;
-
 /// Why a tunnel failed as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {

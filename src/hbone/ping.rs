@@ -22,3 +22,52 @@ pub async fn watch(pings: Option<PingPong>) -> TunnelError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hbone::{Config, Server, client};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+    use tokio::time::Instant;
+
+    const CONFIG: Config = Config {
+        stream_window: 65_535,
+        connection_window: 65_535,
+        frame_size: 16_384,
+        max_streams: 100,
+        half_closed_silence: Duration::from_secs(1),
+    };
+
+    /// A far end that says its SETTINGS (RFC 9113 section 6.5) and then reads for ever without answering.
+    async fn silent(mut far: DuplexStream, opening: &[u8]) {
+        far.write_all(opening).await.unwrap();
+        far.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        while far.read(&mut [0; 1024]).await.is_ok_and(|length| length > 0) {}
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answers_no_ping_is_given_up() {
+        let (near, far) = tokio::io::duplex(65_536);
+        let (_tunnel, driver) = client::handshake(near, &CONFIG).await.unwrap();
+        let start = Instant::now();
+        let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
+        assert!(matches!(ended, Err(TunnelError::PingTimeout)), "{ended:?}");
+        assert_eq!(start.elapsed().as_secs(), (INTERVAL + TIMEOUT).as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_answers_no_ping_is_given_up() {
+        let (near, far) = tokio::io::duplex(65_536);
+        let serve = async {
+            let mut server = Server::handshake(near, &CONFIG).await.unwrap();
+            let start = Instant::now();
+            (server.next().await, start.elapsed())
+        };
+        let (ended, after) = tokio::select! {
+            ended = serve => ended,
+            () = silent(far, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") => (None, Duration::ZERO),
+        };
+        assert!(matches!(ended, Some(Err(TunnelError::PingTimeout))), "{ended:?}");
+        assert_eq!(after.as_secs(), (INTERVAL + TIMEOUT).as_secs());
+    }
+}

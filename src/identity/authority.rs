@@ -93,6 +93,9 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, "culvert built-in CA");
+        // A name of its own, so that old and new root are told apart during a rotation.
+        let own_name = format!("{:032x}", rand::random::<u128>());
+        params.distinguished_name.push(DnType::CommonName, own_name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let now = SystemTime::now();

@@ -19,6 +19,12 @@ use std::time::SystemTime;
 /// Protocol name of HTTP/2 in TLS.
 const ALPN_H2: &[u8] = b"h2";
 
+/// Bytes that TLS may hold encrypted and unsent: a whole frame at once, or it goes out in pieces.
+pub const TLS_BUFFER_BYTES: usize = 512 * 1024;
+
+/// Buffer under TLS of each tunnel: without it TLS reads a few KiB per system call.
+pub const READ_BUFFER_BYTES: usize = 128 * 1024;
+
 /// Why TLS settings cannot be made of a certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {

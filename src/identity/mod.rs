@@ -8,5 +8,5 @@ pub mod store;
 pub mod verify;
 
 pub use authority::Authority;
-pub use credentials::{Credentials, TlsFacts};
+pub use credentials::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 pub use store::Store;

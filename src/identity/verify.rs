@@ -6,6 +6,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme};
+use std::io;
 use std::sync::Arc;
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
@@ -42,6 +43,15 @@ pub enum PeerError {
 impl From<PeerError> for Error {
     fn from(error: PeerError) -> Self {
         CertificateError::Other(OtherError(Arc::new(error))).into()
+    }
+}
+
+/// What a failed handshake is to say: our own reason where we refused the peer's certificate, else the library's.
+pub fn tls_reason(error: &io::Error) -> String {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    match inner {
+        Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
+        _ => error.to_string(),
     }
 }
 

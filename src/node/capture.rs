@@ -138,8 +138,9 @@ impl Capturer {
         }
     }
 
-    /// Ends the capture of a pod: rules first, listeners after, connections last, within the deadline.
-    pub async fn release(&self, captured: Captured) {
+    /// Ends the capture of a pod: new traffic is no longer redirected, then the listeners end, then the connections,
+    /// within the deadline. What brings their replies back stays until then, and is for the caller to remove.
+    pub async fn release(&self, captured: &Captured) {
         let pod = &captured.pod;
         let complain = |error: redirect::RedirectError| {
             tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
@@ -159,7 +160,6 @@ impl Capturer {
         }
         pod.drain.at_once();
         pod.active.wait().await;
-        redirect::remove(&pod.netns, captured.ipv6).await.unwrap_or_else(complain);
     }
 }
 

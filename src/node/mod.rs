@@ -73,7 +73,7 @@ pub enum CaptureError {
     #[error("the namespace {0} is that of pod {1} already; a namespace belongs to one pod")]
     Taken(PathBuf, String),
     /// A port cannot be bound in the namespace.
-    #[error("port {port} cannot be bound in the pod's namespace: {source}; is something else listening there?")]
+    #[error("port {port} cannot be bound in the pod's namespace: {source}; {}", port_hint(source))]
     Port {
         /// The port.
         port: u16,
@@ -89,6 +89,14 @@ pub enum CaptureError {
     /// The namespace was there, and is no more.
     #[error("the namespace {0} has gone (the pod has ended?)")]
     Vanished(PathBuf),
+}
+
+fn port_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => "the daemon needs CAP_NET_ADMIN",
+        std::io::ErrorKind::AddrInUse => "something else listens there",
+        _ => "see the kernel's reason",
+    }
 }
 
 impl CaptureError {

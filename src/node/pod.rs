@@ -10,19 +10,22 @@
 use super::capture::{Captured, Capturer};
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, redirect, verify};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, NetnsError};
 use crate::task::Signal;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Time between attempts to capture, where nothing that matters changes before.
 const RETRY: Duration = Duration::from_secs(5);
 /// Time between looks at whether the namespace is still there.
 const LOOK: Duration = Duration::from_secs(1);
-/// Looks between verifications of a captured pod.
-const LOOKS_PER_VERIFICATION: u32 = 30;
-/// Verifications between rewritings of the rules: a probe does not see every rule.
-const VERIFICATIONS_PER_REWRITE: u32 = 10;
+/// Time between verifications of a captured pod.
+const VERIFY_EVERY: Duration = Duration::from_secs(30);
+/// Time between rewritings of the rules: a probe does not see every rule.
+const REWRITE_EVERY: Duration = Duration::from_secs(300);
 
 /// Why a captured pod is held no longer.
 enum End {
@@ -73,7 +76,7 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
             () = removed.now() => End::Replaced,
             () = removed.gentle() => End::Removed,
             () = process.gentle() => End::Process,
-            lost = hold(&capturer, &board, &spec, &captured) => End::Lost(lost),
+            lost = hold(&capturer, &board, &spec, &captured, &mut facts) => End::Lost(lost),
         };
         match end {
             // The rules stay: until the next daemon is there, the pod's traffic is refused and not passed in plaintext.
@@ -85,8 +88,11 @@ pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, 
             }
             End::Removed => {
                 board.set(&spec, State::Releasing);
-                capturer.release(captured).await;
-                break;
+                capturer.release(&captured).await;
+                tokio::select! {
+                    () = until_removed(&captured, &board, &spec) => break,
+                    () = process.now() => return,
+                }
             }
             End::Replaced => {
                 give_up(captured).await;
@@ -111,6 +117,19 @@ fn state_of(error: &CaptureError) -> State {
     }
 }
 
+/// Removes the rules, again and again where that fails: with rules and without listeners the pod is cut off, and must
+/// stay on the list until it is not.
+async fn until_removed(captured: &Captured, board: &Board, spec: &PodSpec) {
+    let netns = &captured.pod.netns;
+    while let Err(error) = redirect::remove(netns, captured.ipv6).await {
+        if vanished(netns).is_some() {
+            return;
+        }
+        board.set(spec, State::Failed(format!("released, but its rules could not be removed: {error}")));
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
 /// Ends the pod's connections and listeners; the rules stay.
 async fn give_up(captured: Captured) {
     captured.pod.drain.at_once();
@@ -119,38 +138,59 @@ async fn give_up(captured: Captured) {
 
 /// Watches over a captured pod; returns when it must be captured anew. A pod that cannot be verified keeps its
 /// connections and is reported, because what a probe meets need not have met them.
-async fn hold(capturer: &Capturer, board: &Board, spec: &PodSpec, captured: &Captured) -> CaptureError {
-    let path = captured.pod.netns.path();
-    let mut facts = capturer.mesh.subscribe();
-    let mut looks = 0;
+async fn hold(
+    capturer: &Capturer,
+    board: &Board,
+    spec: &PodSpec,
+    captured: &Captured,
+    facts: &mut watch::Receiver<u64>,
+) -> CaptureError {
+    let (mut verify_at, mut rewrite_at) = (Instant::now() + VERIFY_EVERY, Instant::now() + REWRITE_EVERY);
     loop {
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => looks += 1,
-            Ok(()) = facts.changed() => match capturer.still(spec, captured) {
-                Ok(()) => looks = LOOKS_PER_VERIFICATION,
-                Err(error @ CaptureError::NoFacts(_)) => {
-                    board.set(spec, state_of(&error));
-                    continue;
-                }
-                Err(error) => return error,
-            },
+        let changed = tokio::select! {
+            () = tokio::time::sleep(LOOK) => false,
+            Ok(()) = facts.changed() => true,
+        };
+        if let Some(gone) = vanished(&captured.pod.netns) {
+            return gone;
         }
-        if !Netns::open(path).is_ok_and(|now| now.id() == captured.pod.netns.id()) {
-            return CaptureError::Vanished(path.to_owned());
+        if !changed && Instant::now() < verify_at {
+            continue;
         }
-        if looks % LOOKS_PER_VERIFICATION == 0 && capturer.still(spec, captured).is_ok() {
-            let rewrite = looks % (LOOKS_PER_VERIFICATION * VERIFICATIONS_PER_REWRITE) == 0;
-            match verified(capturer, captured, rewrite).await {
-                Ok(()) => board.set(spec, State::Captured),
-                Err(error) => {
-                    board.failed(&error);
-                    board.set(spec, state_of(&error));
-                    // Looked at again soon.
-                    looks = LOOKS_PER_VERIFICATION - u32::try_from(RETRY.as_secs()).unwrap_or(1);
-                }
+        match capturer.still(spec, captured) {
+            Ok(()) => {}
+            Err(error @ CaptureError::NoFacts(_)) => {
+                board.set(spec, state_of(&error));
+                continue;
+            }
+            Err(error) => return error,
+        }
+        let rewrite = Instant::now() >= rewrite_at;
+        let verified = verified(capturer, captured, rewrite).await;
+        verify_at = Instant::now() + if verified.is_ok() { VERIFY_EVERY } else { RETRY };
+        if rewrite {
+            rewrite_at = Instant::now() + REWRITE_EVERY;
+        }
+        match verified {
+            Ok(()) => board.set(spec, State::Captured),
+            Err(error) => {
+                board.failed(&error);
+                board.set(spec, state_of(&error));
             }
         }
     }
+}
+
+/// Whether the namespace is no longer where it was. That it cannot be looked at now (no descriptors left, say) is no
+/// sign of that.
+fn vanished(netns: &Netns) -> Option<CaptureError> {
+    let gone = match Netns::open(netns.path()) {
+        Ok(now) => now.id() != netns.id(),
+        Err(NetnsError::NotNetns(_)) => true,
+        Err(NetnsError::Open { source, .. }) => source.kind() == io::ErrorKind::NotFound,
+        Err(NetnsError::Enter { .. }) => false,
+    };
+    gone.then(|| CaptureError::Vanished(netns.path().to_owned()))
 }
 
 async fn verified(capturer: &Capturer, captured: &Captured, rewrite: bool) -> Result<(), CaptureError> {

@@ -4,6 +4,7 @@ use super::capture::Capturer;
 use super::pod;
 use super::status::{Board, State};
 use crate::mesh::Text;
+use crate::sys::netns::Netns;
 use crate::task::files::{FileWatch, from_yaml};
 use crate::task::ready::Pending;
 use crate::task::{Drain, Group};
@@ -97,6 +98,8 @@ pub struct Pods {
 #[derive(Debug)]
 struct Kept {
     spec: PodSpec,
+    /// The namespace behind the path: the same one may go by several names.
+    netns: Place,
     remove: Drain,
     task: Group,
 }
@@ -126,32 +129,33 @@ impl Pods {
     }
 
     fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
-        let wanted: HashMap<Text, PodSpec> = specs.into_iter().map(|spec| (spec.uid.clone(), spec)).collect();
+        let wanted: HashMap<Text, (PodSpec, Place)> =
+            specs.into_iter().map(|spec| (spec.uid.clone(), (spec.clone(), Place::of(&spec)))).collect();
         for (uid, kept) in &self.kept {
-            if wanted.get(uid) == Some(&kept.spec) {
+            if wanted.get(uid).is_some_and(|(spec, _)| *spec == kept.spec) {
                 continue;
             }
-            if wanted.values().any(|spec| spec.netns == kept.spec.netns) {
+            if wanted.values().any(|(_, place)| *place == kept.netns) {
                 // The namespace stays wanted under another entry: its rules must not go, not even for a moment.
                 kept.remove.at_once();
             } else {
                 kept.remove.gently();
             }
         }
-        for (uid, spec) in wanted {
+        for (uid, (spec, netns)) in wanted {
             let before = self.kept.get(&uid);
             if before.is_some_and(|kept| kept.spec == spec && !kept.remove.signal().is_gentle()) {
                 continue;
             }
             // Whoever had the uid or the namespace, and is to give it up, has to be out of it first.
             let had_it = |(other, kept): &(&Text, &Kept)| {
-                (**other == uid || kept.spec.netns == spec.netns) && kept.remove.signal().is_gentle()
+                (**other == uid || kept.netns == netns) && kept.remove.signal().is_gentle()
             };
             let earlier: Vec<Group> = self.kept.iter().filter(had_it).map(|(_, kept)| kept.task.clone()).collect();
             let (remove, task) = (Drain::default(), Group::default());
             let (capturer, board, signal, ready) =
                 (self.capturer.clone(), self.board.clone(), remove.signal(), ready.cloned());
-            self.kept.insert(uid, Kept { spec: spec.clone(), remove, task: task.clone() });
+            self.kept.insert(uid, Kept { spec: spec.clone(), netns, remove, task: task.clone() });
             task.spawn(async move {
                 for earlier in earlier {
                     earlier.finished().await;
@@ -161,5 +165,18 @@ impl Pods {
             });
         }
         self.kept.retain(|_, kept| kept.task.len() > 0);
+    }
+}
+
+/// A namespace by what it is, or where it cannot be opened, by its path.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    Id((u64, u64)),
+    Path(PathBuf),
+}
+
+impl Place {
+    fn of(spec: &PodSpec) -> Self {
+        Netns::open(&spec.netns).map_or_else(|_| Self::Path(spec.netns.clone()), |netns| Self::Id(netns.id()))
     }
 }

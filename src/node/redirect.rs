@@ -43,10 +43,10 @@ pub enum RedirectError {
     #[error("cannot run nft: {0}; install nftables")]
     NoNft(io::Error),
     /// `nft` refused the rules.
-    #[error("nft refused the rules: {0}; does the kernel have nf_tables and nat?")]
+    #[error("nft refused the rules: {0}; {hint}", hint = nft_hint(_0))]
     Nft(String),
     /// The rule or route could not be set.
-    #[error("cannot set the {what}: {source}")]
+    #[error("cannot set the {what}: {source}; {hint}", hint = route_hint(source))]
     Route {
         /// Which.
         what: &'static str,
@@ -56,6 +56,23 @@ pub enum RedirectError {
     /// Too slow.
     #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
     Deadline,
+}
+
+fn nft_hint(said: &str) -> &'static str {
+    if said.contains("not permitted") {
+        "the daemon needs CAP_NET_ADMIN"
+    } else {
+        "does the kernel have nf_tables, nat and conntrack?"
+    }
+}
+
+fn route_hint(error: &rtnetlink::Error) -> &'static str {
+    match error {
+        rtnetlink::Error::NetlinkError(message) if message.raw_code() == -nix::libc::EPERM => {
+            "the daemon needs CAP_NET_ADMIN"
+        }
+        _ => "does the kernel have policy routing?",
+    }
 }
 
 /// Installs the redirection; a repetition replaces it, nothing is doubled.

@@ -53,6 +53,7 @@ pub async fn verify(pod: &Pod, ipv6: bool) -> Result<(), VerifyError> {
 async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
     let targets: Vec<SocketAddr> = PROBE_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
     let arrived = pod.probes.expect(&targets);
+    let _forget = Forget(pod);
     // The sockets live until a probe has arrived.
     let probes = pod.netns.enter(|| {
         let send = |to: &SocketAddr| {
@@ -64,6 +65,15 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
     let _sockets = probes?;
     let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
     arrival.map_err(|_| VerifyError::NotCaptured(ip))
+}
+
+/// Ends the expectation of probes, also when the verification is given up.
+struct Forget<'a>(&'a Pod);
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.0.probes.forget();
+    }
 }
 
 fn unreachable(error: &io::Error) -> bool {

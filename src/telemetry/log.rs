@@ -128,28 +128,28 @@ where
             let level = level.to_ascii_lowercase();
             write!(out, r#"{{"level":"{level}","time":"{time}","scope":{}"#, Value::from(target))?;
             write!(out, r#","message":{}"#, Value::from(fields.message))?;
-            for (name, value) in fields.others {
+            for (name, value, _) in fields.others {
                 write!(out, ",{}:{}", Value::from(name), value)?;
             }
             return writeln!(out, "}}");
         }
         let level = level.to_ascii_lowercase();
         write!(out, "{time}\t{level}\t{target}\t{}", Printable(&fields.message))?;
-        for (index, (name, value)) in fields.others.iter().enumerate() {
+        for (index, (name, value, is_text)) in fields.others.iter().enumerate() {
             out.write_char(if index == 0 { '\t' } else { ' ' })?;
-            match value {
-                Value::String(text) if is_bare(text) => write!(out, "{name}={text}")?,
-                Value::String(text) => write!(out, "{name}={text:?}")?,
-                other => write!(out, "{name}={other}")?,
+            match (value, *is_text) {
+                (Value::String(text), false) if is_bare(text) => write!(out, "{name}={text}")?,
+                (Value::String(text), _) => write!(out, "{name}={text:?}")?,
+                (other, _) => write!(out, "{name}={other}")?,
             }
         }
         writeln!(out)
     }
 }
 
-/// Whether a value can stand without quotes: what looks like an address, a number or a short word.
+/// Whether what is not text can stand without quotes: addresses, numbers, durations.
 fn is_bare(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b":.[]/-_".contains(&b))
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b":.[]-_".contains(&b))
 }
 
 /// A message with control characters escaped: nothing a peer sends can move the cursor of who reads the log.
@@ -167,12 +167,13 @@ impl fmt::Display for Printable<'_> {
 #[derive(Default)]
 struct Fields {
     message: String,
-    others: Vec<(&'static str, Value)>,
+    /// Name, value, and whether it was given as text (then it is quoted, as the reference does).
+    others: Vec<(&'static str, Value, bool)>,
 }
 
 impl Fields {
     fn put(&mut self, field: &Field, value: Value) {
-        self.others.push((field.name(), value));
+        self.others.push((field.name(), value, false));
     }
 }
 
@@ -186,7 +187,7 @@ impl Visit for Fields {
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, Value::from(value));
+        self.others.push((field.name(), Value::from(value), true));
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {

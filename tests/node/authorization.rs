@@ -5,6 +5,10 @@ use crate::world::{World, apps, ask, connect, eventually};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// Within this time of the file's change a connection that is no longer allowed has to end.
+const WITHIN: Duration = Duration::from_secs(1);
 
 fn world() -> World {
     let mut w = World::new();
@@ -65,8 +69,10 @@ fn a_new_policy_ends_exactly_the_connections_that_it_denies() {
     w.start();
     let (mut good, mut bad, mut stranger) = (open(&w, "good"), open(&w, "bad"), open(&w, "stranger"));
     w.mesh.policy("no-bad", "Namespace", "Deny", principal("bad"));
+    let start = Instant::now();
     w.write_mesh();
     let error = bad.read(&mut [0]).expect_err("the denied connection is reset");
+    assert!(start.elapsed() < WITHIN, "{:?}", start.elapsed());
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(alive(&mut good) && alive(&mut stranger), "the others go on");
     let line = w.log_line(2, "policy change", |l| l["reason"] == "policy_change");
@@ -81,9 +87,11 @@ fn attaching_a_policy_to_the_workload_ends_live_connections_too() {
     w.start();
     let (mut good, mut stranger) = (open(&w, "good"), open(&w, "stranger"));
     w.mesh.of("server")["authorizationPolicies"] = json!(["ns/strict"]);
+    let start = Instant::now();
     w.write_mesh();
     let error = stranger.read(&mut [0]).expect_err("plaintext is reset once STRICT is attached");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(start.elapsed() < WITHIN, "{:?}", start.elapsed());
     assert!(alive(&mut good));
     assert!(refused(&w, "stranger"));
 }
@@ -97,8 +105,9 @@ fn a_policy_that_is_attached_but_unknown_refuses_and_is_waited_for() {
     let line = w.log_line(2, "policy unknown", |l| l["reason"] == "policy_unknown");
     assert!(line["error"].as_str().unwrap().contains("ns/late"), "{line}");
     let waiting = std::thread::scope(|scope| {
+        eventually("only the tunnel is there", || w.metric(2, "culvert_data_plane_tasks", &[]) == 1.0);
         let asking = scope.spawn(|| ask(&w.ns("good"), (server(&w), 8080), "x"));
-        eventually("the question is waiting", || w.metric(2, "culvert_data_plane_tasks", &[]) >= 2.0);
+        eventually("the question is waiting", || w.metric(2, "culvert_data_plane_tasks", &[]) == 2.0);
         let mut mesh = w.mesh.clone();
         mesh.policy("late", "WorkloadSelector", "Allow", principal("good"));
         crate::world::replace(&w.mesh_file(2), &mesh.json());

@@ -1,7 +1,6 @@
 //! Settings and files: every fault by name, nothing half-applied.
 
 use crate::world::{World, apps, ask, eventually, replace, subject};
-use serde_json::Value;
 use std::process::{Command, Output};
 
 fn run(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -93,9 +92,10 @@ fn a_bad_new_version_of_a_file_keeps_the_old_one_and_says_why() {
     ] {
         replace(&w.mesh_file(1), &bad);
         refused(n);
-        let says = |l: &Value| l["message"] == "mesh file refused; the facts before stay in force";
-        let found = w.log(1).into_iter().filter(says).any(|l| l["error"].as_str().unwrap().contains(word));
-        assert!(found, "{word}");
+        w.log_line(1, word, |l| {
+            l["message"] == "mesh file refused; the facts before stay in force"
+                && l["error"].as_str().unwrap().contains(word)
+        });
         assert_eq!(w.metric(1, "culvert_mesh_file_stale", &[]), 1.0);
         assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok(), "the old facts are in force");
     }
@@ -141,5 +141,25 @@ fn without_nft_the_pod_is_named_with_what_to_install() {
     eventually("the reason names nft", || {
         let (state, reason) = w.state(1, "client");
         state == "failed" && reason.contains("cannot run nft") && reason.contains("install nftables")
+    });
+}
+
+#[test]
+fn without_the_right_to_it_each_pod_is_named_with_the_capability_that_is_missing() {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    w.write_mesh();
+    w.write_pods(1, &[&client]);
+    let log = w.dir.join("weak.log");
+    let mut command = Command::new("setpriv");
+    command.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(subject()).arg("node");
+    command
+        .env("LOCAL_XDS_PATH", w.mesh_file(1))
+        .env("CULVERT_PODS_FILE", w.pods_file(1))
+        .env("CULVERT_CA_DIR", w.ca());
+    let _weak = crate::world::Process::start(&w.ns("n1"), &mut command, &log);
+    eventually("the reason names the capability", || {
+        let pods = w.try_get(1, 15000, "/pods").map(|(_, body)| body).unwrap_or_default();
+        pods.contains("failed") && pods.contains("CAP_NET_ADMIN")
     });
 }

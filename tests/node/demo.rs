@@ -4,6 +4,7 @@ use crate::world::{eventually, subject};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -89,4 +90,44 @@ fn what_a_killed_demonstration_left_is_swept_by_the_next() {
     let next = start(&["--json", "--seconds", "1"]);
     assert!(next.wait_with_output().unwrap().status.success());
     nothing_is_left(pid);
+}
+
+#[test]
+fn kept_running_it_shows_its_admin_pages_and_goes_with_ctrl_c_even_when_a_node_has_died() {
+    let mut child = start(&["--keep", "--seconds", "1"]);
+    let pid = child.id();
+    let mut account = String::new();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    while !account.contains("All as it should be.") {
+        assert!(output.read_line(&mut account).unwrap() > 0, "it ended early:\n{account}");
+    }
+    for heading in [
+        "Captured",
+        "On the wire between the nodes",
+        "Who reached whom",
+        "Identities",
+        "Denied",
+        "Speed",
+        "Admin pages",
+    ] {
+        assert!(account.contains(heading), "{heading} in\n{account}");
+    }
+    for line in account.lines().filter(|line| line.contains("ip netns exec")) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let page = Command::new(words[0]).args(&words[1..]).output().unwrap();
+        assert!(String::from_utf8_lossy(&page.stdout).contains("culvert"), "{line}");
+    }
+    kill(Pid::from_raw(*children(pid).last().unwrap()), Signal::SIGKILL).unwrap();
+    kill(Pid::from_raw(i32::try_from(pid).unwrap()), Signal::SIGINT).unwrap();
+    assert!(child.wait().unwrap().success());
+    nothing_is_left(pid);
+}
+
+#[test]
+fn without_root_it_says_so() {
+    let output =
+        Command::new("setpriv").args(["--reuid=65534", "--clear-groups"]).arg(subject()).arg("demo").output().unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("must run as root"), "{text}");
 }

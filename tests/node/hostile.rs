@@ -88,6 +88,108 @@ fn every_connect_is_answered_with_its_status() {
 }
 
 #[test]
+fn refusals_that_depend_on_policy_tunnels_and_limits() {
+    let mut w = world();
+    let (sandwiched, way) = (w.mesh_pod("sandwiched", 2), w.mesh_pod("way", 2));
+    apps::serve(&way.netns, 80, apps::who);
+    w.mesh.of("sandwiched")["applicationTunnel"] = json!({"protocol": "PROXY", "port": 9000});
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[]);
+    w.mesh.services[0]["waypoint"] = json!({"destination": format!("/{}", way.v4), "hboneMtlsPort": 15008});
+    w.mesh.policy("only-8080", "WorkloadSelector", "Allow", json!({"destinationPorts": [8080]}));
+    w.mesh.of("server")["authorizationPolicies"] = json!(["ns/only-8080"]);
+    w.write_mesh();
+    w.write_pods(2, &w.captured_pods(2));
+    // A tunnel and one stream: a second stream is one too many.
+    w.start_node(2, &[("CULVERT_MAX_CONNECTIONS", "2")]);
+    w.wait_captured(2);
+    let cert = certs::good(&w.ca(), &w.dir, "peer");
+    let to = server(&w);
+    let ask_for = |to: &Pod, authority: String| {
+        let answer = raw(&w, "peer", to, &w.ca(), Some(&cert), &[connect_to(&authority)]);
+        answer["results"][0]["status"].as_u64().unwrap_or_else(|| panic!("{authority}: {answer}"))
+    };
+    assert_eq!(ask_for(&to, format!("{}:8080", to.v4)), 200);
+    assert_eq!(ask_for(&to, format!("{}:8081", to.v4)), 401, "no ALLOW rule matches");
+    assert_eq!(ask_for(&sandwiched, format!("{}:9000", sandwiched.v4)), 503, "PROXY protocol");
+    assert_eq!(ask_for(&way, "10.96.0.1:80".into()), 200, "the waypoint of a service takes its address");
+    assert_eq!(ask_for(&way, format!("{}:80", to.v4)), 400, "and no other");
+    eventually("all have ended", || w.metric(2, "culvert_data_plane_tasks", &[]) == 0.0);
+    let _parked = [connect(&w.ns("peer"), (to.v4, 15008)).unwrap()];
+    eventually("a place is taken", || w.metric(2, "istio_tcp_sockets_open", &[]) == 1.0);
+    assert_eq!(ask_for(&to, format!("{}:8080", to.v4)), 503, "the limit");
+    assert_eq!(w.metric(2, "culvert_connection_failures_total", &["reason=\"limit\""]), 1.0);
+}
+
+#[test]
+fn sigterm_sends_goaway_to_peers() {
+    let mut w = world();
+    w.start();
+    let (to, ready) = (server(&w), w.dir.join("ready"));
+    let cert = certs::good(&w.ca(), &w.dir, "peer");
+    let spec = json!({
+        "to": [to.v4, 15008], "ca": w.ca().join("ca.pem"), "cert": cert.chain, "key": cert.key,
+        "requests": [connect_to(&format!("{}:8080", to.v4))], "until_goaway": ready,
+    });
+    let mut command = std::process::Command::new(python_env("python"));
+    command.arg(peer_script("h2_connect.py")).arg(spec.to_string());
+    let pid = w.start_in(&w.ns("peer"), &mut command, "goaway.out");
+    eventually("the peer is connected", || ready.exists());
+    w.node(2).signal(nix::sys::signal::Signal::SIGTERM);
+    let ended = w.take(pid).wait();
+    let text = std::fs::read_to_string(w.dir.join("goaway.out")).unwrap();
+    assert!(ended.success(), "{text}");
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((&answer["results"][0]["status"], &answer["goaway"]), (&json!(200), &json!(0)), "{answer}");
+}
+
+#[test]
+fn a_destination_that_cannot_prove_who_it_is_gets_nothing() {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    w.mesh.policies.clear();
+    let fakes: Vec<Pod> =
+        ["other-ca", "two-names", "expired", "wrong-name"].iter().map(|name| w.add_pod(name, 2)).collect();
+    for fake in &fakes {
+        // The facts promise HBONE; nobody captures the pod, and a server of ours listens there.
+        w.mesh.workload(fake, "HBONE");
+    }
+    let other_ca = w.dir.join("other-ca-dir");
+    assert!(
+        std::process::Command::new(crate::world::subject())
+            .args(["ca", "init"])
+            .arg(&other_ca)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let (ca, dir) = (w.ca(), w.dir.clone());
+    for fake in &fakes {
+        let own = spiffe(&fake.name);
+        let files = match fake.name.as_str() {
+            "other-ca" => certs::leaf(&other_ca, &dir, "s1", &[&own], -60, 600),
+            "two-names" => certs::leaf(&ca, &dir, "s2", &[&own, &spiffe("client")], -60, 600),
+            "expired" => certs::leaf(&ca, &dir, "s3", &[&own], -600, -60),
+            _ => certs::leaf(&ca, &dir, "s4", &[&spiffe("somebody")], -60, 600),
+        };
+        let ready = dir.join(format!("{}.ready", fake.name));
+        let mut command = std::process::Command::new("python3");
+        command.arg(peer_script("tls_server.py")).args([fake.v4.to_string().as_str(), "15008"]);
+        command.args([&files.chain, &files.key, &ready]);
+        w.start_in(&fake.netns, &mut command, &format!("{}.out", fake.name));
+        eventually("it listens", || ready.exists());
+    }
+    w.write_mesh();
+    w.write_pods(1, &[&client]);
+    w.start_node(1, &[]);
+    eventually("the client is captured", || w.state(1, "client").0 == "captured");
+    for (fake, word) in fakes.iter().zip(["UnknownIssuer", "2 URI names", "expired", "sa/somebody, expected"]) {
+        assert!(ask(&client.netns, (fake.v4, 80), "secret").is_err(), "{}", fake.name);
+        let line = w.log_line(1, &fake.name, |l| l["dst.workload"] == *fake.name && l["reason"] == "tunnel_tls");
+        assert!(line["error"].as_str().unwrap().contains(word), "{word} in {line}");
+    }
+}
+
+#[test]
 fn what_is_sent_before_the_answer_reaches_nobody_when_the_answer_is_no() {
     static RECEIVED: std::sync::Mutex<Vec<u8>> = std::sync::Mutex::new(Vec::new());
     let mut w = world();

@@ -80,10 +80,10 @@ fn a_hundred_connections_to_a_dead_destination_fail_together() {
     for stream in &mut all {
         assert!(stream.read(&mut [0]).is_err(), "each is reset");
     }
-    // One connect timeout is 10 s; one after the other they would take 1000 s.
-    assert!(start.elapsed() < Duration::from_secs(25), "{:?}", start.elapsed());
+    // One connect timeout is 10 s; two in a row would be 20 s, and one after the other 1000 s.
+    assert!(start.elapsed() < Duration::from_secs(18), "{:?}", start.elapsed());
     let failed = ["response_flags=\"NETWORK_POLICY\"", "reporter=\"source\""];
-    assert_eq!(w.metric(1, "istio_tcp_connections_failed_total", &failed), 100.0);
+    eventually("each is counted", || w.metric(1, "istio_tcp_connections_failed_total", &failed) == 100.0);
     let line = w.log_line(1, "blocked", |l| l["reason"] == "tunnel_blocked");
     assert!(line["error"].as_str().unwrap().contains("maybe a NetworkPolicy is blocking HBONE port 15008"), "{line}");
 }

@@ -167,3 +167,31 @@ fn the_admin_port_is_for_local_hosts_only() {
     assert!(status == 200 && page.contains("/connections"), "{page}");
     assert_eq!(w.try_get(1, 15021, "/healthz/ready").unwrap(), (200, "ready\n".into()));
 }
+
+#[test]
+fn the_log_as_text_has_one_line_per_event_with_tabs() {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    let server = w.mesh_pod("server", 1);
+    apps::serve(&server.netns, 8080, apps::who);
+    w.write_mesh();
+    w.write_pods(1, &[&client, &server]);
+    w.start_node(1, &[("LOG_FORMAT", "text")]);
+    w.wait_captured(1);
+    ask(&client.netns, (server.v4, 8080), "hello").unwrap();
+    let mut line = String::new();
+    eventually("the line is written", || {
+        let text = std::fs::read_to_string(w.dir.join("node1.log")).unwrap();
+        let found = text.lines().find(|l| l.contains("direction=\"outbound\""));
+        line = found.unwrap_or_default().to_owned();
+        found.is_some()
+    });
+    let parts: Vec<&str> = line.split('\t').collect();
+    let [time, level, target, message, fields] = parts.as_slice() else { panic!("{line:?}") };
+    assert!(time.len() == 27 && time.ends_with('Z'), "RFC 3339 with microseconds: {time}");
+    assert_eq!((*level, *target, *message), ("info", "access", "connection complete"));
+    assert!(fields.starts_with(&format!("src.addr={}:", client.v4)), "{fields}");
+    for field in ["src.identity=\"spiffe://cluster.local/ns/ns/sa/client\"", "bytes_sent=6", "duration="] {
+        assert!(fields.contains(field), "{field} in {fields}");
+    }
+}

@@ -9,6 +9,7 @@ pub use captured::captured;
 pub use tunnel::Peer;
 
 use crate::hbone::TunnelError;
+use crate::identity::verify::tls_reason;
 use std::io;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ pub enum AcceptError {
     #[error("the accepted connection failed: {0}")]
     Socket(io::Error),
     /// TLS failed.
-    #[error("tls handshake error: {0}")]
+    #[error("tls handshake error: {}", tls_reason(.0))]
     Tls(io::Error),
     /// The certificate that TLS took names no workload; cannot happen unless the verifier is wrong.
     #[error("tls handshake error: the peer presented no certificate")]

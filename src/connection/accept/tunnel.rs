@@ -3,7 +3,7 @@
 use super::{AcceptError, HANDSHAKE_DEADLINE};
 use crate::hbone;
 use crate::identity::verify::peer_name;
-use crate::identity::{Credentials, TlsFacts};
+use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::socket::{LegOptions, set_leg_options};
@@ -40,10 +40,10 @@ pub async fn handshake(
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
-    let socket = BufReader::with_capacity(hbone::READ_BUFFER_BYTES, socket);
+    let socket = BufReader::with_capacity(READ_BUFFER_BYTES, socket);
     let shake = async {
         let tls = TlsAcceptor::from(credentials.server())
-            .accept_with(socket, |tls| tls.set_buffer_limit(Some(hbone::TLS_BUFFER_BYTES)))
+            .accept_with(socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
             .await
             .map_err(AcceptError::Tls)?;
         let state = tls.get_ref().1;

@@ -6,7 +6,7 @@ use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
 use crate::connection::choose::HboneWay;
 use crate::hbone::client::{OpenError, handshake};
 use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
-use crate::identity::{Credentials, TlsFacts};
+use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::sys::netns::Netns;
 use crate::task::Signal;
 use rustls::ClientConfig;
@@ -94,12 +94,12 @@ async fn dial(
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    let socket = BufReader::with_capacity(hbone::READ_BUFFER_BYTES, socket);
+    let socket = BufReader::with_capacity(READ_BUFFER_BYTES, socket);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
         let tls = TlsConnector::from(tls)
-            .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(hbone::TLS_BUFFER_BYTES)))
+            .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
             .await
             .map_err(TunnelDialError::Tls)?;
         let facts = TlsFacts::of(tls.get_ref().1);

@@ -9,6 +9,7 @@ pub use pool::Pool;
 use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
+use crate::identity::verify::tls_reason;
 use crate::sys::netns::NetnsError;
 use std::io;
 use std::net::SocketAddr;
@@ -74,7 +75,7 @@ pub enum TunnelDialError {
     #[error(transparent)]
     Netns(NetnsError),
     /// TLS failed: the far end is not whom we expect, or does not take us.
-    #[error("tls error: {0}")]
+    #[error("tls error: {}", tls_reason(.0))]
     Tls(io::Error),
     /// HTTP/2 failed.
     #[error("http2 handshake failed: {0}")]

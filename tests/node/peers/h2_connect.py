@@ -1,5 +1,7 @@
 """A raw HTTP/2 client over mutual TLS that is not culvert's own stack: sends what it is told, says what came back.
 
+With "until_goaway": FILE it makes that file when the requests are done and waits for GOAWAY.
+
 usage: h2_connect.py JSON
   {"to": [host, port], "ca": file, "cert": file|null, "key": file|null, "requests": [{"headers": [[name, value]...], "send": text, "early": text sent before the answer}]}
 prints {"tls": "ok", "results": [{"status": n|null, "body": text, "reset": code|null}]} or {"tls": error}
@@ -33,7 +35,23 @@ def main(spec):
         pump(tls, connection)
     except (OSError, EOFError) as error:
         return {"tls": repr(error)}
-    return {"tls": "ok", "results": [request(tls, connection, r) for r in spec["requests"]]}
+    results = [request(tls, connection, r) for r in spec["requests"]]
+    if spec.get("until_goaway"):
+        open(spec["until_goaway"], "w").close()
+        return {"tls": "ok", "results": results, "goaway": goaway(tls)}
+    return {"tls": "ok", "results": results}
+
+
+def goaway(tls):
+    """Waits for GOAWAY (RFC 9113 6.8) and gives its code; read off the frames, as h2 takes none after it."""
+    data = b""
+    while True:
+        data += tls.recv(65536)
+        while len(data) >= 9 and len(data) >= 9 + int.from_bytes(data[:3]):
+            length, kind = int.from_bytes(data[:3]), data[3]
+            if kind == 7:
+                return int.from_bytes(data[13:17])
+            data = data[9 + length:]
 
 
 def pump(tls, connection):

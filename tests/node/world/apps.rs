@@ -49,6 +49,18 @@ pub fn count(mut stream: TcpStream) {
     let _ = stream.shutdown(Shutdown::Both);
 }
 
+/// What clients of [`finish_first`] have sent.
+pub static FINISHED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+
+/// Says what it has to say, closes its side, and only then listens.
+pub fn finish_first(mut stream: TcpStream) {
+    let _ = stream.write_all(b"that is all from me");
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut all = String::new();
+    let _ = stream.read_to_string(&mut all);
+    FINISHED.lock().unwrap().push(all);
+}
+
 /// Takes one byte, then resets the connection.
 pub fn reset(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]);
