@@ -143,7 +143,7 @@ fn steps_name_only_steps_before_them() {
                 wrong.push(format!("{file} names {other}"));
             }
         }
-        for knows_all in ["journey", "worker"] {
+        for knows_all in ["between", "worker"] {
             if named.iter().any(|name| name == knows_all) {
                 wrong.push(format!("{file} names {knows_all}"));
             }

@@ -1,5 +1,5 @@
 //! The path of a connection. The folders are its steps, and their alphabetical order is their order in time:
-//! accept → authorize → choose → dial → forward → report. A step names only steps before it; [`journey`] knows all.
+//! accept → authorize → choose → dial → forward → report. A step names only steps before it; this file knows all.
 //!
 //! - *outbound* (15001): accept, choose, dial, forward, report. The destination's side authorizes.
 //! - *inbound* (15008): a tunnel is accepted once; each stream is then chosen, authorized, dialled, forwarded, reported.
@@ -7,11 +7,11 @@
 
 pub mod accept;
 pub mod authorize;
+mod between;
 pub mod choose;
 pub mod dial;
 pub mod forward;
 pub mod headers;
-pub mod journey;
 pub mod pod;
 pub mod report;
 pub mod worker;
@@ -19,9 +19,19 @@ pub mod worker;
 pub use pod::Pod;
 pub use worker::{Entrance, Shared, Workers};
 
-use crate::hbone;
-use dial::direct::SocketConfig;
-use dial::pool::PoolConfig;
+use accept::{Peer, tunnel as tunnelled};
+use authorize::{Live, Subject};
+use between::{ResetUnlessDone, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
+use choose::{HboneWay, LocalError, OWN_PORTS, Way};
+use dial::{DialError, direct::SocketConfig, pool::PoolConfig};
+use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
+use worker::Worker;
+
+use crate::hbone::{self, Authority, ConnectRequest, Incoming};
+use crate::mesh::{SpiffeName, address::canonical};
+use http::StatusCode;
+use std::net::SocketAddr;
+use std::sync::Arc;
 
 /// Settings of the data plane.
 #[derive(Clone, Copy, Debug)]
@@ -38,4 +48,265 @@ pub struct Config {
     pub max_connections: usize,
     /// Whether the 200 of an accepted stream carries the workload's baggage.
     pub response_baggage: bool,
+}
+
+/// 15001: a connection that the pod opened.
+pub async fn outbound(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
+    let _count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
+    let result = outbound_steps(worker, pod, socket, peer, &mut record).await;
+    record.finish(result);
+}
+
+async fn outbound_steps(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    record: &mut Record,
+) -> Result<(), Failure> {
+    let shared = &worker.shared;
+    let captured = accept::captured(socket, peer, &shared.config.sockets.legs)?;
+    if pod.probes.take(captured.destination) {
+        return Ok(());
+    }
+    record.destination(captured.destination);
+    let app = ResetUnlessDone::new(captured.app);
+    let (snapshot, source) = local_facts(worker, pod).await?;
+    let route =
+        choose::route::choose(&snapshot, &source, captured.destination, &mut |below| rand::random_range(0..below))?;
+    drop(snapshot);
+    let details = |way: Option<&HboneWay>, actual| Details {
+        source_identity: way.and(source.identity().ok()),
+        // Which of the expected names it is, the tunnel's handshake makes sure of.
+        destination_identity: way.and(route.workload.as_ref().and_then(|w| w.identity().ok())),
+        source_workload: Some(source.clone()),
+        destination_workload: route.workload.clone(),
+        service: route.service.clone(),
+        actual,
+        authority: way.map(|way| way.authority.to_string()),
+        rule: None,
+    };
+    match &route.way {
+        Way::Direct { to } => {
+            let live = record.opened(details(None, *to));
+            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &shared.config.sockets)).await?;
+            let far = ResetUnlessDone::new(far);
+            let silence = shared.config.hbone.half_closed_silence;
+            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None)).await?;
+            far.done();
+        }
+        Way::Hbone(way) => {
+            let live = record.opened(details(Some(way), way.to));
+            let origin = origin(worker, pod, own_credentials(worker, &source).await?);
+            let request = ConnectRequest {
+                authority: Authority::Address(way.authority),
+                baggage: Some(headers::baggage(&source)),
+                forwarded: Some(headers::forwarded(captured.source, route.service.as_deref())),
+                traceparent: Some(headers::traceparent()),
+            };
+            let opened = unless_gone(&app, dial::hbone::open(&worker.pool, &origin, way, &request)).await?;
+            let _known = live.tls.set(opened.lease.tls());
+            let silence = shared.config.hbone.half_closed_silence;
+            forward::over_stream(&app, opened.stream, &live.bytes, silence, stop(pod, None)).await?;
+        }
+    }
+    app.done();
+    Ok(())
+}
+
+/// 15008: a tunnel from a peer; its streams become tasks of this worker.
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
+    let record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
+    let Peer { identity, source, local, tls, tunnel: mut server } = match shake_hands(worker, pod, socket, peer).await {
+        Ok(peer) => {
+            // From here on each stream has its own record.
+            record.finish(Ok(()));
+            peer
+        }
+        Err(failure) => return record.finish(Err(failure)),
+    };
+    let peer = Arc::new(PeerFacts { identity, source, local, tls });
+    let drain = pod.signal();
+    let mut going_away = false;
+    loop {
+        let next = tokio::select! {
+            next = server.next() => next,
+            () = drain.gentle(), if !going_away => {
+                going_away = true;
+                server.go_away();
+                continue;
+            }
+            () = drain.now() => return,
+        };
+        match next {
+            Some(Ok(incoming)) => {
+                let (own, pod, peer, active) = (worker.clone(), pod.clone(), peer.clone(), pod.active.token());
+                worker.tasks.spawn(async move {
+                    stream(&own, &pod, &peer, incoming).await;
+                    drop(active);
+                });
+            }
+            Some(Err(error)) => {
+                tracing::debug!(%error, peer = %peer.source, identity = %peer.identity, "tunnel ended");
+                return;
+            }
+            None => return,
+        }
+    }
+}
+
+async fn shake_hands(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+) -> Result<Peer, Failure> {
+    let config = &worker.shared.config;
+    let (_, workload) = local_facts(worker, pod).await?;
+    let credentials = own_credentials(worker, &workload).await?;
+    Ok(tunnelled::handshake(socket, peer, &config.sockets.legs, &credentials, &config.hbone).await?)
+}
+
+/// What is known of the peer of a tunnel.
+#[derive(Debug)]
+struct PeerFacts {
+    identity: SpiffeName,
+    source: SocketAddr,
+    local: SocketAddr,
+    tls: crate::identity::TlsFacts,
+}
+
+/// One CONNECT stream of a tunnel.
+async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
+    let Some(_open) = worker.shared.open() else {
+        incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+        return record.finish(Err(Failure::Limit(worker.shared.config.max_connections)));
+    };
+    let request = incoming.request.clone();
+    let admitted = tokio::select! {
+        admitted = admit(worker, pod, peer, request, &mut record) => admitted,
+        () = incoming.abandoned() => Err(DialError::Abandoned.into()),
+    };
+    let result = match admitted {
+        Ok(admitted) => carry(worker, pod, incoming, admitted).await,
+        Err(failure) => {
+            incoming.refuse(status(&failure));
+            Err(failure)
+        }
+    };
+    record.finish(result);
+}
+
+/// A stream that may go, and the application's socket that is open for it.
+struct Admitted {
+    app: ResetUnlessDone,
+    permit: Live,
+    live: Arc<Connection>,
+    baggage: Option<String>,
+}
+
+async fn admit(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    peer: &PeerFacts,
+    request: Result<ConnectRequest, crate::hbone::request::RequestError>,
+    record: &mut Record,
+) -> Result<Admitted, Failure> {
+    let shared = &worker.shared;
+    let request = request?;
+    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let own = peer.local.ip();
+    if !pod.owns(&workload, own) || is_local(own) {
+        return Err(LocalError::IpMismatch { asked: own, own: workload.ips.first().copied().unwrap_or(own) }.into());
+    }
+    let target = choose::local::choose(&snapshot, &workload, own, &request.authority)?;
+    record.destination(peer.local);
+    let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
+    // Registered before it is asked for: no policy change can fall between the two.
+    let live_permit = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
+    // What the peer says it asked for counts only if it is a service of this workload.
+    let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
+    let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
+    let live = record.opened(Details {
+        source_workload: snapshot.workload_at(&workload.network, peer.source.ip()).cloned(),
+        source_identity: Some(peer.identity.clone()),
+        destination_workload: Some(workload.clone()),
+        destination_identity: workload.identity().ok(),
+        service: target.service.or(by_host),
+        actual: target.address,
+        authority: Some(request.authority.to_string()),
+        rule: permit.as_ref().ok().map(ToString::to_string),
+    });
+    let _known = live.tls.set(peer.tls);
+    drop(snapshot);
+    let client = peer.source.ip();
+    let app = dial::direct::to_app(&permit?, &pod.netns, target.address, client, &shared.config.sockets).await?;
+    let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
+    Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage })
+}
+
+async fn carry(worker: &Worker, pod: &Pod, incoming: Incoming, admitted: Admitted) -> Result<(), Failure> {
+    let Admitted { app, permit, live, baggage } = admitted;
+    let stream = incoming.accept(baggage.as_deref())?;
+    let silence = worker.shared.config.hbone.half_closed_silence;
+    forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, Some(&permit))).await?;
+    app.done();
+    Ok(())
+}
+
+/// 15006: a connection to the pod that came in plaintext.
+pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
+    let result = plaintext_steps(worker, pod, socket, peer, &mut record).await;
+    record.finish(result);
+}
+
+async fn plaintext_steps(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    record: &mut Record,
+) -> Result<(), Failure> {
+    let shared = &worker.shared;
+    let captured = accept::captured(socket, peer, &shared.config.sockets.legs)?;
+    record.destination(captured.destination);
+    let client = ResetUnlessDone::new(captured.app);
+    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let destination = captured.destination;
+    if OWN_PORTS.contains(&destination.port()) {
+        return Err(LocalError::Loop(destination).into());
+    }
+    if !pod.owns(&workload, destination.ip()) {
+        let own = workload.ips.first().copied().unwrap_or(destination.ip());
+        return Err(LocalError::IpMismatch { asked: destination.ip(), own }.into());
+    }
+    let source = captured.source.ip();
+    let subject = Subject { peer: None, source, destination };
+    let live_permit = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
+    let live = record.opened(Details {
+        source_workload: snapshot.workload_at(&workload.network, source).cloned(),
+        source_identity: None,
+        destination_workload: Some(workload.clone()),
+        destination_identity: None,
+        service: None,
+        actual: destination,
+        authority: None,
+        rule: permit.as_ref().ok().map(ToString::to_string),
+    });
+    drop(snapshot);
+    let permit = permit?;
+    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &shared.config.sockets);
+    let app = ResetUnlessDone::new(unless_gone(&client, app).await?);
+    let silence = shared.config.hbone.half_closed_silence;
+    forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit))).await?;
+    client.done();
+    app.done();
+    Ok(())
 }

@@ -5,7 +5,7 @@ use super::accept::listener;
 use super::authorize::revoke::Registry;
 use super::dial::Pool;
 use super::report::{Direction, Failure, Record, Reporter};
-use super::{Config, Pod, journey};
+use super::{Config, Pod};
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
@@ -215,9 +215,9 @@ async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
         worker.tasks.clone().spawn(async move {
             let load = Load(worker.clone());
             match entrance {
-                Entrance::Outbound => journey::outbound(&worker, &pod, socket, peer).await,
-                Entrance::Plaintext => journey::plaintext(&worker, &pod, socket, peer).await,
-                Entrance::Tunnel => journey::tunnel(&worker, &pod, socket, peer).await,
+                Entrance::Outbound => super::outbound(&worker, &pod, socket, peer).await,
+                Entrance::Plaintext => super::plaintext(&worker, &pod, socket, peer).await,
+                Entrance::Tunnel => super::tunnel(&worker, &pod, socket, peer).await,
             }
             drop((load, active, open));
         });

@@ -1,0 +1,127 @@
+//! What the journeys do between their steps: get facts and certificates, wait, stop, and refuse.
+
+use super::Pod;
+use super::authorize::Live;
+use super::choose;
+use super::dial::{DialError, hbone::Origin};
+use super::forward::Stop;
+use super::report::Failure;
+use super::worker::Worker;
+use crate::hbone::stream::app_broken;
+use crate::identity::Credentials;
+use crate::mesh::{Snapshot, Workload};
+use crate::sys::socket::reset_on_close;
+use http::StatusCode;
+use std::net::IpAddr;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// Whether an address means nothing outside of its own machine or link.
+pub(super) fn is_local(ip: IpAddr) -> bool {
+    let link_local = match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    ip.is_loopback() || link_local
+}
+
+/// The facts of now, and the pod's own workload among them.
+pub(super) async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
+    pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
+}
+
+/// The certificate of the pod's own workload.
+pub(super) async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc<Credentials>, Failure> {
+    let identity =
+        workload.identity().map_err(|error| choose::RouteError::Identity(workload.uid.clone(), error.to_string()))?;
+    Ok(worker.shared.identities.get(&identity).await?)
+}
+
+/// Where a tunnel of the pod starts.
+pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) -> Origin {
+    Origin {
+        pod: pod.uid.clone(),
+        netns: pod.netns.clone(),
+        credentials,
+        drain: pod.signal(),
+        sockets: worker.shared.config.sockets,
+        hbone: worker.shared.config.hbone,
+    }
+}
+
+/// Dials for a client; gives up when the client resets meanwhile.
+pub(super) async fn unless_gone<T>(
+    client: &TcpStream,
+    dial: impl Future<Output = Result<T, DialError>>,
+) -> Result<T, DialError> {
+    tokio::select! {
+        biased;
+        dialled = dial => dialled,
+        _ = app_broken(client) => Err(DialError::Abandoned),
+    }
+}
+
+/// Resolves when a connection of the pod is to stop.
+pub(super) async fn stop(pod: &Pod, permit: Option<&Live>) -> Stop {
+    let drain = pod.signal();
+    let revoked = async {
+        let Some(permit) = permit else { return std::future::pending().await };
+        permit.revoked().await;
+        permit.reason().map_or(Stop::Drained, Stop::Revoked)
+    };
+    tokio::select! {
+        why = revoked => why,
+        () = drain.now() => Stop::Drained,
+    }
+}
+
+/// The status with which a stream is refused (source: the reference's inbound HBONE table).
+pub(super) fn status(failure: &Failure) -> StatusCode {
+    match failure {
+        Failure::Request(_) => StatusCode::BAD_REQUEST,
+        Failure::Local(error) => error.status(),
+        Failure::Refused(_) => StatusCode::UNAUTHORIZED,
+        Failure::Limit(_)
+        | Failure::LocalWorkload(_)
+        | Failure::Accept(_)
+        | Failure::Identity(_)
+        | Failure::Route(_)
+        | Failure::Dial(_)
+        | Failure::Answer(_)
+        | Failure::Forward(_)
+        | Failure::Abandoned => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
+
+/// A client's socket that is closed with RST unless its connection came to an orderly end: a client must be able to
+/// tell a refusal from an empty answer.
+pub(super) struct ResetUnlessDone {
+    socket: TcpStream,
+    done: bool,
+}
+
+impl ResetUnlessDone {
+    pub(super) fn new(socket: TcpStream) -> Self {
+        Self { socket, done: false }
+    }
+
+    pub(super) fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl std::ops::Deref for ResetUnlessDone {
+    type Target = TcpStream;
+
+    fn deref(&self) -> &TcpStream {
+        &self.socket
+    }
+}
+
+impl Drop for ResetUnlessDone {
+    fn drop(&mut self) {
+        if !self.done {
+            reset_on_close(&self.socket);
+        }
+    }
+}
