@@ -78,8 +78,7 @@ async fn outbound_steps(
     drop(snapshot);
     let details = |way: Option<&HboneWay>, actual| Details {
         source_identity: way.and(source.identity().ok()),
-        // Which of the expected names it is, the tunnel's handshake makes sure of.
-        destination_identity: way.and(route.workload.as_ref().and_then(|w| w.identity().ok())),
+        destination_identity: None,
         source_workload: Some(source.clone()),
         destination_workload: route.workload.clone(),
         service: route.service.clone(),
@@ -107,6 +106,7 @@ async fn outbound_steps(
             };
             let opened = unless_gone(&app, dial::hbone::open(&worker.pool, &origin, way, &request)).await?;
             let _known = live.tls.set(opened.lease.tls());
+            record.proven(opened.lease.peer());
             let silence = shared.config.hbone.half_closed_silence;
             forward::over_stream(&app, opened.stream, &live.bytes, silence, stop(pod, None)).await?;
         }

@@ -52,7 +52,7 @@ pub(super) fn connections(parts: &Parts) -> Value {
             "actualDst": c.actual.to_string(),
             "hboneAddr": c.authority,
             "srcIdentity": name(&c.source_identity),
-            "dstIdentity": name(&c.destination_identity),
+            "dstIdentity": c.destination_identity.get().map(ToString::to_string),
             "bytesSent": c.bytes.up.load(Ordering::Relaxed),
             "bytesReceived": c.bytes.down.load(Ordering::Relaxed),
             "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),

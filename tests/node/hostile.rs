@@ -277,6 +277,27 @@ fn a_destination_that_is_somebody_else_gets_nothing() {
 }
 
 #[test]
+fn a_destination_may_be_whom_the_service_names_besides_and_the_log_says_who_it_was() {
+    let mut w = world();
+    let client = w.mesh_pod("client", 1);
+    let to = server(&w);
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&to]);
+    w.mesh.services[0]["subjectAltNames"] = json!([spiffe("server")]);
+    w.start();
+    let mut mesh = w.mesh.clone();
+    mesh.of("server")["serviceAccount"] = json!("renamed");
+    crate::world::replace(&w.mesh_file(1), &mesh.json());
+    eventually("node 1 has the new facts", || w.metric(1, "culvert_mesh_file_applied_total", &[]) >= 2.0);
+    let vip: std::net::IpAddr = "10.96.0.1".parse().unwrap();
+    assert!(ask(&client.netns, (vip, 80), "x").is_ok());
+    let line = w.log_line(1, "outbound", |l| l["message"] == "connection complete" && l["direction"] == "outbound");
+    assert_eq!(line["dst.identity"], spiffe("server"), "who it has proven to be, not who it was expected to be");
+    assert!(ask(&client.netns, (to.v4, 8080), "x").is_err(), "addressed directly, nobody else is accepted");
+    let line = w.log_line(1, "refused", |l| l["reason"] == "tunnel_tls");
+    assert_eq!(line.get("dst.identity"), None, "nobody has proven anything: {line}");
+}
+
+#[test]
 fn a_peer_that_says_nothing_is_dropped_and_others_go_on() {
     let mut w = world();
     let client = w.mesh_pod("client", 1);

@@ -6,11 +6,13 @@ use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
 use crate::connection::choose::HboneWay;
 use crate::hbone::client::{OpenError, handshake};
 use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
+use crate::identity::verify::{PeerError, peer_name};
 use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::sys::netns::Netns;
 use crate::task::Signal;
 use rustls::ClientConfig;
 use rustls::pki_types::{IpAddr, ServerName};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,7 +104,11 @@ async fn dial(
             .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
             .await
             .map_err(TunnelDialError::Tls)?;
-        let facts = TlsFacts::of(tls.get_ref().1);
+        let state = tls.get_ref().1;
+        let facts = TlsFacts::of(state);
+        let leaf = state.peer_certificates().and_then(|chain| chain.first());
+        let peer = leaf.map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
+        let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
         let (tunnel, mut driver) = handshake(tls, &config).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {
@@ -117,7 +123,7 @@ async fn dial(
                 tracing::debug!(%error, peer = %to, "tunnel ended");
             }
         });
-        Ok(Dialled { tunnel, tls: facts, run })
+        Ok(Dialled { tunnel, tls: facts, peer, run })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))

@@ -54,6 +54,8 @@ pub struct Dialled {
     pub tunnel: Tunnel,
     /// What TLS agreed on.
     pub tls: TlsFacts,
+    /// Who the far end has proven to be.
+    pub peer: SpiffeName,
     /// Runs until the tunnel ends.
     pub run: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
@@ -84,6 +86,7 @@ struct Slot {
 struct Open {
     tunnel: Tunnel,
     tls: TlsFacts,
+    peer: SpiffeName,
     streams: AtomicUsize,
     gone: AtomicBool,
     last_used: Mutex<Instant>,
@@ -104,6 +107,11 @@ impl Lease {
     /// What TLS agreed on.
     pub fn tls(&self) -> TlsFacts {
         self.open.tls
+    }
+
+    /// Who the far end has proven to be.
+    pub fn peer(&self) -> &SpiffeName {
+        &self.open.peer
     }
 
     /// Takes the tunnel out of use for others: it is going away.
@@ -207,6 +215,7 @@ impl Pool {
                 let open = Open {
                     tunnel: dialled.tunnel,
                     tls: dialled.tls,
+                    peer: dialled.peer,
                     streams: AtomicUsize::new(0),
                     gone: AtomicBool::new(false),
                     last_used: Mutex::new(Instant::now()),
@@ -328,7 +337,8 @@ mod tests {
         });
         let (tunnel, driver) = hbone::client::handshake(near, &HBONE).await.map_err(TunnelDialError::Http2)?;
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
-        Ok(Dialled { tunnel, tls, run: Box::pin(async move { drop(driver.run().await) }) })
+        let peer = SpiffeName::new("td", "a", "far").unwrap();
+        Ok(Dialled { tunnel, tls, peer, run: Box::pin(async move { drop(driver.run().await) }) })
     }
 
     #[tokio::test(start_paused = true)]

@@ -29,8 +29,8 @@ pub struct Connection {
     pub authority: Option<String>,
     /// Identity of the source, proven or, outbound, our own.
     pub source_identity: Option<SpiffeName>,
-    /// Identity of the destination, proven or, inbound, our own.
-    pub destination_identity: Option<SpiffeName>,
+    /// Identity of the destination: inbound our own, outbound once it has been proven.
+    pub destination_identity: OnceLock<SpiffeName>,
     /// What TLS agreed on, once there is a tunnel.
     pub tls: OnceLock<TlsFacts>,
     /// The rule that let it in.

@@ -8,7 +8,7 @@ use super::metrics::{FailureLabels, Metrics, ReporterLabel, TrafficLabels};
 use crate::mesh::{Service, SpiffeName, Text, Workload};
 use crate::telemetry::limit::LogLimit;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Which way a connection goes, as seen from its pod.
@@ -58,7 +58,7 @@ pub struct Details {
     pub source_identity: Option<SpiffeName>,
     /// Destination workload.
     pub destination_workload: Option<Arc<Workload>>,
-    /// Destination identity, if there is mutual TLS.
+    /// Destination identity, if there is mutual TLS: inbound our own, outbound none before it has been proven.
     pub destination_identity: Option<SpiffeName>,
     /// Service that was asked for.
     pub service: Option<Arc<Service>>,
@@ -134,8 +134,8 @@ impl Record {
             actual: details.actual,
             authority: details.authority.clone(),
             source_identity: details.source_identity.clone(),
-            destination_identity: details.destination_identity.clone(),
-            tls: std::sync::OnceLock::new(),
+            destination_identity: details.destination_identity.clone().map(OnceLock::from).unwrap_or_default(),
+            tls: OnceLock::new(),
             rule: details.rule.clone(),
             since: self.start,
             bytes: Bytes { up_metric, down_metric, ..Bytes::default() },
@@ -147,6 +147,15 @@ impl Record {
             access_log::opened(self.direction, source, destination, &opened.details);
         }
         connection
+    }
+
+    /// Says who the destination has proven to be.
+    pub fn proven(&mut self, destination: &SpiffeName) {
+        if let Some(opened) = &mut self.opened {
+            opened.details.destination_identity = Some(destination.clone());
+            // Set once: a connection has one destination.
+            let _ = opened.connection.destination_identity.set(destination.clone());
+        }
     }
 
     /// Says how it ended.
