@@ -23,7 +23,7 @@ use accept::{Peer, tunnel as tunnelled};
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use choose::{HboneWay, LocalError, OWN_PORTS, Way};
-use dial::{DialError, direct::SocketConfig, pool::PoolConfig};
+use dial::{DialError, direct::SocketConfig, hbone::Opened, pool::PoolConfig};
 use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use worker::Worker;
 
@@ -65,10 +65,48 @@ async fn outbound_steps(
     peer: SocketAddr,
     record: &mut Record,
 ) -> Result<(), Failure> {
+    // Boxed, so that an open connection does not keep the room that opening it took.
+    let Some(Outward { app, live, far }) = Box::pin(open(worker, pod, socket, peer, record)).await? else {
+        return Ok(());
+    };
+    let silence = worker.shared.config.hbone.half_closed_silence;
+    match far {
+        Far::Direct(far) => {
+            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None)).await?;
+            far.done();
+        }
+        Far::Tunnel(Opened { stream, lease: _lease }) => {
+            forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, None)).await?;
+        }
+    }
+    app.done();
+    Ok(())
+}
+
+/// An outbound connection whose far side is open.
+struct Outward {
+    app: ResetUnlessDone,
+    live: Arc<Connection>,
+    far: Far,
+}
+
+enum Far {
+    Direct(ResetUnlessDone),
+    Tunnel(Opened),
+}
+
+/// Accept, choose, dial; `None` for a probe of capture, which has arrived with that.
+async fn open(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    record: &mut Record,
+) -> Result<Option<Outward>, Failure> {
     let shared = &worker.shared;
     let captured = accept::captured(socket, peer, &shared.config.sockets.legs)?;
     if pod.probes.take(captured.destination) {
-        return Ok(());
+        return Ok(None);
     }
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
@@ -90,10 +128,7 @@ async fn outbound_steps(
         Way::Direct { to } => {
             let live = record.opened(details(None, *to));
             let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &shared.config.sockets)).await?;
-            let far = ResetUnlessDone::new(far);
-            let silence = shared.config.hbone.half_closed_silence;
-            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None)).await?;
-            far.done();
+            Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::new(far)) }))
         }
         Way::Hbone(way) => {
             let live = record.opened(details(Some(way), way.to));
@@ -107,26 +142,24 @@ async fn outbound_steps(
             let opened = unless_gone(&app, dial::hbone::open(&worker.pool, &origin, way, &request)).await?;
             let _known = live.tls.set(opened.lease.tls());
             record.proven(opened.lease.peer());
-            let silence = shared.config.hbone.half_closed_silence;
-            forward::over_stream(&app, opened.stream, &live.bytes, silence, stop(pod, None)).await?;
+            Ok(Some(Outward { app, live, far: Far::Tunnel(opened) }))
         }
     }
-    app.done();
-    Ok(())
 }
 
 /// 15008: a tunnel from a peer; its streams become tasks of this worker.
 pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
     let record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
-    let Peer { identity, source, local, tls, tunnel: mut server } = match shake_hands(worker, pod, socket, peer).await {
-        Ok(peer) => {
-            // From here on each stream has its own record.
-            record.finish(Ok(()));
-            peer
-        }
-        Err(failure) => return record.finish(Err(failure)),
-    };
+    let Peer { identity, source, local, tls, tunnel: mut server } =
+        match Box::pin(shake_hands(worker, pod, socket, peer)).await {
+            Ok(peer) => {
+                // From here on each stream has its own record.
+                record.finish(Ok(()));
+                peer
+            }
+            Err(failure) => return record.finish(Err(failure)),
+        };
     let peer = Arc::new(PeerFacts { identity, source, local, tls });
     let drain = pod.signal();
     let mut going_away = false;
@@ -187,7 +220,7 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut inco
     };
     let request = incoming.request.clone();
     let admitted = tokio::select! {
-        admitted = admit(worker, pod, peer, request, &mut record) => admitted,
+        admitted = Box::pin(admit(worker, pod, peer, request, &mut record)) => admitted,
         () = incoming.abandoned() => Err(DialError::Abandoned.into()),
     };
     let result = match admitted {
