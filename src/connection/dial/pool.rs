@@ -224,6 +224,9 @@ impl Pool {
             }
         };
         settle.with(Ok(open.clone()));
+        drop(settle);
+        // Its value is a handle on the tunnel, and a tunnel ends when nobody has one: who waits still sees it.
+        drop(outcome);
         self.keep(&key, open, drain, run).await;
     }
 
@@ -382,6 +385,7 @@ mod tests {
         leases.clear();
         tokio::time::sleep(Duration::from_secs(601)).await;
         assert_eq!(pool.len(), 0);
+        assert_eq!(far.len(), 0, "a tunnel that has left the pool is closed, not only forgotten");
     }
 
     #[tokio::test(start_paused = true)]
