@@ -32,7 +32,7 @@ fn message(w: &World, node: u8, text: &'static str) -> Value {
 #[test]
 fn sigterm_lets_open_connections_finish_and_takes_no_new_ones() {
     for node in [1, 2] {
-        let (mut w, client, server, mut live) = world(&[("CONNECTION_TERMINATION_DEADLINE", "30s")]);
+        let (mut w, client, server, mut live) = world(&[("CONNECTION_TERMINATION_DEADLINE", "1h")]);
         w.node(node).signal(Signal::SIGTERM);
         message(&w, node, "no new connections");
         eventually("new ones are refused", || ask(&client.netns, (server.v4, 9000), "x").is_err());
