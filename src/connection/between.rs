@@ -9,6 +9,7 @@ use super::report::Failure;
 use super::worker::Worker;
 use crate::hbone::stream::app_broken;
 use crate::identity::Credentials;
+use crate::mesh::address::is_link_local;
 use crate::mesh::{Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
@@ -18,11 +19,7 @@ use tokio::net::TcpStream;
 
 /// Whether an address means nothing outside of its own machine or link.
 pub(super) fn is_local(ip: IpAddr) -> bool {
-    let link_local = match ip {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    ip.is_loopback() || link_local
+    ip.is_loopback() || is_link_local(ip)
 }
 
 /// The facts of now, and the pod's own workload among them.

@@ -85,6 +85,14 @@ pub fn parse_network_cidr(text: &str) -> Option<NetworkCidr> {
     Some(NetworkCidr { network: network.into(), range: range.parse().ok()? })
 }
 
+/// Whether an address means nothing outside of its own link.
+pub fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
 /// The address with an IPv4-mapped IPv6 address written as the IPv4 address that it is.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())

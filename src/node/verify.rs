@@ -3,6 +3,7 @@
 
 use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
+use crate::mesh::address::is_link_local;
 use crate::sys::netns::NetnsError;
 use crate::sys::socket::{ordinary, start_connect};
 use std::io;
@@ -38,8 +39,7 @@ pub enum VerifyError {
 /// Probes each IP family that is redirected and in which the pod has an address.
 pub async fn verify(pod: &Pod, ipv6: bool) -> Result<(), VerifyError> {
     for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
-        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        let own = pod.addresses.iter().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !link_local(ip));
+        let own = pod.addresses.iter().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(**ip));
         let Some(own) = own else { continue };
         match one_family(pod, probe).await {
             // A pod without a default route still reaches its neighbours.
