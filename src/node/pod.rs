@@ -16,7 +16,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 
 /// Time between attempts to capture, where nothing that matters changes before.
 const RETRY: Duration = Duration::from_secs(5);
@@ -146,24 +146,30 @@ async fn hold(
     facts: &mut watch::Receiver<u64>,
 ) -> CaptureError {
     let (mut verify_at, mut rewrite_at) = (Instant::now() + VERIFY_EVERY, Instant::now() + REWRITE_EVERY);
+    // Ticks on whatever else happens, so that changing facts cannot put off looking.
+    let mut looks = tokio::time::interval(LOOK);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let changed = tokio::select! {
-            () = tokio::time::sleep(LOOK) => false,
+            _ = looks.tick() => false,
             Ok(()) = facts.changed() => true,
         };
-        if let Some(gone) = vanished(&captured.pod.netns) {
+        // Facts may change a thousand times a second: a change costs a look at them and nothing else.
+        if !changed && let Some(gone) = vanished(&captured.pod.netns) {
             return gone;
-        }
-        if !changed && Instant::now() < verify_at {
-            continue;
         }
         match capturer.still(spec, captured) {
             Ok(()) => {}
             Err(error @ CaptureError::NoFacts(_)) => {
                 board.set(spec, state_of(&error));
+                // Verified as soon as it is known again.
+                verify_at = Instant::now();
                 continue;
             }
             Err(error) => return error,
+        }
+        if Instant::now() < verify_at {
+            continue;
         }
         let rewrite = Instant::now() >= rewrite_at;
         let verified = verified(capturer, captured, rewrite).await;
