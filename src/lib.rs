@@ -4,7 +4,7 @@
 //!
 //! | layer | modules |
 //! |--:|---|
-//! | 0 | `mesh`, `sys`, `task`, `telemetry` |
+//! | 0 | `mesh`, `proto`, `sys`, `task`, `telemetry` |
 //! | 1 | `hbone`, `identity` |
 //! | 2 | `connection`, `control`, `admin` |
 //! | 3 | `node` |
@@ -22,6 +22,7 @@ mod hbone;
 mod identity;
 mod mesh;
 mod node;
+mod proto;
 mod sys;
 mod task;
 mod telemetry;
