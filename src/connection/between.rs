@@ -2,7 +2,7 @@
 
 use super::Pod;
 use super::authorize::Live;
-use super::choose;
+use super::choose::{self, RouteError, route::Route};
 use super::dial::{DialError, hbone::Origin};
 use super::forward::Stop;
 use super::report::Failure;
@@ -10,10 +10,10 @@ use super::worker::Worker;
 use crate::hbone::stream::app_broken;
 use crate::identity::Credentials;
 use crate::mesh::address::is_link_local;
-use crate::mesh::{Snapshot, Workload};
+use crate::mesh::{self, Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -27,10 +27,30 @@ pub(super) async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snaps
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
 
+/// Questions that one connection may ask of the control plane: its destination, a waypoint, and what these lead to.
+const QUESTIONS_MAX: usize = 4;
+
+/// The route to `target`; asks for facts that are told only when asked for, and chooses again.
+pub(super) async fn find_route(
+    mesh: &mesh::Store,
+    mut snapshot: Arc<Snapshot>,
+    source: &Workload,
+    target: SocketAddr,
+) -> Result<Route, RouteError> {
+    for _ in 0..QUESTIONS_MAX {
+        match choose::route::choose(&snapshot, source, target, &mut |below| rand::random_range(0..below)) {
+            Err(RouteError::Unasked(wanted)) => mesh.ask(wanted).await?,
+            chosen => return chosen,
+        }
+        snapshot = mesh.load();
+    }
+    choose::route::choose(&snapshot, source, target, &mut |below| rand::random_range(0..below))
+}
+
 /// The certificate of the pod's own workload.
 pub(super) async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc<Credentials>, Failure> {
     let identity =
-        workload.identity().map_err(|error| choose::RouteError::Identity(workload.uid.clone(), error.to_string()))?;
+        workload.identity().map_err(|error| RouteError::Identity(workload.uid.clone(), error.to_string()))?;
     Ok(worker.shared.identities.get(&identity).await?)
 }
 

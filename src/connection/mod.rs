@@ -21,7 +21,7 @@ pub use worker::{Entrance, Shared, Workers};
 
 use accept::{Peer, tunnel as tunnelled};
 use authorize::{Live, Subject};
-use between::{ResetUnlessDone, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
+use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use choose::{HboneWay, LocalError, OWN_PORTS, Way};
 use dial::{DialError, direct::SocketConfig, hbone::Opened, pool::PoolConfig};
 use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
@@ -111,9 +111,7 @@ async fn open(
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
     let (snapshot, source) = local_facts(worker, pod).await?;
-    let route =
-        choose::route::choose(&snapshot, &source, captured.destination, &mut |below| rand::random_range(0..below))?;
-    drop(snapshot);
+    let route = find_route(&shared.mesh, snapshot, &source, captured.destination).await?;
     let details = |way: Option<&HboneWay>, actual| Details {
         source_identity: way.and(source.identity().ok()),
         destination_identity: None,

@@ -358,6 +358,7 @@ impl FileService {
             name: self.name.into(),
             ports: self.ports,
             subject_alt_names: self.subject_alt_names.into_iter().map(Text::from).collect(),
+            weighted_waypoints: Vec::new(),
             load_balancer: self.load_balancer.map(load_balancer),
             ip_families: self.ip_families.map(|families| match families {
                 FileFamilies::V4 => IpFamilies::V4,

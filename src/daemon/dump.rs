@@ -29,7 +29,7 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "workloads": sorted(snapshot.workloads().map(|w| (w.uid.to_string(), workload(w))).collect()),
         "services": sorted(snapshot.services().map(|s| (s.key.hostname.to_string(), service(&snapshot, s))).collect()),
         "policies": sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
-        "stagedServices": {},
+        "stagedServices": staged(&snapshot),
         "staticConfig": {"workloads": [], "services": [], "policies": []},
         "certificates": certificates(parts),
         "workloadState": state,
@@ -128,7 +128,7 @@ fn workload(w: &Workload) -> Value {
         "workloadIps": w.ips,
         "waypoint": w.waypoint.as_ref().map(gateway),
         "networkGateway": w.network_gateway.as_ref().map(gateway),
-        "protocol": match w.protocol { Protocol::Tcp => "TCP", Protocol::Hbone => "HBONE" },
+        "protocol": match w.protocol { Protocol::Tcp => "TCP", Protocol::Hbone => "HBONE", Protocol::Unsupported => "unsupported" },
         "networkMode": match w.network_mode { NetworkMode::Standard => "Standard", NetworkMode::HostNetwork => "HostNetwork" },
         "uid": &*w.uid,
         "name": &*w.name,
@@ -167,7 +167,6 @@ fn service(snapshot: &Snapshot, s: &Service) -> Value {
     let ports: Map<String, Value> = s.ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect();
     let endpoints: Map<String, Value> = snapshot
         .endpoints(&s.key)
-        .iter()
         .map(|endpoint| {
             let ports: Map<String, Value> =
                 endpoint.ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect();
@@ -186,12 +185,22 @@ fn service(snapshot: &Snapshot, s: &Service) -> Value {
         "endpoints": endpoints,
         "subjectAltNames": s.subject_alt_names.iter().map(|n| &**n).collect::<Vec<_>>(),
         "waypoint": s.waypoint.as_ref().map(gateway),
+        "weightedWaypoints": s.weighted_waypoints.iter()
+            .map(|(way, weight)| json!({"destination": gateway(way), "weight": weight})).collect::<Vec<_>>(),
         "loadBalancer": s.load_balancer.as_ref().map(load_balancer),
         "ipFamilies": s.ip_families.map(|f| match f { IpFamilies::V4 => "IPv4", IpFamilies::V6 => "IPv6", IpFamilies::Dual => "Dual" }),
         "canonical": s.canonical,
         "visibility": match s.visibility { Visibility::Public => "Public", Visibility::Namespace => "Namespace" },
     });
     without_defaults(value, &["name", "namespace", "hostname", "vips", "ports", "endpoints", "visibility"])
+}
+
+/// Endpoints that name services which nobody has told us of (yet).
+fn staged(snapshot: &Snapshot) -> Value {
+    let one = |(key, uids): (&crate::mesh::ServiceKey, Vec<&crate::mesh::Text>)| {
+        (key.to_string(), Value::Array(uids.into_iter().map(|uid| Value::from(&**uid)).collect()))
+    };
+    Value::Object(snapshot.staged().map(one).collect())
 }
 
 fn load_balancer(lb: &LoadBalancer) -> Value {

@@ -1,14 +1,16 @@
 //! What is known of the mesh: plain facts, their indexes, and the one place that holds the current ones.
 //!
-//! Nothing here does I/O, reads a clock or knows a wire format; who learns facts (`control`) writes a whole new
-//! [`Snapshot`], who needs them (`connection`, `node`) reads the current one. A snapshot never changes.
+//! Nothing here does I/O, reads a clock or knows a wire format; who learns facts (`control`) applies an
+//! [`Update`], who needs them (`connection`, `node`) reads the current [`Snapshot`]. A snapshot never changes.
 
 pub mod address;
+pub mod index;
 pub mod name;
 pub mod policy;
 pub mod service;
 pub mod snapshot;
 pub mod store;
+pub mod update;
 pub mod workload;
 
 pub use address::{GatewayRef, GatewayTarget};
@@ -17,4 +19,5 @@ pub use policy::Policy;
 pub use service::Service;
 pub use snapshot::{Facts, Snapshot};
 pub use store::Store;
+pub use update::{Update, Wanted};
 pub use workload::{Protocol, Workload};

@@ -92,6 +92,8 @@ pub struct Service {
     pub subject_alt_names: Vec<Text>,
     /// Waypoint asked for by the service.
     pub waypoint: Option<GatewayRef>,
+    /// Waypoints of which one is drawn for each connection, with their weights; without weight, `waypoint` counts.
+    pub weighted_waypoints: Vec<(GatewayRef, u32)>,
     /// How endpoints are chosen.
     pub load_balancer: Option<LoadBalancer>,
     /// IP families; `None`: whatever there is.

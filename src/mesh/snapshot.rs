@@ -1,11 +1,17 @@
-//! An immutable picture of the mesh with the indexes that connections need; every lookup is O(1) but for CIDR services.
+//! An immutable picture of the mesh with the indexes that connections need. A lookup costs the same however large the
+//! mesh is; a range of addresses costs one more for each prefix length in use.
 
-use super::address::{GatewayRef, GatewayTarget, NetworkAddress};
+use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr};
+use super::index::{Claimant, Index};
 use super::name::{ServiceKey, Text};
-use super::policy::{Policy, PolicyScope};
+use super::policy::Policy;
 use super::service::Service;
-use super::workload::{NetworkMode, Ports, Protocol, Workload};
-use std::collections::HashMap;
+use super::update::Wanted;
+use super::workload::{Ports, Protocol, Workload};
+use ipnet::IpNet;
+use rpds::{HashTrieMapSync, HashTrieSetSync, RedBlackTreeMapSync};
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -21,12 +27,12 @@ pub struct Facts {
 }
 
 /// One workload behind a service, with its own port map for that service.
-#[derive(Clone, Debug)]
-pub struct Endpoint {
+#[derive(Clone, Copy, Debug)]
+pub struct Endpoint<'a> {
     /// The workload.
-    pub workload: Arc<Workload>,
+    pub workload: &'a Arc<Workload>,
     /// Service port to target port at this endpoint.
-    pub ports: Ports,
+    pub ports: &'a Ports,
 }
 
 /// What an address stands for.
@@ -38,83 +44,74 @@ pub enum Known {
     Workload(Arc<Workload>),
 }
 
-/// The indexed, immutable facts.
-#[derive(Debug, Default)]
+/// Endpoints of one service by uid, so that every choice among them sees the same order.
+pub(super) type Endpoints = RedBlackTreeMapSync<Text, Arc<Workload>>;
+
+/// The indexed, immutable facts. A copy shares what it does not change; that is how a change of one workload among
+/// fifty thousand costs microseconds. Indexes hold all that claim a key, so that the same facts give the same snapshot
+/// in whatever order they were learned.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Rises by one with every change.
     pub version: u64,
-    workloads: HashMap<Text, Arc<Workload>>,
-    by_address: HashMap<NetworkAddress, Arc<Workload>>,
-    by_pod: HashMap<(Text, Text), Arc<Workload>>,
-    by_workload_host: HashMap<(Text, Text), Arc<Workload>>,
-    services: HashMap<ServiceKey, Arc<Service>>,
-    by_vip: HashMap<NetworkAddress, Vec<Arc<Service>>>,
-    by_hostname: HashMap<Text, Vec<Arc<Service>>>,
-    cidr_services: Vec<Arc<Service>>,
-    endpoints: HashMap<ServiceKey, Vec<Endpoint>>,
-    policies: HashMap<Text, Arc<Policy>>,
-    global_policies: Vec<Arc<Policy>>,
-    namespace_policies: HashMap<Text, Vec<Arc<Policy>>>,
+    /// Version of the last change of a policy.
+    pub policies_version: u64,
+    /// The node that we run on; empty where nobody said.
+    pub(super) node: Text,
+    /// What was asked for and does not exist. `None`: nobody needs to ask, everything is told.
+    pub(super) absent: Option<HashTrieSetSync<Wanted>>,
+    pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
+    pub(super) by_address: Index<NetworkAddress, Workload>,
+    pub(super) by_pod: Index<(Text, Text), Workload>,
+    pub(super) by_workload_host: Index<(Text, Text), Workload>,
+    pub(super) services: HashTrieMapSync<ServiceKey, Arc<Service>>,
+    pub(super) by_vip: Index<NetworkAddress, Service>,
+    pub(super) by_hostname: Index<Text, Service>,
+    pub(super) by_cidr: Index<NetworkCidr, Service>,
+    /// Prefix lengths that some range has (and whether of IPv4), with how many have it: the lengths worth a lookup.
+    pub(super) cidr_lengths: BTreeMap<(bool, u8), usize>,
+    pub(super) endpoints: HashTrieMapSync<ServiceKey, Endpoints>,
+    pub(super) policies: HashTrieMapSync<Text, Arc<Policy>>,
+    pub(super) global_policies: Index<(), Policy>,
+    pub(super) namespace_policies: Index<Text, Policy>,
+}
+
+impl Claimant for Workload {
+    /// A pod before others, one that takes HBONE before others, then by uid.
+    fn order(&self, other: &Self) -> Ordering {
+        let rank = |w: &Self| (!w.uid.contains("//Pod/"), w.protocol != Protocol::Hbone);
+        rank(self).cmp(&rank(other)).then_with(|| self.uid.cmp(&other.uid))
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        self.uid == other.uid
+    }
+}
+
+impl Claimant for Service {
+    fn order(&self, other: &Self) -> Ordering {
+        self.canonical.cmp(&other.canonical).reverse().then_with(|| self.key.cmp(&other.key))
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+}
+
+impl Claimant for Policy {
+    fn order(&self, other: &Self) -> Ordering {
+        self.key.cmp(&other.key)
+    }
+
+    fn same(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
 }
 
 impl Snapshot {
-    /// Indexes `facts` from scratch.
-    pub fn build(version: u64, facts: Facts) -> Self {
-        let mut snapshot = Self { version, ..Self::default() };
-        for service in facts.services {
-            snapshot.add_service(Arc::new(service));
-        }
-        for workload in facts.workloads {
-            snapshot.add_workload(Arc::new(workload));
-        }
-        for policy in facts.policies {
-            snapshot.add_policy(Arc::new(policy));
-        }
-        snapshot
-    }
-
-    fn add_service(&mut self, service: Arc<Service>) {
-        for vip in &service.vips {
-            self.by_vip.entry(vip.clone()).or_default().push(service.clone());
-        }
-        if !service.cidrs.is_empty() {
-            self.cidr_services.push(service.clone());
-        }
-        self.by_hostname.entry(service.key.hostname.clone()).or_default().push(service.clone());
-        self.services.insert(service.key.clone(), service);
-    }
-
-    fn add_workload(&mut self, workload: Arc<Workload>) {
-        if workload.network_mode == NetworkMode::Standard {
-            for ip in &workload.ips {
-                let address = NetworkAddress { network: workload.network.clone(), ip: *ip };
-                let better = self.by_address.get(&address).is_none_or(|other| rank(&workload) > rank(other));
-                if better {
-                    self.by_address.insert(address, workload.clone());
-                }
-            }
-        }
-        for (key, ports) in &workload.services {
-            let endpoint = Endpoint { workload: workload.clone(), ports: ports.clone() };
-            self.endpoints.entry(key.clone()).or_default().push(endpoint);
-        }
-        if !workload.hostname.is_empty() {
-            let host = (workload.namespace.clone(), workload.hostname.clone());
-            self.by_workload_host.insert(host, workload.clone());
-        }
-        self.by_pod.insert((workload.namespace.clone(), workload.name.clone()), workload.clone());
-        self.workloads.insert(workload.uid.clone(), workload);
-    }
-
-    fn add_policy(&mut self, policy: Arc<Policy>) {
-        match policy.scope {
-            PolicyScope::Global => self.global_policies.push(policy.clone()),
-            PolicyScope::Namespace => {
-                self.namespace_policies.entry(policy.namespace.clone()).or_default().push(policy.clone());
-            }
-            PolicyScope::WorkloadSelector => {}
-        }
-        self.policies.insert(policy.key.clone(), policy);
+    /// An empty one: of this node, and with `on_demand` where facts are told only when asked for.
+    pub fn empty(node: Text, on_demand: bool) -> Self {
+        Self { node, absent: on_demand.then(HashTrieSetSync::default), ..Self::default() }
     }
 
     /// The workload with this uid.
@@ -122,39 +119,48 @@ impl Snapshot {
         self.workloads.get(uid)
     }
 
-    /// The workload of a pod of this node.
+    /// The workload of a pod of this node. Other clusters may have a pod of the same name; it is not on this node.
     pub fn workload_of_pod(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
-        self.by_pod.get(&(namespace.into(), name.into()))
+        let claims = self.by_pod.get(&(Text::from(namespace), Text::from(name)));
+        claims.iter().find(|w| self.node.is_empty() || w.node == self.node)
     }
 
     /// The workload that owns an address.
     pub fn workload_at(&self, network: &Text, ip: IpAddr) -> Option<&Arc<Workload>> {
-        self.by_address.get(&NetworkAddress { network: network.clone(), ip })
+        self.by_address.get(&NetworkAddress { network: network.clone(), ip }).first()
     }
 
     /// The service that a virtual address stands for, as seen by a client of `client_namespace`: the client's own
-    /// namespace first, then a canonical one, then the first; exact addresses before ranges.
+    /// namespace first, then a canonical one, then the first by name; exact addresses before ranges.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let exact = self.by_vip.get(&NetworkAddress { network: network.clone(), ip });
-        let exact = exact.and_then(|list| preferred(list.iter(), client_namespace));
-        exact.or_else(|| {
-            let (mut best, mut best_score) = (None, None);
-            for service in self.cidr_services.iter().filter(|s| s.visible_to(client_namespace)) {
-                for cidr in service.cidrs.iter().filter(|c| c.network == *network && c.range.contains(&ip)) {
-                    let own = &*service.key.namespace == client_namespace;
-                    let score = Some((own, cidr.range.prefix_len(), service.canonical));
-                    if score > best_score {
-                        (best, best_score) = (Some(service), score);
-                    }
+        preferred(exact, client_namespace).or_else(|| self.service_around(network, ip, client_namespace))
+    }
+
+    /// The service with a range around an address: the client's own namespace first, then the longest prefix.
+    fn service_around(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
+        let mut best: Option<&Arc<Service>> = None;
+        for (_, length) in self.cidr_lengths.keys().rev().filter(|(v4, _)| *v4 == ip.is_ipv4()) {
+            let Ok(range) = IpNet::new(ip, *length) else { continue };
+            let key = NetworkCidr { network: network.clone(), range: range.trunc() };
+            if let Some(found) = preferred(self.by_cidr.get(&key), client_namespace) {
+                if &*found.key.namespace == client_namespace {
+                    return Some(found);
                 }
+                best = best.or(Some(found));
             }
-            best
-        })
+        }
+        best
+    }
+
+    /// A service by its key.
+    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
+        self.services.get(key)
     }
 
     /// The service with this host name, by the same preference as [`Snapshot::service_at`].
     pub fn service_by_hostname(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
-        preferred(self.by_hostname.get(hostname)?.iter(), client_namespace)
+        preferred(self.by_hostname.get(hostname), client_namespace)
     }
 
     /// What a gateway reference names, as a client of `client_namespace` sees it; a service before a workload.
@@ -163,7 +169,7 @@ impl Snapshot {
             GatewayTarget::Hostname(key) => {
                 let service = self.services.get(key).cloned().map(Known::Service);
                 let host = (key.namespace.clone(), key.hostname.clone());
-                service.or_else(|| self.by_workload_host.get(&host).cloned().map(Known::Workload))
+                service.or_else(|| self.by_workload_host.get(&host).first().cloned().map(Known::Workload))
             }
             GatewayTarget::Address(address) => self.at(&address.network, address.ip, client_namespace),
         }
@@ -175,9 +181,51 @@ impl Snapshot {
         service.or_else(|| self.workload_at(network, ip).cloned().map(Known::Workload))
     }
 
-    /// The endpoints of a service, healthy or not.
-    pub fn endpoints(&self, key: &ServiceKey) -> &[Endpoint] {
-        self.endpoints.get(key).map_or(&[], Vec::as_slice)
+    /// What would have to be asked for before it can be said that this does not exist; `None` where that can be said,
+    /// or it does exist.
+    pub fn unasked(&self, wanted: Wanted) -> Option<Wanted> {
+        let absent = self.absent.as_ref()?;
+        (!self.holds(&wanted) && !absent.contains(&wanted)).then_some(wanted)
+    }
+
+    /// Whether this is known to exist.
+    pub fn holds(&self, wanted: &Wanted) -> bool {
+        match wanted {
+            Wanted::Address(at) => {
+                !self.by_vip.get(at).is_empty()
+                    || !self.by_address.get(at).is_empty()
+                    // A range that holds it may be anybody's, visible to this client or not.
+                    || self.any_range_around(at)
+            }
+            Wanted::Service(key) => {
+                let host = (key.namespace.clone(), key.hostname.clone());
+                self.services.contains_key(key) || !self.by_workload_host.get(&host).is_empty()
+            }
+            Wanted::Workload(uid) => self.workloads.contains_key(uid),
+        }
+    }
+
+    fn any_range_around(&self, at: &NetworkAddress) -> bool {
+        self.cidr_lengths.keys().filter(|(v4, _)| *v4 == at.ip.is_ipv4()).any(|(_, length)| {
+            IpNet::new(at.ip, *length).is_ok_and(|range| {
+                !self.by_cidr.get(&NetworkCidr { network: at.network.clone(), range: range.trunc() }).is_empty()
+            })
+        })
+    }
+
+    /// The endpoints of a service, healthy or not, in the order of their uids.
+    pub fn endpoints(&self, key: &ServiceKey) -> impl Iterator<Item = Endpoint<'_>> {
+        let key = key.clone();
+        self.endpoints.get(&key).into_iter().flat_map(|all| all.values()).filter_map(move |workload| {
+            let ports = workload.services.get(&key)?;
+            Some(Endpoint { workload, ports })
+        })
+    }
+
+    /// Endpoints whose service is not known (yet): the service's key and the uids.
+    pub fn staged(&self) -> impl Iterator<Item = (&ServiceKey, Vec<&Text>)> {
+        let unknown = self.endpoints.iter().filter(|(key, _)| !self.services.contains_key(key));
+        unknown.map(|(key, all)| (key, all.keys().collect()))
     }
 
     /// A policy by `namespace/name`.
@@ -187,7 +235,7 @@ impl Snapshot {
 
     /// The policies that apply to every workload, then those of one namespace.
     pub fn policies_for_namespace(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
-        self.global_policies.iter().chain(self.namespace_policies.get(namespace).into_iter().flatten())
+        self.global_policies.get(&()).iter().chain(self.namespace_policies.get(namespace))
     }
 
     /// All workloads, in no order.
@@ -204,29 +252,24 @@ impl Snapshot {
     pub fn policies(&self) -> impl Iterator<Item = &Arc<Policy>> {
         self.policies.values()
     }
-}
 
-/// Which of several workloads on one address is meant: a pod before others, one that takes HBONE before others.
-fn rank(workload: &Workload) -> u8 {
-    let pod = if workload.uid.contains("//Pod/") { 2 } else { 0 };
-    pod + u8::from(workload.protocol == Protocol::Hbone)
-}
-
-fn preferred<'a>(services: impl Iterator<Item = &'a Arc<Service>>, namespace: &str) -> Option<&'a Arc<Service>> {
-    let mut best: Option<(u8, &Arc<Service>)> = None;
-    for service in services.filter(|s| s.visible_to(namespace)) {
-        let score = if &*service.key.namespace == namespace { 2 } else { u8::from(service.canonical) };
-        if best.is_none_or(|(other, _)| score > other) {
-            best = Some((score, service));
-        }
+    /// How many workloads, services and policies there are.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        (self.workloads.size(), self.services.size(), self.policies.size())
     }
-    best.map(|(_, service)| service)
+}
+
+/// Of those that claim a name or address (canonical ones first), the one of the client's own namespace, else the first
+/// that it may see.
+fn preferred<'a>(claims: &'a [Arc<Service>], namespace: &str) -> Option<&'a Arc<Service>> {
+    let own = claims.iter().find(|service| &*service.key.namespace == namespace);
+    own.or_else(|| claims.iter().find(|service| service.visible_to(namespace)))
 }
 
 /// Builders of plain facts for the tests of every module above.
 #[cfg(test)]
 pub mod tests {
-    use super::super::workload::{Health, Locality, WorkloadType};
+    use super::super::workload::{Health, Locality, NetworkMode, WorkloadType};
     use super::*;
     use crate::mesh::service::Visibility;
     use std::collections::BTreeMap;
@@ -275,6 +318,7 @@ pub mod tests {
             ports: ports.iter().copied().collect(),
             subject_alt_names: Vec::new(),
             waypoint: None,
+            weighted_waypoints: Vec::new(),
             load_balancer: None,
             ip_families: None,
             canonical: false,

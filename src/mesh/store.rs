@@ -1,33 +1,99 @@
-//! The current snapshot: one writer replaces it, any number of readers load it without waiting.
+//! The current snapshot: one writer changes it, any number of readers load it without waiting. Where facts are told only
+//! when asked for, also the list of what is wanted.
 
+use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
+use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
-use std::sync::Arc;
-use tokio::sync::watch;
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+
+/// How long a connection waits for facts that had to be asked for.
+const ASK_WAIT: Duration = Duration::from_secs(5);
+
+/// Questions that may be open at once; a pod that scans addresses must not make the list grow without bound.
+const QUESTIONS_MAX: usize = 10_000;
 
 /// Holds the current facts of the mesh and tells who asks when they change.
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Snapshot>,
+    /// Held while a new snapshot is made, so that two writers could not lose each other's changes.
+    writing: Mutex<()>,
     changed: watch::Sender<u64>,
+    questions: Mutex<Questions>,
+    asked: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Questions {
+    /// Wanted, and not answered.
+    open: HashSet<Wanted>,
+    /// Those of them that the control plane has not been asked yet.
+    unsent: Vec<Wanted>,
+}
+
+/// Why facts that had to be asked for are not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AskError {
+    /// No answer in time.
+    #[error("the control plane has not said within 5 s whether {0} exists")]
+    NoAnswer(String),
+    /// Too many others are asked for.
+    #[error("too many addresses and names are being asked for; {0} is not")]
+    TooMany(String),
 }
 
 impl Default for Store {
     fn default() -> Self {
-        Self { current: ArcSwap::default(), changed: watch::Sender::new(0) }
+        Self::new("".into(), false)
     }
 }
 
 impl Store {
+    /// An empty one: of this node, and with `on_demand` where facts are told only when asked for.
+    pub fn new(node: Text, on_demand: bool) -> Self {
+        Self {
+            current: ArcSwap::from_pointee(Snapshot::empty(node, on_demand)),
+            writing: Mutex::default(),
+            changed: watch::Sender::new(0),
+            questions: Mutex::default(),
+            asked: Notify::new(),
+        }
+    }
+
     /// The facts as of now; hold the result for one decision, not for a connection's life.
     pub fn load(&self) -> Arc<Snapshot> {
         self.current.load_full()
     }
 
-    /// Replaces all facts at once. There is one writer: `control`.
+    /// Replaces all facts at once.
     pub fn replace(&self, facts: Facts) -> u64 {
-        let version = self.current.load().version + 1;
-        self.current.store(Arc::new(Snapshot::build(version, facts)));
+        self.write(|current| Snapshot::empty(current.node.clone(), current.absent.is_some()), facts.into())
+    }
+
+    /// Applies changes.
+    pub fn update(&self, update: Update) -> u64 {
+        self.write(Snapshot::clone, update)
+    }
+
+    fn write(&self, base: impl FnOnce(&Snapshot) -> Snapshot, update: Update) -> u64 {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = self.current.load();
+        let mut next = base(&current);
+        let version = current.version + 1;
+        drop(current);
+        next.apply(version, update);
+        let next = Arc::new(next);
+        {
+            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            let Questions { open, unsent } = &mut *questions;
+            open.retain(|wanted| next.unasked(wanted.clone()).is_some());
+            unsent.retain(|wanted| open.contains(wanted));
+        }
+        self.current.store(next);
         self.changed.send_replace(version);
         version
     }
@@ -35,5 +101,73 @@ impl Store {
     /// A receiver that sees the version of every later change.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
+    }
+
+    /// Asks for something that is not known, and waits up to 5 s for the answer. One question serves all who ask the
+    /// same.
+    pub async fn ask(&self, wanted: Wanted) -> Result<(), AskError> {
+        let mut changes = self.subscribe();
+        let name = wanted.to_string();
+        {
+            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            if self.load().unasked(wanted.clone()).is_none() {
+                return Ok(());
+            }
+            if !questions.open.contains(&wanted) {
+                if questions.open.len() >= QUESTIONS_MAX {
+                    return Err(AskError::TooMany(name));
+                }
+                questions.open.insert(wanted.clone());
+                questions.unsent.push(wanted.clone());
+                self.asked.notify_one();
+            }
+        }
+        let answered =
+            async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
+        tokio::time::timeout(ASK_WAIT, answered).await.map_err(|_| AskError::NoAnswer(name))
+    }
+
+    /// For `control`: the next questions, once there are any.
+    pub async fn questions(&self) -> Vec<Wanted> {
+        loop {
+            {
+                let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+                if !questions.unsent.is_empty() {
+                    return std::mem::take(&mut questions.unsent);
+                }
+            }
+            self.asked.notified().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::snapshot::tests::workload;
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_question_serves_all_and_has_a_deadline() {
+        let store = Arc::new(Store::new("".into(), true));
+        let there = Wanted::Address(super::super::address::parse_network_address("/10.0.0.1").unwrap());
+        let absent = Wanted::Service(super::super::ServiceKey::parse("a/b").unwrap());
+        let answer = async {
+            assert_eq!(store.questions().await, [there.clone(), absent.clone()], "each is asked once");
+            let workloads = vec![workload("a", "w", "10.0.0.1")];
+            store.update(Update { workloads, absent: vec![absent.clone()], ..Update::default() });
+        };
+        let all = tokio::join!(
+            store.ask(there.clone()),
+            store.ask(there.clone()),
+            store.ask(absent.clone()),
+            store.ask(absent.clone()),
+            answer
+        );
+        assert_eq!((all.0, all.1, all.2, all.3), (Ok(()), Ok(()), Ok(()), Ok(())));
+        assert!(store.load().holds(&there) && !store.load().holds(&absent));
+        let never = Wanted::Workload("uid".into());
+        assert!(matches!(store.ask(never.clone()).await, Err(AskError::NoAnswer(_))));
+        let always = Store::default();
+        assert_eq!(always.ask(never).await, Ok(()), "with everything told, nothing need be asked");
     }
 }

@@ -12,6 +12,8 @@ pub enum Protocol {
     Tcp,
     /// HBONE on its port 15008.
     Hbone,
+    /// In a way that we do not speak; connections to it are refused by name.
+    Unsupported,
 }
 
 /// Whether a workload's IP is its own or that of its node.

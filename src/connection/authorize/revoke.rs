@@ -4,13 +4,16 @@
 
 use super::POLICY_WAIT;
 use super::decide::{self, Refusal, Subject, Verdict};
-use crate::mesh::{self, Text, Workload};
+use crate::mesh::{self, Snapshot, Text, Workload};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+/// Time between two looks at live connections, however fast facts change.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// All inbound connections and streams of this node that have, or ask for, a permit.
 #[derive(Debug, Default)]
@@ -27,6 +30,8 @@ struct Entry {
     subject: Subject,
     stop: CancellationToken,
     why: Arc<OnceLock<Refusal>>,
+    /// Whether it has been judged since it registered.
+    seen: AtomicBool,
 }
 
 /// One registered connection; no longer live when dropped.
@@ -66,19 +71,26 @@ impl Registry {
             subject: subject.clone(),
             stop: stop.clone(),
             why: why.clone(),
+            seen: AtomicBool::new(false),
         };
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(entry));
         Live { id, registry: self.clone(), stop, why }
     }
 
-    /// Decides all live connections again at every change of the mesh, for as long as it is awaited.
+    /// Decides live connections again when the mesh changes, for as long as it is awaited. At a thousand changes a second
+    /// it looks ten times, and decides only what the changes can concern.
     pub async fn watch(&self, mesh: &mesh::Store) {
         let mut changes = mesh.subscribe();
         // Since when a live connection's verdict hangs on a policy that nobody knows.
         let mut waiting: HashMap<u64, Instant> = HashMap::new();
+        let mut before = None;
         loop {
-            self.decide_again(mesh, &mut waiting);
+            changes.mark_unchanged();
+            let snapshot = mesh.load();
+            self.decide_again(&snapshot, before.as_deref(), &mut waiting);
+            before = Some(snapshot);
+            tokio::time::sleep(PAUSE).await;
             let soonest = waiting.values().min().map(|since| *since + POLICY_WAIT);
             let deadline = soonest.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             tokio::select! {
@@ -88,17 +100,23 @@ impl Registry {
         }
     }
 
-    fn decide_again(&self, mesh: &mesh::Store, waiting: &mut HashMap<u64, Instant>) {
+    fn decide_again(&self, snapshot: &Snapshot, before: Option<&Snapshot>, waiting: &mut HashMap<u64, Instant>) {
         // Taken out of the lock: deciding may take a while and connections must go on opening and closing.
         let live: Vec<(u64, Arc<Entry>)> = {
             let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
             live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
         };
-        let snapshot = mesh.load();
+        let same_policies = before.is_some_and(|before| before.policies_version == snapshot.policies_version);
         let mut still_waiting = HashMap::new();
         for (id, entry) in live {
             let workload = snapshot.workload(&entry.uid).unwrap_or(&entry.workload);
-            let refusal = match decide::decide(&snapshot, workload, &entry.subject).verdict {
+            let judged_with = before.map(|before| before.workload(&entry.uid).unwrap_or(&entry.workload));
+            let same_workload = judged_with.is_some_and(|judged_with| Arc::ptr_eq(judged_with, workload));
+            if same_policies && same_workload && !waiting.contains_key(&id) && entry.seen.swap(true, Ordering::Relaxed)
+            {
+                continue;
+            }
+            let refusal = match decide::decide(snapshot, workload, &entry.subject).verdict {
                 Verdict::Allow(_) => continue,
                 Verdict::Refuse(refusal) => refusal,
                 Verdict::Unknown(policy) => {

@@ -26,8 +26,8 @@ pub fn choose(
     chance: Chance<'_>,
 ) -> Result<Chosen, RouteError> {
     let target = service.ports.get(&port);
-    let usable = snapshot.endpoints(&service.key).iter().filter_map(|endpoint| {
-        let port = target_port(service, endpoint, port)?;
+    let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
+        let port = target_port(service, &endpoint, port)?;
         let any_health = service.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
         let healthy = any_health || endpoint.workload.health == Health::Healthy;
         (healthy && !endpoint.workload.ips.is_empty()).then(|| Chosen { workload: endpoint.workload.clone(), port })
@@ -50,7 +50,7 @@ pub fn choose(
 }
 
 /// The endpoint's own map first, then the service's target port, then the application tunnel's port.
-fn target_port(service: &Service, endpoint: &Endpoint, port: u16) -> Option<u16> {
+fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<u16> {
     let own = endpoint.ports.get(&port).copied().filter(|p| *p != 0);
     let tunnel = endpoint.workload.application_tunnel.and_then(|t| t.port).map(|_| port);
     let of_service = service.ports.get(&port).copied().filter(|p| *p != 0);

@@ -4,7 +4,7 @@
 use super::{OWN_PORTS, waypoint};
 use crate::hbone::Authority;
 use crate::mesh::snapshot::Known;
-use crate::mesh::{GatewayRef, Service, Snapshot, Workload};
+use crate::mesh::{Service, Snapshot, Workload};
 use http::StatusCode;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -89,7 +89,7 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
     let unknown = || LocalError::UnknownHost(host.to_owned());
     let service = snapshot.service_by_hostname(host, &workload.namespace).ok_or_else(unknown)?;
     let own_ports = workload.services.get(&service.key);
-    let serves_it = own_ports.is_some() || is_waypoint(snapshot, service.waypoint.as_ref(), workload);
+    let serves_it = own_ports.is_some() || serves_as_waypoint(snapshot, service, workload);
     if !serves_it {
         return Err(unknown());
     }
@@ -103,14 +103,14 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
 /// Whether the address belongs to somebody who has this workload as waypoint.
 fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     match snapshot.at(&workload.network, ip, &workload.namespace) {
-        Some(Known::Service(service)) => is_waypoint(snapshot, service.waypoint.as_ref(), workload),
-        Some(Known::Workload(other)) => is_waypoint(snapshot, other.waypoint.as_ref(), workload),
+        Some(Known::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
+        Some(Known::Workload(other)) => other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload)),
         None => false,
     }
 }
 
-fn is_waypoint(snapshot: &Snapshot, reference: Option<&GatewayRef>, workload: &Workload) -> bool {
-    reference.is_some_and(|reference| waypoint::is_behind(snapshot, reference, workload))
+fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workload) -> bool {
+    waypoint::all(service).any(|way| waypoint::is_behind(snapshot, way, workload))
 }
 
 #[cfg(test)]
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::ApplicationTunnel;
-    use crate::mesh::{Facts, GatewayTarget};
+    use crate::mesh::{Facts, GatewayRef, GatewayTarget};
 
     #[test]
     fn what_an_inbound_stream_may_ask_for() {

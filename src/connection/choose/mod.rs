@@ -8,7 +8,8 @@ pub mod waypoint;
 pub use local::LocalError;
 pub use route::{HboneWay, Way};
 
-use crate::mesh::Text;
+use crate::mesh::store::AskError;
+use crate::mesh::{Text, Wanted};
 use std::net::SocketAddr;
 
 /// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself.
@@ -48,6 +49,15 @@ pub enum RouteError {
     /// The chosen workload is in another network.
     #[error("no valid routing destination for workload: {0} is in another network")]
     OtherNetwork(Text),
+    /// The chosen workload takes traffic in a way that we do not speak.
+    #[error("workload {0} takes traffic by a protocol that is not known here")]
+    Protocol(Text),
+    /// Facts that must be asked for first. Never the end of a connection: it asks, and chooses again.
+    #[error("{0} has not been asked for yet")]
+    Unasked(Wanted),
+    /// Facts that were asked for and did not come.
+    #[error(transparent)]
+    Ask(#[from] AskError),
     /// The chosen workload's identity is no valid name.
     #[error("the identity of workload {0} is not valid: {1}")]
     Identity(Text, String),

@@ -2,7 +2,8 @@
 
 use super::destination::{self, Chosen};
 use super::{Chance, HBONE_PORT, OWN_PORTS, RouteError, waypoint};
-use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Workload};
+use crate::mesh::address::NetworkAddress;
+use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -57,6 +58,10 @@ pub fn choose(
         return to_service(snapshot, source, service, target, chance);
     }
     let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
+        let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
+        if let Some(wanted) = snapshot.unasked(Wanted::Address(wanted)) {
+            return Err(RouteError::Unasked(wanted));
+        }
         return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
     };
     if let Some(reference) = &workload.waypoint
@@ -76,7 +81,7 @@ fn to_service(
     target: SocketAddr,
     chance: Chance<'_>,
 ) -> Result<Route, RouteError> {
-    if let Some(reference) = &service.waypoint
+    if let Some(reference) = waypoint::draw(service, chance)
         && !waypoint::is_behind(snapshot, reference, source)
     {
         let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
@@ -103,6 +108,7 @@ fn to_workload(
     let to = SocketAddr::new(ip, port);
     let way = match workload.protocol {
         Protocol::Tcp => Way::Direct { to },
+        Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
         Protocol::Hbone => Way::Hbone(HboneWay {
             to: SocketAddr::new(ip, HBONE_PORT),
             authority: to,

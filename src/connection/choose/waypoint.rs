@@ -4,7 +4,7 @@
 use super::destination::{self, Chosen};
 use super::{Chance, RouteError};
 use crate::mesh::snapshot::Known;
-use crate::mesh::{GatewayRef, Service, Snapshot, Text, Workload};
+use crate::mesh::{GatewayRef, GatewayTarget, Service, Snapshot, Text, Wanted, Workload};
 use std::sync::Arc;
 
 /// A waypoint that was found.
@@ -38,8 +38,40 @@ pub fn resolve(
                 .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }
-        None => Err(unknown("neither a service nor a workload".into())),
+        None => Err(match snapshot.unasked(wanted(waypoint)) {
+            Some(wanted) => RouteError::Unasked(wanted),
+            None => unknown("neither a service nor a workload".into()),
+        }),
     }
+}
+
+/// What a waypoint reference would be asked for by.
+fn wanted(waypoint: &GatewayRef) -> Wanted {
+    match &waypoint.target {
+        GatewayTarget::Hostname(key) => Wanted::Service(key.clone()),
+        GatewayTarget::Address(address) => Wanted::Address(address.clone()),
+    }
+}
+
+/// The waypoint of a service for one connection: drawn by weight where there are weights.
+pub fn draw<'a>(service: &'a Service, chance: Chance<'_>) -> Option<&'a GatewayRef> {
+    let total: u64 = service.weighted_waypoints.iter().map(|(_, weight)| u64::from(*weight)).sum();
+    if total == 0 {
+        return service.waypoint.as_ref();
+    }
+    let mut left = chance(total);
+    for (waypoint, weight) in &service.weighted_waypoints {
+        if left < u64::from(*weight) {
+            return Some(waypoint);
+        }
+        left -= u64::from(*weight);
+    }
+    service.waypoint.as_ref()
+}
+
+/// All waypoints that may be drawn for a service.
+pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
+    service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint))
 }
 
 /// Whether `workload` is (one of) the workloads behind a waypoint reference.

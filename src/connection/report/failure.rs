@@ -92,6 +92,8 @@ impl Failure {
                 RouteError::NoAddress(_) => ("no_address", "CONNECT", Fault::Mesh),
                 RouteError::OtherNetwork(_) => ("other_network", "CONNECT", Fault::Mesh),
                 RouteError::Identity(..) => ("bad_identity", "CONNECT", Fault::Mesh),
+                RouteError::Protocol(_) => ("protocol", "CONNECT", Fault::Mesh),
+                RouteError::Unasked(_) | RouteError::Ask(_) => ("no_answer", "CONNECT", Fault::Mesh),
             },
             Self::Local(error) => match error {
                 LocalError::IpMismatch { .. } => ("ip_mismatch", "CONNECT", Fault::Peer),
