@@ -5,12 +5,13 @@
 //! | layer | modules |
 //! |--:|---|
 //! | 0 | `mesh`, `proto`, `sys`, `task`, `telemetry` |
-//! | 1 | `hbone`, `identity` |
-//! | 2 | `connection`, `control`, `admin` |
-//! | 3 | `node` |
-//! | 4 | `config` |
-//! | 5 | `demo` |
-//! | 6 | `daemon` |
+//! | 1 | `hbone`, `rpc` |
+//! | 2 | `identity` |
+//! | 3 | `connection`, `control`, `admin` |
+//! | 4 | `node` |
+//! | 5 | `config` |
+//! | 6 | `demo` |
+//! | 7 | `daemon` |
 
 mod admin;
 mod config;
@@ -22,7 +23,14 @@ mod hbone;
 mod identity;
 mod mesh;
 mod node;
-mod proto;
+#[doc(hidden)]
+#[allow(
+    clippy::allow_attributes_without_reason,
+    clippy::large_enum_variant,
+    reason = "generated: the shape is that of the protocol"
+)]
+pub mod proto;
+mod rpc;
 mod sys;
 mod task;
 mod telemetry;

@@ -27,6 +27,17 @@ pub const STATS_PORT: u16 = 15020;
 /// Port of readiness, on all addresses.
 pub const READY_PORT: u16 = 15021;
 
+/// Settings of the ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Port of the admin pages.
+    pub admin_port: u16,
+    /// Port of the metrics.
+    pub stats_port: u16,
+    /// Whether IPv6 is used.
+    pub ipv6: bool,
+}
+
 /// Connections open at once on one port; further ones wait in its queue.
 const CONNECTIONS_MAX: usize = 256;
 /// How long a request's head may take.
@@ -84,7 +95,7 @@ pub struct Ports {
 
 impl Ports {
     /// Opens the ports.
-    pub async fn bind(pages: Pages, ipv6: bool) -> Result<Self, BindError> {
+    pub async fn bind(pages: Pages, config: Config) -> Result<Self, BindError> {
         let pages = Arc::new(pages);
         let admin = Router::new()
             .route("/", get(index))
@@ -101,16 +112,16 @@ impl Ports {
             .with_state(pages.clone());
         let ready = Router::new().route("/healthz/ready", get(readiness)).with_state(pages);
 
-        let (any, localhost) = if ipv6 {
+        let (any, localhost) = if config.ipv6 {
             (IpAddr::V6(Ipv6Addr::UNSPECIFIED), vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)])
         } else {
             (IpAddr::V4(Ipv4Addr::UNSPECIFIED), vec![IpAddr::V4(Ipv4Addr::LOCALHOST)])
         };
         let mut listeners = Vec::new();
         for ip in localhost {
-            listeners.push((listen(SocketAddr::new(ip, ADMIN_PORT)).await?, admin.clone()));
+            listeners.push((listen(SocketAddr::new(ip, config.admin_port)).await?, admin.clone()));
         }
-        listeners.push((listen(SocketAddr::new(any, STATS_PORT)).await?, stats));
+        listeners.push((listen(SocketAddr::new(any, config.stats_port)).await?, stats));
         listeners.push((listen(SocketAddr::new(any, READY_PORT)).await?, ready));
         Ok(Self { listeners })
     }

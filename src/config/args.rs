@@ -84,12 +84,52 @@ macro_rules! settings {
 }
 
 settings! {
-    /// Mesh facts: a YAML file of workloads, services and policies, re-read when it changes.
+    /// Mesh facts from a YAML file of workloads, services and policies, re-read when it changes [from the control plane].
     mesh_file "mesh-file" "LOCAL_XDS_PATH";
-    /// This node's pods: a YAML file, re-read when it changes.
+    /// This node's pods from a YAML file, re-read when it changes [from the agent].
     pods_file "pods-file" "CULVERT_PODS_FILE";
-    /// Directory of the built-in CA (make one with `culvert ca init`).
+    /// Certificates from the built-in CA in this directory (make one with `culvert ca init`) [from Istio's CA].
     ca_dir "ca-dir" "CULVERT_CA_DIR";
+    /// The control plane [https://istiod.istio-system.svc:15012 in a cluster, https://localhost:15012 elsewhere].
+    xds_address "xds-address" "XDS_ADDRESS";
+    /// Certificates that vouch for the control plane: a file, SYSTEM, or PEM text [./var/run/secrets/istio/root-cert.pem].
+    xds_root_ca "xds-root-ca" "XDS_ROOT_CA";
+    /// Another name that the control plane's certificate may have.
+    alt_xds_hostname "alt-xds-hostname" "ALT_XDS_HOSTNAME";
+    /// Ask the control plane for addresses when they are needed, instead of being told all [false].
+    xds_on_demand "xds-on-demand" "XDS_ON_DEMAND";
+    /// Keep the last known state of the mesh in this file, and start from it where the control plane is away [off].
+    state_file "state-file" "CULVERT_STATE_FILE";
+    /// Istio's CA [as the control plane].
+    ca_address "ca-address" "CA_ADDRESS";
+    /// Certificates that vouch for the CA, as for the control plane.
+    ca_root_ca "ca-root-ca" "CA_ROOT_CA";
+    /// Another name that the CA's certificate may have.
+    alt_ca_hostname "alt-ca-hostname" "ALT_CA_HOSTNAME";
+    /// What proves to control plane and CA who we are: a file, or the token itself [./var/run/secrets/tokens/istio-token].
+    auth_token "auth-token" "AUTH_TOKEN";
+    /// Revoked certificates: a file of CRLs, re-read when it changes [none].
+    crl_path "crl-path" "CRL_PATH";
+    /// Socket of the node's agent [/var/run/ztunnel/ztunnel.sock].
+    agent_socket "agent-socket" "INPOD_UDS";
+    /// Name of this node; tells this node's pods from others of the same name.
+    node_name "node-name" "NODE_NAME";
+    /// Name of the daemon's own pod.
+    pod_name "pod-name" "POD_NAME";
+    /// Namespace of the daemon's own pod.
+    pod_namespace "pod-namespace" "POD_NAMESPACE";
+    /// Service account of the daemon's own pod.
+    service_account "service-account" "SERVICE_ACCOUNT";
+    /// Address of the daemon's own pod.
+    instance_ip "instance-ip" "INSTANCE_IP";
+    /// Trust domain of the daemon's own pod [cluster.local].
+    trust_domain "trust-domain" "TRUST_DOMAIN";
+    /// Network of this node [the default one].
+    network "network" "NETWORK";
+    /// Cluster of this node; ISTIO_META_CLUSTER_ID wins [Kubernetes].
+    cluster_id "cluster-id" "CLUSTER_ID";
+    /// `pqc`: only post-quantum key exchange.
+    compliance_policy "compliance-policy" "COMPLIANCE_POLICY";
     /// Life of certificates [24h].
     secret_ttl "secret-ttl" "SECRET_TTL";
     /// Trust domains accepted beside a workload's own, comma-joined.
@@ -106,6 +146,12 @@ settings! {
     workers "workers" "ZTUNNEL_WORKER_THREADS";
     /// CPUs to reckon with, where they are not the machine's.
     cpu_limit "cpu-limit" "ZTUNNEL_CPU_LIMIT";
+    /// CPU limit of the daemon's container, such as 2 or 500m.
+    resource_cpu_limit "resource-cpu-limit" "ZTUNNEL_RESOURCE_CPU_LIMIT";
+    /// CPU request of the daemon's container, such as 2 or 500m.
+    resource_cpu_request "resource-cpu-request" "ZTUNNEL_RESOURCE_CPU_REQUEST";
+    /// Istio's proxy configuration, YAML or JSON: discoveryAddress, proxyAdminPort, statsPort, concurrency, proxyMetadata.
+    proxy_config "proxy-config" "PROXY_CONFIG";
     /// Connections open at once [40% of the open-files limit]; further ones are reset and counted.
     max_connections "max-connections" "CULVERT_MAX_CONNECTIONS";
     /// Streams on one tunnel before another is opened [100].

@@ -2,17 +2,22 @@
 //! once, each with the names of the setting, the value and what is expected.
 
 use super::args::{NodeArgs, flag_of};
+use super::istio::{self, Environment, ProxyConfig};
 use super::{Config, Faults};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
+use crate::node::Source;
 use crate::sys::socket::{Keepalive, LegOptions};
-use crate::{connection, hbone, node, telemetry};
+use crate::{admin, connection, hbone, node, telemetry};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
 /// Unsent bytes in the kernel per leg: enough for a long link, few enough that small requests do not queue behind bulk.
 const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
+
+/// Where Istio's agent listens.
+const AGENT_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
 
 /// Streams a peer may open towards us on one tunnel (the reference's value).
 const SERVER_STREAMS: u32 = 200;
@@ -29,12 +34,12 @@ pub struct Machine {
 /// Longest duration that makes sense anywhere; beyond it arithmetic with dates could overflow.
 const LONGEST: Duration = Duration::from_secs(10 * 31_557_600);
 
-struct Checker {
-    faults: Vec<String>,
+pub(super) struct Checker {
+    pub(super) faults: Vec<String>,
 }
 
 impl Checker {
-    fn read<T>(
+    pub(super) fn read<T>(
         &mut self,
         name: &str,
         value: Option<&String>,
@@ -50,21 +55,15 @@ impl Checker {
             }
         }
     }
-
-    fn required(&mut self, name: &str, value: Option<&String>, purpose: &str) -> PathBuf {
-        match value.filter(|v| !v.is_empty()) {
-            Some(path) => PathBuf::from(path),
-            None => {
-                self.faults.push(format!("{name} (--{}): is not set; it names {purpose}", flag_of(name)));
-                PathBuf::new()
-            }
-        }
-    }
 }
 
 /// Checks the settings of the daemon.
-pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
+pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Result<Config, Faults> {
     let mut c = Checker { faults: Vec::new() };
+    istio::not_supported(&mut c, environment);
+    let proxy = istio::proxy_config(&mut c, args, environment);
+    let path = |value: &Option<String>| value.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from);
+    let ipv6 = c.read("IPV6_ENABLED", args.ipv6.as_ref(), true, boolean);
     let grace = c.read("TERMINATION_GRACE_PERIOD_SECONDS", args.grace_period.as_ref(), None, |t| {
         integer(0..=86_400)(t).map(Some)
     });
@@ -73,12 +72,13 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
     let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
     let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, packet_mark);
     let config = Config {
-        mesh_file: c.required("LOCAL_XDS_PATH", args.mesh_file.as_ref(), "the mesh file"),
-        ca_dir: c.required(
-            "CULVERT_CA_DIR",
-            args.ca_dir.as_ref(),
-            "the directory of the built-in CA (see `culvert ca init`)",
-        ),
+        mesh: istio::mesh_source(&mut c, args, environment, &proxy),
+        ca: istio::ca_source(&mut c, args, environment, &proxy),
+        crl: path(&args.crl_path),
+        only_post_quantum: c.read("COMPLIANCE_POLICY", args.compliance_policy.as_ref(), false, compliance),
+        node_name: args.node_name.clone().unwrap_or_default(),
+        network: args.network.clone().unwrap_or_default(),
+        own_pod: istio::own_pod(args),
         secret_ttl: c.read("SECRET_TTL", args.secret_ttl.as_ref(), Duration::from_secs(86_400), ttl),
         trust_domain_aliases: c.read(
             "CULVERT_TRUST_DOMAIN_ALIASES",
@@ -86,13 +86,26 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
             Vec::new(),
             domains,
         ),
+        trust_domain: c.read("TRUST_DOMAIN", args.trust_domain.as_ref(), "cluster.local".into(), |t| {
+            domains(t).and_then(|all| all.into_iter().next().ok_or_else(String::new))
+        }),
         drain_deadline,
-        connection: connection_config(&mut c, args, machine, mark),
+        admin: admin::Config {
+            admin_port: proxy.proxy_admin_port.unwrap_or(admin::ADMIN_PORT),
+            stats_port: proxy.stats_port.unwrap_or(admin::STATS_PORT),
+            ipv6,
+        },
+        connection: connection_config(&mut c, args, &proxy, machine, mark),
         node: node::Config {
-            pods_file: Some(c.required("CULVERT_PODS_FILE", args.pods_file.as_ref(), "the file of this node's pods")),
+            redirect: path(&args.pods_file).is_some(),
+            source: path(&args.pods_file).map_or_else(
+                || Source::Agent(path(&args.agent_socket).unwrap_or_else(|| AGENT_SOCKET.into())),
+                Source::File,
+            ),
+            cluster_id: istio::cluster_id(args, environment),
             mark,
             reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),
-            ipv6: c.read("IPV6_ENABLED", args.ipv6.as_ref(), true, boolean),
+            ipv6,
             release_deadline: drain_deadline,
         },
         log: telemetry::log::Config {
@@ -106,7 +119,13 @@ pub fn check(args: &NodeArgs, machine: Machine) -> Result<Config, Faults> {
     if c.faults.is_empty() { Ok(config) } else { Err(Faults(c.faults)) }
 }
 
-fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u32) -> connection::Config {
+fn connection_config(
+    c: &mut Checker,
+    args: &NodeArgs,
+    proxy: &ProxyConfig,
+    machine: Machine,
+    mark: u32,
+) -> connection::Config {
     let keepalive = Keepalive {
         time: c.read("KEEPALIVE_TIME", args.keepalive_time.as_ref(), Duration::from_secs(180), keepalive_time),
         interval: c.read(
@@ -124,7 +143,7 @@ fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u
     // A connection takes two sockets; a fifth of the files is left for everything else.
     let default_limit = usize::try_from(machine.open_files / 10 * 4).unwrap_or(usize::MAX).max(16);
     connection::Config {
-        workers: workers(c, args, machine),
+        workers: workers(c, args, proxy, machine),
         sockets: SocketConfig {
             mark,
             legs,
@@ -166,14 +185,36 @@ fn connection_config(c: &mut Checker, args: &NodeArgs, machine: Machine, mark: u
     }
 }
 
-fn workers(c: &mut Checker, args: &NodeArgs, machine: Machine) -> usize {
-    let cpus = c.read("ZTUNNEL_CPU_LIMIT", args.cpu_limit.as_ref(), machine.cpus, integer(1..=4096));
+/// As the reference reckons: what is set, else by the container's limit and request, else a quarter of the CPUs.
+fn workers(c: &mut Checker, args: &NodeArgs, proxy: &ProxyConfig, machine: Machine) -> usize {
+    let limit = c.read("ZTUNNEL_RESOURCE_CPU_LIMIT", args.resource_cpu_limit.as_ref(), None, |t| cpus(t).map(Some));
+    let request = c.read("ZTUNNEL_RESOURCE_CPU_REQUEST", args.resource_cpu_request.as_ref(), 0, cpus);
+    let whole = c.read("ZTUNNEL_CPU_LIMIT", args.cpu_limit.as_ref(), machine.cpus, integer(1..=4096));
+    let cpus = limit.unwrap_or(whole);
     let share = |percent: usize| (cpus * percent).div_ceil(100).max(1);
     let parse = |text: &str| match text.strip_suffix('%') {
         Some(percent) => integer(1..=100)(percent).map(share),
         None => integer(0..=4096)(text).map(|n: usize| if n == 0 { cpus } else { n }),
     };
-    c.read("ZTUNNEL_WORKER_THREADS", args.workers.as_ref(), share(25).max(2), parse)
+    let auto = if limit.is_some() { cpus.max(request) } else { share(25).max(request).max(2) };
+    let default = proxy.concurrency.map_or(auto, |n| if n == 0 { cpus } else { n });
+    c.read("ZTUNNEL_WORKER_THREADS", args.workers.as_ref(), default, parse)
+}
+
+/// A Kubernetes quantity of CPUs (`2`, `1.5`, `500m`), rounded up.
+fn cpus(text: &str) -> Result<usize, String> {
+    let expected = || "a number of CPUs such as 2, 1.5 or 500m".to_owned();
+    let whole = |text: &str| text.parse::<usize>().ok().filter(|n| *n <= 4_096_000);
+    let found = match (text.strip_suffix('m'), text.split_once('.')) {
+        (Some(milli), _) => whole(milli).map(|milli| milli.div_ceil(1000)),
+        (None, Some((cpus, part))) => whole(part).and(whole(cpus)).map(|cpus| cpus + 1),
+        (None, None) => whole(text),
+    };
+    found.filter(|cpus| (1..=4096).contains(cpus)).ok_or_else(expected)
+}
+
+fn compliance(text: &str) -> Result<bool, String> {
+    if text == "pqc" { Ok(true) } else { Err("pqc".into()) }
 }
 
 /// The mark must lie within the bits that the rules look at, and must not be the one that brings replies back (0x111).
@@ -182,7 +223,7 @@ fn packet_mark(text: &str) -> Result<u32, String> {
     integer(1..=0xfff)(text).ok().filter(|mark| *mark != 0x111).ok_or_else(expected)
 }
 
-fn boolean(text: &str) -> Result<bool, String> {
+pub(super) fn boolean(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| "true or false".into())
 }
 
@@ -223,6 +264,7 @@ where
 
 #[cfg(test)]
 mod tests {
+    use super::super::{CaSource, MeshSource};
     use super::*;
 
     const MACHINE: Machine = Machine { cpus: 16, open_files: 20_000 };
@@ -243,13 +285,29 @@ mod tests {
             pool_idle: word("soon"),
             frame_size: word("10"),
             log: word("a=b=c"),
+            xds_address: word("http://istiod"),
+            proxy_config: word("{concurrency: many}"),
+            instance_ip: word("here"),
+            resource_cpu_limit: word("many"),
+            compliance_policy: word("fips"),
             ..NodeArgs::default()
         };
-        let Faults(faults) = check(&args, MACHINE).unwrap_err();
+        let environment = [
+            ("ISTIO_METAJSON_A", "{"),
+            ("CA_HEADER_A B", "hunter2"),
+            ("PROXY_MODE", "dedicated"),
+            ("FAKE_CA", "false"),
+        ];
+        let Faults(faults) = check(&args, &environment[..].into(), MACHINE).unwrap_err();
         for name in [
-            "LOCAL_XDS_PATH (--mesh-file): is not set",
-            "CULVERT_CA_DIR (--ca-dir): is not set",
-            "CULVERT_PODS_FILE (--pods-file): is not set",
+            "XDS_ADDRESS (--xds-address): \"http://istiod\"",
+            "ISTIO_METAJSON_A: is not JSON",
+            "CA_HEADER_A B: is no HTTP header",
+            "PROXY_MODE: \"dedicated\" is not supported",
+            "PROXY_CONFIG (--proxy-config):",
+            "INSTANCE_IP (--instance-ip): \"here\"",
+            "ZTUNNEL_RESOURCE_CPU_LIMIT (--resource-cpu-limit): \"many\"",
+            "COMPLIANCE_POLICY (--compliance-policy): \"fips\"",
             "KEEPALIVE_ENABLED (--keepalive): \"yes\"",
             "KEEPALIVE_TIME (--keepalive-time): \"10h\"",
             "KEEPALIVE_INTERVAL (--keepalive-interval): \"500ms\"",
@@ -260,21 +318,67 @@ mod tests {
         ] {
             assert!(faults.iter().any(|f| f.starts_with(name)), "{name} in {faults:#?}");
         }
-        assert_eq!(faults.len(), 10, "{faults:#?}");
+        assert_eq!(faults.len(), 15, "{faults:#?}");
+        assert!(!faults.join("\n").contains("hunter2"), "{faults:#?}");
     }
 
     #[test]
     fn defaults_and_deadlines() {
-        let config = check(&base(), MACHINE).unwrap();
+        let config = check(&base(), &Environment::default(), MACHINE).unwrap();
         assert_eq!((config.connection.workers, config.connection.max_connections), (4, 8000));
         assert_eq!(config.drain_deadline, Duration::from_secs(5));
         for (grace, seconds) in [("30", 25), ("10", 9), ("1", 1), ("0", 1)] {
             let args = NodeArgs { grace_period: Some(grace.into()), ..base() };
-            assert_eq!(check(&args, MACHINE).unwrap().drain_deadline, Duration::from_secs(seconds), "{grace}");
+            assert_eq!(
+                check(&args, &Environment::default(), MACHINE).unwrap().drain_deadline,
+                Duration::from_secs(seconds),
+                "{grace}"
+            );
         }
         for (workers, expected) in [("0", 16), ("3", 3), ("50%", 8), ("1%", 1)] {
             let args = NodeArgs { workers: Some(workers.into()), ..base() };
-            assert_eq!(check(&args, MACHINE).unwrap().connection.workers, expected, "{workers}");
+            assert_eq!(
+                check(&args, &Environment::default(), MACHINE).unwrap().connection.workers,
+                expected,
+                "{workers}"
+            );
         }
+    }
+
+    #[test]
+    fn the_environment_of_istios_chart_says_all() {
+        let word = |w: &str| Some(w.to_owned());
+        let args = NodeArgs {
+            ca_address: word("istiod.istio-system.svc:15012"),
+            xds_address: word("istiod.istio-system.svc:15012"),
+            grace_period: word("30"),
+            pod_name: word("ztunnel-x"),
+            pod_namespace: word("istio-system"),
+            node_name: word("node-1"),
+            instance_ip: word("10.0.0.9"),
+            service_account: word("ztunnel"),
+            resource_cpu_limit: word("2500m"),
+            resource_cpu_request: word("500m"),
+            ..NodeArgs::default()
+        };
+        let environment = [
+            ("ISTIO_META_CLUSTER_ID", "c1"),
+            ("ISTIO_METAJSON_LABELS", r#"{"a": "b"}"#),
+            ("XDS_HEADER_X-Tenant", "secret"),
+            ("KUBERNETES_SERVICE_HOST", "10.96.0.1"),
+            ("INPOD_ENABLED", "true"),
+        ];
+        let config = check(&args, &environment[..].into(), MACHINE).unwrap();
+        let MeshSource::Xds(xds) = &config.mesh else { panic!("{:?}", config.mesh) };
+        assert_eq!(xds.rpc.address.to_string(), "https://istiod.istio-system.svc:15012/");
+        assert_eq!(xds.node_id, "ztunnel~10.0.0.9~ztunnel-x.istio-system~istio-system.svc.cluster.local");
+        assert_eq!(xds.metadata["CLUSTER_ID"], "c1");
+        assert_eq!(xds.metadata["LABELS"]["a"], "b");
+        assert_eq!((xds.rpc.headers.len(), xds.rpc.cluster_id.as_str()), (1, "c1"));
+        assert!(!format!("{xds:?}").contains("secret"));
+        assert!(matches!(&config.ca, CaSource::Istio(rpc) if rpc.address == xds.rpc.address && rpc.headers.is_empty()));
+        assert_eq!(config.node.source, Source::Agent("/var/run/ztunnel/ztunnel.sock".into()));
+        assert_eq!((config.node.redirect, config.connection.workers), (false, 3));
+        assert!(config.own_pod.is_some());
     }
 }

@@ -4,30 +4,75 @@
 
 pub mod args;
 pub mod check;
+pub mod istio;
 
-use crate::{connection, node, telemetry};
+use crate::control::xds;
+use crate::{admin, connection, node, rpc, telemetry};
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// Everything `culvert node` is set to.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The mesh file.
-    pub mesh_file: PathBuf,
-    /// Directory of the built-in CA.
-    pub ca_dir: PathBuf,
+    /// Where facts about the mesh come from.
+    pub mesh: MeshSource,
+    /// Where certificates come from.
+    pub ca: CaSource,
     /// Life of certificates.
     pub secret_ttl: Duration,
+    /// File of revoked certificates.
+    pub crl: Option<PathBuf>,
+    /// Whether only post-quantum key exchange is used.
+    pub only_post_quantum: bool,
+    /// Name of this node.
+    pub node_name: String,
+    /// Network of this node.
+    pub network: String,
+    /// Trust domain of the daemon's own pod.
+    pub trust_domain: String,
+    /// The daemon's own pod, where it is one.
+    pub own_pod: Option<OwnPod>,
     /// Trust domains accepted beside each identity's own.
     pub trust_domain_aliases: Vec<String>,
     /// How long connections may take to finish when the process ends.
     pub drain_deadline: Duration,
+    /// HTTP ports.
+    pub admin: admin::Config,
     /// Data plane.
     pub connection: connection::Config,
     /// Pods.
     pub node: node::Config,
     /// Log.
     pub log: telemetry::log::Config,
+}
+
+/// Where facts about the mesh come from.
+#[derive(Clone, Debug)]
+pub enum MeshSource {
+    /// A file.
+    File(PathBuf),
+    /// A control plane.
+    Xds(Box<xds::Config>),
+}
+
+/// Where certificates come from.
+#[derive(Clone, Debug)]
+pub enum CaSource {
+    /// The built-in CA in a directory.
+    Builtin(PathBuf),
+    /// Istio's CA.
+    Istio(Box<rpc::Config>),
+}
+
+/// The daemon's own pod: its metrics can be read through a tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnPod {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its service account.
+    pub service_account: String,
 }
 
 /// Faults of a configuration, all of them.

@@ -8,7 +8,7 @@ use super::forward::Stop;
 use super::report::Failure;
 use super::worker::Worker;
 use crate::hbone::stream::app_broken;
-use crate::identity::Credentials;
+use crate::identity::{Chain, Credentials};
 use crate::mesh::address::is_link_local;
 use crate::mesh::{self, Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
@@ -61,7 +61,7 @@ pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) 
         netns: pod.netns.clone(),
         credentials,
         drain: pod.signal(),
-        sockets: worker.shared.config.sockets,
+        sockets: pod.sockets,
         hbone: worker.shared.config.hbone,
     }
 }
@@ -79,15 +79,20 @@ pub(super) async fn unless_gone<T>(
 }
 
 /// Resolves when a connection of the pod is to stop.
-pub(super) async fn stop(pod: &Pod, permit: Option<&Live>) -> Stop {
+pub(super) async fn stop(pod: &Pod, permit: Option<&Live>, peer: Option<&Chain>) -> Stop {
     let drain = pod.signal();
     let revoked = async {
         let Some(permit) = permit else { return std::future::pending().await };
         permit.revoked().await;
         permit.reason().map_or(Stop::Drained, Stop::Revoked)
     };
+    let distrusted = async {
+        let Some(peer) = peer else { return std::future::pending().await };
+        peer.revoked().await;
+    };
     tokio::select! {
         why = revoked => why,
+        () = distrusted => Stop::CertificateRevoked,
         () = drain.now() => Stop::Drained,
     }
 }

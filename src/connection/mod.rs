@@ -32,6 +32,11 @@ use crate::mesh::{SpiffeName, address::canonical};
 use http::StatusCode;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long the tunnel of a peer whose certificate has been revoked lasts, for its streams to be reset in order.
+const REVOKED_GRACE: Duration = Duration::from_millis(500);
 
 /// Settings of the data plane.
 #[derive(Clone, Copy, Debug)]
@@ -72,11 +77,12 @@ async fn outbound_steps(
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
         Far::Direct(far) => {
-            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None)).await?;
+            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None, None)).await?;
             far.done();
         }
-        Far::Tunnel(Opened { stream, lease: _lease }) => {
-            forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, None)).await?;
+        Far::Tunnel(Opened { stream, lease }) => {
+            let stop = stop(pod, None, Some(lease.chain()));
+            forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
         }
     }
     app.done();
@@ -104,7 +110,7 @@ async fn open(
     record: &mut Record,
 ) -> Result<Option<Outward>, Failure> {
     let shared = &worker.shared;
-    let captured = accept::captured(socket, peer, &shared.config.sockets.legs)?;
+    let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
     if pod.probes.take(captured.destination) {
         return Ok(None);
     }
@@ -125,7 +131,7 @@ async fn open(
     match &route.way {
         Way::Direct { to } => {
             let live = record.opened(details(None, *to));
-            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &shared.config.sockets)).await?;
+            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &pod.sockets)).await?;
             Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::new(far)) }))
         }
         Way::Hbone(way) => {
@@ -149,7 +155,7 @@ async fn open(
 pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
     let record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
-    let Peer { identity, source, local, tls, tunnel: mut server } =
+    let Peer { identity, source, local, tls, chain, tunnel: mut server } =
         match Box::pin(shake_hands(worker, pod, socket, peer)).await {
             Ok(peer) => {
                 // From here on each stream has its own record.
@@ -158,9 +164,9 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
             }
             Err(failure) => return record.finish(Err(failure)),
         };
-    let peer = Arc::new(PeerFacts { identity, source, local, tls });
+    let peer = Arc::new(PeerFacts { identity, source, local, tls, chain });
     let drain = pod.signal();
-    let mut going_away = false;
+    let (mut going_away, mut end) = (false, None);
     loop {
         let next = tokio::select! {
             next = server.next() => next,
@@ -170,8 +176,16 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 continue;
             }
             () = drain.now() => return,
+            // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
+            () = peer.chain.revoked(), if end.is_none() => {
+                end = Some(Instant::now() + REVOKED_GRACE);
+                server.go_away();
+                continue;
+            }
+            () = tokio::time::sleep_until(end.unwrap_or_else(Instant::now)), if end.is_some() => return,
         };
         match next {
+            Some(Ok(incoming)) if end.is_some() => incoming.refuse(StatusCode::FORBIDDEN),
             Some(Ok(incoming)) => {
                 let (own, pod, peer, active) = (worker.clone(), pod.clone(), peer.clone(), pod.active.token());
                 worker.tasks.spawn(async move {
@@ -197,7 +211,7 @@ async fn shake_hands(
     let config = &worker.shared.config;
     let (_, workload) = local_facts(worker, pod).await?;
     let credentials = own_credentials(worker, &workload).await?;
-    Ok(tunnelled::handshake(socket, peer, &config.sockets.legs, &credentials, &config.hbone).await?)
+    Ok(tunnelled::handshake(socket, peer, &pod.sockets.legs, &credentials, &config.hbone).await?)
 }
 
 /// What is known of the peer of a tunnel.
@@ -207,6 +221,7 @@ struct PeerFacts {
     source: SocketAddr,
     local: SocketAddr,
     tls: crate::identity::TlsFacts,
+    chain: crate::identity::Chain,
 }
 
 /// One CONNECT stream of a tunnel.
@@ -222,7 +237,7 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut inco
         () = incoming.abandoned() => Err(DialError::Abandoned.into()),
     };
     let result = match admitted {
-        Ok(admitted) => carry(worker, pod, incoming, admitted).await,
+        Ok(admitted) => carry(worker, pod, peer, incoming, admitted).await,
         Err(failure) => {
             incoming.refuse(status(&failure));
             Err(failure)
@@ -275,16 +290,23 @@ async fn admit(
     let _known = live.tls.set(peer.tls);
     drop(snapshot);
     let client = peer.source.ip();
-    let app = dial::direct::to_app(&permit?, &pod.netns, target.address, client, &shared.config.sockets).await?;
+    let app = dial::direct::to_app(&permit?, &pod.netns, target.address, client, &pod.sockets).await?;
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
     Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage })
 }
 
-async fn carry(worker: &Worker, pod: &Pod, incoming: Incoming, admitted: Admitted) -> Result<(), Failure> {
+async fn carry(
+    worker: &Worker,
+    pod: &Pod,
+    peer: &PeerFacts,
+    incoming: Incoming,
+    admitted: Admitted,
+) -> Result<(), Failure> {
     let Admitted { app, permit, live, baggage } = admitted;
     let stream = incoming.accept(baggage.as_deref())?;
     let silence = worker.shared.config.hbone.half_closed_silence;
-    forward::over_stream(&app, stream, &live.bytes, silence, stop(pod, Some(&permit))).await?;
+    let stop = stop(pod, Some(&permit), Some(&peer.chain));
+    forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
     app.done();
     Ok(())
 }
@@ -305,7 +327,7 @@ async fn plaintext_steps(
     record: &mut Record,
 ) -> Result<(), Failure> {
     let shared = &worker.shared;
-    let captured = accept::captured(socket, peer, &shared.config.sockets.legs)?;
+    let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
     record.destination(captured.destination);
     let client = ResetUnlessDone::new(captured.app);
     let (snapshot, workload) = local_facts(worker, pod).await?;
@@ -333,10 +355,10 @@ async fn plaintext_steps(
     });
     drop(snapshot);
     let permit = permit?;
-    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &shared.config.sockets);
+    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets);
     let app = ResetUnlessDone::new(unless_gone(&client, app).await?);
     let silence = shared.config.hbone.half_closed_silence;
-    forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit))).await?;
+    forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit), None)).await?;
     client.done();
     app.done();
     Ok(())

@@ -1,13 +1,15 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
-use crate::mesh::{Snapshot, Store, Text, Workload};
+use super::dial::direct::SocketConfig;
+use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
+use arc_swap::ArcSwap;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
 /// How long a connection waits for the facts about its own pod.
@@ -22,12 +24,17 @@ pub struct Pod {
     pub name: Text,
     /// Namespace.
     pub namespace: Text,
-    /// Service account, which together with the workload's trust domain is the pod's identity.
-    pub service_account: Text,
+    /// Its uid in the mesh, where it can be told before the mesh is asked.
+    pub mesh_uid: Text,
     /// Its network namespace, in which all its sockets are made.
     pub netns: Netns,
-    /// Addresses that its interfaces held when it was captured.
-    pub addresses: Vec<IpAddr>,
+    /// How they are made.
+    pub sockets: SocketConfig,
+    /// Who it is: set once its namespace has been found to hold the addresses that its workload has. No connection goes
+    /// before that.
+    pub identity: watch::Sender<Option<SpiffeName>>,
+    /// Addresses that its interfaces held when that was looked at.
+    pub addresses: ArcSwap<Vec<IpAddr>>,
     /// Ends the pod's connections; kept by the pod so that its connections hear of it through it.
     pub drain: Drain,
     /// Counts the pod's connections, for waiting until they have ended.
@@ -37,24 +44,35 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// The facts about this pod: its workload, by pod name, if that has the pod's service account.
-    pub fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
-        snapshot
-            .workload_of_pod(&self.namespace, &self.name)
-            .filter(|workload| workload.service_account == self.service_account)
+    /// The facts about this pod: its workload, by pod name, if that is who the pod has been found to be.
+    fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
+        let identity = self.identity.borrow();
+        let own = |w: &&Arc<Workload>| identity.as_ref().is_some_and(|identity| w.has_identity(identity));
+        snapshot.workload_of_pod(&self.namespace, &self.name).filter(own)
     }
 
-    /// The facts of now and this pod's workload among them; waits up to 5 s for it to become known.
+    /// The facts of now and this pod's workload among them; waits up to 5 s for it to become known and checked.
     pub async fn facts(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
-        let mut changes = mesh.subscribe();
+        let snapshot = mesh.load();
+        if let Some(workload) = self.workload(&snapshot).cloned() {
+            return Some((snapshot, workload));
+        }
+        let (mut changes, mut identity) = (mesh.subscribe(), self.identity.subscribe());
         let wait = async {
             loop {
                 changes.mark_unchanged();
+                identity.mark_unchanged();
                 let snapshot = mesh.load();
                 if let Some(workload) = self.workload(&snapshot).cloned() {
                     return Some((snapshot, workload));
                 }
-                changes.changed().await.ok()?;
+                let uid = Wanted::Workload(self.mesh_uid.clone());
+                tokio::select! {
+                    changed = changes.changed() => changed.ok()?,
+                    changed = identity.changed() => changed.ok()?,
+                    // Asked where nobody tells us unasked; an answer is a change.
+                    Err(_) = mesh.ask(uid) => return None,
+                }
             }
         };
         tokio::time::timeout(FACTS_WAIT, wait).await.unwrap_or(None)
@@ -62,7 +80,7 @@ impl Pod {
 
     /// Whether an address is one of this pod's.
     pub fn owns(&self, workload: &Workload, ip: IpAddr) -> bool {
-        workload.ips.contains(&ip) || self.addresses.contains(&ip)
+        workload.ips.contains(&ip) || self.addresses.load().contains(&ip)
     }
 
     /// Hears when the pod's connections are to end.

@@ -1,7 +1,7 @@
 //! Keeps the store in step with a mesh file. A bad new version changes nothing and says why.
 
 use super::Metrics;
-use super::decode::{self, DecodeError};
+use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
 use std::io;
@@ -32,7 +32,7 @@ pub enum FileError {
 /// Reads and checks a mesh file.
 pub fn read(path: &Path) -> Result<Facts, FileError> {
     let text = std::fs::read_to_string(path).map_err(|source| FileError::Read { path: path.to_owned(), source })?;
-    decode::facts(&text).map_err(|source| FileError::Decode { path: path.to_owned(), source })
+    yaml::facts(&text).map_err(|source| FileError::Decode { path: path.to_owned(), source })
 }
 
 /// Watches the file and applies every new version, for as long as it is awaited.

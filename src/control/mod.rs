@@ -1,8 +1,9 @@
-//! Where facts about the mesh come from, and keeping the store in step with it. For now: a file.
+//! Where facts about the mesh come from, and keeping the store in step with it. A file, or a control plane.
 
-pub mod decode;
 pub mod file;
-mod policies;
+pub mod xds;
+pub mod yaml;
+mod yaml_policies;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;

@@ -6,18 +6,21 @@
 use super::dump;
 use super::signals::Signals;
 use crate::admin::{Pages, Ports};
-use crate::config::Config;
+use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
 use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
-use crate::identity::{Authority, Store as Identities};
-use crate::mesh::Store as Mesh;
-use crate::node::Pods;
+use crate::control::xds::Freshness;
+use crate::identity::istio_ca::IstioCa;
+use crate::identity::revoked::Revocations;
+use crate::identity::{Authority, Builtin, Store as Identities};
+use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::node::status::Board;
-use crate::task::{Drain, Group, Ready};
+use crate::node::{Pods, Source, zds};
+use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl};
-use crate::{control, identity, sys, telemetry};
+use crate::{control, identity, node, rpc, sys, telemetry};
 use anyhow::Context;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -25,6 +28,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use tokio::sync::Notify;
 
 /// Runs the daemon until it is told to end.
@@ -41,7 +45,9 @@ pub fn node(config: Config) -> anyhow::Result<()> {
 pub(super) struct Parts {
     pub(super) config: Config,
     pub(super) mesh: Arc<Mesh>,
+    pub(super) freshness: Arc<Freshness>,
     pub(super) identities: Arc<Identities>,
+    pub(super) revocations: Arc<Revocations>,
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,
 }
@@ -49,20 +55,16 @@ pub(super) struct Parts {
 async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot take over signals")?;
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
-    let (facts_pending, pods_pending) = (ready.wait_for("mesh facts"), ready.wait_for("pods"));
+    let pods_pending = ready.wait_for("pods");
     let mut registry = Registry::default();
+    if config.only_post_quantum {
+        rpc::tls::only_post_quantum();
+    }
 
-    let mesh = Arc::new(Mesh::default());
-    let control_metrics = Arc::new(control::Metrics::default());
-    control_metrics.register(&mut registry);
-    mesh.replace(control::file::read(&config.mesh_file)?);
-    drop(facts_pending);
-
-    let identity_metrics = Arc::new(identity::store::Metrics::default());
-    identity_metrics.register(&mut registry);
-    let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
-    let authority = Authority::new(&config.ca_dir, config.secret_ttl);
-    let identities = Identities::new(authority, aliases, background.clone(), identity_metrics);
+    let facts = Facts::start(&config, &ready, &background, &mut registry)?;
+    let mesh = facts.mesh.clone();
+    let revocations = Arc::<Revocations>::default();
+    let identities = certificates(&config, &revocations, &background, &mut registry);
 
     let (reporter, permits) = (Arc::new(Reporter::default()), Arc::new(Permits::default()));
     reporter.metrics.register(&mut registry);
@@ -80,27 +82,50 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     board.register(&mut registry);
     let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
     telemetry::process::register(&mut registry, sys::limits::open_files, sys::limits::raise_open_files(), build);
-    registry.register_collector(Box::new(Gauges { workers: workers.clone(), log: log.clone() }));
+    registry.register_collector(Box::new(Gauges {
+        workers: workers.clone(),
+        log: log.clone(),
+        identities: identities.clone(),
+        freshness: facts.freshness.clone(),
+    }));
+    let zds_metrics = Arc::new(zds::Metrics::default());
+    if let Source::Agent(_) = config.node.source {
+        zds_metrics.register(&mut registry);
+    }
 
     let quit = Arc::new(Notify::new());
-    let parts =
-        Arc::new(Parts { config, mesh: mesh.clone(), identities: identities.clone(), reporter, board: board.clone() });
+    let parts = Arc::new(Parts {
+        config,
+        mesh: mesh.clone(),
+        freshness: facts.freshness.clone(),
+        identities: identities.clone(),
+        revocations,
+        reporter,
+        board: board.clone(),
+    });
     let pages = pages(&parts, log, &quit, registry, ready.clone());
-    for port in Ports::bind(pages, parts.config.node.ipv6).await?.serve() {
+    for port in Ports::bind(pages, parts.config.admin).await?.serve() {
         background.spawn(port);
     }
-    background.spawn(control::file::follow(parts.config.mesh_file.clone(), mesh.clone(), control_metrics));
     background.spawn(async move { permits.watch(&mesh).await });
     let capturer = Arc::new(Capturer {
         config: parts.config.node.clone(),
+        sockets: parts.config.connection.sockets,
         mesh: parts.mesh.clone(),
         identities,
         workers: workers.clone(),
         drain: drain.clone(),
         claims: Default::default(),
     });
-    let pods_file = parts.config.node.pods_file.clone().unwrap_or_default();
-    background.spawn(Pods::new(capturer, board).follow(pods_file, pods_pending));
+    own_pod(&parts.config, &capturer, &background)?;
+    let pods = Pods::new(capturer, board);
+    match parts.config.node.source.clone() {
+        Source::File(path) => background.spawn(node::file::follow(pods, path, pods_pending)),
+        Source::Agent(path) => {
+            let client = zds::Client { path, pods, metrics: zds_metrics, ready: Some(pods_pending) };
+            background.spawn(client.run(drain.signal()));
+        }
+    }
     tracing::info!(workers = parts.config.connection.workers, "{} is running", super::version());
 
     tokio::select! {
@@ -109,7 +134,81 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     }
     let _ending = ready.wait_for("ending");
     end(&parts, &drain, &workers, &background, &mut signals).await;
+    facts.stop();
     Ok(())
+}
+
+/// Serves the daemon's own pod, where it is one.
+fn own_pod(config: &Config, capturer: &Arc<Capturer>, background: &Group) -> anyhow::Result<()> {
+    let Some(own) = &config.own_pod else { return Ok(()) };
+    let identity = SpiffeName::new(&config.trust_domain, &own.namespace, &own.service_account);
+    let identity = identity.context("the daemon's own identity is not valid")?;
+    background.spawn(node::own::serve(capturer.clone(), own.name.as_str().into(), identity));
+    Ok(())
+}
+
+/// The facts about the mesh, and whoever keeps them.
+struct Facts {
+    mesh: Arc<Mesh>,
+    freshness: Arc<Freshness>,
+    stop: Drain,
+    /// The client of the control plane has a thread of its own: a whole mesh in one message takes it a while.
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Facts {
+    fn start(config: &Config, ready: &Ready, background: &Group, registry: &mut Registry) -> anyhow::Result<Self> {
+        let pending = ready.wait_for("mesh facts");
+        let (freshness, stop) = (Arc::<Freshness>::default(), Drain::default());
+        let on_demand = matches!(&config.mesh, MeshSource::Xds(xds) if xds.on_demand);
+        let mesh = Arc::new(Mesh::new(config.node_name.as_str().into(), on_demand));
+        let thread = match &config.mesh {
+            MeshSource::File(path) => {
+                let metrics = Arc::new(control::Metrics::default());
+                metrics.register(registry);
+                mesh.replace(control::file::read(path)?);
+                background.spawn(control::file::follow(path.clone(), mesh.clone(), metrics));
+                None
+            }
+            MeshSource::Xds(xds) => {
+                let metrics = Arc::new(control::xds::Metrics::default());
+                metrics.register(registry);
+                let xds = (**xds).clone();
+                let client = control::xds::Client::new(xds, mesh.clone(), metrics, freshness.clone(), pending);
+                let signal = stop.signal();
+                let started = thread::start("culvert-xds".into(), move || client.run(signal));
+                Some(started.context("cannot start the control plane's client")?.1)
+            }
+        };
+        Ok(Self { mesh, freshness, stop, thread })
+    }
+
+    fn stop(self) {
+        self.stop.at_once();
+        // A thread that panicked has nothing left to keep.
+        let _ = self.thread.map(JoinHandle::join);
+    }
+}
+
+fn certificates(
+    config: &Config,
+    revocations: &Arc<Revocations>,
+    background: &Group,
+    registry: &mut Registry,
+) -> Arc<Identities> {
+    let metrics = Arc::new(identity::store::Metrics::default());
+    metrics.register(registry);
+    if let Some(path) = &config.crl {
+        let metrics = Arc::new(identity::revoked::Metrics::default());
+        metrics.register(registry);
+        background.spawn(revocations.clone().follow(path.clone(), metrics));
+    }
+    let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
+    let authority = match &config.ca {
+        CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
+        CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
+    };
+    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics)
 }
 
 async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group, signals: &mut Signals) {
@@ -169,17 +268,28 @@ fn logging(log: &LogControl, query: Option<&str>) -> Result<String, String> {
 struct Gauges {
     workers: Arc<Workers>,
     log: LogControl,
+    identities: Arc<Identities>,
+    freshness: Arc<Freshness>,
 }
 
 impl Collector for Gauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        let tunnels = ConstGauge::new(number(self.workers.tunnels()));
-        let help = "Tunnels open towards peers";
-        tunnels.encode(encoder.encode_descriptor("culvert_tunnels_open", help, None, tunnels.metric_type())?)?;
-        let tasks = ConstGauge::new(number(self.workers.running()));
+        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let mut put = |name, help, value: u64| {
+            let gauge = ConstGauge::new(number(value));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
+        };
+        put("culvert_tunnels_open", "Tunnels open towards peers", self.workers.tunnels() as u64)?;
         let help = "Tasks of the data plane: connections, streams, tunnels";
-        tasks.encode(encoder.encode_descriptor("culvert_data_plane_tasks", help, None, tasks.metric_type())?)?;
+        put("culvert_data_plane_tasks", help, self.workers.running() as u64)?;
+        if let Some(left) = self.identities.time_to_outage() {
+            let help = "Time until the first identity of this node is without certificate if no renewal succeeds";
+            put("culvert_seconds_to_certificate_outage", help, left.as_secs())?;
+        }
+        if let Some(age) = self.freshness.report().age {
+            let help = "Time since the control plane was last heard; 0 while it tells us of changes";
+            put("culvert_mesh_age_seconds", help, age.as_secs())?;
+        }
         let dropped = ConstCounter::new(self.log.dropped_lines() as u64);
         let help = "Log lines dropped because standard output was not read";
         dropped.encode(encoder.encode_descriptor("culvert_log_lines_dropped", help, None, dropped.metric_type())?)

@@ -1,6 +1,7 @@
 //! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
 
 use super::assemble::Parts;
+use crate::config::{CaSource, MeshSource};
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
@@ -8,6 +9,7 @@ use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Workload};
+use crate::node::Source;
 use crate::node::status::{PodStatus, State};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};
@@ -31,6 +33,8 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "policies": sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
         "stagedServices": staged(&snapshot),
         "staticConfig": {"workloads": [], "services": [], "policies": []},
+        "meshState": mesh_state(parts),
+        "revocationListError": parts.revocations.error(),
         "certificates": certificates(parts),
         "workloadState": state,
         "version": {"version": env!("CARGO_PKG_VERSION"), "buildStatus": "culvert", "cryptoProvider": "aws-lc-rs"},
@@ -71,7 +75,7 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "name": &*pod.spec.name,
             "namespace": &*pod.spec.namespace,
             "serviceAccount": &*pod.spec.service_account,
-            "netns": pod.spec.netns.display().to_string(),
+            "netns": pod.spec.netns.to_string(),
             "state": pod.state.word(),
             "reason": pod.state.reason(),
             "since": time(pod.since),
@@ -286,8 +290,8 @@ fn certificates(parts: &Parts) -> Value {
             "identity": held.identity.to_string(),
             "state": state,
             "error": held.error,
-            "certChain": chain(|c| &c.chain),
-            "rootCerts": chain(|c| &c.roots),
+            "certChain": chain(|c| c.chain()),
+            "rootCerts": chain(|c| c.roots()),
         })
     };
     Value::Array(parts.identities.list().into_iter().map(one).collect())
@@ -326,13 +330,37 @@ fn time(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 
+/// How fresh the facts are, where they come from a control plane.
+fn mesh_state(parts: &Parts) -> Value {
+    let MeshSource::Xds(xds) = &parts.config.mesh else { return Value::Null };
+    let report = parts.freshness.report();
+    json!({
+        "controlPlane": xds.rpc.address.to_string(),
+        "stale": !report.live,
+        "ageSeconds": report.age.map(|age| age.as_secs()),
+        "source": if report.from_file { "state file" } else { "control plane" },
+        "error": report.error,
+    })
+}
+
 fn config(parts: &Parts) -> Value {
     let c = &parts.config;
     let duration = |d: std::time::Duration| humantime::format_duration(d).to_string();
     json!({
-        "localXdsPath": c.mesh_file.display().to_string(),
-        "podsFile": c.node.pods_file.as_ref().map(|p| p.display().to_string()),
-        "caDir": c.ca_dir.display().to_string(),
+        "localXdsPath": match &c.mesh { MeshSource::File(path) => Some(path.display().to_string()), MeshSource::Xds(_) => None },
+        "xdsAddress": match &c.mesh { MeshSource::Xds(xds) => Some(xds.rpc.address.to_string()), MeshSource::File(_) => None },
+        "xdsOnDemand": matches!(&c.mesh, MeshSource::Xds(xds) if xds.on_demand),
+        "stateFile": match &c.mesh { MeshSource::Xds(xds) => xds.state_file.as_ref().map(|p| p.display().to_string()), MeshSource::File(_) => None },
+        "podsFile": match &c.node.source { Source::File(path) => Some(path.display().to_string()), Source::Agent(_) => None },
+        "inpodUds": match &c.node.source { Source::Agent(path) => Some(path.display().to_string()), Source::File(_) => None },
+        "caDir": match &c.ca { CaSource::Builtin(dir) => Some(dir.display().to_string()), CaSource::Istio(_) => None },
+        "caAddress": match &c.ca { CaSource::Istio(rpc) => Some(rpc.address.to_string()), CaSource::Builtin(_) => None },
+        "crlPath": c.crl.as_ref().map(|p| p.display().to_string()),
+        "network": c.network,
+        "localNode": c.node_name,
+        "clusterId": c.node.cluster_id,
+        "trustDomain": c.trust_domain,
+        "onlyPostQuantum": c.only_post_quantum,
         "secretTtl": duration(c.secret_ttl),
         "trustDomainAliases": c.trust_domain_aliases,
         "connectionTerminationDeadline": duration(c.drain_deadline),

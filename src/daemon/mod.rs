@@ -6,9 +6,11 @@ mod signals;
 
 use crate::config::args::{CaCommand, Cli, Command, NodeArgs};
 use crate::config::check::{Machine, check};
-use crate::config::{Config, Faults};
+use crate::config::istio::Environment;
+use crate::config::{CaSource, Config, Faults, MeshSource};
 use crate::demo;
-use crate::identity::Authority;
+use crate::identity::Builtin;
+use crate::node::Source;
 use crate::{control, node, sys};
 use std::io::Write;
 use std::path::PathBuf;
@@ -23,7 +25,7 @@ pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Node(args) | Command::Proxy { node: args, .. } => node_command(&args),
         Command::Check(args) => check_command(&args),
-        Command::Ca { command: CaCommand::Init { dir } } => match Authority::init(&dir) {
+        Command::Ca { command: CaCommand::Init { dir } } => match Builtin::init(&dir) {
             Ok(()) => say(&format!("CA made in {}: ca.pem, ca.key (mode 0600)", dir.display())),
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
@@ -44,17 +46,17 @@ fn machine() -> Machine {
 
 /// Checks the settings, and that the files they name can be read and understood; all faults together.
 fn checked(args: &NodeArgs) -> Result<Config, Faults> {
-    let config = check(args, machine());
+    let config = check(args, &Environment::of_process(), machine());
     let mut faults = config.as_ref().err().map_or_else(Vec::new, |faults| faults.0.clone());
     let path = |value: &Option<String>| value.as_deref().filter(|text| !text.is_empty()).map(PathBuf::from);
     if let Some(Err(error)) = path(&args.mesh_file).map(|path| control::file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(Err(error)) = path(&args.pods_file).map(|path| node::pods::read(&path)) {
+    if let Some(Err(error)) = path(&args.pods_file).map(|path| node::file::read(&path)) {
         faults.push(error.to_string());
     }
     if let Some(dir) = path(&args.ca_dir)
-        && let Err(error) = Authority::new(&dir, Duration::from_secs(3600)).check()
+        && let Err(error) = Builtin::new(&dir, Duration::from_secs(3600)).check()
     {
         faults.push(format!("{error}; `culvert ca init {}` makes a CA", dir.display()));
     }
@@ -66,14 +68,26 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
 
 fn check_command(args: &NodeArgs) -> ExitCode {
     match checked(args) {
-        Ok(config) => say(&format!(
-            "ok: {}, {} and the CA in {} are valid",
-            config.mesh_file.display(),
-            config.node.pods_file.unwrap_or_default().display(),
-            config.ca_dir.display()
-        )),
+        Ok(config) => say(&sources(&config)),
         Err(faults) => fail(EXIT_CONFIG, &faults.to_string()),
     }
+}
+
+/// Where facts, pods and certificates will come from; files have been read, control planes have not been asked.
+fn sources(config: &Config) -> String {
+    let mesh = match &config.mesh {
+        MeshSource::File(path) => format!("the mesh from {}", path.display()),
+        MeshSource::Xds(xds) => format!("the mesh from {} (not asked)", xds.rpc.address),
+    };
+    let pods = match &config.node.source {
+        Source::File(path) => format!("pods from {}", path.display()),
+        Source::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
+    };
+    let ca = match &config.ca {
+        CaSource::Builtin(dir) => format!("certificates from the CA in {}", dir.display()),
+        CaSource::Istio(rpc) => format!("certificates from {} (not asked)", rpc.address),
+    };
+    format!("ok: {mesh}, {pods}, {ca}")
 }
 
 fn node_command(args: &NodeArgs) -> ExitCode {

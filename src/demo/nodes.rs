@@ -1,7 +1,7 @@
 //! The two `culvert node` processes: their files, their start, and what they say on their admin ports and in their logs.
 
 use super::world::{PODS, World};
-use crate::identity::Authority;
+use crate::identity::Builtin;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -19,7 +19,7 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 /// Writes the files and starts both nodes.
 pub fn start(world: &mut World) -> anyhow::Result<()> {
     let (mesh, ca) = (world.folder.join("mesh.yaml"), world.folder.join("ca"));
-    Authority::init(&ca)?;
+    Builtin::init(&ca)?;
     // YAML is a superset of JSON.
     std::fs::write(&mesh, serde_json::to_string_pretty(&facts())?)?;
     let program = std::env::current_exe().context("cannot find this program's file")?;

@@ -1,58 +1,12 @@
-//! The built-in CA: a directory with `ca.pem` (root certificates, ours first) and `ca.key` (mode 0600).
-//!
-//! For one machine, tests and small estates; several nodes may share the directory. The key is read for each signing,
-//! so replacing the directory's files rotates the CA without a restart.
+//! Who signs certificates: the built-in CA, or one that speaks Istio's protocol.
 
+use super::builtin::{Builtin, BuiltinError};
+use super::istio_ca::{IstioCa, IstioCaError};
 use crate::mesh::SpiffeName;
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, string::Ia5String,
-};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use std::fs::{OpenOptions, Permissions};
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::time::{Duration, SystemTime};
-use time::OffsetDateTime;
 
-/// How far a leaf's validity begins in the past, for nodes whose clocks differ.
-const BACKDATE: Duration = Duration::from_secs(60);
-
-/// Life of a root made by [`Authority::init`].
-const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-
-/// Why the CA directory could not be used.
-#[derive(Debug, thiserror::Error)]
-pub enum AuthorityError {
-    /// A file cannot be read or written.
-    #[error("CA directory: {path}: {source}")]
-    File {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// A file is there but is not what it should be.
-    #[error("CA directory: {path}: {reason}")]
-    Content {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// Signing failed.
-    #[error("cannot sign a certificate for {identity}: {source}")]
-    Sign {
-        /// For whom.
-        identity: SpiffeName,
-        /// What the library said.
-        source: rcgen::Error,
-    },
-}
-
-/// What a signing gives: key, chain (leaf first), roots, and the time of its validity.
+/// What a signing gives.
 #[derive(Debug)]
 pub struct Signed {
     /// Private key of the leaf.
@@ -61,151 +15,57 @@ pub struct Signed {
     pub chain: Vec<CertificateDer<'static>>,
     /// Root certificates by which peers are verified.
     pub roots: Vec<CertificateDer<'static>>,
-    /// When it was signed.
-    pub issued: SystemTime,
     /// When it ends.
     pub not_after: SystemTime,
+    /// How long it is valid in all. Renewal is reckoned by it and not by the clocks, ours or the CA's.
+    pub life: Duration,
 }
 
-/// A CA in a directory.
-#[derive(Clone, Debug)]
-pub struct Authority {
-    folder: PathBuf,
-    leaf_life: Duration,
+impl Clone for Signed {
+    fn clone(&self) -> Self {
+        Self {
+            key: self.key.clone_key(),
+            chain: self.chain.clone(),
+            roots: self.roots.clone(),
+            not_after: self.not_after,
+            life: self.life,
+        }
+    }
+}
+
+/// A certificate authority.
+#[derive(Debug)]
+pub enum Authority {
+    /// A directory.
+    Builtin(Builtin),
+    /// Istio's CA.
+    Istio(Box<IstioCa>),
+}
+
+/// Why there is no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    /// The built-in CA.
+    #[error(transparent)]
+    Builtin(#[from] BuiltinError),
+    /// Istio's CA.
+    #[error(transparent)]
+    Istio(#[from] IstioCaError),
 }
 
 impl Authority {
-    /// A CA in `folder` that signs leaves valid for `leaf_life`.
-    pub fn new(folder: &Path, leaf_life: Duration) -> Self {
-        Self { folder: folder.to_owned(), leaf_life }
-    }
-
-    /// Makes a new CA in `folder`: P-256 key (mode 0600) and self-signed root. An existing one is never overwritten.
-    pub fn init(folder: &Path) -> Result<(), AuthorityError> {
-        let key_path = folder.join("ca.key");
-        let file = |path: &Path| {
-            let path = path.to_owned();
-            move |source| AuthorityError::File { path, source }
-        };
-        let bad = |source: rcgen::Error| AuthorityError::Content { path: key_path.clone(), reason: source.to_string() };
-        std::fs::create_dir_all(folder).map_err(file(folder))?;
-        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(bad)?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, "culvert built-in CA");
-        // A name of its own, so that old and new root are told apart during a rotation.
-        let own_name = format!("{:032x}", rand::random::<u128>());
-        params.distinguished_name.push(DnType::CommonName, own_name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let now = SystemTime::now();
-        params.not_before = OffsetDateTime::from(now - BACKDATE);
-        params.not_after = OffsetDateTime::from(now + ROOT_LIFE);
-        let root = params.self_signed(&key).map_err(bad)?;
-        write_new(&key_path, key.serialize_pem().as_bytes(), 0o600).map_err(file(&key_path))?;
-        let root_path = folder.join("ca.pem");
-        write_new(&root_path, root.pem().as_bytes(), 0o644).map_err(file(&root_path))
-    }
-
-    /// Checks that the directory holds a usable CA, by signing a leaf that nobody will see.
-    pub fn check(&self) -> Result<(), AuthorityError> {
-        let content = |reason: String| AuthorityError::Content { path: self.folder.join("ca.key"), reason };
-        let identity = SpiffeName::new("cluster.local", "culvert", "check").map_err(|e| content(e.to_string()))?;
-        let signed = self.sign(&identity)?;
-        super::Credentials::build(identity, 0, signed, &[]).map(drop).map_err(|e| content(e.to_string()))
-    }
-
-    /// Signs a fresh P-256 key for `identity`, as exactly one critical SPIFFE URI SAN and an empty subject.
-    pub fn sign(&self, identity: &SpiffeName) -> Result<Signed, AuthorityError> {
-        let key_path = self.folder.join("ca.key");
-        let root_path = self.folder.join("ca.pem");
-        let read = |path: &PathBuf| {
-            std::fs::read_to_string(path).map_err(|source| AuthorityError::File { path: path.clone(), source })
-        };
-        let content = |path: &PathBuf, reason: String| AuthorityError::Content { path: path.clone(), reason };
-        let mode = std::fs::metadata(&key_path)
-            .map_err(|source| AuthorityError::File { path: key_path.clone(), source })?
-            .permissions()
-            .mode();
-        if mode & 0o077 != 0 {
-            let reason = format!("others may read the key (mode {:o}); chmod 600 it", mode & 0o777);
-            return Err(content(&key_path, reason));
+    /// Signs a fresh key for `identity`; takes as long as the CA's deadline at most.
+    pub async fn sign(&self, identity: &SpiffeName) -> Result<Signed, AuthorityError> {
+        match self {
+            Self::Builtin(ca) => Ok(ca.sign(identity)?),
+            Self::Istio(ca) => Ok(ca.sign(identity).await?),
         }
-        let ca_key = KeyPair::from_pem(&read(&key_path)?).map_err(|e| content(&key_path, e.to_string()))?;
-        let roots_pem = read(&root_path)?;
-        let roots: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(roots_pem.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|e| content(&root_path, e.to_string()))?;
-        let first = roots.first().ok_or_else(|| content(&root_path, "holds no certificate".into()))?;
-        let issuer = Issuer::from_ca_cert_der(first, ca_key).map_err(|e| content(&root_path, e.to_string()))?;
-
-        let issued = SystemTime::now();
-        let sign = || -> Result<Signed, rcgen::Error> {
-            let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-            let mut params = CertificateParams::default();
-            params.distinguished_name = DistinguishedName::new();
-            params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(identity.to_string())?)];
-            params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
-            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-            params.not_before = OffsetDateTime::from(issued - BACKDATE);
-            params.not_after = OffsetDateTime::from(issued + self.leaf_life);
-            let leaf = params.signed_by(&key, &issuer)?;
-            Ok(Signed {
-                key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-                chain: vec![leaf.der().clone()],
-                roots: roots.clone(),
-                issued,
-                not_after: issued + self.leaf_life,
-            })
-        };
-        sign().map_err(|source| AuthorityError::Sign { identity: identity.clone(), source })
     }
 }
 
-fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    file.set_permissions(Permissions::from_mode(mode))?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::identity::verify::peer_name;
-
-    fn folder(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("culvert-ca-{name}-{}", std::process::id()));
-        drop(std::fs::remove_dir_all(&path));
-        path
-    }
-
-    #[test]
-    fn a_leaf_proves_its_identity_under_the_root_and_the_key_is_private() {
-        let folder = folder("leaf");
-        Authority::init(&folder).unwrap();
-        let mode = std::fs::metadata(folder.join("ca.key")).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let identity = SpiffeName::new("cluster.local", "a", "b").unwrap();
-        let signed = Authority::new(&folder, Duration::from_secs(3600)).sign(&identity).unwrap();
-        assert_eq!(peer_name(&signed.chain[0]).unwrap(), identity);
-        assert!(Authority::init(&folder).is_err(), "an existing CA is not overwritten");
-        Authority::new(&folder, Duration::from_secs(3600)).check().unwrap();
-        let other = self::folder("other");
-        Authority::init(&other).unwrap();
-        std::fs::copy(other.join("ca.pem"), folder.join("ca.pem")).unwrap();
-        let error = Authority::new(&folder, Duration::from_secs(3600)).check().unwrap_err().to_string();
-        assert!(error.contains("do not belong together"), "{error}");
-        std::fs::remove_dir_all(&other).unwrap();
-        std::fs::set_permissions(folder.join("ca.key"), Permissions::from_mode(0o644)).unwrap();
-        let error = Authority::new(&folder, Duration::from_secs(1)).check().unwrap_err().to_string();
-        assert!(error.contains("ca.key") && error.contains("chmod 600"), "{error}");
-        std::fs::remove_dir_all(&folder).unwrap();
-    }
-
-    #[test]
-    fn a_missing_directory_is_named() {
-        let error = Authority::new(Path::new("/nonexistent/ca"), Duration::from_secs(1)).check().unwrap_err();
-        assert!(error.to_string().contains("/nonexistent/ca/ca.key"), "{error}");
+impl AuthorityError {
+    /// Whether a CA says this of a pod that it has not heard of yet.
+    pub fn is_refusal(&self) -> bool {
+        matches!(self, Self::Istio(error) if error.is_refusal())
     }
 }

@@ -4,9 +4,10 @@
 //! another workload would skip the verification of who it is.
 
 use super::authority::Signed;
-use super::verify::{ClientVerifier, ServerVerifier};
+use super::revoked::{Chain, Revocations};
+use super::verify::{ClientVerifier, ServerVerifier, Vouch};
 use crate::mesh::{SpiffeName, Text};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use crate::rpc::tls::provider;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
@@ -15,6 +16,7 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
+use tokio::sync::Notify;
 
 /// Protocol name of HTTP/2 in TLS.
 const ALPN_H2: &[u8] = b"h2";
@@ -32,11 +34,32 @@ pub enum CredentialsError {
     #[error("no usable root certificate: {0}")]
     Roots(String),
     /// The certificate does not chain to the roots that came with it.
-    #[error("the new certificate is not vouched for by its own roots ({0}): ca.key and ca.pem do not belong together")]
+    #[error(
+        "the new certificate is not vouched for by the roots that came with it ({0}): the CA's key and root do not belong together"
+    )]
     NotOurs(#[source] rustls::Error),
+    /// It begins in the future, or has ended, by our clock.
+    #[error("the new certificate is not valid now ({0}): the clocks of the CA and of this node differ")]
+    Clock(#[source] rustls::Error),
+    /// The certificate is for another key.
+    #[error("the new certificate is not for the key that was made for it")]
+    OtherKey,
     /// Key or chain are not usable.
     #[error("key or certificate cannot be used: {0}")]
     Tls(#[from] rustls::Error),
+}
+
+/// Whom an identity trusts.
+#[derive(Clone, Debug)]
+pub struct Trust {
+    /// Roots by which peers are verified.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// Trust domains that peers may be of: its own first.
+    pub trust_domains: Vec<Text>,
+    /// Certificates that have been revoked.
+    pub revocations: Arc<Revocations>,
+    /// Told when a peer comes whose root is not among these.
+    pub unknown_root: Arc<Notify>,
 }
 
 /// Key, certificate and TLS settings of one identity.
@@ -45,17 +68,14 @@ pub struct Credentials {
     pub identity: SpiffeName,
     /// Differs between any two certificates of one process.
     pub generation: u64,
-    /// When it was signed.
-    pub issued: SystemTime,
     /// When it ends.
     pub not_after: SystemTime,
-    /// Leaf first.
-    pub chain: Vec<CertificateDer<'static>>,
-    /// Roots by which peers are verified.
-    pub roots: Vec<CertificateDer<'static>>,
+    /// As it came.
+    pub(super) signed: Signed,
+    trust: Trust,
     server: Arc<ServerConfig>,
     client: ClientConfig,
-    chain_verifier: Arc<dyn ClientCertVerifier>,
+    vouch: Vouch,
 }
 
 impl fmt::Debug for Credentials {
@@ -65,42 +85,39 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Builds the settings. `aliases` are trust domains accepted beside the identity's own.
+    /// Builds the settings. The certificate must be vouched for by the roots of `trust`: one that is not would replace one
+    /// that works.
     pub fn build(
         identity: SpiffeName,
         generation: u64,
         signed: Signed,
-        aliases: &[Text],
+        trust: Trust,
     ) -> Result<Self, CredentialsError> {
         let provider = Arc::new(provider());
         let mut roots = RootCertStore::empty();
-        for root in &signed.roots {
+        for root in &trust.roots {
             roots.add(root.clone()).map_err(|error| CredentialsError::Roots(error.to_string()))?;
         }
-        let chain_verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .build()
             .map_err(|error| CredentialsError::Roots(error.to_string()))?;
-        // A leaf that our own roots do not vouch for would replace one that works: the CA's key and root do not match.
-        if let Some((leaf, intermediates)) = signed.chain.split_first() {
-            chain_verifier
-                .verify_client_cert(leaf, intermediates, UnixTime::now())
-                .map_err(CredentialsError::NotOurs)?;
-        }
-        let key = provider.key_provider.load_private_key(signed.key)?;
-        let certified = Arc::new(SingleCertAndKey::from(CertifiedKey::new(signed.chain.clone(), key)));
+        own(&*chain, &signed)?;
+        let key = provider.key_provider.load_private_key(signed.key.clone_key())?;
+        let certified = CertifiedKey::new(signed.chain.clone(), key);
+        certified.keys_match().map_err(|_| CredentialsError::OtherKey)?;
+        let certified = Arc::new(SingleCertAndKey::from(certified));
 
-        let mut trust_domains = vec![identity.trust_domain.clone()];
-        trust_domains.extend(aliases.iter().cloned());
-        let verifier = Arc::new(ClientVerifier { chain: chain_verifier.clone(), trust_domains });
+        let vouch = Vouch { chain, revocations: trust.revocations.clone(), unknown_root: trust.unknown_root.clone() };
+        let verifier = ClientVerifier { vouch: vouch.clone(), trust_domains: trust.trust_domains.clone() };
         let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_client_cert_verifier(verifier)
+            .with_client_cert_verifier(Arc::new(verifier))
             .with_cert_resolver(certified.clone());
         server.alpn_protocols = vec![ALPN_H2.to_vec()];
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
 
-        let nobody = Arc::new(ServerVerifier { chain: chain_verifier.clone(), expected: Vec::new() });
+        let nobody = Arc::new(ServerVerifier { vouch: vouch.clone(), expected: Vec::new() });
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -110,17 +127,46 @@ impl Credentials {
         client.enable_sni = false;
         client.resumption = rustls::client::Resumption::disabled();
 
-        Ok(Self {
-            identity,
-            generation,
-            issued: signed.issued,
-            not_after: signed.not_after,
-            chain: signed.chain,
-            roots: signed.roots,
-            server: Arc::new(server),
-            client,
-            chain_verifier,
-        })
+        let not_after = signed.not_after;
+        Ok(Self { identity, generation, not_after, signed, trust, server: Arc::new(server), client, vouch })
+    }
+
+    /// Builds settings that trust nobody but the roots that came with the certificate.
+    pub fn alone(identity: SpiffeName, signed: Signed) -> Result<Self, CredentialsError> {
+        let trust_domains = vec![identity.trust_domain.clone()];
+        let trust = Trust {
+            roots: signed.roots.clone(),
+            trust_domains,
+            revocations: Arc::default(),
+            unknown_root: Arc::default(),
+        };
+        Self::build(identity, 0, signed, trust)
+    }
+
+    /// The same certificate with other trust. Tunnels that use it go on: it is the same generation.
+    pub fn trusting(&self, trust: Trust) -> Result<Self, CredentialsError> {
+        let trust = Trust { unknown_root: self.trust.unknown_root.clone(), ..trust };
+        Self::build(self.identity.clone(), self.generation, self.signed.clone(), trust)
+    }
+
+    /// The certificate, leaf first.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.signed.chain
+    }
+
+    /// Roots by which peers are verified.
+    pub fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.trust.roots
+    }
+
+    /// Resolves when a peer has come whose root is not known.
+    pub async fn unknown_root(&self) {
+        self.trust.unknown_root.notified().await;
+    }
+
+    /// What is needed to hear that a peer of ours is revoked later.
+    pub fn watch(&self, peer: &[CertificateDer<'_>]) -> Chain {
+        self.trust.revocations.watch(peer)
     }
 
     /// Settings for accepting peers.
@@ -131,28 +177,28 @@ impl Credentials {
     /// Settings for a connection to a server that must prove one of `expected`.
     pub fn client(&self, expected: &[SpiffeName]) -> Arc<ClientConfig> {
         let mut config = self.client.clone();
-        let chain = self.chain_verifier.clone();
-        let verifier = ServerVerifier { chain, expected: expected.to_vec() };
+        let verifier = ServerVerifier { vouch: self.vouch.clone(), expected: expected.to_vec() };
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         Arc::new(config)
     }
 }
 
-/// aws-lc-rs with AES-GCM suites of TLS 1.3 and the post-quantum hybrid first.
-fn provider() -> CryptoProvider {
-    CryptoProvider {
-        cipher_suites: vec![
-            aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
-            aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
-        ],
-        kx_groups: vec![
-            aws_lc_rs::kx_group::X25519MLKEM768,
-            aws_lc_rs::kx_group::X25519,
-            aws_lc_rs::kx_group::SECP256R1,
-            aws_lc_rs::kx_group::SECP384R1,
-        ],
-        ..aws_lc_rs::default_provider()
+/// Checks a new certificate by the roots that are to vouch for it.
+fn own(chain: &dyn ClientCertVerifier, signed: &Signed) -> Result<(), CredentialsError> {
+    let Some((leaf, intermediates)) = signed.chain.split_first() else {
+        return Err(CredentialsError::Roots("the certificate is missing".into()));
+    };
+    match chain.verify_client_cert(leaf, intermediates, UnixTime::now()) {
+        Ok(_) => Ok(()),
+        Err(error) if is_about_time(&error) => Err(CredentialsError::Clock(error)),
+        Err(error) => Err(CredentialsError::NotOurs(error)),
     }
+}
+
+fn is_about_time(error: &rustls::Error) -> bool {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let rustls::Error::InvalidCertificate(reason) = error else { return false };
+    matches!(reason, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
 }
 
 /// What a finished handshake agreed on, for display.

@@ -3,10 +3,16 @@
 //! It knows names, not pods; who needs a certificate asks the [`Store`] for the identity's current [`Credentials`].
 
 pub mod authority;
+pub mod builtin;
 pub mod credentials;
+pub mod istio_ca;
+pub mod revoked;
 pub mod store;
+mod turns;
 pub mod verify;
 
 pub use authority::Authority;
+pub use builtin::Builtin;
 pub use credentials::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+pub use revoked::Chain;
 pub use store::Store;

@@ -1,5 +1,6 @@
 //! Verifying a peer: the chain by webpki, the name by us. A peer is who its one SPIFFE URI SAN says, exactly.
 
+use super::revoked::Revocations;
 use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -8,6 +9,7 @@ use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme};
 use std::io;
 use std::sync::Arc;
+use tokio::sync::Notify;
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
 /// Why a certificate that may be valid is still not the peer we talk to.
@@ -22,6 +24,9 @@ pub enum PeerError {
     /// The URI is not a SPIFFE name.
     #[error("the peer's URI name is not a workload identity: {0}")]
     Name(#[from] NameError),
+    /// The peer's certificate, or one that vouches for it, has been revoked.
+    #[error("the peer's certificate is revoked by CRL")]
+    Revoked,
     /// The peer is of a trust domain that is not ours.
     #[error("the peer {peer} is of a foreign trust domain (accepted: {accepted})")]
     TrustDomain {
@@ -74,11 +79,49 @@ pub fn peer_name(certificate: &CertificateDer<'_>) -> Result<SpiffeName, PeerErr
     }
 }
 
+/// Whether a handshake failed because the peer is revoked.
+pub fn is_revoked(error: &io::Error) -> bool {
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
+    let Some(Error::InvalidCertificate(CertificateError::Other(other))) = inner else { return false };
+    matches!(other.0.downcast_ref::<PeerError>(), Some(PeerError::Revoked))
+}
+
+/// Vouches for a peer's chain: by our roots, and by no list of revoked certificates.
+#[derive(Clone, Debug)]
+pub struct Vouch {
+    /// webpki's, for client certificates: it checks no DNS name, which SPIFFE leaves have none of.
+    pub chain: Arc<dyn ClientCertVerifier>,
+    /// What is revoked.
+    pub revocations: Arc<Revocations>,
+    /// Told when a chain ends at a root that is not ours.
+    pub unknown_root: Arc<Notify>,
+}
+
+impl Vouch {
+    fn check(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<SpiffeName, Error> {
+        if let Err(error) = self.chain.verify_client_cert(end_entity, intermediates, now) {
+            // The signature says so too where an old and a new root have the same name.
+            let unknown = CertificateError::UnknownIssuer;
+            if matches!(&error, Error::InvalidCertificate(e) if *e == unknown || *e == CertificateError::BadSignature) {
+                self.unknown_root.notify_one();
+            }
+            return Err(error);
+        }
+        let revoked = self.revocations.lists(&[end_entity.as_ref().into()]) || self.revocations.lists(intermediates);
+        if revoked { Err(PeerError::Revoked.into()) } else { Ok(peer_name(end_entity)?) }
+    }
+}
+
 /// Verifies servers: chain under our roots, identity among the expected ones.
 #[derive(Debug)]
 pub struct ServerVerifier {
-    /// Verifies the chain (webpki's, for client certificates: it checks no DNS name, which SPIFFE leaves have none of).
-    pub chain: Arc<dyn ClientCertVerifier>,
+    /// Verifies the chain.
+    pub vouch: Vouch,
     /// Who the server may be. Empty means nobody.
     pub expected: Vec<SpiffeName>,
 }
@@ -92,8 +135,7 @@ impl ServerCertVerifier for ServerVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        let peer = peer_name(end_entity)?;
+        let peer = self.vouch.check(end_entity, intermediates, now)?;
         if self.expected.contains(&peer) {
             return Ok(ServerCertVerified::assertion());
         }
@@ -107,7 +149,7 @@ impl ServerCertVerifier for ServerVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, certificate, signature)
+        self.vouch.chain.verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -116,11 +158,11 @@ impl ServerCertVerifier for ServerVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, certificate, signature)
+        self.vouch.chain.verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.vouch.chain.supported_verify_schemes()
     }
 }
 
@@ -128,7 +170,7 @@ impl ServerCertVerifier for ServerVerifier {
 #[derive(Debug)]
 pub struct ClientVerifier {
     /// Verifies the chain.
-    pub chain: Arc<dyn ClientCertVerifier>,
+    pub vouch: Vouch,
     /// Our trust domain and its aliases.
     pub trust_domains: Vec<crate::mesh::Text>,
 }
@@ -145,10 +187,9 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        let peer = peer_name(end_entity)?;
+        let peer = self.vouch.check(end_entity, intermediates, now)?;
         if self.trust_domains.contains(&peer.trust_domain) {
-            return Ok(verified);
+            return Ok(ClientCertVerified::assertion());
         }
         let accepted = join(self.trust_domains.iter());
         Err(PeerError::TrustDomain { peer, accepted }.into())
@@ -160,7 +201,7 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls12_signature(message, certificate, signature)
+        self.vouch.chain.verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -169,11 +210,11 @@ impl ClientCertVerifier for ClientVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.chain.verify_tls13_signature(message, certificate, signature)
+        self.vouch.chain.verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.vouch.chain.supported_verify_schemes()
     }
 }
 

@@ -153,11 +153,6 @@ impl Snapshot {
         best
     }
 
-    /// A service by its key.
-    pub fn service(&self, key: &ServiceKey) -> Option<&Arc<Service>> {
-        self.services.get(key)
-    }
-
     /// The service with this host name, by the same preference as [`Snapshot::service_at`].
     pub fn service_by_hostname(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_hostname.get(hostname), client_namespace)

@@ -110,7 +110,9 @@ impl Snapshot {
             self.add_policy(policy);
         }
         if let Some(absent) = &mut self.absent {
-            update.forgotten.iter().for_each(|wanted| drop(absent.remove_mut(wanted)));
+            for wanted in &update.forgotten {
+                absent.remove_mut(wanted);
+            }
             update.absent.into_iter().for_each(|wanted| absent.insert_mut(wanted));
         }
     }
@@ -267,7 +269,7 @@ mod tests {
 
     fn make_workload(id: u8, ip: u8, services: u8, hbone: bool) -> Workload {
         let mut made = workload("a", &format!("w{}", id % 3), &format!("10.0.0.{ip}"));
-        let kind = if id % 2 == 0 { "/Pod" } else { "networking.istio.io/WorkloadEntry" };
+        let kind = if id.is_multiple_of(2) { "/Pod" } else { "networking.istio.io/WorkloadEntry" };
         made.uid = format!("c{id}/{kind}/a/w{id}").into();
         made.hostname = if ip == 3 { "host".into() } else { "".into() };
         made.network_mode = if ip == 2 { NetworkMode::HostNetwork } else { NetworkMode::Standard };
@@ -279,7 +281,7 @@ mod tests {
     fn make_service(id: u8, vip: u8, kind: u8) -> Service {
         let key = key_of(id);
         let mut made = service(&key.namespace, &format!("s{id}"), &format!("10.9.0.{vip}"), &[(80, 80)]);
-        made.canonical = kind % 2 == 0;
+        made.canonical = kind.is_multiple_of(2);
         if kind > 1 {
             made.vips.clear();
             made.cidrs = vec![parse_network_cidr(&format!("/10.{vip}.0.7/{}", 8 * kind)).unwrap()];

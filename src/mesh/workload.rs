@@ -145,4 +145,11 @@ impl Workload {
     pub fn identity(&self) -> Result<SpiffeName, NameError> {
         SpiffeName::new(&self.trust_domain, &self.namespace, &self.service_account)
     }
+
+    /// Whether this is the identity that it must prove.
+    pub fn has_identity(&self, identity: &SpiffeName) -> bool {
+        self.service_account == identity.service_account
+            && self.namespace == identity.namespace
+            && self.trust_domain == identity.trust_domain
+    }
 }

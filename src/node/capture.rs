@@ -1,10 +1,13 @@
-//! Capturing one pod: check that the namespace is the pod's, listen in it, redirect, verify. In this order, so that
-//! nothing is ever redirected to a port where nobody listens.
+//! Capturing one pod, in steps: listen in its namespace; find out who it is, by facts and by the addresses that the
+//! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
+//! and no connection is carried before the pod is known to be who it should be.
 
+use super::pods::NetnsRef;
 use super::{CaptureError, PodSpec, redirect, verify};
+use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
 use crate::mesh::workload::NetworkMode;
-use crate::mesh::{Snapshot, SpiffeName, Workload};
+use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group};
@@ -13,6 +16,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
 
 /// Listeners of a pod, and how a connection came to them.
 const LISTENERS: [(u16, Entrance); 3] =
@@ -23,6 +27,8 @@ const LISTENERS: [(u16, Entrance); 3] =
 pub struct Capturer {
     /// Settings.
     pub config: super::Config,
+    /// How pods' sockets are made.
+    pub sockets: SocketConfig,
     /// Facts.
     pub mesh: Arc<mesh::Store>,
     /// Certificates.
@@ -35,75 +41,67 @@ pub struct Capturer {
     pub claims: Claims,
 }
 
-/// A captured pod.
+/// A pod in whose namespace we listen.
 #[derive(Debug)]
-pub struct Captured {
+pub struct Listening {
     /// What its connections know of it.
     pub pod: Arc<Pod>,
     /// Its accept loops.
     pub accepting: Group,
-    /// Whether IPv6 is redirected.
+    /// Whether IPv6 is used.
     pub ipv6: bool,
-    identity: SpiffeName,
-    identities: Arc<identity::Store>,
     _claim: Claim,
 }
 
-impl Drop for Captured {
+impl Drop for Listening {
     fn drop(&mut self) {
+        // Accept loops end by their pod's drain alone.
+        self.pod.drain.at_once();
+    }
+}
+
+/// Holds a pod's certificate for as long as the pod is who it was found to be.
+#[derive(Debug)]
+pub struct Approved {
+    identity: SpiffeName,
+    identities: Arc<identity::Store>,
+    pod: Arc<Pod>,
+}
+
+impl Drop for Approved {
+    fn drop(&mut self) {
+        self.pod.identity.send_replace(None);
         self.identities.forget(&self.identity);
     }
 }
 
 impl Capturer {
-    /// Captures a pod, or says why not; after an error nothing of the attempt is left but, where only the verification
-    /// failed, the rules: refusing traffic is better than passing it.
-    pub async fn capture(&self, spec: &PodSpec) -> Result<Captured, CaptureError> {
-        let snapshot = self.mesh.load();
-        let workload = known(&snapshot, spec)?;
-        let identity = workload.identity()?;
-        let netns = Netns::open(&spec.netns)?;
-        let addresses = holds(&netns, workload)?;
+    /// Listens in a pod's namespace. What comes waits until the pod is approved.
+    pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
+        let netns = spec.netns.open()?;
         not_ours(&netns)?;
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
-
+        let (cluster, namespace, name) = (&self.config.cluster_id, &spec.namespace, &spec.name);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
-            name: spec.name.clone(),
-            namespace: spec.namespace.clone(),
-            service_account: spec.service_account.clone(),
-            netns: netns.clone(),
-            addresses,
+            name: name.clone(),
+            namespace: namespace.clone(),
+            mesh_uid: format!("{cluster}//Pod/{namespace}/{name}").into(),
+            netns,
+            sockets: self.sockets,
+            identity: watch::Sender::default(),
+            addresses: Default::default(),
             drain: self.drain.child(),
             active: Default::default(),
             probes: Default::default(),
         });
-        self.identities.want(&identity);
-        let captured = Captured {
-            pod: pod.clone(),
-            accepting: Group::default(),
-            ipv6,
-            identity,
-            identities: self.identities.clone(),
-            _claim: claim,
-        };
+        let accepting = Group::default();
         for (listener, entrance) in listeners {
-            self.workers.serve(&pod, listener, entrance, &captured.accepting);
+            self.workers.serve(&pod, listener, entrance, &accepting);
         }
-        let redirected = async {
-            redirect::install(&netns, self.config.mark, ipv6).await?;
-            Ok(verify::verify(&pod, ipv6).await?)
-        };
-        match redirected.await {
-            Ok(()) => Ok(captured),
-            Err(error) => {
-                pod.drain.at_once();
-                captured.accepting.finished().await;
-                Err(error)
-            }
-        }
+        Ok(Listening { pod, accepting, ipv6, _claim: claim })
     }
 
     fn bind(&self, netns: &Netns, ipv6: bool) -> Result<Vec<(TcpListener, Entrance)>, CaptureError> {
@@ -114,22 +112,74 @@ impl Capturer {
         LISTENERS.into_iter().map(bind).collect()
     }
 
-    /// Whether the facts still say what the pod was captured by.
-    pub fn still(&self, spec: &PodSpec, captured: &Captured) -> Result<(), CaptureError> {
-        let snapshot = self.mesh.load();
-        let workload = known(&snapshot, spec)?;
-        let now = workload.identity()?;
-        if now != captured.identity {
-            return Err(CaptureError::IdentityChanged(captured.identity.clone(), now));
+    /// Finds out who a pod is: its workload, if the namespace holds all of the workload's addresses. Its certificate is
+    /// wanted from then on.
+    pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
+        let workload = self.known(spec)?;
+        let identity = workload.identity()?;
+        let held = holds(&listening.pod.netns, &workload)?;
+        listening.pod.addresses.store(Arc::new(held));
+        self.identities.want(&identity);
+        let (pod, identities) = (listening.pod.clone(), self.identities.clone());
+        let approved = Approved { identity: identity.clone(), identities, pod };
+        listening.pod.identity.send_replace(Some(identity));
+        Ok(approved)
+    }
+
+    /// Whether the facts still say what the pod was approved by.
+    pub fn still(&self, spec: &PodSpec, approved: &Approved) -> Result<(), CaptureError> {
+        let workload = self.known(spec)?;
+        if !workload.has_identity(&approved.identity) {
+            return Err(CaptureError::IdentityChanged(approved.identity.clone(), workload.identity()?));
         }
-        let missing = workload.ips.iter().find(|ip| !captured.pod.addresses.contains(ip));
-        missing.map_or(Ok(()), |missing| Err(not_the_pod(&captured.pod.netns, *missing, &captured.pod.addresses)))
+        let pod = &approved.pod;
+        let known = pod.addresses.load();
+        if workload.ips.iter().any(|ip| !known.contains(ip)) {
+            // An address may have been added to the pod since.
+            pod.addresses.store(Arc::new(holds(&pod.netns, &workload)?));
+        }
+        Ok(())
+    }
+
+    fn known(&self, spec: &PodSpec) -> Result<Arc<Workload>, CaptureError> {
+        let snapshot = self.mesh.load();
+        let found = snapshot.workload_of_pod(&spec.namespace, &spec.name);
+        let workload = found.ok_or_else(|| CaptureError::NoFacts(format!("{}/{}", spec.namespace, spec.name)))?;
+        if workload.service_account != spec.service_account {
+            let (own, facts) = (spec.service_account.to_string(), workload.service_account.to_string());
+            return Err(CaptureError::ServiceAccount { own, facts });
+        }
+        Ok(workload.clone())
+    }
+
+    /// Writes the rules, unless an agent does.
+    pub async fn redirect(&self, listening: &Listening) -> Result<(), CaptureError> {
+        if self.config.redirect {
+            redirect::install(&listening.pod.netns, self.config.mark, listening.ipv6).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that what the pod sends comes to us; writes the rules again where it does not and they are ours.
+    pub async fn verify(&self, listening: &Listening) -> Result<(), CaptureError> {
+        let pod = &listening.pod;
+        match verify::verify(pod, listening.ipv6).await {
+            Err(error) if self.config.redirect => {
+                tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "a probe was lost; writing the rules again");
+                self.redirect(listening).await?;
+                Ok(verify::verify(pod, listening.ipv6).await?)
+            }
+            verified => Ok(verified?),
+        }
     }
 
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
     /// unless the namespace is another pod's.
     pub async fn clean(&self, spec: &PodSpec) {
-        let Ok(netns) = Netns::open(&spec.netns) else { return };
+        if !self.config.redirect {
+            return;
+        }
+        let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         if not_ours(&netns).is_ok()
             && let Err(error) = redirect::remove(&netns, true).await
@@ -140,14 +190,16 @@ impl Capturer {
 
     /// Ends the capture of a pod: new traffic is no longer redirected, then the listeners end, then the connections,
     /// within the deadline. What brings their replies back stays until then, and is for the caller to remove.
-    pub async fn release(&self, captured: &Captured) {
-        let pod = &captured.pod;
-        let complain = |error: redirect::RedirectError| {
-            tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
-        };
-        redirect::stop_capturing(&pod.netns, self.config.mark).await.unwrap_or_else(complain);
+    pub async fn release(&self, listening: &Listening) {
+        let pod = &listening.pod;
+        if self.config.redirect {
+            let complain = |error: redirect::RedirectError| {
+                tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
+            };
+            redirect::stop_capturing(&pod.netns, self.config.mark).await.unwrap_or_else(complain);
+        }
         pod.drain.gently();
-        captured.accepting.finished().await;
+        listening.accepting.finished().await;
         pod.active.close();
         if tokio::time::timeout(self.config.release_deadline, pod.active.wait()).await.is_err() {
             let cut = pod.active.len();
@@ -161,16 +213,6 @@ impl Capturer {
         pod.drain.at_once();
         pod.active.wait().await;
     }
-}
-
-fn known<'a>(snapshot: &'a Snapshot, spec: &PodSpec) -> Result<&'a Arc<Workload>, CaptureError> {
-    let found = snapshot.workload_of_pod(&spec.namespace, &spec.name);
-    let workload = found.ok_or_else(|| CaptureError::NoFacts(format!("{}/{}", spec.namespace, spec.name)))?;
-    if workload.service_account != spec.service_account {
-        let (own, facts) = (spec.service_account.to_string(), workload.service_account.to_string());
-        return Err(CaptureError::ServiceAccount { own, facts });
-    }
-    Ok(workload)
 }
 
 /// The addresses of the namespace, if it holds all of the workload's.
@@ -196,6 +238,16 @@ fn not_ours(netns: &Netns) -> Result<(), CaptureError> {
     let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"];
     let same = |path: &str| Netns::open(Path::new(path)).is_ok_and(|host| host.id() == netns.id());
     if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
+}
+
+impl NetnsRef {
+    /// The namespace, as of now.
+    pub fn open(&self) -> Result<Netns, CaptureError> {
+        match self {
+            Self::Path(path) => Ok(Netns::open(path)?),
+            Self::Handle(netns) => Ok(netns.clone()),
+        }
+    }
 }
 
 /// Which namespaces belong to which pod: one each.

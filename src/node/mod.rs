@@ -1,11 +1,14 @@
 //! Which pods are on this node, and capturing them: enter the namespace, listen, redirect, verify; and the way back.
 
 pub mod capture;
+pub mod file;
+pub mod own;
 pub mod pod;
 pub mod pods;
 pub mod redirect;
 pub mod status;
 pub mod verify;
+pub mod zds;
 
 pub use pods::{PodSpec, Pods};
 
@@ -16,8 +19,12 @@ use std::time::Duration;
 /// Settings of capture.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The file that names this node's pods.
-    pub pods_file: Option<PathBuf>,
+    /// Where this node's pods come from.
+    pub source: Source,
+    /// Whether we write the rules that redirect, or an agent does.
+    pub redirect: bool,
+    /// Cluster of this node, for the uids of its pods in the mesh.
+    pub cluster_id: String,
     /// `SO_MARK` of the daemon's sockets.
     pub mark: u32,
     /// Whether a second daemon may listen beside this one, for upgrades without a gap.
@@ -26,6 +33,15 @@ pub struct Config {
     pub ipv6: bool,
     /// How long a released pod's connections may take to finish.
     pub release_deadline: Duration,
+}
+
+/// Where a node's pods come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A file names them.
+    File(PathBuf),
+    /// An agent hands them over, on this socket.
+    Agent(PathBuf),
 }
 
 /// Why a pod is not captured. Each names the thing, the reason and what to do.

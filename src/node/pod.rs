@@ -1,21 +1,22 @@
-//! The life of one pod on this node, as one task: capture it, hold it, and let go of it.
+//! The life of one pod on this node, as one task: listen, find out who it is, capture it, hold it, and let go of it.
 //!
 //! ```text
-//!   pending ──captured, verified──► captured ──removed──► releasing ──► (gone)
-//!      ▲  └──error──► failed ─┐         │
-//!      └───── tried again ────┴─────────┘ namespace vanished, or the identity is another one now
+//!   pending ──listening, approved, verified──► captured ──removed──► releasing ──► (gone)
+//!      ▲  └──error──► failed ─┐                    │
+//!      └───── tried again ────┴────────────────────┘ namespace vanished, or the identity is another one now
 //! ```
 //! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed.
 
-use super::capture::{Captured, Capturer};
+use super::capture::{Approved, Capturer, Listening};
 use super::status::{Board, State};
-use super::{CaptureError, PodSpec, redirect, verify};
+use super::{CaptureError, PodSpec, redirect};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::Signal;
+use crate::task::ready::Pending;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 
 /// Time between attempts to capture, where nothing that matters changes before.
@@ -27,7 +28,10 @@ const VERIFY_EVERY: Duration = Duration::from_secs(30);
 /// Time between rewritings of the rules: a probe does not see every rule.
 const REWRITE_EVERY: Duration = Duration::from_secs(300);
 
-/// Why a captured pod is held no longer.
+/// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
+pub type Question = oneshot::Sender<Result<(), String>>;
+
+/// Why a pod is held no longer.
 enum End {
     /// It is no longer wanted: released in order.
     Removed,
@@ -39,75 +43,268 @@ enum End {
     Lost(CaptureError),
 }
 
-/// Keeps a pod captured until it is removed (`removed` gently), replaced (`removed` at once), or the process ends.
-/// `first_attempt` is dropped after the first attempt.
-pub async fn keep<T>(capturer: Arc<Capturer>, board: Arc<Board>, spec: PodSpec, removed: Signal, first_attempt: T) {
-    let process = capturer.drain.signal();
-    let mut first_attempt = Some(first_attempt);
-    let mut facts = capturer.mesh.subscribe();
+/// What a pod's task works with.
+pub struct Task {
+    /// Captures.
+    pub capturer: Arc<Capturer>,
+    /// Where its state is shown.
+    pub board: Arc<Board>,
+    /// The pod.
+    pub spec: PodSpec,
+    /// Gently: let go of it in order. At once: another entry has its namespace, or the namespace is gone.
+    pub removed: Signal,
+    /// Questions of whoever handed the pod over.
+    pub questions: mpsc::Receiver<Question>,
+    /// Given up after the first attempt to capture.
+    pub first_attempt: Option<Arc<Pending>>,
+    /// Questions that the next attempt answers.
+    asked: Vec<Question>,
+    /// Who the pod has been found to be; kept while its last connections end.
+    approved: Option<Approved>,
+}
+
+impl Task {
+    /// A task that has not begun.
+    pub fn new(
+        capturer: Arc<Capturer>,
+        board: Arc<Board>,
+        spec: PodSpec,
+        removed: Signal,
+        questions: mpsc::Receiver<Question>,
+    ) -> Self {
+        Self { capturer, board, spec, removed, questions, first_attempt: None, asked: Vec::new(), approved: None }
+    }
+}
+
+/// Keeps a pod captured until it is removed, replaced, or the process ends.
+pub async fn keep(mut task: Task) {
+    let mut facts = task.capturer.mesh.subscribe();
+    let process = task.capturer.drain.signal();
     loop {
         facts.mark_unchanged();
-        let attempt = tokio::select! {
-            attempt = capturer.capture(&spec) => attempt,
-            () = process.gentle() => return,
-        };
-        let captured = match attempt {
-            Ok(captured) => captured,
-            Err(error) => {
-                board.failed(&error);
-                board.set(&spec, state_of(&error));
-                drop(first_attempt.take());
-                tokio::select! {
-                    () = tokio::time::sleep(RETRY) => continue,
-                    Ok(()) = facts.changed() => continue,
-                    () = process.gentle() => return,
-                    () = removed.now() => break,
-                    () = removed.gentle() => {
-                        capturer.clean(&spec).await;
-                        break;
-                    }
-                }
+        let listening = match task.capturer.listen(&task.spec) {
+            Ok(listening) => {
+                task.answer(&Ok(()));
+                listening
             }
+            Err(error) => match task.wait_after(&error, &mut facts).await {
+                None => continue,
+                Some(End::Process) => return,
+                Some(_) => break,
+            },
         };
-        board.set(&spec, State::Captured);
-        drop(first_attempt.take());
+        let removed = task.removed.clone();
         let end = tokio::select! {
             biased;
             () = removed.now() => End::Replaced,
             () = removed.gentle() => End::Removed,
             () = process.gentle() => End::Process,
-            lost = hold(&capturer, &board, &spec, &captured, &mut facts) => End::Lost(lost),
+            lost = task.carry(&listening, &mut facts) => End::Lost(lost),
         };
         match end {
             // The rules stay: until the next daemon is there, the pod's traffic is refused and not passed in plaintext.
             End::Process => {
-                captured.accepting.finished().await;
+                listening.accepting.finished().await;
                 // What was accepted last still needs the pod's certificate.
                 process.now().await;
                 return;
             }
             End::Removed => {
-                board.set(&spec, State::Releasing);
-                capturer.release(&captured).await;
+                task.board.set(&task.spec, State::Releasing);
                 tokio::select! {
-                    () = until_removed(&captured, &board, &spec) => break,
+                    () = task.release(&listening) => break,
+                    () = removed.now() => {
+                        give_up(listening).await;
+                        break;
+                    }
                     () = process.now() => return,
                 }
             }
             End::Replaced => {
-                give_up(captured).await;
+                give_up(listening).await;
                 break;
             }
+            End::Lost(error @ CaptureError::IdentityChanged(..)) => {
+                task.approved = None;
+                give_up(listening).await;
+                task.report(&error);
+            }
             End::Lost(error) => {
-                board.failed(&error);
-                board.set(&spec, state_of(&error));
-                give_up(captured).await;
+                task.approved = None;
+                give_up(listening).await;
+                match task.wait_after(&error, &mut facts).await {
+                    None => {}
+                    Some(End::Process) => return,
+                    Some(_) => break,
+                }
             }
         }
     }
-    drop(first_attempt);
-    board.remove(&spec.uid);
-    tracing::info!(namespace = &*spec.namespace, name = &*spec.name, uid = &*spec.uid, "pod released");
+    task.board.remove(&task.spec.uid);
+    let (namespace, name, uid) = (&*task.spec.namespace, &*task.spec.name, &*task.spec.uid);
+    tracing::info!(namespace, name, uid, "pod released");
+}
+
+impl Task {
+    /// Reports a failed attempt and waits for the next one: `None` when it is time.
+    async fn wait_after(&mut self, error: &CaptureError, facts: &mut watch::Receiver<u64>) -> Option<End> {
+        self.report(error);
+        self.first_attempt = None;
+        while let Ok(question) = self.questions.try_recv() {
+            self.asked.push(question);
+        }
+        self.answer(&Err(error.to_string()));
+        let (removed, process) = (self.removed.clone(), self.capturer.drain.signal());
+        tokio::select! {
+            () = process.gentle() => Some(End::Process),
+            () = removed.now() => Some(End::Replaced),
+            () = removed.gentle() => {
+                self.capturer.clean(&self.spec).await;
+                Some(End::Removed)
+            }
+            () = tokio::time::sleep(RETRY) => None,
+            Ok(()) = facts.changed() => None,
+            Some(question) = self.questions.recv() => {
+                self.asked.push(question);
+                None
+            }
+        }
+    }
+
+    fn answer(&mut self, answer: &Result<(), String>) {
+        for question in self.asked.drain(..) {
+            // Whoever asked has gone where this fails.
+            let _ = question.send(answer.clone());
+        }
+    }
+
+    fn report(&self, error: &CaptureError) {
+        self.board.failed(error);
+        self.board.set(&self.spec, state_of(error));
+    }
+
+    /// Carries the pod's traffic: approves it, captures it, and watches over it. Returns when it must be captured anew.
+    async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
+        match self.until_approved(listening, facts).await {
+            Ok(approved) => self.approved = Some(approved),
+            Err(error) => return error,
+        }
+        if self.capturer.config.redirect {
+            let captured = async {
+                self.capturer.redirect(listening).await?;
+                self.capturer.verify(listening).await
+            };
+            if let Err(error) = captured.await {
+                return error;
+            }
+            self.board.set(&self.spec, State::Captured);
+            self.first_attempt = None;
+            return self.hold(listening, facts, Instant::now() + VERIFY_EVERY).await;
+        }
+        // The rules are the agent's affair: that they are not there (yet) is no reason to stop listening.
+        self.hold(listening, facts, Instant::now()).await
+    }
+
+    /// Waits until it is known who the pod is. What comes meanwhile waits as well.
+    async fn until_approved(
+        &mut self,
+        listening: &Listening,
+        facts: &mut watch::Receiver<u64>,
+    ) -> Result<Approved, CaptureError> {
+        let mut looks = tokio::time::interval(LOOK);
+        loop {
+            facts.mark_unchanged();
+            match self.capturer.approve(&self.spec, listening) {
+                Ok(approved) => return Ok(approved),
+                Err(error @ CaptureError::NoFacts(_)) => {
+                    self.report(&error);
+                    self.first_attempt = None;
+                }
+                Err(error) => return Err(error),
+            }
+            loop {
+                tokio::select! {
+                    changed = facts.changed() => if changed.is_ok() { break },
+                    Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
+                    _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return Err(gone) },
+                }
+            }
+        }
+    }
+
+    /// Watches over a pod; returns when it must be captured anew. One that cannot be verified keeps its connections and is
+    /// reported, because what a probe meets need not have met them.
+    async fn hold(
+        &mut self,
+        listening: &Listening,
+        facts: &mut watch::Receiver<u64>,
+        mut verify_at: Instant,
+    ) -> CaptureError {
+        let mut rewrite_at = Instant::now() + REWRITE_EVERY;
+        // Ticks on whatever else happens, so that changing facts cannot put off looking.
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return gone },
+                Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
+                // Facts may change a thousand times a second: a change costs a look at them and nothing else.
+                Ok(()) = facts.changed() => {}
+            }
+            let still = self.approved.as_ref().map(|approved| self.capturer.still(&self.spec, approved));
+            match still.unwrap_or(Ok(())) {
+                Ok(()) => {}
+                Err(error @ CaptureError::NoFacts(_)) => {
+                    self.board.set(&self.spec, state_of(&error));
+                    // Verified as soon as it is known again.
+                    verify_at = Instant::now();
+                    continue;
+                }
+                Err(error) => return error,
+            }
+            if Instant::now() < verify_at {
+                continue;
+            }
+            let rewrite = Instant::now() >= rewrite_at;
+            if rewrite {
+                rewrite_at = Instant::now() + REWRITE_EVERY;
+            }
+            let verified = async {
+                if rewrite {
+                    self.capturer.redirect(listening).await?;
+                }
+                self.capturer.verify(listening).await
+            };
+            match verified.await {
+                Ok(()) => {
+                    self.board.set(&self.spec, State::Captured);
+                    verify_at = Instant::now() + VERIFY_EVERY;
+                }
+                Err(error) => {
+                    self.report(&error);
+                    verify_at = Instant::now() + RETRY;
+                }
+            }
+            self.first_attempt = None;
+        }
+    }
+
+    /// Lets go of a pod, and removes the rules, again and again where that fails: with rules and without listeners the
+    /// pod is cut off, and must stay on the list until it is not.
+    async fn release(&self, listening: &Listening) {
+        self.capturer.release(listening).await;
+        let netns = &listening.pod.netns;
+        while self.capturer.config.redirect
+            && let Err(error) = redirect::remove(netns, listening.ipv6).await
+        {
+            if vanished(netns).is_some() {
+                return;
+            }
+            let reason = format!("released, but its rules could not be removed: {error}");
+            self.board.set(&self.spec, State::Failed(reason));
+            tokio::time::sleep(RETRY).await;
+        }
+    }
 }
 
 fn state_of(error: &CaptureError) -> State {
@@ -117,79 +314,18 @@ fn state_of(error: &CaptureError) -> State {
     }
 }
 
-/// Removes the rules, again and again where that fails: with rules and without listeners the pod is cut off, and must
-/// stay on the list until it is not.
-async fn until_removed(captured: &Captured, board: &Board, spec: &PodSpec) {
-    let netns = &captured.pod.netns;
-    while let Err(error) = redirect::remove(netns, captured.ipv6).await {
-        if vanished(netns).is_some() {
-            return;
-        }
-        board.set(spec, State::Failed(format!("released, but its rules could not be removed: {error}")));
-        tokio::time::sleep(RETRY).await;
-    }
-}
-
 /// Ends the pod's connections and listeners; the rules stay.
-async fn give_up(captured: Captured) {
-    captured.pod.drain.at_once();
-    captured.accepting.finished().await;
-}
-
-/// Watches over a captured pod; returns when it must be captured anew. A pod that cannot be verified keeps its
-/// connections and is reported, because what a probe meets need not have met them.
-async fn hold(
-    capturer: &Capturer,
-    board: &Board,
-    spec: &PodSpec,
-    captured: &Captured,
-    facts: &mut watch::Receiver<u64>,
-) -> CaptureError {
-    let (mut verify_at, mut rewrite_at) = (Instant::now() + VERIFY_EVERY, Instant::now() + REWRITE_EVERY);
-    // Ticks on whatever else happens, so that changing facts cannot put off looking.
-    let mut looks = tokio::time::interval(LOOK);
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
-        let changed = tokio::select! {
-            _ = looks.tick() => false,
-            Ok(()) = facts.changed() => true,
-        };
-        // Facts may change a thousand times a second: a change costs a look at them and nothing else.
-        if !changed && let Some(gone) = vanished(&captured.pod.netns) {
-            return gone;
-        }
-        match capturer.still(spec, captured) {
-            Ok(()) => {}
-            Err(error @ CaptureError::NoFacts(_)) => {
-                board.set(spec, state_of(&error));
-                // Verified as soon as it is known again.
-                verify_at = Instant::now();
-                continue;
-            }
-            Err(error) => return error,
-        }
-        if Instant::now() < verify_at {
-            continue;
-        }
-        let rewrite = Instant::now() >= rewrite_at;
-        let verified = verified(capturer, captured, rewrite).await;
-        verify_at = Instant::now() + if verified.is_ok() { VERIFY_EVERY } else { RETRY };
-        if rewrite {
-            rewrite_at = Instant::now() + REWRITE_EVERY;
-        }
-        match verified {
-            Ok(()) => board.set(spec, State::Captured),
-            Err(error) => {
-                board.failed(&error);
-                board.set(spec, state_of(&error));
-            }
-        }
-    }
+async fn give_up(listening: Listening) {
+    listening.pod.drain.at_once();
+    listening.accepting.finished().await;
 }
 
 /// Whether the namespace is no longer where it was. That it cannot be looked at now (no descriptors left, say) is no
-/// sign of that.
+/// sign of that; and of one that was handed over, whoever handed it over says when it is gone.
 fn vanished(netns: &Netns) -> Option<CaptureError> {
+    if !netns.has_path() {
+        return None;
+    }
     let gone = match Netns::open(netns.path()) {
         Ok(now) => now.id() != netns.id(),
         Err(NetnsError::NotNetns(_)) => true,
@@ -197,17 +333,4 @@ fn vanished(netns: &Netns) -> Option<CaptureError> {
         Err(NetnsError::Enter { .. }) => false,
     };
     gone.then(|| CaptureError::Vanished(netns.path().to_owned()))
-}
-
-async fn verified(capturer: &Capturer, captured: &Captured, rewrite: bool) -> Result<(), CaptureError> {
-    let (pod, mark, ipv6) = (&captured.pod, capturer.config.mark, captured.ipv6);
-    if rewrite {
-        redirect::install(&pod.netns, mark, ipv6).await?;
-    }
-    if let Err(error) = verify::verify(pod, ipv6).await {
-        tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "a probe was lost; writing the rules again");
-        redirect::install(&pod.netns, mark, ipv6).await?;
-        verify::verify(pod, ipv6).await?;
-    }
-    Ok(())
 }

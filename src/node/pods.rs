@@ -1,19 +1,40 @@
-//! The set of pods of this node, from a file: one task per pod, so that no pod waits for another.
+//! The set of pods of this node: one task per pod, so that no pod waits for another.
 
 use super::capture::Capturer;
-use super::pod;
+use super::pod::{self, Question, Task};
 use super::status::{Board, State};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
-use crate::task::files::{FileWatch, from_yaml};
 use crate::task::ready::Pending;
 use crate::task::{Drain, Group};
-use serde::Deserialize;
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
 
-/// A pod as the pods file names it.
+/// Questions about one pod that may wait.
+const QUESTIONS: usize = 4;
+
+/// Where a pod's network namespace is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NetnsRef {
+    /// Behind a path.
+    Path(PathBuf),
+    /// In our hands.
+    Handle(Netns),
+}
+
+impl fmt::Display for NetnsRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Handle(netns) => netns.path().display().fmt(f),
+        }
+    }
+}
+
+/// A pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodSpec {
     /// Pod name.
@@ -24,67 +45,8 @@ pub struct PodSpec {
     pub service_account: Text,
     /// Uid; unique on the node.
     pub uid: Text,
-    /// Path of its network namespace.
-    pub netns: PathBuf,
-}
-
-/// Why a pods file is refused.
-#[derive(Debug, thiserror::Error)]
-pub enum PodsFileError {
-    /// It cannot be read.
-    #[error("pods file {0}: {1}")]
-    Read(PathBuf, std::io::Error),
-    /// It cannot be understood.
-    #[error("pods file {0}: {1}")]
-    Content(PathBuf, String),
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct File {
-    #[serde(default)]
-    pods: Vec<FilePod>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct FilePod {
-    name: String,
-    namespace: String,
-    service_account: String,
-    uid: String,
-    netns: PathBuf,
-}
-
-/// Reads and checks a pods file.
-pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
-    let content = |reason: String| PodsFileError::Content(path.to_owned(), reason);
-    let text = std::fs::read_to_string(path).map_err(|error| PodsFileError::Read(path.to_owned(), error))?;
-    let file: File = from_yaml(&text).map_err(content)?;
-    let mut faults = Vec::new();
-    let mut specs: Vec<PodSpec> = Vec::new();
-    for pod in file.pods {
-        let label = format!("{}/{}", pod.namespace, pod.name);
-        let fields = [&pod.name, &pod.namespace, &pod.service_account, &pod.uid];
-        if fields.iter().any(|field| field.is_empty()) || pod.netns.as_os_str().is_empty() {
-            faults.push(format!("pod {label}: name, namespace, serviceAccount, uid and netns must not be empty"));
-            continue;
-        }
-        if let Some(other) = specs.iter().find(|s| *s.uid == *pod.uid) {
-            faults.push(format!("pod {label}: has the uid {} of pod {}/{}", pod.uid, other.namespace, other.name));
-        }
-        if specs.iter().any(|s| *s.name == *pod.name && *s.namespace == *pod.namespace) {
-            faults.push(format!("pod {label} is there twice"));
-        }
-        specs.push(PodSpec {
-            name: pod.name.into(),
-            namespace: pod.namespace.into(),
-            service_account: pod.service_account.into(),
-            uid: pod.uid.into(),
-            netns: pod.netns,
-        });
-    }
-    if faults.is_empty() { Ok(specs) } else { Err(content(faults.join("; "))) }
+    /// Its network namespace.
+    pub netns: NetnsRef,
 }
 
 /// Keeps one task per pod.
@@ -93,6 +55,8 @@ pub struct Pods {
     capturer: Arc<Capturer>,
     board: Arc<Board>,
     kept: HashMap<Text, Kept>,
+    /// Tasks of pods that were let go and have not ended yet, with their namespaces.
+    leaving: Vec<Kept>,
 }
 
 #[derive(Debug)]
@@ -101,70 +65,101 @@ struct Kept {
     /// The namespace behind the path: the same one may go by several names.
     netns: Place,
     remove: Drain,
+    questions: mpsc::Sender<Question>,
     task: Group,
 }
 
 impl Pods {
     /// No pods yet.
     pub fn new(capturer: Arc<Capturer>, board: Arc<Board>) -> Self {
-        Self { capturer, board, kept: HashMap::new() }
+        Self { capturer, board, kept: HashMap::new(), leaving: Vec::new() }
     }
 
-    /// Follows the pods file for as long as it is awaited; `ready` is given up when each pod of the first reading has
-    /// had one attempt, however that ended.
-    pub async fn follow(mut self, path: PathBuf, ready: Pending) {
-        let mut watch = FileWatch::new(&path);
-        let mut ready = Some(Arc::new(ready));
-        loop {
-            match read(&path) {
-                Ok(specs) => {
-                    tracing::info!(pods = specs.len(), "pods file applied");
-                    self.apply(specs, ready.as_ref());
-                    ready = None;
-                }
-                Err(error) => tracing::error!(%error, "pods file refused; the pods before stay as they are"),
+    /// Makes the set what `specs` say. `ready` is held until each pod has had one attempt.
+    pub fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
+        let unwanted: Vec<Text> =
+            self.kept.iter().filter(|(_, kept)| !specs.contains(&kept.spec)).map(|(uid, _)| uid.clone()).collect();
+        // Where the namespace stays wanted under another entry its rules must not go, not even for a moment.
+        let places: Vec<Place> = specs.iter().map(Place::of).collect();
+        for uid in unwanted {
+            let elsewhere = self.kept.get(&uid).is_some_and(|kept| places.contains(&kept.netns));
+            self.let_go(&uid, elsewhere);
+        }
+        for spec in specs {
+            if !self.kept.contains_key(&spec.uid) {
+                self.start(spec, ready.cloned());
             }
-            watch.changed().await;
         }
     }
 
-    fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
-        let wanted: HashMap<Text, (PodSpec, Place)> =
-            specs.into_iter().map(|spec| (spec.uid.clone(), (spec.clone(), Place::of(&spec)))).collect();
-        for (uid, kept) in &self.kept {
-            if wanted.get(uid).is_some_and(|(spec, _)| *spec == kept.spec) {
-                continue;
-            }
-            if wanted.values().any(|(_, place)| *place == kept.netns) {
-                // The namespace stays wanted under another entry: its rules must not go, not even for a moment.
+    /// Adds a pod, or finds that it is there already; the answer comes when it is listened for, or cannot be.
+    pub fn add(&mut self, spec: PodSpec) -> oneshot::Receiver<Result<(), String>> {
+        let uid = spec.uid.clone();
+        if self.kept.get(&uid).is_some_and(|kept| kept.spec != spec) {
+            // Its namespace, or who it is, has changed: what there was has no meaning any more.
+            self.let_go(&uid, true);
+        }
+        if !self.kept.contains_key(&uid) {
+            self.start(spec, None);
+        }
+        let (answer, answered) = oneshot::channel();
+        if let Some(kept) = self.kept.get(&uid) {
+            // Where it cannot be asked the answer never comes, and whoever waits has a deadline.
+            let _ = kept.questions.try_send(answer);
+        }
+        answered
+    }
+
+    /// Lets a pod go; one that is not there is gone already.
+    pub fn remove(&mut self, uid: &Text) {
+        self.let_go(uid, false);
+    }
+
+    /// Lets all pods go but these.
+    pub fn retain(&mut self, named: &HashSet<Text>) {
+        let others: Vec<Text> = self.kept.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
+        for uid in others {
+            tracing::info!(uid = &*uid, "pod is no longer among those of this node");
+            self.let_go(&uid, false);
+        }
+    }
+
+    fn let_go(&mut self, uid: &Text, at_once: bool) {
+        let Some(kept) = self.kept.remove(uid) else { return };
+        if at_once {
+            kept.remove.at_once();
+        } else {
+            kept.remove.gently();
+        }
+        self.leaving.retain(|kept| kept.task.len() > 0);
+        self.leaving.push(kept);
+    }
+
+    fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
+        let netns = Place::of(&spec);
+        // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again.
+        let had_it = |kept: &&Kept| kept.spec.uid == spec.uid || kept.netns == netns;
+        let earlier: Vec<Group> = self
+            .leaving
+            .iter()
+            .filter(had_it)
+            .map(|kept| {
                 kept.remove.at_once();
-            } else {
-                kept.remove.gently();
+                kept.task.clone()
+            })
+            .collect();
+        let (remove, task, (questions, asked)) = (Drain::default(), Group::default(), mpsc::channel(QUESTIONS));
+        let mut work = Task::new(self.capturer.clone(), self.board.clone(), spec.clone(), remove.signal(), asked);
+        work.first_attempt = ready;
+        let (board, uid) = (self.board.clone(), spec.uid.clone());
+        self.kept.insert(uid, Kept { spec: spec.clone(), netns, remove, questions, task: task.clone() });
+        task.spawn(async move {
+            for earlier in earlier {
+                earlier.finished().await;
             }
-        }
-        for (uid, (spec, netns)) in wanted {
-            let before = self.kept.get(&uid);
-            if before.is_some_and(|kept| kept.spec == spec && !kept.remove.signal().is_gentle()) {
-                continue;
-            }
-            // Whoever had the uid or the namespace, and is to give it up, has to be out of it first.
-            let had_it = |(other, kept): &(&Text, &Kept)| {
-                (**other == uid || kept.netns == netns) && kept.remove.signal().is_gentle()
-            };
-            let earlier: Vec<Group> = self.kept.iter().filter(had_it).map(|(_, kept)| kept.task.clone()).collect();
-            let (remove, task) = (Drain::default(), Group::default());
-            let (capturer, board, signal, ready) =
-                (self.capturer.clone(), self.board.clone(), remove.signal(), ready.cloned());
-            self.kept.insert(uid, Kept { spec: spec.clone(), netns, remove, task: task.clone() });
-            task.spawn(async move {
-                for earlier in earlier {
-                    earlier.finished().await;
-                }
-                board.set(&spec, State::Pending("being captured".into()));
-                pod::keep(capturer, board, spec, signal, ready).await;
-            });
-        }
-        self.kept.retain(|_, kept| kept.task.len() > 0);
+            board.set(&spec, State::Pending("being captured".into()));
+            pod::keep(work).await;
+        });
     }
 }
 
@@ -177,6 +172,9 @@ enum Place {
 
 impl Place {
     fn of(spec: &PodSpec) -> Self {
-        Netns::open(&spec.netns).map_or_else(|_| Self::Path(spec.netns.clone()), |netns| Self::Id(netns.id()))
+        match &spec.netns {
+            NetnsRef::Path(path) => Netns::open(path).map_or_else(|_| Self::Path(path.clone()), |n| Self::Id(n.id())),
+            NetnsRef::Handle(netns) => Self::Id(netns.id()),
+        }
     }
 }

@@ -39,11 +39,12 @@ pub enum VerifyError {
 /// Probes each IP family that is redirected and in which the pod has an address.
 pub async fn verify(pod: &Pod, ipv6: bool) -> Result<(), VerifyError> {
     for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
-        let own = pod.addresses.iter().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(**ip));
+        let own =
+            pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
         match one_family(pod, probe).await {
             // A pod without a default route still reaches its neighbours.
-            Err(VerifyError::Send { source, .. }) if unreachable(&source) => one_family(pod, neighbour(*own)).await?,
+            Err(VerifyError::Send { source, .. }) if unreachable(&source) => one_family(pod, neighbour(own)).await?,
             other => other?,
         }
     }

@@ -9,4 +9,5 @@ pub mod netns;
 pub mod original_dst;
 pub mod packet;
 pub mod scratch;
+pub mod seqpacket;
 pub mod socket;

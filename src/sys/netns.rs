@@ -7,7 +7,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,6 +54,8 @@ pub struct Netns {
 struct Inner {
     file: File,
     path: PathBuf,
+    /// Whether the path leads to it; else it is a name for display.
+    by_path: bool,
     /// Device and inode: two handles with the same pair are the same namespace.
     id: (u64, u64),
 }
@@ -63,6 +65,14 @@ impl fmt::Debug for Netns {
         write!(f, "Netns({} {:?})", self.inner.path.display(), self.inner.id)
     }
 }
+
+impl PartialEq for Netns {
+    fn eq(&self, other: &Self) -> bool {
+        self.inner.id == other.inner.id
+    }
+}
+
+impl Eq for Netns {}
 
 thread_local! {
     /// This thread's own namespace, opened before it first leaves it.
@@ -88,7 +98,19 @@ impl Netns {
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
         // Without blocking: a FIFO of that name would otherwise hold this thread until somebody writes to it.
         let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
-        let file = opened.map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        Self::of(opened.map_err(|source| NetnsError::Open { path: path.to_owned(), source })?, path)
+    }
+
+    /// Takes over a descriptor that somebody else has opened, if it is of a network namespace. `name` is for display.
+    pub fn handed_over(descriptor: OwnedFd, name: &str) -> Result<Self, NetnsError> {
+        let mut netns = Self::of(File::from(descriptor), Path::new(name))?;
+        if let Some(inner) = Arc::get_mut(&mut netns.inner) {
+            inner.by_path = false;
+        }
+        Ok(netns)
+    }
+
+    fn of(file: File, path: &Path) -> Result<Self, NetnsError> {
         let metadata = file.metadata().map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
         let not = || NetnsError::NotNetns(path.to_owned());
         if fstatfs(&file).map_err(|_| not())?.filesystem_type() != NSFS_MAGIC {
@@ -100,12 +122,17 @@ impl Netns {
             return Err(not());
         }
         let id = (metadata.dev(), metadata.ino());
-        Ok(Self { inner: Arc::new(Inner { file, path: path.to_owned(), id }) })
+        Ok(Self { inner: Arc::new(Inner { file, path: path.to_owned(), by_path: true, id }) })
     }
 
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.inner.path
+    }
+
+    /// Whether it can be opened again by its path.
+    pub fn has_path(&self) -> bool {
+        self.inner.by_path
     }
 
     /// Device and inode: equal for two handles exactly when the namespace is the same.

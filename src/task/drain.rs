@@ -49,9 +49,4 @@ impl Signal {
     pub async fn now(&self) {
         self.now.cancelled().await;
     }
-
-    /// Whether nothing new is to be started.
-    pub fn is_gentle(&self) -> bool {
-        self.gentle.is_cancelled()
-    }
 }

@@ -1,5 +1,6 @@
 //! Tasks and their ends: every spawned task has an owner that can wait for it, and everything can be told to stop.
 
+pub mod backoff;
 pub mod drain;
 pub mod files;
 pub mod group;

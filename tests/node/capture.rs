@@ -288,10 +288,12 @@ fn a_workload_that_gets_another_identity_is_captured_anew_with_it() {
     w.mesh.of("client")["trustDomain"] = json!("other.local");
     w.mesh.of("server")["trustDomain"] = json!("other.local");
     w.write_mesh();
-    let identity = |w: &World, node: u8| w.json(node, "/config_dump")["certificates"][0]["identity"].clone();
+    let held = |node: u8, identity: &str| {
+        let dump = w.json(node, "/config_dump");
+        dump["certificates"].as_array().unwrap().iter().any(|c| c["identity"] == identity && c["state"] == "Available")
+    };
     eventually("both have the new identity", || {
-        identity(&w, 1) == "spiffe://other.local/ns/ns/sa/client"
-            && identity(&w, 2) == "spiffe://other.local/ns/ns/sa/server"
+        held(1, "spiffe://other.local/ns/ns/sa/client") && held(2, "spiffe://other.local/ns/ns/sa/server")
     });
     eventually("captured with it", || w.state(1, "client").0 == "captured" && w.state(2, "server").0 == "captured");
     assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok());

@@ -19,6 +19,8 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
         ("PACKET_MARK", "0"),
         ("HTTP2_FRAME_SIZE", "1"),
         ("CULVERT_CA_DIR", "/nonexistent"),
+        ("XDS_ADDRESS", "http://istiod:15010"),
+        ("PROXY_MODE", "dedicated"),
     ];
     for command in ["node", "check"] {
         let output = run(&[command], &env);
@@ -29,8 +31,8 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
             "IPV6_ENABLED (--ipv6): \"yes\"",
             "PACKET_MARK (--packet-mark): \"0\"",
             "HTTP2_FRAME_SIZE (--frame-size): \"1\"",
-            "LOCAL_XDS_PATH (--mesh-file): is not set",
-            "CULVERT_PODS_FILE (--pods-file): is not set",
+            "XDS_ADDRESS (--xds-address): \"http://istiod:15010\"",
+            "PROXY_MODE: \"dedicated\" is not supported",
         ] {
             assert!(text.contains(name), "{command}: {name} in\n{text}");
         }

@@ -10,6 +10,9 @@
     clippy::indexing_slicing,
     clippy::print_stderr,
     clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::large_futures,
+    clippy::disallowed_methods,
     reason = "a test says what went wrong by panicking"
 )]
 #![allow(missing_docs, reason = "scenarios are read, not imported")]
@@ -23,6 +26,7 @@ mod demo;
 mod ending;
 mod envoy;
 mod hostile;
+mod istio;
 mod journeys;
 mod limits;
 mod visible;

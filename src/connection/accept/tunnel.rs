@@ -3,7 +3,7 @@
 use super::{AcceptError, HANDSHAKE_DEADLINE};
 use crate::hbone;
 use crate::identity::verify::peer_name;
-use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+use crate::identity::{Chain, Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::socket::{LegOptions, set_leg_options};
@@ -25,6 +25,8 @@ pub struct Peer {
     pub local: SocketAddr,
     /// What TLS agreed on.
     pub tls: TlsFacts,
+    /// By which it can be heard that the peer is revoked.
+    pub chain: Chain,
     /// The tunnel.
     pub tunnel: hbone::Server<TlsStream<BufReader<TcpStream>>>,
 }
@@ -47,11 +49,13 @@ pub async fn handshake(
             .await
             .map_err(AcceptError::Tls)?;
         let state = tls.get_ref().1;
-        let leaf = state.peer_certificates().and_then(|chain| chain.first()).ok_or(AcceptError::NoCertificate)?;
+        let peer = state.peer_certificates().unwrap_or_default();
+        let leaf = peer.first().ok_or(AcceptError::NoCertificate)?;
+        let chain = credentials.watch(peer);
         let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
         let facts = TlsFacts::of(state);
         let tunnel = hbone::Server::handshake(tls, config).await?;
-        Ok(Peer { identity, source: canonical(source), local, tls: facts, tunnel })
+        Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
     };
     tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await.unwrap_or(Err(AcceptError::Deadline))
 }

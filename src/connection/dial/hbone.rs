@@ -8,9 +8,9 @@ use crate::hbone::client::{OpenError, handshake};
 use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
 use crate::identity::verify::{PeerError, peer_name};
 use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+use crate::mesh::SpiffeName;
 use crate::sys::netns::Netns;
 use crate::task::Signal;
-use rustls::ClientConfig;
 use rustls::pki_types::{IpAddr, ServerName};
 use std::io;
 use std::net::SocketAddr;
@@ -69,7 +69,7 @@ pub async fn open(
     for attempt in 1.. {
         let dial = || {
             let origin = origin.clone();
-            dial(origin.netns, origin.credentials.client(&way.expected), way.to, origin.sockets, origin.hbone)
+            dial(origin, way.expected.clone(), way.to)
         };
         let lease = pool.checkout(&key, &origin.drain, dial).await?;
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
@@ -84,14 +84,9 @@ pub async fn open(
     Err(DialError::AnswerDeadline)
 }
 
-async fn dial(
-    netns: Netns,
-    tls: Arc<ClientConfig>,
-    to: SocketAddr,
-    sockets: SocketConfig,
-    config: hbone::Config,
-) -> Result<Dialled, TunnelDialError> {
-    let socket = outbound(&netns, to, &sockets).await.map_err(|error| match error {
+async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<Dialled, TunnelDialError> {
+    let tls = origin.credentials.client(&expected);
+    let socket = outbound(&origin.netns, to, &origin.sockets).await.map_err(|error| match error {
         DialError::Netns(error) => TunnelDialError::Netns(error),
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
@@ -106,10 +101,11 @@ async fn dial(
             .map_err(TunnelDialError::Tls)?;
         let state = tls.get_ref().1;
         let facts = TlsFacts::of(state);
-        let leaf = state.peer_certificates().and_then(|chain| chain.first());
-        let peer = leaf.map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
+        let certificates = state.peer_certificates().unwrap_or_default();
+        let chain = origin.credentials.watch(certificates);
+        let peer = certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
-        let (tunnel, mut driver) = handshake(tls, &config).await.map_err(TunnelDialError::Http2)?;
+        let (tunnel, mut driver) = handshake(tls, &origin.hbone).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {
             TunnelError::Http2(error) if error.is_io() => match error.into_io() {
@@ -123,7 +119,7 @@ async fn dial(
                 tracing::debug!(%error, peer = %to, "tunnel ended");
             }
         });
-        Ok(Dialled { tunnel, tls: facts, peer, run })
+        Ok(Dialled { tunnel, tls: facts, peer, chain, run })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))

@@ -8,7 +8,7 @@
 
 use super::TunnelDialError;
 use crate::hbone::Tunnel;
-use crate::identity::TlsFacts;
+use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::{Group, Signal};
 use std::collections::HashMap;
@@ -56,6 +56,8 @@ pub struct Dialled {
     pub tls: TlsFacts,
     /// Who the far end has proven to be.
     pub peer: SpiffeName,
+    /// By which it can be heard that the far end is revoked.
+    pub chain: Chain,
     /// Runs until the tunnel ends.
     pub run: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
@@ -87,6 +89,7 @@ struct Open {
     tunnel: Tunnel,
     tls: TlsFacts,
     peer: SpiffeName,
+    chain: Chain,
     streams: AtomicUsize,
     gone: AtomicBool,
     last_used: Mutex<Instant>,
@@ -112,6 +115,11 @@ impl Lease {
     /// Who the far end has proven to be.
     pub fn peer(&self) -> &SpiffeName {
         &self.open.peer
+    }
+
+    /// By which it can be heard that the far end is revoked.
+    pub fn chain(&self) -> &Chain {
+        &self.open.chain
     }
 
     /// Takes the tunnel out of use for others: it is going away.
@@ -216,6 +224,7 @@ impl Pool {
                     tunnel: dialled.tunnel,
                     tls: dialled.tls,
                     peer: dialled.peer,
+                    chain: dialled.chain,
                     streams: AtomicUsize::new(0),
                     gone: AtomicBool::new(false),
                     last_used: Mutex::new(Instant::now()),
@@ -253,6 +262,8 @@ impl Pool {
             () = &mut run => true,
             () = leave => false,
             () = drain.gentle() => false,
+            // Its streams hear of it themselves; no new one may begin.
+            () = open.chain.revoked() => false,
         };
         remove(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner), key, &open);
         drop(open);
@@ -341,7 +352,8 @@ mod tests {
         let (tunnel, driver) = hbone::client::handshake(near, &HBONE).await.map_err(TunnelDialError::Http2)?;
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
-        Ok(Dialled { tunnel, tls, peer, run: Box::pin(async move { drop(driver.run().await) }) })
+        let chain = crate::identity::revoked::Revocations::default().watch(&[]);
+        Ok(Dialled { tunnel, tls, peer, chain, run: Box::pin(async move { drop(driver.run().await) }) })
     }
 
     #[tokio::test(start_paused = true)]

@@ -40,6 +40,9 @@ pub enum Stop {
     /// It is no longer allowed.
     #[error("connection closed due to policy change: {0}")]
     Revoked(Refusal),
+    /// The peer's certificate has been revoked.
+    #[error("connection closed: peer certificate revoked by CRL")]
+    CertificateRevoked,
     /// The daemon is ending, or the pod has been released, and the time to finish is over.
     #[error("connection closed due to connection drain")]
     Drained,

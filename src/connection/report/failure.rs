@@ -9,6 +9,7 @@ use crate::connection::forward::{ForwardError, Stop};
 use crate::hbone::client::OpenError;
 use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
+use crate::identity::verify::is_revoked;
 use crate::mesh::Text;
 
 /// How a connection ended badly.
@@ -52,6 +53,9 @@ pub enum Failure {
     Abandoned,
 }
 
+/// The peer's certificate has been revoked.
+const REVOKED: (&str, &str, Fault) = ("cert_revoked", "CERT_REVOKED", Fault::Peer);
+
 /// Whose fault a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -77,6 +81,7 @@ impl Failure {
             Self::Accept(error) => match error {
                 AcceptError::OriginalDestination(_) => ("original_destination_unknown", "CONNECT", Fault::Us),
                 AcceptError::Socket(_) => ("socket", "CONNECT", Fault::App),
+                AcceptError::Tls(error) if is_revoked(error) => REVOKED,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => ("peer_tls", "TLS_FAILURE", Fault::Peer),
                 AcceptError::Http2(_) => ("peer_http2", "H2_HANDSHAKE_FAILURE", Fault::Peer),
                 AcceptError::Deadline => ("peer_handshake_deadline", "TLS_FAILURE", Fault::Peer),
@@ -110,6 +115,7 @@ impl Failure {
                 ForwardError::Tunnel(_) => ("tunnel_broken", "CONNECT", Fault::Peer),
                 ForwardError::HalfClosedSilence(_) => ("half_closed_silence", "CONNECT", Fault::App),
                 ForwardError::Stopped(Stop::Revoked(_)) => ("policy_change", "DENY", Fault::Policy),
+                ForwardError::Stopped(Stop::CertificateRevoked) => REVOKED,
                 ForwardError::Stopped(Stop::Drained) => ("drained", "-", Fault::Us),
             },
             Self::Abandoned => ("drained", "-", Fault::Us),
@@ -164,6 +170,7 @@ fn dial_kind(error: &DialError) -> (&'static str, &'static str, Fault) {
             TunnelDialError::Blocked(_) => ("tunnel_blocked", "NETWORK_POLICY", Fault::Peer),
             TunnelDialError::Connect { .. } => ("tunnel_connect", "CONNECT", Fault::Peer),
             TunnelDialError::Netns(_) => ("netns", "CONNECT", Fault::Us),
+            TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
             TunnelDialError::Tls(_) => ("tunnel_tls", "TLS_FAILURE", Fault::Peer),
             TunnelDialError::Http2(_) => ("tunnel_http2", "H2_HANDSHAKE_FAILURE", Fault::Peer),
             TunnelDialError::HandshakeDeadline(_) => ("tunnel_handshake_deadline", "TLS_FAILURE", Fault::Peer),

@@ -72,6 +72,8 @@ pub struct Metrics {
     pub sent: Family<TrafficLabels, Counter>,
     /// Accepted sockets that are open.
     pub sockets: Family<ReporterLabel, Gauge>,
+    /// Connections refused or ended because the peer's certificate is revoked.
+    pub revoked: Family<ReporterLabel, Counter>,
     /// Failures, early ones included.
     pub failures: Family<FailureLabels, Counter>,
 }
@@ -90,6 +92,8 @@ impl Metrics {
         registry.register("istio_tcp_sent_bytes", "Bytes from server to client", self.sent.clone());
         let sockets = "Accepted sockets that are open (unstable)";
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
+        let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";
+        registry.register("istio_crl_policy_rejections", revoked, self.revoked.clone());
         let failures = "Connections that failed, by reason and whose fault it was";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
     }

@@ -1,10 +1,15 @@
 //! Two nodes on one machine, pods in them, and the daemon on each; gone when dropped, also when a test fails.
 
+pub mod agent;
 pub mod apps;
 pub mod certs;
+pub mod control_plane;
 pub mod facts;
 pub mod process;
+pub mod wire;
 
+pub use agent::Agent;
+pub use control_plane::ControlPlane;
 pub use process::Process;
 
 use serde_json::Value;
@@ -157,6 +162,32 @@ impl World {
         for node in [1, 2] {
             self.wait_captured(node);
         }
+    }
+
+    /// Starts a node's daemon as Istio's chart does: the mesh and certificates from a control plane, pods from an agent.
+    pub fn start_istio_node(&mut self, node: u8, plane: &ControlPlane, agent: &Agent, settings: &[(&str, &str)]) {
+        let mut command = Command::new(subject());
+        let address = format!("172.30.0.1:{}", control_plane::PORT);
+        command.args(["proxy", "ztunnel"]).env("XDS_ADDRESS", &address).env("CA_ADDRESS", &address);
+        command.env("ALT_XDS_HOSTNAME", control_plane::HOST).env("ALT_CA_HOSTNAME", control_plane::HOST);
+        command.env("XDS_ROOT_CA", &plane.root_file).env("CA_ROOT_CA", &plane.root_file);
+        command.env("AUTH_TOKEN", &plane.token_file).env("INPOD_UDS", &agent.path).env("LOG_FORMAT", "json");
+        command.env("NODE_NAME", format!("n{node}")).env("ISTIO_META_CLUSTER_ID", "c1").env("RUST_LOG", "info");
+        command.env("POD_NAME", format!("ztunnel-{node}")).env("POD_NAMESPACE", "istio-system");
+        command.env("INSTANCE_IP", format!("172.30.0.{node}")).envs(settings.iter().copied());
+        let log = self.dir.join(format!("node{node}.log"));
+        let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
+        self.nodes.push((node, process));
+    }
+
+    /// Takes the oldest daemon of a node out of the world, to be ended by the test.
+    pub fn take_node(&mut self, node: u8) -> Process {
+        let at = self.nodes.iter().position(|(n, _)| *n == node).unwrap();
+        self.nodes.remove(at).1
+    }
+
+    pub fn is_ready(&self, node: u8) -> bool {
+        self.try_get(node, 15021, "/healthz/ready").is_some_and(|(status, _)| status == 200)
     }
 
     /// Starts a node's daemon with further settings.

@@ -4,7 +4,7 @@
 //! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an
 //! IP without prefix length is taken where a CIDR is asked for.
 
-use super::policies::FilePolicy;
+use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, WorkloadType};

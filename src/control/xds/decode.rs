@@ -1,0 +1,329 @@
+//! Workloads and services: wire → facts. Pure and total. A value that cannot be carried (an address of three bytes) refuses
+//! the resource, with the reason; a value of an enumeration that is newer than we are never does.
+//!
+//! Defaults of the protocol (source: istiod and the reference): trust domain `cluster.local`, service account `default`,
+//! cluster `Kubernetes`, capacity 1.
+
+use crate::mesh::address::{NetworkAddress, NetworkCidr};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, Ports, WorkloadType};
+use crate::mesh::{GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
+use crate::proto::istio::workload as wire;
+use ipnet::IpNet;
+use prost::Message;
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+/// Names that are remembered for sharing; beyond it sharing begins anew.
+const NAMES_MAX: usize = 200_000;
+
+/// Texts that were seen before, so that fifty thousand workloads of ten namespaces hold ten names.
+#[derive(Debug, Default)]
+pub struct Names(HashSet<Text>);
+
+impl Names {
+    fn text(&mut self, text: &str) -> Text {
+        if let Some(known) = self.0.get(text) {
+            return known.clone();
+        }
+        if self.0.len() >= NAMES_MAX {
+            self.0.clear();
+        }
+        let new = Text::from(text);
+        self.0.insert(new.clone());
+        new
+    }
+
+    fn or(&mut self, text: &str, default: &str) -> Text {
+        self.text(if text.is_empty() { default } else { text })
+    }
+}
+
+/// A resource of type `Address`.
+#[derive(Debug)]
+pub enum Address {
+    /// A workload.
+    Workload(Box<Workload>),
+    /// A service.
+    Service(Box<Service>),
+}
+
+/// Reads a resource named `name`, which must be the name of what is in it.
+pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Address, String> {
+    let resource = wire::Address::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
+    let (found, key) = match resource.r#type {
+        Some(wire::address::Type::Workload(w)) => {
+            let workload = workload(w, names)?;
+            let key = workload.uid.to_string();
+            (Address::Workload(Box::new(workload)), key)
+        }
+        Some(wire::address::Type::Service(s)) => {
+            let service = service(s, names)?;
+            let key = service.key.to_string();
+            (Address::Service(Box::new(service)), key)
+        }
+        None => return Err("is neither a workload nor a service".into()),
+    };
+    if key == name { Ok(found) } else { Err(format!("is named otherwise inside: {key}")) }
+}
+
+fn workload(w: wire::Workload, names: &mut Names) -> Result<Workload, String> {
+    if w.uid.is_empty() {
+        return Err("has no uid".into());
+    }
+    let ips = w.addresses.iter().map(|bytes| ip(bytes)).collect::<Result<Vec<IpAddr>, _>>()?;
+    let mut services = std::collections::BTreeMap::new();
+    for (key, list) in &w.services {
+        let key = ServiceKey::parse(key).map_err(|error| format!("service: {error}"))?;
+        let key = ServiceKey { namespace: names.text(&key.namespace), hostname: names.text(&key.hostname) };
+        services.insert(key, ports(&list.ports)?);
+    }
+    let locality = w.locality.unwrap_or_default();
+    let tunnel = w.application_tunnel.map(|tunnel| application_tunnel(&tunnel)).transpose()?;
+    Ok(Workload {
+        ips,
+        services,
+        waypoint: w.waypoint.map(|g| gateway(&g, names)).transpose()?,
+        network_gateway: w.network_gateway.map(|g| gateway(&g, names)).transpose()?,
+        application_tunnel: tunnel,
+        protocol: match wire::TunnelProtocol::try_from(w.tunnel_protocol) {
+            // A sidecar's own TLS is its affair; what we send it is plain TCP, as the reference does.
+            Ok(wire::TunnelProtocol::None | wire::TunnelProtocol::LegacyIstioMtls) => Protocol::Tcp,
+            Ok(wire::TunnelProtocol::Hbone) => Protocol::Hbone,
+            Err(_) => Protocol::Unsupported,
+        },
+        network_mode: match wire::NetworkMode::try_from(w.network_mode) {
+            Ok(wire::NetworkMode::HostNetwork) => NetworkMode::HostNetwork,
+            Ok(wire::NetworkMode::Standard) | Err(_) => NetworkMode::Standard,
+        },
+        workload_type: match wire::WorkloadType::try_from(w.workload_type) {
+            Ok(wire::WorkloadType::Deployment) => WorkloadType::Deployment,
+            Ok(wire::WorkloadType::Cronjob) => WorkloadType::CronJob,
+            Ok(wire::WorkloadType::Job) => WorkloadType::Job,
+            Ok(wire::WorkloadType::Pod) | Err(_) => WorkloadType::Pod,
+        },
+        // A state that we do not know is not one to send traffic to.
+        health: match wire::WorkloadStatus::try_from(w.status) {
+            Ok(wire::WorkloadStatus::Healthy) => Health::Healthy,
+            Ok(wire::WorkloadStatus::Unhealthy) | Err(_) => Health::Unhealthy,
+        },
+        uid: w.uid.into(),
+        name: w.name.into(),
+        namespace: names.text(&w.namespace),
+        trust_domain: names.or(&w.trust_domain, "cluster.local"),
+        service_account: names.or(&w.service_account, "default"),
+        network: names.text(&w.network),
+        canonical_name: names.text(&w.canonical_name),
+        canonical_revision: names.text(&w.canonical_revision),
+        workload_name: names.text(&w.workload_name),
+        hostname: names.text(&w.hostname),
+        node: names.text(&w.node),
+        native_tunnel: w.native_tunnel,
+        policies: w.authorization_policies.iter().map(|key| names.text(key)).collect(),
+        cluster_id: names.or(&w.cluster_id, "Kubernetes"),
+        locality: Locality {
+            region: names.text(&locality.region),
+            zone: names.text(&locality.zone),
+            subzone: names.text(&locality.subzone),
+        },
+        capacity: w.capacity.unwrap_or(1),
+    })
+}
+
+fn application_tunnel(tunnel: &wire::ApplicationTunnel) -> Result<ApplicationTunnel, String> {
+    let plain = tunnel.protocol == wire::application_tunnel::Protocol::None as i32;
+    let port = port(tunnel.port)?;
+    Ok(ApplicationTunnel { proxy_protocol: !plain, port: (port != 0).then_some(port) })
+}
+
+fn service(s: wire::Service, names: &mut Names) -> Result<Service, String> {
+    let key = format!("{}/{}", s.namespace, s.hostname);
+    let key = ServiceKey::parse(&key).map_err(|error| error.to_string())?;
+    let (mut vips, mut cidrs) = (Vec::new(), Vec::new());
+    for address in &s.addresses {
+        let (network, ip) = (names.text(&address.network), ip(&address.address)?);
+        let whole = if ip.is_ipv4() { 32 } else { 128 };
+        match address.length.filter(|length| *length != whole) {
+            None => vips.push(NetworkAddress { network, ip }),
+            Some(length) => cidrs.push(NetworkCidr { network, range: range(ip, length)? }),
+        }
+    }
+    let mut weighted_waypoints = Vec::new();
+    for weighted in &s.weighted_waypoints {
+        let destination = weighted.destination.as_ref().ok_or("a weighted waypoint has no destination")?;
+        weighted_waypoints.push((gateway(destination, names)?, weighted.weight));
+    }
+    Ok(Service {
+        key: ServiceKey { namespace: names.text(&key.namespace), hostname: names.text(&key.hostname) },
+        vips,
+        cidrs,
+        ports: ports(&s.ports)?,
+        waypoint: s.waypoint.map(|g| gateway(&g, names)).transpose()?,
+        weighted_waypoints,
+        name: s.name.into(),
+        subject_alt_names: s.subject_alt_names.iter().map(|name| names.text(name)).collect(),
+        load_balancer: s.load_balancing.map(|lb| load_balancer(&lb)),
+        ip_families: match wire::IpFamilies::try_from(s.ip_families) {
+            Ok(wire::IpFamilies::Automatic) | Err(_) => None,
+            Ok(wire::IpFamilies::Ipv4Only) => Some(IpFamilies::V4),
+            Ok(wire::IpFamilies::Ipv6Only) => Some(IpFamilies::V6),
+            Ok(wire::IpFamilies::Dual) => Some(IpFamilies::Dual),
+        },
+        canonical: s.canonical,
+        visibility: match wire::service::Visibility::try_from(s.visibility) {
+            Ok(wire::service::Visibility::Namespace) => Visibility::Namespace,
+            Ok(wire::service::Visibility::Public) | Err(_) => Visibility::Public,
+        },
+    })
+}
+
+fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
+    use wire::load_balancing::{HealthPolicy as WirePolicy, Mode as WireMode, Scope as WireScope};
+    let scope = |scope: &i32| match WireScope::try_from(*scope) {
+        Ok(WireScope::Region) => Some(Scope::Region),
+        Ok(WireScope::Zone) => Some(Scope::Zone),
+        Ok(WireScope::Subzone) => Some(Scope::Subzone),
+        Ok(WireScope::Node) => Some(Scope::Node),
+        Ok(WireScope::Cluster) => Some(Scope::Cluster),
+        Ok(WireScope::Network) => Some(Scope::Network),
+        // A preference that we do not know prefers nothing.
+        Ok(WireScope::UnspecifiedScope) | Err(_) => None,
+    };
+    LoadBalancer {
+        preferences: lb.routing_preference.iter().filter_map(scope).collect(),
+        mode: match WireMode::try_from(lb.mode) {
+            Ok(WireMode::UnspecifiedMode) | Err(_) => Mode::Standard,
+            Ok(WireMode::Strict) => Mode::Strict,
+            Ok(WireMode::Failover) => Mode::Failover,
+            Ok(WireMode::Passthrough) => Mode::Passthrough,
+        },
+        health_policy: match WirePolicy::try_from(lb.health_policy) {
+            Ok(WirePolicy::AllowAll) => HealthPolicy::AllowAll,
+            Ok(WirePolicy::OnlyHealthy) | Err(_) => HealthPolicy::OnlyHealthy,
+        },
+    }
+}
+
+fn gateway(gateway: &wire::GatewayAddress, names: &mut Names) -> Result<GatewayRef, String> {
+    use wire::gateway_address::Destination;
+    let target = match &gateway.destination {
+        Some(Destination::Hostname(host)) => {
+            let key = ServiceKey::parse(&format!("{}/{}", host.namespace, host.hostname));
+            GatewayTarget::Hostname(key.map_err(|error| format!("gateway: {error}"))?)
+        }
+        Some(Destination::Address(address)) => {
+            let (network, ip) = (names.text(&address.network), ip(&address.address)?);
+            GatewayTarget::Address(NetworkAddress { network, ip })
+        }
+        None => return Err("a gateway has no destination".into()),
+    };
+    Ok(GatewayRef { target, hbone_port: port(gateway.hbone_mtls_port)? })
+}
+
+/// The ports of a service or endpoint. The same number may come twice (53 by UDP and by TCP); a named target wins.
+fn ports(list: &[wire::Port]) -> Result<Ports, String> {
+    let mut ports = Ports::new();
+    for entry in list {
+        let (from, to) = (port(entry.service_port)?, port(entry.target_port)?);
+        let known = ports.entry(from).or_insert(to);
+        if *known == 0 {
+            *known = to;
+        }
+    }
+    Ok(ports)
+}
+
+fn port(number: u32) -> Result<u16, String> {
+    u16::try_from(number).map_err(|_| format!("{number} is no port"))
+}
+
+/// An address of 4 or 16 bytes.
+pub(super) fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Ok(IpAddr::from(v4));
+    }
+    let v6 = <[u8; 16]>::try_from(bytes);
+    v6.map(|v6| IpAddr::from(v6).to_canonical()).map_err(|_| format!("an address has {} bytes", bytes.len()))
+}
+
+/// A range; host bits may be set.
+pub(super) fn range(ip: IpAddr, length: u32) -> Result<IpNet, String> {
+    let net = u8::try_from(length).ok().and_then(|length| IpNet::new(ip, length).ok());
+    net.ok_or_else(|| format!("{ip}/{length} is no range of addresses"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn decode(resource: wire::address::Type, name: &str) -> Result<Address, String> {
+        let bytes = wire::Address { r#type: Some(resource) }.encode_to_vec();
+        address(name, &bytes, &mut Names::default())
+    }
+
+    fn pod() -> wire::Workload {
+        wire::Workload {
+            uid: "c1//Pod/a/w".into(),
+            name: "w".into(),
+            namespace: "a".into(),
+            addresses: vec![vec![10, 0, 0, 1].into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn defaults_of_the_protocol_apply() {
+        let Ok(Address::Workload(w)) = decode(wire::address::Type::Workload(pod()), "c1//Pod/a/w") else { panic!() };
+        assert_eq!(w.identity().unwrap().to_string(), "spiffe://cluster.local/ns/a/sa/default");
+        assert_eq!((&*w.cluster_id, w.capacity, w.protocol), ("Kubernetes", 1, Protocol::Tcp));
+    }
+
+    #[test]
+    fn newer_values_are_tolerated_and_impossible_ones_named() {
+        let newer = wire::Workload {
+            tunnel_protocol: 99,
+            status: 99,
+            network_mode: 99,
+            workload_type: 99,
+            capacity: Some(0),
+            ..pod()
+        };
+        let Ok(Address::Workload(w)) = decode(wire::address::Type::Workload(newer), "c1//Pod/a/w") else { panic!() };
+        assert_eq!((w.protocol, w.health, w.capacity), (Protocol::Unsupported, Health::Unhealthy, 0));
+        let lb = wire::LoadBalancing { routing_preference: vec![99, 2], mode: 99, health_policy: 99 };
+        let newer = wire::Service {
+            namespace: "a".into(),
+            hostname: "h".into(),
+            load_balancing: Some(lb),
+            visibility: 99,
+            ip_families: 99,
+            ..Default::default()
+        };
+        let Ok(Address::Service(s)) = decode(wire::address::Type::Service(newer), "a/h") else { panic!() };
+        let lb = s.load_balancer.unwrap();
+        assert_eq!((lb.mode, lb.preferences, s.visibility), (Mode::Standard, vec![Scope::Zone], Visibility::Public));
+        for (change, word) in [
+            (
+                Box::new(|w: &mut wire::Workload| w.addresses = vec![vec![1, 2, 3].into()]) as Box<dyn Fn(&mut _)>,
+                "3 bytes",
+            ),
+            (Box::new(|w: &mut wire::Workload| w.waypoint = Some(Default::default())), "no destination"),
+            (Box::new(|w: &mut wire::Workload| drop(w.services.insert("x".into(), Default::default()))), "service"),
+            (Box::new(|w: &mut wire::Workload| w.uid = "other".into()), "named otherwise"),
+            (Box::new(|w: &mut wire::Workload| w.uid.clear()), "no uid"),
+        ] {
+            let mut bad = pod();
+            change(&mut bad);
+            let error = decode(wire::address::Type::Workload(bad), "c1//Pod/a/w").unwrap_err();
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_is_total(bytes: Vec<u8>) {
+            drop(address("x", &bytes, &mut Names::default()));
+        }
+    }
+}

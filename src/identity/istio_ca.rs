@@ -1,0 +1,214 @@
+//! Istio's CA, by `CreateCertificate`: a fresh P-256 key and request for each certificate, impersonating the identity of
+//! a pod of this node. (Source: istiod's CA and its node authorizer.)
+
+use super::authority::Signed;
+use super::verify::{PeerError, peer_name};
+use crate::mesh::SpiffeName;
+use crate::proto::istio::v1::auth::IstioCertificateRequest;
+use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
+use crate::rpc::{self, Connection, tls::from_pem};
+use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, string::Ia5String};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tonic::{Code, Status};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+/// How long one signing may take, connecting not counted.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Certificates that an answer may hold.
+const CERTIFICATES_MAX: usize = 64;
+
+/// Why Istio's CA gave no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum IstioCaError {
+    /// No connection.
+    #[error("the CA cannot be asked: {0}")]
+    Connect(#[from] rpc::ConnectError),
+    /// It said no.
+    #[error("the CA refused: {}: {}", .0.code(), .0.message())]
+    Refused(Box<Status>),
+    /// It said nothing.
+    #[error("the CA has not answered within {} s", CALL_DEADLINE.as_secs())]
+    Deadline,
+    /// The request could not be made.
+    #[error("a signing request could not be made: {0}")]
+    Request(#[from] rcgen::Error),
+    /// It answered something that cannot be used.
+    #[error("the CA's answer cannot be used: {0}")]
+    Answer(String),
+    /// It answered for somebody else.
+    #[error("the CA has signed for {signed}, {asked} was asked for")]
+    Another {
+        /// For whom it signed.
+        signed: SpiffeName,
+        /// For whom it was asked.
+        asked: SpiffeName,
+    },
+    /// The certificate names nobody that we can be.
+    #[error("the CA's certificate cannot be used: {0}")]
+    Name(#[from] PeerError),
+}
+
+impl IstioCaError {
+    /// Whether the CA says this of a pod that it has not heard of yet, among other things.
+    pub fn is_refusal(&self) -> bool {
+        let code = |status: &Status| matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
+        matches!(self, Self::Refused(status) if code(status))
+    }
+}
+
+/// The CA.
+#[derive(Debug)]
+pub struct IstioCa {
+    rpc: rpc::Config,
+    life: Duration,
+    /// Used again while it lasts.
+    connection: Mutex<Option<Connection>>,
+}
+
+impl IstioCa {
+    /// The CA at `rpc`, asked for certificates that live `life`.
+    pub fn new(rpc: rpc::Config, life: Duration) -> Self {
+        Self { rpc, life, connection: Mutex::default() }
+    }
+
+    /// Signs a fresh key for `identity`.
+    pub async fn sign(&self, identity: &SpiffeName) -> Result<Signed, IstioCaError> {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+        let request = IstioCertificateRequest {
+            csr: signing_request(identity, &key)?,
+            validity_duration: i64::try_from(self.life.as_secs()).unwrap_or(i64::MAX),
+            metadata: Some(impersonate(identity)),
+        };
+        let connection = self.connection().await?;
+        let mut client = IstioCertificateServiceClient::with_origin(connection, self.rpc.address.clone());
+        let answer = match tokio::time::timeout(CALL_DEADLINE, client.create_certificate(request)).await {
+            Ok(Ok(answer)) => answer.into_inner(),
+            Ok(Err(status)) => {
+                if !matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument) {
+                    self.disconnect();
+                }
+                return Err(IstioCaError::Refused(Box::new(status)));
+            }
+            Err(_) => {
+                self.disconnect();
+                return Err(IstioCaError::Deadline);
+            }
+        };
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+        signed(identity, key, &answer.cert_chain)
+    }
+
+    /// The connection in use, or a new one, with token and roots as they are now.
+    async fn connection(&self) -> Result<Connection, rpc::ConnectError> {
+        let open = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(open) = open.filter(|open| !open.is_closed()) {
+            return Ok(open);
+        }
+        let new = rpc::connect(&self.rpc).await?;
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(new.clone());
+        Ok(new)
+    }
+
+    /// Forgets the connection: the next request makes another.
+    fn disconnect(&self) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// A request in PEM; what counts of it is the key, but the name is the one that is meant.
+fn signing_request(identity: &SpiffeName, key: &KeyPair) -> Result<String, rcgen::Error> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(identity.to_string())?)];
+    params.serialize_request(key)?.pem()
+}
+
+fn impersonate(identity: &SpiffeName) -> prost_types::Struct {
+    let kind = Some(prost_types::value::Kind::StringValue(identity.to_string()));
+    let fields = [("ImpersonatedIdentity".to_owned(), prost_types::Value { kind })];
+    prost_types::Struct { fields: fields.into() }
+}
+
+/// Reads an answer: leaf first, roots in the last element, what is between are intermediates. An element may hold several
+/// certificates (istiod before 1.25).
+fn signed(identity: &SpiffeName, key: PrivateKeyDer<'static>, elements: &[String]) -> Result<Signed, IstioCaError> {
+    let bad = |reason: &str| IstioCaError::Answer(reason.to_owned());
+    let parse = |element: &String| from_pem(element.as_bytes()).map_err(IstioCaError::Answer);
+    let (last, first) = elements.split_last().ok_or_else(|| bad("it holds no certificate"))?;
+    if first.is_empty() {
+        return Err(bad("it holds no root certificate"));
+    }
+    let mut chain: Vec<CertificateDer<'static>> = Vec::new();
+    for element in first {
+        chain.extend(parse(element)?);
+    }
+    let roots = parse(last)?;
+    if chain.len() + roots.len() > CERTIFICATES_MAX {
+        return Err(bad("it holds too many certificates"));
+    }
+    let leaf = chain.first().ok_or_else(|| bad("it holds no certificate"))?;
+    if roots.is_empty() {
+        return Err(bad("it holds no root certificate"));
+    }
+    let name = peer_name(leaf)?;
+    if name != *identity {
+        return Err(IstioCaError::Another { signed: name, asked: identity.clone() });
+    }
+    let (not_after, life) = validity(leaf).ok_or_else(|| bad("its dates make no sense"))?;
+    Ok(Signed { key, chain, roots, not_after, life })
+}
+
+/// End and length of a certificate's validity.
+fn validity(leaf: &CertificateDer<'_>) -> Option<(SystemTime, Duration)> {
+    let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
+    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).ok();
+    let (from, to) = (seconds(parsed.validity().not_before)?, seconds(parsed.validity().not_after)?);
+    let life = Duration::from_secs(to.checked_sub(from)?);
+    Some((UNIX_EPOCH.checked_add(Duration::from_secs(to))?, life))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::builtin::Builtin;
+    use base64::Engine as _;
+
+    fn pem(certificate: &CertificateDer<'_>) -> String {
+        let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+        format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n")
+    }
+
+    #[test]
+    fn an_answer_is_taken_apart_as_istiod_puts_it_together() {
+        let folder = std::env::temp_dir().join(format!("culvert-answer-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&folder));
+        Builtin::init(&folder).unwrap();
+        let identity = SpiffeName::new("cluster.local", "a", "b").unwrap();
+        let made = Builtin::new(&folder, Duration::from_secs(3600)).sign(&identity).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let (leaf, root) = (pem(&made.chain[0]), pem(&made.roots[0]));
+        let read = |elements: &[String]| signed(&identity, made.key.clone_key(), elements);
+        let answer = read(&[leaf.clone(), root.clone() + &root]).unwrap();
+        assert_eq!((answer.chain.len(), answer.roots.len()), (1, 2));
+        assert!(answer.life >= Duration::from_secs(3600));
+        let answer = read(&[leaf.clone() + &root, root.clone()]).unwrap();
+        assert_eq!((answer.chain.len(), answer.roots.len()), (2, 1), "intermediates in the leaf's element");
+        for (elements, word) in [
+            (vec![], "no certificate"),
+            (vec![leaf.clone()], "no root"),
+            (vec![leaf.clone(), String::new()], "no root"),
+            (vec![String::new(), root.clone()], "no certificate"),
+            (vec![root.clone(), root.clone()], "URI names"),
+            (vec!["-----BEGIN CERTIFICATE-----\n*\n-----END CERTIFICATE-----".into(), root.clone()], "cannot be used"),
+        ] {
+            let error = read(&elements).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        let other = SpiffeName::new("cluster.local", "a", "c").unwrap();
+        let error = signed(&other, made.key.clone_key(), &[leaf, root]).unwrap_err();
+        assert!(matches!(error, IstioCaError::Another { .. }));
+    }
+}

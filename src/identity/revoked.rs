@@ -1,0 +1,284 @@
+//! Certificates that have been revoked: by issuer and serial, from all lists of the CRL file together.
+//!
+//! A list that is one part of several (by an issuing distribution point) says nothing of what it does not name; neither do
+//! we: who is listed anywhere is revoked, who is listed nowhere is not. The whole chain of a peer is looked at, at the
+//! handshake and again for live tunnels when the file changes. A file that cannot be read keeps the last one in force.
+
+use crate::task::files::FileWatch;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::watch;
+use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
+use x509_parser::x509::ReasonCode;
+
+/// Largest file that is read.
+const BYTES_MAX: u64 = 256 << 20;
+
+/// A certificate, by who has issued it and its number there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Id {
+    issuer: Box<[u8]>,
+    serial: Box<[u8]>,
+}
+
+impl Id {
+    fn new(issuer: &[u8], serial: &[u8]) -> Self {
+        let zeros = serial.iter().take_while(|byte| **byte == 0).count();
+        Self { issuer: issuer.into(), serial: serial.get(zeros..).unwrap_or_default().into() }
+    }
+}
+
+/// The listed certificates.
+pub type List = HashSet<RevokedId>;
+
+/// One listed certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct RevokedId(Id);
+
+/// Reads a CRL file: PEM (several lists, other items left out) or one list in DER; an empty file lists nothing.
+pub fn parse(bytes: &[u8]) -> Result<List, String> {
+    let mut listed = List::new();
+    if bytes.iter().all(u8::is_ascii_whitespace) {
+        return Ok(listed);
+    }
+    let is_pem = bytes.windows(11).any(|window| window == b"-----BEGIN ");
+    let lists: Vec<CertificateRevocationListDer<'static>> = if is_pem {
+        let parsed = CertificateRevocationListDer::pem_slice_iter(bytes).collect::<Result<_, _>>();
+        parsed.map_err(|error| format!("not PEM: {error}"))?
+    } else {
+        vec![bytes.to_vec().into()]
+    };
+    if lists.is_empty() {
+        return Err("holds no revocation list".into());
+    }
+    for list in &lists {
+        let (rest, list) = CertificateRevocationList::from_der(list).map_err(|error| format!("not a CRL: {error}"))?;
+        if !rest.is_empty() {
+            return Err("holds something behind a revocation list".into());
+        }
+        let issuer = list.issuer().as_raw();
+        for revoked in list.iter_revoked_certificates() {
+            let again_valid = revoked.reason_code().is_some_and(|(_, code)| code == ReasonCode::RemoveFromCRL);
+            if !again_valid {
+                listed.insert(RevokedId(Id::new(issuer, revoked.raw_serial())));
+            }
+        }
+    }
+    Ok(listed)
+}
+
+/// Metrics of revocation.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    entries: Gauge,
+    stale: Gauge,
+    refused: Counter,
+}
+
+impl Metrics {
+    /// Registers the metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("culvert_crl_entries", "Certificates that the CRL in force lists", self.entries.clone());
+        let help = "1 while the CRL file cannot be used and an older one, or none, is in force";
+        registry.register("culvert_crl_stale", help, self.stale.clone());
+        let help = "Versions of the CRL file that could not be used";
+        registry.register("culvert_crl_refused", help, self.refused.clone());
+    }
+}
+
+/// The list in force.
+#[derive(Debug)]
+pub struct Revocations {
+    current: watch::Sender<Arc<List>>,
+    error: Mutex<Option<String>>,
+}
+
+impl Default for Revocations {
+    fn default() -> Self {
+        Self { current: watch::Sender::new(Arc::default()), error: Mutex::default() }
+    }
+}
+
+impl Revocations {
+    /// Reads the file, and again at every change, for as long as it is awaited.
+    pub async fn follow(self: Arc<Self>, path: PathBuf, metrics: Arc<Metrics>) {
+        let mut watch = FileWatch::new(&path);
+        loop {
+            match read(&path) {
+                Ok(list) => {
+                    let entries = list.len();
+                    metrics.entries.set(i64::try_from(entries).unwrap_or(i64::MAX));
+                    metrics.stale.set(0);
+                    *self.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    self.current.send_replace(Arc::new(list));
+                    tracing::info!(path = %path.display(), entries, "revocation list applied");
+                }
+                Err(reason) => {
+                    metrics.stale.set(1);
+                    metrics.refused.inc();
+                    let entries = self.current.borrow().len();
+                    *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.clone());
+                    tracing::error!(
+                        path = %path.display(), reason, entries,
+                        "revocation list cannot be used; the one before stays in force"
+                    );
+                }
+            }
+            watch.changed().await;
+        }
+    }
+
+    /// Why the file on disk is not the list in force, if it is not.
+    pub fn error(&self) -> Option<String> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether a certificate of this chain is revoked. One that cannot be parsed is refused elsewhere.
+    pub fn lists(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let current = self.current.borrow().clone();
+        !current.is_empty() && ids(chain).iter().any(|id| current.contains(id))
+    }
+
+    /// What is needed to hear later that this chain is revoked.
+    pub fn watch(&self, chain: &[CertificateDer<'_>]) -> Chain {
+        Chain { ids: ids(chain).into(), lists: self.current.subscribe() }
+    }
+}
+
+fn read(path: &PathBuf) -> Result<List, String> {
+    let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
+    if size > BYTES_MAX {
+        return Err(format!("has {size} bytes, {BYTES_MAX} at most"));
+    }
+    parse(&std::fs::read(path).map_err(|error| error.to_string())?)
+}
+
+fn ids(chain: &[CertificateDer<'_>]) -> Vec<RevokedId> {
+    let id = |der: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(der).ok()?;
+        Some(RevokedId(Id::new(parsed.issuer().as_raw(), parsed.raw_serial())))
+    };
+    chain.iter().filter_map(id).collect()
+}
+
+/// The certificates of a live tunnel's peer.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    ids: Arc<[RevokedId]>,
+    lists: watch::Receiver<Arc<List>>,
+}
+
+impl Chain {
+    /// Resolves once one of them is revoked.
+    pub async fn revoked(&self) {
+        let mut lists = self.lists.clone();
+        let listed = |list: &Arc<List>| self.ids.iter().any(|id| list.contains(id));
+        if lists.wait_for(listed).await.is_err() {
+            // Nobody reads lists any more.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rcgen::{BasicConstraints, CertificateParams, Issuer, KeyPair, RevokedCertParams, SerialNumber};
+    use time::{Duration, OffsetDateTime};
+
+    struct Ca {
+        issuer: Issuer<'static, KeyPair>,
+    }
+
+    fn ca(name: &str) -> Ca {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        params.is_ca = rcgen::IsCa::Ca(BasicConstraints::Unconstrained);
+        Ca { issuer: Issuer::new(params, key) }
+    }
+
+    impl Ca {
+        fn leaf(&self, serial: u64) -> CertificateDer<'static> {
+            let mut params = CertificateParams::default();
+            params.serial_number = Some(SerialNumber::from(serial));
+            params.signed_by(&KeyPair::generate().unwrap(), &self.issuer).unwrap().der().clone()
+        }
+
+        fn crl(&self, serials: &[u64], part: Option<&str>) -> String {
+            let now = OffsetDateTime::now_utc();
+            let revoked = |serial: &u64| RevokedCertParams {
+                serial_number: SerialNumber::from(*serial),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            };
+            let point = part.map(|uri| rcgen::CrlIssuingDistributionPoint {
+                distribution_point: rcgen::CrlDistributionPoint { uris: vec![uri.to_owned()] },
+                scope: None,
+            });
+            let params = rcgen::CertificateRevocationListParams {
+                this_update: now,
+                next_update: now + Duration::days(1),
+                crl_number: SerialNumber::from(1),
+                issuing_distribution_point: point,
+                revoked_certs: serials.iter().map(revoked).collect(),
+                key_identifier_method: rcgen::KeyIdMethod::Sha256,
+            };
+            params.signed_by(&self.issuer).unwrap().pem().unwrap()
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_listed_in_any_part_is_revoked_and_nobody_else() {
+        let (one, other) = (ca("one"), ca("other"));
+        // Two parts of one issuer's list, and another issuer's; the second part alone names 300.
+        let file =
+            one.crl(&[7, 128], Some("http://a/1")) + &one.crl(&[300], Some("http://a/2")) + &other.crl(&[9], None);
+        let revocations = Revocations::default();
+        let live = revocations.watch(&[one.leaf(300), one.leaf(1)]);
+        let unconcerned = revocations.watch(&[one.leaf(9), other.leaf(7)]);
+        assert!(!revocations.lists(&[one.leaf(7)]));
+        revocations.current.send_replace(Arc::new(parse(file.as_bytes()).unwrap()));
+        for (certificate, revoked) in [
+            (one.leaf(7), true),
+            (one.leaf(128), true),
+            (one.leaf(300), true),
+            (one.leaf(9), false),
+            (other.leaf(9), true),
+            (other.leaf(7), false),
+        ] {
+            assert_eq!(revocations.lists(&[certificate]), revoked);
+        }
+        assert!(revocations.lists(&[other.leaf(1), one.leaf(7)]), "an intermediate");
+        live.revoked().await;
+        tokio::select! { biased; () = unconcerned.revoked() => panic!("is not listed"), () = std::future::ready(()) => {} }
+    }
+
+    #[test]
+    fn a_file_is_read_whole_or_not_at_all() {
+        let ca = ca("one");
+        assert!(parse(b" \n").unwrap().is_empty());
+        assert_eq!(parse(ca.crl(&[1], None).as_bytes()).unwrap().len(), 1);
+        let der = CertificateRevocationListDer::from_pem_slice(ca.crl(&[1, 2], None).as_bytes()).unwrap();
+        assert_eq!(parse(&der).unwrap().len(), 2);
+        let damaged = ca.crl(&[1], None) + "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n";
+        for bad in [damaged.as_bytes(), b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", b"x"] {
+            assert!(parse(bad).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_is_total(bytes: Vec<u8>) {
+            drop(parse(&bytes));
+        }
+    }
+}

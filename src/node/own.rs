@@ -1,0 +1,71 @@
+//! The daemon's own pod: a listener for tunnels in its own namespace, so that its metrics can be read through the mesh
+//! under its identity, by whom policy lets.
+
+use super::capture::Capturer;
+use crate::connection::dial::direct::SocketConfig;
+use crate::connection::{Entrance, Pod};
+use crate::mesh::{SpiffeName, Text};
+use crate::sys::netns::Netns;
+use crate::sys::socket::bind_capture;
+use crate::task::Group;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Port on which tunnels are taken.
+const PORT: u16 = 15008;
+
+/// Time between attempts to listen.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Serves tunnels to our own pod until the process ends. That it cannot be served is no reason not to serve others.
+pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
+    let drain = capturer.drain.signal();
+    let mut said = false;
+    let accepting = loop {
+        match listen(&capturer, &name, &identity) {
+            Ok(accepting) => break accepting,
+            Err(error) if !said => {
+                tracing::error!(port = PORT, %error, "the daemon's own metrics cannot be reached through the mesh; trying again");
+                said = true;
+            }
+            Err(_) => {}
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETRY) => {}
+            () = drain.gentle() => return,
+        }
+    };
+    drain.gentle().await;
+    accepting.finished().await;
+    drain.now().await;
+    capturer.identities.forget(&identity);
+}
+
+fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result<Group> {
+    let netns = Netns::open(Path::new("/proc/self/ns/net")).map_err(io::Error::other)?;
+    let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
+    let listener = bind_capture(PORT, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
+    capturer.identities.want(identity);
+    let (cluster, namespace) = (&capturer.config.cluster_id, &identity.namespace);
+    let mesh_uid: Text = format!("{cluster}//Pod/{namespace}/{name}").into();
+    let pod = Arc::new(Pod {
+        uid: mesh_uid.clone(),
+        name: name.clone(),
+        namespace: identity.namespace.clone(),
+        mesh_uid,
+        netns,
+        // Nothing is redirected here: replies to a foreign source would not come back.
+        sockets: SocketConfig { keep_source: false, ..capturer.sockets },
+        identity: watch::Sender::new(Some(identity.clone())),
+        addresses: arc_swap::ArcSwap::from_pointee(held),
+        drain: capturer.drain.child(),
+        active: Default::default(),
+        probes: Default::default(),
+    });
+    let accepting = Group::default();
+    capturer.workers.serve(&pod, listener, Entrance::Tunnel, &accepting);
+    Ok(accepting)
+}

@@ -1,0 +1,287 @@
+//! gRPC to the control plane: one HTTP/2 connection over TLS, with the caller's token and headers on every request.
+//!
+//! Roots and token are files that may appear late and change: they are read at each connection, the token also at each
+//! request. Neither they nor the extra headers are ever shown.
+
+pub mod tls;
+
+use crate::task::Group;
+use http::header::{AUTHORIZATION, HeaderName};
+use http::{HeaderValue, Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tonic::body::Body;
+
+/// How long each part of connecting may take: the name, TCP, TLS, HTTP/2.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Silence after which the control plane is asked for a sign of life.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// How long that sign may take.
+const PING_DEADLINE: Duration = Duration::from_secs(10);
+/// HTTP/2 windows: a whole mesh comes in one message.
+const WINDOW_BYTES: u32 = 4 << 20;
+/// Largest message that is read (the reference's value).
+pub const MESSAGE_BYTES_MAX: usize = 200 << 20;
+
+/// A control plane's address and what is needed to talk to it.
+#[derive(Clone)]
+pub struct Config {
+    /// `https` and host and port.
+    pub address: Uri,
+    /// Certificates that vouch for it.
+    pub roots: tls::Roots,
+    /// Another name that its certificate may have.
+    pub alt_host: Option<String>,
+    /// What proves who we are.
+    pub token: Token,
+    /// Sent as `clusterid`.
+    pub cluster_id: String,
+    /// Sent with every request.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Config({}, {} headers)", self.address, self.headers.len())
+    }
+}
+
+/// A bearer token.
+#[derive(Clone)]
+pub enum Token {
+    /// In a file that is rotated.
+    File(PathBuf),
+    /// Given once.
+    Literal(String),
+}
+
+/// Why there is no connection to the control plane.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The token is not there (yet).
+    #[error("the token {path} cannot be read: {source}; waiting for it")]
+    Token {
+        /// Its file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The token file holds nothing that can be sent.
+    #[error("the token {0} is empty or not a token; waiting for another")]
+    BadToken(PathBuf),
+    /// The roots are not there (yet), or not usable.
+    #[error(transparent)]
+    Roots(#[from] tls::RootsError),
+    /// The name has no address.
+    #[error("{host} cannot be resolved: {source}")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// What the resolver said.
+        source: io::Error,
+    },
+    /// TCP.
+    #[error("cannot connect to {address}: {source}")]
+    Connect {
+        /// Where to.
+        address: SocketAddr,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// TLS.
+    #[error("{host} is not who it must be: {source}")]
+    Tls {
+        /// The name.
+        host: String,
+        /// What the library said.
+        source: io::Error,
+    },
+    /// HTTP/2.
+    #[error("{host} does not speak HTTP/2: {source}")]
+    Http2 {
+        /// The name.
+        host: String,
+        /// What the library said.
+        source: hyper::Error,
+    },
+    /// Too slow.
+    #[error("{what} took longer than {} s", CONNECT_DEADLINE.as_secs())]
+    Deadline {
+        /// Which part.
+        what: String,
+    },
+}
+
+impl Token {
+    /// The value of the `authorization` header, as of now.
+    fn header(&self) -> Result<HeaderValue, ConnectError> {
+        let (text, path) = match self {
+            Self::Literal(text) => (text.clone(), PathBuf::from("(given literally)")),
+            Self::File(path) => {
+                let read = std::fs::read_to_string(path);
+                (read.map_err(|source| ConnectError::Token { path: path.clone(), source })?, path.clone())
+            }
+        };
+        let token = text.trim();
+        let header = HeaderValue::try_from(format!("Bearer {token}")).ok().filter(|_| !token.is_empty());
+        let mut header = header.ok_or(ConnectError::BadToken(path))?;
+        header.set_sensitive(true);
+        Ok(header)
+    }
+}
+
+/// An open connection: a service for generated clients. Closed when dropped.
+pub struct Connection {
+    send: http2::SendRequest<Body>,
+    token: Token,
+    cluster_id: HeaderValue,
+    headers: Vec<(HeaderName, HeaderValue)>,
+    tasks: Arc<Tasks>,
+}
+
+/// The tasks behind a connection; they end with its last handle.
+struct Tasks(Group);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        self.0.cut();
+    }
+}
+
+impl Clone for Connection {
+    fn clone(&self) -> Self {
+        Self {
+            send: self.send.clone(),
+            token: self.token.clone(),
+            cluster_id: self.cluster_id.clone(),
+            headers: self.headers.clone(),
+            tasks: self.tasks.clone(),
+        }
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Connection(closed: {})", self.send.is_closed())
+    }
+}
+
+/// Spawns hyper's tasks where they have an owner.
+#[derive(Clone)]
+struct Executor(Group);
+
+impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Executor {
+    fn execute(&self, work: F) {
+        self.0.spawn(async move {
+            work.await;
+        });
+    }
+}
+
+/// Connects; each part has a deadline of 5 s.
+pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
+    config.token.header()?;
+    let host = config.address.host().unwrap_or_default();
+    let bare_host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let tls = tls::client(&config.roots, &bare_host, config.alt_host.as_deref())?;
+    let port = config.address.port_u16().unwrap_or(443);
+    let resolved = within("resolving the control plane's name", tokio::net::lookup_host((bare_host.clone(), port)));
+    let addresses: Vec<SocketAddr> =
+        resolved.await?.map_err(|source| ConnectError::Resolve { host: bare_host.clone(), source })?.collect();
+    let tcp = first_that_answers(&bare_host, &addresses).await?;
+    let connector = TlsConnector::from(tls.config);
+    let stream = within("the TLS handshake with the control plane", connector.connect(tls.name, tcp)).await?;
+    let stream = stream.map_err(|source| ConnectError::Tls { host: bare_host.clone(), source })?;
+    let tasks = Group::default();
+    let mut builder = http2::Builder::new(Executor(tasks.clone()));
+    builder
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_DEADLINE)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES * 4);
+    let handshake = within("HTTP/2 with the control plane", builder.handshake(TokioIo::new(stream)));
+    let (send, connection) =
+        handshake.await?.map_err(|source| ConnectError::Http2 { host: bare_host.clone(), source })?;
+    tasks.spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "the connection to the control plane has ended");
+        }
+    });
+    let cluster_id = HeaderValue::try_from(&config.cluster_id).unwrap_or_else(|_| HeaderValue::from_static(""));
+    let (token, headers) = (config.token.clone(), config.headers.clone());
+    Ok(Connection { send, token, cluster_id, headers, tasks: Arc::new(Tasks(tasks)) })
+}
+
+async fn within<T>(what: &str, work: impl Future<Output = T>) -> Result<T, ConnectError> {
+    let late = |_| ConnectError::Deadline { what: what.to_owned() };
+    tokio::time::timeout(CONNECT_DEADLINE, work).await.map_err(late)
+}
+
+async fn first_that_answers(host: &str, addresses: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
+    let mut last = ConnectError::Resolve { host: host.to_owned(), source: io::Error::other("it has no address") };
+    for address in addresses {
+        match within(&format!("connecting to {address}"), TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
+                let keepalive = socket2::TcpKeepalive::new()
+                    .with_time(Duration::from_secs(300))
+                    .with_interval(Duration::from_secs(75))
+                    .with_retries(9);
+                let socket = socket2::SockRef::from(&stream);
+                let set = socket.set_tcp_nodelay(true).and_then(|()| socket.set_tcp_keepalive(&keepalive));
+                match set {
+                    Ok(()) => return Ok(stream),
+                    Err(source) => last = ConnectError::Connect { address: *address, source },
+                }
+            }
+            Ok(Err(source)) => last = ConnectError::Connect { address: *address, source },
+            Err(late) => last = late,
+        }
+    }
+    Err(last)
+}
+
+impl Connection {
+    /// Whether the connection can take no more requests.
+    pub fn is_closed(&self) -> bool {
+        self.send.is_closed()
+    }
+}
+
+impl tower_service::Service<Request<Body>> for Connection {
+    type Response = Response<Incoming>;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.send.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let token = match self.token.header() {
+            Ok(token) => token,
+            Err(error) => return Box::pin(std::future::ready(Err(error.into()))),
+        };
+        let headers = request.headers_mut();
+        headers.insert(AUTHORIZATION, token);
+        headers.insert(HeaderName::from_static("clusterid"), self.cluster_id.clone());
+        for (name, value) in &self.headers {
+            headers.append(name, value.clone());
+        }
+        let answer = self.send.send_request(request);
+        Box::pin(async move { answer.await.map_err(Into::into) })
+    }
+}

@@ -1,0 +1,72 @@
+//! A unix socket of type SOCK_SEQPACKET: one message per packet, with descriptors beside it.
+
+use nix::cmsg_space;
+use nix::sys::socket::{
+    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send, socket,
+};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Descriptors that one packet may bring; more than a sane one brings, so that too many are seen as such.
+const DESCRIPTORS_MAX: usize = 8;
+
+/// One packet.
+#[derive(Debug)]
+pub struct Packet {
+    /// Its bytes; none: the other end has closed.
+    pub bytes: Vec<u8>,
+    /// The descriptors beside it.
+    pub descriptors: Vec<OwnedFd>,
+    /// Whether it, or its descriptors, did not fit.
+    pub truncated: bool,
+}
+
+/// A connected socket.
+#[derive(Debug)]
+pub struct Seqpacket {
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Seqpacket {
+    /// Connects; never waits: a full queue at the other end is an error like any other.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
+        let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) };
+        Ok(Self { socket: socket.map_err(io::Error::from)? })
+    }
+
+    /// Sends one packet.
+    pub async fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        let write = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?);
+        let sent = self.socket.async_io(Interest::WRITABLE, write).await?;
+        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent in part")) }
+    }
+
+    /// Receives one packet of up to `size` bytes.
+    pub async fn receive(&self, size: usize) -> io::Result<Packet> {
+        self.socket.async_io(Interest::READABLE, |fd| read(fd.as_raw_fd(), size)).await
+    }
+}
+
+fn read(fd: RawFd, size: usize) -> io::Result<Packet> {
+    let mut bytes = vec![0; size];
+    let mut control = cmsg_space!([RawFd; DESCRIPTORS_MAX]);
+    let mut slices = [IoSliceMut::new(&mut bytes)];
+    let message = recvmsg::<()>(fd, &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+    let (length, flags) = (message.bytes, message.flags);
+    let mut descriptors = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(received) = control {
+            // SAFETY: the kernel has just made these descriptors for us; nobody else knows of them.
+            descriptors.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    bytes.truncate(length);
+    Ok(Packet { bytes, descriptors, truncated: flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) })
+}

@@ -1,0 +1,126 @@
+//! In an Istio mesh: facts and certificates from a control plane, pods from an agent, with everything that goes wrong there.
+
+use crate::world::agent::uid;
+use crate::world::control_plane::Ca;
+use crate::world::facts::{Mesh, hostname, principal};
+use crate::world::wire::{ADDRESS, AUTHORIZATION};
+use crate::world::{Agent, ControlPlane, Pod, World, apps, ask, connect, eventually, is_reset, replace};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// Two nodes in an Istio mesh.
+pub struct Istio {
+    pub w: World,
+    pub plane: ControlPlane,
+    pub agents: [Agent; 2],
+}
+
+impl Istio {
+    /// A client on the first node and a server on the second, known to plane and agents; no daemon runs yet.
+    pub fn new() -> Self {
+        let mut w = World::new();
+        w.mesh_pod("client", 1);
+        w.mesh_pod("server", 2);
+        apps::serve(&w.ns("server"), 8080, apps::who);
+        apps::serve(&w.ns("server"), 9000, apps::echo);
+        let plane = ControlPlane::start(&w.ns("n1"), &w.dir);
+        let agents = [1, 2].map(|node| Agent::start(&w.dir.join(format!("zds{node}.sock"))));
+        let istio = Self { w, plane, agents };
+        istio.plane.set(&istio.w.mesh);
+        for pod in istio.w.pods.clone() {
+            istio.agent(pod.node).know(&pod);
+            Agent::redirect(&pod);
+        }
+        istio
+    }
+
+    pub fn agent(&self, node: u8) -> &Agent {
+        &self.agents[usize::from(node) - 1]
+    }
+
+    /// Starts both daemons and waits until everything is captured.
+    pub fn start(&mut self) {
+        self.start_with(&[]);
+    }
+
+    pub fn start_with(&mut self, settings: &[(&str, &str)]) {
+        for node in [1, 2] {
+            self.start_node(node, settings);
+        }
+        for node in [1, 2] {
+            eventually("the node is ready", || self.w.is_ready(node));
+            self.w.wait_captured(node);
+        }
+    }
+
+    pub fn start_node(&mut self, node: u8, settings: &[(&str, &str)]) {
+        self.w.start_istio_node(node, &self.plane, &self.agents[usize::from(node) - 1], settings);
+    }
+
+    /// Tells the control plane what the mesh is now.
+    pub fn tell(&self) {
+        self.plane.set(&self.w.mesh);
+    }
+
+    pub fn pod(&self, name: &str) -> Pod {
+        self.w.pods.iter().find(|pod| pod.name == name).unwrap().clone()
+    }
+
+    pub fn server(&self) -> std::net::IpAddr {
+        self.pod("server").v4
+    }
+
+    /// One request from the client to the server.
+    pub fn request(&self) -> std::io::Result<String> {
+        ask(&self.w.ns("client"), (self.server(), 8080), "x")
+    }
+
+    /// An open connection that has carried something.
+    pub fn open(&self) -> TcpStream {
+        let mut stream = connect(&self.w.ns("client"), (self.server(), 9000)).unwrap();
+        assert!(alive(&mut stream));
+        stream
+    }
+
+    fn dump(&self, node: u8) -> Value {
+        self.w.json(node, "/config_dump")
+    }
+
+    fn known(&self, node: u8, pod: &str) -> bool {
+        self.dump(node)["workloads"].as_array().unwrap().iter().any(|w| w["name"] == pod)
+    }
+}
+
+pub fn alive(stream: &mut TcpStream) -> bool {
+    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
+}
+
+#[test]
+fn it_takes_ztunnels_place_with_the_environment_of_its_chart() {
+    let mut istio = Istio::new();
+    istio.start();
+    let answer = istio.request().unwrap();
+    assert_eq!(answer, format!("{} x", istio.pod("client").v4), "the original source is seen");
+    let by = |l: &Value| l["direction"] == "inbound" && l["message"] == "connection complete";
+    let line = istio.w.log_line(2, "inbound", by);
+    assert_eq!(line["src.identity"], "spiffe://cluster.local/ns/ns/sa/client");
+    let node = istio.plane.first_requests(ADDRESS)[0].node.clone().unwrap();
+    assert!(node.id.starts_with("ztunnel~172.30.0."), "{}", node.id);
+    assert!(node.id.ends_with("istio-system~istio-system.svc.cluster.local"), "{}", node.id);
+    let metadata = node.metadata.unwrap();
+    for (name, value) in [("NAMESPACE", "istio-system"), ("CLUSTER_ID", "c1")] {
+        let kind = metadata.fields[name].kind.clone();
+        assert_eq!(kind, Some(prost_types::value::Kind::StringValue(value.into())), "{name}");
+    }
+    let dump = istio.dump(2);
+    assert_eq!(dump["meshState"]["stale"], json!(false));
+    assert_eq!(dump["certificates"][0]["state"], "Available");
+    assert_eq!(dump["workloadState"][uid(&istio.pod("server"))]["state"], "Up");
+    assert!(istio.agent(2).state().violations.is_empty(), "{:?}", istio.agent(2).state().violations);
+    // The agent's rules are the agent's: nothing of ours is in the pod.
+    let rules = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "ruleset"]);
+    assert!(!rules.contains("table inet culvert"), "{rules}");
+}
