@@ -15,7 +15,7 @@ use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::fmt;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 
 /// Protocol name of HTTP/2 in TLS.
@@ -72,7 +72,7 @@ pub struct Credentials {
     pub not_after: SystemTime,
     /// As it came.
     pub(super) signed: Signed,
-    trust: Trust,
+    pub(super) trust: Trust,
     server: Arc<ServerConfig>,
     client: ClientConfig,
     vouch: Vouch,
@@ -147,6 +147,22 @@ impl Credentials {
     pub fn trusting(&self, trust: Trust) -> Result<Self, CredentialsError> {
         let trust = Trust { unknown_root: self.trust.unknown_root.clone(), ..trust };
         Self::build(self.identity.clone(), self.generation, self.signed.clone(), trust)
+    }
+
+    /// Whether the roots that came with this certificate vouch for another one.
+    pub(super) fn would_vouch_for(&self, other: &Self) -> bool {
+        let trust = Trust { roots: self.signed.roots.clone(), ..self.trust.clone() };
+        Self::build(other.identity.clone(), other.generation, other.signed.clone(), trust).is_ok()
+    }
+
+    /// Time until it ends.
+    pub(super) fn time_left(&self) -> Duration {
+        self.not_after.duration_since(SystemTime::now()).unwrap_or_default()
+    }
+
+    /// Its length.
+    pub(super) fn life(&self) -> Duration {
+        self.signed.life
     }
 
     /// The certificate, leaf first.

@@ -43,6 +43,11 @@ const AT_ONCE: usize = 8;
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 /// How long a CA may refuse a new identity before that is worth a warning: it hears of pods a moment after we do.
 const NEW_FOR: Duration = Duration::from_secs(20);
+/// How long before its end, as a part of its life, a certificate is given up for one of a root that is new.
+const SWITCH_BEFORE_END: f64 = 0.04;
+/// When a certificate is renewed, as a part of half its life: at random between these. The later end leaves who renews
+/// last in a rotation time to do so before anybody presents a certificate of the new root.
+const RENEWAL: std::ops::Range<f64> = 0.8..0.92;
 /// Shortest time between renewals for the sake of a peer whose root we do not know.
 const ROOTS_EVERY: Duration = Duration::from_secs(30);
 
@@ -292,15 +297,15 @@ impl Store {
                 Ok((credentials, wait)) => {
                     backoff.reset();
                     self.metrics.fetched.inc();
-                    let label = IdentityLabel { identity: identity.to_string() };
-                    let ends = credentials.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-                    self.metrics.ends.get_or_create(&label).set(ends.as_secs().cast_signed());
                     urgency.held.store(true, Ordering::Relaxed);
-                    out.send_replace(State { credentials: Some(Arc::new(credentials)), error: None, retry_at: None });
-                    wait
+                    let renew_at = Instant::now() + wait;
+                    self.present(credentials, out).await;
+                    renew_at.saturating_duration_since(Instant::now())
                 }
                 Err(error) => {
-                    let wait = backoff.next().max(RETRY_MIN / 2);
+                    // Sooner and sooner towards the end of what is held.
+                    let left = out.borrow().valid().map(|held| held.time_left() / 4);
+                    let wait = backoff.next().min(left.unwrap_or(RETRY_MAX)).max(RETRY_MIN / 2);
                     self.failed(
                         identity,
                         &error,
@@ -314,6 +319,35 @@ impl Store {
             };
             self.wait(wait, out).await;
         }
+    }
+
+    /// Uses new credentials. Where they are of a root that came with them, peers may not know that root yet: then what is
+    /// held is presented until shortly before its end. Peers renew at half life and have learned of the root by then.
+    async fn present(&self, new: Credentials, out: &watch::Sender<State>) {
+        let held = out.borrow().valid().filter(|held| !held.would_vouch_for(&new));
+        if let Some(held) = held {
+            let wait = held.time_left().saturating_sub(held.life().mul_f64(SWITCH_BEFORE_END));
+            tracing::info!(identity = %new.identity, ?wait, "the CA's root is a new one; presenting the certificate of the old one so long");
+            match held.trusting(new.trust.clone()) {
+                Ok(trusting) => self.publish(trusting, out),
+                Err(error) => tracing::warn!(identity = %new.identity, %error, "the new root cannot be used yet"),
+            }
+            let until = Instant::now() + wait;
+            while Instant::now() < until && out.borrow().valid().is_some() {
+                tokio::time::sleep(until.saturating_duration_since(Instant::now()).min(CLOCK_LOOK)).await;
+            }
+        }
+        // Others may have learned of roots meanwhile.
+        let trust = self.trust(&new.identity, &self.known_roots(&new.identity.trust_domain));
+        let new = new.trusting(trust).unwrap_or(new);
+        self.publish(new, out);
+    }
+
+    fn publish(&self, credentials: Credentials, out: &watch::Sender<State>) {
+        let label = IdentityLabel { identity: credentials.identity.to_string() };
+        let ends = credentials.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        self.metrics.ends.get_or_create(&label).set(ends.as_secs().cast_signed());
+        out.send_replace(State { credentials: Some(Arc::new(credentials)), error: None, retry_at: None });
     }
 
     /// Counts and says that there is no new certificate. That a CA refuses a pod it has not heard of yet is no news.
@@ -354,7 +388,7 @@ impl Store {
     async fn fetch(self: &Arc<Self>, identity: &SpiffeName) -> Result<(Credentials, Duration), FetchError> {
         let signed = self.authority.sign(identity).await?;
         let generation = self.generation.fetch_add(1, Ordering::Relaxed);
-        let wait = renewal_wait(signed.life, rand::random_range(0.9..=1.0));
+        let wait = renewal_wait(signed.life, rand::random_range(RENEWAL));
         // Judged by its own roots alone first: what others brought must not vouch for it.
         let trust = self.trust(identity, &signed.roots);
         let credentials = Credentials::build(identity.clone(), generation, signed, trust)?;
@@ -435,7 +469,7 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Time until renewal: half of the certificate's life, times a jitter of 0.9 to 1.
+/// Time until renewal: half of the certificate's life, times a jitter.
 fn renewal_wait(life: Duration, jitter: f64) -> Duration {
     (life / 2).mul_f64(jitter).max(Duration::from_secs(1))
 }
@@ -470,7 +504,7 @@ mod tests {
         assert!(matches!(store.get(&identity).await, Err(StoreError::NotWanted(_))));
         store.want(&identity);
         let first = store.get(&identity).await.unwrap();
-        tokio::time::sleep(Duration::from_secs(1500)).await;
+        tokio::time::sleep(Duration::from_secs(1400)).await;
         assert_eq!(store.get(&identity).await.unwrap().generation, first.generation, "before half life");
         tokio::time::sleep(Duration::from_secs(400)).await;
         let second = store.get(&identity).await.unwrap();
@@ -503,7 +537,17 @@ mod tests {
         let new = store.get(&identity("new")).await.unwrap();
         assert_eq!((old.roots().len(), new.roots().len()), (1, 2), "who comes later trusts both");
         let rebuilt = store.get(&identity("old")).await.unwrap();
+        let life = Duration::from_secs(3600);
         assert_eq!((rebuilt.roots().len(), rebuilt.generation), (2, old.generation), "so does who was there before");
+        // Renewed, it goes on presenting the old root's certificate: others may not know the new root yet. Half life has
+        // passed when both certificates have been renewed; the clock of certificates is the real one, and has not moved.
+        tokio::time::sleep(life / 2).await;
+        let renewed = store.get(&identity("old")).await.unwrap();
+        assert_eq!((renewed.generation, renewed.chain()), (old.generation, old.chain()));
+        tokio::time::sleep(life).await;
+        let switched = store.get(&identity("old")).await.unwrap();
+        assert_ne!(switched.chain(), old.chain(), "shortly before the end of the old one");
+        assert!(switched.roots().len() == 2, "peers may still have certificates of the old root");
         for folder in [folder, other] {
             std::fs::remove_dir_all(&folder).unwrap();
         }
