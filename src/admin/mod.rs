@@ -1,6 +1,7 @@
 //! The three HTTP ports: admin (loopback only), metrics, readiness. It is handed functions and knows nothing of what
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
+use crate::task::thread::beside;
 use crate::task::{Group, Ready};
 use axum::Router;
 use axum::body::Body;
@@ -196,21 +197,30 @@ async fn index() -> Html<&'static str> {
     )
 }
 
-fn pretty(value: &Value) -> Response {
-    let text = serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"));
-    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
+/// Makes a page beside the runtime: that of a large mesh takes a while, and nothing else should wait for it.
+async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
+    let work = move || {
+        let value = pick(&pages)();
+        serde_json::to_string_pretty(&value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+    };
+    match beside(work).await {
+        Some(text) => {
+            ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
+        }
+        None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made\n").into_response(),
+    }
 }
 
 async fn config_dump(State(pages): State<Arc<Pages>>) -> Response {
-    pretty(&(pages.config_dump)())
+    pretty(pages, |pages| &pages.config_dump).await
 }
 
 async fn connections(State(pages): State<Arc<Pages>>) -> Response {
-    pretty(&(pages.connections)())
+    pretty(pages, |pages| &pages.connections).await
 }
 
 async fn pods(State(pages): State<Arc<Pages>>) -> Response {
-    pretty(&(pages.pods)())
+    pretty(pages, |pages| &pages.pods).await
 }
 
 async fn logging(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {

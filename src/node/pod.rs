@@ -10,6 +10,7 @@
 use super::capture::{Approved, Capturer, Listening};
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, redirect};
+use crate::mesh::Wanted;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::Signal;
 use crate::task::ready::Pending;
@@ -222,9 +223,14 @@ impl Task {
                 }
                 Err(error) => return Err(error),
             }
+            // Where facts are told only when asked for, this asks.
+            let ask = self.capturer.mesh.ask(Wanted::Workload(listening.pod.mesh_uid.clone()));
+            tokio::pin!(ask);
+            let mut asking = true;
             loop {
                 tokio::select! {
                     changed = facts.changed() => if changed.is_ok() { break },
+                    _ = &mut ask, if asking => asking = false,
                     Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
                     _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return Err(gone) },
                 }

@@ -5,6 +5,11 @@ use std::io;
 use std::thread::JoinHandle;
 use tokio::runtime::{Builder, Handle};
 
+/// Runs `work`, which takes a while, beside the runtime; `None` where it panics.
+pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.ok()
+}
+
 /// Runs `work`, which may block, on a thread of its own; who keeps the handle owns it.
 pub fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     std::thread::spawn(work)

@@ -1,15 +1,11 @@
 //! In an Istio mesh: facts and certificates from a control plane, pods from an agent, with everything that goes wrong there.
 
 use crate::world::agent::uid;
-use crate::world::control_plane::Ca;
-use crate::world::facts::{Mesh, hostname, principal};
-use crate::world::wire::{ADDRESS, AUTHORIZATION};
-use crate::world::{Agent, ControlPlane, Pod, World, apps, ask, connect, eventually, is_reset, replace};
-use nix::sys::signal::Signal;
+use crate::world::wire::ADDRESS;
+use crate::world::{Agent, ControlPlane, Pod, World, apps, ask, connect, eventually};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
 
 /// Two nodes in an Istio mesh.
 pub struct Istio {
@@ -56,6 +52,16 @@ impl Istio {
         }
     }
 
+    /// Starts both daemons and waits until client and server are captured, whatever else there is.
+    pub fn start_nodes_only(&mut self) {
+        for (node, pod) in [(1, "client"), (2, "server")] {
+            self.start_node(node, &[]);
+            eventually("captured", || {
+                self.w.try_get(node, 15000, "/pods").is_some() && self.w.state(node, pod).0 == "captured"
+            });
+        }
+    }
+
     pub fn start_node(&mut self, node: u8, settings: &[(&str, &str)]) {
         self.w.start_istio_node(node, &self.plane, &self.agents[usize::from(node) - 1], settings);
     }
@@ -87,10 +93,6 @@ impl Istio {
 
     fn dump(&self, node: u8) -> Value {
         self.w.json(node, "/config_dump")
-    }
-
-    fn known(&self, node: u8, pod: &str) -> bool {
-        self.dump(node)["workloads"].as_array().unwrap().iter().any(|w| w["name"] == pod)
     }
 }
 

@@ -21,6 +21,7 @@ mod world;
 
 mod authorization;
 mod capture;
+mod certificates;
 mod configuration;
 mod demo;
 mod ending;
@@ -31,3 +32,5 @@ mod journeys;
 mod limits;
 mod visible;
 mod waypoint;
+mod xds;
+mod zds;

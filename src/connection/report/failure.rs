@@ -127,6 +127,11 @@ impl Failure {
         self.kind().0
     }
 
+    /// Whether the peer's certificate has been revoked.
+    pub fn is_revocation(&self) -> bool {
+        self.kind() == REVOKED
+    }
+
     /// The response flag.
     pub fn flag(&self) -> &'static str {
         self.kind().1

@@ -174,6 +174,9 @@ impl Drop for Record {
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
             metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc();
+            if failure.is_revocation() {
+                metrics.revoked.get_or_create(&ReporterLabel { reporter: self.direction.reporter() }).inc();
+            }
         }
         let Some(opened) = self.opened.take() else {
             // Asked only for a failure: what ended well must not use up the lines of what did not.

@@ -315,3 +315,170 @@ fn refusal(faults: &[String]) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::Store;
+    use crate::proto::istio::workload as wire;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn resource(name: &str, version: &str, value: Vec<u8>) -> Resource {
+        let any = prost_types::Any { type_url: String::new(), value };
+        Resource { name: name.into(), version: version.into(), resource: Some(any), ..Default::default() }
+    }
+
+    fn workload(name: &str, ip: u8, version: &str) -> Resource {
+        let uid = format!("c1//Pod/a/{name}");
+        let workload = wire::Workload {
+            uid: uid.clone(),
+            name: name.into(),
+            namespace: "a".into(),
+            addresses: vec![vec![10, 0, 0, ip].into()],
+            ..Default::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Workload(workload)) };
+        resource(&uid, version, address.encode_to_vec())
+    }
+
+    fn response(type_url: &str, resources: Vec<Resource>, removed: &[&str]) -> DeltaDiscoveryResponse {
+        DeltaDiscoveryResponse {
+            type_url: type_url.into(),
+            nonce: "n".into(),
+            resources,
+            removed_resources: removed.iter().map(ToString::to_string).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn what_is_held_is_said_on_a_new_stream_and_what_was_refused_comes_again() {
+        let mut delta = Delta::new(false, false);
+        let [address, authorization] = delta.open(&Node::default(), false);
+        assert!(address.initial_resource_versions.is_empty() && authorization.node.is_some());
+        let bad = resource("c1//Pod/a/bad", "7", vec![255]);
+        let received = delta.receive(response(ADDRESS, vec![workload("w", 1, "5"), bad], &[]));
+        assert_eq!((received.update.workloads.len(), received.faults.len()), (1, 1));
+        assert_eq!(received.answer.response_nonce, "n");
+        assert!(received.answer.error_detail.is_some_and(|e| e.message.starts_with("c1//Pod/a/bad: ")));
+        assert!(!delta.synced(), "policies have not been told of yet");
+        let received = delta.receive(response(AUTHORIZATION, vec![], &[]));
+        assert!(received.answer.error_detail.is_none() && delta.synced() && delta.answered());
+        let [address, _] = delta.open(&Node::default(), false);
+        assert_eq!(address.initial_resource_versions, [("c1//Pod/a/w".to_owned(), "5".to_owned())].into());
+        assert!(!delta.answered());
+        // A new version of it is refused: it stays known, so that its removal is heard of, but in no version.
+        delta.receive(response(ADDRESS, vec![resource("c1//Pod/a/w", "6", vec![255])], &[]));
+        let [address, _] = delta.open(&Node::default(), false);
+        assert_eq!(address.initial_resource_versions, [("c1//Pod/a/w".to_owned(), String::new())].into());
+    }
+
+    #[test]
+    fn a_list_that_would_be_too_long_is_left_out_and_the_complete_answer_says_what_is_gone() {
+        let mut delta = Delta::new(false, false);
+        delta.open(&Node::default(), false);
+        let many = (0..60_000).map(|n| workload(&format!("{n}{}", "x".repeat(60)), 1, "1")).collect();
+        delta.receive(response(ADDRESS, many, &[]));
+        delta.receive(response(AUTHORIZATION, vec![], &[]));
+        let [address, _] = delta.open(&Node::default(), false);
+        assert!(address.initial_resource_versions.is_empty());
+        let received = delta.receive(response(ADDRESS, vec![workload("new", 2, "1")], &[]));
+        assert_eq!(received.update.gone_workloads.len(), 60_000);
+        let received = delta.receive(response(ADDRESS, vec![workload("other", 3, "1")], &[]));
+        assert!(received.update.gone_workloads.is_empty(), "only the first answer of a stream is complete");
+        let [address, _] = delta.open(&Node::default(), false);
+        assert_eq!(address.initial_resource_versions.len(), 2);
+        let [address, _] = delta.open(&Node::default(), true);
+        assert!(address.initial_resource_versions.is_empty(), "the server has said that it is too long");
+    }
+
+    #[test]
+    fn who_asks_again_gives_up_first_and_the_oldest_question_makes_room() {
+        let mut delta = Delta::new(true, false);
+        let wanted = |n: usize| Wanted::Workload(format!("u{n}").into());
+        let (requests, _) = delta.ask(vec![wanted(0)]);
+        assert_eq!(requests.len(), 1);
+        let received = delta.receive(response(ADDRESS, vec![], &["u0", "never-asked"]));
+        assert_eq!(received.update.absent, [wanted(0)]);
+        let (requests, _) = delta.ask(vec![wanted(0)]);
+        assert_eq!(requests[0].resource_names_unsubscribe, ["u0"]);
+        assert_eq!(requests[1].resource_names_subscribe, ["u0"]);
+        let (requests, update) = delta.ask((1..=ASKED_MAX).map(wanted).collect());
+        assert_eq!(
+            (requests[0].resource_names_unsubscribe.as_slice(), update.forgotten),
+            (&["u0".to_owned()][..], vec![wanted(0)])
+        );
+        let [address, _] = delta.open(&Node::default(), false);
+        assert_eq!(address.resource_names_subscribe.len(), ASKED_MAX + 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Set(u8, u8),
+        Remove(u8),
+        Reconnect,
+        ReconnectWithoutVersions,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            5 => (0..6u8, 1..5u8).prop_map(|(name, ip)| Step::Set(name, ip)),
+            3 => (0..6u8).prop_map(Step::Remove),
+            1 => Just(Step::Reconnect),
+            1 => Just(Step::ReconnectWithoutVersions),
+        ]
+    }
+
+    proptest! {
+        /// A server that keeps to the protocol, with and without versions, and changes that happen while nobody listens.
+        #[test]
+        fn whatever_happens_the_facts_are_the_servers(steps in prop::collection::vec((step(), any::<bool>()), 0..40), versions: bool) {
+            let (mut delta, store) = (Delta::new(false, true), Store::default());
+            let mut server: BTreeMap<u8, u8> = BTreeMap::new();
+            let mut told: BTreeMap<u8, u8> = BTreeMap::new();
+            let name = |id: u8| format!("w{id}");
+            let full = |id: u8, ip: u8| workload(&name(id), ip, &if versions { ip.to_string() } else { String::new() });
+            let push = |delta: &mut Delta, server: &BTreeMap<u8, u8>, told: &mut BTreeMap<u8, u8>, first: Option<&DeltaDiscoveryRequest>| {
+                let known = |id: u8| match first {
+                    Some(request) => request.initial_resource_versions.get(&format!("c1//Pod/a/{}", name(id))).cloned(),
+                    None => told.get(&id).map(u8::to_string),
+                };
+                let changed = server.iter().filter(|(id, ip)| match (known(**id), first) {
+                    (None, _) => true,
+                    (Some(version), _) => version != ip.to_string() || (first.is_some() && !versions),
+                });
+                let resources = changed.map(|(id, ip)| full(*id, *ip)).collect();
+                let gone: Vec<String> = (0..6).filter(|id| known(*id).is_some() && !server.contains_key(id)).map(|id| format!("c1//Pod/a/{}", name(id))).collect();
+                let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+                *told = server.clone();
+                store.update(delta.receive(response(ADDRESS, resources, &gone)).update);
+            };
+            let [request, _] = delta.open(&Node::default(), false);
+            push(&mut delta, &server, &mut told, Some(&request));
+            for (step, tell) in steps {
+                let without = matches!(step, Step::ReconnectWithoutVersions);
+                match step {
+                    Step::Set(id, ip) => drop(server.insert(id, ip)),
+                    Step::Remove(id) => drop(server.remove(&id)),
+                    Step::Reconnect | Step::ReconnectWithoutVersions => {
+                        let [request, _] = delta.open(&Node::default(), without);
+                        push(&mut delta, &server, &mut told, Some(&request));
+                    }
+                }
+                if tell {
+                    push(&mut delta, &server, &mut told, None);
+                }
+            }
+            push(&mut delta, &server, &mut told, None);
+            let held: BTreeMap<String, String> = store.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
+            let expected = server.iter().map(|(id, ip)| (name(*id), format!("10.0.0.{ip}"))).collect();
+            prop_assert_eq!(&held, &expected);
+            // The state file gives the same facts.
+            let restored = Store::default();
+            restored.update(Delta::new(false, true).restore(delta.saved()));
+            let again: BTreeMap<String, String> = restored.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
+            prop_assert_eq!(again, expected);
+        }
+    }
+}

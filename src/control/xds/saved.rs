@@ -71,8 +71,8 @@ pub fn write(path: &Path, control_plane: &str, types: Vec<SavedType>) -> Result<
     let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let state = SavedState { format: FORMAT, saved_at, control_plane: control_plane.to_owned(), types };
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    // Two daemons may write at once during an upgrade.
-    name.push(format!(".{}.new", std::process::id()));
+    // Two daemons may write at once during an upgrade, and in containers both may have the same process id.
+    name.push(format!(".{:016x}.new", rand::random::<u64>()));
     let beside = path.with_file_name(name);
     let written = (|| {
         let mut new = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;

@@ -323,17 +323,16 @@ fn redirect(netns: &str, on: bool) {
          meta l4proto tcp ip daddr != 127.0.0.1 meta mark & 0xfff != 0x539 redirect to :15001\n\
          meta l4proto tcp ip6 daddr != ::1 meta mark & 0xfff != 0x539 redirect to :15001\n}\n}\n"
     } else {
-        "add table inet agent\ndelete table inet agent\n"
+        // The chains stay: without any the kernel would stop translating what is open.
+        "flush chain inet agent pn\nflush chain inet agent on\n"
     };
-    let word = if on { "add" } else { "del" };
-    let steps = format!(
-        "printf '%s' \"$1\" | nft -f - && \
-         for f in -4 -6; do \
-           if [ {word} = add ]; then ip $f rule show pref 32764 | grep -q . && continue; fi; \
-           ip $f rule {word} fwmark 0x111/0xfff pref 32764 lookup 100; \
-         done; \
-         ip route {replace} local 0.0.0.0/0 dev lo table 100; ip -6 route {replace} local ::/0 dev lo table 100; true",
-        replace = if on { "replace" } else { "del" }
-    );
+    let routes = if on {
+        "for f in -4 -6; do ip $f rule show pref 32764 | grep -q . || \
+           ip $f rule add fwmark 0x111/0xfff pref 32764 lookup 100 || exit 1; done; \
+         ip route replace local 0.0.0.0/0 dev lo table 100; ip -6 route replace local ::/0 dev lo table 100"
+    } else {
+        "true"
+    };
+    let steps = format!("printf '%s' \"$1\" | nft -f - && {{ {routes}; }}");
     output_in(netns, "sh", &["-c", &steps, "sh", script]);
 }

@@ -548,15 +548,13 @@ async fn certificate(shared: Shared, mut body: RecvStream, respond: SendResponse
         state.at_the_ca += 1;
         state.most_at_the_ca = state.most_at_the_ca.max(state.at_the_ca);
     }
+    let mut changed = shared.changed.subscribe();
+    while shared.state().ca == Ca::Hang {
+        let _ = changed.changed().await;
+    }
     let ca = shared.state().ca.clone();
     match ca {
-        Ca::Hang => {
-            let _respond = respond;
-            let mut changed = shared.changed.subscribe();
-            while shared.state().ca == Ca::Hang {
-                let _ = changed.changed().await;
-            }
-        }
+        Ca::Hang => {}
         Ca::Refuse(code) => end(respond, None, code, "request impersonation authentication failure"),
         Ca::Sign => {
             let answer = shared.sign(&request);

@@ -166,6 +166,22 @@ impl World {
 
     /// Starts a node's daemon as Istio's chart does: the mesh and certificates from a control plane, pods from an agent.
     pub fn start_istio_node(&mut self, node: u8, plane: &ControlPlane, agent: &Agent, settings: &[(&str, &str)]) {
+        let mut command = self.istio_command(node, plane, agent);
+        command.envs(settings.iter().copied());
+        let log = self.dir.join(format!("node{node}.log"));
+        let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
+        self.nodes.push((node, process));
+    }
+
+    /// Starts a second daemon of a node, in a pod of its own as in a cluster.
+    pub fn start_istio_upgrade(&mut self, own: &Pod, plane: &ControlPlane, agent: &Agent) {
+        let mut command = self.istio_command(own.node, plane, agent);
+        let log = self.dir.join(format!("node{}.log", own.node));
+        let process = Process::start(&own.netns, &mut command, &log);
+        self.nodes.push((own.node, process));
+    }
+
+    fn istio_command(&self, node: u8, plane: &ControlPlane, agent: &Agent) -> Command {
         let mut command = Command::new(subject());
         let address = format!("172.30.0.1:{}", control_plane::PORT);
         command.args(["proxy", "ztunnel"]).env("XDS_ADDRESS", &address).env("CA_ADDRESS", &address);
@@ -174,10 +190,8 @@ impl World {
         command.env("AUTH_TOKEN", &plane.token_file).env("INPOD_UDS", &agent.path).env("LOG_FORMAT", "json");
         command.env("NODE_NAME", format!("n{node}")).env("ISTIO_META_CLUSTER_ID", "c1").env("RUST_LOG", "info");
         command.env("POD_NAME", format!("ztunnel-{node}")).env("POD_NAMESPACE", "istio-system");
-        command.env("INSTANCE_IP", format!("172.30.0.{node}")).envs(settings.iter().copied());
-        let log = self.dir.join(format!("node{node}.log"));
-        let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
-        self.nodes.push((node, process));
+        command.env("INSTANCE_IP", format!("172.30.0.{node}"));
+        command
     }
 
     /// Takes the oldest daemon of a node out of the world, to be ended by the test.
