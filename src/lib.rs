@@ -19,6 +19,9 @@ mod connection;
 mod control;
 mod daemon;
 mod demo;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzz;
 mod hbone;
 mod identity;
 mod mesh;

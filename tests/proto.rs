@@ -5,8 +5,15 @@
 use std::fs;
 use std::path::Path;
 
-const FILES: [&str; 6] =
-    ["authorization.proto", "citadel.proto", "state.proto", "workload.proto", "xds.proto", "zds.proto"];
+const FILES: [&str; 7] = [
+    "authorization.proto",
+    "citadel.proto",
+    "profile.proto",
+    "state.proto",
+    "workload.proto",
+    "xds.proto",
+    "zds.proto",
+];
 
 #[test]
 fn generated_code_is_what_the_protos_say() {

@@ -189,7 +189,7 @@ fn some_things_have_one_place() {
         (
             "the wire's types",
             &["tonic::", "prost::"],
-            &["control/xds/", "identity/istio_ca.rs", "node/zds/", "rpc/"],
+            &["control/xds/", "daemon/profile.rs", "fuzz.rs", "identity/istio_ca.rs", "node/zds/", "rpc/"],
             "convert beside the wire",
         ),
     ];
@@ -270,4 +270,25 @@ fn the_readme_names_every_setting_and_every_metric() {
     assert!(names.len() > before + 15, "the metrics were found");
     let missing: Vec<&String> = names.iter().filter(|name| !readme.contains(name.as_str())).collect();
     assert!(missing.is_empty(), "README.md does not name {missing:#?}");
+}
+
+#[test]
+fn the_manifest_sets_what_the_daemon_reads() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let manifest = fs::read_to_string(root.join("daemonset/daemonset.yaml")).unwrap();
+    let sources = sources();
+    let set = manifest.lines().filter_map(|line| line.trim().strip_prefix("- name: "));
+    let variables: Vec<&str> =
+        set.filter(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit())).collect();
+    assert!(variables.len() > 10, "the variables were found");
+    // The runtime's, one that only the reference reads, and one of the prefixes.
+    let others = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTER_ID"];
+    let unknown: Vec<&&str> = variables
+        .iter()
+        .filter(|name| !others.contains(*name) && !sources["config/args.rs"].contains(&format!("\"{name}\"")))
+        .collect();
+    assert!(unknown.is_empty(), "nobody reads {unknown:?}");
+    for (port, constant) in [("15020", "STATS_PORT: u16 = 15020"), ("15021", "READY_PORT: u16 = 15021")] {
+        assert!(manifest.contains(port) && sources["admin/mod.rs"].contains(constant), "{port}");
+    }
 }

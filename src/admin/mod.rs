@@ -15,7 +15,9 @@ use hyper_util::service::TowerToHyperService;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::fmt;
+use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -56,6 +58,10 @@ pub type Page = Box<dyn Fn() -> Value + Send + Sync>;
 /// Changes the log filter, given the query string; the answer, or why not.
 pub type Logging = Box<dyn Fn(Option<&str>) -> Result<String, String> + Send + Sync>;
 
+/// Takes a profile, given the query string; the profile, or why not.
+pub type Profile =
+    Box<dyn Fn(Option<String>) -> Pin<Box<dyn Future<Output = Result<Vec<u8>, String>> + Send>> + Send + Sync>;
+
 /// What the ports show.
 pub struct Pages {
     /// `/config_dump`.
@@ -66,6 +72,8 @@ pub struct Pages {
     pub pods: Page,
     /// `/logging`.
     pub logging: Logging,
+    /// `/debug/pprof/profile`.
+    pub cpu_profile: Profile,
     /// `/quitquitquit`.
     pub quit: Box<dyn Fn() + Send + Sync>,
     /// `/metrics`.
@@ -105,6 +113,9 @@ impl Ports {
             .route("/pods", get(pods))
             .route("/logging", post(logging))
             .route("/quitquitquit", post(quit))
+            .route("/debug/pprof/profile", get(cpu_profile))
+            .route("/debug/pprof/heap", get(heap_profile))
+            .route("/debug/pprof/heap/profiling", get(heap_profile))
             .layer(middleware::from_fn(loopback_host_only))
             .with_state(pages.clone());
         let stats = Router::new()
@@ -193,6 +204,7 @@ async fn index() -> Html<&'static str> {
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
          <li>POST /logging?level=debug or ?level=access=debug, ?reset: the log filter\
          <li>POST /quitquitquit: end the daemon\
+         <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: where CPU time goes, for pprof\
          </ul><p>Metrics: port 15020 /metrics. Readiness: port 15021 /healthz/ready.\n",
     )
 }
@@ -228,6 +240,20 @@ async fn logging(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> 
         Ok(text) => (StatusCode::OK, text).into_response(),
         Err(text) => (StatusCode::BAD_REQUEST, text).into_response(),
     }
+}
+
+async fn cpu_profile(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
+    match (pages.cpu_profile)(query).await {
+        Ok(profile) => {
+            ([(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))], profile).into_response()
+        }
+        Err(text) => (StatusCode::BAD_REQUEST, text).into_response(),
+    }
+}
+
+async fn heap_profile() -> Response {
+    let text = "heap profiles are not built in; /metrics and /debug/pprof/profile are\n";
+    (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
 
 async fn quit(State(pages): State<Arc<Pages>>) -> &'static str {

@@ -3,8 +3,8 @@
 //! Threads: this one runs control (files, certificates, pods, admin) on a runtime of its own; each worker has another.
 //! Ending: no new connections, GOAWAY to peers, wait for what is open until the deadline, cut the rest and say how much.
 
-use super::dump;
 use super::signals::Signals;
+use super::{dump, profile};
 use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
@@ -239,6 +239,7 @@ fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Regi
         connections: Box::new(move || dump::connections(&for_connections)),
         pods: Box::new(move || dump::pods(&for_pods)),
         logging: Box::new(move |query| logging(&log, query)),
+        cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),
         registry: Mutex::new(registry),
         ready,

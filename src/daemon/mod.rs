@@ -2,6 +2,7 @@
 
 mod assemble;
 mod dump;
+mod profile;
 mod signals;
 
 use crate::config::args::{CaCommand, Cli, Command, NodeArgs};

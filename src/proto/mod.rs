@@ -22,6 +22,14 @@ pub mod envoy {
     }
 }
 
+/// Profiles.
+pub mod perftools {
+    /// CPU profiles.
+    pub mod profiles {
+        include!("perftools.profiles.rs");
+    }
+}
+
 /// Istio's protocols.
 pub mod istio {
     /// Policies.

@@ -126,3 +126,58 @@ fn it_takes_ztunnels_place_with_the_environment_of_its_chart() {
     let rules = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "ruleset"]);
     assert!(!rules.contains("table inet culvert"), "{rules}");
 }
+
+#[test]
+fn what_istioctl_reads_is_there() {
+    let mut istio = Istio::new();
+    let server = istio.pod("server");
+    istio.w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
+    istio.w.mesh.policy("no-one", "WorkloadSelector", "Deny", crate::world::facts::principal("nobody"));
+    istio.tell();
+    istio.start();
+    let _open = istio.open();
+    let dump = istio.dump(2);
+    let one = |list: &str, key: &str, value: &str| {
+        let all = dump[list].as_array().unwrap_or_else(|| panic!("{list} in {dump}"));
+        all.iter().find(|o| o[key] == value).unwrap_or_else(|| panic!("{value} in {list}")).clone()
+    };
+    let workload = one("workloads", "name", "server");
+    for key in ["uid", "namespace", "serviceAccount", "trustDomain", "node", "canonicalName", "clusterId"] {
+        assert!(workload[key].is_string(), "{key} in {workload}");
+    }
+    assert_eq!((&workload["protocol"], &workload["status"]), (&json!("HBONE"), &json!("Healthy")));
+    let service = one("services", "name", "web");
+    assert_eq!(service["vips"], json!(["/10.96.0.1"]));
+    assert_eq!(service["endpoints"]["c1//Pod/ns/server"]["port"], json!({"80": 8080}));
+    let policy = one("policies", "name", "no-one");
+    assert_eq!((&policy["scope"], &policy["action"]), (&json!("WorkloadSelector"), &json!("Deny")));
+    let certificate = one("certificates", "identity", "spiffe://cluster.local/ns/ns/sa/server");
+    let leaf = &certificate["certChain"][0];
+    for key in ["pem", "serialNumber", "validFrom", "expirationTime"] {
+        assert!(leaf[key].is_string(), "{key} in {leaf}");
+    }
+    assert_eq!(certificate["rootCerts"].as_array().map(Vec::len), Some(1));
+    let state = &dump["workloadState"][uid(&server)];
+    assert_eq!(state["info"]["serviceAccount"], "server");
+    let inbound = &state["connections"]["inbound"][0];
+    assert_eq!((&inbound["protocol"], &inbound["actualDst"]), (&json!("HBONE"), &json!(format!("{}:9000", server.v4))));
+    for key in ["version", "config", "staticConfig", "stagedServices"] {
+        assert!(dump[key].is_object(), "{key}");
+    }
+    // Profiles, as `pprof` fetches them.
+    let port = |path: &'static str| istio.w.try_get(2, 15000, path).unwrap();
+    assert_eq!(port("/debug/pprof/heap").0, 500);
+    assert_eq!(port("/debug/pprof/profile?seconds=0").0, 400);
+    let fetched = crate::world::output_in(
+        &istio.w.ns("n2"),
+        "sh",
+        &[
+            "-c",
+            "curl -s 'http://localhost:15000/debug/pprof/profile?seconds=1&frequency=1000' | od -An -v -tx1 | tr -d ' \\n'",
+        ],
+    );
+    let bytes: Vec<u8> =
+        (0..fetched.len() / 2).map(|at| u8::from_str_radix(&fetched[2 * at..2 * at + 2], 16).unwrap()).collect();
+    let profile: culvert::proto::perftools::profiles::Profile = prost::Message::decode(&*bytes).unwrap();
+    assert_eq!((profile.period, profile.string_table[0].as_str()), (1_000_000, ""));
+}

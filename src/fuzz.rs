@@ -1,0 +1,112 @@
+//! One function for each parser of bytes that others write. The fuzz targets under `fuzz/` call them with anything; the test
+//! below calls them with the corpora, so that what was ever found stays found. None may panic, whatever it is given.
+
+use crate::control::xds::{decode, delta, policy, saved};
+use crate::hbone::{Authority, ConnectRequest};
+use crate::identity::{istio_ca, revoked, verify};
+use crate::mesh::SpiffeName;
+use crate::node::zds::message;
+use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
+use crate::{control, rpc};
+use prost::Message;
+use rustls::pki_types::CertificateDer;
+
+/// A resource of the control plane, a whole response, and a state file.
+pub fn xds_resources(data: &[u8]) {
+    let mut names = decode::Names::default();
+    let _ = decode::address("c1//Pod/a/w", data, &mut names);
+    let _ = policy::policy("a/p", data);
+    let _ = saved::decode(data);
+    if let Ok(response) = DeltaDiscoveryResponse::decode(data) {
+        let mut machine = delta::Delta::new(true, true);
+        let _ = machine.receive(response);
+        let _ = machine.saved();
+    }
+}
+
+/// A packet of the node's agent, with any number of descriptors.
+pub fn zds_message(data: &[u8]) {
+    let (descriptors, bytes) = data.split_first().map_or((0, data), |(first, rest)| (usize::from(first % 3), rest));
+    if let Err(error) = message::decode(bytes, descriptors, false) {
+        assert!(message::ack(&Err(error.to_string())).len() < 900, "an answer must fit");
+    }
+}
+
+/// Authority and headers of a CONNECT request: one header a line, the authority first.
+pub fn connect_request(data: &[u8]) {
+    let mut lines = data.split(|byte| *byte == b'\n');
+    let authority = String::from_utf8_lossy(lines.next().unwrap_or_default()).into_owned();
+    if let Ok(parsed) = Authority::parse(&authority) {
+        assert_eq!(Authority::parse(&parsed.to_string()).ok(), Some(parsed), "what is taken prints back");
+    }
+    let mut headers = http::HeaderMap::new();
+    for line in lines.take(64) {
+        let (name, value) = line.split_at(line.iter().position(|byte| *byte == b':').unwrap_or(0));
+        let value = value.strip_prefix(b":").unwrap_or(value);
+        if let (Ok(name), Ok(value)) =
+            (http::header::HeaderName::from_bytes(name), http::HeaderValue::from_bytes(value))
+        {
+            headers.append(name, value);
+        }
+    }
+    if let Ok(uri) = http::Uri::builder().authority(authority.as_str()).build()
+        && let Ok(request) = ConnectRequest::parse(&http::Method::CONNECT, &uri, &headers)
+    {
+        let _ = request.forwarded_host();
+    }
+}
+
+/// A certificate, a chain in PEM as a CA answers it, and the name in it.
+pub fn certificate(data: &[u8]) {
+    let _ = verify::peer_name(&CertificateDer::from(data));
+    let _ = rpc::tls::from_pem(data);
+    let text = String::from_utf8_lossy(data);
+    if let Ok(name) = SpiffeName::parse(&text) {
+        assert_eq!(name.to_string(), text, "what is taken prints back");
+    }
+    let elements: Vec<String> = text.split("\n\n").map(str::to_owned).collect();
+    istio_ca::read_answer(&elements);
+}
+
+/// A file of revocation lists.
+pub fn crl(data: &[u8]) {
+    let _ = revoked::parse(data);
+}
+
+/// A mesh file.
+pub fn mesh_file(data: &[u8]) {
+    let _ = control::yaml::facts(&String::from_utf8_lossy(data));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    #[test]
+    fn the_corpora_do_no_harm() {
+        let targets: [(&str, fn(&[u8])); 6] = [
+            ("xds_resources", super::xds_resources),
+            ("zds_message", super::zds_message),
+            ("connect_request", super::connect_request),
+            ("certificate", super::certificate),
+            ("crl", super::crl),
+            ("mesh_file", super::mesh_file),
+        ];
+        for (name, target) in targets {
+            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+            let seeds: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+            assert!(seeds.len() >= 5, "{name} has {} seeds", seeds.len());
+            for seed in seeds {
+                let bytes = std::fs::read(&seed).unwrap();
+                target(&bytes);
+                // And with any single byte damaged, or the end missing.
+                for at in (0..bytes.len()).step_by(1 + bytes.len() / 200) {
+                    let mut damaged = bytes.clone();
+                    damaged[at] ^= 0xff;
+                    target(&damaged);
+                    target(&bytes[..at]);
+                }
+            }
+        }
+    }
+}
