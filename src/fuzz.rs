@@ -84,7 +84,8 @@ mod tests {
 
     #[test]
     fn the_corpora_do_no_harm() {
-        let targets: [(&str, fn(&[u8])); 6] = [
+        type Target = (&'static str, fn(&[u8]));
+        let targets: [Target; 6] = [
             ("xds_resources", super::xds_resources),
             ("zds_message", super::zds_message),
             ("connect_request", super::connect_request),

@@ -19,9 +19,9 @@ pub enum Command {
     Node(Box<NodeArgs>),
     /// The same as `node`, under the words of Istio's ztunnel chart: `proxy ztunnel`.
     Proxy {
-        /// Must be `ztunnel`.
+        /// `ztunnel`, or nothing.
         #[arg(value_parser = ["ztunnel"])]
-        role: String,
+        role: Option<String>,
         /// Settings.
         #[command(flatten)]
         node: Box<NodeArgs>,

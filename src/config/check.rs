@@ -190,6 +190,7 @@ fn workers(c: &mut Checker, args: &NodeArgs, proxy: &ProxyConfig, machine: Machi
     let limit = c.read("ZTUNNEL_RESOURCE_CPU_LIMIT", args.resource_cpu_limit.as_ref(), None, |t| cpus(t).map(Some));
     let request = c.read("ZTUNNEL_RESOURCE_CPU_REQUEST", args.resource_cpu_request.as_ref(), 0, cpus);
     let whole = c.read("ZTUNNEL_CPU_LIMIT", args.cpu_limit.as_ref(), machine.cpus, integer(1..=4096));
+    let limit = limit.filter(|cpus| *cpus > 0);
     let cpus = limit.unwrap_or(whole);
     let share = |percent: usize| (cpus * percent).div_ceil(100).max(1);
     let parse = |text: &str| match text.strip_suffix('%') {
@@ -207,10 +208,12 @@ fn cpus(text: &str) -> Result<usize, String> {
     let whole = |text: &str| text.parse::<usize>().ok().filter(|n| *n <= 4_096_000);
     let found = match (text.strip_suffix('m'), text.split_once('.')) {
         (Some(milli), _) => whole(milli).map(|milli| milli.div_ceil(1000)),
-        (None, Some((cpus, part))) => whole(part).and(whole(cpus)).map(|cpus| cpus + 1),
+        (None, Some((cpus, part))) => {
+            whole(part).and(whole(cpus)).map(|cpus| cpus + usize::from(part.bytes().any(|digit| digit != b'0')))
+        }
         (None, None) => whole(text),
     };
-    found.filter(|cpus| (1..=4096).contains(cpus)).ok_or_else(expected)
+    found.filter(|cpus| *cpus <= 4096).ok_or_else(expected)
 }
 
 fn compliance(text: &str) -> Result<bool, String> {

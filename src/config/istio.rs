@@ -35,7 +35,7 @@ const NOT_SUPPORTED: [(&str, &str, &str); 6] = [
 #[derive(Clone, Debug, Default)]
 pub struct Environment {
     variables: BTreeMap<String, String>,
-    mesh_config: Option<String>,
+    mesh_config: Option<Result<String, String>>,
 }
 
 impl Environment {
@@ -45,7 +45,11 @@ impl Environment {
         let variables = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
-        Self { variables, mesh_config: std::fs::read_to_string(MESH_CONFIG).ok() }
+        let mesh_config = match std::fs::read_to_string(MESH_CONFIG) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            read => Some(read.map_err(|error| error.to_string())),
+        };
+        Self { variables, mesh_config }
     }
 
     fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str)> {
@@ -80,10 +84,14 @@ pub(super) fn proxy_config(c: &mut Checker, args: &NodeArgs, environment: &Envir
             ProxyConfig::default()
         })
     };
-    let mesh = read(MESH_CONFIG, environment.mesh_config.as_ref(), &|text| {
-        from_yaml::<MeshConfig>(text).map(|mesh| mesh.default_config)
-    });
+    let (mesh_text, unreadable) = match &environment.mesh_config {
+        Some(Ok(text)) => (Some(text), None),
+        Some(Err(error)) => (None, Some(format!("{MESH_CONFIG}: {error}"))),
+        None => (None, None),
+    };
+    let mesh = read(MESH_CONFIG, mesh_text, &|text| from_yaml::<MeshConfig>(text).map(|mesh| mesh.default_config));
     let own = read("PROXY_CONFIG (--proxy-config)", args.proxy_config.as_ref(), &|text| from_yaml(text));
+    c.faults.extend(unreadable);
     ProxyConfig {
         discovery_address: own.discovery_address.or(mesh.discovery_address),
         proxy_admin_port: own.proxy_admin_port.or(mesh.proxy_admin_port),
@@ -124,6 +132,10 @@ pub(super) fn mesh_source(
     proxy: &ProxyConfig,
 ) -> MeshSource {
     if let Some(path) = args.mesh_file.as_ref().filter(|path| !path.is_empty()) {
+        if args.xds_address.as_ref().is_some_and(|address| !address.is_empty()) {
+            c.faults
+                .push("LOCAL_XDS_PATH (--mesh-file): is set beside XDS_ADDRESS; facts come from one of them".into());
+        }
         return MeshSource::File(path.into());
     }
     if args.xds_address.as_deref() == Some("") {

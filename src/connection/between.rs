@@ -37,14 +37,25 @@ pub(super) async fn find_route(
     source: &Workload,
     target: SocketAddr,
 ) -> Result<Route, RouteError> {
+    let choose = |snapshot: &Snapshot| {
+        choose::route::choose(snapshot, source, target, &mut |below| rand::random_range(0..below))
+    };
     for _ in 0..QUESTIONS_MAX {
-        match choose::route::choose(&snapshot, source, target, &mut |below| rand::random_range(0..below)) {
+        match choose(&snapshot) {
             Err(RouteError::Unasked(wanted)) => mesh.ask(wanted).await?,
+            Err(error @ (RouteError::NoEndpoint(_) | RouteError::UnknownWaypoint { .. })) => {
+                let old = snapshot.refreshable(&source.network, target.ip(), &source.namespace);
+                if old.is_empty() {
+                    return Err(error);
+                }
+                mesh.refresh(old).await;
+                return choose(&mesh.load());
+            }
             chosen => return chosen,
         }
         snapshot = mesh.load();
     }
-    choose::route::choose(&snapshot, source, target, &mut |below| rand::random_range(0..below))
+    choose(&snapshot)
 }
 
 /// The certificate of the pod's own workload.

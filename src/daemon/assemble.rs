@@ -18,18 +18,23 @@ use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::node::status::Board;
 use crate::node::{Pods, Source, zds};
+use crate::sys::netns::Netns;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl};
-use crate::{control, identity, node, rpc, sys, telemetry};
+use crate::{admin, control, identity, node, rpc, sys, telemetry};
 use anyhow::Context;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tokio::sync::Notify;
+
+/// What readiness and whoever needs facts wait for.
+const FACTS: &str = "mesh facts";
 
 /// Runs the daemon until it is told to end.
 pub fn node(config: Config) -> anyhow::Result<()> {
@@ -104,7 +109,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         board: board.clone(),
     });
     let pages = pages(&parts, log, &quit, registry, ready.clone());
-    for port in Ports::bind(pages, parts.config.admin).await?.serve() {
+    for port in Ports::bind(pages, ports_config(&parts.config)).await?.serve() {
         background.spawn(port);
     }
     background.spawn(async move { permits.watch(&mesh).await });
@@ -117,13 +122,13 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         drain: drain.clone(),
         claims: Default::default(),
     });
-    own_pod(&parts.config, &capturer, &background)?;
+    own_pod(&parts.config, &capturer, &ready, &background)?;
     let pods = Pods::new(capturer, board);
     match parts.config.node.source.clone() {
         Source::File(path) => background.spawn(node::file::follow(pods, path, pods_pending)),
         Source::Agent(path) => {
-            let client = zds::Client { path, pods, metrics: zds_metrics, ready: Some(pods_pending) };
-            background.spawn(client.run(drain.signal()));
+            let client = zds::Client { path, pods, metrics: zds_metrics, ready: Some(pods_pending), said: None };
+            background.spawn(client.run(ready.clone().until(FACTS), drain.signal()));
         }
     }
     tracing::info!(workers = parts.config.connection.workers, "{} is running", super::version());
@@ -138,12 +143,23 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Loopback has no IPv6 address where the daemon's own namespace has it switched off.
+fn ports_config(config: &Config) -> admin::Config {
+    let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
+    admin::Config { ipv6: config.admin.ipv6 && own.unwrap_or(false), ..config.admin }
+}
+
 /// Serves the daemon's own pod, where it is one.
-fn own_pod(config: &Config, capturer: &Arc<Capturer>, background: &Group) -> anyhow::Result<()> {
+fn own_pod(config: &Config, capturer: &Arc<Capturer>, ready: &Ready, background: &Group) -> anyhow::Result<()> {
     let Some(own) = &config.own_pod else { return Ok(()) };
     let identity = SpiffeName::new(&config.trust_domain, &own.namespace, &own.service_account);
     let identity = identity.context("the daemon's own identity is not valid")?;
-    background.spawn(node::own::serve(capturer.clone(), own.name.as_str().into(), identity));
+    let (facts, serve) =
+        (ready.clone().until(FACTS), node::own::serve(capturer.clone(), own.name.as_str().into(), identity));
+    background.spawn(async move {
+        facts.await;
+        serve.await;
+    });
     Ok(())
 }
 
@@ -158,7 +174,7 @@ struct Facts {
 
 impl Facts {
     fn start(config: &Config, ready: &Ready, background: &Group, registry: &mut Registry) -> anyhow::Result<Self> {
-        let pending = ready.wait_for("mesh facts");
+        let pending = ready.wait_for(FACTS);
         let (freshness, stop) = (Arc::<Freshness>::default(), Drain::default());
         let on_demand = matches!(&config.mesh, MeshSource::Xds(xds) if xds.on_demand);
         let mesh = Arc::new(Mesh::new(config.node_name.as_str().into(), on_demand));
@@ -208,7 +224,9 @@ fn certificates(
         CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
         CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
-    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics)
+    let identities = Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics);
+    background.spawn(identities.clone().follow_revocations());
+    identities
 }
 
 async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group, signals: &mut Signals) {
@@ -248,10 +266,13 @@ fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Regi
 
 /// `level=<directives>` adds, `reset` goes back to the start's filter first, nothing shows (the reference's page).
 fn logging(log: &LogControl, query: Option<&str>) -> Result<String, String> {
-    for part in query.unwrap_or_default().split('&').filter(|part| !part.is_empty()) {
+    let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
+    let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
+    if parts().any(is_reset) {
+        log.reset().map_err(|error| format!("{error}\n"))?;
+    }
+    for part in parts().filter(|part| !is_reset(part)) {
         match part.split_once('=') {
-            None if part == "reset" => log.reset(),
-            Some(("reset", _)) => log.reset(),
             Some(("level", directives)) => {
                 let directives =
                     directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");

@@ -1,6 +1,7 @@
 //! A CPU profile of the daemon, for `/debug/pprof/profile`.
 
 use crate::proto::perftools::profiles as wire;
+use crate::task::thread::beside;
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,8 +47,10 @@ pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
         .map_err(|error| format!("no profile can be taken: {error}\n"))?;
     let duration = Duration::from_secs(u64::from(seconds.unsigned_abs()));
     tokio::time::sleep(duration).await;
-    let report = guard.report().build().map_err(|error| format!("the profile cannot be read: {error}\n"))?;
-    let mut profile = encode(&report);
+    // Names are looked up in the binary's tables, which takes a while.
+    let made = beside(move || guard.report().build().map(|report| encode(&report))).await;
+    let made = made.ok_or_else(|| "the profile could not be made\n".to_owned())?;
+    let mut profile = made.map_err(|error| format!("the profile cannot be read: {error}\n"))?;
     let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
     profile.time_nanos = nanos(begun.duration_since(UNIX_EPOCH).unwrap_or_default());
     profile.duration_nanos = nanos(duration);

@@ -15,6 +15,8 @@ pub struct Signed {
     pub chain: Vec<CertificateDer<'static>>,
     /// Root certificates by which peers are verified.
     pub roots: Vec<CertificateDer<'static>>,
+    /// When it begins.
+    pub not_before: SystemTime,
     /// When it ends.
     pub not_after: SystemTime,
     /// How long it is valid in all. Renewal is reckoned by it and not by the clocks, ours or the CA's.
@@ -27,6 +29,7 @@ impl Clone for Signed {
             key: self.key.clone_key(),
             chain: self.chain.clone(),
             roots: self.roots.clone(),
+            not_before: self.not_before,
             not_after: self.not_after,
             life: self.life,
         }

@@ -140,6 +140,7 @@ impl Builtin {
                 key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
                 chain: vec![leaf.der().clone()],
                 roots: roots.clone(),
+                not_before: issued - BACKDATE,
                 not_after: issued + self.leaf_life,
                 life: self.leaf_life,
             })

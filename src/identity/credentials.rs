@@ -95,7 +95,8 @@ impl Credentials {
     ) -> Result<Self, CredentialsError> {
         let provider = Arc::new(provider());
         let mut roots = RootCertStore::empty();
-        for root in &trust.roots {
+        // A root, or what the CA calls one, may have been revoked like any other certificate.
+        for root in trust.roots.iter().filter(|root| !trust.revocations.lists(std::slice::from_ref(*root))) {
             roots.add(root.clone()).map_err(|error| CredentialsError::Roots(error.to_string()))?;
         }
         let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
@@ -117,7 +118,8 @@ impl Credentials {
         server.send_tls13_tickets = 0;
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
 
-        let nobody = Arc::new(ServerVerifier { vouch: vouch.clone(), expected: Vec::new() });
+        let trust_domains = trust.trust_domains.clone();
+        let nobody = Arc::new(ServerVerifier { vouch: vouch.clone(), trust_domains, expected: Vec::new() });
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -153,6 +155,17 @@ impl Credentials {
     pub(super) fn would_vouch_for(&self, other: &Self) -> bool {
         let trust = Trust { roots: self.signed.roots.clone(), ..self.trust.clone() };
         Self::build(other.identity.clone(), other.generation, other.signed.clone(), trust).is_ok()
+    }
+
+    /// Whether it has begun and not ended, by our clock.
+    pub(super) fn is_valid(&self) -> bool {
+        let now = SystemTime::now();
+        self.signed.not_before <= now && now < self.not_after
+    }
+
+    /// Resolves when this certificate, or one that vouches for it, is revoked.
+    pub(super) async fn own_revoked(&self) {
+        self.watch(self.chain()).revoked().await;
     }
 
     /// Time until it ends.
@@ -193,7 +206,8 @@ impl Credentials {
     /// Settings for a connection to a server that must prove one of `expected`.
     pub fn client(&self, expected: &[SpiffeName]) -> Arc<ClientConfig> {
         let mut config = self.client.clone();
-        let verifier = ServerVerifier { vouch: self.vouch.clone(), expected: expected.to_vec() };
+        let (vouch, trust_domains) = (self.vouch.clone(), self.trust.trust_domains.clone());
+        let verifier = ServerVerifier { vouch, trust_domains, expected: expected.to_vec() };
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         Arc::new(config)
     }

@@ -87,9 +87,8 @@ impl IstioCa {
         let answer = match tokio::time::timeout(CALL_DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => {
-                if !matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied | Code::InvalidArgument) {
-                    self.disconnect();
-                }
+                // Another replica may know better; and whoever refuses us should not be asked until the connection ends.
+                self.disconnect();
                 return Err(IstioCaError::Refused(Box::new(status)));
             }
             Err(_) => {
@@ -157,8 +156,8 @@ fn signed(identity: &SpiffeName, key: PrivateKeyDer<'static>, elements: &[String
     if name != *identity {
         return Err(IstioCaError::Another { signed: name, asked: identity.clone() });
     }
-    let (not_after, life) = validity(leaf).ok_or_else(|| bad("its dates make no sense"))?;
-    Ok(Signed { key, chain, roots, not_after, life })
+    let (not_before, not_after, life) = validity(leaf).ok_or_else(|| bad("its dates make no sense"))?;
+    Ok(Signed { key, chain, roots, not_before, not_after, life })
 }
 
 /// Reads an answer as [`IstioCa::sign`] does, for any identity.
@@ -170,13 +169,14 @@ pub fn read_answer(elements: &[String]) {
     }
 }
 
-/// End and length of a certificate's validity.
-fn validity(leaf: &CertificateDer<'_>) -> Option<(SystemTime, Duration)> {
+/// Begin, end and length of a certificate's validity.
+fn validity(leaf: &CertificateDer<'_>) -> Option<(SystemTime, SystemTime, Duration)> {
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).ok();
     let (from, to) = (seconds(parsed.validity().not_before)?, seconds(parsed.validity().not_after)?);
     let life = Duration::from_secs(to.checked_sub(from)?);
-    Some((UNIX_EPOCH.checked_add(Duration::from_secs(to))?, life))
+    let at = |seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds));
+    Some((at(from)?, at(to)?, life))
 }
 
 #[cfg(test)]

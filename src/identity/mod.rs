@@ -5,8 +5,10 @@
 pub mod authority;
 pub mod builtin;
 pub mod credentials;
+mod fresh;
 pub mod istio_ca;
 pub mod revoked;
+mod roots;
 pub mod store;
 mod turns;
 pub mod verify;

@@ -134,6 +134,11 @@ impl Revocations {
         }
     }
 
+    /// A receiver that sees every later list.
+    pub(super) fn changes(&self) -> watch::Receiver<Arc<List>> {
+        self.current.subscribe()
+    }
+
     /// Why the file on disk is not the list in force, if it is not.
     pub fn error(&self) -> Option<String> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -1,20 +1,16 @@
-//! Certificates by identity: fetched when first wanted, renewed at half life, kept while valid whatever fails.
+//! Certificates by identity: wanted by pods, fetched when first wanted, kept while valid whatever fails.
 //!
-//! ```text
-//!   want() ──► Fetching ──signed──► Held ──half life──► Held (renewing) ──signed──► Held
-//!                 │ error: back off, ask again            │ error: back off, keep what is held until it ends
-//! ```
-//! One task per identity does the asking, eight ask at once, the most urgent first; readers only wait for the first
-//! answer, and never longer than a deadline. Roots that any answer has brought are trusted until the certificates that
-//! came with them have ended, so that in a rotation old and new peers know each other whoever was renewed first.
+//! One task per identity (`fresh.rs`) does the asking, eight ask at once, the most urgent first; readers only wait for the
+//! first answer, and never longer than a deadline.
 
-use super::authority::{Authority, AuthorityError};
-use super::credentials::{Credentials, CredentialsError, Trust};
+use super::authority::Authority;
+use super::credentials::{Credentials, Trust};
+use super::fresh::Fresh;
 use super::revoked::Revocations;
+use super::roots::Roots;
 use super::turns::{Turns, Urgency};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::Group;
-use crate::task::backoff::Backoff;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -29,27 +25,12 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// First wait after a failed fetch; doubles up to [`RETRY_MAX`].
-const RETRY_MIN: Duration = Duration::from_secs(1);
-/// Longest wait after a failed fetch.
-const RETRY_MAX: Duration = Duration::from_secs(150);
-/// How often the clock is looked at while waiting.
-const CLOCK_LOOK: Duration = Duration::from_secs(60);
 /// How long a connection waits for an identity's first certificate.
 const FIRST_WAIT: Duration = Duration::from_secs(5);
 /// Requests at the CA at once.
 const AT_ONCE: usize = 8;
 /// How long a certificate is kept after its last pod has gone: a restarted pod finds it there.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
-/// How long a CA may refuse a new identity before that is worth a warning: it hears of pods a moment after we do.
-const NEW_FOR: Duration = Duration::from_secs(20);
-/// How long before its end, as a part of its life, a certificate is given up for one of a root that is new.
-const SWITCH_BEFORE_END: f64 = 0.04;
-/// When a certificate is renewed, as a part of half its life: at random between these. The later end leaves who renews
-/// last in a rotation time to do so before anybody presents a certificate of the new root.
-const RENEWAL: std::ops::Range<f64> = 0.8..0.92;
-/// Shortest time between renewals for the sake of a peer whose root we do not know.
-const ROOTS_EVERY: Duration = Duration::from_secs(30);
 
 /// Why there is no certificate.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -67,19 +48,11 @@ pub enum StoreError {
     },
 }
 
-#[derive(Debug, thiserror::Error)]
-enum FetchError {
-    #[error(transparent)]
-    Authority(#[from] AuthorityError),
-    #[error(transparent)]
-    Credentials(#[from] CredentialsError),
-}
-
 /// Metrics of certificates.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    failures: Counter,
-    fetched: Counter,
+    pub(super) failures: Counter,
+    pub(super) fetched: Counter,
     ends: Family<IdentityLabel, Gauge>,
 }
 
@@ -89,6 +62,11 @@ struct IdentityLabel {
 }
 
 impl Metrics {
+    /// When the certificate of an identity ends.
+    pub(super) fn end_of(&self, identity: &SpiffeName) -> Gauge {
+        self.ends.get_or_create_owned(&IdentityLabel { identity: identity.to_string() })
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register("culvert_certificates_fetched", "Certificates received", self.fetched.clone());
@@ -109,12 +87,13 @@ pub struct Held {
     pub error: Option<String>,
 }
 
+/// What is known of one identity's certificate.
 #[derive(Clone, Debug, Default)]
-struct State {
-    credentials: Option<Arc<Credentials>>,
-    error: Option<String>,
+pub(super) struct State {
+    pub(super) credentials: Option<Arc<Credentials>>,
+    pub(super) error: Option<String>,
     /// When the CA is asked next, after an error.
-    retry_at: Option<Instant>,
+    pub(super) retry_at: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -128,28 +107,20 @@ struct Entry {
     stop: CancellationToken,
 }
 
-/// A root, and how long it is trusted at least.
-#[derive(Debug)]
-struct Root {
-    trust_domain: Text,
-    der: CertificateDer<'static>,
-    until: SystemTime,
-}
-
 /// All certificates of this node.
 #[derive(Debug)]
 pub struct Store {
-    authority: Authority,
+    pub(super) authority: Authority,
     aliases: Vec<Text>,
-    revocations: Arc<Revocations>,
+    pub(super) revocations: Arc<Revocations>,
     generation: AtomicU64,
     entries: Mutex<HashMap<SpiffeName, Entry>>,
     /// Told when an identity becomes wanted.
     wanted: Notify,
-    roots: Mutex<Vec<Root>>,
-    turns: Arc<Turns>,
+    pub(super) roots: Roots,
+    pub(super) turns: Arc<Turns>,
     tasks: Group,
-    metrics: Arc<Metrics>,
+    pub(super) metrics: Arc<Metrics>,
 }
 
 impl Store {
@@ -168,7 +139,7 @@ impl Store {
             generation: AtomicU64::new(1),
             entries: Mutex::default(),
             wanted: Notify::new(),
-            roots: Mutex::default(),
+            roots: Roots::default(),
             turns: Turns::new(AT_ONCE),
             tasks,
             metrics,
@@ -187,12 +158,9 @@ impl Store {
         let entry = Entry { holders: 1, came: 1, state: state.clone(), urgency: urgency.clone(), stop: stop.clone() };
         entries.insert(identity.clone(), entry);
         self.wanted.notify_waiters();
-        let (store, identity) = (self.clone(), identity.clone());
+        let fresh = Fresh { store: self.clone(), identity: identity.clone(), out: state, urgency };
         self.tasks.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = store.keep_fresh(&identity, &state, &urgency) => {}
-            }
+            tokio::select! { () = stop.cancelled() => {}, () = fresh.keep() => {} }
         });
     }
 
@@ -286,170 +254,66 @@ impl Store {
         self.list().iter().filter_map(left).min()
     }
 
-    async fn keep_fresh(self: &Arc<Self>, identity: &SpiffeName, out: &watch::Sender<State>, urgency: &Arc<Urgency>) {
-        let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
-        let begun = Instant::now();
-        loop {
-            let turn = self.turns.take(urgency).await;
-            let fetched = self.fetch(identity).await;
-            drop(turn);
-            let wait = match fetched {
-                Ok((credentials, wait)) => {
-                    backoff.reset();
-                    self.metrics.fetched.inc();
-                    urgency.held.store(true, Ordering::Relaxed);
-                    let renew_at = Instant::now() + wait;
-                    self.present(credentials, out).await;
-                    renew_at.saturating_duration_since(Instant::now())
-                }
-                Err(error) => {
-                    // Sooner and sooner towards the end of what is held.
-                    let left = out.borrow().valid().map(|held| held.time_left() / 4);
-                    let wait = backoff.next().min(left.unwrap_or(RETRY_MAX)).max(RETRY_MIN / 2);
-                    self.failed(
-                        identity,
-                        &error,
-                        wait,
-                        begun.elapsed() < NEW_FOR && out.borrow().credentials.is_none(),
-                    );
-                    let (text, retry_at) = (error.to_string(), Instant::now() + wait);
-                    out.send_modify(|state| (state.error, state.retry_at) = (Some(text), Some(retry_at)));
-                    wait
-                }
-            };
-            self.wait(wait, out).await;
-        }
+    /// A number that no other certificate of this process has.
+    pub(super) fn next_generation(&self) -> u64 {
+        self.generation.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Uses new credentials. Where they are of a root that came with them, peers may not know that root yet: then what is
-    /// held is presented until shortly before its end. Peers renew at half life and have learned of the root by then.
-    async fn present(&self, new: Credentials, out: &watch::Sender<State>) {
-        let held = out.borrow().valid().filter(|held| !held.would_vouch_for(&new));
-        if let Some(held) = held {
-            let wait = held.time_left().saturating_sub(held.life().mul_f64(SWITCH_BEFORE_END));
-            tracing::info!(identity = %new.identity, ?wait, "the CA's root is a new one; presenting the certificate of the old one so long");
-            match held.trusting(new.trust.clone()) {
-                Ok(trusting) => self.publish(trusting, out),
-                Err(error) => tracing::warn!(identity = %new.identity, %error, "the new root cannot be used yet"),
-            }
-            let until = Instant::now() + wait;
-            while Instant::now() < until && out.borrow().valid().is_some() {
-                tokio::time::sleep(until.saturating_duration_since(Instant::now()).min(CLOCK_LOOK)).await;
-            }
-        }
-        // Others may have learned of roots meanwhile.
-        let trust = self.trust(&new.identity, &self.known_roots(&new.identity.trust_domain));
-        let new = new.trusting(trust).unwrap_or(new);
-        self.publish(new, out);
+    /// Whether a pod of this node has the identity now.
+    pub(super) fn is_wanted(&self, identity: &SpiffeName) -> bool {
+        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.get(identity).is_some_and(|entry| entry.holders > 0)
     }
 
-    fn publish(&self, credentials: Credentials, out: &watch::Sender<State>) {
-        let label = IdentityLabel { identity: credentials.identity.to_string() };
-        let ends = credentials.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.metrics.ends.get_or_create(&label).set(ends.as_secs().cast_signed());
-        out.send_replace(State { credentials: Some(Arc::new(credentials)), error: None, retry_at: None });
-    }
-
-    /// Counts and says that there is no new certificate. That a CA refuses a pod it has not heard of yet is no news.
-    fn failed(&self, identity: &SpiffeName, error: &FetchError, retry: Duration, new: bool) {
-        self.metrics.failures.inc();
-        let refused = matches!(error, FetchError::Authority(error) if error.is_refusal());
-        if refused && new {
-            tracing::debug!(%identity, %error, ?retry, "the CA does not know the pod yet");
-        } else {
-            tracing::warn!(%identity, %error, ?retry, "no new certificate; what is held stays in use");
-        }
-    }
-
-    /// Waits, but not beyond the end of the certificate in use: the clock may be set while we wait. Where a peer's root is
-    /// not known, a renewal may bring it.
-    async fn wait(&self, wait: Duration, out: &watch::Sender<State>) {
-        let begun = Instant::now();
-        let until = begun + wait;
-        while Instant::now() < until {
-            let held = out.borrow().clone();
-            let Some(credentials) = held.credentials else {
-                return tokio::time::sleep_until(until).await;
-            };
-            if credentials.not_after <= SystemTime::now() && held.error.is_none() {
-                return;
-            }
-            let step = until.saturating_duration_since(Instant::now()).min(CLOCK_LOOK);
-            tokio::select! {
-                () = tokio::time::sleep(step) => {}
-                () = credentials.unknown_root(), if held.error.is_none() => {
-                    tracing::info!(identity = %credentials.identity, "a peer's root is not known; renewing to learn of it");
-                    return tokio::time::sleep_until((begun + ROOTS_EVERY).min(until)).await;
-                }
-            }
-        }
-    }
-
-    async fn fetch(self: &Arc<Self>, identity: &SpiffeName) -> Result<(Credentials, Duration), FetchError> {
-        let signed = self.authority.sign(identity).await?;
-        let generation = self.generation.fetch_add(1, Ordering::Relaxed);
-        let wait = renewal_wait(signed.life, rand::random_range(RENEWAL));
-        // Judged by its own roots alone first: what others brought must not vouch for it.
-        let trust = self.trust(identity, &signed.roots);
-        let credentials = Credentials::build(identity.clone(), generation, signed, trust)?;
-        if self.learn(&credentials) {
-            self.rebuild(identity);
-        }
-        let trust = self.trust(identity, &self.known_roots(&identity.trust_domain));
-        Ok((credentials.trusting(trust)?, wait))
-    }
-
-    fn trust(&self, identity: &SpiffeName, roots: &[CertificateDer<'static>]) -> Trust {
+    /// Trust in these roots alone.
+    pub(super) fn trust(&self, identity: &SpiffeName, roots: &[CertificateDer<'static>]) -> Trust {
         let mut trust_domains = vec![identity.trust_domain.clone()];
         trust_domains.extend(self.aliases.iter().cloned());
         let unknown_root = Arc::default();
         Trust { roots: roots.to_vec(), trust_domains, revocations: self.revocations.clone(), unknown_root }
     }
 
-    /// Remembers the roots that came with a certificate; whether the set has changed.
-    fn learn(&self, new: &Credentials) -> bool {
-        let mut roots = self.roots.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = roots.len();
-        roots.retain(|root| root.until > SystemTime::now());
-        let mut changed = roots.len() != before;
-        for der in &new.signed.roots {
-            match roots.iter_mut().find(|r| r.trust_domain == new.identity.trust_domain && r.der == *der) {
-                Some(known) => known.until = known.until.max(new.not_after),
-                None => {
-                    changed = true;
-                    let (trust_domain, until) = (new.identity.trust_domain.clone(), new.not_after);
-                    roots.push(Root { trust_domain, der: der.clone(), until });
-                }
+    /// Trust in all roots that are known.
+    pub(super) fn known_trust(&self, identity: &SpiffeName) -> Trust {
+        self.trust(identity, &self.roots.of(&identity.trust_domain))
+    }
+
+    /// Makes the settings of these identities anew, with what is trusted now.
+    pub(super) fn rebuild(&self, concerned: impl Fn(&SpiffeName) -> bool) {
+        let all: Vec<(SpiffeName, watch::Sender<State>)> = {
+            let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            let concerned = entries.iter().filter(|(identity, _)| concerned(identity));
+            concerned.map(|(identity, entry)| (identity.clone(), entry.state.clone())).collect()
+        };
+        // Outside of the lock: connections wait for it.
+        for (identity, state) in all {
+            let Some(held) = state.borrow().credentials.clone() else { continue };
+            match held.trusting(self.known_trust(&identity)) {
+                Ok(rebuilt) => drop(state.send_if_modified(|now| {
+                    let same = now.credentials.as_ref().is_some_and(|now| Arc::ptr_eq(now, &held));
+                    if same {
+                        now.credentials = Some(Arc::new(rebuilt));
+                    }
+                    same
+                })),
+                Err(error) => tracing::warn!(%identity, %error, "what is trusted now cannot be used; what was stays"),
             }
         }
-        changed
     }
 
-    fn known_roots(&self, trust_domain: &Text) -> Vec<CertificateDer<'static>> {
-        let roots = self.roots.lock().unwrap_or_else(PoisonError::into_inner);
-        roots.iter().filter(|root| root.trust_domain == *trust_domain).map(|root| root.der.clone()).collect()
-    }
-
-    /// Gives the other identities of the trust domain settings with the roots that are known now.
-    fn rebuild(&self, but: &SpiffeName) {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = entries.iter().filter(|(other, _)| *other != but && other.trust_domain == but.trust_domain);
-        for (identity, entry) in others {
-            let trust = self.trust(identity, &self.known_roots(&identity.trust_domain));
-            entry.state.send_modify(|state| {
-                let Some(held) = &state.credentials else { return };
-                match held.trusting(trust) {
-                    Ok(rebuilt) => state.credentials = Some(Arc::new(rebuilt)),
-                    Err(error) => tracing::warn!(%identity, %error, "new roots cannot be used; the old ones stay"),
-                }
-            });
+    /// Makes all settings anew when the list of revoked certificates changes, for as long as it is awaited: a root may be
+    /// on it.
+    pub async fn follow_revocations(self: Arc<Self>) {
+        let mut changes = self.revocations.changes();
+        while changes.changed().await.is_ok() {
+            self.rebuild(|_| true);
         }
     }
 }
 
 impl State {
-    fn valid(&self) -> Option<Arc<Credentials>> {
-        self.credentials.clone().filter(|held| held.not_after > SystemTime::now())
+    pub(super) fn valid(&self) -> Option<Arc<Credentials>> {
+        self.credentials.clone().filter(|held| held.is_valid())
     }
 }
 
@@ -467,11 +331,6 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
-}
-
-/// Time until renewal: half of the certificate's life, times a jitter.
-fn renewal_wait(life: Duration, jitter: f64) -> Duration {
-    (life / 2).mul_f64(jitter).max(Duration::from_secs(1))
 }
 
 #[cfg(test)]
@@ -544,10 +403,6 @@ mod tests {
         tokio::time::sleep(life / 2).await;
         let renewed = store.get(&identity("old")).await.unwrap();
         assert_eq!((renewed.generation, renewed.chain()), (old.generation, old.chain()));
-        tokio::time::sleep(life).await;
-        let switched = store.get(&identity("old")).await.unwrap();
-        assert_ne!(switched.chain(), old.chain(), "shortly before the end of the old one");
-        assert!(switched.roots().len() == 2, "peers may still have certificates of the old root");
         for folder in [folder, other] {
             std::fs::remove_dir_all(&folder).unwrap();
         }

@@ -122,8 +122,22 @@ impl Vouch {
 pub struct ServerVerifier {
     /// Verifies the chain.
     pub vouch: Vouch,
+    /// Trust domains that are one: our own and its aliases.
+    pub trust_domains: Vec<crate::mesh::Text>,
     /// Who the server may be. Empty means nobody.
     pub expected: Vec<SpiffeName>,
+}
+
+impl ServerVerifier {
+    /// Whether a peer is one of those expected: the same name, or the same but for a trust domain that is one with it.
+    fn is_expected(&self, peer: &SpiffeName) -> bool {
+        let ours = |domain| self.trust_domains.contains(domain);
+        self.expected.iter().any(|expected| {
+            let same_domain = peer.trust_domain == expected.trust_domain
+                || (ours(&peer.trust_domain) && ours(&expected.trust_domain));
+            same_domain && peer.namespace == expected.namespace && peer.service_account == expected.service_account
+        })
+    }
 }
 
 impl ServerCertVerifier for ServerVerifier {
@@ -136,7 +150,7 @@ impl ServerCertVerifier for ServerVerifier {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let peer = self.vouch.check(end_entity, intermediates, now)?;
-        if self.expected.contains(&peer) {
+        if self.is_expected(&peer) {
             return Ok(ServerCertVerified::assertion());
         }
         let expected = join(self.expected.iter());

@@ -131,14 +131,13 @@ impl Snapshot {
     }
 
     /// The service that a virtual address stands for, as seen by a client of `client_namespace`: the client's own
-    /// namespace first, then a canonical one, then the first by name; exact addresses before ranges.
+    /// namespace first, then a canonical one, then the first by name.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
-        let exact = self.by_vip.get(&NetworkAddress { network: network.clone(), ip });
-        preferred(exact, client_namespace).or_else(|| self.service_around(network, ip, client_namespace))
+        preferred(self.by_vip.get(&NetworkAddress { network: network.clone(), ip }), client_namespace)
     }
 
     /// The service with a range around an address: the client's own namespace first, then the longest prefix.
-    fn service_around(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
+    pub fn service_around(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let mut best: Option<&Arc<Service>> = None;
         for (_, length) in self.cidr_lengths.keys().rev().filter(|(v4, _)| *v4 == ip.is_ipv4()) {
             let Ok(range) = IpNet::new(ip, *length) else { continue };
@@ -170,10 +169,13 @@ impl Snapshot {
         }
     }
 
-    /// What an address stands for; a service before a workload.
+    /// What an address stands for: a service that has it, a workload that has it, a service with a range around it. A pod
+    /// that lies in somebody's range is still that pod.
     pub fn at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<Known> {
         let service = self.service_at(network, ip, client_namespace).cloned().map(Known::Service);
-        service.or_else(|| self.workload_at(network, ip).cloned().map(Known::Workload))
+        let workload = || self.workload_at(network, ip).cloned().map(Known::Workload);
+        let around = || self.service_around(network, ip, client_namespace).cloned().map(Known::Service);
+        service.or_else(workload).or_else(around)
     }
 
     /// What would have to be asked for before it can be said that this does not exist; `None` where that can be said,
@@ -183,29 +185,28 @@ impl Snapshot {
         (!self.holds(&wanted) && !absent.contains(&wanted)).then_some(wanted)
     }
 
+    /// What might be other than it is known to be, on the way to a service: itself and its waypoints. Nothing where
+    /// everything is told.
+    pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<Wanted> {
+        let Some(Known::Service(service)) = self.absent.as_ref().and(self.at(network, ip, client_namespace)) else {
+            return Vec::new();
+        };
+        let waypoints = service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint));
+        let mut wanted: Vec<Wanted> = waypoints.map(Wanted::of_gateway).collect();
+        wanted.push(Wanted::Service(service.key.clone()));
+        wanted
+    }
+
     /// Whether this is known to exist.
     pub fn holds(&self, wanted: &Wanted) -> bool {
         match wanted {
-            Wanted::Address(at) => {
-                !self.by_vip.get(at).is_empty()
-                    || !self.by_address.get(at).is_empty()
-                    // A range that holds it may be anybody's, visible to this client or not.
-                    || self.any_range_around(at)
-            }
+            Wanted::Address(at) => !self.by_vip.get(at).is_empty() || !self.by_address.get(at).is_empty(),
             Wanted::Service(key) => {
                 let host = (key.namespace.clone(), key.hostname.clone());
                 self.services.contains_key(key) || !self.by_workload_host.get(&host).is_empty()
             }
             Wanted::Workload(uid) => self.workloads.contains_key(uid),
         }
-    }
-
-    fn any_range_around(&self, at: &NetworkAddress) -> bool {
-        self.cidr_lengths.keys().filter(|(v4, _)| *v4 == at.ip.is_ipv4()).any(|(_, length)| {
-            IpNet::new(at.ip, *length).is_ok_and(|range| {
-                !self.by_cidr.get(&NetworkCidr { network: at.network.clone(), range: range.trunc() }).is_empty()
-            })
-        })
     }
 
     /// The endpoints of a service, healthy or not, in the order of their uids.
@@ -343,7 +344,8 @@ pub mod tests {
         let mut narrow = service("a", "narrow", "10.9.9.8", &[(80, 80)]);
         narrow.cidrs = vec![super::super::address::parse_network_cidr("/10.1.0.0/16").unwrap()];
         let snapshot = Snapshot::build(1, Facts { services: vec![wide, narrow], ..Facts::default() });
-        let found = |ip: &str| snapshot.service_at(&"".into(), ip.parse().unwrap(), "x").map(|s| s.name.to_string());
+        let found =
+            |ip: &str| snapshot.service_around(&"".into(), ip.parse().unwrap(), "x").map(|s| s.name.to_string());
         assert_eq!(found("10.1.2.3").as_deref(), Some("narrow"));
         assert_eq!(found("10.2.2.3").as_deref(), Some("wide"));
         assert_eq!(found("11.2.2.3"), None);

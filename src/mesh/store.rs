@@ -5,13 +5,20 @@ use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
 use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
 
 /// How long a connection waits for facts that had to be asked for.
 const ASK_WAIT: Duration = Duration::from_secs(5);
+
+/// Shortest time between two askings for the same that is known.
+const REFRESH_EVERY: Duration = Duration::from_secs(5);
+
+/// How long a connection waits for what comes of that.
+const REFRESH_WAIT: Duration = Duration::from_secs(1);
 
 /// Questions that may be open at once; a pod that scans addresses must not make the list grow without bound.
 const QUESTIONS_MAX: usize = 10_000;
@@ -33,6 +40,8 @@ struct Questions {
     open: HashSet<Wanted>,
     /// Those of them that the control plane has not been asked yet.
     unsent: Vec<Wanted>,
+    /// What has been asked for again, and when.
+    refreshed: HashMap<Wanted, Instant>,
 }
 
 /// Why facts that had to be asked for are not there.
@@ -89,9 +98,9 @@ impl Store {
         let next = Arc::new(next);
         {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
-            let Questions { open, unsent } = &mut *questions;
+            let Questions { open, unsent, refreshed } = &mut *questions;
             open.retain(|wanted| next.unasked(wanted.clone()).is_some());
-            unsent.retain(|wanted| open.contains(wanted));
+            unsent.retain(|wanted| open.contains(wanted) || refreshed.contains_key(wanted));
         }
         self.current.store(next);
         self.changed.send_replace(version);
@@ -124,7 +133,33 @@ impl Store {
         }
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
-        tokio::time::timeout(ASK_WAIT, answered).await.map_err(|_| AskError::NoAnswer(name))
+        if tokio::time::timeout(ASK_WAIT, answered).await.is_ok() {
+            return Ok(());
+        }
+        // Whoever asks next asks anew.
+        self.questions.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&wanted);
+        Err(AskError::NoAnswer(name))
+    }
+
+    /// Asks again for what is known and may be old, unless that was done a moment ago, and waits a little for what comes. Where
+    /// facts are told only when asked for, nobody says that a service has new endpoints.
+    pub async fn refresh(&self, wanted: Vec<Wanted>) {
+        let mut changes = self.subscribe();
+        {
+            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            questions.refreshed.retain(|_, at| at.elapsed() < REFRESH_EVERY);
+            let room = QUESTIONS_MAX.saturating_sub(questions.refreshed.len());
+            let due: Vec<Wanted> =
+                wanted.into_iter().filter(|w| !questions.refreshed.contains_key(w)).take(room).collect();
+            if due.is_empty() {
+                return;
+            }
+            questions.refreshed.extend(due.iter().map(|wanted| (wanted.clone(), Instant::now())));
+            questions.unsent.extend(due);
+            self.asked.notify_one();
+        }
+        // Whether anything came or not, what is known then is used.
+        let _ = tokio::time::timeout(REFRESH_WAIT, changes.changed()).await;
     }
 
     /// For `control`: the next questions, once there are any.

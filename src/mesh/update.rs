@@ -1,7 +1,7 @@
 //! Changes of the facts, applied to a snapshot. Applying them one after another gives the same as learning the result at
 //! once, in whatever order; the test of this file holds that.
 
-use super::address::{NetworkAddress, NetworkCidr};
+use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr};
 use super::name::{ServiceKey, Text};
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
@@ -19,6 +19,16 @@ pub enum Wanted {
     Service(ServiceKey),
     /// The workload with this uid.
     Workload(Text),
+}
+
+impl Wanted {
+    /// What a gateway reference would be asked for by.
+    pub fn of_gateway(gateway: &GatewayRef) -> Self {
+        match &gateway.target {
+            GatewayTarget::Hostname(key) => Self::Service(key.clone()),
+            GatewayTarget::Address(address) => Self::Address(address.clone()),
+        }
+    }
 }
 
 impl fmt::Display for Wanted {
@@ -97,6 +107,12 @@ impl Snapshot {
         for key in update.gone_policies {
             self.remove_policy(&key);
         }
+        // What is there now is no longer known not to be: should it go, that must be asked anew.
+        let mut came = Vec::new();
+        if self.absent.is_some() {
+            came.extend(update.workloads.iter().flat_map(names_of_workload));
+            came.extend(update.services.iter().flat_map(names_of_service));
+        }
         for service in update.services {
             self.remove_service(&service.key);
             self.add_service(service);
@@ -110,6 +126,9 @@ impl Snapshot {
             self.add_policy(policy);
         }
         if let Some(absent) = &mut self.absent {
+            for wanted in &came {
+                absent.remove_mut(wanted);
+            }
             for wanted in &update.forgotten {
                 absent.remove_mut(wanted);
             }
@@ -216,6 +235,20 @@ fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
     let own = workload.network_mode == NetworkMode::Standard;
     let ips = if own { workload.ips.as_slice() } else { &[] };
     ips.iter().map(|ip| NetworkAddress { network: workload.network.clone(), ip: *ip })
+}
+
+/// By what a workload may have been asked for.
+fn names_of_workload(workload: &Workload) -> Vec<Wanted> {
+    let mut names: Vec<Wanted> = addresses(workload).map(Wanted::Address).collect();
+    names.push(Wanted::Workload(workload.uid.clone()));
+    names.extend(host(workload).map(|(namespace, hostname)| Wanted::Service(ServiceKey { namespace, hostname })));
+    names
+}
+
+/// By what a service may have been asked for.
+fn names_of_service(service: &Service) -> Vec<Wanted> {
+    let addresses = service.vips.iter().cloned().map(Wanted::Address);
+    addresses.chain([Wanted::Service(service.key.clone())]).collect()
 }
 
 fn host(workload: &Workload) -> Option<(Text, Text)> {

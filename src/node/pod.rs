@@ -24,6 +24,10 @@ use tokio::time::{Instant, MissedTickBehavior};
 const RETRY: Duration = Duration::from_secs(5);
 /// Time between looks at whether the namespace is still there.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long changing facts are let settle before they are looked at.
+const SETTLE: Duration = Duration::from_millis(50);
+/// How long a pod is listened for whose namespace is not what the facts say: they may be of its earlier life.
+const OLD_FACTS: Duration = Duration::from_secs(10);
 /// Time between verifications of a captured pod.
 const VERIFY_EVERY: Duration = Duration::from_secs(30);
 /// Time between rewritings of the rules: a probe does not see every rule.
@@ -62,6 +66,8 @@ pub struct Task {
     asked: Vec<Question>,
     /// Who the pod has been found to be; kept while its last connections end.
     approved: Option<Approved>,
+    /// When the pod was handed over.
+    begun: Instant,
 }
 
 impl Task {
@@ -73,7 +79,8 @@ impl Task {
         removed: Signal,
         questions: mpsc::Receiver<Question>,
     ) -> Self {
-        Self { capturer, board, spec, removed, questions, first_attempt: None, asked: Vec::new(), approved: None }
+        let (asked, begun) = (Vec::new(), Instant::now());
+        Self { capturer, board, spec, removed, questions, first_attempt: None, asked, approved: None, begun }
     }
 }
 
@@ -85,6 +92,10 @@ pub async fn keep(mut task: Task) {
         facts.mark_unchanged();
         let listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
+                // Who it is need not be known for that: the facts may be those of its earlier life.
+                while let Ok(question) = task.questions.try_recv() {
+                    task.asked.push(question);
+                }
                 task.answer(&Ok(()));
                 listening
             }
@@ -164,7 +175,7 @@ impl Task {
                 Some(End::Removed)
             }
             () = tokio::time::sleep(RETRY) => None,
-            Ok(()) = facts.changed() => None,
+            () = hopeful(facts, error) => None,
             Some(question) = self.questions.recv() => {
                 self.asked.push(question);
                 None
@@ -217,8 +228,9 @@ impl Task {
             facts.mark_unchanged();
             match self.capturer.approve(&self.spec, listening) {
                 Ok(approved) => return Ok(approved),
-                Err(error @ CaptureError::NoFacts(_)) => {
-                    self.report(&error);
+                // The facts may be those of the pod's earlier life, for a moment.
+                Err(error) if matches!(error, CaptureError::NoFacts(_)) || self.begun.elapsed() < OLD_FACTS => {
+                    self.board.set(&self.spec, state_of(&error));
                     self.first_attempt = None;
                 }
                 Err(error) => return Err(error),
@@ -229,10 +241,13 @@ impl Task {
             let mut asking = true;
             loop {
                 tokio::select! {
-                    changed = facts.changed() => if changed.is_ok() { break },
+                    () = settled(facts) => break,
                     _ = &mut ask, if asking => asking = false,
                     Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
-                    _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return Err(gone) },
+                    _ = looks.tick() => match vanished(&listening.pod.netns) {
+                        Some(gone) => return Err(gone),
+                        None => break,
+                    },
                 }
             }
         }
@@ -254,8 +269,7 @@ impl Task {
             tokio::select! {
                 _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return gone },
                 Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
-                // Facts may change a thousand times a second: a change costs a look at them and nothing else.
-                Ok(()) = facts.changed() => {}
+                () = settled(facts) => {}
             }
             let still = self.approved.as_ref().map(|approved| self.capturer.still(&self.spec, approved));
             match still.unwrap_or(Ok(())) {
@@ -317,6 +331,27 @@ fn state_of(error: &CaptureError) -> State {
     match error {
         CaptureError::NoFacts(_) => State::Pending(error.to_string()),
         _ => State::Failed(error.to_string()),
+    }
+}
+
+/// Completes a moment after facts have changed: they may do so a thousand times a second, for each of a hundred pods.
+async fn settled(facts: &mut watch::Receiver<u64>) {
+    if facts.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(SETTLE).await;
+}
+
+/// Completes when facts have changed and an attempt that failed for want of others may succeed; not for what has nothing
+/// to do with facts, and never at once.
+async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
+    use CaptureError::{Identity, IdentityChanged, NoFacts, NoOwnAddress, NotThePod, ServiceAccount};
+    match error {
+        NoFacts(_) | NotThePod { .. } | NoOwnAddress(_) | ServiceAccount { .. } | Identity(_) | IdentityChanged(..) => {
+            tokio::time::sleep(LOOK).await;
+            settled(facts).await;
+        }
+        _ => std::future::pending().await,
     }
 }
 

@@ -55,8 +55,18 @@ pub struct Pods {
     capturer: Arc<Capturer>,
     board: Arc<Board>,
     kept: HashMap<Text, Kept>,
-    /// Tasks of pods that were let go and have not ended yet, with their namespaces.
-    leaving: Vec<Kept>,
+    /// Uids of pods that should be there and of which no more is known.
+    unknown: Vec<Text>,
+    /// Pods that were let go and have not ended yet. Not the namespaces themselves: those must be able to go.
+    leaving: Vec<Leaving>,
+}
+
+#[derive(Debug)]
+struct Leaving {
+    uid: Text,
+    netns: Place,
+    remove: Drain,
+    task: Group,
 }
 
 #[derive(Debug)]
@@ -72,7 +82,7 @@ struct Kept {
 impl Pods {
     /// No pods yet.
     pub fn new(capturer: Arc<Capturer>, board: Arc<Board>) -> Self {
-        Self { capturer, board, kept: HashMap::new(), leaving: Vec::new() }
+        Self { capturer, board, kept: HashMap::new(), unknown: Vec::new(), leaving: Vec::new() }
     }
 
     /// Makes the set what `specs` say. `ready` is held until each pod has had one attempt.
@@ -95,8 +105,8 @@ impl Pods {
     /// Adds a pod, or finds that it is there already; the answer comes when it is listened for, or cannot be.
     pub fn add(&mut self, spec: PodSpec) -> oneshot::Receiver<Result<(), String>> {
         let uid = spec.uid.clone();
-        if self.kept.get(&uid).is_some_and(|kept| kept.spec != spec) {
-            // Its namespace, or who it is, has changed: what there was has no meaning any more.
+        if self.kept.get(&uid).is_some_and(|kept| kept.spec != spec || kept.task.len() == 0) {
+            // Its namespace, or who it is, has changed: what there was has no meaning any more. Nor has a task that died.
             self.let_go(&uid, true);
         }
         if !self.kept.contains_key(&uid) {
@@ -115,37 +125,65 @@ impl Pods {
         self.let_go(uid, false);
     }
 
-    /// Lets all pods go but these.
-    pub fn retain(&mut self, named: &HashSet<Text>) {
+    /// Lets all pods go but these, and says which of these are not there.
+    pub fn retain(&mut self, named: &HashSet<Text>) -> Vec<Text> {
         let others: Vec<Text> = self.kept.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
         for uid in others {
             tracing::info!(uid = &*uid, "pod is no longer among those of this node");
             self.let_go(&uid, false);
         }
+        named.iter().filter(|uid| !self.kept.contains_key(*uid)).cloned().collect()
+    }
+
+    /// Shows pods of which nothing but the uid is known, and that therefore cannot be served.
+    pub fn show_unknown(&mut self, uids: Vec<Text>) {
+        for gone in self.unknown.drain(..).filter(|uid| !self.kept.contains_key(uid)) {
+            self.board.remove(&gone);
+        }
+        for uid in &uids {
+            let unknown: Text = "(unknown)".into();
+            let netns = NetnsRef::Path(PathBuf::new());
+            let spec = PodSpec {
+                name: unknown.clone(),
+                namespace: unknown.clone(),
+                service_account: unknown,
+                uid: uid.clone(),
+                netns,
+            };
+            self.board.set(&spec, State::Failed(
+                "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \
+                 restart the pod".into(),
+            ));
+        }
+        self.unknown = uids;
     }
 
     fn let_go(&mut self, uid: &Text, at_once: bool) {
+        if let Some(at) = self.unknown.iter().position(|unknown| unknown == uid) {
+            self.board.remove(&self.unknown.swap_remove(at));
+        }
         let Some(kept) = self.kept.remove(uid) else { return };
         if at_once {
             kept.remove.at_once();
         } else {
             kept.remove.gently();
         }
-        self.leaving.retain(|kept| kept.task.len() > 0);
-        self.leaving.push(kept);
+        let Kept { spec, netns, remove, task, .. } = kept;
+        self.leaving.push(Leaving { uid: spec.uid, netns, remove, task });
     }
 
     fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
         let netns = Place::of(&spec);
         // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again.
-        let had_it = |kept: &&Kept| kept.spec.uid == spec.uid || kept.netns == netns;
+        self.leaving.retain(|leaving| leaving.task.len() > 0);
+        let had_it = |leaving: &&Leaving| leaving.uid == spec.uid || leaving.netns == netns;
         let earlier: Vec<Group> = self
             .leaving
             .iter()
             .filter(had_it)
-            .map(|kept| {
-                kept.remove.at_once();
-                kept.task.clone()
+            .map(|leaving| {
+                leaving.remove.at_once();
+                leaving.task.clone()
             })
             .collect();
         let (remove, task, (questions, asked)) = (Drain::default(), Group::default(), mpsc::channel(QUESTIONS));

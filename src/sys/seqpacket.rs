@@ -10,8 +10,8 @@ use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Descriptors that one packet may bring; more than a sane one brings, so that too many are seen as such.
-const DESCRIPTORS_MAX: usize = 8;
+/// Descriptors that one packet can bring (Linux, `SCM_MAX_FD`): with room for all, none is ever lost on the way.
+const DESCRIPTORS_MAX: usize = 253;
 
 /// One packet.
 #[derive(Debug)]
@@ -61,7 +61,8 @@ fn read(fd: RawFd, size: usize) -> io::Result<Packet> {
     let message = recvmsg::<()>(fd, &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let (length, flags) = (message.bytes, message.flags);
     let mut descriptors = Vec::new();
-    for control in message.cmsgs()? {
+    // An error says that control data is missing: no descriptors were left to receive them in.
+    for control in message.cmsgs().into_iter().flatten() {
         if let ControlMessageOwned::ScmRights(received) = control {
             // SAFETY: the kernel has just made these descriptors for us; nobody else knows of them.
             descriptors.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));

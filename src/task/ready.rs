@@ -1,12 +1,13 @@
 //! Readiness: the names of what the process still waits for before it can serve.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use tokio::sync::watch;
 
 /// A shared list of pending names; ready when it is empty.
 #[derive(Clone, Debug, Default)]
 pub struct Ready {
-    pending: Arc<Mutex<BTreeSet<&'static str>>>,
+    pending: Arc<watch::Sender<BTreeSet<&'static str>>>,
 }
 
 /// One thing waited for; no longer once dropped.
@@ -20,18 +21,28 @@ impl Ready {
     /// Adds a name that readiness waits for until the returned guard is dropped.
     #[must_use]
     pub fn wait_for(&self, name: &'static str) -> Pending {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).insert(name);
+        self.pending.send_modify(|pending| {
+            pending.insert(name);
+        });
         Pending { ready: self.clone(), name }
     }
 
     /// What is still waited for, in alphabetical order.
     pub fn pending(&self) -> Vec<&'static str> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect()
+        self.pending.borrow().iter().copied().collect()
+    }
+
+    /// Completes when a name is no longer waited for.
+    pub async fn until(self, name: &'static str) {
+        // The sender is ours, so it does not go away meanwhile.
+        let _ = self.pending.subscribe().wait_for(|pending| !pending.contains(name)).await;
     }
 }
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.ready.pending.lock().unwrap_or_else(PoisonError::into_inner).remove(self.name);
+        self.ready.pending.send_modify(|pending| {
+            pending.remove(self.name);
+        });
     }
 }

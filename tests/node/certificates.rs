@@ -16,7 +16,9 @@ fn ends(istio: &Istio, node: u8, account: &str) -> f64 {
 
 /// Warnings of a node about certificates.
 fn warnings(w: &World, node: u8) -> usize {
-    let bad = |line: &&Value| line["level"] == "warn" && line["scope"] == "identity::store";
+    let bad = |line: &&Value| {
+        line["level"] == "warn" && line["scope"].as_str().is_some_and(|scope| scope.starts_with("identity::"))
+    };
     w.log(node).iter().filter(bad).count()
 }
 

@@ -165,3 +165,16 @@ fn without_the_right_to_it_each_pod_is_named_with_the_capability_that_is_missing
         pods.contains("failed") && pods.contains("CAP_NET_ADMIN")
     });
 }
+
+#[test]
+fn a_daemon_starts_where_its_own_namespace_has_no_ipv6() {
+    let mut w = World::new();
+    for interface in ["lo", "all"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+        crate::world::inside(&w.ns("n1"), || std::fs::write(path, "1").unwrap());
+    }
+    w.write_mesh();
+    w.write_pods(1, &[]);
+    w.start_node(1, &[]);
+    eventually("the node is ready", || w.is_ready(1));
+}

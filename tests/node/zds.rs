@@ -122,7 +122,7 @@ fn one_pod_that_cannot_be_served_leaves_the_node_ready_and_is_named() {
     eventually("the foreign namespace is refused", || istio.w.state(1, "foreign").0 == "failed");
     let reason = istio.w.state(1, "foreign").1;
     assert!(reason.contains(&foreign.v4.to_string()) && reason.contains(&other.v4.to_string()), "{reason}");
-    assert!(!listens(&other.netns, 15008), "nobody is reached there under another's name");
+    eventually("nobody is reached there under another's name", || !listens(&other.netns, 15008));
     assert!(istio.w.metric(1, "culvert_capture_failures_total", &["reason=\"not_the_pod\""]) >= 1.0);
     let error = istio.agent(1).tell_add(&blocked).unwrap_err();
     assert!(error.contains("port 15001") && error.len() < 900, "{error}");
@@ -407,4 +407,48 @@ fn a_pod_that_is_not_redirected_is_reported_and_served_once_it_is() {
     Agent::redirect(&bare);
     eventually("seen", || istio.w.state(1, "bare").0 == "captured");
     assert!(ask(&bare.netns, (istio.server(), 8080), "x").is_ok());
+}
+
+#[test]
+fn facts_of_a_pods_earlier_life_hold_up_nothing_but_its_traffic() {
+    let mut istio = Istio::new();
+    let again = istio.w.mesh_pod("again", 1);
+    // A StatefulSet's pod made anew: the control plane still tells of the address that it had.
+    istio.w.mesh.of("again")["workloadIps"] = serde_json::json!(["10.1.0.250"]);
+    istio.tell();
+    istio.start_nodes_only();
+    Agent::redirect(&again);
+    assert_eq!(istio.agent(1).add(&again), Ok(()), "its sandbox must be made before its address can be told");
+    eventually("named", || istio.w.state(1, "again").1.contains("10.1.0.250"));
+    assert!(listens(&again.netns, 15001));
+    istio.w.mesh.of("again")["workloadIps"] = serde_json::json!([again.v4, again.v6]);
+    istio.tell();
+    eventually("captured", || captured(&istio, 1) == ["again", "client"]);
+    assert!(ask(&again.netns, (istio.server(), 8080), "x").is_ok());
+    // The same pod under another service account: what there was has no meaning any more.
+    istio.w.mesh.of("again")["serviceAccount"] = serde_json::json!("other");
+    istio.tell();
+    istio.agent(1).state().pods.get_mut(&uid(&again)).unwrap().info.service_account = "other".into();
+    assert_eq!(istio.agent(1).tell_add(&again), Ok(()));
+    eventually("carried as who it is now", || ask(&again.netns, (istio.server(), 8080), "x").is_ok());
+    istio.w.log_line(2, "its name", |l| l["src.identity"] == "spiffe://cluster.local/ns/ns/sa/other");
+    kept_to_the_protocol(istio.agent(1));
+}
+
+#[test]
+fn a_pod_that_is_kept_and_was_never_had_is_shown() {
+    let mut istio = Istio::new();
+    let lost = istio.w.mesh_pod("lost", 1);
+    istio.agent(1).know_in(&lost, None);
+    istio.start_nodes_only();
+    let shown = |istio: &Istio| {
+        let pods = istio.w.json(1, "/pods");
+        pods.as_array().unwrap().iter().find(|pod| pod["uid"] == uid(&lost)).map(|pod| pod["state"].clone())
+    };
+    eventually("shown", || shown(&istio) == Some("failed".into()));
+    istio.agent(1).know(&lost);
+    istio.tell();
+    Agent::redirect(&lost);
+    assert_eq!(istio.agent(1).tell_add(&lost), Ok(()));
+    eventually("served", || captured(&istio, 1) == ["client", "lost"]);
 }

@@ -87,8 +87,10 @@ impl Registry {
         let mut before = None;
         loop {
             changes.mark_unchanged();
+            // In this order: whoever is listed has asked with facts that were no newer than those that are loaded now.
+            let live = self.live();
             let snapshot = mesh.load();
-            self.decide_again(&snapshot, before.as_deref(), &mut waiting);
+            decide_again(live, &snapshot, before.as_deref(), &mut waiting);
             before = Some(snapshot);
             tokio::time::sleep(PAUSE).await;
             let soonest = waiting.values().min().map(|since| *since + POLICY_WAIT);
@@ -100,40 +102,45 @@ impl Registry {
         }
     }
 
-    fn decide_again(&self, snapshot: &Snapshot, before: Option<&Snapshot>, waiting: &mut HashMap<u64, Instant>) {
-        // Taken out of the lock: deciding may take a while and connections must go on opening and closing.
-        let live: Vec<(u64, Arc<Entry>)> = {
-            let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-            live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
-        };
-        let same_policies = before.is_some_and(|before| before.policies_version == snapshot.policies_version);
-        let mut still_waiting = HashMap::new();
-        for (id, entry) in live {
-            let workload = snapshot.workload(&entry.uid).unwrap_or(&entry.workload);
-            let judged_with = before.map(|before| before.workload(&entry.uid).unwrap_or(&entry.workload));
-            let same_workload = judged_with.is_some_and(|judged_with| Arc::ptr_eq(judged_with, workload));
-            if same_policies && same_workload && !waiting.contains_key(&id) && entry.seen.swap(true, Ordering::Relaxed)
-            {
-                continue;
-            }
-            let refusal = match decide::decide(snapshot, workload, &entry.subject).verdict {
-                Verdict::Allow(_) => continue,
-                Verdict::Refuse(refusal) => refusal,
-                Verdict::Unknown(policy) => {
-                    let since = waiting.get(&id).copied().unwrap_or_else(Instant::now);
-                    if since.elapsed() < POLICY_WAIT {
-                        still_waiting.insert(id, since);
-                        continue;
-                    }
-                    Refusal::PolicyUnknown(policy)
-                }
-            };
-            // Set once; a second refusal of the same connection adds nothing.
-            let _ = entry.why.set(refusal);
-            entry.stop.cancel();
-        }
-        *waiting = still_waiting;
+    /// Taken out of the lock: deciding may take a while and connections must go on opening and closing.
+    fn live(&self) -> Vec<(u64, Arc<Entry>)> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
     }
+}
+
+fn decide_again(
+    live: Vec<(u64, Arc<Entry>)>,
+    snapshot: &Snapshot,
+    before: Option<&Snapshot>,
+    waiting: &mut HashMap<u64, Instant>,
+) {
+    let same_policies = before.is_some_and(|before| before.policies_version == snapshot.policies_version);
+    let mut still_waiting = HashMap::new();
+    for (id, entry) in live {
+        let workload = snapshot.workload(&entry.uid).unwrap_or(&entry.workload);
+        let judged_with = before.map(|before| before.workload(&entry.uid).unwrap_or(&entry.workload));
+        let same_workload = judged_with.is_some_and(|judged_with| Arc::ptr_eq(judged_with, workload));
+        if same_policies && same_workload && !waiting.contains_key(&id) && entry.seen.swap(true, Ordering::Relaxed) {
+            continue;
+        }
+        let refusal = match decide::decide(snapshot, workload, &entry.subject).verdict {
+            Verdict::Allow(_) => continue,
+            Verdict::Refuse(refusal) => refusal,
+            Verdict::Unknown(policy) => {
+                let since = waiting.get(&id).copied().unwrap_or_else(Instant::now);
+                if since.elapsed() < POLICY_WAIT {
+                    still_waiting.insert(id, since);
+                    continue;
+                }
+                Refusal::PolicyUnknown(policy)
+            }
+        };
+        // Set once; a second refusal of the same connection adds nothing.
+        let _ = entry.why.set(refusal);
+        entry.stop.cancel();
+    }
+    *waiting = still_waiting;
 }
 
 #[cfg(test)]

@@ -26,16 +26,25 @@ pub fn choose(
     chance: Chance<'_>,
 ) -> Result<Chosen, RouteError> {
     let target = service.ports.get(&port);
+    let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
         let any_health = service.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
         let healthy = any_health || endpoint.workload.health == Health::Healthy;
+        // Gateways to other networks are not spoken to: their endpoints are none as long as there are others.
+        if endpoint.workload.network != source.network {
+            elsewhere = Some(endpoint.workload.uid.clone());
+            return None;
+        }
         (healthy && !endpoint.workload.ips.is_empty()).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
     let candidates: Vec<Chosen> = preferred(source, service, usable.collect());
     let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();
     if weights == 0 {
         let name = service.key.hostname.clone();
+        if let Some(uid) = elsewhere {
+            return Err(RouteError::OtherNetwork(uid));
+        }
         return Err(if target.is_none() { RouteError::NoPort(name, port) } else { RouteError::NoEndpoint(name) });
     }
     let mut left = chance(weights);

@@ -62,6 +62,9 @@ pub fn choose(
         if let Some(wanted) = snapshot.unasked(Wanted::Address(wanted)) {
             return Err(RouteError::Unasked(wanted));
         }
+        if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
+            return to_service(snapshot, source, service, target, chance);
+        }
         return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
     };
     if let Some(reference) = &workload.waypoint

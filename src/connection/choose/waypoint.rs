@@ -4,7 +4,7 @@
 use super::destination::{self, Chosen};
 use super::{Chance, RouteError};
 use crate::mesh::snapshot::Known;
-use crate::mesh::{GatewayRef, GatewayTarget, Service, Snapshot, Text, Wanted, Workload};
+use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
 use std::sync::Arc;
 
 /// A waypoint that was found.
@@ -38,18 +38,10 @@ pub fn resolve(
                 .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }
-        None => Err(match snapshot.unasked(wanted(waypoint)) {
+        None => Err(match snapshot.unasked(Wanted::of_gateway(waypoint)) {
             Some(wanted) => RouteError::Unasked(wanted),
             None => unknown("neither a service nor a workload".into()),
         }),
-    }
-}
-
-/// What a waypoint reference would be asked for by.
-fn wanted(waypoint: &GatewayRef) -> Wanted {
-    match &waypoint.target {
-        GatewayTarget::Hostname(key) => Wanted::Service(key.clone()),
-        GatewayTarget::Address(address) => Wanted::Address(address.clone()),
     }
 }
 

@@ -1,5 +1,6 @@
-//! Workloads and services: wire → facts. Pure and total. A value that cannot be carried (an address of three bytes) refuses
-//! the resource, with the reason; a value of an enumeration that is newer than we are never does.
+//! Workloads and services: wire → facts. Pure and total. A value that is not understood (an address of three bytes, a
+//! gateway of a newer kind) is left out and reported, the rest is taken: whoever is not known at all would be sent plain TCP.
+//! A gateway that is not understood stays as one that cannot be found. A newer value of an enumeration is no fault.
 //!
 //! Defaults of the protocol (source: istiod and the reference): trust domain `cluster.local`, service account `default`,
 //! cluster `Kubernetes`, capacity 1.
@@ -48,44 +49,59 @@ pub enum Address {
     Service(Box<Service>),
 }
 
+/// What could be read, and what could not.
+#[derive(Debug)]
+pub struct Decoded {
+    /// The resource, without what was not understood.
+    pub address: Address,
+    /// What was not understood.
+    pub faults: Vec<String>,
+}
+
 /// Reads a resource named `name`, which must be the name of what is in it.
-pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Address, String> {
+pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded, String> {
     let resource = wire::Address::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
-    let (found, key) = match resource.r#type {
+    let mut faults = Vec::new();
+    let (address, key) = match resource.r#type {
         Some(wire::address::Type::Workload(w)) => {
-            let workload = workload(w, names)?;
+            let workload = workload(w, names, &mut faults)?;
             let key = workload.uid.to_string();
             (Address::Workload(Box::new(workload)), key)
         }
         Some(wire::address::Type::Service(s)) => {
-            let service = service(s, names)?;
+            let service = service(s, names, &mut faults)?;
             let key = service.key.to_string();
             (Address::Service(Box::new(service)), key)
         }
         None => return Err("is neither a workload nor a service".into()),
     };
-    if key == name { Ok(found) } else { Err(format!("is named otherwise inside: {key}")) }
+    if key == name { Ok(Decoded { address, faults }) } else { Err(format!("is named otherwise inside: {key}")) }
 }
 
-fn workload(w: wire::Workload, names: &mut Names) -> Result<Workload, String> {
+/// A value, or a fault.
+fn keep<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
+    result.map_err(|fault| faults.push(fault)).ok()
+}
+
+fn workload(w: wire::Workload, names: &mut Names, faults: &mut Vec<String>) -> Result<Workload, String> {
     if w.uid.is_empty() {
         return Err("has no uid".into());
     }
-    let ips = w.addresses.iter().map(|bytes| ip(bytes)).collect::<Result<Vec<IpAddr>, _>>()?;
+    let ips = w.addresses.iter().filter_map(|bytes| keep(ip(bytes), faults)).collect();
     let mut services = std::collections::BTreeMap::new();
     for (key, list) in &w.services {
-        let key = ServiceKey::parse(key).map_err(|error| format!("service: {error}"))?;
+        let key = ServiceKey::parse(key).map_err(|error| format!("service: {error}"));
+        let Some(key) = keep(key, faults) else { continue };
         let key = ServiceKey { namespace: names.text(&key.namespace), hostname: names.text(&key.hostname) };
-        services.insert(key, ports(&list.ports)?);
+        services.insert(key, ports(&list.ports, faults));
     }
     let locality = w.locality.unwrap_or_default();
-    let tunnel = w.application_tunnel.map(|tunnel| application_tunnel(&tunnel)).transpose()?;
     Ok(Workload {
         ips,
         services,
-        waypoint: w.waypoint.map(|g| gateway(&g, names)).transpose()?,
-        network_gateway: w.network_gateway.map(|g| gateway(&g, names)).transpose()?,
-        application_tunnel: tunnel,
+        waypoint: w.waypoint.map(|g| gateway(&g, names, faults)),
+        network_gateway: w.network_gateway.map(|g| gateway(&g, names, faults)),
+        application_tunnel: w.application_tunnel.map(|tunnel| application_tunnel(&tunnel, faults)),
         protocol: match wire::TunnelProtocol::try_from(w.tunnel_protocol) {
             // A sidecar's own TLS is its affair; what we send it is plain TCP, as the reference does.
             Ok(wire::TunnelProtocol::None | wire::TunnelProtocol::LegacyIstioMtls) => Protocol::Tcp,
@@ -130,35 +146,40 @@ fn workload(w: wire::Workload, names: &mut Names) -> Result<Workload, String> {
     })
 }
 
-fn application_tunnel(tunnel: &wire::ApplicationTunnel) -> Result<ApplicationTunnel, String> {
+fn application_tunnel(tunnel: &wire::ApplicationTunnel, faults: &mut Vec<String>) -> ApplicationTunnel {
     let plain = tunnel.protocol == wire::application_tunnel::Protocol::None as i32;
-    let port = port(tunnel.port)?;
-    Ok(ApplicationTunnel { proxy_protocol: !plain, port: (port != 0).then_some(port) })
+    let port = keep(port(tunnel.port), faults);
+    // Without a port that is understood nothing can be delivered; what is refused as PROXY protocol is not delivered.
+    ApplicationTunnel { proxy_protocol: !plain || port.is_none(), port: port.filter(|port| *port != 0) }
 }
 
-fn service(s: wire::Service, names: &mut Names) -> Result<Service, String> {
+fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Result<Service, String> {
     let key = format!("{}/{}", s.namespace, s.hostname);
     let key = ServiceKey::parse(&key).map_err(|error| error.to_string())?;
     let (mut vips, mut cidrs) = (Vec::new(), Vec::new());
     for address in &s.addresses {
-        let (network, ip) = (names.text(&address.network), ip(&address.address)?);
+        let network = names.text(&address.network);
+        let Some(ip) = keep(ip(&address.address), faults) else { continue };
         let whole = if ip.is_ipv4() { 32 } else { 128 };
         match address.length.filter(|length| *length != whole) {
             None => vips.push(NetworkAddress { network, ip }),
-            Some(length) => cidrs.push(NetworkCidr { network, range: range(ip, length)? }),
+            Some(length) => {
+                let range = keep(range(ip, length), faults);
+                cidrs.extend(range.map(|range| NetworkCidr { network, range }));
+            }
         }
     }
     let mut weighted_waypoints = Vec::new();
     for weighted in &s.weighted_waypoints {
-        let destination = weighted.destination.as_ref().ok_or("a weighted waypoint has no destination")?;
-        weighted_waypoints.push((gateway(destination, names)?, weighted.weight));
+        let destination = weighted.destination.clone().unwrap_or_default();
+        weighted_waypoints.push((gateway(&destination, names, faults), weighted.weight));
     }
     Ok(Service {
         key: ServiceKey { namespace: names.text(&key.namespace), hostname: names.text(&key.hostname) },
         vips,
         cidrs,
-        ports: ports(&s.ports)?,
-        waypoint: s.waypoint.map(|g| gateway(&g, names)).transpose()?,
+        ports: ports(&s.ports, faults),
+        waypoint: s.waypoint.map(|g| gateway(&g, names, faults)),
         weighted_waypoints,
         name: s.name.into(),
         subject_alt_names: s.subject_alt_names.iter().map(|name| names.text(name)).collect(),
@@ -204,33 +225,44 @@ fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
     }
 }
 
-fn gateway(gateway: &wire::GatewayAddress, names: &mut Names) -> Result<GatewayRef, String> {
+/// A gateway; one that is not understood is one that nobody can find, never none.
+fn gateway(gateway: &wire::GatewayAddress, names: &mut Names, faults: &mut Vec<String>) -> GatewayRef {
+    let understood = (|| Ok((gateway_target(gateway, names)?, port(gateway.hbone_mtls_port)?)))();
+    let unknown = || {
+        let (namespace, hostname) = ("".into(), "(not understood)".into());
+        (GatewayTarget::Hostname(ServiceKey { namespace, hostname }), 0)
+    };
+    let (target, hbone_port) = keep(understood, faults).unwrap_or_else(unknown);
+    GatewayRef { target, hbone_port }
+}
+
+fn gateway_target(gateway: &wire::GatewayAddress, names: &mut Names) -> Result<GatewayTarget, String> {
     use wire::gateway_address::Destination;
-    let target = match &gateway.destination {
+    match &gateway.destination {
         Some(Destination::Hostname(host)) => {
             let key = ServiceKey::parse(&format!("{}/{}", host.namespace, host.hostname));
-            GatewayTarget::Hostname(key.map_err(|error| format!("gateway: {error}"))?)
+            Ok(GatewayTarget::Hostname(key.map_err(|error| format!("gateway: {error}"))?))
         }
         Some(Destination::Address(address)) => {
             let (network, ip) = (names.text(&address.network), ip(&address.address)?);
-            GatewayTarget::Address(NetworkAddress { network, ip })
+            Ok(GatewayTarget::Address(NetworkAddress { network, ip }))
         }
-        None => return Err("a gateway has no destination".into()),
-    };
-    Ok(GatewayRef { target, hbone_port: port(gateway.hbone_mtls_port)? })
+        None => Err("a gateway has no destination".into()),
+    }
 }
 
 /// The ports of a service or endpoint. The same number may come twice (53 by UDP and by TCP); a named target wins.
-fn ports(list: &[wire::Port]) -> Result<Ports, String> {
+fn ports(list: &[wire::Port], faults: &mut Vec<String>) -> Ports {
     let mut ports = Ports::new();
     for entry in list {
-        let (from, to) = (port(entry.service_port)?, port(entry.target_port)?);
+        let both = port(entry.service_port).and_then(|from| Ok((from, port(entry.target_port)?)));
+        let Some((from, to)) = keep(both, faults) else { continue };
         let known = ports.entry(from).or_insert(to);
         if *known == 0 {
             *known = to;
         }
     }
-    Ok(ports)
+    ports
 }
 
 fn port(number: u32) -> Result<u16, String> {
@@ -259,7 +291,8 @@ mod tests {
 
     fn decode(resource: wire::address::Type, name: &str) -> Result<Address, String> {
         let bytes = wire::Address { r#type: Some(resource) }.encode_to_vec();
-        address(name, &bytes, &mut Names::default())
+        let decoded = address(name, &bytes, &mut Names::default())?;
+        if decoded.faults.is_empty() { Ok(decoded.address) } else { Err(decoded.faults.join("; ")) }
     }
 
     fn pod() -> wire::Workload {
@@ -318,6 +351,16 @@ mod tests {
             let error = decode(wire::address::Type::Workload(bad), "c1//Pod/a/w").unwrap_err();
             assert!(error.contains(word), "{error}");
         }
+    }
+
+    #[test]
+    fn a_waypoint_that_is_not_understood_is_not_none() {
+        let odd = wire::Workload { waypoint: Some(Default::default()), ..pod() };
+        let bytes = wire::Address { r#type: Some(wire::address::Type::Workload(odd)) }.encode_to_vec();
+        let decoded = address("c1//Pod/a/w", &bytes, &mut Names::default()).unwrap();
+        let Address::Workload(w) = decoded.address else { panic!() };
+        assert!(w.waypoint.is_some() && !w.ips.is_empty(), "known, and behind a waypoint that cannot be found");
+        assert_eq!(decoded.faults.len(), 1);
     }
 
     proptest! {

@@ -7,7 +7,9 @@
 
 use super::decode::{self, Names};
 use super::policy;
-use crate::mesh::{ServiceKey, Text, Update, Wanted};
+use crate::mesh::address::NetworkAddress;
+use crate::mesh::workload::NetworkMode;
+use crate::mesh::{ServiceKey, Text, Update, Wanted, Workload};
 use crate::proto::culvert::state::SavedType;
 use crate::proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status,
@@ -59,6 +61,12 @@ pub struct Delta {
     /// What was asked for on demand, by name, and in which order.
     asked: HashMap<String, Wanted>,
     asked_order: VecDeque<String>,
+    /// Names told of on this stream: the server counts them as asked for.
+    delivered: HashSet<String>,
+    /// What was found not to exist, since the last call of [`Delta::expire`] and before.
+    absent: [Vec<Wanted>; 2],
+    /// Counts names that nobody has, see [`Delta::ask`].
+    nobody: u64,
     names: Names,
 }
 
@@ -85,6 +93,9 @@ impl Delta {
             keep,
             asked: HashMap::new(),
             asked_order: VecDeque::new(),
+            delivered: HashSet::new(),
+            absent: Default::default(),
+            nobody: 0,
             names: Names::default(),
         }
     }
@@ -103,6 +114,7 @@ impl Delta {
             }
         };
         let mut address = first(&mut self.address, ADDRESS);
+        self.delivered = address.initial_resource_versions.keys().cloned().collect();
         if self.on_demand {
             // Both at once mean: nothing but what is named (source: how istiod reads a first request).
             address.resource_names_subscribe =
@@ -119,22 +131,18 @@ impl Delta {
         [address, authorization]
     }
 
-    /// Requests for what is wanted on demand.
+    /// Requests for what is wanted on demand. Who asks again for what is subscribed gets no answer, so that is given up
+    /// first; and who asks for nothing is told by istiod that everything is gone, so a name that nobody has goes with it.
     pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
-        let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| DeltaDiscoveryRequest {
-            type_url: ADDRESS.to_owned(),
-            resource_names_subscribe: subscribe,
-            resource_names_unsubscribe: unsubscribe,
-            ..Default::default()
-        };
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
         for wanted in wanted {
             let name = wanted.to_string();
-            if self.asked.insert(name.clone(), wanted).is_some() {
-                // Who asks again for what is subscribed gets no answer; so it is given up first.
-                again.push(name.clone());
-            } else {
+            let asked_before = self.asked.insert(name.clone(), wanted).is_some();
+            if !asked_before {
                 self.asked_order.push_back(name.clone());
+            }
+            if asked_before || self.delivered.remove(&name) {
+                again.push(name.clone());
             }
             names.push(name);
         }
@@ -143,11 +151,21 @@ impl Delta {
             update.forgotten.extend(self.asked.remove(&oldest));
             again.push(oldest);
         }
+        let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| DeltaDiscoveryRequest {
+            type_url: ADDRESS.to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            ..Default::default()
+        };
         let mut requests = Vec::new();
+        let mut given_up = Vec::new();
         if !again.is_empty() {
-            requests.push(request(Vec::new(), again));
+            self.nobody += 1;
+            let nobody = format!("culvert/nobody-{}", self.nobody);
+            requests.push(request(vec![nobody.clone()], again));
+            given_up.push(nobody);
         }
-        requests.push(request(names, Vec::new()));
+        requests.push(request(names, given_up));
         (requests, update)
     }
 
@@ -195,12 +213,22 @@ impl Delta {
             seen.insert(name.clone());
             let value = resource.resource.as_ref().map(|any| any.value.as_slice());
             match value.ok_or_else(|| "is empty".to_owned()).and_then(|v| decode::address(&name, v, &mut self.names)) {
-                Ok(decoded) => {
-                    match decoded {
-                        decode::Address::Workload(workload) => update.workloads.push(*workload),
+                Ok(decode::Decoded { address, faults: some }) => {
+                    match address {
+                        decode::Address::Workload(workload) => {
+                            self.note_host_network(&workload, update);
+                            update.workloads.push(*workload);
+                        }
                         decode::Address::Service(service) => update.services.push(*service),
                     }
-                    self.address.hold(name, resource, self.keep);
+                    if self.on_demand {
+                        self.delivered.insert(name.to_string());
+                    }
+                    self.address.hold(name.clone(), resource, self.keep);
+                    if !some.is_empty() {
+                        self.address.refuse(&name);
+                    }
+                    faults.extend(some.into_iter().map(|fault| format!("{name}: {fault}")));
                 }
                 Err(fault) => {
                     self.address.refuse(&name);
@@ -212,6 +240,7 @@ impl Delta {
         for name in gone {
             if let Some(wanted) = self.asked.get(&name) {
                 update.absent.push(wanted.clone());
+                self.absent[0].push(wanted.clone());
             }
             // A uid has slashes as well; what is neither is nobody's name.
             if let Ok(key) = ServiceKey::parse(&name) {
@@ -252,6 +281,28 @@ impl Delta {
         update.gone_policies.extend(gone.into_iter().map(Text::from));
     }
 
+    /// An address that was asked for and is that of a node names nobody: that is the answer.
+    fn note_host_network(&mut self, workload: &Workload, update: &mut Update) {
+        if workload.network_mode != NetworkMode::HostNetwork || !self.on_demand {
+            return;
+        }
+        for ip in &workload.ips {
+            let wanted = Wanted::Address(NetworkAddress { network: workload.network.clone(), ip: *ip });
+            if self.asked.contains_key(&wanted.to_string()) {
+                update.absent.push(wanted.clone());
+                self.absent[0].push(wanted);
+            }
+        }
+    }
+
+    /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
+    /// never by the address that was asked for, so that must be asked again.
+    pub fn expire(&mut self) -> Update {
+        let newer = std::mem::take(&mut self.absent[0]);
+        let forgotten = std::mem::replace(&mut self.absent[1], newer);
+        Update { forgotten, ..Update::default() }
+    }
+
     /// What is held, as it came, for the state file.
     pub fn saved(&self) -> Vec<SavedType> {
         let kind = |type_url: &str, kind: &Kind| SavedType {
@@ -262,7 +313,7 @@ impl Delta {
     }
 
     /// Takes what a state file holds, as if it had just come.
-    pub fn restore(&mut self, types: Vec<SavedType>) -> Update {
+    pub fn restore(&mut self, types: Vec<SavedType>) -> (Update, Vec<String>) {
         let (mut update, mut faults) = (Update::default(), Vec::new());
         for saved in types {
             match saved.type_url.as_str() {
@@ -274,7 +325,7 @@ impl Delta {
         for kind in [&mut self.address, &mut self.authorization] {
             (kind.answered, kind.synced) = (false, false);
         }
-        update
+        (update, faults)
     }
 }
 
@@ -403,8 +454,16 @@ mod tests {
         assert_eq!(received.update.absent, [wanted(0)]);
         let (requests, _) = delta.ask(vec![wanted(0)]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["u0"]);
+        assert_eq!(requests[0].resource_names_subscribe, ["culvert/nobody-1"], "never a request for nothing");
         assert_eq!(requests[1].resource_names_subscribe, ["u0"]);
-        let (requests, update) = delta.ask((1..=ASKED_MAX).map(wanted).collect());
+        assert_eq!(requests[1].resource_names_unsubscribe, ["culvert/nobody-1"]);
+        assert!(delta.expire().forgotten.is_empty());
+        assert_eq!(delta.expire().forgotten, [wanted(0)], "what was absent is asked again some time");
+        // What came with something else counts as asked for at the server.
+        delta.receive(response(ADDRESS, vec![workload("w", 1, "1")], &[]));
+        let (requests, _) = delta.ask(vec![Wanted::Workload("c1//Pod/a/w".into())]);
+        assert_eq!(requests[0].resource_names_unsubscribe, ["c1//Pod/a/w"]);
+        let (requests, update) = delta.ask((1..ASKED_MAX).map(wanted).collect());
         assert_eq!(
             (requests[0].resource_names_unsubscribe.as_slice(), update.forgotten),
             (&["u0".to_owned()][..], vec![wanted(0)])
@@ -476,7 +535,7 @@ mod tests {
             prop_assert_eq!(&held, &expected);
             // The state file gives the same facts.
             let restored = Store::default();
-            restored.update(Delta::new(false, true).restore(delta.saved()));
+            restored.update(Delta::new(false, true).restore(delta.saved()).0);
             let again: BTreeMap<String, String> = restored.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
             prop_assert_eq!(again, expected);
         }

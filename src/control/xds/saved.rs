@@ -13,6 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// Version of the format.
 const FORMAT: u32 = 1;
 
+/// A file beside it that is older than this is being written by nobody.
+const LEFTOVER: Duration = Duration::from_secs(60);
+
 /// Largest file that is read.
 const BYTES_MAX: u64 = 1 << 30;
 
@@ -45,6 +48,7 @@ pub struct Saved {
 pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let content = |reason: String| SavedError::Content(path.to_owned(), reason);
+    remove_leftovers(path);
     let opened = match File::open(path) {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -53,6 +57,23 @@ pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let mut bytes = Vec::new();
     opened.take(BYTES_MAX).read_to_end(&mut bytes).map_err(file)?;
     decode(&bytes).map(Some).map_err(content)
+}
+
+/// Removes what a daemon that was killed while writing has left beside the file.
+fn remove_leftovers(path: &Path) {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return };
+    let old = |entry: &std::fs::DirEntry| {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER)
+    };
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let beside = entry.file_name();
+        let ours = beside.to_str().is_some_and(|b| b.starts_with(&format!("{name}.")) && b.ends_with(".new"));
+        if ours && old(&entry) {
+            // It only takes room; whoever may not remove it may not write either, and says so then.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Reads the content of a state file.
@@ -65,10 +86,10 @@ pub fn decode(bytes: &[u8]) -> Result<Saved, String> {
     Ok(Saved { at, types: state.types })
 }
 
-/// Writes a state file: whole, or not at all.
-pub fn write(path: &Path, control_plane: &str, types: Vec<SavedType>) -> Result<(), SavedError> {
+/// Writes a state file, of what was true `at`: whole, or not at all.
+pub fn write(path: &Path, at: SystemTime, control_plane: &str, types: Vec<SavedType>) -> Result<(), SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
-    let saved_at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let saved_at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let state = SavedState { format: FORMAT, saved_at, control_plane: control_plane.to_owned(), types };
     let mut name = path.file_name().unwrap_or_default().to_owned();
     // Two daemons may write at once during an upgrade, and in containers both may have the same process id.
@@ -100,7 +121,7 @@ mod tests {
         let path = folder.join("state");
         assert!(read(&path).unwrap().is_none());
         let types = vec![SavedType { type_url: "t".into(), resources: vec![Default::default()] }];
-        write(&path, "istiod", types.clone()).unwrap();
+        write(&path, SystemTime::now(), "istiod", types.clone()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(read(&path).unwrap().unwrap().types, types);
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing is left beside it");
@@ -108,7 +129,7 @@ mod tests {
         std::fs::write(&path, newer.encode_to_vec()).unwrap();
         assert!(read(&path).unwrap_err().to_string().contains("format 2"));
         std::fs::remove_dir_all(&folder).unwrap();
-        assert!(write(&path, "istiod", Vec::new()).unwrap_err().to_string().contains("state file"));
+        assert!(write(&path, SystemTime::now(), "istiod", Vec::new()).unwrap_err().to_string().contains("state file"));
     }
 
     proptest! {

@@ -2,7 +2,7 @@
 
 use super::delta::{ADDRESS, AUTHORIZATION, Delta};
 use super::{Config, Freshness, Metrics, ReasonLabel, UrlLabel, saved};
-use crate::mesh::Store;
+use crate::mesh::{ServiceKey, Store, Wanted};
 use crate::proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use crate::rpc::{self, MESSAGE_BYTES_MAX};
@@ -10,6 +10,7 @@ use crate::task::Signal;
 use crate::task::backoff::Backoff;
 use crate::task::ready::Pending;
 use serde_json::Value;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -29,8 +30,11 @@ const FIRST_RESPONSE: Duration = Duration::from_secs(60);
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests that may wait to be sent.
 const QUEUE: usize = 16;
-/// Shortest time between two writings of the state file.
-const SAVE_EVERY: Duration = Duration::from_secs(5);
+/// Shortest time between two writings of the state file, and half the time for which something that was asked for is taken
+/// not to exist.
+const TICK: Duration = Duration::from_secs(5);
+/// The state file is written so often where nothing changes, so that its date says that this is so.
+const SAVE_AGAIN: Duration = Duration::from_secs(600);
 /// A reason that stays the same is logged again this often.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
@@ -64,7 +68,10 @@ impl StreamError {
 
     /// Whether the server found a message too large.
     fn is_too_large(&self) -> bool {
-        matches!(self, Self::Refused(status) | Self::Failed(status) if status.code() == Code::ResourceExhausted)
+        // The same code says that we ask too often; only the text tells them apart (source: gRPC's server).
+        let too_large =
+            |status: &Status| status.code() == Code::ResourceExhausted && status.message().contains("larger than max");
+        matches!(self, Self::Refused(status) | Self::Failed(status) if too_large(status))
     }
 }
 
@@ -89,8 +96,11 @@ pub struct Client {
     ready: Option<Pending>,
     /// Whether something has changed since the state file was written.
     unsaved: bool,
+    saved_at: Option<Instant>,
     /// Whether the last request was too large with the versions of all that is held.
     too_large: bool,
+    /// Whether the first requests of the last stream said what is held.
+    sent_versions: bool,
     said: Option<(String, Instant)>,
 }
 
@@ -106,8 +116,21 @@ impl Client {
         let node =
             Node { id: config.node_id.clone(), cluster: String::new(), metadata: Some(structure(&config.metadata)) };
         let delta = Delta::new(config.on_demand, config.state_file.is_some());
-        let (ready, unsaved, too_large, said) = (Some(ready), false, false, None);
-        Self { config, node, store, metrics, freshness, delta, ready, unsaved, too_large, said }
+        let (ready, unsaved, too_large, sent_versions, said) = (Some(ready), false, false, false, None);
+        Self {
+            config,
+            node,
+            store,
+            metrics,
+            freshness,
+            delta,
+            ready,
+            unsaved,
+            saved_at: None,
+            too_large,
+            sent_versions,
+            said,
+        }
     }
 
     /// Runs until told to stop; then writes the state file.
@@ -121,6 +144,7 @@ impl Client {
                 () = stop.gentle() => break,
             };
             self.metrics.terminations.get_or_create(&ReasonLabel { reason: error.word() }).inc();
+            self.save();
             let was_live = self.freshness.report().live;
             self.freshness.change(|state| {
                 if state.live {
@@ -132,7 +156,7 @@ impl Client {
             if begun.elapsed() >= HEALTHY {
                 backoff.reset();
             }
-            self.too_large = error.is_too_large() && !self.too_large;
+            self.too_large = error.is_too_large() && self.sent_versions;
             let wait = backoff.next();
             self.say(&error, was_live, wait);
             tokio::select! {
@@ -177,41 +201,76 @@ impl Client {
             .max_decoding_message_size(MESSAGE_BYTES_MAX);
         let (send, requests) = mpsc::channel(QUEUE);
         let without_versions = std::mem::take(&mut self.too_large);
-        for request in self.delta.open(&self.node, without_versions) {
-            self::send(&send, request).await?;
+        let mut outgoing: VecDeque<DeltaDiscoveryRequest> = self.delta.open(&self.node, without_versions).into();
+        self.sent_versions = outgoing.iter().any(|request| !request.initial_resource_versions.is_empty());
+        while send.capacity() > 0
+            && let Some(request) = outgoing.pop_front()
+        {
+            // There is room, and nobody else sends.
+            let _ = send.try_send(request);
         }
         let first = Instant::now() + FIRST_RESPONSE;
         let opened = timeout(FIRST_RESPONSE, client.delta_aggregated_resources(ReceiverStream::new(requests)));
         let opened = opened.await.map_err(|_| StreamError::Silent)?;
         let mut responses = opened.map_err(|status| StreamError::Refused(Box::new(status)))?.into_inner();
-        let mut saves = tokio::time::interval(SAVE_EVERY);
+        let mut ticks = tokio::time::interval(TICK);
+        let mut stuck_at = Instant::now() + SEND_DEADLINE;
         loop {
+            if outgoing.is_empty() {
+                stuck_at = Instant::now() + SEND_DEADLINE;
+            }
             tokio::select! {
                 response = responses.message() => match response {
-                    Ok(Some(response)) => {
-                        let answer = self.take(response);
-                        self::send(&send, answer).await?;
-                    }
+                    Ok(Some(response)) => outgoing.extend(self.take(response)),
                     Ok(None) => return Ok(()),
                     Err(status) => return Err(StreamError::Failed(Box::new(status))),
                 },
-                wanted = self.store.questions(), if self.config.on_demand => {
-                    let (requests, update) = self.delta.ask(wanted);
-                    if !update.is_empty() {
-                        self.store.update(update);
-                    }
-                    for request in requests {
-                        self::send(&send, request).await?;
+                // While the server does not read, we go on reading: it may be waiting for just that.
+                room = send.reserve(), if !outgoing.is_empty() => {
+                    // A closed queue is the end of the stream, whose reason the next read gives.
+                    if let (Ok(room), Some(request)) = (room, outgoing.pop_front()) {
+                        room.send(request);
+                        stuck_at = Instant::now() + SEND_DEADLINE;
                     }
                 }
-                _ = saves.tick() => self.save(),
+                () = tokio::time::sleep_until(stuck_at), if !outgoing.is_empty() => return Err(StreamError::Stuck),
+                wanted = self.store.questions(), if self.config.on_demand && outgoing.is_empty() => {
+                    outgoing.extend(self.ask(wanted));
+                }
+                _ = ticks.tick() => {
+                    let expired = self.delta.expire();
+                    if !expired.is_empty() {
+                        self.store.update(expired);
+                    }
+                    self.save();
+                }
                 () = tokio::time::sleep_until(first), if !self.delta.answered() => return Err(StreamError::Silent),
             }
         }
     }
 
-    /// Applies a response and gives the answer to it.
-    fn take(&mut self, response: DeltaDiscoveryResponse) -> DeltaDiscoveryRequest {
+    fn ask(&mut self, wanted: Vec<Wanted>) -> Vec<DeltaDiscoveryRequest> {
+        let (requests, update) = self.delta.ask(wanted);
+        if !update.is_empty() {
+            self.store.update(update);
+        }
+        requests
+    }
+
+    /// Services that lose endpoints by these removals. On demand istiod tells of endpoints that go and not of those that come,
+    /// so the service has to be asked for again.
+    fn losing_endpoints(&self, removed: &[String]) -> Vec<Wanted> {
+        if !self.config.on_demand {
+            return Vec::new();
+        }
+        let snapshot = self.store.load();
+        let gone = removed.iter().filter_map(|name| snapshot.workload(name));
+        let keys: BTreeSet<&ServiceKey> = gone.flat_map(|workload| workload.services.keys()).collect();
+        keys.into_iter().map(|key| Wanted::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
+    }
+
+    /// Applies a response and gives the answer to it, and what must be asked because of it.
+    fn take(&mut self, response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
         let url = match response.type_url.as_str() {
             ADDRESS => ADDRESS,
             AUTHORIZATION => AUTHORIZATION,
@@ -220,6 +279,7 @@ impl Client {
         let label = UrlLabel { url };
         self.metrics.messages.get_or_create(&label).inc();
         let (resources, removed) = (response.resources.len(), response.removed_resources.len());
+        let losing = self.losing_endpoints(&response.removed_resources);
         let received = self.delta.receive(response);
         self.metrics.bytes.get_or_create(&label).inc_by(received.bytes as u64);
         if !received.faults.is_empty() {
@@ -252,7 +312,11 @@ impl Client {
             tracing::info!(control_plane, workloads, services, policies, "in step with the control plane");
             self.ready = None;
         }
-        received.answer
+        let mut requests = vec![received.answer];
+        if !losing.is_empty() {
+            requests.extend(self.ask(losing));
+        }
+        requests
     }
 
     fn restore(&mut self) {
@@ -260,7 +324,12 @@ impl Client {
         match saved::read(path) {
             Ok(None) => {}
             Ok(Some(state)) => {
-                self.store.update(self.delta.restore(state.types));
+                let (update, faults) = self.delta.restore(state.types);
+                self.store.update(update);
+                if !faults.is_empty() {
+                    let faults = faults.join("; ");
+                    tracing::error!(faults, "resources of the state file are not understood by this version");
+                }
                 let (workloads, services, policies) = self.store.load().counts();
                 self.freshness.change(|fresh| (fresh.confirmed, fresh.from_file) = (Some(state.at), true));
                 let (path, age) = (path.display().to_string(), self.freshness.report().age);
@@ -280,28 +349,24 @@ impl Client {
 
     fn save(&mut self) {
         let Some(path) = &self.config.state_file else { return };
+        let report = self.freshness.report();
+        let confirmed = report.age.and_then(|age| SystemTime::now().checked_sub(age)).unwrap_or_else(SystemTime::now);
+        let old = report.live && self.saved_at.is_some_and(|at| at.elapsed() >= SAVE_AGAIN);
         // What was never complete would pass for the whole mesh at the next start.
-        if !self.unsaved || !self.delta.synced() {
+        if !(self.unsaved || old) || !self.delta.synced() {
             return;
         }
-        match saved::write(path, &self.config.rpc.address.to_string(), self.delta.saved()) {
+        match saved::write(path, confirmed, &self.config.rpc.address.to_string(), self.delta.saved()) {
             Ok(()) => {
                 self.metrics.saved.inc();
                 self.unsaved = false;
+                self.saved_at = Some(Instant::now());
             }
             Err(error) => {
                 self.metrics.save_failures.inc();
                 tracing::error!(%error, "the last known state could not be kept");
             }
         }
-    }
-}
-
-async fn send(queue: &mpsc::Sender<DeltaDiscoveryRequest>, request: DeltaDiscoveryRequest) -> Result<(), StreamError> {
-    match timeout(SEND_DEADLINE, queue.send(request)).await {
-        // A closed queue is the end of the stream, whose reason the next read gives.
-        Ok(_) => Ok(()),
-        Err(_) => Err(StreamError::Stuck),
     }
 }
 

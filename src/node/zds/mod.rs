@@ -19,6 +19,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use session::{Session, SessionError, Step};
 use std::collections::HashSet;
+use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -79,13 +80,19 @@ pub struct Client {
     pub metrics: Arc<Metrics>,
     /// Given up at the end of the first snapshot.
     pub ready: Option<Pending>,
+    /// What was said last of why there is no connection.
+    pub said: Option<String>,
 }
 
 impl Client {
-    /// Follows the agent until told to stop. Whoever replaces us is told of new pods from then on.
-    pub async fn run(mut self, stop: Signal) {
+    /// Follows the agent, once there are `facts`, until told to stop. Whoever replaces us is told of new pods from then on.
+    pub async fn run(mut self, facts: impl Future<Output = ()>, stop: Signal) {
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
-        let mut said = None;
+        // Before that a pod could be listened for and not served, and whoever serves it now would get half of its traffic.
+        tokio::select! {
+            () = facts => {}
+            () = stop.gentle() => return,
+        }
         loop {
             let error = tokio::select! {
                 ended = self.session(&mut backoff) => match ended { Err(error) => error, Ok(()) => ZdsError::Closed },
@@ -94,11 +101,11 @@ impl Client {
             self.metrics.connected.set(0);
             self.metrics.disconnects.inc();
             let (text, path, wait) = (error.to_string(), self.path.display().to_string(), backoff.next());
-            if said.as_ref() == Some(&text) {
+            if self.said.as_ref() == Some(&text) {
                 tracing::debug!(path, %error, retry = ?wait, "no connection to the node's agent");
             } else {
                 tracing::warn!(path, %error, retry = ?wait, "no connection to the node's agent; pods stay as they are");
-                said = Some(text);
+                self.said = Some(text);
             }
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -145,7 +152,9 @@ impl Client {
             Ok(Step::Retain(named)) => {
                 let named: HashSet<_> = named.iter().map(|uid| uid.as_str().into()).collect();
                 tracing::info!(pods = named.len(), "the agent's snapshot is complete");
-                self.pods.retain(&named);
+                let missing = self.pods.retain(&named);
+                self.pods.show_unknown(missing);
+                self.said = None;
                 self.metrics.connected.set(1);
                 self.ready = None;
                 backoff.reset();

@@ -444,7 +444,7 @@ async fn discovery(shared: Shared, mut body: RecvStream, mut respond: SendRespon
                     continue;
                 }
                 for type_url in [ADDRESS, AUTHORIZATION] {
-                    due.extend(told.get_mut(type_url).and_then(|told| shared.response(type_url, told, false, &[])));
+                    due.extend(told.get_mut(type_url).and_then(|told| shared.response(type_url, told, false)));
                 }
             }
             Ok(response) = injected.recv() => due.push(response),
@@ -490,54 +490,87 @@ impl Shared {
         }
         for name in &request.resource_names_unsubscribe {
             told.names.remove(name);
+            told.known.remove(name);
         }
         let new: Vec<String> = request.resource_names_subscribe.iter().filter(|name| *name != "*").cloned().collect();
-        // Who asks again for what is subscribed gets no answer, as with istiod.
-        let news: Vec<String> = new.into_iter().filter(|name| told.names.insert(name.clone())).collect();
-        self.response(type_url, told, first, &news)
+        if !first && new.is_empty() {
+            // As istiod: who subscribes to nothing new is told that everything is gone.
+            let removed_resources = told.names.iter().chain(told.known.keys()).cloned().collect();
+            return Some(DeltaDiscoveryResponse {
+                type_url: type_url.to_owned(),
+                removed_resources,
+                ..Default::default()
+            });
+        }
+        // Who asks again for what is subscribed, or was told, gets no answer.
+        let known = |name: &String| told.known.contains_key(name) && !request.resource_names_unsubscribe.contains(name);
+        let news: Vec<String> =
+            new.into_iter().filter(|name| first || (!told.names.contains(name) && !known(name))).collect();
+        told.names.extend(news.iter().cloned());
+        if !first && news.is_empty() {
+            return None;
+        }
+        if told.wildcard { self.response(type_url, told, first) } else { self.answer(type_url, told, &news) }
     }
 
-    /// What a stream must be told of a type; `always` also when there is nothing.
-    fn response(
-        &self,
-        type_url: &'static str,
-        told: &mut Told,
-        always: bool,
-        asked: &[String],
-    ) -> Option<DeltaDiscoveryResponse> {
+    /// What a stream that is told everything must be told; `always` also when there is nothing.
+    fn response(&self, type_url: &'static str, told: &mut Told, always: bool) -> Option<DeltaDiscoveryResponse> {
         let state = self.state();
         let nothing = BTreeMap::new();
         let all = state.resources.get(type_url).unwrap_or(&nothing);
-        let aliases =
-            |name: &str, bytes: &[u8]| if told.wildcard { vec![] } else { wire::aliases(type_url, name, bytes) };
-        let wanted = |name: &str, bytes: &[u8], names: &HashSet<String>| {
-            told.wildcard || names.contains(name) || aliases(name, bytes).iter().any(|alias| names.contains(alias))
-        };
-        let asked_names: HashSet<String> = asked.iter().cloned().collect();
         let mut response = DeltaDiscoveryResponse { type_url: type_url.to_owned(), ..Default::default() };
         let mut known = HashMap::new();
-        for (name, (version, bytes)) in all.iter().filter(|(name, (_, bytes))| wanted(name, bytes, &told.names)) {
+        // On demand: of those that have been told, and those asked for by their own names; not by their addresses.
+        let concerned = |name: &String| told.wildcard || told.known.contains_key(name) || told.names.contains(name);
+        for (name, (version, bytes)) in all.iter().filter(|(name, _)| concerned(name)) {
             known.insert(name.clone(), version.clone());
-            let same = state.versions && told.known.get(name) == Some(version);
-            // Without versions everything is sent again with the first response of a stream, and changes afterwards.
-            let due = !same && (state.versions || always || told.known.get(name) != Some(version));
-            if due || wanted(name, bytes, &asked_names) && !told.wildcard {
-                response.resources.push(Resource {
-                    name: name.clone(),
-                    version: if state.versions { version.clone() } else { String::new() },
-                    aliases: aliases(name, bytes),
-                    resource: Some(prost_types::Any { type_url: type_url.to_owned(), value: bytes.clone() }),
-                    ttl: None,
-                });
+            let same = told.known.get(name) == Some(version);
+            // Without versions everything is sent again with the first response of a stream.
+            if !same || (always && !state.versions) {
+                response.resources.push(resource(type_url, name, version, bytes, state.versions));
             }
         }
         response.removed_resources = told.known.keys().filter(|name| !known.contains_key(*name)).cloned().collect();
-        let found: HashSet<String> =
-            response.resources.iter().flat_map(|r| r.aliases.iter().chain([&r.name]).cloned()).collect();
-        response.removed_resources.extend(asked.iter().filter(|name| !found.contains(*name)).cloned());
         told.known = known;
         let nothing_new = response.resources.is_empty() && response.removed_resources.is_empty();
-        (always || !asked.is_empty() || !nothing_new).then_some(response)
+        (always || !nothing_new).then_some(response)
+    }
+
+    /// The answer to names that are asked for: what has them, a service with its workloads, and which of them nothing has.
+    fn answer(&self, type_url: &'static str, told: &mut Told, asked: &[String]) -> Option<DeltaDiscoveryResponse> {
+        let state = self.state();
+        let nothing = BTreeMap::new();
+        let all = state.resources.get(type_url).unwrap_or(&nothing);
+        let mut response = DeltaDiscoveryResponse { type_url: type_url.to_owned(), ..Default::default() };
+        let has = |name: &String, bytes: &[u8], wanted: &String| {
+            name == wanted || wire::aliases(type_url, name, bytes).contains(wanted)
+        };
+        let mut found: HashSet<&String> = HashSet::new();
+        for wanted in asked {
+            let direct: Vec<&String> = all.iter().filter(|(n, (_, b))| has(n, b, wanted)).map(|(n, _)| n).collect();
+            if direct.is_empty() {
+                response.removed_resources.push(wanted.clone());
+            }
+            let behind = all.iter().filter(|(_, (_, b))| wire::services(b).iter().any(|key| direct.contains(&key)));
+            found.extend(behind.map(|(name, _)| name));
+            found.extend(direct);
+        }
+        for name in found {
+            let (version, bytes) = &all[name];
+            told.known.insert(name.clone(), version.clone());
+            response.resources.push(resource(type_url, name, version, bytes, state.versions));
+        }
+        Some(response)
+    }
+}
+
+fn resource(type_url: &str, name: &str, version: &str, bytes: &[u8], versions: bool) -> Resource {
+    Resource {
+        name: name.to_owned(),
+        version: if versions { version.to_owned() } else { String::new() },
+        aliases: wire::aliases(type_url, name, bytes),
+        resource: Some(prost_types::Any { type_url: type_url.to_owned(), value: bytes.to_vec() }),
+        ttl: None,
     }
 }
 

@@ -35,18 +35,26 @@ pub fn aliases(type_url: &str, _name: &str, bytes: &[u8]) -> Vec<String> {
     if type_url != ADDRESS {
         return Vec::new();
     }
-    let ip = |bytes: &[u8]| match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).unwrap()),
-        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).unwrap()),
+    let ip = |bytes: &[u8]| match <[u8; 4]>::try_from(bytes) {
+        Ok(v4) => Some(IpAddr::from(v4)),
+        Err(_) => <[u8; 16]>::try_from(bytes).ok().map(IpAddr::from),
     };
     match wl::Address::decode(bytes).ok().and_then(|address| address.r#type) {
         Some(wl::address::Type::Workload(w)) => {
-            w.addresses.iter().map(|a| format!("{}/{}", w.network, ip(a))).collect()
+            w.addresses.iter().filter_map(|a| Some(format!("{}/{}", w.network, ip(a)?))).collect()
         }
         Some(wl::address::Type::Service(s)) => {
-            s.addresses.iter().map(|a| format!("{}/{}", a.network, ip(&a.address))).collect()
+            s.addresses.iter().filter_map(|a| Some(format!("{}/{}", a.network, ip(&a.address)?))).collect()
         }
         None => Vec::new(),
+    }
+}
+
+/// Keys of the services that a workload is behind.
+pub fn services(bytes: &[u8]) -> Vec<String> {
+    match wl::Address::decode(bytes).ok().and_then(|address| address.r#type) {
+        Some(wl::address::Type::Workload(w)) => w.services.into_keys().collect(),
+        _ => Vec::new(),
     }
 }
 
