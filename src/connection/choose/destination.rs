@@ -109,3 +109,107 @@ pub fn address(workload: &Workload, service: Option<&Service>, asked: IpAddr) ->
     let any = || workload.ips.iter().find(allowed);
     same_family.or_else(any).copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::address::parse_network_cidr;
+    use crate::mesh::service::LoadBalancer;
+    use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::{Store, Update, Workload};
+
+    fn lb(mode: Mode, preferences: &[Scope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
+        Some(LoadBalancer { mode, preferences: preferences.to_vec(), health_policy })
+    }
+
+    fn endpoint(name: &str, ip: &str, of: &Service) -> Workload {
+        let mut made = workload("a", name, ip);
+        made.services.insert(of.key.clone(), [(80, 8080)].into());
+        made
+    }
+
+    /// Names of the endpoints that may be chosen, whatever chance says.
+    fn choices(store: &Store, of: &Service) -> Vec<String> {
+        let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
+        let Some(service) = snapshot.services().find(|s| s.key == of.key) else { return Vec::new() };
+        let mut names: Vec<String> = (0..8)
+            .filter_map(|at| choose(&snapshot, &source, service, 80, &mut |below| at.min(below - 1)).ok())
+            .map(|chosen| format!("{}:{}", chosen.workload.name, chosen.port))
+            .collect();
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    #[test]
+    fn endpoints_come_and_go_whatever_comes_first() {
+        let (store, mut web) = (Store::default(), service("a", "web", "10.96.0.1", &[(80, 0)]));
+        let update = |workloads: Vec<Workload>, services: Vec<Service>| {
+            store.update(Update { workloads, services, ..Update::default() });
+        };
+        // Staged: the endpoint is there before its service.
+        let mut one = endpoint("one", "10.0.0.1", &web);
+        update(vec![one.clone()], vec![]);
+        assert!(choices(&store, &web).is_empty());
+        assert_eq!(store.load().staged().count(), 1);
+        update(vec![], vec![web.clone()]);
+        assert_eq!(choices(&store, &web), ["one:8080"]);
+        // Unhealthy endpoints are kept: a change of the service's policy needs no change of theirs.
+        one.health = Health::Unhealthy;
+        update(vec![one.clone()], vec![]);
+        assert!(choices(&store, &web).is_empty());
+        web.load_balancer = lb(Mode::Standard, &[], HealthPolicy::AllowAll);
+        update(vec![], vec![web.clone()]);
+        assert_eq!(choices(&store, &web), ["one:8080"]);
+        web.load_balancer = None;
+        update(vec![], vec![web.clone()]);
+        assert!(choices(&store, &web).is_empty());
+        // The service goes and comes back; its endpoints were never away.
+        one.health = Health::Healthy;
+        update(vec![one.clone()], vec![]);
+        store.update(Update { gone_services: vec![web.key.clone()], ..Update::default() });
+        assert!(choices(&store, &web).is_empty());
+        update(vec![], vec![web.clone()]);
+        assert_eq!(choices(&store, &web), ["one:8080"]);
+        // A service of a range of addresses sees endpoints that come later, as any other does.
+        web.cidrs = vec![parse_network_cidr("/10.97.0.0/16").unwrap()];
+        update(vec![], vec![web.clone()]);
+        update(vec![endpoint("two", "10.0.0.2", &web)], vec![]);
+        assert_eq!(choices(&store, &web), ["one:8080", "two:8080"]);
+        let around = store.load().service_around(&"".into(), "10.97.3.4".parse().unwrap(), "a").cloned().unwrap();
+        assert_eq!(store.load().endpoints(&around.key).count(), 2);
+        store.update(Update { gone_workloads: vec![one.uid.clone()], ..Update::default() });
+        assert_eq!(choices(&store, &web), ["two:8080"]);
+    }
+
+    #[test]
+    fn preferences_health_and_networks() {
+        let (store, mut web) = (Store::default(), service("a", "web", "10.96.0.1", &[(80, 80)]));
+        let mut near = endpoint("near", "10.0.0.1", &web);
+        let mut far = endpoint("far", "10.0.0.2", &web);
+        let mut abroad = endpoint("abroad", "10.0.0.3", &web);
+        far.node = "node-2".into();
+        abroad.network = "other".into();
+        let set = |near: &Workload, far: &Workload, abroad: &Workload, web: &Service| {
+            let workloads = vec![near.clone(), far.clone(), abroad.clone()];
+            store.update(Update { workloads, services: vec![web.clone()], ..Update::default() });
+            choices(&store, web)
+        };
+        assert_eq!(set(&near, &far, &abroad, &web), ["far:8080", "near:8080"], "not the one abroad");
+        web.load_balancer = lb(Mode::Failover, &[Scope::Network, Scope::Node], HealthPolicy::OnlyHealthy);
+        assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"]);
+        near.health = Health::Unhealthy;
+        assert_eq!(set(&near, &far, &abroad, &web), ["far:8080"]);
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node], HealthPolicy::OnlyHealthy);
+        assert!(set(&near, &far, &abroad, &web).is_empty());
+        far.capacity = 0;
+        web.load_balancer = None;
+        assert!(set(&near, &far, &abroad, &web).is_empty(), "no weight, no traffic");
+        (near.network, far.network) = ("other".into(), "other".into());
+        set(&near, &far, &abroad, &web);
+        let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
+        let service = snapshot.services().next().unwrap();
+        let error = choose(&snapshot, &source, service, 80, &mut |_| 0).unwrap_err();
+        assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
+    }
+}
