@@ -182,6 +182,8 @@ settings! {
     grace_period "grace-period" "TERMINATION_GRACE_PERIOD_SECONDS";
     /// Send the accepting workload's baggage with the 200 [true].
     response_baggage "response-baggage" "ENABLE_RESPONSE_BAGGAGE";
+    /// Hand streams with a PROXY protocol header to the pod's loopback address [true].
+    localhost_app_tunnel "localhost-app-tunnel" "LOCALHOST_APP_TUNNEL";
     /// Log filter, e.g. `info` or `warn,access=info` [info].
     log "log" "RUST_LOG";
     /// Log format: `text` or `json` [text].

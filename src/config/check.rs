@@ -181,6 +181,7 @@ fn connection_config(
             default_limit,
             integer(1..=10_000_000),
         ),
+        localhost_app_tunnel: c.read("LOCALHOST_APP_TUNNEL", args.localhost_app_tunnel.as_ref(), true, boolean),
         response_baggage: c.read("ENABLE_RESPONSE_BAGGAGE", args.response_baggage.as_ref(), true, boolean),
     }
 }

@@ -4,7 +4,7 @@ use super::Pod;
 use super::authorize::Live;
 use super::choose::{self, RouteError, route::Route};
 use super::dial::{DialError, hbone::Origin};
-use super::forward::Stop;
+use super::forward::{ForwardError, Stop};
 use super::report::Failure;
 use super::worker::Worker;
 use crate::hbone::stream::app_broken;
@@ -13,6 +13,7 @@ use crate::mesh::address::is_link_local;
 use crate::mesh::{self, Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
@@ -87,6 +88,20 @@ pub(super) async fn unless_gone<T>(
         dialled = dial => dialled,
         _ = app_broken(client) => Err(DialError::Abandoned),
     }
+}
+
+/// Tells the application something before anything else. It fits into the socket's buffer, which is empty.
+pub(super) async fn tell(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
+    let mut left = preface;
+    while !left.is_empty() {
+        app.writable().await.map_err(ForwardError::App)?;
+        match app.try_write(left) {
+            Ok(written) => left = left.get(written..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(ForwardError::App(error)),
+        }
+    }
+    Ok(())
 }
 
 /// Resolves when a connection of the pod is to stop.

@@ -30,7 +30,7 @@ use worker::Worker;
 use crate::hbone::{self, Authority, ConnectRequest, Incoming};
 use crate::mesh::{SpiffeName, address::canonical};
 use http::StatusCode;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -51,6 +51,8 @@ pub struct Config {
     pub pool: PoolConfig,
     /// Connections that may be open at once; further ones are reset and counted.
     pub max_connections: usize,
+    /// Whether streams with a PROXY protocol header go to the pod's loopback address instead of its own.
+    pub localhost_app_tunnel: bool,
     /// Whether the 200 of an accepted stream carries the workload's baggage.
     pub response_baggage: bool,
 }
@@ -252,6 +254,8 @@ struct Admitted {
     permit: Live,
     live: Arc<Connection>,
     baggage: Option<String>,
+    /// What the application is told before the stream.
+    preface: Vec<u8>,
 }
 
 async fn admit(
@@ -290,9 +294,23 @@ async fn admit(
     let _known = live.tls.set(peer.tls);
     drop(snapshot);
     let client = peer.source.ip();
-    let app = dial::direct::to_app(&permit?, &pod.netns, target.address, client, &pod.sockets).await?;
+    let (permit, netns) = (permit?, &pod.netns);
+    let (app, preface) = match target.announce {
+        None => (dial::direct::to_app(&permit, netns, target.address, client, &pod.sockets).await?, Vec::new()),
+        Some(asked) => {
+            let ip = match (shared.config.localhost_app_tunnel, target.address.ip().is_ipv4()) {
+                (false, _) => target.address.ip(),
+                (true, true) => Ipv4Addr::LOCALHOST.into(),
+                (true, false) => Ipv6Addr::LOCALHOST.into(),
+            };
+            let to = SocketAddr::new(ip, target.address.port());
+            // Who the client is, is said in front of the stream; the connection itself is the daemon's.
+            let app = dial::direct::to_app(&permit, netns, to, to.ip(), &pod.sockets).await?;
+            (app, headers::proxy_v2(peer.source, asked, &peer.identity))
+        }
+    };
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
-    Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage })
+    Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage, preface })
 }
 
 async fn carry(
@@ -302,7 +320,8 @@ async fn carry(
     incoming: Incoming,
     admitted: Admitted,
 ) -> Result<(), Failure> {
-    let Admitted { app, permit, live, baggage } = admitted;
+    let Admitted { app, permit, live, baggage, preface } = admitted;
+    between::tell(&app, &preface).await?;
     let stream = incoming.accept(baggage.as_deref())?;
     let silence = worker.shared.config.hbone.half_closed_silence;
     let stop = stop(pod, Some(&permit), Some(&peer.chain));

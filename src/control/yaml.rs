@@ -7,7 +7,7 @@
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
-use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, WorkloadType};
+use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
 use serde::Deserialize;
@@ -246,7 +246,10 @@ impl FileWorkload {
             node: self.node.into(),
             native_tunnel: self.native_tunnel,
             application_tunnel: self.application_tunnel.map(|tunnel| ApplicationTunnel {
-                proxy_protocol: matches!(tunnel.protocol, TunnelProtocol::Proxy),
+                delivery: match tunnel.protocol {
+                    TunnelProtocol::None => Delivery::Plain,
+                    TunnelProtocol::Proxy => Delivery::Proxy,
+                },
                 port: tunnel.port.filter(|port| *port != 0),
             }),
             policies: self.authorization_policies.into_iter().map(Text::from).collect(),

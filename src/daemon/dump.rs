@@ -7,7 +7,7 @@ use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
-use crate::mesh::workload::{Health, NetworkMode};
+use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Workload};
 use crate::node::Source;
 use crate::node::status::{PodStatus, State};
@@ -148,7 +148,12 @@ fn workload(w: &Workload) -> Value {
         "node": &*w.node,
         "nativeTunnel": w.native_tunnel,
         "applicationTunnel": w.application_tunnel.map(|t| {
-            json!({"protocol": if t.proxy_protocol { "PROXY" } else { "NONE" }, "port": t.port})
+            let protocol = match t.delivery {
+                Delivery::Plain => "NONE",
+                Delivery::Proxy => "PROXY",
+                Delivery::Unsupported => "unsupported",
+            };
+            json!({"protocol": protocol, "port": t.port})
         }),
         "authorizationPolicies": w.policies.iter().map(|p| &**p).collect::<Vec<_>>(),
         "status": match w.health { Health::Healthy => "Healthy", Health::Unhealthy => "Unhealthy" },
@@ -376,6 +381,7 @@ fn config(parts: &Parts) -> Value {
         "connectionWindowSize": c.connection.hbone.connection_window,
         "frameSize": c.connection.hbone.frame_size,
         "halfClosedTimeout": duration(c.connection.hbone.half_closed_silence),
+        "localhostAppTunnel": c.connection.localhost_app_tunnel,
         "enableResponseBaggage": c.connection.response_baggage,
         "keepalive": c.connection.sockets.legs.keepalive.map(|k| json!({
             "time": duration(k.time),

@@ -73,11 +73,22 @@ pub struct Locality {
     pub subzone: Text,
 }
 
+/// How streams are handed to an application tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// As they are.
+    Plain,
+    /// With a PROXY protocol header in front.
+    Proxy,
+    /// In a way that we do not know; streams are refused.
+    Unsupported,
+}
+
 /// A listener inside the workload to which its inbound streams are to be delivered instead of the original port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ApplicationTunnel {
-    /// Whether streams are prefixed with a PROXY protocol header.
-    pub proxy_protocol: bool,
+    /// How streams are handed over.
+    pub delivery: Delivery,
     /// The port, where it replaces the stream's own.
     pub port: Option<u16>,
 }

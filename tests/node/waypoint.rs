@@ -2,6 +2,7 @@
 
 use crate::world::{World, apps, ask};
 use serde_json::json;
+use std::io::{Read, Write};
 
 #[test]
 fn a_waypoint_that_cannot_be_resolved_is_never_bypassed() {
@@ -41,4 +42,33 @@ fn a_waypoint_of_another_identity_gets_nothing() {
     assert!(ask(&client.netns, (server.v4, 8080), "x").is_err());
     let line = w.log_line(1, "refused", |l| l["reason"] == "tunnel_tls");
     assert!(line["error"].as_str().unwrap().contains("sa/somebody-else"), "{line}");
+}
+
+#[test]
+fn an_application_tunnel_is_told_by_proxy_protocol_who_asks_for_what() {
+    let mut w = World::new();
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    // A gateway behind the daemon: it listens on loopback only, and reads the header before anything else.
+    let listener = crate::world::inside(&server.netns, || std::net::TcpListener::bind("127.0.0.1:15088")).unwrap();
+    let gateway = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = [0; 16];
+        stream.read_exact(&mut head).unwrap();
+        let mut rest = vec![0; usize::from(u16::from_be_bytes([head[14], head[15]]))];
+        stream.read_exact(&mut rest).unwrap();
+        stream.write_all(b"from the gateway").unwrap();
+        (head, rest)
+    });
+    w.mesh.of("server")["applicationTunnel"] = json!({"protocol": "PROXY", "port": 15088});
+    w.start();
+    assert_eq!(ask(&client.netns, (server.v4, 8080), "x").unwrap(), "from the gateway");
+    let (head, rest) = gateway.join().unwrap();
+    assert_eq!((&head[..12], head[12], head[13]), (&b"\r\n\r\n\0\r\nQUIT\n"[..], 0x21, 0x11));
+    let octets = |ip: std::net::IpAddr| match ip {
+        std::net::IpAddr::V4(v4) => v4.octets().to_vec(),
+        std::net::IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    assert_eq!((&rest[..4], &rest[4..8]), (&octets(client.v4)[..], &octets(server.v4)[..]));
+    assert_eq!(u16::from_be_bytes([rest[10], rest[11]]), 8080);
+    assert_eq!((rest[12], &rest[15..]), (0xd0, &b"spiffe://cluster.local/ns/ns/sa/client"[..]));
 }

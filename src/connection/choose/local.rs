@@ -3,8 +3,10 @@
 
 use super::{OWN_PORTS, waypoint};
 use crate::hbone::Authority;
+use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Known;
-use crate::mesh::{Service, Snapshot, Workload};
+use crate::mesh::workload::Delivery;
+use crate::mesh::{Service, Snapshot, Text, Workload};
 use http::StatusCode;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use std::sync::Arc;
 pub struct LocalTarget {
     /// The application's address: always the pod's own.
     pub address: SocketAddr,
+    /// What was asked for, where the application is told so by the PROXY protocol.
+    pub announce: Option<SocketAddr>,
     /// The service that was asked for, where a host name was.
     pub service: Option<Arc<Service>>,
 }
@@ -38,9 +42,12 @@ pub enum LocalError {
     /// To one of our own listeners.
     #[error("attempted recursive call to ourselves ({0})")]
     Loop(SocketAddr),
-    /// The pod asks for PROXY protocol, which is not spoken yet.
-    #[error("the workload asks for the PROXY protocol, which is not supported")]
-    ProxyProtocol,
+    /// The pod takes streams in a way that we do not know.
+    #[error("the workload's application tunnel has a protocol or port that is not known here")]
+    Delivery,
+    /// The application is to be told an address, and the service has none.
+    #[error("requested service {0} found, but has no IP addresses")]
+    NoVip(String),
 }
 
 impl LocalError {
@@ -48,7 +55,7 @@ impl LocalError {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
-            Self::UnknownHost(_) | Self::UnknownPort(..) | Self::Loop(_) | Self::ProxyProtocol => {
+            Self::UnknownHost(_) | Self::UnknownPort(..) | Self::Loop(_) | Self::Delivery | Self::NoVip(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
         }
@@ -75,14 +82,21 @@ pub fn choose(
             (port, Some(service))
         }
     };
-    if workload.application_tunnel.is_some_and(|tunnel| tunnel.proxy_protocol) {
-        return Err(LocalError::ProxyProtocol);
-    }
+    let delivery = workload.application_tunnel.map_or(Delivery::Plain, |tunnel| tunnel.delivery);
+    let announce = match (delivery, authority) {
+        (Delivery::Plain, _) => None,
+        (Delivery::Proxy, Authority::Address(asked)) => Some(*asked),
+        (Delivery::Proxy, Authority::Host(host, asked)) => {
+            let vip = service.as_deref().and_then(|service| vip(service, &workload.network));
+            Some(SocketAddr::new(vip.ok_or_else(|| LocalError::NoVip(host.clone()))?, *asked))
+        }
+        (Delivery::Unsupported, _) => return Err(LocalError::Delivery),
+    };
     let address = SocketAddr::new(own, workload.application_tunnel.and_then(|t| t.port).unwrap_or(port));
     if OWN_PORTS.contains(&address.port()) {
         return Err(LocalError::Loop(address));
     }
-    Ok(LocalTarget { address, service })
+    Ok(LocalTarget { address, announce, service })
 }
 
 fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> Result<(u16, Arc<Service>), LocalError> {
@@ -109,6 +123,12 @@ fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     }
 }
 
+/// The virtual address of a service that stands for it: of the workload's network, and IPv4, first.
+fn vip(service: &Service, network: &Text) -> Option<IpAddr> {
+    let rank = |vip: &&NetworkAddress| (vip.network != *network, vip.ip.is_ipv6());
+    service.vips.iter().min_by_key(rank).map(|vip| vip.ip)
+}
+
 fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workload) -> bool {
     waypoint::all(service).any(|way| waypoint::is_behind(snapshot, way, workload))
 }
@@ -125,7 +145,7 @@ mod tests {
         let mut server = workload("a", "server", "10.0.0.2");
         let mut waypoint = workload("a", "waypoint", "10.0.0.4");
         let mut sandwiched = workload("a", "sandwiched", "10.0.0.5");
-        sandwiched.application_tunnel = Some(ApplicationTunnel { proxy_protocol: false, port: Some(9000) });
+        sandwiched.application_tunnel = Some(ApplicationTunnel { delivery: Delivery::Plain, port: Some(9000) });
         let mut web = service("a", "web", "10.96.0.1", &[(80, 8080), (81, 0)]);
         let way = service("a", "way", "10.96.0.2", &[(15008, 15008)]);
         server.services.insert(web.key.clone(), [(81, 8181)].into());

@@ -7,7 +7,7 @@
 
 use crate::mesh::address::{NetworkAddress, NetworkCidr};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
-use crate::mesh::workload::{ApplicationTunnel, Health, Locality, NetworkMode, Ports, WorkloadType};
+use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, Ports, WorkloadType};
 use crate::mesh::{GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::proto::istio::workload as wire;
 use ipnet::IpNet;
@@ -147,10 +147,13 @@ fn workload(w: wire::Workload, names: &mut Names, faults: &mut Vec<String>) -> R
 }
 
 fn application_tunnel(tunnel: &wire::ApplicationTunnel, faults: &mut Vec<String>) -> ApplicationTunnel {
-    let plain = tunnel.protocol == wire::application_tunnel::Protocol::None as i32;
     let port = keep(port(tunnel.port), faults);
-    // Without a port that is understood nothing can be delivered; what is refused as PROXY protocol is not delivered.
-    ApplicationTunnel { proxy_protocol: !plain || port.is_none(), port: port.filter(|port| *port != 0) }
+    let delivery = match (wire::application_tunnel::Protocol::try_from(tunnel.protocol), port) {
+        (Ok(wire::application_tunnel::Protocol::None), Some(_)) => Delivery::Plain,
+        (Ok(wire::application_tunnel::Protocol::Proxy), Some(_)) => Delivery::Proxy,
+        (Err(_), _) | (_, None) => Delivery::Unsupported,
+    };
+    ApplicationTunnel { delivery, port: port.filter(|port| *port != 0) }
 }
 
 fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Result<Service, String> {
