@@ -60,8 +60,6 @@ pub(super) struct Fresh {
 /// Until when nothing needs to be done.
 struct Wait {
     until: Instant,
-    /// A certificate of a root that is new, and when it is presented.
-    next: Option<(Credentials, Instant)>,
     /// A peer's root that is not known is a reason to ask, but not before this.
     roots_at: Option<Instant>,
 }
@@ -79,6 +77,8 @@ impl Fresh {
     pub(super) async fn keep(self) {
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
         let (begun, mut roots_wait, mut why) = (Instant::now(), ROOTS_MIN, Why::Time);
+        // A certificate of a root that is new, and when it is presented.
+        let mut next = None;
         loop {
             self.urgency.held.store(self.valid().is_some(), Ordering::Relaxed);
             let turn = self.store.turns.take(&self.urgency).await;
@@ -90,7 +90,8 @@ impl Fresh {
                     self.store.metrics.fetched.inc();
                     roots_wait = if why == Why::Trust && !news { (roots_wait * 2).min(ROOTS_MAX) } else { ROOTS_MIN };
                     let until = Instant::now() + renewal;
-                    Wait { until, next: self.present(new), roots_at: Some(Instant::now() + roots_wait) }
+                    next = self.present(new);
+                    Wait { until, roots_at: Some(Instant::now() + roots_wait) }
                 }
                 Err(error) => {
                     // Sooner and sooner towards the end of what is held.
@@ -99,10 +100,10 @@ impl Fresh {
                     self.failed(&error, wait, begun.elapsed() < NEW_FOR);
                     let (text, retry_at) = (error.to_string(), Instant::now() + wait);
                     self.out.send_modify(|state| (state.error, state.retry_at) = (Some(text), Some(retry_at)));
-                    Wait { until: retry_at, next: None, roots_at: None }
+                    Wait { until: retry_at, roots_at: None }
                 }
             };
-            why = self.wait(wait).await;
+            why = self.wait(&wait, &mut next).await;
         }
     }
 
@@ -163,11 +164,11 @@ impl Fresh {
     }
 
     /// Waits until the CA is to be asked again.
-    async fn wait(&self, mut wait: Wait) -> Why {
+    async fn wait(&self, wait: &Wait, next: &mut Option<(Credentials, Instant)>) -> Why {
         let (mut time, mut clock, mut distrust) = (Instant::now(), SystemTime::now(), false);
         loop {
             let now = Instant::now();
-            if let Some((next, _)) = wait.next.take_if(|(_, at)| *at <= now || self.valid().is_none()) {
+            if let Some((next, _)) = next.take_if(|(_, at)| *at <= now || self.valid().is_none()) {
                 match next.trusting(self.store.known_trust(&self.identity)) {
                     Ok(next) => self.publish(next),
                     // It has ended before it was presented: another one is needed now.
@@ -182,7 +183,7 @@ impl Fresh {
             }
             (time, clock) = (now, SystemTime::now());
             let step = (wait.until - now).min(CLOCK_LOOK);
-            let mut step = wait.next.as_ref().map_or(step, |(_, at)| step.min(at.saturating_duration_since(now)));
+            let mut step = next.as_ref().map_or(step, |(_, at)| step.min(at.saturating_duration_since(now)));
             if let Some(at) = wait.roots_at.filter(|_| distrust) {
                 if at <= now {
                     tracing::info!(identity = %self.identity, "a peer's root is not known, or our certificate is revoked; renewing");

@@ -1,8 +1,9 @@
 //! Metrics of the process: open files, build.
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
@@ -15,6 +16,17 @@ pub fn register(
 ) {
     registry.register_collector(Box::new(ProcessCollector { open_files, max_files }));
     registry.register("culvert_build", "Version of this process", Info::new(build));
+    // What dashboards of Istio count node tunnels by.
+    let istio = Family::<BuildLabels, Gauge>::default();
+    let tag = concat!("culvert-", env!("CARGO_PKG_VERSION"));
+    istio.get_or_create(&BuildLabels { component: "ztunnel", tag }).set(1);
+    registry.register("istio_build", "Version of this node's tunnel daemon", istio);
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BuildLabels {
+    component: &'static str,
+    tag: &'static str,
 }
 
 #[derive(Debug)]
