@@ -50,16 +50,16 @@ pub enum Address {
 }
 
 /// What could be read, and what could not.
-#[derive(Debug)]
-pub struct Decoded {
-    /// The resource, without what was not understood.
-    pub address: Address,
+#[derive(Debug, PartialEq, Eq)]
+pub struct Decoded<T> {
+    /// The resource, without what was not understood or with that made safe.
+    pub value: T,
     /// What was not understood.
     pub faults: Vec<String>,
 }
 
 /// Reads a resource named `name`, which must be the name of what is in it.
-pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded, String> {
+pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded<Address>, String> {
     let resource = wire::Address::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
     let mut faults = Vec::new();
     let (address, key) = match resource.r#type {
@@ -75,7 +75,7 @@ pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded, S
         }
         None => return Err("is neither a workload nor a service".into()),
     };
-    if key == name { Ok(Decoded { address, faults }) } else { Err(format!("is named otherwise inside: {key}")) }
+    if key == name { Ok(Decoded { value: address, faults }) } else { Err(format!("is named otherwise inside: {key}")) }
 }
 
 /// A value, or a fault.
@@ -295,7 +295,7 @@ mod tests {
     fn decode(resource: wire::address::Type, name: &str) -> Result<Address, String> {
         let bytes = wire::Address { r#type: Some(resource) }.encode_to_vec();
         let decoded = address(name, &bytes, &mut Names::default())?;
-        if decoded.faults.is_empty() { Ok(decoded.address) } else { Err(decoded.faults.join("; ")) }
+        if decoded.faults.is_empty() { Ok(decoded.value) } else { Err(decoded.faults.join("; ")) }
     }
 
     fn pod() -> wire::Workload {
@@ -361,7 +361,7 @@ mod tests {
         let odd = wire::Workload { waypoint: Some(Default::default()), ..pod() };
         let bytes = wire::Address { r#type: Some(wire::address::Type::Workload(odd)) }.encode_to_vec();
         let decoded = address("c1//Pod/a/w", &bytes, &mut Names::default()).unwrap();
-        let Address::Workload(w) = decoded.address else { panic!() };
+        let Address::Workload(w) = decoded.value else { panic!() };
         assert!(w.waypoint.is_some() && !w.ips.is_empty(), "known, and behind a waypoint that cannot be found");
         assert_eq!(decoded.faults.len(), 1);
     }

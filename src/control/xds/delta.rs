@@ -2,10 +2,10 @@
 //! and an update of the facts out.
 //!
 //! One stream carries both types. Everything is told (wildcard), or for addresses, what was asked for (on demand). What was
-//! refused is not reported as held, so that it comes again. A request beyond the server's limit is sent without versions;
+//! refused is reported in no version, so that it comes again. A request beyond the server's limit is sent without versions;
 //! the complete list that follows says what is gone.
 
-use super::decode::{self, Names};
+use super::decode::{self, Decoded, Names};
 use super::policy;
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::workload::NetworkMode;
@@ -211,29 +211,17 @@ impl Delta {
         for resource in resources {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
-            let value = resource.resource.as_ref().map(|any| any.value.as_slice());
-            match value.ok_or_else(|| "is empty".to_owned()).and_then(|v| decode::address(&name, v, &mut self.names)) {
-                Ok(decode::Decoded { address, faults: some }) => {
-                    match address {
-                        decode::Address::Workload(workload) => {
-                            self.note_host_network(&workload, update);
-                            update.workloads.push(*workload);
-                        }
-                        decode::Address::Service(service) => update.services.push(*service),
-                    }
-                    if self.on_demand {
-                        self.delivered.insert(name.to_string());
-                    }
-                    self.address.hold(name.clone(), resource, self.keep);
-                    if !some.is_empty() {
-                        self.address.refuse(&name);
-                    }
-                    faults.extend(some.into_iter().map(|fault| format!("{name}: {fault}")));
+            let decode = |bytes: &[u8]| decode::address(&name, bytes, &mut self.names);
+            let Some(address) = self.address.take(resource, self.keep, faults, decode) else { continue };
+            match address {
+                decode::Address::Workload(workload) => {
+                    self.note_host_network(&workload, update);
+                    update.workloads.push(*workload);
                 }
-                Err(fault) => {
-                    self.address.refuse(&name);
-                    faults.push(format!("{name}: {fault}"));
-                }
+                decode::Address::Service(service) => update.services.push(*service),
+            }
+            if self.on_demand {
+                self.delivered.insert(name.to_string());
             }
         }
         let gone = self.address.gone(&seen, removed);
@@ -261,21 +249,8 @@ impl Delta {
         for resource in resources {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
-            let value = resource.resource.as_ref().map(|any| any.value.as_slice());
-            match value.ok_or_else(|| "is empty".to_owned()).and_then(|v| policy::policy(&name, v)) {
-                Ok(decoded) => {
-                    update.policies.push(decoded.policy);
-                    self.authorization.hold(name.clone(), resource, self.keep);
-                    if !decoded.faults.is_empty() {
-                        self.authorization.refuse(&name);
-                    }
-                    faults.extend(decoded.faults.into_iter().map(|fault| format!("{name}: {fault}")));
-                }
-                Err(fault) => {
-                    self.authorization.refuse(&name);
-                    faults.push(format!("{name}: {fault}"));
-                }
-            }
+            let decode = |bytes: &[u8]| policy::policy(&name, bytes);
+            update.policies.extend(self.authorization.take(resource, self.keep, faults, decode));
         }
         let gone = self.authorization.gone(&seen, removed);
         update.gone_policies.extend(gone.into_iter().map(Text::from));
@@ -330,16 +305,34 @@ impl Delta {
 }
 
 impl Kind {
-    fn hold(&mut self, name: Text, mut resource: Resource, keep: bool) {
-        let version = std::mem::take(&mut resource.version).into();
-        self.held.insert(name, Held { version, resource: keep.then_some(resource) });
-    }
-
-    /// What was held before stays so, that its removal is heard of, but in no version, so that it comes again.
-    fn refuse(&mut self, name: &str) {
-        if let Some(held) = self.held.get_mut(name) {
+    /// Takes one resource: what `decode` makes of it is held and returned, whatever is wrong with it is named in `faults`.
+    /// What was held before stays so where it is refused, that its removal is heard of, but in no version, so that it comes
+    /// again.
+    fn take<T>(
+        &mut self,
+        mut resource: Resource,
+        keep: bool,
+        faults: &mut Vec<String>,
+        decode: impl FnOnce(&[u8]) -> Result<Decoded<T>, String>,
+    ) -> Option<T> {
+        let name = resource.name.clone();
+        let bytes = resource.resource.as_ref().map(|any| any.value.as_slice());
+        let (value, found) = match bytes.ok_or_else(|| "is empty".to_owned()).and_then(decode) {
+            Ok(Decoded { value, faults }) => {
+                let version = std::mem::take(&mut resource.version).into();
+                let held = Held { version, resource: keep.then_some(resource) };
+                self.held.insert(name.as_str().into(), held);
+                (Some(value), faults)
+            }
+            Err(fault) => (None, vec![fault]),
+        };
+        if !found.is_empty()
+            && let Some(held) = self.held.get_mut(name.as_str())
+        {
             held.version = "".into();
         }
+        faults.extend(found.into_iter().map(|fault| format!("{name}: {fault}")));
+        value
     }
 
     /// What is gone by this response: what it names, and where it is a complete list, what it lacks.

@@ -1,7 +1,7 @@
 //! Authorization policies: wire → facts. Pure and total. What cannot be understood never widens access: a match that
 //! holds such a value never matches in an ALLOW policy and always matches in a DENY policy, and the policy is reported.
 
-use super::decode::{ip, range};
+use super::decode::{Decoded, ip, range};
 use crate::mesh::Policy;
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, ServiceAccountMatch, StringMatch};
 use crate::proto::istio::security as wire;
@@ -9,17 +9,8 @@ use ipnet::IpNet;
 use prost::Message;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// A policy, and what of it could not be understood.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Decoded {
-    /// The policy, in which everything that was not understood is made safe.
-    pub policy: Policy,
-    /// What was not understood.
-    pub faults: Vec<String>,
-}
-
-/// Reads a policy named `name`.
-pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded, String> {
+/// Reads a policy named `name`; in it, everything that was not understood is made safe.
+pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
     let p = wire::Authorization::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
     let key = format!("{}/{}", p.namespace, p.name);
     if key != name {
@@ -59,7 +50,7 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded, String> {
         dry_run: p.dry_run,
         rules,
     };
-    Ok(Decoded { policy, faults })
+    Ok(Decoded { value: policy, faults })
 }
 
 fn one_match(m: &wire::Match, action: Action, faults: &mut Vec<String>) -> Match {
@@ -134,7 +125,7 @@ mod tests {
     use crate::mesh::policy::Rule;
     use proptest::prelude::*;
 
-    fn decode(m: wire::Match, action: wire::Action) -> Decoded {
+    fn decode(m: wire::Match, action: wire::Action) -> Decoded<Policy> {
         let rules = vec![wire::Rule { clauses: vec![wire::Clause { matches: vec![m] }] }];
         let authorization = wire::Authorization {
             name: "p".into(),
@@ -163,9 +154,9 @@ mod tests {
         ] {
             let only = |rules: &[Rule]| rules[0][0][0].clone();
             let allow = decode(m.clone(), wire::Action::Allow);
-            assert_eq!(only(&allow.policy.rules), Match::default(), "never: {m:?}");
+            assert_eq!(only(&allow.value.rules), Match::default(), "never: {m:?}");
             let deny = decode(m.clone(), wire::Action::Deny);
-            assert_eq!(only(&deny.policy.rules), everything(), "always: {m:?}");
+            assert_eq!(only(&deny.value.rules), everything(), "always: {m:?}");
             assert_eq!((allow.faults.len(), deny.faults.len()), (1, 1));
         }
     }
@@ -175,7 +166,7 @@ mod tests {
         let wire =
             wire::Authorization { name: "p".into(), namespace: "a".into(), scope: 9, action: 9, ..Default::default() };
         let decoded = policy("a/p", &wire.encode_to_vec()).unwrap();
-        assert_eq!((decoded.policy.action, decoded.policy.scope), (Action::Deny, PolicyScope::Namespace));
+        assert_eq!((decoded.value.action, decoded.value.scope), (Action::Deny, PolicyScope::Namespace));
         assert_eq!(decoded.faults.len(), 2);
         assert!(policy("a/q", &wire.encode_to_vec()).is_err());
     }
