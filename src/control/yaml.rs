@@ -7,7 +7,7 @@
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
-use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType};
+use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType, pod_uid};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
 use serde::Deserialize;
@@ -210,13 +210,10 @@ impl FileWorkload {
             services.insert(ServiceKey::parse(&key).map_err(|e| fault(e.to_string()))?, ports);
         }
         let gateway = |g: Option<FileGateway>| g.map(FileGateway::check).transpose().map_err(&fault);
-        let uid = if self.uid.is_empty() {
-            format!("{}//Pod/{}/{}", self.cluster_id, self.namespace, self.name)
-        } else {
-            self.uid
-        };
+        let uid =
+            if self.uid.is_empty() { pod_uid(&self.cluster_id, &self.namespace, &self.name) } else { self.uid.into() };
         let workload = Workload {
-            uid: uid.into(),
+            uid,
             name: self.name.into(),
             namespace: self.namespace.into(),
             trust_domain: self.trust_domain.into(),

@@ -5,12 +5,12 @@
 
 use super::authority::Signed;
 use crate::mesh::SpiffeName;
+use crate::rpc::tls::from_pem;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType, string::Ia5String,
 };
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -118,10 +118,7 @@ impl Builtin {
             return Err(content(&key_path, reason));
         }
         let ca_key = KeyPair::from_pem(&read(&key_path)?).map_err(|e| content(&key_path, e.to_string()))?;
-        let roots_pem = read(&root_path)?;
-        let roots: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(roots_pem.as_bytes())
-            .collect::<Result<_, _>>()
-            .map_err(|e| content(&root_path, e.to_string()))?;
+        let roots = from_pem(read(&root_path)?.as_bytes()).map_err(|reason| content(&root_path, reason))?;
         let first = roots.first().ok_or_else(|| content(&root_path, "holds no certificate".into()))?;
         let issuer = Issuer::from_ca_cert_der(first, ca_key).map_err(|e| content(&root_path, e.to_string()))?;
 

@@ -96,6 +96,11 @@ pub struct ApplicationTunnel {
 /// Port map of a service at one endpoint: service port to target port.
 pub type Ports = BTreeMap<u16, u16>;
 
+/// The unique id that the control plane gives a pod (source: istiod's ambient index).
+pub fn pod_uid(cluster: &str, namespace: &str, name: &str) -> Text {
+    format!("{cluster}//Pod/{namespace}/{name}").into()
+}
+
 /// One workload of the mesh, or one known to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {

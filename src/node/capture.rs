@@ -6,7 +6,7 @@ use super::pods::NetnsRef;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
-use crate::mesh::workload::NetworkMode;
+use crate::mesh::workload::{NetworkMode, pod_uid};
 use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
@@ -83,12 +83,11 @@ impl Capturer {
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
-        let (cluster, namespace, name) = (&self.config.cluster_id, &spec.namespace, &spec.name);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
-            name: name.clone(),
-            namespace: namespace.clone(),
-            mesh_uid: format!("{cluster}//Pod/{namespace}/{name}").into(),
+            name: spec.name.clone(),
+            namespace: spec.namespace.clone(),
+            mesh_uid: pod_uid(&self.config.cluster_id, &spec.namespace, &spec.name),
             netns,
             sockets: self.sockets,
             identity: watch::Sender::default(),

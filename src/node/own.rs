@@ -4,6 +4,7 @@
 use super::capture::Capturer;
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod};
+use crate::mesh::workload::pod_uid;
 use crate::mesh::{SpiffeName, Text};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
@@ -49,8 +50,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
     let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
     let listener = bind_capture(PORT, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
     capturer.identities.want(identity);
-    let (cluster, namespace) = (&capturer.config.cluster_id, &identity.namespace);
-    let mesh_uid: Text = format!("{cluster}//Pod/{namespace}/{name}").into();
+    let mesh_uid = pod_uid(&capturer.config.cluster_id, &identity.namespace, name);
     let pod = Arc::new(Pod {
         uid: mesh_uid.clone(),
         name: name.clone(),

@@ -93,9 +93,6 @@ pub async fn keep(mut task: Task) {
         let listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
                 // Who it is need not be known for that: the facts may be those of its earlier life.
-                while let Ok(question) = task.questions.try_recv() {
-                    task.asked.push(question);
-                }
                 task.answer(&Ok(()));
                 listening
             }
@@ -162,9 +159,6 @@ impl Task {
     async fn wait_after(&mut self, error: &CaptureError, facts: &mut watch::Receiver<u64>) -> Option<End> {
         self.report(error);
         self.first_attempt = None;
-        while let Ok(question) = self.questions.try_recv() {
-            self.asked.push(question);
-        }
         self.answer(&Err(error.to_string()));
         let (removed, process) = (self.removed.clone(), self.capturer.drain.signal());
         tokio::select! {
@@ -183,8 +177,10 @@ impl Task {
         }
     }
 
+    /// Answers every question there is by now.
     fn answer(&mut self, answer: &Result<(), String>) {
-        for question in self.asked.drain(..) {
+        let come_since = std::iter::from_fn(|| self.questions.try_recv().ok());
+        for question in self.asked.drain(..).chain(come_since) {
             // Whoever asked has gone where this fails.
             let _ = question.send(answer.clone());
         }
@@ -271,8 +267,8 @@ impl Task {
                 Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
                 () = settled(facts) => {}
             }
-            let still = self.approved.as_ref().map(|approved| self.capturer.still(&self.spec, approved));
-            match still.unwrap_or(Ok(())) {
+            let still = self.approved.as_ref().map_or(Ok(()), |approved| self.capturer.still(&self.spec, approved));
+            match still {
                 Ok(()) => {}
                 Err(error @ CaptureError::NoFacts(_)) => {
                     self.board.set(&self.spec, state_of(&error));
