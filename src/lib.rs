@@ -6,7 +6,7 @@
 //! |--:|---|
 //! | 0 | `mesh`, `proto`, `sys`, `task`, `telemetry` |
 //! | 1 | `hbone`, `rpc` |
-//! | 2 | `identity` |
+//! | 2 | `dns`, `identity` |
 //! | 3 | `connection`, `control`, `admin` |
 //! | 4 | `node` |
 //! | 5 | `config` |
@@ -19,6 +19,7 @@ mod connection;
 mod control;
 mod daemon;
 mod demo;
+mod dns;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzz;

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: [&[&str]; 8] = [
     &["mesh", "proto", "sys", "task", "telemetry"],
     &["hbone", "rpc"],
-    &["identity"],
+    &["dns", "identity"],
     &["connection", "control", "admin"],
     &["node"],
     &["config"],
@@ -38,7 +38,10 @@ const NEVER: [(&str, &[&str]); 6] = [
 const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
 
 /// Files that decide and do nothing else.
-const PURE: [&str; 22] = [
+const PURE: [&str; 25] = [
+    "dns/lookup.rs",
+    "dns/message.rs",
+    "dns/resolv_conf.rs",
     "node/zds/message.rs",
     "node/zds/session.rs",
     "mesh/address.rs",

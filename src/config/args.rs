@@ -132,6 +132,16 @@ settings! {
     compliance_policy "compliance-policy" "COMPLIANCE_POLICY";
     /// Life of certificates [24h].
     secret_ttl "secret-ttl" "SECRET_TTL";
+    /// Take pods' DNS; a pod's own setting wins [true].
+    dns_capture "dns-capture" "ISTIO_META_DNS_CAPTURE";
+    /// Domain of the cluster [cluster.local].
+    cluster_domain "cluster-domain" "CLUSTER_DOMAIN";
+    /// Among services of one host name, prefer this namespace's after the pod's own and canonical ones.
+    preferred_namespace "preferred-service-namespace" "PREFERED_SERVICE_NAMESPACE";
+    /// Time to live of DNS answers from the mesh [30s].
+    dns_ttl "dns-ttl" "CULVERT_DNS_TTL";
+    /// Answers of its resolvers kept for each pod, for as long as they say; 0: none [256].
+    dns_cache "dns-cache" "CULVERT_DNS_CACHE_ENTRIES";
     /// Trust domains accepted beside a workload's own, comma-joined.
     trust_domain_aliases "trust-domain-aliases" "CULVERT_TRUST_DOMAIN_ALIASES";
     /// Mark of the daemon's own packets [1337].

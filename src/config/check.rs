@@ -96,6 +96,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
             ipv6,
         },
         connection: connection_config(&mut c, args, &proxy, machine, mark),
+        dns: istio::dns(&mut c, args, environment, &proxy, (ipv6, mark)),
         node: node::Config {
             redirect: path(&args.pods_file).is_some(),
             source: path(&args.pods_file).map_or_else(
@@ -243,6 +244,13 @@ fn ttl(text: &str) -> Result<Duration, String> {
     duration(text).ok().filter(|d| *d >= Duration::from_secs(10)).ok_or_else(expected)
 }
 
+/// A day is what resolvers keep at most.
+pub(super) fn dns_ttl(text: &str) -> Result<Duration, String> {
+    let range = Duration::from_secs(1)..=Duration::from_secs(86_400);
+    let whole = |d: &Duration| range.contains(d) && d.subsec_nanos() == 0;
+    duration(text).ok().filter(whole).ok_or_else(|| "whole seconds from 1s to 1day".into())
+}
+
 /// What the kernel takes for `TCP_KEEPIDLE` and `TCP_KEEPINTVL`: whole seconds up to 32767 (tcp(7)).
 fn keepalive_time(text: &str) -> Result<Duration, String> {
     let range = Duration::from_secs(1)..=Duration::from_secs(32_767);
@@ -256,7 +264,7 @@ fn domains(text: &str) -> Result<Vec<String>, String> {
     if all.iter().all(fine) { Ok(all) } else { Err("trust domains in lower case, comma-joined".into()) }
 }
 
-fn integer<T>(range: std::ops::RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String>
+pub(super) fn integer<T>(range: std::ops::RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String>
 where
     T: FromStr + PartialOrd + std::fmt::Display,
 {

@@ -2,9 +2,10 @@
 //! environment's open-ended parts (`ISTIO_META_*`, `XDS_HEADER_*`, `CA_HEADER_*`) and Istio's proxy configuration.
 
 use super::args::NodeArgs;
-use super::check::Checker;
+use super::check::{Checker, dns_ttl, integer};
 use super::{CaSource, MeshSource, OwnPod};
 use crate::control::xds;
+use crate::dns;
 use crate::rpc::{self, Token, tls::Roots};
 use crate::task::files::from_yaml;
 use http::header::HeaderName;
@@ -13,6 +14,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Where Istio's chart mounts the control plane's roots.
 const ROOTS: &str = "./var/run/secrets/istio/root-cert.pem";
@@ -181,6 +183,42 @@ pub(super) fn mesh_source(
     let node_id = format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local");
     let state_file = args.state_file.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from);
     MeshSource::Xds(Box::new(xds::Config { rpc, node_id, metadata, on_demand, state_file }))
+}
+
+/// DNS of pods. Whether it is taken is said by the reference's metadata, in the environment or in the proxy configuration.
+pub(super) fn dns(
+    c: &mut Checker,
+    args: &NodeArgs,
+    environment: &Environment,
+    proxy: &ProxyConfig,
+    socket: (bool, u32),
+) -> dns::Config {
+    let said = |name: &str| {
+        let own = environment.variables.get(&format!("ISTIO_META_{name}"));
+        let of_proxy = proxy.proxy_metadata.get(name).or(proxy.proxy_metadata.get(&format!("ISTIO_META_{name}")));
+        own.or(of_proxy).filter(|value| !value.is_empty()).cloned()
+    };
+    let capture = args.dns_capture.clone().filter(|value| !value.is_empty()).or(said("DNS_CAPTURE"));
+    if let Some(address) = said("DNS_PROXY_ADDR").filter(|address| *address != format!("localhost:{}", dns::PORT)) {
+        c.faults
+            .push(format!("ISTIO_META_DNS_PROXY_ADDR: {address:?} is not supported: it is localhost:{}", dns::PORT));
+    }
+    let domain = |text: &str| {
+        let bare = text.trim_matches('.').to_ascii_lowercase();
+        let fine = |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+        if bare.split('.').all(fine) { Ok(bare.into()) } else { Err("a domain such as cluster.local".to_owned()) }
+    };
+    let (ipv6, mark) = socket;
+    dns::Config {
+        // As the reference reads it: anything but true is no.
+        capture: capture.is_none_or(|value| value.eq_ignore_ascii_case("true")),
+        cluster_domain: c.read("CLUSTER_DOMAIN", args.cluster_domain.as_ref(), "cluster.local".into(), domain),
+        preferred_namespace: text(&args.preferred_namespace).as_str().into(),
+        ttl: c.read("CULVERT_DNS_TTL", args.dns_ttl.as_ref(), Duration::from_secs(30), dns_ttl),
+        cache_entries: c.read("CULVERT_DNS_CACHE_ENTRIES", args.dns_cache.as_ref(), 256, integer(0..=100_000)),
+        ipv6,
+        mark,
+    }
 }
 
 /// Where certificates come from: the directory, if there is one, else Istio's CA.

@@ -7,7 +7,7 @@ pub mod check;
 pub mod istio;
 
 use crate::control::xds;
-use crate::{admin, connection, node, rpc, telemetry};
+use crate::{admin, connection, dns, node, rpc, telemetry};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -40,6 +40,8 @@ pub struct Config {
     pub admin: admin::Config,
     /// Data plane.
     pub connection: connection::Config,
+    /// DNS of pods.
+    pub dns: dns::Config,
     /// Pods.
     pub node: node::Config,
     /// Log.

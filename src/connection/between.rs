@@ -2,7 +2,7 @@
 
 use super::Pod;
 use super::authorize::Live;
-use super::choose::{self, RouteError, route::Route};
+use super::choose::{self, Names, RouteError, route::Route};
 use super::dial::{DialError, hbone::Origin};
 use super::forward::{ForwardError, Stop};
 use super::report::Failure;
@@ -28,35 +28,42 @@ pub(super) async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snaps
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
 
-/// Questions that one connection may ask of the control plane: its destination, a waypoint, and what these lead to.
-const QUESTIONS_MAX: usize = 4;
+/// Questions that one connection may ask: of the control plane for its destination, a waypoint, and what these lead to; of
+/// the pod's resolvers for the endpoints that have no address but a host name, of which each choice may find another.
+const QUESTIONS_MAX: usize = 8;
 
-/// The route to `target`; asks for facts that are told only when asked for, and chooses again.
+/// The route to `target`; asks for facts that are told only when asked for, resolves host names, and chooses again.
 pub(super) async fn find_route(
     mesh: &mesh::Store,
+    pod: &Pod,
     mut snapshot: Arc<Snapshot>,
     source: &Workload,
     target: SocketAddr,
 ) -> Result<Route, RouteError> {
-    let choose = |snapshot: &Snapshot| {
-        choose::route::choose(snapshot, source, target, &mut |below| rand::random_range(0..below))
+    let mut names = Names::new();
+    let choose = |snapshot: &Snapshot, names: &Names| {
+        choose::route::choose(snapshot, source, target, names, &mut |below| rand::random_range(0..below))
     };
     for _ in 0..QUESTIONS_MAX {
-        match choose(&snapshot) {
+        match choose(&snapshot, &names) {
             Err(RouteError::Unasked(wanted)) => mesh.ask(wanted).await?,
+            Err(RouteError::Unresolved(name)) => {
+                let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await?;
+                names.insert(name, addresses);
+            }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::UnknownWaypoint { .. })) => {
                 let old = snapshot.refreshable(&source.network, target.ip(), &source.namespace);
                 if old.is_empty() {
                     return Err(error);
                 }
                 mesh.refresh(old).await;
-                return choose(&mesh.load());
+                return choose(&mesh.load(), &names);
             }
             chosen => return chosen,
         }
         snapshot = mesh.load();
     }
-    choose(&snapshot)
+    choose(&snapshot, &names)
 }
 
 /// The certificate of the pod's own workload.

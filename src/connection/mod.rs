@@ -119,7 +119,7 @@ async fn open(
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
     let (snapshot, source) = local_facts(worker, pod).await?;
-    let route = find_route(&shared.mesh, snapshot, &source, captured.destination).await?;
+    let route = find_route(&shared.mesh, pod, snapshot, &source, captured.destination).await?;
     let details = |way: Option<&HboneWay>, actual| Details {
         source_identity: way.and(source.identity().ok()),
         destination_identity: None,

@@ -1,6 +1,7 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
 use super::dial::direct::SocketConfig;
+use crate::dns::Resolver;
 use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
@@ -30,6 +31,8 @@ pub struct Pod {
     pub netns: Netns,
     /// How they are made.
     pub sockets: SocketConfig,
+    /// Its DNS resolvers.
+    pub resolver: Arc<Resolver>,
     /// Who it is: set once its namespace has been found to hold the addresses that its workload has. No connection goes
     /// before that.
     pub identity: watch::Sender<Option<SpiffeName>>,
@@ -51,20 +54,25 @@ impl Pod {
         snapshot.workload_of_pod(&self.namespace, &self.name).filter(own)
     }
 
-    /// The facts of now and this pod's workload among them; waits up to 5 s for it to become known and checked.
-    pub async fn facts(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+    /// The facts of now and this pod's workload among them, if it is known and checked.
+    pub fn facts_now(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
         let snapshot = mesh.load();
-        if let Some(workload) = self.workload(&snapshot).cloned() {
-            return Some((snapshot, workload));
+        let workload = self.workload(&snapshot).cloned()?;
+        Some((snapshot, workload))
+    }
+
+    /// The same; waits up to 5 s for it to become known and checked.
+    pub async fn facts(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+        if let Some(known) = self.facts_now(mesh) {
+            return Some(known);
         }
         let (mut changes, mut identity) = (mesh.subscribe(), self.identity.subscribe());
         let wait = async {
             loop {
                 changes.mark_unchanged();
                 identity.mark_unchanged();
-                let snapshot = mesh.load();
-                if let Some(workload) = self.workload(&snapshot).cloned() {
-                    return Some((snapshot, workload));
+                if let Some(known) = self.facts_now(mesh) {
+                    return Some(known);
                 }
                 let uid = Wanted::Workload(self.mesh_uid.clone());
                 tokio::select! {

@@ -327,6 +327,8 @@ struct FileService {
     vips: Vec<String>,
     ports: BTreeMap<u16, u16>,
     #[serde(default)]
+    port_names: BTreeMap<String, u16>,
+    #[serde(default)]
     cidr_vips: Vec<String>,
     #[serde(default)]
     subject_alt_names: Vec<String>,
@@ -356,6 +358,7 @@ impl FileService {
             waypoint: self.waypoint.map(FileGateway::check).transpose().map_err(&fault)?,
             key,
             name: self.name.into(),
+            port_names: port_names(self.port_names, &self.ports).map_err(&fault)?,
             ports: self.ports,
             subject_alt_names: self.subject_alt_names.into_iter().map(Text::from).collect(),
             weighted_waypoints: Vec::new(),
@@ -372,6 +375,15 @@ impl FileService {
             },
         })
     }
+}
+
+/// Names as they are asked for, each of a port that is there.
+fn port_names(names: BTreeMap<String, u16>, ports: &BTreeMap<u16, u16>) -> Result<BTreeMap<Text, u16>, String> {
+    let one = |(name, port): (String, u16)| {
+        let known = ports.contains_key(&port).then(|| (Text::from(name.to_ascii_lowercase()), port));
+        known.ok_or_else(|| format!("portNames: {name:?} is port {port}, which is not among the ports"))
+    };
+    names.into_iter().map(one).collect()
 }
 
 fn load_balancer(lb: FileLoadBalancer) -> LoadBalancer {

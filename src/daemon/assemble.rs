@@ -11,6 +11,7 @@ use crate::connection::authorize::revoke::Registry as Permits;
 use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
+use crate::dns::{self, Dns};
 use crate::identity::istio_ca::IstioCa;
 use crate::identity::revoked::Revocations;
 use crate::identity::{Authority, Builtin, Store as Identities};
@@ -55,6 +56,7 @@ pub(super) struct Parts {
     pub(super) revocations: Arc<Revocations>,
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,
+    pub(super) dns: Arc<Dns>,
 }
 
 async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
@@ -83,6 +85,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
 
+    let dns = names(&config, &mesh, &mut registry)?;
     let board = Arc::new(Board::default());
     board.register(&mut registry);
     let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
@@ -93,10 +96,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         identities: identities.clone(),
         freshness: facts.freshness.clone(),
     }));
-    let zds_metrics = Arc::new(zds::Metrics::default());
-    if let Source::Agent(_) = config.node.source {
-        zds_metrics.register(&mut registry);
-    }
+    let zds_metrics = agent_metrics(&config, &mut registry);
 
     let quit = Arc::new(Notify::new());
     let parts = Arc::new(Parts {
@@ -107,6 +107,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         revocations,
         reporter,
         board: board.clone(),
+        dns: dns.clone(),
     });
     let pages = pages(&parts, log, &quit, registry, ready.clone());
     for port in Ports::bind(pages, ports_config(&parts.config)).await?.serve() {
@@ -118,6 +119,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         sockets: parts.config.connection.sockets,
         mesh: parts.mesh.clone(),
         identities,
+        dns: dns.clone(),
         workers: workers.clone(),
         drain: drain.clone(),
         claims: Default::default(),
@@ -143,10 +145,26 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn names(config: &Config, mesh: &Arc<Mesh>, registry: &mut Registry) -> anyhow::Result<Arc<Dns>> {
+    let metrics = Arc::new(dns::Metrics::default());
+    metrics.register(registry);
+    let started = Dns::start(config.dns.clone(), metrics, mesh.clone());
+    Ok(Arc::new(started.context("cannot start the thread of DNS")?))
+}
+
 /// Loopback has no IPv6 address where the daemon's own namespace has it switched off.
 fn ports_config(config: &Config) -> admin::Config {
     let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
     admin::Config { ipv6: config.admin.ipv6 && own.unwrap_or(false), ..config.admin }
+}
+
+/// Metrics of the agent's client, shown where there is one.
+fn agent_metrics(config: &Config, registry: &mut Registry) -> Arc<zds::Metrics> {
+    let metrics = Arc::new(zds::Metrics::default());
+    if let Source::Agent(_) = config.node.source {
+        metrics.register(registry);
+    }
+    metrics
 }
 
 /// Serves the daemon's own pod, where it is one.
@@ -243,6 +261,7 @@ async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group
     workers.cut().await;
     background.cut();
     background.finished().await;
+    parts.dns.stop();
     if cut > 0 {
         tracing::warn!(cut, "ended; connections were cut, their time was over");
     } else {
@@ -251,12 +270,13 @@ async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group
 }
 
 fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Registry, ready: Ready) -> Pages {
-    let (for_dump, for_connections, for_pods, quit) = (parts.clone(), parts.clone(), parts.clone(), quit.clone());
+    let (for_dump, for_connections, for_pods) = (parts.clone(), parts.clone(), parts.clone());
+    let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
         connections: Box::new(move || dump::connections(&for_connections)),
         pods: Box::new(move || dump::pods(&for_pods)),
-        logging: Box::new(move |query| logging(&log, query)),
+        logging: Box::new(move |query| logging(&log, &dns, query)),
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),
         registry: Mutex::new(registry),
@@ -264,12 +284,14 @@ fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Regi
     }
 }
 
-/// `level=<directives>` adds, `reset` goes back to the start's filter first, nothing shows (the reference's page).
-fn logging(log: &LogControl, query: Option<&str>) -> Result<String, String> {
+/// `level=<directives>` adds, `reset` goes back to the start's filter first, nothing shows (the reference's page);
+/// `dns=<namespace>/<pod>` logs the DNS requests of that pod, several where it is said several times, until a reset.
+fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
     let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
     let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
     if parts().any(is_reset) {
         log.reset().map_err(|error| format!("{error}\n"))?;
+        dns.log_only(Vec::new());
     }
     for part in parts().filter(|part| !is_reset(part)) {
         match part.split_once('=') {
@@ -278,11 +300,24 @@ fn logging(log: &LogControl, query: Option<&str>) -> Result<String, String> {
                     directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
                 log.add(&directives)
             }
-            _ => return Err(format!("{part:?} is not understood: use level=debug, level=access=debug, or reset\n")),
+            Some(("dns", pod)) if pod.split('/').count() == 2 => {
+                let mut pods = dns.logged();
+                pods.push(pod.to_owned());
+                dns.log_only(pods);
+                Ok(())
+            }
+            _ => {
+                let instead = "use level=debug, level=access=debug, dns=NAMESPACE/POD, or reset";
+                return Err(format!("{part:?} is not understood: {instead}\n"));
+            }
         }
         .map_err(|error| format!("{error}\n"))?;
     }
-    Ok(format!("current log level is {}\n", log.current()))
+    let of_dns = match dns.logged() {
+        pods if pods.is_empty() => String::new(),
+        pods => format!("DNS requests are logged of {}\n", pods.join(", ")),
+    };
+    Ok(format!("current log level is {}\n{of_dns}", log.current()))
 }
 
 /// Numbers that are looked up at each scrape.

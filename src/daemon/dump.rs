@@ -8,7 +8,7 @@ use crate::identity::Credentials;
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
-use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Workload};
+use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
 use crate::node::Source;
 use crate::node::status::{PodStatus, State};
 use rustls::pki_types::CertificateDer;
@@ -79,9 +79,22 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "state": pod.state.word(),
             "reason": pod.state.reason(),
             "since": time(pod.since),
+            "dns": dns(parts, &pod.spec.uid),
         })
     };
     Value::Array(parts.board.list().iter().map(one).collect())
+}
+
+/// How a pod's DNS requests ended, and where those go that the mesh does not answer.
+fn dns(parts: &Parts, uid: &Text) -> Value {
+    let Some(requests) = parts.dns.counts(uid) else { return Value::Null };
+    let used = parts.dns.resolvers(uid);
+    json!({
+        "requests": requests,
+        "resolvers": used.as_ref().map(|used| used.servers.iter().map(ToString::to_string).collect::<Vec<_>>()),
+        "search": used.as_ref().map(|used| &used.search),
+        "from": used.map(|used| if used.by_pod { "the pod's resolv.conf" } else { "the daemon's resolv.conf" }),
+    })
 }
 
 fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -> Value {
@@ -192,6 +205,7 @@ fn service(snapshot: &Snapshot, s: &Service) -> Value {
         "cidrVips": s.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
         "ports": ports,
         "endpoints": endpoints,
+        "portNames": s.port_names.iter().map(|(name, port)| (name.to_string(), Value::from(*port))).collect::<serde_json::Map<_, _>>(),
         "subjectAltNames": s.subject_alt_names.iter().map(|n| &**n).collect::<Vec<_>>(),
         "waypoint": s.waypoint.as_ref().map(gateway),
         "weightedWaypoints": s.weighted_waypoints.iter()

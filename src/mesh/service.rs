@@ -3,6 +3,7 @@
 use super::address::{GatewayRef, NetworkAddress, NetworkCidr};
 use super::name::{ServiceKey, Text};
 use super::workload::Ports;
+use std::collections::BTreeMap;
 
 /// What two workloads may have in common when endpoints are preferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +89,8 @@ pub struct Service {
     pub cidrs: Vec<NetworkCidr>,
     /// Service port to target port; target 0 means that each endpoint says.
     pub ports: Ports,
+    /// Names of its TCP ports, as far as whoever told of it knows them.
+    pub port_names: BTreeMap<Text, u16>,
     /// Further SPIFFE names that endpoints may prove.
     pub subject_alt_names: Vec<Text>,
     /// Waypoint asked for by the service.

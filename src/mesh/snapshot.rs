@@ -157,6 +157,11 @@ impl Snapshot {
         preferred(self.by_hostname.get(hostname), client_namespace)
     }
 
+    /// All services with this host name, the canonical ones first.
+    pub fn services_by_hostname(&self, hostname: &str) -> &[Arc<Service>] {
+        self.by_hostname.get(hostname)
+    }
+
     /// What a gateway reference names, as a client of `client_namespace` sees it; a service before a workload.
     pub fn gateway(&self, gateway: &GatewayRef, client_namespace: &str) -> Option<Known> {
         match &gateway.target {
@@ -312,6 +317,7 @@ pub mod tests {
             vips: vec![NetworkAddress { network: "".into(), ip: vip.parse().unwrap() }],
             cidrs: Vec::new(),
             ports: ports.iter().copied().collect(),
+            port_names: Default::default(),
             subject_alt_names: Vec::new(),
             waypoint: None,
             weighted_waypoints: Vec::new(),

@@ -6,6 +6,8 @@ use super::pods::NetnsRef;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
+use crate::dns::server::Known;
+use crate::dns::{self, Dns};
 use crate::mesh::workload::{NetworkMode, pod_uid};
 use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
@@ -15,6 +17,7 @@ use crate::{identity, mesh};
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::watch;
 
@@ -33,6 +36,8 @@ pub struct Capturer {
     pub mesh: Arc<mesh::Store>,
     /// Certificates.
     pub identities: Arc<identity::Store>,
+    /// DNS of pods.
+    pub dns: Arc<Dns>,
     /// Workers that carry the connections.
     pub workers: Arc<Workers>,
     /// The end of the process; pods' drains are below it.
@@ -50,6 +55,8 @@ pub struct Listening {
     pub accepting: Group,
     /// Whether IPv6 is used.
     pub ipv6: bool,
+    /// The pod's DNS, where that is taken.
+    pub names: Option<dns::Serving>,
     _claim: Claim,
 }
 
@@ -83,6 +90,9 @@ impl Capturer {
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
+        let takes_dns = spec.dns.unwrap_or(self.dns.captures());
+        let names = takes_dns.then(|| self.bind_dns(&netns, ipv6)).transpose()?;
+        let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
             name: spec.name.clone(),
@@ -90,6 +100,7 @@ impl Capturer {
             mesh_uid: pod_uid(&self.config.cluster_id, &spec.namespace, &spec.name),
             netns,
             sockets: self.sockets,
+            resolver: resolver.clone(),
             identity: watch::Sender::default(),
             addresses: Default::default(),
             drain: self.drain.child(),
@@ -100,7 +111,17 @@ impl Capturer {
         for (listener, entrance) in listeners {
             self.workers.serve(&pod, listener, entrance, &accepting);
         }
-        Ok(Listening { pod, accepting, ipv6, _claim: claim })
+        let names = names.map(|listeners| {
+            let asker = PodAsker { pod: pod.clone(), mesh: self.mesh.clone() };
+            let label = format!("{}/{}", spec.namespace, spec.name);
+            self.dns.serve(&spec.uid, label, resolver, Box::new(asker), listeners)
+        });
+        Ok(Listening { pod, accepting, ipv6, names, _claim: claim })
+    }
+
+    fn bind_dns(&self, netns: &Netns, ipv6: bool) -> Result<dns::Listeners, CaptureError> {
+        let bound = dns::Listeners::bind(netns, ipv6, self.config.mark, self.config.reuse_port)?;
+        bound.map_err(|source| CaptureError::Port { port: dns::PORT, source })
     }
 
     fn bind(&self, netns: &Netns, ipv6: bool) -> Result<Vec<(TcpListener, Entrance)>, CaptureError> {
@@ -154,9 +175,13 @@ impl Capturer {
     /// Writes the rules, unless an agent does.
     pub async fn redirect(&self, listening: &Listening) -> Result<(), CaptureError> {
         if self.config.redirect {
-            redirect::install(&listening.pod.netns, self.config.mark, listening.ipv6).await?;
+            redirect::install(&listening.pod.netns, &self.rules(listening)).await?;
         }
         Ok(())
+    }
+
+    fn rules(&self, listening: &Listening) -> redirect::Rules {
+        redirect::Rules { mark: self.config.mark, ipv6: listening.ipv6, dns: listening.names.is_some() }
     }
 
     /// Makes sure that what the pod sends comes to us; writes the rules again where it does not and they are ours.
@@ -195,7 +220,7 @@ impl Capturer {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
             };
-            redirect::stop_capturing(&pod.netns, self.config.mark).await.unwrap_or_else(complain);
+            redirect::stop_capturing(&pod.netns, &self.rules(listening)).await.unwrap_or_else(complain);
         }
         pod.drain.gently();
         listening.accepting.finished().await;
@@ -211,6 +236,23 @@ impl Capturer {
         }
         pod.drain.at_once();
         pod.active.wait().await;
+    }
+}
+
+/// A pod as its DNS sees it.
+#[derive(Debug)]
+struct PodAsker {
+    pod: Arc<Pod>,
+    mesh: Arc<mesh::Store>,
+}
+
+impl dns::Asker for PodAsker {
+    fn now(&self) -> Known {
+        self.pod.facts_now(&self.mesh)
+    }
+
+    fn soon(&self) -> Pin<Box<dyn Future<Output = Known> + Send + '_>> {
+        Box::pin(self.pod.facts(&self.mesh))
     }
 }
 

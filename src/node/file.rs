@@ -34,6 +34,7 @@ struct FilePod {
     service_account: String,
     uid: String,
     netns: PathBuf,
+    dns_capture: Option<bool>,
 }
 
 /// Reads and checks a pods file.
@@ -62,6 +63,7 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
             service_account: pod.service_account.into(),
             uid: pod.uid.into(),
             netns: NetnsRef::Path(pod.netns),
+            dns: pod.dns_capture,
         });
     }
     if faults.is_empty() { Ok(specs) } else { Err(content(faults.join("; "))) }

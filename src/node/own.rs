@@ -56,6 +56,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         name: name.clone(),
         namespace: identity.namespace.clone(),
         mesh_uid,
+        resolver: capturer.dns.resolver(&identity.namespace, &netns),
         netns,
         // Nothing is redirected here: replies to a foreign source would not come back.
         sockets: SocketConfig { keep_source: false, ..capturer.sockets },

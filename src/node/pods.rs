@@ -47,6 +47,8 @@ pub struct PodSpec {
     pub uid: Text,
     /// Its network namespace.
     pub netns: NetnsRef,
+    /// Whether its DNS is taken; `None`: as the node is set.
+    pub dns: Option<bool>,
 }
 
 /// Keeps one task per pod.
@@ -149,6 +151,7 @@ impl Pods {
                 service_account: unknown,
                 uid: uid.clone(),
                 netns,
+                dns: None,
             };
             self.board.set(&spec, State::Failed(
                 "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \

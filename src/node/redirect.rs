@@ -1,8 +1,8 @@
 //! The redirection inside a pod: one nftables table of our own, replaced in one transaction, and the rule and route by
 //! which replies to foreign source addresses come back to us. IPv4 and IPv6; no IPv6 where the namespace has none.
 //!
-//! The meaning of each rule is Istio ambient's in-pod redirection, without its DNS part. What the application sends goes
-//! to 15001, what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
+//! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS to 15053,
+//! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
 use crate::sys::netns::{Netns, NetnsError};
 use rtnetlink::packet_route::route::RouteType;
@@ -18,10 +18,25 @@ use tokio::process::Command;
 /// Name of our table.
 pub const TABLE: &str = "culvert";
 
+/// What the rules are to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// `SO_MARK` of our own packets.
+    pub mark: u32,
+    /// Whether IPv6 is used in the namespace.
+    pub ipv6: bool,
+    /// Whether DNS is taken.
+    pub dns: bool,
+}
+
 /// Mark bits that are looked at.
 const MASK: u32 = 0xfff;
 /// Mark of connections whose replies must come back to us.
 const RETURN_MARK: u32 = 0x111;
+/// Port on which DNS is taken.
+const DNS: u16 = crate::dns::PORT;
+/// Conntrack zone of our own DNS.
+const DNS_ZONE: u16 = 1;
 /// Priority of the ip rule.
 const RULE_PRIORITY: u32 = 32764;
 /// Routing table of the ip rule.
@@ -76,17 +91,17 @@ fn route_hint(error: &rtnetlink::Error) -> &'static str {
 }
 
 /// Installs the redirection; a repetition replaces it, nothing is doubled.
-pub async fn install(netns: &Netns, mark: u32, ipv6: bool) -> Result<(), RedirectError> {
+pub async fn install(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
     within(async {
-        routes(netns, ipv6, true).await?;
-        nft(netns, &ruleset(mark, true)).await
+        routes(netns, rules.ipv6, true).await?;
+        nft(netns, &ruleset(rules, true)).await
     })
     .await
 }
 
 /// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
-pub async fn stop_capturing(netns: &Netns, mark: u32) -> Result<(), RedirectError> {
-    within(nft(netns, &ruleset(mark, false))).await
+pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
+    within(nft(netns, &ruleset(rules, false))).await
 }
 
 /// Removes every trace.
@@ -104,7 +119,8 @@ async fn within(work: impl Future<Output = Result<(), RedirectError>>) -> Result
 
 /// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
 /// would stop translating the connections that are open.
-fn ruleset(mark: u32, capture: bool) -> String {
+fn ruleset(rules: &Rules, capture: bool) -> String {
+    let Rules { mark, ipv6, dns } = *rules;
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
     let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
@@ -116,6 +132,14 @@ fn ruleset(mark: u32, capture: bool) -> String {
         inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
         outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
         outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
+        if dns {
+            // Where we do not listen on IPv6, DNS over it is left alone.
+            let family = if ipv6 { "" } else { "meta nfproto ipv4 " };
+            outbound += &format!("    {family}oifname != lo udp dport 53 {others} redirect to :{DNS}\n");
+            for outside in not_loopback.iter().take(if ipv6 { 2 } else { 1 }) {
+                outbound += &format!("    {outside} tcp dport 53 {others} redirect to :{DNS}\n");
+            }
+        }
         outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");
         for outside in not_loopback {
             inbound += &format!("    {outside} tcp dport != 15008 {others} redirect to :15006\n");
@@ -127,8 +151,16 @@ fn ruleset(mark: u32, capture: bool) -> String {
         }
     }
     let return_bits = !MASK;
+    // What we ask of resolvers may come from the very port that the application asks from.
+    let zone = |port: &str, whose: &str| match dns {
+        true => format!("    udp {port} 53 {whose} ct zone set {DNS_ZONE}\n"),
+        false => String::new(),
+    };
+    let (answers, questions) = (zone("sport", &others), zone("dport", &ours));
     format!(
         "add table inet {TABLE}\nflush table inet {TABLE}\ntable inet {TABLE} {{\n\
+         \x20 chain pre_raw {{\n    type filter hook prerouting priority -300; policy accept;\n{answers}  }}\n\
+         \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\

@@ -4,10 +4,12 @@
 
 #![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
 
+pub mod conntrack;
 pub mod limits;
 pub mod netns;
 pub mod original_dst;
 pub mod packet;
+pub mod process;
 pub mod scratch;
 pub mod seqpacket;
 pub mod socket;

@@ -2,7 +2,7 @@
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 use tokio::io::Interest;
@@ -68,6 +68,39 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
     socket.bind(&SocketAddr::new(any, port).into())?;
     socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Binds a listener on one address of the namespace the thread is in, for what is redirected there from the same machine.
+pub fn bind_stream(address: SocketAddr, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
+    let socket = bound(address, Type::STREAM, mark, reuse_port)?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Binds a datagram socket on one address of the namespace the thread is in.
+pub fn bind_datagram(address: SocketAddr, mark: u32, reuse_port: bool) -> io::Result<UdpSocket> {
+    Ok(bound(address, Type::DGRAM, mark, reuse_port)?.into())
+}
+
+fn bound(address: SocketAddr, kind: Type, mark: u32, reuse_port: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
+    if reuse_port {
+        socket.set_reuse_port(true)?;
+    } else if kind == Type::STREAM {
+        // For datagrams this would let another process share the port.
+        socket.set_reuse_address(true)?;
+    }
+    socket.set_mark(mark)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+/// Makes a marked, non-blocking datagram socket that speaks to `to` alone, in the namespace the thread is in.
+pub fn outgoing_datagram(to: SocketAddr, mark: u32) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
+    socket.set_mark(mark)?;
+    socket.connect(&to.into())?;
     Ok(socket.into())
 }
 

@@ -24,6 +24,7 @@ mod capture;
 mod certificates;
 mod configuration;
 mod demo;
+mod dns;
 mod ending;
 mod envoy;
 mod hostile;

@@ -1,6 +1,6 @@
 //! The endpoint of a service: by port, address, health, preference, then by chance weighted with capacity.
 
-use super::{Chance, RouteError};
+use super::{Chance, Names, RouteError};
 use crate::mesh::service::{HealthPolicy, IpFamilies, Mode, Scope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::{Health, Workload};
@@ -36,7 +36,8 @@ pub fn choose(
             elsewhere = Some(endpoint.workload.uid.clone());
             return None;
         }
-        (healthy && !endpoint.workload.ips.is_empty()).then(|| Chosen { workload: endpoint.workload.clone(), port })
+        let reachable = !endpoint.workload.ips.is_empty() || !endpoint.workload.hostname.is_empty();
+        (healthy && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
     let candidates: Vec<Chosen> = preferred(source, service, usable.collect());
     let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();
@@ -94,10 +95,25 @@ fn same(scope: Scope, a: &Workload, b: &Workload) -> bool {
 }
 
 /// The address to use of a workload: the one asked for if it is one of its own, else the first that the service's
-/// families allow, the family of `asked` preferred.
-pub fn address(workload: &Workload, service: Option<&Service>, asked: IpAddr) -> Result<IpAddr, RouteError> {
+/// families allow, the family of `asked` preferred. One without address of its own has those of its host name.
+pub fn address(
+    workload: &Workload,
+    service: Option<&Service>,
+    asked: IpAddr,
+    names: &Names,
+    chance: Chance<'_>,
+) -> Result<IpAddr, RouteError> {
     if workload.ips.contains(&asked) {
         return Ok(asked);
+    }
+    if workload.ips.is_empty() && !workload.hostname.is_empty() {
+        let Some(resolved) = names.get(&workload.hostname) else {
+            return Err(RouteError::Unresolved(workload.hostname.clone()));
+        };
+        let same: Vec<IpAddr> = resolved.iter().copied().filter(|ip| ip.is_ipv4() == asked.is_ipv4()).collect();
+        let among = if same.is_empty() { resolved } else { &same };
+        let drawn = usize::try_from(chance(among.len().max(1) as u64)).unwrap_or(0);
+        return among.get(drawn).copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()));
     }
     let families = service.and_then(|s| s.ip_families);
     let allowed = |ip: &&IpAddr| match families {

@@ -8,9 +8,11 @@ pub mod waypoint;
 pub use local::LocalError;
 pub use route::{HboneWay, Way};
 
+use crate::dns::ResolveError;
 use crate::mesh::store::AskError;
 use crate::mesh::{Text, Wanted};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
 /// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself.
 pub const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
@@ -20,6 +22,9 @@ pub const HBONE_PORT: u16 = 15008;
 
 /// Gives a number below its argument; random in the daemon, chosen in tests.
 pub type Chance<'a> = &'a mut dyn FnMut(u64) -> u64;
+
+/// Addresses of host names that have been resolved for this connection.
+pub type Names = BTreeMap<Text, Vec<IpAddr>>;
 
 /// Why an outbound connection has no route. Every one ends the connection; none is a fall-back to plaintext.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,6 +60,12 @@ pub enum RouteError {
     /// Facts that must be asked for first. Never the end of a connection: it asks, and chooses again.
     #[error("{0} has not been asked for yet")]
     Unasked(Wanted),
+    /// A host name that must be resolved first. Never the end of a connection, as above.
+    #[error("{0} has not been resolved yet")]
+    Unresolved(Text),
+    /// A host name that could not be resolved.
+    #[error("no ip addresses were resolved for workload: {0}")]
+    Resolve(#[from] ResolveError),
     /// Facts that were asked for and did not come.
     #[error(transparent)]
     Ask(#[from] AskError),

@@ -1,10 +1,10 @@
 //! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
 
 use super::destination::{self, Chosen};
-use super::{Chance, HBONE_PORT, OWN_PORTS, RouteError, waypoint};
+use super::{Chance, HBONE_PORT, Names, OWN_PORTS, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// How the far side is reached.
@@ -43,103 +43,133 @@ pub struct Route {
     pub service: Option<Arc<Service>>,
 }
 
-/// Finds the route from `source` to `target` (the original destination).
+/// Finds the route from `source` to `target` (the original destination), with the host names that have been resolved.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
     target: SocketAddr,
+    names: &Names,
     chance: Chance<'_>,
 ) -> Result<Route, RouteError> {
-    let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
-    if own && OWN_PORTS.contains(&target.port()) {
-        return Err(RouteError::Loop(target));
-    }
-    if let Some(service) = snapshot.service_at(&source.network, target.ip(), &source.namespace) {
-        return to_service(snapshot, source, service, target, chance);
-    }
-    let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
-        let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-        if let Some(wanted) = snapshot.unasked(Wanted::Address(wanted)) {
-            return Err(RouteError::Unasked(wanted));
-        }
-        if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
-            return to_service(snapshot, source, service, target, chance);
-        }
-        return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
-    };
-    if let Some(reference) = &workload.waypoint
-        && !waypoint::is_behind(snapshot, reference, source)
-    {
-        let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
-        return to_waypoint(source, found, None, target);
-    }
-    let chosen = Chosen { workload: workload.clone(), port: target.port() };
-    to_workload(source, chosen, None, target)
+    Choice { snapshot, source, target, names }.route(chance)
 }
 
-fn to_service(
-    snapshot: &Snapshot,
-    source: &Workload,
-    service: &Arc<Service>,
+/// What a route is chosen by.
+#[derive(Clone, Copy)]
+struct Choice<'a> {
+    snapshot: &'a Snapshot,
+    source: &'a Workload,
     target: SocketAddr,
-    chance: Chance<'_>,
-) -> Result<Route, RouteError> {
-    if let Some(reference) = waypoint::draw(service, chance)
-        && !waypoint::is_behind(snapshot, reference, source)
-    {
-        let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
-        return to_waypoint(source, found, Some(service), target);
-    }
-    if service.is_passthrough() {
-        return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
-    }
-    let chosen = destination::choose(snapshot, source, service, target.port(), chance)?;
-    to_workload(source, chosen, Some(service), target)
+    names: &'a Names,
 }
 
-fn to_workload(
-    source: &Workload,
-    chosen: Chosen,
-    service: Option<&Arc<Service>>,
-    target: SocketAddr,
-) -> Result<Route, RouteError> {
-    let Chosen { workload, port } = chosen;
-    if workload.network != source.network {
-        return Err(RouteError::OtherNetwork(workload.uid.clone()));
+impl Choice<'_> {
+    fn route(self, chance: Chance<'_>) -> Result<Route, RouteError> {
+        let Self { snapshot, source, target, .. } = self;
+        let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
+        if own && OWN_PORTS.contains(&target.port()) {
+            return Err(RouteError::Loop(target));
+        }
+        if let Some(service) = snapshot.service_at(&source.network, target.ip(), &source.namespace) {
+            return self.to_service(service, chance);
+        }
+        let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
+            let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
+            if let Some(wanted) = snapshot.unasked(Wanted::Address(wanted)) {
+                return Err(RouteError::Unasked(wanted));
+            }
+            if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
+                return self.to_service(service, chance);
+            }
+            return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
+        };
+        if let Some(reference) = &workload.waypoint
+            && !waypoint::is_behind(snapshot, reference, source)
+        {
+            let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
+            return self.to_waypoint(found, None, chance);
+        }
+        let chosen = Chosen { workload: workload.clone(), port: target.port() };
+        self.to_workload(chosen, None, chance)
     }
-    let ip = destination::address(&workload, service.map(|s| &**s), target.ip())?;
-    let to = SocketAddr::new(ip, port);
-    let way = match workload.protocol {
-        Protocol::Tcp => Way::Direct { to },
-        Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
-        Protocol::Hbone => Way::Hbone(HboneWay {
-            to: SocketAddr::new(ip, HBONE_PORT),
-            authority: to,
-            expected: expected(&workload, service.map(|s| &**s))?,
+
+    fn to_service(self, service: &Arc<Service>, chance: Chance<'_>) -> Result<Route, RouteError> {
+        let Self { snapshot, source, target, .. } = self;
+        if let Some(reference) = waypoint::draw(service, chance)
+            && !waypoint::is_behind(snapshot, reference, source)
+        {
+            let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
+            return self.to_waypoint(found, Some(service), chance);
+        }
+        if service.is_passthrough() {
+            return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
+        }
+        let chosen = destination::choose(snapshot, source, service, target.port(), chance)?;
+        self.to_workload(chosen, Some(service), chance)
+    }
+
+    fn to_workload(
+        self,
+        chosen: Chosen,
+        service: Option<&Arc<Service>>,
+        chance: Chance<'_>,
+    ) -> Result<Route, RouteError> {
+        let Chosen { workload, port } = chosen;
+        let Self { snapshot, source, target, names } = self;
+        if workload.network != source.network {
+            return Err(RouteError::OtherNetwork(workload.uid.clone()));
+        }
+        let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names, chance)?;
+        let to = SocketAddr::new(ip, port);
+        let way = match workload.protocol {
+            Protocol::Tcp if workload.ips.is_empty() && self.is_known(ip) => {
+                // Its host name is one of the mesh after all: it is reached as the mesh says, not in plaintext. A name
+                // that leads to a name that leads on has no end.
+                let names = Names::new();
+                let onward = Choice { snapshot, source, target: to, names: &names }.route(chance);
+                return onward.map_err(|error| match error {
+                    RouteError::Unresolved(_) => RouteError::NoAddress(workload.uid.clone()),
+                    other => other,
+                });
+            }
+            Protocol::Tcp => Way::Direct { to },
+            Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
+            Protocol::Hbone => Way::Hbone(HboneWay {
+                to: SocketAddr::new(ip, HBONE_PORT),
+                authority: to,
+                expected: expected(&workload, service.map(|s| &**s))?,
+                uid: workload.uid.clone(),
+            }),
+        };
+        Ok(Route { way, workload: Some(workload), service: service.cloned() })
+    }
+
+    fn is_known(self, ip: IpAddr) -> bool {
+        let network = &self.source.network;
+        let service = || self.snapshot.service_at(network, ip, &self.source.namespace).is_some();
+        self.snapshot.workload_at(network, ip).is_some() || service()
+    }
+
+    fn to_waypoint(
+        self,
+        found: waypoint::Waypoint,
+        service: Option<&Arc<Service>>,
+        chance: Chance<'_>,
+    ) -> Result<Route, RouteError> {
+        let Chosen { workload, port } = found.chosen;
+        if workload.network != self.source.network {
+            return Err(RouteError::OtherNetwork(workload.uid.clone()));
+        }
+        let asked = self.target.ip();
+        let ip = destination::address(&workload, found.service.as_deref(), asked, self.names, chance)?;
+        let way = Way::Hbone(HboneWay {
+            to: SocketAddr::new(ip, port),
+            authority: self.target,
+            expected: expected(&workload, found.service.as_deref())?,
             uid: workload.uid.clone(),
-        }),
-    };
-    Ok(Route { way, workload: Some(workload), service: service.cloned() })
-}
-
-fn to_waypoint(
-    source: &Workload,
-    found: waypoint::Waypoint,
-    service: Option<&Arc<Service>>,
-    target: SocketAddr,
-) -> Result<Route, RouteError> {
-    let Chosen { workload, port } = found.chosen;
-    if workload.network != source.network {
-        return Err(RouteError::OtherNetwork(workload.uid.clone()));
+        });
+        Ok(Route { way, workload: Some(workload), service: service.cloned() })
     }
-    let ip = destination::address(&workload, found.service.as_deref(), target.ip())?;
-    let way = Way::Hbone(HboneWay {
-        to: SocketAddr::new(ip, port),
-        authority: target,
-        expected: expected(&workload, found.service.as_deref())?,
-        uid: workload.uid.clone(),
-    });
-    Ok(Route { way, workload: Some(workload), service: service.cloned() })
 }
 
 /// Who the far end may prove to be: the workload itself, and whoever the service names besides.
@@ -188,7 +218,7 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), &mut |_| 0) {
+            match choose(&snapshot, source, to.parse().unwrap(), &Names::new(), &mut |_| 0) {
                 Ok(Route { way: Way::Direct { to }, .. }) => format!("direct {to}"),
                 Ok(Route { way: Way::Hbone(way), .. }) => {
                     let names: Vec<String> = way.expected.iter().map(|n| n.service_account.to_string()).collect();

@@ -98,6 +98,7 @@ impl Failure {
                 RouteError::OtherNetwork(_) => ("other_network", "CONNECT", Fault::Mesh),
                 RouteError::Identity(..) => ("bad_identity", "CONNECT", Fault::Mesh),
                 RouteError::Protocol(_) => ("protocol", "CONNECT", Fault::Mesh),
+                RouteError::Unresolved(_) | RouteError::Resolve(_) => ("name_not_resolved", "CONNECT", Fault::Mesh),
                 RouteError::Unasked(_) | RouteError::Ask(_) => ("no_answer", "CONNECT", Fault::Mesh),
             },
             Self::Local(error) => match error {

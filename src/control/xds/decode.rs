@@ -182,6 +182,8 @@ fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Res
         vips,
         cidrs,
         ports: ports(&s.ports, faults),
+        // The protocol has no field for them.
+        port_names: Default::default(),
         waypoint: s.waypoint.map(|g| gateway(&g, names, faults)),
         weighted_waypoints,
         name: s.name.into(),

@@ -177,6 +177,8 @@ impl Client {
             service_account: service_account.into(),
             uid: uid.into(),
             netns: NetnsRef::Handle(netns),
+            // Which pods' DNS is redirected is the agent's affair.
+            dns: None,
         };
         let answer = self.pods.add(spec);
         match tokio::time::timeout(ANSWER_DEADLINE, answer).await {

@@ -5,6 +5,7 @@ pub mod apps;
 pub mod certs;
 pub mod control_plane;
 pub mod facts;
+pub mod names;
 pub mod process;
 pub mod wire;
 

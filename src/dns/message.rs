@@ -1,0 +1,393 @@
+//! DNS messages, by hickory's decoder and encoder: what is asked, our own answers, and what has to be known of the answers
+//! of others, which themselves are passed on as the bytes they came in. Pure; every function is total.
+
+use super::lookup::{Answer, Record as Told};
+use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode};
+use hickory_proto::rr::rdata::{A, AAAA, CNAME, SOA, SRV};
+use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder, BinEncodable, BinEncoder};
+use std::net::IpAddr;
+
+/// Length of a message's header (RFC 1035, 4.1.1).
+const HEADER: usize = 12;
+/// The largest datagram that we say we take: what fits into every network's packets (DNS flag day 2020).
+const PAYLOAD: u16 = 1232;
+/// Aliases that are followed in one answer.
+const ALIASES_MAX: usize = 16;
+/// Longest time that a record is kept (RFC 8767 recommends a cap of days; the pod's resolver need not be asked less).
+const TTL_MAX: u32 = 86_400;
+
+/// What is asked for, as far as it makes a difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// IPv4 addresses.
+    A,
+    /// IPv6 addresses.
+    Aaaa,
+    /// Everything.
+    Any,
+    /// Ports.
+    Srv,
+    /// HTTPS and SVCB, which carry addresses.
+    Https,
+    /// Anything else.
+    Other,
+}
+
+/// A question that the mesh may know the answer of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// The name, lower case, without the dot at its end.
+    pub name: String,
+    /// What is asked for.
+    pub kind: Kind,
+}
+
+/// What a pod sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Not a request: an answer, or too short for anything. Not to be replied to.
+    Nothing,
+    /// Something that only the pod's resolvers can know about.
+    Other,
+    /// A question.
+    Question(Question),
+}
+
+/// Reads what a pod sends. A request that cannot be read is for the pod's resolvers to refuse.
+pub fn read(bytes: &[u8]) -> Request {
+    let mut decoder = BinDecoder::new(bytes);
+    let Ok(header) = Header::read(&mut decoder) else { return Request::Nothing };
+    if header.metadata.message_type != MessageType::Query {
+        return Request::Nothing;
+    }
+    if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
+        return Request::Other;
+    }
+    match Message::read_queries(&mut decoder, 1).ok().and_then(|mut queries| queries.pop()) {
+        Some(query) if query.query_class == DNSClass::IN => {
+            Request::Question(Question { name: text(&query.name), kind: kind(query.query_type) })
+        }
+        _ => Request::Other,
+    }
+}
+
+/// The record type asked for, as a word for metrics; the many types that nobody has given a name are one.
+pub fn type_word(bytes: &[u8]) -> &'static str {
+    let mut decoder = BinDecoder::new(bytes);
+    let asked = Header::read(&mut decoder).ok().filter(|header| header.counts.queries > 0);
+    let query = asked.and_then(|_| Message::read_queries(&mut decoder, 1).ok()).and_then(|mut queries| queries.pop());
+    query.map_or("unknown", |query| match query.query_type {
+        RecordType::Unknown(_) => "unknown",
+        known => known.into(),
+    })
+}
+
+/// Whether all of an answer is on its way in one message; a transfer of a zone comes in several.
+pub fn is_transfer(bytes: &[u8]) -> bool {
+    matches!(type_word(bytes), "AXFR" | "IXFR")
+}
+
+fn kind(of: RecordType) -> Kind {
+    match of {
+        RecordType::A => Kind::A,
+        RecordType::AAAA => Kind::Aaaa,
+        RecordType::ANY => Kind::Any,
+        RecordType::SRV => Kind::Srv,
+        RecordType::HTTPS | RecordType::SVCB => Kind::Https,
+        _ => Kind::Other,
+    }
+}
+
+fn text(name: &Name) -> String {
+    let mut text = name.to_ascii();
+    text.make_ascii_lowercase();
+    if text.ends_with('.') {
+        text.pop();
+    }
+    text
+}
+
+/// Our answer to a request, `None` if the request is not well-formed as a whole: then it is not for us to answer.
+///
+/// `datagram`: the answer must fit into what the client can take; else it is cut, and says so.
+pub fn reply(request: &[u8], answer: &Answer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
+    let request = Message::from_vec(request).ok()?;
+    let query = request.queries.first()?;
+    if request.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
+        return None;
+    }
+    let mut reply = answer_to(&request);
+    reply.metadata.authoritative = true;
+    let owner = match &answer.alias {
+        Some(alias) => {
+            let alias = Name::from_ascii(format!("{alias}.")).ok()?;
+            reply.answers.push(Record::from_rdata(query.name.clone(), ttl, RData::CNAME(CNAME(alias.clone()))));
+            alias
+        }
+        None => query.name.clone(),
+    };
+    add_records(&mut reply, &owner, answer, ttl)?;
+    encode(reply, if datagram { usize::from(request.max_payload()) } else { usize::from(u16::MAX) })
+}
+
+/// A reply with nothing in it yet.
+fn answer_to(request: &Message) -> Message {
+    let mut reply = Message::response(request.metadata.id, request.metadata.op_code);
+    reply.metadata = Metadata::response_from_request(&request.metadata);
+    reply.metadata.recursion_available = true;
+    reply.queries.clone_from(&request.queries);
+    reply.edns = request.edns.as_ref().map(|asked| {
+        let mut own = Edns::new();
+        own.set_max_payload(PAYLOAD).set_dnssec_ok(asked.flags().dnssec_ok);
+        own
+    });
+    reply
+}
+
+fn add_records(reply: &mut Message, owner: &Name, answer: &Answer, ttl: u32) -> Option<()> {
+    for record in &answer.records {
+        match record {
+            Told::Address(ip) => reply.answers.push(address(owner, ttl, *ip)),
+            Told::Service { port, target, addresses } => {
+                let target = Name::from_ascii(format!("{target}.")).ok()?;
+                let data = RData::SRV(SRV::new(0, 100, *port, target.clone()));
+                reply.answers.push(Record::from_rdata(owner.clone(), ttl, data));
+                reply.additionals.extend(addresses.iter().map(|ip| address(&target, ttl, *ip)));
+            }
+        }
+    }
+    if answer.records.is_empty() {
+        reply.authorities.push(authority(&answer.zone, ttl)?);
+    }
+    Some(())
+}
+
+fn address(owner: &Name, ttl: u32, ip: IpAddr) -> Record {
+    let data = match ip {
+        IpAddr::V4(ip) => RData::A(A(ip)),
+        IpAddr::V6(ip) => RData::AAAA(AAAA(ip)),
+    };
+    Record::from_rdata(owner.clone(), ttl, data)
+}
+
+/// Says who vouches for that there is nothing, and for how long (RFC 2308).
+fn authority(zone: &str, ttl: u32) -> Option<Record> {
+    let name = |prefix: &str| Name::from_ascii(format!("{prefix}{zone}.")).ok();
+    let data = SOA::new(name("ns.dns.")?, name("hostmaster.")?, 1, 7200, 1800, 86400, ttl);
+    Some(Record::from_rdata(name("")?, ttl, RData::SOA(data)))
+}
+
+/// Encodes a message; what does not fit is left out from the end, and the message says that it is cut.
+fn encode(mut message: Message, limit: usize) -> Option<Vec<u8>> {
+    loop {
+        let mut bytes = Vec::with_capacity(512);
+        if message.emit(&mut BinEncoder::new(&mut bytes)).is_ok() && bytes.len() <= limit {
+            return Some(bytes);
+        }
+        if message.additionals.is_empty() {
+            message.metadata.truncation = true;
+            let left = message.answers.len().checked_sub(message.answers.len().div_ceil(8))?;
+            if message.answers.is_empty() {
+                return None;
+            }
+            message.answers.truncate(left);
+        } else {
+            // These can be asked for; that they are missing is no loss.
+            message.additionals.clear();
+        }
+    }
+}
+
+/// A reply that only says what went wrong.
+pub fn failure(request: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
+    let mut reply = match Message::from_vec(request) {
+        Ok(request) => answer_to(&request),
+        Err(_) => {
+            let header = Header::read(&mut BinDecoder::new(request)).ok()?;
+            let mut reply = Message::response(header.metadata.id, header.metadata.op_code);
+            reply.metadata = Metadata::response_from_request(&header.metadata);
+            reply
+        }
+    };
+    reply.metadata.response_code = code;
+    encode(reply, usize::from(u16::MAX))
+}
+
+/// That the request could not be served.
+pub fn server_failure(request: &[u8]) -> Option<Vec<u8>> {
+    failure(request, ResponseCode::ServFail)
+}
+
+/// The message with another id: that of the client is its own affair, and easily guessed.
+pub fn with_id(mut bytes: Vec<u8>, id: [u8; 2]) -> Vec<u8> {
+    if let Some(place) = bytes.get_mut(..2) {
+        place.copy_from_slice(&id);
+    }
+    bytes
+}
+
+/// The id of a message.
+pub fn id(bytes: &[u8]) -> [u8; 2] {
+    bytes.get(..2).and_then(|id| id.try_into().ok()).unwrap_or_default()
+}
+
+/// What an answer says, in short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// There is such a name.
+    Exists,
+    /// There is none.
+    Denied,
+    /// The server cannot or will not say.
+    Refused,
+}
+
+/// What `answer` says in reply to `query`; `None` if it is none: another id, another question, or no answer at all.
+pub fn outcome(query: &[u8], answer: &[u8]) -> Option<Outcome> {
+    let mut decoder = BinDecoder::new(answer);
+    let header = Header::read(&mut decoder).ok()?;
+    if id(query) != id(answer) || header.metadata.message_type != MessageType::Response {
+        return None;
+    }
+    let code = header.metadata.response_code;
+    // A server that could not read the question may leave it out.
+    let unread = code != ResponseCode::NoError && header.counts.queries == 0;
+    if !unread && !same_question(query, answer) {
+        return None;
+    }
+    Some(match code {
+        ResponseCode::NXDomain => Outcome::Denied,
+        ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp => Outcome::Refused,
+        _ => Outcome::Exists,
+    })
+}
+
+/// Whether both have the same question section, letter case aside; where the query's cannot be read, any will do.
+fn same_question(query: &[u8], answer: &[u8]) -> bool {
+    let Some(asked) = question_bytes(query) else { return true };
+    question_bytes(answer).is_some_and(|answered| asked.eq_ignore_ascii_case(answered))
+}
+
+fn question_bytes(message: &[u8]) -> Option<&[u8]> {
+    let mut decoder = BinDecoder::new(message);
+    let header = Header::read(&mut decoder).ok()?;
+    Message::read_queries(&mut decoder, usize::from(header.counts.queries)).ok()?;
+    message.get(HEADER..decoder.index())
+}
+
+/// The name at which a chain of aliases ends without an address of the family that was asked for.
+pub fn dangling_alias(answer: &[u8]) -> Option<Question> {
+    let answer = Message::from_vec(answer).ok()?;
+    let query = answer.queries.first()?;
+    let unknown = matches!(answer.metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
+    let asked = kind(query.query_type);
+    if !unknown || answer.metadata.truncation || !matches!(asked, Kind::A | Kind::Aaaa) {
+        return None;
+    }
+    if answer.answers.iter().any(|record| record.record_type() == query.query_type) {
+        return None;
+    }
+    let mut end = &query.name;
+    for _ in 0..ALIASES_MAX {
+        let next = answer.answers.iter().find_map(|record| match &record.data {
+            RData::CNAME(target) if record.name == *end => Some(&target.0),
+            _ => None,
+        });
+        match next {
+            Some(target) => end = target,
+            None => break,
+        }
+    }
+    (*end != query.name).then(|| Question { name: text(end), kind: asked })
+}
+
+/// The answer of others with what its chain of aliases leads to in the mesh. `end` is what [`dangling_alias`] found.
+pub fn completed(answer: &[u8], end: &Question, ours: &Answer, ttl: u32, limit: Option<u16>) -> Option<Vec<u8>> {
+    let mut message = Message::from_vec(answer).ok()?;
+    message.metadata.response_code = ResponseCode::NoError;
+    message.metadata.authentic_data = false;
+    message.authorities.clear();
+    let owner = Name::from_ascii(format!("{}.", end.name)).ok()?;
+    add_records(&mut message, &owner, ours, ttl)?;
+    encode(message, usize::from(limit.unwrap_or(u16::MAX)))
+}
+
+/// The largest datagram that the sender of a request takes.
+pub fn datagram_limit(request: &[u8]) -> u16 {
+    Message::from_vec(request).map_or(512, |request| request.max_payload())
+}
+
+/// For how long an answer may be kept, in seconds, and where in it the times to live of its records are; `None` if it is not
+/// to be kept at all: cut, a failure, or a denial that nobody vouches for.
+pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
+    let mut decoder = BinDecoder::new(answer);
+    let header = Header::read(&mut decoder).ok()?;
+    let (metadata, counts) = (header.metadata, header.counts);
+    let keepable = matches!(metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
+    if !keepable || metadata.truncation || metadata.op_code != OpCode::Query || counts.queries != 1 {
+        return None;
+    }
+    Message::read_queries(&mut decoder, 1).ok()?;
+    let (mut life, mut places) = (TTL_MAX, Vec::new());
+    let (mut told, mut vouched) = (false, false);
+    for at in 0..usize::from(counts.answers) + usize::from(counts.authorities) + usize::from(counts.additionals) {
+        Name::read(&mut decoder).ok()?;
+        let of = RecordType::read(&mut decoder).ok()?;
+        decoder.read_u16().ok()?;
+        let place = decoder.index();
+        let ttl = decoder.read_u32().ok()?.unverified();
+        let length = decoder.read_u16().ok()?.unverified();
+        let data = decoder.read_slice(usize::from(length)).ok()?.unverified();
+        if of == RecordType::OPT {
+            continue;
+        }
+        places.push(place);
+        life = life.min(ttl);
+        told |= at < usize::from(counts.answers);
+        if of == RecordType::SOA {
+            vouched = true;
+            // Its last field says how long a denial may be kept (RFC 2308, 5).
+            let minimum = data.len().checked_sub(4).and_then(|start| data.get(start..)?.try_into().ok());
+            life = life.min(minimum.map_or(0, u32::from_be_bytes));
+        }
+    }
+    (life > 0 && ((told && metadata.response_code == ResponseCode::NoError) || vouched)).then_some((life, places))
+}
+
+/// The answer as it is `seconds` later: that much less time to live.
+pub fn aged(mut answer: Vec<u8>, places: &[usize], seconds: u32) -> Vec<u8> {
+    for place in places {
+        let Some(bytes) = answer.get_mut(*place..place.saturating_add(4)) else { continue };
+        if let Ok(ttl) = <[u8; 4]>::try_from(&*bytes) {
+            bytes.copy_from_slice(&u32::from_be_bytes(ttl).saturating_sub(seconds).to_be_bytes());
+        }
+    }
+    answer
+}
+
+/// A question of our own for the addresses of a host.
+pub fn question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
+    let name = Name::from_ascii(format!("{}.", host.trim_end_matches('.'))).ok()?;
+    let mut message = Message::new(u16::from_be_bytes(id), MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    let kind = if v4 { RecordType::A } else { RecordType::AAAA };
+    message.add_query(hickory_proto::op::Query::query(name, kind));
+    message.to_vec().ok()
+}
+
+/// The addresses in an answer.
+pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
+    let answers = Message::from_vec(answer).map(|message| message.answers).unwrap_or_default();
+    let address = |record: Record| match record.data {
+        RData::A(ip) => Some(IpAddr::V4(ip.0)),
+        RData::AAAA(ip) => Some(IpAddr::V6(ip.0)),
+        _ => None,
+    };
+    answers.into_iter().filter_map(address).collect()
+}
+
+/// Whether an answer is cut and must be asked for again over TCP.
+pub fn is_cut(answer: &[u8]) -> bool {
+    Header::read(&mut BinDecoder::new(answer)).is_ok_and(|header| header.metadata.truncation)
+}

@@ -1,0 +1,479 @@
+//! The DNS server of one pod, on the loopback addresses of its namespace.
+//!
+//! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
+//! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
+
+use super::lookup::{self, Plan};
+use super::message::{self, Question, Request};
+use super::metrics::{Counts, Labels, Outcome};
+use super::resolver::{Resolver, Used};
+use super::upstream::{DEADLINE, UpstreamError, read_message, write_message};
+use super::{Metrics, PORT};
+use crate::mesh::{Snapshot, Store, Workload};
+use crate::sys::conntrack::Conntrack;
+use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::original_dst::original_dst;
+use crate::sys::socket::{bind_datagram, bind_stream};
+use crate::task::Group;
+use crate::telemetry::limit::LogLimit;
+use prometheus_client::metrics::counter::Counter;
+use std::cell::{OnceCell, RefCell};
+use std::collections::HashMap;
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+
+/// Datagrams of one pod that are served before other pods have their turn.
+const PER_TURN: usize = 32;
+/// Requests of one pod that may wait for others.
+const WAITING_MAX: usize = 256;
+/// Connections of one pod.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a connection may be silent.
+const IDLE: Duration = Duration::from_secs(10);
+/// How long facts are waited for before DNS does without them.
+const FACTS_WAIT: Duration = Duration::from_secs(1);
+/// Questions of one pod that a control plane is asked at the same time, where it tells only when asked.
+const ASKED_MAX: usize = 16;
+
+/// The facts of now and who asks, if that is known.
+pub type Known = Option<(Arc<Snapshot>, Arc<Workload>)>;
+
+/// Says who asks.
+pub trait Asker: Send + Sync + fmt::Debug {
+    /// As far as it is known now.
+    fn now(&self) -> Known;
+    /// Waits, for a bounded time, until it is known.
+    fn soon(&self) -> Pin<Box<dyn Future<Output = Known> + Send + '_>>;
+}
+
+/// Sockets of a pod's server, bound and not yet served.
+#[derive(Debug, Default)]
+pub struct Listeners {
+    datagrams: Vec<std::net::UdpSocket>,
+    streams: Vec<std::net::TcpListener>,
+    /// Says which resolver a pod has asked, where the kernel tells.
+    conntrack: Option<Conntrack>,
+}
+
+impl Listeners {
+    /// Binds in a pod's namespace.
+    pub fn bind(netns: &Netns, ipv6: bool, mark: u32, reuse_port: bool) -> Result<io::Result<Self>, NetnsError> {
+        let mut ips: Vec<IpAddr> = vec![Ipv4Addr::LOCALHOST.into()];
+        ips.extend(ipv6.then_some(IpAddr::V6(Ipv6Addr::LOCALHOST)));
+        netns.enter(|| {
+            let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
+            for ip in ips {
+                let address = SocketAddr::new(ip, PORT);
+                all.datagrams.push(bind_datagram(address, mark, reuse_port)?);
+                all.streams.push(bind_stream(address, mark, reuse_port)?);
+            }
+            Ok(all)
+        })
+    }
+}
+
+/// The server of one pod.
+#[derive(Debug)]
+pub struct Server {
+    /// `namespace/name` of the pod, for the log.
+    pub label: String,
+    /// The pod's resolvers.
+    pub resolver: Arc<Resolver>,
+    /// Who asks.
+    pub asker: Box<dyn Asker>,
+    /// Facts, for questions to whoever knows them.
+    pub mesh: Arc<Store>,
+    /// Requests by outcome.
+    pub counts: Counts,
+    /// Whether each request is logged.
+    pub logged: AtomicBool,
+    waiting: Arc<Semaphore>,
+    asking: Semaphore,
+    outcomes: Vec<(Outcome, Counter)>,
+    /// By record type and protocol.
+    requests: Mutex<HashMap<(&'static str, &'static str), Requests>>,
+    complaints: LogLimit,
+}
+
+/// Labels of requests, and their counter.
+type Requests = (Labels, Counter);
+
+/// How a request is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Carrier {
+    Datagram,
+    Stream,
+}
+
+impl Carrier {
+    fn word(self) -> &'static str {
+        if self == Self::Datagram { "udp" } else { "tcp" }
+    }
+}
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; usize::from(u16::MAX)]);
+}
+
+impl Server {
+    /// A server for the pod with this label.
+    pub fn new(label: String, resolver: Arc<Resolver>, asker: Box<dyn Asker>, mesh: Arc<Store>) -> Self {
+        let metrics: &Metrics = &resolver.metrics;
+        Self {
+            outcomes: Outcome::ALL.iter().map(|outcome| (*outcome, metrics.outcome(*outcome))).collect(),
+            label,
+            resolver,
+            asker,
+            mesh,
+            counts: Counts::default(),
+            logged: AtomicBool::new(false),
+            waiting: Arc::new(Semaphore::new(WAITING_MAX)),
+            asking: Semaphore::new(ASKED_MAX),
+            requests: Mutex::default(),
+            complaints: LogLimit::default(),
+        }
+    }
+
+    /// Serves on `runtime` until the group is cut.
+    pub fn serve(self: &Arc<Self>, listeners: Listeners, tasks: &Group, runtime: &Handle) {
+        let conntrack = listeners.conntrack.map(Arc::new);
+        for socket in listeners.datagrams {
+            let (server, own, conntrack) = (self.clone(), tasks.clone(), conntrack.clone());
+            tasks.spawn_on(async move { server.datagrams(socket, conntrack, &own).await }, runtime);
+        }
+        for listener in listeners.streams {
+            let (server, own) = (self.clone(), tasks.clone());
+            tasks.spawn_on(async move { server.streams(listener, &own).await }, runtime);
+        }
+    }
+
+    async fn datagrams(self: Arc<Self>, socket: std::net::UdpSocket, conntrack: Option<Arc<Conntrack>>, tasks: &Group) {
+        let made = UdpSocket::from_std(socket).and_then(|socket| Ok((socket.local_addr()?, Arc::new(socket))));
+        let Ok((own, socket)) = made.inspect_err(|error| self.broken(error)) else { return };
+        let whom = |client| conntrack.as_ref()?.original_destination(client, own).ok()?;
+        loop {
+            if let Err(error) = socket.readable().await {
+                return self.broken(&error);
+            }
+            for _ in 0..PER_TURN {
+                match self.next_datagram(&socket, &whom, tasks) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // What the kernel has to say of an answer that nobody took is no reason to stop.
+                    Err(_) => {}
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn broken(&self, error: &io::Error) {
+        tracing::error!(pod = self.label, %error, "DNS of the pod cannot be served");
+    }
+
+    /// Receives one request and answers it, or has it answered.
+    fn next_datagram(
+        self: &Arc<Self>,
+        socket: &Arc<UdpSocket>,
+        whom: &impl Fn(SocketAddr) -> Option<SocketAddr>,
+        tasks: &Group,
+    ) -> io::Result<()> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let (length, client) = socket.try_recv_from(buffer)?;
+            let request = buffer.get(..length).unwrap_or_default();
+            let question = match message::read(request) {
+                Request::Nothing => {
+                    self.count(Outcome::Ignored);
+                    return Ok(());
+                }
+                Request::Other => None,
+                Request::Question(question) => Some(question),
+            };
+            // Only what the mesh does not answer needs to know whom the pod has asked.
+            let asked = OnceCell::new();
+            let asked = || *asked.get_or_init(|| whom(client));
+            if let Some((reply, outcome)) = self.at_once(request, question.as_ref(), &asked) {
+                self.finish(Carrier::Datagram, request, question.as_ref(), outcome);
+                // An answer for which there is no room is lost like any other datagram; the client asks again.
+                return socket.try_send_to(&reply, client).map(drop);
+            }
+            let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
+                self.finish(Carrier::Datagram, request, question.as_ref(), Outcome::Limited);
+                let reply = message::server_failure(request).unwrap_or_default();
+                return socket.try_send_to(&reply, client).map(drop);
+            };
+            let (server, socket, asked) = (self.clone(), socket.clone(), asked());
+            let request = Asked { of: asked, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
+            tasks.spawn(async move { server.later(&socket, client, &request, permit).await });
+            Ok(())
+        })
+    }
+
+    async fn later(&self, socket: &UdpSocket, client: SocketAddr, request: &Asked, _permit: OwnedSemaphorePermit) {
+        let reply = Box::pin(self.answer(request)).await;
+        if let Some(Reply { bytes, .. }) = reply
+            && let Err(error) = timeout(IDLE, socket.send_to(&bytes, client)).await.unwrap_or(Ok(0))
+            && let Some(suppressed) = self.complaints.allow()
+        {
+            tracing::debug!(pod = self.label, %client, %error, suppressed, "a DNS answer could not be sent");
+        }
+    }
+
+    /// The answer to what can be answered without waiting.
+    fn at_once(
+        &self,
+        request: &[u8],
+        question: Option<&Question>,
+        asked: &dyn Fn() -> Option<SocketAddr>,
+    ) -> Option<(Vec<u8>, Outcome)> {
+        let used = self.resolver.used_now()?;
+        if let Some(question) = question {
+            let known = self.asker.now()?;
+            let asker = self.asker(&known, &used);
+            if lookup::wanted(&asker, &question.name).is_some() {
+                return None;
+            }
+            match lookup::decide(&asker, &question.name, question.kind) {
+                Plan::Answer(answer) => {
+                    let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
+                    return Some((message::reply(request, &answer, self.ttl(), true)?, outcome));
+                }
+                Plan::ForwardOr(_) => return None,
+                Plan::Forward => {}
+            }
+        }
+        Some((self.resolver.cached(asked(), request)?, Outcome::Cached))
+    }
+
+    fn asker<'a>(&'a self, known: &'a (Arc<Snapshot>, Arc<Workload>), used: &'a Used) -> lookup::Asker<'a> {
+        let config = &self.resolver.config;
+        lookup::Asker {
+            snapshot: &known.0,
+            workload: &known.1,
+            search: &used.search,
+            cluster_domain: &config.cluster_domain,
+            preferred_namespace: &config.preferred_namespace,
+            ipv6: config.ipv6,
+        }
+    }
+
+    fn ttl(&self) -> u32 {
+        u32::try_from(self.resolver.config.ttl.as_secs()).unwrap_or(u32::MAX)
+    }
+
+    /// The answer to any request; `None` where none can be made of it.
+    async fn answer(&self, asked: &Asked) -> Option<Reply> {
+        let (request, question, datagram) =
+            (&*asked.bytes, asked.question.as_ref(), asked.carrier == Carrier::Datagram);
+        let used = self.resolver.used().await;
+        let plan = match question {
+            None => Some(Plan::Forward),
+            Some(question) => self.plan(&used, question).await,
+        };
+        let outcome = if plan.is_some() { Outcome::Forwarded } else { Outcome::FailedOpen };
+        let fallback = match plan.unwrap_or(Plan::Forward) {
+            Plan::Answer(answer) => {
+                if let Some(bytes) = message::reply(request, &answer, self.ttl(), datagram) {
+                    let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
+                    return Some(self.done(asked, outcome, bytes));
+                }
+                // A request that is not whole: whoever else is asked says what is wrong with it.
+                None
+            }
+            Plan::ForwardOr(answer) => Some(answer),
+            Plan::Forward => None,
+        };
+        let forwarded = self.forward(asked, &used).await;
+        let ours = fallback.filter(|ours| match &forwarded {
+            Ok(reply) => match message::outcome(request, &reply.bytes) {
+                Some(message::Outcome::Denied) => true,
+                // That there is no such record is not known where nobody could say.
+                Some(message::Outcome::Refused) => !ours.records.is_empty(),
+                Some(message::Outcome::Exists) | None => false,
+            },
+            Err(UpstreamError::None) => true,
+            Err(_) => !ours.records.is_empty(),
+        });
+        if let Some(bytes) = ours.and_then(|ours| message::reply(request, &ours, self.ttl(), datagram)) {
+            return Some(self.done(asked, Outcome::Completed, bytes));
+        }
+        match forwarded {
+            Ok(mut reply) => {
+                if let Some(bytes) = self.complete(asked, &used, &reply.bytes) {
+                    return Some(self.done(asked, Outcome::Completed, bytes));
+                }
+                if datagram {
+                    self.resolver.keep_answer(asked.of, request, &reply.bytes);
+                }
+                let rest = reply.rest.take();
+                Some(Reply { rest, ..self.done(asked, outcome, reply.bytes) })
+            }
+            Err(error) => {
+                if let Some(suppressed) = self.complaints.allow() {
+                    let name = question.map(|question| &*question.name);
+                    tracing::warn!(target: "dns", pod = self.label, query = name, %error, suppressed, "DNS request not answered");
+                }
+                message::server_failure(request).map(|bytes| self.done(asked, Outcome::Failed, bytes))
+            }
+        }
+    }
+
+    fn done(&self, asked: &Asked, outcome: Outcome, bytes: Vec<u8>) -> Reply {
+        self.finish(asked.carrier, &asked.bytes, asked.question.as_ref(), outcome);
+        Reply { bytes, rest: None }
+    }
+
+    /// What is to be done with a question; `None` where the mesh cannot say.
+    async fn plan(&self, used: &Used, question: &Question) -> Option<Plan> {
+        let mut known = match self.asker.now() {
+            Some(known) => known,
+            None => timeout(FACTS_WAIT, self.asker.soon()).await.ok().flatten()?,
+        };
+        if let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) {
+            let _asking = self.asking.try_acquire().ok()?;
+            timeout(FACTS_WAIT, self.mesh.ask(wanted)).await.ok()?.ok()?;
+            known = self.asker.now()?;
+        }
+        Some(lookup::decide(&self.asker(&known, used), &question.name, question.kind))
+    }
+
+    async fn forward(&self, asked: &Asked, used: &Used) -> Result<Reply, UpstreamError> {
+        let request = &*asked.bytes;
+        let (labels, begun) = (self.labels(asked.carrier, message::type_word(request)).0, Instant::now());
+        let servers = used.in_order(asked.of);
+        let answered = match asked.carrier {
+            Carrier::Datagram => {
+                self.resolver.datagram(&servers, request).await.map(|bytes| Reply { bytes, rest: None })
+            }
+            Carrier::Stream => {
+                let answered = self.resolver.stream(&servers, request).await;
+                let rest = message::is_transfer(request);
+                answered.map(|(stream, bytes)| Reply { bytes, rest: rest.then_some(stream) })
+            }
+        };
+        let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
+        self.resolver.metrics.upstream(&labels, seconds);
+        answered
+    }
+
+    /// An alias of the pod's resolvers may lead to a name that only the mesh knows.
+    fn complete(&self, asked: &Asked, used: &Used, answer: &[u8]) -> Option<Vec<u8>> {
+        let end = message::dangling_alias(answer)?;
+        let known = self.asker.now()?;
+        let Plan::Answer(ours) = lookup::decide(&self.asker(&known, used), &end.name, end.kind) else { return None };
+        let limit = (asked.carrier == Carrier::Datagram).then(|| message::datagram_limit(&asked.bytes));
+        message::completed(answer, &end, &ours, self.ttl(), limit)
+    }
+
+    async fn streams(self: Arc<Self>, listener: std::net::TcpListener, tasks: &Group) {
+        let Ok(listener) = TcpListener::from_std(listener).inspect_err(|error| self.broken(error)) else { return };
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        loop {
+            // Further ones wait in the listener's queue until one has ended.
+            let Ok(permit) = connections.clone().acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, client)) => {
+                    let server = self.clone();
+                    tasks.spawn(async move { server.stream(stream, client, permit).await });
+                }
+                Err(error) => {
+                    if let Some(suppressed) = self.complaints.allow() {
+                        tracing::warn!(pod = self.label, %error, suppressed, "cannot accept DNS connections; trying again");
+                    }
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+
+    /// One connection: requests one after the other, until the client ends it or is silent.
+    async fn stream(&self, mut stream: TcpStream, client: SocketAddr, _permit: OwnedSemaphorePermit) {
+        // Only speeds it up.
+        let _ = stream.set_nodelay(true);
+        let of = original_dst(&stream, client).ok();
+        while let Ok(Ok(bytes)) = timeout(IDLE, read_message(&mut stream)).await {
+            let question = match message::read(&bytes) {
+                Request::Nothing => return self.count(Outcome::Ignored),
+                Request::Other => None,
+                Request::Question(question) => Some(question),
+            };
+            let asked = Asked { of, question, bytes, carrier: Carrier::Stream };
+            let Some(Reply { bytes, rest }) = Box::pin(self.answer(&asked)).await else { return };
+            if !matches!(timeout(IDLE, write_message(&mut stream, &bytes)).await, Ok(Ok(()))) {
+                return;
+            }
+            if let Some(mut rest) = rest {
+                // The other messages of a zone's transfer, for as long as they keep coming.
+                while let Ok(Ok(more)) = timeout(DEADLINE, read_message(&mut rest)).await {
+                    if !matches!(timeout(IDLE, write_message(&mut stream, &more)).await, Ok(Ok(()))) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn count(&self, outcome: Outcome) {
+        self.counts.add(outcome);
+        if let Some((_, counter)) = self.outcomes.iter().find(|(one, _)| *one == outcome) {
+            counter.inc();
+        }
+    }
+
+    /// Counts a request and tells of it where that is wanted.
+    fn finish(&self, carrier: Carrier, request: &[u8], question: Option<&Question>, outcome: Outcome) {
+        self.count(outcome);
+        let query_type = message::type_word(request);
+        self.labels(carrier, query_type).1.inc();
+        let name = question.map_or("", |question| &*question.name);
+        let (pod, outcome, protocol) = (&*self.label, outcome.word(), carrier.word());
+        if self.logged.load(Ordering::Relaxed) {
+            tracing::info!(target: "dns", pod, query = name, query_type, protocol, outcome, "DNS request");
+        } else {
+            tracing::debug!(target: "dns", pod, query = name, query_type, protocol, outcome, "DNS request");
+        }
+    }
+
+    /// Labels and counter of requests of one type: kept from when it is known who asks.
+    fn labels(&self, carrier: Carrier, query_type: &'static str) -> Requests {
+        let key = (query_type, carrier.word());
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kept) = requests.get(&key) {
+            return kept.clone();
+        }
+        let known = self.asker.now();
+        let labels = Labels::new(key.0, key.1, known.as_ref().map(|(_, workload)| &**workload));
+        let made = (labels.clone(), self.resolver.metrics.requests(&labels));
+        if known.is_some() {
+            requests.insert(key, made.clone());
+        }
+        made
+    }
+}
+
+/// A request that has to wait for others.
+#[derive(Debug)]
+struct Asked {
+    /// Whom the pod has asked, where that is known.
+    of: Option<SocketAddr>,
+    question: Option<Question>,
+    bytes: Vec<u8>,
+    carrier: Carrier,
+}
+
+/// A reply, and where more of it comes from.
+#[derive(Debug)]
+struct Reply {
+    bytes: Vec<u8>,
+    rest: Option<TcpStream>,
+}

@@ -1,0 +1,127 @@
+//! Asking the kernel where a redirected datagram was sent to. For datagrams there is no `SO_ORIGINAL_DST`; the table of
+//! translated connections has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Message type: subsystem conntrack, `IPCTNL_MSG_CT_GET`.
+const GET: u16 = 0x0101;
+/// `NLM_F_REQUEST`.
+const REQUEST: u16 = 1;
+/// `NLMSG_ERROR`.
+const ERROR: u16 = 2;
+/// Mark of an attribute that holds others (`NLA_F_NESTED`).
+const NESTED: u16 = 0x8000;
+/// Bits of an attribute's type that are its number.
+const NUMBER: u16 = 0x3fff;
+
+const TUPLE_ORIG: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const PROTO_NUM: u16 = 1;
+const PROTO_SRC_PORT: u16 = 2;
+const PROTO_DST_PORT: u16 = 3;
+
+/// Length of a netlink header, and of that with netfilter's behind it.
+const HEADER: usize = 16;
+const HEADERS: usize = HEADER + 4;
+
+/// The table of one network namespace.
+#[derive(Debug)]
+pub struct Conntrack {
+    socket: OwnedFd,
+}
+
+impl Conntrack {
+    /// Of the namespace that the thread is in.
+    pub fn open() -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        Ok(Self { socket: socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)? })
+    }
+
+    /// Where a datagram was sent to that `client` sent and that came to `ours`; `None` if it came as it was sent. Answered
+    /// by the kernel at once.
+    pub fn original_destination(&self, client: SocketAddr, ours: SocketAddr) -> io::Result<Option<SocketAddr>> {
+        // What was left behind by a question that was given up is no answer to this one.
+        let mut answer = [0; 4096];
+        while recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty()).is_ok() {}
+        send(self.socket.as_raw_fd(), &question(client, ours), MsgFlags::empty())?;
+        let length = recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+        read(answer.get(..length).unwrap_or_default())
+    }
+}
+
+fn attribute(kind: u16, data: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(4 + data.len()).unwrap_or(u16::MAX);
+    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+    bytes.extend(data);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+/// Asks for the connection whose replies go from `ours` to `client`.
+fn question(client: SocketAddr, ours: SocketAddr) -> Vec<u8> {
+    let (family, addresses) = match (ours.ip(), client.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            (nix::libc::AF_INET, [attribute(1, &from.octets()), attribute(2, &to.octets())].concat())
+        }
+        (from, to) => {
+            let octets = |ip: IpAddr| match ip {
+                IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+                IpAddr::V6(ip) => ip.octets(),
+            };
+            (nix::libc::AF_INET6, [attribute(3, &octets(from)), attribute(4, &octets(to))].concat())
+        }
+    };
+    let udp = u8::try_from(nix::libc::IPPROTO_UDP).unwrap_or_default();
+    let ports = [
+        attribute(PROTO_NUM, &[udp]),
+        attribute(PROTO_SRC_PORT, &ours.port().to_be_bytes()),
+        attribute(PROTO_DST_PORT, &client.port().to_be_bytes()),
+    ];
+    let tuple = [attribute(TUPLE_IP | NESTED, &addresses), attribute(TUPLE_PROTO | NESTED, &ports.concat())].concat();
+    let body = attribute(TUPLE_REPLY | NESTED, &tuple);
+    let length = u32::try_from(HEADERS + body.len()).unwrap_or(u32::MAX);
+    let mut message = length.to_ne_bytes().to_vec();
+    message.extend([GET.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
+    message.extend([0; 8]);
+    message.extend([u8::try_from(family).unwrap_or_default(), 0, 0, 0]);
+    message.extend(body);
+    message
+}
+
+fn read(answer: &[u8]) -> io::Result<Option<SocketAddr>> {
+    let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
+    let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(short)?;
+    if kind == ERROR {
+        let code = answer.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
+        return match Errno::from_raw(-code.ok_or_else(short)?) {
+            Errno::ENOENT => Ok(None),
+            other => Err(other.into()),
+        };
+    }
+    let original = inside(answer.get(HEADERS..).unwrap_or_default(), TUPLE_ORIG).ok_or_else(short)?;
+    let addresses = inside(original, TUPLE_IP).ok_or_else(short)?;
+    let v4 = inside(addresses, 2).and_then(|octets| <[u8; 4]>::try_from(octets).ok()).map(IpAddr::from);
+    let v6 = || inside(addresses, 4).and_then(|octets| <[u8; 16]>::try_from(octets).ok()).map(IpAddr::from);
+    let port = inside(original, TUPLE_PROTO).and_then(|ports| inside(ports, PROTO_DST_PORT)?.try_into().ok());
+    let (ip, port) = v4.or_else(v6).zip(port.map(u16::from_be_bytes)).ok_or_else(short)?;
+    Ok(Some(SocketAddr::new(ip, port)))
+}
+
+/// The data of the first attribute of this number.
+fn inside(mut attributes: &[u8], number: u16) -> Option<&[u8]> {
+    loop {
+        let word = |at: usize| attributes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
+        let (length, kind) = (usize::from(word(0)?), word(2)?);
+        let data = attributes.get(4..length)?;
+        if kind & NUMBER == number {
+            return Some(data);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+}

@@ -1,0 +1,82 @@
+//! What the processes of a network namespace see: a file as it is in their filesystem, not in ours.
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
+use nix::sys::stat::Mode;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Bytes that are read of a file; a longer one is cut.
+const BYTES_MAX: u64 = 64 * 1024;
+
+/// Looks for a process in the network namespace `netns` (device and inode) whose file `path` (without the leading slash)
+/// `accept` takes, and gives its id with what was made of the file. The process that `last` found is looked at first, then
+/// those that see another filesystem than we do (a pod's containers do), then the others. May take as long as the machine
+/// has processes; nothing is found where `/proc` shows only our own.
+pub fn read_file_in_netns<T>(
+    netns: (u64, u64),
+    path: &str,
+    last: Option<u32>,
+    accept: impl Fn(&str) -> Option<T>,
+) -> Option<(u32, T)> {
+    let attempt = |pid: u32| {
+        let inside = id(pid, "net") == Some(netns);
+        inside.then(|| read_in_root(pid, path)).flatten().and_then(|text| accept(&text)).map(|read| (pid, read))
+    };
+    if let Some(found) = last.and_then(attempt) {
+        return Some(found);
+    }
+    let mut pids: Vec<u32> = std::fs::read_dir("/proc")
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|pid| id(*pid, "net") == Some(netns))
+        .collect();
+    let own = id(std::process::id(), "mnt");
+    pids.sort_by_key(|pid| (id(*pid, "mnt") == own, *pid));
+    pids.into_iter().find_map(attempt)
+}
+
+fn id(pid: u32, kind: &str) -> Option<(u64, u64)> {
+    let metadata = std::fs::metadata(format!("/proc/{pid}/ns/{kind}")).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// Reads a file as a process sees it. Links lead nowhere outside of its root: what a container links to is its own affair.
+fn read_in_root(pid: u32, path: &str) -> Option<String> {
+    let root = open(Path::new(&format!("/proc/{pid}/root")), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+    // Without blocking: it may be a FIFO to which nobody ever writes.
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = File::from(openat2(root, path, how).ok()?);
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut bytes).ok()?;
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::netns::Netns;
+
+    #[test]
+    fn a_file_is_read_as_the_process_sees_it() {
+        let here = Netns::open(Path::new("/proc/self/ns/net")).unwrap().id();
+        let own = std::process::id();
+        let read = |last, wanted: &'static str| {
+            read_file_in_netns(here, "etc/passwd", last, move |text| text.contains(wanted).then_some(()))
+        };
+        assert_eq!(read(Some(own), "root"), Some((own, ())));
+        assert!(read(None, "root").is_some());
+        assert!(read(Some(own), "nobody writes this").is_none());
+        assert!(read_file_in_netns((0, 0), "etc/passwd", Some(own), |_| Some(())).is_none(), "nobody is there");
+        // Neither a link out of the root nor a directory or device is a file of the process.
+        for not in ["proc/self/root/etc/passwd", "etc", "dev/zero", "nonexistent"] {
+            assert_eq!(read_in_root(own, not), None, "{not}");
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! DNS of captured pods: names of the mesh from its facts, everything else as the pod's own resolver says it.
+
+use crate::world::names::{RESOLVER, RESOLVER_V6, address, answer, ask, kubernetes_conf, question, refusal, with_edns};
+use crate::world::{Pod, World, eventually, inside};
+use serde_json::json;
+use std::net::{IpAddr, UdpSocket};
+use std::process::Command;
+use std::sync::atomic::Ordering;
+
+const A: u16 = 1;
+
+/// A client, two pods of a headless service, services, a host that only the mesh knows, and a resolver for the rest.
+fn world(settings: &[(&str, &str)]) -> (World, Pod) {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    let db: Vec<Pod> = ["db-0", "db-1"].map(|name| w.mesh_pod(name, 2)).into();
+    w.mesh.service("shop", &["10.96.0.20", "fd96::20"], &json!({"80": 8080}), &[&db[0]]);
+    w.mesh.service("four", &["10.96.0.21"], &json!({"80": 8080}), &[&db[0]]);
+    w.mesh.service("db", &[], &json!({"5432": 5432}), &[&db[0], &db[1]]);
+    w.mesh.services.last_mut().unwrap()["portNames"] = json!({"sql": 5432});
+    for (host, vip) in
+        [("only-mesh.example", "240.240.0.1"), ("shop.example", "240.240.0.2"), ("*.wild.example", "240.240.0.3")]
+    {
+        let entry = json!({"name": "entry", "namespace": "ns", "hostname": host, "vips": [format!("/{vip}")], "ports": {"443": 443}});
+        w.mesh.services.push(entry);
+    }
+    w.start_resolver("");
+    w.start_container(&client, &kubernetes_conf());
+    w.write_mesh();
+    for node in [1, 2] {
+        w.write_pods(node, &w.captured_pods(node));
+        w.start_node(node, settings);
+        w.wait_captured(node);
+    }
+    (w, client)
+}
+
+fn dig(w: &World, pod: &Pod, args: &[&str]) -> String {
+    w.run_in(pod, &[&["dig", "+time=8", "+tries=1"], args].concat())
+}
+
+fn short(w: &World, pod: &Pod, args: &[&str]) -> Vec<String> {
+    let text = dig(w, pod, &[&["+short"], args].concat());
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn names_of_the_mesh_are_answered_and_others_are_as_the_resolver_says() {
+    let (w, client) = world(&[]);
+    let fqdn = "shop.ns.svc.cluster.local";
+    for name in [fqdn, "shop", "shop.ns", "shop.ns.svc", "SHOP.ns.SVC.cluster.LOCAL"] {
+        assert_eq!(short(&w, &client, &[name]), ["10.96.0.20"], "{name}");
+        assert_eq!(short(&w, &client, &[name, "AAAA"]), ["fd96::20"], "{name}");
+    }
+    let (first, second) = (w.pods[1].v4.to_string(), w.pods[2].v4.to_string());
+    assert_eq!(short(&w, &client, &["db.ns.svc.cluster.local"]), [first.clone(), second]);
+    assert_eq!(short(&w, &client, &["db-0.db.ns.svc.cluster.local"]), [first]);
+    assert_eq!(
+        short(&w, &client, &["db-7.db.ns.svc.cluster.local"]),
+        ["10.9.9.9"],
+        "a pod's own host name, known elsewhere"
+    );
+    let ports = short(&w, &client, &["_sql._tcp.db.ns.svc.cluster.local", "SRV"]);
+    assert_eq!(ports, ["0 100 5432 db-0.db.ns.svc.cluster.local.", "0 100 5432 db-1.db.ns.svc.cluster.local."]);
+    let unknown_port = short(&w, &client, &["_peer._tcp.db.ns.svc.cluster.local", "SRV"]);
+    assert_eq!(unknown_port, ["0 100 9999 db-0.db.ns.svc.cluster.local."], "the resolver knows more");
+    assert_eq!(short(&w, &client, &["only-mesh.example"]), ["240.240.0.1"]);
+    assert_eq!(short(&w, &client, &["x.y.wild.example"]), ["240.240.0.3"]);
+    assert_eq!(short(&w, &client, &["shop.example"]), ["240.240.0.2"]);
+    assert_eq!(short(&w, &client, &["shop.example", "MX"]), ["10 mail.example."], "mail is not the mesh's affair");
+    // Names of others that look like names of the mesh with parts left out are those of others.
+    assert_eq!(short(&w, &client, &["google.com"]), ["203.0.113.80"]);
+    assert_eq!(short(&w, &client, &["a.example"]), ["203.0.113.1", "203.0.113.2"]);
+    // ExternalName services are known to the cluster's DNS alone; where they lead to may be known to the mesh alone.
+    let external = short(&w, &client, &["external.ns.svc.cluster.local"]);
+    assert!(external.contains(&"a.example.".to_owned()), "{external:?}");
+    let inward = short(&w, &client, &["inward.ns.svc.cluster.local"]);
+    assert_eq!(inward, ["240.240.0.1", "only-mesh.example."]);
+    let none = dig(&w, &client, &["four.ns.svc.cluster.local", "AAAA"]);
+    assert!(none.contains("status: NOERROR") && none.contains("ANSWER: 0") && none.contains("SOA"), "{none}");
+    let aa = dig(&w, &client, &["+edns=0", "+bufsize=4096", "+dnssec", "ShOp.ns.svc.cluster.local"]);
+    assert!(aa.contains("flags: qr aa rd ra") && aa.contains("ShOp.ns.svc.cluster.local. 30"), "{aa}");
+    assert!(aa.contains("EDNS: version: 0, flags: do"), "{aa}");
+    let page = w.json(1, "/pods");
+    let of = &page.as_array().unwrap().iter().find(|pod| pod["name"] == "client").unwrap()["dns"];
+    assert!(of["requests"]["mesh"].as_u64().unwrap() > 10 && of["from"] == "the pod's resolv.conf", "{of}");
+    assert_eq!(of["resolvers"], json!([format!("{RESOLVER}:53")]));
+    assert!(
+        w.metric(1, "istio_dns_requests_total", &["request_query_type=\"A\"", "source_canonical_service=\"client\""])
+            > 10.0
+    );
+    assert!(w.metric(1, "istio_dns_upstream_requests_total", &["request_query_type=\"MX\""]) >= 1.0);
+}
+
+/// Messages of every kind that a client may send and whose answer is not the mesh's: at least two hundred.
+fn shapes() -> Vec<(String, Vec<u8>)> {
+    let names = [
+        "a.example",
+        "A.exAMple",
+        "four.example",
+        "six.example",
+        "zero.example",
+        "large.example",
+        "huge.example",
+        "odd.example",
+        "absent.example",
+        "example",
+        "deep.er.absent.example",
+        "_sip._tcp.example",
+        "1.113.0.203.in-addr.arpa",
+        "external.ns.svc.cluster.local",
+        "not-in-mesh.ns.svc.cluster.local",
+        "no-such.ns.svc.cluster.local",
+        "",
+    ];
+    // A, NS, SOA, PTR, MX, TXT, AAAA, SRV, DS, DNSKEY, HTTPS, CAA, ANY, and a type without name.
+    let types = [1, 2, 6, 12, 15, 16, 28, 33, 43, 48, 65, 257, 255, 65280];
+    let mut all: Vec<(String, Vec<u8>)> = Vec::new();
+    for name in names {
+        for kind in types {
+            all.push((format!("{name} type {kind}"), question(name, kind)));
+        }
+    }
+    for (payload, dnssec) in [(512, false), (1232, true), (4096, false), (65535, true)] {
+        for name in ["a.example", "absent.example", "large.example", "huge.example"] {
+            let message = with_edns(question(name, 16), payload, dnssec, &[]);
+            all.push((format!("{name} payload {payload} dnssec {dnssec}"), message));
+        }
+    }
+    // A cookie, a client subnet, padding and an option of nobody's.
+    let options: [&[u8]; 4] = [
+        &[0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8],
+        &[0, 8, 0, 7, 0, 1, 24, 0, 192, 0, 2],
+        &[0, 12, 0, 4, 0, 0, 0, 0],
+        &[0xff, 0xf0, 0, 2, 1, 2],
+    ];
+    for option in options {
+        all.push((format!("option {option:?}"), with_edns(question("a.example", A), 1232, false, option)));
+    }
+    // Flags and operations: no recursion, checking disabled, authentic data, inverse query, status, notify, update, reserved.
+    for flags in [[0, 0], [1, 0x10], [1, 0x20], [9, 0], [0x11, 0], [0x21, 0], [0x29, 0], [0x39, 0], [0x79, 0]] {
+        let mut message = question("a.example", A);
+        message[2..4].copy_from_slice(&flags);
+        all.push((format!("flags {flags:?}"), message));
+    }
+    // Chaos, any class, another version of EDNS, an empty question section, two questions, bytes at the end, a label cut off.
+    for class in [3, 255] {
+        let mut message = question("version.bind", 16);
+        *message.last_mut().unwrap() = class;
+        all.push((format!("class {class}"), message));
+    }
+    let mut version = with_edns(question("a.example", A), 1232, false, &[]);
+    let at = version.len() - 5;
+    version[at] = 1;
+    all.push(("EDNS version 1".into(), version));
+    let mut two = question("a.example", A);
+    two[5] = 2;
+    let second = two[12..].to_vec();
+    two.extend(second);
+    all.push(("two questions".into(), two));
+    let mut none = question("", A);
+    none.truncate(12);
+    none[5] = 0;
+    all.push(("no question".into(), none));
+    all
+}
+
+#[test]
+fn what_is_not_of_the_mesh_is_answered_byte_for_byte_as_without_us() {
+    let (w, client) = world(&[("CULVERT_DNS_CACHE_ENTRIES", "0")]);
+    let shapes = shapes();
+    assert!(shapes.len() >= 200);
+    for tcp in [false, true] {
+        let all = |ns: &str, server: &str| -> Vec<Option<Vec<u8>>> {
+            let server = server.parse().unwrap();
+            inside(ns, || shapes.iter().map(|(_, message)| ask(message, server, tcp)).collect())
+        };
+        for server in [RESOLVER, RESOLVER_V6] {
+            let (without, with) = (all(&w.ns("n1"), server), all(&client.netns, server));
+            for (((name, _), without), with) in shapes.iter().zip(without).zip(with) {
+                // What the resolver does not answer at all, we answer for it: there was nobody.
+                let Some(without) = without else { continue };
+                assert_eq!(with.as_deref(), Some(&*without), "{name}, tcp {tcp}, {server}");
+            }
+        }
+    }
+    let huge = inside(&client.netns, || ask(&question("huge.example", 16), RESOLVER.parse().unwrap(), true)).unwrap();
+    assert!(huge.len() > 50_000, "{}", huge.len());
+    let cut = inside(&client.netns, || ask(&question("huge.example", 16), RESOLVER.parse().unwrap(), false)).unwrap();
+    assert!(cut[2] & 2 != 0, "an answer too large for a datagram is cut by the resolver, and the client asks again");
+    assert_eq!(w.metric(1, "istio_dns_upstream_failures_total", &[]), 0.0);
+    let forwarded = w.metric(1, "culvert_dns_requests_total", &["forwarded"]);
+    assert!(forwarded >= 4.0 * shapes.len() as f64, "all of it went through the daemon: {forwarded}");
+}
+
+/// A program that resolves names as its language or C library does.
+fn resolver_program(w: &World, kind: &str) -> Vec<String> {
+    let source = |name: &str| crate::world::peer_script(name).display().to_string();
+    let made = w.dir.join(kind).display().to_string();
+    let build = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args).env("CGO_ENABLED", "0").env("GOFLAGS", "-buildvcs=false").env("GO111MODULE", "off");
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    match kind {
+        "glibc" => build("cc", &["-o", &made, &source("resolve.c")]),
+        "musl" => build("musl-gcc", &["-static", "-o", &made, &source("resolve.c")]),
+        "go" => build("go", &["build", "-o", &made, &source("resolve.go")]),
+        _ => return vec!["python3".into(), source("resolve.py")],
+    }
+    vec![made]
+}
+
+#[test]
+fn real_clients_find_what_they_look_for_however_they_look() {
+    let (mut w, client) = world(&[]);
+    let names =
+        ["shop", "shop.ns", "db-1.db", "db", "only-mesh.example", "a.example", "google.com", "inward", "no-such"];
+    let (first, second) = (w.pods[1].clone(), w.pods[2].clone());
+    let v6_last = |mut all: Vec<String>| {
+        all.sort();
+        all.join(" ")
+    };
+    let of = |pod: &Pod| vec![pod.v4.to_string(), pod.v6.to_string()];
+    let expected = [
+        "shop 10.96.0.20 fd96::20".to_owned(),
+        "shop.ns 10.96.0.20 fd96::20".into(),
+        format!("db-1.db {}", v6_last(of(&second))),
+        format!("db {}", v6_last([of(&first), of(&second)].concat())),
+        "only-mesh.example 240.240.0.1".into(),
+        "a.example 2001:db8:1::1 203.0.113.1 203.0.113.2".into(),
+        "google.com 203.0.113.80".into(),
+        "inward 240.240.0.1".into(),
+        "no-such none".into(),
+    ];
+    let go = Command::new("go").arg("version").output().is_ok_and(|output| output.status.success());
+    if !go {
+        eprintln!("no Go toolchain is at hand: its resolver was not tried");
+    }
+    let kinds = ["glibc", "musl", "python"].into_iter().chain(go.then_some("go"));
+    let programs: Vec<(&str, Vec<String>)> = kinds.map(|kind| (kind, resolver_program(&w, kind))).collect();
+    let tries = |w: &World, what: &str| {
+        for (kind, program) in &programs {
+            let line: Vec<&str> = program.iter().map(String::as_str).chain(names).collect();
+            let said = w.run_in(&client, &line);
+            assert_eq!(said.lines().collect::<Vec<_>>(), expected, "{kind}, {what}");
+        }
+        let said = w.run_in(&client, &["getent", "ahostsv4", "shop"]);
+        assert!(said.starts_with("10.96.0.20"), "{said}");
+    };
+    tries(&w, "over datagrams");
+    let file = w.dir.join("client-resolv.conf");
+    std::fs::write(&file, kubernetes_conf() + "options use-vc single-request-reopen\n").unwrap();
+    let before = w.metric(1, "istio_dns_requests_total", &["tcp"]);
+    tries(&w, "over connections, where the client can");
+    assert!(w.metric(1, "istio_dns_requests_total", &["tcp"]) > before + 8.0);
+    // A pod with IPv6 alone.
+    let six = w.mesh_pod("six", 1);
+    crate::world::ip_in(&six.netns, &format!("addr del {}/24 dev eth0\n", six.v4));
+    w.mesh.of("six")["workloadIps"] = json!([six.v6]);
+    w.start_container(&six, &kubernetes_conf().replace(RESOLVER, RESOLVER_V6));
+    w.write_mesh();
+    w.write_pods(1, &w.captured_pods(1));
+    w.wait_captured(1);
+    for (kind, program) in &programs {
+        let line: Vec<&str> = program.iter().map(String::as_str).chain(names).collect();
+        let said = w.run_in(&six, &line);
+        assert_eq!(said.lines().collect::<Vec<_>>(), expected, "{kind}, with IPv6 alone");
+    }
+}
+
+/// A client whose container has these resolvers, in a mesh without anything else.
+fn small(resolvers: &str, settings: &[(&str, &str)], prepare: impl FnOnce(&mut World, &Pod)) -> (World, Pod) {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    w.mesh.service("shop", &["10.96.0.20"], &json!({"80": 8080}), &[]);
+    if !resolvers.is_empty() {
+        w.start_container(&client, resolvers);
+    }
+    prepare(&mut w, &client);
+    w.write_mesh();
+    w.write_pods(1, &w.captured_pods(1));
+    w.start_node(1, settings);
+    w.wait_captured(1);
+    (w, client)
+}
+
+fn ask_in(pod: &Pod, name: &str, server: IpAddr) -> Option<Vec<u8>> {
+    inside(&pod.netns, || ask(&question(name, A), server, false))
+}
+
+#[test]
+fn the_resolver_that_is_asked_is_the_one_that_answers() {
+    // No container is to be seen, as from the daemon of Istio's chart: what the kernel knows is enough.
+    let (w, client) = small("", &[], |_, _| {});
+    let one = w.start_scripted(51, |q| vec![answer(q, [1, 1, 1, 1])]);
+    let two = w.start_scripted(52, |q| vec![answer(q, [2, 2, 2, 2])]);
+    for (server, expected) in [(&one, [1, 1, 1, 1]), (&two, [2, 2, 2, 2]), (&one, [1, 1, 1, 1])] {
+        assert_eq!(address(&ask_in(&client, "any.example", server.ip).unwrap()), Some(expected));
+    }
+    assert_eq!(one.asked.load(Ordering::Relaxed), 1, "the second time it was remembered");
+    assert_eq!(address(&ask_in(&client, "shop.ns.svc.cluster.local", one.ip).unwrap()), Some([10, 96, 0, 20]));
+    // A resolver within the pod, as some have: what it asks itself must reach whom it asks, and not come back to it.
+    let inner = inside(&client.netns, || UdpSocket::bind("127.0.0.1:53")).unwrap();
+    let (netns, outer) = (client.netns.clone(), two.ip);
+    let relay = std::thread::spawn(move || {
+        let mut bytes = [0; 512];
+        let (length, from) = inner.recv_from(&mut bytes).unwrap();
+        let answer = inside(&netns, || ask(&bytes[..length], outer, false)).unwrap();
+        inner.send_to(&answer, from).unwrap();
+    });
+    assert_eq!(address(&ask_in(&client, "inner.example", [127, 0, 0, 1].into()).unwrap()), Some([2, 2, 2, 2]));
+    relay.join().unwrap();
+    assert_eq!(w.metric(1, "culvert_dns_requests_total", &["forwarded"]), 3.0);
+    assert_eq!(w.metric(1, "culvert_dns_requests_total", &["cached"]), 1.0);
+}
+
+#[test]
+fn a_resolver_that_is_dead_slow_or_lies_is_passed_over() {
+    let conf = "nameserver 10.1.0.51\nnameserver 10.1.0.52\nnameserver 10.1.0.53\n";
+    let (w, client) = small(conf, &[("CULVERT_DNS_CACHE_ENTRIES", "0")], |_, _| {});
+    let ip = |last: u8| IpAddr::from([10, 1, 0, last]);
+    let asks = |name: &str| ask_in(&client, name, ip(51)).unwrap();
+    // Nobody is there at all: said at once, and as a failure.
+    crate::world::ip_in(
+        &w.ns("n1"),
+        "addr add 10.1.0.53/32 dev pods\naddr add 10.1.0.52/32 dev pods\naddr add 10.1.0.51/32 dev pods\n",
+    );
+    assert_eq!(asks("dead.example")[3] & 15, 2);
+    assert_eq!(w.metric(1, "culvert_dns_requests_total", &["failed"]), 1.0);
+    crate::world::ip_in(
+        &w.ns("n1"),
+        "addr del 10.1.0.52/32 dev pods\naddr del 10.1.0.51/32 dev pods\naddr del 10.1.0.53/32 dev pods\n",
+    );
+    // The first is silent, the second refuses, the third answers.
+    let silent = w.start_scripted(51, |_| vec![]);
+    let refusing = w.start_scripted(52, |q| vec![refusal(q, 5)]);
+    let good = w.start_scripted(53, |q| vec![answer(q, [3, 3, 3, 3])]);
+    assert_eq!(address(&asks("third.example")), Some([3, 3, 3, 3]));
+    assert_eq!((refusing.asked.load(Ordering::Relaxed), good.asked.load(Ordering::Relaxed)), (1, 1));
+    let before = silent.asked.load(Ordering::Relaxed);
+    assert_eq!(address(&asks("again.example")), Some([3, 3, 3, 3]), "who was silent is asked last");
+    assert_eq!(silent.asked.load(Ordering::Relaxed), before);
+    drop((silent, refusing, good));
+    let denied = asks("nobody-left.example");
+    assert_eq!(denied[3] & 15, 2, "no answer in time is said to be a failure: {denied:?}");
+}
+
+#[test]
+fn forged_answers_are_not_believed_and_cost_little() {
+    let conf = "nameserver 10.1.0.51\nnameserver 10.1.0.52\n";
+    let (w, client) = small(conf, &[("CULVERT_DNS_CACHE_ENTRIES", "0")], |_, _| {});
+    let good = w.start_scripted(52, |q| vec![answer(q, [2, 2, 2, 2])]);
+    // Another id, another question, a question come back, nothing, and too little; then what is right.
+    let lies = |q: &[u8]| {
+        let mut other_id = answer(q, [6, 6, 6, 6]);
+        other_id[0] ^= 1;
+        let mut other_name = answer(q, [6, 6, 6, 6]);
+        other_name[13] ^= 1;
+        vec![other_id, other_name, q.to_vec(), vec![], q[..11].to_vec(), vec![0xff; 600]]
+    };
+    let lying = w.start_scripted(51, move |q| [lies(q), vec![answer(q, [1, 1, 1, 1])]].concat());
+    assert_eq!(address(&ask_in(&client, "a.example", lying.ip).unwrap()), Some([1, 1, 1, 1]));
+    drop(lying);
+    // A flood of lies is given up, and the next resolver asked.
+    let flood = w.start_scripted(53, move |q| (0..200).flat_map(|_| lies(q)).collect());
+    assert_eq!(address(&ask_in(&client, "b.example", flood.ip).unwrap()), Some([2, 2, 2, 2]));
+    assert!(good.asked.load(Ordering::Relaxed) >= 1);
+    // What is not from the resolver at all does not reach the socket: it is connected.
+    let (first, second) = (question("c.example", A), question("c.example", A));
+    assert_ne!(
+        ports_and_ids(&w, &client, &first),
+        ports_and_ids(&w, &client, &second),
+        "neither port nor id is the client's"
+    );
+    // Compressed names that lead into themselves, counts that promise thousands of records, 64 KiB of names.
+    let bombs: Vec<Vec<u8>> = vec![
+        [&question("", A)[..12], &[0xc0, 12, 0, 1, 0, 1]].concat(),
+        [&question("", A)[..4], &[0xff; 8], &[0xc0, 0x0c].repeat(500)].concat(),
+        [&question("", A)[..4], &[0, 1, 0, 0, 0, 0, 0xff, 0xff], &[1, b'a'].repeat(2000)].concat(),
+        vec![0xff; 60_000],
+        [&[0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0][..], &[63; 60_000]].concat(),
+    ];
+    inside(&client.netns, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        for _ in 0..200 {
+            for bomb in &bombs {
+                let _ = socket.send_to(bomb, (good.ip, 53));
+            }
+        }
+    });
+    eventually("the bombs are behind us", || {
+        ask_in(&client, "shop.ns.svc.cluster.local", good.ip).as_deref().and_then(address) == Some([10, 96, 0, 20])
+    });
+}
+
+/// The id with which a question reaches a resolver, and from which port.
+fn ports_and_ids(w: &World, client: &Pod, message: &[u8]) -> (u16, [u8; 2]) {
+    let ns = w.ns("n1");
+    let resolver = inside(&ns, || UdpSocket::bind("10.1.0.1:53")).unwrap();
+    resolver.set_read_timeout(Some(crate::world::PATIENCE)).unwrap();
+    let (netns, message) = (client.netns.clone(), message.to_vec());
+    let asking = std::thread::spawn(move || inside(&netns, || ask(&message, "10.1.0.1".parse().unwrap(), false)));
+    let mut bytes = [0; 512];
+    let (length, from) = resolver.recv_from(&mut bytes).unwrap();
+    let stranger = inside(&ns, || UdpSocket::bind("10.1.0.1:0")).unwrap();
+    stranger.send_to(&answer(&bytes[..length], [6, 6, 6, 6]), from).unwrap();
+    resolver.send_to(&answer(&bytes[..length], [1, 1, 1, 1]), from).unwrap();
+    let got = asking.join().unwrap().unwrap();
+    assert_eq!((address(&got), &got[..2]), (Some([1, 1, 1, 1]), &[0x5a, 0xa5][..]));
+    (from.port(), [bytes[0], bytes[1]])
+}
