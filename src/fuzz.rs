@@ -2,6 +2,9 @@
 //! below calls them with the corpora, so that what was ever found stays found. None may panic, whatever it is given.
 
 use crate::control::xds::{decode, delta, policy, saved};
+use crate::dns::lookup::{Answer, Record};
+use crate::dns::message as dns;
+use crate::dns::resolv_conf::ResolvConf;
 use crate::hbone::{Authority, ConnectRequest};
 use crate::identity::{istio_ca, revoked, verify};
 use crate::mesh::SpiffeName;
@@ -78,6 +81,34 @@ pub fn mesh_file(data: &[u8]) {
     let _ = control::yaml::facts(&String::from_utf8_lossy(data));
 }
 
+/// What a pod sends to its DNS, and a pod's `resolv.conf`.
+pub fn dns_request(data: &[u8]) {
+    let _ = (dns::read(data), dns::type_word(data), dns::is_transfer(data), dns::datagram_limit(data));
+    let records = vec![Record::Address([10, 0, 0, 1].into()), Record::Address([0; 16].into())];
+    let answer = Answer { alias: Some("other.example".into()), records, zone: "example".into() };
+    for datagram in [true, false] {
+        let limit = if datagram { dns::datagram_limit(data) } else { u16::MAX };
+        if let Some(reply) = dns::reply(data, &answer, 30, datagram) {
+            assert!(reply.len() <= usize::from(limit), "a reply must fit");
+            assert_eq!(dns::id(&reply), dns::id(data));
+        }
+    }
+    let _ = dns::server_failure(data);
+    let _ = ResolvConf::parse(&String::from_utf8_lossy(data));
+}
+
+/// What comes from a resolver: as an answer to itself as the question, and to another.
+pub fn dns_answer(data: &[u8]) {
+    let _ = (dns::outcome(data, data), dns::outcome(&[0; 12], data), dns::addresses(data), dns::is_cut(data));
+    if let Some((life, places)) = dns::lifetime(data) {
+        assert_eq!(dns::aged(data.to_vec(), &places, life / 2).len(), data.len());
+    }
+    if let Some(end) = dns::dangling_alias(data) {
+        let answer = Answer { alias: None, records: Vec::new(), zone: end.name.clone() };
+        let _ = dns::completed(data, &end, &answer, 30, Some(512));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -85,7 +116,9 @@ mod tests {
     #[test]
     fn the_corpora_do_no_harm() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 6] = [
+        let targets: [Target; 8] = [
+            ("dns_request", super::dns_request),
+            ("dns_answer", super::dns_answer),
             ("xds_resources", super::xds_resources),
             ("zds_message", super::zds_message),
             ("connect_request", super::connect_request),

@@ -17,6 +17,9 @@ const ADDRESSES_MAX: usize = 2000;
 /// Labels of the longest name that may be a Kubernetes name with parts left out: `pod.service.namespace.svc`.
 const SHORT_LABELS: usize = 4;
 
+/// What one name can make necessary to ask for.
+pub const WANTED_MAX: usize = 2;
+
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
 pub struct Asker<'a> {
@@ -106,25 +109,21 @@ pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
     }
 }
 
-/// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon.
+/// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon; there may be
+/// more when that has been answered, up to [`WANTED_MAX`] in all.
 pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<Wanted> {
     // `service.namespace.svc.domain`, perhaps with a pod in front.
     let labels: Vec<&str> = name.split('.').collect();
-    let at = labels.iter().position(|label| *label == "svc");
-    let key = match at {
-        Some(at @ 2..=3) => {
-            let namespace = labels.get(at - 1)?;
-            ServiceKey { namespace: (*namespace).into(), hostname: labels.get(at - 2..)?.join(".").into() }
-        }
-        Some(_) => return None,
-        None if labels.len() < 2 => return None,
-        // A host of a ServiceEntry: those of the pod's own namespace can be asked for by name.
-        None => {
-            let bare = asker.search.iter().find_map(|domain| strip(name, domain)).unwrap_or(name);
-            ServiceKey { namespace: asker.workload.namespace.clone(), hostname: bare.into() }
-        }
-    };
-    asker.snapshot.unasked(Wanted::Service(key))
+    let of_cluster = labels.iter().position(|label| *label == "svc").filter(|at| (2..=3).contains(at)).and_then(|at| {
+        let hostname = labels.get(at - 2..)?.join(".");
+        Some(ServiceKey { namespace: (*labels.get(at - 1)?).into(), hostname: hostname.into() })
+    });
+    // A host of a ServiceEntry, perhaps completed by the pod's resolver: those of the pod's own namespace can be asked for.
+    let bare = asker.search.iter().find_map(|domain| strip(name, domain)).unwrap_or(name);
+    let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
+    let of_host = is_host.then(|| ServiceKey { namespace: asker.workload.namespace.clone(), hostname: bare.into() });
+    let unasked = |key| asker.snapshot.unasked(Wanted::Service(key));
+    of_cluster.into_iter().chain(of_host).find_map(unasked)
 }
 
 /// The service or pod behind a name, with the name that was meant where it is not the one asked for, and whether that is
@@ -294,4 +293,267 @@ fn ports(asker: &Asker<'_>, name: &str) -> Option<Answer> {
     };
     let zone = zone(&service, is_kubernetes(asker, &service), rest);
     Some(Answer { alias: None, records, zone })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::address::{parse_network_address, parse_network_cidr};
+    use crate::mesh::service::{LoadBalancer, Mode, Visibility};
+    use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::{Facts, Store};
+
+    fn entry(namespace: &str, host: &str, vips: &[&str]) -> Service {
+        let mut made = service(namespace, "entry", "0.0.0.1", &[(443, 443)]);
+        made.key = ServiceKey { namespace: namespace.into(), hostname: host.into() };
+        made.vips = vips.iter().map(|vip| parse_network_address(vip).unwrap()).collect();
+        made
+    }
+
+    fn headless(namespace: &str, name: &str) -> Service {
+        Service { vips: vec![], ..service(namespace, name, "0.0.0.1", &[(80, 8080)]) }
+    }
+
+    fn endpoint(name: &str, ips: &[&str], of: &Service) -> Workload {
+        let mut made = workload("ns1", name, ips[0]);
+        made.ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        made.services.insert(of.key.clone(), [(80, 8081)].into());
+        made
+    }
+
+    /// A mesh with one of everything, asked by a pod of `ns1`.
+    fn mesh() -> Store {
+        let mut visible_in_ns2 = entry("ns2", "secret.com", &["/240.0.0.7"]);
+        visible_in_ns2.visibility = Visibility::Namespace;
+        let mut canonical = entry("ns3", "both.com", &["/240.0.0.9"]);
+        canonical.canonical = true;
+        let mut v6_only = service("ns1", "v6", "10.0.0.9", &[]);
+        v6_only.vips.push(parse_network_address("/fd00::9").unwrap());
+        v6_only.ip_families = Some(IpFamilies::V6);
+        let (db, any, empty) = (headless("ns1", "db"), headless("ns1", "any"), headless("ns1", "empty"));
+        let any = Service {
+            load_balancer: Some(LoadBalancer {
+                preferences: vec![],
+                mode: Mode::Standard,
+                health_policy: HealthPolicy::AllowAll,
+            }),
+            ..any
+        };
+        let db = Service { port_names: [("sql".into(), 80)].into(), ..db };
+        let mut abroad = endpoint("db-2", &["10.1.0.3"], &db);
+        abroad.network = "other".into();
+        let mut ill = endpoint("db-3", &["10.1.0.4"], &db);
+        ill.health = Health::Unhealthy;
+        ill.services.insert(any.key.clone(), Default::default());
+        let external_headless = entry("ns1", "nowhere.com", &[]);
+        let workloads = vec![
+            endpoint("db-0", &["10.1.0.1", "10.1.9.1", "fd00:1::1"], &db),
+            endpoint("db-1", &["10.1.0.2"], &db),
+            abroad,
+            ill,
+            endpoint("ext", &["10.1.0.5"], &external_headless),
+        ];
+        let mut ranges = entry("ns1", "ranges.com", &[]);
+        ranges.cidrs = vec![parse_network_cidr("/198.51.100.0/24").unwrap()];
+        let mut remote = service("ns1", "remote", "0.0.0.1", &[]);
+        remote.key.hostname = "remote.ns1.svc.other.domain".into();
+        remote.vips = vec![parse_network_address("/10.0.0.30").unwrap()];
+        let mut web = service("ns1", "web", "10.0.0.1", &[(80, 8080)]);
+        web.vips.push(parse_network_address("/fd00::1").unwrap());
+        web.port_names = [("http".into(), 80)].into();
+        let services = vec![
+            web,
+            service("ns2", "web", "10.0.0.2", &[]),
+            service("com", "google", "10.0.0.66", &[]),
+            entry("ns1", "abroad.com", &["other/240.0.0.3"]),
+            entry("ns1", "www.google.com", &["/240.0.0.4"]),
+            entry("ns1", "*.wild.com", &["/240.0.0.5"]),
+            entry("ns1", "*.deep.wild.com", &["/240.0.0.6"]),
+            entry("ns2", "both.com", &["/240.0.0.8"]),
+            canonical,
+            entry("ns4", "tied.com", &["/240.0.0.14"]),
+            entry("ns5", "tied.com", &["/240.0.0.15"]),
+            entry("ns2", "own.com", &["/240.0.0.10"]),
+            entry("ns1", "own.com", &["/240.0.0.11"]),
+            visible_in_ns2,
+            v6_only,
+            db,
+            any,
+            empty,
+            external_headless,
+            ranges,
+            remote,
+        ];
+        let store = Store::default();
+        store.replace(Facts { workloads, services, policies: vec![] });
+        store
+    }
+
+    /// What is planned, in short: `a | b` for addresses, `none` for a denial of records, in brackets where the resolver is
+    /// asked first; `alias > …` where there is one.
+    fn plan(search: &[&str], name: &str, kind: Kind) -> String {
+        let store = mesh();
+        let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
+        let search: Vec<String> = search.iter().map(|domain| (*domain).to_owned()).collect();
+        let asker = Asker {
+            snapshot: &snapshot,
+            workload: &asks,
+            search: &search,
+            cluster_domain: "cluster.local",
+            preferred_namespace: "ns5",
+            ipv6: true,
+        };
+        let text = |answer: Answer| {
+            let word = |record: &Record| match record {
+                Record::Address(ip) => ip.to_string(),
+                Record::Service { port, target, addresses } => format!("{port} {target} {}", addresses.len()),
+            };
+            let mut all: Vec<String> = answer.records.iter().map(word).collect();
+            all.sort();
+            let records = if all.is_empty() { format!("none of {}", answer.zone) } else { all.join(" | ") };
+            answer.alias.map_or_else(String::new, |alias| format!("{alias} > ")) + &records
+        };
+        match decide(&asker, name, kind) {
+            Plan::Forward => "forward".into(),
+            Plan::Answer(answer) => text(answer),
+            Plan::ForwardOr(answer) => format!("[{}]", text(answer)),
+        }
+    }
+
+    const SEARCH: [&str; 4] = ["ns1.svc.cluster.local", "svc.cluster.local", "cluster.local", "corp.example"];
+
+    #[test]
+    fn names_mean_what_they_mean_to_the_pod() {
+        let table = [
+            // Services, whole and short.
+            ("web.ns1.svc.cluster.local", "10.0.0.1"),
+            ("web.ns2.svc.cluster.local", "10.0.0.2"),
+            ("web", "10.0.0.1"),
+            ("web.ns1.svc", "10.0.0.1"),
+            ("web.ns2.svc", "10.0.0.2"),
+            ("web.ns1", "[10.0.0.1]"),
+            ("web.ns2", "[10.0.0.2]"),
+            ("nothing", "forward"),
+            ("nothing.ns1.svc.cluster.local", "forward"),
+            // What exists elsewhere is not taken for a short name; a completed one is asked for as such.
+            ("google.com", "[10.0.0.66]"),
+            ("google.com.svc.cluster.local", "10.0.0.66"),
+            // Hosts of service entries, also completed by the pod's resolver.
+            ("www.google.com", "240.0.0.4"),
+            ("www.google.com.ns1.svc.cluster.local", "www.google.com > 240.0.0.4"),
+            ("www.google.com.svc.cluster.local", "www.google.com > 240.0.0.4"),
+            ("www.google.com.cluster.local", "www.google.com > 240.0.0.4"),
+            ("www.google.com.corp.example", "[www.google.com > 240.0.0.4]"),
+            ("www.google.com.ns2.svc.cluster.local", "forward"),
+            ("web.corp.example", "forward"),
+            ("web.ns2.ns1.svc.cluster.local", "[web.ns2 > 10.0.0.2]"),
+            // Wildcards: the longest, at any depth, without alias, and not the name below which they are.
+            ("a.wild.com", "240.0.0.5"),
+            ("a.b.wild.com", "240.0.0.5"),
+            ("a.deep.wild.com", "240.0.0.6"),
+            ("wild.com", "forward"),
+            ("a.wild.com.ns1.svc.cluster.local", "240.0.0.5"),
+            // Who has a name: the own namespace, a canonical one, the preferred one; never one that is not visible.
+            ("own.com", "240.0.0.11"),
+            ("both.com", "240.0.0.9"),
+            ("tied.com", "240.0.0.15"),
+            ("secret.com", "forward"),
+            // Addresses of other networks are none; ranges and endpoints of what is external are not told.
+            ("abroad.com", "none of abroad.com"),
+            ("ranges.com", "forward"),
+            ("nowhere.com", "forward"),
+            // Headless services and their pods: in the network, healthy, the first address of each.
+            ("db.ns1.svc.cluster.local", "10.1.0.1 | 10.1.0.2"),
+            ("db", "10.1.0.1 | 10.1.0.2"),
+            ("any.ns1.svc.cluster.local", "10.1.0.4"),
+            ("empty.ns1.svc.cluster.local", "none of cluster.local"),
+            ("db-0.db.ns1.svc.cluster.local", "10.1.0.1"),
+            ("db-0.db.ns1.svc", "10.1.0.1"),
+            ("db-0.db", "[10.1.0.1]"),
+            ("db-2.db.ns1.svc.cluster.local", "forward"),
+            ("db-3.db.ns1.svc.cluster.local", "forward"),
+            ("db-0.web.ns1.svc.cluster.local", "forward"),
+            // A cluster of another domain.
+            ("remote.ns1.svc.other.domain", "10.0.0.30"),
+            ("v6.ns1.svc.cluster.local", "none of cluster.local"),
+        ];
+        for (name, expected) in table {
+            assert_eq!(plan(&SEARCH, name, Kind::A), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn types_that_there_are_no_records_of() {
+        let web = "web.ns1.svc.cluster.local";
+        let table = [
+            (web, Kind::Aaaa, "fd00::1"),
+            (web, Kind::Any, "10.0.0.1 | fd00::1"),
+            (web, Kind::Other, "none of cluster.local"),
+            (web, Kind::Https, "none of cluster.local"),
+            (web, Kind::Srv, "[none of cluster.local]"),
+            ("web", Kind::Other, "none of web"),
+            ("v6.ns1.svc.cluster.local", Kind::Aaaa, "fd00::9"),
+            ("web.ns2.svc.cluster.local", Kind::Aaaa, "none of cluster.local"),
+            ("db.ns1.svc.cluster.local", Kind::Aaaa, "fd00:1::1"),
+            ("db-1.db.ns1.svc.cluster.local", Kind::Aaaa, "none of cluster.local"),
+            ("www.google.com", Kind::Aaaa, "none of www.google.com"),
+            ("www.google.com", Kind::Https, "none of www.google.com"),
+            ("www.google.com", Kind::Other, "[none of www.google.com]"),
+            ("a.b.wild.com", Kind::Aaaa, "none of wild.com"),
+            ("remote.ns1.svc.other.domain", Kind::Other, "none of other.domain"),
+            ("_http._tcp.web.ns1.svc.cluster.local", Kind::Srv, "80 web.ns1.svc.cluster.local 2"),
+            (
+                "_sql._tcp.db.ns1.svc.cluster.local",
+                Kind::Srv,
+                "8081 db-0.db.ns1.svc.cluster.local 2 | 8081 db-1.db.ns1.svc.cluster.local 1",
+            ),
+            ("_other._tcp.db.ns1.svc.cluster.local", Kind::Srv, "forward"),
+            ("_sql._udp.db.ns1.svc.cluster.local", Kind::Srv, "forward"),
+            ("_sql._tcp.db.ns1.svc.cluster.local", Kind::A, "forward"),
+            ("google.com", Kind::Other, "[none of google.com]"),
+            ("elsewhere.net", Kind::Other, "forward"),
+        ];
+        for (name, kind, expected) in table {
+            assert_eq!(plan(&SEARCH, name, kind), expected, "{name} {kind:?}");
+        }
+    }
+
+    #[test]
+    fn a_pod_with_its_own_search_domains_is_asked_for_nothing_else() {
+        // `dnsPolicy: Default` or `None`: no domain of the cluster, so nothing is completed by one.
+        for name in ["web", "web.ns1", "web.ns1.svc", "google.com"] {
+            assert_eq!(plan(&["corp.example"], name, Kind::A), "forward", "{name}");
+        }
+        assert_eq!(plan(&[], "web.ns1.svc.cluster.local", Kind::A), "10.0.0.1");
+        // A cluster whose domain nobody has set is known by the pod's own search domains.
+        let other = ["ns1.svc.other.domain", "svc.other.domain", "other.domain"];
+        assert_eq!(plan(&other, "remote", Kind::A), "10.0.0.30");
+        assert_eq!(plan(&other, "www.google.com.other.domain", Kind::A), "www.google.com > 240.0.0.4");
+        assert_eq!(plan(&["ns2.svc.cluster.local"], "web", Kind::A), "10.0.0.2", "another namespace first");
+    }
+
+    #[test]
+    fn what_is_asked_of_a_control_plane_that_tells_only_when_asked() {
+        let store = Store::new("".into(), true);
+        store.replace(Facts { services: vec![service("ns1", "web", "10.0.0.1", &[])], ..Facts::default() });
+        let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
+        let search = SEARCH.map(str::to_owned);
+        let asker = Asker {
+            snapshot: &snapshot,
+            workload: &asks,
+            search: &search,
+            cluster_domain: "cluster.local",
+            preferred_namespace: "",
+            ipv6: true,
+        };
+        let asked = |name: &str| wanted(&asker, name).map(|wanted| wanted.to_string()).unwrap_or_default();
+        assert_eq!(asked("web.ns1.svc.cluster.local"), "", "it is known");
+        assert!(asked("api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));
+        assert!(asked("pod-0.api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));
+        assert!(asked("host.example").contains("ns1/host.example"));
+        // It may be a pod of a service, or a host that the pod's resolver has completed.
+        assert!(asked("host.example.ns1.svc.cluster.local").contains("ns1/example.ns1.svc.cluster.local"));
+        assert!(asked("www.host.example.ns1.svc.cluster.local").contains("ns1/www.host.example"));
+        assert_eq!(asked("localhost"), "");
+    }
 }

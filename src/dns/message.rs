@@ -391,3 +391,129 @@ pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
 pub fn is_cut(answer: &[u8]) -> bool {
     Header::read(&mut BinDecoder::new(answer)).is_ok_and(|header| header.metadata.truncation)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn asked(name: &str, kind: RecordType, payload: Option<u16>) -> Vec<u8> {
+        let mut message = Message::new(0x1234, MessageType::Query, OpCode::Query);
+        message.metadata.recursion_desired = true;
+        message.add_query(hickory_proto::op::Query::query(Name::from_ascii(name).unwrap(), kind));
+        if let Some(payload) = payload {
+            let mut edns = Edns::new();
+            edns.set_max_payload(payload).set_dnssec_ok(true);
+            message.set_edns(edns);
+        }
+        message.to_vec().unwrap()
+    }
+
+    fn addresses_of(count: u32) -> Answer {
+        let records = (0..count).map(|n| Told::Address(IpAddr::from(n.to_be_bytes()))).collect();
+        Answer { alias: None, records, zone: "cluster.local".into() }
+    }
+
+    #[test]
+    fn a_reply_keeps_letter_case_mirrors_edns_and_says_when_it_is_cut() {
+        let question = asked("ShOp.ns.SVC.cluster.local.", RecordType::A, Some(4096));
+        let Request::Question(read_back) = read(&question) else { panic!("a question") };
+        assert_eq!((read_back.name.as_str(), read_back.kind), ("shop.ns.svc.cluster.local", Kind::A));
+        let bytes = reply(&question, &addresses_of(3), 30, true).unwrap();
+        let message = Message::from_vec(&bytes).unwrap();
+        assert_eq!(message.answers[0].name.to_ascii(), "ShOp.ns.SVC.cluster.local.");
+        assert_eq!((message.answers.len(), message.answers[0].ttl), (3, 30));
+        assert!(message.edns.as_ref().unwrap().flags().dnssec_ok && !message.metadata.truncation);
+        assert_eq!(outcome(&question, &bytes), Some(Outcome::Exists));
+        for (payload, limit) in [(None, 512), (Some(100), 512), (Some(1232), 1232)] {
+            let question = asked("many.example.", RecordType::A, payload);
+            let cut = reply(&question, &addresses_of(1500), 30, true).unwrap();
+            let message = Message::from_vec(&cut).unwrap();
+            assert!(cut.len() <= limit && message.metadata.truncation, "{} {payload:?}", cut.len());
+            assert!(cut.len() > limit / 2, "as many as fit, or nearly: {}", cut.len());
+            assert_eq!(message.edns.is_some(), payload.is_some());
+            let whole = reply(&question, &addresses_of(1500), 30, false).unwrap();
+            assert_eq!(Message::from_vec(&whole).unwrap().answers.len(), 1500);
+        }
+        let none = reply(&question, &addresses_of(0), 30, true).unwrap();
+        let message = Message::from_vec(&none).unwrap();
+        assert_eq!(message.authorities[0].record_type(), RecordType::SOA);
+        assert_eq!(message.authorities[0].name.to_ascii(), "cluster.local.");
+        assert_eq!(lifetime(&none).map(|(life, places)| (life, places.len())), Some((30, 1)));
+    }
+
+    #[test]
+    fn an_answer_is_kept_as_long_as_its_shortest_record_and_ages() {
+        let question = asked("a.example.", RecordType::A, Some(1232));
+        let bytes = reply(&question, &addresses_of(2), 300, true).unwrap();
+        let (life, places) = lifetime(&bytes).unwrap();
+        assert_eq!((life, places.len()), (300, 2));
+        let later = Message::from_vec(&aged(bytes.clone(), &places, 100)).unwrap();
+        assert!(later.answers.iter().all(|record| record.ttl == 200));
+        assert!(later.edns.unwrap().flags().dnssec_ok, "what looks like the life of an OPT record is not touched");
+        assert_eq!(lifetime(&failure(&question, ResponseCode::ServFail).unwrap()), None);
+        assert_eq!(lifetime(&failure(&question, ResponseCode::NXDomain).unwrap()), None, "nobody vouches for it");
+        assert_eq!(lifetime(&reply(&question, &addresses_of(2), 0, true).unwrap()), None);
+        assert_eq!(lifetime(&reply(&question, &addresses_of(2000), 30, true).unwrap()), None, "cut");
+    }
+
+    #[test]
+    fn an_alias_is_followed_to_where_it_dangles() {
+        let question = asked("external.ns.svc.cluster.local.", RecordType::A, None);
+        let mut message = answer_to(&Message::from_vec(&question).unwrap());
+        let alias = |from: &str, to: &str| {
+            let name = |text: &str| Name::from_ascii(text).unwrap();
+            Record::from_rdata(name(from), 30, RData::CNAME(CNAME(name(to))))
+        };
+        message.answers.push(alias("two.example.", "three.example."));
+        message.answers.push(alias("External.ns.svc.cluster.local.", "two.example."));
+        message.metadata.response_code = ResponseCode::NXDomain;
+        let bytes = message.to_vec().unwrap();
+        let end = dangling_alias(&bytes).unwrap();
+        assert_eq!((end.name.as_str(), end.kind), ("three.example", Kind::A));
+        let whole = completed(&bytes, &end, &addresses_of(1), 30, Some(512)).unwrap();
+        let read_back = Message::from_vec(&whole).unwrap();
+        assert_eq!((read_back.answers.len(), read_back.metadata.response_code), (3, ResponseCode::NoError));
+        assert_eq!(dangling_alias(&whole), None);
+        // An alias of itself has no end, and costs no time.
+        message.answers.push(alias("three.example.", "external.ns.svc.cluster.local."));
+        let _ = dangling_alias(&message.to_vec().unwrap());
+    }
+
+    #[test]
+    fn what_is_no_answer_to_the_question_is_none() {
+        let question = asked("a.example.", RecordType::A, None);
+        let right = reply(&question, &addresses_of(1), 30, true).unwrap();
+        let mut other_id = right.clone();
+        other_id[1] ^= 1;
+        let other_name = reply(&asked("b.example.", RecordType::A, None), &addresses_of(1), 30, true).unwrap();
+        let other_type = reply(&asked("a.example.", RecordType::AAAA, None), &addresses_of(1), 30, true).unwrap();
+        for (wrong, what) in [(&other_id, "id"), (&other_name, "name"), (&other_type, "type"), (&question, "question")]
+        {
+            assert_eq!(outcome(&question, wrong), None, "{what}");
+        }
+        assert_eq!(outcome(&question, &right), Some(Outcome::Exists));
+        assert_eq!(outcome(&question, &failure(&question, ResponseCode::Refused).unwrap()), Some(Outcome::Refused));
+        assert_eq!(outcome(&question, &failure(&question, ResponseCode::NXDomain).unwrap()), Some(Outcome::Denied));
+        let bare = [&question[..2], &[0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0]].concat();
+        assert_eq!(outcome(&question, &bare), Some(Outcome::Exists), "a format error without the question");
+    }
+
+    fn anything(bytes: &[u8]) {
+        crate::fuzz::dns_request(bytes);
+        crate::fuzz::dns_answer(bytes);
+    }
+
+    proptest! {
+        #[test]
+        fn every_function_is_total(bytes in proptest::collection::vec(any::<u8>(), 0..600), cut in 0usize..200) {
+            anything(&bytes);
+            let mut damaged = reply(&asked("a.example.", RecordType::A, Some(1232)), &addresses_of(5), 30, true).unwrap();
+            let at = cut % damaged.len();
+            damaged[at] ^= 0x55;
+            anything(&damaged);
+            damaged.truncate(at);
+            anything(&damaged);
+        }
+    }
+}

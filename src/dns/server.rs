@@ -339,7 +339,8 @@ impl Server {
             Some(known) => known,
             None => timeout(FACTS_WAIT, self.asker.soon()).await.ok().flatten()?,
         };
-        if let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) {
+        for _ in 0..lookup::WANTED_MAX {
+            let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) else { break };
             let _asking = self.asking.try_acquire().ok()?;
             timeout(FACTS_WAIT, self.mesh.ask(wanted)).await.ok()?.ok()?;
             known = self.asker.now()?;
