@@ -112,6 +112,9 @@ pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
 /// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon; there may be
 /// more when that has been answered, up to [`WANTED_MAX`] in all.
 pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<Wanted> {
+    if asker.snapshot.is_told_all() {
+        return None;
+    }
     // `service.namespace.svc.domain`, perhaps with a pod in front.
     let labels: Vec<&str> = name.split('.').collect();
     let of_cluster = labels.iter().position(|label| *label == "svc").filter(|at| (2..=3).contains(at)).and_then(|at| {
@@ -203,18 +206,20 @@ fn service(asker: &Asker<'_>, hostname: &str) -> Option<Arc<Service>> {
     let namespace = &*asker.workload.namespace;
     let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(asker, service);
     let claims = asker.snapshot.services_by_hostname(hostname).iter();
-    let visible: Vec<&Arc<Service>> = claims.filter(|s| s.visible_to(namespace)).filter(has_records).collect();
-    let of = |wanted: &str| visible.iter().copied().find(|service| &*service.key.namespace == wanted);
-    let canonical = visible.iter().copied().find(|service| service.canonical);
-    let chosen = of(namespace).or(canonical).or_else(|| of(asker.preferred_namespace));
-    chosen.or(visible.first().copied()).cloned()
+    let visible = claims.filter(|s| s.visible_to(namespace)).filter(has_records);
+    let of = |wanted: &str| visible.clone().find(|service| &*service.key.namespace == wanted);
+    let canonical = || visible.clone().find(|service| service.canonical);
+    let preferred = || of(asker.preferred_namespace);
+    of(namespace).or_else(canonical).or_else(preferred).or_else(|| visible.clone().next()).cloned()
 }
 
 /// Whether a service is one of Kubernetes, by its host name, whatever the domain of its cluster.
 fn is_kubernetes(asker: &Asker<'_>, service: &Service) -> bool {
     let host = &*service.key.hostname;
     let below = |zone: &str| strip(host, zone).is_some_and(|rest| rest.ends_with(".svc"));
-    host.starts_with(&format!("{}.{}.svc.", service.name, service.key.namespace)) || below(asker.cluster_domain)
+    let rest = host.strip_prefix(&*service.name).and_then(|rest| rest.strip_prefix('.'));
+    let rest = rest.and_then(|rest| rest.strip_prefix(&*service.key.namespace));
+    rest.is_some_and(|rest| rest.starts_with(".svc.")) || below(asker.cluster_domain)
 }
 
 /// The zone in whose name it is said that there is no record; always around the name.

@@ -12,6 +12,8 @@ use std::net::IpAddr;
 const HEADER: usize = 12;
 /// The largest datagram that we say we take: what fits into every network's packets (DNS flag day 2020).
 const PAYLOAD: u16 = 1232;
+/// The word for a record type that has none, and for what is no question.
+pub const UNKNOWN: &str = "unknown";
 /// Aliases that are followed in one answer.
 const ALIASES_MAX: usize = 16;
 /// Longest time that a record is kept (RFC 8767 recommends a cap of days; the pod's resolver need not be asked less).
@@ -41,6 +43,9 @@ pub struct Question {
     pub name: String,
     /// What is asked for.
     pub kind: Kind,
+    /// The record type asked for, as a word.
+    pub type_word: &'static str,
+    message: Message,
 }
 
 /// What a pod sends.
@@ -64,28 +69,34 @@ pub fn read(bytes: &[u8]) -> Request {
     if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
         return Request::Other;
     }
-    match Message::read_queries(&mut decoder, 1).ok().and_then(|mut queries| queries.pop()) {
-        Some(query) if query.query_class == DNSClass::IN => {
-            Request::Question(Question { name: text(&query.name), kind: kind(query.query_type) })
-        }
-        _ => Request::Other,
+    // One that is not whole, or of another version of EDNS, is not for us to answer.
+    let message = Message::from_vec(bytes).ok();
+    let ours = message.filter(|message| message.edns.as_ref().is_none_or(|edns| edns.version() == 0));
+    let asked = ours.as_ref().and_then(|message| message.queries.first()).filter(|q| q.query_class == DNSClass::IN);
+    match asked.map(|query| (text(&query.name), kind(query.query_type), type_word(query.query_type))).zip(ours) {
+        Some(((name, kind, type_word), message)) => Request::Question(Question { name, kind, type_word, message }),
+        None => Request::Other,
     }
 }
 
-/// The record type asked for, as a word for metrics; the many types that nobody has given a name are one.
-pub fn type_word(bytes: &[u8]) -> &'static str {
-    let mut decoder = BinDecoder::new(bytes);
-    let asked = Header::read(&mut decoder).ok().filter(|header| header.counts.queries > 0);
-    let query = asked.and_then(|_| Message::read_queries(&mut decoder, 1).ok()).and_then(|mut queries| queries.pop());
-    query.map_or("unknown", |query| match query.query_type {
-        RecordType::Unknown(_) => "unknown",
-        known => known.into(),
-    })
+impl Question {
+    /// The largest datagram that who asks can take.
+    pub fn datagram_limit(&self) -> u16 {
+        self.message.max_payload()
+    }
+
+    /// Whether the answer comes in several messages, as a transfer of a zone does.
+    pub fn is_transfer(&self) -> bool {
+        matches!(self.type_word, "AXFR" | "IXFR")
+    }
 }
 
-/// Whether all of an answer is on its way in one message; a transfer of a zone comes in several.
-pub fn is_transfer(bytes: &[u8]) -> bool {
-    matches!(type_word(bytes), "AXFR" | "IXFR")
+/// A word for metrics; the many types that nobody has given a name are one.
+fn type_word(of: RecordType) -> &'static str {
+    match of {
+        RecordType::Unknown(_) => UNKNOWN,
+        known => known.into(),
+    }
 }
 
 fn kind(of: RecordType) -> Kind {
@@ -108,16 +119,13 @@ fn text(name: &Name) -> String {
     text
 }
 
-/// Our answer to a request, `None` if the request is not well-formed as a whole: then it is not for us to answer.
+/// Our answer to a question; `None` if it cannot be put into a message.
 ///
 /// `datagram`: the answer must fit into what the client can take; else it is cut, and says so.
-pub fn reply(request: &[u8], answer: &Answer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
-    let request = Message::from_vec(request).ok()?;
+pub fn reply(question: &Question, answer: &Answer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
+    let request = &question.message;
     let query = request.queries.first()?;
-    if request.edns.as_ref().is_some_and(|edns| edns.version() != 0) {
-        return None;
-    }
-    let mut reply = answer_to(&request);
+    let mut reply = answer_to(request);
     reply.metadata.authoritative = true;
     let owner = match &answer.alias {
         Some(alias) => {
@@ -128,7 +136,7 @@ pub fn reply(request: &[u8], answer: &Answer, ttl: u32, datagram: bool) -> Optio
         None => query.name.clone(),
     };
     add_records(&mut reply, &owner, answer, ttl)?;
-    encode(reply, if datagram { usize::from(request.max_payload()) } else { usize::from(u16::MAX) })
+    encode(reply, usize::from(if datagram { question.datagram_limit() } else { u16::MAX }))
 }
 
 /// A reply with nothing in it yet.
@@ -276,8 +284,8 @@ fn question_bytes(message: &[u8]) -> Option<&[u8]> {
     message.get(HEADER..decoder.index())
 }
 
-/// The name at which a chain of aliases ends without an address of the family that was asked for.
-pub fn dangling_alias(answer: &[u8]) -> Option<Question> {
+/// The name at which a chain of aliases ends without an address of the family that was asked for, and that family.
+pub fn dangling_alias(answer: &[u8]) -> Option<(String, Kind)> {
     let answer = Message::from_vec(answer).ok()?;
     let query = answer.queries.first()?;
     let unknown = matches!(answer.metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
@@ -299,23 +307,18 @@ pub fn dangling_alias(answer: &[u8]) -> Option<Question> {
             None => break,
         }
     }
-    (*end != query.name).then(|| Question { name: text(end), kind: asked })
+    (*end != query.name).then(|| (text(end), asked))
 }
 
-/// The answer of others with what its chain of aliases leads to in the mesh. `end` is what [`dangling_alias`] found.
-pub fn completed(answer: &[u8], end: &Question, ours: &Answer, ttl: u32, limit: Option<u16>) -> Option<Vec<u8>> {
+/// The answer of others with what its chain of aliases leads to in the mesh: `end`, the name that [`dangling_alias`] found.
+pub fn completed(answer: &[u8], end: &str, ours: &Answer, ttl: u32, limit: u16) -> Option<Vec<u8>> {
     let mut message = Message::from_vec(answer).ok()?;
     message.metadata.response_code = ResponseCode::NoError;
     message.metadata.authentic_data = false;
     message.authorities.clear();
-    let owner = Name::from_ascii(format!("{}.", end.name)).ok()?;
+    let owner = Name::from_ascii(format!("{end}.")).ok()?;
     add_records(&mut message, &owner, ours, ttl)?;
-    encode(message, usize::from(limit.unwrap_or(u16::MAX)))
-}
-
-/// The largest datagram that the sender of a request takes.
-pub fn datagram_limit(request: &[u8]) -> u16 {
-    Message::from_vec(request).map_or(512, |request| request.max_payload())
+    encode(message, usize::from(limit))
 }
 
 /// For how long an answer may be kept, in seconds, and where in it the times to live of its records are; `None` if it is not
@@ -409,6 +412,11 @@ mod tests {
         message.to_vec().unwrap()
     }
 
+    fn parsed(bytes: &[u8]) -> Question {
+        let Request::Question(question) = read(bytes) else { panic!("a question") };
+        question
+    }
+
     fn addresses_of(count: u32) -> Answer {
         let records = (0..count).map(|n| Told::Address(IpAddr::from(n.to_be_bytes()))).collect();
         Answer { alias: None, records, zone: "cluster.local".into() }
@@ -417,16 +425,16 @@ mod tests {
     #[test]
     fn a_reply_keeps_letter_case_mirrors_edns_and_says_when_it_is_cut() {
         let question = asked("ShOp.ns.SVC.cluster.local.", RecordType::A, Some(4096));
-        let Request::Question(read_back) = read(&question) else { panic!("a question") };
+        let read_back = parsed(&question);
         assert_eq!((read_back.name.as_str(), read_back.kind), ("shop.ns.svc.cluster.local", Kind::A));
-        let bytes = reply(&question, &addresses_of(3), 30, true).unwrap();
+        let bytes = reply(&read_back, &addresses_of(3), 30, true).unwrap();
         let message = Message::from_vec(&bytes).unwrap();
         assert_eq!(message.answers[0].name.to_ascii(), "ShOp.ns.SVC.cluster.local.");
         assert_eq!((message.answers.len(), message.answers[0].ttl), (3, 30));
         assert!(message.edns.as_ref().unwrap().flags().dnssec_ok && !message.metadata.truncation);
         assert_eq!(outcome(&question, &bytes), Some(Outcome::Exists));
         for (payload, limit) in [(None, 512), (Some(100), 512), (Some(1232), 1232)] {
-            let question = asked("many.example.", RecordType::A, payload);
+            let question = parsed(&asked("many.example.", RecordType::A, payload));
             let cut = reply(&question, &addresses_of(1500), 30, true).unwrap();
             let message = Message::from_vec(&cut).unwrap();
             assert!(cut.len() <= limit && message.metadata.truncation, "{} {payload:?}", cut.len());
@@ -435,7 +443,7 @@ mod tests {
             let whole = reply(&question, &addresses_of(1500), 30, false).unwrap();
             assert_eq!(Message::from_vec(&whole).unwrap().answers.len(), 1500);
         }
-        let none = reply(&question, &addresses_of(0), 30, true).unwrap();
+        let none = reply(&read_back, &addresses_of(0), 30, true).unwrap();
         let message = Message::from_vec(&none).unwrap();
         assert_eq!(message.authorities[0].record_type(), RecordType::SOA);
         assert_eq!(message.authorities[0].name.to_ascii(), "cluster.local.");
@@ -445,7 +453,8 @@ mod tests {
     #[test]
     fn an_answer_is_kept_as_long_as_its_shortest_record_and_ages() {
         let question = asked("a.example.", RecordType::A, Some(1232));
-        let bytes = reply(&question, &addresses_of(2), 300, true).unwrap();
+        let whole = parsed(&question);
+        let bytes = reply(&whole, &addresses_of(2), 300, true).unwrap();
         let (life, places) = lifetime(&bytes).unwrap();
         assert_eq!((life, places.len()), (300, 2));
         let later = Message::from_vec(&aged(bytes.clone(), &places, 100)).unwrap();
@@ -453,8 +462,8 @@ mod tests {
         assert!(later.edns.unwrap().flags().dnssec_ok, "what looks like the life of an OPT record is not touched");
         assert_eq!(lifetime(&failure(&question, ResponseCode::ServFail).unwrap()), None);
         assert_eq!(lifetime(&failure(&question, ResponseCode::NXDomain).unwrap()), None, "nobody vouches for it");
-        assert_eq!(lifetime(&reply(&question, &addresses_of(2), 0, true).unwrap()), None);
-        assert_eq!(lifetime(&reply(&question, &addresses_of(2000), 30, true).unwrap()), None, "cut");
+        assert_eq!(lifetime(&reply(&whole, &addresses_of(2), 0, true).unwrap()), None);
+        assert_eq!(lifetime(&reply(&whole, &addresses_of(2000), 30, true).unwrap()), None, "cut");
     }
 
     #[test]
@@ -469,9 +478,9 @@ mod tests {
         message.answers.push(alias("External.ns.svc.cluster.local.", "two.example."));
         message.metadata.response_code = ResponseCode::NXDomain;
         let bytes = message.to_vec().unwrap();
-        let end = dangling_alias(&bytes).unwrap();
-        assert_eq!((end.name.as_str(), end.kind), ("three.example", Kind::A));
-        let whole = completed(&bytes, &end, &addresses_of(1), 30, Some(512)).unwrap();
+        let (end, kind) = dangling_alias(&bytes).unwrap();
+        assert_eq!((end.as_str(), kind), ("three.example", Kind::A));
+        let whole = completed(&bytes, &end, &addresses_of(1), 30, 512).unwrap();
         let read_back = Message::from_vec(&whole).unwrap();
         assert_eq!((read_back.answers.len(), read_back.metadata.response_code), (3, ResponseCode::NoError));
         assert_eq!(dangling_alias(&whole), None);
@@ -483,11 +492,12 @@ mod tests {
     #[test]
     fn what_is_no_answer_to_the_question_is_none() {
         let question = asked("a.example.", RecordType::A, None);
-        let right = reply(&question, &addresses_of(1), 30, true).unwrap();
+        let right = reply(&parsed(&question), &addresses_of(1), 30, true).unwrap();
         let mut other_id = right.clone();
         other_id[1] ^= 1;
-        let other_name = reply(&asked("b.example.", RecordType::A, None), &addresses_of(1), 30, true).unwrap();
-        let other_type = reply(&asked("a.example.", RecordType::AAAA, None), &addresses_of(1), 30, true).unwrap();
+        let other_name = reply(&parsed(&asked("b.example.", RecordType::A, None)), &addresses_of(1), 30, true).unwrap();
+        let other_type =
+            reply(&parsed(&asked("a.example.", RecordType::AAAA, None)), &addresses_of(1), 30, true).unwrap();
         for (wrong, what) in [(&other_id, "id"), (&other_name, "name"), (&other_type, "type"), (&question, "question")]
         {
             assert_eq!(outcome(&question, wrong), None, "{what}");
@@ -508,7 +518,7 @@ mod tests {
         #[test]
         fn every_function_is_total(bytes in proptest::collection::vec(any::<u8>(), 0..600), cut in 0usize..200) {
             anything(&bytes);
-            let mut damaged = reply(&asked("a.example.", RecordType::A, Some(1232)), &addresses_of(5), 30, true).unwrap();
+            let mut damaged = reply(&parsed(&asked("a.example.", RecordType::A, Some(1232))), &addresses_of(5), 30, true).unwrap();
             let at = cut % damaged.len();
             damaged[at] ^= 0x55;
             anything(&damaged);

@@ -3,7 +3,7 @@
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
-use super::lookup::{self, Plan};
+use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
 use super::metrics::{Counts, Labels, Outcome};
 use super::resolver::{Resolver, Used};
@@ -17,8 +17,8 @@ use crate::sys::socket::{bind_datagram, bind_stream};
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
 use prometheus_client::metrics::counter::Counter;
+use rand::seq::SliceRandom;
 use std::cell::{OnceCell, RefCell};
-use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -74,7 +74,8 @@ impl Listeners {
             let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
             for ip in ips {
                 let address = SocketAddr::new(ip, PORT);
-                all.datagrams.push(bind_datagram(address, mark, reuse_port)?);
+                // Unmarked: what answers needs no exemption, and a mark would make the kernel route each answer twice.
+                all.datagrams.push(bind_datagram(address, reuse_port)?);
                 all.streams.push(bind_stream(address, mark, reuse_port)?);
             }
             Ok(all)
@@ -101,12 +102,12 @@ pub struct Server {
     asking: Semaphore,
     outcomes: Vec<(Outcome, Counter)>,
     /// By record type and protocol.
-    requests: Mutex<HashMap<(&'static str, &'static str), Requests>>,
+    requests: Mutex<Vec<((&'static str, &'static str), Requests)>>,
     complaints: LogLimit,
 }
 
 /// Labels of requests, and their counter.
-type Requests = (Labels, Counter);
+type Requests = Arc<(Labels, Counter)>;
 
 /// How a request is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,12 +204,12 @@ impl Server {
             let asked = OnceCell::new();
             let asked = || *asked.get_or_init(|| whom(client));
             if let Some((reply, outcome)) = self.at_once(request, question.as_ref(), &asked) {
-                self.finish(Carrier::Datagram, request, question.as_ref(), outcome);
+                self.finish(Carrier::Datagram, question.as_ref(), outcome);
                 // An answer for which there is no room is lost like any other datagram; the client asks again.
                 return socket.try_send_to(&reply, client).map(drop);
             }
             let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
-                self.finish(Carrier::Datagram, request, question.as_ref(), Outcome::Limited);
+                self.finish(Carrier::Datagram, question.as_ref(), Outcome::Limited);
                 let reply = message::server_failure(request).unwrap_or_default();
                 return socket.try_send_to(&reply, client).map(drop);
             };
@@ -244,10 +245,7 @@ impl Server {
                 return None;
             }
             match lookup::decide(&asker, &question.name, question.kind) {
-                Plan::Answer(answer) => {
-                    let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
-                    return Some((message::reply(request, &answer, self.ttl(), true)?, outcome));
-                }
+                Plan::Answer(answer) => return self.ours(question, answer, true),
                 Plan::ForwardOr(_) => return None,
                 Plan::Forward => {}
             }
@@ -267,6 +265,13 @@ impl Server {
         }
     }
 
+    /// Our answer to a question. Its records come in another order each time, which spreads those who take the first.
+    fn ours(&self, question: &Question, mut answer: Answer, datagram: bool) -> Option<(Vec<u8>, Outcome)> {
+        answer.records.shuffle(&mut rand::rng());
+        let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
+        Some((message::reply(question, &answer, self.ttl(), datagram)?, outcome))
+    }
+
     fn ttl(&self) -> u32 {
         u32::try_from(self.resolver.config.ttl.as_secs()).unwrap_or(u32::MAX)
     }
@@ -283,11 +288,9 @@ impl Server {
         let outcome = if plan.is_some() { Outcome::Forwarded } else { Outcome::FailedOpen };
         let fallback = match plan.unwrap_or(Plan::Forward) {
             Plan::Answer(answer) => {
-                if let Some(bytes) = message::reply(request, &answer, self.ttl(), datagram) {
-                    let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
+                if let Some((bytes, outcome)) = question.and_then(|question| self.ours(question, answer, datagram)) {
                     return Some(self.done(asked, outcome, bytes));
                 }
-                // A request that is not whole: whoever else is asked says what is wrong with it.
                 None
             }
             Plan::ForwardOr(answer) => Some(answer),
@@ -304,7 +307,8 @@ impl Server {
             Err(UpstreamError::None) => true,
             Err(_) => !ours.records.is_empty(),
         });
-        if let Some(bytes) = ours.and_then(|ours| message::reply(request, &ours, self.ttl(), datagram)) {
+        let ours = question.zip(ours).and_then(|(question, ours)| self.ours(question, ours, datagram));
+        if let Some((bytes, _)) = ours {
             return Some(self.done(asked, Outcome::Completed, bytes));
         }
         match forwarded {
@@ -329,7 +333,7 @@ impl Server {
     }
 
     fn done(&self, asked: &Asked, outcome: Outcome, bytes: Vec<u8>) -> Reply {
-        self.finish(asked.carrier, &asked.bytes, asked.question.as_ref(), outcome);
+        self.finish(asked.carrier, asked.question.as_ref(), outcome);
         Reply { bytes, rest: None }
     }
 
@@ -350,7 +354,7 @@ impl Server {
 
     async fn forward(&self, asked: &Asked, used: &Used) -> Result<Reply, UpstreamError> {
         let request = &*asked.bytes;
-        let (labels, begun) = (self.labels(asked.carrier, message::type_word(request)).0, Instant::now());
+        let (requests, begun) = (self.labels(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
         let servers = used.in_order(asked.of);
         let answered = match asked.carrier {
             Carrier::Datagram => {
@@ -358,21 +362,24 @@ impl Server {
             }
             Carrier::Stream => {
                 let answered = self.resolver.stream(&servers, request).await;
-                let rest = message::is_transfer(request);
+                let rest = asked.question.as_ref().is_some_and(Question::is_transfer);
                 answered.map(|(stream, bytes)| Reply { bytes, rest: rest.then_some(stream) })
             }
         };
         let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
-        self.resolver.metrics.upstream(&labels, seconds);
+        self.resolver.metrics.upstream(&requests.0, seconds);
         answered
     }
 
     /// An alias of the pod's resolvers may lead to a name that only the mesh knows.
     fn complete(&self, asked: &Asked, used: &Used, answer: &[u8]) -> Option<Vec<u8>> {
-        let end = message::dangling_alias(answer)?;
+        let (end, kind) = message::dangling_alias(answer)?;
         let known = self.asker.now()?;
-        let Plan::Answer(ours) = lookup::decide(&self.asker(&known, used), &end.name, end.kind) else { return None };
-        let limit = (asked.carrier == Carrier::Datagram).then(|| message::datagram_limit(&asked.bytes));
+        let Plan::Answer(ours) = lookup::decide(&self.asker(&known, used), &end, kind) else { return None };
+        let limit = match (asked.carrier, &asked.question) {
+            (Carrier::Datagram, Some(question)) => question.datagram_limit(),
+            _ => u16::MAX,
+        };
         message::completed(answer, &end, &ours, self.ttl(), limit)
     }
 
@@ -432,9 +439,9 @@ impl Server {
     }
 
     /// Counts a request and tells of it where that is wanted.
-    fn finish(&self, carrier: Carrier, request: &[u8], question: Option<&Question>, outcome: Outcome) {
+    fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: Outcome) {
         self.count(outcome);
-        let query_type = message::type_word(request);
+        let query_type = type_word(question);
         self.labels(carrier, query_type).1.inc();
         let name = question.map_or("", |question| &*question.name);
         let (pod, outcome, protocol) = (&*self.label, outcome.word(), carrier.word());
@@ -449,17 +456,22 @@ impl Server {
     fn labels(&self, carrier: Carrier, query_type: &'static str) -> Requests {
         let key = (query_type, carrier.word());
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = requests.get(&key) {
+        if let Some((_, kept)) = requests.iter().find(|(kept, _)| *kept == key) {
             return kept.clone();
         }
         let known = self.asker.now();
         let labels = Labels::new(key.0, key.1, known.as_ref().map(|(_, workload)| &**workload));
-        let made = (labels.clone(), self.resolver.metrics.requests(&labels));
+        let counter = self.resolver.metrics.requests(&labels);
+        let made = Arc::new((labels, counter));
         if known.is_some() {
-            requests.insert(key, made.clone());
+            requests.push((key, made.clone()));
         }
         made
     }
+}
+
+fn type_word(question: Option<&Question>) -> &'static str {
+    question.map_or(message::UNKNOWN, |question| question.type_word)
 }
 
 /// A request that has to wait for others.

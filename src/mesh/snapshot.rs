@@ -183,6 +183,11 @@ impl Snapshot {
         service.or_else(workload).or_else(around)
     }
 
+    /// Whether everything there is, is told without being asked for.
+    pub fn is_told_all(&self) -> bool {
+        self.absent.is_none()
+    }
+
     /// What would have to be asked for before it can be said that this does not exist; `None` where that can be said,
     /// or it does exist.
     pub fn unasked(&self, wanted: Wanted) -> Option<Wanted> {

@@ -73,17 +73,18 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
 
 /// Binds a listener on one address of the namespace the thread is in, for what is redirected there from the same machine.
 pub fn bind_stream(address: SocketAddr, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
-    let socket = bound(address, Type::STREAM, mark, reuse_port)?;
+    let socket = bound(address, Type::STREAM, reuse_port)?;
+    socket.set_mark(mark)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
 /// Binds a datagram socket on one address of the namespace the thread is in.
-pub fn bind_datagram(address: SocketAddr, mark: u32, reuse_port: bool) -> io::Result<UdpSocket> {
-    Ok(bound(address, Type::DGRAM, mark, reuse_port)?.into())
+pub fn bind_datagram(address: SocketAddr, reuse_port: bool) -> io::Result<UdpSocket> {
+    Ok(bound(address, Type::DGRAM, reuse_port)?.into())
 }
 
-fn bound(address: SocketAddr, kind: Type, mark: u32, reuse_port: bool) -> io::Result<Socket> {
+fn bound(address: SocketAddr, kind: Type, reuse_port: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
     if reuse_port {
         socket.set_reuse_port(true)?;
@@ -91,7 +92,6 @@ fn bound(address: SocketAddr, kind: Type, mark: u32, reuse_port: bool) -> io::Re
         // For datagrams this would let another process share the port.
         socket.set_reuse_address(true)?;
     }
-    socket.set_mark(mark)?;
     socket.bind(&address.into())?;
     Ok(socket)
 }
