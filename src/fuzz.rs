@@ -93,7 +93,7 @@ pub fn dns_request(data: &[u8]) {
             }
         }
     }
-    let _ = dns::server_failure(data);
+    let _ = dns::server_failure(data, None);
     let _ = ResolvConf::parse(&String::from_utf8_lossy(data));
 }
 

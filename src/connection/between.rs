@@ -40,7 +40,7 @@ pub(super) async fn find_route(
     source: &Workload,
     target: SocketAddr,
 ) -> Result<Route, RouteError> {
-    let mut names = Names::new();
+    let (mut names, mut unresolved) = (Names::new(), None);
     let choose = |snapshot: &Snapshot, names: &Names| {
         choose::route::choose(snapshot, source, target, names, &mut |below| rand::random_range(0..below))
     };
@@ -48,8 +48,13 @@ pub(super) async fn find_route(
         match choose(&snapshot, &names) {
             Err(RouteError::Unasked(wanted)) => mesh.ask(wanted).await?,
             Err(RouteError::Unresolved(name)) => {
-                let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await?;
+                // Another endpoint may do where this one's name cannot be resolved.
+                let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await;
+                let addresses = addresses.map_err(|error| unresolved = Some(error)).unwrap_or_default();
                 names.insert(name, addresses);
+            }
+            Err(RouteError::NoEndpoint(_) | RouteError::NoAddress(_)) if let Some(error) = unresolved.take() => {
+                return Err(error.into());
             }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::UnknownWaypoint { .. })) => {
                 let old = snapshot.refreshable(&source.network, target.ip(), &source.namespace);

@@ -92,7 +92,7 @@ fn dns(parts: &Parts, uid: &Text) -> Value {
     json!({
         "requests": requests,
         "resolvers": used.as_ref().map(|used| used.servers.iter().map(ToString::to_string).collect::<Vec<_>>()),
-        "search": used.as_ref().map(|used| &used.search),
+        "search": used.as_ref().map(|used| used.search.iter().map(|search| &search.domain).collect::<Vec<_>>()),
         "from": used.map(|used| if used.by_pod { "the pod's resolv.conf" } else { "the daemon's resolv.conf" }),
     })
 }

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
+/// Longest question whose answer is kept.
+const QUESTION_MAX: usize = 512;
 /// Longest answer that is kept.
 const ANSWER_MAX: usize = 4096;
 
@@ -51,7 +53,8 @@ impl Cache {
 
     /// Keeps an answer for as long as it says itself that it may be kept.
     pub fn put(&self, asked: Option<SocketAddr>, question: &[u8], answer: &[u8]) {
-        let Some(key) = question.get(2..).filter(|_| self.entries_max > 0 && answer.len() <= ANSWER_MAX) else {
+        let small = question.len() <= QUESTION_MAX && answer.len() <= ANSWER_MAX;
+        let Some(key) = question.get(2..).filter(|_| self.entries_max > 0 && small) else {
             return;
         };
         let Some((life, places)) = message::lifetime(answer) else { return };

@@ -12,7 +12,10 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Addresses in one answer: those of more endpoints would not fit into any message.
-const ADDRESSES_MAX: usize = 2000;
+const ADDRESSES_MAX: usize = 800;
+
+/// Labels that are taken off a name, one after the other, to find a wildcard around it.
+const WILDCARDS_MAX: usize = 16;
 
 /// Labels of the longest name that may be a Kubernetes name with parts left out: `pod.service.namespace.svc`.
 const SHORT_LABELS: usize = 4;
@@ -27,14 +30,34 @@ pub struct Asker<'a> {
     pub snapshot: &'a Snapshot,
     /// The pod's workload.
     pub workload: &'a Workload,
-    /// Search domains of the pod, lower case, without dots around them.
-    pub search: &'a [String],
+    /// Search domains of the pod.
+    pub search: &'a [Search],
     /// Domain of the cluster as set.
     pub cluster_domain: &'a str,
     /// Namespace that is preferred where several services have a name and none is the pod's own or canonical.
     pub preferred_namespace: &'a str,
     /// Whether IPv6 addresses are told.
     pub ipv6: bool,
+}
+
+/// A search domain of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Search {
+    /// The domain, lower case, without dots around it.
+    pub domain: String,
+    /// Whether it is one of the cluster.
+    pub of_cluster: bool,
+}
+
+impl Search {
+    /// Those of a pod of `namespace`. Of the cluster is its domain as set, and what the pod's own list shows to be it.
+    pub fn list(domains: &[String], namespace: &str, cluster_domain: &str) -> Vec<Self> {
+        let own = format!("{namespace}.svc.");
+        let shown: Vec<&str> = domains.iter().filter_map(|domain| domain.strip_prefix(&own)).collect();
+        let below = |domain: &str, zone: &str| domain == zone || strip(domain, zone).is_some();
+        let of_cluster = |domain: &str| below(domain, cluster_domain) || shown.iter().any(|zone| below(domain, zone));
+        domains.iter().map(|domain| Self { domain: domain.clone(), of_cluster: of_cluster(domain) }).collect()
+    }
 }
 
 /// What is to be done with a question.
@@ -99,6 +122,8 @@ pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
     let zone = zone(&found.service, kubernetes, alias.as_deref().unwrap_or(name));
     let answer = Answer { alias: alias.filter(|_| !found.wildcard), records, zone };
     match kind {
+        // Of new endpoints nobody tells who tells only when asked.
+        _ if found.service.vips.is_empty() && !asker.snapshot.is_told_all() => Plan::ForwardOr(answer),
         Kind::A | Kind::Aaaa | Kind::Any if sure => Plan::Answer(answer),
         // These carry addresses too, which would lead around the ones of the mesh.
         Kind::Https if sure => Plan::Answer(answer),
@@ -122,7 +147,7 @@ pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<Wanted> {
         Some(ServiceKey { namespace: (*labels.get(at - 1)?).into(), hostname: hostname.into() })
     });
     // A host of a ServiceEntry, perhaps completed by the pod's resolver: those of the pod's own namespace can be asked for.
-    let bare = asker.search.iter().find_map(|domain| strip(name, domain)).unwrap_or(name);
+    let bare = asker.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
     let of_host = is_host.then(|| ServiceKey { namespace: asker.workload.namespace.clone(), hostname: bare.into() });
     let unasked = |key| asker.snapshot.unasked(Wanted::Service(key));
@@ -140,9 +165,8 @@ fn find(asker: &Asker<'_>, name: &str) -> Option<(Found, Option<String>, bool)> 
         let sure = !name.contains('.') || name.ends_with(".svc");
         return Some((found, None, sure));
     }
-    for domain in asker.search {
-        let Some(bare) = strip(name, domain) else { continue };
-        let of_cluster = in_cluster(asker, domain);
+    for Search { domain, of_cluster } in asker.search {
+        let (Some(bare), of_cluster) = (strip(name, domain), *of_cluster) else { continue };
         let found = exact(asker, bare).or_else(|| wildcard(asker, bare));
         match found {
             // What is in the cluster's own domain and no service or pod of it was completed by the pod's resolver.
@@ -175,7 +199,8 @@ fn exact(asker: &Asker<'_>, name: &str) -> Option<Found> {
 /// The service with the longest wildcard around a name.
 fn wildcard(asker: &Asker<'_>, name: &str) -> Option<Found> {
     let mut rest = name;
-    while let Some((_, parent)) = rest.split_once('.') {
+    for _ in 0..WILDCARDS_MAX {
+        let (_, parent) = rest.split_once('.')?;
         if let Some(service) = service(asker, &format!("*.{parent}")) {
             return Some(Found { service, pod: None, wildcard: true });
         }
@@ -189,15 +214,8 @@ fn completed(asker: &Asker<'_>, name: &str) -> Option<Found> {
     if name.split('.').count() > SHORT_LABELS {
         return None;
     }
-    let domains = asker.search.iter().filter(|domain| in_cluster(asker, domain));
-    domains.map(|domain| format!("{name}.{domain}")).find_map(|whole| exact(asker, &whole))
-}
-
-/// Whether a search domain is one of the cluster: its domain as set, or as the pod's own search list shows it.
-fn in_cluster(asker: &Asker<'_>, domain: &str) -> bool {
-    let below = |zone: &str| domain == zone || strip(domain, zone).is_some();
-    let own = format!("{}.svc.", asker.workload.namespace);
-    below(asker.cluster_domain) || asker.search.iter().filter_map(|shown| shown.strip_prefix(&own)).any(below)
+    let domains = asker.search.iter().filter(|search| search.of_cluster);
+    domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(asker, &whole))
 }
 
 /// The service with this host name that the pod sees: of its own namespace, else a canonical one, else of the preferred
@@ -400,6 +418,7 @@ mod tests {
         let store = mesh();
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
         let search: Vec<String> = search.iter().map(|domain| (*domain).to_owned()).collect();
+        let search = Search::list(&search, "ns1", "cluster.local");
         let asker = Asker {
             snapshot: &snapshot,
             workload: &asks,
@@ -542,7 +561,7 @@ mod tests {
         let store = Store::new("".into(), true);
         store.replace(Facts { services: vec![service("ns1", "web", "10.0.0.1", &[])], ..Facts::default() });
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
-        let search = SEARCH.map(str::to_owned);
+        let search = Search::list(&SEARCH.map(str::to_owned), "ns1", "cluster.local");
         let asker = Asker {
             snapshot: &snapshot,
             workload: &asks,

@@ -12,6 +12,11 @@ use std::net::IpAddr;
 const HEADER: usize = 12;
 /// The largest datagram that we say we take: what fits into every network's packets (DNS flag day 2020).
 const PAYLOAD: u16 = 1232;
+/// Longest request that may be ours to answer.
+const REQUEST_MAX: usize = 4096;
+/// Longest answer, and most records, that are looked into. A name costs up to half as many steps as there are bytes before it.
+const ANSWER_MAX: usize = 4096;
+const RECORDS_MAX: usize = 128;
 /// The word for a record type that has none, and for what is no question.
 pub const UNKNOWN: &str = "unknown";
 /// Aliases that are followed in one answer.
@@ -69,8 +74,11 @@ pub fn read(bytes: &[u8]) -> Request {
     if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
         return Request::Other;
     }
-    // One that is not whole, or of another version of EDNS, is not for us to answer.
-    let message = Message::from_vec(bytes).ok();
+    // One that is not whole, or of another version of EDNS, is not for us to answer; nor is one that no client sends, whose
+    // reading may take long: names can lead through thousands of others.
+    let counts = header.counts;
+    let plain = bytes.len() <= REQUEST_MAX && counts.answers == 0 && counts.authorities == 0 && counts.additionals <= 2;
+    let message = plain.then(|| Message::from_vec(bytes).ok()).flatten();
     let ours = message.filter(|message| message.edns.as_ref().is_none_or(|edns| edns.version() == 0));
     let asked = ours.as_ref().and_then(|message| message.queries.first()).filter(|q| q.query_class == DNSClass::IN);
     match asked.map(|query| (text(&query.name), kind(query.query_type), type_word(query.query_type))).zip(ours) {
@@ -195,11 +203,10 @@ fn encode(mut message: Message, limit: usize) -> Option<Vec<u8>> {
         }
         if message.additionals.is_empty() {
             message.metadata.truncation = true;
-            let left = message.answers.len().checked_sub(message.answers.len().div_ceil(8))?;
-            if message.answers.is_empty() {
-                return None;
-            }
-            message.answers.truncate(left);
+            let count = message.answers.len();
+            // As many as fit if all are of the same size, and one less each time that this was too many.
+            let fitting = count * limit / bytes.len().max(1);
+            message.answers.truncate(fitting.min(count.checked_sub(1)?));
         } else {
             // These can be asked for; that they are missing is no loss.
             message.additionals.clear();
@@ -208,13 +215,14 @@ fn encode(mut message: Message, limit: usize) -> Option<Vec<u8>> {
 }
 
 /// A reply that only says what went wrong.
-pub fn failure(request: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
-    let mut reply = match Message::from_vec(request) {
-        Ok(request) => answer_to(&request),
-        Err(_) => {
+fn failure(request: &[u8], question: Option<&Question>, code: ResponseCode) -> Option<Vec<u8>> {
+    let mut reply = match question {
+        Some(question) => answer_to(&question.message),
+        None => {
             let header = Header::read(&mut BinDecoder::new(request)).ok()?;
             let mut reply = Message::response(header.metadata.id, header.metadata.op_code);
             reply.metadata = Metadata::response_from_request(&header.metadata);
+            reply.metadata.recursion_available = true;
             reply
         }
     };
@@ -223,8 +231,8 @@ pub fn failure(request: &[u8], code: ResponseCode) -> Option<Vec<u8>> {
 }
 
 /// That the request could not be served.
-pub fn server_failure(request: &[u8]) -> Option<Vec<u8>> {
-    failure(request, ResponseCode::ServFail)
+pub fn server_failure(request: &[u8], question: Option<&Question>) -> Option<Vec<u8>> {
+    failure(request, question, ResponseCode::ServFail)
 }
 
 /// The message with another id: that of the client is its own affair, and easily guessed.
@@ -245,6 +253,8 @@ pub fn id(bytes: &[u8]) -> [u8; 2] {
 pub enum Outcome {
     /// There is such a name.
     Exists,
+    /// There is, and it has no such record.
+    Empty,
     /// There is none.
     Denied,
     /// The server cannot or will not say.
@@ -259,19 +269,21 @@ pub fn outcome(query: &[u8], answer: &[u8]) -> Option<Outcome> {
         return None;
     }
     let code = header.metadata.response_code;
-    // A server that could not read the question may leave it out.
-    let unread = code != ResponseCode::NoError && header.counts.queries == 0;
-    if !unread && !same_question(query, answer) {
+    // A server that could not read the question may leave it out, and so may one that answers another operation.
+    let may_lack = code != ResponseCode::NoError || header.metadata.op_code != OpCode::Query;
+    if !(may_lack && header.counts.queries == 0) && !same_question(query, answer) {
         return None;
     }
     Some(match code {
         ResponseCode::NXDomain => Outcome::Denied,
         ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp => Outcome::Refused,
+        ResponseCode::NoError if header.counts.answers == 0 => Outcome::Empty,
         _ => Outcome::Exists,
     })
 }
 
-/// Whether both have the same question section, letter case aside; where the query's cannot be read, any will do.
+/// Whether both have the same question, letter case aside; where the query has not exactly one that can be read, any will
+/// do.
 fn same_question(query: &[u8], answer: &[u8]) -> bool {
     let Some(asked) = question_bytes(query) else { return true };
     question_bytes(answer).is_some_and(|answered| asked.eq_ignore_ascii_case(answered))
@@ -279,13 +291,22 @@ fn same_question(query: &[u8], answer: &[u8]) -> bool {
 
 fn question_bytes(message: &[u8]) -> Option<&[u8]> {
     let mut decoder = BinDecoder::new(message);
-    let header = Header::read(&mut decoder).ok()?;
-    Message::read_queries(&mut decoder, usize::from(header.counts.queries)).ok()?;
+    Header::read(&mut decoder).ok().filter(|header| header.counts.queries == 1)?;
+    Message::read_queries(&mut decoder, 1).ok()?;
     message.get(HEADER..decoder.index())
+}
+
+/// The header of an answer that can be looked into at little cost.
+fn bounded(answer: &[u8]) -> Option<Header> {
+    let header = Header::read(&mut BinDecoder::new(answer)).ok()?;
+    let counts = header.counts;
+    let all = [counts.queries, counts.answers, counts.authorities, counts.additionals].map(usize::from);
+    (answer.len() <= ANSWER_MAX && all.iter().sum::<usize>() <= RECORDS_MAX).then_some(header)
 }
 
 /// The name at which a chain of aliases ends without an address of the family that was asked for, and that family.
 pub fn dangling_alias(answer: &[u8]) -> Option<(String, Kind)> {
+    bounded(answer).filter(|header| header.counts.answers > 0)?;
     let answer = Message::from_vec(answer).ok()?;
     let query = answer.queries.first()?;
     let unknown = matches!(answer.metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
@@ -324,6 +345,7 @@ pub fn completed(answer: &[u8], end: &str, ours: &Answer, ttl: u32, limit: u16) 
 /// For how long an answer may be kept, in seconds, and where in it the times to live of its records are; `None` if it is not
 /// to be kept at all: cut, a failure, or a denial that nobody vouches for.
 pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
+    bounded(answer)?;
     let mut decoder = BinDecoder::new(answer);
     let header = Header::read(&mut decoder).ok()?;
     let (metadata, counts) = (header.metadata, header.counts);
@@ -381,13 +403,13 @@ pub fn question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
 
 /// The addresses in an answer.
 pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
-    let answers = Message::from_vec(answer).map(|message| message.answers).unwrap_or_default();
+    let answers = bounded(answer).and_then(|_| Message::from_vec(answer).ok()).map(|message| message.answers);
     let address = |record: Record| match record.data {
         RData::A(ip) => Some(IpAddr::V4(ip.0)),
         RData::AAAA(ip) => Some(IpAddr::V6(ip.0)),
         _ => None,
     };
-    answers.into_iter().filter_map(address).collect()
+    answers.into_iter().flatten().filter_map(address).collect()
 }
 
 /// Whether an answer is cut and must be asked for again over TCP.
@@ -460,8 +482,12 @@ mod tests {
         let later = Message::from_vec(&aged(bytes.clone(), &places, 100)).unwrap();
         assert!(later.answers.iter().all(|record| record.ttl == 200));
         assert!(later.edns.unwrap().flags().dnssec_ok, "what looks like the life of an OPT record is not touched");
-        assert_eq!(lifetime(&failure(&question, ResponseCode::ServFail).unwrap()), None);
-        assert_eq!(lifetime(&failure(&question, ResponseCode::NXDomain).unwrap()), None, "nobody vouches for it");
+        assert_eq!(lifetime(&failure(&question, Some(&whole), ResponseCode::ServFail).unwrap()), None);
+        assert_eq!(
+            lifetime(&failure(&question, Some(&whole), ResponseCode::NXDomain).unwrap()),
+            None,
+            "nobody vouches for it"
+        );
         assert_eq!(lifetime(&reply(&whole, &addresses_of(2), 0, true).unwrap()), None);
         assert_eq!(lifetime(&reply(&whole, &addresses_of(2000), 30, true).unwrap()), None, "cut");
     }
@@ -503,8 +529,14 @@ mod tests {
             assert_eq!(outcome(&question, wrong), None, "{what}");
         }
         assert_eq!(outcome(&question, &right), Some(Outcome::Exists));
-        assert_eq!(outcome(&question, &failure(&question, ResponseCode::Refused).unwrap()), Some(Outcome::Refused));
-        assert_eq!(outcome(&question, &failure(&question, ResponseCode::NXDomain).unwrap()), Some(Outcome::Denied));
+        assert_eq!(
+            outcome(&question, &failure(&question, None, ResponseCode::Refused).unwrap()),
+            Some(Outcome::Refused)
+        );
+        assert_eq!(
+            outcome(&question, &failure(&question, Some(&parsed(&question)), ResponseCode::NXDomain).unwrap()),
+            Some(Outcome::Denied)
+        );
         let bare = [&question[..2], &[0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0]].concat();
         assert_eq!(outcome(&question, &bare), Some(Outcome::Exists), "a format error without the question");
     }
@@ -512,6 +544,34 @@ mod tests {
     fn anything(bytes: &[u8]) {
         crate::fuzz::dns_request(bytes);
         crate::fuzz::dns_answer(bytes);
+    }
+
+    /// Names that lead through thousands of others are not followed, in requests or in answers.
+    #[test]
+    fn a_bomb_of_compressed_names_is_left_alone() {
+        let mut chain = asked("shop.ns.svc.cluster.local.", RecordType::A, None);
+        // One record of type NULL, full of pointers each to the one before it; then records whose names begin at its end.
+        chain.extend([0, 0, 10, 0, 1, 0, 0, 0, 0]);
+        let first = u16::try_from(chain.len() + 2).unwrap();
+        chain.extend(16_000u16.to_be_bytes());
+        for at in 0..8000u16 {
+            let to = if at == 0 { 12 } else { first + 2 * (at - 1) };
+            chain.extend((0xc000 | to.min(0x3fff)).to_be_bytes());
+        }
+        let last = (0xc000 | 0x3ff0u16).to_be_bytes();
+        for _ in 0..3000 {
+            chain.extend([&last[..], &[0, 5, 0, 1, 0, 0, 0, 9, 0, 2], &last].concat());
+        }
+        chain[7] = 0xff;
+        chain[6] = 0x0b;
+        let mut answer = chain.clone();
+        answer[2] |= 0x80;
+        assert_eq!(read(&chain), Request::Other);
+        assert_eq!((dangling_alias(&answer), lifetime(&answer), addresses(&answer).len()), (None, None, 0));
+        assert_eq!(outcome(&chain, &answer), Some(Outcome::Exists), "its question alone is read");
+        let mut questions = [0, 0, 0x81, 0x80, 0xff, 0xff, 0, 0, 0, 0, 0, 0].to_vec();
+        questions.extend(chain);
+        assert_eq!(outcome(&asked("a.example.", RecordType::A, None), &questions), None);
     }
 
     proptest! {

@@ -1,6 +1,7 @@
 //! What is counted: by the names and labels of the reference for all pods, and by outcome for each pod.
 
 use crate::mesh::Workload;
+use crate::telemetry::limit::LogLimit;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -120,6 +121,8 @@ pub struct Metrics {
     upstream_seconds: Family<Labels, Histogram>,
     on_demand: Family<OnDemandLabels, Counter>,
     outcomes: Family<OutcomeLabel, Counter>,
+    /// Bounds the log lines about requests that nobody answers, of all pods together.
+    pub complaints: LogLimit,
 }
 
 impl Default for Metrics {
@@ -131,6 +134,7 @@ impl Default for Metrics {
             upstream_seconds: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
             on_demand: Family::default(),
             outcomes: Family::default(),
+            complaints: LogLimit::default(),
         }
     }
 }

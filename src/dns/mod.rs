@@ -75,6 +75,14 @@ pub struct Serving {
     tasks: Group,
 }
 
+impl Serving {
+    /// Ends the server; its sockets are closed with that.
+    pub async fn end(self) {
+        self.tasks.cut();
+        self.tasks.finished().await;
+    }
+}
+
 impl Drop for Serving {
     fn drop(&mut self) {
         self.tasks.cut();

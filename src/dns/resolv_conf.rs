@@ -6,6 +6,8 @@ use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 const SERVERS_MAX: usize = 3;
 /// Search domains that are looked at; Kubernetes allows 32.
 const SEARCH_MAX: usize = 32;
+/// Longest domain name.
+const NAME_MAX: usize = 253;
 /// Port of name servers.
 const PORT: u16 = 53;
 
@@ -32,7 +34,14 @@ impl ResolvConf {
                     read.servers.extend(server);
                 }
                 // The last of these lines counts.
-                Some("search") => read.search = words.filter_map(domain).take(SEARCH_MAX).collect(),
+                Some("search") => {
+                    read.search.clear();
+                    for domain in words.filter_map(domain) {
+                        if !read.search.contains(&domain) && read.search.len() < SEARCH_MAX {
+                            read.search.push(domain);
+                        }
+                    }
+                }
                 Some("domain") => read.search = words.filter_map(domain).take(1).collect(),
                 _ => {}
             }
@@ -56,7 +65,7 @@ fn server(word: &str) -> Option<SocketAddr> {
 
 fn domain(word: &str) -> Option<String> {
     let bare = word.trim_matches('.').to_ascii_lowercase();
-    (!bare.is_empty()).then_some(bare)
+    (!bare.is_empty() && bare.len() <= NAME_MAX).then_some(bare)
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! A pod's own resolvers: which they are, as the pod itself sees it, and what they answer.
 
 use super::cache::Cache;
+use super::lookup::Search;
 use super::message;
 use super::resolv_conf::ResolvConf;
-use super::upstream::{Upstream, UpstreamError};
+use super::upstream::{Answered, Carrier, Servers, Upstream, UpstreamError};
 use super::{Config, Metrics};
 use crate::mesh::{Text, Workload};
 use crate::sys::netns::Netns;
@@ -12,13 +13,15 @@ use crate::task::thread;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 /// Where a process finds its resolvers, below its root.
 const PATH: &str = "etc/resolv.conf";
 /// How long what a pod's file says is believed before it is read again.
 const READ_EVERY: Duration = Duration::from_secs(30);
+/// Host names that are resolved at the same time for connections of one pod.
+const RESOLVING_MAX: usize = 32;
 /// How soon it is read again where none of the pod's resolvers answers.
 const READ_AGAIN: Duration = Duration::from_secs(2);
 /// How long the first reading may take before the daemon's own resolvers are used.
@@ -33,6 +36,12 @@ pub enum ResolveError {
     /// No resolver has answered.
     #[error("{0} cannot be resolved: {1}")]
     Upstream(String, String),
+    /// The resolvers cannot say.
+    #[error("{0} cannot be resolved: the pod's resolvers fail, or refuse")]
+    Refused(String),
+    /// Too many others are being resolved.
+    #[error("{0} is not resolved: too many names of this pod are")]
+    TooMany(String),
     /// It has no address.
     #[error("{0} has no address")]
     NoAddress(String),
@@ -44,8 +53,8 @@ pub struct Used {
     /// Name servers that can be asked.
     pub servers: Vec<SocketAddr>,
     /// Search domains.
-    pub search: Vec<String>,
-    /// Whether the pod's own file said so.
+    pub search: Vec<Search>,
+    /// Whether the servers are those of the pod's own file.
     pub by_pod: bool,
 }
 
@@ -60,7 +69,8 @@ pub struct Resolver {
     upstream: Upstream,
     cache: Cache,
     read: Mutex<Option<Read>>,
-    reading: tokio::sync::Mutex<()>,
+    reading: Arc<tokio::sync::Mutex<()>>,
+    resolving: Semaphore,
 }
 
 #[derive(Clone, Debug)]
@@ -72,20 +82,30 @@ struct Read {
 }
 
 impl Used {
-    /// Whom to ask, in this order: first the one that the pod has asked.
-    pub fn in_order(&self, asked: Option<SocketAddr>) -> Vec<SocketAddr> {
-        // One on the pod's loopback is not redirected to us; that we find ourselves there means that we were asked directly.
-        let asked = asked.filter(|server| !server.ip().is_loopback());
+    /// Whom to ask: first the one that the pod has asked, then the others that it uses.
+    pub fn in_order(&self, asked: Option<SocketAddr>) -> Servers {
+        // What is asked on the pod's loopback is not redirected to us: we were asked directly.
+        let asked = asked.filter(|server| elsewhere(*server));
         let others = self.servers.iter().copied().filter(|server| Some(*server) != asked);
-        asked.into_iter().chain(others).collect()
+        let stranger = asked.is_some_and(|asked| !self.servers.contains(&asked));
+        Servers { list: asked.into_iter().chain(others).collect(), stranger }
     }
+}
+
+/// Whether a resolver is outside of the pod. One on its loopback has sent us the question, if there is one: asking it would go
+/// on for ever.
+fn elsewhere(server: SocketAddr) -> bool {
+    let ip = server.ip().to_canonical();
+    !ip.is_loopback() && !ip.is_unspecified()
 }
 
 impl Resolver {
     /// Of a pod of `namespace` in `netns`.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, namespace: Text, netns: Netns) -> Self {
         let (upstream, cache) = (Upstream::new(netns, config.mark), Cache::new(config.cache_entries));
-        Self { config, metrics, namespace, upstream, cache, read: Mutex::default(), reading: Default::default() }
+        let resolving = Semaphore::new(RESOLVING_MAX);
+        let (read, reading) = (Mutex::default(), Arc::default());
+        Self { config, metrics, namespace, upstream, cache, read, reading, resolving }
     }
 
     fn last(&self) -> Option<Read> {
@@ -108,7 +128,7 @@ impl Resolver {
             return used;
         }
         // One reading serves all who ask; what was read before does meanwhile.
-        let Ok(_reading) = self.reading.try_lock() else {
+        let Ok(reading) = self.reading.clone().try_lock_owned() else {
             if let Some(read) = self.last() {
                 return read.used;
             }
@@ -118,6 +138,8 @@ impl Resolver {
         let (netns, last) = (self.upstream.netns.id(), self.last());
         let process = last.as_ref().and_then(|read| read.process);
         let work = thread::beside(move || {
+            // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again.
+            let _reading = reading;
             let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
             let of_pod = read_file_in_netns(netns, PATH, process, has_servers);
             let own = std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text));
@@ -143,15 +165,12 @@ impl Resolver {
     fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> Used {
         let by_pod = of_pod.is_some();
         let pod = of_pod.unwrap_or_default();
-        // A resolver on the pod's loopback has sent us the question, if there is one: asking it would go on for ever.
-        let elsewhere =
-            |servers: &[SocketAddr]| servers.iter().copied().filter(|server| !server.ip().is_loopback()).collect();
-        let mut servers: Vec<SocketAddr> = elsewhere(&pod.servers);
-        if servers.is_empty() {
-            servers = elsewhere(&own.servers);
-        }
-        let defaults = || ResolvConf::kubernetes_search(&self.namespace, &self.config.cluster_domain);
-        Used { servers, search: if by_pod { pod.search } else { defaults() }, by_pod }
+        let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| elsewhere(*s)).collect::<Vec<_>>();
+        let of_pod = usable(&pod.servers);
+        let servers = if of_pod.is_empty() { usable(&own.servers) } else { of_pod.clone() };
+        let domain = &self.config.cluster_domain;
+        let search = if by_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
+        Used { servers, search: Search::list(&search, &self.namespace, domain), by_pod: !of_pod.is_empty() }
     }
 
     /// What the resolver that was asked (or whichever there is) has answered to this before, and still holds.
@@ -164,9 +183,9 @@ impl Resolver {
         self.cache.put(asked, request, answer);
     }
 
-    /// What they answer, by datagrams.
-    pub async fn datagram(&self, servers: &[SocketAddr], request: &[u8]) -> Result<Vec<u8>, UpstreamError> {
-        self.upstream.datagram(servers, request).await.inspect_err(|_| self.read_again())
+    /// What they answer.
+    pub async fn ask(&self, carrier: Carrier, servers: &Servers, request: &[u8]) -> Result<Answered, UpstreamError> {
+        self.upstream.ask(carrier, servers, request).await.inspect_err(|_| self.read_again())
     }
 
     /// They may have been replaced by others where none of them answers.
@@ -176,14 +195,11 @@ impl Resolver {
         }
     }
 
-    /// What they answer, over a connection, on which more may follow.
-    pub async fn stream(&self, servers: &[SocketAddr], request: &[u8]) -> Result<(TcpStream, Vec<u8>), UpstreamError> {
-        self.upstream.stream(servers, request).await.inspect_err(|_| self.read_again())
-    }
-
     /// The addresses of a host, as the pod's resolvers know it; of the wanted family where there are any.
     pub async fn addresses(&self, source: &Workload, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
         self.metrics.on_demand(source, host);
+        let waiting = tokio::time::timeout(READ_WAIT, self.resolving.acquire()).await;
+        let Ok(Ok(_resolving)) = waiting else { return Err(ResolveError::TooMany(host.to_owned())) };
         let used = self.used().await;
         let (first, second) = tokio::join!(self.family(&used, host, v4), async {
             if v4 && !self.config.ipv6 { Ok(Vec::new()) } else { self.family(&used, host, !v4).await }
@@ -203,14 +219,17 @@ impl Resolver {
         let mut answer = match self.cached(None, &question) {
             Some(answer) => answer,
             None => {
-                let answer = self.datagram(&used.servers, &question).await.map_err(failed)?;
+                let answer = self.ask(Carrier::Datagram, &used.in_order(None), &question).await.map_err(failed)?.bytes;
                 self.keep_answer(None, &question, &answer);
                 answer
             }
         };
         if message::is_cut(&answer) {
-            answer = self.stream(&used.servers, &question).await.map_err(failed)?.1;
+            answer = self.ask(Carrier::Stream, &used.in_order(None), &question).await.map_err(failed)?.bytes;
         }
-        Ok(message::addresses(&answer))
+        match message::outcome(&question, &answer) {
+            Some(message::Outcome::Refused) => Err(ResolveError::Refused(host.to_owned())),
+            _ => Ok(message::addresses(&answer)),
+        }
     }
 }

@@ -7,7 +7,7 @@ use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
 use super::metrics::{Counts, Labels, Outcome};
 use super::resolver::{Resolver, Used};
-use super::upstream::{DEADLINE, UpstreamError, read_message, write_message};
+use super::upstream::{Answered, Carrier, UpstreamError, read_message, write_message};
 use super::{Metrics, PORT};
 use crate::mesh::{Snapshot, Store, Workload};
 use crate::sys::conntrack::Conntrack;
@@ -34,12 +34,16 @@ use tokio::time::{Instant, timeout};
 
 /// Datagrams of one pod that are served before other pods have their turn.
 const PER_TURN: usize = 32;
+/// How long that may take.
+const TURN: Duration = Duration::from_micros(300);
 /// Requests of one pod that may wait for others.
 const WAITING_MAX: usize = 256;
 /// Connections of one pod.
 const CONNECTIONS_MAX: usize = 64;
 /// How long a connection may be silent.
 const IDLE: Duration = Duration::from_secs(10);
+/// How long the transfer of a zone may take.
+const TRANSFER: Duration = Duration::from_secs(120);
 /// How long facts are waited for before DNS does without them.
 const FACTS_WAIT: Duration = Duration::from_secs(1);
 /// Questions of one pod that a control plane is asked at the same time, where it tells only when asked.
@@ -99,6 +103,7 @@ pub struct Server {
     /// Whether each request is logged.
     pub logged: AtomicBool,
     waiting: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
     asking: Semaphore,
     outcomes: Vec<(Outcome, Counter)>,
     /// By record type and protocol.
@@ -108,13 +113,6 @@ pub struct Server {
 
 /// Labels of requests, and their counter.
 type Requests = Arc<(Labels, Counter)>;
-
-/// How a request is carried.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Carrier {
-    Datagram,
-    Stream,
-}
 
 impl Carrier {
     fn word(self) -> &'static str {
@@ -139,6 +137,7 @@ impl Server {
             counts: Counts::default(),
             logged: AtomicBool::new(false),
             waiting: Arc::new(Semaphore::new(WAITING_MAX)),
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             asking: Semaphore::new(ASKED_MAX),
             requests: Mutex::default(),
             complaints: LogLimit::default(),
@@ -166,12 +165,16 @@ impl Server {
             if let Err(error) = socket.readable().await {
                 return self.broken(&error);
             }
+            let turn = Instant::now();
             for _ in 0..PER_TURN {
                 match self.next_datagram(&socket, &whom, tasks) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     // What the kernel has to say of an answer that nobody took is no reason to stop.
                     Err(_) => {}
+                }
+                if turn.elapsed() > TURN {
+                    break;
                 }
             }
             tokio::task::yield_now().await;
@@ -210,7 +213,7 @@ impl Server {
             }
             let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
                 self.finish(Carrier::Datagram, question.as_ref(), Outcome::Limited);
-                let reply = message::server_failure(request).unwrap_or_default();
+                let reply = message::server_failure(request, question.as_ref()).unwrap_or_default();
                 return socket.try_send_to(&reply, client).map(drop);
             };
             let (server, socket, asked) = (self.clone(), socket.clone(), asked());
@@ -302,7 +305,7 @@ impl Server {
                 Some(message::Outcome::Denied) => true,
                 // That there is no such record is not known where nobody could say.
                 Some(message::Outcome::Refused) => !ours.records.is_empty(),
-                Some(message::Outcome::Exists) | None => false,
+                Some(message::Outcome::Exists | message::Outcome::Empty) | None => false,
             },
             Err(UpstreamError::None) => true,
             Err(_) => !ours.records.is_empty(),
@@ -323,11 +326,11 @@ impl Server {
                 Some(Reply { rest, ..self.done(asked, outcome, reply.bytes) })
             }
             Err(error) => {
-                if let Some(suppressed) = self.complaints.allow() {
+                if let Some(suppressed) = self.resolver.metrics.complaints.allow() {
                     let name = question.map(|question| &*question.name);
                     tracing::warn!(target: "dns", pod = self.label, query = name, %error, suppressed, "DNS request not answered");
                 }
-                message::server_failure(request).map(|bytes| self.done(asked, Outcome::Failed, bytes))
+                message::server_failure(request, question).map(|bytes| self.done(asked, Outcome::Failed, bytes))
             }
         }
     }
@@ -345,7 +348,7 @@ impl Server {
         };
         for _ in 0..lookup::WANTED_MAX {
             let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) else { break };
-            let _asking = self.asking.try_acquire().ok()?;
+            let _asking = timeout(FACTS_WAIT, self.asking.acquire()).await.ok()?.ok()?;
             timeout(FACTS_WAIT, self.mesh.ask(wanted)).await.ok()?.ok()?;
             known = self.asker.now()?;
         }
@@ -355,17 +358,14 @@ impl Server {
     async fn forward(&self, asked: &Asked, used: &Used) -> Result<Reply, UpstreamError> {
         let request = &*asked.bytes;
         let (requests, begun) = (self.labels(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
-        let servers = used.in_order(asked.of);
-        let answered = match asked.carrier {
-            Carrier::Datagram => {
-                self.resolver.datagram(&servers, request).await.map(|bytes| Reply { bytes, rest: None })
-            }
-            Carrier::Stream => {
-                let answered = self.resolver.stream(&servers, request).await;
-                let rest = asked.question.as_ref().is_some_and(Question::is_transfer);
-                answered.map(|(stream, bytes)| Reply { bytes, rest: rest.then_some(stream) })
-            }
-        };
+        let mut servers = used.in_order(asked.of);
+        if asked.of.is_some() && asked.question.is_none() {
+            // A change of a zone, say, is for the one that it was sent to.
+            servers.list.truncate(1);
+        }
+        let answered = self.resolver.ask(asked.carrier, &servers, request).await;
+        let is_transfer = asked.question.as_ref().is_some_and(Question::is_transfer);
+        let answered = answered.map(|Answered { bytes, stream }| Reply { bytes, rest: stream.filter(|_| is_transfer) });
         let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
         self.resolver.metrics.upstream(&requests.0, seconds);
         answered
@@ -375,7 +375,9 @@ impl Server {
     fn complete(&self, asked: &Asked, used: &Used, answer: &[u8]) -> Option<Vec<u8>> {
         let (end, kind) = message::dangling_alias(answer)?;
         let known = self.asker.now()?;
-        let Plan::Answer(ours) = lookup::decide(&self.asker(&known, used), &end, kind) else { return None };
+        let plan = lookup::decide(&self.asker(&known, used), &end, kind);
+        let Plan::Answer(mut ours) = plan else { return None };
+        ours.records.shuffle(&mut rand::rng());
         let limit = match (asked.carrier, &asked.question) {
             (Carrier::Datagram, Some(question)) => question.datagram_limit(),
             _ => u16::MAX,
@@ -385,10 +387,9 @@ impl Server {
 
     async fn streams(self: Arc<Self>, listener: std::net::TcpListener, tasks: &Group) {
         let Ok(listener) = TcpListener::from_std(listener).inspect_err(|error| self.broken(error)) else { return };
-        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
             // Further ones wait in the listener's queue until one has ended.
-            let Ok(permit) = connections.clone().acquire_owned().await else { return };
+            let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, client)) => {
                     let server = self.clone();
@@ -420,14 +421,13 @@ impl Server {
             if !matches!(timeout(IDLE, write_message(&mut stream, &bytes)).await, Ok(Ok(()))) {
                 return;
             }
-            if let Some(mut rest) = rest {
-                // The other messages of a zone's transfer, for as long as they keep coming.
-                while let Ok(Ok(more)) = timeout(DEADLINE, read_message(&mut rest)).await {
-                    if !matches!(timeout(IDLE, write_message(&mut stream, &more)).await, Ok(Ok(()))) {
-                        return;
-                    }
-                }
+            if let Some(rest) = rest
+                && timeout(TRANSFER, transfer(rest, &mut stream)).await.is_err()
+            {
+                return;
             }
+            // Other pods have their turn.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -467,6 +467,22 @@ impl Server {
             requests.push((key, made.clone()));
         }
         made
+    }
+}
+
+/// The other messages of a zone's transfer, for as long as they keep coming and the client asks for nothing else.
+async fn transfer(mut rest: TcpStream, client: &mut TcpStream) {
+    loop {
+        let mut next = [0];
+        let more = tokio::select! {
+            more = timeout(IDLE, read_message(&mut rest)) => more,
+            _ = client.peek(&mut next) => return,
+        };
+        let Ok(Ok(more)) = more else { return };
+        if !matches!(timeout(IDLE, write_message(client, &more)).await, Ok(Ok(()))) {
+            return;
+        }
+        tokio::task::yield_now().await;
     }
 }
 

@@ -1,6 +1,6 @@
 //! Asking a pod's resolvers: from the pod's namespace, marked, byte for byte.
 //!
-//! A datagram goes to the first resolver; when that one is silent for a while, fails or refuses, to the next as well, and
+//! A question goes to the first resolver; when that one is silent for a while, fails or refuses, to the next as well, and
 //! the first good answer counts. Each question has a socket of its own, hence a port that nobody can guess, and an id of
 //! our own; what does not come from the resolver that was asked, or answers another question, is not looked at further.
 
@@ -9,9 +9,10 @@ use crate::sys::netns::Netns;
 use crate::sys::socket::{LegOptions, outgoing, outgoing_datagram, start_connect};
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
@@ -47,6 +48,34 @@ pub enum UpstreamError {
     Forged(SocketAddr),
 }
 
+/// How a request is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// By datagrams.
+    Datagram,
+    /// Over a connection.
+    Stream,
+}
+
+/// Whom to ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Servers {
+    /// In this order.
+    pub list: Vec<SocketAddr>,
+    /// Whether the first is none of those that the pod uses: what it says counts, the others only stand in where it is
+    /// silent.
+    pub stranger: bool,
+}
+
+/// An answer, and the connection on which more may follow.
+#[derive(Debug)]
+pub struct Answered {
+    /// The answer.
+    pub bytes: Vec<u8>,
+    /// Where it came from, if that was a connection.
+    pub stream: Option<TcpStream>,
+}
+
 /// How a pod's sockets towards its resolvers are made, and which of the resolvers are slow.
 #[derive(Debug)]
 pub struct Upstream {
@@ -63,12 +92,14 @@ impl Upstream {
         Self { netns, mark, slow: Mutex::default() }
     }
 
-    /// The resolvers in the order in which they are asked: those that were silent a moment ago come last.
-    fn in_order(&self, servers: &[SocketAddr]) -> Vec<SocketAddr> {
+    /// The resolvers in the order in which they are asked: those that did not answer a moment ago come last, but whom the pod
+    /// has asked although it uses others comes first.
+    fn in_order(&self, servers: &Servers) -> Vec<SocketAddr> {
         let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
         slow.retain(|_, since| since.elapsed() < SLOW_FOR);
-        let (last, first): (Vec<_>, Vec<_>) = servers.iter().partition(|server| slow.contains_key(server));
-        first.into_iter().chain(last).collect()
+        let (first, others) = servers.list.split_at(usize::from(servers.stranger).min(servers.list.len()));
+        let (last, next): (Vec<_>, Vec<_>) = others.iter().partition(|server| slow.contains_key(server));
+        first.iter().copied().chain(next).chain(last).collect()
     }
 
     fn is_fine(&self, server: SocketAddr) {
@@ -79,85 +110,87 @@ impl Upstream {
         self.slow.lock().unwrap_or_else(PoisonError::into_inner).insert(server, Instant::now());
     }
 
-    /// Asks by datagrams.
-    pub async fn datagram(&self, servers: &[SocketAddr], request: &[u8]) -> Result<Vec<u8>, UpstreamError> {
+    /// Asks one after the other, without giving up those that were asked before. What a name has counts at once; that it does
+    /// not exist only when nobody who comes earlier in the list may still say otherwise.
+    pub async fn ask(&self, carrier: Carrier, servers: &Servers, request: &[u8]) -> Result<Answered, UpstreamError> {
         let client = message::id(request);
         let request = message::with_id(request.to_vec(), rand::random());
         let deadline = Instant::now() + DEADLINE;
-        let mut asked = Asked { request: &request, sockets: Vec::new(), refusal: None, forged: 0 };
-        let mut error = UpstreamError::None;
-        let mut waiting = self.in_order(servers).into_iter();
+        let mut waiting = self.in_order(servers).into_iter().enumerate();
+        let (mut running, mut kept, mut error) = (Running::default(), Kept::default(), UpstreamError::None);
+        let restored = |answered: Answered| Answered { bytes: message::with_id(answered.bytes, client), ..answered };
         loop {
-            let next = waiting.next();
-            if let Some(server) = next {
-                match self.send(server, &request) {
-                    Ok(socket) => asked.sockets.push((server, socket)),
-                    Err(failed) => {
-                        self.is_slow(server);
-                        error = UpstreamError::Io(server, failed);
-                        continue;
+            let started = waiting.next();
+            if let Some((at, server)) = started {
+                running.0.push((at, server, self.attempt(carrier, server, &request)));
+            }
+            if let Some(denial) = kept.denial.take_if(|(at, _)| running.0.iter().all(|(other, ..)| *other > *at)) {
+                return Ok(restored(denial.1));
+            }
+            if running.0.is_empty() {
+                return kept.best().map(restored).ok_or(error);
+            }
+            let until = if waiting.len() > 0 { Instant::now() + PATIENCE } else { deadline };
+            let Ok((at, server, result)) = timeout_at(until.min(deadline), running.first()).await else {
+                if Instant::now() < deadline {
+                    continue;
+                }
+                running.0.iter().for_each(|(_, server, _)| self.is_slow(*server));
+                let names: Vec<String> = running.0.iter().map(|(_, server, _)| server.to_string()).collect();
+                return kept.best().map(restored).ok_or_else(|| UpstreamError::Silent(names.join(", ")));
+            };
+            match result {
+                Ok(answered) => {
+                    self.is_fine(server);
+                    match message::outcome(&request, &answered.bytes) {
+                        Some(Outcome::Exists) => return Ok(restored(answered)),
+                        // Who was asked although the pod uses others has said it.
+                        _ if servers.stranger && at == 0 => return Ok(restored(answered)),
+                        Some(Outcome::Denied | Outcome::Empty) => kept.denies(at, answered),
+                        Some(Outcome::Refused) | None => kept.refusal = Some(answered),
                     }
                 }
-            }
-            if asked.sockets.is_empty() {
-                // A refusal is an answer, where nobody has a better one.
-                return asked.refusal.map(|bytes| message::with_id(bytes, client)).ok_or(error);
-            }
-            let until = if next.is_some() && waiting.len() > 0 { Instant::now() + PATIENCE } else { deadline };
-            match timeout_at(until.min(deadline), asked.answer()).await {
-                Ok(Ok((server, answer))) => {
-                    self.is_fine(server);
-                    return Ok(message::with_id(answer, client));
-                }
-                Ok(Err((server, None))) => self.is_fine(server),
-                Ok(Err((server, Some(failed)))) => {
+                Err(failed) => {
                     self.is_slow(server);
                     error = failed;
                 }
-                Err(_) if Instant::now() >= deadline => {
-                    let names: Vec<String> = asked.sockets.iter().map(|(server, _)| server.to_string()).collect();
-                    asked.sockets.iter().for_each(|(server, _)| self.is_slow(*server));
-                    let refusal = asked.refusal.map(|bytes| message::with_id(bytes, client));
-                    return refusal.ok_or_else(|| UpstreamError::Silent(names.join(", ")));
-                }
-                Err(_) => asked.sockets.iter().for_each(|(server, _)| self.is_slow(*server)),
             }
         }
     }
 
-    fn send(&self, server: SocketAddr, request: &[u8]) -> io::Result<UdpSocket> {
-        let made = self.netns.enter(|| outgoing_datagram(server, self.mark)).map_err(io::Error::other)?;
-        let socket = made?;
+    fn attempt<'a>(&'a self, carrier: Carrier, server: SocketAddr, request: &'a [u8]) -> Attempt<'a> {
+        match carrier {
+            Carrier::Datagram => Box::pin(self.datagram(server, request)),
+            Carrier::Stream => Box::pin(self.stream(server, request)),
+        }
+    }
+
+    async fn datagram(&self, server: SocketAddr, request: &[u8]) -> Result<Answered, UpstreamError> {
+        let failed = |error| UpstreamError::Io(server, error);
+        let made = self.netns.enter(|| outgoing_datagram(server, self.mark)).map_err(io::Error::other);
+        let socket = made.and_then(|socket| socket).map_err(failed)?;
         // A new socket has room for a datagram.
-        socket.send(request)?;
-        UdpSocket::from_std(socket)
-    }
-
-    /// Asks over a connection, and gives it with the answer: more may follow on it.
-    pub async fn stream(&self, servers: &[SocketAddr], request: &[u8]) -> Result<(TcpStream, Vec<u8>), UpstreamError> {
-        let deadline = Instant::now() + DEADLINE;
-        let mut error = UpstreamError::None;
-        let mut refusal = None;
-        let mut waiting = self.in_order(servers).into_iter();
-        while let Some(server) = waiting.next() {
-            let until = if waiting.len() > 0 { Instant::now() + PATIENCE } else { deadline };
-            match timeout_at(until.min(deadline), self.exchange(server, request)).await {
-                Ok(Ok(answered)) => match message::outcome(request, &answered.1) {
-                    None => error = UpstreamError::Forged(server),
-                    Some(Outcome::Refused) => refusal = Some(answered),
-                    Some(_) => return Ok(answered),
-                },
-                Ok(Err(failed)) => {
-                    self.is_slow(server);
-                    error = UpstreamError::Io(server, failed);
+        socket.send(request).map_err(failed)?;
+        let socket = UdpSocket::from_std(socket).map_err(failed)?;
+        for _ in 0..FORGED_MAX {
+            let bytes = loop {
+                socket.readable().await.map_err(failed)?;
+                match receive(|buffer| socket.try_recv(buffer)) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    received => break received.map_err(failed)?,
                 }
-                Err(_) => {
-                    self.is_slow(server);
-                    error = UpstreamError::Silent(server.to_string());
-                }
+            };
+            if message::outcome(request, &bytes).is_some() {
+                return Ok(Answered { bytes, stream: None });
             }
         }
-        refusal.ok_or(error)
+        Err(UpstreamError::Forged(server))
+    }
+
+    async fn stream(&self, server: SocketAddr, request: &[u8]) -> Result<Answered, UpstreamError> {
+        let (stream, bytes) = self.exchange(server, request).await.map_err(|error| UpstreamError::Io(server, error))?;
+        let is_answer = message::outcome(request, &bytes).is_some();
+        is_answer.then_some(Answered { bytes, stream: Some(stream) }).ok_or(UpstreamError::Forged(server))
     }
 
     async fn exchange(&self, server: SocketAddr, request: &[u8]) -> io::Result<(TcpStream, Vec<u8>)> {
@@ -175,56 +208,51 @@ impl Upstream {
     }
 }
 
-/// The resolvers that a question has been sent to.
-struct Asked<'a> {
-    request: &'a [u8],
-    sockets: Vec<(SocketAddr, UdpSocket)>,
-    refusal: Option<Vec<u8>>,
-    forged: usize,
-}
+type Attempt<'a> = Pin<Box<dyn Future<Output = Result<Answered, UpstreamError>> + Send + 'a>>;
 
-impl Asked<'_> {
-    /// The first good answer. A resolver that breaks or refuses is taken out, and named.
-    async fn answer(&mut self) -> Result<(SocketAddr, Vec<u8>), (SocketAddr, Option<UpstreamError>)> {
+/// The resolvers that are being asked, with their places in the list.
+#[derive(Default)]
+struct Running<'a>(Vec<(usize, SocketAddr, Attempt<'a>)>);
+
+impl Running<'_> {
+    /// The first that ends, taken out.
+    async fn first(&mut self) -> (usize, SocketAddr, Result<Answered, UpstreamError>) {
         poll_fn(|context| {
-            let mut at = 0;
-            while let Some((server, socket)) = self.sockets.get(at) {
-                let server = *server;
-                let received = match socket.poll_recv_ready(context) {
-                    Poll::Pending => {
-                        at += 1;
-                        continue;
-                    }
-                    Poll::Ready(ready) => ready.and_then(|()| receive(|buffer| socket.try_recv(buffer))),
-                };
-                let answer = match received {
-                    Ok(answer) => answer,
-                    // Not ready after all; the next look says when it is.
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-                    Err(error) => {
-                        self.sockets.remove(at);
-                        return Poll::Ready(Err((server, Some(UpstreamError::Io(server, error)))));
-                    }
-                };
-                match message::outcome(self.request, &answer) {
-                    Some(Outcome::Refused) => {
-                        self.refusal = Some(answer);
-                        self.sockets.remove(at);
-                        return Poll::Ready(Err((server, None)));
-                    }
-                    Some(_) => return Poll::Ready(Ok((server, answer))),
-                    None => {
-                        self.forged += 1;
-                        if self.forged > FORGED_MAX {
-                            self.sockets.remove(at);
-                            return Poll::Ready(Err((server, Some(UpstreamError::Forged(server)))));
-                        }
-                    }
+            let ended = self.0.iter_mut().enumerate().find_map(|(index, (_, _, attempt))| {
+                match attempt.as_mut().poll(context) {
+                    Poll::Ready(result) => Some((index, result)),
+                    Poll::Pending => None,
                 }
+            });
+            match ended {
+                Some((index, result)) => {
+                    let (at, server, _) = self.0.remove(index);
+                    Poll::Ready((at, server, result))
+                }
+                None => Poll::Pending,
             }
-            Poll::Pending
         })
         .await
+    }
+}
+
+/// Answers that count where nobody has a better one.
+#[derive(Default)]
+struct Kept {
+    denial: Option<(usize, Answered)>,
+    refusal: Option<Answered>,
+}
+
+impl Kept {
+    /// The denial of the one that comes first in the list.
+    fn denies(&mut self, at: usize, answered: Answered) {
+        if self.denial.as_ref().is_none_or(|(other, _)| at < *other) {
+            self.denial = Some((at, answered));
+        }
+    }
+
+    fn best(self) -> Option<Answered> {
+        self.denial.map(|(_, answered)| answered).or(self.refusal)
     }
 }
 

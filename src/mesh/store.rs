@@ -5,7 +5,7 @@ use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
 use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -36,8 +36,8 @@ pub struct Store {
 
 #[derive(Debug, Default)]
 struct Questions {
-    /// Wanted, and not answered.
-    open: HashSet<Wanted>,
+    /// Wanted, and not answered, with how many wait for it.
+    open: HashMap<Wanted, usize>,
     /// Those of them that the control plane has not been asked yet.
     unsent: Vec<Wanted>,
     /// What has been asked for again, and when.
@@ -53,6 +53,24 @@ pub enum AskError {
     /// Too many others are asked for.
     #[error("too many addresses and names are being asked for; {0} is not")]
     TooMany(String),
+}
+
+/// One that waits for an answer, however long it does.
+struct Waiting<'a> {
+    store: &'a Store,
+    wanted: &'a Wanted,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waiting) = questions.open.get_mut(self.wanted) {
+            *waiting -= 1;
+            if *waiting == 0 {
+                questions.open.remove(self.wanted);
+            }
+        }
+    }
 }
 
 impl Default for Store {
@@ -99,8 +117,8 @@ impl Store {
         {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
             let Questions { open, unsent, refreshed } = &mut *questions;
-            open.retain(|wanted| next.unasked(wanted.clone()).is_some());
-            unsent.retain(|wanted| open.contains(wanted) || refreshed.contains_key(wanted));
+            open.retain(|wanted, _| next.unasked(wanted.clone()).is_some());
+            unsent.retain(|wanted| open.contains_key(wanted) || refreshed.contains_key(wanted));
         }
         self.current.store(next);
         self.changed.send_replace(version);
@@ -122,22 +140,24 @@ impl Store {
             if self.load().unasked(wanted.clone()).is_none() {
                 return Ok(());
             }
-            if !questions.open.contains(&wanted) {
+            if let Some(waiting) = questions.open.get_mut(&wanted) {
+                *waiting += 1;
+            } else {
                 if questions.open.len() >= QUESTIONS_MAX {
                     return Err(AskError::TooMany(name));
                 }
-                questions.open.insert(wanted.clone());
+                questions.open.insert(wanted.clone(), 1);
                 questions.unsent.push(wanted.clone());
                 self.asked.notify_one();
             }
         }
+        // Whoever asks after the last has given up asks anew.
+        let _waiting = Waiting { store: self, wanted: &wanted };
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
         if tokio::time::timeout(ASK_WAIT, answered).await.is_ok() {
             return Ok(());
         }
-        // Whoever asks next asks anew.
-        self.questions.lock().unwrap_or_else(PoisonError::into_inner).open.remove(&wanted);
         Err(AskError::NoAnswer(name))
     }
 

@@ -15,6 +15,7 @@ use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group};
 use crate::{identity, mesh};
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
@@ -91,7 +92,7 @@ impl Capturer {
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
         let takes_dns = spec.dns.unwrap_or(self.dns.captures());
-        let names = takes_dns.then(|| self.bind_dns(&netns, ipv6)).transpose()?;
+        let names = if takes_dns { self.bind_dns(spec, &netns, ipv6) } else { None };
         let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
@@ -119,9 +120,15 @@ impl Capturer {
         Ok(Listening { pod, accepting, ipv6, names, _claim: claim })
     }
 
-    fn bind_dns(&self, netns: &Netns, ipv6: bool) -> Result<dns::Listeners, CaptureError> {
-        let bound = dns::Listeners::bind(netns, ipv6, self.config.mark, self.config.reuse_port)?;
-        bound.map_err(|source| CaptureError::Port { port: dns::PORT, source })
+    /// A pod whose DNS cannot be taken goes on with its own, and its traffic is captured all the same.
+    fn bind_dns(&self, spec: &PodSpec, netns: &Netns, ipv6: bool) -> Option<dns::Listeners> {
+        let bound = dns::Listeners::bind(netns, ipv6, self.config.mark, self.config.reuse_port);
+        let bound = bound.map_err(io::Error::other).and_then(|bound| bound);
+        let complain = |error: &io::Error| {
+            let (namespace, name, port) = (&*spec.namespace, &*spec.name, dns::PORT);
+            tracing::error!(namespace, name, port, %error, "the pod's DNS cannot be taken: its own resolvers answer, where no agent redirects it");
+        };
+        bound.inspect_err(complain).ok()
     }
 
     fn bind(&self, netns: &Netns, ipv6: bool) -> Result<Vec<(TcpListener, Entrance)>, CaptureError> {

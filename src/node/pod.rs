@@ -352,9 +352,12 @@ async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
 }
 
 /// Ends the pod's connections and listeners; the rules stay.
-async fn give_up(listening: Listening) {
+async fn give_up(mut listening: Listening) {
     listening.pod.drain.at_once();
     listening.accepting.finished().await;
+    if let Some(names) = listening.names.take() {
+        names.end().await;
+    }
 }
 
 /// Whether the namespace is no longer where it was. That it cannot be looked at now (no descriptors left, say) is no

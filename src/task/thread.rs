@@ -3,7 +3,11 @@
 use std::future::Future;
 use std::io;
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
+
+/// How long work beside a runtime may take after the runtime has ended.
+const BESIDE_GRACE: Duration = Duration::from_secs(1);
 
 /// Runs `work`, which takes a while, beside the runtime; `None` where it panics.
 pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
@@ -22,6 +26,10 @@ where
 {
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let handle = runtime.handle().clone();
-    let thread = std::thread::Builder::new().name(name).spawn(move || runtime.block_on(async move { main().await }))?;
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        runtime.block_on(async move { main().await });
+        // What was begun beside it and hangs does not keep the process from ending.
+        runtime.shutdown_timeout(BESIDE_GRACE);
+    })?;
     Ok((handle, thread))
 }

@@ -1,11 +1,12 @@
 //! DNS of captured pods: names of the mesh from its facts, everything else as the pod's own resolver says it.
 
 use crate::world::names::{RESOLVER, RESOLVER_V6, address, answer, ask, kubernetes_conf, question, refusal, with_edns};
-use crate::world::{Pod, World, eventually, inside};
+use crate::world::{Pod, World, apps, eventually, inside};
 use serde_json::json;
 use std::net::{IpAddr, UdpSocket};
 use std::process::Command;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const A: u16 = 1;
 
@@ -412,4 +413,123 @@ fn ports_and_ids(w: &World, client: &Pod, message: &[u8]) -> (u16, [u8; 2]) {
     let got = asking.join().unwrap().unwrap();
     assert_eq!((address(&got), &got[..2]), (Some([1, 1, 1, 1]), &[0x5a, 0xa5][..]));
     (from.port(), [bytes[0], bytes[1]])
+}
+
+#[test]
+fn a_pods_own_switch_wins_and_release_gives_its_dns_back() {
+    let (w, client) = small("", &[("ISTIO_META_DNS_CAPTURE", "false")], |w, _| {
+        w.mesh_pod("other", 1);
+    });
+    let other = w.pods[1].clone();
+    let plain = w.start_scripted(51, |q| vec![answer(q, [1, 1, 1, 1])]);
+    let shop = |pod: &Pod| address(&ask_in(pod, "shop.ns.svc.cluster.local", plain.ip).unwrap());
+    assert_eq!((shop(&client), shop(&other)), (Some([1, 1, 1, 1]), Some([1, 1, 1, 1])));
+    let entries = |dns: Option<bool>| {
+        let entry = |pod: &Pod| {
+            let mut entry = crate::world::pod_entry(pod);
+            if pod.name == "other" {
+                entry["dnsCapture"] = json!(dns);
+            }
+            entry
+        };
+        json!({"pods": [entry(&client), entry(&other)]}).to_string()
+    };
+    crate::world::replace(&w.pods_file(1), &entries(Some(true)));
+    eventually("the other pod's DNS is taken", || shop(&other) == Some([10, 96, 0, 20]));
+    assert_eq!(shop(&client), Some([1, 1, 1, 1]));
+    w.write_pods(1, &[&client]);
+    eventually("the other pod is released", || w.states(1).len() == 1);
+    assert_eq!(shop(&other), Some([1, 1, 1, 1]));
+}
+
+#[test]
+fn a_flood_from_one_pod_leaves_the_lookups_of_another_alone() {
+    let (w, client) = small("nameserver 10.1.0.51\n", &[], |w, _| {
+        w.mesh_pod("other", 1);
+    });
+    let other = w.pods[1].clone();
+    let silent = w.start_scripted(51, |_| vec![]);
+    let stop = Arc::new(AtomicBool::new(false));
+    let flood: Vec<_> = (0..4)
+        .map(|thread| {
+            let (stop, netns, to) = (stop.clone(), client.netns.clone(), (silent.ip, 53));
+            std::thread::spawn(move || {
+                inside(&netns, || {
+                    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                    let mut count = 0u64;
+                    while !stop.load(Ordering::Relaxed) {
+                        count += 1;
+                        // Names of nobody, which wait for a resolver that never answers, and names of the mesh.
+                        let name = format!("r{thread}-{count}.flood.example");
+                        let _ = socket.send_to(&question(&name, A), to);
+                        let _ = socket.send_to(&question("shop.ns.svc.cluster.local", A), to);
+                    }
+                    count
+                })
+            })
+        })
+        .collect();
+    eventually("the flood is more than may wait", || w.metric(1, "culvert_dns_requests_total", &["limited"]) > 1000.0);
+    for _ in 0..200 {
+        let got = ask_in(&other, "shop.ns.svc.cluster.local", silent.ip);
+        assert_eq!(
+            got.as_deref().and_then(address),
+            Some([10, 96, 0, 20]),
+            "none is lost, though each is asked only once"
+        );
+    }
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", w.pid(1))).unwrap().count();
+    assert!(descriptors < 600, "{descriptors} descriptors");
+    stop.store(true, Ordering::Relaxed);
+    flood.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+}
+
+#[test]
+fn a_workload_with_a_host_name_only_is_resolved_by_the_pod_that_connects() {
+    let (w, client) = small("nameserver 10.1.0.51\n", &[], |w, _| {
+        let server = w.plain_pod("server", 2);
+        apps::serve(&server.netns, 8080, apps::who);
+        let shop = w.mesh_pod("hbone", 2);
+        apps::serve(&shop.netns, 8080, apps::who);
+        w.mesh.service("behind", &["10.96.0.30"], &json!({"80": 8080}), &[&shop]);
+        for (name, host, vip) in [
+            ("one", "api.example", "240.240.0.1"),
+            ("two", "gone.example", "240.240.0.2"),
+            ("three", "inner.example", "240.240.0.3"),
+        ] {
+            let service = json!({"name": name, "namespace": "ns", "hostname": host, "vips": [format!("/{vip}")], "ports": {"80": 8080}});
+            w.mesh.services.push(service);
+            let workload = json!({
+                "uid": format!("c1//ServiceEntry/{name}"), "name": name, "namespace": "ns", "serviceAccount": "", "hostname": host,
+                "workloadIps": [], "protocol": "TCP", "services": {format!("ns/{host}"): {"80": if name == "three" { 80 } else { 8080 }}},
+            });
+            w.mesh.workloads.push(workload);
+        }
+        w.write_mesh();
+        w.write_pods(2, &w.captured_pods(2).into_iter().filter(|pod| pod.name == "hbone").collect::<Vec<_>>());
+        w.start_node(2, &[]);
+    });
+    let server = w.pods.iter().find(|pod| pod.name == "server").unwrap().v4;
+    let IpAddr::V4(server) = server else { panic!("an IPv4 address") };
+    let _resolver = w.start_scripted(51, move |q| {
+        let name = String::from_utf8_lossy(q).into_owned();
+        match (name.contains("api"), name.contains("inner"), q[q.len() - 3] == 1) {
+            (true, _, true) => vec![answer(q, server.octets())],
+            (_, true, true) => vec![answer(q, [10, 96, 0, 30])],
+            (false, false, _) => vec![refusal(q, 3)],
+            _ => vec![refusal(q, 0)],
+        }
+    });
+    let said = crate::world::ask(&client.netns, ("240.240.0.1".parse::<IpAddr>().unwrap(), 80), "hello").unwrap();
+    assert!(said.ends_with("hello"), "{said}");
+    assert!(
+        w.metric(1, "istio_on_demand_dns_total", &["hostname=\"api.example\"", "source_workload=\"client\""]) >= 1.0
+    );
+    // It leads to a name of the mesh after all, and goes there as the mesh says: in a tunnel, not in plaintext.
+    let said = crate::world::ask(&client.netns, ("240.240.0.3".parse::<IpAddr>().unwrap(), 80), "inner").unwrap();
+    assert!(said.ends_with("inner"), "{said}");
+    w.log_line(1, "by HBONE", |l| l["dst.service"] == "behind.ns.svc.cluster.local" && l["dst.identity"].is_string());
+    assert!(crate::world::ask(&client.netns, ("240.240.0.2".parse::<IpAddr>().unwrap(), 80), "x").is_err());
+    let line = w.log_line(1, "the name is not known", |l| l["reason"] == "name_not_resolved");
+    assert!(line["error"].as_str().unwrap().contains("gone.example"), "{line}");
 }

@@ -23,9 +23,11 @@ pub fn choose(
     source: &Workload,
     service: &Service,
     port: u16,
+    names: &Names,
     chance: Chance<'_>,
 ) -> Result<Chosen, RouteError> {
     let target = service.ports.get(&port);
+    let any_resolved = names.values().any(|ips| !ips.is_empty());
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
@@ -36,7 +38,12 @@ pub fn choose(
             elsewhere = Some(endpoint.workload.uid.clone());
             return None;
         }
-        let reachable = !endpoint.workload.ips.is_empty() || !endpoint.workload.hostname.is_empty();
+        let resolved = names.get(&endpoint.workload.hostname).map(|ips| !ips.is_empty());
+        let reachable = match endpoint.workload.ips.is_empty() && !endpoint.workload.hostname.is_empty() {
+            // The one that was drawn, once its name is resolved; another, if it could not be.
+            true => resolved.unwrap_or(!any_resolved),
+            false => !endpoint.workload.ips.is_empty() && !any_resolved,
+        };
         (healthy && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
     let candidates: Vec<Chosen> = preferred(source, service, usable.collect());
@@ -149,7 +156,9 @@ mod tests {
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let Some(service) = snapshot.services().find(|s| s.key == of.key) else { return Vec::new() };
         let mut names: Vec<String> = (0..8)
-            .filter_map(|at| choose(&snapshot, &source, service, 80, &mut |below| at.min(below - 1)).ok())
+            .filter_map(|at| {
+                choose(&snapshot, &source, service, 80, &Names::new(), &mut |below| at.min(below - 1)).ok()
+            })
             .map(|chosen| format!("{}:{}", chosen.workload.name, chosen.port))
             .collect();
         names.sort();
@@ -225,7 +234,7 @@ mod tests {
         set(&near, &far, &abroad, &web);
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let service = snapshot.services().next().unwrap();
-        let error = choose(&snapshot, &source, service, 80, &mut |_| 0).unwrap_err();
+        let error = choose(&snapshot, &source, service, 80, &Names::new(), &mut |_| 0).unwrap_err();
         assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
     }
 }

@@ -4,7 +4,7 @@ use super::destination::{self, Chosen};
 use super::{Chance, HBONE_PORT, Names, OWN_PORTS, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// How the far side is reached.
@@ -104,7 +104,7 @@ impl Choice<'_> {
         if service.is_passthrough() {
             return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
         }
-        let chosen = destination::choose(snapshot, source, service, target.port(), chance)?;
+        let chosen = destination::choose(snapshot, source, service, target.port(), self.names, chance)?;
         self.to_workload(chosen, Some(service), chance)
     }
 
@@ -122,15 +122,15 @@ impl Choice<'_> {
         let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names, chance)?;
         let to = SocketAddr::new(ip, port);
         let way = match workload.protocol {
-            Protocol::Tcp if workload.ips.is_empty() && self.is_known(ip) => {
-                // Its host name is one of the mesh after all: it is reached as the mesh says, not in plaintext. A name
-                // that leads to a name that leads on has no end.
+            Protocol::Tcp if workload.ips.is_empty() => {
+                // Its host name may be one of the mesh after all: then it is reached as the mesh says, not in plaintext.
                 let names = Names::new();
-                let onward = Choice { snapshot, source, target: to, names: &names }.route(chance);
-                return onward.map_err(|error| match error {
-                    RouteError::Unresolved(_) => RouteError::NoAddress(workload.uid.clone()),
-                    other => other,
-                });
+                match (Choice { snapshot, source, target: to, names: &names }).route(chance) {
+                    Ok(Route { way: Way::Direct { to }, workload: None, service: None }) => Way::Direct { to },
+                    // A name that leads to a name that leads on has no end.
+                    Err(RouteError::Unresolved(_)) => return Err(RouteError::NoAddress(workload.uid.clone())),
+                    onward => return onward,
+                }
             }
             Protocol::Tcp => Way::Direct { to },
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
@@ -142,12 +142,6 @@ impl Choice<'_> {
             }),
         };
         Ok(Route { way, workload: Some(workload), service: service.cloned() })
-    }
-
-    fn is_known(self, ip: IpAddr) -> bool {
-        let network = &self.source.network;
-        let service = || self.snapshot.service_at(network, ip, &self.source.namespace).is_some();
-        self.snapshot.workload_at(network, ip).is_some() || service()
     }
 
     fn to_waypoint(

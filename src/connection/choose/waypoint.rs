@@ -2,7 +2,7 @@
 //! never given its own traffic back.
 
 use super::destination::{self, Chosen};
-use super::{Chance, RouteError};
+use super::{Chance, Names, RouteError};
 use crate::mesh::snapshot::Known;
 use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub fn resolve(
             Ok(Waypoint { chosen: Chosen { workload, port: waypoint.hbone_port }, service: None })
         }
         Some(Known::Service(service)) => {
-            let chosen = destination::choose(snapshot, source, &service, waypoint.hbone_port, chance)
+            let chosen = destination::choose(snapshot, source, &service, waypoint.hbone_port, &Names::new(), chance)
                 .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }

@@ -28,7 +28,9 @@ const REQUEST_BYTES_MAX: usize = (4 << 20) - (64 << 10);
 const FAULTS_NAMED: usize = 20;
 /// Bytes of each fault that are named.
 const FAULT_BYTES: usize = 300;
-/// Names that may be subscribed to on demand; beyond it the oldest are given up.
+/// How many names that nobody has are given up at once.
+const EVICTED: usize = 1024;
+/// Names that may be subscribed to on demand; beyond it some are given up.
 const ASKED_MAX: usize = 65_536;
 
 /// What is held of one type.
@@ -147,9 +149,23 @@ impl Delta {
             names.push(name);
         }
         while self.asked.len() > ASKED_MAX {
-            let Some(oldest) = self.asked_order.pop_front() else { break };
-            update.forgotten.extend(self.asked.remove(&oldest));
-            again.push(oldest);
+            // Names that nobody has make room first: of what is there, changes must be heard.
+            let nobodys = |name: &&String| {
+                matches!(self.asked.get(*name), Some(Wanted::Service(_)))
+                    && !self.address.held.contains_key(name.as_str())
+            };
+            let mut out: Vec<String> = self.asked_order.iter().filter(nobodys).take(EVICTED).cloned().collect();
+            if out.is_empty() {
+                out.extend(self.asked_order.pop_front());
+            }
+            for name in &out {
+                update.forgotten.extend(self.asked.remove(name));
+            }
+            self.asked_order.retain(|name| self.asked.contains_key(name));
+            if out.is_empty() {
+                break;
+            }
+            again.extend(out);
         }
         let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| DeltaDiscoveryRequest {
             type_url: ADDRESS.to_owned(),
