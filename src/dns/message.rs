@@ -271,7 +271,8 @@ pub fn outcome(query: &[u8], answer: &[u8]) -> Option<Outcome> {
     let code = header.metadata.response_code;
     // A server that could not read the question may leave it out, and so may one that answers another operation.
     let may_lack = code != ResponseCode::NoError || header.metadata.op_code != OpCode::Query;
-    if !(may_lack && header.counts.queries == 0) && !same_question(query, answer) {
+    let lacks = may_lack && header.counts.queries == 0;
+    if !lacks && !same_question(query, answer) {
         return None;
     }
     Some(match code {

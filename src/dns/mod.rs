@@ -5,6 +5,7 @@
 //! in the pod. All pods' servers share one thread, which no traffic waits for; each turn of a pod is short.
 
 pub mod cache;
+pub mod listeners;
 pub mod lookup;
 pub mod message;
 pub mod metrics;
@@ -13,9 +14,10 @@ pub mod resolver;
 pub mod server;
 pub mod upstream;
 
+pub use listeners::Listeners;
 pub use metrics::Metrics;
 pub use resolver::{ResolveError, Resolver};
-pub use server::{Asker, Listeners, Server};
+pub use server::{Asker, Server};
 
 use crate::mesh::{Store, Text};
 use crate::sys::netns::Netns;

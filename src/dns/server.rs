@@ -8,12 +8,10 @@ use super::message::{self, Question, Request};
 use super::metrics::{Counts, Labels, Outcome};
 use super::resolver::{Resolver, Used};
 use super::upstream::{Answered, Carrier, UpstreamError, read_message, write_message};
-use super::{Metrics, PORT};
+use super::{Listeners, Metrics};
 use crate::mesh::{Snapshot, Store, Workload};
 use crate::sys::conntrack::Conntrack;
-use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::original_dst::original_dst;
-use crate::sys::socket::{bind_datagram, bind_stream};
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
 use prometheus_client::metrics::counter::Counter;
@@ -22,7 +20,7 @@ use std::cell::{OnceCell, RefCell};
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -58,33 +56,6 @@ pub trait Asker: Send + Sync + fmt::Debug {
     fn now(&self) -> Known;
     /// Waits, for a bounded time, until it is known.
     fn soon(&self) -> Pin<Box<dyn Future<Output = Known> + Send + '_>>;
-}
-
-/// Sockets of a pod's server, bound and not yet served.
-#[derive(Debug, Default)]
-pub struct Listeners {
-    datagrams: Vec<std::net::UdpSocket>,
-    streams: Vec<std::net::TcpListener>,
-    /// Says which resolver a pod has asked, where the kernel tells.
-    conntrack: Option<Conntrack>,
-}
-
-impl Listeners {
-    /// Binds in a pod's namespace.
-    pub fn bind(netns: &Netns, ipv6: bool, mark: u32, reuse_port: bool) -> Result<io::Result<Self>, NetnsError> {
-        let mut ips: Vec<IpAddr> = vec![Ipv4Addr::LOCALHOST.into()];
-        ips.extend(ipv6.then_some(IpAddr::V6(Ipv6Addr::LOCALHOST)));
-        netns.enter(|| {
-            let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
-            for ip in ips {
-                let address = SocketAddr::new(ip, PORT);
-                // Unmarked: what answers needs no exemption, and a mark would make the kernel route each answer twice.
-                all.datagrams.push(bind_datagram(address, reuse_port)?);
-                all.streams.push(bind_stream(address, mark, reuse_port)?);
-            }
-            Ok(all)
-        })
-    }
 }
 
 /// The server of one pod.

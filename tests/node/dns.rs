@@ -1,9 +1,11 @@
 //! DNS of captured pods: names of the mesh from its facts, everything else as the pod's own resolver says it.
 
+use crate::istio::Istio;
 use crate::world::names::{RESOLVER, RESOLVER_V6, address, answer, ask, kubernetes_conf, question, refusal, with_edns};
 use crate::world::{Pod, World, apps, eventually, inside};
 use serde_json::json;
-use std::net::{IpAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -481,7 +483,9 @@ fn a_flood_from_one_pod_leaves_the_lookups_of_another_alone() {
     let descriptors = std::fs::read_dir(format!("/proc/{}/fd", w.pid(1))).unwrap().count();
     assert!(descriptors < 600, "{descriptors} descriptors");
     stop.store(true, Ordering::Relaxed);
-    flood.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+    for thread in flood {
+        assert!(thread.join().unwrap() > 0);
+    }
 }
 
 #[test]
@@ -532,4 +536,72 @@ fn a_workload_with_a_host_name_only_is_resolved_by_the_pod_that_connects() {
     assert!(crate::world::ask(&client.netns, ("240.240.0.2".parse::<IpAddr>().unwrap(), 80), "x").is_err());
     let line = w.log_line(1, "the name is not known", |l| l["reason"] == "name_not_resolved");
     assert!(line["error"].as_str().unwrap().contains("gone.example"), "{line}");
+}
+
+#[test]
+fn a_zones_transfer_comes_whole_and_the_connection_goes_on() {
+    let (w, client) = small("", &[], |_, _| {});
+    crate::world::ip_in(&w.ns("n1"), "addr add 10.1.0.51/32 dev pods\n");
+    let listener = inside(&w.ns("n1"), || TcpListener::bind("10.1.0.51:53")).unwrap();
+    let framed = |message: &[u8]| [&(message.len() as u16).to_be_bytes(), message].concat();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).unwrap();
+        let mut question = vec![0; usize::from(u16::from_be_bytes(length))];
+        stream.read_exact(&mut question).unwrap();
+        for n in 1..=3u8 {
+            stream.write_all(&framed(&answer(&question, [n; 4]))).unwrap();
+        }
+        // Kept open by the server, as most do: the end of the transfer is the client's to see.
+        let _ = stream.read(&mut length);
+    });
+    inside(&client.netns, || {
+        let mut stream = TcpStream::connect("10.1.0.51:53").unwrap();
+        stream.set_read_timeout(Some(crate::world::PATIENCE)).unwrap();
+        let receive = |stream: &mut TcpStream| {
+            let mut length = [0; 2];
+            stream.read_exact(&mut length).unwrap();
+            let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
+            stream.read_exact(&mut message).unwrap();
+            address(&message).unwrap()
+        };
+        stream.write_all(&framed(&question("zone.example", 252))).unwrap();
+        let all: Vec<_> = (0..3).map(|_| receive(&mut stream)).collect();
+        assert_eq!(all, [[1; 4], [2; 4], [3; 4]]);
+        stream.write_all(&framed(&question("shop.ns.svc.cluster.local", A))).unwrap();
+        assert_eq!(receive(&mut stream), [10, 96, 0, 20]);
+    });
+    server.join().unwrap();
+}
+
+/// In an Istio mesh: the agent redirects, the control plane tells, or is asked.
+#[test]
+fn in_an_istio_mesh_names_are_known_also_on_demand_and_dns_fails_open() {
+    for on_demand in ["false", "true"] {
+        let mut istio = Istio::new();
+        istio.w.mesh.service("shop", &["10.96.0.20"], &json!({"80": 8080}), &[]);
+        let entry = json!({"name": "entry", "namespace": "ns", "hostname": "api.example", "vips": ["/240.240.0.1"], "ports": {"80": 80}});
+        istio.w.mesh.services.push(entry);
+        istio.tell();
+        let resolver = istio.w.start_scripted(51, |q| vec![answer(q, [9, 9, 9, 9])]);
+        istio.start_with(&[("XDS_ON_DEMAND", on_demand), ("CULVERT_DNS_CACHE_ENTRIES", "0")]);
+        let client = istio.pod("client");
+        let asks = |name: &str| ask_in(&client, name, resolver.ip).as_deref().and_then(address);
+        assert_eq!(asks("shop.ns.svc.cluster.local"), Some([10, 96, 0, 20]));
+        assert_eq!(asks("shop"), Some([10, 96, 0, 20]), "once it is known, also by its short name");
+        assert_eq!(asks("api.example"), Some([240, 240, 0, 1]));
+        assert_eq!(asks("api.example.ns.svc.cluster.local"), Some([240, 240, 0, 1]), "completed by a search domain");
+        assert_eq!(asks("elsewhere.example"), Some([9, 9, 9, 9]));
+        let failed_open = || istio.w.metric(1, "culvert_dns_requests_total", &["failed_open"]);
+        assert_eq!(failed_open(), 0.0);
+        if on_demand == "true" {
+            // Nobody says whether it is the mesh's: the pod has its answer all the same, and a counter says so.
+            istio.plane.change(|state| state.stalled = true);
+            assert_eq!(asks("unasked.example"), Some([9, 9, 9, 9]));
+            assert_eq!(failed_open(), 1.0);
+        }
+        let requests = istio.w.json(1, "/pods")[0]["dns"]["requests"].clone();
+        assert!(requests["mesh"].as_u64().unwrap() >= 2, "{requests}");
+    }
 }

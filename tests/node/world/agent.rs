@@ -312,12 +312,17 @@ fn receive(fd: RawFd, patience: Duration) -> nix::Result<Vec<u8>> {
 fn redirect(netns: &str, on: bool) {
     let script = if on {
         "add table inet agent\nflush table inet agent\ntable inet agent {\n\
+         chain praw { type filter hook prerouting priority -300; udp sport 53 meta mark & 0xfff != 0x539 ct zone set 1; }\n\
+         chain oraw { type filter hook output priority -300; udp dport 53 meta mark & 0xfff == 0x539 ct zone set 1; }\n\
          chain pm { type filter hook prerouting priority -150; meta mark & 0xfff == 0x539 ct mark set 0x111; }\n\
          chain om { type route hook output priority -150; ct mark & 0xfff == 0x111 meta mark set ct mark; }\n\
          chain pn { type nat hook prerouting priority -100;\n\
          ip daddr != 127.0.0.1 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006\n\
          ip6 daddr != ::1 tcp dport != 15008 meta mark & 0xfff != 0x539 redirect to :15006\n}\n\
          chain on { type nat hook output priority -100;\n\
+         oifname != lo meta mark & 0xfff != 0x539 udp dport 53 redirect to :15053\n\
+         ip daddr != 127.0.0.1 tcp dport 53 meta mark & 0xfff != 0x539 redirect to :15053\n\
+         ip6 daddr != ::1 tcp dport 53 meta mark & 0xfff != 0x539 redirect to :15053\n\
          meta l4proto tcp meta mark & 0xfff == 0x111 accept\noifname lo ip daddr != 127.0.0.1 accept\n\
          oifname lo ip6 daddr != ::1 accept\n\
          meta l4proto tcp ip daddr != 127.0.0.1 meta mark & 0xfff != 0x539 redirect to :15001\n\

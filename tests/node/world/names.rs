@@ -219,7 +219,7 @@ pub fn refusal(question: &[u8], code: u8) -> Vec<u8> {
     bytes
 }
 
-/// The address in an answer of [`answer`]'s form.
+/// The last address in an answer that has nothing after it.
 pub fn address(answer: &[u8]) -> Option<[u8; 4]> {
-    (answer[7] == 1).then(|| answer[answer.len() - 4..].try_into().unwrap())
+    (answer[7] > 0).then(|| answer[answer.len() - 4..].try_into().unwrap())
 }
