@@ -358,6 +358,40 @@ mod tests {
     }
 
     #[test]
+    fn dns_is_taken_unless_the_references_metadata_says_otherwise() {
+        let capture = |args: NodeArgs, environment: &[(&str, &str)]| {
+            check(&args, &environment.into(), MACHINE)
+                .map(|config| config.dns.capture)
+                .map_err(|faults| faults.to_string())
+        };
+        let flag = |value: &str| NodeArgs { dns_capture: Some(value.into()), ..base() };
+        let proxy = |text: &str| NodeArgs { proxy_config: Some(text.into()), ..base() };
+        assert_eq!(capture(base(), &[]), Ok(true));
+        assert_eq!(capture(base(), &[("ISTIO_META_DNS_CAPTURE", "TRUE")]), Ok(true));
+        assert_eq!(capture(base(), &[("ISTIO_META_DNS_CAPTURE", "false")]), Ok(false));
+        assert_eq!(capture(base(), &[("ISTIO_META_DNS_CAPTURE", "anything")]), Ok(false), "as the reference reads it");
+        assert_eq!(capture(flag("false"), &[]), Ok(false));
+        assert_eq!(capture(proxy("proxyMetadata: {DNS_CAPTURE: \"false\"}"), &[]), Ok(false));
+        assert_eq!(capture(base(), &[("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053")]), Ok(true));
+        let elsewhere = capture(base(), &[("ISTIO_META_DNS_PROXY_ADDR", "0.0.0.0:53")]).unwrap_err();
+        assert!(elsewhere.contains("ISTIO_META_DNS_PROXY_ADDR: \"0.0.0.0:53\""), "{elsewhere}");
+        let bad = NodeArgs {
+            cluster_domain: Some("bad domain".into()),
+            dns_ttl: Some("0s".into()),
+            dns_cache: Some("many".into()),
+            ..base()
+        };
+        let faults = capture(bad, &[]).unwrap_err();
+        for name in [
+            "CLUSTER_DOMAIN (--cluster-domain)",
+            "CULVERT_DNS_TTL (--dns-ttl)",
+            "CULVERT_DNS_CACHE_ENTRIES (--dns-cache)",
+        ] {
+            assert!(faults.contains(name), "{name} in {faults}");
+        }
+    }
+
+    #[test]
     fn the_environment_of_istios_chart_says_all() {
         let word = |w: &str| Some(w.to_owned());
         let args = NodeArgs {

@@ -2,7 +2,7 @@
 
 use crate::istio::Istio;
 use crate::world::names::{RESOLVER, RESOLVER_V6, address, answer, ask, kubernetes_conf, question, refusal, with_edns};
-use crate::world::{Pod, World, apps, eventually, inside};
+use crate::world::{Pod, World, apps, eventually, http, inside};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream, UdpSocket};
@@ -95,6 +95,21 @@ fn names_of_the_mesh_are_answered_and_others_are_as_the_resolver_says() {
             > 10.0
     );
     assert!(w.metric(1, "istio_dns_upstream_requests_total", &["request_query_type=\"MX\""]) >= 1.0);
+    // One pod's requests in the log, on request and until it is taken back.
+    let logged = |name: &str| w.log(1).iter().any(|line| line["scope"] == "dns" && line["query"] == name);
+    let post =
+        |query: &str| inside(&w.ns("n1"), || http(15000, "POST", &format!("/logging?{query}"), "localhost")).unwrap();
+    short(&w, &client, &["before.example"]);
+    assert!(post("dns=ns/client").1.contains("DNS requests are logged of ns/client"));
+    short(&w, &client, &["during.example"]);
+    w.log_line(1, "the request", |line| {
+        line["query"] == "during.example" && line["outcome"] == "forwarded" && line["pod"] == "ns/client"
+    });
+    assert_eq!(post("reset").0, 200);
+    short(&w, &client, &["after.example"]);
+    short(&w, &client, &["after.example"]);
+    assert!(!logged("before.example") && !logged("after.example"));
+    assert_eq!(post("dns=client").0, 400);
 }
 
 /// Messages of every kind that a client may send and whose answer is not the mesh's: at least two hundred.
@@ -301,7 +316,8 @@ fn the_resolver_that_is_asked_is_the_one_that_answers() {
     let (w, client) = small("", &[], |_, _| {});
     let one = w.start_scripted(51, |q| vec![answer(q, [1, 1, 1, 1])]);
     let two = w.start_scripted(52, |q| vec![answer(q, [2, 2, 2, 2])]);
-    for (server, expected) in [(&one, [1, 1, 1, 1]), (&two, [2, 2, 2, 2]), (&one, [1, 1, 1, 1])] {
+    let six = w.start_scripted_at("fd00:1::51", |q| vec![answer(q, [6, 6, 6, 6])]);
+    for (server, expected) in [(&one, [1; 4]), (&two, [2; 4]), (&six, [6; 4]), (&one, [1; 4])] {
         assert_eq!(address(&ask_in(&client, "any.example", server.ip).unwrap()), Some(expected));
     }
     assert_eq!(one.asked.load(Ordering::Relaxed), 1, "the second time it was remembered");
@@ -317,7 +333,7 @@ fn the_resolver_that_is_asked_is_the_one_that_answers() {
     });
     assert_eq!(address(&ask_in(&client, "inner.example", [127, 0, 0, 1].into()).unwrap()), Some([2, 2, 2, 2]));
     relay.join().unwrap();
-    assert_eq!(w.metric(1, "culvert_dns_requests_total", &["forwarded"]), 3.0);
+    assert_eq!(w.metric(1, "culvert_dns_requests_total", &["forwarded"]), 4.0);
     assert_eq!(w.metric(1, "culvert_dns_requests_total", &["cached"]), 1.0);
 }
 

@@ -171,9 +171,14 @@ pub struct Scripted {
 impl World {
     /// Starts one at `10.1.0.<last>`; `script` gives the datagrams that answer a question.
     pub fn start_scripted(&self, last: u8, script: impl Fn(&[u8]) -> Vec<Vec<u8>> + Send + 'static) -> Scripted {
+        self.start_scripted_at(&format!("10.1.0.{last}"), script)
+    }
+
+    pub fn start_scripted_at(&self, ip: &str, script: impl Fn(&[u8]) -> Vec<Vec<u8>> + Send + 'static) -> Scripted {
         let ns = self.ns("n1");
-        super::ip_in(&ns, &format!("addr add 10.1.0.{last}/32 dev pods\n"));
-        let ip: IpAddr = format!("10.1.0.{last}").parse().unwrap();
+        let ip: IpAddr = ip.parse().unwrap();
+        let (length, more) = if ip.is_ipv4() { (32, "") } else { (128, "nodad") };
+        super::ip_in(&ns, &format!("addr add {ip}/{length} dev pods {more}\n"));
         let socket = inside(&ns, || UdpSocket::bind((ip, 53))).unwrap();
         socket.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         let mut scripted = Scripted { ip, asked: Arc::default(), stop: Arc::default(), thread: None };
