@@ -53,8 +53,8 @@ pub(super) async fn find_route(
                 let addresses = addresses.map_err(|error| unresolved = Some(error)).unwrap_or_default();
                 names.insert(name, addresses);
             }
-            Err(RouteError::NoEndpoint(_) | RouteError::NoAddress(_)) if let Some(error) = unresolved.take() => {
-                return Err(error.into());
+            Err(error @ (RouteError::NoEndpoint(_) | RouteError::NoAddress(_))) if unresolved.is_some() => {
+                return Err(unresolved.map_or(error, RouteError::from));
             }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::UnknownWaypoint { .. })) => {
                 let old = snapshot.refreshable(&source.network, target.ip(), &source.namespace);

@@ -36,8 +36,8 @@ pub struct Store {
 
 #[derive(Debug, Default)]
 struct Questions {
-    /// Wanted, and not answered, with how many wait for it.
-    open: HashMap<Wanted, usize>,
+    /// Wanted, and not answered, with what all who wait for it hold.
+    open: HashMap<Wanted, Arc<()>>,
     /// Those of them that the control plane has not been asked yet.
     unsent: Vec<Wanted>,
     /// What has been asked for again, and when.
@@ -59,16 +59,16 @@ pub enum AskError {
 struct Waiting<'a> {
     store: &'a Store,
     wanted: &'a Wanted,
+    question: Arc<()>,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(waiting) = questions.open.get_mut(self.wanted) {
-            *waiting -= 1;
-            if *waiting == 0 {
-                questions.open.remove(self.wanted);
-            }
+        // The list and this one hold it; and it may be another question for the same by now.
+        let is_last = |open: &Arc<()>| Arc::ptr_eq(open, &self.question) && Arc::strong_count(open) == 2;
+        if questions.open.get(self.wanted).is_some_and(is_last) {
+            questions.open.remove(self.wanted);
         }
     }
 }
@@ -135,24 +135,22 @@ impl Store {
     pub async fn ask(&self, wanted: Wanted) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = wanted.to_string();
-        {
+        let question = {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
             if self.load().unasked(wanted.clone()).is_none() {
                 return Ok(());
             }
-            if let Some(waiting) = questions.open.get_mut(&wanted) {
-                *waiting += 1;
-            } else {
+            if !questions.open.contains_key(&wanted) {
                 if questions.open.len() >= QUESTIONS_MAX {
                     return Err(AskError::TooMany(name));
                 }
-                questions.open.insert(wanted.clone(), 1);
                 questions.unsent.push(wanted.clone());
                 self.asked.notify_one();
             }
-        }
+            questions.open.entry(wanted.clone()).or_default().clone()
+        };
         // Whoever asks after the last has given up asks anew.
-        let _waiting = Waiting { store: self, wanted: &wanted };
+        let _waiting = Waiting { store: self, wanted: &wanted, question };
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
         if tokio::time::timeout(ASK_WAIT, answered).await.is_ok() {
@@ -222,6 +220,14 @@ mod tests {
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
         let never = Wanted::Workload("uid".into());
         assert!(matches!(store.ask(never.clone()).await, Err(AskError::NoAnswer(_))));
+        assert_eq!(store.questions().await, [never.clone()]);
+        // Given up by all who waited: the next one asks anew. By one of two: the other still waits.
+        let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(never.clone()));
+        let (one, two, asked) = tokio::join!(patient(10), patient(20), store.questions());
+        assert!(one.is_err() && two.is_err());
+        assert_eq!(asked, [never.clone()]);
+        let (_, asked) = tokio::join!(patient(10), store.questions());
+        assert_eq!(asked, [never.clone()], "anew");
         let always = Store::default();
         assert_eq!(always.ask(never).await, Ok(()), "with everything told, nothing need be asked");
     }

@@ -153,6 +153,7 @@ impl Delta {
             let nobodys = |name: &&String| {
                 matches!(self.asked.get(*name), Some(Wanted::Service(_)))
                     && !self.address.held.contains_key(name.as_str())
+                    && !names.contains(name)
             };
             let mut out: Vec<String> = self.asked_order.iter().filter(nobodys).take(EVICTED).cloned().collect();
             if out.is_empty() {
@@ -476,6 +477,15 @@ mod tests {
         assert_eq!(
             (requests[0].resource_names_unsubscribe.as_slice(), update.forgotten),
             (&["u0".to_owned()][..], vec![wanted(0)])
+        );
+        // A host that nobody has makes room before what is there, or may be.
+        let host = Wanted::Service(ServiceKey::parse("a/host.example").unwrap());
+        delta.ask(vec![host.clone()]);
+        delta.receive(response(ADDRESS, vec![], &["a/host.example"]));
+        let (requests, update) = delta.ask(vec![wanted(70_000)]);
+        assert_eq!(
+            (requests[0].resource_names_unsubscribe.as_slice(), update.forgotten),
+            (&["a/host.example".to_owned()][..], vec![host])
         );
         let [address, _] = delta.open(&Node::default(), false);
         assert_eq!(address.resource_names_subscribe.len(), ASKED_MAX + 1);
