@@ -13,6 +13,7 @@ use crate::mesh::address::is_link_local;
 use crate::mesh::{self, Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
+use rand::seq::SliceRandom;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -51,7 +52,7 @@ pub(super) async fn find_route(
                 // Another endpoint may do where this one's name cannot be resolved.
                 let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await;
                 let addresses = addresses.map_err(|error| unresolved = Some(error)).unwrap_or_default();
-                names.insert(name, addresses);
+                names.insert(name, one_of(addresses, target.is_ipv4()));
             }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::NoAddress(_))) if unresolved.is_some() => {
                 return Err(unresolved.map_or(error, RouteError::from));
@@ -69,6 +70,16 @@ pub(super) async fn find_route(
         snapshot = mesh.load();
     }
     choose(&snapshot, &names)
+}
+
+/// One of a host's addresses, of the wanted family where there is one: drawn once, so that asking for it leads somewhere.
+fn one_of(mut addresses: Vec<IpAddr>, v4: bool) -> Vec<IpAddr> {
+    if addresses.iter().any(|ip| ip.is_ipv4() == v4) {
+        addresses.retain(|ip| ip.is_ipv4() == v4);
+    }
+    addresses.shuffle(&mut rand::rng());
+    addresses.truncate(1);
+    addresses
 }
 
 /// The certificate of the pod's own workload.

@@ -77,7 +77,7 @@ pub fn read(bytes: &[u8]) -> Request {
     // One that is not whole, or of another version of EDNS, is not for us to answer; nor is one that no client sends, whose
     // reading may take long: names can lead through thousands of others.
     let counts = header.counts;
-    let plain = bytes.len() <= REQUEST_MAX && counts.answers == 0 && counts.authorities == 0 && counts.additionals <= 2;
+    let plain = bytes.len() <= REQUEST_MAX && counts.answers == 0 && counts.authorities <= 1 && counts.additionals <= 2;
     let message = plain.then(|| Message::from_vec(bytes).ok()).flatten();
     let ours = message.filter(|message| message.edns.as_ref().is_none_or(|edns| edns.version() == 0));
     let asked = ours.as_ref().and_then(|message| message.queries.first()).filter(|q| q.query_class == DNSClass::IN);

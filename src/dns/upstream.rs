@@ -24,7 +24,10 @@ use tokio::time::{Instant, timeout_at};
 pub const DEADLINE: Duration = Duration::from_millis(4800);
 /// Silence after which the next resolver is asked as well.
 const PATIENCE: Duration = Duration::from_millis(1200);
-/// For how long a resolver that was silent or broken is asked after the others.
+/// How often a resolver may be silent for that long before it counts as slow: one answer that took its time is no reason to
+/// ask others first, who may not know the same names.
+const STRIKES: u32 = 3;
+/// For how long a resolver that is slow or broken is asked after the others.
 const SLOW_FOR: Duration = Duration::from_secs(10);
 /// Datagrams that are no answers which one question may meet before it is given up.
 const FORGED_MAX: usize = 64;
@@ -83,38 +86,50 @@ pub struct Upstream {
     pub netns: Netns,
     /// `SO_MARK` of the sockets.
     pub mark: u32,
-    slow: Mutex<HashMap<SocketAddr, Instant>>,
+    /// How often each has been silent since it last answered, and when.
+    strikes: Mutex<HashMap<SocketAddr, (u32, Instant)>>,
 }
 
 impl Upstream {
     /// Asks from `netns`, with sockets of this mark.
     pub fn new(netns: Netns, mark: u32) -> Self {
-        Self { netns, mark, slow: Mutex::default() }
+        Self { netns, mark, strikes: Mutex::default() }
     }
 
     /// The resolvers in the order in which they are asked: those that did not answer a moment ago come last, but whom the pod
     /// has asked although it uses others comes first.
     fn in_order(&self, servers: &Servers) -> Vec<SocketAddr> {
-        let mut slow = self.slow.lock().unwrap_or_else(PoisonError::into_inner);
-        slow.retain(|_, since| since.elapsed() < SLOW_FOR);
+        let mut strikes = self.strikes.lock().unwrap_or_else(PoisonError::into_inner);
+        strikes.retain(|_, (_, last)| last.elapsed() < SLOW_FOR);
+        let is_slow = |server: &SocketAddr| strikes.get(server).is_some_and(|(count, _)| *count >= STRIKES);
         let (first, others) = servers.list.split_at(usize::from(servers.stranger).min(servers.list.len()));
-        let (last, next): (Vec<_>, Vec<_>) = others.iter().partition(|server| slow.contains_key(server));
+        let (last, next): (Vec<_>, Vec<_>) = others.iter().partition(|server| is_slow(server));
         first.iter().copied().chain(next).chain(last).collect()
     }
 
     fn is_fine(&self, server: SocketAddr) {
-        self.slow.lock().unwrap_or_else(PoisonError::into_inner).remove(&server);
+        self.strikes.lock().unwrap_or_else(PoisonError::into_inner).remove(&server);
     }
 
     fn is_slow(&self, server: SocketAddr) {
-        self.slow.lock().unwrap_or_else(PoisonError::into_inner).insert(server, Instant::now());
+        self.strike(server, STRIKES);
+    }
+
+    fn strike(&self, server: SocketAddr, by: u32) {
+        let mut strikes = self.strikes.lock().unwrap_or_else(PoisonError::into_inner);
+        let (count, last) = strikes.entry(server).or_insert((0, Instant::now()));
+        (*count, *last) = (count.saturating_add(by), Instant::now());
     }
 
     /// Asks one after the other, without giving up those that were asked before. What a name has counts at once; that it does
     /// not exist only when nobody who comes earlier in the list may still say otherwise.
     pub async fn ask(&self, carrier: Carrier, servers: &Servers, request: &[u8]) -> Result<Answered, UpstreamError> {
         let client = message::id(request);
-        let request = message::with_id(request.to_vec(), rand::random());
+        // Over a connection nobody can guess anything, and further messages come with the id of the request.
+        let request = match carrier {
+            Carrier::Datagram => message::with_id(request.to_vec(), rand::random()),
+            Carrier::Stream => request.to_vec(),
+        };
         let deadline = Instant::now() + DEADLINE;
         let mut waiting = self.in_order(servers).into_iter().enumerate();
         let (mut running, mut kept, mut error) = (Running::default(), Kept::default(), UpstreamError::None);
@@ -133,6 +148,7 @@ impl Upstream {
             let until = if waiting.len() > 0 { Instant::now() + PATIENCE } else { deadline };
             let Ok((at, server, result)) = timeout_at(until.min(deadline), running.first()).await else {
                 if Instant::now() < deadline {
+                    running.0.iter().for_each(|(_, server, _)| self.strike(*server, 1));
                     continue;
                 }
                 running.0.iter().for_each(|(_, server, _)| self.is_slow(*server));

@@ -62,13 +62,23 @@ struct Waiting<'a> {
     question: Arc<()>,
 }
 
+impl Waiting<'_> {
+    fn give_up(&self) {
+        let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
+        // It may be another question for the same by now.
+        if questions.open.get(self.wanted).is_some_and(|open| Arc::ptr_eq(open, &self.question)) {
+            questions.open.remove(self.wanted);
+            let Questions { unsent, refreshed, .. } = &mut *questions;
+            unsent.retain(|wanted| wanted != self.wanted || refreshed.contains_key(wanted));
+        }
+    }
+}
+
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
-        // The list and this one hold it; and it may be another question for the same by now.
-        let is_last = |open: &Arc<()>| Arc::ptr_eq(open, &self.question) && Arc::strong_count(open) == 2;
-        if questions.open.get(self.wanted).is_some_and(is_last) {
-            questions.open.remove(self.wanted);
+        // The list and this one hold it; otherwise others wait for the same.
+        if Arc::strong_count(&self.question) <= 2 {
+            self.give_up();
         }
     }
 }
@@ -150,12 +160,14 @@ impl Store {
             questions.open.entry(wanted.clone()).or_default().clone()
         };
         // Whoever asks after the last has given up asks anew.
-        let _waiting = Waiting { store: self, wanted: &wanted, question };
+        let waiting = Waiting { store: self, wanted: &wanted, question };
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
         if tokio::time::timeout(ASK_WAIT, answered).await.is_ok() {
             return Ok(());
         }
+        // The question may be lost: whoever asks next asks anew, also while others wait.
+        waiting.give_up();
         Err(AskError::NoAnswer(name))
     }
 
@@ -220,14 +232,16 @@ mod tests {
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
         let never = Wanted::Workload("uid".into());
         assert!(matches!(store.ask(never.clone()).await, Err(AskError::NoAnswer(_))));
-        assert_eq!(store.questions().await, [never.clone()]);
         // Given up by all who waited: the next one asks anew. By one of two: the other still waits.
         let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(never.clone()));
         let (one, two, asked) = tokio::join!(patient(10), patient(20), store.questions());
         assert!(one.is_err() && two.is_err());
-        assert_eq!(asked, [never.clone()]);
+        assert_eq!(asked, std::slice::from_ref(&never));
         let (_, asked) = tokio::join!(patient(10), store.questions());
-        assert_eq!(asked, [never.clone()], "anew");
+        assert_eq!(asked, std::slice::from_ref(&never), "anew");
+        // What nobody was there to send is not kept for ever.
+        assert!(patient(10).await.is_err());
+        assert!(tokio::time::timeout(Duration::from_millis(10), store.questions()).await.is_err());
         let always = Store::default();
         assert_eq!(always.ask(never).await, Ok(()), "with everything told, nothing need be asked");
     }

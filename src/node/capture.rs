@@ -19,7 +19,7 @@ use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
 /// Listeners of a pod, and how a connection came to them.
@@ -57,7 +57,7 @@ pub struct Listening {
     /// Whether IPv6 is used.
     pub ipv6: bool,
     /// The pod's DNS, where that is taken.
-    pub names: Option<dns::Serving>,
+    pub names: OnceLock<dns::Serving>,
     _claim: Claim,
 }
 
@@ -91,8 +91,6 @@ impl Capturer {
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
-        let takes_dns = spec.dns.unwrap_or(self.dns.captures());
-        let names = if takes_dns { self.bind_dns(spec, &netns, ipv6) } else { None };
         let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
@@ -101,7 +99,7 @@ impl Capturer {
             mesh_uid: pod_uid(&self.config.cluster_id, &spec.namespace, &spec.name),
             netns,
             sockets: self.sockets,
-            resolver: resolver.clone(),
+            resolver,
             identity: watch::Sender::default(),
             addresses: Default::default(),
             drain: self.drain.child(),
@@ -112,23 +110,32 @@ impl Capturer {
         for (listener, entrance) in listeners {
             self.workers.serve(&pod, listener, entrance, &accepting);
         }
-        let names = names.map(|listeners| {
-            let asker = PodAsker { pod: pod.clone(), mesh: self.mesh.clone() };
-            let label = format!("{}/{}", spec.namespace, spec.name);
-            self.dns.serve(&spec.uid, label, resolver, Box::new(asker), listeners)
-        });
-        Ok(Listening { pod, accepting, ipv6, names, _claim: claim })
+        let listening = Listening { pod, accepting, ipv6, names: OnceLock::new(), _claim: claim };
+        self.take_dns(spec, &listening);
+        Ok(listening)
     }
 
-    /// A pod whose DNS cannot be taken goes on with its own, and its traffic is captured all the same.
-    fn bind_dns(&self, spec: &PodSpec, netns: &Netns, ipv6: bool) -> Option<dns::Listeners> {
-        let bound = dns::Listeners::bind(netns, ipv6, self.config.mark, self.config.reuse_port);
-        let bound = bound.map_err(io::Error::other).and_then(|bound| bound);
-        let complain = |error: &io::Error| {
-            let (namespace, name, port) = (&*spec.namespace, &*spec.name, dns::PORT);
-            tracing::error!(namespace, name, port, %error, "the pod's DNS cannot be taken: its own resolvers answer, where no agent redirects it");
-        };
-        bound.inspect_err(complain).ok()
+    /// Takes the pod's DNS where that is wanted and not done; whether it has been done now. A pod whose DNS cannot be taken
+    /// goes on with its own, where no agent redirects it, and its traffic is captured all the same.
+    pub fn take_dns(&self, spec: &PodSpec, listening: &Listening) -> bool {
+        if !spec.dns.unwrap_or(self.dns.captures()) || listening.names.get().is_some() {
+            return false;
+        }
+        let pod = &listening.pod;
+        let bound = dns::Listeners::bind(&pod.netns, listening.ipv6, self.config.mark, self.config.reuse_port);
+        match bound.map_err(io::Error::other).and_then(|bound| bound) {
+            Ok(listeners) => {
+                let asker = Box::new(PodAsker { pod: pod.clone(), mesh: self.mesh.clone() });
+                let label = format!("{}/{}", spec.namespace, spec.name);
+                let serving = self.dns.serve(&spec.uid, label, pod.resolver.clone(), asker, listeners);
+                listening.names.set(serving).is_ok()
+            }
+            Err(error) => {
+                let (namespace, name, port) = (&*spec.namespace, &*spec.name, dns::PORT);
+                tracing::error!(namespace, name, port, %error, "the pod's DNS cannot be taken; trying again");
+                false
+            }
+        }
     }
 
     fn bind(&self, netns: &Netns, ipv6: bool) -> Result<Vec<(TcpListener, Entrance)>, CaptureError> {
@@ -188,7 +195,7 @@ impl Capturer {
     }
 
     fn rules(&self, listening: &Listening) -> redirect::Rules {
-        redirect::Rules { mark: self.config.mark, ipv6: listening.ipv6, dns: listening.names.is_some() }
+        redirect::Rules { mark: self.config.mark, ipv6: listening.ipv6, dns: listening.names.get().is_some() }
     }
 
     /// Makes sure that what the pod sends comes to us; writes the rules again where it does not and they are ours.

@@ -281,7 +281,7 @@ impl Task {
             if Instant::now() < verify_at {
                 continue;
             }
-            let rewrite = Instant::now() >= rewrite_at;
+            let rewrite = self.capturer.take_dns(&self.spec, listening) || Instant::now() >= rewrite_at;
             if rewrite {
                 rewrite_at = Instant::now() + REWRITE_EVERY;
             }

@@ -580,6 +580,7 @@ fn a_zones_transfer_comes_whole_and_the_connection_goes_on() {
             stream.read_exact(&mut length).unwrap();
             let mut message = vec![0; usize::from(u16::from_be_bytes(length))];
             stream.read_exact(&mut message).unwrap();
+            assert_eq!(message[..2], question("", A)[..2], "the client's own id");
             address(&message).unwrap()
         };
         stream.write_all(&framed(&question("zone.example", 252))).unwrap();

@@ -27,7 +27,6 @@ pub fn choose(
     chance: Chance<'_>,
 ) -> Result<Chosen, RouteError> {
     let target = service.ports.get(&port);
-    let any_resolved = names.values().any(|ips| !ips.is_empty());
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
@@ -38,15 +37,21 @@ pub fn choose(
             elsewhere = Some(endpoint.workload.uid.clone());
             return None;
         }
-        let resolved = names.get(&endpoint.workload.hostname).map(|ips| !ips.is_empty());
-        let reachable = match endpoint.workload.ips.is_empty() && !endpoint.workload.hostname.is_empty() {
-            // The one that was drawn, once its name is resolved; another, if it could not be.
-            true => resolved.unwrap_or(!any_resolved),
-            false => !endpoint.workload.ips.is_empty() && !any_resolved,
+        let host = &endpoint.workload.hostname;
+        // One whose name could not be resolved is none.
+        let reachable = match endpoint.workload.ips.is_empty() {
+            true => !host.is_empty() && names.get(host).is_none_or(|ips| !ips.is_empty()),
+            false => true,
         };
         (healthy && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
-    let candidates: Vec<Chosen> = preferred(source, service, usable.collect());
+    let mut usable: Vec<Chosen> = usable.collect();
+    // The one that was drawn before its name was resolved.
+    let drawn = |chosen: &Chosen| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
+    if usable.iter().any(drawn) {
+        usable.retain(drawn);
+    }
+    let candidates: Vec<Chosen> = preferred(source, service, usable);
     let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();
     if weights == 0 {
         let name = service.key.hostname.clone();
@@ -108,19 +113,14 @@ pub fn address(
     service: Option<&Service>,
     asked: IpAddr,
     names: &Names,
-    chance: Chance<'_>,
 ) -> Result<IpAddr, RouteError> {
     if workload.ips.contains(&asked) {
         return Ok(asked);
     }
     if workload.ips.is_empty() && !workload.hostname.is_empty() {
-        let Some(resolved) = names.get(&workload.hostname) else {
-            return Err(RouteError::Unresolved(workload.hostname.clone()));
-        };
-        let same: Vec<IpAddr> = resolved.iter().copied().filter(|ip| ip.is_ipv4() == asked.is_ipv4()).collect();
-        let among = if same.is_empty() { resolved } else { &same };
-        let drawn = usize::try_from(chance(among.len().max(1) as u64)).unwrap_or(0);
-        return among.get(drawn).copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()));
+        let resolved = names.get(&workload.hostname);
+        let resolved = resolved.ok_or_else(|| RouteError::Unresolved(workload.hostname.clone()))?;
+        return resolved.first().copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()));
     }
     let families = service.and_then(|s| s.ip_families);
     let allowed = |ip: &&IpAddr| match families {

@@ -3,8 +3,9 @@
 use super::destination::{self, Chosen};
 use super::{Chance, HBONE_PORT, Names, OWN_PORTS, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
+use crate::mesh::snapshot::Known;
 use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// How the far side is reached.
@@ -87,7 +88,7 @@ impl Choice<'_> {
             && !waypoint::is_behind(snapshot, reference, source)
         {
             let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
-            return self.to_waypoint(found, None, chance);
+            return self.to_waypoint(found, None);
         }
         let chosen = Chosen { workload: workload.clone(), port: target.port() };
         self.to_workload(chosen, None, chance)
@@ -99,7 +100,7 @@ impl Choice<'_> {
             && !waypoint::is_behind(snapshot, reference, source)
         {
             let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
-            return self.to_waypoint(found, Some(service), chance);
+            return self.to_waypoint(found, Some(service));
         }
         if service.is_passthrough() {
             return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
@@ -119,10 +120,10 @@ impl Choice<'_> {
         if workload.network != source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
-        let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names, chance)?;
+        let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names)?;
         let to = SocketAddr::new(ip, port);
         let way = match workload.protocol {
-            Protocol::Tcp if workload.ips.is_empty() => {
+            Protocol::Tcp if workload.ips.is_empty() && !self.leads_back(ip, service) => {
                 // Its host name may be one of the mesh after all: then it is reached as the mesh says, not in plaintext.
                 let names = Names::new();
                 match (Choice { snapshot, source, target: to, names: &names }).route(chance) {
@@ -144,18 +145,19 @@ impl Choice<'_> {
         Ok(Route { way, workload: Some(workload), service: service.cloned() })
     }
 
-    fn to_waypoint(
-        self,
-        found: waypoint::Waypoint,
-        service: Option<&Arc<Service>>,
-        chance: Chance<'_>,
-    ) -> Result<Route, RouteError> {
+    /// Whether an address is one of the very service that led to it, as hosts are in the range of their ServiceEntry.
+    fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
+        let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
+        matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
+    }
+
+    fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
         let Chosen { workload, port } = found.chosen;
         if workload.network != self.source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
         let asked = self.target.ip();
-        let ip = destination::address(&workload, found.service.as_deref(), asked, self.names, chance)?;
+        let ip = destination::address(&workload, found.service.as_deref(), asked, self.names)?;
         let way = Way::Hbone(HboneWay {
             to: SocketAddr::new(ip, port),
             authority: self.target,

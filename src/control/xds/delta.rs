@@ -67,6 +67,8 @@ pub struct Delta {
     delivered: HashSet<String>,
     /// What was found not to exist, since the last call of [`Delta::expire`] and before.
     absent: [Vec<Wanted>; 2],
+    /// Names that were asked for and that nobody has.
+    nobodys: HashSet<String>,
     /// Counts names that nobody has, see [`Delta::ask`].
     nobody: u64,
     names: Names,
@@ -97,6 +99,7 @@ impl Delta {
             asked_order: VecDeque::new(),
             delivered: HashSet::new(),
             absent: Default::default(),
+            nobodys: HashSet::new(),
             nobody: 0,
             names: Names::default(),
         }
@@ -148,24 +151,20 @@ impl Delta {
             }
             names.push(name);
         }
-        while self.asked.len() > ASKED_MAX {
-            // Names that nobody has make room first: of what is there, changes must be heard.
-            let nobodys = |name: &&String| {
-                matches!(self.asked.get(*name), Some(Wanted::Service(_)))
-                    && !self.address.held.contains_key(name.as_str())
-                    && !names.contains(name)
-            };
-            let mut out: Vec<String> = self.asked_order.iter().filter(nobodys).take(EVICTED).cloned().collect();
-            if out.is_empty() {
-                out.extend(self.asked_order.pop_front());
-            }
+        let excess = self.asked.len().saturating_sub(ASKED_MAX);
+        if excess > 0 {
+            // Names that nobody has make room first: of what is there, changes must be heard. What is asked for now stays.
+            let now: HashSet<&String> = names.iter().collect();
+            let nobodys = self.nobodys.iter().filter(|name| !now.contains(name)).take(excess.max(EVICTED));
+            let mut out: HashSet<String> = nobodys.cloned().collect();
+            let oldest = self.asked_order.iter().filter(|name| !now.contains(name) && !out.contains(*name));
+            let oldest: Vec<String> = oldest.take(excess.saturating_sub(out.len())).cloned().collect();
+            out.extend(oldest);
             for name in &out {
                 update.forgotten.extend(self.asked.remove(name));
+                self.nobodys.remove(name);
             }
-            self.asked_order.retain(|name| self.asked.contains_key(name));
-            if out.is_empty() {
-                break;
-            }
+            self.asked_order.retain(|name| !out.contains(name));
             again.extend(out);
         }
         let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| DeltaDiscoveryRequest {
@@ -238,6 +237,7 @@ impl Delta {
                 decode::Address::Service(service) => update.services.push(*service),
             }
             if self.on_demand {
+                self.nobodys.remove(&*name);
                 self.delivered.insert(name.to_string());
             }
         }
@@ -246,6 +246,7 @@ impl Delta {
             if let Some(wanted) = self.asked.get(&name) {
                 update.absent.push(wanted.clone());
                 self.absent[0].push(wanted.clone());
+                self.nobodys.insert(name.clone());
             }
             // A uid has slashes as well; what is neither is nobody's name.
             if let Ok(key) = ServiceKey::parse(&name) {
