@@ -5,8 +5,6 @@
 //! resolver is asked first, and the mesh answers where that one denies the name. All else is none of our business.
 
 use super::message::Kind;
-use crate::mesh::service::{HealthPolicy, IpFamilies};
-use crate::mesh::workload::Health;
 use crate::mesh::{Service, ServiceKey, Snapshot, Wanted, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -252,22 +250,15 @@ fn zone(service: &Service, kubernetes: bool, name: &str) -> String {
 
 /// Endpoints of a headless service that its clients may be told: in their network, healthy unless that does not count.
 fn endpoints(asker: &Asker<'_>, service: &Service) -> Vec<Arc<Workload>> {
-    let any = service.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
-    let told =
-        |workload: &Workload| workload.network == asker.workload.network && (any || workload.health == Health::Healthy);
+    let told = |workload: &Workload| workload.network == asker.workload.network && service.may_use(workload);
     let all = asker.snapshot.endpoints(&service.key).map(|endpoint| endpoint.workload);
     all.filter(|workload| told(workload)).cloned().collect()
 }
 
 fn addresses(asker: &Asker<'_>, found: &Found, kind: Kind) -> Vec<IpAddr> {
-    let families = found.service.ip_families;
     let wanted = |ip: &IpAddr| {
-        let (asked, offered) = if ip.is_ipv4() {
-            (kind != Kind::Aaaa, families != Some(IpFamilies::V6))
-        } else {
-            (kind != Kind::A && asker.ipv6, families != Some(IpFamilies::V4))
-        };
-        asked && offered && !ip.is_unspecified()
+        let asked = if ip.is_ipv4() { kind != Kind::Aaaa } else { kind != Kind::A && asker.ipv6 };
+        asked && found.service.is_offered_in(*ip) && !ip.is_unspecified()
     };
     // The first address of each family of a workload, as clients of a headless service would otherwise see one endpoint
     // several times.
@@ -294,24 +285,16 @@ fn ports(asker: &Asker<'_>, name: &str) -> Option<Answer> {
     let (port, rest) = name.strip_prefix('_')?.split_once("._tcp.")?;
     let service = service(asker, rest)?;
     let number = *service.port_names.get(port)?;
-    let whole = |workload: Option<&Workload>| Found {
-        service: service.clone(),
-        pod: workload.map(|workload| Arc::new(workload.clone())),
-        wildcard: false,
-    };
-    let target_port = |workload: &Workload| {
-        let own = workload.services.get(&service.key).and_then(|ports| ports.get(&number));
-        own.or(service.ports.get(&number)).copied().filter(|port| *port != 0).unwrap_or(number)
-    };
+    let found = |pod: Option<Arc<Workload>>| Found { service: service.clone(), pod, wildcard: false };
     let records = if service.vips.is_empty() {
         let record = |workload: Arc<Workload>| Record::Service {
-            port: target_port(&workload),
+            port: service.target_port(workload.services.get(&service.key), number).unwrap_or(number),
             target: format!("{}.{rest}", workload.name),
-            addresses: addresses(asker, &whole(Some(&workload)), Kind::Any),
+            addresses: addresses(asker, &found(Some(workload)), Kind::Any),
         };
         endpoints(asker, &service).into_iter().take(ADDRESSES_MAX).map(record).collect()
     } else {
-        let addresses = addresses(asker, &whole(None), Kind::Any);
+        let addresses = addresses(asker, &found(None), Kind::Any);
         vec![Record::Service { port: number, target: rest.to_owned(), addresses }]
     };
     let zone = zone(&service, is_kubernetes(asker, &service), rest);
@@ -322,8 +305,9 @@ fn ports(asker: &Asker<'_>, name: &str) -> Option<Answer> {
 mod tests {
     use super::*;
     use crate::mesh::address::{parse_network_address, parse_network_cidr};
-    use crate::mesh::service::{LoadBalancer, Mode, Visibility};
+    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Visibility};
     use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::workload::Health;
     use crate::mesh::{Facts, Store};
 
     fn entry(namespace: &str, host: &str, vips: &[&str]) -> Service {

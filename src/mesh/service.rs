@@ -2,8 +2,9 @@
 
 use super::address::{GatewayRef, NetworkAddress, NetworkCidr};
 use super::name::{ServiceKey, Text};
-use super::workload::Ports;
+use super::workload::{Health, Ports, Workload};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// What two workloads may have in common when endpoints are preferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +115,27 @@ impl Service {
             Visibility::Public => true,
             Visibility::Namespace => &*self.key.namespace == namespace,
         }
+    }
+
+    /// Whether one of its endpoints may be used, as far as health goes.
+    pub fn may_use(&self, endpoint: &Workload) -> bool {
+        let any = self.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
+        any || endpoint.health == Health::Healthy
+    }
+
+    /// Whether it is offered in the family of an address.
+    pub fn is_offered_in(&self, ip: IpAddr) -> bool {
+        match self.ip_families {
+            None | Some(IpFamilies::Dual) => true,
+            Some(IpFamilies::V4) => ip.is_ipv4(),
+            Some(IpFamilies::V6) => ip.is_ipv6(),
+        }
+    }
+
+    /// The target of one of its ports at an endpoint with a port map of its own: what that says, else what the service says.
+    pub fn target_port(&self, own: Option<&Ports>, port: u16) -> Option<u16> {
+        let said = |ports: &Ports| ports.get(&port).copied().filter(|target| *target != 0);
+        own.and_then(said).or_else(|| said(&self.ports))
     }
 
     /// Whether endpoints are not chosen by us for this service.

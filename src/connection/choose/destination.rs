@@ -1,9 +1,9 @@
 //! The endpoint of a service: by port, address, health, preference, then by chance weighted with capacity.
 
 use super::{Chance, Names, RouteError};
-use crate::mesh::service::{HealthPolicy, IpFamilies, Mode, Scope};
+use crate::mesh::service::{Mode, Scope};
 use crate::mesh::snapshot::Endpoint;
-use crate::mesh::workload::{Health, Workload};
+use crate::mesh::workload::Workload;
 use crate::mesh::{Service, Snapshot};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -30,8 +30,6 @@ pub fn choose(
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
-        let any_health = service.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
-        let healthy = any_health || endpoint.workload.health == Health::Healthy;
         // Gateways to other networks are not spoken to: their endpoints are none as long as there are others.
         if endpoint.workload.network != source.network {
             elsewhere = Some(endpoint.workload.uid.clone());
@@ -43,7 +41,7 @@ pub fn choose(
             true => !host.is_empty() && names.get(host).is_none_or(|ips| !ips.is_empty()),
             false => true,
         };
-        (healthy && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
+        (service.may_use(endpoint.workload) && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
     });
     let mut usable: Vec<Chosen> = usable.collect();
     // The one that was drawn before its name was resolved.
@@ -73,10 +71,8 @@ pub fn choose(
 
 /// The endpoint's own map first, then the service's target port, then the application tunnel's port.
 fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<u16> {
-    let own = endpoint.ports.get(&port).copied().filter(|p| *p != 0);
     let tunnel = endpoint.workload.application_tunnel.and_then(|t| t.port).map(|_| port);
-    let of_service = service.ports.get(&port).copied().filter(|p| *p != 0);
-    own.or(of_service).or(tunnel)
+    service.target_port(Some(endpoint.ports), port).or(tunnel)
 }
 
 fn preferred(source: &Workload, service: &Service, all: Vec<Chosen>) -> Vec<Chosen> {
@@ -122,12 +118,7 @@ pub fn address(
         let resolved = resolved.ok_or_else(|| RouteError::Unresolved(workload.hostname.clone()))?;
         return resolved.first().copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()));
     }
-    let families = service.and_then(|s| s.ip_families);
-    let allowed = |ip: &&IpAddr| match families {
-        None | Some(IpFamilies::Dual) => true,
-        Some(IpFamilies::V4) => ip.is_ipv4(),
-        Some(IpFamilies::V6) => ip.is_ipv6(),
-    };
+    let allowed = |ip: &&IpAddr| service.is_none_or(|service| service.is_offered_in(**ip));
     let same_family = workload.ips.iter().filter(allowed).find(|ip| ip.is_ipv4() == asked.is_ipv4());
     let any = || workload.ips.iter().find(allowed);
     same_family.or_else(any).copied().ok_or_else(|| RouteError::NoAddress(workload.uid.clone()))
@@ -137,8 +128,9 @@ pub fn address(
 mod tests {
     use super::*;
     use crate::mesh::address::parse_network_cidr;
-    use crate::mesh::service::LoadBalancer;
+    use crate::mesh::service::{HealthPolicy, LoadBalancer};
     use crate::mesh::snapshot::tests::{service, workload};
+    use crate::mesh::workload::Health;
     use crate::mesh::{Store, Update, Workload};
 
     fn lb(mode: Mode, preferences: &[Scope], health_policy: HealthPolicy) -> Option<LoadBalancer> {

@@ -107,10 +107,7 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
     if !serves_it {
         return Err(unknown());
     }
-    let own = own_ports.and_then(|ports| ports.get(&port)).copied();
-    let of_service = || service.ports.get(&port).copied();
-    let target = own.filter(|p| *p != 0).or_else(|| of_service().filter(|p| *p != 0));
-    let target = target.ok_or_else(|| LocalError::UnknownPort(host.to_owned(), port))?;
+    let target = service.target_port(own_ports, port).ok_or_else(|| LocalError::UnknownPort(host.to_owned(), port))?;
     Ok((target, service.clone()))
 }
 
