@@ -29,14 +29,18 @@ pub struct Labels {
 impl Labels {
     /// Of a request of this type by a pod, if it is known by now who it is.
     pub fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
-        let known = |text: Option<&str>| text.filter(|text| !text.is_empty()).unwrap_or("unknown").to_owned();
         Self {
             request_query_type: query_type,
             request_protocol: protocol,
-            source_canonical_service: known(source.map(|workload| &*workload.canonical_name)),
-            source_canonical_revision: known(source.map(|workload| &*workload.canonical_revision)),
+            source_canonical_service: known(source.map_or("", |workload| &workload.canonical_name)),
+            source_canonical_revision: known(source.map_or("", |workload| &workload.canonical_revision)),
         }
     }
+}
+
+/// What is not known has a word for it.
+fn known(text: &str) -> String {
+    if text.is_empty() { "unknown".to_owned() } else { text.to_owned() }
 }
 
 /// Labels of a host name resolved for a connection.
@@ -164,9 +168,10 @@ impl Metrics {
         self.requests.get_or_create_owned(labels)
     }
 
-    /// The counter of an outcome, to be kept.
-    pub fn outcome(&self, outcome: Outcome) -> Counter {
-        self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() })
+    /// Counters of a pod's requests.
+    pub fn counts(&self) -> Counts {
+        let of_all = |outcome: &Outcome| self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() });
+        Counts(Outcome::ALL.iter().map(|outcome| (*outcome, AtomicU64::new(0), of_all(outcome))).collect())
     }
 
     /// Counts what was passed on, with how long the answer took; `None`: there was none.
@@ -182,14 +187,13 @@ impl Metrics {
 
     /// Counts a host name resolved for a connection of `source`.
     pub fn on_demand(&self, source: &Workload, hostname: &str) {
-        let known = |text: &str| if text.is_empty() { "unknown".to_owned() } else { text.to_owned() };
-        let principal = source.identity().map_or_else(|_| "unknown".into(), |identity| identity.to_string());
+        let principal = source.identity().map(|identity| identity.to_string()).unwrap_or_default();
         let labels = OnDemandLabels {
             source_workload: known(&source.workload_name),
             source_canonical_service: known(&source.canonical_name),
             source_canonical_revision: known(&source.canonical_revision),
             source_workload_namespace: known(&source.namespace),
-            source_principal: principal,
+            source_principal: known(&principal),
             source_app: known(&source.canonical_name),
             source_version: known(&source.canonical_revision),
             source_cluster: known(&source.cluster_id),
@@ -199,22 +203,22 @@ impl Metrics {
     }
 }
 
-/// Requests of one pod by how they ended.
-#[derive(Debug, Default)]
-pub struct Counts([AtomicU64; Outcome::ALL.len()]);
+/// Requests of one pod by how they ended, each counted for all pods as well.
+#[derive(Debug)]
+pub struct Counts(Vec<(Outcome, AtomicU64, Counter)>);
 
 impl Counts {
     /// Counts one.
     pub fn add(&self, outcome: Outcome) {
-        let at = Outcome::ALL.iter().position(|one| *one == outcome);
-        if let Some(count) = at.and_then(|at| self.0.get(at)) {
-            count.fetch_add(1, Ordering::Relaxed);
+        if let Some((_, of_pod, of_all)) = self.0.iter().find(|(one, ..)| *one == outcome) {
+            of_pod.fetch_add(1, Ordering::Relaxed);
+            of_all.inc();
         }
     }
 
     /// Those that are not zero, by their words.
     pub fn list(&self) -> BTreeMap<&'static str, u64> {
-        let all = Outcome::ALL.iter().zip(&self.0).map(|(one, count)| (one.word(), count.load(Ordering::Relaxed)));
+        let all = self.0.iter().map(|(outcome, count, _)| (outcome.word(), count.load(Ordering::Relaxed)));
         all.filter(|(_, count)| *count > 0).collect()
     }
 }

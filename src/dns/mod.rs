@@ -1,5 +1,6 @@
-//! DNS of captured pods: names of the mesh are answered from its facts, all else goes, byte for byte, to the resolvers of
-//! the pod's own `resolv.conf`. Where the mesh's part fails, DNS alone fails open: the pod's resolvers are asked.
+//! DNS of captured pods: names of the mesh are answered from its facts, all else goes, byte for byte, to the resolver that
+//! the pod has asked, and to the others of its own `resolv.conf` where that one does not answer. Where the mesh's part fails,
+//! DNS alone fails open: the pod's resolvers are asked.
 //!
 //! [`lookup`] decides what a name means, [`message`] knows the wire, [`resolver`] asks a pod's resolvers, [`server`] listens
 //! in the pod. All pods' servers share one thread, which no traffic waits for; each turn of a pod is short.

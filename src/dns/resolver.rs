@@ -216,20 +216,18 @@ impl Resolver {
         let question =
             message::question(host, v4, rand::random()).ok_or_else(|| ResolveError::Name(host.to_owned()))?;
         let failed = |error: UpstreamError| ResolveError::Upstream(host.to_owned(), error.to_string());
-        let mut answer = match self.cached(None, &question) {
-            Some(answer) => answer,
-            None => {
-                let answer = self.ask(Carrier::Datagram, &used.in_order(None), &question).await.map_err(failed)?.bytes;
-                self.keep_answer(None, &question, &answer);
-                answer
-            }
-        };
-        if message::is_cut(&answer) {
-            answer = self.ask(Carrier::Stream, &used.in_order(None), &question).await.map_err(failed)?.bytes;
+        if let Some(answer) = self.cached(None, &question) {
+            return Ok(message::addresses(&answer));
         }
-        match message::outcome(&question, &answer) {
-            Some(message::Outcome::Refused) => Err(ResolveError::Refused(host.to_owned())),
-            _ => Ok(message::addresses(&answer)),
+        let servers = used.in_order(None);
+        let mut answer = self.ask(Carrier::Datagram, &servers, &question).await.map_err(failed)?;
+        self.keep_answer(None, &question, &answer.bytes);
+        if message::is_cut(&answer.bytes) {
+            answer = self.ask(Carrier::Stream, &servers, &question).await.map_err(failed)?;
+        }
+        match answer.outcome {
+            message::Outcome::Refused => Err(ResolveError::Refused(host.to_owned())),
+            _ => Ok(message::addresses(&answer.bytes)),
         }
     }
 }

@@ -3,12 +3,12 @@
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
+use super::Listeners;
 use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
 use super::metrics::{Counts, Labels, Outcome};
 use super::resolver::{Resolver, Used};
-use super::upstream::{Answered, Carrier, UpstreamError, read_message, write_message};
-use super::{Listeners, Metrics};
+use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
 use crate::mesh::{Snapshot, Store, Workload};
 use crate::sys::conntrack::Conntrack;
 use crate::sys::original_dst::original_dst;
@@ -16,7 +16,7 @@ use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
 use prometheus_client::metrics::counter::Counter;
 use rand::seq::SliceRandom;
-use std::cell::{OnceCell, RefCell};
+use std::cell::OnceCell;
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -76,7 +76,6 @@ pub struct Server {
     waiting: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     asking: Semaphore,
-    outcomes: Vec<(Outcome, Counter)>,
     /// By record type and protocol.
     requests: Mutex<Vec<((&'static str, &'static str), Requests)>>,
     complaints: LogLimit,
@@ -91,21 +90,15 @@ impl Carrier {
     }
 }
 
-thread_local! {
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; usize::from(u16::MAX)]);
-}
-
 impl Server {
     /// A server for the pod with this label.
     pub fn new(label: String, resolver: Arc<Resolver>, asker: Box<dyn Asker>, mesh: Arc<Store>) -> Self {
-        let metrics: &Metrics = &resolver.metrics;
         Self {
-            outcomes: Outcome::ALL.iter().map(|outcome| (*outcome, metrics.outcome(*outcome))).collect(),
+            counts: resolver.metrics.counts(),
             label,
             resolver,
             asker,
             mesh,
-            counts: Counts::default(),
             logged: AtomicBool::new(false),
             waiting: Arc::new(Semaphore::new(WAITING_MAX)),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
@@ -163,12 +156,12 @@ impl Server {
         whom: &impl Fn(SocketAddr) -> Option<SocketAddr>,
         tasks: &Group,
     ) -> io::Result<()> {
-        BUFFER.with_borrow_mut(|buffer| {
+        with_buffer(|buffer| {
             let (length, client) = socket.try_recv_from(buffer)?;
             let request = buffer.get(..length).unwrap_or_default();
             let question = match message::read(request) {
                 Request::Nothing => {
-                    self.count(Outcome::Ignored);
+                    self.counts.add(Outcome::Ignored);
                     return Ok(());
                 }
                 Request::Other => None,
@@ -272,11 +265,11 @@ impl Server {
         };
         let forwarded = self.forward(asked, &used).await;
         let ours = fallback.filter(|ours| match &forwarded {
-            Ok(reply) => match message::outcome(request, &reply.bytes) {
-                Some(message::Outcome::Denied) => true,
+            Ok(answered) => match answered.outcome {
+                message::Outcome::Denied => true,
                 // That there is no such record is not known where nobody could say.
-                Some(message::Outcome::Refused) => !ours.records.is_empty(),
-                Some(message::Outcome::Exists | message::Outcome::Empty) | None => false,
+                message::Outcome::Refused => !ours.records.is_empty(),
+                message::Outcome::Exists | message::Outcome::Empty => false,
             },
             Err(UpstreamError::None) => true,
             Err(_) => !ours.records.is_empty(),
@@ -286,15 +279,15 @@ impl Server {
             return Some(self.done(asked, Outcome::Completed, bytes));
         }
         match forwarded {
-            Ok(mut reply) => {
-                if let Some(bytes) = self.complete(asked, &used, &reply.bytes) {
+            Ok(Answered { bytes, stream, .. }) => {
+                if let Some(bytes) = self.complete(asked, &used, &bytes) {
                     return Some(self.done(asked, Outcome::Completed, bytes));
                 }
                 if datagram {
-                    self.resolver.keep_answer(asked.of, request, &reply.bytes);
+                    self.resolver.keep_answer(asked.of, request, &bytes);
                 }
-                let rest = reply.rest.take();
-                Some(Reply { rest, ..self.done(asked, outcome, reply.bytes) })
+                let rest = stream.filter(|_| question.is_some_and(Question::is_transfer));
+                Some(Reply { rest, ..self.done(asked, outcome, bytes) })
             }
             Err(error) => {
                 if let Some(suppressed) = self.resolver.metrics.complaints.allow() {
@@ -326,17 +319,14 @@ impl Server {
         Some(lookup::decide(&self.asker(&known, used), &question.name, question.kind))
     }
 
-    async fn forward(&self, asked: &Asked, used: &Used) -> Result<Reply, UpstreamError> {
-        let request = &*asked.bytes;
+    async fn forward(&self, asked: &Asked, used: &Used) -> Result<Answered, UpstreamError> {
         let (requests, begun) = (self.labels(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
         let mut servers = used.in_order(asked.of);
         if asked.of.is_some() && asked.question.is_none() {
             // A change of a zone, say, is for the one that it was sent to.
             servers.list.truncate(1);
         }
-        let answered = self.resolver.ask(asked.carrier, &servers, request).await;
-        let is_transfer = asked.question.as_ref().is_some_and(Question::is_transfer);
-        let answered = answered.map(|Answered { bytes, stream }| Reply { bytes, rest: stream.filter(|_| is_transfer) });
+        let answered = self.resolver.ask(asked.carrier, &servers, &asked.bytes).await;
         let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
         self.resolver.metrics.upstream(&requests.0, seconds);
         answered
@@ -383,7 +373,7 @@ impl Server {
         let of = original_dst(&stream, client).ok();
         while let Ok(Ok(bytes)) = timeout(IDLE, read_message(&mut stream)).await {
             let question = match message::read(&bytes) {
-                Request::Nothing => return self.count(Outcome::Ignored),
+                Request::Nothing => return self.counts.add(Outcome::Ignored),
                 Request::Other => None,
                 Request::Question(question) => Some(question),
             };
@@ -402,16 +392,9 @@ impl Server {
         }
     }
 
-    fn count(&self, outcome: Outcome) {
-        self.counts.add(outcome);
-        if let Some((_, counter)) = self.outcomes.iter().find(|(one, _)| *one == outcome) {
-            counter.inc();
-        }
-    }
-
     /// Counts a request and tells of it where that is wanted.
     fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: Outcome) {
-        self.count(outcome);
+        self.counts.add(outcome);
         let query_type = type_word(question);
         self.labels(carrier, query_type).1.inc();
         let name = question.map_or("", |question| &*question.name);

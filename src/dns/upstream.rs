@@ -1,8 +1,8 @@
 //! Asking a pod's resolvers: from the pod's namespace, marked, byte for byte.
 //!
 //! A question goes to the first resolver; when that one is silent for a while, fails or refuses, to the next as well, and
-//! the first good answer counts. Each question has a socket of its own, hence a port that nobody can guess, and an id of
-//! our own; what does not come from the resolver that was asked, or answers another question, is not looked at further.
+//! the first good answer counts. Each question has a socket of its own, hence a port that nobody can guess, and as a
+//! datagram an id of our own; what does not come from the resolver that was asked, or answers another question, is not looked at further.
 
 use super::message::{self, Outcome};
 use crate::sys::netns::Netns;
@@ -75,6 +75,8 @@ pub struct Servers {
 pub struct Answered {
     /// The answer.
     pub bytes: Vec<u8>,
+    /// What it says.
+    pub outcome: Outcome,
     /// Where it came from, if that was a connection.
     pub stream: Option<TcpStream>,
 }
@@ -107,12 +109,8 @@ impl Upstream {
         first.iter().copied().chain(next).chain(last).collect()
     }
 
-    fn is_fine(&self, server: SocketAddr) {
+    fn has_answered(&self, server: SocketAddr) {
         self.strikes.lock().unwrap_or_else(PoisonError::into_inner).remove(&server);
-    }
-
-    fn is_slow(&self, server: SocketAddr) {
-        self.strike(server, STRIKES);
     }
 
     fn strike(&self, server: SocketAddr, by: u32) {
@@ -151,23 +149,23 @@ impl Upstream {
                     running.0.iter().for_each(|(_, server, _)| self.strike(*server, 1));
                     continue;
                 }
-                running.0.iter().for_each(|(_, server, _)| self.is_slow(*server));
+                running.0.iter().for_each(|(_, server, _)| self.strike(*server, STRIKES));
                 let names: Vec<String> = running.0.iter().map(|(_, server, _)| server.to_string()).collect();
                 return kept.best().map(restored).ok_or_else(|| UpstreamError::Silent(names.join(", ")));
             };
             match result {
                 Ok(answered) => {
-                    self.is_fine(server);
-                    match message::outcome(&request, &answered.bytes) {
-                        Some(Outcome::Exists) => return Ok(restored(answered)),
+                    self.has_answered(server);
+                    match answered.outcome {
+                        Outcome::Exists => return Ok(restored(answered)),
                         // Who was asked although the pod uses others has said it.
                         _ if servers.stranger && at == 0 => return Ok(restored(answered)),
-                        Some(Outcome::Denied | Outcome::Empty) => kept.denies(at, answered),
-                        Some(Outcome::Refused) | None => kept.refusal = Some(answered),
+                        Outcome::Denied | Outcome::Empty => kept.denies(at, answered),
+                        Outcome::Refused => kept.refusal = Some(answered),
                     }
                 }
                 Err(failed) => {
-                    self.is_slow(server);
+                    self.strike(server, STRIKES);
                     error = failed;
                 }
             }
@@ -191,13 +189,17 @@ impl Upstream {
         for _ in 0..FORGED_MAX {
             let bytes = loop {
                 socket.readable().await.map_err(failed)?;
-                match receive(|buffer| socket.try_recv(buffer)) {
+                let received: io::Result<Vec<u8>> = with_buffer(|buffer| {
+                    let length = socket.try_recv(buffer)?;
+                    Ok(buffer.get(..length).unwrap_or_default().to_vec())
+                });
+                match received {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     received => break received.map_err(failed)?,
                 }
             };
-            if message::outcome(request, &bytes).is_some() {
-                return Ok(Answered { bytes, stream: None });
+            if let Some(outcome) = message::outcome(request, &bytes) {
+                return Ok(Answered { bytes, outcome, stream: None });
             }
         }
         Err(UpstreamError::Forged(server))
@@ -205,8 +207,8 @@ impl Upstream {
 
     async fn stream(&self, server: SocketAddr, request: &[u8]) -> Result<Answered, UpstreamError> {
         let (stream, bytes) = self.exchange(server, request).await.map_err(|error| UpstreamError::Io(server, error))?;
-        let is_answer = message::outcome(request, &bytes).is_some();
-        is_answer.then_some(Answered { bytes, stream: Some(stream) }).ok_or(UpstreamError::Forged(server))
+        let outcome = message::outcome(request, &bytes).ok_or(UpstreamError::Forged(server))?;
+        Ok(Answered { bytes, outcome, stream: Some(stream) })
     }
 
     async fn exchange(&self, server: SocketAddr, request: &[u8]) -> io::Result<(TcpStream, Vec<u8>)> {
@@ -272,17 +274,12 @@ impl Kept {
     }
 }
 
-thread_local! {
-    /// Room for the longest message, lent for a moment: what waits owns none.
-    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MESSAGE_MAX]);
-}
-
-/// Receives one datagram, of which only as much is kept as came.
-fn receive(read: impl FnOnce(&mut [u8]) -> io::Result<usize>) -> io::Result<Vec<u8>> {
-    BUFFER.with_borrow_mut(|buffer| {
-        let length = read(buffer)?;
-        Ok(buffer.get(..length).unwrap_or_default().to_vec())
-    })
+/// Lends room for the longest message for a moment: what waits owns none. `work` must not ask for it again.
+pub fn with_buffer<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
+    thread_local! {
+        static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MESSAGE_MAX]);
+    }
+    BUFFER.with_borrow_mut(|buffer| work(buffer))
 }
 
 /// Reads one message with its length in front (RFC 1035, 4.2.2).

@@ -15,7 +15,6 @@ use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group};
 use crate::{identity, mesh};
 use std::collections::HashMap;
-use std::io;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
@@ -123,7 +122,10 @@ impl Capturer {
         }
         let pod = &listening.pod;
         let bound = dns::Listeners::bind(&pod.netns, listening.ipv6, self.config.mark, self.config.reuse_port);
-        match bound.map_err(io::Error::other).and_then(|bound| bound) {
+        let bound = bound
+            .map_err(CaptureError::from)
+            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: dns::PORT, source }));
+        match bound {
             Ok(listeners) => {
                 let asker = Box::new(PodAsker { pod: pod.clone(), mesh: self.mesh.clone() });
                 let label = format!("{}/{}", spec.namespace, spec.name);
@@ -131,8 +133,8 @@ impl Capturer {
                 listening.names.set(serving).is_ok()
             }
             Err(error) => {
-                let (namespace, name, port) = (&*spec.namespace, &*spec.name, dns::PORT);
-                tracing::error!(namespace, name, port, %error, "the pod's DNS cannot be taken; trying again");
+                let (namespace, name) = (&*spec.namespace, &*spec.name);
+                tracing::error!(namespace, name, %error, "the pod's DNS cannot be taken; trying again");
                 false
             }
         }
