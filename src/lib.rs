@@ -40,4 +40,4 @@ mod task;
 mod telemetry;
 
 pub use config::args::Cli;
-pub use daemon::run;
+pub use daemon::{run, run_as_plugin};

@@ -9,5 +9,5 @@ use std::process::ExitCode;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    culvert::run(culvert::Cli::parse())
+    culvert::run_as_plugin().unwrap_or_else(|| culvert::run(culvert::Cli::parse()))
 }

@@ -36,6 +36,8 @@ pub enum Command {
     },
     /// See it work: two nodes and five pods on this machine, real traffic, and an account of it.
     Demo(DemoArgs),
+    /// The CNI plugin, run by the container runtime (CNI_COMMAND, CNI_NETNS, CNI_ARGS, a configuration on standard input).
+    Cni,
     /// Print the version.
     Version,
 }
@@ -86,6 +88,8 @@ macro_rules! settings {
 settings! {
     /// Mesh facts from a YAML file of workloads, services and policies, re-read when it changes [from the control plane].
     mesh_file "mesh-file" "LOCAL_XDS_PATH";
+    /// Where this node's pods come from: `kubernetes` (labels), `agent` (istio-cni), or `file` [file with a pods file, else agent].
+    pods "pods" "CULVERT_PODS";
     /// This node's pods from a YAML file, re-read when it changes [from the agent].
     pods_file "pods-file" "CULVERT_PODS_FILE";
     /// Certificates from the built-in CA in this directory (make one with `culvert ca init`) [from Istio's CA].
@@ -112,6 +116,24 @@ settings! {
     crl_path "crl-path" "CRL_PATH";
     /// Socket of the node's agent [/var/run/ztunnel/ztunnel.sock].
     agent_socket "agent-socket" "INPOD_UDS";
+    /// The Kubernetes API as this file says [as a pod of the cluster].
+    kubeconfig "kubeconfig" "KUBECONFIG";
+    /// Which pods are in: a YAML list of podSelector and namespaceSelector [Istio's: label istio.io/dataplane-mode].
+    selectors "enablement-selectors" "AMBIENT_ENABLEMENT_SELECTOR";
+    /// Namespaces of which no pod is in, comma-joined [kube-system].
+    exclude_namespaces "exclude-namespaces" "EXCLUDE_NAMESPACES";
+    /// Folder of CNI plugins on the host; with the next, culvert installs its plugin [no plugin].
+    cni_bin_dir "cni-bin-dir" "CULVERT_CNI_BIN_DIR";
+    /// Folder of CNI configurations on the host.
+    cni_conf_dir "cni-conf-dir" "CULVERT_CNI_CONF_DIR";
+    /// Socket on which the CNI plugin asks the daemon [/var/run/culvert/cni.sock].
+    cni_socket "cni-socket" "CULVERT_CNI_SOCKET";
+    /// Name of the daemon's own DaemonSet [ztunnel].
+    daemonset "daemonset" "CULVERT_DAEMONSET";
+    /// The host's procfs [/host/proc where that is, else /proc].
+    proc "proc" "CULVERT_PROC";
+    /// The host's network namespace [1/ns/net in the host's procfs].
+    host_netns "host-netns" "CULVERT_HOST_NETNS";
     /// Name of this node; tells this node's pods from others of the same name.
     node_name "node-name" "NODE_NAME";
     /// Name of the daemon's own pod.

@@ -3,7 +3,7 @@
 
 use super::args::{NodeArgs, flag_of};
 use super::istio::{self, Environment, ProxyConfig};
-use super::{Config, Faults};
+use super::{Config, Faults, kubernetes};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
 use crate::node::Source;
@@ -15,9 +15,6 @@ use std::time::Duration;
 
 /// Unsent bytes in the kernel per leg: enough for a long link, few enough that small requests do not queue behind bulk.
 const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
-
-/// Where Istio's agent listens.
-const AGENT_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
 
 /// Streams a peer may open towards us on one tunnel (the reference's value).
 const SERVER_STREAMS: u32 = 200;
@@ -97,18 +94,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         },
         connection: connection_config(&mut c, args, &proxy, machine, mark),
         dns: istio::dns(&mut c, args, environment, &proxy, (ipv6, mark)),
-        node: node::Config {
-            redirect: path(&args.pods_file).is_some(),
-            source: path(&args.pods_file).map_or_else(
-                || Source::Agent(path(&args.agent_socket).unwrap_or_else(|| AGENT_SOCKET.into())),
-                Source::File,
-            ),
-            cluster_id: istio::cluster_id(args, environment),
-            mark,
-            reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),
-            ipv6,
-            release_deadline: drain_deadline,
-        },
+        node: node_config(&mut c, args, environment, (ipv6, mark, drain_deadline)),
         log: telemetry::log::Config {
             filter: args.log.clone().filter(|f| !f.trim().is_empty()).unwrap_or_else(|| "info".into()),
             json: args.log_format.as_deref() == Some("json"),
@@ -118,6 +104,27 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         c.faults.push(format!("RUST_LOG (--log): {error}"));
     }
     if c.faults.is_empty() { Ok(config) } else { Err(Faults(c.faults)) }
+}
+
+fn node_config(
+    c: &mut Checker,
+    args: &NodeArgs,
+    environment: &Environment,
+    (ipv6, mark, release_deadline): (bool, u32, Duration),
+) -> node::Config {
+    let path = |value: &Option<String>| value.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from);
+    let proc = path(&args.proc).unwrap_or_else(|| istio::host_proc(environment));
+    let source = kubernetes::pods_source(c, args, &proc);
+    node::Config {
+        redirect: !matches!(source, Source::Agent(_)),
+        source,
+        host_netns: path(&args.host_netns).unwrap_or_else(|| proc.join("1/ns/net")),
+        cluster_id: istio::cluster_id(args, environment),
+        mark,
+        reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),
+        ipv6,
+        release_deadline,
+    }
 }
 
 fn connection_config(
@@ -423,7 +430,7 @@ mod tests {
         assert_eq!((xds.rpc.headers.len(), xds.rpc.cluster_id.as_str()), (1, "c1"));
         assert!(!format!("{xds:?}").contains("secret"));
         assert!(matches!(&config.ca, CaSource::Istio(rpc) if rpc.address == xds.rpc.address && rpc.headers.is_empty()));
-        assert_eq!(config.node.source, Source::Agent("/var/run/ztunnel/ztunnel.sock".into()));
+        assert!(matches!(&config.node.source, Source::Agent(path) if path.ends_with("ztunnel.sock")));
         assert_eq!((config.node.redirect, config.connection.workers), (false, 3));
         assert!(config.own_pod.is_some());
     }

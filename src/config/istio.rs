@@ -23,6 +23,9 @@ const TOKEN: &str = "./var/run/secrets/tokens/istio-token";
 /// Mesh configuration, of which `defaultConfig` is read.
 const MESH_CONFIG: &str = "./etc/istio/config/mesh";
 
+/// Where our manifests mount the host's procfs.
+const HOST_PROC: &str = "/host/proc";
+
 /// Variables of the reference that ask for something that is not there, and the value that does not.
 const NOT_SUPPORTED: [(&str, &str, &str); 6] = [
     ("PROXY_MODE", "shared", "one daemon serves all pods of a node"),
@@ -38,6 +41,8 @@ const NOT_SUPPORTED: [(&str, &str, &str); 6] = [
 pub struct Environment {
     variables: BTreeMap<String, String>,
     mesh_config: Option<Result<String, String>>,
+    /// The host's procfs, where one is mounted beside our own.
+    host_proc: Option<PathBuf>,
 }
 
 impl Environment {
@@ -51,7 +56,8 @@ impl Environment {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             read => Some(read.map_err(|error| error.to_string())),
         };
-        Self { variables, mesh_config }
+        let host_proc = Some(PathBuf::from(HOST_PROC)).filter(|path| path.join("1").is_dir());
+        Self { variables, mesh_config, host_proc }
     }
 
     fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str)> {
@@ -111,6 +117,11 @@ pub(super) fn not_supported(c: &mut Checker, environment: &Environment) {
             c.faults.push(format!("{name}: {value:?} is not supported: {instead}"));
         }
     }
+}
+
+/// The procfs that shows the host's processes.
+pub(super) fn host_proc(environment: &Environment) -> PathBuf {
+    environment.host_proc.clone().unwrap_or_else(|| "/proc".into())
 }
 
 /// Name of this node's cluster.
@@ -311,6 +322,6 @@ fn token(value: Option<&String>) -> Token {
 impl From<&[(&str, &str)]> for Environment {
     fn from(variables: &[(&str, &str)]) -> Self {
         let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        Self { variables: variables.iter().map(own).collect(), mesh_config: None }
+        Self { variables: variables.iter().map(own).collect(), mesh_config: None, host_proc: None }
     }
 }

@@ -5,6 +5,8 @@
 pub mod args;
 pub mod check;
 pub mod istio;
+mod kubernetes;
+pub mod plugin;
 
 use crate::control::xds;
 use crate::{admin, connection, dns, node, rpc, telemetry};

@@ -153,6 +153,7 @@ pub(super) fn status(failure: &Failure) -> StatusCode {
         Failure::Local(error) => error.status(),
         Failure::Refused(_) => StatusCode::UNAUTHORIZED,
         Failure::Limit(_)
+        | Failure::Largest { .. }
         | Failure::LocalWorkload(_)
         | Failure::Accept(_)
         | Failure::Identity(_)

@@ -8,6 +8,7 @@
 pub mod accept;
 pub mod authorize;
 mod between;
+pub mod budget;
 pub mod choose;
 pub mod dial;
 pub mod forward;
@@ -229,9 +230,12 @@ struct PeerFacts {
 /// One CONNECT stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let Some(_open) = worker.shared.open() else {
-        incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
-        return record.finish(Err(Failure::Limit(worker.shared.config.max_connections)));
+    let _open = match worker.shared.budget.open(&pod.open) {
+        Ok(open) => open,
+        Err(failure) => {
+            incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+            return record.finish(Err(failure));
+        }
     };
     let request = incoming.request.clone();
     let admitted = tokio::select! {

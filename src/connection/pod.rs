@@ -42,6 +42,8 @@ pub struct Pod {
     pub drain: Drain,
     /// Counts the pod's connections, for waiting until they have ended.
     pub active: TaskTracker,
+    /// Its connections and streams that are open, of the node's budget.
+    pub open: super::budget::Count,
     /// Probe connections of capture verification that are expected.
     pub probes: Probes,
 }

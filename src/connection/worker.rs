@@ -2,6 +2,7 @@
 //! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
 
 use super::accept::listener;
+use super::budget::{Budget, Open};
 use super::authorize::revoke::Registry;
 use super::dial::Pool;
 use super::report::{Direction, Failure, Record, Reporter};
@@ -41,27 +42,8 @@ pub struct Shared {
     pub reporter: Arc<Reporter>,
     /// Live permits.
     pub permits: Arc<Registry>,
-    /// Connections and streams open on all workers.
-    pub open: AtomicUsize,
-}
-
-impl Shared {
-    /// Room for one more connection or stream, for as long as the result is held; `None` when the limit is reached.
-    pub fn open(self: &Arc<Self>) -> Option<Open> {
-        let before = self.open.fetch_add(1, Ordering::Relaxed);
-        let open = Open(self.clone());
-        (before < self.config.max_connections).then_some(open)
-    }
-}
-
-/// One open connection or stream.
-#[derive(Debug)]
-pub struct Open(Arc<Shared>);
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
-    }
+    /// Room for connections and streams, on all workers.
+    pub budget: Arc<Budget>,
 }
 
 /// One worker.
@@ -159,6 +141,7 @@ impl Workers {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
         let (drain, accepts) = (pod.signal(), self.accepts.token());
+        home.worker.shared.budget.join(&pod.open);
         let work = listener::run(listener, drain, move |socket, peer| {
             let _accepts = &accepts;
             hand_over(
@@ -234,26 +217,31 @@ impl Drop for Load {
 }
 
 fn hand_over(all: &[Handle], mut accepted: Accepted) {
-    let limit = all.first().map_or(0, |handle| handle.worker.shared.config.max_connections);
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
     let Some(handle) = least else { return };
-    let refuse = |accepted: Accepted| {
+    let refuse = |accepted: Accepted, failure: Failure| {
         let reporter = &handle.worker.shared.reporter;
         let direction = accepted.entrance.direction();
         let record = Record::begin(reporter, &accepted.pod.uid, direction, canonical(accepted.peer));
-        record.finish(Err(Failure::Limit(limit)));
+        record.finish(Err(failure));
         reset_on_close(&accepted.socket);
     };
-    accepted.open = handle.worker.shared.open();
-    if accepted.open.is_none() {
+    let full = match handle.worker.shared.budget.open(&accepted.pod.open) {
+        Ok(open) => {
+            accepted.open = Some(open);
+            None
+        }
+        Err(failure) => Some(failure),
+    };
+    if let Some(failure) = full {
         // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
         let probe = accepted.entrance == Entrance::Outbound
             && original_dst(&accepted.socket, accepted.peer).is_ok_and(|to| accepted.pod.probes.take(canonical(to)));
-        return if probe { reset_on_close(&accepted.socket) } else { refuse(accepted) };
+        return if probe { reset_on_close(&accepted.socket) } else { refuse(accepted, failure) };
     }
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
-        refuse(full.into_inner());
+        refuse(full.into_inner(), Failure::Limit(QUEUE));
     }
 }

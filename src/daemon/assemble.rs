@@ -4,10 +4,11 @@
 //! Ending: no new connections, GOAWAY to peers, wait for what is open until the deadline, cut the rest and say how much.
 
 use super::signals::Signals;
-use super::{dump, profile};
+use super::{dump, pods, profile};
 use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
+use crate::connection::budget::Budget;
 use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
@@ -18,7 +19,6 @@ use crate::identity::{Authority, Builtin, Store as Identities};
 use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::node::status::Board;
-use crate::node::{Pods, Source, zds};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl};
@@ -81,7 +81,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         identities: identities.clone(),
         reporter: reporter.clone(),
         permits: permits.clone(),
-        open: Default::default(),
+        budget: Arc::new(Budget::new(config.connection.max_connections)),
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
 
@@ -96,7 +96,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         identities: identities.clone(),
         freshness: facts.freshness.clone(),
     }));
-    let zds_metrics = agent_metrics(&config, &mut registry);
+    let for_pods = pods::Metrics::register(&config, &mut registry);
 
     let quit = Arc::new(Notify::new());
     let parts = Arc::new(Parts {
@@ -114,6 +114,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         background.spawn(port);
     }
     background.spawn(async move { permits.watch(&mesh).await });
+    let budget = shared.budget.clone();
+    background.spawn(async move { budget.watch().await });
     let capturer = Arc::new(Capturer {
         config: parts.config.node.clone(),
         sockets: parts.config.connection.sockets,
@@ -125,14 +127,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         claims: Default::default(),
     });
     own_pod(&parts.config, &capturer, &ready, &background)?;
-    let pods = Pods::new(capturer, board);
-    match parts.config.node.source.clone() {
-        Source::File(path) => background.spawn(node::file::follow(pods, path, pods_pending)),
-        Source::Agent(path) => {
-            let client = zds::Client { path, pods, metrics: zds_metrics, ready: Some(pods_pending), said: None };
-            background.spawn(client.run(ready.clone().until(FACTS), drain.signal()));
-        }
-    }
+    pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
     tracing::info!(workers = parts.config.connection.workers, "{} is running", super::version());
 
     tokio::select! {
@@ -156,15 +151,6 @@ fn names(config: &Config, mesh: &Arc<Mesh>, registry: &mut Registry) -> anyhow::
 fn ports_config(config: &Config) -> admin::Config {
     let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
     admin::Config { ipv6: config.admin.ipv6 && own.unwrap_or(false), ..config.admin }
-}
-
-/// Metrics of the agent's client, shown where there is one.
-fn agent_metrics(config: &Config, registry: &mut Registry) -> Arc<zds::Metrics> {
-    let metrics = Arc::new(zds::Metrics::default());
-    if let Source::Agent(_) = config.node.source {
-        metrics.register(registry);
-    }
-    metrics
 }
 
 /// Serves the daemon's own pod, where it is one.

@@ -79,6 +79,8 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "state": pod.state.word(),
             "reason": pod.state.reason(),
             "since": time(pod.since),
+            "listening": pod.listening,
+            "bypassInboundCapture": pod.spec.settings.bypass_inbound,
             "dns": dns(parts, &pod.spec.uid),
         })
     };
@@ -370,8 +372,9 @@ fn config(parts: &Parts) -> Value {
         "xdsAddress": match &c.mesh { MeshSource::Xds(xds) => Some(xds.rpc.address.to_string()), MeshSource::File(_) => None },
         "xdsOnDemand": matches!(&c.mesh, MeshSource::Xds(xds) if xds.on_demand),
         "stateFile": match &c.mesh { MeshSource::Xds(xds) => xds.state_file.as_ref().map(|p| p.display().to_string()), MeshSource::File(_) => None },
-        "podsFile": match &c.node.source { Source::File(path) => Some(path.display().to_string()), Source::Agent(_) => None },
-        "inpodUds": match &c.node.source { Source::Agent(path) => Some(path.display().to_string()), Source::File(_) => None },
+        "pods": match &c.node.source { Source::File(_) => "file", Source::Agent(_) => "agent", Source::Kubernetes(_) => "kubernetes" },
+        "podsFile": match &c.node.source { Source::File(path) => Some(path.display().to_string()), _ => None },
+        "inpodUds": match &c.node.source { Source::Agent(path) => Some(path.display().to_string()), _ => None },
         "caDir": match &c.ca { CaSource::Builtin(dir) => Some(dir.display().to_string()), CaSource::Istio(_) => None },
         "caAddress": match &c.ca { CaSource::Istio(rpc) => Some(rpc.address.to_string()), CaSource::Builtin(_) => None },
         "crlPath": c.crl.as_ref().map(|p| p.display().to_string()),

@@ -2,12 +2,15 @@
 
 mod assemble;
 mod dump;
+mod plugin;
+mod pods;
 mod profile;
 mod signals;
 
 use crate::config::args::{CaCommand, Cli, Command, NodeArgs};
 use crate::config::check::{Machine, check};
 use crate::config::istio::Environment;
+use crate::config::plugin::Call;
 use crate::config::{CaSource, Config, Faults, MeshSource};
 use crate::demo;
 use crate::identity::Builtin;
@@ -31,8 +34,19 @@ pub fn run(cli: Cli) -> ExitCode {
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
         Command::Demo(args) => demo::run(&args),
+        Command::Cni => match Call::of_process() {
+            Some(call) => plugin::run(&call),
+            None => fail(EXIT_CONFIG, "CNI_COMMAND is not set: container runtimes run this, see the CNI specification"),
+        },
         Command::Version => say(&version()),
     }
+}
+
+/// Runs as the CNI plugin, where a container runtime has started this process as one: by its file's name.
+pub fn run_as_plugin() -> Option<ExitCode> {
+    let name = std::env::args_os().next()?;
+    let is_plugin = std::path::Path::new(&name).file_name()? == crate::node::cni::install::PLUGIN;
+    if is_plugin { Some(run(Cli { command: Command::Cni })) } else { None }
 }
 
 /// Name and version.
@@ -83,6 +97,9 @@ fn sources(config: &Config) -> String {
     let pods = match &config.node.source {
         Source::File(path) => format!("pods from {}", path.display()),
         Source::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
+        Source::Kubernetes(kubernetes) => {
+            format!("pods of node {} from the Kubernetes API (not asked)", kubernetes.node_name)
+        }
     };
     let ca = match &config.ca {
         CaSource::Builtin(dir) => format!("certificates from the CA in {}", dir.display()),

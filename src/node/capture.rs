@@ -3,6 +3,7 @@
 //! and no connection is carried before the pod is known to be who it should be.
 
 use super::pods::NetnsRef;
+use super::foreign::Foreign;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
@@ -14,6 +15,7 @@ use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group};
 use crate::{identity, mesh};
+use arc_swap::ArcSwap;
 use std::collections::HashMap;
 use std::net::{IpAddr, TcpListener};
 use std::path::Path;
@@ -86,7 +88,11 @@ impl Capturer {
     /// Listens in a pod's namespace. What comes waits until the pod is approved.
     pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
-        not_ours(&netns)?;
+        self.not_ours(&netns)?;
+        let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
+        if let Some(missing) = spec.ips.first().filter(|_| !spec.ips.iter().any(|ip| held.contains(ip))) {
+            return Err(not_the_pod(&netns, *missing, &held));
+        }
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
         let listeners = self.bind(&netns, ipv6)?;
@@ -100,9 +106,10 @@ impl Capturer {
             sockets: self.sockets,
             resolver,
             identity: watch::Sender::default(),
-            addresses: Default::default(),
+            addresses: ArcSwap::from_pointee(held),
             drain: self.drain.child(),
             active: Default::default(),
+            open: Default::default(),
             probes: Default::default(),
         });
         let accepting = Group::default();
@@ -117,7 +124,7 @@ impl Capturer {
     /// Takes the pod's DNS where that is wanted and not done; whether it has been done now. A pod whose DNS cannot be taken
     /// goes on with its own, where no agent redirects it, and its traffic is captured all the same.
     pub fn take_dns(&self, spec: &PodSpec, listening: &Listening) -> bool {
-        if !spec.dns.unwrap_or(self.dns.captures()) || listening.names.get().is_some() {
+        if !self.wants_dns(spec) || listening.names.get().is_some() {
             return false;
         }
         let pod = &listening.pod;
@@ -188,29 +195,40 @@ impl Capturer {
         Ok(workload.clone())
     }
 
-    /// Writes the rules, unless an agent does.
-    pub async fn redirect(&self, listening: &Listening) -> Result<(), CaptureError> {
-        if self.config.redirect {
-            redirect::install(&listening.pod.netns, &self.rules(listening)).await?;
+    fn wants_dns(&self, spec: &PodSpec) -> bool {
+        spec.settings.dns.unwrap_or(self.dns.captures())
+    }
+
+    /// Writes the rules; gives what of an earlier agent has been removed.
+    pub async fn redirect(
+        &self,
+        spec: &PodSpec,
+        listening: &Listening,
+        taken_over: bool,
+    ) -> Result<Foreign, CaptureError> {
+        Ok(redirect::install(&listening.pod.netns, &self.rules(spec, listening), taken_over).await?)
+    }
+
+    fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
+        redirect::Rules {
+            mark: self.config.mark,
+            ipv6: listening.ipv6,
+            dns: self.wants_dns(spec) && listening.names.get().is_some(),
+            bypass_inbound: spec.settings.bypass_inbound,
+            virtual_interfaces: spec.settings.virtual_interfaces.clone(),
         }
-        Ok(())
     }
 
-    fn rules(&self, listening: &Listening) -> redirect::Rules {
-        redirect::Rules { mark: self.config.mark, ipv6: listening.ipv6, dns: listening.names.get().is_some() }
+    /// Learns the namespace's addresses anew. Where that is not possible now, what was known stays.
+    pub fn look_at_addresses(&self, listening: &Listening) {
+        if let Ok(held) = listening.pod.netns.addresses() {
+            listening.pod.addresses.store(Arc::new(held.into_iter().map(|(ip, _)| ip).collect()));
+        }
     }
 
-    /// Makes sure that what the pod sends comes to us; writes the rules again where it does not and they are ours.
+    /// Makes sure that what the pod sends comes to us.
     pub async fn verify(&self, listening: &Listening) -> Result<(), CaptureError> {
-        let pod = &listening.pod;
-        match verify::verify(pod, listening.ipv6).await {
-            Err(error) if self.config.redirect => {
-                tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "a probe was lost; writing the rules again");
-                self.redirect(listening).await?;
-                Ok(verify::verify(pod, listening.ipv6).await?)
-            }
-            verified => Ok(verified?),
-        }
+        Ok(verify::verify(&listening.pod, listening.ipv6).await?)
     }
 
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
@@ -221,22 +239,29 @@ impl Capturer {
         }
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
-        if not_ours(&netns).is_ok()
+        if self.not_ours(&netns).is_ok()
             && let Err(error) = redirect::remove(&netns, true).await
         {
             tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "rules not removed");
         }
     }
 
+    /// The daemon's own namespace and that of the host are nobody's pod, whatever addresses they hold.
+    fn not_ours(&self, netns: &Netns) -> Result<(), CaptureError> {
+        let hosts = [Path::new("/proc/self/ns/net"), Path::new("/proc/1/ns/net"), &self.config.host_netns];
+        let same = |path: &Path| Netns::open(path).is_ok_and(|host| host.id() == netns.id());
+        if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
+    }
+
     /// Ends the capture of a pod: new traffic is no longer redirected, then the listeners end, then the connections,
     /// within the deadline. What brings their replies back stays until then, and is for the caller to remove.
-    pub async fn release(&self, listening: &Listening) {
+    pub async fn release(&self, spec: &PodSpec, listening: &Listening) {
         let pod = &listening.pod;
         if self.config.redirect {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
             };
-            redirect::stop_capturing(&pod.netns, &self.rules(listening)).await.unwrap_or_else(complain);
+            redirect::stop_capturing(&pod.netns, &self.rules(spec, listening)).await.unwrap_or_else(complain);
         }
         pod.drain.gently();
         listening.accepting.finished().await;
@@ -288,13 +313,6 @@ fn not_the_pod(netns: &Netns, missing: IpAddr, held: &[IpAddr]) -> CaptureError 
     let names: Vec<String> = held.iter().map(ToString::to_string).collect();
     let held = if names.is_empty() { "none".into() } else { names.join(", ") };
     CaptureError::NotThePod { path: netns.path().to_owned(), missing, held }
-}
-
-/// The daemon's own namespace and that of the host are nobody's pod, whatever addresses they hold.
-fn not_ours(netns: &Netns) -> Result<(), CaptureError> {
-    let hosts = ["/proc/self/ns/net", "/proc/1/ns/net"];
-    let same = |path: &str| Netns::open(Path::new(path)).is_ok_and(|host| host.id() == netns.id());
-    if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
 }
 
 impl NetnsRef {

@@ -1,7 +1,7 @@
 //! The pods file: a YAML list of this node's pods, followed as it changes.
 
-use super::PodSpec;
-use super::pods::{NetnsRef, Pods};
+use super::pods::{NetnsRef, PodSpec, Pods, Settings};
+use super::redirect::Interface;
 use crate::task::files::{FileWatch, from_yaml};
 use crate::task::ready::Pending;
 use serde::Deserialize;
@@ -35,6 +35,10 @@ struct FilePod {
     uid: String,
     netns: PathBuf,
     dns_capture: Option<bool>,
+    #[serde(default)]
+    bypass_inbound_capture: bool,
+    #[serde(default)]
+    reroute_virtual_interfaces: Vec<String>,
 }
 
 /// Reads and checks a pods file.
@@ -57,13 +61,26 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
         if specs.iter().any(|s| *s.name == *pod.name && *s.namespace == *pod.namespace) {
             faults.push(format!("pod {label} is there twice"));
         }
+        let mut virtual_interfaces = Vec::new();
+        for name in &pod.reroute_virtual_interfaces {
+            match Interface::new(name) {
+                Some(interface) => virtual_interfaces.push(interface),
+                None => faults.push(format!("pod {label}: {name:?} is no name of an interface")),
+            }
+        }
+        let settings = Settings {
+            dns: pod.dns_capture,
+            bypass_inbound: pod.bypass_inbound_capture,
+            virtual_interfaces,
+        };
         specs.push(PodSpec {
             name: pod.name.into(),
             namespace: pod.namespace.into(),
             service_account: pod.service_account.into(),
             uid: pod.uid.into(),
             netns: NetnsRef::Path(pod.netns),
-            dns: pod.dns_capture,
+            ips: Vec::new(),
+            settings,
         });
     }
     if faults.is_empty() { Ok(specs) } else { Err(content(faults.join("; "))) }

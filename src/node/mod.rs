@@ -1,16 +1,21 @@
 //! Which pods are on this node, and capturing them: enter the namespace, listen, redirect, verify; and the way back.
 
 pub mod capture;
+pub mod cni;
 pub mod file;
+pub mod foreign;
+pub mod kubernetes;
 pub mod own;
 pub mod pod;
 pub mod pods;
+pub mod probes;
 pub mod redirect;
+pub mod rules;
 pub mod status;
 pub mod verify;
 pub mod zds;
 
-pub use pods::{PodSpec, Pods};
+pub use pods::{PodSpec, Pods, Settings};
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -23,6 +28,8 @@ pub struct Config {
     pub source: Source,
     /// Whether we write the rules that redirect, or an agent does.
     pub redirect: bool,
+    /// Network namespace of the host, which is nobody's pod.
+    pub host_netns: PathBuf,
     /// Cluster of this node, for the uids of its pods in the mesh.
     pub cluster_id: String,
     /// `SO_MARK` of the daemon's sockets.
@@ -36,12 +43,14 @@ pub struct Config {
 }
 
 /// Where a node's pods come from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Source {
     /// A file names them.
     File(PathBuf),
     /// An agent hands them over, on this socket.
     Agent(PathBuf),
+    /// Labels say so, in the Kubernetes API.
+    Kubernetes(Box<kubernetes::Config>),
 }
 
 /// Why a pod is not captured. Each names the thing, the reason and what to do.
@@ -102,6 +111,9 @@ pub enum CaptureError {
     /// A probe from inside was not captured.
     #[error(transparent)]
     Verify(#[from] verify::VerifyError),
+    /// Changes inside the namespace cannot be heard of.
+    #[error("changes inside the pod's namespace cannot be heard of: {0}; they are found within 30 s")]
+    Deaf(std::io::Error),
     /// The namespace was there, and is no more.
     #[error("the namespace {0} has gone (the pod has ended?)")]
     Vanished(PathBuf),
@@ -131,6 +143,7 @@ impl CaptureError {
             Self::Port { .. } => "port",
             Self::Redirect(_) => "redirect",
             Self::Verify(_) => "verify",
+            Self::Deaf(_) => "deaf",
             Self::Vanished(_) => "vanished",
         }
     }

@@ -64,6 +64,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         addresses: arc_swap::ArcSwap::from_pointee(held),
         drain: capturer.drain.child(),
         active: Default::default(),
+        open: Default::default(),
         probes: Default::default(),
     });
     let accepting = Group::default();

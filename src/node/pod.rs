@@ -8,6 +8,7 @@
 //! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed.
 
 use super::capture::{Approved, Capturer, Listening};
+use super::rules::Rules;
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, redirect};
 use crate::mesh::Wanted;
@@ -28,10 +29,6 @@ const LOOK: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long a pod is listened for whose namespace is not what the facts say: they may be of its earlier life.
 const OLD_FACTS: Duration = Duration::from_secs(10);
-/// Time between verifications of a captured pod.
-const VERIFY_EVERY: Duration = Duration::from_secs(30);
-/// Time between rewritings of the rules: a probe does not see every rule.
-const REWRITE_EVERY: Duration = Duration::from_secs(300);
 
 /// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
 pub type Question = oneshot::Sender<Result<(), String>>;
@@ -56,6 +53,8 @@ pub struct Task {
     pub board: Arc<Board>,
     /// The pod.
     pub spec: PodSpec,
+    /// What is said of it now.
+    changes: watch::Receiver<PodSpec>,
     /// Gently: let go of it in order. At once: another entry has its namespace, or the namespace is gone.
     pub removed: Signal,
     /// Questions of whoever handed the pod over.
@@ -75,12 +74,12 @@ impl Task {
     pub fn new(
         capturer: Arc<Capturer>,
         board: Arc<Board>,
-        spec: PodSpec,
+        changes: watch::Receiver<PodSpec>,
         removed: Signal,
         questions: mpsc::Receiver<Question>,
     ) -> Self {
-        let (asked, begun) = (Vec::new(), Instant::now());
-        Self { capturer, board, spec, removed, questions, first_attempt: None, asked, approved: None, begun }
+        let (asked, begun, spec) = (Vec::new(), Instant::now(), changes.borrow().clone());
+        Self { capturer, board, spec, changes, removed, questions, first_attempt: None, asked, approved: None, begun }
     }
 }
 
@@ -90,8 +89,10 @@ pub async fn keep(mut task: Task) {
     let process = task.capturer.drain.signal();
     loop {
         facts.mark_unchanged();
+        task.spec = task.changes.borrow_and_update().clone();
         let listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
+                task.board.listening(&task.spec.uid, true);
                 // Who it is need not be known for that: the facts may be those of its earlier life.
                 task.answer(&Ok(()));
                 listening
@@ -135,11 +136,15 @@ pub async fn keep(mut task: Task) {
             }
             End::Lost(error @ CaptureError::IdentityChanged(..)) => {
                 task.approved = None;
+                task.board.listening(&task.spec.uid, false);
+                task.board.held(&task.spec.uid, false);
                 give_up(listening).await;
                 task.report(&error);
             }
             End::Lost(error) => {
                 task.approved = None;
+                task.board.listening(&task.spec.uid, false);
+                task.board.held(&task.spec.uid, false);
                 give_up(listening).await;
                 match task.wait_after(&error, &mut facts).await {
                     None => {}
@@ -191,124 +196,92 @@ impl Task {
         self.board.set(&self.spec, state_of(error));
     }
 
-    /// Carries the pod's traffic: approves it, captures it, and watches over it. Returns when it must be captured anew.
+    /// Carries the pod's traffic: finds out who it is, captures it, and watches over both. Returns when it must be captured
+    /// anew. One that cannot be verified keeps its connections and is reported, because what a probe meets need not have
+    /// met them; rules that are an agent's affair are no reason to stop listening.
     async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
-        match self.until_approved(listening, facts).await {
-            Ok(approved) => self.approved = Some(approved),
-            Err(error) => return error,
-        }
-        if self.capturer.config.redirect {
-            let captured = async {
-                self.capturer.redirect(listening).await?;
-                self.capturer.verify(listening).await
-            };
-            if let Err(error) = captured.await {
-                return error;
-            }
-            self.board.set(&self.spec, State::Captured);
-            self.first_attempt = None;
-            return self.hold(listening, facts, Instant::now() + VERIFY_EVERY).await;
-        }
-        // The rules are the agent's affair: that they are not there (yet) is no reason to stop listening.
-        self.hold(listening, facts, Instant::now()).await
-    }
-
-    /// Waits until it is known who the pod is. What comes meanwhile waits as well.
-    async fn until_approved(
-        &mut self,
-        listening: &Listening,
-        facts: &mut watch::Receiver<u64>,
-    ) -> Result<Approved, CaptureError> {
-        let mut looks = tokio::time::interval(LOOK);
-        loop {
-            facts.mark_unchanged();
-            match self.capturer.approve(&self.spec, listening) {
-                Ok(approved) => return Ok(approved),
-                // The facts may be those of the pod's earlier life, for a moment.
-                Err(error) if matches!(error, CaptureError::NoFacts(_)) || self.begun.elapsed() < OLD_FACTS => {
-                    self.board.set(&self.spec, state_of(&error));
-                    self.first_attempt = None;
-                }
-                Err(error) => return Err(error),
-            }
-            // Where facts are told only when asked for, this asks.
-            let ask = self.capturer.mesh.ask(Wanted::Workload(listening.pod.mesh_uid.clone()));
-            tokio::pin!(ask);
-            let mut asking = true;
-            loop {
-                tokio::select! {
-                    () = settled(facts) => break,
-                    _ = &mut ask, if asking => asking = false,
-                    Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
-                    _ = looks.tick() => match vanished(&listening.pod.netns) {
-                        Some(gone) => return Err(gone),
-                        None => break,
-                    },
-                }
-            }
-        }
-    }
-
-    /// Watches over a pod; returns when it must be captured anew. One that cannot be verified keeps its connections and is
-    /// reported, because what a probe meets need not have met them.
-    async fn hold(
-        &mut self,
-        listening: &Listening,
-        facts: &mut watch::Receiver<u64>,
-        mut verify_at: Instant,
-    ) -> CaptureError {
-        let mut rewrite_at = Instant::now() + REWRITE_EVERY;
+        let mut rules = Rules::new(&self.capturer, listening);
         // Ticks on whatever else happens, so that changing facts cannot put off looking.
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tokio::select! {
-                _ = looks.tick() => if let Some(gone) = vanished(&listening.pod.netns) { return gone },
-                Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
-                () = settled(facts) => {}
-            }
-            let still = self.approved.as_ref().map_or(Ok(()), |approved| self.capturer.still(&self.spec, approved));
-            match still {
-                Ok(()) => {}
-                Err(error @ CaptureError::NoFacts(_)) => {
-                    self.board.set(&self.spec, state_of(&error));
-                    // Verified as soon as it is known again.
-                    verify_at = Instant::now();
-                    continue;
-                }
+            facts.mark_unchanged();
+            let waiting = match self.know(listening) {
+                Ok(()) => None,
+                Err(error @ CaptureError::NoFacts(_)) => Some(error),
+                // The facts may be those of the pod's earlier life, for a moment.
+                Err(error) if self.approved.is_none() && self.begun.elapsed() < OLD_FACTS => Some(error),
                 Err(error) => return error,
-            }
-            if Instant::now() < verify_at {
-                continue;
-            }
-            let rewrite = self.capturer.take_dns(&self.spec, listening) || Instant::now() >= rewrite_at;
-            if rewrite {
-                rewrite_at = Instant::now() + REWRITE_EVERY;
-            }
-            let verified = async {
-                if rewrite {
-                    self.capturer.redirect(listening).await?;
-                }
-                self.capturer.verify(listening).await
             };
-            match verified.await {
-                Ok(()) => {
-                    self.board.set(&self.spec, State::Captured);
-                    verify_at = Instant::now() + VERIFY_EVERY;
-                }
-                Err(error) => {
-                    self.report(&error);
-                    verify_at = Instant::now() + RETRY;
+            let ours = waiting.is_none() || !self.spec.ips.is_empty();
+            // Where whoever enrolled the pod has vouched for the namespace, its traffic is held until it is known who it is.
+            let seen_to = match ours {
+                true => rules.see_to(&self.capturer, &self.board, &self.spec, listening).await,
+                false => Ok(false),
+            };
+            self.board.held(&self.spec.uid, rules.verified());
+            match (waiting, seen_to) {
+                (_, Err(error)) => self.report(&error),
+                (None, Ok(verified)) if verified || rules.verified() => self.board.set(&self.spec, State::Captured),
+                (None, Ok(_)) => {}
+                (Some(error), Ok(_)) => {
+                    self.board.set(&self.spec, state_of(&error));
+                    if !ours {
+                        // Verified as soon as it is known.
+                        rules.verify_soon();
+                    }
                 }
             }
             self.first_attempt = None;
+            // Where facts are told only when asked for, this asks.
+            let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
+            let ask = async {
+                match unknown {
+                    Some(wanted) => drop(self.capturer.mesh.ask(wanted).await),
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::pin!(ask);
+            let mut asking = true;
+            loop {
+                tokio::select! {
+                    _ = &mut ask, if asking => asking = false,
+                    Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
+                    () = settled(facts) => break,
+                    _ = looks.tick() => match vanished(&listening.pod.netns) {
+                        Some(gone) => return gone,
+                        None => break,
+                    },
+                    () = tokio::time::sleep_until(rules.due()), if ours => break,
+                    seen = rules.changes() => {
+                        rules.heed(seen, &self.capturer, listening).await;
+                        break;
+                    }
+                    Ok(()) = self.changes.changed() => {
+                        self.spec = self.changes.borrow_and_update().clone();
+                        rules.change_soon();
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Finds out who the pod is, or whether that is still so.
+    fn know(&mut self, listening: &Listening) -> Result<(), CaptureError> {
+        match &self.approved {
+            Some(approved) => self.capturer.still(&self.spec, approved),
+            None => {
+                self.approved = Some(self.capturer.approve(&self.spec, listening)?);
+                Ok(())
+            }
         }
     }
 
     /// Lets go of a pod, and removes the rules, again and again where that fails: with rules and without listeners the
     /// pod is cut off, and must stay on the list until it is not.
     async fn release(&self, listening: &Listening) {
-        self.capturer.release(listening).await;
+        self.capturer.release(&self.spec, listening).await;
         let netns = &listening.pod.netns;
         while self.capturer.config.redirect
             && let Err(error) = redirect::remove(netns, listening.ipv6).await

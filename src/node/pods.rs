@@ -2,6 +2,7 @@
 
 use super::capture::Capturer;
 use super::pod::{self, Question, Task};
+use super::redirect::Interface;
 use super::status::{Board, State};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
@@ -9,9 +10,10 @@ use crate::task::ready::Pending;
 use crate::task::{Drain, Group};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Questions about one pod that may wait.
 const QUESTIONS: usize = 4;
@@ -47,8 +49,30 @@ pub struct PodSpec {
     pub uid: Text,
     /// Its network namespace.
     pub netns: NetnsRef,
+    /// Addresses that whoever enrols the pod says it has. Where there are any the namespace must hold one of them, and is
+    /// captured before the mesh knows who the pod is: what it sends waits, and is not passed in plaintext.
+    pub ips: Vec<IpAddr>,
+    /// What may change while the pod lives.
+    pub settings: Settings,
+}
+
+impl PodSpec {
+    /// Whether both speak of the same pod in the same namespace, with whatever settings.
+    fn is_same_pod(&self, other: &Self) -> bool {
+        let who = |spec: &Self| (spec.name.clone(), spec.namespace.clone(), spec.service_account.clone());
+        self.uid == other.uid && self.netns == other.netns && who(self) == who(other)
+    }
+}
+
+/// A pod's own settings (Istio's annotations); they take effect on a live pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
     /// Whether its DNS is taken; `None`: as the node is set.
     pub dns: Option<bool>,
+    /// Plaintext that comes in is left alone ("ingress mode"). Policy is not enforced on it.
+    pub bypass_inbound: bool,
+    /// TCP that comes in through these interfaces is treated as the pod's own outbound traffic.
+    pub virtual_interfaces: Vec<Interface>,
 }
 
 /// Keeps one task per pod.
@@ -57,8 +81,8 @@ pub struct Pods {
     capturer: Arc<Capturer>,
     board: Arc<Board>,
     kept: HashMap<Text, Kept>,
-    /// Uids of pods that should be there and of which no more is known.
-    unknown: Vec<Text>,
+    /// Uids of pods that should be there, cannot be captured yet, and are shown.
+    shown: Vec<Text>,
     /// Pods that were let go and have not ended yet. Not the namespaces themselves: those must be able to go.
     leaving: Vec<Leaving>,
 }
@@ -73,7 +97,7 @@ struct Leaving {
 
 #[derive(Debug)]
 struct Kept {
-    spec: PodSpec,
+    spec: watch::Sender<PodSpec>,
     /// The namespace behind the path: the same one may go by several names.
     netns: Place,
     remove: Drain,
@@ -84,13 +108,14 @@ struct Kept {
 impl Pods {
     /// No pods yet.
     pub fn new(capturer: Arc<Capturer>, board: Arc<Board>) -> Self {
-        Self { capturer, board, kept: HashMap::new(), unknown: Vec::new(), leaving: Vec::new() }
+        Self { capturer, board, kept: HashMap::new(), shown: Vec::new(), leaving: Vec::new() }
     }
 
     /// Makes the set what `specs` say. `ready` is held until each pod has had one attempt.
     pub fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
+        let stays = |kept: &Kept| specs.iter().any(|spec| spec.is_same_pod(&kept.spec.borrow()));
         let unwanted: Vec<Text> =
-            self.kept.iter().filter(|(_, kept)| !specs.contains(&kept.spec)).map(|(uid, _)| uid.clone()).collect();
+            self.kept.iter().filter(|(_, kept)| !stays(kept)).map(|(uid, _)| uid.clone()).collect();
         // Where the namespace stays wanted under another entry its rules must not go, not even for a moment.
         let places: Vec<Place> = specs.iter().map(Place::of).collect();
         for uid in unwanted {
@@ -98,8 +123,9 @@ impl Pods {
             self.let_go(&uid, elsewhere);
         }
         for spec in specs {
-            if !self.kept.contains_key(&spec.uid) {
-                self.start(spec, ready.cloned());
+            match self.kept.get(&spec.uid) {
+                Some(kept) => kept.take(spec),
+                None => self.start(spec, ready.cloned()),
             }
         }
     }
@@ -107,12 +133,14 @@ impl Pods {
     /// Adds a pod, or finds that it is there already; the answer comes when it is listened for, or cannot be.
     pub fn add(&mut self, spec: PodSpec) -> oneshot::Receiver<Result<(), String>> {
         let uid = spec.uid.clone();
-        if self.kept.get(&uid).is_some_and(|kept| kept.spec != spec || kept.task.len() == 0) {
+        let stays = |kept: &Kept| kept.spec.borrow().is_same_pod(&spec) && kept.task.len() > 0;
+        if self.kept.get(&uid).is_some_and(|kept| !stays(kept)) {
             // Its namespace, or who it is, has changed: what there was has no meaning any more. Nor has a task that died.
             self.let_go(&uid, true);
         }
-        if !self.kept.contains_key(&uid) {
-            self.start(spec, None);
+        match self.kept.get(&uid) {
+            Some(kept) => kept.take(spec),
+            None => self.start(spec, None),
         }
         let (answer, answered) = oneshot::channel();
         if let Some(kept) = self.kept.get(&uid) {
@@ -137,33 +165,38 @@ impl Pods {
         named.iter().filter(|uid| !self.kept.contains_key(*uid)).cloned().collect()
     }
 
-    /// Shows pods of which nothing but the uid is known, and that therefore cannot be served.
+    /// Shows pods that should be captured and of which nothing but the uid is known.
     pub fn show_unknown(&mut self, uids: Vec<Text>) {
-        for gone in self.unknown.drain(..).filter(|uid| !self.kept.contains_key(uid)) {
-            self.board.remove(&gone);
-        }
-        for uid in &uids {
-            let unknown: Text = "(unknown)".into();
+        let unknown = |uid| {
+            let name: Text = "(unknown)".into();
             let netns = NetnsRef::Path(PathBuf::new());
-            let spec = PodSpec {
-                name: unknown.clone(),
-                namespace: unknown.clone(),
-                service_account: unknown,
-                uid: uid.clone(),
-                netns,
-                dns: None,
-            };
-            self.board.set(&spec, State::Failed(
+            let (namespace, service_account) = (name.clone(), name.clone());
+            let spec =
+                PodSpec { name, namespace, service_account, uid, netns, ips: Vec::new(), settings: Settings::default() };
+            (spec, State::Failed(
                 "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \
                  restart the pod".into(),
-            ));
+            ))
+        };
+        self.show(uids.into_iter().map(unknown).collect());
+    }
+
+    /// Shows pods that should be captured and cannot be yet, with the reason; those shown before are shown no longer.
+    pub fn show(&mut self, pods: Vec<(PodSpec, State)>) {
+        let now: Vec<Text> = pods.iter().map(|(spec, _)| spec.uid.clone()).collect();
+        for gone in self.shown.drain(..).filter(|uid| !self.kept.contains_key(uid) && !now.contains(uid)) {
+            self.board.remove(&gone);
         }
-        self.unknown = uids;
+        // One that is still leaving shows that.
+        for (spec, state) in pods.into_iter().filter(|(spec, _)| !self.kept.contains_key(&spec.uid)) {
+            self.board.set(&spec, state);
+        }
+        self.shown = now;
     }
 
     fn let_go(&mut self, uid: &Text, at_once: bool) {
-        if let Some(at) = self.unknown.iter().position(|unknown| unknown == uid) {
-            self.board.remove(&self.unknown.swap_remove(at));
+        if let Some(at) = self.shown.iter().position(|shown| shown == uid) {
+            self.board.remove(&self.shown.swap_remove(at));
         }
         let Some(kept) = self.kept.remove(uid) else { return };
         if at_once {
@@ -171,8 +204,8 @@ impl Pods {
         } else {
             kept.remove.gently();
         }
-        let Kept { spec, netns, remove, task, .. } = kept;
-        self.leaving.push(Leaving { uid: spec.uid, netns, remove, task });
+        let Kept { netns, remove, task, .. } = kept;
+        self.leaving.push(Leaving { uid: uid.clone(), netns, remove, task });
     }
 
     fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
@@ -190,16 +223,28 @@ impl Pods {
             })
             .collect();
         let (remove, task, (questions, asked)) = (Drain::default(), Group::default(), mpsc::channel(QUESTIONS));
-        let mut work = Task::new(self.capturer.clone(), self.board.clone(), spec.clone(), remove.signal(), asked);
+        let (said, hears) = watch::channel(spec.clone());
+        let mut work = Task::new(self.capturer.clone(), self.board.clone(), hears, remove.signal(), asked);
         work.first_attempt = ready;
         let (board, uid) = (self.board.clone(), spec.uid.clone());
-        self.kept.insert(uid, Kept { spec: spec.clone(), netns, remove, questions, task: task.clone() });
+        self.kept.insert(uid, Kept { spec: said, netns, remove, questions, task: task.clone() });
         task.spawn(async move {
             for earlier in earlier {
                 earlier.finished().await;
             }
             board.set(&spec, State::Pending("being captured".into()));
             pod::keep(work).await;
+        });
+    }
+}
+
+impl Kept {
+    /// Takes what is said of the pod now; who it is has not changed.
+    fn take(&self, spec: PodSpec) {
+        self.spec.send_if_modified(|known| {
+            let other = *known != spec;
+            *known = spec;
+            other
         });
     }
 }

@@ -4,10 +4,14 @@
 //! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS to 15053,
 //! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
+use super::foreign::{self, Foreign};
+use crate::mesh::Text;
+use crate::sys::iptables;
 use crate::sys::netns::{Netns, NetnsError};
 use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
+use serde_json::Value;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::Stdio;
@@ -19,7 +23,7 @@ use tokio::process::Command;
 pub const TABLE: &str = "culvert";
 
 /// What the rules are to do.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Rules {
     /// `SO_MARK` of our own packets.
     pub mark: u32,
@@ -27,6 +31,22 @@ pub struct Rules {
     pub ipv6: bool,
     /// Whether DNS is taken.
     pub dns: bool,
+    /// Plaintext that comes in is left alone.
+    pub bypass_inbound: bool,
+    /// What comes in through these interfaces is taken as outbound.
+    pub virtual_interfaces: Vec<Interface>,
+}
+
+/// Name of a network interface that may stand in a rule.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface(Text);
+
+impl Interface {
+    /// Checks a name: the kernel takes others, nothing that an nft script could misread.
+    pub fn new(name: &str) -> Option<Self> {
+        let fine = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_');
+        ((1..=15).contains(&name.len()) && name.bytes().all(fine)).then(|| Self(name.into()))
+    }
 }
 
 /// Mark bits that are looked at.
@@ -42,9 +62,9 @@ const RULE_PRIORITY: u32 = 32764;
 /// Routing table of the ip rule.
 const ROUTE_TABLE: u32 = 100;
 /// Source address of kubelet probes, which are not captured.
-const PROBE_V4: &str = "169.254.7.127";
+pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
-const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
+pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// How long `nft` or the kernel may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -57,6 +77,9 @@ pub enum RedirectError {
     /// `nft` cannot be run.
     #[error("cannot run nft: {0}; install nftables")]
     NoNft(io::Error),
+    /// Legacy tables cannot be looked into.
+    #[error("cannot look into the pod's legacy iptables tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
+    NoLook(io::Error),
     /// `nft` refused the rules.
     #[error("nft refused the rules: {0}; {hint}", hint = nft_hint(_0))]
     Nft(String),
@@ -68,6 +91,12 @@ pub enum RedirectError {
         /// What the library said.
         source: rtnetlink::Error,
     },
+    /// Rules of somebody else capture the pod, and cannot be removed by us.
+    #[error("istio-cni's legacy iptables rules ({0}) are in the pod; restart the pod, or remove them with iptables-legacy")]
+    Legacy(String),
+    /// Rules of somebody else came back after they had been removed.
+    #[error("{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node")]
+    Contested(String),
     /// Too slow.
     #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
     Deadline,
@@ -90,13 +119,62 @@ fn route_hint(error: &rtnetlink::Error) -> &'static str {
     }
 }
 
-/// Installs the redirection; a repetition replaces it, nothing is doubled.
-pub async fn install(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
+/// Our rules as the kernel lists them, to see whether they are still the same. Only ever compared with another listing.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Listing(Value);
+
+/// Installs the redirection; a repetition replaces it, nothing is doubled. What istio-cni has left in the pod goes in the
+/// same transaction, and is named; where `taken_over` it had gone before, and is refused now.
+pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<Foreign, RedirectError> {
     within(async {
+        let legacy = netns.enter(|| iptables::tables_with(foreign::CHAINS))?.map_err(RedirectError::NoLook)?;
+        if !legacy.is_empty() {
+            return Err(RedirectError::Legacy(legacy.join(", ")));
+        }
+        let foreign = foreign::find(&list(netns, &["list", "ruleset"]).await?);
+        if taken_over && !foreign.names.is_empty() {
+            return Err(RedirectError::Contested(foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
+        }
         routes(netns, rules.ipv6, true).await?;
-        nft(netns, &ruleset(rules, true)).await
+        nft(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
+        Ok(foreign)
     })
     .await
+}
+
+/// What of ours is in the namespace now.
+pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectError> {
+    let mut listing = list_table(netns, table).await?;
+    without_handles(&mut listing);
+    Ok(Listing(listing))
+}
+
+/// One of our tables as `nft` prints it; null where there is none.
+pub async fn list_table(netns: &Netns, table: &str) -> Result<Value, RedirectError> {
+    within(async {
+        match list(netns, &["list", "table", "inet", table]).await {
+            Err(RedirectError::Nft(_)) => Ok(Value::Null),
+            listed => listed,
+        }
+    })
+    .await
+}
+
+/// Runs a script of `nft` in a namespace, as one transaction.
+pub async fn apply(netns: &Netns, script: &str) -> Result<(), RedirectError> {
+    within(nft(netns, script)).await
+}
+
+/// Handles are given anew with each writing, and say nothing.
+fn without_handles(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            map.remove("handle");
+            map.values_mut().for_each(without_handles);
+        }
+        Value::Array(all) => all.iter_mut().for_each(without_handles),
+        _ => {}
+    }
 }
 
 /// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
@@ -113,14 +191,15 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     .await
 }
 
-async fn within(work: impl Future<Output = Result<(), RedirectError>>) -> Result<(), RedirectError> {
+async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Result<T, RedirectError> {
     tokio::time::timeout(DEADLINE, work).await.unwrap_or(Err(RedirectError::Deadline))
 }
 
 /// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
 /// would stop translating the connections that are open.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { mark, ipv6, dns } = *rules;
+    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces } = rules;
+    let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
     let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
@@ -128,21 +207,28 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let mut inbound = String::new();
     let mut outbound = String::new();
     if capture {
-        inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} accept\n");
-        inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
+        for Interface(name) in virtual_interfaces {
+            inbound += &format!("    iifname \"{name}\" meta l4proto tcp redirect to :15001\n");
+        }
+        if !bypass_inbound {
+            inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} accept\n");
+            inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
+            for outside in not_loopback {
+                inbound += &format!("    {outside} tcp dport != 15008 {others} redirect to :15006\n");
+            }
+        }
         outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
         outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
         if dns {
             // Where we do not listen on IPv6, DNS over it is left alone.
-            let family = if ipv6 { "" } else { "meta nfproto ipv4 " };
+            let family = if *ipv6 { "" } else { "meta nfproto ipv4 " };
             outbound += &format!("    {family}oifname != lo udp dport 53 {others} redirect to :{DNS}\n");
-            for outside in not_loopback.iter().take(if ipv6 { 2 } else { 1 }) {
+            for outside in not_loopback.iter().take(if *ipv6 { 2 } else { 1 }) {
                 outbound += &format!("    {outside} tcp dport 53 {others} redirect to :{DNS}\n");
             }
         }
         outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");
         for outside in not_loopback {
-            inbound += &format!("    {outside} tcp dport != 15008 {others} redirect to :15006\n");
             // A pod that calls its own address is not captured.
             outbound += &format!("    oifname lo {outside} accept\n");
         }
@@ -171,8 +257,19 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
 }
 
 async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
+    run(netns, &["-f", "-"], script).await.map(drop)
+}
+
+async fn list(netns: &Netns, what: &[&str]) -> Result<Value, RedirectError> {
+    let arguments: Vec<&str> = ["-j"].into_iter().chain(what.iter().copied()).collect();
+    let printed = run(netns, &arguments, "").await?;
+    serde_json::from_slice(&printed).map_err(|error| RedirectError::Nft(format!("its listing is not JSON: {error}")))
+}
+
+/// Runs `nft` inside a namespace and gives what it prints.
+async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>, RedirectError> {
     let mut command = Command::new("nft");
-    command.arg("-f").arg("-").stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     // The child inherits the namespace that the thread is in when it is started.
     let mut child = netns.enter(|| command.spawn())?.map_err(RedirectError::NoNft)?;
     if let Some(mut stdin) = child.stdin.take() {
@@ -181,7 +278,7 @@ async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
     }
     let output = child.wait_with_output().await.map_err(RedirectError::NoNft)?;
     if output.status.success() {
-        return Ok(());
+        return Ok(output.stdout);
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(RedirectError::Nft(said.lines().next().unwrap_or("no reason given").trim().to_owned()))

@@ -10,6 +10,7 @@ use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
+use tokio::sync::watch;
 
 /// State of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,10 @@ pub struct PodStatus {
     pub state: State,
     /// Since when.
     pub since: SystemTime,
+    /// Whether the daemon takes its connections, whatever the state of its rules.
+    pub listening: bool,
+    /// Whether its rules are in place and verified, whatever is known of the pod: what it sends is carried or waits.
+    pub held: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -71,10 +76,12 @@ pub struct Board {
     pods: Mutex<BTreeMap<Text, PodStatus>>,
     by_state: Family<StateLabel, Gauge>,
     failures: Family<ReasonLabel, Counter>,
+    repairs: Counter,
     started: Counter,
     stopped: Counter,
     active: Gauge,
     pending: Gauge,
+    changed: watch::Sender<u64>,
 }
 
 impl Board {
@@ -83,6 +90,8 @@ impl Board {
         registry.register("culvert_pods", "Pods of this node by capture state", self.by_state.clone());
         let failures = "Attempts to capture a pod that failed, by reason";
         registry.register("culvert_capture_failures", failures, self.failures.clone());
+        let repairs = "Rules of pods written again because somebody had changed them, or from time to time";
+        registry.register("culvert_redirection_rewrites", repairs, self.repairs.clone());
         let started = "Pods captured (unstable)";
         registry.register("workload_manager_proxies_started", started, self.started.clone());
         let stopped = "Pods released or lost (unstable)";
@@ -114,8 +123,12 @@ impl Board {
         if before == Some(State::Captured) {
             self.stopped.inc();
         }
-        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since: SystemTime::now() });
+        let before = pods.get(&spec.uid);
+        let (listening, held) = before.map_or((false, false), |status| (status.listening, status.held));
+        let since = SystemTime::now();
+        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held });
         self.count(&pods);
+        self.changed.send_modify(|n| *n += 1);
     }
 
     /// Counts a failed attempt.
@@ -123,11 +136,47 @@ impl Board {
         self.failures.get_or_create(&ReasonLabel { reason: error.word() }).inc();
     }
 
+    /// Counts a writing of a pod's rules that was not its first.
+    pub fn written(&self, again: bool) {
+        if again {
+            self.repairs.inc();
+        }
+    }
+
+    /// Says whether a pod is listened for.
+    pub fn listening(&self, uid: &Text, listening: bool) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = pods.get_mut(uid).filter(|status| status.listening != listening) {
+            status.listening = listening;
+            self.changed.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Says whether a pod's rules are in place.
+    pub fn held(&self, uid: &Text, held: bool) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = pods.get_mut(uid).filter(|status| status.held != held) {
+            status.held = held;
+            self.changed.send_modify(|n| *n += 1);
+        }
+    }
+
+    /// Tells of changes.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
     /// Forgets a pod.
     pub fn remove(&self, uid: &Text) {
         let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
         pods.remove(uid);
         self.count(&pods);
+        self.changed.send_modify(|n| *n += 1);
+    }
+
+    /// The state of one pod.
+    pub fn get(&self, uid: &Text) -> Option<PodStatus> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
     }
 
     /// All pods and their states.

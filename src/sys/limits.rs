@@ -1,6 +1,7 @@
 //! Limits of the process: open files, and what the process may do.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::path::{Path, PathBuf};
 
 /// Raises the soft limit of open files to the hard one; returns what is in force afterwards.
 pub fn raise_open_files() -> u64 {
@@ -15,6 +16,52 @@ pub fn raise_open_files() -> u64 {
 pub fn open_files() -> Option<usize> {
     // The directory itself is open while it is read.
     std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1))
+}
+
+/// The memory that the process's cgroup may use.
+#[derive(Debug)]
+pub struct Memory {
+    used: PathBuf,
+    stat: PathBuf,
+    max: u64,
+}
+
+impl Memory {
+    /// Of this process; `None` where it has no limit that can be seen (cgroups(7), of version 2 and 1).
+    pub fn of_process() -> Option<Self> {
+        let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
+        let (two, one) = (("cgroup2", "memory.max", "memory.current"), ("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes"));
+        [two, one].into_iter().find_map(|(kind, max, used)| {
+            let path = own.lines().find_map(|line| {
+                let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+                let ours = if kind == "cgroup2" { controllers.is_empty() } else { controllers == "memory" };
+                ours.then_some(path)
+            })?;
+            let mount = mounts.lines().find_map(|line| {
+                let mut words = line.split(' ').skip(1);
+                let (mount, this, options) = (words.next()?, words.next()?, words.next()?);
+                let memory = kind == "cgroup2" || options.split(',').any(|option| option == "memory");
+                (this == kind && memory).then_some(mount)
+            })?;
+            // Inside a container the mount is the cgroup itself.
+            let inside = [Path::new(mount).join(path.trim_start_matches('/')), PathBuf::from(mount)];
+            inside.into_iter().find_map(|folder| {
+                let max = std::fs::read_to_string(folder.join(max)).ok()?.trim().parse().ok()?;
+                // Version 1 says "none" by a number near the largest.
+                (max < 1 << 60).then(|| Self { used: folder.join(used), stat: folder.join("memory.stat"), max })
+            })
+        })
+    }
+
+    /// What is used, without files that can be dropped, and the limit, in bytes.
+    pub fn now(&self) -> Option<(u64, u64)> {
+        let used: u64 = std::fs::read_to_string(&self.used).ok()?.trim().parse().ok()?;
+        let stat = std::fs::read_to_string(&self.stat).unwrap_or_default();
+        let of = |name: &str| stat.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
+        let files = of("total_inactive_file ").or_else(|| of("inactive_file ")).unwrap_or(0);
+        Some((used.saturating_sub(files), self.max))
+    }
 }
 
 /// Whether the process runs as root, which entering namespaces and writing rules needs.

@@ -4,7 +4,9 @@
 
 #![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
 
+pub mod changes;
 pub mod conntrack;
+pub mod iptables;
 pub mod limits;
 pub mod netns;
 pub mod original_dst;

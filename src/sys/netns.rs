@@ -103,11 +103,15 @@ impl Netns {
 
     /// Takes over a descriptor that somebody else has opened, if it is of a network namespace. `name` is for display.
     pub fn handed_over(descriptor: OwnedFd, name: &str) -> Result<Self, NetnsError> {
-        let mut netns = Self::of(File::from(descriptor), Path::new(name))?;
-        if let Some(inner) = Arc::get_mut(&mut netns.inner) {
+        Ok(Self::of(File::from(descriptor), Path::new(name))?.kept())
+    }
+
+    /// The same handle, no longer looked up by its path: that may lead elsewhere when a process has ended.
+    pub fn kept(mut self) -> Self {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.by_path = false;
         }
-        Ok(netns)
+        self
     }
 
     fn of(file: File, path: &Path) -> Result<Self, NetnsError> {

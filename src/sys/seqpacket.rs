@@ -2,16 +2,22 @@
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, connect, recvmsg, send, socket,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr, accept4, bind,
+    connect, listen, recvmsg, send, sendmsg, socket,
 };
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::fs::Permissions;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Descriptors that one packet can bring (Linux, `SCM_MAX_FD`): with room for all, none is ever lost on the way.
 const DESCRIPTORS_MAX: usize = 253;
+
+/// Connections that may wait to be taken.
+const WAITING: i32 = 128;
 
 /// One packet.
 #[derive(Debug)]
@@ -36,9 +42,24 @@ impl Seqpacket {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
         connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Self::of(fd)
+    }
+
+    fn of(fd: OwnedFd) -> io::Result<Self> {
         // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })
+    }
+
+    /// Sends one packet with a descriptor beside it.
+    pub async fn send_with(&self, bytes: &[u8], descriptor: impl AsFd) -> io::Result<()> {
+        let beside = [descriptor.as_fd().as_raw_fd()];
+        let write = |fd: &OwnedFd| {
+            let control = [ControlMessage::ScmRights(&beside)];
+            Ok(sendmsg::<()>(fd.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?)
+        };
+        let sent = self.socket.async_io(Interest::WRITABLE, write).await?;
+        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent in part")) }
     }
 
     /// Sends one packet.
@@ -51,6 +72,41 @@ impl Seqpacket {
     /// Receives one packet of up to `size` bytes.
     pub async fn receive(&self, size: usize) -> io::Result<Packet> {
         self.socket.async_io(Interest::READABLE, |fd| read(fd.as_raw_fd(), size)).await
+    }
+}
+
+/// A socket that takes connections.
+#[derive(Debug)]
+pub struct Listener {
+    socket: AsyncFd<OwnedFd>,
+}
+
+impl Listener {
+    /// Listens at a path, in the place of whoever did before; root alone may connect.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        // Under another name first: at no moment is there a path at which nobody listens.
+        let new = path.with_extension("new");
+        match std::fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        bind(fd.as_raw_fd(), &UnixAddr::new(&new)?)?;
+        std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
+        listen(&fd, Backlog::new(WAITING)?)?;
+        std::fs::rename(&new, path)?;
+        // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
+        let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+        Ok(Self { socket: socket.map_err(io::Error::from)? })
+    }
+
+    /// Takes the next connection.
+    pub async fn accept(&self) -> io::Result<Seqpacket> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let accepted = self.socket.async_io(Interest::READABLE, |fd| Ok(accept4(fd.as_raw_fd(), flags)?)).await?;
+        // SAFETY: the kernel has just made this descriptor for us; nobody else knows of it.
+        Seqpacket::of(unsafe { OwnedFd::from_raw_fd(accepted) })
     }
 }
 

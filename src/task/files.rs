@@ -29,17 +29,8 @@ type Stamp = Option<(u64, u64, SystemTime)>;
 impl FileWatch {
     /// Watches `path`, which need not exist yet.
     pub fn new(path: &Path) -> Self {
-        let (send, events) = mpsc::channel(1);
-        let watcher = notify::recommended_watcher(move |_| {
-            // A full channel already says that there is something to look at.
-            let _ = send.try_send(());
-        });
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let watcher = watcher.and_then(|mut w| w.watch(folder, RecursiveMode::NonRecursive).map(|()| w));
-        if let Err(error) = &watcher {
-            tracing::warn!(path = %path.display(), %error, "no file events here; looking every 5 s instead");
-        }
-        Self { path: path.to_owned(), seen: stamp(path), events, _watcher: watcher.ok() }
+        let (watcher, events) = watch(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
+        Self { path: path.to_owned(), seen: stamp(path), events, _watcher: watcher }
     }
 
     /// Completes when the file is another than at the last call (or than at the start).
@@ -63,6 +54,46 @@ impl FileWatch {
             }
         }
     }
+}
+
+/// Tells that something in a folder may have changed.
+#[derive(Debug)]
+pub struct FolderWatch {
+    events: mpsc::Receiver<()>,
+    /// Kept for its life only: dropping it ends the watch.
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl FolderWatch {
+    /// Watches a folder, which should exist.
+    pub fn new(folder: &Path) -> Self {
+        let (watcher, events) = watch(folder);
+        Self { events, _watcher: watcher }
+    }
+
+    /// Completes when something has changed and settled, and every 5 s without.
+    pub async fn changed(&mut self) {
+        match timeout(LOOK_ANYWAY, self.events.recv()).await {
+            Ok(None) => tokio::time::sleep(LOOK_ANYWAY).await,
+            Ok(Some(())) => tokio::time::sleep(SETTLE).await,
+            Err(_) => {}
+        }
+        let _ = self.events.try_recv();
+    }
+}
+
+/// Watches a folder; no watcher where the system offers no more of them.
+fn watch(folder: &Path) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<()>) {
+    let (send, events) = mpsc::channel(1);
+    let watcher = notify::recommended_watcher(move |_| {
+        // A full channel already says that there is something to look at.
+        let _ = send.try_send(());
+    });
+    let watcher = watcher.and_then(|mut w| w.watch(folder, RecursiveMode::NonRecursive).map(|()| w));
+    if let Err(error) = &watcher {
+        tracing::warn!(folder = %folder.display(), %error, "no file events here; looking every 5 s instead");
+    }
+    (watcher.ok(), events)
 }
 
 /// Reads YAML; an error is one line that names line and column.

@@ -89,8 +89,9 @@ fn a_hundred_connections_to_a_dead_destination_fail_together() {
 }
 
 #[test]
-fn connections_above_the_limit_are_reset_and_counted_and_the_admin_port_answers() {
+fn above_the_limit_the_largest_consumer_waits_first_and_then_all_and_the_admin_port_answers() {
     let (mut w, client, server) = world();
+    let second = w.mesh_pod("second", 1);
     w.write_mesh();
     for node in [1, 2] {
         w.write_pods(node, &w.captured_pods(node));
@@ -98,16 +99,147 @@ fn connections_above_the_limit_are_reset_and_counted_and_the_admin_port_answers(
         w.wait_captured(node);
     }
     eventually("the probes of capture have ended", || w.metric(1, "culvert_data_plane_tasks", &[]) == 0.0);
-    let mut open: Vec<TcpStream> = (0..10).map(|_| connect(&client.netns, (server.v4, 9000)).unwrap()).collect();
+    let failures = |w: &World, reason: &str| w.metric(1, "culvert_connection_failures_total", &[&format!("reason=\"{reason}\"")]);
+    let mut open: Vec<TcpStream> = (0..8).map(|_| connect(&client.netns, (server.v4, 9000)).unwrap()).collect();
     open.iter_mut().for_each(round_trip);
-    assert!(is_reset(&client.netns, (server.v4, 9000)));
-    assert_eq!(w.metric(1, "culvert_connection_failures_total", &["reason=\"limit\""]), 1.0);
+    assert!(is_reset(&client.netns, (server.v4, 9000)), "above 80 % the largest consumer waits");
+    assert_eq!((failures(&w, "largest_consumer"), failures(&w, "limit")), (1.0, 0.0));
+    let line = w.log_line(1, "it says why", |line| line["reason"] == "largest_consumer");
+    assert!(line["error"].as_str().unwrap().contains("connections are above 80 %"), "{line}");
+    open.extend((0..2).map(|_| connect(&second.netns, (server.v4, 9000)).unwrap()));
     open.iter_mut().for_each(round_trip);
-    drop(open.pop());
+    assert!(is_reset(&second.netns, (server.v4, 9000)), "what is full is full for all");
+    assert_eq!(failures(&w, "limit"), 1.0);
+    open.iter_mut().for_each(round_trip);
+    drop(open);
     eventually("there is room again", || {
         let Ok(mut stream) = connect(&client.netns, (server.v4, 9000)) else { return false };
         stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
     });
+}
+
+/// Opens connections until the daemon refuses, `most` at most, and keeps them.
+fn greed(ns: &str, to: std::net::SocketAddr, most: usize) -> Vec<TcpStream> {
+    inside(ns, move || {
+        let mut open = Vec::new();
+        for _ in 0..most {
+            let Ok(mut stream) = TcpStream::connect_timeout(&to, PATIENCE) else { continue };
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            if stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok() {
+                open.push(stream);
+            }
+        }
+        open
+    })
+}
+
+#[test]
+fn with_few_files_the_greedy_pod_is_refused_and_others_the_admin_port_and_capture_go_on() {
+    let (mut w, client, server) = world();
+    let (second, late) = (w.mesh_pod("second", 1), w.mesh_pod("late", 1));
+    w.write_mesh();
+    w.write_pods(2, &[&server]);
+    w.start_node(2, &[]);
+    w.wait_captured(2);
+    w.write_pods(1, &[&client, &second]);
+    w.start_node_by(&["prlimit", "--nofile=1024:1024", "--"], 1, &[]);
+    eventually("both are captured", || ["client", "second"].iter().all(|pod| w.state(1, pod).0 == "captured"));
+    let to = std::net::SocketAddr::new(server.v4, 9000);
+    let held = greed(&client.netns, to, 700);
+    assert!((100..420).contains(&held.len()), "{}", held.len());
+    assert!(w.metric(1, "culvert_connection_failures_total", &["reason=\"largest_consumer\""]) > 100.0);
+    assert!(open_files(&w, 1) < 1000, "{}", open_files(&w, 1));
+    let others = greed(&second.netns, to, 20);
+    assert_eq!(others.len(), 20, "another pod gets its own");
+    w.write_pods(1, &[&client, &second, &late]);
+    eventually("another pod is captured", || w.state(1, "late").0 == "captured");
+    round_trip(&mut connect(&late.netns, to).unwrap());
+    assert!(w.is_ready(1));
+    drop(held);
+    eventually("it recovers alone", || greed(&client.netns, to, 50).len() == 50);
+    assert!(w.node(1).is_running());
+}
+
+/// A cgroup with a memory limit, of version 1 or 2; removed when dropped.
+struct MemoryLimit(std::path::PathBuf);
+
+impl MemoryLimit {
+    fn new(w: &World, bytes: u64) -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let find = |test: &dyn Fn(&[&str]) -> bool| {
+            let lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+            lines.into_iter().find(|words| test(words)).map(|words| words[1].to_owned())
+        };
+        let one = find(&|words| words[2] == "cgroup" && words[3].split(',').any(|option| option == "memory"));
+        let (mount, file) = match one {
+            Some(mount) => (mount, "memory.limit_in_bytes"),
+            None => (find(&|words| words[2] == "cgroup2").expect("cgroups are mounted"), "memory.max"),
+        };
+        let folder = std::path::Path::new(&mount).join(w.prefix.trim_end_matches('-'));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join(file), bytes.to_string()).expect("the memory controller is there");
+        Self(folder)
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while std::fs::remove_dir(&self.0).is_err() && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn with_little_memory_the_greedy_pod_is_refused_and_nobody_is_killed() {
+    let mut w = World::new();
+    let limit = MemoryLimit::new(&w, 256 << 20);
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    apps::serve(&server.netns, 9000, apps::echo);
+    let second = w.mesh_pod("second", 1);
+    w.write_mesh();
+    w.write_pods(2, &[&server]);
+    w.start_node(2, &[]);
+    w.wait_captured(2);
+    w.write_pods(1, &[&client, &second]);
+    let join = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", limit.0.display());
+    w.start_node_by(&["sh", "-c", &join, "--"], 1, &[]);
+    eventually("both are captured", || ["client", "second"].iter().all(|pod| w.state(1, pod).0 == "captured"));
+    let to = std::net::SocketAddr::new(server.v4, 9000);
+    // Each connection that has not been read from holds a window of what the echo sends back.
+    let chunk = vec![1; 256 << 10];
+    let (mut held, mut refused) = (Vec::new(), 0);
+    while refused < 50 && held.len() < 3000 {
+        let Ok(stream) = connect(&client.netns, to) else { panic!("connecting fails only by a reset") };
+        stream.set_nonblocking(true).unwrap();
+        let mut reset = false;
+        for _ in 0..40 {
+            match (&stream).write(&chunk) {
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => std::thread::yield_now(),
+                Err(_) => reset = true,
+            }
+        }
+        if reset {
+            refused += 1;
+        } else {
+            held.push(stream);
+        }
+    }
+    assert!(refused >= 50, "nothing was refused of {}", held.len());
+    assert!(w.node(1).is_running());
+    let line = w.log_line(1, "it says why", |line| line["reason"] == "largest_consumer");
+    assert!(line["error"].as_str().unwrap().contains("memory"), "{line}");
+    round_trip(&mut connect(&second.netns, to).unwrap());
+    assert!(w.is_ready(1));
+    let pid = w.pid(1);
+    drop(held);
+    eventually("it recovers alone", || greed(&client.netns, to, 5).len() == 5);
+    assert_eq!(w.pid(1), pid);
+    assert!(w.node(1).is_running());
+    drop(w);
+    drop(limit);
 }
 
 #[test]

@@ -30,6 +30,7 @@ mod envoy;
 mod hostile;
 mod istio;
 mod journeys;
+mod kubernetes;
 mod limits;
 mod visible;
 mod waypoint;

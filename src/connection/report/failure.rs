@@ -3,6 +3,7 @@
 
 use crate::connection::accept::AcceptError;
 use crate::connection::authorize::Refusal;
+use crate::connection::budget::Scarce;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
@@ -16,8 +17,18 @@ use crate::mesh::Text;
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The daemon has as many connections as it may have.
-    #[error("too many connections: the limit of {0} is reached")]
+    #[error("too many connections: no more than the {0} that are open fit this node's limits")]
     Limit(usize),
+    /// The node is nearly full, and this pod has the most.
+    #[error("the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused")]
+    Largest {
+        /// Connections of the pod.
+        own: usize,
+        /// Connections of all pods.
+        all: usize,
+        /// What there is too little of.
+        scarce: Scarce,
+    },
     /// Nothing is known about the pod yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
@@ -77,6 +88,7 @@ impl Failure {
     fn kind(&self) -> (&'static str, &'static str, Fault) {
         match self {
             Self::Limit(_) => ("limit", "CONNECT", Fault::Us),
+            Self::Largest { .. } => ("largest_consumer", "CONNECT", Fault::App),
             Self::LocalWorkload(_) => ("workload_unknown", "CONNECT", Fault::Mesh),
             Self::Accept(error) => match error {
                 AcceptError::OriginalDestination(_) => ("original_destination_unknown", "CONNECT", Fault::Us),

@@ -6,7 +6,7 @@
 pub mod message;
 pub mod session;
 
-use super::PodSpec;
+use super::{PodSpec, Settings};
 use super::pods::{NetnsRef, Pods};
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Packet, Seqpacket};
@@ -178,7 +178,8 @@ impl Client {
             uid: uid.into(),
             netns: NetnsRef::Handle(netns),
             // Which pods' DNS is redirected is the agent's affair.
-            dns: None,
+            ips: Vec::new(),
+            settings: Settings::default(),
         };
         let answer = self.pods.add(spec);
         match tokio::time::timeout(ANSWER_DEADLINE, answer).await {

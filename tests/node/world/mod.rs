@@ -5,6 +5,7 @@ pub mod apps;
 pub mod certs;
 pub mod control_plane;
 pub mod facts;
+pub mod kube;
 pub mod names;
 pub mod process;
 pub mod wire;
@@ -207,11 +208,28 @@ impl World {
 
     /// Starts a node's daemon with further settings.
     pub fn start_node(&mut self, node: u8, settings: &[(&str, &str)]) {
-        let mut command = Command::new(subject());
+        self.start_node_by(&[], node, settings);
+    }
+
+    /// The same, by a program that becomes the daemon.
+    pub fn start_node_by(&mut self, by: &[&str], node: u8, settings: &[(&str, &str)]) {
+        let mut command = match by {
+            [] => Command::new(subject()),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(subject());
+                command
+            }
+        };
         command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_PODS_FILE", self.pods_file(node));
         command.env("CULVERT_CA_DIR", self.ca()).env("LOG_FORMAT", "json").envs(settings.iter().copied());
+        self.start_command(node, &mut command);
+    }
+
+    /// Starts a daemon on a node and waits until it can be asked.
+    fn start_command(&mut self, node: u8, command: &mut Command) {
         let log = self.dir.join(format!("node{node}.log"));
-        let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
+        let process = Process::start(&self.ns(&format!("n{node}")), command, &log);
         self.nodes.push((node, process));
         eventually("the admin port answers", || self.try_get(node, 15000, "/pods").is_some());
     }

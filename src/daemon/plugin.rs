@@ -1,0 +1,155 @@
+//! `culvert cni`: the plugin that container runtimes run for each pod. It decides nothing: it asks the daemon, and fails while
+//! there is none, so that no pod that should be captured starts without that.
+
+use crate::config::plugin::Call;
+use crate::node::cni::{self, Question, Verb};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Versions of the specification that are spoken.
+const VERSIONS: [&str; 6] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0", "0.2.0"];
+/// The version that is meant where none is said.
+const DEFAULT_VERSION: &str = "1.0.0";
+/// Bytes of a configuration at most.
+const CONFIGURATION_MAX: u64 = 4 << 20;
+
+// Codes of errors (CNI specification, section 5).
+const INVALID_ENVIRONMENT: u64 = 4;
+const CANNOT_DECODE: u64 = 6;
+const INVALID_CONFIGURATION: u64 = 7;
+const TRY_AGAIN_LATER: u64 = 11;
+const NOT_AVAILABLE: u64 = 50;
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Configuration {
+    #[serde(default)]
+    cni_version: Option<String>,
+    #[serde(default)]
+    socket: PathBuf,
+    #[serde(default)]
+    exclude_namespaces: BTreeSet<String>,
+    #[serde(default)]
+    own_namespace: String,
+    #[serde(default)]
+    own_name: String,
+    #[serde(default)]
+    prev_result: Option<Value>,
+}
+
+struct Refusal {
+    code: u64,
+    message: String,
+}
+
+/// Does what the runtime asks for.
+pub(super) fn run(call: &Call) -> ExitCode {
+    let mut text = String::new();
+    let read = std::io::stdin().take(CONFIGURATION_MAX).read_to_string(&mut text);
+    let parsed = read.map_err(|error| error.to_string()).and_then(|_| {
+        serde_json::from_str::<Configuration>(&text).map_err(|error| format!("the configuration is not valid: {error}"))
+    });
+    let version = match &parsed {
+        Ok(configuration) => configuration.cni_version.clone(),
+        // VERSION may come without one.
+        Err(_) => None,
+    };
+    let version = version.unwrap_or_else(|| DEFAULT_VERSION.into());
+    if call.command == "VERSION" {
+        return print(&json!({"cniVersion": version, "supportedVersions": VERSIONS}), ExitCode::SUCCESS);
+    }
+    let result = match parsed {
+        Err(message) => Err(Refusal { code: CANNOT_DECODE, message }),
+        Ok(configuration) => perform(call, &configuration),
+    };
+    match result {
+        Ok(Some(value)) => print(&value, ExitCode::SUCCESS),
+        Ok(None) => ExitCode::SUCCESS,
+        Err(Refusal { code, message }) => {
+            let message = format!("culvert: {message}");
+            print(&json!({"cniVersion": version, "code": code, "msg": message}), ExitCode::FAILURE)
+        }
+    }
+}
+
+fn print(value: &Value, code: ExitCode) -> ExitCode {
+    match writeln!(std::io::stdout(), "{value}") {
+        Ok(()) => code,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, Refusal> {
+    let invalid = |code, message: &str| Refusal { code, message: message.to_owned() };
+    if configuration.socket.as_os_str().is_empty() {
+        return Err(invalid(INVALID_CONFIGURATION, "the configuration names no socket"));
+    }
+    let (verb, needs_pod) = match call.command.as_str() {
+        "ADD" => (Verb::Add, true),
+        "DEL" => (Verb::Del, false),
+        "CHECK" => (Verb::Check, true),
+        "STATUS" => (Verb::Status, false),
+        "GC" => return Ok(None),
+        other => return Err(invalid(INVALID_ENVIRONMENT, &format!("CNI_COMMAND {other:?} is not known"))),
+    };
+    if needs_pod && (call.pod.is_empty() || call.namespace.is_empty()) {
+        // A container that is no pod: nothing of ours.
+        return Ok(result(verb, configuration));
+    }
+    let netns = match (&call.netns, verb) {
+        (Some(path), Verb::Add) => Some(File::open(path).map_err(|error| {
+            invalid(INVALID_ENVIRONMENT, &format!("CNI_NETNS {}: {error}", path.display()))
+        })?),
+        (Some(path), _) => File::open(path).ok(),
+        (None, Verb::Add) => return Err(invalid(INVALID_ENVIRONMENT, "CNI_NETNS is not set")),
+        (None, _) => None,
+    };
+    if !configuration.is_free(call) || verb == Verb::Status {
+        let question = Question {
+            verb,
+            name: call.pod.clone(),
+            namespace: call.namespace.clone(),
+            uid: call.uid.clone(),
+            ips: configuration.addresses(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| invalid(TRY_AGAIN_LATER, &error.to_string()))?;
+        let asked = runtime.block_on(cni::ask(&configuration.socket, &question, netns.as_ref()));
+        let code = if verb == Verb::Status { NOT_AVAILABLE } else { TRY_AGAIN_LATER };
+        match (verb, asked) {
+            // A pod that goes must not wait for a daemon that is away; the daemon sees for itself that it has gone.
+            (Verb::Del, _) | (_, Ok(())) => {}
+            (_, Err(message)) => return Err(Refusal { code, message }),
+        }
+    }
+    Ok(result(verb, configuration))
+}
+
+/// What earlier plugins have said is passed on.
+fn result(verb: Verb, configuration: &Configuration) -> Option<Value> {
+    let version = configuration.cni_version.as_deref().unwrap_or(DEFAULT_VERSION);
+    (verb == Verb::Add).then(|| configuration.prev_result.clone().unwrap_or_else(|| json!({"cniVersion": version})))
+}
+
+impl Configuration {
+    /// Whether a pod is never captured, and so need not wait for the daemon: the daemon's own pods above all, which
+    /// would wait for themselves.
+    fn is_free(&self, call: &Call) -> bool {
+        let own = call.namespace == self.own_namespace
+            && !self.own_name.is_empty()
+            && call.pod.strip_prefix(&self.own_name).is_some_and(|rest| rest.starts_with('-'));
+        own || self.exclude_namespaces.contains(&call.namespace)
+    }
+
+    fn addresses(&self) -> Vec<IpAddr> {
+        let ips = self.prev_result.iter().filter_map(|result| result["ips"].as_array()).flatten();
+        let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
+        ips.filter_map(address).collect()
+    }
+}

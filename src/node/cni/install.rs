@@ -1,0 +1,223 @@
+//! Installing the plugin on the node, and removing it: the binary in the folder of CNI plugins, and a configuration of our
+//! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
+//! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
+
+use crate::task::files::FolderWatch;
+use prometheus_client::metrics::gauge::Gauge;
+use serde_json::{Map, Value, json};
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Name of the binary, which is also the plugin's type.
+pub const PLUGIN: &str = "culvert-cni";
+/// Name of our configuration: before all others.
+const OURS: &str = "00-culvert.conflist";
+
+/// Where and what to install.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Folder of plugins.
+    pub bin_dir: PathBuf,
+    /// Folder of configurations.
+    pub conf_dir: PathBuf,
+    /// The daemon's socket, as the plugin reaches it on the host.
+    pub socket: PathBuf,
+    /// Namespaces of which no pod waits for the daemon.
+    pub excluded: Vec<String>,
+    /// Namespace of the daemon's own pods.
+    pub own_namespace: String,
+    /// Name of the daemon's own DaemonSet.
+    pub own_name: String,
+}
+
+/// Why the plugin is not installed.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// A file cannot be read or written.
+    #[error("{0}: {1}")]
+    File(PathBuf, io::Error),
+    /// There is nothing to put the plugin behind.
+    #[error("{0}: no CNI configuration is there (yet) that can be used{1}")]
+    NoPrimary(PathBuf, String),
+}
+
+impl Config {
+    /// Installs the binary that runs now, and the configuration.
+    pub fn install(&self) -> Result<bool, InstallError> {
+        self.install_binary()?;
+        self.install_configuration()
+    }
+
+    fn install_binary(&self) -> Result<(), InstallError> {
+        let (target, new) = (self.bin_dir.join(PLUGIN), self.bin_dir.join(format!(".{PLUGIN}.new")));
+        let own = Path::new("/proc/self/exe");
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |error| InstallError::File(path, error)
+        };
+        let same = |a: &Path, b: &Path| match (std::fs::metadata(a), std::fs::metadata(b)) {
+            (Ok(a), Ok(b)) => a.len() == b.len(),
+            _ => false,
+        };
+        if same(own, &target) && std::fs::read(own).ok() == std::fs::read(&target).ok() {
+            return Ok(());
+        }
+        // Never half a binary, and never in the place of one that runs.
+        std::fs::copy(own, &new).map_err(failed(&new))?;
+        std::fs::set_permissions(&new, Permissions::from_mode(0o755)).map_err(failed(&new))?;
+        std::fs::rename(&new, &target).map_err(failed(&target))
+    }
+
+    /// Writes our configuration where it is not what it should be; whether it was written.
+    fn install_configuration(&self) -> Result<bool, InstallError> {
+        let primary = self.primary()?;
+        let path = self.conf_dir.join(OURS);
+        let text = format!("{:#}\n", self.chained(primary));
+        if std::fs::read_to_string(&path).is_ok_and(|now| now == text) {
+            return Ok(false);
+        }
+        let new = self.conf_dir.join(format!(".{OURS}.new"));
+        let write = || {
+            std::fs::write(&new, &text)?;
+            std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
+            std::fs::rename(&new, &path)
+        };
+        write().map_err(|error| InstallError::File(path.clone(), error))?;
+        Ok(true)
+    }
+
+    /// The configuration that runtimes would use without us: the first by name that is one.
+    fn primary(&self) -> Result<Map<String, Value>, InstallError> {
+        let entries = std::fs::read_dir(&self.conf_dir).map_err(|e| InstallError::File(self.conf_dir.clone(), e))?;
+        let mut names: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        names.retain(|path| {
+            let kind = path.extension().and_then(|kind| kind.to_str()).unwrap_or_default();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            matches!(kind, "conf" | "conflist" | "json") && name != OURS && !name.starts_with('.')
+        });
+        names.sort();
+        let mut why = String::new();
+        for path in names {
+            let read = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+            match read.and_then(list) {
+                Some(list) => return Ok(list),
+                None => why += &format!("; {} is not one", path.display()),
+            }
+        }
+        Err(InstallError::NoPrimary(self.conf_dir.clone(), why))
+    }
+
+    fn chained(&self, mut primary: Map<String, Value>) -> Value {
+        let plugin = json!({
+            "type": PLUGIN,
+            "socket": self.socket,
+            "excludeNamespaces": self.excluded,
+            "ownNamespace": self.own_namespace,
+            "ownName": self.own_name,
+        });
+        if let Some(plugins) = primary.get_mut("plugins").and_then(Value::as_array_mut) {
+            plugins.retain(|other| other["type"] != PLUGIN);
+            plugins.push(plugin);
+        }
+        Value::Object(primary)
+    }
+
+    /// Removes both, the configuration first; what is not there is removed already.
+    pub fn remove(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let mut removed = Vec::new();
+        for path in [self.conf_dir.join(OURS), self.bin_dir.join(PLUGIN)] {
+            match std::fs::remove_file(&path) {
+                Ok(()) => removed.push(path),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(InstallError::File(path, error)),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// Keeps it installed for as long as it is awaited; `in_place` says whether it is.
+    pub async fn keep(self, in_place: Gauge) {
+        let mut said = None::<String>;
+        let mut folder = FolderWatch::new(&self.conf_dir);
+        loop {
+            let result = self.install();
+            in_place.set(i64::from(result.is_ok()));
+            match result {
+                Ok(written) => {
+                    if written {
+                        let path = self.conf_dir.join(OURS);
+                        tracing::info!(path = %path.display(), "the CNI plugin is installed: pods start when they are captured");
+                    }
+                    said = None;
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    if said.as_ref() != Some(&error) {
+                        tracing::error!(error, "the CNI plugin is not installed: pods start before they are captured");
+                    }
+                    said = Some(error);
+                }
+            }
+            folder.changed().await;
+        }
+    }
+}
+
+/// A configuration as a list of plugins; one that has no list is a plugin itself.
+fn list(configuration: Value) -> Option<Map<String, Value>> {
+    let Value::Object(mut map) = configuration else { return None };
+    if map.get("plugins").is_some() {
+        let fine = map.get("plugins").and_then(Value::as_array).is_some_and(|plugins| !plugins.is_empty());
+        return (fine && map.contains_key("name")).then_some(map);
+    }
+    map.get("type")?.as_str()?;
+    let name = map.get("name")?.clone();
+    let version = map.remove("cniVersion").unwrap_or_else(|| json!("0.3.1"));
+    Some(Map::from_iter([
+        ("cniVersion".to_owned(), version),
+        ("name".to_owned(), name),
+        ("plugins".to_owned(), json!([Value::Object(map)])),
+    ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_configuration_repeats_the_first_one_and_changes_none() {
+        let dir = std::env::temp_dir().join(format!("culvert-cni-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let config = Config {
+            bin_dir: dir.clone(),
+            conf_dir: dir.clone(),
+            socket: "/s".into(),
+            excluded: vec!["kube-system".into()],
+            own_namespace: "o".into(),
+            own_name: "ztunnel".into(),
+        };
+        assert!(matches!(config.install_configuration(), Err(InstallError::NoPrimary(..))));
+        let write = |name: &str, text: &str| std::fs::write(dir.join(name), text).unwrap();
+        write("05-broken.conflist", "{");
+        write("10-a.conflist", r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}], "x": 1}"#);
+        write("20-b.conf", r#"{"cniVersion": "0.4.0", "name": "other", "type": "ptp"}"#);
+        assert!(config.install_configuration().unwrap());
+        assert!(!config.install_configuration().unwrap(), "nothing is written twice");
+        let ours = || serde_json::from_slice::<Value>(&std::fs::read(dir.join(OURS)).unwrap()).unwrap();
+        assert_eq!((&ours()["name"], &ours()["cniVersion"], &ours()["x"]), (&json!("net"), &json!("1.0.0"), &json!(1)));
+        assert_eq!(ours()["plugins"][0], json!({"type": "bridge"}));
+        assert_eq!(ours()["plugins"][1]["type"], PLUGIN);
+        let mode = std::fs::metadata(dir.join(OURS)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        // The first one goes: the next is repeated, as a list.
+        std::fs::remove_file(dir.join("10-a.conflist")).unwrap();
+        assert!(config.install_configuration().unwrap());
+        assert_eq!((&ours()["name"], &ours()["plugins"][0]["type"]), (&json!("other"), &json!("ptp")));
+        assert_eq!(config.remove().unwrap().len(), 1);
+        assert_eq!(config.remove().unwrap().len(), 0);
+        assert!(dir.join("20-b.conf").exists());
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,182 @@
+//! The status annotation of pods: told to the API when it is another than it should be. The API's own pods say what has
+//! been told, so nothing is remembered but what is on its way.
+
+use super::select::{PodFacts, STATUS};
+use super::watch::{Metrics, why};
+use crate::mesh::Text;
+use crate::node::status::{PodStatus, State};
+use crate::task::Group;
+use crate::task::backoff::Backoff;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client};
+use serde_json::json;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// How long one patch may take.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Patches on their way at once.
+const AT_ONCE: usize = 16;
+/// Waits after failures.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+/// How long the API may take to tell us of what it took from us, before it is told again.
+const ECHO: Duration = Duration::from_secs(10);
+
+/// What the annotation is to be.
+pub const ENABLED: &str = "enabled";
+/// Captured soon, or not any more.
+pub const PENDING: &str = "pending";
+
+/// What the annotation of a pod should be; `Err` where it should stay as it is.
+///
+/// `enabled` from the first capture on, for as long as the daemon takes the pod's connections: peers then send HBONE, and
+/// would send plaintext if it went. A pod that was enabled before the daemon started stays so until it is known to fail.
+pub fn wanted(status: Option<&PodStatus>, said: Option<&str>) -> Result<&'static str, ()> {
+    match status {
+        Some(PodStatus { state: State::Captured, .. }) => Ok(ENABLED),
+        Some(PodStatus { state: State::Failed(_), listening: false, .. }) => Ok(PENDING),
+        _ if said.is_none() => Ok(PENDING),
+        _ => Err(()),
+    }
+}
+
+/// Writes annotations.
+pub struct Annotator {
+    client: Client,
+    metrics: Arc<Metrics>,
+    tasks: Group,
+    on_the_way: HashMap<Text, Sent>,
+    results: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
+}
+
+struct Sent {
+    value: Option<&'static str>,
+    again_at: Option<Instant>,
+    backoff: Backoff,
+}
+
+/// How a patch has ended.
+#[derive(Debug)]
+pub struct Outcome {
+    uid: Text,
+    failed: Option<String>,
+}
+
+impl Annotator {
+    /// Nothing on its way.
+    pub fn new(client: Client, metrics: Arc<Metrics>, tasks: Group) -> Self {
+        Self { client, metrics, tasks, on_the_way: HashMap::new(), results: mpsc::channel(AT_ONCE) }
+    }
+
+    /// Sees to a pod whose annotation is to be `value`.
+    pub fn see_to(&mut self, pod: &PodFacts, value: Option<&'static str>) {
+        if pod.said() == value {
+            self.on_the_way.remove(&pod.uid);
+            return;
+        }
+        let now = Instant::now();
+        match self.on_the_way.get(&pod.uid) {
+            Some(sent) if sent.value == value && sent.again_at.is_none_or(|at| now < at) => return,
+            // One at a time, so that the last one wins.
+            Some(Sent { again_at: None, .. }) => return,
+            _ => {}
+        }
+        if self.on_the_way.values().filter(|sent| sent.again_at.is_none()).count() >= AT_ONCE {
+            return;
+        }
+        let sent = self.on_the_way.entry(pod.uid.clone()).or_insert_with(|| Sent {
+            value,
+            again_at: None,
+            backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
+        });
+        (sent.value, sent.again_at) = (value, None);
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
+        let (uid, name, results) = (pod.uid.clone(), pod.name.clone(), self.results.0.clone());
+        // The uid makes sure that it is this pod and not a later one of its name.
+        let patch = json!({"metadata": {"uid": &*uid, "annotations": {STATUS: value}}});
+        self.tasks.spawn(async move {
+            let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
+            let failed = match tokio::time::timeout(DEADLINE, api.patch_status(&name, &params, &patch)).await {
+                Ok(Ok(_)) => None,
+                // Gone, or another pod of its name: nobody needs it any more.
+                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => None,
+                Ok(Err(error)) => Some(why(&error)),
+                Err(_) => Some(format!("no answer within {} s", DEADLINE.as_secs())),
+            };
+            // The source has ended where this fails.
+            let _ = results.send(Outcome { uid, failed }).await;
+        });
+    }
+
+    /// The next patch that has ended; hand it to [`Self::ended`].
+    pub async fn outcome(&mut self) -> Outcome {
+        match self.results.1.recv().await {
+            Some(outcome) => outcome,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes note of how a patch has ended.
+    pub fn ended(&mut self, Outcome { uid, failed }: Outcome) {
+        let Some(sent) = self.on_the_way.get_mut(&uid) else { return };
+        let wait = match failed {
+            None => ECHO,
+            Some(error) => {
+                self.metrics.patch_failed();
+                let wait = sent.backoff.next();
+                tracing::warn!(uid = &*uid, error, "the pod's status annotation could not be written; trying again");
+                wait
+            }
+        };
+        sent.again_at = Some(Instant::now() + wait);
+    }
+
+    /// Forgets pods that are no more.
+    pub fn retain(&mut self, is_there: impl Fn(&Text) -> bool) {
+        self.on_the_way.retain(|uid, _| is_there(uid));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::pods::{NetnsRef, PodSpec, Settings};
+    use std::time::SystemTime;
+
+    #[test]
+    fn enabled_is_said_when_it_is_so_and_not_taken_back_lightly() {
+        let status = |state, listening| PodStatus {
+            spec: PodSpec {
+                name: "a".into(),
+                namespace: "n".into(),
+                service_account: "s".into(),
+                uid: "u".into(),
+                netns: NetnsRef::Path("".into()),
+                ips: Vec::new(),
+                settings: Settings::default(),
+            },
+            state,
+            since: SystemTime::now(),
+            listening,
+            held: listening,
+        };
+        let failed = || State::Failed("why".into());
+        let pending = || State::Pending("why".into());
+        for (what, said, expected) in [
+            (Some(status(State::Captured, true)), None, Ok(ENABLED)),
+            (Some(status(State::Captured, true)), Some(PENDING), Ok(ENABLED)),
+            (Some(status(pending(), false)), None, Ok(PENDING)),
+            (Some(status(pending(), true)), Some(ENABLED), Err(())),
+            (Some(status(failed(), true)), Some(ENABLED), Err(())),
+            (Some(status(failed(), false)), Some(ENABLED), Ok(PENDING)),
+            (None, None, Ok(PENDING)),
+            (None, Some(ENABLED), Err(())),
+        ] {
+            assert_eq!(wanted(what.as_ref(), said), expected, "{what:?} {said:?}");
+        }
+    }
+}

@@ -1,0 +1,488 @@
+//! This node's pods by the Kubernetes API alone, with no agent: labels say who is in, the node's processes say where its
+//! namespace is, and the pod's status annotation tells the mesh when it is captured.
+//!
+//! Everything is level-triggered: what the API and the node say now is compared with what is done, and the difference is made
+//! good. While the API is away what was known stays, and stays verified.
+
+pub mod annotate;
+pub mod cgroup;
+pub mod scan;
+pub mod select;
+pub mod watch;
+
+use self::annotate::Annotator;
+use self::scan::{Found, Sought};
+use self::select::{Enablement, Labels, PodFacts};
+use self::watch::{Metrics, Told};
+use super::capture::Capturer;
+use super::cni::{Asked, Question, Verb};
+use super::pods::{NetnsRef, PodSpec, Pods};
+use super::probes::Probed;
+use super::status::{Board, State};
+use super::cni;
+use crate::mesh::Text;
+use crate::sys::netns::Netns;
+use crate::task::ready::Pending;
+use crate::task::{Group, Signal, thread};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+
+/// What may be told and not yet be heard.
+const QUEUE: usize = 256;
+/// Time between looks at whether the processes that led to namespaces are still there.
+const LOOK: Duration = Duration::from_secs(1);
+/// Time between scans while a pod is sought whose processes are not there (yet).
+const SCAN_EVERY: Duration = Duration::from_millis(500);
+/// The longest time between them, for a pod that is long in coming.
+const SCAN_MAX: Duration = Duration::from_secs(5);
+
+/// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
+const ANSWER_WITHIN: Duration = Duration::from_secs(8);
+
+/// Settings of enrolment by Kubernetes.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of this node.
+    pub node_name: String,
+    /// Who is in.
+    pub enablement: Enablement,
+    /// The host's procfs.
+    pub proc: PathBuf,
+    /// How the API is reached; `None`: as a pod of the cluster.
+    pub kubeconfig: Option<PathBuf>,
+    /// The CNI plugin, where it is wanted.
+    pub cni: Option<cni::install::Config>,
+    /// The daemon's own socket for the plugin.
+    pub cni_socket: PathBuf,
+}
+
+/// What the source works with.
+pub struct Source {
+    /// Settings.
+    pub config: Config,
+    /// The API.
+    pub client: kube::Client,
+    /// The set of pods.
+    pub pods: Pods,
+    /// Their states.
+    pub board: Arc<Board>,
+    /// Cleans up what is not captured any more.
+    pub capturer: Arc<Capturer>,
+    /// Told whose kubelet probes are to be let through.
+    pub probed: Probed,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Questions of the CNI plugin, where there is one.
+    pub plugin: Option<mpsc::Receiver<Asked>>,
+    /// Given up when each pod of the first list has had one attempt.
+    pub ready: Option<Pending>,
+}
+
+/// A pod's namespace, and where it was found.
+struct Place {
+    netns: Netns,
+    /// Not yet: the CNI plugin has handed it over.
+    path: Option<PathBuf>,
+    /// Addresses that the CNI plugin has told of; the API does so later.
+    ips: Vec<IpAddr>,
+}
+
+struct Running {
+    source: Source,
+    /// `None` until the first list.
+    pods: Option<HashMap<Text, PodFacts>>,
+    namespaces: Option<HashMap<Text, Labels>>,
+    places: HashMap<Text, Place>,
+    /// Why a pod has no place, as far as that is known.
+    nowhere: HashMap<Text, State>,
+    annotator: Annotator,
+    scan: Scan,
+    ready: Option<Arc<Pending>>,
+    /// Questions of the CNI plugin that wait for the API, or for the capture.
+    asked: Vec<(Asked, Instant)>,
+    /// Pods whose leftovers have been looked for.
+    cleaned: HashSet<Text>,
+    complained: HashSet<String>,
+    tasks: Group,
+}
+
+struct Scan {
+    results: (mpsc::Sender<HashMap<Text, Found>>, mpsc::Receiver<HashMap<Text, Found>>),
+    running: bool,
+    next: Instant,
+    wait: Duration,
+}
+
+/// Makes the client of the API.
+pub async fn client(config: &Config) -> Result<kube::Client, String> {
+    let mut settings = match &config.kubeconfig {
+        Some(path) => {
+            let read = kube::config::Kubeconfig::read_from(path).map_err(|error| watch::why(&error));
+            let options = kube::config::KubeConfigOptions::default();
+            let settings = match read {
+                Ok(file) => kube::Config::from_custom_kubeconfig(file, &options).await.map_err(|e| watch::why(&e)),
+                Err(error) => Err(error),
+            };
+            settings.map_err(|error| format!("KUBECONFIG {}: {error}", path.display()))?
+        }
+        None => kube::Config::incluster_env()
+            .map_err(|error| format!("not in a pod of a cluster ({}), and KUBECONFIG is not set", watch::why(&error)))?,
+    };
+    settings.connect_timeout = Some(Duration::from_secs(5));
+    kube::Client::try_from(settings).map_err(|error| watch::why(&error))
+}
+
+impl Source {
+    /// Follows the API until the process ends.
+    pub async fn run(mut self, drain: Signal) {
+        let (tell, mut told) = mpsc::channel(QUEUE);
+        let tasks = Group::default();
+        tasks.spawn(watch::pods(self.client.clone(), self.config.node_name.clone(), tell.clone(), self.metrics.clone()));
+        tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
+        let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
+        let mut states = self.board.subscribe();
+        let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
+        let mut running = Running {
+            source: self,
+            pods: None,
+            namespaces: None,
+            places: HashMap::new(),
+            nowhere: HashMap::new(),
+            annotator,
+            scan: Scan { results: mpsc::channel(1), running: false, next: Instant::now(), wait: SCAN_EVERY },
+            ready,
+            asked: Vec::new(),
+            cleaned: HashSet::new(),
+            complained: HashSet::new(),
+            tasks: tasks.clone(),
+        };
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let sought = running.is_seeking() && !running.scan.running;
+            let asks = async {
+                match &mut plugin {
+                    Some(plugin) => plugin.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = drain.gentle() => break,
+                Some(first) = told.recv() => {
+                    running.take(first);
+                    while let Ok(more) = told.try_recv() {
+                        running.take(more);
+                    }
+                }
+                Some(found) = running.scan.results.1.recv() => running.found(found),
+                outcome = running.annotator.outcome() => running.annotator.ended(outcome),
+                Ok(()) = states.changed() => {}
+                Some(asked) = asks => running.ask(asked),
+                _ = looks.tick() => running.look(),
+                () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
+            }
+            running.reconcile();
+        }
+        tasks.cut();
+        tasks.finished().await;
+    }
+}
+
+impl Running {
+    fn take(&mut self, told: Told) {
+        self.scan.wait = SCAN_EVERY;
+        self.scan.next = self.scan.next.min(Instant::now() + SCAN_EVERY / 10);
+        match told {
+            Told::AllPods(all) => self.pods = Some(all.into_iter().map(|pod| (pod.uid.clone(), pod)).collect()),
+            Told::Pod(pod) => drop(self.pods.get_or_insert_default().insert(pod.uid.clone(), pod)),
+            Told::NoPod(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
+            Told::AllNamespaces(all) => self.namespaces = Some(all.into_iter().collect()),
+            Told::Namespace(name, labels) => drop(self.namespaces.get_or_insert_default().insert(name, labels)),
+            Told::NoNamespace(name) => drop(self.namespaces.as_mut().map(|all| all.remove(&name))),
+        }
+    }
+
+    /// Pods that are in; nothing before both lists are there.
+    fn wanted(&self) -> Option<Vec<&PodFacts>> {
+        let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
+        let none = Labels::new();
+        let is_in = |pod: &&PodFacts| {
+            let labels = namespaces.get(&pod.namespace).unwrap_or(&none);
+            self.source.config.enablement.is_in(pod, labels).is_ok()
+        };
+        Some(pods.values().filter(is_in).collect())
+    }
+
+    /// Pods whose namespace is not known.
+    fn sought(&self) -> Vec<Sought> {
+        let has_place = |uid: &Text| self.places.get(uid).is_some_and(|place| place.path.is_some());
+        let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
+        let sought = |pod: &&PodFacts| Sought {
+            uid: pod.uid.clone(),
+            static_uid: pod.static_uid.clone(),
+            containers: pod.containers.clone(),
+            ips: pod.ips.clone(),
+        };
+        let (wanted, others) = (self.wanted().unwrap_or_default(), self.leftovers());
+        wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
+    }
+
+    fn is_seeking(&self) -> bool {
+        !self.sought().is_empty()
+    }
+
+    /// Pods that are not in, and in which an earlier daemon may have left its rules: all of them once, and any that says it
+    /// is captured.
+    fn leftovers(&self) -> Vec<&PodFacts> {
+        let Some(wanted) = self.wanted() else { return Vec::new() };
+        let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
+        let left = |pod: &&PodFacts| {
+            let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
+            !elsewhere && !self.cleaned.contains(&pod.uid)
+        };
+        self.pods.iter().flat_map(HashMap::values).filter(left).collect()
+    }
+
+    fn start_scan(&mut self) {
+        let sought = self.sought();
+        self.scan.running = true;
+        let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
+        let results = self.scan.results.0.clone();
+        self.tasks.spawn(async move {
+            let scanned = thread::beside(move || scan::scan(&proc, &host, &sought)).await;
+            // The source has ended where this fails.
+            let _ = results.send(scanned.unwrap_or_default()).await;
+        });
+    }
+
+    fn found(&mut self, found: HashMap<Text, Found>) {
+        self.scan.running = false;
+        let wanted: HashSet<Text> = self.wanted().unwrap_or_default().into_iter().map(|pod| pod.uid.clone()).collect();
+        let mut all = true;
+        for (uid, found) in found {
+            if !wanted.contains(&uid) {
+                self.clean(&uid, found);
+                continue;
+            }
+            match found {
+                Found::Namespace(netns, path) => {
+                    self.nowhere.remove(&uid);
+                    self.places.insert(uid, Place { netns, path: Some(path), ips: Vec::new() });
+                    continue;
+                }
+                // What the container runtime has handed over counts until processes say otherwise.
+                _ if self.places.contains_key(&uid) => {}
+                Found::Refused(why) => drop(self.nowhere.insert(uid, State::Failed(why))),
+                Found::Nothing => {
+                    let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
+                    self.nowhere.insert(uid, State::Pending(why.into()));
+                }
+            }
+            all = false;
+        }
+        self.scan.wait = if all { SCAN_EVERY } else { (self.scan.wait * 2).min(SCAN_MAX) };
+        self.scan.next = Instant::now() + self.scan.wait;
+    }
+
+    /// Removes what an earlier daemon has left in a pod that is not in.
+    fn clean(&mut self, uid: &Text, found: Found) {
+        let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
+        self.cleaned.insert(uid.clone());
+        if let Found::Namespace(netns, _) = found
+            && self.source.board.get(uid).is_none()
+        {
+            let spec = spec(pod, netns, &mut self.complained);
+            let capturer = self.source.capturer.clone();
+            self.tasks.spawn(async move { capturer.clean(&spec).await });
+        }
+    }
+
+    /// Looks at whether what led to the namespaces still does.
+    fn look(&mut self) {
+        let leads = |place: &Place| {
+            place.path.as_ref().is_none_or(|path| Netns::open(path).is_ok_and(|now| now == place.netns))
+        };
+        let lost: Vec<Text> = self.places.iter().filter(|(_, p)| !leads(p)).map(|(uid, _)| uid.clone()).collect();
+        for uid in lost {
+            // Its oldest process has ended: another one may still be there, or a new sandbox comes.
+            self.places.remove(&uid);
+            self.scan.next = Instant::now();
+        }
+    }
+
+    /// Makes what is done what it should be.
+    fn reconcile(&mut self) {
+        let Some(wanted) = self.wanted() else { return };
+        let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
+        let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
+        self.places.retain(|uid, _| uids.contains(uid));
+        self.nowhere.retain(|uid, _| uids.contains(uid));
+        self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), pod.ips.clone())).collect());
+        let (mut specs, mut shown) = (Vec::new(), Vec::new());
+        for pod in &wanted {
+            // Once it is in it may leave its rules behind.
+            self.cleaned.remove(&pod.uid);
+            match self.places.get(&pod.uid) {
+                Some(place) => {
+                    let mut spec = spec(pod, place.netns.clone(), &mut self.complained);
+                    if spec.ips.is_empty() {
+                        spec.ips.clone_from(&place.ips);
+                    }
+                    specs.push(spec);
+                }
+                None => {
+                    let why = match pod.ips.is_empty() {
+                        true => State::Pending("it has no address yet: its sandbox is not there".into()),
+                        false => self.nowhere.get(&pod.uid).cloned().unwrap_or_else(|| {
+                            State::Pending("its network namespace is sought".into())
+                        }),
+                    };
+                    let netns = NetnsRef::Path(PathBuf::new());
+                    shown.push((PodSpec { netns, ..described(pod, &mut self.complained) }, why));
+                }
+            }
+        }
+        // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
+        let sought_all = !self.scan.running && wanted.iter().all(|pod| {
+            pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
+        });
+        self.source.pods.apply(specs, self.ready.as_ref());
+        self.source.pods.show(shown);
+        if sought_all {
+            self.ready = None;
+        }
+        self.annotate(&wanted);
+        self.answer();
+    }
+
+    /// Takes a question of the CNI plugin.
+    fn ask(&mut self, asked: Asked) {
+        let Question { verb, name, namespace, .. } = &asked.question;
+        match verb {
+            Verb::Status => drop(asked.answer.send(Ok(()))),
+            Verb::Del => {
+                let is_it = |pod: &&PodFacts| *pod.name == **name && *pod.namespace == **namespace;
+                let pods = self.pods.iter().flat_map(HashMap::values).filter(is_it);
+                for uid in pods.map(|pod| pod.uid.clone()).collect::<Vec<_>>() {
+                    // A later sandbox of the same pod is another one's namespace.
+                    let its = |place: &Place| asked.netns.as_ref().is_none_or(|netns| *netns == place.netns);
+                    if self.places.get(&uid).is_some_and(its) {
+                        self.places.remove(&uid);
+                    }
+                }
+                drop(asked.answer.send(Ok(())));
+            }
+            Verb::Add | Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
+        }
+    }
+
+    /// Answers those questions that can be answered by now, and those whose time is over.
+    fn answer(&mut self) {
+        let mut handed_over = false;
+        for (asked, deadline) in std::mem::take(&mut self.asked) {
+            if asked.answer.is_closed() {
+                continue;
+            }
+            let verdict = self.verdict(&asked);
+            if let Some((uid, netns)) = verdict.place {
+                let ips = asked.question.ips.clone();
+                handed_over = true;
+                self.places.insert(uid, Place { netns, path: None, ips });
+            }
+            match verdict.answer {
+                Some(answer) => drop(asked.answer.send(answer)),
+                None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
+                None => self.asked.push((asked, deadline)),
+            }
+        }
+        if handed_over {
+            self.reconcile();
+        }
+    }
+
+    fn verdict(&self, asked: &Asked) -> Verdict {
+        let Question { verb, name, namespace, uid, .. } = &asked.question;
+        let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
+        let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
+        let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
+            return later("the Kubernetes API has not told of this node's pods yet".into());
+        };
+        let is_it = |pod: &&PodFacts| {
+            let same = uid.as_ref().is_none_or(|uid| *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid));
+            *pod.name == **name && *pod.namespace == **namespace && same
+        };
+        let (Some(pod), Some(labels)) = (pods.values().find(is_it), namespaces.get(namespace.as_str())) else {
+            return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
+        };
+        if self.source.config.enablement.is_in(pod, labels).is_err() {
+            return now(Ok(()));
+        }
+        let status = self.source.board.get(&pod.uid);
+        let ours = |netns: &Netns| self.places.get(&pod.uid).is_some_and(|place| place.netns == *netns);
+        if let (Verb::Add, Some(netns)) = (verb, asked.netns.as_ref().filter(|netns| !ours(netns))) {
+            let place = Some((pod.uid.clone(), netns.clone()));
+            return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
+        }
+        match status {
+            Some(status) if status.held => now(Ok(())),
+            Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
+            None => later("the pod is being captured".into()),
+        }
+    }
+
+    fn annotate(&mut self, wanted: &[PodFacts]) {
+        let Some(pods) = &self.pods else { return };
+        let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
+        let states: BTreeMap<Text, _> =
+            self.source.board.list().into_iter().map(|status| (status.spec.uid.clone(), status)).collect();
+        for pod in pods.values() {
+            match uids.contains(&pod.uid) {
+                true => {
+                    if let Ok(value) = annotate::wanted(states.get(&pod.uid), pod.said()) {
+                        self.annotator.see_to(pod, Some(value));
+                    }
+                }
+                // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
+                false if pod.said().is_some() && !pod.ended => self.annotator.see_to(pod, None),
+                false => {}
+            }
+        }
+        self.annotator.retain(|uid| pods.contains_key(uid));
+    }
+}
+
+/// What can be said to a question by now.
+struct Verdict {
+    answer: Option<Result<(), String>>,
+    /// What it waits for, where there is no answer yet.
+    waits_for: String,
+    /// A namespace that was handed over and not known.
+    place: Option<(Text, Netns)>,
+}
+
+fn spec(pod: &PodFacts, netns: Netns, complained: &mut HashSet<String>) -> PodSpec {
+    PodSpec { netns: NetnsRef::Handle(netns), ..described(pod, complained) }
+}
+
+fn described(pod: &PodFacts, complained: &mut HashSet<String>) -> PodSpec {
+    let settings = pod.settings(|annotation, value| {
+        if complained.insert(format!("{} {annotation} {value}", pod.uid)) {
+            let (namespace, name) = (&*pod.namespace, &*pod.name);
+            tracing::warn!(namespace, name, annotation, value, "the pod's annotation is not understood, and left out");
+        }
+    });
+    PodSpec {
+        name: pod.name.clone(),
+        namespace: pod.namespace.clone(),
+        service_account: pod.service_account.clone(),
+        uid: pod.uid.clone(),
+        netns: NetnsRef::Path(PathBuf::new()),
+        ips: pod.ips.clone(),
+        settings,
+    }
+}

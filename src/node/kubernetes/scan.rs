@@ -1,0 +1,121 @@
+//! Finding the network namespace of a pod among the processes of the node: the oldest process that the pod owns, in a
+//! namespace that holds the pod's address. Who has only entered the namespace of another pod does not have its address.
+
+use super::cgroup::{Owner, owner};
+use crate::mesh::Text;
+use crate::sys::netns::Netns;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+/// A pod that is looked for.
+#[derive(Clone, Debug)]
+pub struct Sought {
+    /// Uid.
+    pub uid: Text,
+    /// Uid that its cgroups name, where that is another.
+    pub static_uid: Option<Text>,
+    /// Ids of its containers.
+    pub containers: Vec<Text>,
+    /// Its addresses.
+    pub ips: Vec<IpAddr>,
+}
+
+/// What was found of a pod.
+#[derive(Clone, Debug)]
+pub enum Found {
+    /// Its namespace, open, and the path that leads to it as long as the process lives.
+    Namespace(Netns, PathBuf),
+    /// Processes of it, in namespaces that are not its own; says why.
+    Refused(String),
+    /// No process.
+    Nothing,
+}
+
+/// One namespace in which a pod has processes, by the oldest of these.
+struct Candidate {
+    started: u64,
+    pid: u32,
+}
+
+/// Looks for pods below `proc`, the host's procfs. Takes as long as the node has processes.
+pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found> {
+    let by_uid: HashMap<&str, &Sought> =
+        sought.iter().flat_map(|pod| [Some(&pod.uid), pod.static_uid.as_ref()].into_iter().flatten().map(move |uid| (&**uid, pod))).collect();
+    let by_container: HashMap<&str, &Sought> =
+        sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, pod))).collect();
+    let not_pods: HashSet<(u64, u64)> =
+        [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()].iter().filter_map(|p| id(p)).collect();
+    let mut candidates: HashMap<Text, BTreeMap<(u64, u64), Candidate>> = HashMap::new();
+    let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
+    for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
+        let folder = proc.join(pid.to_string());
+        // A process may end at any of these.
+        let Some(netns) = id(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
+        let Ok(cgroups) = std::fs::read_to_string(folder.join("cgroup")) else { continue };
+        let pod = match owner(&cgroups) {
+            Some(Owner::Pod(uid)) => by_uid.get(uid.as_str()),
+            Some(Owner::Container(id)) => by_container.get(id.as_str()),
+            None => None,
+        };
+        let (Some(pod), Some(started)) = (pod, started(&folder)) else { continue };
+        let known = candidates.entry(pod.uid.clone()).or_default();
+        if known.get(&netns).is_none_or(|other| (started, pid) < (other.started, other.pid)) {
+            known.insert(netns, Candidate { started, pid });
+        }
+    }
+    let pick = |pod: &Sought| match candidates.remove(&pod.uid) {
+        Some(candidates) => choose(proc, pod, candidates),
+        None => Found::Nothing,
+    };
+    let mut pick = pick;
+    sought.iter().map(|pod| (pod.uid.clone(), pick(pod))).collect()
+}
+
+/// The namespace of the oldest process among those that hold the pod's address.
+fn choose(proc: &Path, pod: &Sought, candidates: BTreeMap<(u64, u64), Candidate>) -> Found {
+    let mut candidates: Vec<((u64, u64), Candidate)> = candidates.into_iter().collect();
+    candidates.sort_by_key(|(_, candidate)| (candidate.started, candidate.pid));
+    let mut refused = Vec::new();
+    for (id, Candidate { pid, .. }) in candidates {
+        let path = proc.join(pid.to_string()).join("ns/net");
+        match Netns::open(&path).and_then(|netns| Ok((netns.addresses()?, netns))) {
+            // Another process has the number now.
+            Ok((_, netns)) if netns.id() != id => {}
+            Ok((held, netns)) => {
+                let held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
+                if pod.ips.iter().any(|ip| held.contains(ip)) {
+                    return Found::Namespace(netns.kept(), path);
+                }
+                refused.push(format!("process {pid} is in one with {}", list(&held)));
+            }
+            Err(error) => refused.push(format!("process {pid}: {error}")),
+        }
+    }
+    match refused.is_empty() {
+        true => Found::Nothing,
+        false => {
+            let all = refused.join("; ");
+            Found::Refused(format!("no namespace of its processes holds its address {}: {all}", list(&pod.ips)))
+        }
+    }
+}
+
+fn list(ips: &[IpAddr]) -> String {
+    let names: Vec<String> = ips.iter().map(ToString::to_string).collect();
+    if names.is_empty() { "no address".into() } else { names.join(", ") }
+}
+
+fn id(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+/// When a process began, in ticks since the start of the machine: field 22 of `stat`, counted behind the last `)`, because
+/// the name before that may hold anything (proc_pid_stat(5)).
+fn started(folder: &Path) -> Option<u64> {
+    let stat = std::fs::read(folder.join("stat")).ok()?;
+    let text = String::from_utf8_lossy(&stat);
+    text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}

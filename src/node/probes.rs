@@ -1,0 +1,201 @@
+//! The kubelet's probes: what the node's own processes send to a captured pod gets a source address that the pod's rules
+//! leave alone, because under a STRICT policy plaintext from the node would be refused. One table in the host's network
+//! namespace, a set of addresses in it; forwarded traffic has no local socket and does not match.
+
+use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
+use crate::mesh::Text;
+use crate::sys::changes::Changes;
+use crate::sys::netns::Netns;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Name of our table on the host.
+pub const TABLE: &str = "culvert-probes";
+
+/// How long a change is let settle: at a start sixty pods come at once.
+const SETTLE: Duration = Duration::from_millis(100);
+/// The table is looked at this often, whatever is heard.
+const LOOK: Duration = Duration::from_secs(30);
+
+/// Whose probes are let through: pods with their addresses, and pods whose address is not visible just now.
+#[derive(Clone, Debug)]
+pub struct Probed {
+    pods: Arc<watch::Sender<Option<BTreeMap<Text, Vec<IpAddr>>>>>,
+}
+
+impl Default for Probed {
+    fn default() -> Self {
+        Self { pods: Arc::new(watch::Sender::new(None)) }
+    }
+}
+
+impl Probed {
+    /// Says whose. Before it is said for the first time the host's table stays as an earlier daemon left it.
+    pub fn set(&self, pods: BTreeMap<Text, Vec<IpAddr>>) {
+        self.pods.send_if_modified(|known| {
+            let other = known.as_ref() != Some(&pods);
+            *known = Some(pods);
+            other
+        });
+    }
+}
+
+/// Keeps the host's table.
+#[derive(Debug)]
+pub struct HostProbes {
+    /// The host's network namespace.
+    pub host: PathBuf,
+    /// Whether IPv6 is used.
+    pub ipv6: bool,
+    /// 1 while the table is as it should be.
+    pub in_place: Gauge,
+}
+
+impl HostProbes {
+    /// Registers its metric.
+    pub fn register(&self, registry: &mut Registry) {
+        let help = "1 while the host's rules for the kubelet's probes are in place, else 0";
+        registry.register("culvert_probe_rules_in_place", help, self.in_place.clone());
+    }
+
+    /// Keeps the table what `probed` says, for as long as it is awaited.
+    pub async fn keep(self, probed: Probed) {
+        let mut pods = probed.pods.subscribe();
+        let (mut written, mut said) = (None::<Listing>, None::<String>);
+        let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
+        let changes = changes.ok().and_then(|opened| opened.and_then(Changes::new).ok());
+        // What is in force, by address. An address belongs to one pod.
+        let mut known: Option<BTreeMap<IpAddr, Text>> = None;
+        loop {
+            let heard = async {
+                match &changes {
+                    Some(changes) => while !changes.seen().await.tables {},
+                    None => std::future::pending().await,
+                }
+            };
+            let other = tokio::select! {
+                changed = pods.changed() => match changed {
+                    Ok(()) => true,
+                    Err(_) => return,
+                },
+                () = heard => false,
+                () = tokio::time::sleep(LOOK) => false,
+            };
+            tokio::time::sleep(SETTLE).await;
+            let Some(wanted) = pods.borrow_and_update().clone() else { continue };
+            let result = self.see_to(&wanted, other, &mut known, &mut written).await;
+            self.in_place.set(i64::from(result.is_ok()));
+            let error = result.err().map(|error| error.to_string());
+            if let Some(error) = error.as_ref().filter(|error| said.as_ref() != Some(error)) {
+                tracing::error!(error, "kubelet probes of captured pods may fail: the host's rules cannot be written");
+            }
+            said = error;
+        }
+    }
+
+    async fn see_to(
+        &self,
+        wanted: &BTreeMap<Text, Vec<IpAddr>>,
+        other: bool,
+        known: &mut Option<BTreeMap<IpAddr, Text>>,
+        written: &mut Option<Listing>,
+    ) -> Result<(), RedirectError> {
+        let host = Netns::open(&self.host)?;
+        let before = match known.take() {
+            Some(known) => known,
+            None => entries(&redirect::list_table(&host, TABLE).await?),
+        };
+        let entries = merged(wanted, &before);
+        *known = Some(entries.clone());
+        let same = !other && written.is_some() && redirect::listing(&host, TABLE).await.ok() == *written;
+        if same {
+            return Ok(());
+        }
+        *written = None;
+        redirect::apply(&host, &self.table(&entries)).await?;
+        *written = Some(redirect::listing(&host, TABLE).await?);
+        Ok(())
+    }
+
+    /// The whole table, as one transaction that takes no chain away for a moment.
+    fn table(&self, entries: &BTreeMap<IpAddr, Text>) -> String {
+        let mut script = format!("add table inet {TABLE}\n");
+        let families =
+            [("v4", "ipv4_addr", "ip", PROBE_V4, true), ("v6", "ipv6_addr", "ip6", PROBE_V6, self.ipv6)];
+        // Before masquerading of other CNIs, at 100: the first translation of a connection stays.
+        script += &format!(
+            "add chain inet {TABLE} postrouting {{ type nat hook postrouting priority 90; policy accept; }}\n\
+             flush chain inet {TABLE} postrouting\n"
+        );
+        for (set, kind, family, source, _) in families.into_iter().filter(|family| family.4) {
+            script += &format!("add set inet {TABLE} {set} {{ type {kind}; }}\nflush set inet {TABLE} {set}\n");
+            for (ip, uid) in entries.iter().filter(|(ip, _)| ip.is_ipv4() == (set == "v4")) {
+                script += &format!("add element inet {TABLE} {set} {{ {ip} comment \"{uid}\" }}\n");
+            }
+            // Without a socket there is no uid, and the rule does not match: what is forwarded is never let through.
+            script += &format!(
+                "add rule inet {TABLE} postrouting meta l4proto tcp {family} daddr @{set} meta skuid != 4294967295 \
+                 snat {family} to {source}\n"
+            );
+        }
+        script
+    }
+}
+
+/// What should be in the sets. A pod whose address is not visible just now (as after a reboot of its kubelet) keeps what it
+/// had, unless another pod has that now.
+fn merged(wanted: &BTreeMap<Text, Vec<IpAddr>>, before: &BTreeMap<IpAddr, Text>) -> BTreeMap<IpAddr, Text> {
+    let unseen: BTreeSet<&Text> = wanted.iter().filter(|(_, ips)| ips.is_empty()).map(|(uid, _)| uid).collect();
+    let kept = before.iter().filter(|(_, uid)| unseen.contains(uid)).map(|(ip, uid)| (*ip, uid.clone()));
+    let seen = wanted.iter().flat_map(|(uid, ips)| ips.iter().map(move |ip| (*ip, uid.clone())));
+    // Uids stand in comments of an nft script; those of Kubernetes are letters, digits and dashes.
+    let plain = |uid: &Text| uid.len() <= 64 && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    kept.chain(seen).filter(|(_, uid)| plain(uid)).collect()
+}
+
+/// What an earlier daemon has left in the sets.
+fn entries(listing: &Value) -> BTreeMap<IpAddr, Text> {
+    let sets = listing["nftables"].as_array().into_iter().flatten().filter_map(|object| object["set"]["elem"].as_array());
+    let entry = |element: &Value| {
+        let element = &element["elem"];
+        Some((element["val"].as_str()?.parse().ok()?, element["comment"].as_str()?.into()))
+    };
+    sets.flatten().filter_map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_without_visible_address_keeps_its_own_and_no_other() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let listing = serde_json::json!({"nftables": [{"set": {"name": "v4", "elem": [
+            {"elem": {"val": "10.0.0.1", "comment": "a"}},
+            {"elem": {"val": "10.0.0.2", "comment": "b"}},
+            {"elem": {"val": "10.0.0.3", "comment": "gone"}},
+            {"elem": {"val": "nonsense", "comment": "a"}},
+            "10.0.0.9",
+        ]}}]});
+        let before = entries(&listing);
+        assert_eq!(before.len(), 3);
+        let wanted = BTreeMap::from([
+            ("a".into(), vec![]),
+            ("b".into(), vec![]),
+            ("c".into(), vec![ip("10.0.0.2"), ip("fd00::1")]),
+            ("bad\" }".into(), vec![ip("10.0.0.7")]),
+        ]);
+        let merged: Vec<(IpAddr, Text)> = merged(&wanted, &before).into_iter().collect();
+        assert_eq!(
+            merged,
+            [(ip("10.0.0.1"), "a".into()), (ip("10.0.0.2"), "c".into()), (ip("fd00::1"), "c".into())]
+        );
+    }
+}

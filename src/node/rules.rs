@@ -1,0 +1,198 @@
+//! Keeping a pod's rules in place: written, verified from inside, verified again every 30 s, and looked at whenever the
+//! kernel tells of a change in the namespace.
+
+use super::capture::{Capturer, Listening};
+use super::redirect::{self, Listing};
+use super::status::Board;
+use super::{CaptureError, PodSpec};
+use crate::sys::changes::{Changes, Seen};
+use crate::task::backoff::Backoff;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Time between verifications of a captured pod.
+const VERIFY_EVERY: Duration = Duration::from_secs(30);
+/// Time between rewritings of the rules: a probe does not see every rule.
+const REWRITE_EVERY: Duration = Duration::from_secs(300);
+/// Time between attempts that fail.
+const RETRY: Duration = Duration::from_secs(5);
+/// How long what changes is let settle before it is looked at: transactions come in bursts.
+const SETTLE: Duration = Duration::from_millis(100);
+/// Waits between repairs where somebody undoes them again and again.
+const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Quiet after which the next repair is made at once again.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// The state of a pod's rules.
+#[derive(Debug)]
+pub struct Rules {
+    changes: Option<Changes>,
+    write_at: Instant,
+    verify_at: Instant,
+    /// What the kernel listed after our last writing.
+    written: Option<Listing>,
+    verified: bool,
+    /// Whether what an earlier agent left has been removed, or was not there.
+    taken_over: bool,
+    /// No repair before this.
+    hold_off: Instant,
+    repairs: Backoff,
+    repaired: Instant,
+}
+
+impl Rules {
+    /// Nothing written yet.
+    pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
+        let netns = &listening.pod.netns;
+        let opened = netns.enter(Changes::open).map_err(CaptureError::from);
+        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::Deaf));
+        if let Err(error) = &changes {
+            let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
+            tracing::warn!(namespace, name, %error, "the pod is looked at every 30 s only");
+        }
+        let now = Instant::now();
+        let write_at = if capturer.config.redirect { now } else { now + REWRITE_EVERY };
+        Self {
+            changes: changes.ok(),
+            write_at,
+            verify_at: now,
+            written: None,
+            verified: false,
+            taken_over: false,
+            hold_off: now,
+            repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
+            repaired: now,
+        }
+    }
+
+    /// Completes when something has changed in the namespace, and has settled.
+    pub async fn changes(&self) -> Seen {
+        let Some(changes) = &self.changes else { return std::future::pending().await };
+        let mut seen = changes.seen().await;
+        tokio::time::sleep(SETTLE).await;
+        while let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await {
+            seen = Seen {
+                tables: seen.tables || more.tables,
+                routes: seen.routes || more.routes,
+                addresses: seen.addresses || more.addresses,
+            };
+        }
+        seen
+    }
+
+    /// Does what a change asks for: addresses are learned anew, rules that are not as we left them are due.
+    pub async fn heed(&mut self, seen: Seen, capturer: &Capturer, listening: &Listening) {
+        if seen.addresses {
+            capturer.look_at_addresses(listening);
+        }
+        if !capturer.config.redirect {
+            self.verify_at = Instant::now().max(self.hold_off);
+            self.hold_off = Instant::now() + RETRY;
+            return;
+        }
+        let Some(written) = &self.written else { return };
+        // What cannot be listed is written anew.
+        let same = !seen.tables || redirect::listing(&listening.pod.netns, redirect::TABLE).await.is_ok_and(|now| now == *written);
+        if same && !seen.routes {
+            return;
+        }
+        let now = Instant::now();
+        if now.duration_since(self.repaired) > QUIET {
+            self.repairs.reset();
+            self.hold_off = now;
+        }
+        self.write_at = now.max(self.hold_off);
+        self.hold_off = self.write_at + self.repairs.next();
+        self.repaired = now;
+        let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
+        let in_ms = self.write_at.duration_since(now).as_millis();
+        tracing::warn!(namespace, name, in_ms, "somebody has changed the pod's redirection; it is written again");
+    }
+
+    /// What the rules should be has changed: they are written and verified at the next occasion.
+    pub fn change_soon(&mut self) {
+        self.write_at = Instant::now();
+        self.verify_at = self.write_at;
+    }
+
+    /// A verification is due at the next occasion.
+    pub fn verify_soon(&mut self) {
+        self.verified = false;
+        self.verify_at = Instant::now();
+    }
+
+    /// Whether the last look found everything in place.
+    pub fn verified(&self) -> bool {
+        self.verified
+    }
+
+    /// When something is due.
+    pub fn due(&self) -> Instant {
+        self.write_at.min(self.verify_at)
+    }
+
+    /// Does what is due; whether the pod has been verified now.
+    pub async fn see_to(
+        &mut self,
+        capturer: &Capturer,
+        board: &Board,
+        spec: &PodSpec,
+        listening: &Listening,
+    ) -> Result<bool, CaptureError> {
+        let now = Instant::now();
+        if now >= self.verify_at && capturer.take_dns(spec, listening) {
+            self.write_at = now;
+        }
+        if now < self.due() {
+            return Ok(false);
+        }
+        let result = self.write_and_verify(capturer, board, spec, listening).await;
+        self.verified = result.is_ok();
+        self.verify_at = Instant::now() + if result.is_ok() { VERIFY_EVERY } else { RETRY };
+        result.map(|()| true)
+    }
+
+    async fn write_and_verify(
+        &mut self,
+        capturer: &Capturer,
+        board: &Board,
+        spec: &PodSpec,
+        listening: &Listening,
+    ) -> Result<(), CaptureError> {
+        if capturer.config.redirect && Instant::now() >= self.write_at {
+            self.write(capturer, board, spec, listening).await?;
+        }
+        match capturer.verify(listening).await {
+            Err(error) if capturer.config.redirect => {
+                let (namespace, name) = (&*spec.namespace, &*spec.name);
+                tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
+                self.write(capturer, board, spec, listening).await?;
+                capturer.verify(listening).await
+            }
+            verified => verified,
+        }
+    }
+
+    async fn write(
+        &mut self,
+        capturer: &Capturer,
+        board: &Board,
+        spec: &PodSpec,
+        listening: &Listening,
+    ) -> Result<(), CaptureError> {
+        let again = self.written.take().is_some();
+        self.write_at = Instant::now() + RETRY;
+        let foreign = capturer.redirect(spec, listening, self.taken_over).await?;
+        if !foreign.names.is_empty() {
+            let (namespace, name) = (&*spec.namespace, &*spec.name);
+            let names = foreign.names.into_iter().collect::<Vec<_>>().join(", ");
+            tracing::info!(namespace, name, removed = names, "the pod was captured by istio-cni; taken over");
+        }
+        self.taken_over = true;
+        let listed = redirect::listing(&listening.pod.netns, redirect::TABLE).await?;
+        self.written = Some(listed);
+        self.write_at = Instant::now() + REWRITE_EVERY;
+        board.written(again);
+        Ok(())
+    }
+}

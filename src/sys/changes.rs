@@ -1,0 +1,141 @@
+//! Hearing of changes inside a network namespace: its nftables, its rules and routes, its addresses (sources: netlink(7),
+//! rtnetlink(7), linux/netfilter/nfnetlink.h and nf_tables.h).
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// `NFNLGRP_NFTABLES` as a bit.
+const NFTABLES: u32 = 1 << (7 - 1);
+/// `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV6_RULE` as bits.
+const ROUTING: u32 = 1 << (5 - 1) | 1 << (7 - 1) | 1 << (8 - 1) | 1 << (9 - 1) | 1 << (11 - 1) | 1 << (19 - 1);
+
+const NEW_ADDRESS: u16 = 20;
+const DELETED_ADDRESS: u16 = 21;
+const DELETED_ROUTE: u16 = 25;
+const DELETED_RULE: u16 = 33;
+
+/// Length of a netlink header.
+const HEADER: usize = 16;
+
+/// What has changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Something in nftables; whose it is and what, is for a look at it.
+    pub tables: bool,
+    /// A rule or route has gone.
+    pub routes: bool,
+    /// An address has come or gone.
+    pub addresses: bool,
+}
+
+/// Hears of changes in one namespace.
+#[derive(Debug)]
+pub struct Changes {
+    tables: AsyncFd<OwnedFd>,
+    routing: AsyncFd<OwnedFd>,
+}
+
+impl Changes {
+    /// Opens the sockets in the namespace that the thread is in.
+    pub fn open() -> io::Result<(OwnedFd, OwnedFd)> {
+        let subscribe = |protocol, groups| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+            bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+            Ok::<_, io::Error>(fd)
+        };
+        Ok((
+            subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?,
+            subscribe(SockProtocol::NetlinkRoute, ROUTING)?,
+        ))
+    }
+
+    /// Waits with the runtime of the calling task.
+    pub fn new((tables, routing): (OwnedFd, OwnedFd)) -> io::Result<Self> {
+        // SAFETY: the descriptor is owned by what it is registered in, never closed or replaced before that is dropped.
+        let with = |fd| unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+        Ok(Self { tables: with(tables)?, routing: with(routing)? })
+    }
+
+    /// Completes when something has changed; what came until then is told at once.
+    pub async fn seen(&self) -> Seen {
+        loop {
+            let seen = tokio::select! {
+                ready = self.tables.readable() => match ready {
+                    Ok(mut guard) => {
+                        let tables = drain(self.tables.get_ref(), |_| true);
+                        guard.clear_ready();
+                        Seen { tables, ..Seen::default() }
+                    }
+                    // The runtime ends.
+                    Err(_) => std::future::pending().await,
+                },
+                ready = self.routing.readable() => match ready {
+                    Ok(mut guard) => {
+                        let (mut routes, mut addresses) = (false, false);
+                        let lost = drain(self.routing.get_ref(), |kind| {
+                            routes |= matches!(kind, DELETED_ROUTE | DELETED_RULE);
+                            addresses |= matches!(kind, NEW_ADDRESS | DELETED_ADDRESS);
+                            false
+                        });
+                        guard.clear_ready();
+                        Seen { tables: false, routes: routes || lost, addresses: addresses || lost }
+                    }
+                    Err(_) => std::future::pending().await,
+                },
+            };
+            if seen != Seen::default() {
+                return seen;
+            }
+        }
+    }
+}
+
+/// Reads all there is and shows the kind of each message to `concerns`; whether one does, or some were lost.
+fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
+    let (mut buffer, mut any) = ([0; 16 * 1024], false);
+    loop {
+        match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Ok(0) => return any,
+            Ok(length) => {
+                let mut rest = buffer.get(..length).unwrap_or_default();
+                while let Some((length, kind)) = header(rest) {
+                    any |= concerns(kind);
+                    rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+                }
+            }
+            Err(Errno::EINTR) => {}
+            // More than the socket could hold.
+            Err(Errno::ENOBUFS) => any = true,
+            Err(_) => return any,
+        }
+    }
+}
+
+/// Length and kind of the first message.
+fn header(bytes: &[u8]) -> Option<(usize, u16)> {
+    let length = bytes.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
+    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
+    let length = usize::try_from(length).ok()?;
+    (length >= HEADER).then_some((length, kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_that_claims_nothing_or_is_cut_ends_the_reading() {
+        assert_eq!(header(&[]), None);
+        assert_eq!(header(&[0; 16]), None, "a length of 0 would never end");
+        let mut message = vec![0; 20];
+        message[..4].copy_from_slice(&20u32.to_ne_bytes());
+        message[4..6].copy_from_slice(&DELETED_RULE.to_ne_bytes());
+        assert_eq!(header(&message), Some((20, DELETED_RULE)));
+        assert_eq!(header(&message[..5]), None);
+    }
+}

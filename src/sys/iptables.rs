@@ -1,0 +1,71 @@
+//! Looking into legacy iptables tables, which `nft` does not see (source: linux/netfilter_ipv4/ip_tables.h).
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// `IPT_SO_GET_INFO` and `IPT_SO_GET_ENTRIES`; those of IPv6 have the same numbers.
+const GET_INFO: libc::c_int = 64;
+const GET_ENTRIES: libc::c_int = 65;
+
+/// `struct ipt_getinfo`: name, hooks, entries and underflows of five hooks, number, size.
+const INFO: usize = 84;
+/// Where `struct ipt_get_entries` has its entries: behind name and size, aligned.
+const ENTRIES_AT: usize = 40;
+/// Name of a table at most, with the zero behind it.
+const NAME: usize = 32;
+/// A table larger than this is not looked into.
+const SIZE_MAX: usize = 16 << 20;
+
+/// The legacy tables of the namespace that the thread is in, as `ip nat`, in which `text` occurs, be it as a chain's name.
+/// Tables that do not exist are not made by looking.
+pub fn tables_with(text: &str) -> io::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (family, domain, level) in
+        [("ip", AddressFamily::Inet, libc::SOL_IP), ("ip6", AddressFamily::Inet6, libc::SOL_IPV6)]
+    {
+        // Not there: the kernel has no legacy iptables.
+        let Ok(names) = std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names")) else { continue };
+        for name in names.lines().filter(|name| !name.is_empty() && name.len() < NAME) {
+            let socket = socket(domain, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
+            let bytes = entries(&socket, level, name)?;
+            if bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
+                found.push(format!("{family} {name}"));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn entries(socket: &OwnedFd, level: libc::c_int, table: &str) -> io::Result<Vec<u8>> {
+    let mut info = vec![0; INFO];
+    put(&mut info, 0, table.as_bytes());
+    let info = get(socket, level, GET_INFO, info)?;
+    let size = info.get(INFO - 4..).and_then(|size| size.try_into().ok()).map(u32::from_ne_bytes).unwrap_or_default();
+    let length = usize::try_from(size).unwrap_or(usize::MAX);
+    if length > SIZE_MAX {
+        return Err(io::Error::other(format!("the legacy table {table} has {length} bytes, too many to look into")));
+    }
+    let mut request = vec![0; ENTRIES_AT + length];
+    put(&mut request, 0, table.as_bytes());
+    put(&mut request, NAME, &size.to_ne_bytes());
+    get(socket, level, GET_ENTRIES, request)
+}
+
+fn put(buffer: &mut [u8], at: usize, bytes: &[u8]) {
+    if let Some(place) = buffer.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+}
+
+fn get(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, mut buffer: Vec<u8>) -> io::Result<Vec<u8>> {
+    let mut length = libc::socklen_t::try_from(buffer.len()).map_err(io::Error::other)?;
+    // SAFETY: the buffer is as long as `length` says, and the kernel writes no more than that into it.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), level, option, buffer.as_mut_ptr().cast::<libc::c_void>(), &raw mut length)
+    };
+    Errno::result(result)?;
+    Ok(buffer)
+}

@@ -1,0 +1,522 @@
+//! A Kubernetes API server, as far as a node daemon asks: lists and watches of pods and namespaces, status patches. With the
+//! quirks of real ones: bookmarks, history that has gone (410), lists that are streamed, refused, or silently not, slow answers,
+//! and being away. And pods as the kubelet makes them: real processes in cgroups of a pod's form.
+
+use super::{Pod, World, inside};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// How a request for a streamed list is taken.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub enum Streaming {
+    #[default]
+    Offered,
+    /// 422, as with the feature switched off.
+    Refused,
+    /// The words are not known: objects are sent, and never the end of the list.
+    NotKnown,
+}
+
+#[derive(Default)]
+pub struct State {
+    version: u64,
+    /// By kind and "namespace/name".
+    objects: BTreeMap<(&'static str, String), Value>,
+    history: Vec<(u64, &'static str, &'static str, Value)>,
+    /// Events up to this version have been forgotten.
+    forgotten: u64,
+    pub streaming: Streaming,
+    /// Every answer comes this much later.
+    pub slow: Duration,
+    /// Status patches are answered with this code, where it is not 0.
+    pub refuse_patches: u16,
+    /// Method, path and query of each request.
+    pub requests: Vec<String>,
+    /// Status annotations in the order in which they came: pod and value.
+    pub patches: Vec<(String, Value)>,
+    pub bookmarks: usize,
+    open: Vec<TcpStream>,
+    away: bool,
+}
+
+pub struct Api {
+    pub address: SocketAddr,
+    pub kubeconfig: PathBuf,
+    state: Arc<(Mutex<State>, Condvar)>,
+}
+
+const KINDS: [(&str, &str); 3] = [("pods", "Pod"), ("namespaces", "Namespace"), ("daemonsets", "DaemonSet")];
+
+impl Api {
+    /// Serves on the node's loopback address.
+    pub fn start(w: &World, node: u8) -> Self {
+        let listener = inside(&w.ns(&format!("n{node}")), || TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::<(Mutex<State>, Condvar)>::default();
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = shared.clone();
+                std::thread::spawn(move || serve(&shared, &stream));
+            }
+        });
+        let kubeconfig = w.dir.join(format!("kubeconfig{node}"));
+        let file = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("http://{address}")}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "users": [{"name": "u", "user": {"token": "secret-token"}}],
+        });
+        fs::write(&kubeconfig, file.to_string()).unwrap();
+        Self { address, kubeconfig, state }
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.state.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Nothing is answered, what is open is cut; or all is well again.
+    pub fn away(&self, away: bool) {
+        let mut state = self.state();
+        state.away = away;
+        state.open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    }
+
+    /// Cuts what is open; it may come back at once.
+    pub fn cut(&self) {
+        self.state().open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    }
+
+    /// Forgets its history, so that watches from before are told 410, and cuts what is open.
+    pub fn forget(&self) {
+        let mut state = self.state();
+        state.version += 1;
+        state.forgotten = state.version;
+        state.history.clear();
+        drop(state);
+        self.cut();
+    }
+
+    fn put(&self, kind: &'static str, key: &str, change: impl FnOnce(Option<Value>) -> Option<Value>) {
+        put(&mut self.state(), kind, key, change);
+        self.state.1.notify_all();
+    }
+
+    pub fn namespace(&self, name: &str, labels: Value) {
+        let object = json!({"metadata": {"name": name, "uid": format!("ns-{name}"), "labels": labels},
+            "spec": {"finalizers": ["kubernetes"]}, "status": {"phase": "Active"}});
+        self.put("namespaces", name, |_| Some(object));
+    }
+
+    /// Makes or replaces a pod of namespace `ns`.
+    pub fn pod(&self, pod: &KubePod) {
+        let object = pod.object();
+        self.put("pods", &format!("ns/{}", pod.name), |before| {
+            let mut object = object;
+            // What others have written stays.
+            if let Some(said) = before.and_then(|b| b["metadata"]["annotations"].get(STATUS).cloned())
+                && object["metadata"]["annotations"].get(STATUS).is_none()
+            {
+                object["metadata"]["annotations"][STATUS] = said;
+            }
+            Some(object)
+        });
+    }
+
+    pub fn change(&self, name: &str, change: impl FnOnce(&mut Value)) {
+        self.put("pods", &format!("ns/{name}"), |before| {
+            let mut object = before.expect("the pod is there");
+            change(&mut object);
+            Some(object)
+        });
+    }
+
+    pub fn delete(&self, name: &str) {
+        self.put("pods", &format!("ns/{name}"), |_| None);
+    }
+
+    pub fn daemonset(&self, name: &str, object: Option<Value>) {
+        self.put("daemonsets", name, |_| object);
+    }
+
+    /// What a pod's status annotation says.
+    pub fn said(&self, name: &str) -> Option<String> {
+        let state = self.state();
+        let pod = state.objects.get(&("pods", format!("ns/{name}")))?;
+        Some(pod["metadata"]["annotations"].get(STATUS)?.as_str()?.to_owned())
+    }
+}
+
+pub const STATUS: &str = "ambient.istio.io/redirection";
+
+fn put(state: &mut State, kind: &'static str, key: &str, change: impl FnOnce(Option<Value>) -> Option<Value>) {
+    state.version += 1;
+    let version = state.version;
+    let key = (kind, key.to_owned());
+    let before = state.objects.remove(&key);
+    let event = match change(before.clone()) {
+        Some(mut object) => {
+            object["metadata"]["resourceVersion"] = json!(version.to_string());
+            let what = if before.is_some() { "MODIFIED" } else { "ADDED" };
+            state.objects.insert(key, object.clone());
+            Some((what, object))
+        }
+        None => before.map(|mut object| {
+            object["metadata"]["resourceVersion"] = json!(version.to_string());
+            ("DELETED", object)
+        }),
+    };
+    if let Some((what, object)) = event {
+        state.history.push((version, kind, what, object));
+    }
+}
+
+struct Request {
+    method: String,
+    path: String,
+    query: BTreeMap<String, String>,
+    metadata_only: bool,
+    body: Vec<u8>,
+}
+
+fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|length| *length > 0)?;
+    let mut words = line.split(' ');
+    let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let (mut length, mut metadata_only, mut token) = (0, false, false);
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).ok()?;
+        let header = header.trim().to_ascii_lowercase();
+        if header.is_empty() {
+            break;
+        }
+        if let Some(value) = header.strip_prefix("content-length:") {
+            length = value.trim().parse().ok()?;
+        }
+        metadata_only |= header.starts_with("accept:") && header.contains("as=partialobjectmetadata");
+        token |= header == "authorization: bearer secret-token";
+    }
+    assert!(token, "a request without the token: {target}");
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    let plain = |text: &str| text.replace("%3D", "=").replace("%2F", "/").replace("%3B", ";");
+    let query = query.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), plain(v))).collect();
+    Some(Request { method, path: path.to_owned(), query, metadata_only, body })
+}
+
+fn serve(shared: &(Mutex<State>, Condvar), stream: &TcpStream) {
+    let mut reader = BufReader::new(stream);
+    {
+        let mut state = shared.0.lock().unwrap();
+        if state.away {
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+        state.open.push(stream.try_clone().unwrap());
+    }
+    while let Some(request) = read(&mut reader) {
+        let slow = {
+            let mut state = shared.0.lock().unwrap();
+            let query: Vec<String> = request.query.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            state.requests.push(format!("{} {}?{}", request.method, request.path, query.join("&")));
+            state.slow
+        };
+        std::thread::sleep(slow);
+        if answer(shared, stream, &request).is_none() {
+            return;
+        }
+    }
+}
+
+fn send(mut stream: &TcpStream, code: u16, body: &Value) -> Option<()> {
+    let body = body.to_string();
+    let head = format!("HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all((head + &body).as_bytes()).ok()
+}
+
+fn status(code: u16, message: &str) -> Value {
+    let reason = match code { 404 => "NotFound", 410 => "Expired", 422 => "Invalid", _ => "InternalError" };
+    json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message, "reason": reason, "code": code})
+}
+
+fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Request) -> Option<()> {
+    let parts: Vec<&str> = request.path.trim_matches('/').split('/').collect();
+    match (request.method.as_str(), parts.as_slice()) {
+        ("GET", ["api", "v1", kind @ ("pods" | "namespaces")]) => {
+            let (kind, _) = KINDS.into_iter().find(|(name, _)| name == kind)?;
+            assert_eq!(request.metadata_only, kind == "namespaces", "namespaces, and only these, by their metadata alone");
+            if request.query.get("watch").is_some_and(|watch| watch == "true") {
+                return watch(shared, stream, kind, request);
+            }
+            let state = shared.0.lock().unwrap();
+            let items: Vec<Value> = state.listed(kind, request).collect();
+            let version = state.version.to_string();
+            drop(state);
+            let list = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
+            send(stream, 200, &list)
+        }
+        ("PATCH", ["api", "v1", "namespaces", namespace, "pods", name, "status"]) => {
+            let patch: Value = serde_json::from_slice(&request.body).unwrap();
+            let key = format!("{namespace}/{name}");
+            let mut state = shared.0.lock().unwrap();
+            let refused = state.refuse_patches;
+            let Some(pod) = state.objects.get(&("pods", key.clone())).cloned() else {
+                return send(stream, 404, &status(404, "no such pod"));
+            };
+            if refused != 0 {
+                return send(stream, refused, &status(refused, "patches are refused"));
+            }
+            let wanted = &patch["metadata"];
+            if wanted.get("uid").is_some_and(|uid| *uid != pod["metadata"]["uid"]) {
+                return send(stream, 409, &status(409, "the uid is another one"));
+            }
+            let value = wanted["annotations"][STATUS].clone();
+            state.patches.push((key.clone(), value.clone()));
+            put(&mut state, "pods", &key, |object| {
+                let mut object = object?;
+                let annotations = &mut object["metadata"]["annotations"];
+                if value.is_null() {
+                    annotations.as_object_mut()?.remove(STATUS);
+                } else {
+                    annotations[STATUS] = value;
+                }
+                Some(object)
+            });
+            let object = state.objects[&("pods", key)].clone();
+            drop(state);
+            shared.1.notify_all();
+            send(stream, 200, &object)
+        }
+        ("GET", ["apis", "apps", "v1", "namespaces", _, "daemonsets", name]) => {
+            let found = shared.0.lock().unwrap().objects.get(&("daemonsets", (*name).to_owned())).cloned();
+            match found {
+                Some(object) => send(stream, 200, &object),
+                None => send(stream, 404, &status(404, "no such daemonset")),
+            }
+        }
+        ("GET", ["api", "v1", "namespaces", namespace, "pods", name]) => {
+            let found = shared.0.lock().unwrap().objects.get(&("pods", format!("{namespace}/{name}"))).cloned();
+            match found {
+                Some(object) => send(stream, 200, &object),
+                None => send(stream, 404, &status(404, "no such pod")),
+            }
+        }
+        _ => send(stream, 404, &status(404, "not served here")),
+    }
+}
+
+impl State {
+    fn listed<'a>(&'a self, kind: &'static str, request: &'a Request) -> impl Iterator<Item = Value> + 'a {
+        let all = self.objects.iter().filter(move |((k, _), object)| *k == kind && selects(request, object));
+        all.map(move |(_, object)| shown(kind, request, object))
+    }
+}
+
+fn selects(request: &Request, object: &Value) -> bool {
+    let node = request.query.get("fieldSelector").and_then(|selector| selector.strip_prefix("spec.nodeName="));
+    node.is_none_or(|node| object["spec"]["nodeName"] == node)
+}
+
+/// As the API shows an object: whole, or its metadata alone.
+fn shown(kind: &str, request: &Request, object: &Value) -> Value {
+    let mut object = object.clone();
+    if request.metadata_only {
+        return json!({"kind": "PartialObjectMetadata", "apiVersion": "meta.k8s.io/v1", "metadata": object["metadata"]});
+    }
+    let name = KINDS.into_iter().find(|(name, _)| *name == kind).map(|(_, name)| name);
+    object["kind"] = json!(name);
+    object["apiVersion"] = json!("v1");
+    object
+}
+
+fn watch(shared: &(Mutex<State>, Condvar), mut stream: &TcpStream, kind: &'static str, request: &Request) -> Option<()> {
+    let asked = |name: &str| request.query.get(name).is_some_and(|value| value == "true");
+    let mut out = Vec::new();
+    let mut event = |what: &str, object: Value| out.push(json!({"type": what, "object": object}));
+    let mut state = shared.0.lock().unwrap();
+    let from: u64 = request.query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);
+    let mut seen = from;
+    let bookmark = |version: u64, end: bool| {
+        let annotations = if end { json!({"k8s.io/initial-events-end": "true"}) } else { json!({}) };
+        let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations, "creationTimestamp": null});
+        let (kind, version) = match request.metadata_only {
+            true => ("PartialObjectMetadata", "meta.k8s.io/v1"),
+            false => ("Pod", "v1"),
+        };
+        json!({"kind": kind, "apiVersion": version, "metadata": metadata, "spec": {"containers": []}})
+    };
+    if asked("sendInitialEvents") {
+        if state.streaming == Streaming::Refused {
+            drop(state);
+            return send(stream, 422, &status(422, "sendInitialEvents is forbidden for watch"));
+        }
+        for object in state.listed(kind, request) {
+            event("ADDED", object);
+        }
+        seen = state.version;
+        if state.streaming == Streaming::Offered {
+            event("BOOKMARK", bookmark(seen, true));
+        }
+    } else if from < state.forgotten {
+        event("ERROR", status(410, "too old resource version"));
+    }
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).ok()?;
+    let seconds: u64 = request.query.get("timeoutSeconds").and_then(|s| s.parse().ok()).unwrap_or(300);
+    let end = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        for (version, of, what, object) in &state.history {
+            if *version > seen && *of == kind && selects(request, object) {
+                out.push(json!({"type": what, "object": shown(kind, request, object)}));
+            }
+        }
+        seen = state.version;
+        if out.is_empty() && asked("allowWatchBookmarks") && state.streaming != Streaming::NotKnown {
+            state.bookmarks += 1;
+            out.push(json!({"type": "BOOKMARK", "object": bookmark(seen, false)}));
+        }
+        let slow = state.slow;
+        drop(state);
+        std::thread::sleep(slow);
+        for line in out.drain(..) {
+            let line = format!("{line}\n");
+            stream.write_all(format!("{:x}\r\n{line}\r\n", line.len()).as_bytes()).ok()?;
+        }
+        if Instant::now() > end {
+            return stream.write_all(b"0\r\n\r\n").ok();
+        }
+        state = shared.0.lock().unwrap();
+        if state.version == seen {
+            // Time between bookmarks.
+            state = shared.1.wait_timeout(state, Duration::from_millis(500)).unwrap().0;
+        }
+    }
+}
+
+/// Where cgroups of version 2 are mounted.
+fn cgroups() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let found = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    PathBuf::from(found.expect("cgroup v2 is mounted").split(' ').nth(1).unwrap())
+}
+
+static NEXT: AtomicU32 = AtomicU32::new(1);
+
+/// A pod as the API shows it and the kubelet runs it: its sandbox is a process in the pod's namespace and in a cgroup of the
+/// pod's form.
+pub struct KubePod {
+    pub name: String,
+    pub uid: String,
+    pub node: u8,
+    pub ips: Vec<String>,
+    pub labels: Value,
+    pub annotations: Value,
+    pub phase: &'static str,
+    pub host_network: bool,
+    sandbox: Option<Sandbox>,
+}
+
+pub struct Sandbox {
+    cgroup: PathBuf,
+    child: std::process::Child,
+}
+
+impl Sandbox {
+    /// Starts a process in a namespace, in the cgroup of a pod's container. `form` is the path below the mount.
+    pub fn start(ns: &str, form: &str) -> Self {
+        let cgroup = cgroups().join(form.trim_start_matches('/'));
+        fs::create_dir_all(&cgroup).unwrap();
+        let child = inside(ns, || Command::new("sleep").arg("infinity").stdin(Stdio::null()).spawn()).unwrap();
+        fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
+        Self { cgroup, child }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let mut folder: &Path = &self.cgroup;
+        // Up to the first that others still use.
+        while fs::remove_dir(folder).is_ok() {
+            folder = folder.parent().unwrap();
+        }
+    }
+}
+
+impl KubePod {
+    /// A pod of the world, running.
+    pub fn new(pod: &Pod) -> Self {
+        let mut kube = Self::without_sandbox(pod);
+        kube.run(&pod.netns);
+        kube
+    }
+
+    pub fn without_sandbox(pod: &Pod) -> Self {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let uid = format!("{:08x}-{number:04x}-4000-8000-0123456789ab", std::process::id());
+        let ips = vec![pod.v4.to_string(), pod.v6.to_string()];
+        let (labels, annotations) = (json!({"app": pod.name}), json!({}));
+        let (name, node) = (pod.name.clone(), pod.node);
+        Self { name, uid, node, ips, labels, annotations, phase: "Running", host_network: false, sandbox: None }
+    }
+
+    /// The path of its cgroup as cgroupfs writes it.
+    pub fn cgroup(&self) -> String {
+        format!("/kubepods/burstable/pod{}/{:064x}", self.uid, NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Starts its sandbox in a namespace.
+    pub fn run(&mut self, ns: &str) {
+        self.sandbox = None;
+        self.sandbox = Some(Sandbox::start(ns, &self.cgroup()));
+    }
+
+    /// Its sandbox ends.
+    pub fn stop(&mut self) {
+        self.sandbox = None;
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.sandbox.as_ref().expect("it runs").pid()
+    }
+
+    fn object(&self) -> Value {
+        let ips: Vec<Value> = self.ips.iter().map(|ip| json!({"ip": ip})).collect();
+        json!({
+            "metadata": {"name": self.name, "namespace": "ns", "uid": self.uid, "labels": self.labels,
+                "annotations": self.annotations},
+            "spec": {"nodeName": format!("n{}", self.node), "serviceAccountName": self.name,
+                "hostNetwork": self.host_network, "containers": [{"name": "app", "image": "app"}]},
+            "status": {"phase": self.phase, "podIP": self.ips.first(), "podIPs": ips},
+        })
+    }
+}
+
+impl World {
+    /// Starts a node's daemon that takes its pods from the API by their labels.
+    pub fn start_kube_node(&mut self, node: u8, api: &Api, settings: &[(&str, &str)]) {
+        let host = format!("/run/netns/{}", self.ns(&format!("n{node}")));
+        let mut command = Command::new(super::subject());
+        command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
+        command.env("CULVERT_PODS", "kubernetes").env("KUBECONFIG", &api.kubeconfig).env("NODE_NAME", format!("n{node}"));
+        command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
+        command.envs(settings.iter().copied());
+        self.start_command(node, &mut command);
+    }
+}
