@@ -168,6 +168,8 @@ settings! {
     trust_domain_aliases "trust-domain-aliases" "CULVERT_TRUST_DOMAIN_ALIASES";
     /// Mark of the daemon's own packets [1337].
     packet_mark "packet-mark" "PACKET_MARK";
+    /// End the connections that were open before a pod's capture, which go on in plaintext otherwise [false].
+    end_earlier "end-earlier-connections" "CULVERT_END_EARLIER_CONNECTIONS";
     /// Let a second daemon listen beside this one, for upgrades [true].
     port_reuse "port-reuse" "INPOD_PORT_REUSE";
     /// Use IPv6 [true].

@@ -121,6 +121,7 @@ fn node_config(
         host_netns: path(&args.host_netns).unwrap_or_else(|| proc.join("1/ns/net")),
         cluster_id: istio::cluster_id(args, environment),
         mark,
+        end_earlier: c.read("CULVERT_END_EARLIER_CONNECTIONS", args.end_earlier.as_ref(), false, boolean),
         reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),
         ipv6,
         release_deadline,

@@ -3,9 +3,9 @@
 use super::args::NodeArgs;
 use super::check::Checker;
 use crate::node::Source;
-use crate::node::kubernetes::select::{Enablement, default_selectors, read_selectors};
 use crate::node::cni::install;
 use crate::node::kubernetes;
+use crate::node::kubernetes::select::{Enablement, default_selectors, read_selectors};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,9 @@ pub(super) fn pods_source(c: &mut Checker, args: &NodeArgs, proc: &Path) -> Sour
         _ => Err("kubernetes, agent or file".into()),
     });
     if word != Word::File && file.is_some() {
-        c.faults.push("CULVERT_PODS_FILE (--pods-file): is set, and CULVERT_PODS says that pods come from elsewhere".into());
+        c.faults.push(
+            "CULVERT_PODS_FILE (--pods-file): is set, and CULVERT_PODS says that pods come from elsewhere".into(),
+        );
     }
     match (word, file) {
         (Word::File, Some(path)) => Source::File(path),
@@ -54,10 +56,9 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
     if node_name.is_empty() {
         c.faults.push("NODE_NAME (--node-name): is not set; it says whose pods are this node's".into());
     }
-    let selectors =
-        c.read("AMBIENT_ENABLEMENT_SELECTOR", args.selectors.as_ref(), default_selectors(), |text| {
-            read_selectors(text).map_err(|error| format!("a list of selectors: {error}"))
-        });
+    let selectors = c.read("AMBIENT_ENABLEMENT_SELECTOR", args.selectors.as_ref(), default_selectors(), |text| {
+        read_selectors(text).map_err(|error| format!("a list of selectors: {error}"))
+    });
     let excluded = args.exclude_namespaces.clone().unwrap_or_else(|| "kube-system".into());
     let excluded: BTreeSet<String> =
         excluded.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
@@ -101,7 +102,8 @@ mod tests {
         let word = |text: &str| Some(text.to_owned());
         let base = || NodeArgs { mesh_file: word("/m"), ca_dir: word("/c"), ..NodeArgs::default() };
         let machine = Machine { cpus: 2, open_files: 1024 };
-        let faults = |args: &NodeArgs| check(args, &Environment::default(), machine).map(drop).map_err(|f| f.to_string());
+        let faults =
+            |args: &NodeArgs| check(args, &Environment::default(), machine).map(drop).map_err(|f| f.to_string());
         let kubernetes = || NodeArgs { pods: word("kubernetes"), node_name: word("n"), ..base() };
         assert_eq!(faults(&kubernetes()), Ok(()));
         for (args, expected) in [
@@ -109,7 +111,10 @@ mod tests {
             (NodeArgs { pods: word("file"), ..base() }, "CULVERT_PODS_FILE (--pods-file): is not set"),
             (NodeArgs { pods_file: word("/p"), ..kubernetes() }, "CULVERT_PODS_FILE (--pods-file): is set"),
             (NodeArgs { node_name: None, ..kubernetes() }, "NODE_NAME (--node-name)"),
-            (NodeArgs { selectors: word("[{a: b}]"), ..kubernetes() }, "AMBIENT_ENABLEMENT_SELECTOR (--enablement-selectors)"),
+            (
+                NodeArgs { selectors: word("[{a: b}]"), ..kubernetes() },
+                "AMBIENT_ENABLEMENT_SELECTOR (--enablement-selectors)",
+            ),
         ] {
             let said = faults(&args).unwrap_err();
             assert!(said.starts_with(expected), "{expected}: {said}");

@@ -176,7 +176,10 @@ mod tests {
             }
         }
         assert_eq!((greedy.load(Ordering::Relaxed), modest.load(Ordering::Relaxed)), (75, 5));
-        assert!(matches!(refused, Some(Failure::Largest { own: 75, all: 80, scarce: Scarce::Connections })), "{refused:?}");
+        assert!(
+            matches!(refused, Some(Failure::Largest { own: 75, all: 80, scarce: Scarce::Connections })),
+            "{refused:?}"
+        );
         for _ in 0..20 {
             held.push(budget.open(&modest).unwrap());
         }

@@ -2,8 +2,8 @@
 //! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
 
 use super::accept::listener;
-use super::budget::{Budget, Open};
 use super::authorize::revoke::Registry;
+use super::budget::{Budget, Open};
 use super::dial::Pool;
 use super::report::{Direction, Failure, Record, Reporter};
 use super::{Config, Pod};

@@ -32,10 +32,14 @@ use prometheus_client::registry::Registry;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use tokio::sync::Notify;
 
 /// What readiness and whoever needs facts wait for.
 const FACTS: &str = "mesh facts";
+
+/// How long whoever has something left to do when the process ends may take.
+const LAST_WORDS: Duration = Duration::from_secs(4);
 
 /// Runs the daemon until it is told to end.
 pub fn node(config: Config) -> anyhow::Result<()> {
@@ -127,7 +131,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         claims: Default::default(),
     });
     own_pod(&parts.config, &capturer, &ready, &background)?;
-    pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
+    let last =
+        pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
     tracing::info!(workers = parts.config.connection.workers, "{} is running", super::version());
 
     tokio::select! {
@@ -135,7 +140,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         () = quit.notified() => tracing::info!("ending: asked to by /quitquitquit"),
     }
     let _ending = ready.wait_for("ending");
-    end(&parts, &drain, &workers, &background, &mut signals).await;
+    end(&parts, &drain, &workers, (&last, &background), &mut signals).await;
     facts.stop();
     Ok(())
 }
@@ -233,7 +238,13 @@ fn certificates(
     identities
 }
 
-async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group, signals: &mut Signals) {
+async fn end(
+    parts: &Parts,
+    drain: &Drain,
+    workers: &Workers,
+    (last, background): (&Group, &Group),
+    signals: &mut Signals,
+) {
     drain.gently();
     let (open, deadline) = (parts.reporter.live.len(), parts.config.drain_deadline);
     tracing::info!(open, ?deadline, "no new connections; waiting for those that are open");
@@ -245,6 +256,9 @@ async fn end(parts: &Parts, drain: &Drain, workers: &Workers, background: &Group
     let cut = parts.reporter.live.len();
     drain.at_once();
     workers.cut().await;
+    if tokio::time::timeout(LAST_WORDS, last.finished()).await.is_err() {
+        last.cut();
+    }
     background.cut();
     background.finished().await;
     parts.dns.stop();

@@ -80,6 +80,8 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "reason": pod.state.reason(),
             "since": time(pod.since),
             "listening": pod.listening,
+            "redirected": pod.held,
+            "uncapturedConnections": pod.earlier,
             "bypassInboundCapture": pod.spec.settings.bypass_inbound,
             "dns": dns(parts, &pod.spec.uid),
         })

@@ -103,9 +103,10 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         return Ok(result(verb, configuration));
     }
     let netns = match (&call.netns, verb) {
-        (Some(path), Verb::Add) => Some(File::open(path).map_err(|error| {
-            invalid(INVALID_ENVIRONMENT, &format!("CNI_NETNS {}: {error}", path.display()))
-        })?),
+        (Some(path), Verb::Add) => Some(
+            File::open(path)
+                .map_err(|error| invalid(INVALID_ENVIRONMENT, &format!("CNI_NETNS {}: {error}", path.display())))?,
+        ),
         (Some(path), _) => File::open(path).ok(),
         (None, Verb::Add) => return Err(invalid(INVALID_ENVIRONMENT, "CNI_NETNS is not set")),
         (None, _) => None,

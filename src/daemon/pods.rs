@@ -25,7 +25,8 @@ impl Metrics {
     pub(super) fn register(config: &Config, registry: &mut Registry) -> Self {
         let node::Config { host_netns, ipv6, .. } = &config.node;
         let probes = HostProbes { host: host_netns.clone(), ipv6: *ipv6, in_place: Default::default() };
-        let metrics = Self { agent: Arc::default(), kubernetes: Arc::default(), probes, plugin_in_place: Gauge::default() };
+        let metrics =
+            Self { agent: Arc::default(), kubernetes: Arc::default(), probes, plugin_in_place: Gauge::default() };
         match &config.node.source {
             Source::Agent(_) => metrics.agent.register(registry),
             Source::Kubernetes(kubernetes) => {
@@ -42,14 +43,15 @@ impl Metrics {
     }
 }
 
-/// Follows the source until the process ends.
+/// Follows the source until the process ends; gives those tasks that have something to do then, which takes a moment.
 pub(super) async fn follow(
     (config, capturer, board): (&Config, &Arc<Capturer>, &Arc<Board>),
     metrics: Metrics,
     pending: Pending,
     (ready, facts): (&Ready, &'static str),
     background: &Group,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Group> {
+    let last = Group::default();
     let pods = Pods::new(capturer.clone(), board.clone());
     let drain = capturer.drain.signal();
     match config.node.source.clone() {
@@ -84,8 +86,8 @@ pub(super) async fn follow(
                 plugin,
                 ready: Some(pending),
             };
-            background.spawn(source.run(drain));
+            last.spawn(source.run(drain));
         }
     }
-    Ok(())
+    Ok(last)
 }

@@ -2,8 +2,8 @@
 //! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
 //! and no connection is carried before the pod is known to be who it should be.
 
-use super::pods::NetnsRef;
 use super::foreign::Foreign;
+use super::pods::NetnsRef;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
@@ -17,7 +17,7 @@ use crate::task::{Drain, Group};
 use crate::{identity, mesh};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -204,9 +204,11 @@ impl Capturer {
         &self,
         spec: &PodSpec,
         listening: &Listening,
+        spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
     ) -> Result<Foreign, CaptureError> {
-        Ok(redirect::install(&listening.pod.netns, &self.rules(spec, listening), taken_over).await?)
+        let rules = redirect::Rules { spared, ..self.rules(spec, listening) };
+        Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
 
     fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
@@ -216,6 +218,7 @@ impl Capturer {
             dns: self.wants_dns(spec) && listening.names.get().is_some(),
             bypass_inbound: spec.settings.bypass_inbound,
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
+            spared: Vec::new(),
         }
     }
 

@@ -68,11 +68,8 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
                 None => faults.push(format!("pod {label}: {name:?} is no name of an interface")),
             }
         }
-        let settings = Settings {
-            dns: pod.dns_capture,
-            bypass_inbound: pod.bypass_inbound_capture,
-            virtual_interfaces,
-        };
+        let settings =
+            Settings { dns: pod.dns_capture, bypass_inbound: pod.bypass_inbound_capture, virtual_interfaces };
         specs.push(PodSpec {
             name: pod.name.into(),
             namespace: pod.namespace.into(),

@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod cni;
+pub mod earlier;
 pub mod file;
 pub mod foreign;
 pub mod kubernetes;
@@ -30,6 +31,8 @@ pub struct Config {
     pub redirect: bool,
     /// Network namespace of the host, which is nobody's pod.
     pub host_netns: PathBuf,
+    /// Whether connections that were open before a pod's capture are ended.
+    pub end_earlier: bool,
     /// Cluster of this node, for the uids of its pods in the mesh.
     pub cluster_id: String,
     /// `SO_MARK` of the daemon's sockets.

@@ -171,8 +171,15 @@ impl Pods {
             let name: Text = "(unknown)".into();
             let netns = NetnsRef::Path(PathBuf::new());
             let (namespace, service_account) = (name.clone(), name.clone());
-            let spec =
-                PodSpec { name, namespace, service_account, uid, netns, ips: Vec::new(), settings: Settings::default() };
+            let spec = PodSpec {
+                name,
+                namespace,
+                service_account,
+                uid,
+                netns,
+                ips: Vec::new(),
+                settings: Settings::default(),
+            };
             (spec, State::Failed(
                 "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \
                  restart the pod".into(),

@@ -80,17 +80,14 @@ impl HostProbes {
                     None => std::future::pending().await,
                 }
             };
-            let other = tokio::select! {
-                changed = pods.changed() => match changed {
-                    Ok(()) => true,
-                    Err(_) => return,
-                },
-                () = heard => false,
-                () = tokio::time::sleep(LOOK) => false,
-            };
+            tokio::select! {
+                changed = pods.changed() => if changed.is_err() { return },
+                () = heard => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };
-            let result = self.see_to(&wanted, other, &mut known, &mut written).await;
+            let result = self.see_to(&wanted, &mut known, &mut written).await;
             self.in_place.set(i64::from(result.is_ok()));
             let error = result.err().map(|error| error.to_string());
             if let Some(error) = error.as_ref().filter(|error| said.as_ref() != Some(error)) {
@@ -103,7 +100,6 @@ impl HostProbes {
     async fn see_to(
         &self,
         wanted: &BTreeMap<Text, Vec<IpAddr>>,
-        other: bool,
         known: &mut Option<BTreeMap<IpAddr, Text>>,
         written: &mut Option<Listing>,
     ) -> Result<(), RedirectError> {
@@ -113,8 +109,9 @@ impl HostProbes {
             None => entries(&redirect::list_table(&host, TABLE).await?),
         };
         let entries = merged(wanted, &before);
+        let same = entries == before;
         *known = Some(entries.clone());
-        let same = !other && written.is_some() && redirect::listing(&host, TABLE).await.ok() == *written;
+        let same = same && written.is_some() && redirect::listing(&host, TABLE).await.ok() == *written;
         if same {
             return Ok(());
         }
@@ -127,8 +124,7 @@ impl HostProbes {
     /// The whole table, as one transaction that takes no chain away for a moment.
     fn table(&self, entries: &BTreeMap<IpAddr, Text>) -> String {
         let mut script = format!("add table inet {TABLE}\n");
-        let families =
-            [("v4", "ipv4_addr", "ip", PROBE_V4, true), ("v6", "ipv6_addr", "ip6", PROBE_V6, self.ipv6)];
+        let families = [("v4", "ipv4_addr", "ip", PROBE_V4, true), ("v6", "ipv6_addr", "ip6", PROBE_V6, self.ipv6)];
         // Before masquerading of other CNIs, at 100: the first translation of a connection stays.
         script += &format!(
             "add chain inet {TABLE} postrouting {{ type nat hook postrouting priority 90; policy accept; }}\n\
@@ -162,7 +158,8 @@ fn merged(wanted: &BTreeMap<Text, Vec<IpAddr>>, before: &BTreeMap<IpAddr, Text>)
 
 /// What an earlier daemon has left in the sets.
 fn entries(listing: &Value) -> BTreeMap<IpAddr, Text> {
-    let sets = listing["nftables"].as_array().into_iter().flatten().filter_map(|object| object["set"]["elem"].as_array());
+    let sets =
+        listing["nftables"].as_array().into_iter().flatten().filter_map(|object| object["set"]["elem"].as_array());
     let entry = |element: &Value| {
         let element = &element["elem"];
         Some((element["val"].as_str()?.parse().ok()?, element["comment"].as_str()?.into()))
@@ -193,9 +190,6 @@ mod tests {
             ("bad\" }".into(), vec![ip("10.0.0.7")]),
         ]);
         let merged: Vec<(IpAddr, Text)> = merged(&wanted, &before).into_iter().collect();
-        assert_eq!(
-            merged,
-            [(ip("10.0.0.1"), "a".into()), (ip("10.0.0.2"), "c".into()), (ip("fd00::1"), "c".into())]
-        );
+        assert_eq!(merged, [(ip("10.0.0.1"), "a".into()), (ip("10.0.0.2"), "c".into()), (ip("fd00::1"), "c".into())]);
     }
 }

@@ -13,7 +13,7 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use serde_json::Value;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
@@ -35,6 +35,8 @@ pub struct Rules {
     pub bypass_inbound: bool,
     /// What comes in through these interfaces is taken as outbound.
     pub virtual_interfaces: Vec<Interface>,
+    /// Connections that are left alone: the pod's own address, and the peer's.
+    pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
 
 /// Name of a network interface that may stand in a rule.
@@ -92,10 +94,14 @@ pub enum RedirectError {
         source: rtnetlink::Error,
     },
     /// Rules of somebody else capture the pod, and cannot be removed by us.
-    #[error("istio-cni's legacy iptables rules ({0}) are in the pod; restart the pod, or remove them with iptables-legacy")]
+    #[error(
+        "istio-cni's legacy iptables rules ({0}) are in the pod; restart the pod, or remove them with iptables-legacy"
+    )]
     Legacy(String),
     /// Rules of somebody else came back after they had been removed.
-    #[error("{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node")]
+    #[error(
+        "{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node"
+    )]
     Contested(String),
     /// Too slow.
     #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
@@ -149,6 +155,12 @@ pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectErro
     Ok(Listing(listing))
 }
 
+/// Whether our rules are still as `written`, and nobody else's capture the pod beside them.
+pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<bool, RedirectError> {
+    let all = within(list(netns, &["list", "ruleset"])).await?;
+    Ok(foreign::find(&all).names.is_empty() && listing(netns, TABLE).await? == *written)
+}
+
 /// One of our tables as `nft` prints it; null where there is none.
 pub async fn list_table(netns: &Netns, table: &str) -> Result<Value, RedirectError> {
     within(async {
@@ -198,7 +210,7 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 /// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
 /// would stop translating the connections that are open.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces } = rules;
+    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, spared } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
@@ -206,7 +218,26 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let not_loopback = [("ip daddr != 127.0.0.1"), ("ip6 daddr != ::1")];
     let mut inbound = String::new();
     let mut outbound = String::new();
+    let mut sets = String::new();
     if capture {
+        for (family, kind, is_v4) in [("ip", "ipv4_addr", true), ("ip6", "ipv6_addr", false)] {
+            let elements: Vec<String> = spared
+                .iter()
+                .filter(|(own, _)| own.is_ipv4() == is_v4)
+                .map(|(own, peer)| format!("{} . {} . {} . {}", own.ip(), own.port(), peer.ip(), peer.port()))
+                .collect();
+            if elements.is_empty() {
+                continue;
+            }
+            sets += &format!(
+                "  set spared_{family} {{ type {kind} . inet_service . {kind} . inet_service; elements = {{ {} }}; }}\n",
+                elements.join(", ")
+            );
+            outbound +=
+                &format!("    {family} saddr . tcp sport . {family} daddr . tcp dport @spared_{family} accept\n");
+            inbound +=
+                &format!("    {family} daddr . tcp dport . {family} saddr . tcp sport @spared_{family} accept\n");
+        }
         for Interface(name) in virtual_interfaces {
             inbound += &format!("    iifname \"{name}\" meta l4proto tcp redirect to :15001\n");
         }
@@ -236,6 +267,14 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
             outbound += &format!("    meta l4proto tcp {outside} {others} redirect to :15001\n");
         }
     }
+    // A set that is in use no longer goes with the rules that used it; made first, because only what is there can go.
+    let old_sets = [("ip", "ipv4_addr"), ("ip6", "ipv6_addr")].map(|(family, kind)| {
+        format!(
+            "add set inet {TABLE} spared_{family} {{ type {kind} . inet_service . {kind} . inet_service; }}\n\
+             delete set inet {TABLE} spared_{family}\n"
+        )
+    });
+    let old_sets = old_sets.concat();
     let return_bits = !MASK;
     // What we ask of resolvers may come from the very port that the application asks from.
     let zone = |port: &str, whose: &str| match dns {
@@ -244,7 +283,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     };
     let (answers, questions) = (zone("sport", &others), zone("dport", &ours));
     format!(
-        "add table inet {TABLE}\nflush table inet {TABLE}\ntable inet {TABLE} {{\n\
+        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n{sets}\
          \x20 chain pre_raw {{\n    type filter hook prerouting priority -300; policy accept;\n{answers}  }}\n\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\

@@ -2,6 +2,7 @@
 //! kernel tells of a change in the namespace.
 
 use super::capture::{Capturer, Listening};
+use super::earlier::Connections;
 use super::redirect::{self, Listing};
 use super::status::Board;
 use super::{CaptureError, PodSpec};
@@ -32,6 +33,8 @@ pub struct Rules {
     /// What the kernel listed after our last writing.
     written: Option<Listing>,
     verified: bool,
+    /// Connections from before the rules.
+    earlier: Connections,
     /// Whether what an earlier agent left has been removed, or was not there.
     taken_over: bool,
     /// No repair before this.
@@ -58,6 +61,7 @@ impl Rules {
             verify_at: now,
             written: None,
             verified: false,
+            earlier: Connections::default(),
             taken_over: false,
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
@@ -91,8 +95,8 @@ impl Rules {
             return;
         }
         let Some(written) = &self.written else { return };
-        // What cannot be listed is written anew.
-        let same = !seen.tables || redirect::listing(&listening.pod.netns, redirect::TABLE).await.is_ok_and(|now| now == *written);
+        // What cannot be listed is written anew; so is what somebody else's rules have joined, who is then named.
+        let same = !seen.tables || redirect::is_alone_with(&listening.pod.netns, written).await.unwrap_or(false);
         if same && !seen.routes {
             return;
         }
@@ -148,6 +152,7 @@ impl Rules {
         }
         let result = self.write_and_verify(capturer, board, spec, listening).await;
         self.verified = result.is_ok();
+        board.earlier(&spec.uid, self.earlier.left(&listening.pod));
         self.verify_at = Instant::now() + if result.is_ok() { VERIFY_EVERY } else { RETRY };
         result.map(|()| true)
     }
@@ -182,7 +187,16 @@ impl Rules {
     ) -> Result<(), CaptureError> {
         let again = self.written.take().is_some();
         self.write_at = Instant::now() + RETRY;
-        let foreign = capturer.redirect(spec, listening, self.taken_over).await?;
+        let pod = &listening.pod;
+        let first = !self.taken_over && redirect::list_table(&pod.netns, redirect::TABLE).await?.is_null();
+        if first {
+            self.earlier = Connections::open_now(pod);
+        }
+        let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
+        let foreign = capturer.redirect(spec, listening, spared, self.taken_over).await?;
+        if first && capturer.config.end_earlier {
+            self.earlier.end(pod);
+        }
         if !foreign.names.is_empty() {
             let (namespace, name) = (&*spec.namespace, &*spec.name);
             let names = foreign.names.into_iter().collect::<Vec<_>>().join(", ");

@@ -58,6 +58,8 @@ pub struct PodStatus {
     pub listening: bool,
     /// Whether its rules are in place and verified, whatever is known of the pod: what it sends is carried or waits.
     pub held: bool,
+    /// Connections that were open before its capture and still are: they go on as they began, in plaintext.
+    pub earlier: usize,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -77,6 +79,7 @@ pub struct Board {
     by_state: Family<StateLabel, Gauge>,
     failures: Family<ReasonLabel, Counter>,
     repairs: Counter,
+    uncaptured: Gauge,
     started: Counter,
     stopped: Counter,
     active: Gauge,
@@ -92,6 +95,8 @@ impl Board {
         registry.register("culvert_capture_failures", failures, self.failures.clone());
         let repairs = "Rules of pods written again because somebody had changed them, or from time to time";
         registry.register("culvert_redirection_rewrites", repairs, self.repairs.clone());
+        let uncaptured = "Connections of captured pods that were open before the capture, and go on as they began";
+        registry.register("culvert_uncaptured_connections", uncaptured, self.uncaptured.clone());
         let started = "Pods captured (unstable)";
         registry.register("workload_manager_proxies_started", started, self.started.clone());
         let stopped = "Pods released or lost (unstable)";
@@ -124,9 +129,10 @@ impl Board {
             self.stopped.inc();
         }
         let before = pods.get(&spec.uid);
-        let (listening, held) = before.map_or((false, false), |status| (status.listening, status.held));
+        let (listening, held, earlier) =
+            before.map_or((false, false, 0), |status| (status.listening, status.held, status.earlier));
         let since = SystemTime::now();
-        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held });
+        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held, earlier });
         self.count(&pods);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -161,6 +167,15 @@ impl Board {
         }
     }
 
+    /// Says how many connections of a pod are older than its capture.
+    pub fn earlier(&self, uid: &Text, earlier: usize) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = pods.get_mut(uid) {
+            status.earlier = earlier;
+        }
+        self.count(&pods);
+    }
+
     /// Tells of changes.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
@@ -191,6 +206,8 @@ impl Board {
             self.by_state.get_or_create(&StateLabel { state }).set(count);
             count
         };
+        let earlier: usize = pods.values().map(|status| status.earlier).sum();
+        self.uncaptured.set(i64::try_from(earlier).unwrap_or(i64::MAX));
         self.active.set(count("captured") + count("releasing"));
         self.pending.set(count("pending") + count("failed"));
     }

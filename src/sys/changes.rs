@@ -48,10 +48,7 @@ impl Changes {
             bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
             Ok::<_, io::Error>(fd)
         };
-        Ok((
-            subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?,
-            subscribe(SockProtocol::NetlinkRoute, ROUTING)?,
-        ))
+        Ok((subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?, subscribe(SockProtocol::NetlinkRoute, ROUTING)?))
     }
 
     /// Waits with the runtime of the calling task.

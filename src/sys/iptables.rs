@@ -2,7 +2,7 @@
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -27,9 +27,11 @@ pub fn tables_with(text: &str) -> io::Result<Vec<String>> {
         [("ip", AddressFamily::Inet, libc::SOL_IP), ("ip6", AddressFamily::Inet6, libc::SOL_IPV6)]
     {
         // Not there: the kernel has no legacy iptables.
-        let Ok(names) = std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names")) else { continue };
+        let Ok(names) = std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names")) else {
+            continue;
+        };
         for name in names.lines().filter(|name| !name.is_empty() && name.len() < NAME) {
-            let socket = socket(domain, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)?;
+            let socket = socket(domain, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
             let bytes = entries(&socket, level, name)?;
             if bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
                 found.push(format!("{family} {name}"));

@@ -31,7 +31,8 @@ impl Memory {
     pub fn of_process() -> Option<Self> {
         let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
         let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
-        let (two, one) = (("cgroup2", "memory.max", "memory.current"), ("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes"));
+        let (two, one) =
+            (("cgroup2", "memory.max", "memory.current"), ("cgroup", "memory.limit_in_bytes", "memory.usage_in_bytes"));
         [two, one].into_iter().find_map(|(kind, max, used)| {
             let path = own.lines().find_map(|line| {
                 let (controllers, path) = line.split_once(':')?.1.split_once(':')?;

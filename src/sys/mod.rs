@@ -15,3 +15,4 @@ pub mod process;
 pub mod scratch;
 pub mod seqpacket;
 pub mod socket;
+pub mod tcp_sockets;

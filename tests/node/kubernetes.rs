@@ -1,7 +1,7 @@
 //! Enrolment by label, with no agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
 
 use crate::world::kube::{Api, KubePod, STATUS, Sandbox, Streaming};
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in, peer_script};
+use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::process::Command;
@@ -241,7 +241,8 @@ fn an_api_that_forgets_refuses_to_stream_is_slow_or_away_changes_nothing_that_is
         c.apis[0].state().streaming = streaming;
         c.start_one(&[]);
         eventually("it is captured", || c.state("client") == "captured");
-        let listed = c.apis[0].state().requests.iter().any(|r| r.starts_with("GET /api/v1/pods?") && !r.contains("watch="));
+        let listed =
+            c.apis[0].state().requests.iter().any(|r| r.starts_with("GET /api/v1/pods?") && !r.contains("watch="));
         assert_eq!(listed, streaming != Streaming::Offered, "lists are asked for where they are not streamed");
         if streaming == Streaming::NotKnown {
             continue;
@@ -259,7 +260,9 @@ fn an_api_that_forgets_refuses_to_stream_is_slow_or_away_changes_nothing_that_is
         c.apis[0].forget();
         // Nobody hears of it, and what is enrolled is held, and repaired.
         output_in(&second.netns, "nft", &["flush", "table", "inet", "culvert"]);
-        eventually("the rules are back", || output_in(&second.netns, "nft", &["list", "table", "inet", "culvert"]).contains("15001"));
+        eventually("the rules are back", || {
+            output_in(&second.netns, "nft", &["list", "table", "inet", "culvert"]).contains("15001")
+        });
         assert_eq!(c.state("second"), "captured");
         c.apis[0].state().slow = std::time::Duration::from_millis(700);
         c.apis[0].away(false);
@@ -324,4 +327,393 @@ fn what_somebody_changes_inside_is_noticed_and_repaired() {
     apps::serve(&ns, 7000, apps::who);
     eventually("the new address is known", || ask(&host, (std::net::Ipv4Addr::new(10, 1, 0, 200), 7000), "x").is_ok());
     assert_eq!(rewrites(), before, "nothing of ours was touched");
+}
+
+/// A policy under which nobody gets in without a tunnel.
+fn strict(c: &mut Cluster) {
+    c.w.mesh.policy("strict", "Namespace", "Allow", crate::world::facts::principal("client"));
+    for pod in ["client", "server"] {
+        c.w.mesh.of(pod)["authorizationPolicies"] = json!([]);
+    }
+    c.w.write_mesh();
+}
+
+#[test]
+fn the_nodes_own_probes_come_through_a_strict_policy_and_nobody_elses() {
+    let mut c = cluster();
+    let outside = c.w.add_pod("outside", 1);
+    strict(&mut c);
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.start();
+    let (node, other) = (c.w.ns("n1"), c.w.ns("n2"));
+    let probe = |ip| ask(&node, (ip, 8080), "probe");
+    // Other CNIs translate too, and look at where packets come from.
+    let masquerade =
+        "table inet cni { chain post { type nat hook postrouting priority 100; oifname pods masquerade; }; }";
+    let file = c.w.dir.join("cni.nft");
+    std::fs::write(&file, masquerade).unwrap();
+    output_in(&node, "nft", &["-f", file.to_str().unwrap()]);
+    inside(&node, || std::fs::write("/proc/sys/net/ipv4/conf/all/rp_filter", "1").unwrap());
+    eventually("a probe of the node comes through", || probe(c.client.v4).is_ok_and(|a| a == "169.254.7.127 probe"));
+    let v6 = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff probe";
+    eventually("over IPv6 too", || probe(c.client.v6).is_ok_and(|a| a == v6));
+    for ns in [&outside.netns, &other] {
+        assert!(ask(ns, (c.client.v4, 8080), "x").is_err() || ask(ns, (c.client.v4, 8080), "x").unwrap().is_empty());
+    }
+    assert!(c.w.metric(1, "culvert_connection_failures_total", &["reason=\"not_allowed\""]) >= 1.0);
+    // Somebody empties the host's rules.
+    output_in(&node, "nft", &["flush", "ruleset"]);
+    eventually("they are back", || probe(c.client.v4).is_ok_and(|a| a.starts_with("169.254.7.127")));
+    // A pod that is released is probed as before.
+    c.apis[0].namespace("ns", json!({}));
+    eventually("it is released", || c.state("client").is_empty());
+    eventually("and no longer in the set", || probe(c.client.v4).is_ok_and(|a| a == "10.1.0.1 probe"));
+    // After a restart a pod whose address is not visible keeps what it had.
+    c.apis[0].namespace("ns", json!({"istio.io/dataplane-mode": "ambient"}));
+    eventually("captured again", || c.state("client") == "captured");
+    let set = || output_in(&node, "nft", &["list", "table", "inet", "culvert-probes"]);
+    eventually("in the set again", || set().contains(&c.client.v4.to_string()));
+    c.w.take_node(1).kill();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Running"}));
+    c.start_one(&[]);
+    eventually("it is known", || c.state("client") == "pending");
+    c.apis[0].namespace("other", json!({}));
+    eventually("the set has been seen to", || c.w.metric(1, "culvert_probe_rules_in_place", &[]) == 1.0);
+    assert!(set().contains(&c.client.v4.to_string()), "{}", set());
+}
+
+#[test]
+fn a_pod_that_istio_cni_had_captured_is_taken_over_or_refused_by_name() {
+    let mut c = cluster();
+    let (ns, server) = (c.client.netns.clone(), c.server.v4);
+    let tables = || output_in(&ns, "nft", &["list", "ruleset"]);
+    let dir = c.w.dir.clone();
+    let load = |text: &str| {
+        let file = dir.join("istio.nft");
+        std::fs::write(&file, text).unwrap();
+        output_in(&ns, "nft", &["-f", file.to_str().unwrap()]);
+    };
+    // As istio-cni with nftables, and with iptables on nftables, leaves a pod; beside a table of somebody else.
+    let left = "table inet istio-ambient-nat { chain out { type nat hook output priority -100; tcp dport 1-65535 redirect to :19001; }; }\n\
+         table inet istio-ambient-mangle { }\n\
+         table ip nat { chain ISTIO_OUTPUT { tcp dport 1-65535 redirect to :19002; }\n chain ISTIO_PRERT { jump ISTIO_OUTPUT; }\n\
+         chain OUTPUT { type nat hook output priority -100; tcp dport 7 accept; jump ISTIO_OUTPUT; }; }\n\
+         table ip mine { chain c { type filter hook output priority 0; }; }\n";
+    load(left);
+    c.start();
+    assert!(!tables().to_lowercase().contains("istio") && tables().contains("table ip mine"), "{}", tables());
+    assert!(tables().contains("tcp dport 7 accept"), "a rule of somebody else stays: {}", tables());
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+    c.w.log_line(1, "it says what it took over", |line| {
+        line["removed"]
+            .as_str()
+            .is_some_and(|names| names.contains("istio-ambient-nat") && names.contains("ISTIO_OUTPUT"))
+    });
+    // Whoever comes back is not fought with, but named.
+    load(
+        "table inet istio-ambient-nat { chain out { type nat hook output priority -101; tcp dport 1-65535 redirect to :19001; }; }",
+    );
+    eventually("it is refused by name", || {
+        let (state, why) = c.w.state(1, "client");
+        state == "failed" && why.contains("istio-ambient-nat") && why.contains("another agent")
+    });
+    output_in(&ns, "nft", &["delete", "table", "inet", "istio-ambient-nat"]);
+    eventually("and captured once it has gone", || c.state("client") == "captured");
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+}
+
+#[test]
+fn legacy_iptables_of_istio_are_refused_by_name() {
+    let mut c = cluster();
+    let ns = c.client.netns.clone();
+    output_in(&ns, "iptables-legacy", &["-t", "nat", "-N", "ISTIO_OUTPUT"]);
+    c.start_one(&[]);
+    eventually("it is refused by name", || {
+        let (state, why) = c.w.state(1, "client");
+        state == "failed" && why.contains("legacy iptables rules (ip nat)")
+    });
+    assert!(c.w.is_ready(1), "one bad pod never makes a node unready");
+    output_in(&ns, "iptables-legacy", &["-t", "nat", "-X", "ISTIO_OUTPUT"]);
+    eventually("captured once it has gone", || c.state("client") == "captured");
+}
+
+/// The folders and the configuration of a node's CNI.
+struct Cni {
+    bin: std::path::PathBuf,
+    conf: std::path::PathBuf,
+    socket: std::path::PathBuf,
+}
+
+impl Cni {
+    fn new(w: &World) -> Self {
+        let folder = |name: &str| {
+            let path = w.dir.join(name);
+            std::fs::create_dir_all(&path).unwrap();
+            path
+        };
+        let cni = Self { bin: folder("cni-bin"), conf: folder("cni-conf"), socket: w.dir.join("cni.sock") };
+        let list = json!({"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]});
+        std::fs::write(cni.conf.join("10-net.conflist"), list.to_string()).unwrap();
+        cni
+    }
+
+    fn settings(&self) -> [(&str, &str); 3] {
+        [
+            ("CULVERT_CNI_BIN_DIR", self.bin.to_str().unwrap()),
+            ("CULVERT_CNI_CONF_DIR", self.conf.to_str().unwrap()),
+            ("CULVERT_CNI_SOCKET", self.socket.to_str().unwrap()),
+        ]
+    }
+
+    fn ours(&self) -> Option<Value> {
+        serde_json::from_slice(&std::fs::read(self.conf.join("00-culvert.conflist")).ok()?).ok()
+    }
+
+    /// Runs the plugin as a container runtime does; what it prints, and whether it succeeded.
+    fn call(&self, command: &str, (namespace, pod): (&str, &str), netns: &str, ips: &[String]) -> (bool, Value) {
+        let mut plugin = json!({"cniVersion": "1.0.0", "name": "net", "type": "culvert-cni", "socket": self.socket,
+            "excludeNamespaces": ["kube-system"], "ownNamespace": "istio-system", "ownName": "ztunnel"});
+        let ips: Vec<Value> = ips.iter().map(|ip| json!({"address": format!("{ip}/24")})).collect();
+        plugin["prevResult"] = json!({"cniVersion": "1.0.0", "ips": ips, "dns": {"nameservers": ["10.96.0.10"]}});
+        let installed = self.bin.join("culvert-cni");
+        let mut run = if installed.exists() { Command::new(installed) } else { Command::new(crate::world::subject()) };
+        if !self.bin.join("culvert-cni").exists() {
+            run.arg("cni");
+        }
+        run.env("CNI_COMMAND", command).env("CNI_CONTAINERID", "abc").env("CNI_IFNAME", "eth0");
+        run.env("CNI_NETNS", format!("/run/netns/{netns}")).env("CNI_PATH", &self.bin);
+        run.env("CNI_ARGS", format!("IgnoreUnknown=1;K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={pod}"));
+        run.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = run.spawn().unwrap();
+        child.stdin.take().unwrap().write_all(plugin.to_string().as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        (output.status.success(), serde_json::from_str(&text).unwrap_or(Value::Null))
+    }
+}
+
+#[test]
+fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let (ns, ips) = (c.client.netns.clone(), vec![c.client.v4.to_string(), c.client.v6.to_string()]);
+    let netns = ns.as_str();
+    let client = ("ns", "client");
+    // A pod whose sandbox is just made: no address in the API, no process.
+    c.kube[0].stop();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
+    let (ok, error) = cni.call("ADD", client, netns, &ips);
+    assert!(!ok, "it fails closed while the daemon is away");
+    assert_eq!(error["code"], 11);
+    assert!(error["msg"].as_str().unwrap().contains("does not answer at"), "{error}");
+    for free in [("kube-system", "dns-1"), ("istio-system", "ztunnel-x1")] {
+        assert!(cni.call("ADD", free, netns, &ips).0, "{free:?} waits for nobody");
+    }
+    assert!(cni.call("DEL", client, netns, &ips).0, "a pod that goes waits for nobody");
+    assert_eq!(cni.call("VERSION", client, netns, &ips).1["supportedVersions"][3], "1.0.0");
+    assert_eq!(cni.call("STATUS", client, netns, &ips).1["code"], 50);
+
+    c.start_one(&cni.settings());
+    eventually("it is installed", || cni.bin.join("culvert-cni").exists() && cni.ours().is_some());
+    let ours = cni.ours().unwrap();
+    assert_eq!(
+        (&ours["name"], &ours["plugins"][0]["type"], &ours["plugins"][1]["type"]),
+        (&json!("net"), &json!("bridge"), &json!("culvert-cni"))
+    );
+    assert_eq!(c.w.metric(1, "culvert_cni_plugin_in_place", &[]), 1.0);
+    assert_eq!(c.state("client"), "pending", "its namespace is not known");
+    let (ok, result) = cni.call("ADD", client, netns, &ips);
+    assert!(ok, "{result}");
+    assert_eq!(result["dns"]["nameservers"][0], "10.96.0.10", "what earlier plugins said is passed on");
+    assert!(has_rules(&c.client), "the answer comes when it is captured, not before");
+    assert_eq!(c.state("client"), "captured");
+    assert!(cni.call("CHECK", client, netns, &ips).0 && cni.call("STATUS", client, netns, &ips).0);
+    // The kubelet tells the API, the sandbox runs: nothing changes.
+    c.kube[0].run(&ns);
+    c.apis[0].pod(&c.kube[0]);
+    let since = c.w.json(1, "/pods")[0]["since"].clone();
+    eventually("it is found by its processes", || c.apis[0].said("client").as_deref() == Some("enabled"));
+    assert_eq!(c.w.json(1, "/pods")[0]["since"], since, "it has been captured all the time");
+    // One that the mesh does not know yet is held all the same: what it sends waits and is refused, never passed.
+    let unknown = c.w.add_pod("unknown", 1);
+    let kube = KubePod::without_sandbox(&unknown);
+    c.apis[0].pod(&kube);
+    c.apis[0].change("unknown", |pod| pod["status"] = json!({"phase": "Pending"}));
+    let (ok, result) = cni.call("ADD", ("ns", "unknown"), &unknown.netns, &[unknown.v4.to_string()]);
+    assert!(ok, "{result}");
+    assert!(has_rules(&unknown));
+    assert_eq!(c.state("unknown"), "pending");
+    // A pod that is not in starts at once, and one that the API does not know does not.
+    let plain = c.w.add_pod("plain", 1);
+    let mut out = KubePod::without_sandbox(&plain);
+    out.labels = json!({"istio.io/dataplane-mode": "none"});
+    c.apis[0].pod(&out);
+    let pod = ("ns", "plain");
+    eventually("it starts", || cni.call("ADD", pod, &plain.netns, &[plain.v4.to_string()]).0);
+    assert!(!has_rules(&plain));
+    let (ok, error) = cni.call("ADD", ("ns", "nobody"), &plain.netns, &[]);
+    assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
+    // Whoever removes it finds it back.
+    std::fs::remove_file(cni.conf.join("00-culvert.conflist")).unwrap();
+    eventually("it is back", || cni.ours().is_some());
+    // An upgrade leaves it; a removal of the DaemonSet does not.
+    for (set, stays) in [
+        (Some(json!({"metadata": {"name": "ztunnel", "namespace": "istio-system"}})), true),
+        (
+            Some(
+                json!({"metadata": {"name": "ztunnel", "namespace": "istio-system", "deletionTimestamp": "2026-01-01T00:00:00Z"}}),
+            ),
+            false,
+        ),
+        (None, false),
+    ] {
+        eventually("it is installed", || cni.ours().is_some());
+        c.apis[0].daemonset("ztunnel", set);
+        let mut daemon = c.w.take_node(1);
+        daemon.signal(nix::sys::signal::Signal::SIGTERM);
+        daemon.wait();
+        assert_eq!((cni.ours().is_some(), cni.bin.join("culvert-cni").exists()), (stays, stays));
+        assert!(cni.conf.join("10-net.conflist").exists());
+        c.start_one(&cni.settings());
+    }
+}
+
+#[test]
+fn connections_from_before_the_capture_are_counted_or_ended_and_new_ones_captured() {
+    for end in [false, true] {
+        let mut c = cluster();
+        let mut open: Vec<_> = (0..5).map(|_| connect(&c.client.netns, (c.server.v4, 9000)).unwrap()).collect();
+        let mut alive = |i: usize| open[i].write_all(b"ping").is_ok() && open[i].read_exact(&mut [0; 4]).is_ok();
+        assert!((0..5).all(&mut alive));
+        c.w.start_kube_node(1, &c.apis[0], &[("CULVERT_END_EARLIER_CONNECTIONS", if end { "true" } else { "false" })]);
+        c.w.wait_captured(1);
+        let counted = |c: &Cluster| c.w.json(1, "/pods")[0]["uncapturedConnections"].as_u64().unwrap();
+        assert_eq!((0..5).filter(|i| alive(*i)).count(), if end { 0 } else { 5 });
+        assert_eq!(counted(&c), if end { 0 } else { 5 });
+        assert_eq!(c.w.metric(1, "culvert_uncaptured_connections", &[]), if end { 0.0 } else { 5.0 });
+        if end {
+            continue;
+        }
+        drop(open);
+        // Any change inside is an occasion to look.
+        eventually("none is left", || {
+            output_in(&c.client.netns, "nft", &["add", "table", "ip", "mine"]);
+            output_in(&c.client.netns, "nft", &["flush", "table", "inet", "culvert"]);
+            counted(&c) == 0
+        });
+        // What the daemon carries is not from before, also for the next daemon.
+        c.w.start_kube_node(2, &c.apis[1], &[]);
+        c.w.wait_captured(2);
+        let _carried = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
+        c.w.take_node(1).kill();
+        c.start_one(&[]);
+        eventually("captured", || c.state("client") == "captured");
+        assert_eq!(counted(&c), 0);
+    }
+}
+
+#[test]
+fn settings_of_a_pod_take_effect_while_it_lives_and_end_no_connection() {
+    let mut c = cluster();
+    apps::serve(&c.client.netns, 8080, apps::who);
+    strict(&mut c);
+    c.start();
+    let (ns, node2) = (c.client.netns.clone(), c.w.ns("n2"));
+    let mut live = connect(&ns, (c.server.v4, 9000)).unwrap();
+    let mut alive = || live.write_all(b"ping").is_ok() && live.read_exact(&mut [0; 4]).is_ok();
+    assert!(alive());
+    let annotate = |name: &str, value: Option<&str>| {
+        c.apis[0].change("client", |pod| {
+            let annotations = pod["metadata"]["annotations"].as_object_mut().unwrap();
+            match value {
+                Some(value) => drop(annotations.insert(name.to_owned(), json!(value))),
+                None => drop(annotations.remove(name)),
+            }
+        });
+    };
+    let plaintext = || ask(&node2, (c.client.v4, 8080), "x").unwrap_or_default();
+    assert_eq!(plaintext(), "", "refused by policy");
+    annotate("ambient.istio.io/bypass-inbound-capture", Some("true"));
+    eventually("plaintext comes in", || plaintext() == "172.30.0.2 x");
+    assert!(ask(&ns, (c.server.v4, 8080), "x").is_ok(), "outbound goes by tunnel as before");
+    annotate("ambient.istio.io/bypass-inbound-capture", Some("nonsense"));
+    eventually("what is not understood counts as absent", || plaintext().is_empty());
+    c.w.log_line(1, "and is named", |line| {
+        line["annotation"] == "ambient.istio.io/bypass-inbound-capture" && line["value"] == "nonsense"
+    });
+    let table = || output_in(&ns, "nft", &["list", "table", "inet", "culvert"]);
+    assert!(table().contains("15053"));
+    annotate("ambient.istio.io/dns-capture", Some("f"));
+    eventually("its DNS is left alone", || !table().contains("15053"));
+    annotate("ambient.istio.io/dns-capture", None);
+    eventually("and taken", || table().contains("15053"));
+    // A virtual machine behind an interface of the pod: what it sends is the pod's own outbound traffic.
+    let vm = c.w.ns("vm");
+    crate::world::ip(&format!("netns add {vm}\nlink add tap0 netns {ns} type veth peer name eth0 netns {vm}\n"));
+    ip_in(&ns, "link set tap0 up\naddr add 192.168.77.1/24 dev tap0\n");
+    ip_in(
+        &vm,
+        "link set lo up\nlink set eth0 up\naddr add 192.168.77.2/24 dev eth0\nroute add default via 192.168.77.1\n",
+    );
+    annotate("istio.io/reroute-virtual-interfaces", Some("tap0"));
+    eventually("what comes through it goes by tunnel", || {
+        ask(&vm, (c.server.v4, 8080), "vm").is_ok_and(|answer| answer == format!("{} vm", c.client.v4))
+    });
+    assert!(alive(), "what was open went on all the time");
+}
+
+#[test]
+fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
+    let mut c = cluster();
+    let (mut kube, mut taken) = (Vec::new(), None);
+    for number in 0..60 {
+        let pod = c.w.mesh_pod(&format!("p{number}"), 1);
+        match number {
+            3 => taken = Some(inside(&pod.netns, || std::net::TcpListener::bind("0.0.0.0:15001")).unwrap()),
+            4 => inside(&pod.netns, || std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap()),
+            5 => ip_in(&pod.netns, &format!("addr del {}/24 dev eth0\n", pod.v4)),
+            _ => {}
+        }
+        let mut pod_of_kube = KubePod::new(&pod);
+        match number {
+            // Without IPv6 in the kernel of the pod, or without IPv4 at all.
+            4 => {
+                pod_of_kube.ips.retain(|ip| !ip.contains(':'));
+                c.w.mesh.of("p4")["workloadIps"] = json!([pod.v4]);
+            }
+            5 => {
+                pod_of_kube.ips.retain(|ip| ip.contains(':'));
+                c.w.mesh.of("p5")["workloadIps"] = json!([pod.v6]);
+            }
+            _ => {}
+        }
+        kube.push(pod_of_kube);
+    }
+    c.w.write_mesh();
+    for pod in &kube {
+        c.apis[0].pod(pod);
+    }
+    c.apis[0].delete("p6");
+    c.start_one(&[]);
+    let expected = 60 - 2 + 1;
+    eventually("all that can be are captured", || {
+        c.w.states(1).iter().filter(|(_, state, _)| state == "captured").count() == expected
+    });
+    let (state, why) = c.w.state(1, "p3");
+    assert!(state == "failed" && why.contains("15001"), "{why}");
+    assert!(c.w.is_ready(1));
+    assert_eq!(c.state("p6"), "");
+    eventually("all say so", || {
+        (0..60).filter(|i| c.apis[0].said(&format!("p{i}")).as_deref() == Some("enabled")).count() == 58
+    });
+    assert_eq!(c.apis[0].said("p3").as_deref(), Some("pending"));
+    drop(taken);
+    eventually("the last is captured once it can be", || c.state("p3") == "captured");
+    // Without IPv4 or IPv6 the other one is carried.
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    let from = |name: &str| c.w.pods.iter().find(|pod| pod.name == name).unwrap().netns.clone();
+    assert!(ask(&from("p4"), (c.server.v4, 8080), "x").is_ok());
+    assert!(ask(&from("p5"), (c.server.v6, 8080), "x").is_ok());
+    assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 2.0);
 }

@@ -20,7 +20,9 @@ pub enum Failure {
     #[error("too many connections: no more than the {0} that are open fit this node's limits")]
     Limit(usize),
     /// The node is nearly full, and this pod has the most.
-    #[error("the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused")]
+    #[error(
+        "the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused"
+    )]
     Largest {
         /// Connections of the pod.
         own: usize,

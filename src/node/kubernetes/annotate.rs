@@ -163,6 +163,7 @@ mod tests {
             since: SystemTime::now(),
             listening,
             held: listening,
+            earlier: 0,
         };
         let failed = || State::Failed("why".into());
         let pending = || State::Pending("why".into());

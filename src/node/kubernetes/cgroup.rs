@@ -77,14 +77,24 @@ mod tests {
         let underscored = UID.replace('-', "_");
         for text in [
             format!("0::/kubepods/burstable/pod{UID}/{ID}\n"),
-            format!("0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{underscored}.slice/cri-containerd-{ID}.scope\n"),
+            format!(
+                "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{underscored}.slice/cri-containerd-{ID}.scope\n"
+            ),
             format!("0::/kubepods.slice/kubepods-pod{underscored}.slice/crio-{ID}.scope\n"),
-            format!("0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{underscored}.slice/docker-{ID}.scope\n"),
-            format!("12:memory:/kubepods/besteffort/pod{UID}/{ID}\n11:cpu,cpuacct:/kubepods/besteffort/pod{UID}/{ID}\n1:name=systemd:/\n0::/\n"),
-            format!("0::/../../kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{underscored}.slice/cri-containerd-{ID}.scope/init\n"),
+            format!(
+                "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{underscored}.slice/docker-{ID}.scope\n"
+            ),
+            format!(
+                "12:memory:/kubepods/besteffort/pod{UID}/{ID}\n11:cpu,cpuacct:/kubepods/besteffort/pod{UID}/{ID}\n1:name=systemd:/\n0::/\n"
+            ),
+            format!(
+                "0::/../../kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{underscored}.slice/cri-containerd-{ID}.scope/init\n"
+            ),
             // kind: the node is a container itself.
             format!("0::/kubelet/kubepods/pod{}/{ID}/kubelet.slice/kubepods/pod{UID}/{ID}", UID.replace('d', "0")),
-            format!("0::/system.slice/containerd.service/kubepods-burstable-pod{underscored}.slice:cri-containerd:{ID}"),
+            format!(
+                "0::/system.slice/containerd.service/kubepods-burstable-pod{underscored}.slice:cri-containerd:{ID}"
+            ),
         ] {
             assert_eq!(owner(&text), Some(Owner::Pod(UID.into())), "{text}");
         }

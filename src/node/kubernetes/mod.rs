@@ -15,15 +15,16 @@ use self::scan::{Found, Sought};
 use self::select::{Enablement, Labels, PodFacts};
 use self::watch::{Metrics, Told};
 use super::capture::Capturer;
+use super::cni;
 use super::cni::{Asked, Question, Verb};
 use super::pods::{NetnsRef, PodSpec, Pods};
 use super::probes::Probed;
 use super::status::{Board, State};
-use super::cni;
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal, thread};
+use k8s_openapi::api::apps::v1::DaemonSet;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -43,6 +44,9 @@ const SCAN_MAX: Duration = Duration::from_secs(5);
 
 /// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
+
+/// How long the API may take to say whether our DaemonSet is there.
+const ASK_OF_DAEMONSET: Duration = Duration::from_secs(3);
 
 /// Settings of enrolment by Kubernetes.
 #[derive(Clone, Debug)]
@@ -130,8 +134,9 @@ pub async fn client(config: &Config) -> Result<kube::Client, String> {
             };
             settings.map_err(|error| format!("KUBECONFIG {}: {error}", path.display()))?
         }
-        None => kube::Config::incluster_env()
-            .map_err(|error| format!("not in a pod of a cluster ({}), and KUBECONFIG is not set", watch::why(&error)))?,
+        None => kube::Config::incluster_env().map_err(|error| {
+            format!("not in a pod of a cluster ({}), and KUBECONFIG is not set", watch::why(&error))
+        })?,
     };
     settings.connect_timeout = Some(Duration::from_secs(5));
     kube::Client::try_from(settings).map_err(|error| watch::why(&error))
@@ -142,7 +147,12 @@ impl Source {
     pub async fn run(mut self, drain: Signal) {
         let (tell, mut told) = mpsc::channel(QUEUE);
         let tasks = Group::default();
-        tasks.spawn(watch::pods(self.client.clone(), self.config.node_name.clone(), tell.clone(), self.metrics.clone()));
+        tasks.spawn(watch::pods(
+            self.client.clone(),
+            self.config.node_name.clone(),
+            tell.clone(),
+            self.metrics.clone(),
+        ));
         tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
@@ -188,8 +198,36 @@ impl Source {
             }
             running.reconcile();
         }
+        running.source.leave().await;
         tasks.cut();
         tasks.finished().await;
+    }
+
+    /// Removes the CNI plugin where no daemon follows this one. An upgrade leaves it: new pods then wait for the next daemon.
+    async fn leave(&self) {
+        let Some(cni) = &self.config.cni else { return };
+        let (name, namespace) = (&cni.own_name, &cni.own_namespace);
+        let api: kube::Api<DaemonSet> = kube::Api::namespaced(self.client.clone(), namespace);
+        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(name)).await;
+        let gone = match &asked {
+            Ok(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => "is being deleted",
+            Ok(Ok(None)) => "does not exist",
+            // Its account has been deleted before it.
+            Ok(Err(kube::Error::Api(status))) if status.code == 401 => "has lost its account",
+            Ok(Ok(Some(_))) => return,
+            // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
+            Ok(Err(error)) => {
+                return tracing::warn!(error = watch::why(error), "the CNI plugin stays: DaemonSet not readable");
+            }
+            Err(_) => return tracing::warn!("the CNI plugin stays: the Kubernetes API does not answer"),
+        };
+        match cni.remove() {
+            Ok(removed) => {
+                let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
+                tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
+            }
+            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
+        }
     }
 }
 
@@ -338,9 +376,11 @@ impl Running {
                 None => {
                     let why = match pod.ips.is_empty() {
                         true => State::Pending("it has no address yet: its sandbox is not there".into()),
-                        false => self.nowhere.get(&pod.uid).cloned().unwrap_or_else(|| {
-                            State::Pending("its network namespace is sought".into())
-                        }),
+                        false => self
+                            .nowhere
+                            .get(&pod.uid)
+                            .cloned()
+                            .unwrap_or_else(|| State::Pending("its network namespace is sought".into())),
                     };
                     let netns = NetnsRef::Path(PathBuf::new());
                     shown.push((PodSpec { netns, ..described(pod, &mut self.complained) }, why));
@@ -348,9 +388,10 @@ impl Running {
             }
         }
         // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
-        let sought_all = !self.scan.running && wanted.iter().all(|pod| {
-            pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
-        });
+        let sought_all = !self.scan.running
+            && wanted.iter().all(|pod| {
+                pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
+            });
         self.source.pods.apply(specs, self.ready.as_ref());
         self.source.pods.show(shown);
         if sought_all {

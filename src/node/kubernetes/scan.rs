@@ -40,12 +40,16 @@ struct Candidate {
 
 /// Looks for pods below `proc`, the host's procfs. Takes as long as the node has processes.
 pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found> {
-    let by_uid: HashMap<&str, &Sought> =
-        sought.iter().flat_map(|pod| [Some(&pod.uid), pod.static_uid.as_ref()].into_iter().flatten().map(move |uid| (&**uid, pod))).collect();
+    let by_uid: HashMap<&str, &Sought> = sought
+        .iter()
+        .flat_map(|pod| [Some(&pod.uid), pod.static_uid.as_ref()].into_iter().flatten().map(move |uid| (&**uid, pod)))
+        .collect();
     let by_container: HashMap<&str, &Sought> =
         sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, pod))).collect();
-    let not_pods: HashSet<(u64, u64)> =
-        [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()].iter().filter_map(|p| id(p)).collect();
+    let not_pods: HashSet<(u64, u64)> = [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()]
+        .iter()
+        .filter_map(|p| id(p))
+        .collect();
     let mut candidates: HashMap<Text, BTreeMap<(u64, u64), Candidate>> = HashMap::new();
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {

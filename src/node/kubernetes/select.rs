@@ -329,8 +329,9 @@ mod tests {
     fn own_settings_are_read_as_go_reads_them() {
         let pod = |pairs: &[(&str, &str)]| PodFacts { annotations: labels(pairs), ..PodFacts::default() };
         let mut said = Vec::new();
-        let settings = pod(&[(DNS_CAPTURE, "F"), (BYPASS_INBOUND, "yes"), (VIRTUAL_INTERFACES, "br0, \"; flush ruleset,tun-1")])
-            .settings(|name, value| said.push(format!("{name}={value}")));
+        let settings =
+            pod(&[(DNS_CAPTURE, "F"), (BYPASS_INBOUND, "yes"), (VIRTUAL_INTERFACES, "br0, \"; flush ruleset,tun-1")])
+                .settings(|name, value| said.push(format!("{name}={value}")));
         assert_eq!(settings.dns, Some(false));
         assert!(!settings.bypass_inbound);
         assert_eq!(settings.virtual_interfaces, [Interface::new("br0").unwrap(), Interface::new("tun-1").unwrap()]);

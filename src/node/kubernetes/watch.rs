@@ -96,8 +96,7 @@ pub async fn pods(client: Client, node: String, told: mpsc::Sender<Told>, metric
 pub async fn namespaces(client: Client, told: mpsc::Sender<Told>, metrics: Arc<Metrics>) {
     let api: Api<PartialObjectMeta<Namespace>> = Api::all(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
-    let events =
-        |config| -> Events<PartialObjectMeta<Namespace>> { Box::pin(watcher::watcher(api.clone(), config)) };
+    let events = |config| -> Events<PartialObjectMeta<Namespace>> { Box::pin(watcher::watcher(api.clone(), config)) };
     let meaning = Meaning {
         resource: "namespaces",
         read: |namespace: PartialObjectMeta<Namespace>| {
@@ -179,7 +178,11 @@ async fn follow<K: Send + 'static, T>(
                 }
                 let error = why(&error);
                 if said.as_ref() != Some(&error) {
-                    tracing::warn!(resource, error, "the Kubernetes API does not tell of changes; what is enrolled stays so");
+                    tracing::warn!(
+                        resource,
+                        error,
+                        "the Kubernetes API does not tell of changes; what is enrolled stays so"
+                    );
                     said = Some(error);
                 }
                 tokio::time::sleep(backoff.next()).await;

@@ -211,7 +211,8 @@ fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
     reader.read_exact(&mut body).ok()?;
     let (path, query) = target.split_once('?').unwrap_or((&target, ""));
     let plain = |text: &str| text.replace("%3D", "=").replace("%2F", "/").replace("%3B", ";");
-    let query = query.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), plain(v))).collect();
+    let query =
+        query.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), plain(v))).collect();
     Some(Request { method, path: path.to_owned(), query, metadata_only, body })
 }
 
@@ -246,7 +247,12 @@ fn send(mut stream: &TcpStream, code: u16, body: &Value) -> Option<()> {
 }
 
 fn status(code: u16, message: &str) -> Value {
-    let reason = match code { 404 => "NotFound", 410 => "Expired", 422 => "Invalid", _ => "InternalError" };
+    let reason = match code {
+        404 => "NotFound",
+        410 => "Expired",
+        422 => "Invalid",
+        _ => "InternalError",
+    };
     json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message, "reason": reason, "code": code})
 }
 
@@ -255,7 +261,11 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
     match (request.method.as_str(), parts.as_slice()) {
         ("GET", ["api", "v1", kind @ ("pods" | "namespaces")]) => {
             let (kind, _) = KINDS.into_iter().find(|(name, _)| name == kind)?;
-            assert_eq!(request.metadata_only, kind == "namespaces", "namespaces, and only these, by their metadata alone");
+            assert_eq!(
+                request.metadata_only,
+                kind == "namespaces",
+                "namespaces, and only these, by their metadata alone"
+            );
             if request.query.get("watch").is_some_and(|watch| watch == "true") {
                 return watch(shared, stream, kind, request);
             }
@@ -263,7 +273,8 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
             let items: Vec<Value> = state.listed(kind, request).collect();
             let version = state.version.to_string();
             drop(state);
-            let list = json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
+            let list =
+                json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
             send(stream, 200, &list)
         }
         ("PATCH", ["api", "v1", "namespaces", namespace, "pods", name, "status"]) => {
@@ -340,7 +351,12 @@ fn shown(kind: &str, request: &Request, object: &Value) -> Value {
     object
 }
 
-fn watch(shared: &(Mutex<State>, Condvar), mut stream: &TcpStream, kind: &'static str, request: &Request) -> Option<()> {
+fn watch(
+    shared: &(Mutex<State>, Condvar),
+    mut stream: &TcpStream,
+    kind: &'static str,
+    request: &Request,
+) -> Option<()> {
     let asked = |name: &str| request.query.get(name).is_some_and(|value| value == "true");
     let mut out = Vec::new();
     let mut event = |what: &str, object: Value| out.push(json!({"type": what, "object": object}));
@@ -349,7 +365,8 @@ fn watch(shared: &(Mutex<State>, Condvar), mut stream: &TcpStream, kind: &'stati
     let mut seen = from;
     let bookmark = |version: u64, end: bool| {
         let annotations = if end { json!({"k8s.io/initial-events-end": "true"}) } else { json!({}) };
-        let metadata = json!({"resourceVersion": version.to_string(), "annotations": annotations, "creationTimestamp": null});
+        let metadata =
+            json!({"resourceVersion": version.to_string(), "annotations": annotations, "creationTimestamp": null});
         let (kind, version) = match request.metadata_only {
             true => ("PartialObjectMetadata", "meta.k8s.io/v1"),
             false => ("Pod", "v1"),
@@ -514,7 +531,10 @@ impl World {
         let host = format!("/run/netns/{}", self.ns(&format!("n{node}")));
         let mut command = Command::new(super::subject());
         command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
-        command.env("CULVERT_PODS", "kubernetes").env("KUBECONFIG", &api.kubeconfig).env("NODE_NAME", format!("n{node}"));
+        command
+            .env("CULVERT_PODS", "kubernetes")
+            .env("KUBECONFIG", &api.kubeconfig)
+            .env("NODE_NAME", format!("n{node}"));
         command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
         command.envs(settings.iter().copied());
         self.start_command(node, &mut command);

@@ -1,0 +1,81 @@
+//! Connections that were open before a pod was captured: they go on as they began, are counted until they end, or are ended.
+//!
+//! The kernel does not track connections in a namespace that has no rules. From the first rule on it does, and takes the next
+//! packet of an open connection for the first one, which would be redirected, and the connection reset. So the rules know
+//! these connections by their addresses and ports, and nothing else is spared: a stray packet is not passed in plaintext.
+
+use crate::connection::Pod;
+use crate::sys::tcp_sockets::{self, TcpSocket};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+
+/// Connections that rules can name at most; more are not spared.
+const MAX: usize = 10_000;
+
+/// Connections of one pod that are older than its rules, by their cookies: own address and peer.
+#[derive(Debug, Default)]
+pub struct Connections {
+    open: HashMap<u64, (SocketAddr, SocketAddr)>,
+}
+
+impl Connections {
+    /// Those that are open now, when the first rules are about to be written.
+    pub fn open_now(pod: &Pod) -> Self {
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        match sockets(pod) {
+            Ok(found) => {
+                if !found.is_empty() {
+                    tracing::warn!(namespace, name, open = found.len(), "connections are older than the pod's capture");
+                }
+                let pair = |socket: TcpSocket| (socket.cookie, (socket.local, socket.peer));
+                Self { open: found.into_iter().take(MAX).map(pair).collect() }
+            }
+            Err(error) => {
+                tracing::warn!(namespace, name, error, "connections from before the capture cannot be counted");
+                Self::default()
+            }
+        }
+    }
+
+    /// Their addresses, own and peer, for rules that spare them.
+    pub fn spared(&self) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
+        self.open.values().copied()
+    }
+
+    /// Ends them.
+    pub fn end(&mut self, pod: &Pod) {
+        let found = if self.open.is_empty() { Vec::new() } else { sockets(pod).unwrap_or_default() };
+        let ours = found.iter().filter(|socket| self.open.contains_key(&socket.cookie));
+        let ended = pod.netns.enter(|| ours.filter(|socket| tcp_sockets::end(socket).is_ok()).count()).unwrap_or(0);
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        if ended < self.open.len() {
+            let left = self.open.len() - ended;
+            tracing::warn!(
+                namespace,
+                name,
+                left,
+                "connections from before the capture could not be ended, or had ended"
+            );
+        }
+        tracing::info!(namespace, name, ended, "connections from before the capture ended");
+    }
+
+    /// How many of them are still open.
+    pub fn left(&mut self, pod: &Pod) -> usize {
+        if !self.open.is_empty()
+            && let Ok(now) = sockets(pod)
+        {
+            self.open.retain(|cookie, _| now.iter().any(|socket| socket.cookie == *cookie));
+        }
+        self.open.len()
+    }
+}
+
+/// The pod's connections with others; what it says to itself is never captured.
+fn sockets(pod: &Pod) -> Result<Vec<TcpSocket>, String> {
+    let all = pod.netns.enter(tcp_sockets::open).map_err(|error| error.to_string())?;
+    let mut all = all.map_err(|error| error.to_string())?;
+    let own = pod.addresses.load();
+    all.retain(|socket| !socket.peer.ip().is_loopback() && !own.contains(&socket.peer.ip()));
+    Ok(all)
+}

@@ -1,0 +1,149 @@
+//! The TCP sockets of a network namespace: which connections are open, and ending some (sources: sock_diag(7),
+//! linux/inet_diag.h, linux/sock_diag.h).
+
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
+
+const BY_FAMILY: u16 = 20;
+const DESTROY: u16 = 21;
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const DUMP: u16 = 0x300;
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
+
+const HEADER: usize = 16;
+/// Where `struct inet_diag_msg` has its `inet_diag_sockid`, and how long that is.
+const ID_AT: usize = HEADER + 4;
+const ID: usize = 48;
+/// States of a connection that carries, or will: established, SYN sent, FIN waits, close wait.
+const STATES: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8;
+
+/// One open connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// Its own address.
+    pub local: SocketAddr,
+    /// Its peer.
+    pub peer: SocketAddr,
+    /// Tells it from every other socket, also a later one of the same addresses.
+    pub cookie: u64,
+    family: u8,
+    id: [u8; ID],
+}
+
+/// The connections of the namespace that the thread is in.
+pub fn open() -> io::Result<Vec<TcpSocket>> {
+    let diag = diag()?;
+    let mut all = Vec::new();
+    for family in [nix::libc::AF_INET, nix::libc::AF_INET6] {
+        let family = u8::try_from(family).unwrap_or_default();
+        send(diag.as_raw_fd(), &request(BY_FAMILY, REQUEST | DUMP, family, &[0; ID]), MsgFlags::empty())?;
+        let mut buffer = vec![0; 64 * 1024];
+        'answers: loop {
+            let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let mut rest = buffer.get(..length).unwrap_or_default();
+            while let Some((length, kind)) = header(rest) {
+                match kind {
+                    DONE => break 'answers,
+                    ERROR => return Err(error(rest)),
+                    _ => all.extend(read(rest.get(..length).unwrap_or_default())),
+                }
+                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+            }
+            if length == 0 {
+                break;
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Ends a connection: both ends see it reset. One that has ended by itself is no error.
+pub fn end(which: &TcpSocket) -> io::Result<()> {
+    let diag = diag()?;
+    send(diag.as_raw_fd(), &request(DESTROY, REQUEST | ACK, which.family, &which.id), MsgFlags::empty())?;
+    let mut buffer = [0; 1024];
+    let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+    let answer = buffer.get(..length).unwrap_or_default();
+    match error(answer) {
+        error if error.raw_os_error() == Some(0) || error.kind() == io::ErrorKind::NotFound => Ok(()),
+        error => Err(error),
+    }
+}
+
+fn diag() -> io::Result<OwnedFd> {
+    Ok(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?)
+}
+
+fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
+    let length = u32::try_from(HEADER + 8 + ID).unwrap_or_default();
+    let tcp = u8::try_from(nix::libc::IPPROTO_TCP).unwrap_or_default();
+    let mut message = length.to_ne_bytes().to_vec();
+    message.extend([kind.to_ne_bytes(), flags.to_ne_bytes()].concat());
+    message.extend([0; 8]);
+    message.extend([family, tcp, 0, 0]);
+    message.extend(STATES.to_ne_bytes());
+    message.extend(id);
+    message
+}
+
+fn header(bytes: &[u8]) -> Option<(usize, u16)> {
+    let length = bytes.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
+    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
+    let length = usize::try_from(length).ok()?;
+    (length >= HEADER).then_some((length, kind))
+}
+
+fn error(answer: &[u8]) -> io::Error {
+    let code = answer.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
+    code.map_or_else(|| io::ErrorKind::UnexpectedEof.into(), |code| io::Error::from_raw_os_error(-code))
+}
+
+fn read(message: &[u8]) -> Option<TcpSocket> {
+    let family = *message.get(HEADER)?;
+    let id: [u8; ID] = message.get(ID_AT..ID_AT + ID)?.try_into().ok()?;
+    let address = |port_at: usize, ip_at: usize| {
+        let port = u16::from_be_bytes(id.get(port_at..port_at + 2)?.try_into().ok()?);
+        let ip = if i32::from(family) == nix::libc::AF_INET {
+            IpAddr::from(<[u8; 4]>::try_from(id.get(ip_at..ip_at + 4)?).ok()?)
+        } else {
+            IpAddr::from(<[u8; 16]>::try_from(id.get(ip_at..ip_at + 16)?).ok()?)
+        };
+        Some(SocketAddr::new(ip.to_canonical(), port))
+    };
+    let (local, peer) = (address(0, 4)?, address(2, 20)?);
+    let cookie = u64::from_ne_bytes(id.get(40..48)?.try_into().ok()?);
+    Some(TcpSocket { local, peer, cookie, family, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn an_open_connection_is_found_and_ended() {
+        std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+            assert!(up.success());
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (_server, _) = listener.accept().unwrap();
+            let ours = |all: &[TcpSocket]| all.iter().find(|s| s.peer == listener.local_addr().unwrap()).cloned();
+            let all = open().unwrap();
+            assert_eq!(all.len(), 2, "both ends, and no listener: {all:?}");
+            let found = ours(&all).unwrap();
+            end(&found).unwrap();
+            assert_eq!(client.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);
+            assert_eq!(ours(&open().unwrap()), None);
+            end(&found).unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+}
