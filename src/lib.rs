@@ -10,7 +10,7 @@
 //! | 3 | `connection`, `control`, `admin` |
 //! | 4 | `node` |
 //! | 5 | `config` |
-//! | 6 | `demo` |
+//! | 6 | `demo`, `doctor` |
 //! | 7 | `daemon` |
 
 mod admin;
@@ -20,6 +20,7 @@ mod control;
 mod daemon;
 mod demo;
 mod dns;
+mod doctor;
 #[cfg(any(fuzzing, test))]
 #[doc(hidden)]
 pub mod fuzz;

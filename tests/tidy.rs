@@ -20,7 +20,7 @@ const LAYERS: [&[&str]; 8] = [
     &["connection", "control", "admin"],
     &["node"],
     &["config"],
-    &["demo"],
+    &["demo", "doctor"],
     &["daemon"],
 ];
 

@@ -36,6 +36,10 @@ pub enum Command {
     },
     /// See it work: two nodes and five pods on this machine, real traffic, and an account of it.
     Demo(DemoArgs),
+    /// Look at this node, where the daemon runs: one line for each thing, and what to do where it is not well.
+    Doctor(Box<NodeArgs>),
+    /// Remove every trace of culvert from this node, where no daemon runs any more.
+    Cleanup(Box<NodeArgs>),
     /// The CNI plugin, run by the container runtime (CNI_COMMAND, CNI_NETNS, CNI_ARGS, a configuration on standard input).
     Cni,
     /// Print the version.

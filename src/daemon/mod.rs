@@ -12,10 +12,10 @@ use crate::config::check::{Machine, check};
 use crate::config::istio::Environment;
 use crate::config::plugin::Call;
 use crate::config::{CaSource, Config, Faults, MeshSource};
-use crate::demo;
 use crate::identity::Builtin;
 use crate::node::Source;
 use crate::{control, node, sys};
+use crate::{demo, doctor};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -34,11 +34,31 @@ pub fn run(cli: Cli) -> ExitCode {
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
         Command::Demo(args) => demo::run(&args),
+        Command::Doctor(args) => look(&args, async |config, say| doctor::run(config, say).await),
+        Command::Cleanup(args) => look(&args, async |config, say| doctor::cleanup::run(config, say).await),
         Command::Cni => match Call::of_process() {
             Some(call) => plugin::run(&call),
             None => fail(EXIT_CONFIG, "CNI_COMMAND is not set: container runtimes run this, see the CNI specification"),
         },
         Command::Version => say(&version()),
+    }
+}
+
+/// Does something to this node that prints a line for each thing it finds; fails where it is not well.
+fn look(args: &NodeArgs, work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool) -> ExitCode {
+    let config = match check(args, &Environment::of_process(), machine()) {
+        Ok(config) => config,
+        Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &error.to_string()),
+    };
+    // Nobody reads where this fails.
+    let mut say = |line: &str| drop(writeln!(std::io::stdout(), "{line}"));
+    match runtime.block_on(work(&config, &mut say)) {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
     }
 }
 

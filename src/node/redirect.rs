@@ -67,6 +67,8 @@ const ROUTE_TABLE: u32 = 100;
 pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
+/// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
 /// How long `nft` or the kernel may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -343,6 +345,20 @@ async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<(), Redirect
     }
 }
 
+/// Brings the loopback interface of a new namespace up, without which no route can be set there.
+pub async fn loopback_up(netns: &Netns) -> Result<(), RedirectError> {
+    let failed = |source| RedirectError::Route { what: "loopback interface", source };
+    let (connection, handle, _) = netns
+        .enter(rtnetlink::new_connection)?
+        .map_err(|source| failed(rtnetlink::Error::NamespaceError(source.to_string())))?;
+    let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
+    let work = async { handle.link().set(up).execute().await.map_err(failed) };
+    tokio::select! {
+        result = work => result,
+        () = connection => Err(failed(rtnetlink::Error::RequestFailed)),
+    }
+}
+
 async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
     let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
     let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
@@ -359,15 +375,13 @@ async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<(), Redi
 }
 
 async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
-    // The loopback interface is always the first of a namespace (Linux, LOOPBACK_IFINDEX).
-    let loopback = 1;
     let message = if ipv6 {
         let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
-        route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(loopback).build()
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(LOOPBACK).build()
     } else {
         let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0);
         let scope = rtnetlink::packet_route::route::RouteScope::Host;
-        route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(loopback).build()
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(LOOPBACK).build()
     };
     let result = if present {
         handle.route().add(message).replace().execute().await

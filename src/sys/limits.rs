@@ -69,3 +69,10 @@ impl Memory {
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
+
+/// The capabilities that are in force for this process, as the kernel numbers them (capabilities(7), linux/capability.h).
+pub fn capabilities() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}

@@ -1,6 +1,6 @@
 //! Network namespaces: open one by path or process, and do something inside it without ever staying there.
 
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, fstatfs};
 use std::cell::OnceCell;
 use std::fmt;
@@ -99,6 +99,12 @@ impl Netns {
         // Without blocking: a FIFO of that name would otherwise hold this thread until somebody writes to it.
         let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
         Self::of(opened.map_err(|source| NetnsError::Open { path: path.to_owned(), source })?, path)
+    }
+
+    /// Makes a new namespace and leaves the calling thread in it for good: to be called on a thread of its own.
+    pub fn fresh() -> io::Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNET)?;
+        Ok(Self::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?.kept())
     }
 
     /// Takes over a descriptor that somebody else has opened, if it is of a network namespace. `name` is for display.

@@ -717,3 +717,85 @@ fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
     assert!(ask(&from("p5"), (c.server.v6, 8080), "x").is_ok());
     assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 2.0);
 }
+
+#[test]
+fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no_trace() {
+    let mut c = cluster();
+    let second = c.w.mesh_pod("second", 1);
+    let kube = KubePod::new(&second);
+    c.apis[0].pod(&kube);
+    c.w.write_mesh();
+    let cni = Cni::new(&c.w);
+    let settings = cni.settings();
+    c.start_one(&settings);
+    eventually("both are captured", || c.state("client") == "captured" && c.state("second") == "captured");
+    eventually("the host's rules are there", || c.w.metric(1, "culvert_probe_rules_in_place", &[]) == 1.0);
+    let doctor = |c: &Cluster| c.w.kube_run(1, "doctor", &c.apis[0], &settings);
+    let line = |said: &str, verdict: &str, words: &[&str]| {
+        let found = said.lines().find(|line| line.starts_with(verdict) && words.iter().all(|word| line.contains(word)));
+        assert!(found.is_some(), "{verdict} {words:?} in\n{said}");
+    };
+    let (fine, said) = doctor(&c);
+    println!("{said}");
+    assert!(fine, "{said}");
+    for words in [
+        &["rights", "all"][..],
+        &["kernel", "IPv4 and IPv6"],
+        &["kubernetes", "v1.33.1"],
+        &["host rules"],
+        &["cni plugin", "first configuration is ours"],
+        &["daemon", "ready"],
+        &["open files"],
+        &["clock", "agrees"],
+        &["pod", "ns/client is captured"],
+        &["port 15008", "ns/client takes tunnels from ns/second"],
+        &["probe path", "ns/second", "arrive"],
+    ] {
+        line(&said, "ok", words);
+    }
+    assert!(said.lines().all(|line| ["ok  ", "note", "FAIL"].iter().any(|verdict| line.starts_with(verdict))));
+
+    // A rule shaped like a NetworkPolicy: nothing but port 8080 reaches the client.
+    let policy = format!(
+        "table inet guard {{ chain in {{ type filter hook input priority 0; policy accept; ip daddr {} tcp dport != 8080 tcp flags & (syn | ack) == syn drop; }}; }}",
+        c.client.v4
+    );
+    let file = c.w.dir.join("policy.nft");
+    std::fs::write(&file, policy).unwrap();
+    output_in(&c.client.netns, "nft", &["-f", file.to_str().unwrap()]);
+    std::fs::write(cni.conf.join("00-a.conflist"), "{}").unwrap();
+    let lost = c.w.mesh_pod("lost", 1);
+    let without = KubePod::without_sandbox(&lost);
+    c.apis[0].pod(&without);
+    eventually("a pod is pending", || c.state("lost") == "pending");
+    c.apis[0].away(true);
+    let (fine, said) = doctor(&c);
+    println!("{said}");
+    assert!(!fine);
+    line(&said, "FAIL", &["port 15008", "ns/client does not answer ns/", "NetworkPolicy", "allow TCP 15008"]);
+    line(&said, "FAIL", &["probe path", "ns/client"]);
+    line(&said, "ok", &["port 15008", "ns/second takes"]);
+    line(&said, "FAIL", &["kubernetes"]);
+    line(&said, "FAIL", &["cni plugin", "00-a.conflist comes before ours"]);
+    line(&said, "FAIL", &["pod", "ns/lost is pending", "no process"]);
+    c.apis[0].away(false);
+
+    let cleanup = |c: &Cluster| c.w.kube_run(1, "cleanup", &c.apis[0], &settings);
+    let (fine, said) = cleanup(&c);
+    assert!(!fine && said.contains("a daemon runs"), "{said}");
+    c.w.take_node(1).kill();
+    let (fine, said) = doctor(&c);
+    assert!(!fine);
+    line(&said, "FAIL", &["daemon", "does not answer on port 15000"]);
+    assert!(has_rules(&c.client), "a daemon that was killed leaves its rules");
+    let (fine, said) = cleanup(&c);
+    println!("{said}");
+    assert!(fine, "{said}");
+    for pod in [&c.client, &second] {
+        assert!(!has_rules(pod));
+        assert_eq!(output_in(&pod.netns, "ip", &["rule", "list"]).matches("32764:").count(), 0);
+    }
+    assert!(!output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
+    assert!(cni.ours().is_none() && !cni.bin.join("culvert-cni").exists() && !cni.socket.exists());
+    assert!(ask(&second.netns, (c.server.v4, 8080), "x").is_ok(), "pods go on without the mesh");
+}

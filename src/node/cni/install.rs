@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
 /// Name of our configuration: before all others.
-const OURS: &str = "00-culvert.conflist";
+pub const OURS: &str = "00-culvert.conflist";
 
 /// Where and what to install.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -309,6 +309,21 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
             shared.1.notify_all();
             send(stream, 200, &object)
         }
+        ("GET", ["version"]) => {
+            let names = [
+                "major",
+                "minor",
+                "gitVersion",
+                "gitCommit",
+                "gitTreeState",
+                "buildDate",
+                "goVersion",
+                "compiler",
+                "platform",
+            ];
+            let version = names.map(|name| (name.to_owned(), json!("v1.33.1")));
+            send(stream, 200, &Value::Object(version.into_iter().collect()))
+        }
         ("GET", ["apis", "apps", "v1", "namespaces", _, "daemonsets", name]) => {
             let found = shared.0.lock().unwrap().objects.get(&("daemonsets", (*name).to_owned())).cloned();
             match found {
@@ -528,15 +543,27 @@ impl KubePod {
 impl World {
     /// Starts a node's daemon that takes its pods from the API by their labels.
     pub fn start_kube_node(&mut self, node: u8, api: &Api, settings: &[(&str, &str)]) {
+        let mut command = self.kube_command(node, "node", api, settings);
+        self.start_command(node, &mut command);
+    }
+
+    /// Runs another command of the binary on a node, with the daemon's settings; whether it succeeded, and what it said.
+    pub fn kube_run(&self, node: u8, what: &str, api: &Api, settings: &[(&str, &str)]) -> (bool, String) {
+        let mut command = self.kube_command(node, what, api, settings);
+        let output = inside(&self.ns(&format!("n{node}")), || command.output()).unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    }
+
+    fn kube_command(&self, node: u8, what: &str, api: &Api, settings: &[(&str, &str)]) -> Command {
         let host = format!("/run/netns/{}", self.ns(&format!("n{node}")));
         let mut command = Command::new(super::subject());
-        command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
+        command.arg(what).env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
         command
             .env("CULVERT_PODS", "kubernetes")
             .env("KUBECONFIG", &api.kubeconfig)
             .env("NODE_NAME", format!("n{node}"));
         command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
         command.envs(settings.iter().copied());
-        self.start_command(node, &mut command);
+        command
     }
 }

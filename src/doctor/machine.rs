@@ -1,0 +1,163 @@
+//! What of the machine culvert needs: rights, the kernel, settings of the kernel, the API, the host's rules, the plugin.
+
+use super::{DEADLINE, Line, bad, note, well};
+use crate::config::Config;
+use crate::node::cni::install::PLUGIN;
+use crate::node::{Source, kubernetes, probes, redirect};
+use crate::sys::limits;
+use crate::sys::netns::Netns;
+use crate::task::thread;
+use std::path::Path;
+
+/// Capabilities by number: with any source of pods, and beyond that where culvert finds them itself.
+const NEEDED: [(u32, &str); 3] = [(12, "NET_ADMIN"), (21, "SYS_ADMIN"), (13, "NET_RAW")];
+const NEEDED_TO_FIND: [(u32, &str); 2] = [(19, "SYS_PTRACE"), (1, "DAC_OVERRIDE")];
+
+pub(super) fn privileges(config: &Config) -> Line {
+    let Some(held) = limits::capabilities() else { return bad("rights", "/proc/self/status cannot be read") };
+    let finds = matches!(config.node.source, Source::Kubernetes(_));
+    let needed = NEEDED.iter().chain(NEEDED_TO_FIND.iter().filter(|_| finds));
+    let missing: Vec<&str> = needed.filter(|(number, _)| held >> number & 1 == 0).map(|(_, name)| *name).collect();
+    match missing.is_empty() {
+        true => well("rights", "all capabilities are there"),
+        false => bad("rights", format!("missing: {}; add them to the container's securityContext", missing.join(", "))),
+    }
+}
+
+/// Security modules confine without a word; what they do is seen by the kernel's check.
+pub(super) fn confinement() -> Line {
+    let read =
+        |path: &str| std::fs::read_to_string(path).map(|text| text.trim_end_matches(['\0', '\n']).to_owned()).ok();
+    let profile = read("/proc/self/attr/current").filter(|profile| !profile.is_empty() && profile != "unconfined");
+    let selinux = read("/sys/fs/selinux/enforce").is_some_and(|enforce| enforce == "1");
+    match profile {
+        Some(label) if selinux && !label.contains("spc_t") && !label.contains("unconfined") => note(
+            "confinement",
+            format!("SELinux is enforced, label {label}: where something below fails, run the container as spc_t"),
+        ),
+        Some(profile) if profile.ends_with("(enforce)") => note(
+            "confinement",
+            format!("AppArmor profile {profile}: where something below fails, run the container unconfined"),
+        ),
+        _ => well("confinement", "no security module confines this process"),
+    }
+}
+
+/// Writes the rules of a pod in a namespace made for that: what the kernel and `nft` cannot do is seen there.
+pub(super) async fn kernel(config: &Config) -> Line {
+    let made = thread::beside(|| thread::blocking(Netns::fresh).join()).await;
+    let netns = match made {
+        Some(Ok(Ok(netns))) => netns,
+        Some(Ok(Err(error))) => {
+            return bad("kernel", format!("no network namespace can be made: {error}; CAP_SYS_ADMIN?"));
+        }
+        _ => return bad("kernel", "no network namespace can be made"),
+    };
+    let ipv6 = config.node.ipv6 && netns.has_ipv6().unwrap_or(false);
+    let rules = redirect::Rules {
+        mark: config.node.mark,
+        ipv6,
+        dns: true,
+        bypass_inbound: false,
+        virtual_interfaces: Vec::new(),
+        spared: Vec::new(),
+    };
+    let tried = async {
+        redirect::loopback_up(&netns).await?;
+        redirect::install(&netns, &rules, false).await?;
+        redirect::listing(&netns, redirect::TABLE).await?;
+        redirect::remove(&netns, ipv6).await
+    };
+    match (tried.await, ipv6) {
+        (Ok(()), true) => well("kernel", "a pod's rules can be written, for IPv4 and IPv6"),
+        (Ok(()), false) => well("kernel", "a pod's rules can be written; IPv6 is off"),
+        (Err(error), _) => bad("kernel", error.to_string()),
+    }
+}
+
+pub(super) fn sysctls(config: &Config) -> Vec<Line> {
+    let host = Netns::open(&config.node.host_netns);
+    let read = |path: &str| match &host {
+        Ok(host) => host.enter(|| std::fs::read_to_string(format!("/proc/sys/net/{path}"))).ok()?.ok(),
+        Err(_) => None,
+    };
+    let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
+    let mut lines = Vec::new();
+    if let Err(error) = &host {
+        lines.push(bad("host", format!("{error}; mount the host's /proc at /host/proc, or set CULVERT_HOST_NETNS")));
+    }
+    match (number("netfilter/nf_conntrack_count"), number("netfilter/nf_conntrack_max")) {
+        (Some(count), Some(max)) if count * 10 > max * 9 => lines.push(bad(
+            "sysctls",
+            format!("nf_conntrack_count is {count} of {max}: new connections are about to be dropped; raise nf_conntrack_max"),
+        )),
+        (Some(count), Some(max)) => lines.push(well("sysctls", format!("{count} of {max} tracked connections"))),
+        _ => lines.push(note("sysctls", "the host tracks no connections (yet)")),
+    }
+    if number("ipv4/ip_forward") == Some(0) {
+        lines.push(note("sysctls", "the host does not forward IPv4: unless its CNI needs none, pods reach nobody"));
+    }
+    lines
+}
+
+pub(super) async fn api(config: &kubernetes::Config) -> Line {
+    let asked = async {
+        let client = kubernetes::client(config).await?;
+        let version = client.apiserver_version().await.map_err(|error| kubernetes::watch::why(&error))?;
+        Ok::<_, String>(version.git_version)
+    };
+    match tokio::time::timeout(DEADLINE, asked).await {
+        Ok(Ok(version)) => well("kubernetes", format!("the API answers, {version}")),
+        Ok(Err(error)) => bad("kubernetes", format!("{error}; what is enrolled stays so, new pods wait")),
+        Err(_) => bad("kubernetes", "the API does not answer; what is enrolled stays so, new pods wait"),
+    }
+}
+
+pub(super) async fn host_rules(config: &Config) -> Line {
+    let table = match Netns::open(&config.node.host_netns) {
+        Ok(host) => redirect::list_table(&host, probes::TABLE).await.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    match table {
+        Ok(table) if !table.is_null() => well("host rules", "the kubelet's probes are let through"),
+        Ok(_) => {
+            bad("host rules", "table culvert-probes is missing on the host: probes of pods under a STRICT policy fail")
+        }
+        Err(error) => bad("host rules", error),
+    }
+}
+
+pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Line> {
+    let Some(cni) = &config.cni else {
+        return vec![note(
+            "cni plugin",
+            "not wanted: a pod's first traffic may leave before it is captured (set CULVERT_CNI_BIN_DIR and CULVERT_CNI_CONF_DIR)",
+        )];
+    };
+    let there = |path: &Path| path.exists();
+    let configuration = cni.conf_dir.join(crate::node::cni::install::OURS);
+    let first = std::fs::read_dir(&cni.conf_dir).ok().and_then(|entries| {
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let used = |name: &String| {
+            [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) && !name.starts_with('.')
+        };
+        names.filter(used).min()
+    });
+    let ours = first.as_deref() == Some(crate::node::cni::install::OURS);
+    vec![match (there(&cni.bin_dir.join(PLUGIN)) && there(&configuration), ours) {
+        (true, true) => {
+            well("cni plugin", "installed, and the first configuration is ours: no pod starts before it is captured")
+        }
+        (true, false) => bad(
+            "cni plugin",
+            format!(
+                "{} comes before ours in {}: pods start without us; remove or rename it",
+                first.unwrap_or_default(),
+                cni.conf_dir.display()
+            ),
+        ),
+        (false, _) => {
+            bad("cni plugin", format!("not installed in {} and {}", cni.bin_dir.display(), cni.conf_dir.display()))
+        }
+    }]
+}

@@ -1,0 +1,170 @@
+//! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
+
+use super::{DEADLINE, Line, bad, note, well};
+use crate::config::Config;
+use crate::node::{Source, redirect};
+use crate::sys::netns::Netns;
+use crate::sys::socket::{LegOptions, outgoing, start_connect};
+use crate::task::thread;
+use serde_json::Value;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::Duration;
+
+/// Port on which tunnels are taken.
+const TUNNELS: u16 = 15008;
+
+/// A pod as far as it can be tried.
+struct Pod {
+    label: String,
+    netns: Netns,
+    ip: IpAddr,
+}
+
+pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
+    let text = |pod: &Value, key: &str| pod[key].as_str().unwrap_or_default().to_owned();
+    let mut lines = Vec::new();
+    let mut captured = Vec::new();
+    for pod in pods {
+        let label = format!("{}/{}", text(pod, "namespace"), text(pod, "name"));
+        let (state, reason) = (text(pod, "state"), text(pod, "reason"));
+        match state.as_str() {
+            "captured" => {
+                let older = pod["uncapturedConnections"].as_u64().unwrap_or(0);
+                lines.push(match older {
+                    0 => well("pod", format!("{label} is captured")),
+                    _ => note(
+                        "pod",
+                        format!("{label} is captured; {older} connections are older and go on in plaintext"),
+                    ),
+                });
+                captured.push((label, text(pod, "netns")));
+            }
+            "releasing" => lines.push(note("pod", format!("{label} is being released"))),
+            _ => lines.push(bad("pod", format!("{label} is {state}: {reason}"))),
+        }
+    }
+    if pods.is_empty() {
+        lines.push(note("pod", "no pod of this node is to be captured"));
+    }
+    let found: Vec<Pod> = captured.into_iter().filter_map(|(label, netns)| Pod::of(label, &netns)).collect();
+    let mark = config.node.mark;
+    let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
+    let tried = thread::beside(move || {
+        let mut lines = Vec::new();
+        for (at, pod) in found.iter().enumerate() {
+            // From another pod of the node, else from where we are.
+            let from = found.iter().cycle().skip(at + 1).find(|other| other.netns != pod.netns);
+            lines.push(tunnel(pod, from, mark));
+            lines.extend(probes.as_ref().map(|host| probe(pod, host)));
+        }
+        lines
+    });
+    lines.extend(tried.await.unwrap_or_default());
+    lines
+}
+
+impl Pod {
+    fn of(label: String, path: &str) -> Option<Self> {
+        let netns = Netns::open(Path::new(path)).ok()?;
+        let usable = |ip: &IpAddr| !crate::mesh::address::is_link_local(*ip);
+        let mut ips: Vec<IpAddr> = netns.addresses().ok()?.into_iter().map(|(ip, _)| ip).filter(usable).collect();
+        ips.sort();
+        Some(Self { label, ip: *ips.first()?, netns })
+    }
+}
+
+/// Opens a connection to the pod's port for tunnels, past any redirection.
+fn tunnel(pod: &Pod, from: Option<&Pod>, mark: u32) -> Line {
+    let to = SocketAddr::new(pod.ip, TUNNELS);
+    let open = || {
+        let legs = LegOptions { keepalive: None, notsent_lowat: None };
+        let socket = outgoing(to, None, mark, &legs)?;
+        socket.set_nonblocking(true)?;
+        start_connect(&socket, to)?;
+        Ok::<_, io::Error>(socket)
+    };
+    let started = match from {
+        Some(other) => other.netns.enter(open).unwrap_or_else(|error| Err(io::Error::other(error.to_string()))),
+        None => open(),
+    };
+    let whence = from.map_or("this node".to_owned(), |other| other.label.clone());
+    let reached = started.and_then(|socket| connected(&TcpStream::from(socket)));
+    match reached {
+        Ok(()) => well("port 15008", format!("{} takes tunnels from {whence}", pod.label)),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => bad(
+            "port 15008",
+            format!(
+                "{} does not answer {whence}: something drops it, such as a NetworkPolicy; allow TCP 15008 to the pods of namespace {}",
+                pod.label,
+                pod.label.split('/').next().unwrap_or_default()
+            ),
+        ),
+        Err(error) => bad("port 15008", format!("{} cannot be reached from {whence}: {error}", pod.label)),
+    }
+}
+
+/// Waits until a connection that has been started is there.
+fn connected(stream: &TcpStream) -> io::Result<()> {
+    let end = std::time::Instant::now() + DEADLINE;
+    loop {
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+        if stream.peer_addr().is_ok() {
+            return Ok(());
+        }
+        if std::time::Instant::now() > end {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Sends what a kubelet would send, to a port opened in the pod for that: it must arrive as it was sent, from the address that
+/// the pod's rules leave alone.
+fn probe(pod: &Pod, host: &Path) -> Line {
+    let tried = || {
+        let listener = pod.netns.enter(|| TcpListener::bind((pod.ip, 0))).map_err(|e| e.to_string())?;
+        let listener = listener.map_err(|error| error.to_string())?;
+        listener.set_nonblocking(true).map_err(|error| error.to_string())?;
+        let to = listener.local_addr().map_err(|error| error.to_string())?;
+        let host = Netns::open(host).map_err(|error| error.to_string())?;
+        let _client = host
+            .enter(|| {
+                let socket = crate::sys::socket::ordinary(to)?;
+                start_connect(&socket, to)?;
+                Ok::<_, io::Error>(socket)
+            })
+            .map_err(|error| error.to_string())?
+            .map_err(|error| error.to_string())?;
+        let end = std::time::Instant::now() + DEADLINE;
+        loop {
+            match listener.accept() {
+                Ok((_, peer)) => return Ok(peer.ip().to_canonical()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && std::time::Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err("a connection of the node does not arrive: a NetworkPolicy without 169.254.7.127, or rules of another CNI".into());
+                }
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    };
+    let expected = [redirect::PROBE_V4, redirect::PROBE_V6].map(|ip| ip.parse::<IpAddr>().ok());
+    match tried() {
+        Ok(peer) if expected.contains(&Some(peer)) => {
+            well("probe path", format!("{}: the kubelet's probes arrive", pod.label))
+        }
+        Ok(peer) => bad(
+            "probe path",
+            format!(
+                "{}: a connection of the node arrives from {peer}, captured: under a STRICT policy probes fail; see host rules",
+                pod.label
+            ),
+        ),
+        Err(error) => bad("probe path", format!("{}: {error}", pod.label)),
+    }
+}
