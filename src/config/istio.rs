@@ -229,6 +229,7 @@ pub(super) fn dns(
         cache_entries: c.read("CULVERT_DNS_CACHE_ENTRIES", args.dns_cache.as_ref(), 256, integer(0..=100_000)),
         ipv6,
         mark,
+        proc: args.proc.as_ref().filter(|p| !p.is_empty()).map_or_else(|| host_proc(environment), PathBuf::from),
     }
 }
 

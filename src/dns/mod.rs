@@ -25,6 +25,7 @@ use crate::sys::netns::Netns;
 use crate::task::{Drain, Group, thread};
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -52,6 +53,8 @@ pub struct Config {
     pub ipv6: bool,
     /// `SO_MARK` of sockets.
     pub mark: u32,
+    /// The procfs in which pods' processes are seen.
+    pub proc: PathBuf,
 }
 
 /// The DNS of all pods: one thread, and the servers on it.

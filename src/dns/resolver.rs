@@ -137,11 +137,12 @@ impl Resolver {
         };
         let (netns, last) = (self.upstream.netns.id(), self.last());
         let process = last.as_ref().and_then(|read| read.process);
+        let proc = self.config.proc.clone();
         let work = thread::beside(move || {
             // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again.
             let _reading = reading;
             let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
-            let of_pod = read_file_in_netns(netns, PATH, process, has_servers);
+            let of_pod = read_file_in_netns(&proc, netns, PATH, process, has_servers);
             let own = std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text));
             (of_pod, own.unwrap_or_default())
         });

@@ -13,41 +13,43 @@ const PROCESSES_MAX: usize = 16;
 /// Bytes that are read of a file; a longer one is cut.
 const BYTES_MAX: u64 = 64 * 1024;
 
-/// Looks for a process in the network namespace `netns` (device and inode) whose file `path` (without the leading slash)
-/// `accept` takes, and gives its id with what was made of the file. The process that `last` found is looked at first, then
+/// Looks below `proc` for a process in the network namespace `netns` (device and inode) whose file `path` (without the leading
+/// slash) `accept` takes, and gives its id with what was made of the file. The process that `last` found is looked at first, then
 /// those that see another filesystem than we do (a pod's containers do), then the others. May take as long as the machine
 /// has processes; nothing is found where `/proc` shows only our own.
 pub fn read_file_in_netns<T>(
+    proc: &Path,
     netns: (u64, u64),
     path: &str,
     last: Option<u32>,
     accept: impl Fn(&str) -> Option<T>,
 ) -> Option<(u32, T)> {
+    let of = |pid: u32| proc.join(pid.to_string());
     let attempt = |pid: u32| {
-        let inside = id(pid, "net") == Some(netns);
-        inside.then(|| read_in_root(pid, path)).flatten().and_then(|text| accept(&text)).map(|read| (pid, read))
+        let inside = id(&of(pid), "net") == Some(netns);
+        inside.then(|| read_in_root(&of(pid), path)).flatten().and_then(|text| accept(&text)).map(|read| (pid, read))
     };
     if let Some(found) = last.and_then(attempt) {
         return Some(found);
     }
-    let mut pids: Vec<u32> = std::fs::read_dir("/proc")
+    let mut pids: Vec<u32> = std::fs::read_dir(proc)
         .ok()?
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|pid| id(*pid, "net") == Some(netns))
+        .filter(|pid| id(&of(*pid), "net") == Some(netns))
         .collect();
-    let own = id(std::process::id(), "mnt");
-    pids.sort_by_key(|pid| (id(*pid, "mnt") == own, *pid));
+    let own = id(Path::new("/proc/self"), "mnt");
+    pids.sort_by_key(|pid| (id(&of(*pid), "mnt") == own, *pid));
     pids.into_iter().take(PROCESSES_MAX).find_map(attempt)
 }
 
-fn id(pid: u32, kind: &str) -> Option<(u64, u64)> {
-    let metadata = std::fs::metadata(format!("/proc/{pid}/ns/{kind}")).ok()?;
+fn id(process: &Path, kind: &str) -> Option<(u64, u64)> {
+    let metadata = std::fs::metadata(process.join("ns").join(kind)).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }
 
 /// Reads a file as a process sees it. Links lead nowhere outside of its root: what a container links to is its own affair.
-fn read_in_root(pid: u32, path: &str) -> Option<String> {
-    let root = open(Path::new(&format!("/proc/{pid}/root")), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
+fn read_in_root(process: &Path, path: &str) -> Option<String> {
+    let root = open(&process.join("root"), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
     // Without blocking: it may be a FIFO to which nobody ever writes.
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
@@ -71,15 +73,20 @@ mod tests {
         let here = Netns::open(Path::new("/proc/self/ns/net")).unwrap().id();
         let own = std::process::id();
         let read = |last, wanted: &'static str| {
-            read_file_in_netns(here, "etc/passwd", last, move |text| text.contains(wanted).then_some(()))
+            read_file_in_netns(Path::new("/proc"), here, "etc/passwd", last, move |text| {
+                text.contains(wanted).then_some(())
+            })
         };
         assert_eq!(read(Some(own), "root"), Some((own, ())));
         assert!(read(None, "root").is_some());
         assert!(read(Some(own), "nobody writes this").is_none());
-        assert!(read_file_in_netns((0, 0), "etc/passwd", Some(own), |_| Some(())).is_none(), "nobody is there");
+        assert!(
+            read_file_in_netns(Path::new("/proc"), (0, 0), "etc/passwd", Some(own), |_| Some(())).is_none(),
+            "nobody is there"
+        );
         // Neither a link out of the root nor a directory or device is a file of the process.
         for not in ["proc/self/root/etc/passwd", "etc", "dev/zero", "nonexistent"] {
-            assert_eq!(read_in_root(own, not), None, "{not}");
+            assert_eq!(read_in_root(Path::new("/proc/self"), not), None, "{not}");
         }
     }
 }

@@ -1,0 +1,55 @@
+{{- define "culvert.name" -}}{{ .Values.resourceName | default "ztunnel" }}{{- end }}
+
+{{- define "culvert.image" -}}
+{{- if contains "/" .Values.image }}{{ .Values.image }}{{ else }}{{ .Values.hub }}/{{ .Values.image }}:{{ .Values.tag }}{{ with .Values.variant }}-{{ . }}{{ end }}{{ end }}
+{{- end }}
+
+{{- define "culvert.labels" -}}
+app.kubernetes.io/name: {{ include "culvert.name" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: culvert
+{{- with .Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "culvert.annotations" -}}
+{{- if or .Values.annotations .Values.revision }}
+annotations:
+  {{- with .Values.revision }}
+  istio.io/rev: {{ . | quote }}
+  {{- end }}
+  {{- with .Values.annotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "culvert.istiod" -}}
+istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.svc:15012
+{{- end }}
+
+{{- define "culvert.cniBinDir" -}}
+{{- if .Values.cni.binDir }}{{ .Values.cni.binDir }}
+{{- else if eq .Values.platform "openshift" }}/var/lib/cni/bin
+{{- else if eq .Values.platform "gke" }}/home/kubernetes/bin
+{{- else if eq .Values.platform "k3s" }}/var/lib/rancher/k3s/data/cni
+{{- else if eq .Values.platform "microk8s" }}/var/snap/microk8s/current/opt/cni/bin
+{{- else }}/opt/cni/bin{{ end }}
+{{- end }}
+
+{{- define "culvert.cniConfDir" -}}
+{{- if .Values.cni.confDir }}{{ .Values.cni.confDir }}
+{{- else if eq .Values.platform "openshift" }}/etc/cni/multus/net.d
+{{- else if eq .Values.platform "k3s" }}/var/lib/rancher/k3s/agent/etc/cni/net.d
+{{- else if eq .Values.platform "microk8s" }}/var/snap/microk8s/current/args/cni-network
+{{- else }}/etc/cni/net.d{{ end }}
+{{- end }}
+
+{{- define "culvert.scope" -}}
+{{- $scope := .Values.resourceScope | default "all" }}
+{{- if not (has $scope (list "all" "namespace" "cluster")) }}{{ fail (printf "resourceScope: %q is not all, namespace or cluster" $scope) }}{{ end }}
+{{- if not (has .Values.pods (list "kubernetes" "agent")) }}{{ fail (printf "pods: %q is not kubernetes or agent" .Values.pods) }}{{ end }}
+{{- if not (has .Values.platform (list "" "openshift" "gke" "eks" "k3s" "k3d" "kind" "minikube" "microk8s")) }}{{ fail (printf "platform: %q is not known; leave it empty" .Values.platform) }}{{ end }}
+{{- $scope }}
+{{- end }}

@@ -1,0 +1,339 @@
+//! The manifests: rendered by the real helm and kustomize (which `scripts/manifests` installs), read as Kubernetes' own types
+//! with nothing left over, and in agreement with what the daemon reads, listens on and tells.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test says what is wrong by panicking"
+)]
+
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{ResourceQuota, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
+    let path = root().join("target/tools").join(name);
+    assert!(path.exists(), "{} is not there: scripts/manifests installs it", path.display());
+    let output = Command::new(path).args(arguments).current_dir(root()).output().unwrap();
+    match output.status.success() {
+        true => Ok(String::from_utf8(output.stdout).unwrap()),
+        false => Err(String::from_utf8(output.stderr).unwrap()),
+    }
+}
+
+/// Renders the chart with values.
+fn render(values: &Value) -> Result<String, String> {
+    let file =
+        std::env::temp_dir().join(format!("culvert-values-{}-{:?}", std::process::id(), std::thread::current().id()));
+    fs::write(&file, values.to_string()).unwrap();
+    let file_name = file.to_str().unwrap();
+    let rendered = tool(
+        "helm",
+        &["template", "culvert", "daemonset/chart", "-n", "istio-system", "--kube-version", "1.33.0", "-f", file_name],
+    );
+    fs::remove_file(&file).unwrap();
+    rendered
+}
+
+fn documents(text: &str) -> Vec<Value> {
+    let parts = text.split("\n---").map(|part| part.trim_start_matches("---"));
+    let full =
+        parts.filter(|part| part.lines().any(|line| !line.trim().is_empty() && !line.trim_start().starts_with('#')));
+    full.map(|part| serde_saphyr::from_str(part).unwrap_or_else(|error| panic!("{error}\n{part}"))).collect()
+}
+
+/// Where `given` says something that `understood` does not.
+fn lost(given: &Value, understood: &Value, path: &str, found: &mut Vec<String>) {
+    match (given, understood) {
+        (Value::Object(given), Value::Object(understood)) => {
+            for (key, value) in given {
+                lost(value, understood.get(key).unwrap_or(&Value::Null), &format!("{path}.{key}"), found);
+            }
+        }
+        (Value::Array(given), Value::Array(understood)) => {
+            for (at, value) in given.iter().enumerate() {
+                lost(value, understood.get(at).unwrap_or(&Value::Null), &format!("{path}[{at}]"), found);
+            }
+        }
+        // What is empty need not be repeated.
+        (Value::Object(map), Value::Null) if map.is_empty() => {}
+        (given, understood) if given == understood => {}
+        _ => found.push(format!("{path}: {given} became {understood}")),
+    }
+}
+
+fn is_understood<T: DeserializeOwned + Serialize>(document: &Value) {
+    let read: T = serde_json::from_value(document.clone()).unwrap_or_else(|error| panic!("{error}: {document:#}"));
+    let mut found = Vec::new();
+    lost(document, &serde_json::to_value(read).unwrap(), "", &mut found);
+    assert!(found.is_empty(), "{found:#?}");
+}
+
+/// Reads a document as the type that it says it is.
+fn check(document: &Value) {
+    match document["kind"].as_str().unwrap_or_default() {
+        "DaemonSet" => is_understood::<DaemonSet>(document),
+        "ServiceAccount" => is_understood::<ServiceAccount>(document),
+        "ClusterRole" => is_understood::<ClusterRole>(document),
+        "ClusterRoleBinding" => is_understood::<ClusterRoleBinding>(document),
+        "Role" => is_understood::<Role>(document),
+        "RoleBinding" => is_understood::<RoleBinding>(document),
+        "NetworkPolicy" => is_understood::<NetworkPolicy>(document),
+        "ResourceQuota" => is_understood::<ResourceQuota>(document),
+        // A type of the Prometheus operator.
+        "PodMonitor" => assert_eq!(document["spec"]["podMetricsEndpoints"][0]["port"], "ztunnel-stats"),
+        other => panic!("{other:?} is not expected: {document:#}"),
+    }
+}
+
+fn of_kind<'a>(all: &'a [Value], kind: &str) -> Option<&'a Value> {
+    all.iter().find(|document| document["kind"] == kind)
+}
+
+fn container(set: &Value) -> &Value {
+    &set["spec"]["template"]["spec"]["containers"][0]
+}
+
+fn variables(set: &Value) -> Vec<(String, Value)> {
+    let all = container(set)["env"].as_array().unwrap();
+    all.iter().map(|entry| (entry["name"].as_str().unwrap().to_owned(), entry["value"].clone())).collect()
+}
+
+fn variable(set: &Value, name: &str) -> Value {
+    variables(set).into_iter().find(|(other, _)| other == name).map(|(_, value)| value).unwrap_or(Value::Null)
+}
+
+/// Values of every kind that the chart takes, and what must come of them.
+fn cases() -> Vec<(Value, fn(&[Value]))> {
+    fn set(all: &[Value]) -> &Value {
+        of_kind(all, "DaemonSet").expect("a DaemonSet")
+    }
+    vec![
+        (json!({}), |all| {
+            let kinds: Vec<&str> = all.iter().map(|document| document["kind"].as_str().unwrap()).collect();
+            for kind in ["ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding", "DaemonSet"] {
+                assert!(kinds.contains(&kind), "{kinds:?}");
+            }
+            assert_eq!(kinds.len(), 6, "{kinds:?}");
+            let context = &container(set(all))["securityContext"];
+            assert_eq!(context["privileged"], false);
+            assert_eq!(context["readOnlyRootFilesystem"], true);
+            assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
+            let added = json!(["NET_ADMIN", "SYS_ADMIN", "NET_RAW", "SYS_PTRACE", "DAC_OVERRIDE"]);
+            assert_eq!(context["capabilities"]["add"], added);
+            assert_eq!(context["seccompProfile"]["type"], "RuntimeDefault");
+            let pod = &set(all)["spec"]["template"]["spec"];
+            assert_eq!((&pod["hostNetwork"], &pod["hostPID"]), (&Value::Null, &Value::Null));
+            assert_eq!(pod["priorityClassName"], "system-node-critical");
+            assert_eq!(
+                set(all)["spec"]["updateStrategy"]["rollingUpdate"],
+                json!({"maxSurge": 1, "maxUnavailable": 0})
+            );
+            // As much as the daemon asks for, and no more.
+            let rules = &of_kind(all, "ClusterRole").unwrap()["rules"];
+            assert_eq!(rules[0]["verbs"], json!(["get", "list", "watch"]));
+            assert_eq!((&rules[1]["resources"], &rules[1]["verbs"]), (&json!(["pods/status"]), &json!(["patch"])));
+            assert_eq!(rules.as_array().unwrap().len(), 2);
+            assert_eq!(of_kind(all, "Role").unwrap()["rules"][0]["resourceNames"], json!(["ztunnel"]));
+            // What istiod trusts, and istioctl looks for.
+            assert_eq!(of_kind(all, "ServiceAccount").unwrap()["metadata"]["name"], "ztunnel");
+            assert_eq!(set(all)["spec"]["template"]["metadata"]["labels"]["app"], "ztunnel");
+            assert_eq!(container(set(all))["args"], json!(["proxy", "ztunnel"]));
+        }),
+        (json!({"pods": "agent"}), |all| {
+            assert_eq!(all.len(), 2, "no rights at the API");
+            let context = &container(set(all))["securityContext"]["capabilities"]["add"];
+            assert_eq!(context, &json!(["NET_ADMIN", "SYS_ADMIN", "NET_RAW"]));
+            let mounts = container(set(all))["volumeMounts"].to_string();
+            assert!(mounts.contains("/var/run/ztunnel") && !mounts.contains("/host/proc"), "{mounts}");
+            assert_eq!(set(all)["spec"]["template"]["spec"]["automountServiceAccountToken"], false);
+        }),
+        (
+            json!({"hub": "registry.example.com/mesh", "tag": "9", "variant": "debug", "resourceName": "tunnel"}),
+            |all| {
+                assert_eq!(container(set(all))["image"], "registry.example.com/mesh/culvert:9-debug");
+                assert_eq!(set(all)["metadata"]["name"], "tunnel");
+                assert_eq!(variable(set(all), "CULVERT_DAEMONSET"), "tunnel");
+            },
+        ),
+        (
+            json!({"image": "example.com/x/y:1@sha256:0", "imagePullPolicy": "Always", "imagePullSecrets": ["a"]}),
+            |all| {
+                assert_eq!(container(set(all))["image"], "example.com/x/y:1@sha256:0");
+                assert_eq!(of_kind(all, "ServiceAccount").unwrap()["imagePullSecrets"][0]["name"], "a");
+            },
+        ),
+        (
+            json!({"revision": "canary", "network": "n1", "multiCluster": {"clusterName": "c9"}, "logAsJson": true,
+                "logLevel": "debug", "istioNamespace": "mesh", "terminationGracePeriodSeconds": 90,
+                "labels": {"l": "1"}, "annotations": {"a": "2"}, "podLabels": {"pl": "3"}, "podAnnotations": {"pa": "4"},
+                "env": {"SECRET_TTL": "12h"}, "meshConfig": {"defaultConfig": {"proxyMetadata": {"DNS_CAPTURE": "false"}}}}),
+            |all| {
+                let set = set(all);
+                assert_eq!(variable(set, "XDS_ADDRESS"), "istiod-canary.mesh.svc:15012");
+                assert_eq!(variable(set, "CA_ADDRESS"), "istiod-canary.mesh.svc:15012");
+                assert_eq!(
+                    (variable(set, "NETWORK"), variable(set, "ISTIO_META_CLUSTER_ID")),
+                    (json!("n1"), json!("c9"))
+                );
+                assert_eq!((variable(set, "LOG_FORMAT"), variable(set, "RUST_LOG")), (json!("json"), json!("debug")));
+                assert_eq!((variable(set, "SECRET_TTL"), variable(set, "DNS_CAPTURE")), (json!("12h"), json!("false")));
+                assert_eq!(variable(set, "TERMINATION_GRACE_PERIOD_SECONDS"), "90");
+                assert_eq!(set["spec"]["template"]["spec"]["terminationGracePeriodSeconds"], 90);
+                assert_eq!(set["metadata"]["annotations"], json!({"istio.io/rev": "canary", "a": "2"}));
+                assert_eq!(
+                    (&set["metadata"]["labels"]["l"], &set["spec"]["template"]["metadata"]["labels"]["pl"]),
+                    (&json!("1"), &json!("3"))
+                );
+            },
+        ),
+        (
+            json!({"caAddress": "ca:1", "xdsAddress": "xds:2", "peerCaCrl": {"enabled": true}, "trustBundleName": "root-cert",
+                "resourceQuotas": {"enabled": true}, "global": {"networkPolicy": {"enabled": true}},
+                "podMonitor": {"enabled": true}, "seLinuxOptions": {"type": "x_t"}, "dnsPolicy": "Default",
+                "dnsConfig": {"options": [{"name": "ndots", "value": "1"}]}, "tolerations": [], "nodeSelector": {"a": "b"},
+                "affinity": {"nodeAffinity": {}}, "resources": {"limits": {"cpu": "2", "memory": "1Gi"}},
+                "volumes": [{"name": "v", "emptyDir": {}}], "volumeMounts": [{"name": "v", "mountPath": "/v"}],
+                "updateStrategy": {"type": "OnDelete"}}),
+            |all| {
+                let set = set(all);
+                assert_eq!(
+                    (variable(set, "CA_ADDRESS"), variable(set, "XDS_ADDRESS")),
+                    (json!("ca:1"), json!("xds:2"))
+                );
+                assert!(variable(set, "CRL_PATH").is_string() && variable(set, "ZTUNNEL_RESOURCE_CPU_LIMIT") == "2");
+                assert!(set.to_string().contains("istio.io:istiod-ca:root-cert"));
+                assert_eq!(container(set)["securityContext"]["seLinuxOptions"]["type"], "x_t");
+                for kind in ["NetworkPolicy", "ResourceQuota", "PodMonitor"] {
+                    assert!(of_kind(all, kind).is_some(), "{kind}");
+                }
+                let ports: BTreeSet<u64> = of_kind(all, "NetworkPolicy").unwrap()["spec"]["ingress"][0]["ports"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .map(|port| port["port"].as_u64().unwrap())
+                    .collect();
+                assert_eq!(ports, [15000, 15001, 15006, 15008, 15020, 15021, 15053].into());
+            },
+        ),
+        (
+            json!({"enablementSelectors": [{"podSelector": {"matchLabels": {"a": "b"}}}], "excludeNamespaces": ["x", "y"],
+                "dnsCapture": false, "ipv6": false, "endEarlierConnections": true, "stateFile": {"enabled": false},
+                "cni": {"enabled": false}, "appArmorProfile": null}),
+            |all| {
+                let set = set(all);
+                assert_eq!(
+                    (variable(set, "EXCLUDE_NAMESPACES"), variable(set, "IPV6_ENABLED")),
+                    (json!("x,y"), json!("false"))
+                );
+                assert_eq!(variable(set, "ISTIO_META_DNS_CAPTURE"), "false");
+                let selectors = variable(set, "AMBIENT_ENABLEMENT_SELECTOR");
+                let read: Value = serde_saphyr::from_str(selectors.as_str().unwrap()).unwrap();
+                assert_eq!(read, json!([{"podSelector": {"matchLabels": {"a": "b"}}}]));
+                assert!(
+                    variable(set, "CULVERT_CNI_BIN_DIR").is_null() && variable(set, "CULVERT_STATE_FILE").is_null()
+                );
+                assert!(of_kind(all, "Role").is_none());
+            },
+        ),
+        (json!({"platform": "openshift"}), |all| {
+            let bindings: Vec<&Value> = all.iter().filter(|document| document["kind"] == "RoleBinding").collect();
+            assert!(bindings.iter().any(|binding| binding["roleRef"]["name"] == "system:openshift:scc:privileged"));
+            assert_eq!(container(set(all))["securityContext"]["seLinuxOptions"]["type"], "spc_t");
+            assert!(set(all).to_string().contains("/etc/cni/multus/net.d"));
+        }),
+        (json!({"platform": "k3s"}), |all| {
+            assert!(set(all).to_string().contains("/var/lib/rancher/k3s/agent/etc/cni/net.d"))
+        }),
+        (json!({"platform": "gke"}), |all| assert!(set(all).to_string().contains("/home/kubernetes/bin"))),
+        (json!({"resourceScope": "cluster"}), |all| {
+            assert!(all.iter().all(|document| document["metadata"]["namespace"].is_null()) && all.len() == 2);
+        }),
+        (json!({"resourceScope": "namespace"}), |all| {
+            assert!(all.iter().all(|document| document["metadata"]["namespace"] == "istio-system") && all.len() == 4);
+        }),
+    ]
+}
+
+#[test]
+fn the_chart_renders_what_kubernetes_understands_for_every_value() {
+    tool("helm", &["lint", "--strict", "daemonset/chart"]).unwrap();
+    let mut touched = BTreeSet::new();
+    for (values, expect) in cases() {
+        touched.extend(values.as_object().unwrap().keys().cloned());
+        let all = documents(&render(&values).unwrap_or_else(|error| panic!("{values}: {error}")));
+        all.iter().for_each(check);
+        expect(&all);
+    }
+    let defaults: Value =
+        serde_saphyr::from_str(&fs::read_to_string(root().join("daemonset/chart/values.yaml")).unwrap()).unwrap();
+    let untouched: Vec<&String> = defaults.as_object().unwrap().keys().filter(|key| !touched.contains(*key)).collect();
+    // Their defaults are held by the first case.
+    assert_eq!(untouched, ["seccompProfile"], "a value that no case sets");
+    for (bad, word) in [
+        (json!({"pods": "labels"}), "is not kubernetes or agent"),
+        (json!({"resourceScope": "some"}), "is not all, namespace or cluster"),
+        (json!({"platform": "mine"}), "is not known"),
+    ] {
+        let error = render(&bad).unwrap_err();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn what_is_applied_by_hand_is_what_the_chart_gives() {
+    let check_only = Command::new(root().join("scripts/manifests")).arg("--check").output().unwrap();
+    assert!(check_only.status.success(), "{}", String::from_utf8_lossy(&check_only.stderr));
+    let built = documents(&tool("kustomize", &["build", "daemonset"]).unwrap());
+    built.iter().for_each(check);
+    let rendered = documents(&render(&json!({})).unwrap());
+    let kinds = |all: &[Value]| all.iter().map(|document| document["kind"].to_string()).collect::<BTreeSet<_>>();
+    assert_eq!(kinds(&built), kinds(&rendered));
+    assert_eq!(of_kind(&built, "DaemonSet"), of_kind(&rendered, "DaemonSet"));
+    let alone = fs::read_to_string(root().join("daemonset/daemonset.yaml")).unwrap();
+    documents(&alone).iter().for_each(check);
+}
+
+/// What the runtime, the reference or a prefix reads.
+const OTHERS: [&str; 4] = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTER_ID", "DNS_CAPTURE"];
+
+#[test]
+fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
+    let source = |file: &str| fs::read_to_string(root().join("src").join(file)).unwrap();
+    let args = source("config/args.rs");
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    for (values, _) in cases() {
+        let all = documents(&render(&values).unwrap());
+        let Some(set) = of_kind(&all, "DaemonSet") else { continue };
+        for (name, _) in variables(set).iter().filter(|(name, _)| !OTHERS.contains(&name.as_str())) {
+            assert!(args.contains(&format!("\"{name}\"")), "nobody reads {name}");
+            assert!(readme.contains(&format!("`{name}`")), "README.md does not name {name}");
+        }
+        let ports = container(set)["ports"].as_array().unwrap();
+        assert_eq!(ports[0]["containerPort"], 15020);
+    }
+    let admin = source("admin/mod.rs");
+    for constant in ["ADMIN_PORT: u16 = 15000", "STATS_PORT: u16 = 15020", "READY_PORT: u16 = 15021"] {
+        assert!(admin.contains(constant), "{constant}");
+    }
+    // The defaults that the daemon and the chart both have.
+    let defaults = source("config/kubernetes.rs");
+    for (file, text) in [("values.yaml", "resourceName: ztunnel"), ("values.yaml", "- kube-system")] {
+        assert!(fs::read_to_string(Path::new(&root()).join("daemonset/chart").join(file)).unwrap().contains(text));
+        assert!(defaults.contains(text.rsplit([' ', ':']).next().unwrap()));
+    }
+}
