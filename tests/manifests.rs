@@ -6,6 +6,7 @@
     clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
+    clippy::too_many_lines,
     reason = "a test says what is wrong by panicking"
 )]
 
@@ -117,8 +118,11 @@ fn variable(set: &Value, name: &str) -> Value {
     variables(set).into_iter().find(|(other, _)| other == name).map(|(_, value)| value).unwrap_or(Value::Null)
 }
 
+/// What must be true of what has been rendered.
+type Expectation = fn(&[Value]);
+
 /// Values of every kind that the chart takes, and what must come of them.
-fn cases() -> Vec<(Value, fn(&[Value]))> {
+fn cases() -> Vec<(Value, Expectation)> {
     fn set(all: &[Value]) -> &Value {
         of_kind(all, "DaemonSet").expect("a DaemonSet")
     }

@@ -1,6 +1,7 @@
 //! What the container runtime tells its CNI plugins by environment (CNI specification 1.1, section 2).
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// One call of the plugin.
@@ -21,7 +22,9 @@ pub struct Call {
 impl Call {
     /// Whether this process was started as a plugin: container runtimes give it no arguments.
     pub fn of_process() -> Option<Self> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(of).collect();
+        let variable = |name: &str| variables.get(name).filter(|value| !value.is_empty()).cloned();
         Some(Self::read(&variable("CNI_COMMAND")?, variable("CNI_NETNS"), &variable("CNI_ARGS").unwrap_or_default()))
     }
 

@@ -193,7 +193,8 @@ mod tests {
     fn files_and_memory_count() {
         let budget = Arc::new(Budget::new(1000));
         let (one, other) = (Count::default(), Count::default());
-        [&one, &other].map(|pod| budget.join(pod));
+        budget.join(&one);
+        budget.join(&other);
         let held: Vec<Open> = (0..10).map(|_| budget.open(&one).unwrap()).collect();
         // 800 files for all, 780 of them are others': room for 10 connections.
         budget.take_account(Look { files: Some((800, 1000)), memory: None });

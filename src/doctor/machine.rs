@@ -65,7 +65,6 @@ pub(super) async fn kernel(config: &Config) -> Line {
     let tried = async {
         redirect::loopback_up(&netns).await?;
         redirect::install(&netns, &rules, false).await?;
-        redirect::listing(&netns, redirect::TABLE).await?;
         redirect::remove(&netns, ipv6).await
     };
     match (tried.await, ipv6) {

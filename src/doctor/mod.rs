@@ -169,7 +169,8 @@ impl Daemon {
     fn clock(&self) -> Line {
         let now = std::time::SystemTime::now();
         let time = |value: &serde_json::Value| humantime::parse_rfc3339(value.as_str()?).ok();
-        let all = self.dump["certificates"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let all =
+            self.dump.get("certificates").and_then(serde_json::Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let mut seen = 0;
         for identity in all {
             let name = identity["identity"].as_str().unwrap_or_default();

@@ -4,6 +4,7 @@
 
 use super::foreign::Foreign;
 use super::pods::NetnsRef;
+use super::redirect::Listing;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
@@ -206,7 +207,7 @@ impl Capturer {
         listening: &Listening,
         spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
-    ) -> Result<Foreign, CaptureError> {
+    ) -> Result<(Foreign, Listing), CaptureError> {
         let rules = redirect::Rules { spared, ..self.rules(spec, listening) };
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }

@@ -54,8 +54,9 @@ pub fn find(listing: &Value) -> Foreign {
 /// Whether a rule leads into one of the chains.
 fn jumps(expressions: &Value) -> bool {
     let leads = |expression: &Value| {
-        let target = expression["jump"]["target"].as_str().or(expression["goto"]["target"].as_str());
-        target.is_some_and(|target| target.starts_with(CHAINS))
+        let target =
+            |verb: &str| expression.get(verb)?.get("target")?.as_str().map(|target| target.starts_with(CHAINS));
+        target("jump").or_else(|| target("goto")).unwrap_or(false)
     };
     expressions.as_array().is_some_and(|all| all.iter().any(leads))
 }

@@ -23,6 +23,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 /// Time between attempts to capture, where nothing that matters changes before.
 const RETRY: Duration = Duration::from_secs(5);
+/// The same where somebody else still has the namespace: mostly one who is about to leave it.
+const RETRY_TAKEN: Duration = Duration::from_millis(250);
 /// Time between looks at whether the namespace is still there.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long changing facts are let settle before they are looked at.
@@ -173,7 +175,7 @@ impl Task {
                 self.capturer.clean(&self.spec).await;
                 Some(End::Removed)
             }
-            () = tokio::time::sleep(RETRY) => None,
+            () = tokio::time::sleep(if matches!(error, CaptureError::Taken(..)) { RETRY_TAKEN } else { RETRY }) => None,
             () = hopeful(facts, error) => None,
             Some(question) = self.questions.recv() => {
                 self.asked.push(question);

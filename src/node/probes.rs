@@ -27,8 +27,11 @@ const LOOK: Duration = Duration::from_secs(30);
 /// Whose probes are let through: pods with their addresses, and pods whose address is not visible just now.
 #[derive(Clone, Debug)]
 pub struct Probed {
-    pods: Arc<watch::Sender<Option<BTreeMap<Text, Vec<IpAddr>>>>>,
+    pods: Arc<watch::Sender<Option<ByPod>>>,
 }
+
+/// Addresses by pod.
+type ByPod = BTreeMap<Text, Vec<IpAddr>>;
 
 impl Default for Probed {
     fn default() -> Self {
@@ -38,7 +41,7 @@ impl Default for Probed {
 
 impl Probed {
     /// Says whose. Before it is said for the first time the host's table stays as an earlier daemon left it.
-    pub fn set(&self, pods: BTreeMap<Text, Vec<IpAddr>>) {
+    pub fn set(&self, pods: ByPod) {
         self.pods.send_if_modified(|known| {
             let other = known.as_ref() != Some(&pods);
             *known = Some(pods);
@@ -99,7 +102,7 @@ impl HostProbes {
 
     async fn see_to(
         &self,
-        wanted: &BTreeMap<Text, Vec<IpAddr>>,
+        wanted: &ByPod,
         known: &mut Option<BTreeMap<IpAddr, Text>>,
         written: &mut Option<Listing>,
     ) -> Result<(), RedirectError> {
@@ -147,7 +150,7 @@ impl HostProbes {
 
 /// What should be in the sets. A pod whose address is not visible just now (as after a reboot of its kubelet) keeps what it
 /// had, unless another pod has that now.
-fn merged(wanted: &BTreeMap<Text, Vec<IpAddr>>, before: &BTreeMap<IpAddr, Text>) -> BTreeMap<IpAddr, Text> {
+fn merged(wanted: &ByPod, before: &BTreeMap<IpAddr, Text>) -> BTreeMap<IpAddr, Text> {
     let unseen: BTreeSet<&Text> = wanted.iter().filter(|(_, ips)| ips.is_empty()).map(|(uid, _)| uid).collect();
     let kept = before.iter().filter(|(_, uid)| unseen.contains(uid)).map(|(ip, uid)| (*ip, uid.clone()));
     let seen = wanted.iter().flat_map(|(uid, ips)| ips.iter().map(move |ip| (*ip, uid.clone())));
@@ -158,8 +161,11 @@ fn merged(wanted: &BTreeMap<Text, Vec<IpAddr>>, before: &BTreeMap<IpAddr, Text>)
 
 /// What an earlier daemon has left in the sets.
 fn entries(listing: &Value) -> BTreeMap<IpAddr, Text> {
-    let sets =
-        listing["nftables"].as_array().into_iter().flatten().filter_map(|object| object["set"]["elem"].as_array());
+    let sets = listing["nftables"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|object| object.get("set")?.get("elem")?.as_array());
     let entry = |element: &Value| {
         let element = &element["elem"];
         Some((element["val"].as_str()?.parse().ok()?, element["comment"].as_str()?.into()))

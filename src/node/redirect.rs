@@ -6,8 +6,8 @@
 
 use super::foreign::{self, Foreign};
 use crate::mesh::Text;
-use crate::sys::iptables;
 use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::{changes, iptables};
 use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
@@ -81,8 +81,8 @@ pub enum RedirectError {
     /// `nft` cannot be run.
     #[error("cannot run nft: {0}; install nftables")]
     NoNft(io::Error),
-    /// Legacy tables cannot be looked into.
-    #[error("cannot look into the pod's legacy iptables tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
+    /// Tables cannot be looked into.
+    #[error("cannot look into the pod's tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
     NoLook(io::Error),
     /// `nft` refused the rules.
     #[error("nft refused the rules: {0}; {hint}", hint = nft_hint(_0))]
@@ -105,6 +105,9 @@ pub enum RedirectError {
         "{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node"
     )]
     Contested(String),
+    /// Somebody else has changed the pod's rules meanwhile.
+    #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
+    Raced,
     /// Too slow.
     #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
     Deadline,
@@ -133,7 +136,7 @@ pub struct Listing(Value);
 
 /// Installs the redirection; a repetition replaces it, nothing is doubled. What istio-cni has left in the pod goes in the
 /// same transaction, and is named; where `taken_over` it had gone before, and is refused now.
-pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<Foreign, RedirectError> {
+pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<(Foreign, Listing), RedirectError> {
     within(async {
         let legacy = netns.enter(|| iptables::tables_with(foreign::CHAINS))?.map_err(RedirectError::NoLook)?;
         if !legacy.is_empty() {
@@ -144,8 +147,16 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<F
             return Err(RedirectError::Contested(foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
         }
         routes(netns, rules.ipv6, true).await?;
+        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
+        let before = generation()?;
         nft(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
-        Ok(foreign)
+        let mut listed = list(netns, &["list", "table", "inet", TABLE]).await?;
+        // Else what was listed need not be what was written.
+        if generation()? != before.wrapping_add(1) {
+            return Err(RedirectError::Raced);
+        }
+        without_handles(&mut listed);
+        Ok((foreign, Listing(listed)))
     })
     .await
 }

@@ -7,6 +7,7 @@ use super::redirect::{self, Listing};
 use super::status::Board;
 use super::{CaptureError, PodSpec};
 use crate::sys::changes::{Changes, Seen};
+use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -41,6 +42,19 @@ pub struct Rules {
     hold_off: Instant,
     repairs: Backoff,
     repaired: Instant,
+}
+
+/// Completes when our rules are no longer as they were written.
+async fn foreign_change(changes: Option<&Changes>, netns: &Netns, written: Option<&Listing>) {
+    if let (Some(changes), Some(written)) = (changes, written) {
+        loop {
+            let seen = changes.seen().await;
+            if seen.tables && !redirect::is_alone_with(netns, written).await.unwrap_or(false) {
+                return;
+            }
+        }
+    }
+    std::future::pending().await
 }
 
 impl Rules {
@@ -153,7 +167,16 @@ impl Rules {
         let result = self.write_and_verify(capturer, board, spec, listening).await;
         self.verified = result.is_ok();
         board.earlier(&spec.uid, self.earlier.left(&listening.pod));
-        self.verify_at = Instant::now() + if result.is_ok() { VERIFY_EVERY } else { RETRY };
+        let raced = matches!(&result, Err(CaptureError::Redirect(redirect::RedirectError::Raced)));
+        self.verify_at = Instant::now()
+            + match &result {
+                Ok(()) => VERIFY_EVERY,
+                Err(_) if raced => self.repairs.next(),
+                Err(_) => RETRY,
+            };
+        if raced {
+            self.write_at = self.verify_at;
+        }
         result.map(|()| true)
     }
 
@@ -167,7 +190,14 @@ impl Rules {
         if capturer.config.redirect && Instant::now() >= self.write_at {
             self.write(capturer, board, spec, listening).await?;
         }
-        match capturer.verify(listening).await {
+        let verified = tokio::select! {
+            verified = capturer.verify(listening) => verified,
+            // A probe that is lost takes two seconds; somebody changes the rules now.
+            () = foreign_change(self.changes.as_ref(), &listening.pod.netns, self.written.as_ref()) => {
+                Err(redirect::RedirectError::Raced.into())
+            }
+        };
+        match verified {
             Err(error) if capturer.config.redirect => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
@@ -193,7 +223,7 @@ impl Rules {
             self.earlier = Connections::open_now(pod);
         }
         let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
-        let foreign = capturer.redirect(spec, listening, spared, self.taken_over).await?;
+        let (foreign, listed) = capturer.redirect(spec, listening, spared, self.taken_over).await?;
         if first && capturer.config.end_earlier {
             self.earlier.end(pod);
         }
@@ -203,7 +233,6 @@ impl Rules {
             tracing::info!(namespace, name, removed = names, "the pod was captured by istio-cni; taken over");
         }
         self.taken_over = true;
-        let listed = redirect::listing(&listening.pod.netns, redirect::TABLE).await?;
         self.written = Some(listed);
         self.write_at = Instant::now() + REWRITE_EVERY;
         board.written(again);

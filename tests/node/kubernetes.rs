@@ -736,7 +736,6 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
         assert!(found.is_some(), "{verdict} {words:?} in\n{said}");
     };
     let (fine, said) = doctor(&c);
-    println!("{said}");
     assert!(fine, "{said}");
     for words in [
         &["rights", "all"][..],
@@ -770,7 +769,6 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     eventually("a pod is pending", || c.state("lost") == "pending");
     c.apis[0].away(true);
     let (fine, said) = doctor(&c);
-    println!("{said}");
     assert!(!fine);
     line(&said, "FAIL", &["port 15008", "ns/client does not answer ns/", "NetworkPolicy", "allow TCP 15008"]);
     line(&said, "FAIL", &["probe path", "ns/client"]);
@@ -789,7 +787,6 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     line(&said, "FAIL", &["daemon", "does not answer on port 15000"]);
     assert!(has_rules(&c.client), "a daemon that was killed leaves its rules");
     let (fine, said) = cleanup(&c);
-    println!("{said}");
     assert!(fine, "{said}");
     for pod in [&c.client, &second] {
         assert!(!has_rules(pod));

@@ -32,6 +32,7 @@ mod istio;
 mod journeys;
 mod kubernetes;
 mod limits;
+mod model;
 mod visible;
 mod waypoint;
 mod xds;

@@ -6,6 +6,7 @@
 
 pub mod annotate;
 pub mod cgroup;
+mod plugin;
 pub mod scan;
 pub mod select;
 pub mod watch;
@@ -16,7 +17,7 @@ use self::select::{Enablement, Labels, PodFacts};
 use self::watch::{Metrics, Told};
 use super::capture::Capturer;
 use super::cni;
-use super::cni::{Asked, Question, Verb};
+use super::cni::Asked;
 use super::pods::{NetnsRef, PodSpec, Pods};
 use super::probes::Probed;
 use super::status::{Board, State};
@@ -24,7 +25,6 @@ use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal, thread};
-use k8s_openapi::api::apps::v1::DaemonSet;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -42,11 +42,8 @@ const SCAN_EVERY: Duration = Duration::from_millis(500);
 /// The longest time between them, for a pod that is long in coming.
 const SCAN_MAX: Duration = Duration::from_secs(5);
 
-/// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
-const ANSWER_WITHIN: Duration = Duration::from_secs(8);
-
-/// How long the API may take to say whether our DaemonSet is there.
-const ASK_OF_DAEMONSET: Duration = Duration::from_secs(3);
+/// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
+const CLEAN_TIMES: u32 = 10;
 
 /// Settings of enrolment by Kubernetes.
 #[derive(Clone, Debug)]
@@ -109,14 +106,17 @@ struct Running {
     ready: Option<Arc<Pending>>,
     /// Questions of the CNI plugin that wait for the API, or for the capture.
     asked: Vec<(Asked, Instant)>,
-    /// Pods whose leftovers have been looked for.
-    cleaned: HashSet<Text>,
+    /// Pods whose leftovers have been looked for, and how often.
+    cleaned: HashMap<Text, u32>,
     complained: HashSet<String>,
     tasks: Group,
 }
 
+/// What was found of each pod.
+type Scanned = HashMap<Text, Found>;
+
 struct Scan {
-    results: (mpsc::Sender<HashMap<Text, Found>>, mpsc::Receiver<HashMap<Text, Found>>),
+    results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
     running: bool,
     next: Instant,
     wait: Duration,
@@ -167,7 +167,7 @@ impl Source {
             scan: Scan { results: mpsc::channel(1), running: false, next: Instant::now(), wait: SCAN_EVERY },
             ready,
             asked: Vec::new(),
-            cleaned: HashSet::new(),
+            cleaned: HashMap::new(),
             complained: HashSet::new(),
             tasks: tasks.clone(),
         };
@@ -201,33 +201,6 @@ impl Source {
         running.source.leave().await;
         tasks.cut();
         tasks.finished().await;
-    }
-
-    /// Removes the CNI plugin where no daemon follows this one. An upgrade leaves it: new pods then wait for the next daemon.
-    async fn leave(&self) {
-        let Some(cni) = &self.config.cni else { return };
-        let (name, namespace) = (&cni.own_name, &cni.own_namespace);
-        let api: kube::Api<DaemonSet> = kube::Api::namespaced(self.client.clone(), namespace);
-        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(name)).await;
-        let gone = match &asked {
-            Ok(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => "is being deleted",
-            Ok(Ok(None)) => "does not exist",
-            // Its account has been deleted before it.
-            Ok(Err(kube::Error::Api(status))) if status.code == 401 => "has lost its account",
-            Ok(Ok(Some(_))) => return,
-            // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
-            Ok(Err(error)) => {
-                return tracing::warn!(error = watch::why(error), "the CNI plugin stays: DaemonSet not readable");
-            }
-            Err(_) => return tracing::warn!("the CNI plugin stays: the Kubernetes API does not answer"),
-        };
-        match cni.remove() {
-            Ok(removed) => {
-                let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-                tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
-            }
-            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
-        }
     }
 }
 
@@ -281,7 +254,7 @@ impl Running {
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
         let left = |pod: &&PodFacts| {
             let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
-            !elsewhere && !self.cleaned.contains(&pod.uid)
+            !elsewhere && self.cleaned.get(&pod.uid).is_none_or(|times| *times < CLEAN_TIMES)
         };
         self.pods.iter().flat_map(HashMap::values).filter(left).collect()
     }
@@ -298,7 +271,7 @@ impl Running {
         });
     }
 
-    fn found(&mut self, found: HashMap<Text, Found>) {
+    fn found(&mut self, found: Scanned) {
         self.scan.running = false;
         let wanted: HashSet<Text> = self.wanted().unwrap_or_default().into_iter().map(|pod| pod.uid.clone()).collect();
         let mut all = true;
@@ -330,7 +303,9 @@ impl Running {
     /// Removes what an earlier daemon has left in a pod that is not in.
     fn clean(&mut self, uid: &Text, found: Found) {
         let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
-        self.cleaned.insert(uid.clone());
+        let times = self.cleaned.entry(uid.clone()).or_default();
+        // One whose processes are just being started is looked for again.
+        *times = if matches!(found, Found::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
         if let Found::Namespace(netns, _) = found
             && self.source.board.get(uid).is_none()
         {
@@ -401,81 +376,6 @@ impl Running {
         self.answer();
     }
 
-    /// Takes a question of the CNI plugin.
-    fn ask(&mut self, asked: Asked) {
-        let Question { verb, name, namespace, .. } = &asked.question;
-        match verb {
-            Verb::Status => drop(asked.answer.send(Ok(()))),
-            Verb::Del => {
-                let is_it = |pod: &&PodFacts| *pod.name == **name && *pod.namespace == **namespace;
-                let pods = self.pods.iter().flat_map(HashMap::values).filter(is_it);
-                for uid in pods.map(|pod| pod.uid.clone()).collect::<Vec<_>>() {
-                    // A later sandbox of the same pod is another one's namespace.
-                    let its = |place: &Place| asked.netns.as_ref().is_none_or(|netns| *netns == place.netns);
-                    if self.places.get(&uid).is_some_and(its) {
-                        self.places.remove(&uid);
-                    }
-                }
-                drop(asked.answer.send(Ok(())));
-            }
-            Verb::Add | Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
-        }
-    }
-
-    /// Answers those questions that can be answered by now, and those whose time is over.
-    fn answer(&mut self) {
-        let mut handed_over = false;
-        for (asked, deadline) in std::mem::take(&mut self.asked) {
-            if asked.answer.is_closed() {
-                continue;
-            }
-            let verdict = self.verdict(&asked);
-            if let Some((uid, netns)) = verdict.place {
-                let ips = asked.question.ips.clone();
-                handed_over = true;
-                self.places.insert(uid, Place { netns, path: None, ips });
-            }
-            match verdict.answer {
-                Some(answer) => drop(asked.answer.send(answer)),
-                None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
-                None => self.asked.push((asked, deadline)),
-            }
-        }
-        if handed_over {
-            self.reconcile();
-        }
-    }
-
-    fn verdict(&self, asked: &Asked) -> Verdict {
-        let Question { verb, name, namespace, uid, .. } = &asked.question;
-        let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
-        let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
-        let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
-            return later("the Kubernetes API has not told of this node's pods yet".into());
-        };
-        let is_it = |pod: &&PodFacts| {
-            let same = uid.as_ref().is_none_or(|uid| *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid));
-            *pod.name == **name && *pod.namespace == **namespace && same
-        };
-        let (Some(pod), Some(labels)) = (pods.values().find(is_it), namespaces.get(namespace.as_str())) else {
-            return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
-        };
-        if self.source.config.enablement.is_in(pod, labels).is_err() {
-            return now(Ok(()));
-        }
-        let status = self.source.board.get(&pod.uid);
-        let ours = |netns: &Netns| self.places.get(&pod.uid).is_some_and(|place| place.netns == *netns);
-        if let (Verb::Add, Some(netns)) = (verb, asked.netns.as_ref().filter(|netns| !ours(netns))) {
-            let place = Some((pod.uid.clone(), netns.clone()));
-            return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
-        }
-        match status {
-            Some(status) if status.held => now(Ok(())),
-            Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
-            None => later("the pod is being captured".into()),
-        }
-    }
-
     fn annotate(&mut self, wanted: &[PodFacts]) {
         let Some(pods) = &self.pods else { return };
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
@@ -494,16 +394,8 @@ impl Running {
             }
         }
         self.annotator.retain(|uid| pods.contains_key(uid));
+        self.cleaned.retain(|uid, _| pods.contains_key(uid));
     }
-}
-
-/// What can be said to a question by now.
-struct Verdict {
-    answer: Option<Result<(), String>>,
-    /// What it waits for, where there is no answer yet.
-    waits_for: String,
-    /// A namespace that was handed over and not known.
-    place: Option<(Text, Netns)>,
 }
 
 fn spec(pod: &PodFacts, netns: Netns, complained: &mut HashSet<String>) -> PodSpec {

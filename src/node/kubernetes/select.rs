@@ -264,7 +264,8 @@ mod tests {
     #[test]
     fn istios_rules_as_a_table() {
         let rules = enablement(default_selectors());
-        let cases: [(&[(&str, &str)], &[(&str, &str)], bool); 9] = [
+        type Pairs = &'static [(&'static str, &'static str)];
+        let cases: [(Pairs, Pairs, bool); 9] = [
             (&[], &[], false),
             (&[(MODE, "ambient")], &[], true),
             (&[], &[(MODE, "ambient")], true),

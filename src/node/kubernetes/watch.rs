@@ -18,6 +18,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// Waits after failures.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -28,7 +29,7 @@ const STREAMING: Duration = Duration::from_secs(15);
 /// A watch that has not failed for this long is there, also when nothing is told.
 const SETTLED: Duration = Duration::from_secs(8);
 
-/// What is told. A `None` before a list says that what follows, up to the next `None`, is all there is.
+/// What is told.
 #[derive(Debug)]
 pub enum Told {
     /// All pods of this node.
@@ -119,6 +120,82 @@ struct Meaning<K, T> {
     gone: fn(T) -> Told,
 }
 
+/// One watch, and what is known of it.
+struct Watch<'a, K, F> {
+    resource: &'static str,
+    config: watcher::Config,
+    events: F,
+    stream: Events<K>,
+    /// Whether lists are asked for as streams.
+    streaming: bool,
+    listed: bool,
+    begun: Instant,
+    backoff: Backoff,
+    /// The trouble that has been logged.
+    said: Option<String>,
+    connected: Gauge,
+    failures: &'a Counter,
+}
+
+impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
+    /// Begins anew, with lists that are asked for as such.
+    fn without_streaming(&mut self, why: &str) {
+        tracing::info!(resource = self.resource, why, "lists are asked for, not streamed");
+        self.streaming = false;
+        self.stream = (self.events)(self.config.clone());
+    }
+
+    fn is_there(&mut self) {
+        self.connected.set(1);
+        self.backoff.reset();
+        if self.said.take().is_some() {
+            tracing::info!(resource = self.resource, "the Kubernetes API is there again");
+        }
+    }
+
+    async fn failed(&mut self, error: &Error) {
+        self.failures.inc();
+        self.connected.set(0);
+        if self.streaming && !self.listed && refuses_streaming(error) {
+            return self.without_streaming("the Kubernetes API refuses to");
+        }
+        let error = why(error);
+        if self.said.as_ref() != Some(&error) {
+            let resource = self.resource;
+            tracing::warn!(resource, error, "the Kubernetes API does not tell of changes; what is enrolled stays so");
+            self.said = Some(error);
+        }
+        tokio::time::sleep(self.backoff.next()).await;
+        self.begun = Instant::now();
+    }
+
+    /// The next event; nothing where there was none, and something else has been seen to.
+    async fn next(&mut self) -> Option<Event<K>> {
+        let next = tokio::select! {
+            next = self.stream.next() => next,
+            () = tokio::time::sleep(SETTLED), if self.listed && self.connected.get() == 0 => {
+                self.is_there();
+                return None;
+            }
+            () = tokio::time::sleep_until(self.begun + STREAMING), if self.streaming && !self.listed => {
+                self.without_streaming("the Kubernetes API does not say when a stream is complete");
+                return None;
+            }
+        };
+        match next {
+            Some(Ok(event)) => return Some(event),
+            Some(Err(error)) => self.failed(&error).await,
+            // The library's stream never ends; if it does, it is begun anew.
+            None => {
+                let config = self.config.clone();
+                self.stream = (self.events)(if self.streaming { config.streaming_lists() } else { config });
+                tokio::time::sleep(self.backoff.next()).await;
+            }
+        }
+        None
+    }
+}
+
 async fn follow<K: Send + 'static, T>(
     config: watcher::Config,
     events: impl Fn(watcher::Config) -> Events<K>,
@@ -126,82 +203,42 @@ async fn follow<K: Send + 'static, T>(
     told: mpsc::Sender<Told>,
     metrics: &Metrics,
 ) {
-    let resource = meaning.resource;
-    let label = Resource { resource };
-    let connected = metrics.connected.get_or_create(&label).clone();
-    let failures = metrics.failures.get_or_create(&label).clone();
-    let (mut backoff, mut streaming, mut said) = (Backoff::new(BACKOFF.0, BACKOFF.1), true, None::<String>);
-    let mut stream = events(config.clone().streaming_lists());
-    let (mut listed, mut all): (bool, Option<Vec<T>>) = (false, None);
-    let mut begun = tokio::time::Instant::now();
+    let label = Resource { resource: meaning.resource };
+    let mut watch = Watch {
+        resource: meaning.resource,
+        stream: events(config.clone().streaming_lists()),
+        config,
+        events,
+        streaming: true,
+        listed: false,
+        begun: Instant::now(),
+        backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
+        said: None,
+        connected: metrics.connected.get_or_create(&label).clone(),
+        failures: &metrics.failures.get_or_create(&label).clone(),
+    };
+    let mut all = Vec::new();
     loop {
-        let next = tokio::select! {
-            next = stream.next() => next,
-            () = tokio::time::sleep(SETTLED), if listed && all.is_none() && connected.get() == 0 => {
-                connected.set(1);
-                if said.take().is_some() {
-                    tracing::info!(resource, "the Kubernetes API is there again");
-                }
-                continue;
-            }
-            () = tokio::time::sleep_until(begun + STREAMING), if streaming && !listed => {
-                tracing::info!(resource, "the Kubernetes API does not stream lists; lists are asked for");
-                streaming = false;
-                stream = events(config.clone());
-                continue;
-            }
-        };
-        let news = match next {
-            Some(Ok(Event::Init)) => {
-                (listed, all) = (false, Some(Vec::new()));
-                begun = tokio::time::Instant::now();
+        let Some(event) = watch.next().await else { continue };
+        let news = match event {
+            Event::Init => {
+                (watch.listed, watch.begun) = (false, Instant::now());
+                all.clear();
                 None
             }
-            Some(Ok(Event::InitApply(object))) => {
-                all.get_or_insert_default().extend((meaning.read)(object));
+            Event::InitApply(object) => {
+                all.extend((meaning.read)(object));
                 None
             }
-            Some(Ok(Event::InitDone)) => {
-                listed = true;
-                Some((meaning.all)(all.take().unwrap_or_default()))
+            Event::InitDone => {
+                watch.listed = true;
+                Some((meaning.all)(std::mem::take(&mut all)))
             }
-            Some(Ok(Event::Apply(object))) => (meaning.read)(object).map(meaning.one),
-            Some(Ok(Event::Delete(object))) => (meaning.read)(object).map(meaning.gone),
-            Some(Err(error)) => {
-                failures.inc();
-                connected.set(0);
-                if streaming && !listed && refuses_streaming(&error) {
-                    tracing::info!(resource, "the Kubernetes API refuses to stream lists; lists are asked for");
-                    streaming = false;
-                    stream = events(config.clone());
-                    continue;
-                }
-                let error = why(&error);
-                if said.as_ref() != Some(&error) {
-                    tracing::warn!(
-                        resource,
-                        error,
-                        "the Kubernetes API does not tell of changes; what is enrolled stays so"
-                    );
-                    said = Some(error);
-                }
-                tokio::time::sleep(backoff.next()).await;
-                begun = tokio::time::Instant::now();
-                None
-            }
-            // The library's stream never ends; if it does, it is begun anew.
-            None => {
-                stream = events(if streaming { config.clone().streaming_lists() } else { config.clone() });
-                tokio::time::sleep(backoff.next()).await;
-                None
-            }
+            Event::Apply(object) => (meaning.read)(object).map(meaning.one),
+            Event::Delete(object) => (meaning.read)(object).map(meaning.gone),
         };
         let Some(news) = news else { continue };
-        backoff.reset();
-        connected.set(1);
-        if said.take().is_some() {
-            tracing::info!(resource, "the Kubernetes API is there again");
-        }
+        watch.is_there();
         if told.send(news).await.is_err() {
             return;
         }

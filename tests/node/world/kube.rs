@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -48,7 +48,6 @@ pub struct State {
 }
 
 pub struct Api {
-    pub address: SocketAddr,
     pub kubeconfig: PathBuf,
     state: Arc<(Mutex<State>, Condvar)>,
 }
@@ -76,7 +75,7 @@ impl Api {
             "users": [{"name": "u", "user": {"token": "secret-token"}}],
         });
         fs::write(&kubeconfig, file.to_string()).unwrap();
-        Self { address, kubeconfig, state }
+        Self { kubeconfig, state }
     }
 
     pub fn state(&self) -> MutexGuard<'_, State> {
@@ -129,6 +128,34 @@ impl Api {
             }
             Some(object)
         });
+    }
+
+    /// A pod without address in a namespace that is labelled for it: when the daemon lists it, it has heard of everything
+    /// that was told before, of pods and of namespaces.
+    pub fn mark(&self, number: usize) -> String {
+        let name = format!("mark-{number}");
+        self.namespace(&name, json!({"istio.io/dataplane-mode": "ambient"}));
+        let object = json!({"metadata": {"name": name, "namespace": name, "uid": name},
+            "spec": {"nodeName": "n1", "containers": []}, "status": {"phase": "Pending"}});
+        self.put("pods", &format!("{name}/{name}"), |_| Some(object));
+        name
+    }
+
+    /// The last events and requests, for whoever looks for what went wrong.
+    pub fn recent(&self) -> Vec<String> {
+        let state = self.state();
+        let event = |(version, kind, what, object): &(u64, &str, &str, Value)| {
+            let metadata = &object["metadata"];
+            format!("{version} {what} {kind} {} {} {}", metadata["name"], metadata["uid"], metadata["labels"])
+        };
+        let (events, requests) = (state.history.iter().rev().take(40), state.requests.iter().rev().take(20));
+        events.map(event).chain(requests.cloned()).collect()
+    }
+
+    /// Removes a mark.
+    pub fn unmark(&self, name: &str) {
+        self.put("pods", &format!("{name}/{name}"), |_| None);
+        self.put("namespaces", name, |_| None);
     }
 
     pub fn change(&self, name: &str, change: impl FnOnce(&mut Value)) {
@@ -278,52 +305,10 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
             send(stream, 200, &list)
         }
         ("PATCH", ["api", "v1", "namespaces", namespace, "pods", name, "status"]) => {
-            let patch: Value = serde_json::from_slice(&request.body).unwrap();
-            let key = format!("{namespace}/{name}");
-            let mut state = shared.0.lock().unwrap();
-            let refused = state.refuse_patches;
-            let Some(pod) = state.objects.get(&("pods", key.clone())).cloned() else {
-                return send(stream, 404, &status(404, "no such pod"));
-            };
-            if refused != 0 {
-                return send(stream, refused, &status(refused, "patches are refused"));
-            }
-            let wanted = &patch["metadata"];
-            if wanted.get("uid").is_some_and(|uid| *uid != pod["metadata"]["uid"]) {
-                return send(stream, 409, &status(409, "the uid is another one"));
-            }
-            let value = wanted["annotations"][STATUS].clone();
-            state.patches.push((key.clone(), value.clone()));
-            put(&mut state, "pods", &key, |object| {
-                let mut object = object?;
-                let annotations = &mut object["metadata"]["annotations"];
-                if value.is_null() {
-                    annotations.as_object_mut()?.remove(STATUS);
-                } else {
-                    annotations[STATUS] = value;
-                }
-                Some(object)
-            });
-            let object = state.objects[&("pods", key)].clone();
-            drop(state);
-            shared.1.notify_all();
-            send(stream, 200, &object)
+            let (code, object) = patched(shared, &format!("{namespace}/{name}"), &request.body);
+            send(stream, code, &object)
         }
-        ("GET", ["version"]) => {
-            let names = [
-                "major",
-                "minor",
-                "gitVersion",
-                "gitCommit",
-                "gitTreeState",
-                "buildDate",
-                "goVersion",
-                "compiler",
-                "platform",
-            ];
-            let version = names.map(|name| (name.to_owned(), json!("v1.33.1")));
-            send(stream, 200, &Value::Object(version.into_iter().collect()))
-        }
+        ("GET", ["version"]) => send(stream, 200, &version()),
         ("GET", ["apis", "apps", "v1", "namespaces", _, "daemonsets", name]) => {
             let found = shared.0.lock().unwrap().objects.get(&("daemonsets", (*name).to_owned())).cloned();
             match found {
@@ -340,6 +325,45 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
         }
         _ => send(stream, 404, &status(404, "not served here")),
     }
+}
+
+fn version() -> Value {
+    let names =
+        ["major", "minor", "gitVersion", "gitCommit", "gitTreeState", "buildDate", "goVersion", "compiler", "platform"];
+    names.into_iter().map(|name| (name.to_owned(), json!("v1.33.1"))).collect::<serde_json::Map<_, _>>().into()
+}
+
+/// Applies a patch of the status annotation.
+fn patched(shared: &(Mutex<State>, Condvar), key: &str, body: &[u8]) -> (u16, Value) {
+    let patch: Value = serde_json::from_slice(body).unwrap();
+    let mut state = shared.0.lock().unwrap();
+    let refused = state.refuse_patches;
+    let Some(pod) = state.objects.get(&("pods", key.to_owned())).cloned() else {
+        return (404, status(404, "no such pod"));
+    };
+    if refused != 0 {
+        return (refused, status(refused, "patches are refused"));
+    }
+    let wanted = &patch["metadata"];
+    if wanted.get("uid").is_some_and(|uid| *uid != pod["metadata"]["uid"]) {
+        return (409, status(409, "the uid is another one"));
+    }
+    let value = wanted["annotations"][STATUS].clone();
+    state.patches.push((key.to_owned(), value.clone()));
+    put(&mut state, "pods", key, |object| {
+        let mut object = object?;
+        let annotations = &mut object["metadata"]["annotations"];
+        if value.is_null() {
+            annotations.as_object_mut().map(|annotations| annotations.remove(STATUS));
+        } else {
+            annotations[STATUS] = value;
+        }
+        Some(object)
+    });
+    let object = state.objects[&("pods", key.to_owned())].clone();
+    drop(state);
+    shared.1.notify_all();
+    (200, object)
 }
 
 impl State {
@@ -473,10 +497,6 @@ impl Sandbox {
         fs::write(cgroup.join("cgroup.procs"), child.id().to_string()).unwrap();
         Self { cgroup, child }
     }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
 }
 
 impl Drop for Sandbox {
@@ -522,10 +542,6 @@ impl KubePod {
     /// Its sandbox ends.
     pub fn stop(&mut self) {
         self.sandbox = None;
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.sandbox.as_ref().expect("it runs").pid()
     }
 
     fn object(&self) -> Value {

@@ -1,0 +1,132 @@
+//! The questions of the CNI plugin, answered from what is known of pods; and the end of the plugin, with the last daemon.
+
+use super::{Place, Running, Source, watch};
+use crate::mesh::Text;
+use crate::node::cni::{Asked, Question, Verb};
+use crate::node::kubernetes::select::PodFacts;
+use crate::sys::netns::Netns;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use std::collections::HashMap;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
+const ANSWER_WITHIN: Duration = Duration::from_secs(8);
+
+/// How long the API may take to say whether our DaemonSet is there.
+const ASK_OF_DAEMONSET: Duration = Duration::from_secs(3);
+
+/// What can be said to a question by now.
+struct Verdict {
+    answer: Option<Result<(), String>>,
+    /// What it waits for, where there is no answer yet.
+    waits_for: String,
+    /// A namespace that was handed over and not known.
+    place: Option<(Text, Netns)>,
+}
+
+impl Running {
+    /// Takes a question of the CNI plugin.
+    pub(super) fn ask(&mut self, asked: Asked) {
+        let Question { verb, name, namespace, .. } = &asked.question;
+        match verb {
+            Verb::Status => drop(asked.answer.send(Ok(()))),
+            Verb::Del => {
+                let is_it = |pod: &&PodFacts| *pod.name == **name && *pod.namespace == **namespace;
+                let pods = self.pods.iter().flat_map(HashMap::values).filter(is_it);
+                for uid in pods.map(|pod| pod.uid.clone()).collect::<Vec<_>>() {
+                    // A later sandbox of the same pod is another one's namespace.
+                    let its = |place: &Place| asked.netns.as_ref().is_none_or(|netns| *netns == place.netns);
+                    if self.places.get(&uid).is_some_and(its) {
+                        self.places.remove(&uid);
+                    }
+                }
+                drop(asked.answer.send(Ok(())));
+            }
+            Verb::Add | Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
+        }
+    }
+
+    /// Answers those questions that can be answered by now, and those whose time is over.
+    pub(super) fn answer(&mut self) {
+        let mut handed_over = false;
+        for (asked, deadline) in std::mem::take(&mut self.asked) {
+            if asked.answer.is_closed() {
+                continue;
+            }
+            let verdict = self.verdict(&asked);
+            if let Some((uid, netns)) = verdict.place {
+                let ips = asked.question.ips.clone();
+                handed_over = true;
+                self.places.insert(uid, Place { netns, path: None, ips });
+            }
+            match verdict.answer {
+                Some(answer) => drop(asked.answer.send(answer)),
+                None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
+                None => self.asked.push((asked, deadline)),
+            }
+        }
+        if handed_over {
+            self.reconcile();
+        }
+    }
+
+    fn verdict(&self, asked: &Asked) -> Verdict {
+        let Question { verb, name, namespace, uid, .. } = &asked.question;
+        let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
+        let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
+        let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
+            return later("the Kubernetes API has not told of this node's pods yet".into());
+        };
+        let is_it = |pod: &&PodFacts| {
+            let same = uid.as_ref().is_none_or(|uid| *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid));
+            *pod.name == **name && *pod.namespace == **namespace && same
+        };
+        let (Some(pod), Some(labels)) = (pods.values().find(is_it), namespaces.get(namespace.as_str())) else {
+            return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
+        };
+        if self.source.config.enablement.is_in(pod, labels).is_err() {
+            return now(Ok(()));
+        }
+        let status = self.source.board.get(&pod.uid);
+        let ours = |netns: &Netns| self.places.get(&pod.uid).is_some_and(|place| place.netns == *netns);
+        if let (Verb::Add, Some(netns)) = (verb, asked.netns.as_ref().filter(|netns| !ours(netns))) {
+            let place = Some((pod.uid.clone(), netns.clone()));
+            return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
+        }
+        match status {
+            Some(status) if status.held => now(Ok(())),
+            Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
+            None => later("the pod is being captured".into()),
+        }
+    }
+}
+
+impl Source {
+    /// Removes the CNI plugin where no daemon follows this one. An upgrade leaves it: new pods then wait for the next daemon.
+    pub(super) async fn leave(&self) {
+        let Some(cni) = &self.config.cni else { return };
+        let (name, namespace) = (&cni.own_name, &cni.own_namespace);
+        let api: kube::Api<DaemonSet> = kube::Api::namespaced(self.client.clone(), namespace);
+        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(name)).await;
+        let gone = match &asked {
+            Ok(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => "is being deleted",
+            Ok(Ok(None)) => "does not exist",
+            // Its account has been deleted before it.
+            Ok(Err(kube::Error::Api(status))) if status.code == 401 => "has lost its account",
+            Ok(Ok(Some(_))) => return,
+            // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
+            Ok(Err(error)) => {
+                return tracing::warn!(error = watch::why(error), "the CNI plugin stays: DaemonSet not readable");
+            }
+            Err(_) => return tracing::warn!("the CNI plugin stays: the Kubernetes API does not answer"),
+        };
+        match cni.remove() {
+            Ok(removed) => {
+                let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
+                tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
+            }
+            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
+        }
+    }
+}
