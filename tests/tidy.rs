@@ -38,7 +38,10 @@ const NEVER: [(&str, &[&str]); 6] = [
 const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
 
 /// Files that decide and do nothing else.
-const PURE: [&str; 25] = [
+const PURE: [&str; 28] = [
+    "node/foreign.rs",
+    "node/kubernetes/cgroup.rs",
+    "node/kubernetes/select.rs",
     "dns/lookup.rs",
     "dns/message.rs",
     "dns/resolv_conf.rs",

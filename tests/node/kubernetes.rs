@@ -1,7 +1,7 @@
 //! Enrolment by label, with no agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
 
 use crate::world::kube::{Api, KubePod, STATUS, Sandbox, Streaming};
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
+use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in, peer_script};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::process::Command;
@@ -795,4 +795,153 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     assert!(!output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
     assert!(cni.ours().is_none() && !cni.bin.join("culvert-cni").exists() && !cni.socket.exists());
     assert!(ask(&second.netns, (c.server.v4, 8080), "x").is_ok(), "pods go on without the mesh");
+}
+
+/// Counts frames on the wire that hold `canary` in clear until it is asked.
+struct Sniffer {
+    pid: u32,
+    name: String,
+}
+
+impl Sniffer {
+    fn start(w: &mut World, name: &str, canary: &str) -> Self {
+        let ready = w.dir.join(name);
+        let mut command = Command::new("python3");
+        command.arg(peer_script("sniff.py")).args(["wire", canary]).arg(&ready);
+        let pid = w.start_in(&w.ns("n1"), &mut command, &format!("{name}.out"));
+        eventually("the wire is watched", || ready.exists());
+        Self { pid, name: name.into() }
+    }
+
+    fn found(self, w: &mut World) -> u64 {
+        let mut process = w.take(self.pid);
+        process.signal(nix::sys::signal::Signal::SIGTERM);
+        process.wait();
+        let text = std::fs::read_to_string(w.dir.join(format!("{}.out", self.name))).unwrap();
+        let seen: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(seen["dropped"], json!(0));
+        seen["found"].as_u64().unwrap()
+    }
+}
+
+#[test]
+fn after_a_reboot_plaintext_ends_with_the_window_and_with_the_plugin_there_is_none() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let (ns, server, canary) = (c.client.netns.clone(), c.server.v4, "canary-77d1e0b3aa");
+    let reboot = |c: &mut Cluster| {
+        c.w.take_node(1).kill();
+        c.kube[0].stop();
+        for command in [
+            &["nft", "flush", "ruleset"][..],
+            &["ip", "rule", "del", "pref", "32764"],
+            &["ip", "route", "flush", "table", "100"],
+        ] {
+            output_in(&ns, command[0], &command[1..]);
+        }
+    };
+    c.start();
+    // Without the plugin: what the pod says before the daemon is there goes as it always went, and the pod is listed.
+    reboot(&mut c);
+    let control = Sniffer::start(&mut c.w, "control", canary);
+    c.kube[0].run(&ns);
+    assert!(ask(&ns, (server, 8080), canary).is_ok());
+    assert!(control.found(&mut c.w) > 0, "the watcher does see a canary");
+    c.w.start_kube_node(1, &c.apis[0], &[]);
+    assert!(["pending", "captured"].contains(&c.state("client").as_str()), "it is listed from the first moment");
+    c.w.wait_captured(1);
+    let after = Sniffer::start(&mut c.w, "after", canary);
+    for _ in 0..50 {
+        ask(&ns, (server, 8080), canary).unwrap();
+    }
+    assert_eq!(after.found(&mut c.w), 0, "none after the window");
+    // With it: the kubelet cannot make the sandbox before.
+    c.w.take_node(1).kill();
+    c.start_one(&cni.settings());
+    eventually("the plugin is there", || cni.ours().is_some());
+    reboot(&mut c);
+    let whole = Sniffer::start(&mut c.w, "whole", canary);
+    let ips = vec![c.client.v4.to_string(), c.client.v6.to_string()];
+    let add = |c: &Cluster| {
+        let (ok, _) = cni.call("ADD", ("ns", "client"), &ns, &ips);
+        ok && {
+            let _ = c;
+            true
+        }
+    };
+    assert!(!add(&c), "no daemon, no pod");
+    c.w.start_kube_node(1, &c.apis[0], &cni.settings());
+    eventually("the kubelet's next attempt succeeds", || add(&c));
+    c.kube[0].run(&ns);
+    let mut carried = 0;
+    for _ in 0..50 {
+        carried += u32::from(ask(&ns, (server, 8080), canary).is_ok());
+    }
+    assert_eq!((whole.found(&mut c.w), carried), (0, 50));
+}
+
+#[test]
+fn a_namespace_that_is_labelled_again_and_again_resets_nothing() {
+    let mut c = cluster();
+    c.apis[0].namespace("ns", json!({}));
+    c.start_one(&[("CONNECTION_TERMINATION_DEADLINE", "60s")]);
+    let mut open: Vec<_> = (0..100).map(|_| connect(&c.client.netns, (c.server.v4, 9000)).unwrap()).collect();
+    let mut alive = |when: &str| {
+        for stream in &mut open {
+            stream
+                .write_all(b"ping")
+                .and_then(|()| stream.read_exact(&mut [0; 4]))
+                .unwrap_or_else(|e| panic!("{when}: {e}"));
+        }
+    };
+    alive("at first");
+    for round in 0..20 {
+        c.apis[0].namespace("ns", json!({"istio.io/dataplane-mode": "ambient"}));
+        eventually("it is captured", || c.state("client") == "captured");
+        alive(&format!("captured, round {round}"));
+        c.apis[0].namespace("ns", json!({}));
+        eventually("it is released", || c.state("client").is_empty());
+        alive(&format!("released, round {round}"));
+    }
+}
+
+#[test]
+fn a_pod_with_a_user_namespace_of_its_own_is_captured() {
+    let mut c = cluster();
+    // Its network namespace belongs to a user namespace: made inside of one, with an interface moved in.
+    let host = c.w.ns("n1");
+    let held =
+        Command::new("unshare").args(["--user", "--map-root-user", "--net", "sleep", "infinity"]).spawn().unwrap();
+    let pid = held.id();
+    struct End(std::process::Child);
+    impl Drop for End {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+    let held = End(held);
+    let own = std::fs::metadata("/proc/self/ns/net").unwrap();
+    let inode = |path: String| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
+    eventually("it has its own", || inode(format!("/proc/{pid}/ns/net")) != std::os::unix::fs::MetadataExt::ino(&own));
+    let ns = c.w.ns("userns");
+    crate::world::ip(&format!(
+        "netns attach {ns} {pid}\nlink add pu netns {host} type veth peer name eth0 netns {ns}\n"
+    ));
+    ip_in(&host, "link set pu master pods\nlink set pu up\n");
+    ip_in(&ns, "link set lo up\nlink set eth0 up\naddr add 10.1.0.99/24 dev eth0\nroute add default via 10.1.0.1\n");
+    let v6 = "fd00:1::99".parse().unwrap();
+    let pod = Pod { name: "remapped".into(), node: 1, v4: "10.1.0.99".parse().unwrap(), v6, netns: ns.clone() };
+    c.w.pods.push(pod.clone());
+    c.w.mesh.workload(&pod, "HBONE");
+    c.w.mesh.of("remapped")["workloadIps"] = json!([pod.v4]);
+    c.w.write_mesh();
+    let mut kube = KubePod::without_sandbox(&pod);
+    kube.ips.truncate(1);
+    kube.run(&ns);
+    c.apis[0].pod(&kube);
+    c.start();
+    assert!(ask(&ns, (c.server.v4, 8080), "x").is_ok());
+    assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 1.0);
+    drop(held);
 }

@@ -68,11 +68,10 @@ pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found>
             known.insert(netns, Candidate { started, pid });
         }
     }
-    let pick = |pod: &Sought| match candidates.remove(&pod.uid) {
+    let mut pick = |pod: &Sought| match candidates.remove(&pod.uid) {
         Some(candidates) => choose(proc, pod, candidates),
         None => Found::Nothing,
     };
-    let mut pick = pick;
     sought.iter().map(|pod| (pod.uid.clone(), pick(pod))).collect()
 }
 
@@ -122,4 +121,91 @@ fn started(folder: &Path) -> Option<u64> {
     let stat = std::fs::read(folder.join("stat")).ok()?;
     let text = String::from_utf8_lossy(&stat);
     text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    const UID: &str = "d5b2c5a2-6a7e-4a8c-9a7b-1f2e3d4c5b6a";
+
+    /// A procfs of our own making; `ns/net` leads to the namespace of a thread that waits until it is dropped.
+    struct Proc(PathBuf);
+
+    impl Proc {
+        fn new(name: &str) -> Self {
+            let folder = std::env::temp_dir().join(format!("culvert-scan-{name}-{}", std::process::id()));
+            let proc = Self(folder);
+            proc.process(1, "/", 1, "/proc/1/ns/net");
+            proc
+        }
+
+        fn process(&self, pid: u32, cgroup: &str, started: u64, netns: &str) {
+            let folder = self.0.join(pid.to_string());
+            fs::create_dir_all(folder.join("ns")).unwrap();
+            std::os::unix::fs::symlink(netns, folder.join("ns/net")).unwrap();
+            fs::write(folder.join("cgroup"), format!("0::{cgroup}\n")).unwrap();
+            let zeros = "0 ".repeat(18);
+            fs::write(folder.join("stat"), format!("{pid} (a) b ( c) S {zeros}{started} 0")).unwrap();
+        }
+    }
+
+    impl Drop for Proc {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn sought(ip: &str) -> Sought {
+        Sought { uid: UID.into(), static_uid: None, containers: Vec::new(), ips: vec![ip.parse().unwrap()] }
+    }
+
+    /// Makes a namespace with an address; it lives as long as the descriptor, which has a path.
+    fn namespace(ip: &str) -> (fs::File, String) {
+        let ip = ip.to_owned();
+        let made = std::thread::spawn(move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            for what in [&["link", "set", "lo", "up"][..], &["addr", "add", &ip, "dev", "lo"]] {
+                assert!(std::process::Command::new("ip").args(what).status().unwrap().success());
+            }
+            fs::File::open("/proc/thread-self/ns/net").unwrap()
+        });
+        let file = made.join().unwrap();
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        (file, path)
+    }
+
+    #[test]
+    fn the_oldest_process_wins_whose_namespace_holds_the_address_and_no_descriptor_is_left() {
+        let (_a, own) = namespace("10.9.0.1/32");
+        let (_b, newer) = namespace("10.9.0.1/32");
+        let (_c, foreign) = namespace("10.9.0.2/32");
+        let proc = Proc::new("oldest");
+        let cgroup = format!("/kubepods/burstable/pod{UID}/x");
+        proc.process(40, &cgroup, 100, &foreign);
+        proc.process(30, &cgroup, 300, &newer);
+        proc.process(50, &cgroup, 200, &own);
+        proc.process(60, &cgroup, 50, "/proc/1/ns/net");
+        proc.process(70, "/user.slice", 10, &own);
+        let found = |ip: &str| scan(&proc.0, Path::new("/nonexistent"), &[sought(ip)]).remove(UID).unwrap();
+        let id = |path: &str| id(Path::new(path)).unwrap();
+        assert!(
+            matches!(found("10.9.0.1"), Found::Namespace(netns, path) if netns.id() == id(&own) && path.ends_with("50/ns/net"))
+        );
+        assert!(matches!(found("10.9.0.2"), Found::Namespace(netns, _) if netns.id() == id(&foreign)));
+        let Found::Refused(why) = found("10.9.0.3") else { panic!("nobody has it") };
+        assert!(why.contains("10.9.0.3") && why.contains("10.9.0.2") && why.contains("process 40"), "{why}");
+        let open = || fs::read_dir("/proc/self/fd").unwrap().count();
+        let before = open();
+        for _ in 0..10_000 {
+            let _ = found("10.9.0.3");
+        }
+        // Other tests of this process open and close theirs.
+        assert!(open() < before + 200, "{before} became {}", open());
+        assert!(matches!(
+            scan(Path::new("/nonexistent"), Path::new("/"), &[sought("10.9.0.1")]).remove(UID),
+            Some(Found::Nothing)
+        ));
+    }
 }
