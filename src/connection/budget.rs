@@ -153,7 +153,7 @@ impl Budget {
 }
 
 fn share(of: usize, percent: usize) -> usize {
-    (of.saturating_mul(percent) / 100).max(1)
+    of.saturating_mul(percent).div_ceil(100).max(1)
 }
 
 #[cfg(test)]

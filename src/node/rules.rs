@@ -215,7 +215,8 @@ impl Rules {
         spec: &PodSpec,
         listening: &Listening,
     ) -> Result<(), CaptureError> {
-        let again = self.written.take().is_some();
+        let again = self.taken_over;
+        self.written = None;
         self.write_at = Instant::now() + RETRY;
         let pod = &listening.pod;
         let first = !self.taken_over && redirect::list_table(&pod.netns, redirect::TABLE).await?.is_null();
