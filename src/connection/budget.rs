@@ -4,6 +4,7 @@
 
 use super::report::Failure;
 use crate::sys::limits;
+use crate::task::thread::beside;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -135,6 +136,9 @@ impl Budget {
         if look.memory.is_some_and(|(used, max)| used > max / 100 * 80) {
             (scarce_at, why) = (0, Scarce::Memory);
         }
+        if look.memory.is_some_and(|(used, max)| used > max / 100 * 95) {
+            full_at = 0;
+        }
         self.why.store(why as u8, Ordering::Relaxed);
         self.scarce_at.store(scarce_at, Ordering::Relaxed);
         self.full_at.store(full_at, Ordering::Relaxed);
@@ -145,7 +149,8 @@ impl Budget {
         let max_files = limits::raise_open_files();
         let memory = limits::Memory::of_process();
         loop {
-            let files = limits::open_files().map(|open| (open as u64, max_files));
+            // Beside the runtime: a hundred thousand take a while to count.
+            let files = beside(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
             self.take_account(Look { files, memory: memory.as_ref().and_then(limits::Memory::now) });
             tokio::time::sleep(LOOK).await;
         }

@@ -24,7 +24,6 @@ const INVALID_ENVIRONMENT: u64 = 4;
 const CANNOT_DECODE: u64 = 6;
 const INVALID_CONFIGURATION: u64 = 7;
 const TRY_AGAIN_LATER: u64 = 11;
-const NOT_AVAILABLE: u64 = 50;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -111,7 +110,8 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         (None, Verb::Add) => return Err(invalid(INVALID_ENVIRONMENT, "CNI_NETNS is not set")),
         (None, _) => None,
     };
-    if !configuration.is_free(call) || verb == Verb::Status {
+    // A node whose daemon is away must still be able to start that daemon's pod: it is ADD that fails closed.
+    if !configuration.is_free(call) && verb != Verb::Status {
         let question = Question {
             verb,
             name: call.pod.clone(),
@@ -122,11 +122,10 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| invalid(TRY_AGAIN_LATER, &error.to_string()))?;
         let asked = runtime.block_on(cni::ask(&configuration.socket, &question, netns.as_ref()));
-        let code = if verb == Verb::Status { NOT_AVAILABLE } else { TRY_AGAIN_LATER };
         match (verb, asked) {
             // A pod that goes must not wait for a daemon that is away; the daemon sees for itself that it has gone.
             (Verb::Del, _) | (_, Ok(())) => {}
-            (_, Err(message)) => return Err(Refusal { code, message }),
+            (_, Err(message)) => return Err(Refusal { code: TRY_AGAIN_LATER, message }),
         }
     }
     Ok(result(verb, configuration))

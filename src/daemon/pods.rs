@@ -69,7 +69,7 @@ pub(super) async fn follow(
                     let socket = config.cni_socket.display();
                     let asked = node::cni::listen(&config.cni_socket, background);
                     let asked = asked.with_context(|| format!("cannot listen for the CNI plugin at {socket}"))?;
-                    background.spawn(cni.clone().keep(metrics.plugin_in_place.clone()));
+                    background.spawn(cni.clone().keep(metrics.plugin_in_place.clone(), drain.clone()));
                     Some(asked)
                 }
                 None => None,
@@ -84,6 +84,7 @@ pub(super) async fn follow(
                 probed,
                 metrics: metrics.kubernetes,
                 plugin,
+                could_ask: Default::default(),
                 ready: Some(pending),
             };
             last.spawn(source.run(drain));

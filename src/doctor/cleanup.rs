@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::node::cni::install;
 use crate::node::{Source, probes, redirect};
 use crate::sys::netns::Netns;
+use crate::sys::seqpacket::Seqpacket;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,7 @@ const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
 
 /// Cleans the node and hands a line for each thing to `say`; whether all could be removed.
 pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
-    if get(config.admin.admin_port, "/pods").is_ok() {
+    if get(config.admin.admin_port, "/pods").is_ok() || answers(config) {
         say("FAIL  a daemon runs on this node, and would write everything again; end it first");
         return false;
     }
@@ -27,9 +28,11 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
         }
     };
     let host = Netns::open(&config.node.host_netns);
-    if let Ok(host) = &host {
-        done("the host's rules for probes".into(), table(host, probes::TABLE).await);
-    }
+    let probes = match &host {
+        Ok(host) => table(host, probes::TABLE).await,
+        Err(error) => Err(error.to_string()),
+    };
+    done("the host's rules for probes".into(), probes);
     for netns in namespaces(config).into_values() {
         let what = format!("rules in {}", netns.path().display());
         let listed = redirect::list_table(&netns, redirect::TABLE).await;
@@ -59,9 +62,17 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
         done(file.display().to_string(), std::fs::remove_file(file).map(|()| true).map_err(|error| error.to_string()));
     }
     if fine {
-        say("ok    no trace is left; pods go on without the mesh");
+        say(
+            "ok    no trace is left on this node; pods go on without the mesh. Their annotation ambient.istio.io/redirection stays until",
+        );
+        say("      they end or a daemon removes it: kubectl annotate pod POD ambient.istio.io/redirection-");
     }
     fine
+}
+
+/// Whether a daemon in another pod takes the CNI plugin's questions.
+fn answers(config: &Config) -> bool {
+    matches!(&config.node.source, Source::Kubernetes(kubernetes) if Seqpacket::connect(&kubernetes.cni_socket).is_ok())
 }
 
 async fn table(netns: &Netns, name: &str) -> Result<bool, String> {

@@ -48,7 +48,15 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
     if pods.is_empty() {
         lines.push(note("pod", "no pod of this node is to be captured"));
     }
-    let found: Vec<Pod> = captured.into_iter().filter_map(|(label, netns)| Pod::of(label, &netns)).collect();
+    let mut found = Vec::new();
+    for (label, netns) in captured {
+        match Pod::of(label.clone(), &netns) {
+            Some(pod) => found.push(pod),
+            None => {
+                lines.push(note("pod", format!("{label} cannot be tried from here: its namespace is known as {netns}")))
+            }
+        }
+    }
     let mark = config.node.mark;
     let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
     let tried = thread::beside(move || {

@@ -243,6 +243,10 @@ impl Capturer {
         }
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
+        // Rules of others, with the same routes, are theirs.
+        if matches!(redirect::list_table(&netns, redirect::TABLE).await, Ok(table) if table.is_null()) {
+            return;
+        }
         if self.not_ours(&netns).is_ok()
             && let Err(error) = redirect::remove(&netns, true).await
         {

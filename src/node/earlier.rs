@@ -6,7 +6,7 @@
 
 use crate::connection::Pod;
 use crate::sys::tcp_sockets::{self, TcpSocket};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
 /// Connections that rules can name at most; more are not spared.
@@ -65,7 +65,8 @@ impl Connections {
         if !self.open.is_empty()
             && let Ok(now) = sockets(pod)
         {
-            self.open.retain(|cookie, _| now.iter().any(|socket| socket.cookie == *cookie));
+            let now: HashSet<u64> = now.iter().map(|socket| socket.cookie).collect();
+            self.open.retain(|cookie, _| now.contains(cookie));
         }
         self.open.len()
     }

@@ -16,22 +16,37 @@ pub struct Foreign {
     pub names: BTreeSet<String>,
     /// nft commands that remove it.
     pub removal: String,
+    /// A name that no agent gives, and that the pod itself may have chosen: it is not written into any script.
+    pub odd: Option<String>,
 }
 
 /// Looks through what `nft -j list ruleset` has printed.
 pub fn find(listing: &Value) -> Foreign {
+    let plain = |name: &str| {
+        let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+        name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && name.bytes().all(fine)
+    };
     let objects = listing["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
     let text = |object: &Value, key: &str| object[key].as_str().unwrap_or_default().to_owned();
     let mut found = Foreign::default();
     let (mut rules, mut flushes, mut chains) = (String::new(), String::new(), String::new());
     for object in objects {
         let table = &object["table"];
+        let (chain, rule) = (&object["chain"], &object["rule"]);
+        let concerns = text(table, "name").starts_with(TABLES)
+            || text(chain, "name").starts_with(CHAINS)
+            || (!text(rule, "chain").starts_with(CHAINS) && jumps(&rule["expr"]));
+        let names =
+            [text(table, "name"), text(chain, "table"), text(chain, "name"), text(rule, "table"), text(rule, "chain")];
+        if let Some(odd) = names.iter().find(|name| concerns && !name.is_empty() && !plain(name)) {
+            found.odd = Some(odd.clone());
+            continue;
+        }
         if text(table, "name").starts_with(TABLES) {
             let name = format!("{} {}", text(table, "family"), text(table, "name"));
             found.removal += &format!("delete table {name}\n");
             found.names.insert(format!("nftables table {name}"));
         }
-        let chain = &object["chain"];
         if text(chain, "name").starts_with(CHAINS) && !text(chain, "table").starts_with(TABLES) {
             let table = format!("{} {}", text(chain, "family"), text(chain, "table"));
             let name = text(chain, "name");
@@ -40,7 +55,6 @@ pub fn find(listing: &Value) -> Foreign {
             chains += &format!("delete chain {table} {name}\n");
             found.names.insert(format!("iptables chain {name} in {table}"));
         }
-        let rule = &object["rule"];
         let outside = !text(rule, "chain").starts_with(CHAINS) && !text(rule, "table").starts_with(TABLES);
         if outside && jumps(&rule["expr"]) {
             let (family, table, chain) = (text(rule, "family"), text(rule, "table"), text(rule, "chain"));
@@ -94,6 +108,10 @@ mod tests {
             ]
         );
         assert_eq!(found.names.len(), 2);
+        for evil in ["istio-ambient-x\ninclude \"/etc/shadow\"", "istio-ambient-; flush ruleset"] {
+            let found = find(&json!({"nftables": [{"table": {"family": "inet", "name": evil}}]}));
+            assert_eq!((found.removal.as_str(), found.odd.as_deref()), ("", Some(evil)));
+        }
         for nothing in [json!({}), json!({"nftables": []}), json!({"nftables": [{"rule": 7}, 5, null]})] {
             assert_eq!(find(&nothing), Foreign::default());
         }

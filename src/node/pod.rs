@@ -255,8 +255,8 @@ impl Task {
                         None => break,
                     },
                     () = tokio::time::sleep_until(rules.due()), if ours => break,
-                    seen = rules.changes() => {
-                        rules.heed(seen, &self.capturer, listening).await;
+                    () = rules.changes() => {
+                        rules.heed(&self.capturer, listening).await;
                         break;
                     }
                     Ok(()) = self.changes.changed() => {

@@ -191,11 +191,13 @@ impl Pods {
     /// Shows pods that should be captured and cannot be yet, with the reason; those shown before are shown no longer.
     pub fn show(&mut self, pods: Vec<(PodSpec, State)>) {
         let now: Vec<Text> = pods.iter().map(|(spec, _)| spec.uid.clone()).collect();
-        for gone in self.shown.drain(..).filter(|uid| !self.kept.contains_key(uid) && !now.contains(uid)) {
+        // One that is still leaving shows that, and is removed when it has left.
+        self.leaving.retain(|leaving| leaving.task.len() > 0);
+        let others: HashSet<&Text> = self.kept.keys().chain(self.leaving.iter().map(|leaving| &leaving.uid)).collect();
+        for gone in self.shown.drain(..).filter(|uid| !others.contains(uid) && !now.contains(uid)) {
             self.board.remove(&gone);
         }
-        // One that is still leaving shows that.
-        for (spec, state) in pods.into_iter().filter(|(spec, _)| !self.kept.contains_key(&spec.uid)) {
+        for (spec, state) in pods.into_iter().filter(|(spec, _)| !others.contains(&spec.uid)) {
             self.board.set(&spec, state);
         }
         self.shown = now;
@@ -206,6 +208,9 @@ impl Pods {
             self.board.remove(&self.shown.swap_remove(at));
         }
         let Some(kept) = self.kept.remove(uid) else { return };
+        // What was so of its namespace is not so of a later one.
+        self.board.held(uid, false);
+        self.board.listening(uid, false);
         if at_once {
             kept.remove.at_once();
         } else {

@@ -105,6 +105,11 @@ pub enum RedirectError {
         "{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node"
     )]
     Contested(String),
+    /// What looks like istio-cni's has a name that must not stand in a script.
+    #[error(
+        "something in the pod's nftables looks like istio-cni's and has the name {0:?}; restart the pod, or remove it"
+    )]
+    Odd(String),
     /// Somebody else has changed the pod's rules meanwhile.
     #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
     Raced,
@@ -143,6 +148,9 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<(
             return Err(RedirectError::Legacy(legacy.join(", ")));
         }
         let foreign = foreign::find(&list(netns, &["list", "ruleset"]).await?);
+        if let Some(odd) = &foreign.odd {
+            return Err(RedirectError::Odd(odd.clone()));
+        }
         if taken_over && !foreign.names.is_empty() {
             return Err(RedirectError::Contested(foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
         }
@@ -172,6 +180,11 @@ pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectErro
 pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<bool, RedirectError> {
     let all = within(list(netns, &["list", "ruleset"])).await?;
     Ok(foreign::find(&all).names.is_empty() && listing(netns, TABLE).await? == *written)
+}
+
+/// Whether our ip rules and routes are there; those that are not, are set.
+pub async fn is_routed(netns: &Netns, ipv6: bool) -> Result<bool, RedirectError> {
+    within(routes(netns, ipv6, true)).await
 }
 
 /// One of our tables as `nft` prints it; null where there is none.
@@ -211,7 +224,7 @@ pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), Redirect
 pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
         nft(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await?;
-        routes(netns, ipv6, false).await
+        routes(netns, ipv6, false).await.map(drop)
     })
     .await
 }
@@ -233,24 +246,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let mut outbound = String::new();
     let mut sets = String::new();
     if capture {
-        for (family, kind, is_v4) in [("ip", "ipv4_addr", true), ("ip6", "ipv6_addr", false)] {
-            let elements: Vec<String> = spared
-                .iter()
-                .filter(|(own, _)| own.is_ipv4() == is_v4)
-                .map(|(own, peer)| format!("{} . {} . {} . {}", own.ip(), own.port(), peer.ip(), peer.port()))
-                .collect();
-            if elements.is_empty() {
-                continue;
-            }
-            sets += &format!(
-                "  set spared_{family} {{ type {kind} . inet_service . {kind} . inet_service; elements = {{ {} }}; }}\n",
-                elements.join(", ")
-            );
-            outbound +=
-                &format!("    {family} saddr . tcp sport . {family} daddr . tcp dport @spared_{family} accept\n");
-            inbound +=
-                &format!("    {family} daddr . tcp dport . {family} saddr . tcp sport @spared_{family} accept\n");
-        }
+        sets = spare(spared, &mut inbound, &mut outbound);
         for Interface(name) in virtual_interfaces {
             inbound += &format!("    iifname \"{name}\" meta l4proto tcp redirect to :15001\n");
         }
@@ -308,6 +304,34 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     )
 }
 
+/// Rules that leave connections alone which are older than the rules; gives the sets that they look into.
+fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &mut String) -> String {
+    // A connection from before never begins with a SYN of its own; one that does is a new one of the same addresses.
+    let going_on = "tcp flags & (fin | syn | rst | ack) != syn";
+    let mut sets = String::new();
+    for (family, kind, is_v4) in [("ip", "ipv4_addr", true), ("ip6", "ipv6_addr", false)] {
+        let elements: Vec<String> = spared
+            .iter()
+            .filter(|(own, _)| own.is_ipv4() == is_v4)
+            .map(|(own, peer)| format!("{} . {} . {} . {}", own.ip(), own.port(), peer.ip(), peer.port()))
+            .collect();
+        if elements.is_empty() {
+            continue;
+        }
+        sets += &format!(
+            "  set spared_{family} {{ type {kind} . inet_service . {kind} . inet_service; elements = {{ {} }}; }}\n",
+            elements.join(", ")
+        );
+        *outbound += &format!(
+            "    {family} saddr . tcp sport . {family} daddr . tcp dport @spared_{family} {going_on} accept\n"
+        );
+        *inbound += &format!(
+            "    {family} daddr . tcp dport . {family} saddr . tcp sport @spared_{family} {going_on} accept\n"
+        );
+    }
+    sets
+}
+
 async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
     run(netns, &["-f", "-"], script).await.map(drop)
 }
@@ -336,19 +360,18 @@ async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>,
     Err(RedirectError::Nft(said.lines().next().unwrap_or("no reason given").trim().to_owned()))
 }
 
-async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+/// Sets or removes rules and routes; whether all were as wanted before.
+async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
     let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RedirectError::Route {
         what: "netlink socket",
         source: rtnetlink::Error::NamespaceError(source.to_string()),
     })?;
     let work = async {
-        set_rule(&handle, false, present).await?;
-        set_route(&handle, false, present).await?;
+        let mut all = set_rule(&handle, false, present).await? & set_route(&handle, false, present).await?;
         if ipv6 {
-            set_rule(&handle, true, present).await?;
-            set_route(&handle, true, present).await?;
+            all &= set_rule(&handle, true, present).await? & set_route(&handle, true, present).await?;
         }
-        Ok(())
+        Ok(all)
     };
     tokio::select! {
         result = work => result,
@@ -370,7 +393,7 @@ pub async fn loopback_up(netns: &Netns) -> Result<(), RedirectError> {
     }
 }
 
-async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
     let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
     let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
     message.attributes.push(RuleAttribute::FwMark(RETURN_MARK));
@@ -385,7 +408,7 @@ async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<(), Redi
     ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ENOENT }, "ip rule")
 }
 
-async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<(), RedirectError> {
+async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
     let message = if ipv6 {
         let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
         route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(LOOPBACK).build()
@@ -394,19 +417,16 @@ async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<(), Red
         let scope = rtnetlink::packet_route::route::RouteScope::Host;
         route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(LOOPBACK).build()
     };
-    let result = if present {
-        handle.route().add(message).replace().execute().await
-    } else {
-        handle.route().del(message).execute().await
-    };
+    let result =
+        if present { handle.route().add(message).execute().await } else { handle.route().del(message).execute().await };
     ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ESRCH }, "route")
 }
 
-/// A state that is as wanted already is no error.
-fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<(), RedirectError> {
+/// A state that is as wanted already is no error; whether it was.
+fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, RedirectError> {
     match result {
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(()),
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(true),
         Err(source) => Err(RedirectError::Route { what, source }),
-        Ok(()) => Ok(()),
+        Ok(()) => Ok(false),
     }
 }

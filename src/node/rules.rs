@@ -9,6 +9,7 @@ use super::{CaptureError, PodSpec};
 use crate::sys::changes::{Changes, Seen};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -22,6 +23,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const SETTLE: Duration = Duration::from_millis(100);
 /// Waits between repairs where somebody undoes them again and again.
 const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// Time between looks that found nothing: others may change their own rules all the time.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Quiet after which the next repair is made at once again.
 const QUIET: Duration = Duration::from_secs(60);
 
@@ -29,11 +32,19 @@ const QUIET: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Rules {
     changes: Option<Changes>,
+    /// What has been heard and not been heeded.
+    heard: Mutex<Seen>,
+    /// A repair is due already.
+    repairing: bool,
+    /// A look at the tables is worth it again.
+    look_at: Instant,
     write_at: Instant,
     verify_at: Instant,
     /// What the kernel listed after our last writing.
     written: Option<Listing>,
     verified: bool,
+    /// Connections from before the rules are still to be ended.
+    end_earlier: bool,
     /// Connections from before the rules.
     earlier: Connections,
     /// Whether what an earlier agent left has been removed, or was not there.
@@ -45,13 +56,15 @@ pub struct Rules {
 }
 
 /// Completes when our rules are no longer as they were written.
-async fn foreign_change(changes: Option<&Changes>, netns: &Netns, written: Option<&Listing>) {
-    if let (Some(changes), Some(written)) = (changes, written) {
+async fn foreign_change(rules: &Rules, netns: &Netns) {
+    if let (Some(changes), Some(written)) = (&rules.changes, &rules.written) {
         loop {
             let seen = changes.seen().await;
+            rules.hear(seen);
             if seen.tables && !redirect::is_alone_with(netns, written).await.unwrap_or(false) {
                 return;
             }
+            tokio::time::sleep(SETTLE).await;
         }
     }
     std::future::pending().await
@@ -71,10 +84,14 @@ impl Rules {
         let write_at = if capturer.config.redirect { now } else { now + REWRITE_EVERY };
         Self {
             changes: changes.ok(),
+            heard: Mutex::default(),
+            repairing: false,
+            look_at: now,
             write_at,
             verify_at: now,
             written: None,
             verified: false,
+            end_earlier: false,
             earlier: Connections::default(),
             taken_over: false,
             hold_off: now,
@@ -83,23 +100,36 @@ impl Rules {
         }
     }
 
-    /// Completes when something has changed in the namespace, and has settled.
-    pub async fn changes(&self) -> Seen {
+    /// Completes when something has changed in the namespace, and has settled. What was heard is kept until it is heeded,
+    /// also where nobody waits any more.
+    pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
-        let mut seen = changes.seen().await;
+        if self.heard() == Seen::default() {
+            self.hear(changes.seen().await);
+        }
         tokio::time::sleep(SETTLE).await;
         while let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await {
-            seen = Seen {
-                tables: seen.tables || more.tables,
-                routes: seen.routes || more.routes,
-                addresses: seen.addresses || more.addresses,
-            };
+            self.hear(more);
         }
-        seen
+        tokio::time::sleep_until(self.look_at).await;
+    }
+
+    fn heard(&self) -> Seen {
+        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hear(&self, more: Seen) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        *heard = Seen {
+            tables: heard.tables || more.tables,
+            routes: heard.routes || more.routes,
+            addresses: heard.addresses || more.addresses,
+        };
     }
 
     /// Does what a change asks for: addresses are learned anew, rules that are not as we left them are due.
-    pub async fn heed(&mut self, seen: Seen, capturer: &Capturer, listening: &Listening) {
+    pub async fn heed(&mut self, capturer: &Capturer, listening: &Listening) {
+        let seen = std::mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner));
         if seen.addresses {
             capturer.look_at_addresses(listening);
         }
@@ -108,12 +138,16 @@ impl Rules {
             self.hold_off = Instant::now() + RETRY;
             return;
         }
-        let Some(written) = &self.written else { return };
+        let Some(written) = self.written.as_ref().filter(|_| !self.repairing) else { return };
+        self.look_at = Instant::now() + LOOK_AGAIN;
+        let netns = &listening.pod.netns;
         // What cannot be listed is written anew; so is what somebody else's rules have joined, who is then named.
-        let same = !seen.tables || redirect::is_alone_with(&listening.pod.netns, written).await.unwrap_or(false);
-        if same && !seen.routes {
+        let whole = !seen.tables || redirect::is_alone_with(netns, written).await.unwrap_or(false);
+        let routed = !seen.routes || redirect::is_routed(netns, listening.ipv6).await.unwrap_or(false);
+        if whole && routed {
             return;
         }
+        self.repairing = true;
         let now = Instant::now();
         if now.duration_since(self.repaired) > QUIET {
             self.repairs.reset();
@@ -193,7 +227,7 @@ impl Rules {
         let verified = tokio::select! {
             verified = capturer.verify(listening) => verified,
             // A probe that is lost takes two seconds; somebody changes the rules now.
-            () = foreign_change(self.changes.as_ref(), &listening.pod.netns, self.written.as_ref()) => {
+            () = foreign_change(self, &listening.pod.netns) => {
                 Err(redirect::RedirectError::Raced.into())
             }
         };
@@ -223,9 +257,10 @@ impl Rules {
         if first {
             self.earlier = Connections::open_now(pod);
         }
+        self.end_earlier |= first && capturer.config.end_earlier;
         let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
         let (foreign, listed) = capturer.redirect(spec, listening, spared, self.taken_over).await?;
-        if first && capturer.config.end_earlier {
+        if std::mem::take(&mut self.end_earlier) {
             self.earlier.end(pod);
         }
         if !foreign.names.is_empty() {
@@ -236,6 +271,7 @@ impl Rules {
         self.taken_over = true;
         self.written = Some(listed);
         self.write_at = Instant::now() + REWRITE_EVERY;
+        self.repairing = false;
         board.written(again);
         Ok(())
     }

@@ -34,6 +34,7 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- else if eq .Values.platform "openshift" }}/var/lib/cni/bin
 {{- else if eq .Values.platform "gke" }}/home/kubernetes/bin
 {{- else if eq .Values.platform "k3s" }}/var/lib/rancher/k3s/data/cni
+{{- else if eq .Values.platform "k3d" }}/bin
 {{- else if eq .Values.platform "microk8s" }}/var/snap/microk8s/current/opt/cni/bin
 {{- else }}/opt/cni/bin{{ end }}
 {{- end }}
@@ -41,7 +42,7 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- define "culvert.cniConfDir" -}}
 {{- if .Values.cni.confDir }}{{ .Values.cni.confDir }}
 {{- else if eq .Values.platform "openshift" }}/etc/cni/multus/net.d
-{{- else if eq .Values.platform "k3s" }}/var/lib/rancher/k3s/agent/etc/cni/net.d
+{{- else if has .Values.platform (list "k3s" "k3d") }}/var/lib/rancher/k3s/agent/etc/cni/net.d
 {{- else if eq .Values.platform "microk8s" }}/var/snap/microk8s/current/args/cni-network
 {{- else }}/etc/cni/net.d{{ end }}
 {{- end }}

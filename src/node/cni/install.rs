@@ -2,6 +2,7 @@
 //! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
 //! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
 
+use crate::task::Signal;
 use crate::task::files::FolderWatch;
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
@@ -9,6 +10,7 @@ use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
@@ -45,23 +47,28 @@ pub enum InstallError {
 
 impl Config {
     /// Installs the binary that runs now, and the configuration.
-    pub fn install(&self) -> Result<bool, InstallError> {
-        self.install_binary()?;
+    fn install(&self, known: &mut Option<Stamp>) -> Result<bool, InstallError> {
+        self.install_binary(known)?;
         self.install_configuration()
     }
 
-    fn install_binary(&self) -> Result<(), InstallError> {
-        let (target, new) = (self.bin_dir.join(PLUGIN), self.bin_dir.join(format!(".{PLUGIN}.new")));
+    fn install_binary(&self, known: &mut Option<Stamp>) -> Result<(), InstallError> {
+        // Two daemons may install at the same time, each its own: never into the same file.
+        let new = self.bin_dir.join(format!(".{PLUGIN}.{}", std::process::id()));
+        let target = self.bin_dir.join(PLUGIN);
         let own = Path::new("/proc/self/exe");
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |error| InstallError::File(path, error)
         };
-        let same = |a: &Path, b: &Path| match (std::fs::metadata(a), std::fs::metadata(b)) {
-            (Ok(a), Ok(b)) => a.len() == b.len(),
-            _ => false,
-        };
-        if same(own, &target) && std::fs::read(own).ok() == std::fs::read(&target).ok() {
+        // Read only where the file is another than the last time: both are large.
+        let stamp = stamp(&target);
+        if stamp.is_some() && stamp == *known {
+            return Ok(());
+        }
+        let length = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
+        if length(own) == length(&target) && std::fs::read(own).ok() == std::fs::read(&target).ok() {
+            *known = stamp;
             return Ok(());
         }
         // Never half a binary, and never in the place of one that runs.
@@ -78,7 +85,7 @@ impl Config {
         if std::fs::read_to_string(&path).is_ok_and(|now| now == text) {
             return Ok(false);
         }
-        let new = self.conf_dir.join(format!(".{OURS}.new"));
+        let new = self.conf_dir.join(format!(".{OURS}.{}", std::process::id()));
         let write = || {
             std::fs::write(&new, &text)?;
             std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
@@ -138,11 +145,11 @@ impl Config {
     }
 
     /// Keeps it installed for as long as it is awaited; `in_place` says whether it is.
-    pub async fn keep(self, in_place: Gauge) {
-        let mut said = None::<String>;
+    pub async fn keep(self, in_place: Gauge, drain: Signal) {
+        let (mut said, mut known) = (None::<String>, None);
         let mut folder = FolderWatch::new(&self.conf_dir);
         loop {
-            let result = self.install();
+            let result = self.install(&mut known);
             in_place.set(i64::from(result.is_ok()));
             match result {
                 Ok(written) => {
@@ -160,9 +167,23 @@ impl Config {
                     said = Some(error);
                 }
             }
-            folder.changed().await;
+            // The end decides whether it stays; nobody writes it again then.
+            tokio::select! {
+                biased;
+                () = drain.gentle() => return,
+                () = folder.changed() => {}
+            }
         }
     }
+}
+
+/// What tells a file from what it was before: inode, length, time of writing.
+type Stamp = (u64, u64, SystemTime);
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
 }
 
 /// A configuration as a list of plugins; one that has no list is a plugin itself.

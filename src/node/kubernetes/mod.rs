@@ -22,13 +22,14 @@ use super::pods::{NetnsRef, PodSpec, Pods};
 use super::probes::Probed;
 use super::status::{Board, State};
 use crate::mesh::Text;
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal, thread};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -82,15 +83,20 @@ pub struct Source {
     pub plugin: Option<mpsc::Receiver<Asked>>,
     /// Given up when each pod of the first list has had one attempt.
     pub ready: Option<Pending>,
+    /// Whether our DaemonSet could be asked for.
+    pub could_ask: Arc<AtomicBool>,
 }
 
 /// A pod's namespace, and where it was found.
 struct Place {
     netns: Netns,
-    /// Not yet: the CNI plugin has handed it over.
+    /// Not known: the CNI plugin has handed it over, or the process that led there has ended. It is sought again; until
+    /// another one is found the pod stays captured where it is.
     path: Option<PathBuf>,
-    /// Addresses that the CNI plugin has told of; the API does so later.
+    /// Addresses that the CNI plugin has told of; the API does so later, and of an earlier sandbox's until then.
     ips: Vec<IpAddr>,
+    /// When it became known. A scan that began before that knows nothing of it.
+    since: Instant,
 }
 
 struct Running {
@@ -117,7 +123,8 @@ type Scanned = HashMap<Text, Found>;
 
 struct Scan {
     results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
-    running: bool,
+    /// When the one that runs began.
+    running: Option<Instant>,
     next: Instant,
     wait: Duration,
 }
@@ -139,6 +146,8 @@ pub async fn client(config: &Config) -> Result<kube::Client, String> {
         })?,
     };
     settings.connect_timeout = Some(Duration::from_secs(5));
+    // Longer than any watch; whoever accepts and says nothing is given up.
+    settings.read_timeout = Some(Duration::from_secs(u64::from(watch::WATCH_SECONDS) + 10));
     kube::Client::try_from(settings).map_err(|error| watch::why(&error))
 }
 
@@ -154,6 +163,9 @@ impl Source {
             self.metrics.clone(),
         ));
         tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
+        if let Some(cni) = self.config.cni.clone() {
+            tasks.spawn(Self::try_to_ask(self.client.clone(), cni, self.could_ask.clone()));
+        }
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
@@ -164,7 +176,7 @@ impl Source {
             places: HashMap::new(),
             nowhere: HashMap::new(),
             annotator,
-            scan: Scan { results: mpsc::channel(1), running: false, next: Instant::now(), wait: SCAN_EVERY },
+            scan: Scan { results: mpsc::channel(1), running: None, next: Instant::now(), wait: SCAN_EVERY },
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
@@ -174,7 +186,7 @@ impl Source {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let sought = running.is_seeking() && !running.scan.running;
+            let sought = running.is_seeking() && running.scan.running.is_none();
             let asks = async {
                 match &mut plugin {
                     Some(plugin) => plugin.recv().await,
@@ -261,7 +273,7 @@ impl Running {
 
     fn start_scan(&mut self) {
         let sought = self.sought();
-        self.scan.running = true;
+        self.scan.running = Some(Instant::now());
         let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
@@ -272,7 +284,7 @@ impl Running {
     }
 
     fn found(&mut self, found: Scanned) {
-        self.scan.running = false;
+        let began = self.scan.running.take();
         let wanted: HashSet<Text> = self.wanted().unwrap_or_default().into_iter().map(|pod| pod.uid.clone()).collect();
         let mut all = true;
         for (uid, found) in found {
@@ -283,11 +295,18 @@ impl Running {
             match found {
                 Found::Namespace(netns, path) => {
                     self.nowhere.remove(&uid);
-                    self.places.insert(uid, Place { netns, path: Some(path), ips: Vec::new() });
+                    let known = self.places.get(&uid);
+                    if known.is_some_and(|place| place.netns != netns && began.is_none_or(|began| place.since > began))
+                    {
+                        continue;
+                    }
+                    let since =
+                        known.filter(|place| place.netns == netns).map_or_else(Instant::now, |place| place.since);
+                    self.places.insert(uid, Place { netns, path: Some(path), ips: Vec::new(), since });
                     continue;
                 }
-                // What the container runtime has handed over counts until processes say otherwise.
-                _ if self.places.contains_key(&uid) => {}
+                // Without a process the place stays as long as it holds the pod's address: containers come and go.
+                _ if self.places.contains_key(&uid) => self.keep_if_its_own(&uid),
                 Found::Refused(why) => drop(self.nowhere.insert(uid, State::Failed(why))),
                 Found::Nothing => {
                     let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
@@ -315,27 +334,47 @@ impl Running {
         }
     }
 
+    /// Gives up the place of a pod whose address it does not hold any more: the sandbox has ended.
+    fn keep_if_its_own(&mut self, uid: &Text) {
+        let (Some(place), Some(pod)) = (self.places.get(uid), self.pods.as_ref().and_then(|pods| pods.get(uid))) else {
+            return;
+        };
+        // What cannot be looked at now is no sign of an end.
+        let Ok(held) = place.netns.addresses() else { return };
+        let own = |ip: &IpAddr| held.iter().any(|(held, _)| held == ip);
+        if !pod.ips.iter().chain(&place.ips).any(own) {
+            self.places.remove(uid);
+        }
+    }
+
     /// Looks at whether what led to the namespaces still does.
     fn look(&mut self) {
-        let leads = |place: &Place| {
-            place.path.as_ref().is_none_or(|path| Netns::open(path).is_ok_and(|now| now == place.netns))
-        };
-        let lost: Vec<Text> = self.places.iter().filter(|(_, p)| !leads(p)).map(|(uid, _)| uid.clone()).collect();
-        for uid in lost {
-            // Its oldest process has ended: another one may still be there, or a new sandbox comes.
-            self.places.remove(&uid);
-            self.scan.next = Instant::now();
+        for place in self.places.values_mut() {
+            // That it cannot be looked at now (no descriptors left, say) is no sign of an end.
+            let lost = place.path.as_ref().is_some_and(|path| match Netns::open(path) {
+                Ok(now) => now != place.netns,
+                Err(NetnsError::Open { source, .. }) => source.kind() == std::io::ErrorKind::NotFound,
+                Err(_) => false,
+            });
+            if lost {
+                // Its oldest process has ended: another one may still be there, or a new sandbox comes.
+                place.path = None;
+                self.scan.next = Instant::now();
+            }
         }
     }
 
     /// Makes what is done what it should be.
     fn reconcile(&mut self) {
-        let Some(wanted) = self.wanted() else { return };
+        let Some(wanted) = self.wanted() else {
+            self.answer();
+            return;
+        };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         self.places.retain(|uid, _| uids.contains(uid));
         self.nowhere.retain(|uid, _| uids.contains(uid));
-        self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), pod.ips.clone())).collect());
+        self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
         let (mut specs, mut shown) = (Vec::new(), Vec::new());
         for pod in &wanted {
             // Once it is in it may leave its rules behind.
@@ -343,7 +382,7 @@ impl Running {
             match self.places.get(&pod.uid) {
                 Some(place) => {
                     let mut spec = spec(pod, place.netns.clone(), &mut self.complained);
-                    if spec.ips.is_empty() {
+                    if place.path.is_none() && !place.ips.is_empty() {
                         spec.ips.clone_from(&place.ips);
                     }
                     specs.push(spec);
@@ -363,7 +402,7 @@ impl Running {
             }
         }
         // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
-        let sought_all = !self.scan.running
+        let sought_all = self.scan.running.is_none()
             && wanted.iter().all(|pod| {
                 pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
             });
@@ -373,7 +412,18 @@ impl Running {
             self.ready = None;
         }
         self.annotate(&wanted);
-        self.answer();
+        // What the plugin has handed over becomes a pod, and what it asks may be answered then.
+        if self.answer() {
+            self.reconcile();
+        }
+    }
+
+    /// The addresses of a pod, by whoever knows of its present sandbox.
+    fn ips(&self, pod: &PodFacts) -> Vec<IpAddr> {
+        match self.places.get(&pod.uid) {
+            Some(place) if place.path.is_none() && !place.ips.is_empty() => place.ips.clone(),
+            _ => pod.ips.clone(),
+        }
     }
 
     fn annotate(&mut self, wanted: &[PodFacts]) {

@@ -2,11 +2,14 @@
 
 use super::{Place, Running, Source, watch};
 use crate::mesh::Text;
-use crate::node::cni::{Asked, Question, Verb};
+use crate::node::cni::{Asked, Question, Verb, install};
 use crate::node::kubernetes::select::PodFacts;
+use crate::node::pods::NetnsRef;
+use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
 use k8s_openapi::api::apps::v1::DaemonSet;
-use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -32,23 +35,30 @@ impl Running {
         match verb {
             Verb::Status => drop(asked.answer.send(Ok(()))),
             Verb::Del => {
-                let is_it = |pod: &&PodFacts| *pod.name == **name && *pod.namespace == **namespace;
-                let pods = self.pods.iter().flat_map(HashMap::values).filter(is_it);
-                for uid in pods.map(|pod| pod.uid.clone()).collect::<Vec<_>>() {
-                    // A later sandbox of the same pod is another one's namespace.
-                    let its = |place: &Place| asked.netns.as_ref().is_none_or(|netns| *netns == place.netns);
-                    if self.places.get(&uid).is_some_and(its) {
-                        self.places.remove(&uid);
-                    }
+                // Without its namespace it is of a sandbox that has gone long since; the pod's present one is another's.
+                if let Some(netns) = &asked.netns {
+                    self.places.retain(|_, place| place.netns != *netns);
                 }
                 drop(asked.answer.send(Ok(())));
             }
-            Verb::Add | Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
+            Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
+            Verb::Add => {
+                let same =
+                    |other: &Question| other.verb == Verb::Add && other.name == *name && other.namespace == *namespace;
+                let (earlier, rest) =
+                    std::mem::take(&mut self.asked).into_iter().partition(|(other, _)| same(&other.question));
+                self.asked = rest;
+                for (earlier, _) in earlier {
+                    drop(earlier.answer.send(Err("the runtime has asked again for this pod".into())));
+                }
+                self.asked.push((asked, Instant::now() + ANSWER_WITHIN));
+            }
         }
     }
 
-    /// Answers those questions that can be answered by now, and those whose time is over.
-    pub(super) fn answer(&mut self) {
+    /// Answers those questions that can be answered by now, and those whose time is over; whether a namespace has come with
+    /// one that was not known.
+    pub(super) fn answer(&mut self) -> bool {
         let mut handed_over = false;
         for (asked, deadline) in std::mem::take(&mut self.asked) {
             if asked.answer.is_closed() {
@@ -58,7 +68,7 @@ impl Running {
             if let Some((uid, netns)) = verdict.place {
                 let ips = asked.question.ips.clone();
                 handed_over = true;
-                self.places.insert(uid, Place { netns, path: None, ips });
+                self.places.insert(uid, Place { netns, path: None, ips, since: Instant::now() });
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),
@@ -66,9 +76,7 @@ impl Running {
                 None => self.asked.push((asked, deadline)),
             }
         }
-        if handed_over {
-            self.reconcile();
-        }
+        handed_over
     }
 
     fn verdict(&self, asked: &Asked) -> Verdict {
@@ -79,14 +87,22 @@ impl Running {
             return later("the Kubernetes API has not told of this node's pods yet".into());
         };
         let is_it = |pod: &&PodFacts| {
-            let same = uid.as_ref().is_none_or(|uid| *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid));
+            // Without a uid the one of this name that has not ended is meant.
+            let same = match uid {
+                Some(uid) => *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid),
+                None => !pod.ended,
+            };
             *pod.name == **name && *pod.namespace == **namespace && same
         };
         let (Some(pod), Some(labels)) = (pods.values().find(is_it), namespaces.get(namespace.as_str())) else {
             return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
         };
         if self.source.config.enablement.is_in(pod, labels).is_err() {
-            return now(Ok(()));
+            // Labels of a namespace that may be old are no reason to let a pod start without us.
+            return match self.source.metrics.is_connected("namespaces") {
+                true => now(Ok(())),
+                false => later("the Kubernetes API does not tell of namespaces' labels just now".into()),
+            };
         }
         let status = self.source.board.get(&pod.uid);
         let ours = |netns: &Netns| self.places.get(&pod.uid).is_some_and(|place| place.netns == *netns);
@@ -94,8 +110,12 @@ impl Running {
             let place = Some((pod.uid.clone(), netns.clone()));
             return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
         }
+        let there = |status: &PodStatus| match &asked.netns {
+            Some(netns) => status.spec.netns == NetnsRef::Handle(netns.clone()),
+            None => true,
+        };
         match status {
-            Some(status) if status.held => now(Ok(())),
+            Some(status) if status.held && there(&status) => now(Ok(())),
             Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
             None => later("the pod is being captured".into()),
         }
@@ -103,6 +123,13 @@ impl Running {
 }
 
 impl Source {
+    /// Finds out whether our DaemonSet can be asked for at all, so that losing the right to means something later.
+    pub(super) async fn try_to_ask(client: kube::Client, config: install::Config, could_ask: Arc<AtomicBool>) {
+        let api: kube::Api<DaemonSet> = kube::Api::namespaced(client, &config.own_namespace);
+        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(&config.own_name)).await;
+        could_ask.store(matches!(asked, Ok(Ok(Some(_)))), Ordering::Relaxed);
+    }
+
     /// Removes the CNI plugin where no daemon follows this one. An upgrade leaves it: new pods then wait for the next daemon.
     pub(super) async fn leave(&self) {
         let Some(cni) = &self.config.cni else { return };
@@ -112,8 +139,11 @@ impl Source {
         let gone = match &asked {
             Ok(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => "is being deleted",
             Ok(Ok(None)) => "does not exist",
-            // Its account has been deleted before it.
+            // Its account, or its rights, have been deleted before it.
             Ok(Err(kube::Error::Api(status))) if status.code == 401 => "has lost its account",
+            Ok(Err(kube::Error::Api(status))) if status.code == 403 && self.could_ask.load(Ordering::Relaxed) => {
+                "has lost its rights"
+            }
             Ok(Ok(Some(_))) => return,
             // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
             Ok(Err(error)) => {

@@ -23,7 +23,7 @@ use tokio::time::Instant;
 /// Waits after failures.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// How long a watch runs before it is begun anew; a connection that is silently dead is noticed after that.
-const WATCH_SECONDS: u32 = 120;
+pub const WATCH_SECONDS: u32 = 120;
 /// A server that does not know the streaming of lists begins to tell and never says that this was all.
 const STREAMING: Duration = Duration::from_secs(15);
 /// A watch that has not failed for this long is there, also when nothing is told.
@@ -68,6 +68,11 @@ impl Metrics {
         registry.register("culvert_kubernetes_connected", connected, self.connected.clone());
         let failed = "Status annotations that could not be written";
         registry.register("culvert_kubernetes_patch_failures", failed, self.patches_failed.clone());
+    }
+
+    /// Whether the API tells of changes of a resource now.
+    pub fn is_connected(&self, resource: &'static str) -> bool {
+        self.connected.get_or_create(&Resource { resource }).get() == 1
     }
 
     /// Counts a status annotation that could not be written.

@@ -100,8 +100,8 @@ impl Api {
         state.version += 1;
         state.forgotten = state.version;
         state.history.clear();
-        drop(state);
-        self.cut();
+        // At the same moment, or a watch could go on as if nothing had been forgotten.
+        state.open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 
     fn put(&self, kind: &'static str, key: &str, change: impl FnOnce(Option<Value>) -> Option<Value>) {
