@@ -588,6 +588,17 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(!has_rules(&plain));
     let (ok, error) = cni.call("ADD", ("ns", "nobody"), &plain.netns, &[]);
     assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
+}
+
+#[test]
+fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    c.start_one(&cni.settings());
+    eventually("it is installed", || cni.ours().is_some());
+    eventually("the client is captured", || c.state("client") == "captured");
+    // A connection that is open delays the end.
+    let _open = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
     // Whoever removes it finds it back.
     std::fs::remove_file(cni.conf.join("00-culvert.conflist")).unwrap();
     eventually("it is back", || cni.ours().is_some());
