@@ -67,7 +67,7 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
     tell(vec![machine::privileges(config), machine::confinement()]);
     tell(vec![machine::kernel(config).await]);
     tell(machine::sysctls(config));
-    tell(vec![reachable(config)]);
+    tell(reachable(config));
     if let Source::Kubernetes(kubernetes) = &config.node.source {
         tell(vec![machine::api(kubernetes).await, machine::host_rules(config).await]);
         tell(machine::plugin(kubernetes));
@@ -89,7 +89,7 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
 }
 
 /// Whether the control plane and the CA can be reached at all.
-fn reachable(config: &Config) -> Line {
+fn reachable(config: &Config) -> Vec<Line> {
     use crate::config::{CaSource, MeshSource};
     let mut targets = Vec::new();
     if let MeshSource::Xds(xds) = &config.mesh {
@@ -98,25 +98,22 @@ fn reachable(config: &Config) -> Line {
     if let CaSource::Istio(rpc) = &config.ca {
         targets.push(("CA", rpc.address.clone()));
     }
-    for (name, address) in &targets {
+    let look = |(name, address): &(&str, http::Uri)| {
         let host = address.host().unwrap_or_default().trim_matches(['[', ']']);
         let port = address.port_u16().unwrap_or(443);
-        let resolved = (host, port).to_socket_addrs().map(Iterator::collect::<Vec<SocketAddr>>);
-        let reached = match resolved {
+        let reached = match (host, port).to_socket_addrs().map(Iterator::collect::<Vec<SocketAddr>>) {
             Ok(all) if all.iter().any(|to| TcpStream::connect_timeout(to, DEADLINE).is_ok()) => Ok(()),
-            Ok(all) => Err(format!("none of its {} addresses answers", all.len())),
-            Err(error) => Err(error.to_string()),
+            Ok(all) => Err(format!("none of its {} addresses answers; is it running?", all.len())),
+            Err(error) => Err(format!("{error}; does DNS work here?")),
         };
-        if let Err(error) = reached {
-            return bad(
-                "network",
-                format!("the {name} {address} cannot be reached: {error}; is it running, does DNS work here?"),
-            );
+        match reached {
+            Ok(()) => well("network", format!("the {name} {address} can be reached")),
+            Err(error) => bad("network", format!("the {name} {address} cannot be reached: {error}")),
         }
-    }
+    };
     match targets.is_empty() {
-        true => well("network", "facts and certificates come from files"),
-        false => well("network", "control plane and CA can be reached"),
+        true => vec![well("network", "facts and certificates come from files")],
+        false => targets.iter().map(look).collect(),
     }
 }
 

@@ -6,6 +6,7 @@
 
 use crate::connection::Pod;
 use crate::sys::tcp_sockets::{self, TcpSocket};
+use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
@@ -35,6 +36,27 @@ impl Connections {
                 Self::default()
             }
         }
+    }
+
+    /// Those that an earlier daemon's rules spare, by what `nft` prints of them, and that are still open.
+    pub fn spared_by(pod: &Pod, listing: &Value) -> Self {
+        let sets = listing.get("nftables").and_then(Value::as_array).into_iter().flatten();
+        let elements = sets.filter_map(|object| object.get("set")?.get("elem")?.as_array()).flatten();
+        let pair = |element: &Value| {
+            let parts = element.get("concat")?.as_array()?;
+            let address = |at: usize| {
+                let port = parts.get(at + 1)?.as_u64().and_then(|port| u16::try_from(port).ok())?;
+                Some(SocketAddr::new(parts.get(at)?.as_str()?.parse().ok()?, port))
+            };
+            Some((address(0)?, address(2)?))
+        };
+        let spared: HashSet<(SocketAddr, SocketAddr)> = elements.filter_map(pair).take(MAX).collect();
+        if spared.is_empty() {
+            return Self::default();
+        }
+        let open =
+            sockets(pod).unwrap_or_default().into_iter().map(|socket| (socket.cookie, (socket.local, socket.peer)));
+        Self { open: open.filter(|(_, pair)| spared.contains(pair)).collect() }
     }
 
     /// Their addresses, own and peer, for rules that spare them.

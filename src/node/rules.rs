@@ -9,6 +9,7 @@ use super::{CaptureError, PodSpec};
 use crate::sys::changes::{Changes, Seen};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
+use serde_json::Value;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -253,9 +254,15 @@ impl Rules {
         self.written = None;
         self.write_at = Instant::now() + RETRY;
         let pod = &listening.pod;
-        let first = !self.taken_over && redirect::list_table(&pod.netns, redirect::TABLE).await?.is_null();
-        if first {
-            self.earlier = Connections::open_now(pod);
+        let table = match self.taken_over {
+            true => None,
+            false => Some(redirect::list_table(&pod.netns, redirect::TABLE).await?),
+        };
+        let first = table.as_ref().is_some_and(Value::is_null);
+        match &table {
+            Some(table) if !first => self.earlier = Connections::spared_by(pod, table),
+            Some(_) => self.earlier = Connections::open_now(pod),
+            None => {}
         }
         self.end_earlier |= first && capturer.config.end_earlier;
         let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };

@@ -640,6 +640,11 @@ fn connections_from_before_the_capture_are_counted_or_ended_and_new_ones_capture
         if end {
             continue;
         }
+        // The next daemon knows them by the rules of the one before.
+        c.w.take_node(1).kill();
+        c.w.start_kube_node(1, &c.apis[0], &[]);
+        c.w.wait_captured(1);
+        assert_eq!(((0..5).filter(|i| alive(*i)).count(), counted(&c)), (5, 5));
         drop(open);
         // Any change inside is an occasion to look.
         eventually("none is left", || {

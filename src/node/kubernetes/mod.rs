@@ -43,6 +43,9 @@ const SCAN_EVERY: Duration = Duration::from_millis(500);
 /// The longest time between them, for a pod that is long in coming.
 const SCAN_MAX: Duration = Duration::from_secs(5);
 
+/// Annotations that have been named in the log, and are remembered.
+const COMPLAINTS_MAX: usize = 1000;
+
 /// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
 const CLEAN_TIMES: u32 = 10;
 
@@ -445,6 +448,10 @@ impl Running {
         }
         self.annotator.retain(|uid| pods.contains_key(uid));
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
+        // Said again at worst.
+        if self.complained.len() > COMPLAINTS_MAX {
+            self.complained.clear();
+        }
     }
 }
 
