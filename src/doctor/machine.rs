@@ -7,6 +7,7 @@ use crate::node::{Source, kubernetes, probes, redirect};
 use crate::sys::limits;
 use crate::sys::netns::Netns;
 use crate::task::thread;
+use crate::telemetry::log::with_causes;
 use std::path::Path;
 
 /// Capabilities by number: with any source of pods, and beyond that where culvert finds them itself.
@@ -102,7 +103,7 @@ pub(super) fn sysctls(config: &Config) -> Vec<Line> {
 pub(super) async fn api(config: &kubernetes::Config) -> Line {
     let asked = async {
         let client = kubernetes::client(config).await?;
-        let version = client.apiserver_version().await.map_err(|error| kubernetes::watch::why(&error))?;
+        let version = client.apiserver_version().await.map_err(|error| with_causes(&error))?;
         Ok::<_, String>(version.git_version)
     };
     match tokio::time::timeout(DEADLINE, asked).await {

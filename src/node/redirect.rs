@@ -158,18 +158,30 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<(
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
         let before = generation()?;
         nft(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
-        let mut listed = list(netns, &["list", "table", "inet", TABLE]).await?;
+        let listed = ours(&list(netns, &["list", "ruleset"]).await?);
         // Else what was listed need not be what was written.
         if generation()? != before.wrapping_add(1) {
             return Err(RedirectError::Raced);
         }
-        without_handles(&mut listed);
-        Ok((foreign, Listing(listed)))
+        Ok((foreign, listed))
     })
     .await
 }
 
-/// What of ours is in the namespace now.
+/// Our table among all that there is.
+fn ours(all: &Value) -> Listing {
+    let is_ours = |object: &&Value| {
+        let inner = |kind: &str, key: &str| object.get(kind)?.get(key)?.as_str();
+        inner("table", "name") == Some(TABLE)
+            || ["chain", "rule", "set"].iter().any(|kind| inner(kind, "table") == Some(TABLE))
+    };
+    let objects = all.get("nftables").and_then(Value::as_array).into_iter().flatten();
+    let mut table = Value::Array(objects.filter(is_ours).cloned().collect());
+    without_handles(&mut table);
+    Listing(table)
+}
+
+/// One of our tables as the namespace has it now.
 pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectError> {
     let mut listing = list_table(netns, table).await?;
     without_handles(&mut listing);
@@ -179,7 +191,7 @@ pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectErro
 /// Whether our rules are still as `written`, and nobody else's capture the pod beside them.
 pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<bool, RedirectError> {
     let all = within(list(netns, &["list", "ruleset"])).await?;
-    Ok(foreign::find(&all).names.is_empty() && listing(netns, TABLE).await? == *written)
+    Ok(foreign::find(&all).names.is_empty() && ours(&all) == *written)
 }
 
 /// Whether our ip rules and routes are there; those that are not, are set.

@@ -1,6 +1,7 @@
 //! Hearing of changes inside a network namespace: its nftables, its rules and routes, its addresses (sources: netlink(7),
 //! rtnetlink(7), linux/netfilter/nfnetlink.h and nf_tables.h).
 
+use super::netlink::{HEADER, REQUEST, header};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
@@ -18,16 +19,11 @@ const ROUTING: u32 = 1 << (5 - 1) | 1 << (7 - 1) | 1 << (8 - 1) | 1 << (9 - 1) |
 /// Subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
 const NEW_GENERATION: u16 = 10 << 8 | 15;
 const GET_GENERATION: u16 = 10 << 8 | 16;
-/// `NLM_F_REQUEST`.
-const REQUEST: u16 = 1;
 
 const NEW_ADDRESS: u16 = 20;
 const DELETED_ADDRESS: u16 = 21;
 const DELETED_ROUTE: u16 = 25;
 const DELETED_RULE: u16 = 33;
-
-/// Length of a netlink header.
-const HEADER: usize = 16;
 
 /// What has changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,14 +132,6 @@ fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
     }
 }
 
-/// Length and kind of the first message.
-fn header(bytes: &[u8]) -> Option<(usize, u16)> {
-    let length = bytes.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
-    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
-    let length = usize::try_from(length).ok()?;
-    (length >= HEADER).then_some((length, kind))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,16 +148,5 @@ mod tests {
             (after.wrapping_sub(before), generation().unwrap().wrapping_sub(after))
         });
         assert_eq!(seen.join().unwrap(), (1, 0));
-    }
-
-    #[test]
-    fn a_header_that_claims_nothing_or_is_cut_ends_the_reading() {
-        assert_eq!(header(&[]), None);
-        assert_eq!(header(&[0; 16]), None, "a length of 0 would never end");
-        let mut message = vec![0; 20];
-        message[..4].copy_from_slice(&20u32.to_ne_bytes());
-        message[4..6].copy_from_slice(&DELETED_RULE.to_ne_bytes());
-        assert_eq!(header(&message), Some((20, DELETED_RULE)));
-        assert_eq!(header(&message[..5]), None);
     }
 }

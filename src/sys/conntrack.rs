@@ -1,6 +1,7 @@
 //! Asking the kernel where a redirected datagram was sent to. For datagrams there is no `SO_ORIGINAL_DST`; the table of
 //! translated connections has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
 
+use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
@@ -9,10 +10,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 /// Message type: subsystem conntrack, `IPCTNL_MSG_CT_GET`.
 const GET: u16 = 0x0101;
-/// `NLM_F_REQUEST`.
-const REQUEST: u16 = 1;
-/// `NLMSG_ERROR`.
-const ERROR: u16 = 2;
 /// Mark of an attribute that holds others (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
 /// Bits of an attribute's type that are its number.
@@ -26,8 +23,7 @@ const PROTO_NUM: u16 = 1;
 const PROTO_SRC_PORT: u16 = 2;
 const PROTO_DST_PORT: u16 = 3;
 
-/// Length of a netlink header, and of that with netfilter's behind it.
-const HEADER: usize = 16;
+/// Length of a netlink header with netfilter's behind it.
 const HEADERS: usize = HEADER + 4;
 
 /// The table of one network namespace.
@@ -96,10 +92,9 @@ fn question(client: SocketAddr, ours: SocketAddr) -> Vec<u8> {
 
 fn read(answer: &[u8]) -> io::Result<Option<SocketAddr>> {
     let short = || io::Error::from(io::ErrorKind::UnexpectedEof);
-    let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok()).map(u16::from_ne_bytes).ok_or_else(short)?;
+    let (_, kind) = header(answer).ok_or_else(short)?;
     if kind == ERROR {
-        let code = answer.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
-        return match Errno::from_raw(-code.ok_or_else(short)?) {
+        return match Errno::from_raw(netlink::error(answer).ok_or_else(short)?) {
             Errno::ENOENT => Ok(None),
             other => Err(other.into()),
         };

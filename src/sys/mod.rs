@@ -8,6 +8,7 @@ pub mod changes;
 pub mod conntrack;
 pub mod iptables;
 pub mod limits;
+pub mod netlink;
 pub mod netns;
 pub mod original_dst;
 pub mod packet;

@@ -21,6 +21,12 @@ nix::ioctl_none_bad!(
     0xb703
 );
 
+/// Device and inode of what is behind a path, such as a namespace's file; the path need not be one that may be opened.
+pub fn id_at(path: &Path) -> Option<(u64, u64)> {
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
 /// Why a path cannot be used as a pod's network namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {

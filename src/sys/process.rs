@@ -1,10 +1,10 @@
 //! What the processes of a network namespace see: a file as it is in their filesystem, not in ours.
 
+use super::netns::id_at;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sys::stat::Mode;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Processes of one namespace that are looked at.
@@ -43,8 +43,7 @@ pub fn read_file_in_netns<T>(
 }
 
 fn id(process: &Path, kind: &str) -> Option<(u64, u64)> {
-    let metadata = std::fs::metadata(process.join("ns").join(kind)).ok()?;
-    Some((metadata.dev(), metadata.ino()))
+    id_at(&process.join("ns").join(kind))
 }
 
 /// Reads a file as a process sees it. Links lead nowhere outside of its root: what a container links to is its own affair.

@@ -1,6 +1,7 @@
 //! The TCP sockets of a network namespace: which connections are open, and ending some (sources: sock_diag(7),
 //! linux/inet_diag.h, linux/sock_diag.h).
 
+use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -8,13 +9,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
-const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
-const ERROR: u16 = 2;
 const DONE: u16 = 3;
 
-const HEADER: usize = 16;
 /// Where `struct inet_diag_msg` has its `inet_diag_sockid`, and how long that is.
 const ID_AT: usize = HEADER + 4;
 const ID: usize = 48;
@@ -90,16 +88,8 @@ fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
     message
 }
 
-fn header(bytes: &[u8]) -> Option<(usize, u16)> {
-    let length = bytes.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
-    let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
-    let length = usize::try_from(length).ok()?;
-    (length >= HEADER).then_some((length, kind))
-}
-
 fn error(answer: &[u8]) -> io::Error {
-    let code = answer.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
-    code.map_or_else(|| io::ErrorKind::UnexpectedEof.into(), |code| io::Error::from_raw_os_error(-code))
+    netlink::error(answer).map_or_else(|| io::ErrorKind::UnexpectedEof.into(), io::Error::from_raw_os_error)
 }
 
 fn read(message: &[u8]) -> Option<TcpSocket> {

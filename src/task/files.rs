@@ -24,7 +24,8 @@ pub struct FileWatch {
     _watcher: Option<notify::RecommendedWatcher>,
 }
 
-type Stamp = Option<(u64, u64, SystemTime)>;
+/// See [`stamp`].
+pub type Stamp = Option<(u64, u64, SystemTime)>;
 
 impl FileWatch {
     /// Watches `path`, which need not exist yet.
@@ -109,7 +110,8 @@ pub fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String
     })
 }
 
-fn stamp(path: &Path) -> Stamp {
+/// What tells a file from what it was before: inode, length, time of writing; nothing where it is not there.
+pub fn stamp(path: &Path) -> Stamp {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))

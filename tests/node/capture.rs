@@ -1,11 +1,9 @@
 //! Capturing pods and letting go of them: the order, the checks, and what remains when the daemon dies.
 
-use crate::world::{
-    Pod, World, apps, ask, connect, eventually, inside, ip, output_in, peer_script, pod_entry, replace,
-};
+use crate::world::sniffer::Sniffer;
+use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip, output_in, pod_entry, replace};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::process::Command;
 
 fn world() -> (World, Pod, Pod) {
     let mut w = World::new();
@@ -29,30 +27,16 @@ fn after_a_kill_traffic_is_refused_not_passed_in_plaintext_and_the_next_start_ta
     let (mut w, client, server) = world();
     w.start();
     let canary = "canary-5f1c9e2a7b";
-    let watch = |w: &mut World, name: &str| {
-        let ready = w.dir.join(name);
-        let mut command = Command::new("python3");
-        command.arg(peer_script("sniff.py")).args(["wire", canary]).arg(&ready);
-        let pid = w.start_in(&w.ns("n1"), &mut command, &format!("{name}.out"));
-        eventually("the wire is watched", || ready.exists());
-        pid
-    };
-    let seen = |w: &mut World, pid: u32, name: &str| -> Value {
-        let mut process = w.take(pid);
-        process.signal(nix::sys::signal::Signal::SIGTERM);
-        process.wait();
-        serde_json::from_str(&std::fs::read_to_string(w.dir.join(format!("{name}.out"))).unwrap()).unwrap()
-    };
     // The watcher does see a canary: from a namespace that is not captured.
     let outside = w.add_pod("outside", 1);
     let plain = w.add_pod("plain", 2);
     apps::serve(&plain.netns, 8080, apps::who);
-    let control = watch(&mut w, "control");
+    let control = Sniffer::start(&mut w, "control", canary);
     ask(&outside.netns, (plain.v4, 8080), canary).unwrap();
-    assert!(seen(&mut w, control, "control")["found"].as_u64().unwrap() > 0);
+    assert!(control.seen(&mut w)["found"].as_u64().unwrap() > 0);
 
     let before = rules(&client);
-    let sniffer = watch(&mut w, "sniffer");
+    let sniffer = Sniffer::start(&mut w, "sniffer", canary);
     assert!(ask(&client.netns, (server.v4, 8080), canary).is_ok());
     for node in [1, 2] {
         let mut live = connect(&client.netns, (server.v4, 9000)).unwrap();
@@ -74,7 +58,7 @@ fn after_a_kill_traffic_is_refused_not_passed_in_plaintext_and_the_next_start_ta
         eventually("traffic flows again", || ask(&client.netns, (server.v4, 8080), canary).is_ok());
     }
     assert_eq!(rules(&client), before, "rules are not doubled by a take-over");
-    let seen = seen(&mut w, sniffer, "sniffer");
+    let seen = sniffer.seen(&mut w);
     assert!(seen["frames"].as_u64().unwrap() > 50, "{seen}");
     assert_eq!((&seen["found"], &seen["dropped"]), (&json!(0), &json!(0)), "{seen}");
 }

@@ -1,7 +1,8 @@
 //! Enrolment by label, with no agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
 
 use crate::world::kube::{Api, KubePod, STATUS, Sandbox, Streaming};
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in, peer_script};
+use crate::world::sniffer::Sniffer;
+use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::process::Command;
@@ -846,33 +847,6 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     assert!(!output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
     assert!(cni.ours().is_none() && !cni.bin.join("culvert-cni").exists() && !cni.socket.exists());
     assert!(ask(&second.netns, (c.server.v4, 8080), "x").is_ok(), "pods go on without the mesh");
-}
-
-/// Counts frames on the wire that hold `canary` in clear until it is asked.
-struct Sniffer {
-    pid: u32,
-    name: String,
-}
-
-impl Sniffer {
-    fn start(w: &mut World, name: &str, canary: &str) -> Self {
-        let ready = w.dir.join(name);
-        let mut command = Command::new("python3");
-        command.arg(peer_script("sniff.py")).args(["wire", canary]).arg(&ready);
-        let pid = w.start_in(&w.ns("n1"), &mut command, &format!("{name}.out"));
-        eventually("the wire is watched", || ready.exists());
-        Self { pid, name: name.into() }
-    }
-
-    fn found(self, w: &mut World) -> u64 {
-        let mut process = w.take(self.pid);
-        process.signal(nix::sys::signal::Signal::SIGTERM);
-        process.wait();
-        let text = std::fs::read_to_string(w.dir.join(format!("{}.out", self.name))).unwrap();
-        let seen: Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(seen["dropped"], json!(0));
-        seen["found"].as_u64().unwrap()
-    }
 }
 
 #[test]

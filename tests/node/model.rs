@@ -3,10 +3,11 @@
 //! should be, nothing is left in what should not, and nothing that a captured pod said has been on the wire.
 
 use crate::world::kube::{Api, KubePod};
-use crate::world::{PATIENCE, Pod, World, apps, ask, eventually, output_in, peer_script};
+use crate::world::sniffer::Sniffer;
+use crate::world::{PATIENCE, Pod, World, apps, ask, eventually, output_in};
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::sync::Arc;
@@ -234,11 +235,8 @@ fn after_any_life_what_is_captured_is_what_should_be() {
     model.check(0);
 
     // One pod stays captured throughout, and talks all the time.
-    let (canary, ready) = ("canary-9a41d7c0e2", model.w.dir.join("sniffing"));
-    let mut command = Command::new("python3");
-    command.arg(peer_script("sniff.py")).args(["wire", canary]).arg(&ready);
-    let sniffer = model.w.start_in(&model.w.ns("n1"), &mut command, "sniffer.out");
-    eventually("the wire is watched", || ready.exists());
+    let canary = "canary-9a41d7c0e2";
+    let sniffer = Sniffer::start(&mut model.w, "sniffer", canary);
     let (stop, said) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let talker = std::thread::spawn({
         let (stop, said, ns, to) = (stop.clone(), said.clone(), steady.netns, (server.v4, 8080));
@@ -267,10 +265,7 @@ fn after_any_life_what_is_captured_is_what_should_be() {
     }
     stop.store(true, Ordering::Relaxed);
     talker.join().unwrap();
-    let mut process = model.w.take(sniffer);
-    process.signal(nix::sys::signal::Signal::SIGTERM);
-    process.wait();
-    let seen: Value = serde_json::from_str(&std::fs::read_to_string(model.w.dir.join("sniffer.out")).unwrap()).unwrap();
+    let seen = sniffer.seen(&mut model.w);
     longest.sort();
     let late = longest.iter().filter(|time| **time > Duration::from_secs(2)).count();
     eprintln!("{} steps: {:?}", BURSTS * STEPS, model.counts);

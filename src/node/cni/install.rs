@@ -3,14 +3,13 @@
 //! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
 
 use crate::task::Signal;
-use crate::task::files::FolderWatch;
+use crate::task::files::{FolderWatch, Stamp, stamp};
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
@@ -47,12 +46,12 @@ pub enum InstallError {
 
 impl Config {
     /// Installs the binary that runs now, and the configuration.
-    fn install(&self, known: &mut Option<Stamp>) -> Result<bool, InstallError> {
+    fn install(&self, known: &mut Stamp) -> Result<bool, InstallError> {
         self.install_binary(known)?;
         self.install_configuration()
     }
 
-    fn install_binary(&self, known: &mut Option<Stamp>) -> Result<(), InstallError> {
+    fn install_binary(&self, known: &mut Stamp) -> Result<(), InstallError> {
         // Two daemons may install at the same time, each its own: never into the same file.
         let new = self.bin_dir.join(format!(".{PLUGIN}.{}", std::process::id()));
         let target = self.bin_dir.join(PLUGIN);
@@ -175,15 +174,6 @@ impl Config {
             }
         }
     }
-}
-
-/// What tells a file from what it was before: inode, length, time of writing.
-type Stamp = (u64, u64, SystemTime);
-
-fn stamp(path: &Path) -> Option<Stamp> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
 }
 
 /// A configuration as a list of plugins; one that has no list is a plugin itself.

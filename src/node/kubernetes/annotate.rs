@@ -2,11 +2,12 @@
 //! been told, so nothing is remembered but what is on its way.
 
 use super::select::{PodFacts, STATUS};
-use super::watch::{Metrics, why};
+use super::watch::Metrics;
 use crate::mesh::Text;
 use crate::node::status::{PodStatus, State};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
+use crate::telemetry::log::with_causes;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
@@ -104,7 +105,7 @@ impl Annotator {
                 Ok(Ok(_)) => None,
                 // Gone, or another pod of its name: nobody needs it any more.
                 Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => None,
-                Ok(Err(error)) => Some(why(&error)),
+                Ok(Err(error)) => Some(with_causes(&error)),
                 Err(_) => Some(format!("no answer within {} s", DEADLINE.as_secs())),
             };
             // The source has ended where this fails.

@@ -25,6 +25,7 @@ use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal, thread};
+use crate::telemetry::log::with_causes;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -136,22 +137,22 @@ struct Scan {
 pub async fn client(config: &Config) -> Result<kube::Client, String> {
     let mut settings = match &config.kubeconfig {
         Some(path) => {
-            let read = kube::config::Kubeconfig::read_from(path).map_err(|error| watch::why(&error));
+            let read = kube::config::Kubeconfig::read_from(path).map_err(|error| with_causes(&error));
             let options = kube::config::KubeConfigOptions::default();
             let settings = match read {
-                Ok(file) => kube::Config::from_custom_kubeconfig(file, &options).await.map_err(|e| watch::why(&e)),
+                Ok(file) => kube::Config::from_custom_kubeconfig(file, &options).await.map_err(|e| with_causes(&e)),
                 Err(error) => Err(error),
             };
             settings.map_err(|error| format!("KUBECONFIG {}: {error}", path.display()))?
         }
         None => kube::Config::incluster_env().map_err(|error| {
-            format!("not in a pod of a cluster ({}), and KUBECONFIG is not set", watch::why(&error))
+            format!("not in a pod of a cluster ({}), and KUBECONFIG is not set", with_causes(&error))
         })?,
     };
     settings.connect_timeout = Some(Duration::from_secs(5));
     // Longer than any watch; whoever accepts and says nothing is given up.
     settings.read_timeout = Some(Duration::from_secs(u64::from(watch::WATCH_SECONDS) + 10));
-    kube::Client::try_from(settings).map_err(|error| watch::why(&error))
+    kube::Client::try_from(settings).map_err(|error| with_causes(&error))
 }
 
 impl Source {
@@ -189,7 +190,7 @@ impl Source {
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let sought = running.is_seeking() && running.scan.running.is_none();
+            let sought = running.scan.running.is_none() && running.is_seeking();
             let asks = async {
                 match &mut plugin {
                     Some(plugin) => plugin.recv().await,
@@ -262,8 +263,7 @@ impl Running {
         !self.sought().is_empty()
     }
 
-    /// Pods that are not in, and in which an earlier daemon may have left its rules: all of them once, and any that says it
-    /// is captured.
+    /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
     fn leftovers(&self) -> Vec<&PodFacts> {
         let Some(wanted) = self.wanted() else { return Vec::new() };
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();

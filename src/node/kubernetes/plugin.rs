@@ -1,12 +1,13 @@
 //! The questions of the CNI plugin, answered from what is known of pods; and the end of the plugin, with the last daemon.
 
-use super::{Place, Running, Source, watch};
+use super::{Place, Running, Source};
 use crate::mesh::Text;
 use crate::node::cni::{Asked, Question, Verb, install};
 use crate::node::kubernetes::select::PodFacts;
 use crate::node::pods::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
+use crate::telemetry::log::with_causes;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -147,7 +148,7 @@ impl Source {
             Ok(Ok(Some(_))) => return,
             // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
             Ok(Err(error)) => {
-                return tracing::warn!(error = watch::why(error), "the CNI plugin stays: DaemonSet not readable");
+                return tracing::warn!(error = with_causes(error), "the CNI plugin stays: DaemonSet not readable");
             }
             Err(_) => return tracing::warn!("the CNI plugin stays: the Kubernetes API does not answer"),
         };

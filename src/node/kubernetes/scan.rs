@@ -3,7 +3,7 @@
 
 use super::cgroup::{Owner, owner};
 use crate::mesh::Text;
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, id_at};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -48,14 +48,14 @@ pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found>
         sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, pod))).collect();
     let not_pods: HashSet<(u64, u64)> = [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()]
         .iter()
-        .filter_map(|p| id(p))
+        .filter_map(|path| id_at(path))
         .collect();
     let mut candidates: HashMap<Text, BTreeMap<(u64, u64), Candidate>> = HashMap::new();
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let folder = proc.join(pid.to_string());
         // A process may end at any of these.
-        let Some(netns) = id(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
+        let Some(netns) = id_at(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
         let Ok(cgroups) = std::fs::read_to_string(folder.join("cgroup")) else { continue };
         let pod = match owner(&cgroups) {
             Some(Owner::Pod(uid)) => by_uid.get(uid.as_str()),
@@ -107,12 +107,6 @@ fn choose(proc: &Path, pod: &Sought, candidates: BTreeMap<(u64, u64), Candidate>
 fn list(ips: &[IpAddr]) -> String {
     let names: Vec<String> = ips.iter().map(ToString::to_string).collect();
     if names.is_empty() { "no address".into() } else { names.join(", ") }
-}
-
-fn id(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
 }
 
 /// When a process began, in ticks since the start of the machine: field 22 of `stat`, counted behind the last `)`, because
@@ -189,7 +183,7 @@ mod tests {
         proc.process(60, &cgroup, 50, "/proc/1/ns/net");
         proc.process(70, "/user.slice", 10, &own);
         let found = |ip: &str| scan(&proc.0, Path::new("/nonexistent"), &[sought(ip)]).remove(UID).unwrap();
-        let id = |path: &str| id(Path::new(path)).unwrap();
+        let id = |path: &str| id_at(Path::new(path)).unwrap();
         assert!(
             matches!(found("10.9.0.1"), Found::Namespace(netns, path) if netns.id() == id(&own) && path.ends_with("50/ns/net"))
         );

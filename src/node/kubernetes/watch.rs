@@ -4,6 +4,7 @@
 use super::select::{Labels, PodFacts};
 use crate::mesh::Text;
 use crate::task::backoff::Backoff;
+use crate::telemetry::log::with_causes;
 use futures_util::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::core::PartialObjectMeta;
@@ -164,7 +165,7 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         if self.streaming && !self.listed && refuses_streaming(error) {
             return self.without_streaming("the Kubernetes API refuses to");
         }
-        let error = why(error);
+        let error = with_causes(error);
         if self.said.as_ref() != Some(&error) {
             let resource = self.resource;
             tracing::warn!(resource, error, "the Kubernetes API does not tell of changes; what is enrolled stays so");
@@ -253,18 +254,4 @@ async fn follow<K: Send + 'static, T>(
 /// Whether a server has refused the initial list by watch: it says that the request is invalid.
 fn refuses_streaming(error: &Error) -> bool {
     matches!(error, Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
-}
-
-/// An error with all its causes, in one line.
-pub fn why(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text += &format!(": {more}");
-        }
-        cause = error.source();
-    }
-    text
 }

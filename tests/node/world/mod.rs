@@ -8,6 +8,7 @@ pub mod facts;
 pub mod kube;
 pub mod names;
 pub mod process;
+pub mod sniffer;
 pub mod wire;
 
 pub use agent::Agent;
