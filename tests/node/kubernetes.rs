@@ -595,11 +595,12 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
 fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     let mut c = cluster();
     let cni = Cni::new(&c.w);
-    c.start_one(&cni.settings());
+    let deadline = [("CONNECTION_TERMINATION_DEADLINE", "1s")];
+    let settings: Vec<(&str, &str)> = cni.settings().into_iter().chain(deadline).collect();
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    c.start_one(&settings);
     eventually("it is installed", || cni.ours().is_some());
-    eventually("the client is captured", || c.state("client") == "captured");
-    // A connection that is open delays the end.
-    let _open = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
     // Whoever removes it finds it back.
     std::fs::remove_file(cni.conf.join("00-culvert.conflist")).unwrap();
     eventually("it is back", || cni.ours().is_some());
@@ -616,12 +617,16 @@ fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     ] {
         eventually("it is installed", || cni.ours().is_some());
         c.apis[0].daemonset("ztunnel", set);
+        // A connection that is open delays the end: nobody installs it again meanwhile.
+        eventually("the client is captured", || c.state("client") == "captured");
+        let mut open = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
+        open.write_all(b"ping").and_then(|()| open.read_exact(&mut [0; 4])).unwrap();
         let mut daemon = c.w.take_node(1);
         daemon.signal(nix::sys::signal::Signal::SIGTERM);
         daemon.wait();
         assert_eq!((cni.ours().is_some(), cni.bin.join("culvert-cni").exists()), (stays, stays));
         assert!(cni.conf.join("10-net.conflist").exists());
-        c.start_one(&cni.settings());
+        c.start_one(&settings);
     }
 }
 
