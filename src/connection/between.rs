@@ -8,7 +8,7 @@ use super::forward::{ForwardError, Stop};
 use super::report::Failure;
 use super::worker::Worker;
 use crate::hbone::stream::app_broken;
-use crate::identity::{Chain, Credentials};
+use crate::identity::{Chain, Credentials, Distrust};
 use crate::mesh::address::is_link_local;
 use crate::mesh::{self, Snapshot, Workload};
 use crate::sys::socket::reset_on_close;
@@ -98,6 +98,7 @@ pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) 
         drain: pod.signal(),
         sockets: pod.sockets,
         hbone: worker.shared.config.hbone,
+        buffers: worker.shared.buffers.clone(),
     }
 }
 
@@ -137,11 +138,14 @@ pub(super) async fn stop(pod: &Pod, permit: Option<&Live>, peer: Option<&Chain>)
     };
     let distrusted = async {
         let Some(peer) = peer else { return std::future::pending().await };
-        peer.revoked().await;
+        match peer.distrusted().await {
+            Distrust::Revoked => Stop::CertificateRevoked,
+            Distrust::Expired => Stop::CertificateExpired,
+        }
     };
     tokio::select! {
         why = revoked => why,
-        () = distrusted => Stop::CertificateRevoked,
+        why = distrusted => why,
         () = drain.now() => Stop::Drained,
     }
 }
@@ -152,8 +156,9 @@ pub(super) fn status(failure: &Failure) -> StatusCode {
         Failure::Request(_) => StatusCode::BAD_REQUEST,
         Failure::Local(error) => error.status(),
         Failure::Refused(_) => StatusCode::UNAUTHORIZED,
-        Failure::Limit(_)
-        | Failure::Largest { .. }
+        Failure::Budget(_)
+        | Failure::Queue(_)
+        | Failure::Handshakes(_)
         | Failure::LocalWorkload(_)
         | Failure::Accept(_)
         | Failure::Identity(_)

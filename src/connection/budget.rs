@@ -1,10 +1,12 @@
 //! How many connections a node carries, and who has to wait where it is nearly too many: above 80 % of what connections,
-//! open files or memory allow, the newest connections of the pod that has most of them are refused. The others, the admin
-//! port and capture go on with what is left.
+//! open files or memory allow, the newest connections are refused of the peer that has most of them in the pod that has
+//! most of them. The others, the admin port and capture go on with what is left.
 
-use super::report::Failure;
+use crate::hbone::Buffers;
+use crate::mesh::Text;
 use crate::sys::limits;
 use crate::task::thread::beside;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -13,6 +15,12 @@ use std::time::Duration;
 const LOOK: Duration = Duration::from_millis(500);
 /// Files that a connection takes.
 const FILES: u64 = 2;
+/// Memory that a connection takes beside what it makes us hold: what is in use less this is used by something else.
+const CONNECTION_BYTES: u64 = 48 * 1024;
+/// Connections that each pod may have however scarce memory is, while it is above 80 %, and above 95 %: they are not what
+/// uses it up.
+const FLOOR: usize = 32;
+const LAST_FLOOR: usize = 8;
 
 /// What is scarce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,20 +43,99 @@ impl std::fmt::Display for Scarce {
     }
 }
 
-/// Connections of one pod that are open.
-pub type Count = Arc<AtomicUsize>;
+/// Why there is no room.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The node has as many as it may have.
+    #[error("too many connections: no more than the {all} that are open fit this node's {scarce}")]
+    Full {
+        /// Connections of all pods.
+        all: usize,
+        /// What there is too little of.
+        scarce: Scarce,
+    },
+    /// The node is nearly full, and this pod has the most.
+    #[error(
+        "the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused"
+    )]
+    Pod {
+        /// Connections of the pod.
+        own: usize,
+        /// Connections of all pods.
+        all: usize,
+        /// What there is too little of.
+        scarce: Scarce,
+    },
+    /// The node is nearly full, this pod has the most, and this peer has most of the pod's.
+    #[error(
+        "the node's {scarce} are above 80 %, and of the {own} connections of the pod that has the most of them, {peer} has the most, {of_peer}: its newest are refused"
+    )]
+    Peer {
+        /// The peer's identity.
+        peer: Text,
+        /// Connections of the peer to the pod.
+        of_peer: usize,
+        /// Connections of the pod.
+        own: usize,
+        /// What there is too little of.
+        scarce: Scarce,
+    },
+}
+
+/// Connections of one pod that are open, and who has them.
+#[derive(Debug, Default)]
+pub struct Share {
+    open: AtomicUsize,
+    peers: Mutex<HashMap<Text, usize>>,
+}
+
+impl Share {
+    fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// One more of a peer: how many it has now, and the most that any other has.
+    fn join(&self, peer: &Text) {
+        *self.peers.lock().unwrap_or_else(PoisonError::into_inner).entry(peer.clone()).or_default() += 1;
+    }
+
+    fn leave(&self, peer: &Text) {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = peers.get_mut(peer).map_or(0, |own| {
+            *own = own.saturating_sub(1);
+            *own
+        });
+        if left == 0 {
+            peers.remove(peer);
+        }
+    }
+
+    /// How many a peer has, where no other has more.
+    fn largest(&self, peer: &Text) -> Option<usize> {
+        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = peers.get(peer).copied().unwrap_or(0);
+        let others = peers.iter().filter(|(other, _)| *other != peer).map(|(_, count)| *count);
+        (own >= others.max().unwrap_or(0)).then_some(own)
+    }
+}
+
+/// A pod's share, held by it.
+pub type Count = Arc<Share>;
 
 /// The connections of a node.
 #[derive(Debug)]
 pub struct Budget {
     max: usize,
+    buffers: Arc<Buffers>,
     open: AtomicUsize,
     /// From here on the largest consumer waits.
     scarce_at: AtomicUsize,
     why: AtomicU8,
     /// From here on everybody does.
     full_at: AtomicUsize,
-    pods: Mutex<Vec<Weak<AtomicUsize>>>,
+    /// As many each pod may have nevertheless.
+    floor: AtomicUsize,
+    pods: Mutex<Vec<Weak<Share>>>,
 }
 
 /// One open connection or stream.
@@ -56,12 +143,16 @@ pub struct Budget {
 pub struct Open {
     budget: Arc<Budget>,
     pod: Count,
+    peer: Option<Text>,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         self.budget.open.fetch_sub(1, Ordering::Relaxed);
-        self.pod.fetch_sub(1, Ordering::Relaxed);
+        self.pod.open.fetch_sub(1, Ordering::Relaxed);
+        if let Some(peer) = &self.peer {
+            self.pod.leave(peer);
+        }
     }
 }
 
@@ -75,11 +166,18 @@ pub struct Look {
 }
 
 impl Budget {
-    /// Room for `max` connections.
-    pub fn new(max: usize) -> Self {
-        let why = AtomicU8::new(Scarce::Connections as u8);
-        let scarce_at = AtomicUsize::new(share(max, 80));
-        Self { max, open: AtomicUsize::new(0), scarce_at, why, full_at: AtomicUsize::new(max), pods: Mutex::default() }
+    /// Room for `max` connections; what their peers make us hold is in `buffers`.
+    pub fn new(max: usize, buffers: Arc<Buffers>) -> Self {
+        Self {
+            max,
+            buffers,
+            open: AtomicUsize::new(0),
+            scarce_at: AtomicUsize::new(share(max, 80)),
+            why: AtomicU8::new(Scarce::Connections as u8),
+            full_at: AtomicUsize::new(max),
+            floor: AtomicUsize::new(0),
+            pods: Mutex::default(),
+        }
     }
 
     /// Learns of a pod that will have connections.
@@ -91,15 +189,26 @@ impl Budget {
         }
     }
 
-    /// Room for one more connection or stream of a pod, for as long as the result is held.
-    pub fn open(self: &Arc<Self>, pod: &Count) -> Result<Open, Failure> {
-        let (all, own) = (self.open.fetch_add(1, Ordering::Relaxed), pod.fetch_add(1, Ordering::Relaxed));
-        let open = Open { budget: self.clone(), pod: pod.clone() };
+    /// Room for one more connection or stream of a pod, for as long as the result is held; `peer` is who has proven to be
+    /// at its other end.
+    pub fn open(self: &Arc<Self>, pod: &Count, peer: Option<&Text>) -> Result<Open, Refused> {
+        let (all, own) = (self.open.fetch_add(1, Ordering::Relaxed), pod.open.fetch_add(1, Ordering::Relaxed));
+        if let Some(peer) = peer {
+            pod.join(peer);
+        }
+        let open = Open { budget: self.clone(), pod: pod.clone(), peer: peer.cloned() };
+        if own < self.floor.load(Ordering::Relaxed) && all < self.max {
+            return Ok(open);
+        }
         if all >= self.full_at.load(Ordering::Relaxed) {
-            return Err(Failure::Limit(all));
+            return Err(Refused::Full { all, scarce: self.scarce() });
         }
         if all >= self.scarce_at.load(Ordering::Relaxed) && own > 0 && own >= self.largest(pod) {
-            return Err(Failure::Largest { own, all, scarce: self.scarce() });
+            let scarce = self.scarce();
+            let Some(peer) = peer else { return Err(Refused::Pod { own, all, scarce }) };
+            if let Some(of_peer) = pod.largest(peer) {
+                return Err(Refused::Peer { peer: peer.clone(), of_peer: of_peer.saturating_sub(1), own, scarce });
+            }
         }
         Ok(open)
     }
@@ -108,7 +217,7 @@ impl Budget {
     fn largest(&self, own: &Count) -> usize {
         let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
         let others = pods.iter().filter(|pod| pod.as_ptr() != Arc::as_ptr(own)).filter_map(Weak::upgrade);
-        others.map(|pod| pod.load(Ordering::Relaxed)).max().unwrap_or(0)
+        others.map(|pod| pod.open()).max().unwrap_or(0)
     }
 
     fn scarce(&self) -> Scarce {
@@ -119,29 +228,38 @@ impl Budget {
         }
     }
 
-    /// Takes account of the machine. Files that are no connections are other pods' listeners, tunnels and the rest.
+    /// Takes account of the machine. Files that are no connections are other pods' listeners, tunnels and the rest; memory
+    /// that connections do not use is the mesh's facts and the rest.
     pub fn take_account(&self, look: Look) {
         let open = self.open.load(Ordering::Relaxed);
         let (mut scarce_at, mut full_at, mut why) = (share(self.max, 80), self.max, Scarce::Connections);
+        let mut floor = 0;
+        // How many connections fit into a share of `max`, where `used` of it is used now.
+        let room = |used: u64, max: u64, each: u64, percent: u64, more: u64| {
+            let others = used.saturating_sub(each * open as u64 + more);
+            let left = (max / 100 * percent).saturating_sub(others + more);
+            usize::try_from(left / each).unwrap_or(usize::MAX)
+        };
         if let Some((used, max)) = look.files {
-            let others = used.saturating_sub(FILES * open as u64);
-            let room = |percent: u64| {
-                usize::try_from((max * percent / 100).saturating_sub(others) / FILES).unwrap_or(usize::MAX)
-            };
+            let room = |percent| room(used * 100, max * 100, FILES * 100, percent, 0);
             full_at = full_at.min(room(95));
             if room(80) < scarce_at {
                 (scarce_at, why) = (room(80), Scarce::Files);
             }
         }
-        if look.memory.is_some_and(|(used, max)| used > max / 100 * 80) {
-            (scarce_at, why) = (0, Scarce::Memory);
-        }
-        if look.memory.is_some_and(|(used, max)| used > max / 100 * 95) {
-            full_at = 0;
+        if let Some((used, max)) = look.memory.filter(|(used, max)| *used > max / 100 * 80) {
+            let room = |percent| room(used, max, CONNECTION_BYTES, percent, self.buffers.held() as u64);
+            (floor, why) = (FLOOR, Scarce::Memory);
+            scarce_at = scarce_at.min(room(80));
+            if used > max / 100 * 95 {
+                floor = LAST_FLOOR;
+                full_at = full_at.min(room(95));
+            }
         }
         self.why.store(why as u8, Ordering::Relaxed);
         self.scarce_at.store(scarce_at, Ordering::Relaxed);
         self.full_at.store(full_at, Ordering::Relaxed);
+        self.floor.store(floor, Ordering::Relaxed);
     }
 
     /// Looks at files and memory again and again.
@@ -165,55 +283,97 @@ fn share(of: usize, percent: usize) -> usize {
 mod tests {
     use super::*;
 
+    fn budget(max: usize) -> Arc<Budget> {
+        Arc::new(Budget::new(max, Buffers::new(usize::MAX)))
+    }
+
     #[test]
     fn the_largest_consumer_waits_first_and_all_others_go_on() {
-        let budget = Arc::new(Budget::new(100));
+        let budget = budget(100);
         let [greedy, modest, third] = [(); 3].map(|()| Count::default());
         for pod in [&greedy, &greedy, &modest, &third] {
             budget.join(pod);
         }
-        let mut held: Vec<Open> = (0..5).map(|_| budget.open(&modest).unwrap()).collect();
+        let mut held: Vec<Open> = (0..5).map(|_| budget.open(&modest, None).unwrap()).collect();
         let mut refused = None;
         for _ in 0..200 {
-            match budget.open(&greedy) {
+            match budget.open(&greedy, None) {
                 Ok(open) => held.push(open),
-                Err(failure) => refused = Some(failure),
+                refusal => refused = refusal.err(),
             }
         }
-        assert_eq!((greedy.load(Ordering::Relaxed), modest.load(Ordering::Relaxed)), (75, 5));
-        assert!(
-            matches!(refused, Some(Failure::Largest { own: 75, all: 80, scarce: Scarce::Connections })),
-            "{refused:?}"
-        );
+        assert_eq!((greedy.open(), modest.open()), (75, 5));
+        assert_eq!(refused, Some(Refused::Pod { own: 75, all: 80, scarce: Scarce::Connections }));
         for _ in 0..20 {
-            held.push(budget.open(&modest).unwrap());
+            held.push(budget.open(&modest, None).unwrap());
         }
-        assert!(matches!(budget.open(&third), Err(Failure::Limit(100))));
+        assert_eq!(budget.open(&third, None).err(), Some(Refused::Full { all: 100, scarce: Scarce::Connections }));
         held.clear();
-        assert_eq!((greedy.load(Ordering::Relaxed), budget.open.load(Ordering::Relaxed)), (0, 0));
-        assert!(budget.open(&greedy).is_ok(), "it recovers alone");
+        assert_eq!((greedy.open(), budget.open.load(Ordering::Relaxed)), (0, 0));
+        assert!(budget.open(&greedy, None).is_ok(), "it recovers alone");
     }
 
     #[test]
-    fn files_and_memory_count() {
-        let budget = Arc::new(Budget::new(1000));
+    fn of_one_pod_the_peer_that_has_most_waits_and_its_other_peers_go_on() {
+        let budget = budget(1000);
+        let victim = Count::default();
+        budget.join(&victim);
+        let (greedy, modest) = (Text::from("spiffe://td/ns/a/sa/greedy"), Text::from("spiffe://td/ns/a/sa/modest"));
+        let mut held: Vec<Open> = (0..10).map(|_| budget.open(&victim, Some(&modest)).unwrap()).collect();
+        let mut refused = None;
+        for _ in 0..2000 {
+            match budget.open(&victim, Some(&greedy)) {
+                Ok(open) => held.push(open),
+                refusal => refused = refusal.err(),
+            }
+        }
+        let expected = Refused::Peer { peer: greedy.clone(), of_peer: 790, own: 800, scarce: Scarce::Connections };
+        assert_eq!(refused, Some(expected));
+        held.extend((0..100).map(|_| budget.open(&victim, Some(&modest)).unwrap()));
+        held.clear();
+        assert!(victim.peers.lock().unwrap().is_empty(), "nothing is kept of who has gone");
+    }
+
+    #[test]
+    fn files_count() {
+        let budget = budget(1000);
         let (one, other) = (Count::default(), Count::default());
         budget.join(&one);
         budget.join(&other);
-        let held: Vec<Open> = (0..10).map(|_| budget.open(&one).unwrap()).collect();
+        let held: Vec<Open> = (0..10).map(|_| budget.open(&one, None).unwrap()).collect();
         // 800 files for all, 780 of them are others': room for 10 connections.
         budget.take_account(Look { files: Some((800, 1000)), memory: None });
-        assert!(matches!(budget.open(&one), Err(Failure::Largest { scarce: Scarce::Files, .. })));
-        assert!(budget.open(&other).is_ok());
+        assert!(matches!(budget.open(&one, None).err(), Some(Refused::Pod { scarce: Scarce::Files, .. })));
+        assert!(budget.open(&other, None).is_ok());
         budget.take_account(Look { files: Some((990, 1000)), memory: None });
-        assert!(matches!(budget.open(&other), Err(Failure::Limit(_))));
-        budget.take_account(Look { files: Some((30, 1000)), memory: Some((7900, 10_000)) });
-        assert!(budget.open(&one).is_ok());
-        budget.take_account(Look { files: Some((30, 1000)), memory: Some((8100, 10_000)) });
-        assert!(matches!(budget.open(&one), Err(Failure::Largest { scarce: Scarce::Memory, .. })));
-        assert!(budget.open(&other).is_ok());
+        assert!(matches!(budget.open(&other, None).err(), Some(Refused::Full { scarce: Scarce::Files, .. })));
         budget.take_account(Look::default());
-        assert!(budget.open(&one).is_ok());
+        assert!(budget.open(&one, None).is_ok());
         drop(held);
+    }
+
+    #[test]
+    fn memory_that_something_else_uses_leaves_each_pod_its_floor() {
+        const MIB: u64 = 1 << 20;
+        let budget = budget(100_000);
+        let (one, other) = (Count::default(), Count::default());
+        budget.join(&one);
+        budget.join(&other);
+        let mut held: Vec<Open> = (0..100).map(|_| budget.open(&one, None).unwrap()).collect();
+        budget.take_account(Look { files: None, memory: Some((79 * MIB, 100 * MIB)) });
+        assert!(budget.open(&one, None).is_ok());
+        budget.take_account(Look { files: None, memory: Some((85 * MIB, 100 * MIB)) });
+        assert!(matches!(budget.open(&one, None).err(), Some(Refused::Pod { scarce: Scarce::Memory, .. })));
+        assert!(budget.open(&other, None).is_ok());
+        // However long it lasts, and whoever is the largest by then.
+        held.truncate(FLOOR - 1);
+        for _ in 0..10 {
+            drop(budget.open(&one, None).unwrap());
+        }
+        budget.take_account(Look { files: None, memory: Some((97 * MIB, 100 * MIB)) });
+        assert!(matches!(budget.open(&one, None).err(), Some(Refused::Full { scarce: Scarce::Memory, .. })));
+        assert!(budget.open(&other, None).is_ok());
+        budget.take_account(Look::default());
+        assert!(budget.open(&one, None).is_ok());
     }
 }

@@ -21,6 +21,7 @@ pub use pod::Pod;
 pub use worker::{Entrance, Shared, Workers};
 
 use accept::{Peer, tunnel as tunnelled};
+use budget::Open;
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use choose::{HboneWay, LocalError, OWN_PORTS, Way};
@@ -29,15 +30,16 @@ use report::{Details, Direction, Failure, Record, live::Connection, record::Sock
 use worker::Worker;
 
 use crate::hbone::{self, Authority, ConnectRequest, Incoming};
-use crate::mesh::{SpiffeName, address::canonical};
+use crate::mesh::{SpiffeName, Text, address::canonical};
+use crate::task::places::Place;
 use http::StatusCode;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long the tunnel of a peer whose certificate has been revoked lasts, for its streams to be reset in order.
-const REVOKED_GRACE: Duration = Duration::from_millis(500);
+/// How long the tunnel of a peer that is not trusted any more lasts, for its streams to be reset in order.
+const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
 /// Settings of the data plane.
 #[derive(Clone, Copy, Debug)]
@@ -154,20 +156,29 @@ async fn open(
     }
 }
 
-/// 15008: a tunnel from a peer; its streams become tasks of this worker.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
-    let record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
-    let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
-    let Peer { identity, source, local, tls, chain, tunnel: mut server } =
-        match Box::pin(shake_hands(worker, pod, socket, peer)).await {
-            Ok(peer) => {
+/// 15008: a tunnel from a peer; its streams become tasks of this worker. Until the peer has proven who it is, it has
+/// `place` and no more; then it is charged for.
+pub async fn tunnel(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    place: Place,
+) {
+    let reporter = &worker.shared.reporter;
+    let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let _count = SocketCount::new(reporter, Direction::Inbound);
+    let (Peer { identity, source, local, tls, chain, tunnel: mut server }, key, _open) =
+        match shake_hands(worker, pod, socket, peer).await {
+            Ok(known) => {
                 // From here on each stream has its own record.
                 record.finish(Ok(()));
-                peer
+                known
             }
             Err(failure) => return record.finish(Err(failure)),
         };
-    let peer = Arc::new(PeerFacts { identity, source, local, tls, chain });
+    drop(place);
+    let peer = Arc::new(PeerFacts { identity, key, source, local, tls, chain });
     let drain = pod.signal();
     let (mut going_away, mut end) = (false, None);
     loop {
@@ -180,8 +191,8 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
             }
             () = drain.now() => return,
             // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
-            () = peer.chain.revoked(), if end.is_none() => {
-                end = Some(Instant::now() + REVOKED_GRACE);
+            _ = peer.chain.distrusted(), if end.is_none() => {
+                end = Some(Instant::now() + DISTRUST_GRACE);
                 server.go_away();
                 continue;
             }
@@ -197,30 +208,41 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 });
             }
             Some(Err(error)) => {
-                tracing::debug!(%error, peer = %peer.source, identity = %peer.identity, "tunnel ended");
-                return;
+                return reporter.tunnel_ended(Direction::Inbound, peer.source, &peer.identity, &error);
             }
             None => return,
         }
     }
 }
 
+/// The peer, its identity as the budget knows it, and its place there.
 async fn shake_hands(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     socket: std::net::TcpStream,
     peer: SocketAddr,
-) -> Result<Peer, Failure> {
-    let config = &worker.shared.config;
-    let (_, workload) = local_facts(worker, pod).await?;
-    let credentials = own_credentials(worker, &workload).await?;
-    Ok(tunnelled::handshake(socket, peer, &pod.sockets.legs, &credentials, &config.hbone).await?)
+) -> Result<(Peer, Text, Open), Failure> {
+    let socket = tunnelled::first_byte(socket, &pod.sockets.legs).await?;
+    let shared = &worker.shared;
+    let shake = async {
+        let (_, workload) = local_facts(worker, pod).await?;
+        let credentials = own_credentials(worker, &workload).await?;
+        let hbone = &shared.config.hbone;
+        Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
+    };
+    // Boxed, so that an open tunnel does not keep the room that opening it took.
+    let peer: Peer = Box::pin(tunnelled::in_time::<_, Failure>(shake)).await?;
+    let key = Text::from(peer.identity.to_string());
+    let open = shared.budget.open(&pod.open, Some(&key))?;
+    Ok((peer, key, open))
 }
 
 /// What is known of the peer of a tunnel.
 #[derive(Debug)]
 struct PeerFacts {
     identity: SpiffeName,
+    /// The identity, as the budget knows it.
+    key: Text,
     source: SocketAddr,
     local: SocketAddr,
     tls: crate::identity::TlsFacts,
@@ -230,11 +252,11 @@ struct PeerFacts {
 /// One CONNECT stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let _open = match worker.shared.budget.open(&pod.open) {
+    let _open = match worker.shared.budget.open(&pod.open, Some(&peer.key)) {
         Ok(open) => open,
-        Err(failure) => {
+        Err(refused) => {
             incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
-            return record.finish(Err(failure));
+            return record.finish(Err(refused.into()));
         }
     };
     let request = incoming.request.clone();

@@ -5,11 +5,15 @@ use super::accept::listener;
 use super::authorize::revoke::Registry;
 use super::budget::{Budget, Open};
 use super::dial::Pool;
+use super::dial::pool::Key;
 use super::report::{Direction, Failure, Record, Reporter};
 use super::{Config, Pod};
+use crate::hbone::{Buffers, TunnelError};
+use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
+use crate::task::places::{Place, Places};
 use crate::task::{Group, thread};
 use crate::{identity, mesh};
 use std::io;
@@ -25,6 +29,10 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Accepted sockets that may wait for a busy worker.
 const QUEUE: usize = 4096;
+
+/// Handshakes at once on a node, and of one source address.
+const HANDSHAKES_MAX: usize = 1024;
+const HANDSHAKES_OF_ONE: usize = 256;
 
 /// How long connections may take to write their last line when they are cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
@@ -44,6 +52,17 @@ pub struct Shared {
     pub permits: Arc<Registry>,
     /// Room for connections and streams, on all workers.
     pub budget: Arc<Budget>,
+    /// What peers make us hold.
+    pub buffers: Arc<Buffers>,
+    /// Places for connections to HBONE ports whose peer has not proven yet who it is; no pod is charged for them.
+    pub handshakes: Arc<Places>,
+}
+
+impl Shared {
+    /// Places for handshakes: enough for peers that all come at once, little enough to be cheap when nobody speaks.
+    pub fn handshakes() -> Arc<Places> {
+        Places::new(HANDSHAKES_MAX, HANDSHAKES_OF_ONE)
+    }
 }
 
 /// One worker.
@@ -80,13 +99,19 @@ impl Entrance {
 }
 
 struct Accepted {
-    open: Option<Open>,
+    room: Room,
     /// Counts it among its pod's connections already while it waits for its worker.
     active: TaskTrackerToken,
     socket: TcpStream,
     peer: SocketAddr,
     entrance: Entrance,
     pod: Arc<Pod>,
+}
+
+/// What an accepted connection is counted as.
+enum Room {
+    Open(Open),
+    Handshake(Place),
 }
 
 #[derive(Debug)]
@@ -115,7 +140,11 @@ impl Workers {
         let (mut all, mut threads) = (Vec::new(), Vec::new());
         for index in 0..shared.config.workers.max(1) {
             let tasks = Group::default();
-            let pool = Pool::new(shared.config.pool, tasks.clone());
+            let reporter = shared.reporter.clone();
+            let broken = move |key: &Key, peer: &SpiffeName, error: &TunnelError| {
+                reporter.tunnel_ended(Direction::Outbound, key.to, peer, error);
+            };
+            let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));
             let worker = Arc::new(Worker { shared: shared.clone(), pool, tasks, load: AtomicUsize::new(0) });
             let (deliver, accepted) = mpsc::channel(QUEUE);
             let (stop, main) = (stop.clone(), worker.clone());
@@ -144,10 +173,7 @@ impl Workers {
         home.worker.shared.budget.join(&pod.open);
         let work = listener::run(listener, drain, move |socket, peer| {
             let _accepts = &accepts;
-            hand_over(
-                &all,
-                Accepted { open: None, active: pod.active.token(), socket, peer, entrance, pod: pod.clone() },
-            );
+            hand_over(&all, &pod, socket, peer, entrance);
         });
         accepting.spawn_on(work, &home.runtime);
     }
@@ -193,16 +219,17 @@ impl Workers {
 }
 
 async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
-    while let Some(Accepted { open, active, socket, peer, entrance, pod }) = accepted.recv().await {
+    while let Some(Accepted { room, active, socket, peer, entrance, pod }) = accepted.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
             let load = Load(worker.clone());
-            match entrance {
-                Entrance::Outbound => super::outbound(&worker, &pod, socket, peer).await,
-                Entrance::Plaintext => super::plaintext(&worker, &pod, socket, peer).await,
-                Entrance::Tunnel => super::tunnel(&worker, &pod, socket, peer).await,
+            match (entrance, room) {
+                (Entrance::Outbound, Room::Open(_open)) => super::outbound(&worker, &pod, socket, peer).await,
+                (Entrance::Plaintext, Room::Open(_open)) => super::plaintext(&worker, &pod, socket, peer).await,
+                (_, Room::Handshake(place)) => super::tunnel(&worker, &pod, socket, peer, place).await,
+                (Entrance::Tunnel, Room::Open(_)) => {}
             }
-            drop((load, active, open));
+            drop((load, active));
         });
     }
 }
@@ -216,32 +243,32 @@ impl Drop for Load {
     }
 }
 
-fn hand_over(all: &[Handle], mut accepted: Accepted) {
+fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
     let Some(handle) = least else { return };
-    let refuse = |accepted: Accepted, failure: Failure| {
-        let reporter = &handle.worker.shared.reporter;
-        let direction = accepted.entrance.direction();
-        let record = Record::begin(reporter, &accepted.pod.uid, direction, canonical(accepted.peer));
+    let shared = &handle.worker.shared;
+    let refuse = |socket: &TcpStream, failure: Failure| {
+        let record = Record::begin(&shared.reporter, &pod.uid, entrance.direction(), canonical(peer));
         record.finish(Err(failure));
-        reset_on_close(&accepted.socket);
+        reset_on_close(socket);
     };
-    let full = match handle.worker.shared.budget.open(&accepted.pod.open) {
-        Ok(open) => {
-            accepted.open = Some(open);
-            None
+    let room = match entrance {
+        Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Room::Handshake).map_err(Failure::from),
+        Entrance::Outbound | Entrance::Plaintext => shared.budget.open(&pod.open, None).map(Room::Open).map_err(Failure::from),
+    };
+    let room = match room {
+        Ok(room) => room,
+        Err(failure) => {
+            // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
+            let probe = entrance == Entrance::Outbound
+                && original_dst(&socket, peer).is_ok_and(|to| pod.probes.take(canonical(to)));
+            return if probe { reset_on_close(&socket) } else { refuse(&socket, failure) };
         }
-        Err(failure) => Some(failure),
     };
-    if let Some(failure) = full {
-        // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
-        let probe = accepted.entrance == Entrance::Outbound
-            && original_dst(&accepted.socket, accepted.peer).is_ok_and(|to| accepted.pod.probes.take(canonical(to)));
-        return if probe { reset_on_close(&accepted.socket) } else { refuse(accepted, failure) };
-    }
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
+    let accepted = Accepted { room, active: pod.active.token(), socket, peer, entrance, pod: pod.clone() };
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
-        refuse(full.into_inner(), Failure::Limit(QUEUE));
+        refuse(&full.into_inner().socket, Failure::Queue(QUEUE));
     }
 }

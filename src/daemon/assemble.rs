@@ -13,6 +13,7 @@ use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
 use crate::dns::{self, Dns};
+use crate::hbone::Buffers;
 use crate::identity::istio_ca::IstioCa;
 use crate::identity::revoked::Revocations;
 use crate::identity::{Authority, Builtin, Store as Identities};
@@ -37,6 +38,9 @@ use tokio::sync::Notify;
 
 /// What readiness and whoever needs facts wait for.
 const FACTS: &str = "mesh facts";
+
+/// What peers may make this node hold where its memory has no limit, and at most.
+const BUFFER_BYTES: usize = 1 << 30;
 
 /// How long whoever has something left to do when the process ends may take.
 const LAST_WORDS: Duration = Duration::from_secs(4);
@@ -79,13 +83,16 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
 
     let (reporter, permits) = (Arc::new(Reporter::default()), Arc::new(Permits::default()));
     reporter.metrics.register(&mut registry);
+    let buffers = Buffers::new(buffer_bytes());
     let shared = Arc::new(Shared {
         config: config.connection,
         mesh: mesh.clone(),
         identities: identities.clone(),
         reporter: reporter.clone(),
         permits: permits.clone(),
-        budget: Arc::new(Budget::new(config.connection.max_connections)),
+        budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
+        buffers,
+        handshakes: Shared::handshakes(),
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
 
@@ -99,6 +106,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         log: log.clone(),
         identities: identities.clone(),
         freshness: facts.freshness.clone(),
+        buffers: shared.buffers.clone(),
     }));
     let for_pods = pods::Metrics::register(&config, &mut registry);
 
@@ -143,6 +151,12 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     end(&parts, &drain, &workers, (&last, &background), &mut signals).await;
     facts.stop();
     Ok(())
+}
+
+/// What peers may make this node hold: a quarter of its memory, where that is limited.
+fn buffer_bytes() -> usize {
+    let limit = sys::limits::Memory::of_process().and_then(|memory| memory.now()).map(|(_, max)| max / 4);
+    limit.map_or(BUFFER_BYTES, |bytes| usize::try_from(bytes).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES))
 }
 
 fn names(config: &Config, mesh: &Arc<Mesh>, registry: &mut Registry) -> anyhow::Result<Arc<Dns>> {
@@ -327,6 +341,7 @@ struct Gauges {
     log: LogControl,
     identities: Arc<Identities>,
     freshness: Arc<Freshness>,
+    buffers: Arc<Buffers>,
 }
 
 impl Collector for Gauges {
@@ -339,6 +354,10 @@ impl Collector for Gauges {
         put("culvert_tunnels_open", "Tunnels open towards peers", self.workers.tunnels() as u64)?;
         let help = "Tasks of the data plane: connections, streams, tunnels";
         put("culvert_data_plane_tasks", help, self.workers.running() as u64)?;
+        let help = "Bytes held for peers: received and not passed on, or not read by them";
+        put("culvert_buffers_held_bytes", help, self.buffers.held() as u64)?;
+        let help = "Bytes that may be held before the tunnel that holds most is cut";
+        put("culvert_buffers_max_bytes", help, self.buffers.limit() as u64)?;
         if let Some(left) = self.identities.time_to_outage() {
             let help = "Time until the first identity of this node is without certificate if no renewal succeeds";
             put("culvert_seconds_to_certificate_outage", help, left.as_secs())?;

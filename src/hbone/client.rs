@@ -1,12 +1,19 @@
 //! The client end of a tunnel: open streams through it until either side says that it is going away.
 
+use super::buffers::Account;
+use super::flow::Opened;
+use super::guard::Guard;
 use super::request::ConnectRequest;
-use super::{Config, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
+use super::windows::{Adjust, Windows};
+use super::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use h2::{Ping, PingPong};
 use http::StatusCode;
 use std::fmt;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Largest header list taken in an answer.
@@ -16,6 +23,7 @@ const HEADER_LIST_BYTES: u32 = 16 * 1024;
 #[derive(Clone)]
 pub struct Tunnel {
     sender: SendRequest<Bytes>,
+    account: Arc<Account>,
 }
 
 impl fmt::Debug for Tunnel {
@@ -26,7 +34,9 @@ impl fmt::Debug for Tunnel {
 
 /// Moves the bytes of a tunnel; somebody must await [`Driver::run`] for as long as the tunnel is used.
 pub struct Driver<IO> {
-    connection: Connection<IO, Bytes>,
+    connection: Connection<Guard<IO>, Bytes>,
+    account: Arc<Account>,
+    windows: Windows,
     pings: Option<PingPong>,
 }
 
@@ -42,6 +52,9 @@ pub enum OpenError {
     /// The tunnel was gone before the request was sent: another tunnel may be tried without risk.
     #[error("the tunnel is going away: {0}")]
     TunnelGone(h2::Error),
+    /// The peer takes no more streams on this tunnel for now: it may be asked again without risk.
+    #[error("the peer refuses the stream (REFUSED_STREAM)")]
+    Refused,
     /// The peer refused the stream.
     #[error("http status: {0}")]
     Status(StatusCode),
@@ -53,8 +66,12 @@ pub enum OpenError {
     Request(#[from] http::Error),
 }
 
-/// Starts HTTP/2 on `io`.
-pub async fn handshake<IO>(io: IO, config: &Config) -> Result<(Tunnel, Driver<IO>), TunnelError>
+/// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.
+pub async fn handshake<IO>(
+    io: IO,
+    config: &Config,
+    account: &Arc<Account>,
+) -> Result<(Tunnel, Driver<IO>), TunnelError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {
@@ -64,11 +81,15 @@ where
         .max_frame_size(config.frame_size)
         .max_header_list_size(HEADER_LIST_BYTES)
         .max_send_buffer_size(SEND_BUFFER_BYTES)
+        .max_local_error_reset_streams(None)
+        .data_frame_budget(FRAME_BUDGET)
         .enable_push(false)
-        .handshake(io)
-        .await?;
-    let pings = connection.ping_pong();
-    Ok((Tunnel { sender }, Driver { connection, pings }))
+        .handshake(Guard::client(io, account.clone()))
+        .await
+        .map_err(|error| TunnelError::of(error, account))?;
+    let (pings, account) = (connection.ping_pong(), account.clone());
+    let windows = Windows::new(config);
+    Ok((Tunnel { sender, account: account.clone() }, Driver { connection, account, windows, pings }))
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
@@ -77,19 +98,37 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         let Some(pings) = &mut self.pings else { return Ok(()) };
         tokio::select! {
             ended = &mut self.connection => match ended {
-                Err(error) => Err(error.into()),
+                Err(error) => Err(TunnelError::of(error, &self.account)),
                 Ok(()) => Err(TunnelError::Closed),
             },
-            answer = pings.ping(Ping::opaque()) => Ok(answer.map(drop)?),
+            answer = pings.ping(Ping::opaque()) => answer.map(drop).map_err(|error| TunnelError::of(error, &self.account)),
         }
     }
 
-    /// Runs the tunnel until it ends: when nobody uses it any more, when the peer closes it, or when it breaks.
+    /// Runs the tunnel until it ends: when nobody uses it any more, when the peer closes it, when it breaks, or when it
+    /// is cut.
     pub async fn run(self) -> Result<(), TunnelError> {
+        let Self { mut connection, account, mut windows, pings } = self;
+        let moved = poll_fn(|context| {
+            windows.adjust(&account, &mut connection);
+            Pin::new(&mut connection).poll(context)
+        });
         tokio::select! {
-            ended = self.connection => Ok(ended?),
-            overdue = ping::watch(self.pings) => Err(overdue),
+            biased;
+            why = account.told() => Err(why.into()),
+            ended = moved => ended.map_err(|error| TunnelError::of(error, &account)),
+            overdue = ping::watch(pings) => Err(overdue),
         }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Adjust for Connection<IO, Bytes> {
+    fn connection_window(&mut self, bytes: u32) {
+        self.set_target_window_size(bytes);
+    }
+
+    fn stream_window(&mut self, bytes: u32) -> bool {
+        self.set_initial_window_size(bytes).is_ok()
     }
 }
 
@@ -104,16 +143,19 @@ impl Tunnel {
         let http = request.to_http()?;
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
+        let opened = Opened::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
             // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
             // 8.7 and 6.8).
-            let refused = error.reason() == Some(h2::Reason::REFUSED_STREAM);
-            let untouched = error.is_remote() && (refused || error.is_go_away());
-            if untouched { OpenError::TunnelGone(error) } else { OpenError::Broken(error) }
+            match (error.is_remote(), error.is_go_away()) {
+                (true, true) => OpenError::TunnelGone(error),
+                (true, false) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => OpenError::Refused,
+                _ => OpenError::Broken(error),
+            }
         })?;
         if response.status() != StatusCode::OK {
             return Err(OpenError::Status(response.status()));
         }
-        Ok(Stream::new(send, response.into_body()))
+        Ok(Stream::new(send, response.into_body(), opened))
     }
 }

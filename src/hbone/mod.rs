@@ -3,12 +3,17 @@
 //!
 //! It knows neither TLS nor identities nor policies. Every byte stream given to it must already be authenticated.
 
+pub mod buffers;
 pub mod client;
+mod flow;
+mod guard;
 mod ping;
 pub mod request;
 pub mod server;
 pub mod stream;
+mod windows;
 
+pub use buffers::{Account, Buffers, Cut};
 pub use client::Tunnel;
 pub use request::{Authority, ConnectRequest};
 pub use server::{Incoming, Server};
@@ -34,16 +39,64 @@ pub struct Config {
 /// Unsent bytes that one stream may hold in memory.
 const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
+/// HTTP/2's own bound on small frames that wait is for ever, and one slow reader reaches it; [`Buffers`] bounds them instead.
+const FRAME_BUDGET: usize = 1 << 40;
+
 /// Why a tunnel failed as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
     /// HTTP/2 went wrong, or the byte stream below did.
     #[error("HTTP/2: {0}")]
-    Http2(#[from] h2::Error),
+    Http2(h2::Error),
+    /// We have ended it.
+    #[error(transparent)]
+    Cut(#[from] Cut),
     /// The peer closed the tunnel before it was ready.
     #[error("the peer closed the tunnel before it was ready")]
     Closed,
     /// The peer left a PING unanswered.
     #[error("the peer did not answer a PING within {} s", ping::TIMEOUT.as_secs())]
     PingTimeout,
+}
+
+impl TunnelError {
+    /// HTTP/2 reports an error of the byte stream below by its text alone; the account knows better.
+    fn of(error: h2::Error, account: &Account) -> Self {
+        account.why().map_or(Self::Http2(error), Self::Cut)
+    }
+
+    /// Why *we* have ended the tunnel, as a word for metrics; `None` where the peer or the network did.
+    pub fn cut(&self) -> Option<&'static str> {
+        match self {
+            Self::Cut(why) => Some(why.word()),
+            Self::PingTimeout => Some("ping_timeout"),
+            Self::Closed => None,
+            Self::Http2(error) => broken_rule(error),
+        }
+    }
+}
+
+/// The rule of HTTP/2 that a peer has broken, where we ended its tunnel for that.
+fn broken_rule(error: &h2::Error) -> Option<&'static str> {
+    if !(error.is_library() && error.is_go_away()) {
+        return None;
+    }
+    // What the library counts it tells only in the text that goes to the peer.
+    let text = error.to_string();
+    let counted = [
+        ("too_many_continuations", "continuation_flood"),
+        ("too_many_resets", "rapid_reset"),
+        ("too_many_internal_resets", "late_frames"),
+        ("too_many_data_frames", "empty_frames"),
+    ];
+    if let Some((_, word)) = counted.iter().find(|(said, _)| text.contains(said)) {
+        return Some(word);
+    }
+    Some(match error.reason() {
+        Some(h2::Reason::NO_ERROR) => return None,
+        Some(h2::Reason::COMPRESSION_ERROR) => "hpack",
+        Some(h2::Reason::FLOW_CONTROL_ERROR) => "window_overflow",
+        Some(h2::Reason::ENHANCE_YOUR_CALM) => "flood",
+        _ => "bad_frame",
+    })
 }

@@ -26,7 +26,8 @@ pub async fn watch(pings: Option<PingPong>) -> TunnelError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hbone::{Config, Server, client};
+    use crate::hbone::{Account, Buffers, Config, Server, client};
+    use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::time::Instant;
 
@@ -38,6 +39,10 @@ mod tests {
         half_closed_silence: Duration::from_secs(1),
     };
 
+    fn account(opened_by_peer: bool) -> Arc<Account> {
+        Buffers::new(1 << 20).account("peer", opened_by_peer)
+    }
+
     /// A far end that says its SETTINGS (RFC 9113 section 6.5) and then reads for ever without answering.
     async fn silent(mut far: DuplexStream, opening: &[u8]) {
         far.write_all(opening).await.unwrap();
@@ -48,7 +53,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_server_that_answers_no_ping_is_given_up() {
         let (near, far) = tokio::io::duplex(65_536);
-        let (_tunnel, driver) = client::handshake(near, &CONFIG).await.unwrap();
+        let (_tunnel, driver) = client::handshake(near, &CONFIG, &account(false)).await.unwrap();
         let start = Instant::now();
         let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
         assert!(matches!(ended, Err(TunnelError::PingTimeout)), "{ended:?}");
@@ -59,7 +64,7 @@ mod tests {
     async fn a_client_that_answers_no_ping_is_given_up() {
         let (near, far) = tokio::io::duplex(65_536);
         let serve = async {
-            let mut server = Server::handshake(near, &CONFIG).await.unwrap();
+            let mut server = Server::handshake(near, &CONFIG, &account(true)).await.unwrap();
             let start = Instant::now();
             (server.next().await, start.elapsed())
         };

@@ -1,14 +1,19 @@
 //! The server end of a tunnel: streams come in, each to be accepted or refused.
 
+use super::buffers::Account;
+use super::flow::Opened;
+use super::guard::Guard;
 use super::request::{self, ConnectRequest, RequestError};
-use super::{Config, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
+use super::windows::{Adjust, Windows};
+use super::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::{Connection, SendResponse};
 use http::StatusCode;
 use std::fmt;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::Pin;
+use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 /// Largest header list taken in a request: CONNECT needs a fraction of it.
@@ -16,7 +21,9 @@ const HEADER_LIST_BYTES: u32 = 64 * 1024;
 
 /// A tunnel from one peer.
 pub struct Server<IO> {
-    connection: Connection<IO, Bytes>,
+    connection: Connection<Guard<IO>, Bytes>,
+    account: Arc<Account>,
+    windows: Windows,
     pings: Pin<Box<dyn Future<Output = TunnelError> + Send>>,
 }
 
@@ -32,6 +39,7 @@ pub struct Incoming {
     pub request: Result<ConnectRequest, RequestError>,
     body: RecvStream,
     respond: SendResponse<Bytes>,
+    opened: Opened,
 }
 
 impl fmt::Debug for Incoming {
@@ -41,8 +49,8 @@ impl fmt::Debug for Incoming {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
-    /// Starts HTTP/2 on `io`.
-    pub async fn handshake(io: IO, config: &Config) -> Result<Self, TunnelError> {
+    /// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.
+    pub async fn handshake(io: IO, config: &Config, account: &Arc<Account>) -> Result<Self, TunnelError> {
         let mut connection = h2::server::Builder::new()
             .initial_window_size(config.stream_window)
             .initial_connection_window_size(config.connection_window)
@@ -50,24 +58,35 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
             .max_header_list_size(HEADER_LIST_BYTES)
             .max_send_buffer_size(SEND_BUFFER_BYTES)
             .max_concurrent_streams(config.max_streams)
-            .handshake(io)
-            .await?;
+            .max_local_error_reset_streams(None)
+            .data_frame_budget(FRAME_BUDGET)
+            .handshake(Guard::server(io, account.clone()))
+            .await
+            .map_err(|error| TunnelError::of(error, account))?;
         let pings = Box::pin(ping::watch(connection.ping_pong()));
-        Ok(Self { connection, pings })
+        Ok(Self { connection, account: account.clone(), windows: Windows::new(config), pings })
     }
 
     /// The next stream; `None` when the tunnel has ended. Must be awaited for any stream of the tunnel to move.
     pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
+        let Self { connection, account, windows, pings } = self;
+        let accept = poll_fn(|context| {
+            windows.adjust(account, connection);
+            connection.poll_accept(context)
+        });
         tokio::select! {
-            accepted = self.connection.accept() => Some(match accepted? {
+            biased;
+            why = account.told() => Some(Err(why.into())),
+            accepted = accept => Some(match accepted? {
                 Ok((http, respond)) => {
                     let (parts, body) = http.into_parts();
                     let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
-                    Ok(Incoming { request, body, respond })
+                    let opened = Opened::new(account, respond.stream_id());
+                    Ok(Incoming { request, body, respond, opened })
                 }
-                Err(error) => Err(error.into()),
+                Err(error) => Err(TunnelError::of(error, account)),
             }),
-            overdue = &mut self.pings => Some(Err(overdue)),
+            overdue = pings => Some(Err(overdue)),
         }
     }
 
@@ -80,8 +99,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
 impl Incoming {
     /// Answers 200; `baggage` says who accepted.
     pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, TunnelError> {
-        let send = self.respond.send_response(request::accepted(baggage), false)?;
-        Ok(Stream::new(send, self.body))
+        let send = self.respond.send_response(request::accepted(baggage), false).map_err(TunnelError::Http2)?;
+        Ok(Stream::new(send, self.body, self.opened))
     }
 
     /// Answers with a status that is not 200. What the peer has sent already is never looked at.
@@ -94,5 +113,15 @@ impl Incoming {
     pub async fn abandoned(&mut self) {
         // Any outcome means that no answer is awaited any more.
         let _ = std::future::poll_fn(|context| self.respond.poll_reset(context)).await;
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Adjust for Connection<IO, Bytes> {
+    fn connection_window(&mut self, bytes: u32) {
+        self.set_target_window_size(bytes);
+    }
+
+    fn stream_window(&mut self, bytes: u32) -> bool {
+        self.set_initial_window_size(bytes).is_ok()
     }
 }

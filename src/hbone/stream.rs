@@ -1,6 +1,7 @@
 //! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
 //! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5), back-pressure by not reading.
 
+use super::flow::{Opened, Receiver, Sender, halves};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
@@ -24,8 +25,8 @@ pub trait Meter: Sync {
 
 /// An accepted stream.
 pub struct Stream {
-    send: SendStream<Bytes>,
-    receive: RecvStream,
+    send: Sender,
+    receive: Receiver,
 }
 
 impl fmt::Debug for Stream {
@@ -64,7 +65,8 @@ impl From<h2::Error> for CarryError {
 }
 
 impl Stream {
-    pub(super) fn new(send: SendStream<Bytes>, receive: RecvStream) -> Self {
+    pub(super) fn new(send: SendStream<Bytes>, receive: RecvStream, opened: Opened) -> Self {
+        let (send, receive) = halves(send, receive, opened);
         Self { send, receive }
     }
 
@@ -97,8 +99,8 @@ impl Stream {
 
 async fn both_ways(
     app: &TcpStream,
-    send: &mut SendStream<Bytes>,
-    receive: &mut RecvStream,
+    send: &mut Sender,
+    receive: &mut Receiver,
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), CarryError> {
@@ -128,7 +130,7 @@ async fn both_ways(
     }
 }
 
-async fn app_to_tunnel(app: &TcpStream, send: &mut SendStream<Bytes>, meter: &impl Meter) -> Result<(), CarryError> {
+async fn app_to_tunnel(app: &TcpStream, send: &mut Sender, meter: &impl Meter) -> Result<(), CarryError> {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
@@ -174,13 +176,18 @@ fn finished_early(reason: Reason) -> Result<(), CarryError> {
     if reason == Reason::NO_ERROR { Ok(()) } else { Err(CarryError::Reset(reason)) }
 }
 
-async fn tunnel_to_app(app: &TcpStream, receive: &mut RecvStream, meter: &impl Meter) -> Result<(), CarryError> {
+async fn tunnel_to_app(app: &TcpStream, receive: &mut Receiver, meter: &impl Meter) -> Result<(), CarryError> {
     while let Some(chunk) = receive.data().await {
         let chunk = chunk?;
         tokio::task::consume_budget().await;
-        write_all(app, &chunk).await.map_err(CarryError::App)?;
+        tokio::select! {
+            biased;
+            written = write_all(app, &chunk) => written.map_err(CarryError::App)?,
+            // An application that does not read must not make small frames pile up in HTTP/2's queue.
+            never = receive.gather() => match never {},
+        }
         meter.down(chunk.len());
-        receive.flow_control().release_capacity(chunk.len())?;
+        receive.release(chunk.len())?;
     }
     // The other direction may still run: only our sending side ends.
     socket2::SockRef::from(app).shutdown(std::net::Shutdown::Write).or_else(unconnected).map_err(CarryError::App)

@@ -16,5 +16,5 @@ pub mod verify;
 pub use authority::Authority;
 pub use builtin::Builtin;
 pub use credentials::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
-pub use revoked::Chain;
+pub use revoked::{Chain, Distrust};
 pub use store::Store;

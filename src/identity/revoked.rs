@@ -13,12 +13,16 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
 use x509_parser::x509::ReasonCode;
 
 /// Largest file that is read.
 const BYTES_MAX: u64 = 256 << 20;
+
+/// Time between looks at the clock for certificates that end later.
+const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
 
 /// A certificate, by who has issued it and its number there.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -150,9 +154,9 @@ impl Revocations {
         !current.is_empty() && ids(chain).iter().any(|id| current.contains(id))
     }
 
-    /// What is needed to hear later that this chain is revoked.
+    /// What is needed to hear later that this chain is revoked, or over.
     pub fn watch(&self, chain: &[CertificateDer<'_>]) -> Chain {
-        Chain { ids: ids(chain).into(), lists: self.current.subscribe() }
+        Chain { ids: ids(chain).into(), ends: ends(chain), lists: self.current.subscribe() }
     }
 }
 
@@ -172,14 +176,52 @@ fn ids(chain: &[CertificateDer<'_>]) -> Vec<RevokedId> {
     chain.iter().filter_map(id).collect()
 }
 
+/// When the first of these certificates ends. One that cannot be parsed is refused elsewhere.
+fn ends(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+    let end = |der: &CertificateDer<'_>| {
+        let (_, parsed) = X509Certificate::from_der(der).ok()?;
+        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
+    };
+    chain.iter().filter_map(end).min()
+}
+
+/// Why a peer that was trusted at its handshake is not any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Distrust {
+    /// One of its certificates has been revoked.
+    Revoked,
+    /// One of its certificates has ended.
+    Expired,
+}
+
 /// The certificates of a live tunnel's peer.
 #[derive(Clone, Debug)]
 pub struct Chain {
     ids: Arc<[RevokedId]>,
+    ends: Option<SystemTime>,
     lists: watch::Receiver<Arc<List>>,
 }
 
 impl Chain {
+    /// Resolves once the peer is not to be trusted any more.
+    pub async fn distrusted(&self) -> Distrust {
+        tokio::select! {
+            biased;
+            () = self.revoked() => Distrust::Revoked,
+            () = self.expired() => Distrust::Expired,
+        }
+    }
+
+    /// Resolves once one of them has ended.
+    async fn expired(&self) {
+        let Some(ends) = self.ends else { return std::future::pending().await };
+        while let Ok(left) = ends.duration_since(SystemTime::now()) {
+            // The clock may be set meanwhile. A validity ends with its last second (RFC 5280 section 4.1.2.5).
+            tokio::time::sleep((left + Duration::from_secs(1)).min(LOOK_AT_CLOCK)).await;
+        }
+    }
+
     /// Resolves once one of them is revoked.
     pub async fn revoked(&self) {
         let mut lists = self.lists.clone();
@@ -196,7 +238,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use rcgen::{BasicConstraints, CertificateParams, Issuer, KeyPair, RevokedCertParams, SerialNumber};
-    use time::{Duration, OffsetDateTime};
+    use time::OffsetDateTime;
 
     struct Ca {
         issuer: Issuer<'static, KeyPair>,
@@ -231,7 +273,7 @@ mod tests {
             });
             let params = rcgen::CertificateRevocationListParams {
                 this_update: now,
-                next_update: now + Duration::days(1),
+                next_update: now + time::Duration::days(1),
                 crl_number: SerialNumber::from(1),
                 issuing_distribution_point: point,
                 revoked_certs: serials.iter().map(revoked).collect(),

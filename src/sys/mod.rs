@@ -13,6 +13,7 @@ pub mod netns;
 pub mod original_dst;
 pub mod packet;
 pub mod process;
+pub mod read_buffer;
 pub mod scratch;
 pub mod seqpacket;
 pub mod socket;

@@ -4,6 +4,7 @@ pub mod backoff;
 pub mod drain;
 pub mod files;
 pub mod group;
+pub mod places;
 pub mod ready;
 pub mod thread;
 

@@ -13,7 +13,10 @@ use crate::identity::verify::tls_reason;
 use std::io;
 use std::time::Duration;
 
-/// How long a peer may take for TLS and HTTP/2 set-up together.
+/// How long a peer may take to say anything.
+pub const SILENCE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How long a peer may take for TLS and HTTP/2 set-up together, our waits for facts and a certificate included.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why an accepted socket leads to nothing.
@@ -34,6 +37,9 @@ pub enum AcceptError {
     /// HTTP/2 failed.
     #[error("http2 handshake failed: {0}")]
     Http2(#[from] TunnelError),
+    /// The peer opened a connection and said nothing.
+    #[error("the peer said nothing for {} s after it had connected", SILENCE_DEADLINE.as_secs())]
+    Silent,
     /// The peer was too slow.
     #[error("the handshake took longer than {} s", HANDSHAKE_DEADLINE.as_secs())]
     Deadline,

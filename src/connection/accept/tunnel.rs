@@ -1,15 +1,16 @@
 //! A tunnel from a peer: mutual TLS, then HTTP/2, both before one deadline.
 
-use super::{AcceptError, HANDSHAKE_DEADLINE};
-use crate::hbone;
+use super::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
+use crate::hbone::{self, Buffers};
 use crate::identity::verify::peer_name;
 use crate::identity::{Chain, Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
+use crate::sys::read_buffer::ReadBuffered;
 use crate::sys::socket::{LegOptions, set_leg_options};
 use std::io;
 use std::net::SocketAddr;
-use tokio::io::BufReader;
+use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -28,34 +29,46 @@ pub struct Peer {
     /// By which it can be heard that the peer is revoked.
     pub chain: Chain,
     /// The tunnel.
-    pub tunnel: hbone::Server<TlsStream<BufReader<TcpStream>>>,
+    pub tunnel: hbone::Server<TlsStream<ReadBuffered<TcpStream>>>,
 }
 
-/// Shakes hands with whoever connected to the pod's HBONE port.
+/// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it.
+pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<TcpStream, AcceptError> {
+    set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
+    let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
+    let ready = tokio::time::timeout(SILENCE_DEADLINE, socket.readable()).await;
+    ready.unwrap_or(Err(io::ErrorKind::TimedOut.into())).map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut => AcceptError::Silent,
+        _ => AcceptError::Socket(error),
+    })?;
+    Ok(socket)
+}
+
+/// Shakes hands; what the peer makes us hold afterwards goes on an account of its own in `buffers`.
 pub async fn handshake(
-    socket: std::net::TcpStream,
+    socket: TcpStream,
     source: SocketAddr,
-    legs: &LegOptions,
     credentials: &Credentials,
     config: &hbone::Config,
+    buffers: &Arc<Buffers>,
 ) -> Result<Peer, AcceptError> {
-    set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
-    let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
-    let socket = BufReader::with_capacity(READ_BUFFER_BYTES, socket);
-    let shake = async {
-        let tls = TlsAcceptor::from(credentials.server())
-            .accept_with(socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
-            .await
-            .map_err(AcceptError::Tls)?;
-        let state = tls.get_ref().1;
-        let peer = state.peer_certificates().unwrap_or_default();
-        let leaf = peer.first().ok_or(AcceptError::NoCertificate)?;
-        let chain = credentials.watch(peer);
-        let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
-        let facts = TlsFacts::of(state);
-        let tunnel = hbone::Server::handshake(tls, config).await?;
-        Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
-    };
-    tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await.unwrap_or(Err(AcceptError::Deadline))
+    let socket = ReadBuffered::new(socket, READ_BUFFER_BYTES);
+    let tls = TlsAcceptor::from(credentials.server())
+        .accept_with(socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
+        .await
+        .map_err(AcceptError::Tls)?;
+    let state = tls.get_ref().1;
+    let peer = state.peer_certificates().unwrap_or_default();
+    let leaf = peer.first().ok_or(AcceptError::NoCertificate)?;
+    let chain = credentials.watch(peer);
+    let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
+    let facts = TlsFacts::of(state);
+    let tunnel = hbone::Server::handshake(tls, config, &buffers.account(&identity.to_string(), true)).await?;
+    Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
+}
+
+/// Gives a handshake its deadline.
+pub async fn in_time<T, E: From<AcceptError>>(shake: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+    tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await.unwrap_or(Err(AcceptError::Deadline.into()))
 }

@@ -10,20 +10,24 @@ use crate::identity::verify::{PeerError, peer_name};
 use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::sys::netns::Netns;
+use crate::sys::read_buffer::ReadBuffered;
 use crate::task::Signal;
 use rustls::pki_types::{IpAddr, ServerName};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::BufReader;
 use tokio_rustls::TlsConnector;
 
 /// How long TLS and HTTP/2 together may take after TCP.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Tunnels tried for one stream: those that are going away are found out one by one.
-const ATTEMPTS: u32 = 8;
+const TUNNELS_MAX: u32 = 8;
+
+/// Pauses before a stream that a peer refuses for now is asked for again, on the same tunnel.
+const REFUSED_PAUSES: [Duration; 4] =
+    [Duration::from_millis(10), Duration::from_millis(40), Duration::from_millis(160), Duration::from_millis(640)];
 
 /// Where a tunnel starts and how it is set up.
 #[derive(Clone, Debug)]
@@ -40,6 +44,8 @@ pub struct Origin {
     pub sockets: SocketConfig,
     /// HTTP/2 settings.
     pub hbone: hbone::Config,
+    /// Where what the far end makes us hold is accounted for.
+    pub buffers: Arc<hbone::Buffers>,
 }
 
 /// A stream through a tunnel; the lease keeps its place.
@@ -51,7 +57,8 @@ pub struct Opened {
     pub lease: Lease,
 }
 
-/// Opens a stream. A tunnel that turns out to be going away before the request was sent is replaced once.
+/// Opens a stream. A tunnel that turns out to be going away before the request was sent is replaced; one whose peer takes
+/// no more streams for now is asked again after a pause.
 pub async fn open(
     pool: &Arc<Pool>,
     origin: &Origin,
@@ -66,22 +73,29 @@ pub async fn open(
         to: way.to,
         uid: way.uid.clone(),
     };
-    for attempt in 1.. {
+    let (mut gone, mut pauses) = (0, REFUSED_PAUSES.iter());
+    loop {
         let dial = || {
             let origin = origin.clone();
             dial(origin, way.expected.clone(), way.to)
         };
         let lease = pool.checkout(&key, &origin.drain, dial).await?;
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
-        match answer {
-            Ok(Ok(stream)) => return Ok(Opened { stream, lease }),
+        match answer.map_or(Err(DialError::AnswerDeadline), |opened| opened.map_err(DialError::Open)) {
+            Ok(stream) => return Ok(Opened { stream, lease }),
             // Each goes out of use, so that in the end a new one is dialled; who refuses even that is not asked again.
-            Ok(Err(OpenError::TunnelGone(_))) if attempt < ATTEMPTS => lease.retire(),
-            Ok(Err(error)) => return Err(error.into()),
-            Err(_) => return Err(DialError::AnswerDeadline),
+            Err(DialError::Open(OpenError::TunnelGone(_))) if gone < TUNNELS_MAX => {
+                gone += 1;
+                lease.retire();
+            }
+            Err(error @ DialError::Open(OpenError::Refused)) => {
+                let Some(pause) = pauses.next() else { return Err(error) };
+                drop(lease);
+                tokio::time::sleep(*pause).await;
+            }
+            Err(error) => return Err(error),
         }
     }
-    Err(DialError::AnswerDeadline)
 }
 
 async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<Dialled, TunnelDialError> {
@@ -91,7 +105,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    let socket = BufReader::with_capacity(READ_BUFFER_BYTES, socket);
+    let socket = ReadBuffered::new(socket, READ_BUFFER_BYTES);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
@@ -105,7 +119,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let chain = origin.credentials.watch(certificates);
         let peer = certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
-        let (tunnel, mut driver) = handshake(tls, &origin.hbone).await.map_err(TunnelDialError::Http2)?;
+        let account = origin.buffers.account(&peer.to_string(), false);
+        let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {
             TunnelError::Http2(error) if error.is_io() => match error.into_io() {
@@ -114,12 +129,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
             },
             error => TunnelDialError::Http2(error),
         })?;
-        let run = Box::pin(async move {
-            if let Err(error) = driver.run().await {
-                tracing::debug!(%error, peer = %to, "tunnel ended");
-            }
-        });
-        Ok(Dialled { tunnel, tls: facts, peer, chain, run })
+        Ok(Dialled { tunnel, tls: facts, peer, chain, run: Box::pin(driver.run()) })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))

@@ -7,7 +7,7 @@
 //! ```
 
 use super::TunnelDialError;
-use crate::hbone::Tunnel;
+use crate::hbone::{Tunnel, TunnelError};
 use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::{Group, Signal};
@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 /// What makes two connections share a tunnel.
@@ -59,8 +59,14 @@ pub struct Dialled {
     /// By which it can be heard that the far end is revoked.
     pub chain: Chain,
     /// Runs until the tunnel ends.
-    pub run: Pin<Box<dyn Future<Output = ()> + Send>>,
+    pub run: Run,
 }
+
+/// Moves the bytes of a tunnel until it ends.
+pub type Run = Pin<Box<dyn Future<Output = Result<(), TunnelError>> + Send>>;
+
+/// Is told how a tunnel broke, and whose it was.
+pub type Broken = Box<dyn Fn(&Key, &SpiffeName, &TunnelError) + Send + Sync>;
 
 impl fmt::Debug for Dialled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,11 +75,17 @@ impl fmt::Debug for Dialled {
 }
 
 /// The tunnels of one worker.
-#[derive(Debug)]
 pub struct Pool {
     config: PoolConfig,
     tasks: Group,
+    broken: Broken,
     slots: Mutex<HashMap<Key, Slot>>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pool")
+    }
 }
 
 type Outcome = Option<Result<Arc<Open>, Arc<TunnelDialError>>>;
@@ -92,6 +104,7 @@ struct Open {
     chain: Chain,
     streams: AtomicUsize,
     gone: AtomicBool,
+    retired: Notify,
     last_used: Mutex<Instant>,
 }
 
@@ -125,6 +138,7 @@ impl Lease {
     /// Takes the tunnel out of use for others: it is going away.
     pub fn retire(&self) {
         self.open.gone.store(true, Ordering::Relaxed);
+        self.open.retired.notify_one();
     }
 }
 
@@ -136,9 +150,9 @@ impl Drop for Lease {
 }
 
 impl Pool {
-    /// An empty pool whose tunnels run as tasks of `tasks`.
-    pub fn new(config: PoolConfig, tasks: Group) -> Arc<Self> {
-        Arc::new(Self { config, tasks, slots: Mutex::default() })
+    /// An empty pool whose tunnels run as tasks of `tasks`; `broken` hears of those that break.
+    pub fn new(config: PoolConfig, tasks: Group, broken: Broken) -> Arc<Self> {
+        Arc::new(Self { config, tasks, broken, slots: Mutex::default() })
     }
 
     /// Room on a tunnel for `key`; opens one with `dial` where there is none, or waits for one that is being opened.
@@ -227,6 +241,7 @@ impl Pool {
                     chain: dialled.chain,
                     streams: AtomicUsize::new(0),
                     gone: AtomicBool::new(false),
+                    retired: Notify::new(),
                     last_used: Mutex::new(Instant::now()),
                 };
                 (Arc::new(open), dialled.run)
@@ -240,7 +255,7 @@ impl Pool {
     }
 
     /// Runs a tunnel until it ends or has been idle; it leaves the pool first, and its streams finish.
-    async fn keep(&self, key: &Key, open: Arc<Open>, drain: Signal, mut run: Pin<Box<dyn Future<Output = ()> + Send>>) {
+    async fn keep(&self, key: &Key, open: Arc<Open>, drain: Signal, mut run: Run) {
         let leave = async {
             loop {
                 let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);
@@ -259,16 +274,23 @@ impl Pool {
             }
         };
         let ended = tokio::select! {
-            () = &mut run => true,
-            () = leave => false,
-            () = drain.gentle() => false,
+            ended = &mut run => Some(ended),
+            () = leave => None,
+            () = drain.gentle() => None,
+            // Nobody takes it any more: it ends with its last stream.
+            () = open.retired.notified() => None,
             // Its streams hear of it themselves; no new one may begin.
-            () = open.chain.revoked() => false,
+            _ = open.chain.distrusted() => None,
         };
         remove(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner), key, &open);
+        let peer = open.peer.clone();
         drop(open);
-        if !ended {
-            tokio::select! { () = run => {}, () = drain.now() => {} }
+        let ended = match ended {
+            Some(ended) => ended,
+            None => tokio::select! { ended = run => ended, () = drain.now() => Ok(()) },
+        };
+        if let Err(error) = ended {
+            (self.broken)(key, &peer, &error);
         }
     }
 }
@@ -330,8 +352,9 @@ mod tests {
         }
     }
 
-    fn config(max_streams: usize) -> PoolConfig {
-        PoolConfig { max_streams, idle: Duration::from_secs(300) }
+    fn pool(max_streams: usize) -> Arc<Pool> {
+        let config = PoolConfig { max_streams, idle: Duration::from_secs(300) };
+        Pool::new(config, Group::default(), Box::new(|_, _, _| {}))
     }
 
     const HBONE: hbone::Config = hbone::Config {
@@ -346,19 +369,22 @@ mod tests {
     async fn dialled(far: Group) -> Result<Dialled, TunnelDialError> {
         let (near, end) = tokio::io::duplex(65_536);
         far.spawn(async move {
-            let mut server = hbone::Server::handshake(end, &HBONE).await.unwrap();
+            let account = hbone::Buffers::new(1 << 20).account("client", true);
+            let mut server = hbone::Server::handshake(end, &HBONE, &account).await.unwrap();
             while let Some(Ok(_)) = server.next().await {}
         });
-        let (tunnel, driver) = hbone::client::handshake(near, &HBONE).await.map_err(TunnelDialError::Http2)?;
+        let account = hbone::Buffers::new(1 << 20).account("server", false);
+        let (tunnel, driver) =
+            hbone::client::handshake(near, &HBONE, &account).await.map_err(TunnelDialError::Http2)?;
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
         let chain = crate::identity::revoked::Revocations::default().watch(&[]);
-        Ok(Dialled { tunnel, tls, peer, chain, run: Box::pin(async move { drop(driver.run().await) }) })
+        Ok(Dialled { tunnel, tls, peer, chain, run: Box::pin(driver.run()) })
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_hundred_waiters_share_one_failed_dial() {
-        let pool = Pool::new(config(100), Group::default());
+        let pool = pool(100);
         let (drain, dials) = (Drain::default(), Arc::new(AtomicUsize::new(0)));
         let start = Instant::now();
         let mut waiters = tokio::task::JoinSet::new();
@@ -384,7 +410,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn streams_beyond_the_limit_get_a_second_tunnel_and_idle_ones_close() {
-        let (pool, drain, far) = (Pool::new(config(2), Group::default()), Drain::default(), Group::default());
+        let (pool, drain, far) = (pool(2), Drain::default(), Group::default());
         let signal = drain.signal();
         let mut leases = Vec::new();
         for expected in [1, 1, 2, 2] {
@@ -402,7 +428,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_tunnel_whose_far_end_has_gone_is_replaced() {
-        let (pool, drain, far) = (Pool::new(config(100), Group::default()), Drain::default(), Group::default());
+        let (pool, drain, far) = (pool(100), Drain::default(), Group::default());
         let signal = drain.signal();
         drop(pool.checkout(&key(), &signal, || dialled(far.clone())).await.unwrap());
         far.cut();

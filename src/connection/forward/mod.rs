@@ -43,6 +43,9 @@ pub enum Stop {
     /// The peer's certificate has been revoked.
     #[error("connection closed: peer certificate revoked by CRL")]
     CertificateRevoked,
+    /// The peer's certificate has ended, and it has not come back with a new one.
+    #[error("connection closed: the peer's certificate has expired, and it keeps to the tunnel that it opened with it")]
+    CertificateExpired,
     /// The daemon is ending, or the pod has been released, and the time to finish is over.
     #[error("connection closed due to connection drain")]
     Drained,

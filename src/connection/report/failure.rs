@@ -3,7 +3,7 @@
 
 use crate::connection::accept::AcceptError;
 use crate::connection::authorize::Refusal;
-use crate::connection::budget::Scarce;
+use crate::connection::budget::Refused;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
@@ -12,25 +12,20 @@ use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
 use crate::identity::verify::is_revoked;
 use crate::mesh::Text;
+use crate::task::places::Full;
 
 /// How a connection ended badly.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The daemon has as many connections as it may have.
-    #[error("too many connections: no more than the {0} that are open fit this node's limits")]
-    Limit(usize),
-    /// The node is nearly full, and this pod has the most.
-    #[error(
-        "the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused"
-    )]
-    Largest {
-        /// Connections of the pod.
-        own: usize,
-        /// Connections of all pods.
-        all: usize,
-        /// What there is too little of.
-        scarce: Scarce,
-    },
+    /// The node has no room for it.
+    #[error(transparent)]
+    Budget(#[from] Refused),
+    /// Accepted faster than connections can be begun.
+    #[error("too many connections at once: {0} wait for a worker already")]
+    Queue(usize),
+    /// Too many that have not proven who they are.
+    #[error("too many handshakes at once: {0}")]
+    Handshakes(#[from] Full),
     /// Nothing is known about the pod yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
@@ -89,8 +84,10 @@ impl Failure {
     /// response_flags), and whose fault it is.
     fn kind(&self) -> (&'static str, &'static str, Fault) {
         match self {
-            Self::Limit(_) => ("limit", "CONNECT", Fault::Us),
-            Self::Largest { .. } => ("largest_consumer", "CONNECT", Fault::App),
+            Self::Budget(Refused::Full { .. }) | Self::Queue(_) => ("limit", "CONNECT", Fault::Us),
+            Self::Budget(Refused::Pod { .. }) => ("largest_consumer", "CONNECT", Fault::App),
+            Self::Budget(Refused::Peer { .. }) => ("largest_peer", "CONNECT", Fault::Peer),
+            Self::Handshakes(_) => ("handshake_limit", "CONNECT", Fault::Peer),
             Self::LocalWorkload(_) => ("workload_unknown", "CONNECT", Fault::Mesh),
             Self::Accept(error) => match error {
                 AcceptError::OriginalDestination(_) => ("original_destination_unknown", "CONNECT", Fault::Us),
@@ -98,6 +95,7 @@ impl Failure {
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => ("peer_tls", "TLS_FAILURE", Fault::Peer),
                 AcceptError::Http2(_) => ("peer_http2", "H2_HANDSHAKE_FAILURE", Fault::Peer),
+                AcceptError::Silent => ("peer_silent", "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => ("peer_handshake_deadline", "TLS_FAILURE", Fault::Peer),
             },
             Self::Identity(_) => ("identity", "IDENTITY_ERROR", Fault::Us),
@@ -132,6 +130,7 @@ impl Failure {
                 ForwardError::HalfClosedSilence(_) => ("half_closed_silence", "CONNECT", Fault::App),
                 ForwardError::Stopped(Stop::Revoked(_)) => ("policy_change", "DENY", Fault::Policy),
                 ForwardError::Stopped(Stop::CertificateRevoked) => REVOKED,
+                ForwardError::Stopped(Stop::CertificateExpired) => ("cert_expired", "TLS_FAILURE", Fault::Peer),
                 ForwardError::Stopped(Stop::Drained) => ("drained", "-", Fault::Us),
             },
             Self::Abandoned => ("drained", "-", Fault::Us),
@@ -198,6 +197,7 @@ fn dial_kind(error: &DialError) -> (&'static str, &'static str, Fault) {
             TunnelDialError::Draining => ("drained", "CONNECT", Fault::Us),
         },
         DialError::Open(error) => match error {
+            OpenError::Refused => ("stream_refused", "CONNECT", Fault::Peer),
             OpenError::TunnelGone(_) | OpenError::Broken(_) => ("tunnel_broken", "CONNECT", Fault::Peer),
             OpenError::Status(status) if status.as_u16() == 401 => ("peer_denied", "CONNECT", Fault::Policy),
             OpenError::Status(_) => ("peer_refused", "CONNECT", Fault::Peer),

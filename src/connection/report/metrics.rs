@@ -50,6 +50,15 @@ pub struct FailureLabels {
     pub fault: &'static str,
 }
 
+/// Labels of a tunnel that we ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CutLabels {
+    /// `inbound` or `outbound`.
+    pub direction: &'static str,
+    /// A word of [`crate::hbone::TunnelError::cut`].
+    pub reason: &'static str,
+}
+
 /// Label of a socket gauge.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReporterLabel {
@@ -74,6 +83,8 @@ pub struct Metrics {
     pub sockets: Family<ReporterLabel, Gauge>,
     /// Connections refused or ended because the peer's certificate is revoked.
     pub revoked: Family<ReporterLabel, Counter>,
+    /// Tunnels that we ended because of what their peer did.
+    pub cut: Family<CutLabels, Counter>,
     /// Failures, early ones included.
     pub failures: Family<FailureLabels, Counter>,
 }
@@ -94,6 +105,8 @@ impl Metrics {
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
         let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";
         registry.register("istio_crl_policy_rejections", revoked, self.revoked.clone());
+        let cut = "Tunnels that this node has ended because of what their peer did, by reason";
+        registry.register("culvert_tunnels_cut", cut, self.cut.clone());
         let failures = "Connections that failed, by reason and whose fault it was";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
     }

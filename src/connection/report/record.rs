@@ -4,7 +4,8 @@
 use super::access_log;
 use super::failure::Failure;
 use super::live::{Bytes, Connection, LiveConnections};
-use super::metrics::{FailureLabels, Metrics, ReporterLabel, TrafficLabels};
+use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, TrafficLabels};
+use crate::hbone::TunnelError;
 use crate::mesh::{Service, SpiffeName, Text, Workload};
 use crate::telemetry::limit::LogLimit;
 use std::net::SocketAddr;
@@ -47,6 +48,23 @@ pub struct Reporter {
     pub live: LiveConnections,
     /// Bound on the lines about connections that failed early, which any peer can cause.
     pub early: LogLimit,
+    /// Bound on the lines about tunnels that were cut.
+    pub cut: LogLimit,
+}
+
+impl Reporter {
+    /// A tunnel broke. One that we have ended is named and counted; how others end is their own affair.
+    pub fn tunnel_ended(&self, direction: Direction, peer: SocketAddr, identity: &SpiffeName, error: &TunnelError) {
+        let Some(reason) = error.cut() else {
+            tracing::debug!(%error, %peer, %identity, "tunnel ended");
+            return;
+        };
+        self.metrics.cut.get_or_create(&CutLabels { direction: direction.word(), reason }).inc();
+        if let Some(suppressed) = self.cut.allow() {
+            let direction = direction.word();
+            tracing::warn!(%error, reason, direction, %peer, %identity, suppressed, "tunnel cut");
+        }
+    }
 }
 
 /// What is known of a connection once its route is.

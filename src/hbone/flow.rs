@@ -1,0 +1,185 @@
+//! The two halves of a stream, with what they hold on the tunnel's account.
+
+use super::buffers::Account;
+use bytes::{Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+/// Frames below this size are put together, up to [`TOGETHER_BYTES`]: one small message after another costs a queue's entry each.
+const SMALL_BYTES: usize = 2048;
+const TOGETHER_BYTES: usize = 16 * 1024;
+
+/// A stream's place on the account of its tunnel; both halves share it.
+#[derive(Debug)]
+struct Place {
+    account: Arc<Account>,
+    id: u32,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.account.close(self.id);
+    }
+}
+
+/// Joins the halves of a stream.
+pub(super) fn halves(
+    send: SendStream<Bytes>,
+    body: RecvStream,
+    opened: Opened,
+) -> (Sender, Receiver) {
+    let place = Arc::new(opened.0);
+    let sender = Sender { send, place: place.clone() };
+    (sender, Receiver { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None })
+}
+
+/// A stream that somebody was told of; what it holds is free when this is dropped.
+#[derive(Debug)]
+pub(super) struct Opened(Place);
+
+impl Opened {
+    pub(super) fn new(account: &Arc<Account>, id: h2::StreamId) -> Self {
+        account.open(id.as_u32());
+        Self(Place { account: account.clone(), id: id.as_u32() })
+    }
+}
+
+/// The sending half.
+pub(super) struct Sender {
+    send: SendStream<Bytes>,
+    place: Arc<Place>,
+}
+
+impl Sender {
+    /// The tunnel's account.
+    pub(super) fn account(&self) -> &Account {
+        &self.place.account
+    }
+
+    /// See [`SendStream::reserve_capacity`].
+    pub(super) fn reserve_capacity(&mut self, bytes: usize) {
+        self.send.reserve_capacity(bytes);
+    }
+
+    /// Bytes that may be sent now: the peer's window and the tunnel's queue have room for them.
+    pub(super) fn capacity(&self) -> usize {
+        if self.place.account.room(None) { self.send.capacity() } else { 0 }
+    }
+
+    /// Waits for capacity; `None`: the stream takes no more.
+    pub(super) fn poll_capacity(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<usize, h2::Error>>> {
+        if !self.place.account.room(Some(context.waker())) {
+            return match self.send.poll_reset(context) {
+                Poll::Ready(Ok(_)) => Poll::Ready(None),
+                Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
+                Poll::Pending => Poll::Pending,
+            };
+        }
+        match self.send.capacity() {
+            0 => self.send.poll_capacity(context),
+            bytes => Poll::Ready(Some(Ok(bytes))),
+        }
+    }
+
+    /// Queues bytes.
+    pub(super) fn send_data(&mut self, bytes: Bytes, end: bool) -> Result<(), h2::Error> {
+        let length = bytes.len();
+        self.send.send_data(bytes, end)?;
+        self.place.account.queued(self.place.id, length);
+        Ok(())
+    }
+
+    /// See [`SendStream::poll_reset`].
+    pub(super) fn poll_reset(&mut self, context: &mut Context<'_>) -> Poll<Result<Reason, h2::Error>> {
+        self.send.poll_reset(context)
+    }
+
+    /// Resets the stream.
+    pub(super) fn send_reset(&mut self, reason: Reason) {
+        self.send.send_reset(reason);
+    }
+}
+
+/// The receiving half.
+pub(super) struct Receiver {
+    body: RecvStream,
+    place: Arc<Place>,
+    /// What has been gathered, in order: first these, then `small`.
+    whole: VecDeque<Bytes>,
+    small: BytesMut,
+    /// How the stream ended, once what was gathered has been given out.
+    ended: Option<Option<h2::Error>>,
+}
+
+impl Receiver {
+    /// The next bytes; small frames that are there already come together. `None` at the end of the stream.
+    pub(super) async fn data(&mut self) -> Option<Result<Bytes, h2::Error>> {
+        poll_fn(|context| self.poll_data(context)).await
+    }
+
+    fn poll_data(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, h2::Error>>> {
+        while self.whole.is_empty() && self.small.len() < TOGETHER_BYTES && self.ended.is_none() {
+            if self.poll_gather(context).is_pending() {
+                break;
+            }
+        }
+        if let Some(bytes) = self.whole.pop_front() {
+            return Poll::Ready(Some(Ok(bytes)));
+        }
+        if !self.small.is_empty() {
+            return Poll::Ready(Some(Ok(self.small.split().freeze())));
+        }
+        match &mut self.ended {
+            Some(ended) => Poll::Ready(ended.take().map(Err)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Takes one frame out of the queue of HTTP/2.
+    fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        match self.body.poll_data(context) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(None) => self.ended = Some(None),
+            Poll::Ready(Some(Err(error))) => self.ended = Some(Some(error)),
+            Poll::Ready(Some(Ok(bytes))) => {
+                self.place.account.taken(self.place.id);
+                if bytes.len() < SMALL_BYTES && self.small.len() < TOGETHER_BYTES {
+                    self.small.extend_from_slice(&bytes);
+                } else {
+                    if !self.small.is_empty() {
+                        self.whole.push_back(self.small.split().freeze());
+                    }
+                    if bytes.len() < SMALL_BYTES {
+                        self.small.extend_from_slice(&bytes);
+                    } else {
+                        self.whole.push_back(bytes);
+                    }
+                }
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Gathers what comes while nobody takes it; never completes. The stream's window bounds it.
+    pub(super) async fn gather(&mut self) -> Infallible {
+        poll_fn(|context| {
+            while self.ended.is_none() {
+                if self.poll_gather(context).is_pending() {
+                    break;
+                }
+            }
+            Poll::<Infallible>::Pending
+        })
+        .await
+    }
+
+    /// Gives window back for bytes that were passed on.
+    pub(super) fn release(&mut self, bytes: usize) -> Result<(), h2::Error> {
+        self.place.account.released(self.place.id, bytes);
+        self.body.flow_control().release_capacity(bytes)
+    }
+}

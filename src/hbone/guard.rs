@@ -1,0 +1,221 @@
+//! Stands between HTTP/2 and the byte stream below, and watches the frames that pass (RFC 9113 section 4.1): no tunnel
+//! takes more than its turn, no peer sends control frames without end, and what DATA makes us hold is accounted for.
+
+use super::buffers::{Account, Cut};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
+
+/// Bytes read in one turn before others have theirs.
+const TURN_BYTES: usize = 128 * 1024;
+
+/// Control frames that a peer may send at once, and in each second, beyond those that our own frames call for.
+const BURST: u64 = 20_000;
+const PER_SECOND: u64 = 2_000;
+
+/// Control frames that each frame of ours calls for: window updates of stream and tunnel, or a stream's head and end.
+const PER_FRAME_SENT: u64 = 2;
+/// A peer that gives window back in small pieces does it once for so many bytes.
+const BYTES_PER_UPDATE: usize = 2048;
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const HEAD_BYTES: usize = 9;
+/// What a client says before its first frame (RFC 9113 section 3.4).
+const PREFACE_BYTES: usize = 24;
+
+/// Heads of frames in a stream of bytes that comes in pieces.
+#[derive(Debug)]
+struct Frames {
+    head: [u8; HEAD_BYTES],
+    filled: usize,
+    /// Bytes until the next head.
+    skip: usize,
+    /// Whether `skip` are payload of a DATA frame, and of which stream.
+    data_of: Option<u32>,
+}
+
+/// What has been seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Head { kind: u8, id: u32, length: usize },
+    Payload { id: u32, bytes: usize },
+}
+
+impl Frames {
+    fn new(preface: usize) -> Self {
+        Self { head: [0; HEAD_BYTES], filled: 0, skip: preface, data_of: None }
+    }
+
+    fn feed(&mut self, mut bytes: &[u8], mut see: impl FnMut(Seen) -> io::Result<()>) -> io::Result<()> {
+        while !bytes.is_empty() {
+            if self.skip > 0 {
+                let passed = self.skip.min(bytes.len());
+                self.skip -= passed;
+                bytes = bytes.get(passed..).unwrap_or_default();
+                if let Some(id) = self.data_of {
+                    see(Seen::Payload { id, bytes: passed })?;
+                }
+                continue;
+            }
+            let (Some(free), [byte, rest @ ..]) = (self.head.get_mut(self.filled), bytes) else { break };
+            *free = *byte;
+            self.filled += 1;
+            bytes = rest;
+            if self.filled == HEAD_BYTES {
+                let [l0, l1, l2, kind, _flags, i0, i1, i2, i3] = self.head;
+                let length = u32::from_be_bytes([0, l0, l1, l2]) as usize;
+                let id = u32::from_be_bytes([i0 & 0x7f, i1, i2, i3]);
+                (self.filled, self.skip) = (0, length);
+                self.data_of = (kind == DATA).then_some(id);
+                see(Seen::Head { kind, id, length })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Control frames that a peer may still send.
+#[derive(Debug)]
+struct Allowance {
+    left: u64,
+    since: Instant,
+}
+
+impl Allowance {
+    fn earn(&mut self, frames: u64) {
+        self.left = (self.left + frames).min(BURST);
+    }
+
+    fn take(&mut self) -> bool {
+        if self.left == 0 {
+            let passed = self.since.elapsed();
+            self.since = Instant::now();
+            self.earn(u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).saturating_mul(PER_SECOND) / 1000);
+        }
+        let enough = self.left > 0;
+        self.left = self.left.saturating_sub(1);
+        enough
+    }
+}
+
+/// A watched byte stream.
+#[derive(Debug)]
+pub struct Guard<IO> {
+    io: IO,
+    account: Arc<Account>,
+    incoming: Frames,
+    outgoing: Frames,
+    allowance: Allowance,
+    turn: usize,
+}
+
+impl<IO> Guard<IO> {
+    /// Watches the server's end of a tunnel, which the peer has opened.
+    pub(super) fn server(io: IO, account: Arc<Account>) -> Self {
+        Self::new(io, account, Frames::new(PREFACE_BYTES), Frames::new(0))
+    }
+
+    /// Watches the client's end.
+    pub(super) fn client(io: IO, account: Arc<Account>) -> Self {
+        Self::new(io, account, Frames::new(0), Frames::new(PREFACE_BYTES))
+    }
+
+    fn new(io: IO, account: Arc<Account>, incoming: Frames, outgoing: Frames) -> Self {
+        let allowance = Allowance { left: BURST, since: Instant::now() };
+        Self { io, account, incoming, outgoing, allowance, turn: 0 }
+    }
+
+    fn read(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Self { account, allowance, incoming, .. } = self;
+        incoming.feed(bytes, |seen| {
+            let Seen::Head { kind, id, length } = seen else { return Ok(()) };
+            // A frame for a stream that is over is work for nothing, and so is an empty one.
+            if kind == DATA && account.received(id, length) && length > 0 {
+                return Ok(());
+            }
+            if allowance.take() {
+                return Ok(());
+            }
+            account.cut(Cut::ControlFrames);
+            Err(io::Error::other(Cut::ControlFrames))
+        })
+    }
+
+    fn written(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Self { account, allowance, outgoing, .. } = self;
+        outgoing.feed(bytes, |seen| {
+            match seen {
+                Seen::Payload { id, bytes } => account.sent(id, bytes),
+                Seen::Head { kind: DATA, length, .. } => {
+                    allowance.earn(PER_FRAME_SENT + (length / BYTES_PER_UPDATE) as u64);
+                }
+                Seen::Head { kind: HEADERS, .. } => allowance.earn(PER_FRAME_SENT),
+                Seen::Head { .. } => {}
+            }
+            Ok(())
+        })
+    }
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Guard<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.turn >= TURN_BYTES {
+            // HTTP/2 takes frames until there are none: who always has more would hold the thread.
+            self.turn = 0;
+            context.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.io).poll_read(context, buffer);
+        if read.is_pending() {
+            self.turn = 0;
+        }
+        ready!(read)?;
+        let new = buffer.filled().get(before..).unwrap_or_default();
+        self.turn += new.len();
+        Poll::Ready(self.read(new))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Guard<IO> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.io).poll_write(context, bytes))?;
+        self.written(bytes.get(..written).unwrap_or_default())?;
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = ready!(Pin::new(&mut self.io).poll_write_vectored(context, slices))?;
+        let mut left = written;
+        for slice in slices {
+            let part = slice.get(..left.min(slice.len())).unwrap_or_default();
+            self.written(part)?;
+            left -= part.len();
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}
