@@ -1,12 +1,13 @@
 //! The three HTTP ports: admin (loopback only), metrics, readiness. It is handed functions and knows nothing of what
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
+use crate::task::places::Places;
 use crate::task::thread::beside;
 use crate::task::{Group, Ready};
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
@@ -21,7 +22,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 /// Port of the admin pages, on loopback.
 pub const ADMIN_PORT: u16 = 15000;
@@ -41,14 +42,21 @@ pub struct Config {
     pub ipv6: bool,
 }
 
-/// Connections open at once on one port; further ones wait in its queue.
-const CONNECTIONS_MAX: usize = 256;
+/// Connections open at once on one port, and of one source address; further ones are closed at once.
+const CONNECTIONS_MAX: usize = 128;
+const CONNECTIONS_OF_ONE: usize = 16;
 /// How long a request's head may take.
 const HEAD_DEADLINE: Duration = Duration::from_secs(2);
 /// How large a request's head may be.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// How long a connection may live, however busy.
-const CONNECTION_DEADLINE: Duration = Duration::from_secs(600);
+/// How long a connection to the admin port may live: a profile takes a while.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(600);
+/// How long a scrape may take, until its last byte is read.
+const STATS_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a question for readiness may take.
+const READY_DEADLINE: Duration = Duration::from_secs(5);
+/// Metrics are rendered for this part of the time at most, however many ask for them.
+const RENDER_SHARE: u32 = 8;
 /// Pause after an accept failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -77,7 +85,7 @@ pub struct Pages {
     /// `/quitquitquit`.
     pub quit: Box<dyn Fn() + Send + Sync>,
     /// `/metrics`.
-    pub registry: Mutex<Registry>,
+    pub metrics: Rendered,
     /// `/healthz/ready`.
     pub ready: Ready,
 }
@@ -99,7 +107,28 @@ pub struct BindError {
 /// Serves the ports in the namespace of the process until dropped.
 #[derive(Debug)]
 pub struct Ports {
-    listeners: Vec<(TcpListener, Router)>,
+    listeners: Vec<(TcpListener, Router, Manners)>,
+}
+
+/// How clients of a port are dealt with.
+#[derive(Clone, Debug)]
+struct Manners {
+    places: Arc<Places>,
+    deadline: Duration,
+    /// Whether a connection may ask again.
+    keep_alive: bool,
+}
+
+impl Manners {
+    /// For the admin port: its clients are of this machine.
+    fn local() -> Self {
+        Self { places: Places::new(CONNECTIONS_MAX, CONNECTIONS_MAX), deadline: ADMIN_DEADLINE, keep_alive: true }
+    }
+
+    /// For a port that everybody can reach.
+    fn open(deadline: Duration) -> Self {
+        Self { places: Places::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE), deadline, keep_alive: false }
+    }
 }
 
 impl Ports {
@@ -131,42 +160,93 @@ impl Ports {
         };
         let mut listeners = Vec::new();
         for ip in localhost {
-            listeners.push((listen(SocketAddr::new(ip, config.admin_port)).await?, admin.clone()));
+            let listener = listen(SocketAddr::new(ip, config.admin_port)).await?;
+            listeners.push((listener, admin.clone(), Manners::local()));
         }
-        listeners.push((listen(SocketAddr::new(any, config.stats_port)).await?, stats));
-        listeners.push((listen(SocketAddr::new(any, READY_PORT)).await?, ready));
+        let stats_listener = listen(SocketAddr::new(any, config.stats_port)).await?;
+        listeners.push((stats_listener, stats, Manners::open(STATS_DEADLINE)));
+        let ready_listener = listen(SocketAddr::new(any, READY_PORT)).await?;
+        listeners.push((ready_listener, ready, Manners::open(READY_DEADLINE)));
         Ok(Self { listeners })
     }
 
-    /// One future per port, each of which serves until dropped.
-    pub fn serve(self) -> Vec<impl Future<Output = ()> + Send> {
-        self.listeners.into_iter().map(|(listener, router)| serve(listener, router)).collect()
+    /// Serves all ports until dropped.
+    pub async fn serve(self) {
+        let serving = Group::default();
+        for (listener, router, manners) in self.listeners {
+            serving.spawn(serve(listener, router, manners));
+        }
+        serving.finished().await;
     }
 }
 
-/// Serves one port: a bounded number of connections at once, each request's head within a deadline. Whoever parks
-/// connections here must not use up the descriptors of the node.
-async fn serve(listener: TcpListener, router: Router) {
-    let (places, connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Group::default());
+/// Serves one port: a bounded number of connections at once, of which no source has all, each within deadlines. Whoever
+/// parks connections here must not use up the descriptors of the node, or keep others from being answered.
+async fn serve(listener: TcpListener, router: Router, manners: Manners) {
+    let connections = Group::default();
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::debug!(%error, "an admin port cannot accept; trying again");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        let Ok(place) = manners.places.take(peer.ip()) else { continue };
         let service = TowerToHyperService::new(router.clone());
+        let Manners { deadline, keep_alive, .. } = manners;
         connections.spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).max_buf_size(HEAD_BYTES_MAX);
-            let serving = http.half_close(true).keep_alive(true).serve_connection(TokioIo::new(stream), service);
+            let serving = http.half_close(true).keep_alive(keep_alive).serve_connection(TokioIo::new(stream), service);
             // A client that breaks off, or is too slow, is its own loss.
-            let _ = tokio::time::timeout(CONNECTION_DEADLINE, serving).await;
+            let _ = tokio::time::timeout(deadline, serving).await;
             drop(place);
         });
+    }
+}
+
+/// Metrics as text, rendered once for all who ask at the same time.
+pub struct Rendered {
+    registry: Arc<Mutex<Registry>>,
+    last: tokio::sync::Mutex<Option<Rendering>>,
+}
+
+/// One text of all metrics; who reads it slowly shares it with everybody else.
+struct Rendering {
+    /// When it was begun: it tells of all that happened before.
+    begun: Instant,
+    took: Duration,
+    text: Result<Bytes, String>,
+}
+
+impl Rendered {
+    /// Renders what is registered.
+    pub fn new(registry: Registry) -> Self {
+        Self { registry: Arc::new(Mutex::new(registry)), last: tokio::sync::Mutex::default() }
+    }
+
+    /// A text that was begun after it was asked for.
+    async fn text(&self) -> Result<Bytes, String> {
+        let asked = Instant::now();
+        let mut last = self.last.lock().await;
+        if let Some(rendering) = last.as_ref().filter(|rendering| rendering.begun >= asked) {
+            return rendering.text.clone();
+        }
+        if let Some(Rendering { begun, took, .. }) = last.as_ref() {
+            tokio::time::sleep_until(*begun + *took * RENDER_SHARE).await;
+        }
+        let (begun, registry) = (Instant::now(), self.registry.clone());
+        let render = move || {
+            let mut text = String::new();
+            let registry = registry.lock().unwrap_or_else(PoisonError::into_inner);
+            let encoded = prometheus_client::encoding::text::encode(&mut text, &registry);
+            encoded.map(|()| Bytes::from(text)).map_err(|error| error.to_string())
+        };
+        let text = beside(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));
+        *last = Some(Rendering { begun, took: begun.elapsed(), text: text.clone() });
+        text
     }
 }
 
@@ -261,9 +341,9 @@ async fn quit(State(pages): State<Arc<Pages>>) -> &'static str {
     "shutdown now\n"
 }
 
-async fn metrics(State(pages): State<Arc<Pages>>, request: Request) -> Response {
+async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> Response {
     let accepts = |kind: &str| {
-        let accept = request.headers().get_all(header::ACCEPT);
+        let accept = headers.get_all(header::ACCEPT);
         accept.iter().any(|value| value.to_str().is_ok_and(|text| text.contains(kind)))
     };
     let kind = if accepts("application/openmetrics-text") {
@@ -271,11 +351,9 @@ async fn metrics(State(pages): State<Arc<Pages>>, request: Request) -> Response 
     } else {
         "text/plain; charset=utf-8"
     };
-    let mut text = String::new();
-    let registry = pages.registry.lock().unwrap_or_else(PoisonError::into_inner);
-    match prometheus_client::encoding::text::encode(&mut text, &registry) {
-        Ok(()) => ([(header::CONTENT_TYPE, kind)], Body::from(text)).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+    match pages.metrics.text().await {
+        Ok(text) => ([(header::CONTENT_TYPE, kind)], Body::from(text)).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }
 

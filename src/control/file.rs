@@ -4,6 +4,7 @@ use super::Metrics;
 use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
+use crate::task::thread::beside;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,15 +40,18 @@ pub fn read(path: &Path) -> Result<Facts, FileError> {
 pub async fn follow(path: PathBuf, store: Arc<Store>, metrics: Arc<Metrics>) {
     let mut watch = FileWatch::new(&path);
     // What changed between the first reading and the watch is seen here.
-    apply(&path, &store, &metrics);
     loop {
+        // Beside the runtime: a large file takes a while to understand.
+        let file = path.clone();
+        if let Some(facts) = beside(move || read(&file)).await {
+            apply(facts, &store, &metrics);
+        }
         watch.changed().await;
-        apply(&path, &store, &metrics);
     }
 }
 
-fn apply(path: &Path, store: &Store, metrics: &Metrics) {
-    match read(path) {
+fn apply(facts: Result<Facts, FileError>, store: &Store, metrics: &Metrics) {
+    match facts {
         Ok(facts) => {
             let (workloads, services, policies) = (facts.workloads.len(), facts.services.len(), facts.policies.len());
             let version = store.replace(facts);

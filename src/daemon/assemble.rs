@@ -5,7 +5,7 @@
 
 use super::signals::Signals;
 use super::{dump, pods, profile};
-use crate::admin::{Pages, Ports};
+use crate::admin::{Pages, Ports, Rendered};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
 use crate::connection::budget::Budget;
@@ -21,6 +21,7 @@ use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::node::status::Board;
 use crate::sys::netns::Netns;
+use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl};
 use crate::{admin, control, identity, node, rpc, sys, telemetry};
@@ -31,7 +32,7 @@ use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -65,6 +66,8 @@ pub(super) struct Parts {
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,
     pub(super) dns: Arc<Dns>,
+    /// Metrics of the revocation list, where there is one.
+    crl: Option<Arc<identity::revoked::Metrics>>,
 }
 
 async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
@@ -80,6 +83,11 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mesh = facts.mesh.clone();
     let revocations = Arc::<Revocations>::default();
     let identities = certificates(&config, &revocations, &background, &mut registry);
+    let crl = config.crl.as_ref().map(|_| {
+        let metrics = Arc::new(identity::revoked::Metrics::default());
+        metrics.register(&mut registry);
+        metrics
+    });
 
     let (reporter, permits) = (Arc::new(Reporter::default()), Arc::new(Permits::default()));
     reporter.metrics.register(&mut registry);
@@ -120,12 +128,10 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         reporter,
         board: board.clone(),
         dns: dns.clone(),
+        crl,
     });
-    let pages = pages(&parts, log, &quit, registry, ready.clone());
-    for port in Ports::bind(pages, ports_config(&parts.config)).await?.serve() {
-        background.spawn(port);
-    }
-    background.spawn(async move { permits.watch(&mesh).await });
+    let _admin = open_ports(pages(&parts, log, &quit, registry, ready.clone()), ports_config(&parts.config)).await?;
+    let _enforcing = enforce(&parts, permits).context("cannot start the thread that enforces")?;
     let budget = shared.budget.clone();
     background.spawn(async move { budget.watch().await });
     let capturer = Arc::new(Capturer {
@@ -157,6 +163,39 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
 fn buffer_bytes() -> usize {
     let limit = sys::limits::Memory::of_process().and_then(|memory| memory.now()).map(|(_, max)| max / 4);
     limit.map_or(BUFFER_BYTES, |bytes| usize::try_from(bytes).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES))
+}
+
+/// Opens the ports and serves them on a thread of their own.
+async fn open_ports(pages: Pages, config: admin::Config) -> anyhow::Result<Dedicated> {
+    let (bound, opened) = tokio::sync::oneshot::channel();
+    let serve = move || async move {
+        match Ports::bind(pages, config).await {
+            Ok(ports) => {
+                // Nobody is there to be told when the start has been given up.
+                let _ = bound.send(Ok(()));
+                ports.serve().await;
+            }
+            Err(error) => drop(bound.send(Err(error))),
+        }
+    };
+    let thread = Dedicated::start("culvert-admin", serve).context("cannot start the thread of the admin ports")?;
+    opened.await.context("the thread of the admin ports ended")??;
+    Ok(thread)
+}
+
+/// What ends connections that are not allowed any more has a thread of its own: nothing else may hold it up.
+fn enforce(parts: &Parts, permits: Arc<Permits>) -> std::io::Result<Dedicated> {
+    let (mesh, identities, revocations) = (parts.mesh.clone(), parts.identities.clone(), parts.revocations.clone());
+    let crl = parts.config.crl.clone().zip(parts.crl.clone());
+    Dedicated::start("culvert-judge", move || async move {
+        let lists = async {
+            match crl {
+                Some((path, metrics)) => revocations.follow(path, metrics).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::join!(permits.watch(&mesh), identities.follow_revocations(), lists);
+    })
 }
 
 fn names(config: &Config, mesh: &Arc<Mesh>, registry: &mut Registry) -> anyhow::Result<Arc<Dns>> {
@@ -237,18 +276,12 @@ fn certificates(
 ) -> Arc<Identities> {
     let metrics = Arc::new(identity::store::Metrics::default());
     metrics.register(registry);
-    if let Some(path) = &config.crl {
-        let metrics = Arc::new(identity::revoked::Metrics::default());
-        metrics.register(registry);
-        background.spawn(revocations.clone().follow(path.clone(), metrics));
-    }
     let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
     let authority = match &config.ca {
         CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
         CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
     let identities = Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics);
-    background.spawn(identities.clone().follow_revocations());
     identities
 }
 
@@ -293,7 +326,7 @@ fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Regi
         logging: Box::new(move |query| logging(&log, &dns, query)),
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),
-        registry: Mutex::new(registry),
+        metrics: Rendered::new(registry),
         ready,
     }
 }

@@ -406,7 +406,8 @@ mod tests {
             }
             (0..8).for_each(|id| account.open(id));
             (0..8).for_each(|id| account.close(id));
-            prop_assert_eq!((account.bytes(), account.streams().unread, account.streams().unsent), (0, 0, 0));
+            let streams = account.streams();
+            prop_assert_eq!((account.bytes(), streams.unread, streams.unsent), (0, 0, 0));
         }
     }
 }

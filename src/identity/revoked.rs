@@ -5,6 +5,7 @@
 //! handshake and again for live tunnels when the file changes. A file that cannot be read keeps the last one in force.
 
 use crate::task::files::FileWatch;
+use crate::task::thread::beside;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -114,7 +115,10 @@ impl Revocations {
     pub async fn follow(self: Arc<Self>, path: PathBuf, metrics: Arc<Metrics>) {
         let mut watch = FileWatch::new(&path);
         loop {
-            match read(&path) {
+            // Beside the thread that enforces: a large list takes a while to read.
+            let file = path.clone();
+            let read = beside(move || read(&file)).await.unwrap_or_else(|| Err("reading it failed".into()));
+            match read {
                 Ok(list) => {
                     let entries = list.len();
                     metrics.entries.set(i64::try_from(entries).unwrap_or(i64::MAX));
