@@ -3,15 +3,16 @@
 //! Text: `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`; JSON: one object per line (spec: ztunnel's format).
 //! A slow reader of standard output never stalls traffic: when 10,000 lines wait, further ones are dropped and counted.
 
+use super::limit::LogLimit;
 use serde_json::Value;
 use std::fmt::{self, Write as _};
 use std::time::SystemTime;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, reload};
@@ -59,6 +60,7 @@ pub fn start(config: &Config) -> Result<(LogControl, WorkerGuard), LogError> {
     let layer = tracing_subscriber::fmt::layer().event_format(format).with_writer(lines.clone());
     tracing_subscriber::registry()
         .with(filter)
+        .with(Foreign::default())
         .with(layer)
         .try_init()
         .map_err(|error| LogError::State(error.to_string()))?;
@@ -105,6 +107,20 @@ impl LogControl {
     /// Lines dropped so far because standard output was not read.
     pub fn dropped_lines(&self) -> usize {
         self.lines.error_counter().dropped_lines()
+    }
+}
+
+/// Bounds the lines of libraries, which know no limit and tell of what a peer does. Whoever asks for their details gets them.
+#[derive(Debug, Default)]
+struct Foreign {
+    limit: LogLimit,
+}
+
+impl<S: Subscriber> Layer<S> for Foreign {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        let metadata = event.metadata();
+        let ours = metadata.module_path().is_some_and(|path| path.starts_with("culvert"));
+        ours || *metadata.level() > Level::INFO || self.limit.allow().is_some()
     }
 }
 
