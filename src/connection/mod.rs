@@ -21,9 +21,9 @@ pub use pod::Pod;
 pub use worker::{Entrance, Shared, Workers};
 
 use accept::{Peer, tunnel as tunnelled};
-use budget::Open;
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
+use budget::Open;
 use choose::{HboneWay, LocalError, OWN_PORTS, Way};
 use dial::{DialError, direct::SocketConfig, hbone::Opened, pool::PoolConfig};
 use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
@@ -158,13 +158,7 @@ async fn open(
 
 /// 15008: a tunnel from a peer; its streams become tasks of this worker. Until the peer has proven who it is, it has
 /// `place` and no more; then it is charged for.
-pub async fn tunnel(
-    worker: &Arc<Worker>,
-    pod: &Arc<Pod>,
-    socket: std::net::TcpStream,
-    peer: SocketAddr,
-    place: Place,
-) {
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);

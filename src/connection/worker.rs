@@ -254,7 +254,9 @@ fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr
     };
     let room = match entrance {
         Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Room::Handshake).map_err(Failure::from),
-        Entrance::Outbound | Entrance::Plaintext => shared.budget.open(&pod.open, None).map(Room::Open).map_err(Failure::from),
+        Entrance::Outbound | Entrance::Plaintext => {
+            shared.budget.open(&pod.open, None).map(Room::Open).map_err(Failure::from)
+        }
     };
     let room = match room {
         Ok(room) => room,

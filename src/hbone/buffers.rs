@@ -88,7 +88,12 @@ impl Held {
 impl Buffers {
     /// Buffers that hold `limit` bytes at most.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, total: AtomicUsize::new(0), accounts: Mutex::default(), cutting: AtomicBool::new(false) })
+        Arc::new(Self {
+            limit,
+            total: AtomicUsize::new(0),
+            accounts: Mutex::default(),
+            cutting: AtomicBool::new(false),
+        })
     }
 
     /// Bytes held now.

@@ -67,11 +67,7 @@ pub enum OpenError {
 }
 
 /// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.
-pub async fn handshake<IO>(
-    io: IO,
-    config: &Config,
-    account: &Arc<Account>,
-) -> Result<(Tunnel, Driver<IO>), TunnelError>
+pub async fn handshake<IO>(io: IO, config: &Config, account: &Arc<Account>) -> Result<(Tunnel, Driver<IO>), TunnelError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
 {

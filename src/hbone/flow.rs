@@ -27,11 +27,7 @@ impl Drop for Place {
 }
 
 /// Joins the halves of a stream.
-pub(super) fn halves(
-    send: SendStream<Bytes>,
-    body: RecvStream,
-    opened: Opened,
-) -> (Sender, Receiver) {
+pub(super) fn halves(send: SendStream<Bytes>, body: RecvStream, opened: Opened) -> (Sender, Receiver) {
     let place = Arc::new(opened.0);
     let sender = Sender { send, place: place.clone() };
     (sender, Receiver { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None })

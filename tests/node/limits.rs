@@ -143,7 +143,7 @@ fn with_few_files_the_greedy_pod_is_refused_and_others_the_admin_port_and_captur
     w.start_node(2, &[]);
     w.wait_captured(2);
     w.write_pods(1, &[&client, &second]);
-    w.start_node_by(&["prlimit", "--nofile=1024:1024", "--"], 1, &[]);
+    w.start_node_by(&["prlimit", "--nofile=1024:1024", "--"].map(String::from), 1, &[]);
     eventually("both are captured", || ["client", "second"].iter().all(|pod| w.state(1, pod).0 == "captured"));
     let to = std::net::SocketAddr::new(server.v4, 9000);
     let held = greed(&client.netns, to, 700);
@@ -162,10 +162,10 @@ fn with_few_files_the_greedy_pod_is_refused_and_others_the_admin_port_and_captur
 }
 
 /// A cgroup with a memory limit, of version 1 or 2; removed when dropped.
-struct MemoryLimit(std::path::PathBuf);
+pub struct MemoryLimit(std::path::PathBuf);
 
 impl MemoryLimit {
-    fn new(w: &World, bytes: u64) -> Self {
+    pub fn new(w: &World, bytes: u64) -> Self {
         let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
         let find = |test: &dyn Fn(&[&str]) -> bool| {
             let lines = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
@@ -180,6 +180,12 @@ impl MemoryLimit {
         std::fs::create_dir_all(&folder).unwrap();
         std::fs::write(folder.join(file), bytes.to_string()).expect("the memory controller is there");
         Self(folder)
+    }
+
+    /// A program and its arguments by which a daemon is started under the limit.
+    pub fn join(&self) -> Vec<String> {
+        let join = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", self.0.display());
+        vec!["sh".into(), "-c".into(), join, "--".into()]
     }
 }
 
@@ -204,8 +210,7 @@ fn with_little_memory_the_greedy_pod_is_refused_and_nobody_is_killed() {
     w.start_node(2, &[]);
     w.wait_captured(2);
     w.write_pods(1, &[&client, &second]);
-    let join = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", limit.0.display());
-    w.start_node_by(&["sh", "-c", &join, "--"], 1, &[]);
+    w.start_node_by(&limit.join(), 1, &[]);
     eventually("both are captured", || ["client", "second"].iter().all(|pod| w.state(1, pod).0 == "captured"));
     let to = std::net::SocketAddr::new(server.v4, 9000);
     // Each connection that has not been read from holds a window of what the echo sends back.

@@ -33,6 +33,7 @@ mod journeys;
 mod kubernetes;
 mod limits;
 mod model;
+mod stalls;
 mod visible;
 mod waypoint;
 mod xds;

@@ -119,7 +119,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let chain = origin.credentials.watch(certificates);
         let peer = certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
-        let account = origin.buffers.account(&peer.to_string(), false);
+        // What is held here, the pod has asked for.
+        let account = origin.buffers.account(&origin.pod, false);
         let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {

@@ -66,3 +66,20 @@ pub fn reset(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]);
     socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
 }
+
+/// Accepts, and never reads.
+pub fn hold(stream: TcpStream) {
+    loop {
+        std::thread::park();
+        // Unparked by nobody; the connection is open for as long as the test's process.
+        let _held = &stream;
+    }
+}
+
+/// Sends without end once it has got a line.
+pub fn pour(mut stream: TcpStream) {
+    let mut line = String::new();
+    let _ = BufReader::new(&stream).read_line(&mut line);
+    let chunk = vec![b'.'; 1 << 16];
+    while stream.write_all(&chunk).is_ok() {}
+}

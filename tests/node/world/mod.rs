@@ -213,7 +213,7 @@ impl World {
     }
 
     /// The same, by a program that becomes the daemon.
-    pub fn start_node_by(&mut self, by: &[&str], node: u8, settings: &[(&str, &str)]) {
+    pub fn start_node_by(&mut self, by: &[String], node: u8, settings: &[(&str, &str)]) {
         let mut command = match by {
             [] => Command::new(subject()),
             [program, arguments @ ..] => {
