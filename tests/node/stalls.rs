@@ -258,6 +258,16 @@ fn idle_tunnels_of_one_identity_do_not_lock_others_out_of_a_pod() {
 #[test]
 fn scrapers_and_parked_connections_hold_up_neither_a_denial_nor_readiness() {
     let (mut w, client, server, hostile) = world(&[]);
+    // Metrics as of a busy node: each service has labels of its own.
+    let vips: Vec<String> = (0..500).map(|n| format!("10.96.{}.{}", n / 250, n % 250 + 1)).collect();
+    for (n, vip) in vips.iter().enumerate() {
+        w.mesh.service(&format!("service-{n}"), &[vip], &json!({"80": ECHO}), &[&server]);
+    }
+    w.write_mesh();
+    eventually("the services are known", || w.json(1, "/config_dump").to_string().contains("service-499"));
+    for vip in &vips {
+        round_trip(&mut connect(&client.netns, (vip.parse::<std::net::IpAddr>().unwrap(), 80)).unwrap());
+    }
     let mut live = connect(&client.netns, (server.v4, ECHO)).unwrap();
     round_trip(&mut live);
     let node = [172, 30, 0, 2];
@@ -266,7 +276,7 @@ fn scrapers_and_parked_connections_hold_up_neither_a_denial_nor_readiness() {
         (0..256).filter_map(|_| TcpStream::connect_timeout(&ready, PATIENCE).ok()).collect()
     });
     for stream in &parked {
-        let _ = (&*stream).write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n");
+        let _ = (&*stream).write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n");
     }
     let unread: Vec<TcpStream> = inside(&hostile.netns, move || {
         (0..60).filter_map(|_| TcpStream::connect_timeout(&stats, PATIENCE).ok()).collect()
