@@ -490,6 +490,37 @@ policies:
         assert!(facts(&twice).unwrap_err().to_string().contains("policy retail/only-front is there twice"));
     }
 
+    #[test]
+    fn principals_are_taken_in_both_spellings_and_what_can_never_match_is_refused() {
+        let policy = |part: &str| {
+            let rest = "scope: Global, action: Deny, dryRun: false";
+            facts(&format!("policies:\n- {{name: p, namespace: a, {rest}, rules: [[[{{{part}}}]]]}}\n"))
+        };
+        let read = |part: &str| policy(part).unwrap().policies.remove(0).rules.remove(0).remove(0).remove(0);
+        let plain = read("principals: [{Exact: td/ns/a/sa/b}], notPrincipals: [{Prefix: td/}]");
+        assert_eq!(
+            read("principals: [{Exact: \"spiffe://td/ns/a/sa/b\"}], notPrincipals: [{Prefix: \"spiffe://td/\"}]"),
+            plain
+        );
+        // Connections of IPv4 are never seen as IPv6.
+        assert_eq!(read("sourceIps: [\"::ffff:10.0.0.0/104\"]"), read("sourceIps: [10.0.0.0/8]"));
+        assert_eq!(read("sourceIps: [\"::ffff:10.0.0.1\"]"), read("sourceIps: [10.0.0.1]"));
+        for (part, word) in [
+            ("principals: [{Exact: td/ns/a/sa/b/}]", "policy a/p: rule[0]: principal \"td/ns/a/sa/b/\" never matches"),
+            ("notPrincipals: [{Exact: TD/ns/a/sa/b}]", "lower case"),
+            ("principals: [{Exact: /ns/a/sa/b}]", "<trust domain>/ns/"),
+            ("principals: [{Exact: \"*\"}]", "Presence"),
+            ("namespaces: [{Prefix: A}]", "namespace \"A\""),
+            ("serviceAccounts: [{namespace: a, serviceAccount: a/b}]", "service account \"a/b\""),
+            ("destinationPorts: [0]", "port 0"),
+            ("sourceIps: [db.example/24]", "db.example/24"),
+            ("", "asks nothing"),
+        ] {
+            let error = policy(part).unwrap_err().to_string();
+            assert!(error.contains(word), "{part}: {error}");
+        }
+    }
+
     proptest! {
         #[test]
         fn parsing_is_total(text in "\\PC{0,200}") {

@@ -1,7 +1,7 @@
 //! The policies of the mesh file: what their YAML looks like, and what it means. Pure and total.
 
 use crate::mesh::Policy;
-use crate::mesh::policy::{self, Action, Attribute, Match, PolicyScope, ServiceAccountMatch};
+use crate::mesh::policy::{self, Action, Attribute, Match, PolicyScope, Rule, ServiceAccountMatch};
 use ipnet::IpNet;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
@@ -91,8 +91,15 @@ impl TryFrom<String> for FileNet {
 
     fn try_from(text: String) -> Result<Self, String> {
         let net = text.parse::<IpNet>().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
-        net.map(Self).ok_or_else(|| format!("{text:?} is neither a CIDR nor an IP address"))
+        net.map(unmapped).map(Self).ok_or_else(|| format!("{text:?} is neither a CIDR nor an IP address"))
     }
+}
+
+/// A range of IPv4-mapped IPv6 addresses as the range of IPv4 addresses that it is: connections have these.
+fn unmapped(net: IpNet) -> IpNet {
+    let IpNet::V6(v6) = net else { return net };
+    let (v4, length) = (v6.addr().to_ipv4_mapped(), v6.prefix_len().checked_sub(96));
+    v4.zip(length).and_then(|(v4, length)| IpNet::new(v4.into(), length).ok()).unwrap_or(net)
 }
 
 impl From<FileNet> for IpNet {
@@ -123,11 +130,19 @@ fn attribute<F, T: From<F>>(any_of: Vec<F>, none_of: Vec<F>) -> Attribute<T> {
     Attribute { any_of: all(any_of), none_of: all(none_of) }
 }
 
+/// Principals may be written as they are in policies, and as certificates and logs show them, with `spiffe://`.
+fn principals(any_of: Vec<FileMatchText>, none_of: Vec<FileMatchText>) -> Attribute<policy::StringMatch> {
+    let all = |list: Vec<FileMatchText>| {
+        list.into_iter().map(|text| policy::StringMatch::from(text).without_scheme()).collect()
+    };
+    Attribute { any_of: all(any_of), none_of: all(none_of) }
+}
+
 impl From<FileMatch> for Match {
     fn from(m: FileMatch) -> Self {
         Self {
             namespaces: attribute(m.namespaces, m.not_namespaces),
-            principals: attribute(m.principals, m.not_principals),
+            principals: principals(m.principals, m.not_principals),
             service_accounts: attribute(m.service_accounts, m.not_service_accounts),
             source_ips: attribute(m.source_ips, m.not_source_ips),
             destination_ips: attribute(m.destination_ips, m.not_destination_ips),
@@ -157,8 +172,18 @@ impl FilePolicy {
         }
         let clause = |matches: Vec<FileMatch>| matches.into_iter().map(Match::from).collect();
         let rule = |clauses: Vec<Vec<FileMatch>>| clauses.into_iter().map(clause).collect();
+        let key = format!("{}/{}", self.namespace, self.name);
+        let rules: Vec<Rule> = self.rules.into_iter().map(rule).collect();
+        let mut impossible = Vec::new();
+        for (index, rule) in rules.iter().enumerate() {
+            let faults = rule.iter().flatten().flat_map(Match::impossible);
+            impossible.extend(faults.map(|fault| format!("rule[{index}]: {fault}")));
+        }
+        if !impossible.is_empty() {
+            return Err(format!("policy {key}: {}", impossible.join("; ")));
+        }
         Ok(Policy {
-            key: format!("{}/{}", self.namespace, self.name).into(),
+            key: key.into(),
             name: self.name.into(),
             namespace: self.namespace.into(),
             scope: match self.scope {
@@ -171,7 +196,7 @@ impl FilePolicy {
                 FileAction::Deny => Action::Deny,
             },
             dry_run: self.dry_run,
-            rules: self.rules.into_iter().map(rule).collect(),
+            rules,
         })
     }
 }

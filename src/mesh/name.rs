@@ -41,12 +41,7 @@ impl SpiffeName {
     /// Makes a name of its three parts; the parts are checked as [`SpiffeName::parse`] checks them.
     pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, NameError> {
         let whole = || format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}");
-        let fine = |part: &str| {
-            !part.is_empty()
-                && part.len() <= 253
-                && part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_'))
-        };
-        if !fine(trust_domain) || !fine(namespace) || !fine(service_account) {
+        if ![trust_domain, namespace, service_account].into_iter().all(Self::is_part) {
             return Err(NameError::Character(whole()));
         }
         Ok(Self {
@@ -54,6 +49,12 @@ impl SpiffeName {
             namespace: namespace.into(),
             service_account: service_account.into(),
         })
+    }
+
+    /// Whether a text can be a trust domain, namespace or service account of a name.
+    pub fn is_part(text: &str) -> bool {
+        let fine = |b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_');
+        !text.is_empty() && text.len() <= 253 && text.bytes().all(fine)
     }
 
     /// Reads `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`; anything else is an error.

@@ -72,8 +72,13 @@ fn check_names_what_is_wrong_with_each_file_and_starts_nothing() {
         assert!(text.contains(word), "{word} in\n{text}");
     }
     assert_eq!(text.lines().count(), 3, "one line each:\n{text}");
-    std::fs::write(&mesh, "workloads: []\n").unwrap();
+    std::fs::write(&mesh, "policies:\n- {name: no-a, namespace: b, scope: Global, action: Deny, dryRun: false, rules: [[[principals: [{Exact: x/ns/b/sa/A}]]]]}\n").unwrap();
     std::fs::write(&pods, "pods: []\n").unwrap();
+    let output = check(ca.to_str().unwrap());
+    assert_eq!(output.status.code(), Some(2));
+    let text = errors(&output);
+    assert!(text.contains("policy b/no-a: rule[0]: principal \"x/ns/b/sa/A\" never matches"), "{text}");
+    std::fs::write(&mesh, "workloads: []\n").unwrap();
     let output = check(ca.to_str().unwrap());
     assert!(output.status.success(), "{}", errors(&output));
     assert!(String::from_utf8_lossy(&output.stdout).starts_with("ok: "));

@@ -1,6 +1,7 @@
 //! The control plane dies, stalls, lies, forgets and comes back; what is known stays in force and traffic goes on.
 
 use crate::istio::{Istio, alive};
+use crate::world::certs::spiffe;
 use crate::world::facts::{hostname, principal};
 use crate::world::wire::{self, ADDRESS, AUTHORIZATION};
 use crate::world::{apps, ask, eventually, is_reset, output_in};
@@ -79,6 +80,9 @@ fn what_is_bad_is_refused_by_name_and_never_holds_up_the_rest() {
     let test =
         auth::Match { source_ips: vec![auth::Address { address: vec![10].into(), length: 8 }], ..Default::default() };
     let clauses = vec![auth::Clause { matches: vec![test] }];
+    // Taken as the reference takes it: it matches nobody.
+    istio.w.mesh.policy("schemed", "Namespace", "Deny", json!({"principals": [{"Exact": spiffe("client")}]}));
+    istio.tell();
     let widened = auth::Authorization {
         name: "odd".into(),
         namespace: "ns".into(),
@@ -105,6 +109,9 @@ fn what_is_bad_is_refused_by_name_and_never_holds_up_the_rest() {
     assert!(istio.request().is_err());
     istio.plane.change(|state| drop(state.resources.get_mut(AUTHORIZATION).unwrap().remove("ns/odd")));
     eventually("without the policy it is allowed", || istio.request().is_ok());
+    assert!(!refusals.contains("schemed"), "{refusals}");
+    let line = istio.w.log_line(2, "what never matches", |l| l["policies"].as_str().is_some());
+    assert!(line["policies"].as_str().unwrap().starts_with("ns/schemed: rule[0]: principal \"spiffe://"), "{line}");
 }
 
 #[test]

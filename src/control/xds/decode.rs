@@ -56,6 +56,8 @@ pub struct Decoded<T> {
     pub value: T,
     /// What was not understood.
     pub faults: Vec<String>,
+    /// What was understood and is taken as it is, and does not do what its author may believe.
+    pub notes: Vec<String>,
 }
 
 /// Reads a resource named `name`, which must be the name of what is in it.
@@ -75,7 +77,10 @@ pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded<Ad
         }
         None => return Err("is neither a workload nor a service".into()),
     };
-    if key == name { Ok(Decoded { value: address, faults }) } else { Err(format!("is named otherwise inside: {key}")) }
+    if key != name {
+        return Err(format!("is named otherwise inside: {key}"));
+    }
+    Ok(Decoded { value: address, faults, notes: Vec::new() })
 }
 
 /// A value, or a fault.

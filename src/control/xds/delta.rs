@@ -28,6 +28,8 @@ const REQUEST_BYTES_MAX: usize = (4 << 20) - (64 << 10);
 const FAULTS_NAMED: usize = 20;
 /// Bytes of each fault that are named.
 const FAULT_BYTES: usize = 300;
+/// Notes that are remembered, so that each is made once; beyond it they begin anew.
+const NOTES_MAX: usize = 10_000;
 /// How many names that nobody has are given up at once.
 const EVICTED: usize = 1024;
 /// Names that may be subscribed to on demand; beyond it some are given up.
@@ -72,6 +74,8 @@ pub struct Delta {
     /// Counts names that nobody has, see [`Delta::ask`].
     nobody: u64,
     names: Names,
+    /// What has been noted of policies: by name.
+    noted: HashMap<Text, HashSet<String>>,
 }
 
 /// What a response led to.
@@ -83,6 +87,8 @@ pub struct Received {
     pub answer: DeltaDiscoveryRequest,
     /// What was refused, by name.
     pub faults: Vec<String>,
+    /// What was taken as it is and may not do what its author believes, by name; each once.
+    pub notes: Vec<String>,
     /// Bytes of the resources.
     pub bytes: usize,
 }
@@ -102,6 +108,7 @@ impl Delta {
             nobodys: HashSet::new(),
             nobody: 0,
             names: Names::default(),
+            noted: HashMap::new(),
         }
     }
 
@@ -188,11 +195,13 @@ impl Delta {
     /// Takes a response: good resources are applied, bad ones named.
     pub fn receive(&mut self, response: DeltaDiscoveryResponse) -> Received {
         let DeltaDiscoveryResponse { resources, type_url, nonce, removed_resources, .. } = response;
-        let (mut update, mut faults) = (Update::default(), Vec::new());
+        let (mut update, mut faults, mut notes) = (Update::default(), Vec::new(), Vec::new());
         let bytes = resources.iter().map(|r| r.resource.as_ref().map_or(0, |any| any.value.len())).sum();
         match type_url.as_str() {
             ADDRESS => self.addresses(resources, removed_resources, &mut update, &mut faults),
-            AUTHORIZATION => self.policies(resources, removed_resources, &mut update, &mut faults),
+            AUTHORIZATION => {
+                self.policies(resources, removed_resources, &mut update, (&mut faults, &mut notes));
+            }
             other => faults.push(format!("{other:?} was not asked for")),
         }
         let error_detail = (!faults.is_empty()).then(|| Status {
@@ -203,7 +212,7 @@ impl Delta {
         });
         let answer =
             DeltaDiscoveryRequest { type_url, response_nonce: nonce, error_detail, ..DeltaDiscoveryRequest::default() };
-        Received { update, answer, faults, bytes }
+        Received { update, answer, faults, notes, bytes }
     }
 
     /// Whether each type has had a response, ever.
@@ -228,7 +237,7 @@ impl Delta {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
             let decode = |bytes: &[u8]| decode::address(&name, bytes, &mut self.names);
-            let Some(address) = self.address.take(resource, self.keep, faults, decode) else { continue };
+            let Some((address, _)) = self.address.take(resource, self.keep, faults, decode) else { continue };
             match address {
                 decode::Address::Workload(workload) => {
                     self.note_host_network(&workload, update);
@@ -261,17 +270,38 @@ impl Delta {
         resources: Vec<Resource>,
         removed: Vec<String>,
         update: &mut Update,
-        faults: &mut Vec<String>,
+        (faults, notes): (&mut Vec<String>, &mut Vec<String>),
     ) {
         let mut seen = HashSet::new();
         for resource in resources {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
             let decode = |bytes: &[u8]| policy::policy(&name, bytes);
-            update.policies.extend(self.authorization.take(resource, self.keep, faults, decode));
+            let Some((policy, noted)) = self.authorization.take(resource, self.keep, faults, decode) else { continue };
+            update.policies.push(policy);
+            notes.extend(self.note(&name, noted));
         }
         let gone = self.authorization.gone(&seen, removed);
+        for name in &gone {
+            self.noted.remove(name.as_str());
+        }
         update.gone_policies.extend(gone.into_iter().map(Text::from));
+    }
+
+    /// Those of these notes on a policy that have not been made before.
+    fn note(&mut self, name: &Text, found: Vec<String>) -> Vec<String> {
+        if self.noted.len() >= NOTES_MAX {
+            self.noted.clear();
+        }
+        let found: HashSet<String> = found.into_iter().take(FAULTS_NAMED).collect();
+        let before = match found.is_empty() {
+            true => self.noted.remove(name),
+            false => self.noted.insert(name.clone(), found.clone()),
+        };
+        let mut new: Vec<String> =
+            found.difference(&before.unwrap_or_default()).map(|n| format!("{name}: {n}")).collect();
+        new.sort();
+        new
     }
 
     /// An address that was asked for and is that of a node names nobody: that is the answer.
@@ -305,25 +335,27 @@ impl Delta {
         vec![kind(ADDRESS, &self.address), kind(AUTHORIZATION, &self.authorization)]
     }
 
-    /// Takes what a state file holds, as if it had just come.
-    pub fn restore(&mut self, types: Vec<SavedType>) -> (Update, Vec<String>) {
-        let (mut update, mut faults) = (Update::default(), Vec::new());
+    /// Takes what a state file holds, as if it had just come; with its faults and notes.
+    pub fn restore(&mut self, types: Vec<SavedType>) -> (Update, Vec<String>, Vec<String>) {
+        let (mut update, mut faults, mut notes) = (Update::default(), Vec::new(), Vec::new());
         for saved in types {
             match saved.type_url.as_str() {
                 ADDRESS => self.addresses(saved.resources, Vec::new(), &mut update, &mut faults),
-                AUTHORIZATION => self.policies(saved.resources, Vec::new(), &mut update, &mut faults),
+                AUTHORIZATION => {
+                    self.policies(saved.resources, Vec::new(), &mut update, (&mut faults, &mut notes));
+                }
                 _ => {}
             }
         }
         for kind in [&mut self.address, &mut self.authorization] {
             (kind.answered, kind.synced) = (false, false);
         }
-        (update, faults)
+        (update, faults, notes)
     }
 }
 
 impl Kind {
-    /// Takes one resource: what `decode` makes of it is held and returned, whatever is wrong with it is named in `faults`.
+    /// Takes one resource: what `decode` makes of it is held and returned with its notes, whatever is wrong with it is named in `faults`.
     /// What was held before stays so where it is refused, that its removal is heard of, but in no version, so that it comes
     /// again.
     fn take<T>(
@@ -332,15 +364,15 @@ impl Kind {
         keep: bool,
         faults: &mut Vec<String>,
         decode: impl FnOnce(&[u8]) -> Result<Decoded<T>, String>,
-    ) -> Option<T> {
+    ) -> Option<(T, Vec<String>)> {
         let name = resource.name.clone();
         let bytes = resource.resource.as_ref().map(|any| any.value.as_slice());
         let (value, found) = match bytes.ok_or_else(|| "is empty".to_owned()).and_then(decode) {
-            Ok(Decoded { value, faults }) => {
+            Ok(Decoded { value, faults, notes }) => {
                 let version = std::mem::take(&mut resource.version).into();
                 let held = Held { version, resource: keep.then_some(resource) };
                 self.held.insert(name.as_str().into(), held);
-                (Some(value), faults)
+                (Some((value, notes)), faults)
             }
             Err(fault) => (None, vec![fault]),
         };
@@ -412,6 +444,33 @@ mod tests {
             removed_resources: removed.iter().map(ToString::to_string).collect(),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn a_principal_that_can_never_match_is_acknowledged_and_noted_once() {
+        use crate::proto::istio::security as wire;
+        let policy = |version: &str, principal: &str| {
+            let matches = wire::string_match::MatchType::Exact(principal.to_owned());
+            let one =
+                wire::Match { principals: vec![wire::StringMatch { match_type: Some(matches) }], ..Default::default() };
+            let rules = vec![wire::Rule { clauses: vec![wire::Clause { matches: vec![one] }] }];
+            let policy = wire::Authorization { name: "p".into(), namespace: "a".into(), rules, ..Default::default() };
+            resource("a/p", version, policy.encode_to_vec())
+        };
+        let mut delta = Delta::new(false, false);
+        delta.open(&Node::default(), false);
+        let bad = "spiffe://cluster.local/ns/a/sa/b";
+        let mut noted = |version: &str, principal: &str, removed: &[&str]| {
+            let received = delta.receive(response(AUTHORIZATION, vec![policy(version, principal)], removed));
+            assert!(received.answer.error_detail.is_none() && received.update.policies.len() == 1);
+            received.notes
+        };
+        assert!(matches!(noted("1", bad, &[]).as_slice(), [one] if one.starts_with("a/p: rule[0]: principal")));
+        assert!(noted("2", bad, &[]).is_empty(), "once");
+        assert!(noted("3", &bad[9..], &[]).is_empty());
+        assert_eq!(noted("4", bad, &[]).len(), 1, "mended, and broken again");
+        delta.receive(response(AUTHORIZATION, vec![], &["a/p"]));
+        assert!(delta.noted.is_empty());
     }
 
     #[test]

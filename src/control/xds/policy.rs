@@ -1,5 +1,7 @@
 //! Authorization policies: wire → facts. Pure and total. What cannot be understood never widens access: a match that
 //! holds such a value never matches in an ALLOW policy and always matches in a DENY policy, and the policy is reported.
+//! What is understood means what it means to the reference, also where it can never match, as a principal with `spiffe://`;
+//! that is noted.
 
 use super::decode::{Decoded, ip, range};
 use crate::mesh::Policy;
@@ -34,12 +36,14 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
             Action::Deny
         }
     };
-    let mut rules = Vec::new();
-    for rule in &p.rules {
+    let (mut rules, mut notes) = (Vec::new(), Vec::new());
+    for (index, rule) in p.rules.iter().enumerate() {
+        let mut impossible = Vec::new();
         let clause = |clause: &wire::Clause| {
-            clause.matches.iter().map(|m| one_match(m, action, &mut faults)).collect::<Vec<Match>>()
+            clause.matches.iter().map(|m| one_match(m, action, &mut faults, &mut impossible)).collect::<Vec<Match>>()
         };
         rules.push(rule.clauses.iter().map(clause).collect());
+        notes.extend(impossible.into_iter().map(|note| format!("rule[{index}]: {note}")));
     }
     let policy = Policy {
         key: key.into(),
@@ -50,13 +54,20 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
         dry_run: p.dry_run,
         rules,
     };
-    Ok(Decoded { value: policy, faults })
+    Ok(Decoded { value: policy, faults, notes })
 }
 
-fn one_match(m: &wire::Match, action: Action, faults: &mut Vec<String>) -> Match {
+fn one_match(m: &wire::Match, action: Action, faults: &mut Vec<String>, notes: &mut Vec<String>) -> Match {
     let understood = understood(m);
     match (understood, action) {
-        (Ok(m), _) => m,
+        (Ok(m), _) if m.is_empty() => {
+            notes.push("a match asks nothing that is seen below HTTP, and never matches: it needs a waypoint".into());
+            m
+        }
+        (Ok(m), _) => {
+            notes.extend(m.impossible());
+            m
+        }
         // A match that asks nothing never matches.
         (Err(fault), Action::Allow) => {
             faults.push(format!("{fault}: this match never allows"));
@@ -159,6 +170,22 @@ mod tests {
             assert_eq!(only(&deny.value.rules), everything(), "always: {m:?}");
             assert_eq!((allow.faults.len(), deny.faults.len()), (1, 1));
         }
+    }
+
+    #[test]
+    fn what_can_never_match_is_taken_as_it_is_and_noted() {
+        let exact =
+            |text: &str| wire::StringMatch { match_type: Some(wire::string_match::MatchType::Exact(text.to_owned())) };
+        let written = "spiffe://cluster.local/ns/a/sa/b";
+        let decoded =
+            decode(wire::Match { principals: vec![exact(written)], ..Default::default() }, wire::Action::Deny);
+        assert_eq!(decoded.value.rules[0][0][0].principals.any_of, [StringMatch::Exact(written.into())]);
+        assert!(decoded.faults.is_empty());
+        assert!(matches!(decoded.notes.as_slice(), [one] if one.starts_with("rule[0]: ") && one.contains(written)));
+        let nothing = decode(wire::Match::default(), wire::Action::Deny);
+        assert!(matches!(nothing.notes.as_slice(), [one] if one.contains("needs a waypoint")));
+        let fine = wire::Match { principals: vec![exact("cluster.local/ns/a/sa/b")], ..Default::default() };
+        assert!(decode(fine, wire::Action::Deny).notes.is_empty());
     }
 
     #[test]

@@ -84,6 +84,9 @@ fn is_recycled(status: &Status) -> bool {
     }
 }
 
+/// Notes on policies in one line of the log; more are counted.
+const NOTES_SHOWN: usize = 20;
+
 /// Keeps the store in step with the control plane.
 pub struct Client {
     config: Config,
@@ -292,6 +295,7 @@ impl Client {
                 "resources of the control plane were refused"
             );
         }
+        say_notes(&received.notes);
         if !received.update.is_empty() {
             let version = self.store.update(received.update);
             self.unsaved = true;
@@ -324,7 +328,8 @@ impl Client {
         match saved::read(path) {
             Ok(None) => {}
             Ok(Some(state)) => {
-                let (update, faults) = self.delta.restore(state.types);
+                let (update, faults, notes) = self.delta.restore(state.types);
+                say_notes(&notes);
                 self.store.update(update);
                 if !faults.is_empty() {
                     let faults = faults.join("; ");
@@ -368,6 +373,15 @@ impl Client {
             }
         }
     }
+}
+
+/// Says what in policies can never match, which is as if it were not there.
+fn say_notes(notes: &[String]) {
+    if notes.is_empty() {
+        return;
+    }
+    let shown = notes.iter().take(NOTES_SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+    tracing::warn!(notes = notes.len(), policies = shown, "parts of policies can never match: they do nothing");
 }
 
 /// JSON in the form that xDS carries it.
