@@ -297,7 +297,7 @@ async fn admit(
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Registered before it is asked for: no policy change can fall between the two.
     let live_permit = shared.permits.register(&workload, &subject);
-    let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
+    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
     // What the peer says it asked for counts only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
@@ -381,7 +381,7 @@ async fn plaintext_steps(
     let source = captured.source.ip();
     let subject = Subject { peer: None, source, destination };
     let live_permit = shared.permits.register(&workload, &subject);
-    let permit = authorize::authorize(&shared.mesh, &workload.uid, &subject).await;
+    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
     let live = record.opened(Details {
         source_workload: snapshot.workload_at(&workload.network, source).cloned(),
         source_identity: None,

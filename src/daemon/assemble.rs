@@ -239,7 +239,9 @@ impl Facts {
         let pending = ready.wait_for(FACTS);
         let (freshness, stop) = (Arc::<Freshness>::default(), Drain::default());
         let on_demand = matches!(&config.mesh, MeshSource::Xds(xds) if xds.on_demand);
-        let mesh = Arc::new(Mesh::new(config.node_name.as_str().into(), on_demand));
+        let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into());
+        let mesh = Mesh::new(config.node_name.as_str().into(), on_demand).with_trust_domain_aliases(aliases);
+        let mesh = Arc::new(mesh);
         let thread = match &config.mesh {
             MeshSource::File(path) => {
                 let metrics = Arc::new(control::Metrics::default());

@@ -58,6 +58,8 @@ pub struct Snapshot {
     pub policies_version: u64,
     /// The node that we run on; empty where nobody said.
     pub(super) node: Text,
+    /// Trust domains that are one with each workload's own.
+    pub trust_domain_aliases: Arc<[Text]>,
     /// What was asked for and does not exist. `None`: nobody needs to ask, everything is told.
     pub(super) absent: Option<HashTrieSetSync<Wanted>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,

@@ -101,6 +101,14 @@ impl Store {
         }
     }
 
+    /// With trust domains that are one with each workload's own.
+    pub fn with_trust_domain_aliases(self, aliases: impl IntoIterator<Item = Text>) -> Self {
+        let now = self.load();
+        let aliases = aliases.into_iter().collect();
+        self.current.store(Arc::new(Snapshot { trust_domain_aliases: aliases, ..(*now).clone() }));
+        self
+    }
+
     /// The facts as of now; hold the result for one decision, not for a connection's life.
     pub fn load(&self) -> Arc<Snapshot> {
         self.current.load_full()
@@ -108,7 +116,11 @@ impl Store {
 
     /// Replaces all facts at once.
     pub fn replace(&self, facts: Facts) -> u64 {
-        self.write(|current| Snapshot::empty(current.node.clone(), current.absent.is_some()), facts.into())
+        let base = |current: &Snapshot| Snapshot {
+            trust_domain_aliases: current.trust_domain_aliases.clone(),
+            ..Snapshot::empty(current.node.clone(), current.absent.is_some())
+        };
+        self.write(base, facts.into())
     }
 
     /// Applies changes.

@@ -99,6 +99,48 @@ fn attaching_a_policy_to_the_workload_ends_live_connections_too() {
 }
 
 #[test]
+fn a_principal_holds_in_both_spellings_and_in_each_trust_domain_that_is_one() {
+    let mut w = world();
+    let aliases = [("CULVERT_TRUST_DOMAIN_ALIASES", "old.local")];
+    w.mesh.of("bad")["trustDomain"] = json!("old.local");
+    w.write_mesh();
+    for node in [1, 2] {
+        w.write_pods(node, &w.captured_pods(node));
+        w.start_node(node, &aliases);
+    }
+    for node in [1, 2] {
+        w.wait_captured(node);
+    }
+    // Written with its scheme, and of the main trust domain: holds for the alias.
+    let (mut good, mut bad) = (open(&w, "good"), open(&w, "bad"));
+    let identities = w.json(2, "/connections").to_string();
+    assert!(identities.contains("spiffe://old.local/ns/ns/sa/bad"), "{identities}");
+    w.mesh.policy(
+        "no-bad",
+        "Namespace",
+        "Deny",
+        json!({"principals": [{"Exact": "spiffe://cluster.local/ns/ns/sa/bad"}]}),
+    );
+    w.write_mesh();
+    let error = bad.read(&mut [0]).expect_err("the denied connection is reset");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(refused(&w, "bad") && alive(&mut good));
+    // Of the alias: holds for the main trust domain.
+    w.mesh.policies.clear();
+    w.mesh.policy("no-good", "Namespace", "Deny", json!({"principals": [{"Prefix": "old.local/ns/ns/sa/good"}]}));
+    w.write_mesh();
+    let error = good.read(&mut [0]).expect_err("the denied connection is reset");
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    assert!(refused(&w, "good"));
+    // One that can never match is refused by name, and what was in force stays so.
+    w.mesh.policy("typo", "Namespace", "Deny", json!({"principals": [{"Exact": "cluster.local/ns/ns/sa/good/"}]}));
+    w.write_mesh();
+    let line = w.log_line(2, "refused", |l| l["message"].as_str().is_some_and(|m| m.starts_with("mesh file refused")));
+    assert!(line["error"].as_str().unwrap().contains("policy ns/typo: rule[0]: principal"), "{line}");
+    assert!(refused(&w, "good"));
+}
+
+#[test]
 fn a_policy_that_is_attached_but_unknown_refuses_and_is_waited_for() {
     let mut w = world();
     w.mesh.of("server")["authorizationPolicies"] = json!(["ns/late"]);

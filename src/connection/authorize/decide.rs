@@ -4,9 +4,10 @@
 //! ALLOW policy all is allowed; else one ALLOW must match. A policy that the workload names and nobody knows is never
 //! skipped: the answer is then [`Verdict::Unknown`].
 
-use super::matcher;
+use super::matcher::{self, Seen};
 use crate::mesh::policy::Action;
 use crate::mesh::{Policy, Snapshot, SpiffeName, Text, Workload};
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -37,10 +38,17 @@ impl fmt::Display for RuleName {
     }
 }
 
-/// Leave to connect to a pod. Only [`decide`] makes one, and dialling the pod needs one.
+/// Leave to connect to a pod. Only this module makes one, and dialling the pod needs one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permit {
     rule: Option<RuleName>,
+}
+
+impl Permit {
+    /// The ALLOW rule that gave it; `None` where no ALLOW policy applied.
+    pub fn rule(&self) -> Option<&RuleName> {
+        self.rule.as_ref()
+    }
 }
 
 impl fmt::Display for Permit {
@@ -89,56 +97,158 @@ pub struct Decision {
     pub dry_run: Vec<String>,
 }
 
-/// Decides for one destination workload.
-pub fn decide(snapshot: &Snapshot, workload: &Workload, subject: &Subject) -> Decision {
-    let mut policies: Vec<&Arc<Policy>> = snapshot.policies_for_namespace(&workload.namespace).collect();
-    let mut missing = None;
-    for key in &workload.policies {
-        match snapshot.policy(key) {
-            Some(policy) => policies.push(policy),
-            None => missing = missing.or(Some(key.clone())),
-        }
-    }
-    // The same answer, with the same rule named, whatever order the facts came in.
-    policies.sort_by(|a, b| a.key.cmp(&b.key));
-    policies.dedup_by(|a, b| a.key == b.key);
-    Decision { verdict: enforce(&policies, subject, missing), dry_run: notes(&policies, subject) }
+/// What a verdict on connections to one workload hangs on, beside the connection: the policies that apply to it, and the
+/// trust domains that are one. The same for all connections to the workload, and for as long as no fact among these changes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Applicable {
+    /// By action, each list in the order of the keys: the same answer, with the same rule named, whatever order facts came in.
+    deny: Vec<Arc<Policy>>,
+    allow: Vec<Arc<Policy>>,
+    dry_run: Vec<Arc<Policy>>,
+    /// The first policy that the workload names and nobody knows.
+    missing: Option<Text>,
+    /// The workload's own trust domain, and its aliases.
+    domains: Vec<Text>,
 }
 
-fn enforce(policies: &[&Arc<Policy>], subject: &Subject, missing: Option<Text>) -> Verdict {
-    let of = |action| policies.iter().filter(move |p| p.action == action && !p.dry_run);
-    if let Some(rule) = of(Action::Deny).find_map(|policy| matching_rule(policy, subject)) {
-        return Verdict::Refuse(Refusal::Denied(rule));
+impl Applicable {
+    /// What applies to a workload.
+    pub fn to(snapshot: &Snapshot, workload: &Workload) -> Self {
+        let mut policies: Vec<&Arc<Policy>> = snapshot.policies_for_namespace(&workload.namespace).collect();
+        let mut missing = None;
+        for key in &workload.policies {
+            match snapshot.policy(key) {
+                Some(policy) => policies.push(policy),
+                None => missing = missing.or(Some(key.clone())),
+            }
+        }
+        policies.sort_by(|a, b| a.key.cmp(&b.key));
+        policies.dedup_by(|a, b| a.key == b.key);
+        let of = |dry_run: bool, action: Option<Action>| {
+            let wanted = |p: &&&Arc<Policy>| p.dry_run == dry_run && action.is_none_or(|action| p.action == action);
+            policies.iter().filter(wanted).map(|policy| (*policy).clone()).collect()
+        };
+        let aliases = snapshot.trust_domain_aliases.iter().filter(|alias| **alias != workload.trust_domain);
+        Self {
+            deny: of(false, Some(Action::Deny)),
+            allow: of(false, Some(Action::Allow)),
+            dry_run: of(true, None),
+            missing,
+            domains: std::iter::once(&workload.trust_domain).chain(aliases).cloned().collect(),
+        }
     }
-    if let Some(missing) = missing {
-        return Verdict::Unknown(missing);
+
+    /// Policies that a full verdict looks at, at most.
+    pub fn cost(&self) -> usize {
+        self.deny.len() + self.allow.len()
     }
-    if of(Action::Allow).next().is_none() {
-        return Verdict::Allow(Permit { rule: None });
+
+    /// The verdict on one connection.
+    pub fn verdict(&self, subject: &Subject) -> Verdict {
+        self.enforce(&self.deny, &Seen::new(subject, &self.domains))
     }
-    match of(Action::Allow).find_map(|policy| matching_rule(policy, subject)) {
-        Some(rule) => Verdict::Allow(Permit { rule: Some(rule) }),
-        None => {
-            let names: Vec<&str> = of(Action::Allow).map(|policy| &*policy.key).collect();
-            Verdict::Refuse(Refusal::NotAllowed(names.join(", ")))
+
+    /// The verdict, and what dry-run policies would have said.
+    pub fn decide(&self, subject: &Subject) -> Decision {
+        let seen = Seen::new(subject, &self.domains);
+        Decision { verdict: self.enforce(&self.deny, &seen), dry_run: notes(&self.dry_run, &seen) }
+    }
+
+    /// With those DENY policies that have to be looked at.
+    fn enforce(&self, deny: &[Arc<Policy>], seen: &Seen<'_>) -> Verdict {
+        if let Some(rule) = deny.iter().find_map(|policy| matching_rule(policy, seen)) {
+            return Verdict::Refuse(Refusal::Denied(rule));
+        }
+        if let Some(missing) = &self.missing {
+            return Verdict::Unknown(missing.clone());
+        }
+        if self.allow.is_empty() {
+            return Verdict::Allow(Permit { rule: None });
+        }
+        match self.allow.iter().find_map(|policy| matching_rule(policy, seen)) {
+            Some(rule) => Verdict::Allow(Permit { rule: Some(rule) }),
+            None => {
+                let names: Vec<&str> = self.allow.iter().map(|policy| &*policy.key).collect();
+                Verdict::Refuse(Refusal::NotAllowed(names.join(", ")))
+            }
         }
     }
 }
 
-fn notes(policies: &[&Arc<Policy>], subject: &Subject) -> Vec<String> {
-    let dry = policies.iter().filter(|policy| policy.dry_run);
-    dry.filter_map(|policy| {
-        let rule = matching_rule(policy, subject)?;
+/// What has changed between two states of what applies to a workload.
+#[derive(Debug)]
+pub struct Changes {
+    now: Arc<Applicable>,
+    /// DENY policies that are new or not what they were.
+    deny: Vec<Arc<Policy>>,
+    /// Keys of ALLOW policies that are gone or not what they were.
+    allow: HashSet<Text>,
+    /// Whether nothing that was decided before says anything about now.
+    all: bool,
+}
+
+impl Changes {
+    /// From `before` to `now`.
+    pub fn between(before: &Applicable, now: &Arc<Applicable>) -> Self {
+        let held: HashMap<&Text, &Arc<Policy>> = now.allow.iter().map(|policy| (&policy.key, policy)).collect();
+        let is_other = |policy: &&Arc<Policy>| held.get(&policy.key) != Some(policy);
+        let allow = before.allow.iter().filter(is_other).map(|policy| policy.key.clone()).collect();
+        let held: HashMap<&Text, &Arc<Policy>> = before.deny.iter().map(|policy| (&policy.key, policy)).collect();
+        let is_new = |policy: &&Arc<Policy>| held.get(&policy.key) != Some(policy);
+        let deny = now.deny.iter().filter(is_new).cloned().collect();
+        Self { now: now.clone(), deny, allow, all: before.domains != now.domains }
+    }
+
+    /// Policies that the verdict on a connection looks at, at most; `by` as for [`Changes::verdict`].
+    pub fn cost(&self, by: Option<&RuleName>) -> usize {
+        match (self.all, self.is_still_allowed(by)) {
+            (true, _) => self.now.cost(),
+            (false, true) => self.deny.len(),
+            (false, false) => self.deny.len() + self.now.allow.len(),
+        }
+    }
+
+    /// The verdict of now on a connection that what was before had allowed, `by` that rule. No DENY had matched it, so only
+    /// those that have changed can; and what had allowed it still does, unless that has changed.
+    pub fn verdict(&self, subject: &Subject, by: Option<&RuleName>) -> Verdict {
+        if self.all {
+            return self.now.verdict(subject);
+        }
+        let still_allowed = self.is_still_allowed(by) && self.now.missing.is_none();
+        if still_allowed && self.deny.is_empty() {
+            return Verdict::Allow(Permit { rule: by.cloned() });
+        }
+        let seen = Seen::new(subject, &self.now.domains);
+        if !still_allowed {
+            return self.now.enforce(&self.deny, &seen);
+        }
+        match self.deny.iter().find_map(|policy| matching_rule(policy, &seen)) {
+            Some(rule) => Verdict::Refuse(Refusal::Denied(rule)),
+            None => Verdict::Allow(Permit { rule: by.cloned() }),
+        }
+    }
+
+    fn is_still_allowed(&self, by: Option<&RuleName>) -> bool {
+        match by {
+            Some(rule) => !self.allow.contains(&rule.policy),
+            None => self.now.allow.is_empty(),
+        }
+    }
+}
+
+fn notes(policies: &[Arc<Policy>], seen: &Seen<'_>) -> Vec<String> {
+    let note = |policy: &Arc<Policy>| {
+        let rule = matching_rule(policy, seen)?;
         Some(match policy.action {
             Action::Deny => format!("{rule} would have denied this"),
             Action::Allow => format!("{rule} would have allowed this"),
         })
-    })
-    .collect()
+    };
+    policies.iter().filter_map(note).collect()
 }
 
-fn matching_rule(policy: &Policy, subject: &Subject) -> Option<RuleName> {
-    let index = policy.rules.iter().position(|rule| matcher::rule(rule, subject))?;
+fn matching_rule(policy: &Policy, seen: &Seen<'_>) -> Option<RuleName> {
+    let index = policy.rules.iter().position(|rule| matcher::rule(rule, seen))?;
     Some(RuleName { policy: policy.key.clone(), index })
 }
 
@@ -148,6 +258,7 @@ mod tests {
     use crate::mesh::Facts;
     use crate::mesh::policy::{Match, PolicyScope, StringMatch};
     use crate::mesh::snapshot::tests::workload;
+    use proptest::prelude::*;
 
     fn policy(name: &str, scope: PolicyScope, action: Action, who: Option<&str>) -> Policy {
         let mut test = Match::default();
@@ -166,7 +277,7 @@ mod tests {
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.0.0.2:80".parse().unwrap(),
         };
-        decide(&snapshot, &server, &subject).verdict
+        Applicable::to(&snapshot, &server).verdict(&subject)
     }
 
     fn word(verdict: &Verdict) -> String {
@@ -216,6 +327,66 @@ mod tests {
             (vec![empty], vec![], "allow policies exist, but none allowed (applied: a/empty)"),
         ] {
             assert_eq!(word(&ask(policies.clone(), &attached)), expected, "{policies:?}");
+        }
+    }
+
+    const PEERS: [&str; 3] =
+        ["cluster.local/ns/a/sa/client", "old.local/ns/a/sa/client", "cluster.local/ns/a/sa/other"];
+
+    /// A state of the facts: policies (a few names, so that they change), what the workload names, and the aliases.
+    fn states() -> impl Strategy<Value = (Vec<Policy>, Vec<Text>, bool)> {
+        let one = (0..5usize, 0..3usize, any::<bool>(), prop::option::of(0..3usize), prop::bool::weighted(0.2));
+        let one = one.prop_map(|(name, scope, deny, who, dry_run)| {
+            let scope = [PolicyScope::Global, PolicyScope::Namespace, PolicyScope::WorkloadSelector][scope];
+            let action = if deny { Action::Deny } else { Action::Allow };
+            let mut policy = policy(&format!("p{name}"), scope, action, who.map(|who| PEERS[who]));
+            policy.dry_run = dry_run;
+            policy
+        });
+        let names = prop::collection::vec((0..5usize).prop_map(|n| Text::from(format!("a/p{n}"))), 0..3);
+        (prop::collection::vec(one, 0..6), names, any::<bool>()).prop_map(|(mut policies, names, alias)| {
+            policies.sort_by(|a, b| a.key.cmp(&b.key));
+            policies.dedup_by(|a, b| a.key == b.key);
+            (policies, names, alias)
+        })
+    }
+
+    fn state((policies, names, alias): (Vec<Policy>, Vec<Text>, bool)) -> Arc<Applicable> {
+        let mut server = workload("a", "server", "10.0.0.2");
+        server.policies = names;
+        let mut snapshot = Snapshot::build(1, Facts { policies, ..Facts::default() });
+        snapshot.trust_domain_aliases = if alias { vec!["old.local".into()].into() } else { Arc::default() };
+        Arc::new(Applicable::to(&snapshot, &server))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn judging_by_what_has_changed_is_judging_by_everything(all in prop::collection::vec(states(), 2..6)) {
+            for peer in PEERS {
+                let peer = SpiffeName::parse(&format!("spiffe://{peer}")).unwrap();
+                let (source, destination) = ("10.0.0.1".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+                let subject = Subject { peer: Some(peer), source, destination };
+                // What it was allowed by, as long as it is.
+                let mut standing: Option<(Arc<Applicable>, Permit)> = None;
+                for facts in all.clone() {
+                    let now = state(facts);
+                    let full = now.verdict(&subject);
+                    let verdict = match &standing {
+                        None => full.clone(),
+                        Some((before, permit)) => Changes::between(before, &now).verdict(&subject, permit.rule()),
+                    };
+                    match (&verdict, &full) {
+                        // Another rule may allow it as well.
+                        (Verdict::Allow(_), Verdict::Allow(_)) => {}
+                        _ => prop_assert_eq!(&verdict, &full),
+                    }
+                    standing = match verdict {
+                        Verdict::Allow(permit) => Some((now, permit)),
+                        _ => None,
+                    };
+                }
+            }
         }
     }
 }

@@ -2,28 +2,47 @@
 //!
 //! Rule: all clauses. Clause: any match, or no match at all. Match: every attribute, and at least one must be asked
 //! for. Attribute: any positive (if there are positives) and no negative. Without identity the namespace and principal
-//! are empty texts for namespaces, and no principal or service account ever hits.
+//! are empty texts for namespaces, and no principal or service account ever hits. A principal hits in whichever of the
+//! trust domains that are one it is written (source: trust domain aliases of Istio's sidecars; the reference has none).
 
 use super::decide::Subject;
 use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMatch};
+use crate::mesh::{SpiffeName, Text};
 
-/// Whether a rule holds for a connection.
-pub fn rule(rule: &Rule, subject: &Subject) -> bool {
-    rule.iter().all(|clause| clause.is_empty() || clause.iter().any(|m| one(m, subject)))
+/// A connection as rules see it.
+#[derive(Debug)]
+pub struct Seen<'a> {
+    subject: &'a Subject,
+    /// The peer's principal, in each trust domain that is one with its own: what a rule says of one holds for all.
+    principals: Vec<String>,
 }
 
-fn one(test: &Match, subject: &Subject) -> bool {
-    let asked = !(test.namespaces.is_empty()
-        && test.principals.is_empty()
-        && test.service_accounts.is_empty()
-        && test.source_ips.is_empty()
-        && test.destination_ips.is_empty()
-        && test.destination_ports.is_empty());
+impl<'a> Seen<'a> {
+    /// `domains`: trust domains that are one.
+    pub fn new(subject: &'a Subject, domains: &[Text]) -> Self {
+        let mut principals = Vec::new();
+        if let Some(peer) = &subject.peer {
+            principals.push(peer.principal());
+            let same = domains.contains(&peer.trust_domain);
+            let others = domains.iter().filter(|domain| same && **domain != peer.trust_domain);
+            let other = |domain: &Text| SpiffeName { trust_domain: domain.clone(), ..peer.clone() }.principal();
+            principals.extend(others.map(other));
+        }
+        Self { subject, principals }
+    }
+}
+
+/// Whether a rule holds for a connection.
+pub fn rule(rule: &Rule, seen: &Seen<'_>) -> bool {
+    rule.iter().all(|clause| clause.is_empty() || clause.iter().any(|m| one(m, seen)))
+}
+
+fn one(test: &Match, seen: &Seen<'_>) -> bool {
+    let subject = seen.subject;
     let namespace = subject.peer.as_ref().map_or("", |peer| &*peer.namespace);
-    let principal = subject.peer.as_ref().map(|peer| peer.principal());
-    asked
+    !test.is_empty()
         && passes(&test.namespaces, |m| text(m, namespace))
-        && passes(&test.principals, |m| principal.as_deref().is_some_and(|p| text(m, p)))
+        && passes(&test.principals, |m| seen.principals.iter().any(|principal| text(m, principal)))
         && passes(&test.service_accounts, |m| account(m, subject))
         && passes(&test.source_ips, |range| range.contains(&subject.source))
         && passes(&test.destination_ips, |range| range.contains(&subject.destination.ip()))
@@ -44,9 +63,7 @@ fn text(test: &StringMatch, value: &str) -> bool {
 }
 
 fn account(test: &ServiceAccountMatch, subject: &Subject) -> bool {
-    let same = |peer: &crate::mesh::SpiffeName| {
-        peer.namespace == test.namespace && peer.service_account == test.service_account
-    };
+    let same = |peer: &SpiffeName| peer.namespace == test.namespace && peer.service_account == test.service_account;
     subject.peer.as_ref().is_some_and(same)
 }
 
@@ -62,6 +79,37 @@ mod tests {
             peer: peer.map(|(td, ns, sa)| SpiffeName::new(td, ns, sa).unwrap()),
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.1.0.2:80".parse().unwrap(),
+        }
+    }
+
+    fn holds(some_rule: &Rule, subject: &Subject) -> bool {
+        rule(some_rule, &Seen::new(subject, &[]))
+    }
+
+    #[test]
+    fn a_principal_hits_in_each_trust_domain_that_is_one_with_the_peers() {
+        let domains: Vec<Text> = ["main", "old"].map(Text::from).into();
+        let of = |domain: &str| subject(Some((domain, "ns", "sa")));
+        let with = |positive: bool, text: &str| {
+            let (mut m, test) = (Match::default(), StringMatch::Exact(text.into()));
+            if positive {
+                m.principals.any_of.push(test)
+            } else {
+                m.principals.none_of.push(test)
+            }
+            vec![vec![m]]
+        };
+        for (peer, written, hits) in [
+            ("main", "main/ns/ns/sa/sa", true),
+            ("old", "main/ns/ns/sa/sa", true),
+            ("main", "old/ns/ns/sa/sa", true),
+            ("other", "main/ns/ns/sa/sa", false),
+            ("main", "other/ns/ns/sa/sa", false),
+            ("old", "main/ns/ns/sa/other", false),
+        ] {
+            let (peer, name) = (of(peer), peer);
+            assert_eq!(rule(&with(true, written), &Seen::new(&peer, &domains)), hits, "{name} as {written}");
+            assert_eq!(rule(&with(false, written), &Seen::new(&peer, &domains)), !hits, "{name} not {written}");
         }
     }
 
@@ -102,11 +150,11 @@ mod tests {
             (with(&|m| m.destination_ports.none_of = vec![80]), false, false),
         ] {
             let rule_of = vec![vec![m.clone()]];
-            assert_eq!(rule(&rule_of, &tls), on_tls, "TLS: {m:?}");
-            assert_eq!(rule(&rule_of, &plain), on_plain, "plaintext: {m:?}");
+            assert_eq!(holds(&rule_of, &tls), on_tls, "TLS: {m:?}");
+            assert_eq!(holds(&rule_of, &plain), on_plain, "plaintext: {m:?}");
         }
-        assert!(rule(&vec![], &plain), "no clause: everything");
-        assert!(rule(&vec![vec![]], &plain), "a clause without matches: everything");
+        assert!(holds(&vec![], &plain), "no clause: everything");
+        assert!(holds(&vec![vec![]], &plain), "a clause without matches: everything");
     }
 
     /// The same meaning written as slowly and plainly as possible.
@@ -219,7 +267,7 @@ mod tests {
             some_rule in prop::collection::vec(prop::collection::vec(matches(), 0..3), 0..3),
             subject in subjects(),
         ) {
-            prop_assert_eq!(rule(&some_rule, &subject), slow_twin(&some_rule, &subject));
+            prop_assert_eq!(holds(&some_rule, &subject), slow_twin(&some_rule, &subject));
         }
     }
 }

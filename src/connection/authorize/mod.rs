@@ -16,18 +16,24 @@ use std::time::Duration;
 /// How long a connection waits for a policy that its workload names and nobody has told us yet.
 pub const POLICY_WAIT: Duration = Duration::from_secs(5);
 
-/// Decides with the facts of now; while a referenced policy is unknown, waits for it up to [`POLICY_WAIT`].
-pub async fn authorize(mesh: &mesh::Store, uid: &str, subject: &Subject) -> Result<Permit, Refusal> {
+/// Decides on a registered connection with the facts of now; while a referenced policy is unknown, waits for it up to
+/// [`POLICY_WAIT`].
+pub async fn authorize(mesh: &mesh::Store, live: &Live) -> Result<Permit, Refusal> {
+    let subject = live.subject();
     let mut changes = mesh.subscribe();
     let deadline = tokio::time::sleep(POLICY_WAIT);
     tokio::pin!(deadline);
     loop {
         changes.mark_unchanged();
         let snapshot = mesh.load();
-        let workload = snapshot.workload(uid).ok_or(Refusal::WorkloadUnknown)?;
-        let Decision { verdict, dry_run } = decide::decide(&snapshot, workload, subject);
+        let workload = snapshot.workload(live.uid()).ok_or(Refusal::WorkloadUnknown)?;
+        let applicable = live.applicable(&snapshot, workload);
+        let Decision { verdict, dry_run } = applicable.decide(subject);
         let missing = match verdict {
             Verdict::Allow(permit) => {
+                if !live.stand(snapshot.version, &applicable, &permit) {
+                    continue;
+                }
                 log_dry_run(subject, &dry_run);
                 return Ok(permit);
             }

@@ -1,13 +1,16 @@
-//! Live permits, decided again whenever facts change; who is no longer allowed is told to stop.
+//! Live permits, judged again whenever facts change; who is no longer allowed is told to stop.
 //!
-//! A connection registers before it asks for its permit, so that no change can fall between the two.
+//! A connection registers before it asks for its permit, and asks again where facts have changed meanwhile, so that no change
+//! can fall between the two. Connections of a workload share what applies to it ([`Applicable`]): where that has not changed,
+//! none of them is looked at, else each is judged by what has changed. That is done in turns, between which whoever shares
+//! the thread goes on.
 
 use super::POLICY_WAIT;
-use super::decide::{self, Refusal, Subject, Verdict};
+use super::decide::{Applicable, Changes, Permit, Refusal, RuleName, Subject, Verdict};
 use crate::mesh::{self, Snapshot, Text, Workload};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -15,85 +18,181 @@ use tokio_util::sync::CancellationToken;
 /// Time between two looks at live connections, however fast facts change.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Policies looked at in one turn, about a tenth of a millisecond of them.
+const TURN: usize = 1024;
+
 /// All inbound connections and streams of this node that have, or ask for, a permit.
 #[derive(Debug, Default)]
 pub struct Registry {
     next: AtomicU64,
-    live: Mutex<HashMap<u64, Arc<Entry>>>,
+    groups: Mutex<HashMap<Text, Group>>,
+}
+
+/// Those of one workload; there is one as long as there are any.
+#[derive(Debug)]
+struct Group {
+    /// As last known, for the case that it vanishes from the facts before its connections end.
+    workload: Arc<Workload>,
+    /// What applies to it, as of the newest facts that anybody has asked about.
+    newest: Option<Newest>,
+    /// What all that have a permit were judged by, or newer.
+    judged: Option<Arc<Applicable>>,
+    live: HashMap<u64, Arc<Entry>>,
+}
+
+#[derive(Debug)]
+struct Newest {
+    /// Version of the facts.
+    version: u64,
+    policies_version: u64,
+    workload: Arc<Workload>,
+    applicable: Arc<Applicable>,
 }
 
 #[derive(Debug)]
 struct Entry {
-    uid: Text,
-    /// The workload as last known, for the case that it vanishes from the facts before its connections end.
-    workload: Arc<Workload>,
     subject: Subject,
     stop: CancellationToken,
-    why: Arc<OnceLock<Refusal>>,
-    /// Whether it has been judged since it registered.
-    seen: AtomicBool,
+    why: OnceLock<Refusal>,
+    /// What gave its permit, once it has one.
+    standing: Mutex<Option<Standing>>,
+}
+
+#[derive(Clone, Debug)]
+struct Standing {
+    /// Version of the facts.
+    version: u64,
+    applicable: Arc<Applicable>,
+    by: Option<RuleName>,
 }
 
 /// One registered connection; no longer live when dropped.
 #[derive(Debug)]
 pub struct Live {
     id: u64,
+    uid: Text,
     registry: Arc<Registry>,
-    stop: CancellationToken,
-    why: Arc<OnceLock<Refusal>>,
+    entry: Arc<Entry>,
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        self.registry.live.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        let mut groups = self.registry.groups();
+        if let Some(group) = groups.get_mut(&self.uid) {
+            group.live.remove(&self.id);
+            if group.live.is_empty() {
+                groups.remove(&self.uid);
+            }
+        }
     }
 }
 
 impl Live {
     /// Resolves when the connection is no longer allowed.
     pub async fn revoked(&self) {
-        self.stop.cancelled().await;
+        self.entry.stop.cancelled().await;
     }
 
     /// Why it is no longer allowed, once it is not.
     pub fn reason(&self) -> Option<Refusal> {
-        self.why.get().cloned()
+        self.entry.why.get().cloned()
+    }
+
+    /// Uid of the workload that it goes to.
+    pub(super) fn uid(&self) -> &Text {
+        &self.uid
+    }
+
+    /// Who asks for what.
+    pub(super) fn subject(&self) -> &Subject {
+        &self.entry.subject
+    }
+
+    /// What applies to its workload.
+    pub(super) fn applicable(&self, snapshot: &Snapshot, workload: &Arc<Workload>) -> Arc<Applicable> {
+        self.registry.applicable(&self.uid, snapshot, workload)
+    }
+
+    /// Takes a permit that these facts have given; `false` where newer ones are known to apply, by which whoever asks has to
+    /// ask again: those that had a permit have been judged by them.
+    pub(super) fn stand(&self, version: u64, applicable: &Arc<Applicable>, permit: &Permit) -> bool {
+        let groups = self.registry.groups();
+        let newest = groups.get(&self.uid).and_then(|group| group.newest.as_ref());
+        if newest.is_some_and(|newest| newest.version > version && !Arc::ptr_eq(&newest.applicable, applicable)) {
+            return false;
+        }
+        self.entry.stands(Some(Standing { version, applicable: applicable.clone(), by: permit.rule().cloned() }));
+        true
+    }
+}
+
+impl Entry {
+    fn standing(&self) -> Option<Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn stands(&self, standing: Option<Standing>) {
+        *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+    }
+
+    fn refuse(&self, refusal: Refusal) {
+        // Set once; a second refusal of the same connection adds nothing.
+        let _ = self.why.set(refusal);
+        self.stop.cancel();
+    }
+}
+
+/// Connections that had a permit and whose verdict hangs on a policy that nobody knows, and since when; by workload.
+type Waiting = HashMap<Text, HashMap<u64, Instant>>;
+
+/// What is left of a turn.
+#[derive(Debug)]
+struct Turn {
+    left: usize,
+    /// Policies looked at, in all turns.
+    spent: usize,
+}
+
+impl Turn {
+    async fn spend(&mut self, cost: usize) {
+        self.spent += cost;
+        if cost >= self.left {
+            tokio::task::yield_now().await;
+            self.left = TURN;
+        } else {
+            self.left -= cost;
+        }
     }
 }
 
 impl Registry {
     /// Registers a connection to the pod `workload`, before it asks for its permit.
     pub fn register(self: &Arc<Self>, workload: &Arc<Workload>, subject: &Subject) -> Live {
-        let (stop, why) = (CancellationToken::new(), Arc::new(OnceLock::new()));
-        let entry = Entry {
-            uid: workload.uid.clone(),
-            workload: workload.clone(),
+        let entry = Arc::new(Entry {
             subject: subject.clone(),
-            stop: stop.clone(),
-            why: why.clone(),
-            seen: AtomicBool::new(false),
-        };
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Arc::new(entry));
-        Live { id, registry: self.clone(), stop, why }
+            stop: CancellationToken::new(),
+            why: OnceLock::new(),
+            standing: Mutex::default(),
+        });
+        let (id, uid) = (self.next.fetch_add(1, Ordering::Relaxed), workload.uid.clone());
+        let group = || Group { workload: workload.clone(), newest: None, judged: None, live: HashMap::new() };
+        self.groups().entry(uid.clone()).or_insert_with(group).live.insert(id, entry.clone());
+        Live { id, uid, registry: self.clone(), entry }
     }
 
-    /// Decides live connections again when the mesh changes, for as long as it is awaited. At a thousand changes a second
-    /// it looks ten times, and decides only what the changes can concern.
+    /// Judges live connections again when the mesh changes, for as long as it is awaited. At a thousand changes a second it
+    /// looks ten times.
     pub async fn watch(&self, mesh: &mesh::Store) {
         let mut changes = mesh.subscribe();
-        // Since when a live connection's verdict hangs on a policy that nobody knows.
-        let mut waiting: HashMap<u64, Instant> = HashMap::new();
-        let mut before = None;
+        let mut waiting = Waiting::new();
         loop {
             changes.mark_unchanged();
-            // In this order: whoever is listed has asked with facts that were no newer than those that are loaded now.
-            let live = self.live();
-            let snapshot = mesh.load();
-            decide_again(live, &snapshot, before.as_deref(), &mut waiting);
-            before = Some(snapshot);
+            let spent = self.look(mesh, &mut waiting).await;
+            if spent > 0 {
+                tracing::debug!(policies = spent, "live connections were judged again");
+            }
             tokio::time::sleep(PAUSE).await;
-            let soonest = waiting.values().min().map(|since| *since + POLICY_WAIT);
+            let soonest = waiting.values().flat_map(HashMap::values).min().map(|since| *since + POLICY_WAIT);
             let deadline = soonest.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
@@ -102,107 +201,320 @@ impl Registry {
         }
     }
 
-    /// Taken out of the lock: deciding may take a while and connections must go on opening and closing.
-    fn live(&self) -> Vec<(u64, Arc<Entry>)> {
-        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
-        live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
+    /// Judges whoever has a permit by the facts of now; gives how many policies were looked at.
+    async fn look(&self, mesh: &mesh::Store, waiting: &mut Waiting) -> usize {
+        let uids: Vec<Text> = self.groups().keys().cloned().collect();
+        waiting.retain(|uid, _| uids.contains(uid));
+        let mut turn = Turn { left: TURN, spent: 0 };
+        for uid in uids {
+            let Some(known) = self.groups().get(&uid).map(|group| group.workload.clone()) else { continue };
+            let snapshot = mesh.load();
+            let workload = snapshot.workload(&uid).cloned().unwrap_or(known);
+            let now = self.applicable(&uid, &snapshot, &workload);
+            // In this order: whoever gets a permit by older facts after these have been noted is sent to ask again, and
+            // whoever has got one before is listed here.
+            let live = {
+                let mut groups = self.groups();
+                let Some(group) = groups.get_mut(&uid) else { continue };
+                group.workload = workload;
+                let same = group.judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, &now));
+                if same && !waiting.contains_key(&uid) {
+                    continue;
+                }
+                group.judged = Some(now.clone());
+                group.live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
+            };
+            let since = waiting.remove(&uid).unwrap_or_default();
+            let still = judge(live, snapshot.version, &now, &since, &mut turn).await;
+            if !still.is_empty() {
+                waiting.insert(uid, still);
+            }
+        }
+        turn.spent
+    }
+
+    /// What applies to a workload by these facts. As long as it is the same, it is the same object.
+    fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> Arc<Applicable> {
+        let is_as = |newest: &Newest| {
+            let before = &newest.workload;
+            newest.policies_version == snapshot.policies_version
+                && (Arc::ptr_eq(before, workload)
+                    || (before.namespace == workload.namespace
+                        && before.policies == workload.policies
+                        && before.trust_domain == workload.trust_domain))
+        };
+        if let Some(newest) = self.groups().get(uid).and_then(|group| group.newest.as_ref())
+            && newest.version <= snapshot.version
+            && is_as(newest)
+        {
+            return newest.applicable.clone();
+        }
+        // Not under the lock: of two thousand policies it takes a while.
+        let mut applicable = Arc::new(Applicable::to(snapshot, workload));
+        let (version, policies_version, workload) = (snapshot.version, snapshot.policies_version, workload.clone());
+        let mut groups = self.groups();
+        let Some(group) = groups.get_mut(uid) else { return applicable };
+        let last = group.newest.as_ref().map(|newest| (newest.version, newest.applicable.clone()));
+        if let Some((_, same)) = last.as_ref().filter(|(_, last)| **last == *applicable) {
+            applicable = same.clone();
+        }
+        if last.is_none_or(|(last, _)| last <= version) {
+            group.newest = Some(Newest { version, policies_version, workload, applicable: applicable.clone() });
+        }
+        applicable
+    }
+
+    fn groups(&self) -> MutexGuard<'_, HashMap<Text, Group>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn decide_again(
+/// Judges connections of one workload by what applies to it `now`; gives those that wait for a policy. `waiting`: those that
+/// have waited before.
+async fn judge(
     live: Vec<(u64, Arc<Entry>)>,
-    snapshot: &Snapshot,
-    before: Option<&Snapshot>,
-    waiting: &mut HashMap<u64, Instant>,
-) {
-    let same_policies = before.is_some_and(|before| before.policies_version == snapshot.policies_version);
-    let mut still_waiting = HashMap::new();
+    version: u64,
+    now: &Arc<Applicable>,
+    waiting: &HashMap<u64, Instant>,
+    turn: &mut Turn,
+) -> HashMap<u64, Instant> {
+    // Most were judged by the same before.
+    let mut changes: Vec<(Arc<Applicable>, Changes)> = Vec::new();
+    let mut still = HashMap::new();
     for (id, entry) in live {
-        let workload = snapshot.workload(&entry.uid).unwrap_or(&entry.workload);
-        let judged_with = before.map(|before| before.workload(&entry.uid).unwrap_or(&entry.workload));
-        let same_workload = judged_with.is_some_and(|judged_with| Arc::ptr_eq(judged_with, workload));
-        if same_policies && same_workload && !waiting.contains_key(&id) && entry.seen.swap(true, Ordering::Relaxed) {
+        // Whoever has no permit yet asks by itself; whoever has one by newer facts is judged when those are looked at; whoever
+        // has been refused is about to end.
+        let Some(standing) = entry.standing().filter(|standing| standing.version <= version) else { continue };
+        if entry.why.get().is_some() {
             continue;
         }
-        let refusal = match decide::decide(snapshot, workload, &entry.subject).verdict {
-            Verdict::Allow(_) => continue,
-            Verdict::Refuse(refusal) => refusal,
-            Verdict::Unknown(policy) => {
-                let since = waiting.get(&id).copied().unwrap_or_else(Instant::now);
-                if since.elapsed() < POLICY_WAIT {
-                    still_waiting.insert(id, since);
-                    continue;
-                }
-                Refusal::PolicyUnknown(policy)
+        let since = waiting.get(&id);
+        let verdict = if since.is_some() {
+            turn.spend(now.cost()).await;
+            now.verdict(&entry.subject)
+        } else if Arc::ptr_eq(&standing.applicable, now) {
+            continue;
+        } else {
+            let before = &standing.applicable;
+            let known = changes.iter().position(|(known, _)| Arc::ptr_eq(known, before));
+            let at = known.unwrap_or(changes.len());
+            if known.is_none() {
+                turn.spend(now.cost()).await;
+                changes.push((before.clone(), Changes::between(before, now)));
             }
+            let Some((_, changes)) = changes.get(at) else { continue };
+            turn.spend(changes.cost(standing.by.as_ref()).max(1)).await;
+            changes.verdict(&entry.subject, standing.by.as_ref())
         };
-        // Set once; a second refusal of the same connection adds nothing.
-        let _ = entry.why.set(refusal);
-        entry.stop.cancel();
+        match verdict {
+            Verdict::Allow(permit) => {
+                entry.stands(Some(Standing { version, applicable: now.clone(), by: permit.rule().cloned() }));
+            }
+            Verdict::Refuse(refusal) => entry.refuse(refusal),
+            Verdict::Unknown(policy) => {
+                let since = since.copied().unwrap_or_else(Instant::now);
+                if since.elapsed() < POLICY_WAIT {
+                    still.insert(id, since);
+                } else {
+                    entry.refuse(Refusal::PolicyUnknown(policy));
+                }
+            }
+        }
     }
-    *waiting = still_waiting;
+    still
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::authorize::authorize;
     use crate::mesh::policy::{Action, Match, Policy, PolicyScope};
     use crate::mesh::snapshot::tests::workload;
-    use crate::mesh::{Facts, Store};
+    use crate::mesh::{Facts, Store, Update};
+    use proptest::prelude::*;
 
-    fn deny_port(port: u16) -> Policy {
+    fn deny_port(name: &str, scope: PolicyScope, port: u16) -> Policy {
         let mut test = Match::default();
         test.destination_ports.any_of = vec![port];
         Policy {
-            name: "deny".into(),
+            name: name.into(),
             namespace: "a".into(),
-            key: "a/deny".into(),
-            scope: PolicyScope::WorkloadSelector,
+            key: format!("a/{name}").into(),
+            scope,
             action: Action::Deny,
             dry_run: false,
             rules: vec![vec![vec![test]]],
         }
     }
 
+    fn subject(server: &Workload, port: u16) -> Subject {
+        let source = "10.0.0.1".parse().unwrap();
+        Subject { peer: None, source, destination: std::net::SocketAddr::new(server.ips[0], port) }
+    }
+
+    /// A connection that has its permit.
+    async fn permitted(mesh: &Store, registry: &Arc<Registry>, server: &Workload, port: u16) -> Live {
+        let known = mesh.load().workload(&server.uid).cloned().unwrap();
+        let live = registry.register(&known, &subject(server, port));
+        authorize(mesh, &live).await.unwrap();
+        live
+    }
+
     #[tokio::test(start_paused = true)]
     async fn attaching_a_policy_cuts_exactly_the_connections_it_denies() {
         let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
         let server = workload("a", "server", "10.0.0.2");
-        mesh.replace(Facts { workloads: vec![server.clone()], policies: vec![deny_port(80)], ..Facts::default() });
-        let subject = |port| Subject {
-            peer: None,
-            source: "10.0.0.1".parse().unwrap(),
-            destination: std::net::SocketAddr::new(server.ips[0], port),
-        };
-        let known = mesh.load().workload(&server.uid).cloned().unwrap();
-        let denied = registry.register(&known, &subject(80));
-        let allowed = registry.register(&known, &subject(81));
+        let policies = vec![deny_port("deny", PolicyScope::WorkloadSelector, 80)];
+        mesh.replace(Facts { workloads: vec![server.clone()], policies, ..Facts::default() });
+        let denied = permitted(&mesh, &registry, &server, 80).await;
+        let allowed = permitted(&mesh, &registry, &server, 81).await;
         let watch = async {
             let mut attached = server.clone();
             attached.policies = vec!["a/deny".into()];
             tokio::task::yield_now().await;
-            mesh.replace(Facts { workloads: vec![attached], policies: vec![deny_port(80)], ..Facts::default() });
+            mesh.update(Update { workloads: vec![attached], ..Update::default() });
             denied.revoked().await;
         };
         tokio::select! { () = registry.watch(&mesh) => {}, () = watch => {} }
         assert!(matches!(denied.reason(), Some(Refusal::Denied(_))));
         assert!(allowed.reason().is_none());
         drop((denied, allowed));
-        assert!(registry.live.lock().unwrap().is_empty());
+        assert!(registry.groups().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_policy_that_never_becomes_known_ends_the_connection_after_the_wait() {
         let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
         let mut server = workload("a", "server", "10.0.0.2");
-        server.policies = vec!["a/late".into()];
         mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
-        let known = mesh.load().workload(&server.uid).cloned().unwrap();
-        let subject = Subject { peer: None, source: server.ips[0], destination: "10.0.0.2:80".parse().unwrap() };
-        let live = registry.register(&known, &subject);
+        let live = permitted(&mesh, &registry, &server, 80).await;
+        server.policies = vec!["a/late".into()];
+        mesh.update(Update { workloads: vec![server], ..Update::default() });
         let start = Instant::now();
         tokio::select! { () = registry.watch(&mesh) => {}, () = live.revoked() => {} }
         assert!(start.elapsed() >= POLICY_WAIT);
         assert_eq!(live.reason(), Some(Refusal::PolicyUnknown("a/late".into())));
+    }
+
+    /// Whoever is about to take a permit while a change is looked at is not passed over.
+    #[tokio::test(start_paused = true)]
+    async fn a_permit_by_facts_that_have_been_overtaken_is_not_taken() {
+        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let server = workload("a", "server", "10.0.0.2");
+        mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
+        let old = mesh.load();
+        let known = old.workload(&server.uid).cloned().unwrap();
+        let live = registry.register(&known, &subject(&server, 80));
+        let applicable = live.applicable(&old, &known);
+        let Verdict::Allow(permit) = applicable.verdict(live.subject()) else { panic!("nothing forbids it") };
+        mesh.update(Update { policies: vec![deny_port("deny", PolicyScope::Global, 80)], ..Update::default() });
+        registry.look(&mesh, &mut Waiting::new()).await;
+        assert!(!live.stand(old.version, &applicable, &permit), "it has to ask again");
+        assert!(matches!(authorize(&mesh, &live).await, Err(Refusal::Denied(_))));
+        // What has not changed anything that applies does not send anybody back.
+        let other = permitted(&mesh, &registry, &server, 81).await;
+        let (old, uid) = (mesh.load(), other.uid().clone());
+        let applicable = other.applicable(&old, old.workload(&uid).unwrap());
+        mesh.update(Update { workloads: vec![workload("b", "other", "10.0.0.9")], ..Update::default() });
+        registry.look(&mesh, &mut Waiting::new()).await;
+        assert!(other.stand(old.version, &applicable, &permit));
+    }
+
+    /// 3,000 connections to 60 workloads, under 2,000 policies. What is counted is policies looked at for a connection, which
+    /// is what time goes into: judging all by all would be six million.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_judged_is_what_changes_concern_in_turns_that_have_a_bound() {
+        const POLICIES: usize = 2000;
+        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let servers: Vec<Workload> =
+            (1..=60).map(|n| workload("a", &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
+        let policies: Vec<Policy> = (0..POLICIES)
+            .map(|n| Policy { rules: Vec::new(), ..deny_port(&format!("p{n}"), PolicyScope::Namespace, 1) })
+            .collect();
+        mesh.replace(Facts { workloads: servers.clone(), policies, ..Facts::default() });
+        let mut live = Vec::new();
+        for server in &servers {
+            for port in 0..50 {
+                live.push(permitted(&mesh, &registry, server, 1000 + port).await);
+            }
+        }
+        let mut waiting = Waiting::new();
+        assert_eq!(registry.look(&mesh, &mut waiting).await, 0, "all have just been judged");
+
+        // A workload that names another policy concerns its own 50.
+        let mut one = servers[0].clone();
+        one.policies = vec!["a/one".into()];
+        let policy = deny_port("one", PolicyScope::WorkloadSelector, 1000);
+        mesh.update(Update { workloads: vec![one], policies: vec![policy], ..Update::default() });
+        let spent = registry.look(&mesh, &mut waiting).await;
+        assert!(spent <= POLICIES + 1 + 50, "{spent}");
+        assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 1);
+
+        // What changes nothing that applies concerns nobody, also where all facts are told anew.
+        let mut healthy = servers[1].clone();
+        healthy.node = "another".into();
+        mesh.update(Update { workloads: vec![healthy], ..Update::default() });
+        assert_eq!(registry.look(&mesh, &mut waiting).await, 0);
+
+        // A policy for all concerns all; others go on in between.
+        let policy = deny_port("all", PolicyScope::Global, 1001);
+        mesh.update(Update { policies: vec![policy], ..Update::default() });
+        let looking = async { Some(registry.look(&mesh, &mut waiting).await) };
+        let mut turns = 0;
+        let others = async {
+            loop {
+                turns += 1;
+                tokio::task::yield_now().await;
+            }
+        };
+        let spent = tokio::select! { biased; spent = looking => spent, () = others => None }.unwrap();
+        assert!(spent <= 60 * (POLICIES + 2) + 3000, "{spent}");
+        assert!(turns >= spent / (TURN + POLICIES + 2), "{turns} turns for {spent}");
+        assert!(turns >= 60, "{turns}");
+        assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 61);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+        /// After each change, those are cut that the facts of now do not allow, and no others.
+        #[test]
+        fn looking_again_is_judging_everything(
+            steps in prop::collection::vec((0..3usize, 0..4u16, 0..3usize, any::<bool>(), any::<bool>()), 1..8),
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            runtime.block_on(async {
+                let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+                let servers: Vec<Workload> =
+                    (0..3).map(|n| workload(["a", "a", "b"][n], &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
+                mesh.replace(Facts { workloads: servers.clone(), ..Facts::default() });
+                let mut live = Vec::new();
+                for server in &servers {
+                    for port in 0..4 {
+                        live.push((server.uid.clone(), permitted(&mesh, &registry, server, port).await));
+                    }
+                }
+                let mut waiting = Waiting::new();
+                for (name, port, scope, gone, named) in steps {
+                    let scope = [PolicyScope::Global, PolicyScope::Namespace, PolicyScope::WorkloadSelector][scope];
+                    let policy = deny_port(&format!("p{name}"), scope, port);
+                    let mut server = servers[name].clone();
+                    server.policies = if named { vec![policy.key.clone()] } else { Vec::new() };
+                    let mut update = Update { workloads: vec![server], ..Update::default() };
+                    if gone { update.gone_policies.push(policy.key) } else { update.policies.push(policy) }
+                    mesh.update(update);
+                    registry.look(&mesh, &mut waiting).await;
+                    let snapshot = mesh.load();
+                    live.retain(|(uid, live)| {
+                        let server = snapshot.workload(uid).unwrap();
+                        let refused = match Applicable::to(&snapshot, server).verdict(live.subject()) {
+                            Verdict::Refuse(refusal) => Some(refusal),
+                            _ => None,
+                        };
+                        assert_eq!(live.reason(), refused);
+                        refused.is_none()
+                    });
+                }
+            });
+        }
     }
 }
