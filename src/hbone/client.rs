@@ -56,7 +56,7 @@ pub enum OpenError {
     #[error("the peer refuses the stream (REFUSED_STREAM)")]
     Refused,
     /// The peer refused the stream.
-    #[error("http status: {0}")]
+    #[error("http status: {}: {}", .0, meaning(.0))]
     Status(StatusCode),
     /// The tunnel broke while the answer was awaited.
     #[error("the tunnel broke: {0}")]
@@ -64,6 +64,25 @@ pub enum OpenError {
     /// The request cannot be written as HTTP.
     #[error("the request cannot be written: {0}")]
     Request(#[from] http::Error),
+}
+
+/// What the far end says by a status (source: the reference's inbound HBONE table; Envoy's CONNECT for the last three).
+fn meaning(status: &StatusCode) -> &'static str {
+    match status.as_u16() {
+        400 => {
+            "the far end finds the request wrong: the address is not that pod's (facts that are old here or there), or not understood"
+        }
+        401 => "the far end's policies refuse it",
+        403 => "the far end refuses it: by a waypoint's policies, or because our certificate is revoked",
+        404 => "the far end, a waypoint or gateway, has no route for it: its configuration",
+        429 => "the far end is asked too often",
+        500 => "the far end failed: its log",
+        502 | 504 => "the far end, a waypoint or gateway, does not reach the application",
+        503 => {
+            "the far end does not reach the application (nobody listens on the port?), does not know its pod yet, or has no room"
+        }
+        _ => "no status that HBONE peers are known to answer",
+    }
 }
 
 /// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.

@@ -65,6 +65,14 @@ impl TunnelError {
         account.why().map_or(Self::Http2(error), Self::Cut)
     }
 
+    /// The error of the byte stream below, where it was that.
+    pub fn io(&self) -> Option<&std::io::Error> {
+        match self {
+            Self::Http2(error) => error.get_io(),
+            Self::Cut(_) | Self::Closed | Self::PingTimeout => None,
+        }
+    }
+
     /// Why *we* have ended the tunnel, as a word for metrics; `None` where the peer or the network did.
     pub fn cut(&self) -> Option<&'static str> {
         match self {

@@ -7,7 +7,7 @@ use super::authority::Signed;
 use super::revoked::{Chain, Revocations};
 use super::verify::{ClientVerifier, ServerVerifier, Vouch};
 use crate::mesh::{SpiffeName, Text};
-use crate::rpc::tls::provider;
+use crate::rpc::tls::{is_about_time, provider};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
@@ -223,12 +223,6 @@ fn own(chain: &dyn ClientCertVerifier, signed: &Signed) -> Result<(), Credential
         Err(error) if is_about_time(&error) => Err(CredentialsError::Clock(error)),
         Err(error) => Err(CredentialsError::NotOurs(error)),
     }
-}
-
-fn is_about_time(error: &rustls::Error) -> bool {
-    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
-    let rustls::Error::InvalidCertificate(reason) = error else { return false };
-    matches!(reason, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
 }
 
 /// What a finished handshake agreed on, for display.

@@ -3,6 +3,8 @@
 use super::revoked::Revocations;
 use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
+pub use crate::rpc::tls::clock;
+use crate::rpc::tls::with_clock;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -56,7 +58,7 @@ pub fn tls_reason(error: &io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
     match inner {
         Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
-        _ => error.to_string(),
+        _ => with_clock(error),
     }
 }
 

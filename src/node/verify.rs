@@ -32,7 +32,9 @@ pub enum VerifyError {
         source: io::Error,
     },
     /// The probe did not arrive at the listener.
-    #[error("a probe to {0} from inside the pod was not captured: other rules in the pod come before ours")]
+    #[error(
+        "a probe to {0} from inside the pod was not captured: other rules in the pod come before ours, or a filter drops what ours redirect (nft list ruleset in the pod shows them)"
+    )]
     NotCaptured(IpAddr),
 }
 

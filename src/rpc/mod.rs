@@ -101,7 +101,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// TLS.
-    #[error("{host} is not who it must be: {source}")]
+    #[error("{host} is not who it must be: {}", tls::with_clock(.source))]
     Tls {
         /// The name.
         host: String,

@@ -5,7 +5,8 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use rustls::{AlertDescription, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme};
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -41,6 +42,32 @@ pub enum RootsError {
     /// The control plane's name cannot be one.
     #[error("{0:?} is no name that a certificate can have")]
     Name(String),
+}
+
+/// Whether a certificate is refused because it is not valid now, by our clock.
+pub fn is_about_time(error: &Error) -> bool {
+    use rustls::CertificateError::{Expired, ExpiredContext, NotValidYet, NotValidYetContext};
+    let Error::InvalidCertificate(reason) = error else { return false };
+    matches!(reason, Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. })
+}
+
+/// What to say of a handshake that failed because a certificate is not valid now, by either side's clock.
+pub fn clock(error: &io::Error) -> Option<&'static str> {
+    const OURS: &str =
+        "by this node's clock that certificate is not valid now: one of the two clocks is off, or nobody renews it";
+    const THEIRS: &str = "by the far end's clock our certificate is not valid now: one of the two clocks is off";
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
+        Some(error) if is_about_time(error) => Some(OURS),
+        Some(Error::AlertReceived(AlertDescription::CertificateExpired)) => Some(THEIRS),
+        Some(_) => None,
+        // HTTP/2 keeps the text alone.
+        None => error.to_string().contains("alert: CertificateExpired").then_some(THEIRS),
+    }
+}
+
+/// The error of a handshake, with what it means where it is about time.
+pub fn with_clock(error: &io::Error) -> String {
+    clock(error).map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
 }
 
 /// Only post-quantum key exchange from now on (`COMPLIANCE_POLICY=pqc`). Called once, before anything connects.

@@ -59,7 +59,11 @@ fn a_refusal_names_its_rule_in_the_log_and_in_metrics() {
         assert_eq!(line["level"], "error");
     }
     let out = w.log_line(1, "the client's side", |l| l["src.workload"] == "bad" && l["direction"] == "outbound");
-    assert!(out["error"].as_str().unwrap().contains("401"), "{out}");
+    assert!(out["error"].as_str().unwrap().contains("401 Unauthorized: the far end's policies refuse it"), "{out}");
+    // Nobody listens there.
+    assert!(ask(&w.ns("good"), (server(&w), 8081), "x").is_err());
+    let out = w.log_line(1, "refused by the far end", |l| l["reason"] == "peer_refused");
+    assert!(out["error"].as_str().unwrap().contains("nobody listens on the port?"), "{out}");
     let denied = ["reporter=\"destination\"", "response_flags=\"DENY\"", "source_workload=\"bad\""];
     assert_eq!(w.metric(2, "istio_tcp_connections_failed_total", &denied), 1.0);
     assert_eq!(w.metric(2, "culvert_connection_failures_total", &["reason=\"denied\"", "fault=\"policy\""]), 2.0);

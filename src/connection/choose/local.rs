@@ -26,7 +26,9 @@ pub struct LocalTarget {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LocalError {
     /// The address is not this pod's, and this pod is not its waypoint.
-    #[error("ip mismatch: {asked} != {own}")]
+    #[error(
+        "ip mismatch: {asked} != {own}; if {asked} is behind an interface in the pod, name that in the annotation istio.io/reroute-virtual-interfaces (rerouteVirtualInterfaces in the pods file)"
+    )]
     IpMismatch {
         /// What was asked for.
         asked: IpAddr,

@@ -9,7 +9,7 @@ pub use pool::Pool;
 use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::tls_reason;
+use crate::identity::verify::{clock, tls_reason};
 use crate::sys::netns::NetnsError;
 use std::io;
 use std::net::SocketAddr;
@@ -57,6 +57,11 @@ pub enum DialError {
     Abandoned,
 }
 
+fn http2_reason(error: &TunnelError) -> String {
+    let clock = error.io().and_then(clock);
+    clock.map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
+}
+
 /// Why a tunnel could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelDialError {
@@ -78,7 +83,7 @@ pub enum TunnelDialError {
     #[error("tls error: {}", tls_reason(.0))]
     Tls(io::Error),
     /// HTTP/2 failed.
-    #[error("http2 handshake failed: {0}")]
+    #[error("http2 handshake failed: {}", http2_reason(.0))]
     Http2(TunnelError),
     /// TLS and HTTP/2 together took too long.
     #[error("the handshake with {0} took longer than 10 s")]

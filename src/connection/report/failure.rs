@@ -1,6 +1,7 @@
 //! Every way a connection can end otherwise than well, in one closed list. From it follow, by exhaustive matches, the
 //! word in metrics, the response flag, whose fault it was, and whether trying again is safe.
 
+use super::reason::Reason;
 use crate::connection::accept::AcceptError;
 use crate::connection::authorize::Refusal;
 use crate::connection::budget::Refused;
@@ -10,6 +11,7 @@ use crate::connection::forward::{ForwardError, Stop};
 use crate::hbone::client::OpenError;
 use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
+use crate::identity::verify::clock;
 use crate::identity::verify::is_revoked;
 use crate::mesh::Text;
 use crate::task::places::Full;
@@ -62,7 +64,10 @@ pub enum Failure {
 }
 
 /// The peer's certificate has been revoked.
-const REVOKED: (&str, &str, Fault) = ("cert_revoked", "CERT_REVOKED", Fault::Peer);
+const REVOKED: (Reason, &str, Fault) = (Reason::CertRevoked, "CERT_REVOKED", Fault::Peer);
+
+/// Two clocks differ.
+const CLOCK: (Reason, &str, Fault) = (Reason::Clock, "TLS_FAILURE", Fault::Us);
 
 /// Whose fault a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,66 +85,68 @@ pub enum Fault {
 }
 
 impl Failure {
-    /// Word for the metric label, response flag of the access log and traffic metrics (source: the reference's
+    /// Reason, which gives the word of the metric's label, response flag of the access log and traffic metrics (source: the reference's
     /// response_flags), and whose fault it is.
-    fn kind(&self) -> (&'static str, &'static str, Fault) {
+    fn kind(&self) -> (Reason, &'static str, Fault) {
         match self {
-            Self::Budget(Refused::Full { .. }) | Self::Queue(_) => ("limit", "CONNECT", Fault::Us),
-            Self::Budget(Refused::Pod { .. }) => ("largest_consumer", "CONNECT", Fault::App),
-            Self::Budget(Refused::Peer { .. }) => ("largest_peer", "CONNECT", Fault::Peer),
-            Self::Handshakes(_) => ("handshake_limit", "CONNECT", Fault::Peer),
-            Self::LocalWorkload(_) => ("workload_unknown", "CONNECT", Fault::Mesh),
+            Self::Budget(Refused::Full { .. }) | Self::Queue(_) => (Reason::Limit, "CONNECT", Fault::Us),
+            Self::Budget(Refused::Pod { .. }) => (Reason::LargestConsumer, "CONNECT", Fault::App),
+            Self::Budget(Refused::Peer { .. }) => (Reason::LargestPeer, "CONNECT", Fault::Peer),
+            Self::Handshakes(_) => (Reason::HandshakeLimit, "CONNECT", Fault::Peer),
+            Self::LocalWorkload(_) => (Reason::WorkloadUnknown, "CONNECT", Fault::Mesh),
             Self::Accept(error) => match error {
-                AcceptError::OriginalDestination(_) => ("original_destination_unknown", "CONNECT", Fault::Us),
-                AcceptError::Socket(_) => ("socket", "CONNECT", Fault::App),
+                AcceptError::OriginalDestination(_) => (Reason::OriginalDestinationUnknown, "CONNECT", Fault::Us),
+                AcceptError::Socket(_) => (Reason::Socket, "CONNECT", Fault::App),
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
-                AcceptError::Tls(_) | AcceptError::NoCertificate => ("peer_tls", "TLS_FAILURE", Fault::Peer),
-                AcceptError::Http2(_) => ("peer_http2", "H2_HANDSHAKE_FAILURE", Fault::Peer),
-                AcceptError::Silent => ("peer_silent", "TLS_FAILURE", Fault::Peer),
-                AcceptError::Deadline => ("peer_handshake_deadline", "TLS_FAILURE", Fault::Peer),
+                AcceptError::Tls(error) if clock(error).is_some() => CLOCK,
+                AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
+                AcceptError::Http2(error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
+                AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
+                AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
+                AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             },
-            Self::Identity(_) => ("identity", "IDENTITY_ERROR", Fault::Us),
-            Self::Request(_) => ("bad_request", "CONNECT", Fault::Peer),
+            Self::Identity(_) => (Reason::Identity, "IDENTITY_ERROR", Fault::Us),
+            Self::Request(_) => (Reason::BadRequest, "CONNECT", Fault::Peer),
             Self::Refused(refusal) => refusal_kind(refusal),
             Self::Route(error) => match error {
-                RouteError::Loop(_) => ("loop", "CONNECT", Fault::App),
-                RouteError::UnknownWaypoint { .. } => ("waypoint_unknown", "CONNECT", Fault::Mesh),
-                RouteError::NoEndpoint(_) => ("no_endpoint", "CONNECT", Fault::Mesh),
-                RouteError::NoPort(..) => ("no_port", "CONNECT", Fault::App),
-                RouteError::NoAddress(_) => ("no_address", "CONNECT", Fault::Mesh),
-                RouteError::OtherNetwork(_) => ("other_network", "CONNECT", Fault::Mesh),
-                RouteError::Identity(..) => ("bad_identity", "CONNECT", Fault::Mesh),
-                RouteError::Protocol(_) => ("protocol", "CONNECT", Fault::Mesh),
-                RouteError::Unresolved(_) | RouteError::Resolve(_) => ("name_not_resolved", "CONNECT", Fault::Mesh),
-                RouteError::Unasked(_) | RouteError::Ask(_) => ("no_answer", "CONNECT", Fault::Mesh),
+                RouteError::Loop(_) => (Reason::Loop, "CONNECT", Fault::App),
+                RouteError::UnknownWaypoint { .. } => (Reason::WaypointUnknown, "CONNECT", Fault::Mesh),
+                RouteError::NoEndpoint(_) => (Reason::NoEndpoint, "CONNECT", Fault::Mesh),
+                RouteError::NoPort(..) => (Reason::NoPort, "CONNECT", Fault::App),
+                RouteError::NoAddress(_) => (Reason::NoAddress, "CONNECT", Fault::Mesh),
+                RouteError::OtherNetwork(_) => (Reason::OtherNetwork, "CONNECT", Fault::Mesh),
+                RouteError::Identity(..) => (Reason::BadIdentity, "CONNECT", Fault::Mesh),
+                RouteError::Protocol(_) => (Reason::Protocol, "CONNECT", Fault::Mesh),
+                RouteError::Unresolved(_) | RouteError::Resolve(_) => (Reason::NameNotResolved, "CONNECT", Fault::Mesh),
+                RouteError::Unasked(_) | RouteError::Ask(_) => (Reason::NoAnswer, "CONNECT", Fault::Mesh),
             },
             Self::Local(error) => match error {
-                LocalError::IpMismatch { .. } => ("ip_mismatch", "CONNECT", Fault::Peer),
-                LocalError::UnknownHost(_) => ("unknown_host", "CONNECT", Fault::Peer),
-                LocalError::UnknownPort(..) => ("no_port", "CONNECT", Fault::Peer),
-                LocalError::Loop(_) => ("loop", "CONNECT", Fault::Peer),
-                LocalError::Delivery => ("application_tunnel", "CONNECT", Fault::Us),
-                LocalError::NoVip(_) => ("no_address", "CONNECT", Fault::Mesh),
+                LocalError::IpMismatch { .. } => (Reason::IpMismatch, "CONNECT", Fault::Peer),
+                LocalError::UnknownHost(_) => (Reason::UnknownHost, "CONNECT", Fault::Peer),
+                LocalError::UnknownPort(..) => (Reason::NoPort, "CONNECT", Fault::Peer),
+                LocalError::Loop(_) => (Reason::Loop, "CONNECT", Fault::Peer),
+                LocalError::Delivery => (Reason::ApplicationTunnel, "CONNECT", Fault::Us),
+                LocalError::NoVip(_) => (Reason::NoAddress, "CONNECT", Fault::Mesh),
             },
             Self::Dial(error) => dial_kind(error),
-            Self::Answer(_) => ("tunnel_broken", "CONNECT", Fault::Peer),
+            Self::Answer(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
             Self::Forward(error) => match error {
-                ForwardError::App(_) => ("app_reset", "CONNECT", Fault::App),
-                ForwardError::Far(_) | ForwardError::Reset(_) => ("peer_reset", "CONNECT", Fault::Peer),
-                ForwardError::Tunnel(_) => ("tunnel_broken", "CONNECT", Fault::Peer),
-                ForwardError::HalfClosedSilence(_) => ("half_closed_silence", "CONNECT", Fault::App),
-                ForwardError::Stopped(Stop::Revoked(_)) => ("policy_change", "DENY", Fault::Policy),
+                ForwardError::App(_) => (Reason::AppReset, "CONNECT", Fault::App),
+                ForwardError::Far(_) | ForwardError::Reset(_) => (Reason::PeerReset, "CONNECT", Fault::Peer),
+                ForwardError::Tunnel(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
+                ForwardError::HalfClosedSilence(_) => (Reason::HalfClosedSilence, "CONNECT", Fault::App),
+                ForwardError::Stopped(Stop::Revoked(_)) => (Reason::PolicyChange, "DENY", Fault::Policy),
                 ForwardError::Stopped(Stop::CertificateRevoked) => REVOKED,
-                ForwardError::Stopped(Stop::CertificateExpired) => ("cert_expired", "TLS_FAILURE", Fault::Peer),
-                ForwardError::Stopped(Stop::Drained) => ("drained", "-", Fault::Us),
+                ForwardError::Stopped(Stop::CertificateExpired) => (Reason::CertExpired, "TLS_FAILURE", Fault::Peer),
+                ForwardError::Stopped(Stop::Drained) => (Reason::Drained, "-", Fault::Us),
             },
-            Self::Abandoned => ("drained", "-", Fault::Us),
+            Self::Abandoned => (Reason::Drained, "-", Fault::Us),
         }
     }
 
     /// The word in `culvert_connection_failures_total{reason}`.
     pub fn word(&self) -> &'static str {
-        self.kind().0
+        self.kind().0.word()
     }
 
     /// Whether the peer's certificate has been revoked.
@@ -171,39 +178,42 @@ impl Fault {
     }
 }
 
-fn refusal_kind(refusal: &Refusal) -> (&'static str, &'static str, Fault) {
+fn refusal_kind(refusal: &Refusal) -> (Reason, &'static str, Fault) {
     match refusal {
-        Refusal::Denied(_) => ("denied", "DENY", Fault::Policy),
-        Refusal::NotAllowed(_) => ("not_allowed", "DENY", Fault::Policy),
-        Refusal::PolicyUnknown(_) => ("policy_unknown", "DENY", Fault::Mesh),
-        Refusal::WorkloadUnknown => ("workload_unknown", "DENY", Fault::Mesh),
+        Refusal::Denied(_) => (Reason::Denied, "DENY", Fault::Policy),
+        Refusal::NotAllowed(_) => (Reason::NotAllowed, "DENY", Fault::Policy),
+        Refusal::PolicyUnknown(_) => (Reason::PolicyUnknown, "DENY", Fault::Mesh),
+        Refusal::WorkloadUnknown => (Reason::WorkloadUnknown, "DENY", Fault::Mesh),
     }
 }
 
-fn dial_kind(error: &DialError) -> (&'static str, &'static str, Fault) {
+fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
     match error {
-        DialError::Netns(_) => ("netns", "CONNECT", Fault::Us),
-        DialError::Connect { .. } => ("connect", "CONNECT", Fault::Peer),
-        DialError::ConnectDeadline(_) => ("connect_deadline", "CONNECT", Fault::Peer),
-        DialError::Identity(_) => ("identity", "IDENTITY_ERROR", Fault::Us),
+        DialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
+        DialError::Connect { .. } => (Reason::Connect, "CONNECT", Fault::Peer),
+        DialError::ConnectDeadline(_) => (Reason::ConnectDeadline, "CONNECT", Fault::Peer),
+        DialError::Identity(_) => (Reason::Identity, "IDENTITY_ERROR", Fault::Us),
         DialError::Tunnel(error) => match **error {
-            TunnelDialError::Blocked(_) => ("tunnel_blocked", "NETWORK_POLICY", Fault::Peer),
-            TunnelDialError::Connect { .. } => ("tunnel_connect", "CONNECT", Fault::Peer),
-            TunnelDialError::Netns(_) => ("netns", "CONNECT", Fault::Us),
+            TunnelDialError::Blocked(_) => (Reason::TunnelBlocked, "NETWORK_POLICY", Fault::Peer),
+            TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
+            TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
             TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
-            TunnelDialError::Tls(_) => ("tunnel_tls", "TLS_FAILURE", Fault::Peer),
-            TunnelDialError::Http2(_) => ("tunnel_http2", "H2_HANDSHAKE_FAILURE", Fault::Peer),
-            TunnelDialError::HandshakeDeadline(_) => ("tunnel_handshake_deadline", "TLS_FAILURE", Fault::Peer),
-            TunnelDialError::Draining => ("drained", "CONNECT", Fault::Us),
+            TunnelDialError::Tls(ref error) if clock(error).is_some() => CLOCK,
+            TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
+            // In TLS 1.3 a server refuses a client's certificate when the client is done already.
+            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
+            TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
+            TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
+            TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),
         },
         DialError::Open(error) => match error {
-            OpenError::Refused => ("stream_refused", "CONNECT", Fault::Peer),
-            OpenError::TunnelGone(_) | OpenError::Broken(_) => ("tunnel_broken", "CONNECT", Fault::Peer),
-            OpenError::Status(status) if status.as_u16() == 401 => ("peer_denied", "CONNECT", Fault::Policy),
-            OpenError::Status(_) => ("peer_refused", "CONNECT", Fault::Peer),
-            OpenError::Request(_) => ("request", "CONNECT", Fault::Us),
+            OpenError::Refused => (Reason::StreamRefused, "CONNECT", Fault::Peer),
+            OpenError::TunnelGone(_) | OpenError::Broken(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
+            OpenError::Status(status) if status.as_u16() == 401 => (Reason::PeerDenied, "CONNECT", Fault::Policy),
+            OpenError::Status(_) => (Reason::PeerRefused, "CONNECT", Fault::Peer),
+            OpenError::Request(_) => (Reason::Request, "CONNECT", Fault::Us),
         },
-        DialError::AnswerDeadline => ("answer_deadline", "CONNECT", Fault::Peer),
-        DialError::Abandoned => ("abandoned", "CONNECT", Fault::App),
+        DialError::AnswerDeadline => (Reason::AnswerDeadline, "CONNECT", Fault::Peer),
+        DialError::Abandoned => (Reason::Abandoned, "CONNECT", Fault::App),
     }
 }

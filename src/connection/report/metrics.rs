@@ -44,7 +44,7 @@ pub struct TrafficLabels {
 pub struct FailureLabels {
     /// `inbound` or `outbound`.
     pub direction: &'static str,
-    /// A word of [`super::Failure::word`].
+    /// A word of [`super::reason::Reason`].
     pub reason: &'static str,
     /// Whose fault: a word of [`super::failure::Fault::word`].
     pub fault: &'static str,

@@ -4,6 +4,7 @@ pub mod access_log;
 pub mod failure;
 pub mod live;
 pub mod metrics;
+pub mod reason;
 pub mod record;
 
 pub use failure::Failure;
