@@ -10,6 +10,7 @@ use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, 
 use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType, pod_uid};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
+use ipnet::IpNet;
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
@@ -140,9 +141,9 @@ enum FileWorkloadType {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct FileWorkload {
-    workload_ips: Vec<IpAddr>,
+    workload_ips: Option<Vec<IpAddr>>,
     namespace: String,
-    services: BTreeMap<String, BTreeMap<u16, u16>>,
+    services: Option<BTreeMap<String, BTreeMap<u16, u16>>>,
     #[serde(default)]
     uid: String,
     #[serde(default)]
@@ -205,8 +206,14 @@ impl FileWorkload {
         if self.uid.is_empty() && self.name.is_empty() {
             return Err(fault("one of uid and name is needed".into()));
         }
+        let Some(workload_ips) = self.workload_ips else {
+            return Err(fault("workloadIps is missing; write `workloadIps: []` where it has only a host name".into()));
+        };
+        let Some(served) = self.services else {
+            return Err(fault("services is missing; write `services: {}` where it is behind none".into()));
+        };
         let mut services = BTreeMap::new();
-        for (key, ports) in self.services {
+        for (key, ports) in served {
             services.insert(ServiceKey::parse(&key).map_err(|e| fault(e.to_string()))?, ports);
         }
         let gateway = |g: Option<FileGateway>| g.map(FileGateway::check).transpose().map_err(&fault);
@@ -218,7 +225,7 @@ impl FileWorkload {
             namespace: self.namespace.into(),
             trust_domain: self.trust_domain.into(),
             service_account: self.service_account.into(),
-            ips: self.workload_ips.iter().map(IpAddr::to_canonical).collect(),
+            ips: workload_ips.iter().map(IpAddr::to_canonical).collect(),
             network: self.network.into(),
             protocol: match self.protocol {
                 FileProtocol::Tcp => Protocol::Tcp,
@@ -324,8 +331,8 @@ struct FileService {
     name: String,
     namespace: String,
     hostname: String,
-    vips: Vec<String>,
-    ports: BTreeMap<u16, u16>,
+    vips: Option<Vec<String>>,
+    ports: Option<BTreeMap<u16, u16>>,
     #[serde(default)]
     port_names: BTreeMap<String, u16>,
     #[serde(default)]
@@ -346,20 +353,31 @@ impl FileService {
         let label = format!("{}/{}", self.namespace, self.hostname);
         let fault = |reason: String| format!("service {label}: {reason}");
         let key = ServiceKey::parse(&label).map_err(|e| fault(e.to_string()))?;
-        let vip = |v: &String| {
-            parse_network_address(v).ok_or_else(|| fault(format!("vip {v:?} is not of the form network/ip")))
+        if !is_host(&self.hostname) {
+            let hint = "a '*' stands for the first label, in front of a domain, as in *.example.com";
+            return Err(fault(format!("hostname {:?} is no name: {hint}", self.hostname)));
+        }
+        let Some(vips) = self.vips else {
+            return Err(fault("vips is missing; write `vips: []` where it has none".into()));
         };
+        let Some(ports) = self.ports else {
+            return Err(fault(
+                "ports is missing; write `ports: {80: 8080}`, from the service's port to the workload's".into(),
+            ));
+        };
+        let vip = |v: &String| parse_network_address(v).ok_or_else(|| fault(no_vip(v)));
         let cidr = |v: &String| {
-            parse_network_cidr(v).ok_or_else(|| fault(format!("cidrVip {v:?} is not of the form network/ip/length")))
+            let hint = "network/ip/length; the network may be empty, as in \"/10.0.0.0/8\"";
+            parse_network_cidr(v).ok_or_else(|| fault(format!("cidrVip {v:?} is not of the form {hint}")))
         };
         Ok(Service {
-            vips: self.vips.iter().map(vip).collect::<Result<_, _>>()?,
+            vips: vips.iter().map(vip).collect::<Result<_, _>>()?,
             cidrs: self.cidr_vips.iter().map(cidr).collect::<Result<_, _>>()?,
             waypoint: self.waypoint.map(FileGateway::check).transpose().map_err(&fault)?,
             key,
             name: self.name.into(),
-            port_names: port_names(self.port_names, &self.ports).map_err(&fault)?,
-            ports: self.ports,
+            port_names: port_names(self.port_names, &ports).map_err(&fault)?,
+            ports,
             subject_alt_names: self.subject_alt_names.into_iter().map(Text::from).collect(),
             weighted_waypoints: Vec::new(),
             load_balancer: self.load_balancer.map(load_balancer),
@@ -375,6 +393,24 @@ impl FileService {
             },
         })
     }
+}
+
+/// Whether a service can have this host name: a wildcard stands for the first label of a domain.
+fn is_host(hostname: &str) -> bool {
+    let domain = hostname.strip_prefix("*.").unwrap_or(hostname);
+    !domain.contains('*') && domain.split('.').any(|label| !label.is_empty())
+}
+
+/// Why this is no virtual address.
+fn no_vip(text: &str) -> String {
+    let behind = text.split_once('/').map_or(text, |(_, behind)| behind);
+    if [text, behind].iter().any(|text| text.parse::<IpNet>().is_ok()) {
+        return format!("vip {text:?} is a range; ranges go into cidrVips, as network/ip/length");
+    }
+    if text.parse::<IpAddr>().is_ok() {
+        return format!("vip {text:?} is not of the form network/ip; where the network has no name, write \"/{text}\"");
+    }
+    format!("vip {text:?} is not of the form network/ip; the network may be empty, as in \"/10.96.0.7\"")
 }
 
 /// Names as they are asked for, each of a port that is there.
@@ -468,7 +504,21 @@ policies:
             (("serviceAccount: shop", "serviceAcount: shop"), &["line 15", "serviceAcount"][..]),
             (("protocol: HBONE", "protocol: QUIC"), &["line 18", "QUIC"]),
             (("\"10.0.0.0/8\"", "\"10.0.0.0/80\""), &["line 32", "10.0.0.0/80"]),
-            (("net-a/10.96.0.7", "10.96.0.7"), &["retail/shop.retail.svc.cluster.local", "\"10.96.0.7\""]),
+            (
+                ("net-a/10.96.0.7", "10.96.0.7"),
+                &["retail/shop.retail.svc.cluster.local", "\"10.96.0.7\"", "\"/10.96.0.7\""],
+            ),
+            (("net-a/10.96.0.7", "net-a/10.96.0.0/16"), &["service retail/shop.", "is a range", "cidrVips"]),
+            (("net-a/10.96.0.7", "10.96.0.0/16"), &["service retail/shop.", "is a range", "cidrVips"]),
+            (("hostname: shop.retail.svc.cluster.local", "hostname: \"*\""), &["service retail/*", "*.example.com"]),
+            (("hostname: shop.retail", "hostname: shop.*.retail"), &["service retail/shop.*.retail", "first label"]),
+            (("  vips: [\"net-a/10.96.0.7\", \"/fd00::7\"]\n", ""), &["service retail/shop.", "`vips: []`"]),
+            (("  ports: {80: 8080}\n", ""), &["service retail/shop.", "ports is missing"]),
+            (("  workloadIps: [\"10.0.1.5\"]\n", ""), &["workload c1//Pod/retail/shop-0", "`workloadIps: []`"]),
+            (
+                ("  services:\n    \"retail/shop.retail.svc.cluster.local\": {80: 8080}\n", ""),
+                &["workload c1//Pod/retail/shop-0", "`services: {}`"],
+            ),
             (
                 ("trustDomain: cluster.local", "trustDomain: \"Cluster local\""),
                 &["c1//Pod/retail/shop-0", "Cluster local"],
