@@ -1,6 +1,7 @@
 //! The command line and environment, as words. Where ztunnel has a variable, ours has its name, meaning and default.
 
 use clap::{Args, Parser, Subcommand};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// A per-node L4 tunnel for Kubernetes: captures pods' TCP and carries it as HBONE under workload identity.
@@ -76,6 +77,20 @@ macro_rules! settings {
         #[derive(Clone, Debug, Default, Args)]
         pub struct NodeArgs {
             $($(#[doc = $doc])+ #[arg(long = $flag, env = $env, value_name = "VALUE")] pub $field: Option<String>,)+
+        }
+
+        impl NodeArgs {
+            /// What is set, by variable.
+            pub fn set(&self) -> BTreeMap<&'static str, &str> {
+                let mut set = BTreeMap::new();
+                $(set.extend(self.$field.as_deref().map(|value| ($env, value)));)+
+                set
+            }
+
+            /// These settings, by variable, and no others.
+            pub fn of(settings: &BTreeMap<String, String>) -> Self {
+                Self { $($field: settings.get($env).cloned(),)+ }
+            }
         }
 
         /// The argument of a variable, for messages that name both.

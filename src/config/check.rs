@@ -3,12 +3,13 @@
 
 use super::args::{NodeArgs, flag_of};
 use super::istio::{self, Environment, ProxyConfig};
-use super::{Config, Faults, kubernetes};
+use super::{CaSource, Config, Faults, MeshSource, kubernetes};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
 use crate::node::Source;
 use crate::sys::socket::{Keepalive, LegOptions};
 use crate::{admin, connection, hbone, node, telemetry};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -68,7 +69,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
     let deadline = Duration::from_secs(grace_deadline);
     let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
     let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, packet_mark);
-    let config = Config {
+    let mut config = Config {
         mesh: istio::mesh_source(&mut c, args, environment, &proxy),
         ca: istio::ca_source(&mut c, args, environment, &proxy),
         crl: path(&args.crl_path),
@@ -99,11 +100,29 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
             filter: args.log.clone().filter(|f| !f.trim().is_empty()).unwrap_or_else(|| "info".into()),
             json: args.log_format.as_deref() == Some("json"),
         },
+        settings: Default::default(),
     };
+    config.settings = settings(args, &config);
     if let Err(error) = telemetry::log::check(&config.log.filter) {
         c.faults.push(format!("RUST_LOG (--log): {error}"));
     }
     if c.faults.is_empty() { Ok(config) } else { Err(Faults(c.faults)) }
+}
+
+/// What was set, with the addresses and ports that came of it in place of Istio's proxy configuration, and without the token:
+/// both may hold what is not to be shown.
+fn settings(args: &NodeArgs, config: &Config) -> BTreeMap<String, String> {
+    let set = args.set().into_iter().filter(|(name, _)| !["AUTH_TOKEN", "PROXY_CONFIG"].contains(name));
+    let mut settings: BTreeMap<String, String> = set.map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+    let ports = (config.admin.admin_port, config.admin.stats_port);
+    settings.insert("PROXY_CONFIG".into(), format!("{{proxyAdminPort: {}, statsPort: {}}}", ports.0, ports.1));
+    if let MeshSource::Xds(xds) = &config.mesh {
+        settings.insert("XDS_ADDRESS".into(), xds.rpc.address.to_string());
+    }
+    if let CaSource::Istio(rpc) = &config.ca {
+        settings.insert("CA_ADDRESS".into(), rpc.address.to_string());
+    }
+    settings
 }
 
 fn node_config(
@@ -284,7 +303,6 @@ where
 
 #[cfg(test)]
 mod tests {
-    use super::super::{CaSource, MeshSource};
     use super::*;
 
     const MACHINE: Machine = Machine { cpus: 16, open_files: 20_000 };
@@ -434,5 +452,14 @@ mod tests {
         assert!(matches!(&config.node.source, Source::Agent(path) if path.ends_with("ztunnel.sock")));
         assert_eq!((config.node.redirect, config.connection.workers), (false, 3));
         assert!(config.own_pod.is_some());
+        // From what it shows of its settings the same can be made, without the environment.
+        let args = NodeArgs { auth_token: word("hunter2"), proxy_config: word("{proxyAdminPort: 1234}"), ..args };
+        let shown = check(&args, &environment[..].into(), MACHINE).unwrap().settings;
+        assert!(!format!("{shown:?}").contains("hunter2"));
+        let again = check(&NodeArgs::of(&shown), &Environment::default(), MACHINE).unwrap();
+        assert_eq!(again.admin.admin_port, 1234);
+        assert!(matches!(&again.mesh, MeshSource::Xds(again) if again.rpc.address == xds.rpc.address));
+        assert!(matches!(&again.node.source, Source::Agent(path) if path.ends_with("ztunnel.sock")));
+        assert_eq!(again.settings, shown);
     }
 }

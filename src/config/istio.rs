@@ -60,6 +60,11 @@ impl Environment {
         Self { variables, mesh_config, host_proc }
     }
 
+    /// Of this machine alone, for settings that another process has read from its own.
+    pub fn of_machine() -> Self {
+        Self { host_proc: Self::of_process().host_proc, ..Self::default() }
+    }
+
     fn below(&self, prefix: &str) -> impl Iterator<Item = (&str, &str)> {
         self.variables.iter().filter_map(move |(name, value)| Some((name.strip_prefix(prefix)?, value.as_str())))
     }

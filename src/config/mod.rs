@@ -10,6 +10,7 @@ pub mod plugin;
 
 use crate::control::xds;
 use crate::{admin, connection, dns, node, rpc, telemetry};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -48,6 +49,8 @@ pub struct Config {
     pub node: node::Config,
     /// Log.
     pub log: telemetry::log::Config,
+    /// What was set, by variable, without what may be secret: `culvert doctor` looks at the node by the same.
+    pub settings: BTreeMap<String, String>,
 }
 
 /// Where facts about the mesh come from.

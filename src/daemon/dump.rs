@@ -410,5 +410,6 @@ fn config(parts: &Parts) -> Value {
         })),
         "logFilter": c.log.filter,
         "logFormat": if c.log.json { "json" } else { "text" },
+        "settings": c.settings,
     })
 }

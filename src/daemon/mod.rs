@@ -34,8 +34,11 @@ pub fn run(cli: Cli) -> ExitCode {
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
         Command::Demo(args) => demo::run(&args),
-        Command::Doctor(args) => look(&args, async |config, say| doctor::run(config, say).await),
-        Command::Cleanup(args) => look(&args, async |config, say| doctor::cleanup::run(config, say).await),
+        Command::Doctor(args) => doctor_command(&args),
+        Command::Cleanup(args) => {
+            let config = check(&args, &Environment::of_process(), machine());
+            look(config, async |config, say| doctor::cleanup::run(config, say).await)
+        }
         Command::Cni => match Call::of_process() {
             Some(call) => plugin::run(&call),
             None => fail(EXIT_CONFIG, "CNI_COMMAND is not set: container runtimes run this, see the CNI specification"),
@@ -44,9 +47,23 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
+/// Looks at the node by the settings of its daemon, which it tells itself; by those of this command where none runs.
+fn doctor_command(args: &NodeArgs) -> ExitCode {
+    let own = check(args, &Environment::of_process(), machine());
+    let port = own.as_ref().map_or(crate::admin::ADMIN_PORT, |config| config.admin.admin_port);
+    let told = doctor::settings(port).and_then(|settings| {
+        let config = check(&NodeArgs::of(&settings), &Environment::of_machine(), machine());
+        config.map_err(|faults| faults.0.join("; "))
+    });
+    match told {
+        Ok(config) => look(Ok(config), async |config, say| doctor::run(config, Ok(()), say).await),
+        Err(why) => look(own, async |config, say| doctor::run(config, Err(why), say).await),
+    }
+}
+
 /// Does something to this node that prints a line for each thing it finds; fails where it is not well.
-fn look(args: &NodeArgs, work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool) -> ExitCode {
-    let config = match check(args, &Environment::of_process(), machine()) {
+fn look(config: Result<Config, Faults>, work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool) -> ExitCode {
+    let config = match config {
         Ok(config) => config,
         Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
     };
@@ -56,10 +73,10 @@ fn look(args: &NodeArgs, work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -
     };
     // Nobody reads where this fails.
     let mut say = |line: &str| drop(writeln!(std::io::stdout(), "{line}"));
-    match runtime.block_on(work(&config, &mut say)) {
-        true => ExitCode::SUCCESS,
-        false => ExitCode::FAILURE,
-    }
+    let fine = runtime.block_on(work(&config, &mut say));
+    // What was given up as too slow does not keep the command from ending.
+    runtime.shutdown_background();
+    if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Runs as the CNI plugin, where a container runtime has started this process as one: by its file's name.

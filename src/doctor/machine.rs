@@ -45,7 +45,11 @@ pub(super) fn confinement() -> Line {
 }
 
 /// Writes the rules of a pod in a namespace made for that: what the kernel and `nft` cannot do is seen there.
-pub(super) async fn kernel(config: &Config) -> Line {
+pub(super) async fn kernel(config: &Config) -> Vec<Line> {
+    vec![rules(config).await]
+}
+
+async fn rules(config: &Config) -> Line {
     let made = thread::beside(|| thread::blocking(Netns::fresh).join()).await;
     let netns = match made {
         Some(Ok(Ok(netns))) => netns,
@@ -100,31 +104,33 @@ pub(super) fn sysctls(config: &Config) -> Vec<Line> {
     lines
 }
 
-pub(super) async fn api(config: &kubernetes::Config) -> Line {
+pub(super) async fn api(config: &kubernetes::Config) -> Vec<Line> {
     let asked = async {
         let client = kubernetes::client(config).await?;
         let version = client.apiserver_version().await.map_err(|error| with_causes(&error))?;
         Ok::<_, String>(version.git_version)
     };
-    match tokio::time::timeout(DEADLINE, asked).await {
+    let line = match tokio::time::timeout(DEADLINE, asked).await {
         Ok(Ok(version)) => well("kubernetes", format!("the API answers, {version}")),
         Ok(Err(error)) => bad("kubernetes", format!("{error}; what is enrolled stays so, new pods wait")),
         Err(_) => bad("kubernetes", "the API does not answer; what is enrolled stays so, new pods wait"),
-    }
+    };
+    vec![line]
 }
 
-pub(super) async fn host_rules(config: &Config) -> Line {
+pub(super) async fn host_rules(config: &Config) -> Vec<Line> {
     let table = match Netns::open(&config.node.host_netns) {
         Ok(host) => redirect::list_table(&host, probes::TABLE).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
-    match table {
+    let line = match table {
         Ok(table) if !table.is_null() => well("host rules", "the kubelet's probes are let through"),
         Ok(_) => {
             bad("host rules", "table culvert-probes is missing on the host: probes of pods under a STRICT policy fail")
         }
         Err(error) => bad("host rules", error),
-    }
+    };
+    vec![line]
 }
 
 pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Line> {

@@ -3,17 +3,28 @@
 
 pub mod cleanup;
 mod machine;
+mod network;
 mod pods;
 
-use crate::config::Config;
+use crate::config::{CaSource, Config};
 use crate::node::Source;
+use crate::sys::clock;
+use crate::task::thread;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::time::Duration;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 /// How long anything that is tried may take.
 const DEADLINE: Duration = Duration::from_secs(3);
+
+/// How long a whole step may take.
+const STEP: Duration = Duration::from_secs(15);
+
+/// How long a page of the daemon may take: that of a large mesh is made for a while.
+const PAGE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// How well a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +66,20 @@ fn bad(what: &'static str, text: impl Into<String>) -> Line {
     Line { verdict: Verdict::Bad, what, text: text.into() }
 }
 
-/// Looks at everything and hands each line to `say`; whether all is well.
-pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
+/// What the daemon of this node is set to, by variable, as its admin port says.
+pub fn settings(port: u16) -> Result<BTreeMap<String, String>, String> {
+    let (_, body) = get(port, "/config_dump")?;
+    let dump: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/config_dump: {error}"))?;
+    let settings = dump.pointer("/config/settings").and_then(serde_json::Value::as_object);
+    let settings = settings.ok_or("it does not tell its settings: another version?")?;
+    let text = |(name, value): (&String, &serde_json::Value)| Some((name.clone(), value.as_str()?.to_owned()));
+    Ok(settings.iter().filter_map(text).collect())
+}
+
+/// Looks at everything and hands each line to `say`; whether all is well. `told`: whether the settings are those that the daemon
+/// has told, or why not.
+pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(&str)) -> bool {
+    let config = Arc::new(config.clone());
     let mut all_well = true;
     let mut tell = |lines: Vec<Line>| {
         for line in lines {
@@ -64,57 +87,50 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
             say(&line.to_string());
         }
     };
-    tell(vec![machine::privileges(config), machine::confinement()]);
-    tell(vec![machine::kernel(config).await]);
-    tell(machine::sysctls(config));
-    tell(reachable(config));
+    let port = config.admin.admin_port;
+    tell(vec![match told {
+        Ok(()) => well("settings", format!("those of the daemon, which its port {port} tells")),
+        Err(why) => note("settings", format!("those of this command; the daemon cannot be asked for its own: {why}")),
+    }]);
+    let own = config.clone();
+    tell(aside("rights", move || vec![machine::privileges(&own), machine::confinement()]).await);
+    tell(step("kernel", machine::kernel(&config)).await);
+    let own = config.clone();
+    tell(aside("sysctls", move || machine::sysctls(&own)).await);
+    tell(step("network", network::reachable(&config)).await);
     if let Source::Kubernetes(kubernetes) = &config.node.source {
-        tell(vec![machine::api(kubernetes).await, machine::host_rules(config).await]);
-        tell(machine::plugin(kubernetes));
+        tell(step("kubernetes", machine::api(kubernetes)).await);
+        tell(step("host rules", machine::host_rules(&config)).await);
+        let own = kubernetes.clone();
+        tell(aside("cni plugin", move || machine::plugin(&own)).await);
     }
-    match Daemon::look(config) {
+    let own = config.clone();
+    let looked = match thread::beside(move || Daemon::look(&own)).await {
+        Some(looked) => looked,
+        None => Err("it cannot be asked".to_owned()),
+    };
+    match looked {
         Ok(daemon) => {
-            tell(vec![daemon.readiness(), daemon.files(), daemon.clock()]);
-            tell(pods::all(config, &daemon.pods).await);
+            tell(vec![daemon.readiness(), daemon.files(), daemon.clock(&config)]);
+            tell(step("pods", pods::all(&config, &daemon.pods)).await);
         }
         Err(error) => tell(vec![bad(
             "daemon",
-            format!(
-                "does not answer on port {}: {error}; captured pods' traffic is refused until it runs",
-                config.admin.admin_port
-            ),
+            format!("does not answer on port {port}: {error}; captured pods' traffic is refused until it runs"),
         )]),
     }
     all_well
 }
 
-/// Whether the control plane and the CA can be reached at all.
-fn reachable(config: &Config) -> Vec<Line> {
-    use crate::config::{CaSource, MeshSource};
-    let mut targets = Vec::new();
-    if let MeshSource::Xds(xds) = &config.mesh {
-        targets.push(("control plane", xds.rpc.address.clone()));
-    }
-    if let CaSource::Istio(rpc) = &config.ca {
-        targets.push(("CA", rpc.address.clone()));
-    }
-    let look = |(name, address): &(&str, http::Uri)| {
-        let host = address.host().unwrap_or_default().trim_matches(['[', ']']);
-        let port = address.port_u16().unwrap_or(443);
-        let reached = match (host, port).to_socket_addrs().map(Iterator::collect::<Vec<SocketAddr>>) {
-            Ok(all) if all.iter().any(|to| TcpStream::connect_timeout(to, DEADLINE).is_ok()) => Ok(()),
-            Ok(all) => Err(format!("none of its {} addresses answers; is it running?", all.len())),
-            Err(error) => Err(format!("{error}; does DNS work here?")),
-        };
-        match reached {
-            Ok(()) => well("network", format!("the {name} {address} can be reached")),
-            Err(error) => bad("network", format!("the {name} {address} cannot be reached: {error}")),
-        }
-    };
-    match targets.is_empty() {
-        true => vec![well("network", "facts and certificates come from files")],
-        false => targets.iter().map(look).collect(),
-    }
+/// One step, whose lines come within a deadline: what does not answer must not keep the rest from being said.
+async fn step(what: &'static str, work: impl Future<Output = Vec<Line>>) -> Vec<Line> {
+    let late = || vec![bad(what, format!("gave no answer within {} s; going on without", STEP.as_secs()))];
+    tokio::time::timeout(STEP, work).await.unwrap_or_else(|_| late())
+}
+
+/// A step that blocks its thread.
+async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Line> + Send + 'static) -> Vec<Line> {
+    step(what, async { thread::beside(work).await.unwrap_or_else(|| vec![bad(what, "cannot be looked at")]) }).await
 }
 
 /// What the daemon of this node says of itself.
@@ -162,47 +178,90 @@ impl Daemon {
         }
     }
 
-    /// Certificates are made by the CA's clock; one that is not valid by ours says that the two do not agree.
-    fn clock(&self) -> Line {
-        let now = std::time::SystemTime::now();
+    /// Certificates are made by the CA's clock, and judged by those of this node and of its peers.
+    fn clock(&self, config: &Config) -> Line {
+        let now = SystemTime::now();
+        let here = humantime::format_rfc3339_seconds(now);
         let time = |value: &serde_json::Value| humantime::parse_rfc3339(value.as_str()?).ok();
         let all =
             self.dump.get("certificates").and_then(serde_json::Value::as_array).map(Vec::as_slice).unwrap_or_default();
         let mut seen = 0;
         for identity in all {
             let name = identity["identity"].as_str().unwrap_or_default();
+            if let Some(error) = identity["error"].as_str().filter(|error| error.contains("clock")) {
+                return bad("clock", format!("{name}: {error}; it is {here} here: set this node's clock, or the CA's"));
+            }
             let Some(leaf) = identity["certChain"].get(0) else { continue };
             seen += 1;
-            let (from, to) = (time(&leaf["validFrom"]), time(&leaf["expirationTime"]));
-            if from.is_some_and(|from| from > now) || to.is_some_and(|to| to < now) {
-                let (from, to) = (&leaf["validFrom"], &leaf["expirationTime"]);
-                let now = humantime::format_rfc3339_seconds(now);
-                return bad(
-                    "clock",
-                    format!(
-                        "{name} is valid from {from} to {to}, and it is {now} here: set this node's clock, or the CA's"
-                    ),
-                );
+            let (from, to) = (&leaf["validFrom"], &leaf["expirationTime"]);
+            if time(from).is_some_and(|from| from > now) || time(to).is_some_and(|to| to < now) {
+                let text = format!("{name} is valid from {from} to {to}, and it is {here} here: set this node's clock");
+                return bad("clock", format!("{text}, or the CA's"));
             }
         }
-        match seen {
-            0 => note("clock", "no certificate yet by which it could be compared with the CA's"),
-            _ => well("clock", format!("agrees with the CA's: {seen} certificates are valid now")),
+        let failed = self.failures("clock");
+        if failed > 0.0 {
+            let text =
+                format!("{failed} handshakes have failed because a certificate was not valid by one of the two clocks");
+            return note(
+                "clock",
+                format!("{text}; it is {here} here: compare with the peers, which the access log names"),
+            );
         }
+        if clock::is_kept() == Some(false) {
+            let text = "no time service keeps this node's clock: peers refuse certificates once it is a minute off";
+            return note("clock", format!("{text}; it is {here} here"));
+        }
+        match (&config.ca, seen) {
+            (CaSource::Builtin(_), _) => well(
+                "clock",
+                format!("it is {here}: with the built-in CA this node's own clock counts, compare with others"),
+            ),
+            (CaSource::Istio(_), 0) => note("clock", "no certificate yet by which it could be compared with the CA's"),
+            (CaSource::Istio(_), _) => {
+                well("clock", format!("agrees with the CA's: {seen} certificates are valid now"))
+            }
+        }
+    }
+
+    /// Connections that failed for a reason.
+    fn failures(&self, reason: &str) -> f64 {
+        let label = format!("reason=\"{reason}\"");
+        let lines = self
+            .metrics
+            .lines()
+            .filter(|line| line.starts_with("culvert_connection_failures_total{") && line.contains(&label));
+        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 }
 
 /// Asks one of the daemon's own ports.
 fn get(port: u16, path: &str) -> Result<(u16, String), String> {
+    let end = Instant::now() + PAGE_DEADLINE;
     let work = || {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), DEADLINE)?;
-        stream.set_read_timeout(Some(DEADLINE))?;
+        stream.set_write_timeout(Some(DEADLINE))?;
         write!(stream, "GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        Ok::<_, std::io::Error>(answer)
+        let (mut answer, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            stream.set_read_timeout(Some(left))?;
+            match stream.read(&mut buffer)? {
+                0 => return Ok::<_, io::Error>(answer),
+                length => answer.extend_from_slice(buffer.get(..length).unwrap_or_default()),
+            }
+        }
     };
-    let answer = work().map_err(|error| error.to_string())?;
+    let answer = work().map_err(|error| match error.kind() {
+        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
+            format!("no answer within {} s", PAGE_DEADLINE.as_secs())
+        }
+        _ => error.to_string(),
+    })?;
+    let answer = String::from_utf8_lossy(&answer);
     let (head, body) = answer.split_once("\r\n\r\n").ok_or("it is no HTTP")?;
     let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or("it is no HTTP")?;
     Ok((code, body.to_owned()))

@@ -5,6 +5,7 @@
 #![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
 
 pub mod changes;
+pub mod clock;
 pub mod conntrack;
 pub mod iptables;
 pub mod limits;

@@ -82,6 +82,9 @@ fn every_connect_is_answered_with_its_status() {
     }
     eventually("each refusal is counted", || {
         w.metric(2, "culvert_connection_failures_total", &["reason=\"ip_mismatch\""]) == 5.0
+            && w.log(2)
+                .iter()
+                .any(|l| l["error"].as_str().is_some_and(|e| e.contains("istio.io/reroute-virtual-interfaces")))
             && w.metric(2, "culvert_connection_failures_total", &["reason=\"loop\""]) == 3.0
             && w.metric(2, "culvert_connection_failures_total", &["reason=\"bad_request\""]) == 2.0
     });
@@ -184,7 +187,8 @@ fn a_destination_that_cannot_prove_who_it_is_gets_nothing() {
     eventually("the client is captured", || w.state(1, "client").0 == "captured");
     for (fake, word) in fakes.iter().zip(["UnknownIssuer", "2 URI names", "expired", "sa/somebody, expected"]) {
         assert!(ask(&client.netns, (fake.v4, 80), "secret").is_err(), "{}", fake.name);
-        let line = w.log_line(1, &fake.name, |l| l["dst.workload"] == *fake.name && l["reason"] == "tunnel_tls");
+        let reason = if word == "expired" { "clock" } else { "tunnel_tls" };
+        let line = w.log_line(1, &fake.name, |l| l["dst.workload"] == *fake.name && l["reason"] == reason);
         assert!(line["error"].as_str().unwrap().contains(word), "{word} in {line}");
     }
 }
@@ -245,13 +249,23 @@ fn peers_that_cannot_prove_who_they_are_are_not_talked_to() {
         ("another path", Some(certs::leaf(&ca, &dir, "j", &["spiffe://cluster.local/peer"], -60, 600))),
     ];
     let request = [connect_to(&format!("{}:8080", to.v4))];
-    for (index, (what, cert)) in bad.iter().enumerate() {
+    let (mut by_clock, mut others) = (0.0, 0.0);
+    for (what, cert) in &bad {
         let answer = raw(&w, "peer", &to, &ca, cert.as_ref(), &request);
         assert_ne!(answer["tls"], "ok", "{what}: {answer}");
-        eventually("the failure is counted", || {
-            w.metric(2, "culvert_connection_failures_total", &["reason=\"peer_tls\""]) == (index + 1) as f64
+        *(if ["expired", "not yet valid"].contains(what) { &mut by_clock } else { &mut others }) += 1.0;
+        eventually(what, || {
+            w.metric(2, "culvert_connection_failures_total", &["reason=\"peer_tls\""]) == others
+                && w.metric(2, "culvert_connection_failures_total", &["reason=\"clock\""]) == by_clock
         });
     }
+    let line = w.log_line(2, "the clocks", |l| l["reason"] == "clock");
+    assert!(line["error"].as_str().unwrap().contains("one of the two clocks is off"), "{line}");
+    let said = crate::doctor::doctor(&w, 2);
+    assert!(
+        said.contains("2 handshakes have failed because a certificate was not valid by one of the two clocks"),
+        "{said}"
+    );
     let good = certs::good(&ca, &dir, "peer");
     let answer = raw(&w, "peer", &to, &ca, Some(&good), &request);
     assert_eq!(answer["results"][0]["status"], 200, "{answer}");

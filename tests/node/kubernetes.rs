@@ -802,13 +802,15 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
         &["cni plugin", "first configuration is ours"],
         &["daemon", "ready"],
         &["open files"],
-        &["clock", "agrees"],
+        &["settings", "of the daemon"],
         &["pod", "ns/client is captured"],
         &["port 15008", "ns/client takes tunnels from ns/second"],
         &["probe path", "ns/second", "arrive"],
     ] {
         line(&said, "ok", words);
     }
+    // Whether a time service keeps this machine's clock is not the test's.
+    assert!(said.lines().any(|line| !line.starts_with("FAIL") && line.contains("  clock ")), "{said}");
     assert!(said.lines().all(|line| ["ok  ", "note", "FAIL"].iter().any(|verdict| line.starts_with(verdict))));
 
     // A rule shaped like a NetworkPolicy: nothing but port 8080 reaches the client.

@@ -25,6 +25,7 @@ mod certificates;
 mod configuration;
 mod demo;
 mod dns;
+mod doctor;
 mod ending;
 mod envoy;
 mod hostile;
