@@ -4,6 +4,7 @@
 use crate::task::places::Places;
 use crate::task::thread::beside;
 use crate::task::{Group, Ready};
+use crate::telemetry::exposition::Format;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, Request, State};
@@ -210,7 +211,8 @@ async fn serve(listener: TcpListener, router: Router, manners: Manners) {
 /// Metrics as text, rendered once for all who ask at the same time.
 pub struct Rendered {
     registry: Arc<Mutex<Registry>>,
-    last: tokio::sync::Mutex<Option<Rendering>>,
+    open_metrics: tokio::sync::Mutex<Option<Rendering>>,
+    text: tokio::sync::Mutex<Option<Rendering>>,
 }
 
 /// One text of all metrics; who reads it slowly shares it with everybody else.
@@ -224,13 +226,18 @@ struct Rendering {
 impl Rendered {
     /// Renders what is registered.
     pub fn new(registry: Registry) -> Self {
-        Self { registry: Arc::new(Mutex::new(registry)), last: tokio::sync::Mutex::default() }
+        let registry = Arc::new(Mutex::new(registry));
+        Self { registry, open_metrics: tokio::sync::Mutex::default(), text: tokio::sync::Mutex::default() }
     }
 
     /// A text that was begun after it was asked for.
-    async fn text(&self) -> Result<Bytes, String> {
+    async fn text(&self, format: Format) -> Result<Bytes, String> {
         let asked = Instant::now();
-        let mut last = self.last.lock().await;
+        let last = match format {
+            Format::OpenMetrics => &self.open_metrics,
+            Format::Text => &self.text,
+        };
+        let mut last = last.lock().await;
         if let Some(rendering) = last.as_ref().filter(|rendering| rendering.begun >= asked) {
             return rendering.text.clone();
         }
@@ -239,10 +246,8 @@ impl Rendered {
         }
         let (begun, registry) = (Instant::now(), self.registry.clone());
         let render = move || {
-            let mut text = String::new();
             let registry = registry.lock().unwrap_or_else(PoisonError::into_inner);
-            let encoded = prometheus_client::encoding::text::encode(&mut text, &registry);
-            encoded.map(|()| Bytes::from(text)).map_err(|error| error.to_string())
+            format.render(&registry).map(Bytes::from).map_err(|error| error.to_string())
         };
         let text = beside(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));
         *last = Some(Rendering { begun, took: begun.elapsed(), text: text.clone() });
@@ -342,17 +347,10 @@ async fn quit(State(pages): State<Arc<Pages>>) -> &'static str {
 }
 
 async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> Response {
-    let accepts = |kind: &str| {
-        let accept = headers.get_all(header::ACCEPT);
-        accept.iter().any(|value| value.to_str().is_ok_and(|text| text.contains(kind)))
-    };
-    let kind = if accepts("application/openmetrics-text") {
-        "application/openmetrics-text;charset=utf-8;version=1.0.0"
-    } else {
-        "text/plain; charset=utf-8"
-    };
-    match pages.metrics.text().await {
-        Ok(text) => ([(header::CONTENT_TYPE, kind)], Body::from(text)).into_response(),
+    let accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    let format = Format::accepted(accept);
+    match pages.metrics.text(format).await {
+        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], Body::from(text)).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }

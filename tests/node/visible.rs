@@ -1,6 +1,6 @@
 //! What operators see: config_dump, metrics, readiness, logging, the access log.
 
-use crate::world::{Pod, World, apps, ask, eventually, http, inside};
+use crate::world::{Pod, World, apps, ask, eventually, http, inside, output_in, peer_script, python_env};
 use serde_json::json;
 
 fn world() -> (World, Pod, Pod) {
@@ -94,6 +94,38 @@ fn traffic_metrics_have_the_names_and_labels_that_dashboards_read() {
 }
 
 #[test]
+fn prometheus_reads_the_metrics_in_either_format() {
+    let (w, client, server) = world();
+    ask(&client.netns, (server.v4, 8080), "x").unwrap();
+    let plain = ["-", "text/plain;version=0.0.4;q=0.3,*/*;q=0.2"];
+    let open = [
+        "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+        "application/openmetrics-text; version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    ];
+    let (python, script) = (python_env("python"), peer_script("scrape.py"));
+    let mut arguments = vec![script.to_str().unwrap()];
+    arguments.extend(plain.iter().chain(&open));
+    let said = output_in(&w.ns("n2"), python.to_str().unwrap(), &arguments);
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    for accept in plain.iter().chain(&open) {
+        let is_open = open.contains(accept);
+        let kind = said[accept]["content_type"].as_str().unwrap();
+        let expected =
+            if is_open { "application/openmetrics-text; version=1.0.0" } else { "text/plain; version=0.0.4" };
+        assert!(kind.starts_with(expected), "{accept}: {kind}");
+        let types = said[accept]["types"].as_object().unwrap();
+        assert!(types.len() > 20, "{types:?}");
+        for (name, kind) in types {
+            let is_counter = name.ends_with("_total");
+            assert_eq!(kind == "counter", is_counter, "{accept}: {name} is {kind}");
+            assert_ne!(kind, "unknown", "{accept}: {name}");
+        }
+        assert_eq!(types["istio_tcp_connections_opened_total"], "counter", "{accept}");
+        assert_eq!(types["culvert_build_info"], if is_open { "info" } else { "gauge" }, "{accept}");
+    }
+}
+
+#[test]
 fn the_access_log_has_the_fields_of_the_reference() {
     let (w, client, server) = world();
     let vip: std::net::IpAddr = "10.96.0.1".parse().unwrap();
@@ -131,7 +163,7 @@ fn every_leg_has_keepalive_in_the_shipped_binary() {
         let pid = format!("pid={},", w.pid(node));
         // While data is on its way another timer is shown; at rest it must be keepalive's.
         eventually(&format!("both legs at {} have keepalive", pod.name), || {
-            let sockets = crate::world::output_in(&pod.netns, "ss", &["-Htnpo", "state", "established"]);
+            let sockets = output_in(&pod.netns, "ss", &["-Htnpo", "state", "established"]);
             let ours: Vec<&str> = sockets.lines().filter(|line| line.contains(&pid)).collect();
             ours.len() == 2 && ours.iter().all(|line| line.contains("timer:(keepalive,"))
         });
