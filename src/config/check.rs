@@ -260,9 +260,9 @@ pub(super) fn boolean(text: &str) -> Result<bool, String> {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(duration) if !duration.is_zero() && duration <= LONGEST => Ok(duration),
-        _ => Err("a duration above zero and up to 10years, such as 10s, 5m or 1h30m".into()),
+    match super::duration::parse(text) {
+        Some(duration) if !duration.is_zero() && duration <= LONGEST => Ok(duration),
+        _ => Err("a duration above zero and up to 10years, such as 10s, 5m, 1h30m or 25 (seconds)".into()),
     }
 }
 
@@ -373,6 +373,19 @@ mod tests {
                 "{grace}"
             );
         }
+        // As the reference reads them: seconds where there is no unit, and M is a minute.
+        let word = |w: &str| Some(w.to_owned());
+        let args = NodeArgs {
+            keepalive_time: word("1M"),
+            keepalive_interval: word("10"),
+            drain_deadline: word("3m31"),
+            pool_idle: word("30S"),
+            ..base()
+        };
+        let config = check(&args, &Environment::default(), MACHINE).unwrap();
+        let keepalive = config.connection.sockets.legs.keepalive.unwrap();
+        let all = [keepalive.time, keepalive.interval, config.drain_deadline, config.connection.pool.idle];
+        assert_eq!(all.map(|duration| duration.as_secs()), [60, 10, 211, 30]);
         for (workers, expected) in [("0", 16), ("3", 3), ("50%", 8), ("1%", 1)] {
             let args = NodeArgs { workers: Some(workers.into()), ..base() };
             assert_eq!(

@@ -4,6 +4,7 @@
 
 pub mod args;
 pub mod check;
+mod duration;
 pub mod istio;
 mod kubernetes;
 pub mod plugin;
