@@ -47,7 +47,7 @@ pub(super) async fn find_route(
     };
     for _ in 0..QUESTIONS_MAX {
         match choose(&snapshot, &names) {
-            Err(RouteError::Unasked(wanted)) => mesh.ask(wanted).await?,
+            Err(RouteError::Unasked(wanted)) => mesh.ask(&pod.uid, wanted).await?,
             Err(RouteError::Unresolved(name)) => {
                 // Another endpoint may do where this one's name cannot be resolved.
                 let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await;

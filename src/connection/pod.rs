@@ -81,7 +81,7 @@ impl Pod {
                     changed = changes.changed() => changed.ok()?,
                     changed = identity.changed() => changed.ok()?,
                     // Asked where nobody tells us unasked; an answer is a change.
-                    Err(_) = mesh.ask(uid) => return None,
+                    Err(_) = mesh.ask(&self.uid, uid) => return None,
                 }
             }
         };

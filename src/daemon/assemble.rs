@@ -240,8 +240,8 @@ impl Facts {
         let (freshness, stop) = (Arc::<Freshness>::default(), Drain::default());
         let on_demand = matches!(&config.mesh, MeshSource::Xds(xds) if xds.on_demand);
         let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into());
-        let mesh = Mesh::new(config.node_name.as_str().into(), on_demand).with_trust_domain_aliases(aliases);
-        let mesh = Arc::new(mesh);
+        let (node, cluster) = (config.node_name.as_str().into(), config.node.cluster_id.as_str().into());
+        let mesh = Arc::new(Mesh::new(node, cluster, on_demand).with_trust_domain_aliases(aliases));
         let thread = match &config.mesh {
             MeshSource::File(path) => {
                 let metrics = Arc::new(control::Metrics::default());

@@ -238,6 +238,7 @@ fn load_balancer(lb: &LoadBalancer) -> Value {
         Scope::Node => "Node",
         Scope::Cluster => "Cluster",
         Scope::Network => "Network",
+        Scope::Unknown => "Unknown",
     };
     json!({
         "routingPreferences": lb.preferences.iter().map(scope).collect::<Vec<_>>(),

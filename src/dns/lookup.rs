@@ -542,7 +542,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_of_a_control_plane_that_tells_only_when_asked() {
-        let store = Store::new("".into(), true);
+        let store = Store::new("".into(), "".into(), true);
         store.replace(Facts { services: vec![service("ns1", "web", "10.0.0.1", &[])], ..Facts::default() });
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
         let search = Search::list(&SEARCH.map(str::to_owned), "ns1", "cluster.local");

@@ -313,7 +313,7 @@ impl Server {
         for _ in 0..lookup::WANTED_MAX {
             let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) else { break };
             let _asking = timeout(FACTS_WAIT, self.asking.acquire()).await.ok()?.ok()?;
-            timeout(FACTS_WAIT, self.mesh.ask(wanted)).await.ok()?.ok()?;
+            timeout(FACTS_WAIT, self.mesh.ask(&known.1.uid, wanted)).await.ok()?.ok()?;
             known = self.asker.now()?;
         }
         Some(lookup::decide(&self.asker(&known, used), &question.name, question.kind))

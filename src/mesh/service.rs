@@ -21,6 +21,8 @@ pub enum Scope {
     Cluster,
     /// Same network.
     Network,
+    /// Something that we do not know: nothing is known to have it in common.
+    Unknown,
 }
 
 /// How strictly [`LoadBalancer::preferences`] are taken.

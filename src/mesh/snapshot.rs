@@ -26,6 +26,31 @@ pub struct Facts {
     pub policies: Vec<Policy>,
 }
 
+/// Which kinds of facts have been told in full. Until all have, nothing new is decided by them: that nobody has told of a
+/// policy does not mean that there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Told {
+    /// Workloads and services.
+    pub addresses: bool,
+    /// Policies.
+    pub policies: bool,
+}
+
+impl Told {
+    /// Everything.
+    pub const ALL: Self = Self { addresses: true, policies: true };
+
+    /// What is still to be told; `None` where nothing is.
+    pub fn missing(self) -> Option<&'static str> {
+        match (self.addresses, self.policies) {
+            (true, true) => None,
+            (true, false) => Some("policies"),
+            (false, true) => Some("workloads and services"),
+            (false, false) => Some("workloads, services and policies"),
+        }
+    }
+}
+
 /// One workload behind a service, with its own port map for that service.
 #[derive(Clone, Copy, Debug)]
 pub struct Endpoint<'a> {
@@ -56,10 +81,14 @@ pub struct Snapshot {
     pub version: u64,
     /// Version of the last change of a policy.
     pub policies_version: u64,
+    /// Which facts have been told in full.
+    pub told: Told,
     /// The node that we run on; empty where nobody said.
     pub(super) node: Text,
     /// Trust domains that are one with each workload's own.
     pub trust_domain_aliases: Arc<[Text]>,
+    /// The cluster that we run in; empty where nobody said.
+    pub(super) cluster: Text,
     /// What was asked for and does not exist. `None`: nobody needs to ask, everything is told.
     pub(super) absent: Option<HashTrieSetSync<Wanted>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
@@ -111,9 +140,9 @@ impl Claimant for Policy {
 }
 
 impl Snapshot {
-    /// An empty one: of this node, and with `on_demand` where facts are told only when asked for.
-    pub fn empty(node: Text, on_demand: bool) -> Self {
-        Self { node, absent: on_demand.then(HashTrieSetSync::default), ..Self::default() }
+    /// An empty one: of this node and cluster, and with `on_demand` where facts are told only when asked for.
+    pub fn empty(node: Text, cluster: Text, on_demand: bool) -> Self {
+        Self { node, cluster, absent: on_demand.then(HashTrieSetSync::default), ..Self::default() }
     }
 
     /// The workload with this uid.
@@ -121,10 +150,26 @@ impl Snapshot {
         self.workloads.get(uid)
     }
 
-    /// The workload of a pod of this node. Other clusters may have a pod of the same name; it is not on this node.
+    /// The workload of a pod of this node. Other clusters may have a pod and a node of the same names, and it is another's.
     pub fn workload_of_pod(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
-        let claims = self.by_pod.get(&(Text::from(namespace), Text::from(name)));
-        claims.iter().find(|w| self.node.is_empty() || w.node == self.node)
+        self.claims_of_pod(namespace, name).iter().find(|workload| self.is_here(workload))
+    }
+
+    /// Clusters that tell of a pod of this name, where this node's does not.
+    pub fn clusters_of_pod(&self, namespace: &str, name: &str) -> Vec<&Text> {
+        let claims = self.claims_of_pod(namespace, name).iter();
+        claims.filter(|workload| !self.is_here(workload)).map(|workload| &workload.cluster_id).collect()
+    }
+
+    fn claims_of_pod(&self, namespace: &str, name: &str) -> &[Arc<Workload>] {
+        self.by_pod.get(&(Text::from(namespace), Text::from(name)))
+    }
+
+    /// Whether a workload is on this node. Facts that name no cluster are of ours.
+    fn is_here(&self, workload: &Workload) -> bool {
+        let says = |ours: &Text, theirs: &Text| ours.is_empty() || ours == theirs;
+        says(&self.node, &workload.node)
+            && (workload.cluster_id.is_empty() || says(&self.cluster, &workload.cluster_id))
     }
 
     /// The workload that owns an address.
@@ -348,6 +393,19 @@ pub mod tests {
             let found = snapshot.service_at(&"".into(), ip, client).unwrap();
             assert_eq!(&*found.key.namespace, expected, "client in {client}");
         }
+    }
+
+    #[test]
+    fn a_pod_of_this_node_is_never_one_of_another_cluster() {
+        let (mut far, mut elsewhere) = (workload("a", "pod", "10.0.0.5"), workload("a", "pod", "10.0.0.6"));
+        (far.uid, far.cluster_id) = ("c2//Pod/a/pod".into(), "c2".into());
+        (elsewhere.uid, elsewhere.node) = ("c1//Pod/a/pod-1".into(), "node-2".into());
+        let mut snapshot = Snapshot::empty("node-1".into(), "c1".into(), false);
+        snapshot.apply(1, Facts { workloads: vec![far, elsewhere], ..Facts::default() }.into());
+        assert!(snapshot.workload_of_pod("a", "pod").is_none(), "neither of them");
+        assert!(snapshot.clusters_of_pod("a", "pod").contains(&&"c2".into()));
+        snapshot.apply(2, Facts { workloads: vec![workload("a", "pod", "10.0.0.7")], ..Facts::default() }.into());
+        assert_eq!(snapshot.workload_of_pod("a", "pod").unwrap().ips[0].to_string(), "10.0.0.7");
     }
 
     #[test]

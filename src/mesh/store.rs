@@ -20,8 +20,14 @@ const REFRESH_EVERY: Duration = Duration::from_secs(5);
 /// How long a connection waits for what comes of that.
 const REFRESH_WAIT: Duration = Duration::from_secs(1);
 
-/// Questions that may be open at once; a pod that scans addresses must not make the list grow without bound.
+/// Questions that may be open at once; pods that scan addresses must not make the list grow without bound.
 const QUESTIONS_MAX: usize = 10_000;
+
+/// Of them, how many may be one pod's: a pod that scans must leave room for the others.
+const QUESTIONS_OF_ONE: usize = 500;
+
+/// As many are open to each pod even where the others have used up all that there are.
+const QUESTIONS_OF_ANYONE: usize = 8;
 
 /// Holds the current facts of the mesh and tells who asks when they change.
 #[derive(Debug)]
@@ -36,12 +42,43 @@ pub struct Store {
 
 #[derive(Debug, Default)]
 struct Questions {
-    /// Wanted, and not answered, with what all who wait for it hold.
-    open: HashMap<Wanted, Arc<()>>,
+    /// Wanted, and not answered.
+    open: HashMap<Wanted, Question>,
+    /// How many of them each pod has begun.
+    by_asker: HashMap<Text, usize>,
     /// Those of them that the control plane has not been asked yet.
     unsent: Vec<Wanted>,
     /// What has been asked for again, and when.
     refreshed: HashMap<Wanted, Instant>,
+}
+
+#[derive(Debug)]
+struct Question {
+    /// Who asked first.
+    asker: Text,
+    /// Held by all who wait for it.
+    waiting: Arc<()>,
+}
+
+impl Questions {
+    /// Whether one more of this pod's may be open.
+    fn has_room(&self, asker: &Text) -> bool {
+        match self.by_asker.get(asker).copied().unwrap_or(0) {
+            few if few < QUESTIONS_OF_ANYONE => true,
+            own => own < QUESTIONS_OF_ONE && self.open.len() < QUESTIONS_MAX,
+        }
+    }
+
+    /// Closes one.
+    fn close(&mut self, wanted: &Wanted) {
+        let Some(Question { asker, .. }) = self.open.remove(wanted) else { return };
+        if let Some(own) = self.by_asker.get_mut(&asker) {
+            *own = own.saturating_sub(1);
+            if *own == 0 {
+                self.by_asker.remove(&asker);
+            }
+        }
+    }
 }
 
 /// Why facts that had to be asked for are not there.
@@ -51,7 +88,10 @@ pub enum AskError {
     #[error("the control plane has not said within 5 s whether {0} exists")]
     NoAnswer(String),
     /// Too many others are asked for.
-    #[error("too many addresses and names are being asked for; {0} is not")]
+    #[error(
+        "{0} is not asked for: too many addresses and names that this pod has asked for are without answer (at most \
+         {QUESTIONS_OF_ONE} of one pod, {QUESTIONS_MAX} of a node)"
+    )]
     TooMany(String),
 }
 
@@ -66,8 +106,9 @@ impl Waiting<'_> {
     fn give_up(&self) {
         let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
         // It may be another question for the same by now.
-        if questions.open.get(self.wanted).is_some_and(|open| Arc::ptr_eq(open, &self.question)) {
-            questions.open.remove(self.wanted);
+        let is_it = |open: &Question| Arc::ptr_eq(&open.waiting, &self.question);
+        if questions.open.get(self.wanted).is_some_and(is_it) {
+            questions.close(self.wanted);
             let Questions { unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| wanted != self.wanted || refreshed.contains_key(wanted));
         }
@@ -85,15 +126,15 @@ impl Drop for Waiting<'_> {
 
 impl Default for Store {
     fn default() -> Self {
-        Self::new("".into(), false)
+        Self::new("".into(), "".into(), false)
     }
 }
 
 impl Store {
-    /// An empty one: of this node, and with `on_demand` where facts are told only when asked for.
-    pub fn new(node: Text, on_demand: bool) -> Self {
+    /// An empty one: of this node and cluster, and with `on_demand` where facts are told only when asked for.
+    pub fn new(node: Text, cluster: Text, on_demand: bool) -> Self {
         Self {
-            current: ArcSwap::from_pointee(Snapshot::empty(node, on_demand)),
+            current: ArcSwap::from_pointee(Snapshot::empty(node, cluster, on_demand)),
             writing: Mutex::default(),
             changed: watch::Sender::new(0),
             questions: Mutex::default(),
@@ -118,7 +159,7 @@ impl Store {
     pub fn replace(&self, facts: Facts) -> u64 {
         let base = |current: &Snapshot| Snapshot {
             trust_domain_aliases: current.trust_domain_aliases.clone(),
-            ..Snapshot::empty(current.node.clone(), current.absent.is_some())
+            ..Snapshot::empty(current.node.clone(), current.cluster.clone(), current.absent.is_some())
         };
         self.write(base, facts.into())
     }
@@ -138,8 +179,11 @@ impl Store {
         let next = Arc::new(next);
         {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
-            let Questions { open, unsent, refreshed } = &mut *questions;
-            open.retain(|wanted, _| next.unasked(wanted.clone()).is_some());
+            let answered = questions.open.keys().filter(|wanted| next.unasked((*wanted).clone()).is_none());
+            for wanted in answered.cloned().collect::<Vec<_>>() {
+                questions.close(&wanted);
+            }
+            let Questions { open, unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| open.contains_key(wanted) || refreshed.contains_key(wanted));
         }
         self.current.store(next);
@@ -152,9 +196,9 @@ impl Store {
         self.changed.subscribe()
     }
 
-    /// Asks for something that is not known, and waits up to 5 s for the answer. One question serves all who ask the
-    /// same.
-    pub async fn ask(&self, wanted: Wanted) -> Result<(), AskError> {
+    /// Asks for something that is not known, on behalf of the pod `asker`, and waits up to 5 s for the answer. One question
+    /// serves all who ask the same.
+    pub async fn ask(&self, asker: &Text, wanted: Wanted) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = wanted.to_string();
         let question = {
@@ -162,14 +206,19 @@ impl Store {
             if self.load().unasked(wanted.clone()).is_none() {
                 return Ok(());
             }
-            if !questions.open.contains_key(&wanted) {
-                if questions.open.len() >= QUESTIONS_MAX {
-                    return Err(AskError::TooMany(name));
+            match questions.open.get(&wanted) {
+                Some(question) => question.waiting.clone(),
+                None if !questions.has_room(asker) => return Err(AskError::TooMany(name)),
+                None => {
+                    let waiting = Arc::<()>::default();
+                    let question = Question { asker: asker.clone(), waiting: waiting.clone() };
+                    questions.open.insert(wanted.clone(), question);
+                    *questions.by_asker.entry(asker.clone()).or_default() += 1;
+                    questions.unsent.push(wanted.clone());
+                    self.asked.notify_one();
+                    waiting
                 }
-                questions.unsent.push(wanted.clone());
-                self.asked.notify_one();
             }
-            questions.open.entry(wanted.clone()).or_default().clone()
         };
         // Whoever asks after the last has given up asks anew.
         let waiting = Waiting { store: self, wanted: &wanted, question };
@@ -225,7 +274,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_question_serves_all_and_has_a_deadline() {
-        let store = Arc::new(Store::new("".into(), true));
+        let store = Arc::new(Store::new("".into(), "".into(), true));
+        let asker = Text::from("pod");
         let there = Wanted::Address(super::super::address::parse_network_address("/10.0.0.1").unwrap());
         let absent = Wanted::Service(super::super::ServiceKey::parse("a/b").unwrap());
         let answer = async {
@@ -234,18 +284,18 @@ mod tests {
             store.update(Update { workloads, absent: vec![absent.clone()], ..Update::default() });
         };
         let all = tokio::join!(
-            store.ask(there.clone()),
-            store.ask(there.clone()),
-            store.ask(absent.clone()),
-            store.ask(absent.clone()),
+            store.ask(&asker, there.clone()),
+            store.ask(&asker, there.clone()),
+            store.ask(&asker, absent.clone()),
+            store.ask(&asker, absent.clone()),
             answer
         );
         assert_eq!((all.0, all.1, all.2, all.3), (Ok(()), Ok(()), Ok(()), Ok(())));
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
         let never = Wanted::Workload("uid".into());
-        assert!(matches!(store.ask(never.clone()).await, Err(AskError::NoAnswer(_))));
+        assert!(matches!(store.ask(&asker, never.clone()).await, Err(AskError::NoAnswer(_))));
         // Given up by all who waited: the next one asks anew. By one of two: the other still waits.
-        let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(never.clone()));
+        let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(&asker, never.clone()));
         let (one, two, asked) = tokio::join!(patient(10), patient(20), store.questions());
         assert!(one.is_err() && two.is_err());
         assert_eq!(asked, std::slice::from_ref(&never));
@@ -255,6 +305,55 @@ mod tests {
         assert!(patient(10).await.is_err());
         assert!(tokio::time::timeout(Duration::from_millis(10), store.questions()).await.is_err());
         let always = Store::default();
-        assert_eq!(always.ask(never).await, Ok(()), "with everything told, nothing need be asked");
+        assert_eq!(always.ask(&asker, never).await, Ok(()), "with everything told, nothing need be asked");
+    }
+
+    /// Lets every task that was spawned go as far as it can.
+    async fn settle() {
+        for _ in 0..2000 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_scans_leaves_room_for_the_questions_of_others() {
+        let store = Arc::new(Store::new("".into(), "".into(), true));
+        let address = |n: u32| {
+            let ip = std::net::Ipv4Addr::from(0x0a00_0000 + n);
+            Wanted::Address(super::super::address::parse_network_address(&format!("/{ip}")).unwrap())
+        };
+        let (mut asked, mut refused) = (tokio::task::JoinSet::new(), 0);
+        // 30 pods that scan would fill the list, each with its share.
+        for n in 0..30_000u32 {
+            let (store, asker) = (store.clone(), Text::from(format!("scanner-{}", n % 30).as_str()));
+            asked.spawn(async move { store.ask(&asker, address(n)).await });
+        }
+        settle().await;
+        while let Some(done) = asked.try_join_next() {
+            assert!(matches!(done.unwrap(), Err(AskError::TooMany(_))));
+            refused += 1;
+        }
+        let open = |asker: &str| store.questions.lock().unwrap().by_asker.get(asker).copied().unwrap_or(0);
+        assert_eq!(refused, 30_000 - QUESTIONS_MAX);
+        // The next pod is asked for all the same, and answered.
+        let (own, innocent) = (Wanted::Workload("own".into()), Text::from("innocent"));
+        let answer = async {
+            tokio::task::yield_now().await;
+            assert!(store.questions().await.contains(&own));
+            store.update(Update { absent: vec![own.clone()], ..Update::default() });
+        };
+        let (asked_for, ()) = tokio::join!(store.ask(&innocent, own.clone()), answer);
+        assert_eq!(asked_for, Ok(()));
+        while asked.join_next().await.is_some() {}
+        assert!(store.questions.lock().unwrap().by_asker.is_empty(), "nothing is left");
+        // One alone has no more than its share.
+        let one = Text::from("one");
+        let mut all = tokio::task::JoinSet::new();
+        for n in 0..1000 {
+            let (store, one) = (store.clone(), one.clone());
+            all.spawn(async move { store.ask(&one, address(n)).await });
+        }
+        settle().await;
+        assert_eq!(open("one"), QUESTIONS_OF_ONE);
     }
 }

@@ -5,7 +5,7 @@ use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr};
 use super::name::{ServiceKey, Text};
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
-use super::snapshot::{Endpoints, Facts, Snapshot};
+use super::snapshot::{Endpoints, Facts, Snapshot, Told};
 use super::workload::{NetworkMode, Workload};
 use std::fmt;
 use std::sync::Arc;
@@ -60,6 +60,8 @@ pub struct Update {
     pub absent: Vec<Wanted>,
     /// What is no longer remembered not to exist.
     pub forgotten: Vec<Wanted>,
+    /// Which facts have been told in full by now; `None` where that is as before.
+    pub told: Option<Told>,
 }
 
 impl Update {
@@ -73,13 +75,14 @@ impl Update {
             && self.policies.is_empty()
             && self.absent.is_empty()
             && self.forgotten.is_empty()
+            && self.told.is_none()
     }
 }
 
 impl From<Facts> for Update {
     fn from(facts: Facts) -> Self {
         let Facts { workloads, services, policies } = facts;
-        Self { workloads, services, policies, ..Self::default() }
+        Self { workloads, services, policies, told: Some(Told::ALL), ..Self::default() }
     }
 }
 
@@ -95,6 +98,7 @@ impl Snapshot {
     /// Makes this the snapshot of `version`, by `update`.
     pub fn apply(&mut self, version: u64, update: Update) {
         self.version = version;
+        self.told = update.told.unwrap_or(self.told);
         if !update.policies.is_empty() || !update.gone_policies.is_empty() {
             self.policies_version = version;
         }
@@ -385,7 +389,7 @@ mod tests {
                 policies: policies.into_values().rev().collect(),
             };
             let rebuilt = Snapshot::build(1, facts);
-            snapshot.policies_version = rebuilt.policies_version;
+            (snapshot.policies_version, snapshot.told) = (rebuilt.policies_version, rebuilt.told);
             prop_assert_eq!(snapshot, rebuilt);
         }
     }

@@ -159,6 +159,10 @@ impl Capturer {
     /// Finds out who a pod is: its workload, if the namespace holds all of the workload's addresses. Its certificate is
     /// wanted from then on.
     pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
+        // Nobody has told of a policy: that counts as none only when somebody has told of all.
+        if let Some(missing) = self.mesh.load().told.missing() {
+            return Err(CaptureError::NotTold(missing));
+        }
         let workload = self.known(spec)?;
         let identity = workload.identity()?;
         let held = holds(&listening.pod.netns, &workload)?;
@@ -188,7 +192,13 @@ impl Capturer {
     fn known(&self, spec: &PodSpec) -> Result<Arc<Workload>, CaptureError> {
         let snapshot = self.mesh.load();
         let found = snapshot.workload_of_pod(&spec.namespace, &spec.name);
-        let workload = found.ok_or_else(|| CaptureError::NoFacts(format!("{}/{}", spec.namespace, spec.name)))?;
+        let workload = found.ok_or_else(|| {
+            let (mut name, own) = (format!("{}/{}", spec.namespace, spec.name), &self.config.cluster_id);
+            if let Some(other) = snapshot.clusters_of_pod(&spec.namespace, &spec.name).iter().find(|c| ****c != **own) {
+                name += &format!(" of cluster {own} (CLUSTER_ID) but one of cluster {other}");
+            }
+            CaptureError::NoFacts(name)
+        })?;
         if workload.service_account != spec.service_account {
             let (own, facts) = (spec.service_account.to_string(), workload.service_account.to_string());
             return Err(CaptureError::ServiceAccount { own, facts });

@@ -62,6 +62,9 @@ pub enum CaptureError {
     /// Nothing is known about the pod yet.
     #[error("no workload {0} in the mesh facts yet; capture waits for it")]
     NoFacts(String),
+    /// Some facts have not been told at all yet.
+    #[error("the control plane has not told of {0} yet; until it has, the pod's connections wait and are then refused")]
+    NotTold(&'static str),
     /// The facts say that the pod has another service account.
     #[error("the pod's service account is {own:?}, the mesh facts say {facts:?}; make them agree")]
     ServiceAccount {
@@ -135,6 +138,7 @@ impl CaptureError {
     pub fn word(&self) -> &'static str {
         match self {
             Self::NoFacts(_) => "no_facts",
+            Self::NotTold(_) => "not_told",
             Self::ServiceAccount { .. } => "service_account",
             Self::Identity(_) => "identity",
             Self::Netns(_) => "netns",

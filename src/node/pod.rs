@@ -210,7 +210,7 @@ impl Task {
             facts.mark_unchanged();
             let waiting = match self.know(listening) {
                 Ok(()) => None,
-                Err(error @ CaptureError::NoFacts(_)) => Some(error),
+                Err(error @ (CaptureError::NoFacts(_) | CaptureError::NotTold(_))) => Some(error),
                 // The facts may be those of the pod's earlier life, for a moment.
                 Err(error) if self.approved.is_none() && self.begun.elapsed() < OLD_FACTS => Some(error),
                 Err(error) => return error,
@@ -239,7 +239,7 @@ impl Task {
             let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
                 match unknown {
-                    Some(wanted) => drop(self.capturer.mesh.ask(wanted).await),
+                    Some(wanted) => drop(self.capturer.mesh.ask(&listening.pod.uid, wanted).await),
                     None => std::future::pending().await,
                 }
             };
@@ -300,7 +300,7 @@ impl Task {
 
 fn state_of(error: &CaptureError) -> State {
     match error {
-        CaptureError::NoFacts(_) => State::Pending(error.to_string()),
+        CaptureError::NoFacts(_) | CaptureError::NotTold(_) => State::Pending(error.to_string()),
         _ => State::Failed(error.to_string()),
     }
 }
@@ -316,9 +316,15 @@ async fn settled(facts: &mut watch::Receiver<u64>) {
 /// Completes when facts have changed and an attempt that failed for want of others may succeed; not for what has nothing
 /// to do with facts, and never at once.
 async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
-    use CaptureError::{Identity, IdentityChanged, NoFacts, NoOwnAddress, NotThePod, ServiceAccount};
+    use CaptureError::{Identity, IdentityChanged, NoFacts, NoOwnAddress, NotThePod, NotTold, ServiceAccount};
     match error {
-        NoFacts(_) | NotThePod { .. } | NoOwnAddress(_) | ServiceAccount { .. } | Identity(_) | IdentityChanged(..) => {
+        NoFacts(_)
+        | NotTold(_)
+        | NotThePod { .. }
+        | NoOwnAddress(_)
+        | ServiceAccount { .. }
+        | Identity(_)
+        | IdentityChanged(..) => {
             tokio::time::sleep(LOOK).await;
             settled(facts).await;
         }

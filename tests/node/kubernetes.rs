@@ -1,8 +1,10 @@
 //! Enrolment by label, with no agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
 
+use crate::world::facts::principal;
 use crate::world::kube::{Api, KubePod, STATUS, Sandbox, Streaming};
 use crate::world::sniffer::Sniffer;
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
+use crate::world::wire::AUTHORIZATION;
+use crate::world::{ControlPlane, Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::process::Command;
@@ -98,6 +100,65 @@ fn captured_by_label_traffic_goes_by_tunnel() {
     assert_eq!(answer, format!("{} hello", c.client.v4));
     assert_eq!(ask(&c.client.netns, (c.server.v6, 8080), "hello").unwrap(), format!("{} hello", c.client.v6));
     assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["connection_security_policy=\"mutual_tls\""]) >= 2.0);
+}
+
+#[test]
+fn nothing_is_decided_before_each_kind_of_facts_has_been_told() {
+    let mut c = cluster();
+    let plane = ControlPlane::start(&c.w.ns("n1"), &c.w.dir);
+    apps::serve(&c.client.netns, 8080, apps::who);
+    let (stranger, client) = (c.w.ns("n2"), c.client.clone());
+    c.w.mesh.policy("nobody", "Namespace", "Allow", principal("nobody"));
+    plane.set(&c.w.mesh);
+    let settings = World::facts_from(&plane);
+    let settings: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let workloads = |w: &World| w.metric(1, "culvert_mesh_objects", &["workload"]);
+    let passes = |to: &Pod| ask(&stranger, (to.v4, 8080), "x").is_ok_and(|answer| !answer.is_empty());
+    let waits = |w: &World, pod: &str, missing: &str| {
+        eventually("it waits, and says for what", || {
+            let (state, why) = w.state(1, pod);
+            assert_ne!(state, "captured", "{pod} by facts that are not complete");
+            state == "pending" && why.contains(&format!("has not told of {missing} yet"))
+        });
+    };
+    for source in ["kubernetes", "file"] {
+        plane.change(|state| state.silent = Some(AUTHORIZATION));
+        match source {
+            "kubernetes" => c.w.start_kube_node(1, &c.apis[0], &settings),
+            _ => {
+                c.w.write_pods(1, &[&client]);
+                c.w.start_node(1, &[&settings[..], &[("NODE_NAME", "n1")]].concat());
+            }
+        }
+        eventually("workloads are known", || workloads(&c.w) == 2.0);
+        waits(&c.w, "client", "policies");
+        // With what an earlier daemon or the enrolment has redirected, that is: it waits, and is refused.
+        assert!(!passes(&client), "plaintext from a stranger, by {source}");
+        plane.change(|state| state.silent = None);
+        eventually("it is captured", || c.state("client") == "captured");
+        assert!(!passes(&client));
+        // A stream without versions: who is known is carried on, who is new waits again.
+        plane.change(|state| (state.versions, state.silent) = (false, Some(AUTHORIZATION)));
+        plane.cut();
+        let late = c.w.mesh_pod(&format!("late-{source}"), 1);
+        apps::serve(&late.netns, 8080, apps::who);
+        plane.set(&c.w.mesh);
+        let kube = KubePod::new(&late);
+        match source {
+            "kubernetes" => c.apis[0].pod(&kube),
+            _ => c.w.write_pods(1, &[&client, &late]),
+        }
+        waits(&c.w, &late.name, "policies");
+        assert!(source == "file" || !passes(&late));
+        assert_eq!(c.state("client"), "captured");
+        assert!(!passes(&client));
+        plane.change(|state| state.silent = None);
+        eventually("it is captured", || c.state(&late.name) == "captured");
+        assert!(!passes(&late));
+        c.w.take_node(1).kill();
+        c.w.mesh.workloads.retain(|workload| workload["name"] != late.name.as_str());
+        plane.set(&c.w.mesh);
+    }
 }
 
 #[test]

@@ -79,7 +79,9 @@ fn preferred(source: &Workload, service: &Service, all: Vec<Chosen>) -> Vec<Chos
     let Some(lb) = service.load_balancer.as_ref() else { return all };
     let rank = |chosen: &Chosen| {
         let matching = |scope: &&Scope| same(**scope, source, &chosen.workload);
-        lb.preferences.iter().take_while(matching).count()
+        // Where it only decides who comes first, one that we do not know decides nothing.
+        let counts = |scope: &&Scope| lb.mode == Mode::Strict || **scope != Scope::Unknown;
+        lb.preferences.iter().filter(counts).take_while(matching).count()
     };
     match lb.mode {
         Mode::Standard | Mode::Passthrough => all,
@@ -99,6 +101,7 @@ fn same(scope: Scope, a: &Workload, b: &Workload) -> bool {
         Scope::Node => a.node == b.node,
         Scope::Cluster => a.cluster_id == b.cluster_id,
         Scope::Network => a.network == b.network,
+        Scope::Unknown => false,
     }
 }
 
@@ -219,6 +222,12 @@ mod tests {
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080"]);
         web.load_balancer = lb(Mode::Strict, &[Scope::Node], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty());
+        near.health = Health::Healthy;
+        web.load_balancer = lb(Mode::Failover, &[Scope::Unknown, Scope::Node], HealthPolicy::OnlyHealthy);
+        assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"], "what is not known does not hide what is");
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node, Scope::Unknown], HealthPolicy::OnlyHealthy);
+        assert!(set(&near, &far, &abroad, &web).is_empty(), "STRICT is never less strict for want of a word");
+        near.health = Health::Unhealthy;
         far.capacity = 0;
         web.load_balancer = None;
         assert!(set(&near, &far, &abroad, &web).is_empty(), "no weight, no traffic");

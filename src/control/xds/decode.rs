@@ -211,17 +211,17 @@ fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Res
 fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
     use wire::load_balancing::{HealthPolicy as WirePolicy, Mode as WireMode, Scope as WireScope};
     let scope = |scope: &i32| match WireScope::try_from(*scope) {
-        Ok(WireScope::Region) => Some(Scope::Region),
-        Ok(WireScope::Zone) => Some(Scope::Zone),
-        Ok(WireScope::Subzone) => Some(Scope::Subzone),
-        Ok(WireScope::Node) => Some(Scope::Node),
-        Ok(WireScope::Cluster) => Some(Scope::Cluster),
-        Ok(WireScope::Network) => Some(Scope::Network),
-        // A preference that we do not know prefers nothing.
-        Ok(WireScope::UnspecifiedScope) | Err(_) => None,
+        Ok(WireScope::Region) => Scope::Region,
+        Ok(WireScope::Zone) => Scope::Zone,
+        Ok(WireScope::Subzone) => Scope::Subzone,
+        Ok(WireScope::Node) => Scope::Node,
+        Ok(WireScope::Cluster) => Scope::Cluster,
+        Ok(WireScope::Network) => Scope::Network,
+        // Never left out: whoever asks for strictness would get more than was asked for.
+        Ok(WireScope::UnspecifiedScope) | Err(_) => Scope::Unknown,
     };
     LoadBalancer {
-        preferences: lb.routing_preference.iter().filter_map(scope).collect(),
+        preferences: lb.routing_preference.iter().map(scope).collect(),
         mode: match WireMode::try_from(lb.mode) {
             Ok(WireMode::UnspecifiedMode) | Err(_) => Mode::Standard,
             Ok(WireMode::Strict) => Mode::Strict,
@@ -345,7 +345,10 @@ mod tests {
         };
         let Ok(Address::Service(s)) = decode(wire::address::Type::Service(newer), "a/h") else { panic!() };
         let lb = s.load_balancer.unwrap();
-        assert_eq!((lb.mode, lb.preferences, s.visibility), (Mode::Standard, vec![Scope::Zone], Visibility::Public));
+        assert_eq!(
+            (lb.mode, lb.preferences, s.visibility),
+            (Mode::Standard, vec![Scope::Unknown, Scope::Zone], Visibility::Public)
+        );
         for (change, word) in [
             (
                 Box::new(|w: &mut wire::Workload| w.addresses = vec![vec![1, 2, 3].into()]) as Box<dyn Fn(&mut _)>,

@@ -8,6 +8,7 @@
 use super::decode::{self, Decoded, Names};
 use super::policy;
 use crate::mesh::address::NetworkAddress;
+use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
 use crate::mesh::{ServiceKey, Text, Update, Wanted, Workload};
 use crate::proto::culvert::state::SavedType;
@@ -76,6 +77,8 @@ pub struct Delta {
     names: Names,
     /// What has been noted of policies: by name.
     noted: HashMap<Text, HashSet<String>>,
+    /// What has been said of which facts are complete.
+    told: Told,
 }
 
 /// What a response led to.
@@ -109,6 +112,7 @@ impl Delta {
             nobody: 0,
             names: Names::default(),
             noted: HashMap::new(),
+            told: Told::default(),
         }
     }
 
@@ -203,6 +207,13 @@ impl Delta {
                 self.policies(resources, removed_resources, &mut update, (&mut faults, &mut notes));
             }
             other => faults.push(format!("{other:?} was not asked for")),
+        }
+        // Of each stream anew: what came into being while nobody told us comes by one type first, and is not to be judged
+        // without the other.
+        let told = Told { addresses: self.address.answered, policies: self.authorization.answered };
+        if self.told != told {
+            self.told = told;
+            update.told = Some(told);
         }
         let error_detail = (!faults.is_empty()).then(|| Status {
             // INVALID_ARGUMENT of google.rpc.Code.
@@ -350,6 +361,9 @@ impl Delta {
         for kind in [&mut self.address, &mut self.authorization] {
             (kind.answered, kind.synced) = (false, false);
         }
+        // It is only ever written when it is complete.
+        self.told = Told::ALL;
+        update.told = Some(self.told);
         (update, faults, notes)
     }
 }

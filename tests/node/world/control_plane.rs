@@ -82,6 +82,8 @@ pub struct State {
     pub versions: bool,
     /// Streams are taken and nothing is ever answered.
     pub stalled: bool,
+    /// Requests of this type are answered only when it is so no longer.
+    pub silent: Option<&'static str>,
     /// Streams are refused with this status.
     pub refuse: Option<i32>,
     /// Requests longer than this are refused, as istiod does at 4 MiB.
@@ -130,6 +132,7 @@ impl ControlPlane {
             resources: BTreeMap::new(),
             versions: true,
             stalled: false,
+            silent: None,
             refuse: None,
             request_bytes_max: 4 << 20,
             ca: Ca::Sign,
@@ -423,7 +426,7 @@ async fn discovery(shared: Shared, mut body: RecvStream, mut respond: SendRespon
     });
     let mut send: Option<SendStream<Bytes>> = None;
     let mut told: BTreeMap<&'static str, Told> = BTreeMap::new();
-    let mut nonce = 0;
+    let (mut nonce, mut held) = (0, Vec::new());
     loop {
         let mut due = Vec::new();
         tokio::select! {
@@ -437,11 +440,23 @@ async fn discovery(shared: Shared, mut body: RecvStream, mut respond: SendRespon
                 if stalled {
                     continue;
                 }
+                if shared.state().silent.is_some_and(|silent| silent == request.type_url) {
+                    held.push(request);
+                    continue;
+                }
                 due.extend(shared.take(&mut told, &request));
             }
             _ = changed.changed() => {
                 if shared.state().stalled {
                     continue;
+                }
+                let silent = shared.state().silent;
+                let (waits, answered) = std::mem::take(&mut held)
+                    .into_iter()
+                    .partition(|request: &DeltaDiscoveryRequest| silent.is_some_and(|silent| silent == request.type_url));
+                held = waits;
+                for request in answered {
+                    due.extend(shared.take(&mut told, &request));
                 }
                 for type_url in [ADDRESS, AUTHORIZATION] {
                     due.extend(told.get_mut(type_url).and_then(|told| shared.response(type_url, told, false)));

@@ -577,7 +577,8 @@ impl World {
         command
             .env("CULVERT_PODS", "kubernetes")
             .env("KUBECONFIG", &api.kubeconfig)
-            .env("NODE_NAME", format!("n{node}"));
+            .env("NODE_NAME", format!("n{node}"))
+            .env("CLUSTER_ID", "c1");
         command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
         command.envs(settings.iter().copied());
         command

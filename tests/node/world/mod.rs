@@ -184,6 +184,21 @@ impl World {
         self.nodes.push((own.node, process));
     }
 
+    /// Settings by which a daemon takes its facts from a control plane instead of the mesh file.
+    pub fn facts_from(plane: &ControlPlane) -> Vec<(String, String)> {
+        let address = format!("172.30.0.1:{}", control_plane::PORT);
+        let path = |path: &Path| path.display().to_string();
+        [
+            ("LOCAL_XDS_PATH", String::new()),
+            ("XDS_ADDRESS", address),
+            ("ALT_XDS_HOSTNAME", control_plane::HOST.into()),
+            ("XDS_ROOT_CA", path(&plane.root_file)),
+            ("AUTH_TOKEN", path(&plane.token_file)),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
+    }
+
     fn istio_command(&self, node: u8, plane: &ControlPlane, agent: &Agent) -> Command {
         let mut command = Command::new(subject());
         let address = format!("172.30.0.1:{}", control_plane::PORT);
@@ -223,7 +238,8 @@ impl World {
             }
         };
         command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_PODS_FILE", self.pods_file(node));
-        command.env("CULVERT_CA_DIR", self.ca()).env("LOG_FORMAT", "json").envs(settings.iter().copied());
+        command.env("CULVERT_CA_DIR", self.ca()).env("CLUSTER_ID", "c1").env("LOG_FORMAT", "json");
+        command.envs(settings.iter().copied());
         self.start_command(node, &mut command);
     }
 
