@@ -84,6 +84,10 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "uncapturedConnections": pod.earlier,
             "bypassInboundCapture": pod.spec.settings.bypass_inbound,
             "dns": dns(parts, &pod.spec.uid),
+            "mayBypass": pod.spec.powers.map(|powers| {
+                let held = [("NET_ADMIN", powers.net_admin), ("NET_RAW", powers.net_raw)];
+                held.into_iter().filter(|(_, held)| *held).map(|(name, _)| name).collect::<Vec<_>>()
+            }),
         })
     };
     Value::Array(parts.board.list().iter().map(one).collect())

@@ -1,7 +1,7 @@
 //! The pods file: a YAML list of this node's pods, followed as it changes.
 
 use super::pods::{NetnsRef, PodSpec, Pods, Settings};
-use super::redirect::Interface;
+use super::redirect::{INTERFACES_MAX, Interface};
 use crate::task::files::{FileWatch, from_yaml};
 use crate::task::ready::Pending;
 use serde::Deserialize;
@@ -64,7 +64,12 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
         let mut virtual_interfaces = Vec::new();
         for name in &pod.reroute_virtual_interfaces {
             match Interface::new(name) {
-                Some(interface) => virtual_interfaces.push(interface),
+                Some(interface) if virtual_interfaces.contains(&interface) => {}
+                Some(interface) if virtual_interfaces.len() < INTERFACES_MAX => virtual_interfaces.push(interface),
+                Some(_) => {
+                    faults.push(format!("pod {label}: more than {INTERFACES_MAX} virtual interfaces"));
+                    break;
+                }
                 None => faults.push(format!("pod {label}: {name:?} is no name of an interface")),
             }
         }
@@ -78,6 +83,7 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
             netns: NetnsRef::Path(pod.netns),
             ips: Vec::new(),
             settings,
+            powers: None,
         });
     }
     if faults.is_empty() { Ok(specs) } else { Err(content(faults.join("; "))) }

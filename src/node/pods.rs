@@ -54,6 +54,8 @@ pub struct PodSpec {
     pub ips: Vec<IpAddr>,
     /// What may change while the pod lives.
     pub settings: Settings,
+    /// What it may do to its own network, where that is known.
+    pub powers: Option<Powers>,
 }
 
 impl PodSpec {
@@ -62,6 +64,16 @@ impl PodSpec {
         let who = |spec: &Self| (spec.name.clone(), spec.namespace.clone(), spec.service_account.clone());
         self.uid == other.uid && self.netns == other.netns && who(self) == who(other)
     }
+}
+
+/// What a pod may do inside its own network namespace, which nobody outside of it can prevent: with either it can mark its
+/// packets as ours are, or send frames past its rules, and is then not captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Powers {
+    /// Whether it may change its rules, and mark packets.
+    pub net_admin: bool,
+    /// Whether it may send whatever frames it likes, and mark packets.
+    pub net_raw: bool,
 }
 
 /// A pod's own settings (Istio's annotations); they take effect on a live pod.
@@ -179,6 +191,7 @@ impl Pods {
                 netns,
                 ips: Vec::new(),
                 settings: Settings::default(),
+                powers: None,
             };
             (spec, State::Failed(
                 "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \

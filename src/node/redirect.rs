@@ -43,6 +43,9 @@ pub struct Rules {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface(Text);
 
+/// Interfaces that one pod may have named.
+pub const INTERFACES_MAX: usize = 64;
+
 impl Interface {
     /// Checks a name: the kernel takes others, nothing that an nft script could misread.
     pub fn new(name: &str) -> Option<Self> {

@@ -180,7 +180,13 @@ fn who_is_in_is_what_labels_and_exclusions_say() {
         match name {
             // The API shows a mirror; its processes have the uid of the file on the node.
             "static" => {
-                kube.annotations["kubernetes.io/config.hash"] = json!("0123456789abcdef0123456789abcdef");
+                for (name, value) in [
+                    ("hash", "0123456789abcdef0123456789abcdef"),
+                    ("mirror", "0123456789abcdef0123456789abcdef"),
+                    ("source", "file"),
+                ] {
+                    kube.annotations[format!("kubernetes.io/config.{name}")] = json!(value);
+                }
                 pods.push((Some(Sandbox::start(&pod.netns, "/kubepods/pod0123456789abcdef0123456789abcdef/x")), kube));
             }
             _ => {
@@ -258,6 +264,120 @@ fn a_namespace_is_the_pods_own_whoever_has_entered_it_and_whatever_the_cgroups_f
     let netns = |name: &str| pods.as_array().unwrap().iter().find(|p| p["name"] == name).unwrap()["netns"].clone();
     assert_ne!(netns("client"), netns("other"));
     drop(intruder);
+}
+
+#[test]
+fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
+    let mut c = cluster();
+    c.kube[0].stop();
+    // Older than the victim's own process: in the attacker's cgroup, under the victim's name, with the victim's address.
+    let evil = c.w.mesh_pod("evil", 1);
+    let mut attacker = KubePod::new(&evil);
+    ip_in(&evil.netns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", c.client.v4, c.client.v6));
+    let _posing = Sandbox::start(&evil.netns, &format!("{}/pod{}/x", attacker.cgroup(), c.kube[0].uid));
+    // Says that it is the mirror of the victim.
+    for (name, value) in [("hash", c.kube[0].uid.as_str()), ("mirror", c.kube[0].uid.as_str()), ("source", "file")] {
+        attacker.annotations[format!("kubernetes.io/config.{name}")] = json!(value);
+    }
+    c.apis[0].pod(&attacker);
+    c.w.write_mesh();
+    c.start_one(&[]);
+    eventually("the attacker is who it is", || c.state("evil") == "captured");
+    let netns = |c: &Cluster, name: &str| {
+        let pods = c.w.json(1, "/pods");
+        pods.as_array().unwrap().iter().find(|pod| pod["name"] == name).unwrap()["netns"].as_str().unwrap().to_owned()
+    };
+    assert_eq!((c.state("client").as_str(), netns(&c, "client").as_str()), ("pending", ""));
+    c.kube[0].run(&c.client.netns.clone());
+    eventually("the victim is captured", || c.state("client") == "captured");
+    let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
+    assert_eq!(inode(&netns(&c, "client")), inode(&format!("/run/netns/{}", c.client.netns)), "in its own namespace");
+    // Two of its own that hold its address: nobody can tell, and what is captured stays so.
+    let copy = c.w.add_pod("copy", 1);
+    ip_in(&copy.netns, &format!("addr add {}/32 dev lo\n", c.client.v4));
+    let second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
+    c.w.take_node(1).kill();
+    c.start_one(&[]);
+    eventually("both are refused, by name", || {
+        let (state, why) = c.w.state(1, "client");
+        state == "failed" && why.contains("two namespaces hold its address") && why.contains(&c.client.v4.to_string())
+    });
+    assert!(has_rules(&c.client), "its traffic is refused meanwhile");
+    drop(second);
+    eventually("and captured when there is one", || c.state("client") == "captured");
+    assert_eq!(inode(&netns(&c, "client")), inode(&format!("/run/netns/{}", c.client.netns)));
+}
+
+#[test]
+fn what_the_plugin_hands_over_no_scan_replaces_and_it_goes_with_its_address() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    c.kube[0].stop();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
+    c.start_one(&cni.settings());
+    eventually("it is known", || c.state("client") == "pending");
+    let ips = [c.client.v4.to_string(), c.client.v6.to_string()];
+    assert!(cni.call("ADD", ("ns", "client"), &c.client.netns, &ips).0);
+    assert_eq!(c.state("client"), "captured");
+    let since = |c: &Cluster| c.w.json(1, "/pods")[0]["since"].clone();
+    let before = since(&c);
+    // A namespace of the pod's own making, with its address.
+    let copy = c.w.add_pod("copy", 1);
+    ip_in(&copy.netns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", c.client.v4, c.client.v6));
+    let _second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
+    c.apis[0].pod(&c.kube[0]);
+    c.w.log_line(1, "it is named", |line| {
+        line["message"].as_str().is_some_and(|text| text.contains("handed over stays captured"))
+    });
+    assert_eq!((c.state("client").as_str(), since(&c)), ("captured", before));
+    assert!(has_rules(&c.client) && !has_rules(&copy));
+    // Its sandbox goes, and nobody tells us: the pod is let go, and found where it is now.
+    ip_in(&c.client.netns, &format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", c.client.v4, c.client.v6));
+    eventually("it is found where it is now", || has_rules(&copy) && c.state("client") == "captured");
+}
+
+#[test]
+fn a_pod_of_the_plugin_whose_address_goes_before_the_api_has_told_of_it_is_let_go() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    c.kube[0].stop();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
+    c.start_one(&cni.settings());
+    eventually("it is known", || c.state("client") == "pending");
+    assert!(cni.call("ADD", ("ns", "client"), &c.client.netns, &[c.client.v4.to_string()]).0);
+    assert_eq!(c.state("client"), "captured");
+    ip_in(&c.client.netns, &format!("addr del {}/24 dev eth0\n", c.client.v4));
+    eventually("it is let go", || c.state("client") == "pending" && !has_rules(&c.client));
+}
+
+#[test]
+fn what_a_pods_owner_writes_costs_little_and_is_complained_about_once() {
+    let mut c = cluster();
+    let annotate = |pod: &mut Value, bytes: usize| {
+        let names: Vec<String> = (0..bytes / 8).map(|n| format!("if{n:05}")).collect();
+        let odd: Vec<String> = (0..bytes / 8).map(|n| format!("!{n:06}")).collect();
+        pod["metadata"]["annotations"]["istio.io/reroute-virtual-interfaces"] = json!([names, odd].concat().join(","));
+        pod["metadata"]["annotations"]["ambient.istio.io/dns-capture"] = json!("y".repeat(bytes));
+    };
+    c.apis[0].change("client", |pod| annotate(pod, 60_000));
+    c.start_one(&[]);
+    eventually("it is captured", || c.state("client") == "captured");
+    let rules = || output_in(&c.client.netns, "nft", &["list", "chain", "inet", "culvert", "pre_nat"]);
+    assert_eq!(rules().matches("iifname").count(), 64);
+    // Any change is an occasion to read them again.
+    for round in 0..50 {
+        c.apis[0].change("client", |pod| pod["metadata"]["labels"]["round"] = json!(round.to_string()));
+    }
+    let mark = c.apis[0].mark(1);
+    eventually("all has been heard", || !c.state(&mark).is_empty());
+    let about =
+        |line: &Value| line["message"].as_str().is_some_and(|text| text.contains("annotation is not understood"));
+    let lines: Vec<Value> = c.w.log(1).into_iter().filter(about).collect();
+    assert_eq!(lines.len(), 2, "one for each annotation: {lines:?}");
+    assert!(lines.iter().all(|line| line.to_string().len() < 2000), "{lines:?}");
+    assert!(
+        lines.iter().any(|line| line["value"].as_str().is_some_and(|value| value.contains("at most 64 are taken")))
+    );
 }
 
 #[test]

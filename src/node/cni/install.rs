@@ -10,11 +10,15 @@ use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
 /// Name of our configuration: before all others.
 pub const OURS: &str = "00-culvert.conflist";
+
+/// A file that has been half written for this long is being written by nobody.
+const LEFTOVER: Duration = Duration::from_secs(60);
 
 /// Where and what to install.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +57,7 @@ impl Config {
 
     fn install_binary(&self, known: &mut Stamp) -> Result<(), InstallError> {
         // Two daemons may install at the same time, each its own: never into the same file.
-        let new = self.bin_dir.join(format!(".{PLUGIN}.{}", std::process::id()));
+        let new = self.bin_dir.join(beside(PLUGIN));
         let target = self.bin_dir.join(PLUGIN);
         let own = Path::new("/proc/self/exe");
         let failed = |path: &Path| {
@@ -70,10 +74,14 @@ impl Config {
             *known = stamp;
             return Ok(());
         }
+        remove_leftovers(&self.bin_dir, PLUGIN);
         // Never half a binary, and never in the place of one that runs.
-        std::fs::copy(own, &new).map_err(failed(&new))?;
-        std::fs::set_permissions(&new, Permissions::from_mode(0o755)).map_err(failed(&new))?;
-        std::fs::rename(&new, &target).map_err(failed(&target))
+        let write = || {
+            std::fs::copy(own, &new).map_err(failed(&new))?;
+            std::fs::set_permissions(&new, Permissions::from_mode(0o755)).map_err(failed(&new))?;
+            std::fs::rename(&new, &target).map_err(failed(&target))
+        };
+        whole(&new, write())
     }
 
     /// Writes our configuration where it is not what it should be; whether it was written.
@@ -84,13 +92,14 @@ impl Config {
         if std::fs::read_to_string(&path).is_ok_and(|now| now == text) {
             return Ok(false);
         }
-        let new = self.conf_dir.join(format!(".{OURS}.{}", std::process::id()));
+        remove_leftovers(&self.conf_dir, OURS);
+        let new = self.conf_dir.join(beside(OURS));
         let write = || {
             std::fs::write(&new, &text)?;
             std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
             std::fs::rename(&new, &path)
         };
-        write().map_err(|error| InstallError::File(path.clone(), error))?;
+        whole(&new, write()).map_err(|error| InstallError::File(path.clone(), error))?;
         Ok(true)
     }
 
@@ -176,6 +185,33 @@ impl Config {
     }
 }
 
+/// A name for a file that is to replace `name`. Process ids do not tell daemons apart: in its own pod each is number 1.
+fn beside(name: &str) -> String {
+    format!(".{name}.{:016x}", rand::random::<u64>())
+}
+
+/// Removes what a daemon that was killed while it wrote has left beside `name`.
+fn remove_leftovers(folder: &Path, name: &str) {
+    let start = format!(".{name}.");
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        let old = modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER);
+        if old && entry.file_name().to_str().is_some_and(|beside| beside.starts_with(&start)) {
+            // It only takes room; whoever may not remove it may not write either, and says so then.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+/// Leaves nothing half written behind.
+fn whole<E>(new: &Path, written: Result<(), E>) -> Result<(), E> {
+    if written.is_err() {
+        // That it cannot be removed adds nothing to why it could not be written.
+        let _ = std::fs::remove_file(new);
+    }
+    written
+}
+
 /// A configuration as a list of plugins; one that has no list is a plugin itself.
 fn list(configuration: Value) -> Option<Map<String, Value>> {
     let Value::Object(mut map) = configuration else { return None };
@@ -210,6 +246,7 @@ mod tests {
             own_name: "ztunnel".into(),
         };
         assert!(matches!(config.install_configuration(), Err(InstallError::NoPrimary(..))));
+        assert_ne!(beside(PLUGIN), beside(PLUGIN), "whatever the process id is");
         let write = |name: &str, text: &str| std::fs::write(dir.join(name), text).unwrap();
         write("05-broken.conflist", "{");
         write("10-a.conflist", r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}], "x": 1}"#);

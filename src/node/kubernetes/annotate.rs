@@ -159,6 +159,7 @@ mod tests {
                 netns: NetnsRef::Path("".into()),
                 ips: Vec::new(),
                 settings: Settings::default(),
+                powers: None,
             },
             state,
             since: SystemTime::now(),

@@ -1,6 +1,6 @@
 //! Whose a process is, by its cgroups: the forms that kubelet and container runtimes write.
 
-/// What a process's cgroups say.
+/// Whose a process is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The uid of a pod, with dashes (a static pod's is 32 digits without).
@@ -9,36 +9,62 @@ pub enum Owner {
     Container(String),
 }
 
-/// Reads `/proc/PID/cgroup`. Nothing where there is no pod in it, or several different ones.
-pub fn owner(text: &str) -> Option<Owner> {
-    let paths = || text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
-    let mut pods: Vec<String> = paths().filter_map(pod_uid).collect();
-    pods.sort_unstable();
-    pods.dedup();
-    match pods.as_slice() {
-        [] => {
-            let mut containers: Vec<String> = paths().filter_map(container_id).collect();
-            containers.sort_unstable();
-            containers.dedup();
-            (containers.len() == 1).then(|| containers.pop().map(Owner::Container)).flatten()
-        }
-        [uid] => Some(Owner::Pod(uid.clone())),
-        _ => None,
-    }
+/// What a process's cgroups say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Said {
+    /// Whose it is: the outermost, which the node's runtime has made.
+    pub owner: Owner,
+    /// Another one that is named further inside. A pod that may write its own cgroup can name there whom it likes.
+    pub inside: Option<String>,
 }
 
-/// The uid behind the last `pod` of a path: `/kubepods/burstable/podUID/…` of cgroupfs, with `_` in the place of `-` and
-/// `.slice` behind it where systemd has made the path. The last, because a node may itself be a container of a pod.
-fn pod_uid(path: &str) -> Option<String> {
-    path.rsplit(['/', ':']).find_map(|part| {
-        let at = part.rfind("pod")?;
-        // `kubepods` has none behind it.
-        let before = part.get(..at).and_then(|before| before.chars().next_back());
-        if before.is_some_and(|c| c.is_ascii_alphanumeric()) {
-            return None;
-        }
-        uuid(part.get(at + 3..)?)
-    })
+/// Reads `/proc/PID/cgroup`; `node` is that of the node's first process, because the node may itself be a container of a pod.
+/// Nothing where nobody is named, or different ones are in different hierarchies.
+pub fn said(text: &str, node: &str) -> Option<Said> {
+    let all: Vec<Said> = text.lines().filter_map(|line| below(line, node)).filter_map(of_path).collect();
+    // A hierarchy that names the pod says more than one that names a container alone.
+    let is_pod = |said: &&Said| matches!(said.owner, Owner::Pod(_));
+    let owner = all.iter().find(is_pod).or(all.first())?.owner.clone();
+    let kind = std::mem::discriminant(&owner);
+    let agreed = all.iter().filter(|said| std::mem::discriminant(&said.owner) == kind).all(|said| said.owner == owner);
+    let inside = all.into_iter().find_map(|said| said.inside);
+    agreed.then_some(Said { owner, inside })
+}
+
+fn of_path(path: &str) -> Option<Said> {
+    let mut named = path.split(['/', ':']).filter_map(named);
+    let owner = named.next()?;
+    // Containers of a pod are named inside of it.
+    let other = named.find(|inner| *inner != owner && !matches!((&owner, inner), (Owner::Pod(_), Owner::Container(_))));
+    let inside = other.map(|(Owner::Pod(id) | Owner::Container(id))| id);
+    Some(Said { owner, inside })
+}
+
+fn named(part: &str) -> Option<Owner> {
+    pod_uid(part).map(Owner::Pod).or_else(|| container_id(part).map(Owner::Container))
+}
+
+/// The path of a line, without what all of the node's processes have in common.
+fn below<'a>(line: &'a str, node: &str) -> Option<&'a str> {
+    // The path itself may hold colons; the number and the controllers before it hold none.
+    let mut fields = line.splitn(3, ':');
+    let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+    let head = format!("{number}:{controllers}:");
+    let of_node = node.lines().find_map(|line| line.strip_prefix(&head)).unwrap_or_default();
+    let of_node = of_node.strip_suffix("/init.scope").unwrap_or(of_node).trim_end_matches('/');
+    Some(path.strip_prefix(of_node).filter(|rest| rest.starts_with('/')).unwrap_or(path))
+}
+
+/// The uid in a part of a path: `podUID` of cgroupfs, or `kubepods-burstable-podUID.slice` with `_` in the place of `-` where
+/// systemd has made the path.
+fn pod_uid(part: &str) -> Option<String> {
+    let at = part.rfind("pod")?;
+    // `kubepods` has none behind it.
+    let before = part.get(..at).and_then(|before| before.chars().next_back());
+    if before.is_some_and(|c| c.is_ascii_alphanumeric()) {
+        return None;
+    }
+    uuid(part.get(at + 3..)?)
 }
 
 /// A UUID with any punctuation between its groups, or none at all.
@@ -56,11 +82,10 @@ fn uuid(text: &str) -> Option<String> {
     (separated == groups).then(|| groups.join("-").to_ascii_lowercase())
 }
 
-/// The id of a container in the last part of a path: `crio-ID.scope`, `cri-containerd-ID.scope`, `ID`.
-fn container_id(path: &str) -> Option<String> {
-    let part = path.rsplit('/').next()?;
+/// The id of a container in a part of a path: `crio-ID.scope`, `cri-containerd-ID.scope`, `ID`.
+fn container_id(part: &str) -> Option<String> {
     let part = part.strip_suffix(".scope").unwrap_or(part);
-    let id = part.rsplit(['-', ':']).next()?;
+    let id = part.rsplit('-').next()?;
     (id.len() == 64 && id.bytes().all(|c| c.is_ascii_hexdigit())).then(|| id.to_ascii_lowercase())
 }
 
@@ -71,6 +96,12 @@ mod tests {
 
     const UID: &str = "d5b2c5a2-6a7e-4a8c-9a7b-1f2e3d4c5b6a";
     const ID: &str = "4f2a0c9b8d7e6f5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a";
+
+    fn owner(text: &str) -> Option<Owner> {
+        let said = said(text, "0::/init.scope\n")?;
+        assert_eq!(said.inside, None, "{text}");
+        Some(said.owner)
+    }
 
     #[test]
     fn every_form_gives_the_pod() {
@@ -90,8 +121,6 @@ mod tests {
             format!(
                 "0::/../../kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod{underscored}.slice/cri-containerd-{ID}.scope/init\n"
             ),
-            // kind: the node is a container itself.
-            format!("0::/kubelet/kubepods/pod{}/{ID}/kubelet.slice/kubepods/pod{UID}/{ID}", UID.replace('d', "0")),
             format!(
                 "0::/system.slice/containerd.service/kubepods-burstable-pod{underscored}.slice:cri-containerd:{ID}"
             ),
@@ -100,7 +129,40 @@ mod tests {
         }
         let hash = "0123456789abcdef0123456789abcdef";
         assert_eq!(owner(&format!("0::/kubepods/burstable/pod{hash}/{ID}")), Some(Owner::Pod(hash.into())));
-        assert_eq!(owner(&format!("0::/system.slice/crio-{ID}.scope")), Some(Owner::Container(ID.into())));
+        for inner in ["", "/container", "/a/b"] {
+            assert_eq!(owner(&format!("0::/system.slice/crio-{ID}.scope{inner}")), Some(Owner::Container(ID.into())));
+        }
+        // kind: the node is a container of a pod itself.
+        let node = format!("/kubelet/kubepods/pod{}/{ID}", UID.replace('d', "0"));
+        for first in ["/init.scope", "", "/"] {
+            let found =
+                said(&format!("0::{node}/kubelet.slice/kubepods/pod{UID}/{ID}"), &format!("0::{node}{first}\n"));
+            assert_eq!(found, Some(Said { owner: Owner::Pod(UID.into()), inside: None }));
+        }
+        let found = said(&format!("0::{node}/system.slice/crio-{ID}.scope"), &format!("0::{node}/init.scope"));
+        assert_eq!(found, Some(Said { owner: Owner::Container(ID.into()), inside: None }));
+    }
+
+    #[test]
+    fn the_outermost_counts_and_what_is_named_inside_of_it_is_said() {
+        let (victim, other) = (UID.replace('d', "e"), ID.replace('4', "5"));
+        let inside = victim.replace('-', "_");
+        for (text, owner, named) in [
+            (format!("0::/kubepods/burstable/pod{UID}/{ID}/pod{victim}/x"), Owner::Pod(UID.into()), &victim),
+            (format!("0::/kubepods/pod{UID}/{ID}/kubepods-pod{inside}.slice"), Owner::Pod(UID.into()), &victim),
+            (
+                format!("3:cpu:/kubepods/pod{UID}\n2:cpuset:/kubepods/pod{UID}/pod{victim}"),
+                Owner::Pod(UID.into()),
+                &victim,
+            ),
+            (format!("0::/system.slice/crio-{ID}.scope/crio-{other}.scope"), Owner::Container(ID.into()), &other),
+            (format!("0::/system.slice/crio-{ID}.scope/{other}"), Owner::Container(ID.into()), &other),
+        ] {
+            assert_eq!(said(&text, "0::/\n"), Some(Said { owner, inside: Some(named.clone()) }), "{text}");
+        }
+        // A container that names a pod inside is of no pod that anybody could know.
+        let named = said(&format!("0::/system.slice/crio-{ID}.scope/pod{victim}"), "0::/init.scope\n");
+        assert_eq!(named, Some(Said { owner: Owner::Container(ID.into()), inside: Some(victim) }));
     }
 
     #[test]
@@ -121,8 +183,8 @@ mod tests {
     proptest! {
         #[test]
         fn reading_is_total(text in "\\PC{0,200}", tail in "[a-z0-9/_.:-]{0,120}") {
-            let _ = owner(&text);
-            let _ = owner(&format!("0::/kubepods/pod{tail}"));
+            let _ = said(&text, &tail);
+            let _ = said(&format!("0::/kubepods/pod{tail}"), &text);
         }
     }
 }

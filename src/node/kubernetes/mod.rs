@@ -6,14 +6,16 @@
 
 pub mod annotate;
 pub mod cgroup;
+mod places;
 mod plugin;
 pub mod scan;
 pub mod select;
 pub mod watch;
 
 use self::annotate::Annotator;
+use self::places::Place;
 use self::scan::{Found, Sought};
-use self::select::{Enablement, Labels, PodFacts};
+use self::select::{Enablement, Fault, Labels, PodFacts};
 use self::watch::{Metrics, Told};
 use super::capture::Capturer;
 use super::cni;
@@ -22,7 +24,7 @@ use super::pods::{NetnsRef, PodSpec, Pods};
 use super::probes::Probed;
 use super::status::{Board, State};
 use crate::mesh::Text;
-use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal, thread};
 use crate::telemetry::log::with_causes;
@@ -44,8 +46,8 @@ const SCAN_EVERY: Duration = Duration::from_millis(500);
 /// The longest time between them, for a pod that is long in coming.
 const SCAN_MAX: Duration = Duration::from_secs(5);
 
-/// Annotations that have been named in the log, and are remembered.
-const COMPLAINTS_MAX: usize = 1000;
+/// The shortest time between two complaints about the annotations of one pod.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
 /// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
 const CLEAN_TIMES: u32 = 10;
@@ -91,18 +93,6 @@ pub struct Source {
     pub could_ask: Arc<AtomicBool>,
 }
 
-/// A pod's namespace, and where it was found.
-struct Place {
-    netns: Netns,
-    /// Not known: the CNI plugin has handed it over, or the process that led there has ended. It is sought again; until
-    /// another one is found the pod stays captured where it is.
-    path: Option<PathBuf>,
-    /// Addresses that the CNI plugin has told of; the API does so later, and of an earlier sandbox's until then.
-    ips: Vec<IpAddr>,
-    /// When it became known. A scan that began before that knows nothing of it.
-    since: Instant,
-}
-
 struct Running {
     source: Source,
     /// `None` until the first list.
@@ -118,7 +108,8 @@ struct Running {
     asked: Vec<(Asked, Instant)>,
     /// Pods whose leftovers have been looked for, and how often.
     cleaned: HashMap<Text, u32>,
-    complained: HashSet<String>,
+    /// What has been said of pods' annotations, and when.
+    complained: HashMap<Text, (Vec<Fault>, Instant)>,
     tasks: Group,
 }
 
@@ -184,7 +175,7 @@ impl Source {
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
-            complained: HashSet::new(),
+            complained: HashMap::new(),
             tasks: tasks.clone(),
         };
         let mut looks = tokio::time::interval(LOOK);
@@ -224,12 +215,23 @@ impl Running {
     fn take(&mut self, told: Told) {
         self.scan.wait = SCAN_EVERY;
         self.scan.next = self.scan.next.min(Instant::now() + SCAN_EVERY / 10);
+        let enablement = &self.source.config.enablement;
+        let of_pod = |mut pod: PodFacts| {
+            enablement.prune(&mut pod.labels);
+            (pod.uid.clone(), pod)
+        };
+        let of_namespace = |(name, mut labels): (Text, Labels)| {
+            enablement.prune(&mut labels);
+            (name, labels)
+        };
         match told {
-            Told::AllPods(all) => self.pods = Some(all.into_iter().map(|pod| (pod.uid.clone(), pod)).collect()),
-            Told::Pod(pod) => drop(self.pods.get_or_insert_default().insert(pod.uid.clone(), pod)),
+            Told::AllPods(all) => self.pods = Some(all.into_iter().map(of_pod).collect()),
+            Told::Pod(pod) => self.pods.get_or_insert_default().extend([of_pod(pod)]),
             Told::NoPod(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
-            Told::AllNamespaces(all) => self.namespaces = Some(all.into_iter().collect()),
-            Told::Namespace(name, labels) => drop(self.namespaces.get_or_insert_default().insert(name, labels)),
+            Told::AllNamespaces(all) => self.namespaces = Some(all.into_iter().map(of_namespace).collect()),
+            Told::Namespace(name, labels) => {
+                self.namespaces.get_or_insert_default().extend([of_namespace((name, labels))]);
+            }
             Told::NoNamespace(name) => drop(self.namespaces.as_mut().map(|all| all.remove(&name))),
         }
     }
@@ -249,9 +251,11 @@ impl Running {
     fn sought(&self) -> Vec<Sought> {
         let has_place = |uid: &Text| self.places.get(uid).is_some_and(|place| place.path.is_some());
         let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
+        // A real uid is that pod's alone, sought or not.
+        let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
         let sought = |pod: &&PodFacts| Sought {
             uid: pod.uid.clone(),
-            static_uid: pod.static_uid.clone(),
+            static_uid: pod.static_uid.clone().filter(|uid| !is_real(uid)),
             containers: pod.containers.clone(),
             ips: pod.ips.clone(),
         };
@@ -298,14 +302,7 @@ impl Running {
             match found {
                 Found::Namespace(netns, path) => {
                     self.nowhere.remove(&uid);
-                    let known = self.places.get(&uid);
-                    if known.is_some_and(|place| place.netns != netns && began.is_none_or(|began| place.since > began))
-                    {
-                        continue;
-                    }
-                    let since =
-                        known.filter(|place| place.netns == netns).map_or_else(Instant::now, |place| place.since);
-                    self.places.insert(uid, Place { netns, path: Some(path), ips: Vec::new(), since });
+                    self.place(uid, netns, path, began);
                     continue;
                 }
                 // Without a process the place stays as long as it holds the pod's address: containers come and go.
@@ -331,39 +328,9 @@ impl Running {
         if let Found::Namespace(netns, _) = found
             && self.source.board.get(uid).is_none()
         {
-            let spec = spec(pod, netns, &mut self.complained);
+            let spec = spec(pod, netns);
             let capturer = self.source.capturer.clone();
             self.tasks.spawn(async move { capturer.clean(&spec).await });
-        }
-    }
-
-    /// Gives up the place of a pod whose address it does not hold any more: the sandbox has ended.
-    fn keep_if_its_own(&mut self, uid: &Text) {
-        let (Some(place), Some(pod)) = (self.places.get(uid), self.pods.as_ref().and_then(|pods| pods.get(uid))) else {
-            return;
-        };
-        // What cannot be looked at now is no sign of an end.
-        let Ok(held) = place.netns.addresses() else { return };
-        let own = |ip: &IpAddr| held.iter().any(|(held, _)| held == ip);
-        if !pod.ips.iter().chain(&place.ips).any(own) {
-            self.places.remove(uid);
-        }
-    }
-
-    /// Looks at whether what led to the namespaces still does.
-    fn look(&mut self) {
-        for place in self.places.values_mut() {
-            // That it cannot be looked at now (no descriptors left, say) is no sign of an end.
-            let lost = place.path.as_ref().is_some_and(|path| match Netns::open(path) {
-                Ok(now) => now != place.netns,
-                Err(NetnsError::Open { source, .. }) => source.kind() == std::io::ErrorKind::NotFound,
-                Err(_) => false,
-            });
-            if lost {
-                // Its oldest process has ended: another one may still be there, or a new sandbox comes.
-                place.path = None;
-                self.scan.next = Instant::now();
-            }
         }
     }
 
@@ -380,11 +347,12 @@ impl Running {
         self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
         let (mut specs, mut shown) = (Vec::new(), Vec::new());
         for pod in &wanted {
+            complain(&mut self.complained, pod);
             // Once it is in it may leave its rules behind.
             self.cleaned.remove(&pod.uid);
             match self.places.get(&pod.uid) {
                 Some(place) => {
-                    let mut spec = spec(pod, place.netns.clone(), &mut self.complained);
+                    let mut spec = spec(pod, place.netns.clone());
                     if place.path.is_none() && !place.ips.is_empty() {
                         spec.ips.clone_from(&place.ips);
                     }
@@ -400,7 +368,7 @@ impl Running {
                             .unwrap_or_else(|| State::Pending("its network namespace is sought".into())),
                     };
                     let netns = NetnsRef::Path(PathBuf::new());
-                    shown.push((PodSpec { netns, ..described(pod, &mut self.complained) }, why));
+                    shown.push((PodSpec { netns, ..described(pod) }, why));
                 }
             }
         }
@@ -448,24 +416,30 @@ impl Running {
         }
         self.annotator.retain(|uid| pods.contains_key(uid));
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
-        // Said again at worst.
-        if self.complained.len() > COMPLAINTS_MAX {
-            self.complained.clear();
-        }
+        self.complained.retain(|uid, _| pods.contains_key(uid));
     }
 }
 
-fn spec(pod: &PodFacts, netns: Netns, complained: &mut HashSet<String>) -> PodSpec {
-    PodSpec { netns: NetnsRef::Handle(netns), ..described(pod, complained) }
+/// Names what of a pod's annotations is not understood: once, and once more where that has changed, but not all the time.
+fn complain(complained: &mut HashMap<Text, (Vec<Fault>, Instant)>, pod: &PodFacts) {
+    let said = complained.get(&pod.uid);
+    let is_said = |fault: &&Fault| said.is_some_and(|(said, _)| said.contains(fault));
+    let news: Vec<&Fault> = pod.faults.iter().filter(|fault| !is_said(fault)).collect();
+    if news.is_empty() || said.is_some_and(|(_, at)| at.elapsed() < COMPLAIN_EVERY) {
+        return;
+    }
+    for (annotation, value) in news {
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        tracing::warn!(namespace, name, annotation, value, "the pod's annotation is not understood, and left out");
+    }
+    complained.insert(pod.uid.clone(), (pod.faults.clone(), Instant::now()));
 }
 
-fn described(pod: &PodFacts, complained: &mut HashSet<String>) -> PodSpec {
-    let settings = pod.settings(|annotation, value| {
-        if complained.insert(format!("{} {annotation} {value}", pod.uid)) {
-            let (namespace, name) = (&*pod.namespace, &*pod.name);
-            tracing::warn!(namespace, name, annotation, value, "the pod's annotation is not understood, and left out");
-        }
-    });
+fn spec(pod: &PodFacts, netns: Netns) -> PodSpec {
+    PodSpec { netns: NetnsRef::Handle(netns), ..described(pod) }
+}
+
+fn described(pod: &PodFacts) -> PodSpec {
     PodSpec {
         name: pod.name.clone(),
         namespace: pod.namespace.clone(),
@@ -473,6 +447,7 @@ fn described(pod: &PodFacts, complained: &mut HashSet<String>) -> PodSpec {
         uid: pod.uid.clone(),
         netns: NetnsRef::Path(PathBuf::new()),
         ips: pod.ips.clone(),
-        settings,
+        settings: pod.settings.clone(),
+        powers: Some(pod.powers),
     }
 }

@@ -1,6 +1,7 @@
 //! The questions of the CNI plugin, answered from what is known of pods; and the end of the plugin, with the last daemon.
 
-use super::{Place, Running, Source};
+use super::places::Place;
+use super::{Running, Source};
 use crate::mesh::Text;
 use crate::node::cni::{Asked, Question, Verb, install};
 use crate::node::kubernetes::select::PodFacts;
@@ -69,7 +70,7 @@ impl Running {
             if let Some((uid, netns)) = verdict.place {
                 let ips = asked.question.ips.clone();
                 handed_over = true;
-                self.places.insert(uid, Place { netns, path: None, ips, since: Instant::now() });
+                self.places.insert(uid, Place { handed_over: true, ips, ..Place::new(netns) });
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),

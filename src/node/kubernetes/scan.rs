@@ -1,7 +1,8 @@
 //! Finding the network namespace of a pod among the processes of the node: the oldest process that the pod owns, in a
-//! namespace that holds the pod's address. Who has only entered the namespace of another pod does not have its address.
+//! namespace that holds the pod's address. Who has only entered the namespace of another pod does not have its address; where
+//! two namespaces hold it, nobody can tell which is the pod's.
 
-use super::cgroup::{Owner, owner};
+use super::cgroup::{Owner, Said, said};
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, id_at};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -32,6 +33,21 @@ pub enum Found {
     Nothing,
 }
 
+/// Namespaces of one pod that are looked at; it may make as many as it likes.
+const LOOKED_AT_MAX: usize = 64;
+/// Processes that are named where none is the pod's.
+const REFUSED_MAX: usize = 4;
+/// Addresses that are named of one namespace.
+const NAMED_MAX: usize = 8;
+
+/// In which namespaces a pod has processes.
+#[derive(Default)]
+struct Candidates {
+    by_netns: BTreeMap<(u64, u64), Candidate>,
+    /// Why others are none.
+    refused: Vec<String>,
+}
+
 /// One namespace in which a pod has processes, by the oldest of these.
 struct Candidate {
     started: u64,
@@ -40,32 +56,43 @@ struct Candidate {
 
 /// Looks for pods below `proc`, the host's procfs. Takes as long as the node has processes.
 pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found> {
-    let by_uid: HashMap<&str, &Sought> = sought
-        .iter()
-        .flat_map(|pod| [Some(&pod.uid), pod.static_uid.as_ref()].into_iter().flatten().map(move |uid| (&**uid, pod)))
-        .collect();
-    let by_container: HashMap<&str, &Sought> =
-        sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, pod))).collect();
+    let mut by_uid: HashMap<&str, Vec<&Sought>> = HashMap::new();
+    // Anybody may claim the uid of a file on the node; the address decides between those who do.
+    for (uid, pod) in sought.iter().filter_map(|pod| Some((pod.static_uid.as_deref()?, pod))) {
+        by_uid.entry(uid).or_default().push(pod);
+    }
+    // A real uid is that pod's, whoever claims it.
+    by_uid.extend(sought.iter().map(|pod| (&*pod.uid, vec![pod])));
+    let by_container: HashMap<&str, Vec<&Sought>> =
+        sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, vec![pod]))).collect();
+    let node = std::fs::read_to_string(proc.join("1/cgroup")).unwrap_or_default();
     let not_pods: HashSet<(u64, u64)> = [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()]
         .iter()
         .filter_map(|path| id_at(path))
         .collect();
-    let mut candidates: HashMap<Text, BTreeMap<(u64, u64), Candidate>> = HashMap::new();
+    let mut candidates: HashMap<Text, Candidates> = HashMap::new();
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let folder = proc.join(pid.to_string());
         // A process may end at any of these.
         let Some(netns) = id_at(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
         let Ok(cgroups) = std::fs::read_to_string(folder.join("cgroup")) else { continue };
-        let pod = match owner(&cgroups) {
-            Some(Owner::Pod(uid)) => by_uid.get(uid.as_str()),
-            Some(Owner::Container(id)) => by_container.get(id.as_str()),
-            None => None,
-        };
-        let (Some(pod), Some(started)) = (pod, started(&folder)) else { continue };
-        let known = candidates.entry(pod.uid.clone()).or_default();
-        if known.get(&netns).is_none_or(|other| (started, pid) < (other.started, other.pid)) {
-            known.insert(netns, Candidate { started, pid });
+        let Some(Said { owner, inside }) = said(&cgroups, &node) else { continue };
+        let (Owner::Pod(id) | Owner::Container(id)) = &owner;
+        let owners = if matches!(owner, Owner::Pod(_)) { &by_uid } else { &by_container };
+        let (Some(pods), Some(started)) = (owners.get(id.as_str()), started(&folder)) else { continue };
+        for pod in pods {
+            let known = candidates.entry(pod.uid.clone()).or_default();
+            match &inside {
+                Some(other) if known.refused.len() < REFUSED_MAX => known.refused.push(format!(
+                    "process {pid} is in a cgroup of this pod that names {other} as well, and is left out"
+                )),
+                Some(_) => {}
+                None if known.by_netns.get(&netns).is_none_or(|other| (started, pid) < (other.started, other.pid)) => {
+                    known.by_netns.insert(netns, Candidate { started, pid });
+                }
+                None => {}
+            }
         }
     }
     let mut pick = |pod: &Sought| match candidates.remove(&pod.uid) {
@@ -75,12 +102,12 @@ pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found>
     sought.iter().map(|pod| (pod.uid.clone(), pick(pod))).collect()
 }
 
-/// The namespace of the oldest process among those that hold the pod's address.
-fn choose(proc: &Path, pod: &Sought, candidates: BTreeMap<(u64, u64), Candidate>) -> Found {
-    let mut candidates: Vec<((u64, u64), Candidate)> = candidates.into_iter().collect();
+/// The one namespace that holds the pod's address.
+fn choose(proc: &Path, pod: &Sought, Candidates { by_netns, mut refused }: Candidates) -> Found {
+    let mut candidates: Vec<((u64, u64), Candidate)> = by_netns.into_iter().collect();
     candidates.sort_by_key(|(_, candidate)| (candidate.started, candidate.pid));
-    let mut refused = Vec::new();
-    for (id, Candidate { pid, .. }) in candidates {
+    let mut found = Vec::new();
+    for (id, Candidate { pid, .. }) in candidates.into_iter().take(LOOKED_AT_MAX) {
         let path = proc.join(pid.to_string()).join("ns/net");
         match Netns::open(&path).and_then(|netns| Ok((netns.addresses()?, netns))) {
             // Another process has the number now.
@@ -88,25 +115,31 @@ fn choose(proc: &Path, pod: &Sought, candidates: BTreeMap<(u64, u64), Candidate>
             Ok((held, netns)) => {
                 let held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
                 if pod.ips.iter().any(|ip| held.contains(ip)) {
-                    return Found::Namespace(netns.kept(), path);
+                    found.push((pid, netns, path));
+                } else if refused.len() < REFUSED_MAX {
+                    refused.push(format!("process {pid} is in one with {}", list(&held)));
                 }
-                refused.push(format!("process {pid} is in one with {}", list(&held)));
             }
-            Err(error) => refused.push(format!("process {pid}: {error}")),
+            Err(error) if refused.len() < REFUSED_MAX => refused.push(format!("process {pid}: {error}")),
+            Err(_) => {}
         }
     }
-    match refused.is_empty() {
-        true => Found::Nothing,
-        false => {
-            let all = refused.join("; ");
-            Found::Refused(format!("no namespace of its processes holds its address {}: {all}", list(&pod.ips)))
-        }
+    let (all, own) = (refused.join("; "), list(&pod.ips));
+    match (found.pop(), found.pop()) {
+        (Some((_, netns, path)), None) => Found::Namespace(netns.kept(), path),
+        (Some((one, ..)), Some((other, ..))) => Found::Refused(format!(
+            "two namespaces hold its address {own}, of the processes {other} and {one}: which is the pod's cannot be told; \
+             restart the pod"
+        )),
+        (None, _) if refused.is_empty() => Found::Nothing,
+        (None, _) => Found::Refused(format!("no namespace of its processes holds its address {own}: {all}")),
     }
 }
 
 fn list(ips: &[IpAddr]) -> String {
-    let names: Vec<String> = ips.iter().map(ToString::to_string).collect();
-    if names.is_empty() { "no address".into() } else { names.join(", ") }
+    let names: Vec<String> = ips.iter().take(NAMED_MAX).map(ToString::to_string).collect();
+    let more = if ips.len() > NAMED_MAX { format!(" and {} more", ips.len() - NAMED_MAX) } else { String::new() };
+    if names.is_empty() { "no address".into() } else { names.join(", ") + &more }
 }
 
 /// When a process began, in ticks since the start of the machine: field 22 of `stat`, counted behind the last `)`, because
@@ -171,14 +204,13 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_process_wins_whose_namespace_holds_the_address_and_no_descriptor_is_left() {
+    fn the_namespace_is_the_one_that_holds_the_address_by_its_oldest_process_and_no_descriptor_is_left() {
         let (_a, own) = namespace("10.9.0.1/32");
-        let (_b, newer) = namespace("10.9.0.1/32");
         let (_c, foreign) = namespace("10.9.0.2/32");
         let proc = Proc::new("oldest");
         let cgroup = format!("/kubepods/burstable/pod{UID}/x");
         proc.process(40, &cgroup, 100, &foreign);
-        proc.process(30, &cgroup, 300, &newer);
+        proc.process(30, &cgroup, 300, &own);
         proc.process(50, &cgroup, 200, &own);
         proc.process(60, &cgroup, 50, "/proc/1/ns/net");
         proc.process(70, "/user.slice", 10, &own);
@@ -201,5 +233,41 @@ mod tests {
             scan(Path::new("/nonexistent"), Path::new("/"), &[sought("10.9.0.1")]).remove(UID),
             Some(Found::Nothing)
         ));
+    }
+
+    #[test]
+    fn nobody_takes_a_pods_place_by_names_or_addresses() {
+        let (_a, own) = namespace("10.9.1.1/32");
+        let (_b, claims) = namespace("10.9.1.1/32");
+        let proc = Proc::new("claims");
+        let other = UID.replace('d', "e");
+        let (ours, theirs) = (format!("/kubepods/burstable/pod{UID}/x"), format!("/kubepods/burstable/pod{other}/x"));
+        proc.process(30, &format!("{theirs}/pod{UID}/y"), 10, &claims);
+        let victim = sought("10.9.1.1");
+        let scan = |sought: &[Sought]| super::scan(&proc.0, Path::new("/nonexistent"), sought);
+        assert!(
+            matches!(scan(std::slice::from_ref(&victim))[UID], Found::Nothing),
+            "a name inside of another's cgroup"
+        );
+        let attacker = Sought { uid: other.as_str().into(), ..sought("10.9.1.2") };
+        let Found::Refused(why) = &scan(std::slice::from_ref(&attacker))[other.as_str()] else {
+            panic!("it is refused")
+        };
+        assert!(why.contains("process 30") && why.contains(UID), "{why}");
+        // Its own processes elsewhere are no reason to doubt the victim's.
+        proc.process(40, &ours, 50, &own);
+        let all = scan(&[victim.clone(), attacker.clone()]);
+        assert!(matches!(&all[UID], Found::Namespace(_, path) if path.ends_with("40/ns/net")));
+        // A uid that is claimed as that of a file: the pod that has it wins; between two, the address decides.
+        let claimed = Sought { static_uid: Some(UID.into()), ..attacker.clone() };
+        let all = scan(&[victim.clone(), claimed.clone()]);
+        assert!(matches!(all[UID], Found::Namespace(..)) && !matches!(all[other.as_str()], Found::Namespace(..)));
+        let mirror = Sought { uid: "mirror".into(), static_uid: Some(UID.into()), ..victim.clone() };
+        let all = scan(&[mirror, claimed]);
+        assert!(matches!(all["mirror"], Found::Namespace(..)) && !matches!(all[other.as_str()], Found::Namespace(..)));
+        // Two of its own with its address.
+        proc.process(50, &ours, 60, &claims);
+        let Found::Refused(why) = &scan(&[victim])[UID] else { panic!("both are refused") };
+        assert!(why.contains("processes 40 and 50") && why.contains("10.9.1.1"), "{why}");
     }
 }

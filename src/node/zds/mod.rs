@@ -180,6 +180,7 @@ impl Client {
             // Which pods' DNS is redirected is the agent's affair.
             ips: Vec::new(),
             settings: Settings::default(),
+            powers: None,
         };
         let answer = self.pods.add(spec);
         match tokio::time::timeout(ANSWER_DEADLINE, answer).await {
