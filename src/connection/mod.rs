@@ -24,7 +24,7 @@ use accept::{Peer, tunnel as tunnelled};
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use budget::Open;
-use choose::{HboneWay, LocalError, OWN_PORTS, Way};
+use choose::{HboneWay, LocalError, OWN_PORTS, RouteError, Way};
 use dial::{DialError, direct::SocketConfig, hbone::Opened, pool::PoolConfig};
 use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use worker::Worker;
@@ -121,7 +121,14 @@ async fn open(
     }
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
+    // Passed on, it would come back to us, and so on without end.
+    if !captured.redirected {
+        return Err(RouteError::Loop(captured.destination).into());
+    }
     let (snapshot, source) = local_facts(worker, pod).await?;
+    if OWN_PORTS.contains(&captured.destination.port()) && pod.owns(&source, captured.destination.ip()) {
+        return Err(RouteError::Loop(captured.destination).into());
+    }
     let route = find_route(&shared.mesh, pod, snapshot, &source, captured.destination).await?;
     let details = |way: Option<&HboneWay>, actual| Details {
         source_identity: way.and(source.identity().ok()),
@@ -136,7 +143,10 @@ async fn open(
     match &route.way {
         Way::Direct { to } => {
             let live = record.opened(details(None, *to));
-            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, &pod.sockets)).await?;
+            // A pod with several addresses has chosen one of them.
+            let own = Some(captured.source.ip())
+                .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
+            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets)).await?;
             Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::new(far)) }))
         }
         Way::Hbone(way) => {

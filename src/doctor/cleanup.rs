@@ -3,7 +3,7 @@
 use super::get;
 use crate::config::Config;
 use crate::node::cni::install;
-use crate::node::{Source, probes, redirect};
+use crate::node::{Source, legs, probes, redirect};
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::Seqpacket;
 use std::collections::HashMap;
@@ -37,11 +37,11 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
         let what = format!("rules in {}", netns.path().display());
         let listed = redirect::list_table(&netns, redirect::TABLE).await;
         let removed = match listed {
-            Ok(table) if table.is_null() => Ok(false),
-            Ok(_) => redirect::remove(&netns, true).await.map(|()| true),
-            Err(error) => Err(error),
+            Ok(listed) if listed.is_null() => table(&netns, legs::TABLE).await,
+            Ok(_) => redirect::remove(&netns, true).await.map(|()| true).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
         };
-        done(what, removed.map_err(|error| error.to_string()));
+        done(what, removed);
     }
     if let Source::Kubernetes(kubernetes) = &config.node.source {
         if let Some(cni) = &kubernetes.cni {

@@ -95,5 +95,9 @@ pub fn is_link_local(ip: IpAddr) -> bool {
 
 /// The address with an IPv4-mapped IPv6 address written as the IPv4 address that it is.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
+    match address.ip().to_canonical() {
+        ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
+        // A link-local address keeps its interface.
+        IpAddr::V6(_) => address,
+    }
 }

@@ -6,6 +6,7 @@ pub mod earlier;
 pub mod file;
 pub mod foreign;
 pub mod kubernetes;
+pub mod legs;
 pub mod own;
 pub mod pod;
 pub mod pods;

@@ -10,7 +10,7 @@
 use super::capture::{Approved, Capturer, Listening};
 use super::rules::Rules;
 use super::status::{Board, State};
-use super::{CaptureError, PodSpec, redirect};
+use super::{CaptureError, PodSpec, legs, redirect};
 use crate::mesh::Wanted;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::Signal;
@@ -285,8 +285,10 @@ impl Task {
     async fn release(&self, listening: &Listening) {
         self.capturer.release(&self.spec, listening).await;
         let netns = &listening.pod.netns;
-        while self.capturer.config.redirect
-            && let Err(error) = redirect::remove(netns, listening.ipv6).await
+        let ours = self.capturer.config.redirect;
+        // The redirection that an agent has written is the agent's to remove.
+        while let Err(error) =
+            if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await }
         {
             if vanished(netns).is_some() {
                 return;

@@ -5,6 +5,7 @@
 //! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
 use super::foreign::{self, Foreign};
+use super::legs;
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{changes, iptables};
@@ -238,7 +239,8 @@ pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), Redirect
 /// Removes every trace.
 pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
-        nft(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await?;
+        let all = [TABLE, legs::TABLE].map(|table| format!("add table inet {table}\ndelete table inet {table}\n"));
+        nft(netns, &all.concat()).await?;
         routes(netns, ipv6, false).await.map(drop)
     })
     .await
@@ -250,13 +252,18 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 
 /// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
 /// would stop translating the connections that are open.
+///
+/// What is captured keeps its own address where it has one here: a translation to the loopback address or to the interface's
+/// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
+/// addresses, without a word.
 fn ruleset(rules: &Rules, capture: bool) -> String {
     let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, spared } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
     let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
-    let not_loopback = [("ip daddr != 127.0.0.1"), ("ip6 daddr != ::1")];
+    let not_loopback = ["ip daddr != 127.0.0.1", "ip6 daddr != ::1"];
+    let families = ["ip", "ip6"].into_iter().zip(not_loopback);
     let mut inbound = String::new();
     let mut outbound = String::new();
     let mut sets = String::new();
@@ -268,8 +275,10 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         if !bypass_inbound {
             inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} accept\n");
             inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
-            for outside in not_loopback {
-                inbound += &format!("    {outside} tcp dport != 15008 {others} redirect to :15006\n");
+            for (family, outside) in families.clone() {
+                let taken = format!("{outside} tcp dport != 15008 {others}");
+                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:15006\n");
+                inbound += &format!("    {taken} redirect to :15006\n");
             }
         }
         outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
@@ -287,8 +296,10 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
             // A pod that calls its own address is not captured.
             outbound += &format!("    oifname lo {outside} accept\n");
         }
-        for outside in not_loopback {
-            outbound += &format!("    meta l4proto tcp {outside} {others} redirect to :15001\n");
+        for (family, outside) in families {
+            let taken = format!("meta l4proto tcp {outside} {others}");
+            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:15001\n");
+            outbound += &format!("    {taken} redirect to :15001\n");
         }
     }
     // A set that is in use no longer goes with the rules that used it; made first, because only what is there can go.
@@ -300,15 +311,14 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     });
     let old_sets = old_sets.concat();
     let return_bits = !MASK;
-    // What we ask of resolvers may come from the very port that the application asks from.
-    let zone = |port: &str, whose: &str| match dns {
-        true => format!("    udp {port} 53 {whose} ct zone set {DNS_ZONE}\n"),
+    // What we ask of resolvers may come from the very port that the application asks from. The answers come without the zone:
+    // a question to the pod's own DNS server, from port 53, looks the same.
+    let questions = match dns {
+        true => format!("    udp dport 53 {ours} ct original zone set {DNS_ZONE}\n"),
         false => String::new(),
     };
-    let (answers, questions) = (zone("sport", &others), zone("dport", &ours));
     format!(
         "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n{sets}\
-         \x20 chain pre_raw {{\n    type filter hook prerouting priority -300; policy accept;\n{answers}  }}\n\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\

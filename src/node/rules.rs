@@ -5,7 +5,7 @@ use super::capture::{Capturer, Listening};
 use super::earlier::Connections;
 use super::redirect::{self, Listing};
 use super::status::Board;
-use super::{CaptureError, PodSpec};
+use super::{CaptureError, PodSpec, legs};
 use crate::sys::changes::{Changes, Seen};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
@@ -48,6 +48,8 @@ pub struct Rules {
     end_earlier: bool,
     /// Connections from before the rules.
     earlier: Connections,
+    /// Whether the rules for what we open ourselves are there.
+    legs: bool,
     /// Whether what an earlier agent left has been removed, or was not there.
     taken_over: bool,
     /// No repair before this.
@@ -94,6 +96,7 @@ impl Rules {
             verified: false,
             end_earlier: false,
             earlier: Connections::default(),
+            legs: false,
             taken_over: false,
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
@@ -222,8 +225,12 @@ impl Rules {
         spec: &PodSpec,
         listening: &Listening,
     ) -> Result<(), CaptureError> {
-        if capturer.config.redirect && Instant::now() >= self.write_at {
+        let rewrite = capturer.config.redirect && Instant::now() >= self.write_at;
+        if rewrite {
             self.write(capturer, board, spec, listening).await?;
+        }
+        if rewrite || !self.legs {
+            self.legs = legs::write(&listening.pod.netns, capturer.config.mark).await;
         }
         let verified = tokio::select! {
             verified = capturer.verify(listening) => verified,

@@ -5,7 +5,7 @@ use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
 use crate::mesh::address::is_link_local;
 use crate::sys::netns::NetnsError;
-use crate::sys::socket::{ordinary, start_connect};
+use crate::sys::socket::{ordinary, reset_on_close, start_connect};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -60,7 +60,11 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
     // The sockets live until a probe has arrived.
     let probes = pod.netns.enter(|| {
         let send = |to: &SocketAddr| {
-            let started = ordinary(*to).and_then(|socket| start_connect(&socket, *to).map(|()| socket));
+            let started = ordinary(*to).and_then(|socket| {
+                // Its port is free again at once: an application may want to listen there.
+                reset_on_close(&socket);
+                start_connect(&socket, *to).map(|()| socket)
+            });
             started.map_err(|source| VerifyError::Send { to: *to, source })
         };
         targets.iter().map(send).collect::<Result<Vec<_>, _>>()

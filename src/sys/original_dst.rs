@@ -2,7 +2,7 @@
 
 use nix::sys::socket::{getsockopt, sockopt};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 
 /// Reads `SO_ORIGINAL_DST` (IPv4) or `IP6T_SO_ORIGINAL_DST` (IPv6) of an accepted socket whose peer is `peer`.
@@ -16,6 +16,7 @@ pub fn original_dst(socket: &impl AsFd, peer: SocketAddr) -> io::Result<SocketAd
     } else {
         let raw = getsockopt(socket, sockopt::Ip6tOriginalDst)?;
         let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
-        Ok(SocketAddr::new(IpAddr::V6(ip), u16::from_be(raw.sin6_port)))
+        // A link-local address is nothing without its interface.
+        Ok(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into())
     }
 }

@@ -33,10 +33,12 @@ pub struct LegOptions {
     pub notsent_lowat: Option<u32>,
 }
 
-/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on one leg.
+/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on one leg. Urgent data is read in its place among the rest:
+/// else its last byte would be lost.
 pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
+    socket.set_out_of_band_inline(true)?;
     if let Some(keepalive) = options.keepalive {
         let probes = TcpKeepalive::new().with_time(keepalive.time).with_interval(keepalive.interval);
         socket.set_tcp_keepalive(&probes.with_retries(keepalive.retries))?;
@@ -104,26 +106,39 @@ pub fn outgoing_datagram(to: SocketAddr, mark: u32) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// Makes a marked, non-blocking TCP socket for a connection to `to` in the namespace the thread is in.
-/// With `source`, the connection will come from that (foreign) address, any port.
-pub fn outgoing(to: SocketAddr, source: Option<IpAddr>, mark: u32, legs: &LegOptions) -> io::Result<Socket> {
+/// Where an outgoing connection comes from.
+#[derive(Clone, Copy, Debug)]
+pub struct Bind {
+    /// Address and port; port 0 is any that is free for the destination.
+    pub address: SocketAddr,
+    /// Whether the address is not one of the namespace's.
+    pub foreign: bool,
+}
+
+/// Makes a marked, non-blocking TCP socket for a connection to `to` in the namespace the thread is in. Its port keeps no
+/// application from listening on it that sets `SO_REUSEADDR`.
+pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_mark(mark)?;
     set_leg_options(&socket, legs)?;
-    if let Some(source) = source {
-        match source {
-            IpAddr::V4(_) => {
+    socket.set_reuse_address(true)?;
+    if let Some(Bind { address, foreign }) = bind {
+        match address.ip() {
+            IpAddr::V4(_) if foreign => {
                 socket.set_ip_transparent_v4(true)?;
                 socket.set_freebind_v4(true)?;
             }
-            IpAddr::V6(_) => {
+            IpAddr::V6(_) if foreign => {
                 set_flag(&socket, nix::libc::IPPROTO_IPV6, nix::libc::IPV6_TRANSPARENT)?;
                 socket.set_freebind_v6(true)?;
             }
+            _ => {}
         }
-        // Without it a port would be reserved per source address whatever the destination, and run out.
-        set_flag(&socket, nix::libc::IPPROTO_IP, nix::libc::IP_BIND_ADDRESS_NO_PORT)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        if address.port() == 0 {
+            // Without it a port would be reserved per source address whatever the destination, and run out.
+            set_flag(&socket, nix::libc::IPPROTO_IP, nix::libc::IP_BIND_ADDRESS_NO_PORT)?;
+        }
+        socket.bind(&address.into())?;
     }
     Ok(socket)
 }
@@ -155,6 +170,16 @@ pub fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     match socket.connect(&SockAddr::from(to)) {
         Err(e) if e.raw_os_error() == Some(nix::libc::EINPROGRESS) => Ok(()),
         other => other,
+    }
+}
+
+/// Bytes written to a TCP socket that its peer has not acknowledged (`SIOCOUTQ`, tcp(7)).
+pub fn unacknowledged(socket: &impl AsRawFd) -> io::Result<usize> {
+    let mut bytes: nix::libc::c_int = 0;
+    // SAFETY: the descriptor is open, and this request writes one integer, which the pointer leads to.
+    match unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::TIOCOUTQ, &raw mut bytes) } {
+        0 => Ok(usize::try_from(bytes).unwrap_or(0)),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -198,7 +223,8 @@ mod tests {
     fn a_foreign_source_binds_without_a_port() {
         let legs = LegOptions { keepalive: None, notsent_lowat: None };
         for (to, source) in [("127.0.0.1:9", "203.0.113.7"), ("[::1]:9", "2001:db8::7")] {
-            let socket = outgoing(to.parse().unwrap(), Some(source.parse().unwrap()), 1337, &legs).unwrap();
+            let bind = Bind { address: SocketAddr::new(source.parse().unwrap(), 0), foreign: true };
+            let socket = outgoing(to.parse().unwrap(), Some(bind), 1337, &legs).unwrap();
             let local = socket.local_addr().unwrap().as_socket().unwrap();
             assert_eq!(local.ip().to_string(), source);
             assert_eq!(local.port(), 0, "the port is chosen when connecting, not when binding");

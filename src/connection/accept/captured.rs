@@ -16,6 +16,8 @@ pub struct Captured {
     pub source: SocketAddr,
     /// Where it was going before it was redirected.
     pub destination: SocketAddr,
+    /// Whether it was redirected. If not, it was opened to our own port, by whatever address.
+    pub redirected: bool,
 }
 
 /// Takes over an accepted socket on this worker and asks the kernel where it was going. Unknown is an error: there is
@@ -25,7 +27,10 @@ pub fn captured(socket: std::net::TcpStream, source: SocketAddr, legs: &LegOptio
         reset_on_close(&socket);
         AcceptError::OriginalDestination(error)
     })?;
+    let local = socket.local_addr().map_err(AcceptError::Socket)?;
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let app = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
-    Ok(Captured { app, source: canonical(source), destination: canonical(destination) })
+    let (destination, local) = (canonical(destination), canonical(local));
+    let redirected = (destination.ip(), destination.port()) != (local.ip(), local.port());
+    Ok(Captured { app, source: canonical(source), destination, redirected })
 }

@@ -3,8 +3,9 @@
 use super::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
 use crate::sys::netns::Netns;
-use crate::sys::socket::{LegOptions, outgoing, start_connect};
-use std::io;
+use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
+use socket2::Socket;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use tokio::net::TcpStream;
 
@@ -19,9 +20,24 @@ pub struct SocketConfig {
     pub keep_source: bool,
 }
 
-/// Connects from the pod to somewhere else, as the pod.
-pub async fn outbound(netns: &Netns, to: SocketAddr, config: &SocketConfig) -> Result<TcpStream, DialError> {
-    connect(netns, to, None, config).await
+/// Bit of `SO_MARK`, beside the bits that say that a packet is ours, of connections that are opened in a client's name.
+pub const LEG_BIT: u32 = 0x1000;
+
+/// Ports that our connections come from where they are free: above those that Linux chooses from by itself, because a port
+/// that we hold is one that an application cannot listen on. (`net.ipv4.ip_local_port_range` ends at 60999.)
+const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+
+/// Ports that are tried before the kernel chooses one.
+const TRIES: usize = 4;
+
+/// Connects from the pod to somewhere else, as the pod; from `source` where that is one of its addresses.
+pub async fn outbound(
+    netns: &Netns,
+    to: SocketAddr,
+    source: Option<IpAddr>,
+    config: &SocketConfig,
+) -> Result<TcpStream, DialError> {
+    connect(netns, to, source.map_or(Source::Any, Source::Own), config).await
 }
 
 /// Connects to the pod's application, as the original client. Needs a permit.
@@ -34,28 +50,71 @@ pub async fn to_app(
 ) -> Result<TcpStream, DialError> {
     // A pod that reaches itself has its own address already; another family cannot be kept.
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4();
-    connect(netns, to, keep.then_some(client), config).await
+    let source = if keep { Source::Client(client) } else { Source::Any };
+    connect(netns, to, source, config).await
 }
 
-async fn connect(
-    netns: &Netns,
-    to: SocketAddr,
-    source: Option<IpAddr>,
-    config: &SocketConfig,
-) -> Result<TcpStream, DialError> {
+/// Where a connection comes from.
+#[derive(Clone, Copy, Debug)]
+enum Source {
+    /// Whatever the route says.
+    Any,
+    /// An address of the pod.
+    Own(IpAddr),
+    /// The address of the client in whose name it is opened.
+    Client(IpAddr),
+}
+
+impl Source {
+    /// Makes a socket and starts to connect it, in the namespace that the thread is in.
+    fn connect(self, to: SocketAddr, config: &SocketConfig) -> io::Result<Socket> {
+        let (ip, foreign, mark) = match self {
+            Self::Any => (None, false, config.mark),
+            Self::Own(ip) => (Some(ip), false, config.mark),
+            Self::Client(ip) => (Some(ip), true, config.mark | LEG_BIT),
+        };
+        let from = |port| {
+            let bind = ip.map(|ip| Bind { address: SocketAddr::new(ip, port), foreign });
+            let socket = outgoing(to, bind, mark, &config.legs)?;
+            start_connect(&socket, to).map(|()| socket)
+        };
+        for _ in 0..ip.map_or(0, |_| TRIES) {
+            match from(rand::random_range(PORTS)) {
+                Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}
+                started => return started,
+            }
+        }
+        from(0)
+    }
+}
+
+/// A connection that is not there yet. Given up, it is reset: whoever has accepted it already must not take it for one that
+/// ended in order.
+struct Connecting(Option<TcpStream>);
+
+impl Drop for Connecting {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            reset_on_close(stream);
+        }
+    }
+}
+
+async fn connect(netns: &Netns, to: SocketAddr, source: Source, config: &SocketConfig) -> Result<TcpStream, DialError> {
     let failed = |source| DialError::Connect { to, source };
     let connecting = async {
-        let socket = netns.enter(|| outgoing(to, source, config.mark, &config.legs))?.map_err(failed)?;
-        start_connect(&socket, to).map_err(failed)?;
-        let stream = TcpStream::from_std(socket.into()).map_err(failed)?;
-        stream.writable().await.map_err(failed)?;
-        match stream.take_error() {
-            Ok(None) => Ok(stream),
-            Ok(Some(error)) | Err(error) => Err(failed(error)),
+        let socket = netns.enter(|| source.connect(to, config))?.map_err(failed)?;
+        let mut leg = Connecting(Some(TcpStream::from_std(socket.into()).map_err(failed)?));
+        if let Some(stream) = &leg.0 {
+            stream.writable().await.map_err(failed)?;
+            if let Some(error) = stream.take_error().map_err(failed)? {
+                return Err(failed(error));
+            }
         }
+        leg.0.take().ok_or_else(|| failed(ErrorKind::NotConnected.into()))
     };
     match tokio::time::timeout(CONNECT_DEADLINE, connecting).await {
-        Ok(Err(DialError::Connect { source, .. })) if source.kind() == io::ErrorKind::TimedOut => {
+        Ok(Err(DialError::Connect { source, .. })) if source.kind() == ErrorKind::TimedOut => {
             Err(DialError::ConnectDeadline(to))
         }
         Ok(result) => result,

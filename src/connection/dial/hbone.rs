@@ -100,7 +100,7 @@ pub async fn open(
 
 async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<Dialled, TunnelDialError> {
     let tls = origin.credentials.client(&expected);
-    let socket = outbound(&origin.netns, to, &origin.sockets).await.map_err(|error| match error {
+    let socket = outbound(&origin.netns, to, None, &origin.sockets).await.map_err(|error| match error {
         DialError::Netns(error) => TunnelDialError::Netns(error),
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),

@@ -144,6 +144,34 @@ impl Agent {
         redirect(&pod.netns, true);
     }
 
+    /// The same rules as the agent writes them by iptables, instead of those that are there.
+    pub fn redirect_by_iptables(pod: &Pod) {
+        for (program, loopback, probes) in [
+            ("iptables", "127.0.0.1/32", "169.254.7.127"),
+            ("ip6tables", "::1/128", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"),
+        ] {
+            let ours = "-m mark --mark 0x539/0xfff";
+            let others = "-m mark ! --mark 0x539/0xfff";
+            let script = format!(
+                "*mangle\n-A PREROUTING {ours} -j CONNMARK --set-xmark 0x111/0xfff\n\
+                 -A OUTPUT -m connmark --mark 0x111/0xfff -j CONNMARK --restore-mark\nCOMMIT\n\
+                 *nat\n-A PREROUTING -s {probes} -p tcp -j ACCEPT\n\
+                 -A PREROUTING ! -d {loopback} -p tcp ! --dport 15008 {others} -j REDIRECT --to-ports 15006\n\
+                 -A OUTPUT -d {probes} -p tcp -j ACCEPT\n\
+                 -A OUTPUT ! -o lo -p udp --dport 53 {others} -j REDIRECT --to-ports 15053\n\
+                 -A OUTPUT ! -d {loopback} -p tcp --dport 53 {others} -j REDIRECT --to-ports 15053\n\
+                 -A OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT\n\
+                 -A OUTPUT ! -d {loopback} -o lo -j ACCEPT\n\
+                 -A OUTPUT ! -d {loopback} -p tcp {others} -j REDIRECT --to-ports 15001\nCOMMIT\n\
+                 *raw\n-A OUTPUT -p udp --dport 53 {ours} -j CT --zone 1\n\
+                 -A PREROUTING -p udp --sport 53 {others} -j CT --zone 1\nCOMMIT\n"
+            );
+            let steps = format!("printf '%s' \"$1\" | {program}-restore --noflush");
+            output_in(&pod.netns, "sh", &["-c", &steps, "sh", &script]);
+        }
+        output_in(&pod.netns, "nft", &["delete", "table", "inet", "agent"]);
+    }
+
     pub fn stop_redirecting(pod: &Pod) {
         redirect(&pod.netns, false);
     }

@@ -1,0 +1,96 @@
+//! Rules for what the daemon itself opens and accepts in a pod: a table beside the redirection, the same whoever writes that. It
+//! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
+
+use super::redirect::{self, RedirectError};
+use crate::connection::dial::direct::LEG_BIT;
+use crate::dns::PORT as DNS;
+use crate::sys::netns::Netns;
+
+/// Name of the table.
+pub const TABLE: &str = "culvert_legs";
+
+/// Mark bits that say whose a packet is.
+const MASK: u32 = 0xfff;
+/// Mark of packets that the pod's routes bring to us.
+const RETURN_MARK: u32 = 0x111;
+/// Conntrack zone of connections in a client's name.
+const ZONE: u16 = 2;
+
+/// Writes the table; `mark` is the one of our packets. A pod is captured also where that fails: it is logged.
+pub async fn write(netns: &Netns, mark: u32) -> bool {
+    let Err(first) = redirect::apply(netns, &table(mark, true)).await else { return true };
+    let netns_path = netns.path().display();
+    if let Err(error) = redirect::apply(netns, &table(mark, false)).await {
+        tracing::warn!(
+            netns = %netns_path,
+            %error,
+            "connections of one client to the pod may get into each other's way, and the pod's own NAT may lose them"
+        );
+        return false;
+    }
+    tracing::info!(
+        netns = %netns_path,
+        error = %first,
+        "without nft_tproxy in the kernel, a client that uses one port of its own for two connections to the pod may hang"
+    );
+    true
+}
+
+/// Removes it.
+pub async fn remove(netns: &Netns) -> Result<(), RedirectError> {
+    redirect::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
+}
+
+fn table(mark: u32, tproxy: bool) -> String {
+    let chains = legs(mark) + &no_loop(mark) + &if tproxy { same_ports() } else { String::new() };
+    format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
+}
+
+fn chain(name: &str, hook: &str, priority: i32, rules: &str) -> String {
+    format!("  chain {name} {{\n    type filter hook {hook} priority {priority}; policy accept;\n{rules}  }}\n")
+}
+
+/// Connections that we open in a client's name. They have a conntrack zone of their own, else one of the client's with the same port
+/// would be taken for them, and be broken. Their answers come to us also from behind the pod's own NAT (a guest, a nested
+/// container), whatever route leads to the client.
+fn legs(mark: u32) -> String {
+    let leg = format!("meta mark & {:#x} == {:#x}", MASK | LEG_BIT, mark | LEG_BIT);
+    let marked = format!("ct mark & {LEG_BIT:#x} == {LEG_BIT:#x}");
+    chain("leg_raw", "output", -300, &format!("    {leg} ct original zone set {ZONE}\n"))
+        + &chain("leg_out", "output", -160, &format!("    {leg} ct mark set ct mark | {LEG_BIT:#x}\n"))
+        + &chain(
+            "leg_back",
+            "prerouting",
+            -140,
+            &format!("    ct direction reply {marked} meta mark set {RETURN_MARK:#x}\n"),
+        )
+}
+
+/// What we have sent never comes to a listener of ours again, by whatever address or translation, but for tunnels.
+fn no_loop(mark: u32) -> String {
+    let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
+    let rules = format!(
+        "    {ours} tcp dport {{ 15001, 15006, {DNS} }} reject with tcp reset\n    {ours} udp dport {DNS} reject\n"
+    );
+    chain("no_loop", "input", -160, &rules)
+}
+
+/// Connections from one address and port to several ports of the pod. Translated to one port of ours, they would be the same; so
+/// the kernel gives the later ones another source port, but only after it has looked for their socket by the old one (early
+/// demultiplexing), and has found the first connection's. So a SYN is given its listener here, and other packets have the new
+/// port already when their socket is looked for.
+fn same_ports() -> String {
+    let first = "tcp flags & (fin | syn | rst | ack) == syn";
+    let taken = |ports: &str| format!("iifname != lo tcp dport {ports} ct direction original ct status dnat");
+    let mut rules = String::new();
+    for port in [15001, 15006] {
+        for (protocol, family) in [("ipv4", "ip"), ("ipv6", "ip6")] {
+            let taken = taken(&port.to_string());
+            // No connection comes from port 0, so that the listener is found and nothing else.
+            rules +=
+                &format!("    meta nfproto {protocol} {taken} {first} tcp sport set 0 tproxy {family} to :{port}\n");
+        }
+    }
+    rules += &format!("    {} tcp sport set ct reply proto-dst\n", taken("{ 15001, 15006 }"));
+    chain("same_ports", "prerouting", -90, &rules)
+}
