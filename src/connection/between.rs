@@ -7,10 +7,10 @@ use super::dial::{DialError, hbone::Origin};
 use super::forward::{ForwardError, Stop};
 use super::report::Failure;
 use super::worker::Worker;
-use crate::hbone::stream::app_broken;
 use crate::identity::{Chain, Credentials, Distrust};
 use crate::mesh::address::is_link_local;
 use crate::mesh::{self, Snapshot, Workload};
+use crate::sys::end::left_nothing;
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
 use rand::seq::SliceRandom;
@@ -102,7 +102,7 @@ pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) 
     }
 }
 
-/// Dials for a client; gives up when the client resets meanwhile.
+/// Dials for a client; gives up when the client resets meanwhile, unless it has sent something before, which is delivered.
 pub(super) async fn unless_gone<T>(
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
@@ -110,7 +110,7 @@ pub(super) async fn unless_gone<T>(
     tokio::select! {
         biased;
         dialled = dial => dialled,
-        _ = app_broken(client) => Err(DialError::Abandoned),
+        () = left_nothing(client) => Err(DialError::Abandoned),
     }
 }
 

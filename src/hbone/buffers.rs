@@ -70,6 +70,8 @@ struct Streams {
     unsent: usize,
     /// Who waits for room to send.
     waiting: Vec<Waker>,
+    /// Who waits until all of a stream has been sent.
+    flushing: Vec<Waker>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -290,12 +292,15 @@ impl Account {
     pub(super) fn sent(&self, id: u32, bytes: usize) {
         let gone = {
             let mut streams = self.streams();
-            let gone = streams.open.get_mut(&id).map_or(0, |held| {
+            let (gone, left) = streams.open.get_mut(&id).map_or((0, 0), |held| {
                 let gone = held.unsent.min(bytes);
                 held.unsent -= gone;
-                gone
+                (gone, held.unsent)
             });
             streams.unsent = streams.unsent.saturating_sub(gone);
+            if left == 0 {
+                streams.flushing.drain(..).for_each(Waker::wake);
+            }
             streams.wake();
             gone
         };
@@ -312,6 +317,18 @@ impl Account {
             && !streams.waiting.iter().any(|other| other.will_wake(waker))
         {
             streams.waiting.push(waker.clone());
+        }
+        false
+    }
+
+    /// Whether all of a stream has been sent; if not, `waker` is woken when it may have been.
+    pub(super) fn flushed(&self, id: u32, waker: &Waker) -> bool {
+        let mut streams = self.streams();
+        if streams.open.get(&id).is_none_or(|held| held.unsent == 0) {
+            return true;
+        }
+        if !streams.flushing.iter().any(|other| other.will_wake(waker)) {
+            streams.flushing.push(waker.clone());
         }
         false
     }

@@ -1,6 +1,6 @@
 //! The two halves of a stream, with what they hold on the tunnel's account.
 
-use super::buffers::Account;
+use super::buffers::{Account, Cut};
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use std::collections::VecDeque;
@@ -27,10 +27,10 @@ impl Drop for Place {
 }
 
 /// Joins the halves of a stream.
-pub(super) fn halves(send: SendStream<Bytes>, body: RecvStream, opened: Opened) -> (Sender, Receiver) {
+pub(super) fn halves(send: SendStream<Bytes>, body: RecvStream, opened: Opened) -> (SendHalf, ReceiveHalf) {
     let place = Arc::new(opened.0);
-    let sender = Sender { send, place: place.clone() };
-    (sender, Receiver { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None })
+    let sender = SendHalf { send, place: place.clone() };
+    (sender, ReceiveHalf { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None })
 }
 
 /// A stream that somebody was told of; what it holds is free when this is dropped.
@@ -45,15 +45,24 @@ impl Opened {
 }
 
 /// The sending half.
-pub(super) struct Sender {
+pub(super) struct SendHalf {
     send: SendStream<Bytes>,
     place: Arc<Place>,
 }
 
-impl Sender {
-    /// The tunnel's account.
-    pub(super) fn account(&self) -> &Account {
-        &self.place.account
+impl SendHalf {
+    /// Why the tunnel was cut, if it was.
+    pub(super) fn cut(&self) -> Option<Cut> {
+        self.place.account.why()
+    }
+
+    /// Completes when all that was queued has gone down, or nothing of it will any more.
+    pub(super) async fn flushed(&mut self) {
+        poll_fn(|context| {
+            let gone = self.place.account.flushed(self.place.id, context.waker());
+            if gone || self.send.poll_reset(context).is_ready() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// See [`SendStream::reserve_capacity`].
@@ -101,7 +110,7 @@ impl Sender {
 }
 
 /// The receiving half.
-pub(super) struct Receiver {
+pub(super) struct ReceiveHalf {
     body: RecvStream,
     place: Arc<Place>,
     /// What has been gathered, in order: first these, then `small`.
@@ -111,7 +120,7 @@ pub(super) struct Receiver {
     ended: Option<Option<h2::Error>>,
 }
 
-impl Receiver {
+impl ReceiveHalf {
     /// The next bytes; small frames that are there already come together. `None` at the end of the stream.
     pub(super) async fn data(&mut self) -> Option<Result<Bytes, h2::Error>> {
         poll_fn(|context| self.poll_data(context)).await

@@ -1,17 +1,18 @@
 //! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
-//! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5), back-pressure by not reading.
+//! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) behind what was sent before it, back-pressure by not reading.
 
-use super::flow::{Opened, Receiver, Sender, halves};
+use super::flow::{Opened, ReceiveHalf, SendHalf, halves};
+use crate::sys::end::{End, LAST_BYTES};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream};
 use std::fmt;
-use std::future::{Future, poll_fn};
+use std::future::{Future, poll_fn, ready};
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
-use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 /// Counts bytes as they are passed on.
 pub trait Meter: Sync {
@@ -25,8 +26,8 @@ pub trait Meter: Sync {
 
 /// An accepted stream.
 pub struct Stream {
-    send: Sender,
-    receive: Receiver,
+    send: SendHalf,
+    receive: ReceiveHalf,
 }
 
 impl fmt::Debug for Stream {
@@ -71,7 +72,8 @@ impl Stream {
     }
 
     /// Carries `app` over this stream until both have closed, or until the first error or `stop`; then the stream is
-    /// reset. `silence` bounds how long one direction may be silent after the other has ended.
+    /// reset. `silence` bounds how long one direction may be silent after the other has ended. Where one side is reset, what it
+    /// had sent before has been passed on when this returns, or 10 s have passed.
     pub async fn carry(
         self,
         app: &TcpStream,
@@ -79,110 +81,218 @@ impl Stream {
         silence: Duration,
         stop: impl Future<Output = ()>,
     ) -> Result<(), CarryError> {
-        let Self { mut send, mut receive } = self;
-        let result = {
-            let both = both_ways(app, &mut send, &mut receive, meter, silence);
-            tokio::select! {
-                biased;
-                () = stop => Err(CarryError::Stopped),
-                result = both => result,
-            }
-        };
-        match &result {
-            Ok(()) | Err(CarryError::Reset(_) | CarryError::Tunnel(_)) => {}
-            Err(CarryError::App(_)) => send.send_reset(Reason::CONNECT_ERROR),
-            Err(CarryError::HalfClosedSilence(_) | CarryError::Stopped) => send.send_reset(Reason::CANCEL),
+        let (Self { send, receive }, app) = (self, End::new(app));
+        tokio::select! {
+            biased;
+            () = stop => Err(CarryError::Stopped),
+            result = both_ways(&app, Sender::new(send), receive, meter, silence) => result,
         }
-        result
+    }
+}
+
+/// The sending side of a stream, which is reset when it is dropped before it has ended.
+struct Sender {
+    stream: Option<SendHalf>,
+}
+
+impl Sender {
+    fn new(stream: SendHalf) -> Self {
+        Self { stream: Some(stream) }
+    }
+
+    fn stream(&mut self) -> Result<&mut SendHalf, CarryError> {
+        self.stream.as_mut().ok_or(CarryError::Reset(Reason::CANCEL))
+    }
+
+    /// Resolves when the peer wants no more of our bytes.
+    async fn unwanted(&mut self) -> Result<Reason, CarryError> {
+        let stream = self.stream()?;
+        Ok(poll_fn(|context| stream.poll_reset(context)).await?)
+    }
+
+    /// The stream has ended in order, or the peer has ended it.
+    fn ended(mut self) -> Result<(), CarryError> {
+        self.stream = None;
+        Ok(())
+    }
+
+    /// Resets the stream because the application's connection has broken; what that had sent before goes first.
+    async fn app_broke(mut self, app: &End<'_>) -> CarryError {
+        if let Some(mut stream) = self.stream.take() {
+            // A reset would throw away what is still queued.
+            tokio::select! {
+                () = stream.flushed() => {}
+                () = app.is_late() => {}
+            }
+            stream.send_reset(Reason::CONNECT_ERROR);
+        }
+        CarryError::App(app.error())
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if let Some(stream) = &mut self.stream {
+            stream.send_reset(Reason::CANCEL);
+        }
     }
 }
 
 async fn both_ways(
-    app: &TcpStream,
-    send: &mut Sender,
-    receive: &mut Receiver,
+    app: &End<'_>,
+    sender: Sender,
+    receive: ReceiveHalf,
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), CarryError> {
-    let mut up = pin!(app_to_tunnel(app, send, meter));
+    let mut up = pin!(app_to_tunnel(app, sender, meter));
     let mut down = pin!(tunnel_to_app(app, receive, meter));
-    let up_ended = tokio::select! {
-        result = &mut up => { result?; true }
-        result = &mut down => { result?; false }
+    let ended = tokio::select! {
+        up = &mut up => Either::Up(up),
+        down = &mut down => Either::Down(down),
     };
+    match ended {
+        Either::Up(Ok(sender)) => rest_of_down(app, sender, down, meter, silence).await,
+        // Nobody is left to take what comes.
+        Either::Up(Err(error)) if app.is_broken() => Err(error),
+        Either::Up(Err(error)) => Err(after_last_bytes(app, down, error).await),
+        Either::Down(Ok(())) => loop {
+            let before = meter.total();
+            match timeout(silence, &mut up).await {
+                Ok(Ok(sender)) => return sender.ended(),
+                Ok(Err(error)) => return Err(after_last_bytes(app, ready(()), error).await),
+                Err(_) if meter.total() == before => return Err(CarryError::HalfClosedSilence(silence)),
+                Err(_) => {}
+            }
+        },
+        // What the application had sent before it broke still goes out.
+        Either::Down(Err(error)) if app.is_broken() => Err(up.await.err().unwrap_or(error)),
+        Either::Down(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
+    }
+}
+
+enum Either {
+    Up(Result<Sender, CarryError>),
+    Down(Result<(), CarryError>),
+}
+
+/// What comes from the tunnel after the application has ended in order.
+async fn rest_of_down(
+    app: &End<'_>,
+    mut sender: Sender,
+    mut down: Pin<&mut impl Future<Output = Result<(), CarryError>>>,
+    meter: &impl Meter,
+    silence: Duration,
+) -> Result<(), CarryError> {
+    let mut wanted = true;
     loop {
         let before = meter.total();
-        let rest = async {
-            if up_ended {
-                tokio::select! {
-                    result = &mut down => result,
-                    broken = app_broken(app) => Err(CarryError::App(broken)),
-                }
-            } else {
-                up.as_mut().await
+        let step = async {
+            tokio::select! {
+                ended = &mut down => Ok(ended),
+                reason = sender.unwanted(), if wanted => match reason {
+                    Ok(Reason::NO_ERROR) => Err(None),
+                    Ok(reason) => Err(Some(CarryError::Reset(reason))),
+                    Err(error) => Err(Some(error)),
+                },
+                () = app.broken() => Ok(Err(CarryError::App(app.error()))),
             }
         };
-        match tokio::time::timeout(silence, rest).await {
-            Ok(result) => return result,
+        match timeout(silence, step).await {
+            Ok(Ok(Ok(()))) => return sender.ended(),
+            Ok(Ok(Err(_))) if app.is_broken() => return Err(sender.app_broke(app).await),
+            Ok(Ok(Err(error))) => return Err(after_last_bytes(app, ready(()), error).await),
+            Ok(Err(Some(error))) => return Err(after_last_bytes(app, down, error).await),
+            Ok(Err(None)) => wanted = false,
             Err(_) if meter.total() == before => return Err(CarryError::HalfClosedSilence(silence)),
             Err(_) => {}
         }
     }
 }
 
-async fn app_to_tunnel(app: &TcpStream, send: &mut Sender, meter: &impl Meter) -> Result<(), CarryError> {
+/// Waits until the application has what the tunnel brought before it ended with `error`.
+async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
+    let last = async {
+        // How that ends is known.
+        let _ = rest.await;
+        app.drained().await;
+    };
+    // Whoever does not take it in this time does without.
+    let _ = timeout(LAST_BYTES, last).await;
+    error
+}
+
+/// Passes on what the application sends until it ends, and then END_STREAM; gives the sender back.
+async fn app_to_tunnel(app: &End<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
         tokio::select! {
-            ready = app.readable() => ready.map_err(CarryError::App)?,
-            reset = poll_fn(|context| send.poll_reset(context)) => return finished_early(reset?),
+            ready = app.socket.readable() => if let Err(error) = ready {
+                app.breaks(error);
+                return Err(sender.app_broke(app).await);
+            },
+            reason = sender.unwanted() => return finished_early(reason?, sender),
         }
+        let send = sender.stream()?;
         send.reserve_capacity(SCRATCH_BYTES);
         while send.capacity() == 0 {
             tokio::select! {
+                biased;
+                () = app.is_late() => return Err(sender.app_broke(app).await),
                 granted = poll_fn(|context| send.poll_capacity(context)) => match granted {
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return Err(error.into()),
-                    None => return finished_early(poll_fn(|context| send.poll_reset(context)).await?),
+                    None => {
+                        let reason = poll_fn(|context| send.poll_reset(context)).await?;
+                        return finished_early(reason, sender);
+                    }
                 },
-                broken = app_broken(app) => return Err(CarryError::App(broken)),
             }
         }
         let room = send.capacity();
-        match read_now(app, room) {
+        match read_now(app.socket, room) {
+            Ok(bytes) if bytes.is_empty() && app.is_broken() => return Err(sender.app_broke(app).await),
             Ok(bytes) if bytes.is_empty() => {
                 send.reserve_capacity(0);
                 send.send_data(Bytes::new(), true)?;
-                return Ok(());
+                return Ok(sender);
             }
             Ok(bytes) => {
                 let length = bytes.len();
-                send.send_data(bytes, false)?;
+                sender.stream()?.send_data(bytes, false)?;
                 meter.up(length);
                 if length < room.min(SCRATCH_BYTES) {
                     // What an idle stream has reserved, busy ones would miss.
-                    send.reserve_capacity(0);
+                    sender.stream()?.reserve_capacity(0);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => send.reserve_capacity(0),
-            Err(error) => return Err(CarryError::App(error)),
+            Err(error) => {
+                app.breaks(error);
+                return Err(sender.app_broke(app).await);
+            }
         }
     }
 }
 
 /// The peer wants no more of our bytes: NO_ERROR is an orderly end (RFC 9113 8.1), anything else a reset.
-fn finished_early(reason: Reason) -> Result<(), CarryError> {
-    if reason == Reason::NO_ERROR { Ok(()) } else { Err(CarryError::Reset(reason)) }
+fn finished_early(reason: Reason, sender: Sender) -> Result<Sender, CarryError> {
+    if reason == Reason::NO_ERROR { Ok(sender) } else { Err(CarryError::Reset(reason)) }
 }
 
-async fn tunnel_to_app(app: &TcpStream, receive: &mut Receiver, meter: &impl Meter) -> Result<(), CarryError> {
+/// Passes on what the tunnel brings until it ends, and then FIN. What came before a reset is still there to be read.
+async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
+    let failed = |error: io::Error| {
+        app.breaks(error);
+        CarryError::App(app.error())
+    };
     while let Some(chunk) = receive.data().await {
         let chunk = chunk?;
         tokio::task::consume_budget().await;
         tokio::select! {
             biased;
-            written = write_all(app, &chunk) => written.map_err(CarryError::App)?,
+            written = write_all(app.socket, &chunk) => written.map_err(failed)?,
             // An application that does not read must not make small frames pile up in HTTP/2's queue.
             never = receive.gather() => match never {},
         }
@@ -190,22 +300,10 @@ async fn tunnel_to_app(app: &TcpStream, receive: &mut Receiver, meter: &impl Met
         receive.release(chunk.len())?;
     }
     // The other direction may still run: only our sending side ends.
-    socket2::SockRef::from(app).shutdown(std::net::Shutdown::Write).or_else(unconnected).map_err(CarryError::App)
+    socket2::SockRef::from(app.socket).shutdown(std::net::Shutdown::Write).or_else(unconnected).map_err(failed)
 }
 
 /// A socket whose peer has gone cannot be shut down, and need not be.
 fn unconnected(error: io::Error) -> io::Result<()> {
     if error.kind() == io::ErrorKind::NotConnected { Ok(()) } else { Err(error) }
-}
-
-/// Resolves when the application's connection is reset while nobody reads it.
-pub async fn app_broken(app: &TcpStream) -> io::Error {
-    match app.ready(Interest::ERROR).await {
-        Err(error) => error,
-        Ok(_) => match app.take_error() {
-            Ok(Some(error)) | Err(error) => error,
-            // Both directions shut without error: an orderly end, reported by whoever reads or writes.
-            Ok(None) => std::future::pending().await,
-        },
-    }
 }

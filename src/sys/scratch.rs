@@ -24,16 +24,25 @@ pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
     })
 }
 
+/// Which socket failed while bytes were passed from one to another.
+#[derive(Debug)]
+pub enum PassError {
+    /// The one that is read.
+    From(io::Error),
+    /// The one that is written.
+    To(io::Error),
+}
+
 /// Reads what is there and writes as much of it as fits, both now; gives the bytes read and the rest not written.
-pub fn pass_now(from: &TcpStream, to: &TcpStream) -> io::Result<(usize, Bytes)> {
+pub fn pass_now(from: &TcpStream, to: &TcpStream) -> Result<(usize, Bytes), PassError> {
     SCRATCH.with_borrow_mut(|scratch| {
-        let length = from.try_read(scratch)?;
+        let length = from.try_read(scratch).map_err(PassError::From)?;
         let mut rest = scratch.get(..length).unwrap_or_default();
         while !rest.is_empty() {
             match to.try_write(rest) {
                 Ok(written) => rest = rest.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
+                Err(error) => return Err(PassError::To(error)),
             }
         }
         Ok((length, Bytes::copy_from_slice(rest)))

@@ -35,6 +35,7 @@ mod kubernetes;
 mod limits;
 mod model;
 mod stalls;
+mod tcp;
 mod visible;
 mod waypoint;
 mod xds;

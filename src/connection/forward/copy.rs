@@ -2,96 +2,95 @@
 
 use super::ForwardError;
 use crate::hbone::Meter;
-use crate::hbone::stream::app_broken;
-use crate::sys::scratch::{pass_now, write_all};
+use crate::sys::end::{End, LAST_BYTES};
+use crate::sys::scratch::{PassError, pass_now, write_all};
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
-/// Copies both ways until both have ended. After one has, the other may be silent for `silence` at most.
+/// Copies both ways until both have ended. After one has, the other may be silent for `silence` at most. Where one breaks, what
+/// it had sent before has arrived at the other when this returns, or 10 s have passed.
 pub async fn both_ways(
     app: &TcpStream,
     far: &TcpStream,
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let up = async { one_way(app, far, |n| meter.up(n)).await.map_err(|e| e.of(ForwardError::App, ForwardError::Far)) };
-    let down =
-        async { one_way(far, app, |n| meter.down(n)).await.map_err(|e| e.of(ForwardError::Far, ForwardError::App)) };
-    let (mut up, mut down) = (pin!(up), pin!(down));
-    let up_ended = tokio::select! {
-        result = &mut up => { result?; true }
-        result = &mut down => { result?; false }
-    };
-    loop {
+    let (app, far) = (&End::new(app), &End::new(far));
+    let mut up = pin!(one_way(app, far, |n| meter.up(n)));
+    let mut down = pin!(one_way(far, app, |n| meter.down(n)));
+    let (mut up_ended, mut down_ended) = (false, false);
+    while !app.is_broken() && !far.is_broken() {
+        if up_ended && down_ended {
+            return Ok(());
+        }
         let before = meter.total();
-        let rest = async {
-            if up_ended {
-                tokio::select! {
-                    result = down.as_mut() => result,
-                    error = app_broken(app) => Err(ForwardError::App(error)),
-                }
-            } else {
-                tokio::select! {
-                    result = up.as_mut() => result,
-                    error = app_broken(far) => Err(ForwardError::Far(error)),
-                }
+        let half = up_ended || down_ended;
+        let step = async {
+            tokio::select! {
+                () = &mut up, if !up_ended => up_ended = true,
+                () = &mut down, if !down_ended => down_ended = true,
+                () = app.broken() => {}
+                () = far.broken() => {}
             }
         };
-        match tokio::time::timeout(silence, rest).await {
-            Ok(result) => return result,
-            Err(_) if meter.total() == before => return Err(ForwardError::HalfClosedSilence(silence)),
-            Err(_) => {}
+        if !half {
+            step.await;
+        } else if timeout(silence, step).await.is_err() && meter.total() == before {
+            return Err(ForwardError::HalfClosedSilence(silence));
         }
     }
-}
-
-/// Which end of a one-way copy failed. When reading and writing happen in one step, the kind tells them apart only
-/// roughly: a broken pipe is always the receiver's.
-enum CopyError {
-    From(io::Error),
-    To(io::Error),
-}
-
-impl CopyError {
-    fn of(
-        self,
-        from: impl FnOnce(io::Error) -> ForwardError,
-        to: impl FnOnce(io::Error) -> ForwardError,
-    ) -> ForwardError {
-        match self {
-            Self::From(error) => from(error),
-            Self::To(error) => to(error),
+    // What was received before the reset goes before it.
+    let last = async {
+        if app.is_broken() {
+            if !up_ended {
+                up.await;
+            }
+            far.drained().await;
+        } else {
+            if !down_ended {
+                down.await;
+            }
+            app.drained().await;
         }
-    }
+    };
+    // Whoever does not take it in this time does without.
+    let _ = timeout(LAST_BYTES, last).await;
+    Err(if app.is_broken() { ForwardError::App(app.error()) } else { ForwardError::Far(far.error()) })
 }
 
-async fn one_way(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> Result<(), CopyError> {
+/// Copies until `from` has ended, which `to` is told, or until one of them breaks, which that one notes.
+async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
-        tokio::select! {
-            ready = from.readable() => ready.map_err(CopyError::From)?,
-            error = app_broken(to) => return Err(CopyError::To(error)),
+        if let Err(error) = from.socket.readable().await {
+            return from.breaks(error);
         }
-        match pass_now(from, to) {
+        match pass_now(from.socket, to.socket) {
             Ok((0, _)) => break,
             Ok((length, rest)) => {
-                if !rest.is_empty() {
-                    write_all(to, &rest).await.map_err(CopyError::To)?;
+                if !rest.is_empty()
+                    && let Err(error) = write_all(to.socket, &rest).await
+                {
+                    return to.breaks(error);
                 }
                 count(length);
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Err(CopyError::To(error)),
-            Err(error) => return Err(CopyError::From(error)),
+            Err(PassError::From(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(PassError::From(error)) => return from.breaks(error),
+            Err(PassError::To(error)) => return to.breaks(error),
         }
     }
-    match socket2::SockRef::from(to).shutdown(Shutdown::Write) {
-        Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(CopyError::To(error)),
-        _ => Ok(()),
+    if from.is_broken() {
+        return;
+    }
+    match socket2::SockRef::from(to.socket).shutdown(Shutdown::Write) {
+        Err(error) if error.kind() != io::ErrorKind::NotConnected => to.breaks(error),
+        _ => {}
     }
 }
 
