@@ -132,7 +132,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
             biased;
             why = account.told() => Err(why.into()),
             ended = moved => ended.map_err(|error| TunnelError::of(error, &account)),
-            overdue = ping::watch(pings) => Err(overdue),
+            overdue = ping::watch(pings) => {
+                account.cut(overdue);
+                Err(overdue.into())
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The two halves of a stream, with what they hold on the tunnel's account.
 
-use super::buffers::{Account, Cut};
+use super::buffers::Account;
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use std::collections::VecDeque;
@@ -51,9 +51,9 @@ pub(super) struct SendHalf {
 }
 
 impl SendHalf {
-    /// Why the tunnel was cut, if it was.
-    pub(super) fn cut(&self) -> Option<Cut> {
-        self.place.account.why()
+    /// The tunnel's account.
+    pub(super) fn account(&self) -> &Arc<Account> {
+        &self.place.account
     }
 
     /// Completes when all that was queued has gone down, or nothing of it will any more.

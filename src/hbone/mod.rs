@@ -54,9 +54,6 @@ pub enum TunnelError {
     /// The peer closed the tunnel before it was ready.
     #[error("the peer closed the tunnel before it was ready")]
     Closed,
-    /// The peer left a PING unanswered.
-    #[error("the peer did not answer a PING within {} s", ping::TIMEOUT.as_secs())]
-    PingTimeout,
 }
 
 impl TunnelError {
@@ -69,7 +66,7 @@ impl TunnelError {
     pub fn io(&self) -> Option<&std::io::Error> {
         match self {
             Self::Http2(error) => error.get_io(),
-            Self::Cut(_) | Self::Closed | Self::PingTimeout => None,
+            Self::Cut(_) | Self::Closed => None,
         }
     }
 
@@ -77,7 +74,6 @@ impl TunnelError {
     pub fn cut(&self) -> Option<&'static str> {
         match self {
             Self::Cut(why) => Some(why.word()),
-            Self::PingTimeout => Some("ping_timeout"),
             Self::Closed => None,
             Self::Http2(error) => broken_rule(error),
         }

@@ -1,6 +1,6 @@
 //! Liveness of a tunnel: a PING every 10 s, the answer within 20 s (the reference's values), on both ends.
 
-use super::TunnelError;
+use super::Cut;
 use h2::{Ping, PingPong};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Pings until an answer is overdue or the connection ends.
-pub async fn watch(pings: Option<PingPong>) -> TunnelError {
+pub async fn watch(pings: Option<PingPong>) -> Cut {
     let Some(mut pings) = pings else { return std::future::pending().await };
     loop {
         tokio::time::sleep(INTERVAL).await;
@@ -18,7 +18,7 @@ pub async fn watch(pings: Option<PingPong>) -> TunnelError {
             Ok(Ok(_)) => {}
             // The connection itself reports why it ended; until then there is nothing more to watch.
             Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return TunnelError::PingTimeout,
+            Err(_) => return Cut::PingTimeout,
         }
     }
 }
@@ -26,7 +26,7 @@ pub async fn watch(pings: Option<PingPong>) -> TunnelError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hbone::{Account, Buffers, Config, Server, client};
+    use crate::hbone::{Account, Buffers, Config, Server, TunnelError, client};
     use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::time::Instant;
@@ -56,7 +56,7 @@ mod tests {
         let (_tunnel, driver) = client::handshake(near, &CONFIG, &account(false)).await.unwrap();
         let start = Instant::now();
         let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
-        assert!(matches!(ended, Err(TunnelError::PingTimeout)), "{ended:?}");
+        assert!(matches!(ended, Err(TunnelError::Cut(Cut::PingTimeout))), "{ended:?}");
         assert_eq!(start.elapsed().as_secs(), (INTERVAL + TIMEOUT).as_secs());
     }
 
@@ -72,7 +72,7 @@ mod tests {
             ended = serve => ended,
             () = silent(far, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") => (None, Duration::ZERO),
         };
-        assert!(matches!(ended, Some(Err(TunnelError::PingTimeout))), "{ended:?}");
+        assert!(matches!(ended, Some(Err(TunnelError::Cut(Cut::PingTimeout)))), "{ended:?}");
         assert_eq!(after.as_secs(), (INTERVAL + TIMEOUT).as_secs());
     }
 }

@@ -1,6 +1,6 @@
 //! The server end of a tunnel: streams come in, each to be accepted or refused.
 
-use super::buffers::Account;
+use super::buffers::{Account, Cut};
 use super::flow::Opened;
 use super::guard::Guard;
 use super::request::{self, ConnectRequest, RequestError};
@@ -24,7 +24,7 @@ pub struct Server<IO> {
     connection: Connection<Guard<IO>, Bytes>,
     account: Arc<Account>,
     windows: Windows,
-    pings: Pin<Box<dyn Future<Output = TunnelError> + Send>>,
+    pings: Pin<Box<dyn Future<Output = Cut> + Send>>,
 }
 
 impl<IO> fmt::Debug for Server<IO> {
@@ -86,7 +86,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
                 }
                 Err(error) => Err(TunnelError::of(error, account)),
             }),
-            overdue = pings => Some(Err(overdue)),
+            overdue = pings => {
+                account.cut(overdue);
+                Some(Err(overdue.into()))
+            }
         }
     }
 

@@ -1,7 +1,9 @@
 //! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
 //! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) behind what was sent before it, back-pressure by not reading.
 
+use super::buffers::Account;
 use super::flow::{Opened, ReceiveHalf, SendHalf, halves};
+use super::{TunnelError, broken_rule};
 use crate::sys::end::{End, LAST_BYTES};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
@@ -48,6 +50,9 @@ pub enum CarryError {
     /// The tunnel broke.
     #[error("the tunnel broke: {0}")]
     Tunnel(h2::Error),
+    /// We have ended the tunnel because of what its peer did.
+    #[error("{0}")]
+    Cut(TunnelError),
     /// One side had closed and the other was silent for too long.
     #[error("half-closed and silent for {0:?}")]
     HalfClosedSilence(Duration),
@@ -56,10 +61,21 @@ pub enum CarryError {
     Stopped,
 }
 
+impl CarryError {
+    /// Names an end of the tunnel that was ours as ours.
+    fn ours_or_theirs(self, account: &Account) -> Self {
+        let Self::Tunnel(error) = self else { return self };
+        match TunnelError::of(error, account) {
+            TunnelError::Http2(error) if broken_rule(&error).is_none() => Self::Tunnel(error),
+            ours => Self::Cut(ours),
+        }
+    }
+}
+
 impl From<h2::Error> for CarryError {
     fn from(error: h2::Error) -> Self {
         match error.reason() {
-            Some(reason) if error.is_reset() => Self::Reset(reason),
+            Some(reason) if error.is_reset() && error.is_remote() => Self::Reset(reason),
             _ => Self::Tunnel(error),
         }
     }
@@ -82,11 +98,13 @@ impl Stream {
         stop: impl Future<Output = ()>,
     ) -> Result<(), CarryError> {
         let (Self { send, receive }, app) = (self, End::new(app));
-        tokio::select! {
+        let account = send.account().clone();
+        let result = tokio::select! {
             biased;
             () = stop => Err(CarryError::Stopped),
             result = both_ways(&app, Sender::new(send), receive, meter, silence) => result,
-        }
+        };
+        result.map_err(|error| error.ours_or_theirs(&account))
     }
 }
 

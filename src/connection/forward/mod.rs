@@ -26,6 +26,9 @@ pub enum ForwardError {
     /// The tunnel broke.
     #[error("the tunnel broke: {0}")]
     Tunnel(CarryError),
+    /// We have ended the tunnel.
+    #[error("this node has ended the tunnel: {0}")]
+    Cut(CarryError),
     /// One side closed and the other said nothing for too long.
     #[error("half-closed and silent for {0:?}")]
     HalfClosedSilence(Duration),
@@ -65,6 +68,7 @@ pub async fn over_stream(
         CarryError::App(error) => ForwardError::App(error),
         CarryError::Reset(_) => ForwardError::Reset(error),
         CarryError::Tunnel(_) => ForwardError::Tunnel(error),
+        CarryError::Cut(_) => ForwardError::Cut(error),
         CarryError::HalfClosedSilence(silence) => ForwardError::HalfClosedSilence(silence),
         CarryError::Stopped => ForwardError::Stopped(Stop::Drained),
     });

@@ -134,6 +134,7 @@ impl Failure {
                 ForwardError::App(_) => (Reason::AppReset, "CONNECT", Fault::App),
                 ForwardError::Far(_) | ForwardError::Reset(_) => (Reason::PeerReset, "CONNECT", Fault::Peer),
                 ForwardError::Tunnel(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
+                ForwardError::Cut(_) => (Reason::TunnelCut, "CONNECT", Fault::Peer),
                 ForwardError::HalfClosedSilence(_) => (Reason::HalfClosedSilence, "CONNECT", Fault::App),
                 ForwardError::Stopped(Stop::Revoked(_)) => (Reason::PolicyChange, "DENY", Fault::Policy),
                 ForwardError::Stopped(Stop::CertificateRevoked) => REVOKED,

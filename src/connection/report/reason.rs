@@ -53,6 +53,7 @@ reasons! {
     TunnelConnect "tunnel_connect" "port 15008 cannot be reached: no route, or nobody listens there";
     StreamRefused "stream_refused" "the destination's tunnel takes no more streams (REFUSED_STREAM), also after five attempts";
     TunnelBroken "tunnel_broken" "the tunnel broke under the connection: the far node's log, and the network";
+    TunnelCut "tunnel_cut" "this node has ended the tunnel because of what its peer did: the line `tunnel cut`, and `culvert_tunnels_cut`";
     Connect "connect" "the destination, or the application, refuses connections or has no route";
     ConnectDeadline "connect_deadline" "the destination, or the application, does not answer";
     AnswerDeadline "answer_deadline" "the far end's node took the stream and did not answer: its log";
