@@ -84,6 +84,10 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "uncapturedConnections": pod.earlier,
             "bypassInboundCapture": pod.spec.settings.bypass_inbound,
             "dns": dns(parts, &pod.spec.uid),
+            "otherRules": pod.noted.other_rules,
+            "rulesUnread": pod.noted.unread,
+            "inboundUnverified": pod.noted.inbound_unverified,
+            "probeConnections": pod.noted.probe_connections,
             "mayBypass": pod.spec.powers.map(|powers| {
                 let held = [("NET_ADMIN", powers.net_admin), ("NET_RAW", powers.net_raw)];
                 held.into_iter().filter(|(_, held)| *held).map(|(name, _)| name).collect::<Vec<_>>()

@@ -24,7 +24,12 @@ impl Metrics {
     /// Registers those of the source that there is.
     pub(super) fn register(config: &Config, registry: &mut Registry) -> Self {
         let node::Config { host_netns, ipv6, .. } = &config.node;
-        let probes = HostProbes { host: host_netns.clone(), ipv6: *ipv6, in_place: Default::default() };
+        let probes = HostProbes {
+            host: host_netns.clone(),
+            ipv6: *ipv6,
+            in_place: Default::default(),
+            spoofed: Default::default(),
+        };
         let metrics =
             Self { agent: Arc::default(), kubernetes: Arc::default(), probes, plugin_in_place: Gauge::default() };
         match &config.node.source {

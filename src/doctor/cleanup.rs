@@ -28,17 +28,21 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
         }
     };
     let host = Netns::open(&config.node.host_netns);
-    let probes = match &host {
-        Ok(host) => table(host, probes::TABLE).await,
-        Err(error) => Err(error.to_string()),
-    };
-    done("the host's rules for probes".into(), probes);
+    for family in ["inet", "bridge"] {
+        let probes = match &host {
+            Ok(host) => table(host, family, probes::TABLE).await,
+            Err(error) => Err(error.to_string()),
+        };
+        done(format!("the host's rules for probes ({family})"), probes);
+    }
     for netns in namespaces(config).into_values() {
         let what = format!("rules in {}", netns.path().display());
         let listed = redirect::list_table(&netns, redirect::TABLE).await;
         let removed = match listed {
-            Ok(listed) if listed.is_null() => table(&netns, legs::TABLE).await,
-            Ok(_) => redirect::remove(&netns, true).await.map(|()| true).map_err(|error| error.to_string()),
+            Ok(listed) if listed.is_null() => table(&netns, "inet", legs::TABLE).await,
+            Ok(_) | Err(redirect::RedirectError::Unreadable(_)) => {
+                redirect::remove(&netns, true).await.map(|()| true).map_err(|error| error.to_string())
+            }
             Err(error) => Err(error.to_string()),
         };
         done(what, removed);
@@ -75,12 +79,12 @@ fn answers(config: &Config) -> bool {
     matches!(&config.node.source, Source::Kubernetes(kubernetes) if Seqpacket::connect(&kubernetes.cni_socket).is_ok())
 }
 
-async fn table(netns: &Netns, name: &str) -> Result<bool, String> {
-    let listed = redirect::list_table(netns, name).await.map_err(|error| error.to_string())?;
+async fn table(netns: &Netns, family: &str, name: &str) -> Result<bool, String> {
+    let listed = redirect::list_table_of(netns, family, name).await.map_err(|error| error.to_string())?;
     if listed.is_null() {
         return Ok(false);
     }
-    let removed = redirect::apply(netns, &format!("delete table inet {name}\n")).await;
+    let removed = redirect::apply(netns, &format!("delete table {family} {name}\n")).await;
     removed.map(|()| true).map_err(|error| error.to_string())
 }
 

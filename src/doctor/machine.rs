@@ -65,6 +65,7 @@ async fn rules(config: &Config) -> Line {
         dns: true,
         bypass_inbound: false,
         virtual_interfaces: Vec::new(),
+        probes: true,
         spared: Vec::new(),
     };
     let tried = async {
@@ -124,7 +125,7 @@ pub(super) async fn host_rules(config: &Config) -> Vec<Line> {
         Err(error) => Err(error.to_string()),
     };
     let line = match table {
-        Ok(table) if !table.is_null() => well("host rules", "the kubelet's probes are let through"),
+        Ok(table) if !table.is_null() => well("host rules", "the kubelet's probes are let through, and nobody else's"),
         Ok(_) => {
             bad("host rules", "table culvert-probes is missing on the host: probes of pods under a STRICT policy fail")
         }

@@ -3,8 +3,9 @@
 use super::{DEADLINE, Line, bad, note, well};
 use crate::config::Config;
 use crate::node::{Source, redirect};
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
-use crate::sys::socket::{LegOptions, outgoing, start_connect};
+use crate::sys::socket::{Bind, LegOptions, outgoing, start_connect};
 use crate::task::thread;
 use serde_json::Value;
 use std::io;
@@ -17,6 +18,13 @@ const LOOK: Duration = Duration::from_millis(10);
 
 /// Port on which tunnels are taken.
 const TUNNELS: u16 = 15008;
+
+/// Port to which a connection with the probes' address is tried; nobody need listen there.
+const SPOOFED: u16 = 15092;
+/// How long it may take to arrive.
+const SPOOF_WAIT: Duration = Duration::from_millis(100);
+/// How often it is tried.
+const SPOOF_ROUNDS: usize = 3;
 
 /// A pod as far as it can be tried.
 struct Pod {
@@ -42,6 +50,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
                         format!("{label} is captured; {older} connections are older and go on in plaintext"),
                     ),
                 });
+                lines.extend(seen(&label, pod));
                 captured.push((label, text(pod, "netns")));
             }
             "releasing" => lines.push(note("pod", format!("{label} is being released"))),
@@ -76,6 +85,24 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Line> {
     for ((pod, (started, whence)), probed) in pods.iter().zip(tunnels).zip(probes) {
         lines.push(tunnel(pod, started.and_then(|stream| connected(&stream, end)), &whence));
         lines.extend(probed.map(|started| probe(pod, started.and_then(|probe| arrived(&probe, end)))));
+    }
+    lines.extend(host.map(|_| spoofs(pods, mark)).unwrap_or_default());
+    lines
+}
+
+/// What the daemon has seen in a pod that somebody should know.
+fn seen(label: &str, pod: &Value) -> Vec<Line> {
+    let mut lines = Vec::new();
+    if let Some(why) = pod["rulesUnread"].as_str() {
+        lines.push(note("other rules", format!("{label}: what other rules it has cannot be read: {why}")));
+    }
+    let rules: Vec<&str> = pod["otherRules"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if !rules.is_empty() {
+        let rules = rules.join("; ");
+        lines.push(note("other rules", format!("{label}: these may take traffic before ours do: {rules}")));
+    }
+    if let Some(why) = pod["inboundUnverified"].as_str() {
+        lines.push(note("inbound", format!("{label}: {why}")));
     }
     lines
 }
@@ -202,4 +229,60 @@ fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Line {
         ),
         Err(error) => bad("probe path", format!("{}: {error}", pod.label)),
     }
+}
+
+/// Whether a pod can pose as the kubelet's probes towards its neighbour, past which no policy is asked. All are tried at once; a
+/// probe of the kubelet may arrive by chance at the same moment, but not three times.
+fn spoofs(pods: &[Pod], mark: u32) -> Vec<Line> {
+    let mut passed: Vec<Option<bool>> = vec![Some(true); pods.len()];
+    for _ in 0..SPOOF_ROUNDS {
+        let tried: Vec<_> = (0..pods.len()).map(|at| spoof(pods, at, mark)).collect();
+        std::thread::sleep(SPOOF_WAIT);
+        for ((pod, passed), tried) in pods.iter().zip(&mut passed).zip(tried) {
+            let now = tried.and_then(|(before, _socket)| Some(probed(pod)? > before));
+            *passed = passed.zip(now).map(|(earlier, now)| earlier && now);
+        }
+    }
+    let line = |(at, passed): (usize, Option<bool>)| {
+        let (pod, other, passed) = (pods.get(at)?, another(pods, at)?, passed?);
+        Some(match passed {
+            false => well("probe spoof", format!("{}: {} cannot pose as the kubelet's probes", pod.label, other.label)),
+            true => bad(
+                "probe spoof",
+                format!(
+                    "{}: what {} sends from {} arrives, past every policy: the host does not see it; load nf_tables_bridge, or \
+                     br_netfilter with net.bridge.bridge-nf-call-iptables=1, or let the CNI check source addresses",
+                    pod.label,
+                    other.label,
+                    probes_address(pod),
+                ),
+            ),
+        })
+    };
+    passed.into_iter().enumerate().filter_map(line).collect()
+}
+
+fn probes_address(pod: &Pod) -> &'static str {
+    if pod.ip.is_ipv4() { redirect::PROBE_V4 } else { redirect::PROBE_V6 }
+}
+
+/// Connections from the probes' address that the pod has seen.
+fn probed(pod: &Pod) -> Option<u64> {
+    pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
+}
+
+/// Begins a connection to a pod from its neighbour, with the probes' address; with how many have arrived before. The socket is
+/// none where it cannot even be sent.
+fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)> {
+    let (pod, from) = (pods.get(at)?, another(pods, at)?);
+    let source = probes_address(pod).parse::<IpAddr>().ok()?;
+    let before = probed(pod)?;
+    let to = SocketAddr::new(pod.ip, SPOOFED);
+    let open = || {
+        let source = Bind { address: SocketAddr::new(source, 0), foreign: true };
+        let socket = outgoing(to, Some(source), mark, &LegOptions { keepalive: None, notsent_lowat: None })?;
+        start_connect(&socket, to)?;
+        Ok::<_, io::Error>(TcpStream::from(socket))
+    };
+    Some((before, from.netns.enter(open).ok()?.ok()))
 }

@@ -2,9 +2,7 @@
 //! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
 //! and no connection is carried before the pod is known to be who it should be.
 
-use super::foreign::Foreign;
 use super::pods::NetnsRef;
-use super::redirect::Listing;
 use super::{CaptureError, PodSpec, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
@@ -210,16 +208,21 @@ impl Capturer {
         spec.settings.dns.unwrap_or(self.dns.captures())
     }
 
-    /// Writes the rules; gives what of an earlier agent has been removed.
+    /// Writes the rules; gives what of an earlier agent has been removed, and what else is there.
     pub async fn redirect(
         &self,
         spec: &PodSpec,
         listening: &Listening,
         spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
-    ) -> Result<(Foreign, Listing), CaptureError> {
+    ) -> Result<redirect::Written, CaptureError> {
         let rules = redirect::Rules { spared, ..self.rules(spec, listening) };
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
+    }
+
+    /// Whether the node's own connections to pods come from the address of probes.
+    pub fn gives_probes_an_address(&self) -> bool {
+        matches!(self.config.source, super::Source::Kubernetes(_))
     }
 
     fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
@@ -229,6 +232,7 @@ impl Capturer {
             dns: self.wants_dns(spec) && listening.names.get().is_some(),
             bypass_inbound: spec.settings.bypass_inbound,
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
+            probes: self.gives_probes_an_address(),
             spared: Vec::new(),
         }
     }

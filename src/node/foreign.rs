@@ -65,6 +65,54 @@ pub fn find(listing: &Value) -> Foreign {
     found
 }
 
+/// Rules of others that are named of one pod.
+const HOOKS_MAX: usize = 8;
+/// Letters of a name that are shown; a pod chooses its own.
+const NAME_MAX: usize = 40;
+/// Filter chains before this see packets before connections are tracked, or change them before they are translated
+/// (linux/netfilter_ipv4.h: mangle; nat comes at -100).
+const BEFORE_TRANSLATION: i64 = -150;
+
+/// Chains of others that may take the pod's traffic before our own, which is `table` of family inet, or beside it: translation,
+/// routing, early filters, and rules that switch off the tracking of connections.
+pub fn hooks(listing: &Value, table: &str) -> Vec<String> {
+    let objects = listing["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let name = |value: &Value| {
+        let name: String = value.as_str().unwrap_or_default().chars().take(NAME_MAX).collect();
+        name.escape_debug().to_string()
+    };
+    let mut found = BTreeSet::new();
+    for object in objects {
+        let (chain, rule) = (&object["chain"], &object["rule"]);
+        let of = if chain.is_object() { chain } else { rule };
+        if of["table"] == table && of["family"] == "inet" {
+            continue;
+        }
+        let place = || format!("table {} {}", name(&of["family"]), name(&of["table"]));
+        let (hook, kind, priority) = (&chain["hook"], &chain["type"], chain["prio"].as_i64().unwrap_or(0));
+        let early = kind == "nat" || kind == "route" || priority <= BEFORE_TRANSLATION;
+        if hook.is_string() && (early || matches!(hook.as_str(), Some("ingress" | "egress"))) {
+            found.insert(format!(
+                "{} chain {} of {} at hook {}, priority {priority}",
+                name(kind),
+                name(&chain["name"]),
+                place(),
+                name(hook)
+            ));
+        }
+        let untracks = |expression: &Value| expression.get("notrack").is_some();
+        if rule["expr"].as_array().is_some_and(|all| all.iter().any(untracks)) {
+            found.insert(format!("notrack in chain {} of {}", name(&rule["chain"]), place()));
+        }
+    }
+    let more = found.len().saturating_sub(HOOKS_MAX);
+    let mut named: Vec<String> = found.into_iter().take(HOOKS_MAX).collect();
+    if more > 0 {
+        named.push(format!("and {more} more"));
+    }
+    named
+}
+
 /// Whether a rule leads into one of the chains.
 fn jumps(expressions: &Value) -> bool {
     let leads = |expression: &Value| {
@@ -115,5 +163,31 @@ mod tests {
         for nothing in [json!({}), json!({"nftables": []}), json!({"nftables": [{"rule": 7}, 5, null]})] {
             assert_eq!(find(&nothing), Foreign::default());
         }
+    }
+
+    #[test]
+    fn what_comes_before_ours_is_named_and_the_list_is_short() {
+        let chain = |table: &str, name: &str, kind: &str, hook: &str, prio: i64| json!({"chain": {"family": "inet", "table": table, "name": name, "type": kind, "hook": hook, "prio": prio}});
+        let listing = json!({"nftables": [
+            chain("culvert", "pre_nat", "nat", "prerouting", -100),
+            chain("mine", "n", "nat", "output", -200),
+            chain("mine", "late", "filter", "input", 0),
+            chain("mine", "raw", "filter", "prerouting", -300),
+            {"chain": {"family": "inet", "table": "mine", "name": "not a base chain"}},
+            {"rule": {"family": "ip", "table": "odd\u{1b}[31m", "chain": "c", "expr": [{"notrack": null}]}},
+        ]});
+        assert_eq!(
+            hooks(&listing, "culvert"),
+            [
+                "filter chain raw of table inet mine at hook prerouting, priority -300",
+                "nat chain n of table inet mine at hook output, priority -200",
+                "notrack in chain c of table ip odd\\u{1b}[31m",
+            ]
+        );
+        let many: Vec<Value> =
+            (0..1000).map(|n| chain(&format!("t{n}"), &"x".repeat(200), "nat", "output", 0)).collect();
+        let named = hooks(&json!({"nftables": many}), "culvert");
+        assert_eq!((named.len(), named.last().map(String::as_str)), (9, Some("and 992 more")));
+        assert!(named.iter().all(|name| name.len() < 200));
     }
 }

@@ -7,6 +7,7 @@ pub mod file;
 pub mod foreign;
 pub mod kubernetes;
 pub mod legs;
+mod nft;
 pub mod own;
 pub mod pod;
 pub mod pods;

@@ -222,6 +222,7 @@ impl Task {
                 false => Ok(false),
             };
             self.board.held(&self.spec.uid, rules.verified());
+            self.board.note(&self.spec.uid, rules.noted(&self.capturer, listening));
             match (waiting, seen_to) {
                 (_, Err(error)) => self.report(&error),
                 (None, Ok(verified)) if verified || rules.verified() => self.board.set(&self.spec, State::Captured),

@@ -3,7 +3,7 @@
 use super::capture::Capturer;
 use super::pod::{self, Question, Task};
 use super::redirect::Interface;
-use super::status::{Board, State};
+use super::status::{Board, Noted, State};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
@@ -224,6 +224,7 @@ impl Pods {
         // What was so of its namespace is not so of a later one.
         self.board.held(uid, false);
         self.board.listening(uid, false);
+        self.board.note(uid, &Noted::default());
         if at_once {
             kept.remove.at_once();
         } else {

@@ -1,11 +1,16 @@
 //! The kubelet's probes: what the node's own processes send to a captured pod gets a source address that the pod's rules
 //! leave alone, because under a STRICT policy plaintext from the node would be refused. One table in the host's network
 //! namespace, a set of addresses in it; forwarded traffic has no local socket and does not match.
+//!
+//! The same table drops what comes to the host from anywhere with that source: nobody else has it. What a bridge passes on between
+//! pods does not come to the host, so that a table of the bridge's own drops it there.
 
 use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
 use crate::mesh::Text;
 use crate::sys::changes::Changes;
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
@@ -19,10 +24,16 @@ use tokio::sync::watch;
 /// Name of our table on the host.
 pub const TABLE: &str = "culvert-probes";
 
+/// Counts what has been dropped.
+const SPOOFED: &str = "spoofed";
+
+/// Packets with the probes' address are dropped before anything else looks at them. In a family of bridges, too.
+const DROPS: i32 = -300;
+
 /// How long a change is let settle: at a start sixty pods come at once.
 const SETTLE: Duration = Duration::from_millis(100);
 /// The table is looked at this often, whatever is heard.
-const LOOK: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_secs(10);
 
 /// Whose probes are let through: pods with their addresses, and pods whose address is not visible just now.
 #[derive(Clone, Debug)]
@@ -59,6 +70,8 @@ pub struct HostProbes {
     pub ipv6: bool,
     /// 1 while the table is as it should be.
     pub in_place: Gauge,
+    /// Packets that came with the probes' address and not from this host.
+    pub spoofed: Counter,
 }
 
 impl HostProbes {
@@ -66,12 +79,15 @@ impl HostProbes {
     pub fn register(&self, registry: &mut Registry) {
         let help = "1 while the host's rules for the kubelet's probes are in place, else 0";
         registry.register("culvert_probe_rules_in_place", help, self.in_place.clone());
+        let help = "Packets that came to the host with the source address of the kubelet's probes, and were dropped";
+        registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 
     /// Keeps the table what `probed` says, for as long as it is awaited.
     pub async fn keep(self, probed: Probed) {
         let mut pods = probed.pods.subscribe();
-        let (mut written, mut said) = (None::<Listing>, None::<String>);
+        let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
+        let (mut bridges, mut counted) = (None::<String>, [None; 2]);
         let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
         let changes = changes.ok().and_then(|opened| opened.and_then(Changes::new).ok());
         // What is in force, by address. An address belongs to one pod.
@@ -90,13 +106,55 @@ impl HostProbes {
             }
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };
-            let result = self.see_to(&wanted, &mut known, &mut written).await;
+            self.count(&mut counted);
+            let result = self.see_to(&wanted, &mut known, &mut written.0).await;
+            let on_bridges = self.see_to_bridges(&mut written.1).await.err().map(|error| error.to_string());
+            if let Some(error) = on_bridges.as_ref().filter(|error| bridges.as_ref() != Some(error)) {
+                tracing::warn!(
+                    error,
+                    "pods on one bridge of this node can pose as the kubelet's probes: the kernel lacks nf_tables_bridge; load it, or \
+                     br_netfilter with net.bridge.bridge-nf-call-iptables=1"
+                );
+            }
+            bridges = on_bridges;
             self.in_place.set(i64::from(result.is_ok()));
             let error = result.err().map(|error| error.to_string());
             if let Some(error) = error.as_ref().filter(|error| said.as_ref() != Some(error)) {
                 tracing::error!(error, "kubelet probes of captured pods may fail: the host's rules cannot be written");
             }
             said = error;
+        }
+    }
+
+    /// Drops on bridges what has the probes' address: what the host itself sends does not come in there.
+    async fn see_to_bridges(&self, written: &mut Option<Listing>) -> Result<(), RedirectError> {
+        const FAMILY: &str = "bridge";
+        let host = Netns::open(&self.host)?;
+        if written.is_some() && redirect::listing_of(&host, FAMILY, TABLE).await.ok() == *written {
+            return Ok(());
+        }
+        *written = None;
+        redirect::apply(&host, &drops(FAMILY)).await?;
+        *written = Some(redirect::listing_of(&host, FAMILY, TABLE).await?);
+        Ok(())
+    }
+
+    /// Counts what has been dropped since the last time.
+    fn count(&self, counted: &mut [Option<u64>; 2]) {
+        let Ok(host) = Netns::open(&self.host) else { return };
+        for (family, before) in [Family::Inet, Family::Bridge].into_iter().zip(counted) {
+            let Ok(Ok(now)) = host.enter(|| counter::packets(family, TABLE, SPOOFED)) else { continue };
+            // What an earlier daemon has counted is its own; what somebody has removed with the table begins anew.
+            let news = before.map_or(0, |before| now.checked_sub(before).unwrap_or(now));
+            *before = Some(now);
+            if news > 0 {
+                self.spoofed.inc_by(news);
+                tracing::warn!(
+                    packets = news,
+                    "packets came with the source address of the kubelet's probes ({PROBE_V4}, {PROBE_V6}) and not from this host; \
+                     dropped: somebody on this node's network tries to get past policies"
+                );
+            }
         }
     }
 
@@ -126,7 +184,7 @@ impl HostProbes {
 
     /// The whole table, as one transaction that takes no chain away for a moment.
     fn table(&self, entries: &BTreeMap<IpAddr, Text>) -> String {
-        let mut script = format!("add table inet {TABLE}\n");
+        let mut script = drops("inet");
         let families = [("v4", "ipv4_addr", "ip", PROBE_V4, true), ("v6", "ipv6_addr", "ip6", PROBE_V6, self.ipv6)];
         // Before masquerading of other CNIs, at 100: the first translation of a connection stays.
         script += &format!(
@@ -146,6 +204,22 @@ impl HostProbes {
         }
         script
     }
+}
+
+/// The part of a table that drops what comes in with the probes' address.
+fn drops(family: &str) -> String {
+    let from_elsewhere = if family == "inet" { "iifname != lo " } else { "" };
+    let mut script = format!(
+        "add table {family} {TABLE}\nadd counter {family} {TABLE} {SPOOFED}\n\
+         add chain {family} {TABLE} drops {{ type filter hook prerouting priority {DROPS}; policy accept; }}\n\
+         flush chain {family} {TABLE} drops\n"
+    );
+    for (protocol, source) in [("ip", PROBE_V4), ("ip6", PROBE_V6)] {
+        script += &format!(
+            "add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source} counter name {SPOOFED} drop\n"
+        );
+    }
+    script
 }
 
 /// What should be in the sets. A pod whose address is not visible just now (as after a reboot of its kubelet) keeps what it

@@ -6,6 +6,7 @@
 
 use super::foreign::{self, Foreign};
 use super::legs;
+use super::nft;
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{changes, iptables};
@@ -15,10 +16,7 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use serde_json::Value;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::process::Stdio;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
-use tokio::process::Command;
 
 /// Name of our table.
 pub const TABLE: &str = "culvert";
@@ -36,6 +34,8 @@ pub struct Rules {
     pub bypass_inbound: bool,
     /// What comes in through these interfaces is taken as outbound.
     pub virtual_interfaces: Vec<Interface>,
+    /// Whether the kubelet's probes are left alone: where nobody gives them their address, nobody has it.
+    pub probes: bool,
     /// Connections that are left alone: the pod's own address, and the peer's.
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
@@ -71,6 +71,8 @@ const ROUTE_TABLE: u32 = 100;
 pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
+/// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew.
+pub const PROBED: &str = "probed";
 /// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 /// How long `nft` or the kernel may take.
@@ -114,6 +116,9 @@ pub enum RedirectError {
         "something in the pod's nftables looks like istio-cni's and has the name {0:?}; restart the pod, or remove it"
     )]
     Odd(String),
+    /// The pod's rules cannot be read.
+    #[error("the pod's nftables cannot be read: {0}")]
+    Unreadable(String),
     /// Somebody else has changed the pod's rules meanwhile.
     #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
     Raced,
@@ -143,15 +148,25 @@ fn route_hint(error: &rtnetlink::Error) -> &'static str {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Listing(Value);
 
+/// What has been written, and what was seen of others meanwhile.
+#[derive(Debug)]
+pub struct Written {
+    /// What istio-cni had left, and is gone.
+    pub foreign: Foreign,
+    /// Our rules as the kernel lists them.
+    pub listing: Listing,
+    /// Rules of others that may come before ours.
+    pub hooks: Vec<String>,
+    /// What could not be read; ours were written all the same.
+    pub unread: Option<String>,
+}
+
 /// Installs the redirection; a repetition replaces it, nothing is doubled. What istio-cni has left in the pod goes in the
-/// same transaction, and is named; where `taken_over` it had gone before, and is refused now.
-pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<(Foreign, Listing), RedirectError> {
+/// same transaction, and is named; where `taken_over` it had gone before, and is refused now. Where the pod's rules cannot be
+/// read, because there are too many of them, ours are written without looking.
+pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<Written, RedirectError> {
     within(async {
-        let legacy = netns.enter(|| iptables::tables_with(foreign::CHAINS))?.map_err(RedirectError::NoLook)?;
-        if !legacy.is_empty() {
-            return Err(RedirectError::Legacy(legacy.join(", ")));
-        }
-        let foreign = foreign::find(&list(netns, &["list", "ruleset"]).await?);
+        let Others { foreign, hooks, mut unread } = others(netns).await?;
         if let Some(odd) = &foreign.odd {
             return Err(RedirectError::Odd(odd.clone()));
         }
@@ -160,42 +175,85 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<(
         }
         routes(netns, rules.ipv6, true).await?;
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
-        let before = generation()?;
-        nft(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
-        let listed = ours(&list(netns, &["list", "ruleset"]).await?);
+        let mut before = generation()?;
+        nft::write(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
+        let listing = match listing(netns, TABLE).await {
+            // Somebody has put so much into our own table that it cannot be seen whether anything else is there.
+            Err(RedirectError::Unreadable(why)) => {
+                unread = Some(why);
+                before = generation()?;
+                nft::write(netns, &(format!("delete table inet {TABLE}\n") + &ruleset(rules, true))).await?;
+                listing(netns, TABLE).await?
+            }
+            listed => listed?,
+        };
         // Else what was listed need not be what was written.
         if generation()? != before.wrapping_add(1) {
             return Err(RedirectError::Raced);
         }
-        Ok((foreign, listed))
+        Ok(Written { foreign, listing, hooks, unread })
     })
     .await
 }
 
-/// Our table among all that there is.
+/// What others have in a pod.
+#[derive(Debug, Default)]
+pub struct Others {
+    /// What istio-cni has left.
+    pub foreign: Foreign,
+    /// Rules that may come before ours.
+    pub hooks: Vec<String>,
+    /// What could not be read.
+    pub unread: Option<String>,
+}
+
+async fn others(netns: &Netns) -> Result<Others, RedirectError> {
+    let mut others = Others::default();
+    match netns.enter(|| iptables::tables_with(foreign::CHAINS))? {
+        Ok(legacy) if !legacy.with.is_empty() => return Err(RedirectError::Legacy(legacy.with.join(", "))),
+        Ok(legacy) => others.hooks = legacy.names.iter().map(|name| format!("legacy iptables table {name}")).collect(),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::NoLook(error)),
+        Err(error) => others.unread = Some(error.to_string()),
+    }
+    match nft::ruleset(netns).await {
+        Ok(all) => {
+            others.foreign = foreign::find(&all);
+            others.hooks.extend(foreign::hooks(&all, TABLE));
+        }
+        Err(RedirectError::Unreadable(why)) => others.unread = Some(why),
+        Err(error) => return Err(error),
+    }
+    Ok(others)
+}
+
+/// Our table among what is listed. Counters say nothing of the rules.
 fn ours(all: &Value) -> Listing {
-    let is_ours = |object: &&Value| {
-        let inner = |kind: &str, key: &str| object.get(kind)?.get(key)?.as_str();
-        inner("table", "name") == Some(TABLE)
-            || ["chain", "rule", "set"].iter().any(|kind| inner(kind, "table") == Some(TABLE))
-    };
+    let is_rule = |object: &&Value| ["table", "chain", "rule", "set"].iter().any(|kind| object.get(kind).is_some());
     let objects = all.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    let mut table = Value::Array(objects.filter(is_ours).cloned().collect());
+    let mut table = Value::Array(objects.filter(is_rule).cloned().collect());
     without_handles(&mut table);
     Listing(table)
 }
 
 /// One of our tables as the namespace has it now.
 pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectError> {
-    let mut listing = list_table(netns, table).await?;
-    without_handles(&mut listing);
-    Ok(Listing(listing))
+    listing_of(netns, "inet", table).await
 }
 
-/// Whether our rules are still as `written`, and nobody else's capture the pod beside them.
-pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<bool, RedirectError> {
-    let all = within(list(netns, &["list", "ruleset"])).await?;
-    Ok(foreign::find(&all).names.is_empty() && ours(&all) == *written)
+/// The same, of another family.
+pub async fn listing_of(netns: &Netns, family: &str, table: &str) -> Result<Listing, RedirectError> {
+    Ok(ours(&nft::table(netns, family, table).await?))
+}
+
+/// Whether our rules are still as `written`, and nobody else's capture the pod beside them, as far as that can be seen; and
+/// what others have. Errors where our own cannot be seen.
+pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<(bool, Others), RedirectError> {
+    within(async {
+        let same = listing(netns, TABLE).await? == *written;
+        let others = others(netns).await?;
+        Ok((same && others.foreign.names.is_empty(), others))
+    })
+    .await
 }
 
 /// Whether our ip rules and routes are there; those that are not, are set.
@@ -205,18 +263,17 @@ pub async fn is_routed(netns: &Netns, ipv6: bool) -> Result<bool, RedirectError>
 
 /// One of our tables as `nft` prints it; null where there is none.
 pub async fn list_table(netns: &Netns, table: &str) -> Result<Value, RedirectError> {
-    within(async {
-        match list(netns, &["list", "table", "inet", table]).await {
-            Err(RedirectError::Nft(_)) => Ok(Value::Null),
-            listed => listed,
-        }
-    })
-    .await
+    nft::table(netns, "inet", table).await
+}
+
+/// One of our tables of another family.
+pub async fn list_table_of(netns: &Netns, family: &str, table: &str) -> Result<Value, RedirectError> {
+    nft::table(netns, family, table).await
 }
 
 /// Runs a script of `nft` in a namespace, as one transaction.
 pub async fn apply(netns: &Netns, script: &str) -> Result<(), RedirectError> {
-    within(nft(netns, script)).await
+    within(nft::write(netns, script)).await
 }
 
 /// Handles are given anew with each writing, and say nothing.
@@ -233,14 +290,14 @@ fn without_handles(value: &mut Value) {
 
 /// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
 pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
-    within(nft(netns, &ruleset(rules, false))).await
+    within(nft::write(netns, &ruleset(rules, false))).await
 }
 
 /// Removes every trace.
 pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
         let all = [TABLE, legs::TABLE].map(|table| format!("add table inet {table}\ndelete table inet {table}\n"));
-        nft(netns, &all.concat()).await?;
+        nft::write(netns, &all.concat()).await?;
         routes(netns, ipv6, false).await.map(drop)
     })
     .await
@@ -257,7 +314,7 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 /// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
 /// addresses, without a word.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, spared } = rules;
+    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, spared } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
@@ -272,17 +329,19 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         for Interface(name) in virtual_interfaces {
             inbound += &format!("    iifname \"{name}\" meta l4proto tcp redirect to :15001\n");
         }
+        if *probes {
+            inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBED} accept\n");
+            inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} counter name {PROBED} accept\n");
+            outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
+            outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
+        }
         if !bypass_inbound {
-            inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} accept\n");
-            inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} accept\n");
             for (family, outside) in families.clone() {
                 let taken = format!("{outside} tcp dport != 15008 {others}");
                 inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:15006\n");
                 inbound += &format!("    {taken} redirect to :15006\n");
             }
         }
-        outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
-        outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
         if dns {
             // Where we do not listen on IPv6, DNS over it is left alone.
             let family = if *ipv6 { "" } else { "meta nfproto ipv4 " };
@@ -318,7 +377,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         false => String::new(),
     };
     format!(
-        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n{sets}\
+        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBED} {{ }}\n{sets}\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\
@@ -355,34 +414,6 @@ fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &m
         );
     }
     sets
-}
-
-async fn nft(netns: &Netns, script: &str) -> Result<(), RedirectError> {
-    run(netns, &["-f", "-"], script).await.map(drop)
-}
-
-async fn list(netns: &Netns, what: &[&str]) -> Result<Value, RedirectError> {
-    let arguments: Vec<&str> = ["-j"].into_iter().chain(what.iter().copied()).collect();
-    let printed = run(netns, &arguments, "").await?;
-    serde_json::from_slice(&printed).map_err(|error| RedirectError::Nft(format!("its listing is not JSON: {error}")))
-}
-
-/// Runs `nft` inside a namespace and gives what it prints.
-async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>, RedirectError> {
-    let mut command = Command::new("nft");
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    // The child inherits the namespace that the thread is in when it is started.
-    let mut child = netns.enter(|| command.spawn())?.map_err(RedirectError::NoNft)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // If nft ends before it has read all, it says why on standard error.
-        let _ = stdin.write_all(script.as_bytes()).await;
-    }
-    let output = child.wait_with_output().await.map_err(RedirectError::NoNft)?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(RedirectError::Nft(said.lines().next().unwrap_or("no reason given").trim().to_owned()))
 }
 
 /// Sets or removes rules and routes; whether all were as wanted before.

@@ -4,9 +4,10 @@
 use super::capture::{Capturer, Listening};
 use super::earlier::Connections;
 use super::redirect::{self, Listing};
-use super::status::Board;
+use super::status::{Board, Noted};
 use super::{CaptureError, PodSpec, legs};
 use crate::sys::changes::{Changes, Seen};
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
 use serde_json::Value;
@@ -26,6 +27,10 @@ const SETTLE: Duration = Duration::from_millis(100);
 const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// Time between looks that found nothing: others may change their own rules all the time.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// Time between looks at how many connections have come from the address of probes.
+const COUNT_EVERY: Duration = Duration::from_secs(5);
+/// The shortest time between two lines about rules of others in a pod.
+const SAY_EVERY: Duration = Duration::from_secs(60);
 /// Quiet after which the next repair is made at once again.
 const QUIET: Duration = Duration::from_secs(60);
 
@@ -56,6 +61,10 @@ pub struct Rules {
     hold_off: Instant,
     repairs: Backoff,
     repaired: Instant,
+    noted: Noted,
+    counted_at: Option<Instant>,
+    /// When rules of others were logged last.
+    said_at: Option<Instant>,
 }
 
 /// Completes when our rules are no longer as they were written.
@@ -64,7 +73,7 @@ async fn foreign_change(rules: &Rules, netns: &Netns) {
         loop {
             let seen = changes.seen().await;
             rules.hear(seen);
-            if seen.tables && !redirect::is_alone_with(netns, written).await.unwrap_or(false) {
+            if seen.tables && !redirect::is_alone_with(netns, written).await.is_ok_and(|(alone, _)| alone) {
                 return;
             }
             tokio::time::sleep(SETTLE).await;
@@ -101,6 +110,9 @@ impl Rules {
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
             repaired: now,
+            noted: Noted::default(),
+            counted_at: None,
+            said_at: None,
         }
     }
 
@@ -146,7 +158,16 @@ impl Rules {
         self.look_at = Instant::now() + LOOK_AGAIN;
         let netns = &listening.pod.netns;
         // What cannot be listed is written anew; so is what somebody else's rules have joined, who is then named.
-        let whole = !seen.tables || redirect::is_alone_with(netns, written).await.unwrap_or(false);
+        let whole = match seen.tables {
+            true => match redirect::is_alone_with(netns, written).await {
+                Ok((alone, others)) => {
+                    self.note(listening, others.hooks, others.unread);
+                    alone
+                }
+                Err(_) => false,
+            },
+            false => true,
+        };
         let routed = !seen.routes || redirect::is_routed(netns, listening.ipv6).await.unwrap_or(false);
         if whole && routed {
             return;
@@ -163,6 +184,42 @@ impl Rules {
         let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
         let in_ms = self.write_at.duration_since(now).as_millis();
         tracing::warn!(namespace, name, in_ms, "somebody has changed the pod's redirection; it is written again");
+    }
+
+    /// Takes note of what others have in the pod.
+    fn note(&mut self, listening: &Listening, other_rules: Vec<String>, unread: Option<String>) {
+        let news = !other_rules.is_empty() && other_rules != self.noted.other_rules
+            || unread.is_some() && unread != self.noted.unread;
+        (self.noted.other_rules, self.noted.unread) = (other_rules, unread);
+        if !news || self.said_at.is_some_and(|at| at.elapsed() < SAY_EVERY) {
+            return;
+        }
+        self.said_at = Some(Instant::now());
+        let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
+        match &self.noted.unread {
+            Some(why) => tracing::warn!(
+                namespace,
+                name,
+                why,
+                "what other rules the pod has cannot be read; ours are written, and whether others come before them is not known"
+            ),
+            None => {
+                let rules = self.noted.other_rules.join("; ");
+                tracing::warn!(namespace, name, rules, "other rules in the pod may take traffic before ours do");
+            }
+        }
+    }
+
+    /// What is known of the pod beside its state.
+    pub fn noted(&mut self, capturer: &Capturer, listening: &Listening) -> &Noted {
+        if capturer.gives_probes_an_address() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+            self.counted_at = Some(Instant::now());
+            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
+            if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
+                self.noted.probe_connections = packets;
+            }
+        }
+        &self.noted
     }
 
     /// What the rules should be has changed: they are written and verified at the next occasion.
@@ -263,7 +320,11 @@ impl Rules {
         let pod = &listening.pod;
         let table = match self.taken_over {
             true => None,
-            false => Some(redirect::list_table(&pod.netns, redirect::TABLE).await?),
+            false => match redirect::list_table(&pod.netns, redirect::TABLE).await {
+                // There is one, and what it spares cannot be read: nothing is spared.
+                Err(redirect::RedirectError::Unreadable(_)) => Some(Value::Array(Vec::new())),
+                listed => Some(listed?),
+            },
         };
         let first = table.as_ref().is_some_and(Value::is_null);
         match &table {
@@ -273,7 +334,9 @@ impl Rules {
         }
         self.end_earlier |= first && capturer.config.end_earlier;
         let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
-        let (foreign, listed) = capturer.redirect(spec, listening, spared, self.taken_over).await?;
+        let written = capturer.redirect(spec, listening, spared, self.taken_over).await?;
+        let redirect::Written { foreign, listing, hooks, unread } = written;
+        self.note(listening, hooks, unread);
         if std::mem::take(&mut self.end_earlier) {
             self.earlier.end(pod);
         }
@@ -283,7 +346,7 @@ impl Rules {
             tracing::info!(namespace, name, removed = names, "the pod was captured by istio-cni; taken over");
         }
         self.taken_over = true;
-        self.written = Some(listed);
+        self.written = Some(listing);
         self.write_at = Instant::now() + REWRITE_EVERY;
         self.repairing = false;
         board.written(again);

@@ -45,6 +45,19 @@ impl State {
     }
 }
 
+/// What is known of a pod beside its state.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Noted {
+    /// Rules of others in its namespace that may take its traffic before ours do.
+    pub other_rules: Vec<String>,
+    /// Why the rules of others are not known.
+    pub unread: Option<String>,
+    /// Why it is not known that what comes to the pod comes to us.
+    pub inbound_unverified: Option<String>,
+    /// Connections that have come from the address of the kubelet's probes, past its policies.
+    pub probe_connections: u64,
+}
+
 /// One pod and its state.
 #[derive(Clone, Debug)]
 pub struct PodStatus {
@@ -60,6 +73,8 @@ pub struct PodStatus {
     pub held: bool,
     /// Connections that were open before its capture and still are: they go on as they began, in plaintext.
     pub earlier: usize,
+    /// What else is known of it.
+    pub noted: Noted,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -129,10 +144,11 @@ impl Board {
             self.stopped.inc();
         }
         let before = pods.get(&spec.uid);
-        let (listening, held, earlier) =
-            before.map_or((false, false, 0), |status| (status.listening, status.held, status.earlier));
+        let (listening, held, earlier, noted) = before.map_or_else(Default::default, |status| {
+            (status.listening, status.held, status.earlier, status.noted.clone())
+        });
         let since = SystemTime::now();
-        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held, earlier });
+        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held, earlier, noted });
         self.count(&pods);
         self.changed.send_modify(|n| *n += 1);
     }
@@ -174,6 +190,14 @@ impl Board {
             status.earlier = earlier;
         }
         self.count(&pods);
+    }
+
+    /// Says what else is known of a pod.
+    pub fn note(&self, uid: &Text, noted: &Noted) {
+        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(status) = pods.get_mut(uid).filter(|status| status.noted != *noted) {
+            status.noted = noted.clone();
+        }
     }
 
     /// Tells of changes.

@@ -111,10 +111,13 @@ pub fn generation() -> io::Result<u32> {
     id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Reads all there is and shows the kind of each message to `concerns`; whether one does, or some were lost.
+/// Datagrams that are read at once: whoever makes changes faster than they are read must not hold the thread.
+const READS_MAX: usize = 256;
+
+/// Reads what there is and shows the kind of each message to `concerns`; whether one does, or some were lost or are left.
 fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
     let (mut buffer, mut any) = ([0; 16 * 1024], false);
-    loop {
+    for _ in 0..READS_MAX {
         match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
             Ok(0) => return any,
             Ok(length) => {
@@ -130,6 +133,7 @@ fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
             Err(_) => return any,
         }
     }
+    true
 }
 
 #[cfg(test)]

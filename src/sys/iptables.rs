@@ -16,13 +16,24 @@ const INFO: usize = 84;
 const ENTRIES_AT: usize = 40;
 /// Name of a table at most, with the zero behind it.
 const NAME: usize = 32;
-/// A table larger than this is not looked into.
-const SIZE_MAX: usize = 16 << 20;
+/// A table larger than this is not looked into: a pod may make it as long as it likes.
+const SIZE_MAX: usize = 1 << 20;
+/// The table that only lets through or drops.
+const FILTER: &str = "filter";
 
-/// The legacy tables of the namespace that the thread is in, as `ip nat`, in which `text` occurs, be it as a chain's name.
+/// Legacy tables, as `ip nat`.
+#[derive(Debug, Default)]
+pub struct Legacy {
+    /// Those in which the text occurs.
+    pub with: Vec<String>,
+    /// All that there are but `filter`.
+    pub names: Vec<String>,
+}
+
+/// The legacy tables of the namespace that the thread is in, and in which of them `text` occurs, be it as a chain's name.
 /// Tables that do not exist are not made by looking.
-pub fn tables_with(text: &str) -> io::Result<Vec<String>> {
-    let mut found = Vec::new();
+pub fn tables_with(text: &str) -> io::Result<Legacy> {
+    let mut found = Legacy::default();
     for (family, domain, level) in
         [("ip", AddressFamily::Inet, libc::SOL_IP), ("ip6", AddressFamily::Inet6, libc::SOL_IPV6)]
     {
@@ -34,7 +45,10 @@ pub fn tables_with(text: &str) -> io::Result<Vec<String>> {
             let socket = socket(domain, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)?;
             let bytes = entries(&socket, level, name)?;
             if bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
-                found.push(format!("{family} {name}"));
+                found.with.push(format!("{family} {name}"));
+            }
+            if name != FILTER {
+                found.names.push(format!("{family} {name}"));
             }
         }
     }

@@ -12,6 +12,13 @@ pub fn raise_open_files() -> u64 {
     soft
 }
 
+/// Bounds the memory of a program that we have just started; where that fails, there is no bound.
+pub fn bound_memory(pid: u32, bytes: u64) {
+    let (Ok(pid), limit) = (i32::try_from(pid), nix::libc::rlimit { rlim_cur: bytes, rlim_max: bytes }) else { return };
+    // SAFETY: the limit is read during the call only, and nothing is written.
+    let _ = unsafe { nix::libc::prlimit(pid, nix::libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
+}
+
 /// How many files this process has open now; `None` where /proc is not there.
 pub fn open_files() -> Option<usize> {
     // The directory itself is open while it is read.

@@ -7,6 +7,7 @@
 pub mod changes;
 pub mod clock;
 pub mod conntrack;
+pub mod counter;
 pub mod end;
 pub mod iptables;
 pub mod limits;

@@ -234,6 +234,7 @@ fn rules_that_come_before_ours_are_noticed() {
     });
     output_in(&client.netns, "nft", &["delete", "table", "inet", "foreign"]);
     eventually("and verified once they are gone", || w.state(1, "client").0 == "captured");
+    assert!(!ruleset(&client).contains("169.254.7.127"), "nobody gives the node's probes that address here");
 }
 
 #[test]

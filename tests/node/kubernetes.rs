@@ -584,6 +584,116 @@ fn the_nodes_own_probes_come_through_a_strict_policy_and_nobody_elses() {
     assert!(set().contains(&c.client.v4.to_string()), "{}", set());
 }
 
+/// Whether a namespace that has the probes' address gets an answer from a port of a pod.
+fn poses_as_a_probe(ns: &str, source: &str, to: std::net::SocketAddr) -> bool {
+    let source: std::net::SocketAddr = (source.parse::<std::net::IpAddr>().unwrap(), 0).into();
+    inside(ns, move || {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).unwrap();
+        socket.bind(&source.into()).unwrap();
+        socket.connect_timeout(&to.into(), std::time::Duration::from_secs(2)).is_ok_and(|()| {
+            let mut stream = std::net::TcpStream::from(socket);
+            stream.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
+            stream.write_all(b"hi\n").is_ok() && stream.read(&mut [0; 64]).is_ok_and(|length| length > 0)
+        })
+    })
+}
+
+#[test]
+fn nobody_but_the_node_itself_comes_from_the_address_of_its_probes() {
+    let mut c = cluster();
+    let outside = c.w.add_pod("outside", 1);
+    strict(&mut c);
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.start();
+    let (node, other) = (c.w.ns("n1"), c.w.ns("n2"));
+    let pod = |c: &Cluster| c.w.json(1, "/pods")[0].clone();
+    eventually("a probe of the node comes through", || {
+        ask(&node, (c.client.v4, 8080), "probe").is_ok_and(|a| a == "169.254.7.127 probe")
+    });
+    let probes = || pod(&c)["probeConnections"].as_u64().unwrap_or(0);
+    // On the pods' own bridge, by a pod that has made itself the victim's gateway, as ARP lets it; and from another node.
+    let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
+    ip_in(&outside.netns, &format!("addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad\n"));
+    let mac = output_in(&outside.netns, "cat", &["/sys/class/net/eth0/address"]);
+    let gateway = |to: &str| format!("neigh replace {to} lladdr {} dev eth0\n", mac.trim());
+    ip_in(&c.client.netns, &(gateway("10.1.0.1") + &gateway("fd00:1::1")));
+    for (source, to) in [(v4, c.client.v4), (v6, c.client.v6)] {
+        assert!(!poses_as_a_probe(&outside.netns, source, (to, 8080).into()), "from {source} on the bridge");
+    }
+    ip_in(&other, &format!("addr add {v4}/32 dev lo\n"));
+    eventually("the node's own was counted", || probes() >= 1);
+    let counted = probes();
+    assert!(!poses_as_a_probe(&other, v4, (c.client.v4, 8080).into()), "from another node");
+    eventually("both are counted", || c.w.metric(1, "culvert_probe_spoofs_dropped_total", &[]) >= 3.0);
+    c.w.log_line(1, "and named", |line| {
+        line["message"].as_str().is_some_and(|text| text.contains("not from this host") && text.contains("dropped"))
+    });
+    assert_eq!(probes(), counted, "none of them reached the pod");
+    // The node's own go on, also when somebody has emptied the host's rules.
+    ip_in(&c.client.netns, "neigh del 10.1.0.1 dev eth0\nneigh del fd00:1::1 dev eth0\n");
+    output_in(&node, "nft", &["flush", "ruleset"]);
+    eventually("they are back", || {
+        output_in(&node, "nft", &["list", "ruleset", "bridge"]).contains(v4)
+            && ask(&node, (c.client.v4, 8080), "probe").is_ok_and(|a| a == "169.254.7.127 probe")
+    });
+}
+
+#[test]
+fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
+    let mut c = cluster();
+    c.start();
+    let ns = c.client.netns.clone();
+    let load = |text: &str| {
+        let file = c.w.dir.join("filling.nft");
+        std::fs::write(&file, text).unwrap();
+        output_in(&ns, "nft", &["-f", file.to_str().unwrap()]);
+    };
+    let addresses = |count: u32| {
+        let all: Vec<String> = (0..count).map(|n| std::net::Ipv4Addr::from(0x1400_0000 + n).to_string()).collect();
+        format!("set s {{ type ipv4_addr; elements = {{ {} }}\n }}\n", all.join(", "))
+    };
+    let table = || {
+        Command::new("ip")
+            .args(["netns", "exec", &ns, "nft", "-t", "list", "chain", "inet", "culvert", "out_nat"])
+            .output()
+    };
+    let is_back = || table().is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("15001"));
+    let captured = |c: &Cluster| c.state("client") == "captured" && ask(&ns, (c.server.v4, 8080), "x").is_ok();
+    let unread = |c: &Cluster| c.w.json(1, "/pods")[0]["rulesUnread"].as_str().map(str::to_owned);
+    // A set of a million.
+    load(&format!("table ip mine {{ {} }}\n", addresses(1_000_000)));
+    output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
+    eventually("a deleted table is back", &is_back);
+    eventually("it is captured", || captured(&c));
+    assert_eq!(unread(&c), None, "sets need not be read");
+    // In our own table.
+    load(&format!("table inet culvert {{ {} }}\n", addresses(300_000)));
+    output_in(&ns, "nft", &["flush", "chain", "inet", "culvert", "out_nat"]);
+    eventually("a chain is full again", &is_back);
+    eventually("and their set is gone", || {
+        !output_in(&ns, "nft", &["-t", "list", "table", "inet", "culvert"]).contains("set s ")
+    });
+    // More of them than anybody reads.
+    output_in(&ns, "nft", &["delete", "table", "ip", "mine"]);
+    let chains: String = (0..12_000).map(|n| format!("chain c{}{n} {{\n}}\n", "x".repeat(100))).collect();
+    load(&format!("table ip mine {{\n{chains}}}\n"));
+    output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
+    eventually("a deleted table is back", &is_back);
+    eventually("it is captured", || captured(&c));
+    eventually("what is not known is said", || unread(&c).is_some_and(|why| why.contains("longer than 2 MiB")));
+    c.w.log_line(1, "and logged", |line| {
+        line["message"].as_str().is_some_and(|text| text.contains("cannot be read; ours are written"))
+    });
+    output_in(&ns, "nft", &["delete", "table", "ip", "mine"]);
+    // Chains that come before ours are named.
+    load("table ip theirs { chain early { type filter hook prerouting priority -300; tcp dport 8081 notrack; }\n }\n");
+    eventually("they are named", || {
+        let pod = c.w.json(1, "/pods")[0].clone();
+        pod["rulesUnread"].is_null()
+            && pod["otherRules"].to_string().contains("notrack in chain early of table ip theirs")
+    });
+}
+
 #[test]
 fn a_pod_that_istio_cni_had_captured_is_taken_over_or_refused_by_name() {
     let mut c = cluster();
@@ -987,6 +1097,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
         &["pod", "ns/client is captured"],
         &["port 15008", "ns/client takes tunnels from ns/second"],
         &["probe path", "ns/second", "arrive"],
+        &["probe spoof", "ns/second", "ns/client cannot pose"],
     ] {
         line(&said, "ok", words);
     }

@@ -146,6 +146,7 @@ impl Annotator {
 mod tests {
     use super::*;
     use crate::node::pods::{NetnsRef, PodSpec, Settings};
+    use crate::node::status::Noted;
     use std::time::SystemTime;
 
     #[test]
@@ -166,6 +167,7 @@ mod tests {
             listening,
             held: listening,
             earlier: 0,
+            noted: Noted::default(),
         };
         let failed = || State::Failed("why".into());
         let pending = || State::Pending("why".into());

@@ -1,0 +1,94 @@
+//! Running the `nft` program inside a namespace. What is there a pod may have written, as much as it likes: reading it has
+//! bounds in time, length and memory.
+
+use super::redirect::RedirectError;
+use crate::sys::limits;
+use crate::sys::netns::Netns;
+use crate::task::thread;
+use serde_json::Value;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::process::Command;
+
+/// How long `nft` may take to list something. It takes a few milliseconds where nobody means ill.
+const READING: Duration = Duration::from_secs(2);
+/// Bytes of a listing that are read: some ten thousand rules.
+const LISTING_MAX: u64 = 2 << 20;
+/// Memory that `nft` may use; it is charged to us.
+const MEMORY_MAX: u64 = 256 << 20;
+/// Bytes of what `nft` says on standard error that are read.
+const ERROR_MAX: u64 = 4096;
+
+/// Runs a script in a namespace, as one transaction.
+pub async fn write(netns: &Netns, script: &str) -> Result<(), RedirectError> {
+    run(netns, &["-f", "-"], script).await.map(drop)
+}
+
+/// Everything in a namespace but the elements of sets, of which there may be millions.
+pub async fn ruleset(netns: &Netns) -> Result<Value, RedirectError> {
+    list(netns, &["-t", "-j", "list", "ruleset"]).await
+}
+
+/// One table as `nft` prints it; null where there is none.
+pub async fn table(netns: &Netns, family: &str, name: &str) -> Result<Value, RedirectError> {
+    match list(netns, &["-j", "list", "table", family, name]).await {
+        Err(RedirectError::Nft(_)) => Ok(Value::Null),
+        listed => listed,
+    }
+}
+
+async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, RedirectError> {
+    let listed = tokio::time::timeout(READING, run(netns, arguments, "")).await;
+    let slow = || RedirectError::Unreadable(format!("listing them takes longer than {} s", READING.as_secs()));
+    let printed = listed.map_err(|_| slow())??;
+    // Beside the others: it may be long.
+    let parsed = thread::beside(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
+    let parsed = parsed.unwrap_or_else(|| Err("it could not be read".into()));
+    parsed.map_err(|error| RedirectError::Nft(format!("its listing is not JSON: {error}")))
+}
+
+/// Runs `nft` inside a namespace and gives what it prints.
+async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>, RedirectError> {
+    let mut command = Command::new("nft");
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    // The child inherits the namespace that the thread is in when it is started.
+    let mut child = netns.enter(|| command.spawn())?.map_err(RedirectError::NoNft)?;
+    if let Some(pid) = child.id() {
+        limits::bound_memory(pid, MEMORY_MAX);
+    }
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let give = async {
+        if let Some(mut stdin) = stdin {
+            // If nft ends before it has read all, it says why on standard error.
+            let _ = stdin.write_all(script.as_bytes()).await;
+        }
+    };
+    let (mut printed, mut said) = (Vec::new(), Vec::new());
+    let read = async {
+        if let Some(stdout) = stdout {
+            stdout.take(LISTING_MAX + 1).read_to_end(&mut printed).await?;
+        }
+        Ok::<_, std::io::Error>(printed.len() as u64 > LISTING_MAX)
+    };
+    let hear = async {
+        if let Some(stderr) = stderr {
+            stderr.take(ERROR_MAX).read_to_end(&mut said).await?;
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    // The end of its output is closed on it where that is too long, and it ends.
+    let ((), too_long, heard) = tokio::join!(give, read, hear);
+    if too_long.map_err(RedirectError::NoNft)? {
+        return Err(RedirectError::Unreadable(format!("their list is longer than {} MiB", LISTING_MAX >> 20)));
+    }
+    heard.map_err(RedirectError::NoNft)?;
+    if child.wait().await.map_err(RedirectError::NoNft)?.success() {
+        return Ok(printed);
+    }
+    let said = String::from_utf8_lossy(&said);
+    if said.contains("Memory allocation") || said.contains("out of memory") {
+        return Err(RedirectError::Unreadable(format!("listing them takes more than {} MiB", MEMORY_MAX >> 20)));
+    }
+    Err(RedirectError::Nft(said.lines().next().unwrap_or("no reason given").trim().to_owned()))
+}

@@ -1,0 +1,103 @@
+//! How often a rule has matched: a named counter of nftables, asked of the kernel without a program (sources:
+//! linux/netfilter/nfnetlink.h and nf_tables.h).
+
+use super::netlink::{HEADER, REQUEST, header};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Subsystem nftables, `NFT_MSG_NEWOBJ` and `NFT_MSG_GETOBJ`.
+const NEW_OBJECT: u16 = 10 << 8 | 18;
+const GET_OBJECT: u16 = 10 << 8 | 19;
+/// Length of `struct nfgenmsg`.
+const GENERAL: usize = 4;
+/// `NFTA_OBJ_TABLE`, `NFTA_OBJ_NAME`, `NFTA_OBJ_TYPE`, `NFTA_OBJ_DATA`; `NFTA_COUNTER_PACKETS`.
+const TABLE: u16 = 1;
+const NAME: u16 = 2;
+const TYPE: u16 = 3;
+const DATA: u16 = 4;
+const PACKETS: u16 = 2;
+/// `NFT_OBJECT_COUNTER`.
+const COUNTER: u32 = 1;
+/// Bits of an attribute's type that are no part of it.
+const FLAGS: u16 = 0xc000;
+
+/// A family of tables.
+#[derive(Clone, Copy, Debug)]
+pub enum Family {
+    /// IPv4 and IPv6.
+    Inet = 1,
+    /// What crosses a bridge.
+    Bridge = 7,
+}
+
+/// The packets that a named counter of the namespace that the thread is in has counted.
+pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
+    let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    let mut body = vec![family as u8, 0, 0, 0];
+    for (kind, value) in [(TABLE, table), (NAME, name)] {
+        attribute(&mut body, kind, &[value.as_bytes(), &[0]].concat());
+    }
+    attribute(&mut body, TYPE, &COUNTER.to_be_bytes());
+    let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
+    let mut message = length.to_ne_bytes().to_vec();
+    message.extend([GET_OBJECT.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
+    message.extend([0; 8]);
+    message.extend(body);
+    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    let mut answer = [0; 4096];
+    let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    let answer = answer.get(..length).unwrap_or_default();
+    let is_one = header(answer).is_some_and(|(_, kind)| kind == NEW_OBJECT);
+    let attributes = answer.get(HEADER + GENERAL..).filter(|_| is_one);
+    let count = attributes.and_then(|all| find(find(all, DATA)?, PACKETS)?.try_into().ok()).map(u64::from_be_bytes);
+    count.ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+fn attribute(message: &mut Vec<u8>, kind: u16, value: &[u8]) {
+    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
+    message.extend([length.to_ne_bytes(), kind.to_ne_bytes()].concat());
+    message.extend(value);
+    message.resize(message.len().next_multiple_of(4), 0);
+}
+
+/// The value of the first attribute of a kind.
+fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
+    loop {
+        let number = |at: usize| Some(u16::from_ne_bytes(rest.get(at..at + 2)?.try_into().ok()?));
+        let (length, kind) = (usize::from(number(0)?), number(2)? & !FLAGS);
+        let value = rest.get(4..length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_is_read_and_one_that_is_not_there_is_an_error() {
+        let read = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let run = |program: &str, what: &[&str]| {
+                assert!(std::process::Command::new(program).args(what).status().unwrap().success());
+            };
+            run("ip", &["link", "set", "lo", "up"]);
+            let table = "table inet a { counter c { }; chain o { type filter hook output priority 0; udp dport 9 counter name c; }; }";
+            run("nft", &[table]);
+            let before = packets(Family::Inet, "a", "c").unwrap();
+            let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            for _ in 0..3 {
+                socket.send_to(b"x", "127.0.0.1:9").unwrap();
+            }
+            let missing = packets(Family::Inet, "a", "d").is_err() && packets(Family::Bridge, "a", "c").is_err();
+            (before, packets(Family::Inet, "a", "c").unwrap(), missing)
+        });
+        assert_eq!(read.join().unwrap(), (0, 3, true));
+        assert_eq!(find(&[], 1), None);
+        assert_eq!(find(&[0; 8], 1), None, "a length of 0 would never end");
+    }
+}
