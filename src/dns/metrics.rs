@@ -2,12 +2,16 @@
 
 use crate::mesh::Workload;
 use crate::telemetry::limit::LogLimit;
-use prometheus_client::encoding::EncodeLabelSet;
+use crate::telemetry::series::{Labels, Series};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Upper bounds of the histogram's buckets, in seconds (those of the reference).
@@ -15,7 +19,7 @@ const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
 
 /// Labels of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Labels {
+pub struct RequestLabels {
     /// Record type asked for.
     pub request_query_type: &'static str,
     /// `udp` or `tcp`.
@@ -26,7 +30,7 @@ pub struct Labels {
     pub source_canonical_revision: String,
 }
 
-impl Labels {
+impl RequestLabels {
     /// Of a request of this type by a pod, if it is known by now who it is.
     pub fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
         Self {
@@ -37,6 +41,15 @@ impl Labels {
         }
     }
 }
+
+impl Labels for RequestLabels {
+    fn other(&self) -> Self {
+        Self { source_canonical_service: OTHER.into(), source_canonical_revision: OTHER.into(), ..self.clone() }
+    }
+}
+
+/// Value of all labels from outside, beyond the bound on label sets.
+const OTHER: &str = "other";
 
 /// What is not known has a word for it.
 fn known(text: &str) -> String {
@@ -56,6 +69,53 @@ pub struct OnDemandLabels {
     pub source_version: String,
     pub source_cluster: String,
     pub hostname: String,
+}
+
+impl Labels for OnDemandLabels {
+    fn other(&self) -> Self {
+        let other = || OTHER.to_owned();
+        Self {
+            source_workload: other(),
+            source_canonical_service: other(),
+            source_canonical_revision: other(),
+            source_workload_namespace: other(),
+            source_principal: other(),
+            source_app: other(),
+            source_version: other(),
+            source_cluster: other(),
+            hostname: other(),
+        }
+    }
+}
+
+/// Requests of one label set.
+#[derive(Debug)]
+pub struct Requests {
+    /// All.
+    pub all: Counter,
+    upstream: Counter,
+    upstream_failures: Counter,
+    upstream_seconds: Histogram,
+}
+
+impl Default for Requests {
+    fn default() -> Self {
+        let (all, upstream, upstream_failures) = Default::default();
+        Self { all, upstream, upstream_failures, upstream_seconds: Histogram::new(BUCKETS) }
+    }
+}
+
+impl Requests {
+    /// Counts what was passed on, with how long the answer took; `None`: there was none.
+    pub fn upstream(&self, seconds: Option<f64>) {
+        self.upstream.inc();
+        match seconds {
+            Some(seconds) => self.upstream_seconds.observe(seconds),
+            None => {
+                self.upstream_failures.inc();
+            }
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -117,44 +177,21 @@ impl Outcome {
 }
 
 /// Metrics of all pods together.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Metrics {
-    requests: Family<Labels, Counter>,
-    upstream_requests: Family<Labels, Counter>,
-    upstream_failures: Family<Labels, Counter>,
-    upstream_seconds: Family<Labels, Histogram>,
-    on_demand: Family<OnDemandLabels, Counter>,
+    /// Requests by type, and who asks.
+    pub requests: Series<RequestLabels, Requests>,
+    on_demand: Series<OnDemandLabels, Counter>,
     outcomes: Family<OutcomeLabel, Counter>,
     /// Bounds the log lines about requests that nobody answers, of all pods together.
     pub complaints: LogLimit,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        Self {
-            requests: Family::default(),
-            upstream_requests: Family::default(),
-            upstream_failures: Family::default(),
-            upstream_seconds: Family::new_with_constructor(|| Histogram::new(BUCKETS)),
-            on_demand: Family::default(),
-            outcomes: Family::default(),
-            complaints: LogLimit::default(),
-        }
-    }
-}
-
 impl Metrics {
     /// Registers them.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("istio_dns_requests", "DNS requests of pods (unstable)", self.requests.clone());
-        let help = "DNS requests passed on to pods' resolvers (unstable)";
-        registry.register("istio_dns_upstream_requests", help, self.upstream_requests.clone());
-        let help = "DNS requests that no resolver of the pod answered (unstable)";
-        registry.register("istio_dns_upstream_failures", help, self.upstream_failures.clone());
-        let help = "Time until a pod's resolver answered (unstable)";
-        registry.register("istio_dns_upstream_request_duration_seconds", help, self.upstream_seconds.clone());
-        let help = "Host names of workloads resolved for a connection (unstable)";
-        registry.register("istio_on_demand_dns", help, self.on_demand.clone());
+        let (requests, on_demand) = (self.requests.clone(), self.on_demand.clone());
+        registry.register_collector(Box::new(RequestCollector { requests, on_demand }));
         let help = "DNS requests of pods by how they ended";
         registry.register("culvert_dns_requests", help, self.outcomes.clone());
         // An alarm on these must be able to see them at zero.
@@ -163,26 +200,10 @@ impl Metrics {
         }
     }
 
-    /// The counter of requests with these labels, to be kept.
-    pub fn requests(&self, labels: &Labels) -> Counter {
-        self.requests.get_or_create_owned(labels)
-    }
-
     /// Counters of a pod's requests.
     pub fn counts(&self) -> Counts {
         let of_all = |outcome: &Outcome| self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() });
         Counts(Outcome::ALL.iter().map(|outcome| (*outcome, AtomicU64::new(0), of_all(outcome))).collect())
-    }
-
-    /// Counts what was passed on, with how long the answer took; `None`: there was none.
-    pub fn upstream(&self, labels: &Labels, seconds: Option<f64>) {
-        self.upstream_requests.get_or_create(labels).inc();
-        match seconds {
-            Some(seconds) => self.upstream_seconds.get_or_create(labels).observe(seconds),
-            None => {
-                self.upstream_failures.get_or_create(labels).inc();
-            }
-        }
     }
 
     /// Counts a host name resolved for a connection of `source`.
@@ -199,7 +220,59 @@ impl Metrics {
             source_cluster: known(&source.cluster_id),
             hostname: hostname.to_owned(),
         };
-        self.on_demand.get_or_create(&labels).inc();
+        self.on_demand.of(&labels).inc();
+    }
+}
+
+/// Writes those whose labels come from outside.
+#[derive(Debug)]
+struct RequestCollector {
+    requests: Series<RequestLabels, Requests>,
+    on_demand: Series<OnDemandLabels, Counter>,
+}
+
+impl Collector for RequestCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        type Counted = fn(&Requests) -> Option<&dyn EncodeMetric>;
+        let put = |name, help, kind, counted: Counted| (name, help, kind, counted);
+        let help = ["DNS requests of pods (unstable)", "DNS requests passed on to pods' resolvers (unstable)"];
+        let failures = "DNS requests that no resolver of the pod answered (unstable)";
+        let seconds = "Time until a pod's resolver answered (unstable)";
+        let families = [
+            put("istio_dns_requests", help[0], MetricType::Counter, |of| Some(&of.all)),
+            put("istio_dns_upstream_requests", help[1], MetricType::Counter, |of| {
+                (of.upstream.get() > 0).then_some(&of.upstream)
+            }),
+            put("istio_dns_upstream_failures", failures, MetricType::Counter, |of| {
+                (of.upstream_failures.get() > 0).then_some(&of.upstream_failures)
+            }),
+            put("istio_dns_upstream_request_duration_seconds", seconds, MetricType::Histogram, |of| {
+                (of.upstream.get() > 0).then_some(&of.upstream_seconds)
+            }),
+        ];
+        self.requests.show(families, |(name, help, kind, counted), all| {
+            let mut all = all.filter_map(|(labels, of)| Some((labels, counted(of)?))).peekable();
+            if all.peek().is_none() {
+                return Ok(());
+            }
+            let mut family = encoder.encode_descriptor(name, help, None, *kind)?;
+            for (labels, metric) in all {
+                metric.encode(family.encode_family(labels)?)?;
+            }
+            Ok::<(), fmt::Error>(())
+        })?;
+        let help = "Host names of workloads resolved for a connection (unstable)";
+        self.on_demand.show([()], |(), all| {
+            let mut all = all.peekable();
+            if all.peek().is_none() {
+                return Ok(());
+            }
+            let mut family = encoder.encode_descriptor("istio_on_demand_dns", help, None, MetricType::Counter)?;
+            for (labels, counter) in all {
+                counter.encode(family.encode_family(labels)?)?;
+            }
+            Ok(())
+        })
     }
 }
 

@@ -6,7 +6,7 @@
 use super::Listeners;
 use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
-use super::metrics::{Counts, Labels, Outcome};
+use super::metrics::{self, Counts, Outcome, RequestLabels};
 use super::resolver::{Resolver, Used};
 use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
 use crate::mesh::{Snapshot, Store, Workload};
@@ -14,7 +14,7 @@ use crate::sys::conntrack::Conntrack;
 use crate::sys::original_dst::original_dst;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
-use prometheus_client::metrics::counter::Counter;
+use crate::telemetry::series::Held;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
 use std::fmt;
@@ -81,8 +81,8 @@ pub struct Server {
     complaints: LogLimit,
 }
 
-/// Labels of requests, and their counter.
-type Requests = Arc<(Labels, Counter)>;
+/// Metrics of requests of one type.
+type Requests = Arc<Held<RequestLabels, metrics::Requests>>;
 
 impl Carrier {
     fn word(self) -> &'static str {
@@ -320,7 +320,7 @@ impl Server {
     }
 
     async fn forward(&self, asked: &Asked, used: &Used) -> Result<Answered, UpstreamError> {
-        let (requests, begun) = (self.labels(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
+        let (requests, begun) = (self.counted(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
         let mut servers = used.in_order(asked.of);
         if asked.of.is_some() && asked.question.is_none() {
             // A change of a zone, say, is for the one that it was sent to.
@@ -328,7 +328,7 @@ impl Server {
         }
         let answered = self.resolver.ask(asked.carrier, &servers, &asked.bytes).await;
         let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
-        self.resolver.metrics.upstream(&requests.0, seconds);
+        requests.upstream(seconds);
         answered
     }
 
@@ -396,7 +396,7 @@ impl Server {
     fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: Outcome) {
         self.counts.add(outcome);
         let query_type = type_word(question);
-        self.labels(carrier, query_type).1.inc();
+        self.counted(carrier, query_type).all.inc();
         let name = question.map_or("", |question| &*question.name);
         let (pod, outcome, protocol) = (&*self.label, outcome.word(), carrier.word());
         if self.logged.load(Ordering::Relaxed) {
@@ -406,17 +406,16 @@ impl Server {
         }
     }
 
-    /// Labels and counter of requests of one type: kept from when it is known who asks.
-    fn labels(&self, carrier: Carrier, query_type: &'static str) -> Requests {
+    /// Metrics of requests of one type: kept from when it is known who asks.
+    fn counted(&self, carrier: Carrier, query_type: &'static str) -> Requests {
         let key = (query_type, carrier.word());
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, kept)) = requests.iter().find(|(kept, _)| *kept == key) {
             return kept.clone();
         }
         let known = self.asker.now();
-        let labels = Labels::new(key.0, key.1, known.as_ref().map(|(_, workload)| &**workload));
-        let counter = self.resolver.metrics.requests(&labels);
-        let made = Arc::new((labels, counter));
+        let labels = RequestLabels::new(key.0, key.1, known.as_ref().map(|(_, workload)| &**workload));
+        let made = Arc::new(self.resolver.metrics.requests.of(&labels));
         if known.is_some() {
             requests.push((key, made.clone()));
         }

@@ -4,3 +4,4 @@ pub mod exposition;
 pub mod limit;
 pub mod log;
 pub mod process;
+pub mod series;

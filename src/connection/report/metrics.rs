@@ -1,10 +1,14 @@
 //! Traffic metrics under the names and labels that dashboards of Istio ambient read, and our own counters of failures.
 
-use prometheus_client::encoding::EncodeLabelSet;
+use crate::telemetry::series::{Labels, Series};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use std::fmt;
 
 /// Traffic labels, in the order of the reference. A value that is not known is `unknown`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -39,6 +43,71 @@ pub struct TrafficLabels {
     pub destination_zone: String,
 }
 
+impl Labels for TrafficLabels {
+    fn other(&self) -> Self {
+        let other = || OTHER.to_owned();
+        Self {
+            reporter: self.reporter,
+            source_workload: other(),
+            source_canonical_service: other(),
+            source_canonical_revision: other(),
+            source_workload_namespace: other(),
+            source_principal: other(),
+            source_app: other(),
+            source_version: other(),
+            source_cluster: other(),
+            destination_service: other(),
+            destination_service_namespace: other(),
+            destination_service_name: other(),
+            destination_workload: other(),
+            destination_canonical_service: other(),
+            destination_canonical_revision: other(),
+            destination_workload_namespace: other(),
+            destination_principal: other(),
+            destination_app: other(),
+            destination_version: other(),
+            destination_cluster: other(),
+            request_protocol: self.request_protocol,
+            response_flags: self.response_flags,
+            connection_security_policy: self.connection_security_policy,
+            source_region: other(),
+            source_zone: other(),
+            destination_region: other(),
+            destination_zone: other(),
+        }
+    }
+}
+
+/// Value of all labels from outside, beyond the bound on label sets.
+const OTHER: &str = "other";
+
+/// Traffic of one label set.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// Connections whose route is known.
+    pub opened: Counter,
+    /// Connections that have ended, well or not.
+    pub closed: Counter,
+    /// Connections that have ended badly.
+    pub failed: Counter,
+    /// Bytes from client to server.
+    pub received: Counter,
+    /// Bytes from server to client.
+    pub sent: Counter,
+}
+
+impl Traffic {
+    /// A counter, where it is to be shown beside that of opened connections.
+    fn opened<'a>(&self, counter: &'a Counter) -> Option<&'a Counter> {
+        (self.opened.get() > 0).then_some(counter)
+    }
+
+    /// A counter, where it has counted.
+    fn used<'a>(&self, counter: &'a Counter) -> Option<&'a Counter> {
+        (counter.get() > 0).then_some(counter)
+    }
+}
+
 /// Labels of a failure.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FailureLabels {
@@ -69,16 +138,8 @@ pub struct ReporterLabel {
 /// Metrics of connections.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Connections whose route is known.
-    pub opened: Family<TrafficLabels, Counter>,
-    /// Connections that have ended, well or not.
-    pub closed: Family<TrafficLabels, Counter>,
-    /// Connections that have ended badly.
-    pub failed: Family<TrafficLabels, Counter>,
-    /// Bytes from client to server.
-    pub received: Family<TrafficLabels, Counter>,
-    /// Bytes from server to client.
-    pub sent: Family<TrafficLabels, Counter>,
+    /// Traffic, by whatever is known of it.
+    pub traffic: Series<TrafficLabels, Traffic>,
     /// Accepted sockets that are open.
     pub sockets: Family<ReporterLabel, Gauge>,
     /// Connections refused or ended because the peer's certificate is revoked.
@@ -92,15 +153,7 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let opened = "TCP connections opened";
-        registry.register("istio_tcp_connections_opened", opened, self.opened.clone());
-        let closed = "TCP connections closed";
-        registry.register("istio_tcp_connections_closed", closed, self.closed.clone());
-        let failed = "TCP connections that ended with a failure (unstable)";
-        registry.register("istio_tcp_connections_failed", failed, self.failed.clone());
-        let received = "Bytes from client to server";
-        registry.register("istio_tcp_received_bytes", received, self.received.clone());
-        registry.register("istio_tcp_sent_bytes", "Bytes from server to client", self.sent.clone());
+        registry.register_collector(Box::new(TrafficCollector(self.traffic.clone())));
         let sockets = "Accepted sockets that are open (unstable)";
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
         let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";
@@ -109,5 +162,90 @@ impl Metrics {
         registry.register("culvert_tunnels_cut", cut, self.cut.clone());
         let failures = "Connections that failed, by reason and whose fault it was";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
+    }
+}
+
+/// Writes traffic metrics.
+#[derive(Debug)]
+struct TrafficCollector(Series<TrafficLabels, Traffic>);
+
+impl Collector for TrafficCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        type Counted = fn(&Traffic) -> Option<&Counter>;
+        let put = |name, help, counted: Counted| (name, help, counted);
+        let families = [
+            put("istio_tcp_connections_opened", "TCP connections opened", |t| t.opened(&t.opened)),
+            put("istio_tcp_connections_closed", "TCP connections closed", |t| t.used(&t.closed)),
+            put("istio_tcp_connections_failed", "TCP connections that ended with a failure (unstable)", |t| {
+                t.used(&t.failed)
+            }),
+            put("istio_tcp_received_bytes", "Bytes from client to server", |t| t.opened(&t.received)),
+            put("istio_tcp_sent_bytes", "Bytes from server to client", |t| t.opened(&t.sent)),
+        ];
+        self.0.show(families, |(name, help, counted), all| {
+            let mut all = all.filter_map(|(labels, traffic)| Some((labels, counted(traffic)?))).peekable();
+            if all.peek().is_none() {
+                return Ok(());
+            }
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for (labels, counter) in all {
+                counter.encode(family.encode_family(labels)?)?;
+            }
+            Ok(())
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection::report::{Details, Direction, Failure, Record, Reporter};
+    use crate::mesh::snapshot::tests::workload;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// Two scrapes after a sweep over `swept` workloads, of which one connection is still open.
+    #[test]
+    fn series_of_a_sweep_are_seen_once_and_go_and_an_open_connection_keeps_its_own() {
+        let traffic = Series::new(10_000, Duration::ZERO);
+        let reporter = Arc::new(Reporter { metrics: Metrics { traffic, ..Metrics::default() }, ..Reporter::default() });
+        let mut registry = Registry::default();
+        reporter.metrics.register(&mut registry);
+        let open = |name: &str| {
+            let (from, to) = ("10.0.0.1:4711".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+            let mut record = Record::begin(&reporter, &"pod".into(), Direction::Outbound, from);
+            let connection = record.opened(Details {
+                source_workload: None,
+                source_identity: None,
+                destination_workload: Some(Arc::new(workload("a", name, "10.0.0.2"))),
+                destination_identity: None,
+                service: None,
+                actual: to,
+                authority: None,
+                rule: None,
+            });
+            (record, connection)
+        };
+        let scrape = || {
+            let mut text = String::new();
+            prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+            let of = |name: &str| {
+                let lines = text.lines().filter(|line| line.starts_with(&format!("{name}{{")));
+                lines.map(|line| line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).collect::<Vec<_>>()
+            };
+            let names = ["opened", "closed", "failed"].map(|name| format!("istio_tcp_connections_{name}_total"));
+            (names.map(|name| of(&name).len()), of("istio_tcp_sent_bytes_total").iter().sum::<u64>())
+        };
+        let (kept, connection) = open("kept");
+        for n in 0..300 {
+            let (record, _) = open(&format!("swept-{n}"));
+            record.finish(if n < 100 { Err(Failure::LocalWorkload("x".into())) } else { Ok(()) });
+        }
+        assert_eq!(scrape(), ([301, 300, 100], 0));
+        connection.bytes.down_metric.inc_by(7);
+        assert_eq!(scrape(), ([1, 0, 0], 7), "what is open is still counted");
+        kept.finish(Ok(()));
+        assert_eq!(scrape(), ([1, 1, 0], 7));
+        assert_eq!(scrape(), ([0, 0, 0], 0));
     }
 }

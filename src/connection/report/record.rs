@@ -4,10 +4,11 @@
 use super::access_log;
 use super::failure::Failure;
 use super::live::{Bytes, Connection, LiveConnections};
-use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, TrafficLabels};
+use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
 use crate::hbone::TunnelError;
 use crate::mesh::{Service, SpiffeName, Text, Workload};
 use crate::telemetry::limit::LogLimit;
+use crate::telemetry::series::Held;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -105,7 +106,7 @@ pub struct Record {
 #[derive(Debug)]
 struct Opened {
     id: u64,
-    labels: TrafficLabels,
+    traffic: Held<TrafficLabels, Traffic>,
     details: Details,
     connection: Arc<Connection>,
 }
@@ -133,11 +134,9 @@ impl Record {
 
     /// Says that its route is known. From now on it is live and counted.
     pub fn opened(&mut self, details: Details) -> Arc<Connection> {
-        let labels = labels(self.direction, &details);
-        let metrics = &self.reporter.metrics;
-        metrics.opened.get_or_create(&labels).inc();
-        let received = metrics.received.get_or_create_owned(&labels);
-        let sent = metrics.sent.get_or_create_owned(&labels);
+        let traffic = self.reporter.metrics.traffic.of(&labels(self.direction, &details));
+        traffic.opened.inc();
+        let (received, sent) = (traffic.received.clone(), traffic.sent.clone());
         // `received` counts client to server: from the application outbound, towards it inbound.
         let (up_metric, down_metric) = match self.direction {
             Direction::Outbound => (received, sent),
@@ -159,7 +158,7 @@ impl Record {
             bytes: Bytes { up_metric, down_metric, ..Bytes::default() },
         });
         let id = self.reporter.live.add(&connection);
-        self.opened = Some(Opened { id, labels, details, connection: connection.clone() });
+        self.opened = Some(Opened { id, traffic, details, connection: connection.clone() });
         if let Some(opened) = &self.opened {
             let (source, destination) = (self.source, self.destination);
             access_log::opened(self.direction, source, destination, &opened.details);
@@ -207,10 +206,12 @@ impl Drop for Record {
         };
         self.reporter.live.remove(opened.id);
         let response_flags = self.failure.as_ref().map_or("-", Failure::flag);
-        let labels = TrafficLabels { response_flags, ..opened.labels };
-        metrics.closed.get_or_create(&labels).inc();
-        if response_flags != "-" {
-            metrics.failed.get_or_create(&labels).inc();
+        if response_flags == "-" {
+            opened.traffic.closed.inc();
+        } else {
+            let failed = metrics.traffic.of(&TrafficLabels { response_flags, ..opened.traffic.labels().clone() });
+            failed.closed.inc();
+            failed.failed.inc();
         }
         let summary = access_log::Summary {
             direction: self.direction,

@@ -1,0 +1,208 @@
+//! Metrics whose label sets come from outside: names of workloads and services that somebody makes up, and that a sweep over
+//! addresses visits all. There is a bound on them, beyond which they are counted as one, and what is idle is shown a last time and
+//! goes; a scraper takes a counter that is back later for one that has begun anew.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+/// Label sets that there are at once, by default: some 5 MB of a scrape for each counter.
+const SETS_MAX: usize = 5_000;
+
+/// How long a label set stays that nobody uses, by default. Longer than scrapers look back.
+const IDLE: Duration = Duration::from_secs(15 * 60);
+
+/// Labels with values from outside.
+pub trait Labels: Clone + Eq + Hash {
+    /// These with all such values replaced by one: what is counted beyond the bound.
+    fn other(&self) -> Self;
+}
+
+/// Metrics `M` by labels `L`. Clones share them.
+#[derive(Debug)]
+pub struct Series<L, M>(Arc<Table<L, M>>);
+
+impl<L, M> Clone for Series<L, M> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+type Sets<L, M> = HashMap<Arc<L>, Arc<Entry<L, M>>>;
+
+#[derive(Debug)]
+struct Table<L, M> {
+    sets: RwLock<Sets<L, M>>,
+    max: usize,
+    idle: Duration,
+    begun: Instant,
+    /// When room was last looked for, in seconds since it begun, plus one.
+    swept: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Entry<L, M> {
+    labels: Arc<L>,
+    metrics: M,
+    begun: Instant,
+    /// When it was last let go, in seconds since it begun.
+    used: AtomicU64,
+}
+
+/// The metrics of one label set, which stays for as long as this is held.
+#[derive(Debug)]
+pub struct Held<L, M>(Arc<Entry<L, M>>);
+
+impl<L, M> Held<L, M> {
+    /// Its labels; others than were asked for, beyond the bound.
+    pub fn labels(&self) -> &L {
+        &self.0.labels
+    }
+}
+
+impl<L, M> Deref for Held<L, M> {
+    type Target = M;
+
+    fn deref(&self) -> &M {
+        &self.0.metrics
+    }
+}
+
+impl<L, M> Drop for Held<L, M> {
+    fn drop(&mut self) {
+        self.0.used.store(self.0.begun.elapsed().as_secs(), Ordering::Relaxed);
+    }
+}
+
+impl<L: Labels, M: Default> Default for Series<L, M> {
+    fn default() -> Self {
+        Self::new(SETS_MAX, IDLE)
+    }
+}
+
+impl<L: Labels, M: Default> Series<L, M> {
+    /// With at most `max` label sets, and what stands for all others; one that nobody uses stays for `idle`.
+    pub fn new(max: usize, idle: Duration) -> Self {
+        let (sets, swept) = (RwLock::default(), AtomicU64::new(0));
+        Self(Arc::new(Table { sets, max, idle, begun: Instant::now(), swept }))
+    }
+
+    /// The metrics of these labels.
+    pub fn of(&self, labels: &L) -> Held<L, M> {
+        let table = &*self.0;
+        if let Some(entry) = table.sets.read().unwrap_or_else(PoisonError::into_inner).get(labels) {
+            return Held(entry.clone());
+        }
+        let mut sets = table.sets.write().unwrap_or_else(PoisonError::into_inner);
+        if sets.len() >= table.max {
+            // Once a second: whoever makes up names is not to make each connection look through all of them.
+            let now = table.begun.elapsed().as_secs() + 1;
+            if table.swept.swap(now, Ordering::Relaxed) != now {
+                table.sweep(&mut sets);
+            }
+        }
+        let labels = Arc::new(if sets.len() < table.max { labels.clone() } else { labels.other() });
+        let entry = sets.entry(labels.clone()).or_insert_with(|| {
+            Arc::new(Entry { labels, metrics: M::default(), begun: table.begun, used: AtomicU64::new(0) })
+        });
+        Held(entry.clone())
+    }
+
+    /// Shows all to `write`, once for each of `families`; then those go that were idle.
+    pub fn show<F, E>(
+        &self,
+        families: impl IntoIterator<Item = F>,
+        mut write: impl FnMut(&F, &mut dyn Iterator<Item = (&L, &M)>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Not under the lock: writing takes a while, and connections must go on opening.
+        let all: Vec<Arc<Entry<L, M>>> =
+            self.0.sets.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for family in families {
+            write(&family, &mut all.iter().map(|entry| (&*entry.labels, &entry.metrics)))?;
+        }
+        drop(all);
+        self.0.sweep(&mut self.0.sets.write().unwrap_or_else(PoisonError::into_inner));
+        Ok(())
+    }
+}
+
+impl<L: Eq + Hash, M> Table<L, M> {
+    fn sweep(&self, sets: &mut Sets<L, M>) {
+        let now = self.begun.elapsed().as_secs();
+        sets.retain(|_, entry| {
+            let idle = now.saturating_sub(entry.used.load(Ordering::Relaxed));
+            Arc::strong_count(entry) > 1 || idle < self.idle.as_secs()
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, Hash)]
+    struct Name(String);
+
+    impl Labels for Name {
+        fn other(&self) -> Self {
+            Self("other".into())
+        }
+    }
+
+    type Counts = Series<Name, AtomicU64>;
+
+    fn count(series: &Counts, name: &str) -> Held<Name, AtomicU64> {
+        let held = series.of(&Name(name.into()));
+        held.fetch_add(1, Ordering::Relaxed);
+        held
+    }
+
+    fn shown(series: &Counts) -> Vec<(String, u64)> {
+        let mut found = Vec::new();
+        series
+            .show([()], |(), all| {
+                found.extend(all.map(|(name, count)| (name.0.clone(), count.load(Ordering::Relaxed))));
+                Ok::<(), ()>(())
+            })
+            .unwrap();
+        found.sort();
+        found
+    }
+
+    #[test]
+    fn what_a_sweep_over_addresses_made_is_shown_once_more_and_goes() {
+        let series = Counts::new(10_000, Duration::ZERO);
+        let open = count(&series, "open");
+        (0..3000).for_each(|n| drop(count(&series, &format!("swept-{n}"))));
+        assert_eq!(shown(&series).len(), 3001, "a scraper sees what has ended since the last time");
+        assert_eq!(shown(&series), [("open".to_owned(), 1)], "what is in use stays");
+        drop(count(&series, "open"));
+        drop(open);
+        assert_eq!(shown(&series), [("open".to_owned(), 2)]);
+        assert!(shown(&series).is_empty());
+        let series = Counts::new(10_000, Duration::from_secs(60));
+        drop(count(&series, "a while ago"));
+        assert_eq!((shown(&series).len(), shown(&series).len()), (1, 1), "not before it has been idle for long");
+    }
+
+    #[test]
+    fn beyond_the_bound_all_others_are_one_and_nothing_is_lost() {
+        let series = Counts::new(100, Duration::from_secs(60));
+        let held: Vec<_> = (0..250).map(|n| count(&series, &format!("name-{n}"))).collect();
+        drop(count(&series, "name-0"));
+        let all = shown(&series);
+        assert_eq!(all.len(), 101);
+        assert_eq!(all.iter().map(|(_, count)| count).sum::<u64>(), 251);
+        assert!(all.contains(&("other".to_owned(), 150)) && all.contains(&("name-0".to_owned(), 2)));
+        assert_eq!(held[200].labels(), &Name("other".into()));
+        // Where nobody scrapes, what is idle makes room all the same.
+        let series = Counts::new(100, Duration::ZERO);
+        (0..250).for_each(|n| drop(count(&series, &format!("name-{n}"))));
+        assert!(shown(&series).len() <= 101);
+        drop(count(&series, "new"));
+        assert_eq!(shown(&series), [("new".to_owned(), 1)]);
+    }
+}
