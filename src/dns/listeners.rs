@@ -2,10 +2,10 @@
 
 use super::PORT;
 use crate::sys::conntrack::Conntrack;
+use crate::sys::datagram;
 use crate::sys::netns::{Netns, NetnsError};
-use crate::sys::socket::{bind_datagram, bind_stream};
+use crate::sys::socket::bind_stream;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Sockets of a pod's server, bound and not yet served.
 #[derive(Debug, Default)]
@@ -19,15 +19,12 @@ pub struct Listeners {
 impl Listeners {
     /// Binds in a pod's namespace.
     pub fn bind(netns: &Netns, ipv6: bool, mark: u32, reuse_port: bool) -> Result<io::Result<Self>, NetnsError> {
-        let mut ips: Vec<IpAddr> = vec![Ipv4Addr::LOCALHOST.into()];
-        ips.extend(ipv6.then_some(IpAddr::V6(Ipv6Addr::LOCALHOST)));
         netns.enter(|| {
             let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
-            for ip in ips {
-                let address = SocketAddr::new(ip, PORT);
+            for v4 in [true, false].into_iter().take(if ipv6 { 2 } else { 1 }) {
                 // Unmarked: what answers needs no exemption, and a mark would make the kernel route each answer twice.
-                all.datagrams.push(bind_datagram(address, reuse_port)?);
-                all.streams.push(bind_stream(address, mark, reuse_port)?);
+                all.datagrams.push(datagram::bind(PORT, v4, reuse_port)?);
+                all.streams.push(bind_stream(PORT, v4, mark, reuse_port)?);
             }
             Ok(all)
         })

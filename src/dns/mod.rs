@@ -32,8 +32,8 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Port on which a pod's DNS is taken, on its loopback addresses: answers from another one would not be translated back
-/// (source: the redirection of Istio ambient).
+/// Port on which a pod's DNS is taken, on the address that the question came from, or on a loopback address (source: the
+/// redirection of Istio ambient). Answers from another one would not be translated back.
 pub const PORT: u16 = 15053;
 
 /// Settings of DNS.

@@ -1,17 +1,19 @@
-//! The DNS server of one pod, on the loopback addresses of its namespace.
+//! The DNS server of one pod, in its namespace, for the pod alone.
 //!
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
-use super::Listeners;
 use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
 use super::metrics::{self, Counts, Outcome, RequestLabels};
 use super::resolver::{Resolver, Used};
 use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
+use super::{Listeners, PORT};
 use crate::mesh::{Snapshot, Store, Workload};
 use crate::sys::conntrack::Conntrack;
+use crate::sys::datagram::{self, Client};
 use crate::sys::original_dst::original_dst;
+use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::Held;
@@ -20,11 +22,12 @@ use std::cell::OnceCell;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -122,9 +125,13 @@ impl Server {
     }
 
     async fn datagrams(self: Arc<Self>, socket: std::net::UdpSocket, conntrack: Option<Arc<Conntrack>>, tasks: &Group) {
-        let made = UdpSocket::from_std(socket).and_then(|socket| Ok((socket.local_addr()?, Arc::new(socket))));
-        let Ok((own, socket)) = made.inspect_err(|error| self.broken(error)) else { return };
-        let whom = |client| conntrack.as_ref()?.original_destination(client, own).ok()?;
+        let made = UdpSocket::from_std(socket).map(Arc::new);
+        let Ok(socket) = made.inspect_err(|error| self.broken(error)) else { return };
+        let whom = |client: Client| {
+            let ours = SocketAddr::new(client.local, PORT);
+            let asked = conntrack.as_ref()?.original_destination(client.address, ours).ok()??;
+            Some(on_the_link_of(client.address, asked))
+        };
         loop {
             if let Err(error) = socket.readable().await {
                 return self.broken(&error);
@@ -153,11 +160,15 @@ impl Server {
     fn next_datagram(
         self: &Arc<Self>,
         socket: &Arc<UdpSocket>,
-        whom: &impl Fn(SocketAddr) -> Option<SocketAddr>,
+        whom: &impl Fn(Client) -> Option<SocketAddr>,
         tasks: &Group,
     ) -> io::Result<()> {
         with_buffer(|buffer| {
-            let (length, client) = socket.try_recv_from(buffer)?;
+            let (length, client) = socket.try_io(Interest::READABLE, || datagram::receive(&**socket, buffer))?;
+            if !is_the_pod(client.address.ip(), client.local) {
+                self.counts.add(Outcome::Ignored);
+                return Ok(());
+            }
             let request = buffer.get(..length).unwrap_or_default();
             let question = match message::read(request) {
                 Request::Nothing => {
@@ -173,12 +184,12 @@ impl Server {
             if let Some((reply, outcome)) = self.at_once(request, question.as_ref(), &asked) {
                 self.finish(Carrier::Datagram, question.as_ref(), outcome);
                 // An answer for which there is no room is lost like any other datagram; the client asks again.
-                return socket.try_send_to(&reply, client).map(drop);
+                return try_send(socket, &reply, client);
             }
             let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
                 self.finish(Carrier::Datagram, question.as_ref(), Outcome::Limited);
                 let reply = message::server_failure(request, question.as_ref()).unwrap_or_default();
-                return socket.try_send_to(&reply, client).map(drop);
+                return try_send(socket, &reply, client);
             };
             let (server, socket, asked) = (self.clone(), socket.clone(), asked());
             let request = Asked { of: asked, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
@@ -187,13 +198,13 @@ impl Server {
         })
     }
 
-    async fn later(&self, socket: &UdpSocket, client: SocketAddr, request: &Asked, _permit: OwnedSemaphorePermit) {
+    async fn later(&self, socket: &UdpSocket, client: Client, request: &Asked, _permit: OwnedSemaphorePermit) {
         let reply = Box::pin(self.answer(request)).await;
         if let Some(Reply { bytes, .. }) = reply
-            && let Err(error) = timeout(IDLE, socket.send_to(&bytes, client)).await.unwrap_or(Ok(0))
+            && let Err(error) = timeout(IDLE, send(socket, &bytes, client)).await.unwrap_or(Ok(()))
             && let Some(suppressed) = self.complaints.allow()
         {
-            tracing::debug!(pod = self.label, %client, %error, suppressed, "a DNS answer could not be sent");
+            tracing::debug!(pod = self.label, client = %client.address, %error, suppressed, "a DNS answer could not be sent");
         }
     }
 
@@ -353,6 +364,10 @@ impl Server {
             let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, client)) => {
+                    if !stream.local_addr().is_ok_and(|local| is_the_pod(client.ip(), local.ip())) {
+                        reset_on_close(&stream);
+                        continue;
+                    }
                     let server = self.clone();
                     tasks.spawn(async move { server.stream(stream, client, permit).await });
                 }
@@ -420,6 +435,36 @@ impl Server {
             requests.push((key, made.clone()));
         }
         made
+    }
+}
+
+/// Whether a request comes from the pod: to a loopback address, or, redirected, to the address that it came from. Nobody else
+/// is answered.
+fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
+    local.is_loopback() || client == local
+}
+
+/// A link-local resolver is on the link that the client asked by.
+fn on_the_link_of(client: SocketAddr, asked: SocketAddr) -> SocketAddr {
+    match (client, asked) {
+        (SocketAddr::V6(client), SocketAddr::V6(asked)) if asked.ip().is_unicast_link_local() => {
+            SocketAddrV6::new(*asked.ip(), asked.port(), 0, client.scope_id()).into()
+        }
+        (_, asked) => asked,
+    }
+}
+
+fn try_send(socket: &UdpSocket, bytes: &[u8], to: Client) -> io::Result<()> {
+    socket.try_io(Interest::WRITABLE, || datagram::send(socket, bytes, to))
+}
+
+async fn send(socket: &UdpSocket, bytes: &[u8], to: Client) -> io::Result<()> {
+    loop {
+        socket.writable().await?;
+        match try_send(socket, bytes, to) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            sent => return sent,
+        }
     }
 }
 

@@ -344,10 +344,15 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         }
         if dns {
             // Where we do not listen on IPv6, DNS over it is left alone.
-            let family = if *ipv6 { "" } else { "meta nfproto ipv4 " };
-            outbound += &format!("    {family}oifname != lo udp dport 53 {others} redirect to :{DNS}\n");
-            for outside in not_loopback.iter().take(if *ipv6 { 2 } else { 1 }) {
-                outbound += &format!("    {outside} tcp dport 53 {others} redirect to :{DNS}\n");
+            for (family, outside) in families.clone().take(if *ipv6 { 2 } else { 1 }) {
+                let protocol = if family == "ip" { "ipv4" } else { "ipv6" };
+                for taken in [
+                    format!("meta nfproto {protocol} oifname != lo udp dport 53 {others}"),
+                    format!("{outside} tcp dport 53 {others}"),
+                ] {
+                    outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{DNS}\n");
+                    outbound += &format!("    {taken} redirect to :{DNS}\n");
+                }
             }
         }
         outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");

@@ -8,6 +8,7 @@ pub mod changes;
 pub mod clock;
 pub mod conntrack;
 pub mod counter;
+pub mod datagram;
 pub mod end;
 pub mod iptables;
 pub mod limits;

@@ -2,7 +2,7 @@
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 use tokio::io::Interest;
@@ -67,27 +67,33 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     }
     socket.set_mark(mark)?;
     socket.set_ip_transparent_v4(true)?;
-    let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED) };
+    let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
     socket.bind(&SocketAddr::new(any, port).into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
-/// Binds a listener on one address of the namespace the thread is in, for what is redirected there from the same machine.
-pub fn bind_stream(address: SocketAddr, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
-    let socket = bound(address, Type::STREAM, reuse_port)?;
+/// Binds a listener on a port of every address of one family in the namespace the thread is in, for what is redirected there
+/// from the same machine.
+pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
+    let socket = bound(port, v4, Type::STREAM, reuse_port)?;
     socket.set_mark(mark)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
 
-/// Binds a datagram socket on one address of the namespace the thread is in.
-pub fn bind_datagram(address: SocketAddr, reuse_port: bool) -> io::Result<UdpSocket> {
-    Ok(bound(address, Type::DGRAM, reuse_port)?.into())
+/// Binds a datagram socket on a port of every address of one family in the namespace the thread is in.
+pub fn bind_datagram(port: u16, v4: bool, reuse_port: bool) -> io::Result<UdpSocket> {
+    Ok(bound(port, v4, Type::DGRAM, reuse_port)?.into())
 }
 
-fn bound(address: SocketAddr, kind: Type, reuse_port: bool) -> io::Result<Socket> {
+fn bound(port: u16, v4: bool, kind: Type, reuse_port: bool) -> io::Result<Socket> {
+    let any: IpAddr = if v4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let address = SocketAddr::new(any, port);
     let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
+    if !v4 {
+        socket.set_only_v6(true)?;
+    }
     if reuse_port {
         socket.set_reuse_port(true)?;
     } else if kind == Type::STREAM {

@@ -622,3 +622,90 @@ fn in_an_istio_mesh_names_are_known_also_on_demand_and_dns_fails_open() {
         assert!(requests["mesh"].as_u64().unwrap() >= 2, "{requests}");
     }
 }
+
+/// A server of one address for every name, on port 53 of a namespace, over datagrams. It ends with the test's process.
+fn serve_one_address(ns: &str) {
+    for any in ["0.0.0.0:53", "[::]:53"] {
+        let socket = inside(ns, || {
+            let domain = if any.starts_with('0') { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
+            let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+            if domain == socket2::Domain::IPV6 {
+                socket.set_only_v6(true).unwrap();
+            }
+            socket.bind(&any.parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+            UdpSocket::from(socket)
+        });
+        std::thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((length, client)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(&answer(&buffer[..length], [203, 0, 113, 9]), client);
+            }
+        });
+    }
+}
+
+/// A datagram socket of a namespace, prepared, that waits for an answer for a while.
+fn datagram(ns: &str, v4: bool, prepare: impl FnOnce(&socket2::Socket) + Send) -> UdpSocket {
+    inside(ns, || {
+        let domain = if v4 { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
+        let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, None).unwrap();
+        prepare(&socket);
+        socket.set_read_timeout(Some(std::time::Duration::from_secs(6))).unwrap();
+        socket.into()
+    })
+}
+
+fn answered(socket: &UdpSocket, to: std::net::SocketAddr, name: &str) -> Option<[u8; 4]> {
+    socket.send_to(&question(name, A), to).unwrap();
+    let mut buffer = [0; 512];
+    let (length, from) = socket.recv_from(&mut buffer).ok()?;
+    assert_eq!((from.ip(), from.port()), (to.ip(), to.port()), "from whom was asked");
+    address(&buffer[..length])
+}
+
+#[test]
+fn resolvers_are_reached_from_bound_sockets_on_any_link_and_servers_in_pods_from_any_port() {
+    let mut w = World::new();
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    let (resolver, plain) = (w.add_pod("resolver", 1), w.plain_pod("plain", 1));
+    w.mesh.service("shop", &["10.96.0.20"], &json!({"80": 8080}), &[&server]);
+    for ns in [&server.netns, &resolver.netns] {
+        serve_one_address(ns);
+    }
+    w.start();
+    let (found, mesh) = (Some([203, 0, 113, 9]), Some([10, 96, 0, 20]));
+    let ((there, _), (_, index)) = (crate::tcp::link_local(&resolver.netns), crate::tcp::link_local(&client.netns));
+    let on_link = std::net::SocketAddrV6::new(there, 53, 0, index).into();
+    let second: IpAddr = "10.1.0.99".parse().unwrap();
+    crate::world::ip_in(&client.netns, &format!("addr add {second}/24 dev eth0\n"));
+    let device = |socket: &socket2::Socket| socket.bind_device(Some(b"eth0")).unwrap();
+    let own = |socket: &socket2::Socket| socket.bind(&std::net::SocketAddr::new(second, 0).into()).unwrap();
+    for (to, socket) in [
+        ((resolver.v4, 53).into(), datagram(&client.netns, true, device)),
+        ((resolver.v6, 53).into(), datagram(&client.netns, false, device)),
+        (on_link, datagram(&client.netns, false, |_| {})),
+        ((resolver.v4, 53).into(), datagram(&client.netns, true, own)),
+    ] {
+        assert_eq!(answered(&socket, to, "other.example"), found, "{to}");
+        assert_eq!(answered(&socket, to, "shop.ns.svc.cluster.local"), mesh, "{to}");
+    }
+    // Servers ask each other from port 53, too.
+    for (own, to) in [(plain.v4, server.v4), (plain.v6, server.v6)] {
+        for port in [0, 53] {
+            let from = std::net::SocketAddr::new(own, port);
+            let socket = datagram(&plain.netns, own.is_ipv4(), |socket| socket.bind(&from.into()).unwrap());
+            assert_eq!(answered(&socket, (to, 53).into(), "other.example"), found, "{own} port {port}");
+        }
+    }
+    // What serves the pod's DNS serves nobody else.
+    for ip in [client.v4, client.v6] {
+        let socket = datagram(&plain.netns, ip.is_ipv4(), |_| {});
+        let ignored = || w.json(1, "/pods")[0]["dns"]["requests"]["ignored"].as_u64().unwrap_or(0);
+        let before = ignored();
+        socket.send_to(&question("shop.ns.svc.cluster.local", A), (ip, 15053)).unwrap();
+        eventually("it is ignored", || ignored() > before);
+        socket.set_nonblocking(true).unwrap();
+        assert!(socket.recv(&mut [0; 512]).is_err(), "{ip}");
+        assert!(crate::world::is_reset(&plain.netns, (ip, 15053)), "{ip}");
+    }
+}

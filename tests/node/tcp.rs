@@ -360,7 +360,7 @@ fn sockets_bound_to_a_device_and_link_local_destinations_are_captured() {
 }
 
 /// The link-local address of a namespace's eth0, once it may be used, and the interface's index.
-fn link_local(ns: &str) -> (std::net::Ipv6Addr, u32) {
+pub fn link_local(ns: &str) -> (std::net::Ipv6Addr, u32) {
     let mut found = None;
     eventually("a link-local address", || {
         let text = inside(ns, || std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap());

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 /// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself.
-pub const OWN_PORTS: [u16; 3] = [15001, 15006, 15008];
+pub const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, crate::dns::PORT];
 
 /// Port on which a node tunnel takes HBONE.
 pub const HBONE_PORT: u16 = 15008;
