@@ -6,6 +6,7 @@ use crate::sys::datagram;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::socket::bind_stream;
 use std::io;
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
 /// Sockets of a pod's server, bound and not yet served.
 #[derive(Debug, Default)]
@@ -28,5 +29,21 @@ impl Listeners {
             }
             Ok(all)
         })
+    }
+}
+
+/// Whether a request comes from the pod: to a loopback address, or, redirected, to the address that it came from. Nobody else
+/// is answered.
+pub(super) fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
+    local.is_loopback() || client == local
+}
+
+/// A link-local resolver is on the link that the client asked by.
+pub(super) fn on_the_link_of(client: SocketAddr, asked: SocketAddr) -> SocketAddr {
+    match (client, asked) {
+        (SocketAddr::V6(client), SocketAddr::V6(asked)) if asked.ip().is_unicast_link_local() => {
+            SocketAddrV6::new(*asked.ip(), asked.port(), 0, client.scope_id()).into()
+        }
+        (_, asked) => asked,
     }
 }

@@ -3,12 +3,13 @@
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
+use super::PORT;
+use super::listeners::{Listeners, is_the_pod, on_the_link_of};
 use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
 use super::metrics::{self, Counts, Outcome, RequestLabels};
 use super::resolver::{Resolver, Used};
 use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
-use super::{Listeners, PORT};
 use crate::mesh::{Snapshot, Store, Workload};
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram::{self, Client};
@@ -22,7 +23,7 @@ use std::cell::OnceCell;
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -435,22 +436,6 @@ impl Server {
             requests.push((key, made.clone()));
         }
         made
-    }
-}
-
-/// Whether a request comes from the pod: to a loopback address, or, redirected, to the address that it came from. Nobody else
-/// is answered.
-fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
-    local.is_loopback() || client == local
-}
-
-/// A link-local resolver is on the link that the client asked by.
-fn on_the_link_of(client: SocketAddr, asked: SocketAddr) -> SocketAddr {
-    match (client, asked) {
-        (SocketAddr::V6(client), SocketAddr::V6(asked)) if asked.ip().is_unicast_link_local() => {
-            SocketAddrV6::new(*asked.ip(), asked.port(), 0, client.scope_id()).into()
-        }
-        (_, asked) => asked,
     }
 }
 

@@ -66,6 +66,7 @@ async fn rules(config: &Config) -> Line {
         bypass_inbound: false,
         virtual_interfaces: Vec::new(),
         probes: true,
+        addresses: Vec::new(),
         spared: Vec::new(),
     };
     let tried = async {

@@ -8,6 +8,7 @@ use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
 use crate::dns::server::Known;
 use crate::dns::{self, Dns};
+use crate::mesh::address::is_link_local;
 use crate::mesh::workload::{NetworkMode, pod_uid};
 use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
@@ -233,6 +234,7 @@ impl Capturer {
             bypass_inbound: spec.settings.bypass_inbound,
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
             probes: self.gives_probes_an_address(),
+            addresses: listening.pod.addresses.load().iter().copied().filter(|ip| !is_link_local(*ip)).collect(),
             spared: Vec::new(),
         }
     }

@@ -15,7 +15,7 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use serde_json::Value;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 /// Name of our table.
@@ -36,6 +36,8 @@ pub struct Rules {
     pub virtual_interfaces: Vec<Interface>,
     /// Whether the kubelet's probes are left alone: where nobody gives them their address, nobody has it.
     pub probes: bool,
+    /// Addresses of the pod, of which the first of each family takes what comes in through these.
+    pub addresses: Vec<IpAddr>,
     /// Connections that are left alone: the pod's own address, and the peer's.
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
@@ -131,7 +133,7 @@ fn nft_hint(said: &str) -> &'static str {
     if said.contains("not permitted") {
         "the daemon needs CAP_NET_ADMIN"
     } else {
-        "does the kernel have nf_tables, nat and conntrack?"
+        "does the kernel have nf_tables with nat, conntrack and fib?"
     }
 }
 
@@ -314,7 +316,7 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 /// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
 /// addresses, without a word.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, spared } = rules;
+    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
@@ -327,7 +329,13 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     if capture {
         sets = spare(spared, &mut inbound, &mut outbound);
         for Interface(name) in virtual_interfaces {
-            inbound += &format!("    iifname \"{name}\" meta l4proto tcp redirect to :15001\n");
+            let v4 = addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}"));
+            let v6 = addresses.iter().find(|ip| ip.is_ipv6()).map(|ip| format!("ip6 to [{ip}]"));
+            let taken = format!("iifname \"{name}\" meta l4proto tcp");
+            for own in [v4, v6].into_iter().flatten() {
+                inbound += &format!("    {taken} dnat {own}:15001\n");
+            }
+            inbound += &format!("    {taken} redirect to :15001\n");
         }
         if *probes {
             inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBED} accept\n");

@@ -122,9 +122,11 @@ fn it_takes_ztunnels_place_with_the_environment_of_its_chart() {
     assert_eq!(dump["certificates"][0]["state"], "Available");
     assert_eq!(dump["workloadState"][uid(&istio.pod("server"))]["state"], "Up");
     assert!(istio.agent(2).state().violations.is_empty(), "{:?}", istio.agent(2).state().violations);
-    // The agent's rules are the agent's: nothing of ours is in the pod.
+    // The redirection is the agent's: nothing of ours in the pod redirects.
     let rules = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "ruleset"]);
-    assert!(!rules.contains("table inet culvert"), "{rules}");
+    assert!(!rules.contains("table inet culvert {") && rules.contains("table inet culvert_legs {"), "{rules}");
+    let ours = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "table", "inet", "culvert_legs"]);
+    assert!(!ours.contains("hook output priority -100") && !ours.contains("redirect"), "{ours}");
 }
 
 #[test]

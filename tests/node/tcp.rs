@@ -275,47 +275,61 @@ fn connections_in_a_clients_name_are_in_nobodys_way() {
     }
 }
 
+/// A guest behind a pod's own translation, as KubeVirt's masquerade binding makes it; it tells on 2222 who asks.
+struct Guest;
+
+impl Guest {
+    fn of(w: &World, server: &Pod) -> Self {
+        let guest = w.ns("guest");
+        crate::world::ip(&format!(
+            "netns add {guest}\nlink add vg netns {} type veth peer name eth0 netns {guest}\n",
+            server.netns
+        ));
+        ip_in(
+            &server.netns,
+            "link add k6t type bridge\naddr add 10.0.2.1/24 dev k6t\naddr add fd02::1/64 dev k6t nodad\nlink set k6t up\n\
+             link set vg master k6t\nlink set vg up\n",
+        );
+        ip_in(
+            &guest,
+            "link set lo up\nlink set eth0 up\naddr add 10.0.2.2/24 dev eth0\naddr add fd02::2/64 dev eth0 nodad\n\
+             route add default via 10.0.2.1\nroute add default via fd02::1\n",
+        );
+        // As KubeVirt's masquerade binding does it.
+        let script = format!(
+            "table inet guest {{\n chain pre {{ type nat hook prerouting priority -100; iifname eth0 tcp dport 2222 dnat ip to 10.0.2.2; \
+             iifname eth0 tcp dport 2222 dnat ip6 to fd02::2; }}\n chain out {{ type nat hook output priority -100; \
+             ip daddr {{ {v4}, 127.0.0.1 }} tcp dport 2222 dnat ip to 10.0.2.2; ip6 daddr {v6} tcp dport 2222 dnat ip6 to fd02::2; }}\n \
+             chain post {{ type nat hook postrouting priority 100; ip saddr 10.0.2.2 masquerade; ip6 saddr fd02::2 masquerade; }}\n}}\n",
+            v4 = server.v4,
+            v6 = server.v6,
+        );
+        inside(&server.netns, || {
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+            std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+        });
+        let file = w.dir.join("guest.nft");
+        std::fs::write(&file, script).unwrap();
+        output_in(&server.netns, "nft", &["-f", file.to_str().unwrap()]);
+        apps::serve(&guest, 2222, apps::who);
+        Self
+    }
+
+    fn is_reached(&self, client: &Pod, server: &Pod) {
+        for (to, seen) in [(server.v4, client.v4), (server.v6, client.v6)] {
+            let stream = connect_from(&client.netns, (to, 2222).into(), |_| {}).unwrap();
+            assert_eq!(said(stream).unwrap(), format!("{seen} x"));
+        }
+    }
+}
+
 #[test]
 fn translation_inside_the_pod_leads_to_a_guest() {
     let mut w = world();
     let (client, server) = (pod(&w, "client"), pod(&w, "server"));
-    let guest = w.ns("guest");
-    crate::world::ip(&format!(
-        "netns add {guest}\nlink add vg netns {} type veth peer name eth0 netns {guest}\n",
-        server.netns
-    ));
-    ip_in(
-        &server.netns,
-        "link add k6t type bridge\naddr add 10.0.2.1/24 dev k6t\naddr add fd02::1/64 dev k6t nodad\nlink set k6t up\n\
-         link set vg master k6t\nlink set vg up\n",
-    );
-    ip_in(
-        &guest,
-        "link set lo up\nlink set eth0 up\naddr add 10.0.2.2/24 dev eth0\naddr add fd02::2/64 dev eth0 nodad\n\
-         route add default via 10.0.2.1\nroute add default via fd02::1\n",
-    );
-    // As KubeVirt's masquerade binding does it.
-    let script = format!(
-        "table inet guest {{\n chain pre {{ type nat hook prerouting priority -100; iifname eth0 tcp dport 2222 dnat ip to 10.0.2.2; \
-         iifname eth0 tcp dport 2222 dnat ip6 to fd02::2; }}\n chain out {{ type nat hook output priority -100; \
-         ip daddr {{ {v4}, 127.0.0.1 }} tcp dport 2222 dnat ip to 10.0.2.2; ip6 daddr {v6} tcp dport 2222 dnat ip6 to fd02::2; }}\n \
-         chain post {{ type nat hook postrouting priority 100; ip saddr 10.0.2.2 masquerade; ip6 saddr fd02::2 masquerade; }}\n}}\n",
-        v4 = server.v4,
-        v6 = server.v6,
-    );
-    inside(&server.netns, || {
-        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
-    });
-    let file = w.dir.join("guest.nft");
-    std::fs::write(&file, script).unwrap();
-    output_in(&server.netns, "nft", &["-f", file.to_str().unwrap()]);
-    apps::serve(&guest, 2222, apps::who);
+    let guest = Guest::of(&w, &server);
     w.start();
-    for (to, seen) in [(server.v4, client.v4), (server.v6, client.v6)] {
-        let stream = connect_from(&client.netns, (to, 2222).into(), |_| {}).unwrap();
-        assert_eq!(said(stream).unwrap(), format!("{seen} x"));
-    }
+    guest.is_reached(&client, &server);
 }
 
 #[test]
@@ -363,14 +377,61 @@ fn sockets_bound_to_a_device_and_link_local_destinations_are_captured() {
     w.log_line(1, "the link-local destination", |l| l["dst.addr"].as_str().is_some_and(|a| a.starts_with("[fe80::")));
 }
 
+#[test]
+fn what_a_guest_opens_is_captured_also_where_its_interface_has_no_address_in_the_pod() {
+    let mut w = world();
+    let (client, server, plain) = (pod(&w, "client"), pod(&w, "server"), pod(&w, "plain"));
+    for server in [&server, &plain] {
+        apps::serve(&server.netns, 8080, apps::who);
+    }
+    let guest = w.ns("inner");
+    crate::world::ip(&format!(
+        "netns add {guest}\nlink add vg netns {} type veth peer name eth0 netns {guest}\n",
+        client.netns
+    ));
+    ip_in(&client.netns, "link set vg up\nroute add 10.0.3.2/32 dev vg\nroute add fd03::2/128 dev vg\n");
+    inside(&client.netns, || {
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv4/conf/vg/proxy_arp", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+    });
+    ip_in(&guest, "link set lo up\nlink set eth0 up\n");
+    let (gateway, _) = link_local_of(&client.netns, "vg");
+    ip_in(
+        &guest,
+        &format!(
+            "addr add 10.0.3.2/32 dev eth0\naddr add fd03::2/128 dev eth0 nodad\n\
+             route add default dev eth0\nroute add default via {gateway} dev eth0\n"
+        ),
+    );
+    w.write_mesh();
+    let mut entry = crate::world::pod_entry(&client);
+    entry["rerouteVirtualInterfaces"] = serde_json::json!(["vg"]);
+    crate::world::replace(&w.pods_file(1), &serde_json::json!({"pods": [entry]}).to_string());
+    w.write_pods(2, &[&server]);
+    for node in [1, 2] {
+        w.start_node(node, &[]);
+        w.wait_captured(node);
+    }
+    for to in [server.v4, server.v6, plain.v4, plain.v6] {
+        let seen = if to.is_ipv4() { client.v4 } else { client.v6 };
+        let stream = connect_from(&guest, (to, 8080).into(), |_| {}).unwrap_or_else(|e| panic!("{to}: {e}"));
+        assert_eq!(said(stream).unwrap(), format!("{seen} x"), "{to}");
+    }
+}
+
 /// The link-local address of a namespace's eth0, once it may be used, and the interface's index.
 pub fn link_local(ns: &str) -> (std::net::Ipv6Addr, u32) {
+    link_local_of(ns, "eth0")
+}
+
+fn link_local_of(ns: &str, interface: &str) -> (std::net::Ipv6Addr, u32) {
     let mut found = None;
     eventually("a link-local address", || {
         let text = inside(ns, || std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap());
         found = text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).find_map(|f| {
             // Scope 20 is the link; flag 40 says that nobody else may have it yet.
-            let usable = f[3] == "20" && f[5] == "eth0" && u8::from_str_radix(f[4], 16).unwrap() & 0x40 == 0;
+            let usable = f[3] == "20" && f[5] == interface && u8::from_str_radix(f[4], 16).unwrap() & 0x40 == 0;
             let ip = u128::from_str_radix(f[0], 16).unwrap();
             usable.then(|| (ip.into(), u32::from_str_radix(f[1], 16).unwrap()))
         });
@@ -481,4 +542,33 @@ fn the_same_with_the_rules_of_an_agent() {
     assert!(istio.request().is_ok());
     call_our_ports(&istio.w, &client, second);
     assert!(istio.request().is_ok());
+}
+
+#[test]
+fn what_is_carried_under_an_agent_is_in_nobodys_way_either() {
+    let mut istio = Istio::new();
+    let (server, stranger) = (istio.pod("server"), istio.w.plain_pod("stranger", 1));
+    istio.tell();
+    let guest = Guest::of(&istio.w, &server);
+    for port in 8140..8143 {
+        apps::serve(&server.netns, port, apps::echo);
+    }
+    inside(&server.netns, || {
+        std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40063").unwrap();
+    });
+    istio.start();
+    Agent::redirect_by_iptables(&server);
+    let mut open = Vec::new();
+    for (own, to) in [(stranger.v4, server.v4), (stranger.v6, server.v6)] {
+        for (port, from_port) in (8140..8143).flat_map(|port| (40_000..40_064).step_by(8).map(move |from| (port, from)))
+        {
+            let mut stream = connect_from(&stranger.netns, (to, port).into(), from(own, from_port)).unwrap();
+            alive(&mut stream).unwrap_or_else(|e| panic!("{own}:{from_port} to {to}:{port}: {e}"));
+            open.push(stream);
+        }
+    }
+    for stream in &mut open {
+        alive(stream).unwrap();
+    }
+    guest.is_reached(&istio.pod("client"), &server);
 }

@@ -69,6 +69,9 @@ fn pods_come_and_go_by_the_agents_word() {
     assert!(alive(&mut open), "what is open may finish");
     drop(open);
     eventually("it is forgotten", || captured(&istio, 1) == ["client"]);
+    eventually("nothing of ours is left", || {
+        !crate::world::output_in(&late.netns, "nft", &["list", "ruleset"]).contains("culvert")
+    });
     assert!(istio.request().is_ok());
     kept_to_the_protocol(istio.agent(1));
 }

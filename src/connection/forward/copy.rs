@@ -155,4 +155,38 @@ mod tests {
         let ended = both_ways(&app, &far, &Count::default(), Duration::from_millis(50)).await;
         assert!(matches!(ended, Err(ForwardError::HalfClosedSilence(_))), "{ended:?}");
     }
+
+    /// Much that waits for a reader, and then a reset of whoever wrote it.
+    async fn reset_behind(bytes: usize, app: &TcpStream, far: &TcpStream, mut server: TcpStream) -> ForwardError {
+        let count = Count::default();
+        let writes = async {
+            let written = tokio::time::timeout(Duration::from_secs(1), server.write_all(&vec![7; bytes])).await;
+            crate::sys::socket::reset_on_close(&server);
+            drop(server);
+            written.is_ok()
+        };
+        tokio::join!(both_ways(app, far, &count, Duration::from_secs(30)), writes).0.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn what_came_before_a_reset_is_passed_on_and_arrives() {
+        let ((mut client, app), (far, server)) = (pair().await, pair().await);
+        let read = async {
+            let mut all = vec![0; 50_000];
+            client.read_exact(&mut all).await.unwrap();
+            client
+        };
+        let (ended, _client) = tokio::join!(reset_behind(50_000, &app, &far, server), read);
+        assert!(matches!(ended, ForwardError::Far(_)), "{ended:?}");
+        assert_eq!(crate::sys::socket::unacknowledged(&app).unwrap(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_does_not_read_keeps_a_reset_connection_for_a_bounded_time() {
+        let ((_client, app), (far, server)) = (pair().await, pair().await);
+        let begun = tokio::time::Instant::now();
+        let ended = reset_behind(50_000_000, &app, &far, server).await;
+        assert!(matches!(ended, ForwardError::Far(_)), "{ended:?}");
+        assert!(begun.elapsed() <= LAST_BYTES + Duration::from_secs(2), "{:?}", begun.elapsed());
+    }
 }
