@@ -184,7 +184,8 @@ fn ids(chain: &[CertificateDer<'_>]) -> Vec<RevokedId> {
 fn ends(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
     let end = |der: &CertificateDer<'_>| {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
-        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+        // The second that it names is its last one (RFC 5280 section 4.1.2.5), and TLS takes it then.
+        let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0).saturating_add(1);
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
     };
     chain.iter().filter_map(end).min()
@@ -221,8 +222,8 @@ impl Chain {
     async fn expired(&self) {
         let Some(ends) = self.ends else { return std::future::pending().await };
         while let Ok(left) = ends.duration_since(SystemTime::now()) {
-            // The clock may be set meanwhile. A validity ends with its last second (RFC 5280 section 4.1.2.5).
-            tokio::time::sleep((left + Duration::from_secs(1)).min(LOOK_AT_CLOCK)).await;
+            // The clock may be set meanwhile.
+            tokio::time::sleep((left + Duration::from_millis(1)).min(LOOK_AT_CLOCK)).await;
         }
     }
 

@@ -107,19 +107,24 @@ fn refusals_that_depend_on_policy_tunnels_and_limits() {
     w.wait_captured(2);
     let cert = certs::good(&w.ca(), &w.dir, "peer");
     let to = server(&w);
-    let ask_for = |to: &Pod, authority: String| {
-        let answer = raw(&w, "peer", to, &w.ca(), Some(&cert), &[connect_to(&authority)]);
+    let ask_for = |w: &World, to: &Pod, authority: String| {
+        let answer = raw(w, "peer", to, &w.ca(), Some(&cert), &[connect_to(&authority)]);
         answer["results"][0]["status"].as_u64().unwrap_or_else(|| panic!("{authority}: {answer}"))
     };
-    assert_eq!(ask_for(&to, format!("{}:8080", to.v4)), 200);
-    assert_eq!(ask_for(&to, format!("{}:8081", to.v4)), 401, "no ALLOW rule matches");
-    assert_eq!(ask_for(&sandwiched, format!("{}:9000", sandwiched.v4)), 503, "PROXY protocol");
-    assert_eq!(ask_for(&way, "10.96.0.1:80".into()), 200, "the waypoint of a service takes its address");
-    assert_eq!(ask_for(&way, format!("{}:80", to.v4)), 400, "and no other");
+    assert_eq!(ask_for(&w, &to, format!("{}:8080", to.v4)), 200);
+    assert_eq!(ask_for(&w, &to, format!("{}:8081", to.v4)), 401, "no ALLOW rule matches");
+    assert_eq!(ask_for(&w, &sandwiched, format!("{}:9000", sandwiched.v4)), 503, "PROXY protocol");
+    assert_eq!(ask_for(&w, &way, "10.96.0.1:80".into()), 200, "the waypoint of a service takes its address");
+    assert_eq!(ask_for(&w, &way, format!("{}:80", to.v4)), 400, "and no other");
     eventually("all have ended", || w.metric(2, "culvert_data_plane_tasks", &[]) == 0.0);
-    let _parked = [connect(&w.ns("peer"), (to.v4, 15008)).unwrap()];
-    eventually("a place is taken", || w.metric(2, "istio_tcp_sockets_open", &[]) == 1.0);
-    assert_eq!(ask_for(&to, format!("{}:8080", to.v4)), 503, "the limit");
+    let parked = connect(&w.ns("peer"), (to.v4, 15008)).unwrap();
+    eventually("it is accepted", || w.metric(2, "istio_tcp_sockets_open", &[]) == 1.0);
+    assert_eq!(ask_for(&w, &to, format!("{}:8080", to.v4)), 200, "who has not said who it is takes nobody's place");
+    drop(parked);
+    let peer = w.pods.iter().find(|pod| pod.name == "peer").unwrap().clone();
+    let (_, says) = crate::stalls::misuse(&mut w, &peer, &to, &cert, json!({"do": "idle", "tunnels": 1}));
+    eventually("a place is taken", || std::fs::read_to_string(&says).is_ok_and(|said| said.contains("open 1")));
+    assert_eq!(ask_for(&w, &to, format!("{}:8080", to.v4)), 503, "the limit");
     assert_eq!(w.metric(2, "culvert_connection_failures_total", &["reason=\"limit\""]), 1.0);
 }
 
@@ -324,6 +329,6 @@ fn a_peer_that_says_nothing_is_dropped_and_others_go_on() {
         let ended = stream.read(&mut [0]);
         assert!(!matches!(&ended, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock), "{ended:?}");
     }
-    let deadline = ["reason=\"peer_handshake_deadline\""];
+    let deadline = ["reason=\"peer_silent\""];
     eventually("all are counted", || w.metric(2, "culvert_connection_failures_total", &deadline) == 50.0);
 }

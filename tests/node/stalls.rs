@@ -47,7 +47,7 @@ fn answered(from: &Pod, to: &Pod, times: usize) {
 }
 
 /// The hostile peer: what it says is in the file.
-fn misuse(w: &mut World, from: &Pod, to: &Pod, cert: &Files, what: Value) -> (u32, PathBuf) {
+pub fn misuse(w: &mut World, from: &Pod, to: &Pod, cert: &Files, what: Value) -> (u32, PathBuf) {
     let mut spec = json!({"to": [to.v4, 15008], "ca": w.ca().join("ca.pem"), "cert": cert.chain, "key": cert.key});
     spec.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
     let log = format!("hostile-{}.out", fs::read_dir(&w.dir).unwrap().count());
