@@ -138,7 +138,11 @@ fn node_config(
         redirect: !matches!(source, Source::Agent(_)),
         source,
         host_netns: path(&args.host_netns).unwrap_or_else(|| proc.join("1/ns/net")),
-        cluster_id: istio::cluster_id(args, environment),
+        // Who writes the mesh by hand need not name the cluster; then no fact is another cluster's.
+        cluster_id: match path(&args.mesh_file) {
+            Some(_) => istio::said_cluster_id(args, environment).unwrap_or_default(),
+            None => istio::cluster_id(args, environment),
+        },
         mark,
         end_earlier: c.read("CULVERT_END_EARLIER_CONNECTIONS", args.end_earlier.as_ref(), false, boolean),
         reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),

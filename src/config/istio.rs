@@ -131,8 +131,13 @@ pub(super) fn host_proc(environment: &Environment) -> PathBuf {
 
 /// Name of this node's cluster.
 pub(super) fn cluster_id(args: &NodeArgs, environment: &Environment) -> String {
+    said_cluster_id(args, environment).unwrap_or_else(|| "Kubernetes".into())
+}
+
+/// The same, where somebody said it.
+pub(super) fn said_cluster_id(args: &NodeArgs, environment: &Environment) -> Option<String> {
     let meta = environment.variables.get("ISTIO_META_CLUSTER_ID").filter(|id| !id.is_empty());
-    meta.or(args.cluster_id.as_ref().filter(|id| !id.is_empty())).cloned().unwrap_or_else(|| "Kubernetes".into())
+    meta.or(args.cluster_id.as_ref().filter(|id| !id.is_empty())).cloned()
 }
 
 /// The daemon's own pod, if all of it is said.

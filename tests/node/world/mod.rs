@@ -238,7 +238,7 @@ impl World {
             }
         };
         command.arg("node").env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_PODS_FILE", self.pods_file(node));
-        command.env("CULVERT_CA_DIR", self.ca()).env("CLUSTER_ID", "c1").env("LOG_FORMAT", "json");
+        command.env("CULVERT_CA_DIR", self.ca()).env("LOG_FORMAT", "json");
         command.envs(settings.iter().copied());
         self.start_command(node, &mut command);
     }
