@@ -123,6 +123,8 @@ settings! {
     xds_on_demand "xds-on-demand" "XDS_ON_DEMAND";
     /// Keep the last known state of the mesh in this file, and start from it where the control plane is away [off].
     state_file "state-file" "CULVERT_STATE_FILE";
+    /// Older than this it is not used: whoever has an address by now need not be who had it then [24h].
+    state_file_max_age "state-file-max-age" "CULVERT_STATE_FILE_MAX_AGE";
     /// Istio's CA [as the control plane].
     ca_address "ca-address" "CA_ADDRESS";
     /// Certificates that vouch for the CA, as for the control plane.

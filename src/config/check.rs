@@ -263,7 +263,7 @@ pub(super) fn boolean(text: &str) -> Result<bool, String> {
     text.parse().map_err(|_| "true or false".into())
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     match super::duration::parse(text) {
         Some(duration) if !duration.is_zero() && duration <= LONGEST => Ok(duration),
         _ => Err("a duration above zero and up to 10years, such as 10s, 5m, 1h30m or 25 (seconds)".into()),

@@ -16,6 +16,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// Age of a state file beyond which it is not used: the life of a certificate, without which its pods could prove nothing anyway.
+const STATE_MAX_AGE: Duration = Duration::from_secs(24 * 3600);
+
 /// Where Istio's chart mounts the control plane's roots.
 const ROOTS: &str = "./var/run/secrets/istio/root-cert.pem";
 /// Where Istio's chart mounts the token.
@@ -203,7 +206,9 @@ pub(super) fn mesh_source(
     }
     let node_id = format!("ztunnel~{ip}~{pod}.{namespace}~{namespace}.svc.cluster.local");
     let state_file = args.state_file.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from);
-    MeshSource::Xds(Box::new(xds::Config { rpc, node_id, metadata, on_demand, state_file }))
+    let age = args.state_file_max_age.as_ref();
+    let state_max_age = c.read("CULVERT_STATE_FILE_MAX_AGE", age, STATE_MAX_AGE, super::check::duration);
+    MeshSource::Xds(Box::new(xds::Config { rpc, node_id, metadata, on_demand, state_file, state_max_age }))
 }
 
 /// DNS of pods. Whether it is taken is said by the reference's metadata, in the environment or in the proxy configuration.

@@ -104,10 +104,15 @@ impl Pod {
 pub const PROBE_IPS: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x77))];
 
-/// Probe connections that are expected at the outbound listener, by original destination.
+/// Whose probes are expected, and who hears of them.
+type Expected = (Vec<IpAddr>, Arc<Notify>);
+
+/// Probe connections that are expected: at the outbound listener by their original destination, at the others by the port that
+/// they come from, because somebody may translate their address on the way.
 #[derive(Debug, Default)]
 pub struct Probes {
     expected: Mutex<HashMap<SocketAddr, Arc<Notify>>>,
+    inbound: Mutex<HashMap<u16, Expected>>,
 }
 
 impl Probes {
@@ -118,6 +123,27 @@ impl Probes {
         expected.clear();
         expected.extend(destinations.iter().map(|to| (*to, arrived.clone())));
         arrived
+    }
+
+    /// Expects connections into the pod from these ports, of whoever has `own`; the notice comes when one has been taken.
+    pub fn expect_inbound(&self, ports: &[u16], own: &[IpAddr], arrived: &Arc<Notify>) {
+        let mut inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        inbound.extend(ports.iter().map(|port| (*port, (own.to_vec(), arrived.clone()))));
+    }
+
+    /// Expects none of these any more.
+    pub fn forget_inbound(&self, ports: &[u16]) {
+        let mut inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        ports.iter().for_each(|port| drop(inbound.remove(port)));
+    }
+
+    /// Whether a connection into the pod is a probe of ours, and nothing more is to be done about it.
+    pub fn take_inbound(&self, source: SocketAddr) -> bool {
+        let inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((own, arrived)) = inbound.get(&source.port()) else { return false };
+        arrived.notify_one();
+        // One with another address may be a probe that was translated, or somebody else's by chance: it goes on.
+        own.contains(&source.ip())
     }
 
     /// Expects none any more.

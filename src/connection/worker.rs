@@ -244,6 +244,9 @@ impl Drop for Load {
 }
 
 fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
+    if entrance != Entrance::Outbound && pod.probes.take_inbound(canonical(peer)) {
+        return reset_on_close(&socket);
+    }
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
     let Some(handle) = least else { return };
     let shared = &handle.worker.shared;

@@ -246,9 +246,30 @@ impl Capturer {
         }
     }
 
-    /// Makes sure that what the pod sends comes to us.
-    pub async fn verify(&self, listening: &Listening) -> Result<(), CaptureError> {
-        Ok(verify::verify(&listening.pod, listening.ipv6).await?)
+    /// Makes sure that what the pod sends comes to us, and what is sent to it; gives why the latter is not known, where it is not.
+    pub async fn verify(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
+        let pod = &listening.pod;
+        verify::verify(pod, listening.ipv6).await?;
+        let known = pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone());
+        let mut ips = known.unwrap_or_else(|| spec.ips.clone());
+        ips.retain(|ip| ip.is_ipv4() || listening.ipv6);
+        Ok(verify::verify_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.sides()).await?)
+    }
+
+    /// From where a pod can be called as others call it: from the node, and from where the daemon is.
+    fn sides(&self) -> Vec<verify::Side> {
+        let own = Netns::open(Path::new("/proc/self/ns/net")).ok();
+        let host = Netns::open(&self.config.host_netns).ok();
+        let is_host = own.is_some() && own == host;
+        let side = |name, netns, is_sure| verify::Side { name, netns, is_sure };
+        let from_host = host.map(|netns| side("the node", netns, self.gives_probes_an_address()));
+        let from_own = own.filter(|_| !is_host).map(|netns| side("the daemon", netns, self.config.redirect));
+        match self.config.source {
+            super::Source::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
+            // The agent gives the node's own connections the probes' address.
+            super::Source::Agent(_) => from_own.into_iter().collect(),
+            super::Source::File(_) => from_own.into_iter().chain(from_host).collect(),
+        }
     }
 
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,

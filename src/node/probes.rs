@@ -6,6 +6,7 @@
 //! pods does not come to the host, so that a table of the bridge's own drops it there.
 
 use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
+use super::verify::{INBOUND_PORT, TUNNELS};
 use crate::mesh::Text;
 use crate::sys::changes::Changes;
 use crate::sys::counter::{self, Family};
@@ -196,10 +197,11 @@ impl HostProbes {
             for (ip, uid) in entries.iter().filter(|(ip, _)| ip.is_ipv4() == (set == "v4")) {
                 script += &format!("add element inet {TABLE} {set} {{ {ip} comment \"{uid}\" }}\n");
             }
+            // What verifies that others' connections come to us must come as others' do.
             // Without a socket there is no uid, and the rule does not match: what is forwarded is never let through.
             script += &format!(
-                "add rule inet {TABLE} postrouting meta l4proto tcp {family} daddr @{set} meta skuid != 4294967295 \
-                 snat {family} to {source}\n"
+                "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {TUNNELS}, {INBOUND_PORT} }} \
+                 meta skuid != 4294967295 snat {family} to {source}\n"
             );
         }
         script

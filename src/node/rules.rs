@@ -161,6 +161,9 @@ impl Rules {
         let whole = match seen.tables {
             true => match redirect::is_alone_with(netns, written).await {
                 Ok((alone, others)) => {
+                    if others.hooks != self.noted.other_rules {
+                        self.verify_at = Instant::now();
+                    }
                     self.note(listening, others.hooks, others.unread);
                     alone
                 }
@@ -290,7 +293,7 @@ impl Rules {
             self.legs = legs::write(&listening.pod.netns, capturer.config.mark).await;
         }
         let verified = tokio::select! {
-            verified = capturer.verify(listening) => verified,
+            verified = capturer.verify(spec, listening) => verified,
             // A probe that is lost takes two seconds; somebody changes the rules now.
             () = foreign_change(self, &listening.pod.netns) => {
                 Err(redirect::RedirectError::Raced.into())
@@ -301,10 +304,11 @@ impl Rules {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
                 self.write(capturer, board, spec, listening).await?;
-                capturer.verify(listening).await
+                self.noted.inbound_unverified = capturer.verify(spec, listening).await?;
             }
-            verified => verified,
+            verified => self.noted.inbound_unverified = verified?,
         }
+        Ok(())
     }
 
     async fn write(

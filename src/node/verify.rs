@@ -1,18 +1,32 @@
-//! Verifying capture from inside the pod: an ordinary connection, as the application would open it, must arrive at our
-//! listener. Only then is the pod reported as captured.
+//! Verifying capture in both directions: an ordinary connection from inside the pod, as the application would open it, and ones
+//! from the node to the pod's address, as its clients would, must arrive at our listeners.
 
+use super::redirect;
 use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
 use crate::mesh::address::is_link_local;
-use crate::sys::netns::NetnsError;
+use crate::sys::counter::{self, Family};
+use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::socket::{ordinary, reset_on_close, start_connect};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use socket2::Socket;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Notify;
 
 /// Ports that probes go to, one each. There are several because during an upgrade two daemons listen, and the kernel
 /// gives each connection to either.
 const PROBE_PORTS: std::ops::Range<u16> = 15091..15099;
+
+/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to [`TUNNELS`] no other address.
+pub const INBOUND_PORT: u16 = 15091;
+/// Port on which tunnels are taken.
+pub const TUNNELS: u16 = 15008;
+/// How many probes are sent into the pod at once, and how long they may take to arrive.
+const INBOUND_ROUNDS: [(usize, Duration); 2] = [(1, Duration::from_millis(300)), (8, Duration::from_millis(500))];
 
 /// How long a probe may take to arrive.
 const DEADLINE: Duration = Duration::from_secs(2);
@@ -31,6 +45,12 @@ pub enum VerifyError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Something else than we answers for the pod.
+    #[error(
+        "a connection from the node to {0} was answered, and not by us: other rules in the pod come before ours, or somebody else has \
+         its address; what goes there passes the pod's policies"
+    )]
+    NotOurs(SocketAddr),
     /// The probe did not arrive at the listener.
     #[error(
         "a probe to {0} from inside the pod was not captured: other rules in the pod come before ours, or a filter drops what ours redirect (nft list ruleset in the pod shows them)"
@@ -72,6 +92,117 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
     let _sockets = probes?;
     let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
     arrival.map_err(|_| VerifyError::NotCaptured(ip))
+}
+
+/// A namespace from which the pod can be called as others call it.
+#[derive(Debug)]
+pub struct Side {
+    /// What it is called.
+    pub name: &'static str,
+    /// The namespace.
+    pub netns: Netns,
+    /// Whether an answer that is not ours means that the pod is not captured. Where somebody gives the node's own connections the
+    /// probes' address, it does not.
+    pub is_sure: bool,
+}
+
+/// What became of a probe into the pod.
+enum Inbound {
+    Ours,
+    /// Somebody else has answered, or refused.
+    Answered,
+    /// Nobody has answered, or it could not be sent.
+    Lost,
+}
+
+/// Calls the pod at `ips` as others would: in plaintext, unless that is left alone, and at the port for tunnels. Both must come
+/// to us. Gives why that is not known, where nobody answers at all: the network may keep the node from the pod.
+pub async fn verify_inbound(
+    pod: &Pod,
+    ips: &[IpAddr],
+    plaintext: bool,
+    sides: &[Side],
+) -> Result<Option<String>, VerifyError> {
+    let own = |v4| ips.iter().copied().find(|ip| ip.is_ipv4() == v4 && !is_link_local(*ip));
+    let ports = [INBOUND_PORT, TUNNELS].into_iter().filter(|port| plaintext || *port == TUNNELS);
+    let targets = ports.flat_map(|port| [own(true), own(false)].into_iter().flatten().map(move |ip| (ip, port)));
+    let all = targets.map(|target| one_target(pod, SocketAddr::from(target), sides));
+    let mut all: FuturesUnordered<_> = all.collect();
+    let mut unknown = None;
+    while let Some(result) = all.next().await {
+        unknown = unknown.or(result?);
+    }
+    Ok(unknown)
+}
+
+async fn one_target(pod: &Pod, to: SocketAddr, sides: &[Side]) -> Result<Option<String>, VerifyError> {
+    let from = |side: &Side| side.name;
+    let mut tries: FuturesUnordered<_> =
+        sides.iter().map(|side| async move { (side.is_sure, from_side(pod, side, to).await) }).collect();
+    while let Some((is_sure, result)) = tries.next().await {
+        match result? {
+            Inbound::Ours => return Ok(None),
+            Inbound::Answered if is_sure => return Err(VerifyError::NotOurs(to)),
+            Inbound::Answered | Inbound::Lost => {}
+        }
+    }
+    let tried: Vec<&str> = sides.iter().map(from).collect();
+    let tried = if tried.is_empty() { "nowhere".into() } else { tried.join(" and ") };
+    Ok(Some(format!(
+        "whether what comes to the pod comes to us is not known: a connection to {to} from {tried} did not arrive; does a \
+         NetworkPolicy keep the node from its pods, or a rule in the pod?"
+    )))
+}
+
+async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, VerifyError> {
+    // Several, because during an upgrade two daemons listen; but mostly one does.
+    for (attempts, wait) in INBOUND_ROUNDS {
+        let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
+        let passed = || pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED));
+        let before = passed().ok().and_then(Result::ok);
+        let arrived = Arc::<Notify>::default();
+        let any: SocketAddr =
+            if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+        let opened = side.netns.enter(|| {
+            let open = |_| {
+                let socket = ordinary(to)?;
+                socket.bind(&any.into())?;
+                reset_on_close(&socket);
+                let port = socket.local_addr()?.as_socket().map_or(0, |local| local.port());
+                Ok::<_, io::Error>((socket, port))
+            };
+            (0..attempts).map(open).collect::<Result<Vec<_>, _>>()
+        })?;
+        let Ok(sockets) = opened else { return Ok(Inbound::Lost) };
+        let ports: Vec<u16> = sockets.iter().map(|(_, port)| *port).collect();
+        pod.probes.expect_inbound(&ports, &own, &arrived);
+        let _forget = ForgetInbound(pod, &ports);
+        // From where there is no way it is lost, as where something drops it.
+        let sent = side.netns.enter(|| sockets.iter().all(|(socket, _)| start_connect(socket, to).is_ok()))?;
+        if sent && tokio::time::timeout(wait, arrived.notified()).await.is_ok() {
+            return Ok(Inbound::Ours);
+        }
+        let answered = |(socket, _): &(Socket, u16)| match socket.take_error() {
+            Ok(Some(error)) => error.kind() == io::ErrorKind::ConnectionRefused,
+            Ok(None) => socket.peer_addr().is_ok(),
+            Err(_) => false,
+        };
+        // Somebody has given it the address of the kubelet's probes, which the pod's rules leave alone.
+        let exempt = passed().ok().and_then(Result::ok) != before;
+        if attempts > 1 && sent && !exempt && sockets.iter().any(answered) {
+            return Ok(Inbound::Answered);
+        }
+    }
+    Ok(Inbound::Lost)
+}
+
+/// Ends the expectation of probes into the pod.
+struct ForgetInbound<'a>(&'a Pod, &'a [u16]);
+
+impl Drop for ForgetInbound<'_> {
+    fn drop(&mut self) {
+        self.0.probes.forget_inbound(self.1);
+    }
 }
 
 /// Ends the expectation of probes, also when the verification is given up.

@@ -130,6 +130,7 @@ fn a_second_daemon_on_the_same_ports_says_so() {
         .arg(subject())
         .args(["proxy", "ztunnel"])
         .env("LOCAL_XDS_PATH", w.mesh_file(1))
+        .env("CLUSTER_ID", "c1")
         .env("CULVERT_PODS_FILE", w.pods_file(1))
         .env("CULVERT_CA_DIR", w.ca())
         .output()
@@ -162,6 +163,7 @@ fn without_the_right_to_it_each_pod_is_named_with_the_capability_that_is_missing
     command.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(subject()).arg("node");
     command
         .env("LOCAL_XDS_PATH", w.mesh_file(1))
+        .env("CLUSTER_ID", "c1")
         .env("CULVERT_PODS_FILE", w.pods_file(1))
         .env("CULVERT_CA_DIR", w.ca());
     let _weak = crate::world::Process::start(&w.ns("n1"), &mut command, &log);

@@ -266,6 +266,12 @@ fn a_namespace_is_the_pods_own_whoever_has_entered_it_and_whatever_the_cgroups_f
     drop(intruder);
 }
 
+/// Gives a namespace the addresses of a pod, without a word to its neighbours.
+fn hold_too(ns: &str, pod: &Pod) {
+    inside(ns, || std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
+    ip_in(ns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", pod.v4, pod.v6));
+}
+
 #[test]
 fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
     let mut c = cluster();
@@ -273,7 +279,7 @@ fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
     // Older than the victim's own process: in the attacker's cgroup, under the victim's name, with the victim's address.
     let evil = c.w.mesh_pod("evil", 1);
     let mut attacker = KubePod::new(&evil);
-    ip_in(&evil.netns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", c.client.v4, c.client.v6));
+    hold_too(&evil.netns, &c.client);
     let _posing = Sandbox::start(&evil.netns, &format!("{}/pod{}/x", attacker.cgroup(), c.kube[0].uid));
     // Says that it is the mirror of the victim.
     for (name, value) in [("hash", c.kube[0].uid.as_str()), ("mirror", c.kube[0].uid.as_str()), ("source", "file")] {
@@ -294,7 +300,7 @@ fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
     assert_eq!(inode(&netns(&c, "client")), inode(&format!("/run/netns/{}", c.client.netns)), "in its own namespace");
     // Two of its own that hold its address: nobody can tell, and what is captured stays so.
     let copy = c.w.add_pod("copy", 1);
-    ip_in(&copy.netns, &format!("addr add {}/32 dev lo\n", c.client.v4));
+    hold_too(&copy.netns, &c.client);
     let second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
     c.w.take_node(1).kill();
     c.start_one(&[]);
@@ -323,7 +329,7 @@ fn what_the_plugin_hands_over_no_scan_replaces_and_it_goes_with_its_address() {
     let before = since(&c);
     // A namespace of the pod's own making, with its address.
     let copy = c.w.add_pod("copy", 1);
-    ip_in(&copy.netns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", c.client.v4, c.client.v6));
+    hold_too(&copy.netns, &c.client);
     let _second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
     c.apis[0].pod(&c.kube[0]);
     c.w.log_line(1, "it is named", |line| {
@@ -692,6 +698,68 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
         pod["rulesUnread"].is_null()
             && pod["otherRules"].to_string().contains("notrack in chain early of table ip theirs")
     });
+}
+
+#[test]
+fn captured_means_that_what_comes_to_a_pod_comes_to_us_too() {
+    let mut c = cluster();
+    strict(&mut c);
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.start();
+    let (ns, stranger) = (c.client.netns.clone(), c.w.ns("n2"));
+    let file = c.w.dir.join("theirs.nft");
+    let load = |rules: &str| {
+        std::fs::write(&file, format!("table inet theirs {{ chain c {{ {rules} }}\n }}\n")).unwrap();
+        output_in(&ns, "nft", &["-f", file.to_str().unwrap()]);
+    };
+    let client = c.client.v4;
+    let passes = || ask(&stranger, (client, 8080), "x").is_ok_and(|answer| !answer.is_empty());
+    let pod = |c: &Cluster| c.w.json(1, "/pods")[0].clone();
+    assert!(!passes());
+    assert!(pod(&c)["inboundUnverified"].is_null());
+    assert!(pod(&c)["otherRules"].as_array().is_none_or(Vec::is_empty), "{}", pod(&c));
+    for (what, rules, port, opens) in [
+        (
+            "what is not tracked is not translated",
+            "type filter hook prerouting priority -400; tcp dport != 15008 notrack;",
+            "15091",
+            false,
+        ),
+        (
+            "another translation",
+            "type nat hook prerouting priority -150; tcp dport != 15008 redirect to :8080;",
+            "15091",
+            true,
+        ),
+        (
+            "tunnels go elsewhere",
+            "type nat hook prerouting priority -150; tcp dport 15008 redirect to :9;",
+            "15008",
+            false,
+        ),
+    ] {
+        load(rules);
+        eventually(what, || {
+            let (state, why) = c.w.state(1, "client");
+            state == "failed" && why.contains("was answered, and not by us") && why.contains(&format!(":{port}"))
+        });
+        assert_eq!(passes(), opens, "{what}");
+        assert!(pod(&c)["otherRules"].to_string().contains("of table inet theirs at hook prerouting"), "{}", pod(&c));
+        output_in(&ns, "nft", &["delete", "table", "inet", "theirs"]);
+        eventually("captured when that has gone", || c.state("client") == "captured");
+    }
+    // Nobody answers: that may be the network's doing. It is said, and no reason to call the pod not captured.
+    load("type filter hook input priority 0; tcp dport { 15006, 15008 } tcp flags & (syn | ack) == syn drop;");
+    c.w.take_node(1).kill();
+    c.w.start_kube_node(1, &c.apis[0], &[]);
+    eventually("it is said", || {
+        c.state("client") == "captured"
+            && pod(&c)["inboundUnverified"].as_str().is_some_and(|why| why.contains("did not arrive"))
+    });
+    output_in(&ns, "nft", &["delete", "table", "inet", "theirs"]);
+    let named =
+        c.w.log(1).iter().any(|line| line["scope"] == "access" && line["dst.addr"].to_string().contains("1509"));
+    assert!(!named, "our own probes are no connections of anybody");
 }
 
 #[test]

@@ -5,6 +5,7 @@ use crate::world::certs::spiffe;
 use crate::world::facts::{hostname, principal};
 use crate::world::wire::{self, ADDRESS, AUTHORIZATION};
 use crate::world::{apps, ask, eventually, is_reset, output_in};
+use culvert::proto::culvert::state::SavedState;
 use culvert::proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use culvert::proto::istio::{security as auth, workload as wl};
 use prost::Message;
@@ -307,7 +308,17 @@ fn a_start_without_control_plane_serves_by_the_state_file() {
     istio.plane.change(|state| state.refuse = None);
     eventually("in step again", || policies(&istio, 2).is_empty());
     assert_eq!(istio.w.json(2, "/config_dump")["meshState"]["stale"], json!(false));
-    // A file that is damaged is left out, by name.
+    // A file that is too old is left out, by name, and so is one that is damaged.
+    istio.w.node(1).kill();
+    istio.plane.change(|state| state.refuse = Some(14));
+    let mut old = SavedState::decode(std::fs::read(&files[0]).unwrap().as_slice()).unwrap();
+    old.saved_at -= 25 * 3600;
+    std::fs::write(&files[0], old.encode_to_vec()).unwrap();
+    istio.start_node(1, &[("CULVERT_STATE_FILE", &files[0].display().to_string())]);
+    istio.w.log_line(1, "its age", |l| l["message"].as_str().is_some_and(|m| m.contains("too old to be used")));
+    eventually("nothing is known", || istio.w.json(1, "/config_dump")["workloads"] == json!([]));
+    assert!(!istio.w.is_ready(1), "not ready by facts of then");
+    istio.plane.change(|state| state.refuse = None);
     istio.w.node(1).kill();
     std::fs::write(&files[0], "x").unwrap();
     istio.start_node(1, &[("CULVERT_STATE_FILE", &files[0].display().to_string())]);

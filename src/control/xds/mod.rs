@@ -36,6 +36,8 @@ pub struct Config {
     pub on_demand: bool,
     /// Where the last known state is kept.
     pub state_file: Option<PathBuf>,
+    /// Age beyond which it is not used.
+    pub state_max_age: Duration,
 }
 
 /// How fresh the facts are.

@@ -44,6 +44,13 @@ pub struct Saved {
     pub types: Vec<SavedType>,
 }
 
+impl Saved {
+    /// How long ago it was true, in whole seconds; zero where this node's clock is behind.
+    pub fn age(&self) -> Duration {
+        Duration::from_secs(self.at.elapsed().unwrap_or_default().as_secs())
+    }
+}
+
 /// Reads a state file; `None` where there is none yet.
 pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };

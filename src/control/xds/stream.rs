@@ -327,6 +327,14 @@ impl Client {
         let Some(path) = &self.config.state_file else { return };
         match saved::read(path) {
             Ok(None) => {}
+            Ok(Some(state)) if state.age() > self.config.state_max_age => {
+                let (path, age, max) = (path.display().to_string(), state.age(), self.config.state_max_age);
+                let (age, max) = (humantime::format_duration(age), humantime::format_duration(max));
+                tracing::error!(
+                    path, %age, %max,
+                    "the state file is too old to be used (CULVERT_STATE_FILE_MAX_AGE): nothing is known until the control plane is there"
+                );
+            }
             Ok(Some(state)) => {
                 let (update, faults, notes) = self.delta.restore(state.types);
                 say_notes(&notes);
