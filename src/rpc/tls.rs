@@ -190,3 +190,27 @@ impl ServerCertVerifier for EitherName {
         self.chain.supported_verify_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::CertificateError;
+
+    #[test]
+    fn a_handshake_that_fails_by_a_clock_says_whose() {
+        let of = |error: Error| clock(&io::Error::other(error)).unwrap_or_default();
+        for error in [CertificateError::Expired, CertificateError::NotValidYet] {
+            assert!(of(Error::InvalidCertificate(error)).starts_with("by this node's clock"));
+        }
+        assert!(of(Error::AlertReceived(AlertDescription::CertificateExpired)).starts_with("by the far end's clock"));
+        // As HTTP/2 hands it on.
+        let text = io::Error::other("received fatal alert: CertificateExpired");
+        assert!(clock(&text).is_some_and(|said| said.starts_with("by the far end's clock")));
+        for other in [Error::InvalidCertificate(CertificateError::UnknownIssuer), Error::DecryptError] {
+            assert_eq!(of(other), "");
+        }
+        let error = io::Error::other(Error::InvalidCertificate(CertificateError::Expired));
+        let said = crate::rpc::ConnectError::Tls { host: "istiod".into(), source: error }.to_string();
+        assert!(said.starts_with("istiod is not who it must be: ") && said.contains("one of the two clocks"), "{said}");
+    }
+}

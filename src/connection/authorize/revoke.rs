@@ -110,7 +110,7 @@ impl Live {
 
     /// What applies to its workload.
     pub(super) fn applicable(&self, snapshot: &Snapshot, workload: &Arc<Workload>) -> Arc<Applicable> {
-        self.registry.applicable(&self.uid, snapshot, workload)
+        self.registry.applicable(&self.uid, snapshot, workload).0
     }
 
     /// Takes a permit that these facts have given; `false` where newer ones are known to apply, by which whoever asks has to
@@ -149,13 +149,21 @@ type Waiting = HashMap<Text, HashMap<u64, Instant>>;
 #[derive(Debug)]
 struct Turn {
     left: usize,
-    /// Policies looked at, in all turns.
-    spent: usize,
+    looked: Looked,
+}
+
+/// What was done at one look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Looked {
+    /// Policies looked at.
+    policies: usize,
+    /// Connections judged.
+    connections: usize,
 }
 
 impl Turn {
     async fn spend(&mut self, cost: usize) {
-        self.spent += cost;
+        self.looked.policies += cost;
         if cost >= self.left {
             tokio::task::yield_now().await;
             self.left = TURN;
@@ -187,9 +195,9 @@ impl Registry {
         let mut waiting = Waiting::new();
         loop {
             changes.mark_unchanged();
-            let spent = self.look(mesh, &mut waiting).await;
-            if spent > 0 {
-                tracing::debug!(policies = spent, "live connections were judged again");
+            let Looked { policies, connections } = self.look(mesh, &mut waiting).await;
+            if connections > 0 {
+                tracing::debug!(connections, policies, "live connections were judged again");
             }
             tokio::time::sleep(PAUSE).await;
             let soonest = waiting.values().flat_map(HashMap::values).min().map(|since| *since + POLICY_WAIT);
@@ -201,16 +209,17 @@ impl Registry {
         }
     }
 
-    /// Judges whoever has a permit by the facts of now; gives how many policies were looked at.
-    async fn look(&self, mesh: &mesh::Store, waiting: &mut Waiting) -> usize {
+    /// Judges whoever has a permit by the facts of now.
+    async fn look(&self, mesh: &mesh::Store, waiting: &mut Waiting) -> Looked {
         let uids: Vec<Text> = self.groups().keys().cloned().collect();
         waiting.retain(|uid, _| uids.contains(uid));
-        let mut turn = Turn { left: TURN, spent: 0 };
+        let mut turn = Turn { left: TURN, looked: Looked::default() };
         for uid in uids {
             let Some(known) = self.groups().get(&uid).map(|group| group.workload.clone()) else { continue };
             let snapshot = mesh.load();
             let workload = snapshot.workload(&uid).cloned().unwrap_or(known);
-            let now = self.applicable(&uid, &snapshot, &workload);
+            let (now, cost) = self.applicable(&uid, &snapshot, &workload);
+            turn.spend(cost).await;
             // In this order: whoever gets a permit by older facts after these have been noted is sent to ask again, and
             // whoever has got one before is listed here.
             let live = {
@@ -230,11 +239,11 @@ impl Registry {
                 waiting.insert(uid, still);
             }
         }
-        turn.spent
+        turn.looked
     }
 
-    /// What applies to a workload by these facts. As long as it is the same, it is the same object.
-    fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> Arc<Applicable> {
+    /// What applies to a workload by these facts, and what it cost to find out. As long as it is the same, it is the same object.
+    fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> (Arc<Applicable>, usize) {
         let is_as = |newest: &Newest| {
             let before = &newest.workload;
             newest.policies_version == snapshot.policies_version
@@ -243,25 +252,26 @@ impl Registry {
                         && before.policies == workload.policies
                         && before.trust_domain == workload.trust_domain))
         };
-        if let Some(newest) = self.groups().get(uid).and_then(|group| group.newest.as_ref())
-            && newest.version <= snapshot.version
-            && is_as(newest)
-        {
-            return newest.applicable.clone();
-        }
+        let last = {
+            let groups = self.groups();
+            let newest = groups.get(uid).and_then(|group| group.newest.as_ref());
+            if let Some(newest) = newest.filter(|newest| newest.version <= snapshot.version && is_as(newest)) {
+                return (newest.applicable.clone(), 0);
+            }
+            newest.map(|newest| newest.applicable.clone())
+        };
         // Not under the lock: of two thousand policies it takes a while.
-        let mut applicable = Arc::new(Applicable::to(snapshot, workload));
+        let found = Applicable::to(snapshot, workload);
+        let cost = found.cost();
+        let applicable = last.filter(|last| **last == found).unwrap_or_else(|| Arc::new(found));
         let (version, policies_version, workload) = (snapshot.version, snapshot.policies_version, workload.clone());
         let mut groups = self.groups();
-        let Some(group) = groups.get_mut(uid) else { return applicable };
-        let last = group.newest.as_ref().map(|newest| (newest.version, newest.applicable.clone()));
-        if let Some((_, same)) = last.as_ref().filter(|(_, last)| **last == *applicable) {
-            applicable = same.clone();
-        }
-        if last.is_none_or(|(last, _)| last <= version) {
+        if let Some(group) = groups.get_mut(uid)
+            && group.newest.as_ref().is_none_or(|newest| newest.version <= version)
+        {
             group.newest = Some(Newest { version, policies_version, workload, applicable: applicable.clone() });
         }
-        applicable
+        (applicable, cost)
     }
 
     fn groups(&self) -> MutexGuard<'_, HashMap<Text, Group>> {
@@ -306,6 +316,7 @@ async fn judge(
             turn.spend(changes.cost(standing.by.as_ref()).max(1)).await;
             changes.verdict(&entry.subject, standing.by.as_ref())
         };
+        turn.looked.connections += 1;
         match verdict {
             Verdict::Allow(permit) => {
                 entry.stands(Some(Standing { version, applicable: now.clone(), by: permit.rule().cloned() }));
@@ -375,7 +386,10 @@ mod tests {
             mesh.update(Update { workloads: vec![attached], ..Update::default() });
             denied.revoked().await;
         };
-        tokio::select! { () = registry.watch(&mesh) => {}, () = watch => {} }
+        let both = async {
+            tokio::select! { () = registry.watch(&mesh) => {}, () = watch => {} }
+        };
+        tokio::time::timeout(Duration::from_secs(1), both).await.unwrap();
         assert!(matches!(denied.reason(), Some(Refusal::Denied(_))));
         assert!(allowed.reason().is_none());
         drop((denied, allowed));
@@ -391,7 +405,10 @@ mod tests {
         server.policies = vec!["a/late".into()];
         mesh.update(Update { workloads: vec![server], ..Update::default() });
         let start = Instant::now();
-        tokio::select! { () = registry.watch(&mesh) => {}, () = live.revoked() => {} }
+        let both = async {
+            tokio::select! { () = registry.watch(&mesh) => {}, () = live.revoked() => {} }
+        };
+        tokio::time::timeout(2 * POLICY_WAIT, both).await.unwrap();
         assert!(start.elapsed() >= POLICY_WAIT);
         assert_eq!(live.reason(), Some(Refusal::PolicyUnknown("a/late".into())));
     }
@@ -439,22 +456,28 @@ mod tests {
             }
         }
         let mut waiting = Waiting::new();
-        assert_eq!(registry.look(&mesh, &mut waiting).await, 0, "all have just been judged");
+        assert_eq!(registry.look(&mesh, &mut waiting).await, Looked::default(), "all have just been judged");
 
         // A workload that names another policy concerns its own 50.
         let mut one = servers[0].clone();
         one.policies = vec!["a/one".into()];
         let policy = deny_port("one", PolicyScope::WorkloadSelector, 1000);
         mesh.update(Update { workloads: vec![one], policies: vec![policy], ..Update::default() });
-        let spent = registry.look(&mesh, &mut waiting).await;
-        assert!(spent <= POLICIES + 1 + 50, "{spent}");
+        let looked = registry.look(&mesh, &mut waiting).await;
+        assert_eq!(looked.connections, 50);
+        assert!(looked.policies <= 61 * (POLICIES + 1) + 50, "{looked:?}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 1);
 
         // What changes nothing that applies concerns nobody, also where all facts are told anew.
         let mut healthy = servers[1].clone();
         healthy.node = "another".into();
         mesh.update(Update { workloads: vec![healthy], ..Update::default() });
-        assert_eq!(registry.look(&mesh, &mut waiting).await, 0);
+        assert_eq!(registry.look(&mesh, &mut waiting).await, Looked::default());
+        mesh.update(Update {
+            policies: vec![Policy { namespace: "b".into(), ..deny_port("b", PolicyScope::Namespace, 1) }],
+            ..Update::default()
+        });
+        assert_eq!(registry.look(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
 
         // A policy for all concerns all; others go on in between.
         let policy = deny_port("all", PolicyScope::Global, 1001);
@@ -467,9 +490,11 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        let spent = tokio::select! { biased; spent = looking => spent, () = others => None }.unwrap();
-        assert!(spent <= 60 * (POLICIES + 2) + 3000, "{spent}");
-        assert!(turns >= spent / (TURN + POLICIES + 2), "{turns} turns for {spent}");
+        let looked = tokio::select! { biased; looked = looking => looked, () = others => None }.unwrap();
+        // One has been refused.
+        assert_eq!(looked.connections, 2999);
+        assert!(looked.policies <= 2 * 60 * (POLICIES + 2) + 3000, "{looked:?}");
+        assert!(turns >= looked.policies / (TURN + POLICIES + 2), "{turns} turns for {looked:?}");
         assert!(turns >= 60, "{turns}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 61);
     }
