@@ -5,6 +5,8 @@ use super::redirect::{self, RedirectError};
 use crate::connection::dial::direct::LEG_BIT;
 use crate::dns::PORT as DNS;
 use crate::sys::netns::Netns;
+use crate::telemetry::limit::LogLimit;
+use std::sync::LazyLock;
 
 /// Name of the table.
 pub const TABLE: &str = "culvert_legs";
@@ -19,20 +21,27 @@ const ZONE: u16 = 2;
 /// Writes the table; `mark` is the one of our packets. A pod is captured also where that fails: it is logged.
 pub async fn write(netns: &Netns, mark: u32) -> bool {
     let Err(first) = redirect::apply(netns, &table(mark, true)).await else { return true };
-    let netns_path = netns.path().display();
+    static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
+    let (netns_path, suppressed) = (netns.path().display(), LIMIT.allow());
     if let Err(error) = redirect::apply(netns, &table(mark, false)).await {
-        tracing::warn!(
-            netns = %netns_path,
-            %error,
-            "connections of one client to the pod may get into each other's way, and the pod's own NAT may lose them"
-        );
+        if let Some(suppressed) = suppressed {
+            tracing::warn!(
+                netns = %netns_path,
+                %error,
+                suppressed,
+                "connections of one client to the pod may get into each other's way, and the pod's own NAT may lose them"
+            );
+        }
         return false;
     }
-    tracing::info!(
-        netns = %netns_path,
-        error = %first,
-        "without nft_tproxy in the kernel, a client that uses one port of its own for two connections to the pod may hang"
-    );
+    if let Some(suppressed) = suppressed {
+        tracing::info!(
+            netns = %netns_path,
+            error = %first,
+            suppressed,
+            "without nft_tproxy in the kernel, a client that uses one port of its own for two connections to the pod may hang"
+        );
+    }
     true
 }
 
