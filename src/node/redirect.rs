@@ -382,6 +382,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         )
     });
     let old_sets = old_sets.concat();
+    // Answers to a link-local address go by its link, and are lost on any other route.
     let return_bits = !MASK;
     // What we ask of resolvers may come from the very port that the application asks from. The answers come without the zone:
     // a question to the pod's own DNS server, from port 53, looks the same.
@@ -393,6 +394,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBED} {{ }}\n{sets}\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
+         \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\

@@ -373,6 +373,11 @@ fn sockets_bound_to_a_device_and_link_local_destinations_are_captured() {
     let ((there, _), (own, index)) = (link_local(&near.netns), link_local(&client.netns));
     let to = SocketAddrV6::new(there, 8080, 0, index);
     assert_eq!(said(connect_from(&client.netns, to.into(), |_| {}).unwrap()).unwrap(), format!("{own} x"));
+    // And to a captured pod, whose application sees its own address: answers to the client's would leave by the link.
+    let beside = pod(&w, "plain");
+    let ((there, _), (_, index)) = (link_local(&server.netns), link_local(&beside.netns));
+    let to = SocketAddrV6::new(there, 8080, 0, index);
+    assert_eq!(said(connect_from(&beside.netns, to.into(), |_| {}).unwrap()).unwrap(), format!("{there} x"));
     // All of that went through us.
     w.log_line(1, "the link-local destination", |l| l["dst.addr"].as_str().is_some_and(|a| a.starts_with("[fe80::")));
 }

@@ -48,8 +48,10 @@ pub async fn to_app(
     client: IpAddr,
     config: &SocketConfig,
 ) -> Result<TcpStream, DialError> {
-    // A pod that reaches itself has its own address already; another family cannot be kept.
-    let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4();
+    // A pod that reaches itself has its own address already; another family cannot be kept, nor a link-local IPv6 address, to
+    // which answers go by its link alone.
+    let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
+    let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
     let source = if keep { Source::Client(client) } else { Source::Any };
     connect(netns, to, source, config).await
 }
