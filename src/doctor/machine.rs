@@ -3,7 +3,7 @@
 use super::{DEADLINE, Line, bad, note, well};
 use crate::config::Config;
 use crate::node::cni::install::PLUGIN;
-use crate::node::{Source, kubernetes, probes, redirect};
+use crate::node::{Source, kubernetes, probes, redirect, routes};
 use crate::sys::limits;
 use crate::sys::netns::Netns;
 use crate::task::thread;
@@ -70,7 +70,7 @@ async fn rules(config: &Config) -> Line {
         spared: Vec::new(),
     };
     let tried = async {
-        redirect::loopback_up(&netns).await?;
+        routes::loopback_up(&netns).await?;
         redirect::install(&netns, &rules, false).await?;
         redirect::remove(&netns, ipv6).await
     };

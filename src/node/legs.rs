@@ -2,6 +2,7 @@
 //! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
 
 use super::redirect::{self, RedirectError};
+use super::routes::{MASK, RETURN_MARK};
 use crate::connection::dial::direct::LEG_BIT;
 use crate::dns::PORT as DNS;
 use crate::sys::netns::Netns;
@@ -11,10 +12,6 @@ use std::sync::LazyLock;
 /// Name of the table.
 pub const TABLE: &str = "culvert_legs";
 
-/// Mark bits that say whose a packet is.
-const MASK: u32 = 0xfff;
-/// Mark of packets that the pod's routes bring to us.
-const RETURN_MARK: u32 = 0x111;
 /// Conntrack zone of connections in a client's name.
 const ZONE: u16 = 2;
 

@@ -13,6 +13,7 @@ pub mod pod;
 pub mod pods;
 pub mod probes;
 pub mod redirect;
+pub mod routes;
 pub mod rules;
 pub mod status;
 pub mod verify;

@@ -7,15 +7,13 @@
 use super::foreign::{self, Foreign};
 use super::legs;
 use super::nft;
+use super::routes::{self, MASK, RETURN_MARK};
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{changes, iptables};
-use rtnetlink::packet_route::route::RouteType;
-use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
-use rtnetlink::{Handle, RouteMessageBuilder};
 use serde_json::Value;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// Name of our table.
@@ -57,26 +55,16 @@ impl Interface {
     }
 }
 
-/// Mark bits that are looked at.
-const MASK: u32 = 0xfff;
-/// Mark of connections whose replies must come back to us.
-const RETURN_MARK: u32 = 0x111;
 /// Port on which DNS is taken.
 const DNS: u16 = crate::dns::PORT;
 /// Conntrack zone of our own DNS.
 const DNS_ZONE: u16 = 1;
-/// Priority of the ip rule.
-const RULE_PRIORITY: u32 = 32764;
-/// Routing table of the ip rule.
-const ROUTE_TABLE: u32 = 100;
 /// Source address of kubelet probes, which are not captured.
 pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew.
 pub const PROBED: &str = "probed";
-/// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
-const LOOPBACK: u32 = 1;
 /// How long `nft` or the kernel may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -96,13 +84,8 @@ pub enum RedirectError {
     #[error("nft refused the rules: {0}; {hint}", hint = nft_hint(_0))]
     Nft(String),
     /// The rule or route could not be set.
-    #[error("cannot set the {what}: {source}; {hint}", hint = route_hint(source))]
-    Route {
-        /// Which.
-        what: &'static str,
-        /// What the library said.
-        source: rtnetlink::Error,
-    },
+    #[error(transparent)]
+    Route(#[from] routes::RouteError),
     /// Rules of somebody else capture the pod, and cannot be removed by us.
     #[error(
         "istio-cni's legacy iptables rules ({0}) are in the pod; restart the pod, or remove them with iptables-legacy"
@@ -137,15 +120,6 @@ fn nft_hint(said: &str) -> &'static str {
     }
 }
 
-fn route_hint(error: &rtnetlink::Error) -> &'static str {
-    match error {
-        rtnetlink::Error::NetlinkError(message) if message.raw_code() == -nix::libc::EPERM => {
-            "the daemon needs CAP_NET_ADMIN"
-        }
-        _ => "does the kernel have policy routing?",
-    }
-}
-
 /// Our rules as the kernel lists them, to see whether they are still the same. Only ever compared with another listing.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Listing(Value);
@@ -175,7 +149,7 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
         if taken_over && !foreign.names.is_empty() {
             return Err(RedirectError::Contested(foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
         }
-        routes(netns, rules.ipv6, true).await?;
+        routes::set(netns, rules.ipv6, true).await?;
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
         let mut before = generation()?;
         nft::write(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
@@ -260,7 +234,7 @@ pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<(bool, Ot
 
 /// Whether our ip rules and routes are there; those that are not, are set.
 pub async fn is_routed(netns: &Netns, ipv6: bool) -> Result<bool, RedirectError> {
-    within(routes(netns, ipv6, true)).await
+    within(async { Ok(routes::set(netns, ipv6, true).await?) }).await
 }
 
 /// One of our tables as `nft` prints it; null where there is none.
@@ -300,7 +274,8 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
         let all = [TABLE, legs::TABLE].map(|table| format!("add table inet {table}\ndelete table inet {table}\n"));
         nft::write(netns, &all.concat()).await?;
-        routes(netns, ipv6, false).await.map(drop)
+        routes::set(netns, ipv6, false).await?;
+        Ok(())
     })
     .await
 }
@@ -429,75 +404,4 @@ fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &m
         );
     }
     sets
-}
-
-/// Sets or removes rules and routes; whether all were as wanted before.
-async fn routes(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
-    let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RedirectError::Route {
-        what: "netlink socket",
-        source: rtnetlink::Error::NamespaceError(source.to_string()),
-    })?;
-    let work = async {
-        let mut all = set_rule(&handle, false, present).await? & set_route(&handle, false, present).await?;
-        if ipv6 {
-            all &= set_rule(&handle, true, present).await? & set_route(&handle, true, present).await?;
-        }
-        Ok(all)
-    };
-    tokio::select! {
-        result = work => result,
-        () = connection => Err(RedirectError::Route { what: "netlink socket", source: rtnetlink::Error::RequestFailed }),
-    }
-}
-
-/// Brings the loopback interface of a new namespace up, without which no route can be set there.
-pub async fn loopback_up(netns: &Netns) -> Result<(), RedirectError> {
-    let failed = |source| RedirectError::Route { what: "loopback interface", source };
-    let (connection, handle, _) = netns
-        .enter(rtnetlink::new_connection)?
-        .map_err(|source| failed(rtnetlink::Error::NamespaceError(source.to_string())))?;
-    let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
-    let work = async { handle.link().set(up).execute().await.map_err(failed) };
-    tokio::select! {
-        result = work => result,
-        () = connection => Err(failed(rtnetlink::Error::RequestFailed)),
-    }
-}
-
-async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
-    let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
-    let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
-    message.attributes.push(RuleAttribute::FwMark(RETURN_MARK));
-    message.attributes.push(RuleAttribute::FwMask(MASK));
-    let result = if present {
-        let mut add = handle.rule().add();
-        *add.message_mut() = message;
-        add.execute().await
-    } else {
-        handle.rule().del(message).execute().await
-    };
-    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ENOENT }, "ip rule")
-}
-
-async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RedirectError> {
-    let message = if ipv6 {
-        let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
-        route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(LOOPBACK).build()
-    } else {
-        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0);
-        let scope = rtnetlink::packet_route::route::RouteScope::Host;
-        route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(LOOPBACK).build()
-    };
-    let result =
-        if present { handle.route().add(message).execute().await } else { handle.route().del(message).execute().await };
-    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ESRCH }, "route")
-}
-
-/// A state that is as wanted already is no error; whether it was.
-fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, RedirectError> {
-    match result {
-        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(true),
-        Err(source) => Err(RedirectError::Route { what, source }),
-        Ok(()) => Ok(false),
-    }
 }

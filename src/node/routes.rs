@@ -1,0 +1,114 @@
+//! The ip rule and route by which replies to foreign source addresses come back to us, for IPv4 and IPv6.
+
+use crate::sys::netns::{Netns, NetnsError};
+use rtnetlink::packet_route::route::RouteType;
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
+use rtnetlink::{Handle, RouteMessageBuilder};
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// Mark bits that are looked at.
+pub const MASK: u32 = 0xfff;
+/// Mark of connections whose replies must come back to us.
+pub const RETURN_MARK: u32 = 0x111;
+/// Priority of the ip rule.
+const RULE_PRIORITY: u32 = 32764;
+/// Routing table of the ip rule.
+const ROUTE_TABLE: u32 = 100;
+/// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
+
+/// Why a rule or route could not be set.
+#[derive(Debug, thiserror::Error)]
+pub enum RouteError {
+    /// The namespace cannot be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The kernel, or the library, refused.
+    #[error("cannot set the {what}: {source}; {hint}", hint = hint(source))]
+    Set {
+        /// Which.
+        what: &'static str,
+        /// What the library said.
+        source: rtnetlink::Error,
+    },
+}
+
+fn hint(error: &rtnetlink::Error) -> &'static str {
+    match error {
+        rtnetlink::Error::NetlinkError(message) if message.raw_code() == -nix::libc::EPERM => {
+            "the daemon needs CAP_NET_ADMIN"
+        }
+        _ => "does the kernel have policy routing?",
+    }
+}
+
+/// Sets or removes rules and routes; whether all were as wanted before.
+pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, RouteError> {
+    let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RouteError::Set {
+        what: "netlink socket",
+        source: rtnetlink::Error::NamespaceError(source.to_string()),
+    })?;
+    let work = async {
+        let mut all = set_rule(&handle, false, present).await? & set_route(&handle, false, present).await?;
+        if ipv6 {
+            all &= set_rule(&handle, true, present).await? & set_route(&handle, true, present).await?;
+        }
+        Ok(all)
+    };
+    tokio::select! {
+        result = work => result,
+        () = connection => Err(RouteError::Set { what: "netlink socket", source: rtnetlink::Error::RequestFailed }),
+    }
+}
+
+/// Brings the loopback interface of a new namespace up, without which no route can be set there.
+pub async fn loopback_up(netns: &Netns) -> Result<(), RouteError> {
+    let failed = |source| RouteError::Set { what: "loopback interface", source };
+    let (connection, handle, _) = netns
+        .enter(rtnetlink::new_connection)?
+        .map_err(|source| failed(rtnetlink::Error::NamespaceError(source.to_string())))?;
+    let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
+    let work = async { handle.link().set(up).execute().await.map_err(failed) };
+    tokio::select! {
+        result = work => result,
+        () = connection => Err(failed(rtnetlink::Error::RequestFailed)),
+    }
+}
+
+async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RouteError> {
+    let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
+    let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
+    message.attributes.push(RuleAttribute::FwMark(RETURN_MARK));
+    message.attributes.push(RuleAttribute::FwMask(MASK));
+    let result = if present {
+        let mut add = handle.rule().add();
+        *add.message_mut() = message;
+        add.execute().await
+    } else {
+        handle.rule().del(message).execute().await
+    };
+    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ENOENT }, "ip rule")
+}
+
+async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RouteError> {
+    let message = if ipv6 {
+        let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(LOOPBACK).build()
+    } else {
+        let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(Ipv4Addr::UNSPECIFIED, 0);
+        let scope = rtnetlink::packet_route::route::RouteScope::Host;
+        route.table_id(ROUTE_TABLE).kind(RouteType::Local).scope(scope).output_interface(LOOPBACK).build()
+    };
+    let result =
+        if present { handle.route().add(message).execute().await } else { handle.route().del(message).execute().await };
+    ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ESRCH }, "route")
+}
+
+/// A state that is as wanted already is no error; whether it was.
+fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, RouteError> {
+    match result {
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(true),
+        Err(source) => Err(RouteError::Set { what, source }),
+        Ok(()) => Ok(false),
+    }
+}
