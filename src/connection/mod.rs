@@ -193,6 +193,11 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 server.go_away();
                 continue;
             }
+            () = peer.chain.ending(), if !going_away => {
+                going_away = true;
+                server.go_away();
+                continue;
+            }
             () = drain.now() => return,
             // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
             _ = peer.chain.distrusted(), if end.is_none() => {

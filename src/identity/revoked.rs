@@ -22,6 +22,10 @@ use x509_parser::x509::ReasonCode;
 /// Largest file that is read.
 const BYTES_MAX: u64 = 256 << 20;
 
+/// How long what is open with a peer goes on after its certificate has ended, for short requests to finish: who renews in
+/// time moves to a new tunnel at the end, and loses nothing.
+const EXPIRY_GRACE: Duration = Duration::from_secs(5);
+
 /// Time between looks at the clock for certificates that end later.
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
 
@@ -209,18 +213,25 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Resolves once the peer is not to be trusted any more.
+    /// Resolves once nothing new is to be begun with the peer: it is revoked, or one of its certificates has ended.
+    pub async fn ending(&self) {
+        tokio::select! { () = self.revoked() => {}, () = self.expired(Duration::ZERO) => {} }
+    }
+
+    /// Resolves once the peer is not to be trusted any more, and what is open with it is to end.
     pub async fn distrusted(&self) -> Distrust {
         tokio::select! {
             biased;
             () = self.revoked() => Distrust::Revoked,
-            () = self.expired() => Distrust::Expired,
+            () = self.expired(EXPIRY_GRACE) => Distrust::Expired,
         }
     }
 
-    /// Resolves once one of them has ended.
-    async fn expired(&self) {
-        let Some(ends) = self.ends else { return std::future::pending().await };
+    /// Resolves so long after one of them has ended.
+    async fn expired(&self, after: Duration) {
+        let Some(ends) = self.ends.and_then(|ends| ends.checked_add(after)) else {
+            return std::future::pending().await;
+        };
         while let Ok(left) = ends.duration_since(SystemTime::now()) {
             // The clock may be set meanwhile.
             tokio::time::sleep((left + Duration::from_millis(1)).min(LOOK_AT_CLOCK)).await;

@@ -280,7 +280,7 @@ impl Pool {
             // Nobody takes it any more: it ends with its last stream.
             () = open.retired.notified() => None,
             // Its streams hear of it themselves; no new one may begin.
-            _ = open.chain.distrusted() => None,
+            () = open.chain.ending() => None,
         };
         remove(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner), key, &open);
         let peer = open.peer.clone();
