@@ -13,7 +13,7 @@ use crate::mesh::workload::{NetworkMode, pod_uid};
 use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
-use crate::task::{Drain, Group};
+use crate::task::{Drain, Group, thread};
 use crate::{identity, mesh};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
@@ -26,6 +26,9 @@ use tokio::sync::watch;
 /// Listeners of a pod, and how a connection came to them.
 const LISTENERS: [(u16, Entrance); 3] =
     [(15001, Entrance::Outbound), (15006, Entrance::Plaintext), (15008, Entrance::Tunnel)];
+
+/// Addresses of a pod's interfaces, beside those of its workload, that count as its own.
+const ADDRESSES_MAX: usize = 1024;
 
 /// What capturing needs.
 #[derive(Debug)]
@@ -239,10 +242,16 @@ impl Capturer {
         }
     }
 
-    /// Learns the namespace's addresses anew. Where that is not possible now, what was known stays.
-    pub fn look_at_addresses(&self, listening: &Listening) {
-        if let Ok(held) = listening.pod.netns.addresses() {
-            listening.pod.addresses.store(Arc::new(held.into_iter().map(|(ip, _)| ip).collect()));
+    /// Learns the namespace's addresses anew, as many as are looked at. Where that is not possible now, what was known stays.
+    pub async fn look_at_addresses(&self, listening: &Listening) {
+        let netns = listening.pod.netns.clone();
+        // Beside the others: a pod may give itself as many as it likes.
+        if let Some(Ok(held)) = thread::beside(move || netns.addresses()).await {
+            let own = listening.pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone()).unwrap_or_default();
+            let mut held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
+            held.sort_by_key(|ip| !own.contains(ip));
+            held.truncate(ADDRESSES_MAX);
+            listening.pod.addresses.store(Arc::new(held));
         }
     }
 

@@ -23,6 +23,8 @@ const REWRITE_EVERY: Duration = Duration::from_secs(300);
 const RETRY: Duration = Duration::from_secs(5);
 /// How long what changes is let settle before it is looked at: transactions come in bursts.
 const SETTLE: Duration = Duration::from_millis(100);
+/// How often more is heard before what was heard is heeded: a pod may make changes without end.
+const MORE_MAX: usize = 16;
 /// Waits between repairs where somebody undoes them again and again.
 const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// Time between looks that found nothing: others may change their own rules all the time.
@@ -124,7 +126,8 @@ impl Rules {
             self.hear(changes.seen().await);
         }
         tokio::time::sleep(SETTLE).await;
-        while let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await {
+        for _ in 0..MORE_MAX {
+            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
             self.hear(more);
         }
         tokio::time::sleep_until(self.look_at).await;
@@ -147,7 +150,7 @@ impl Rules {
     pub async fn heed(&mut self, capturer: &Capturer, listening: &Listening) {
         let seen = std::mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner));
         if seen.addresses {
-            capturer.look_at_addresses(listening);
+            capturer.look_at_addresses(listening).await;
         }
         if !capturer.config.redirect {
             self.verify_at = Instant::now().max(self.hold_off);

@@ -68,8 +68,10 @@ impl Changes {
             let seen = tokio::select! {
                 ready = self.tables.readable() => match ready {
                     Ok(mut guard) => {
-                        let tables = drain(self.tables.get_ref(), |_| true);
-                        guard.clear_ready();
+                        let (tables, dry) = drain(self.tables.get_ref(), |_| true);
+                        if dry {
+                            guard.clear_ready();
+                        }
                         Seen { tables, ..Seen::default() }
                     }
                     // The runtime ends.
@@ -78,12 +80,14 @@ impl Changes {
                 ready = self.routing.readable() => match ready {
                     Ok(mut guard) => {
                         let (mut routes, mut addresses) = (false, false);
-                        let lost = drain(self.routing.get_ref(), |kind| {
+                        let (lost, dry) = drain(self.routing.get_ref(), |kind| {
                             routes |= matches!(kind, DELETED_ROUTE | DELETED_RULE);
                             addresses |= matches!(kind, NEW_ADDRESS | DELETED_ADDRESS);
                             false
                         });
-                        guard.clear_ready();
+                        if dry {
+                            guard.clear_ready();
+                        }
                         Seen { tables: false, routes: routes || lost, addresses: addresses || lost }
                     }
                     Err(_) => std::future::pending().await,
@@ -111,15 +115,17 @@ pub fn generation() -> io::Result<u32> {
     id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-/// Datagrams that are read at once: whoever makes changes faster than they are read must not hold the thread.
+/// Datagrams that are read at once: whoever makes changes faster than they are read must not hold the thread. The rest is read with
+/// the next call; it must be, for the kernel tells nothing more to a socket that once was full until that is empty.
 const READS_MAX: usize = 256;
 
-/// Reads what there is and shows the kind of each message to `concerns`; whether one does, or some were lost or are left.
-fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
+/// Reads what there is and shows the kind of each message to `concerns`; whether one does, or some were lost, and whether that
+/// was all.
+fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> (bool, bool) {
     let (mut buffer, mut any) = ([0; 16 * 1024], false);
     for _ in 0..READS_MAX {
         match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Ok(0) => return any,
+            Ok(0) => return (any, true),
             Ok(length) => {
                 let mut rest = buffer.get(..length).unwrap_or_default();
                 while let Some((length, kind)) = header(rest) {
@@ -130,10 +136,10 @@ fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> bool {
             Err(Errno::EINTR) => {}
             // More than the socket could hold.
             Err(Errno::ENOBUFS) => any = true,
-            Err(_) => return any,
+            Err(_) => return (any, true),
         }
     }
-    true
+    (any, false)
 }
 
 #[cfg(test)]

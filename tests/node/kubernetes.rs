@@ -526,6 +526,12 @@ fn what_somebody_changes_inside_is_noticed_and_repaired() {
     output_in(&ns, "ip", &["route", "flush", "table", "100"]);
     repaired("the route is back", &|| !routes().contains("local"));
     assert!(alive(), "what was open went on");
+    // However many addresses it gives itself, its own count.
+    let many: String = (0..3000).map(|n| format!("addr add 10.77.{}.{}/32 dev lo\n", n / 250, n % 250 + 1)).collect();
+    ip_in(&ns, &many);
+    assert!(alive() && ask(&ns, (c.server.v4, 9000), "x").is_ok());
+    inside(&ns, || std::fs::write("/proc/sys/net/ipv4/conf/lo/promote_secondaries", "1").unwrap());
+    ip_in(&ns, "addr flush dev lo scope global\n");
     // Rules of others are their affair.
     let before = rewrites();
     output_in(&ns, "nft", &["add", "table", "ip", "mine"]);
