@@ -73,9 +73,9 @@ const NAME_MAX: usize = 40;
 /// (linux/netfilter_ipv4.h: mangle; nat comes at -100).
 const BEFORE_TRANSLATION: i64 = -150;
 
-/// Chains of others that may take the pod's traffic before our own, which is `table` of family inet, or beside it: translation,
+/// Chains of others that may take the pod's traffic before our own, which are the tables `own` of family inet, or beside it: translation,
 /// routing, early filters, and rules that switch off the tracking of connections.
-pub fn hooks(listing: &Value, table: &str) -> Vec<String> {
+pub fn hooks(listing: &Value, own: &[&str]) -> Vec<String> {
     let objects = listing["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
     let name = |value: &Value| {
         let name: String = value.as_str().unwrap_or_default().chars().take(NAME_MAX).collect();
@@ -85,7 +85,7 @@ pub fn hooks(listing: &Value, table: &str) -> Vec<String> {
     for object in objects {
         let (chain, rule) = (&object["chain"], &object["rule"]);
         let of = if chain.is_object() { chain } else { rule };
-        if of["table"] == table && of["family"] == "inet" {
+        if of["family"] == "inet" && own.iter().any(|own| of["table"] == *own) {
             continue;
         }
         let place = || format!("table {} {}", name(&of["family"]), name(&of["table"]));
@@ -177,7 +177,7 @@ mod tests {
             {"rule": {"family": "ip", "table": "odd\u{1b}[31m", "chain": "c", "expr": [{"notrack": null}]}},
         ]});
         assert_eq!(
-            hooks(&listing, "culvert"),
+            hooks(&listing, &["culvert"]),
             [
                 "filter chain raw of table inet mine at hook prerouting, priority -300",
                 "nat chain n of table inet mine at hook output, priority -200",
@@ -186,7 +186,7 @@ mod tests {
         );
         let many: Vec<Value> =
             (0..1000).map(|n| chain(&format!("t{n}"), &"x".repeat(200), "nat", "output", 0)).collect();
-        let named = hooks(&json!({"nftables": many}), "culvert");
+        let named = hooks(&json!({"nftables": many}), &["culvert"]);
         assert_eq!((named.len(), named.last().map(String::as_str)), (9, Some("and 992 more")));
         assert!(named.iter().all(|name| name.len() < 200));
     }

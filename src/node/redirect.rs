@@ -194,7 +194,7 @@ async fn others(netns: &Netns) -> Result<Others, RedirectError> {
     match nft::ruleset(netns).await {
         Ok(all) => {
             others.foreign = foreign::find(&all);
-            others.hooks.extend(foreign::hooks(&all, TABLE));
+            others.hooks.extend(foreign::hooks(&all, &[TABLE, legs::TABLE]));
         }
         Err(RedirectError::Unreadable(why)) => others.unread = Some(why),
         Err(error) => return Err(error),

@@ -6,6 +6,7 @@ use crate::world::sniffer::Sniffer;
 use crate::world::wire::AUTHORIZATION;
 use crate::world::{ControlPlane, Pod, World, apps, ask, connect, eventually, inside, ip_in, output_in};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::process::Command;
 
@@ -127,7 +128,7 @@ fn nothing_is_decided_before_each_kind_of_facts_has_been_told() {
             "kubernetes" => c.w.start_kube_node(1, &c.apis[0], &settings),
             _ => {
                 c.w.write_pods(1, &[&client]);
-                c.w.start_node(1, &[&settings[..], &[("NODE_NAME", "n1")]].concat());
+                c.w.start_node(1, &[&settings[..], &[("NODE_NAME", "n1"), ("CLUSTER_ID", "c1")]].concat());
             }
         }
         eventually("workloads are known", || workloads(&c.w) == 2.0);
@@ -369,7 +370,10 @@ fn what_a_pods_owner_writes_costs_little_and_is_complained_about_once() {
     c.start_one(&[]);
     eventually("it is captured", || c.state("client") == "captured");
     let rules = || output_in(&c.client.netns, "nft", &["list", "chain", "inet", "culvert", "pre_nat"]);
-    assert_eq!(rules().matches("iifname").count(), 64);
+    let named = |rules: String| -> BTreeSet<String> {
+        rules.split("iifname ").skip(1).filter_map(|rest| rest.split(' ').next().map(str::to_owned)).collect()
+    };
+    assert_eq!(named(rules()).len(), 64);
     // Any change is an occasion to read them again.
     for round in 0..50 {
         c.apis[0].change("client", |pod| pod["metadata"]["labels"]["round"] = json!(round.to_string()));
@@ -672,6 +676,11 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
     let is_back = || table().is_ok_and(|out| String::from_utf8_lossy(&out.stdout).contains("15001"));
     let captured = |c: &Cluster| c.state("client") == "captured" && ask(&ns, (c.server.v4, 8080), "x").is_ok();
     let unread = |c: &Cluster| c.w.json(1, "/pods")[0]["rulesUnread"].as_str().map(str::to_owned);
+    assert_eq!(
+        c.w.json(1, "/pods")[0]["otherRules"].as_array().map_or(0, Vec::len),
+        0,
+        "what is ours is not another's"
+    );
     // A set of a million.
     load(&format!("table ip mine {{ {} }}\n", addresses(1_000_000)));
     output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
