@@ -83,11 +83,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mesh = facts.mesh.clone();
     let revocations = Arc::<Revocations>::default();
     let identities = certificates(&config, &revocations, &background, &mut registry);
-    let crl = config.crl.as_ref().map(|_| {
-        let metrics = Arc::new(identity::revoked::Metrics::default());
-        metrics.register(&mut registry);
-        metrics
-    });
+    let crl = config.crl.as_ref().map(|_| revocation_metrics(&mut registry));
 
     let (reporter, permits) = (Arc::new(Reporter::default()), Arc::new(Permits::default()));
     reporter.metrics.register(&mut registry);
@@ -283,8 +279,13 @@ fn certificates(
         CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
         CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
-    let identities = Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics);
-    identities
+    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics)
+}
+
+fn revocation_metrics(registry: &mut Registry) -> Arc<identity::revoked::Metrics> {
+    let metrics = Arc::new(identity::revoked::Metrics::default());
+    metrics.register(registry);
+    metrics
 }
 
 async fn end(
