@@ -20,7 +20,7 @@ pub mod worker;
 pub use pod::Pod;
 pub use worker::{Entrance, Shared, Workers};
 
-use accept::{Peer, tunnel as tunnelled};
+use accept::{AcceptError, Peer, tunnel as tunnelled};
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use budget::Open;
@@ -179,7 +179,12 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 record.finish(Ok(()));
                 known
             }
-            Err(failure) => return record.finish(Err(failure)),
+            Err(failure) => {
+                if matches!(failure, Failure::Accept(AcceptError::Deadline)) {
+                    reporter.metrics.late_handshake();
+                }
+                return record.finish(Err(failure));
+            }
         };
     drop(place);
     let peer = Arc::new(PeerFacts { identity, key, source, local, tls, chain });

@@ -4,10 +4,10 @@
 
 use super::ping;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::Waker;
-use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 
 /// What a frame costs beside its payload while it waits in a queue.
 const FRAME_BYTES: usize = 256;
@@ -59,7 +59,9 @@ pub struct Account {
     bytes: AtomicUsize,
     streams: Mutex<Streams>,
     cut: OnceLock<Cut>,
-    told: Notify,
+    /// Type of the frame that came last.
+    last: AtomicU8,
+    told: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -123,7 +125,8 @@ impl Buffers {
             bytes: AtomicUsize::new(0),
             streams: Mutex::new(Streams { newest, ..Streams::default() }),
             cut: OnceLock::new(),
-            told: Notify::new(),
+            last: AtomicU8::new(u8::MAX),
+            told: CancellationToken::new(),
         });
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         if accounts.len() == accounts.capacity() {
@@ -173,7 +176,7 @@ impl Account {
     /// Tells the tunnel to end; true for the first to say so.
     pub(super) fn cut(&self, why: Cut) -> bool {
         let first = self.cut.set(why).is_ok();
-        self.told.notify_one();
+        self.told.cancel();
         first
     }
 
@@ -182,14 +185,26 @@ impl Account {
         self.cut.get().copied()
     }
 
-    /// Resolves when the tunnel is to end. For one listener.
-    pub(super) async fn told(&self) -> Cut {
-        loop {
-            if let Some(why) = self.why() {
-                return why;
-            }
-            self.told.notified().await;
+    /// A frame of this type came.
+    pub(super) fn came(&self, kind: u8) {
+        self.last.store(kind, Ordering::Relaxed);
+    }
+
+    /// The word for too many frames of the type that came last (RFC 9113 section 6).
+    pub(super) fn flood(&self) -> &'static str {
+        match self.last.load(Ordering::Relaxed) {
+            0 => "empty_frames",
+            1 | 3 => "rapid_reset",
+            9 => "continuation_flood",
+            _ => "flood",
         }
+    }
+
+    /// Resolves when the tunnel is to end.
+    pub(super) async fn told(&self) -> Cut {
+        self.told.cancelled().await;
+        // It was said before it was told.
+        self.why().unwrap_or(Cut::Memory)
     }
 
     /// A window for all streams together that the unread bytes of stalled ones cannot fill: `base` above them.

@@ -18,6 +18,8 @@ const PER_SECOND: u64 = 2_000;
 
 /// Control frames that each frame of ours calls for: window updates of stream and tunnel, or a stream's head and end.
 const PER_FRAME_SENT: u64 = 2;
+/// DATA for a stream that is over counts as a control frame where it is smaller.
+const LATE_BYTES: usize = 512;
 /// A peer that gives window back in small pieces does it once for so many bytes.
 const BYTES_PER_UPDATE: usize = 2048;
 
@@ -133,8 +135,10 @@ impl<IO> Guard<IO> {
         let Self { account, allowance, incoming, .. } = self;
         incoming.feed(bytes, |seen| {
             let Seen::Head { kind, id, length } = seen else { return Ok(()) };
-            // A frame for a stream that is over is work for nothing, and so is an empty one.
-            if kind == DATA && account.received(id, length) && length > 0 {
+            account.came(kind);
+            // An empty frame is work for nothing. So is one for a stream that is over, but what was on its way when we ended
+            // the stream is no fault: only those are counted that nobody needs so small.
+            if kind == DATA && ((account.received(id, length) && length > 0) || length >= LATE_BYTES) {
                 return Ok(());
             }
             if allowance.take() {

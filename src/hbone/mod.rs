@@ -51,6 +51,14 @@ pub enum TunnelError {
     /// We have ended it.
     #[error(transparent)]
     Cut(#[from] Cut),
+    /// We have ended it because the peer broke a rule of HTTP/2.
+    #[error("cut: the peer broke a rule of HTTP/2 ({word}): {error}")]
+    Rule {
+        /// Which, as a word for metrics.
+        word: &'static str,
+        /// What the library says.
+        error: h2::Error,
+    },
     /// The peer closed the tunnel before it was ready.
     #[error("the peer closed the tunnel before it was ready")]
     Closed,
@@ -59,14 +67,18 @@ pub enum TunnelError {
 impl TunnelError {
     /// HTTP/2 reports an error of the byte stream below by its text alone; the account knows better.
     fn of(error: h2::Error, account: &Account) -> Self {
-        account.why().map_or(Self::Http2(error), Self::Cut)
+        match (account.why(), broken_rule(&error, account)) {
+            (Some(why), _) => Self::Cut(why),
+            (None, Some(word)) => Self::Rule { word, error },
+            (None, None) => Self::Http2(error),
+        }
     }
 
     /// The error of the byte stream below, where it was that.
     pub fn io(&self) -> Option<&std::io::Error> {
         match self {
             Self::Http2(error) => error.get_io(),
-            Self::Cut(_) | Self::Closed => None,
+            Self::Cut(_) | Self::Rule { .. } | Self::Closed => None,
         }
     }
 
@@ -75,32 +87,22 @@ impl TunnelError {
         match self {
             Self::Cut(why) => Some(why.word()),
             Self::Closed => None,
-            Self::Http2(error) => broken_rule(error),
+            Self::Rule { word, .. } => Some(word),
+            Self::Http2(_) => None,
         }
     }
 }
 
 /// The rule of HTTP/2 that a peer has broken, where we ended its tunnel for that.
-fn broken_rule(error: &h2::Error) -> Option<&'static str> {
+fn broken_rule(error: &h2::Error, account: &Account) -> Option<&'static str> {
     if !(error.is_library() && error.is_go_away()) {
         return None;
     }
-    // What the library counts it tells only in the text that goes to the peer.
-    let text = error.to_string();
-    let counted = [
-        ("too_many_continuations", "continuation_flood"),
-        ("too_many_resets", "rapid_reset"),
-        ("too_many_internal_resets", "late_frames"),
-        ("too_many_data_frames", "empty_frames"),
-    ];
-    if let Some((_, word)) = counted.iter().find(|(said, _)| text.contains(said)) {
-        return Some(word);
-    }
     Some(match error.reason() {
         Some(h2::Reason::NO_ERROR) => return None,
-        Some(h2::Reason::COMPRESSION_ERROR) => "hpack",
         Some(h2::Reason::FLOW_CONTROL_ERROR) => "window_overflow",
-        Some(h2::Reason::ENHANCE_YOUR_CALM) => "flood",
+        // Of what there was too much, the library does not tell; it came last.
+        Some(h2::Reason::ENHANCE_YOUR_CALM) => account.flood(),
         _ => "bad_frame",
     })
 }

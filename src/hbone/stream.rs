@@ -1,9 +1,9 @@
 //! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
 //! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) behind what was sent before it, back-pressure by not reading.
 
+use super::TunnelError;
 use super::buffers::Account;
 use super::flow::{Opened, ReceiveHalf, SendHalf, halves};
-use super::{TunnelError, broken_rule};
 use crate::sys::end::{End, LAST_BYTES};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
@@ -66,7 +66,7 @@ impl CarryError {
     fn ours_or_theirs(self, account: &Account) -> Self {
         let Self::Tunnel(error) = self else { return self };
         match TunnelError::of(error, account) {
-            TunnelError::Http2(error) if broken_rule(&error).is_none() => Self::Tunnel(error),
+            TunnelError::Http2(error) => Self::Tunnel(error),
             ours => Self::Cut(ours),
         }
     }
@@ -102,6 +102,8 @@ impl Stream {
         let result = tokio::select! {
             biased;
             () = stop => Err(CarryError::Stopped),
+            // At once, whatever is still to be delivered: that is what there is no room for.
+            why = account.told() => Err(CarryError::Cut(why.into())),
             result = both_ways(&app, Sender::new(send), receive, meter, silence) => result,
         };
         result.map_err(|error| error.ours_or_theirs(&account))

@@ -131,6 +131,34 @@ fn control_frames_without_end_cut_their_tunnel_by_name_and_stall_nobody() {
 }
 
 #[test]
+fn who_breaks_the_rules_of_http2_is_cut_by_name() {
+    let (mut w, client, server, hostile) = world(&[]);
+    let cert = certs::good(&w.ca(), &w.dir, "hostile");
+    let kinds = [
+        ("window_overflow", "window_overflow"),
+        ("hpack", "bad_frame"),
+        ("bad_frame", "bad_frame"),
+        ("continuation_flood", "continuation_flood"),
+        ("rapid_reset", "rapid_reset"),
+    ];
+    for (how, reason) in kinds {
+        let before = cut(&w, reason);
+        let (_, says) = misuse(&mut w, &hostile, &server, &cert, json!({"do": "break", "how": how}));
+        eventually("it ends", || !said(&says).is_empty());
+        eventually(&format!("{how} is counted: {}", said(&says)), || cut(&w, reason) == before + 1.0);
+        let line = w.log_line(2, how, |line| line["message"] == "tunnel cut" && line["reason"] == reason);
+        assert_eq!(line["identity"], spiffe("hostile"), "{line}");
+    }
+    answered(&client, &server, 1);
+    // Who begins a handshake and does not finish it.
+    let mut late = connect(&hostile.netns, (server.v4, 15008)).unwrap();
+    late.write_all(&[0x16]).unwrap();
+    assert!(matches!(late.read(&mut [0]), Ok(0) | Err(_)), "closed or reset");
+    eventually("it is counted", || cut(&w, "late_handshake") == 1.0);
+    w.log_line(2, "it is named", |line| line["reason"] == "peer_handshake_deadline");
+}
+
+#[test]
 fn peers_that_do_not_read_or_do_not_let_read_cannot_use_up_the_memory() {
     let mut w = World::new();
     let limit = crate::limits::MemoryLimit::new(&w, 256 << 20);

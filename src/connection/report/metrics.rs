@@ -151,6 +151,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// A peer did not finish its handshake in time, which ends its tunnel before anybody knows whose it was.
+    pub fn late_handshake(&self) {
+        self.cut.get_or_create(&CutLabels { direction: "inbound", reason: "late_handshake" }).inc();
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(TrafficCollector(self.traffic.clone())));

@@ -11,6 +11,7 @@ KIND, and what it takes:
   small {"authority", "other", "frames", "bytes"}: so many frames to an application that does not read; then asks `other`
         on the same tunnel; prints "answered" or how the tunnel ended
   idle {"tunnels"}: prints "open N" of those that still are when all have been opened
+  break {"how": NAME}: breaks a rule of HTTP/2; prints "goaway CODE" or "closed"
   wait: prints how its tunnel ends: "goaway CODE" or "closed"
 """
 import json
@@ -246,6 +247,37 @@ def idle(spec):
     until_told()
 
 
+def heads(tunnel, count, end):
+    """HEADERS of so many streams, each followed by what `end` gives for it."""
+    for _ in range(count):
+        stream, tunnel.next = tunnel.next, tunnel.next + 2
+        block = tunnel.encoder.encode([(":method", "CONNECT"), (":authority", "10.0.0.1:80")])
+        yield frame(HEADERS, 4, stream, block) + end(stream)
+
+
+BREAKS = {
+    "hpack": lambda t: frame(HEADERS, 4, 1, b"\xfe"),
+    "window_overflow": lambda t: frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", MAX_WINDOW)),
+    "bad_frame": lambda t: frame(DATA, 0, 0, b"x"),
+    "continuation_flood": lambda t: frame(HEADERS, 0, 1, b"\x82") + frame(9, 0, 1, b"") * 1000,
+    "rapid_reset": lambda t: b"".join(heads(t, 2000, lambda stream: frame(RST, 0, stream, struct.pack(">I", 8)))),
+}
+
+
+def break_(spec):
+    tunnel = Tunnel(spec)
+    tunnel.drain()
+    try:
+        tunnel.tls.settimeout(20)
+        tunnel.tls.sendall(BREAKS[spec["how"]](tunnel))
+        while True:
+            kind, _, _, payload = tunnel.read()
+            if kind == GOAWAY:
+                return say("goaway", int.from_bytes(payload[4:8]))
+    except (OSError, EOFError):
+        say("closed")
+
+
 def wait(spec):
     tunnel = Tunnel(spec)
     if spec.get("authority"):
@@ -263,4 +295,4 @@ def wait(spec):
 
 
 spec = json.loads(sys.argv[1])
-{"flood": flood, "unread": unread, "upload": upload, "small": small, "idle": idle, "wait": wait}[spec["do"]](spec)
+{"flood": flood, "unread": unread, "upload": upload, "small": small, "idle": idle, "break": break_, "wait": wait}[spec["do"]](spec)
