@@ -1,5 +1,6 @@
 //! What one peer, pod or scraper can do to others: nothing. Each scenario has an innocent whose requests are all answered.
 
+use crate::limits::MemoryLimit;
 use crate::world::certs::{self, Files, spiffe};
 use crate::world::{PATIENCE, Pod, World, apps, connect, eventually, inside, is_reset, peer_script, python_env};
 use serde_json::{Value, json};
@@ -32,6 +33,24 @@ fn world(settings: &[(&str, &str)]) -> (World, Pod, Pod, Pod) {
     }
     [1, 2].iter().for_each(|node| w.wait_captured(*node));
     (w, client, server, hostile)
+}
+
+/// The same with so little memory on the second node.
+fn limited(bytes: u64) -> (World, MemoryLimit, [Pod; 3]) {
+    let mut w = World::new();
+    let limit = MemoryLimit::new(&w, bytes);
+    let pods = [w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.plain_pod("hostile", 1)];
+    apps::serve(&pods[1].netns, ECHO, apps::echo);
+    apps::serve(&pods[1].netns, HOLD, apps::hold);
+    apps::serve(&pods[1].netns, POUR, apps::pour);
+    w.write_mesh();
+    for node in [1, 2] {
+        w.write_pods(node, &w.captured_pods(node));
+    }
+    w.start_node(1, &[ONE_WORKER]);
+    w.start_node_by(&limit.join(), 2, &[ONE_WORKER]);
+    [1, 2].iter().for_each(|node| w.wait_captured(*node));
+    (w, limit, pods)
 }
 
 fn round_trip(stream: &mut TcpStream) {
@@ -160,20 +179,7 @@ fn who_breaks_the_rules_of_http2_is_cut_by_name() {
 
 #[test]
 fn peers_that_do_not_read_or_do_not_let_read_cannot_use_up_the_memory() {
-    let mut w = World::new();
-    let limit = crate::limits::MemoryLimit::new(&w, 256 << 20);
-    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
-    let hostile = w.plain_pod("hostile", 1);
-    apps::serve(&server.netns, ECHO, apps::echo);
-    apps::serve(&server.netns, HOLD, apps::hold);
-    apps::serve(&server.netns, POUR, apps::pour);
-    w.write_mesh();
-    for node in [1, 2] {
-        w.write_pods(node, &w.captured_pods(node));
-    }
-    w.start_node(1, &[ONE_WORKER]);
-    w.start_node_by(&limit.join(), 2, &[ONE_WORKER]);
-    [1, 2].iter().for_each(|node| w.wait_captured(*node));
+    let (mut w, limit, [client, server, hostile]) = limited(256 << 20);
     answered(&client, &server, 1);
     let most = w.metric(2, "culvert_buffers_max_bytes", &[]);
     assert!((30e6..70e6).contains(&most), "a quarter of the limit: {most}");
@@ -201,19 +207,7 @@ fn peers_that_do_not_read_or_do_not_let_read_cannot_use_up_the_memory() {
 
 #[test]
 fn the_tunnel_that_makes_the_node_hold_most_is_cut_by_name_before_there_is_no_room() {
-    let mut w = World::new();
-    let limit = crate::limits::MemoryLimit::new(&w, 96 << 20);
-    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
-    let hostile = w.plain_pod("hostile", 1);
-    apps::serve(&server.netns, ECHO, apps::echo);
-    apps::serve(&server.netns, HOLD, apps::hold);
-    w.write_mesh();
-    for node in [1, 2] {
-        w.write_pods(node, &w.captured_pods(node));
-    }
-    w.start_node(1, &[ONE_WORKER]);
-    w.start_node_by(&limit.join(), 2, &[ONE_WORKER]);
-    [1, 2].iter().for_each(|node| w.wait_captured(*node));
+    let (mut w, limit, [client, server, hostile]) = limited(96 << 20);
     // An innocent that is stalled too, by an application that reads later.
     let innocent = connect(&client.netns, (server.v4, HOLD)).unwrap();
     innocent.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
