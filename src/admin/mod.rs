@@ -58,6 +58,8 @@ const STATS_DEADLINE: Duration = Duration::from_secs(20);
 const READY_DEADLINE: Duration = Duration::from_secs(5);
 /// Metrics are rendered for this part of the time at most, however many ask for them.
 const RENDER_SHARE: u32 = 8;
+/// But nobody waits longer than this for them to be: a scraper's patience ends at 10 s.
+const RENDER_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Pause after an accept failed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -242,7 +244,7 @@ impl Rendered {
             return rendering.text.clone();
         }
         if let Some(Rendering { begun, took, .. }) = last.as_ref() {
-            tokio::time::sleep_until(*begun + *took * RENDER_SHARE).await;
+            tokio::time::sleep_until(*begun + (*took * RENDER_SHARE).min(RENDER_PAUSE_MAX)).await;
         }
         let (begun, registry) = (Instant::now(), self.registry.clone());
         let render = move || {

@@ -33,6 +33,8 @@ const QUEUE: usize = 4096;
 /// Handshakes at once on a node, and of one source address.
 const HANDSHAKES_MAX: usize = 1024;
 const HANDSHAKES_OF_ONE: usize = 256;
+/// What one may hold.
+const HANDSHAKE_BYTES: usize = 64 * 1024;
 
 /// How long connections may take to write their last line when they are cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
@@ -59,9 +61,10 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// Places for handshakes: enough for peers that all come at once, little enough to be cheap when nobody speaks.
-    pub fn handshakes() -> Arc<Places> {
-        Places::new(HANDSHAKES_MAX, HANDSHAKES_OF_ONE)
+    /// Places for handshakes: enough for peers that all come at once, and so few that together they hold no more than `bytes`.
+    pub fn handshakes(bytes: usize) -> Arc<Places> {
+        let max = (bytes / HANDSHAKE_BYTES).clamp(HANDSHAKES_OF_ONE / 4, HANDSHAKES_MAX);
+        Places::new(max, HANDSHAKES_OF_ONE.min(max / 2))
     }
 }
 

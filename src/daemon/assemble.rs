@@ -95,8 +95,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         reporter: reporter.clone(),
         permits: permits.clone(),
         budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
-        buffers,
-        handshakes: Shared::handshakes(),
+        buffers: buffers.clone(),
+        handshakes: Shared::handshakes(buffers.limit() / 2),
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
 

@@ -4,7 +4,7 @@
 
 use super::ping;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::Waker;
 use tokio_util::sync::CancellationToken;
@@ -47,8 +47,6 @@ pub struct Buffers {
     limit: usize,
     total: AtomicUsize,
     accounts: Mutex<Vec<Weak<Account>>>,
-    /// A tunnel has been told to end, and what it holds is about to be free.
-    cutting: AtomicBool,
 }
 
 /// The buffers of one tunnel.
@@ -62,6 +60,7 @@ pub struct Account {
     /// Type of the frame that came last.
     last: AtomicU8,
     told: CancellationToken,
+    over: CancellationToken,
 }
 
 #[derive(Debug, Default)]
@@ -97,12 +96,7 @@ impl Held {
 impl Buffers {
     /// Buffers that hold `limit` bytes at most.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self {
-            limit,
-            total: AtomicUsize::new(0),
-            accounts: Mutex::default(),
-            cutting: AtomicBool::new(false),
-        })
+        Arc::new(Self { limit, total: AtomicUsize::new(0), accounts: Mutex::default() })
     }
 
     /// Bytes held now.
@@ -127,6 +121,7 @@ impl Buffers {
             cut: OnceLock::new(),
             last: AtomicU8::new(u8::MAX),
             told: CancellationToken::new(),
+            over: CancellationToken::new(),
         });
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
         if accounts.len() == accounts.capacity() {
@@ -143,23 +138,29 @@ impl Buffers {
 
     fn add(&self, bytes: usize) {
         let total = self.total.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if total > self.limit && !self.cutting.swap(true, Ordering::Relaxed) && !self.cut_largest() {
-            self.cutting.store(false, Ordering::Relaxed);
+        if total > self.limit {
+            self.cut_largest(total - self.limit);
         }
     }
 
-    fn cut_largest(&self) -> bool {
-        let accounts: Vec<_> = {
+    /// Cuts the largest tunnel of the largest holder, unless what has been cut already gives enough back.
+    fn cut_largest(&self, wanted: usize) {
+        let (cut, accounts): (Vec<_>, Vec<_>) = {
             let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-            accounts.iter().filter_map(Weak::upgrade).filter(|account| account.cut.get().is_none()).collect()
+            accounts.iter().filter_map(Weak::upgrade).partition(|account| account.cut.get().is_some())
         };
+        if cut.iter().map(|account| account.bytes()).sum::<usize>() >= wanted {
+            return;
+        }
         let mut holders: HashMap<&str, usize> = HashMap::new();
         for account in &accounts {
             *holders.entry(&account.holder).or_default() += account.bytes();
         }
-        let Some((holder, _)) = holders.into_iter().max_by_key(|(_, bytes)| *bytes) else { return false };
+        let Some((holder, _)) = holders.into_iter().max_by_key(|(_, bytes)| *bytes) else { return };
         let of_holder = accounts.iter().filter(|account| &*account.holder == holder);
-        of_holder.max_by_key(|account| account.bytes()).is_some_and(|largest| largest.cut(Cut::Memory))
+        if let Some(largest) = of_holder.max_by_key(|account| account.bytes()) {
+            largest.cut(Cut::Memory);
+        }
     }
 }
 
@@ -173,11 +174,20 @@ impl Account {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Tells the tunnel to end; true for the first to say so.
-    pub(super) fn cut(&self, why: Cut) -> bool {
-        let first = self.cut.set(why).is_ok();
+    /// Tells the tunnel to end; the first reason counts.
+    pub(super) fn cut(&self, why: Cut) {
+        let _ = self.cut.set(why);
         self.told.cancel();
-        first
+    }
+
+    /// The tunnel is no more: nothing that is queued will be sent.
+    pub(super) fn over(&self) {
+        self.over.cancel();
+    }
+
+    /// Completes when the tunnel is no more.
+    pub(super) async fn is_over(&self) {
+        self.over.cancelled().await;
     }
 
     /// Why the tunnel is to end, if it is.
@@ -382,9 +392,6 @@ impl Drop for Account {
     fn drop(&mut self) {
         let bytes = *self.bytes.get_mut();
         self.node.total.fetch_sub(bytes, Ordering::Relaxed);
-        if self.cut.get() == Some(&Cut::Memory) {
-            self.node.cutting.store(false, Ordering::Relaxed);
-        }
     }
 }
 

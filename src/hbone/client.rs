@@ -1,7 +1,7 @@
 //! The client end of a tunnel: open streams through it until either side says that it is going away.
 
 use super::buffers::Account;
-use super::flow::Opened;
+use super::flow::{Opening, ReceiveHalf};
 use super::guard::Guard;
 use super::request::ConnectRequest;
 use super::windows::{Adjust, Windows};
@@ -161,7 +161,8 @@ impl Tunnel {
         let http = request.to_http()?;
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
-        let opened = Opened::new(&self.account, response.stream_id());
+        // Bytes that come with the answer are accounted for from here on.
+        let place = Opening::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
             // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
             // 8.7 and 6.8).
@@ -174,6 +175,8 @@ impl Tunnel {
         if response.status() != StatusCode::OK {
             return Err(OpenError::Status(response.status()));
         }
-        Ok(Stream::new(send, response.into_body(), opened))
+        let receive = ReceiveHalf::new(response.into_body(), &self.account);
+        place.done();
+        Ok(Stream::new(send, receive))
     }
 }

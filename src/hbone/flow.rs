@@ -9,8 +9,9 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// Frames below this size are put together, up to [`TOGETHER_BYTES`]: one small message after another costs a queue's entry each.
-const SMALL_BYTES: usize = 2048;
+/// Frames below this size are put together, up to [`TOGETHER_BYTES`]: each small message costs a queue's entry, and keeps the
+/// whole buffer that it was read into, of about this size.
+const SMALL_BYTES: usize = 8 * 1024;
 const TOGETHER_BYTES: usize = 16 * 1024;
 
 /// A stream's place on the account of its tunnel; both halves share it.
@@ -26,21 +27,30 @@ impl Drop for Place {
     }
 }
 
-/// Joins the halves of a stream.
-pub(super) fn halves(send: SendStream<Bytes>, body: RecvStream, opened: Opened) -> (SendHalf, ReceiveHalf) {
-    let place = Arc::new(opened.0);
-    let sender = SendHalf { send, place: place.clone() };
-    (sender, ReceiveHalf { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None })
+/// A stream that was asked for and not answered yet.
+#[derive(Debug)]
+pub(super) struct Opening<'a> {
+    account: &'a Account,
+    id: Option<u32>,
 }
 
-/// A stream that somebody was told of; what it holds is free when this is dropped.
-#[derive(Debug)]
-pub(super) struct Opened(Place);
-
-impl Opened {
-    pub(super) fn new(account: &Arc<Account>, id: h2::StreamId) -> Self {
+impl<'a> Opening<'a> {
+    pub(super) fn new(account: &'a Account, id: h2::StreamId) -> Self {
         account.open(id.as_u32());
-        Self(Place { account: account.clone(), id: id.as_u32() })
+        Self { account, id: Some(id.as_u32()) }
+    }
+
+    /// Whoever has the stream's halves sees to its place now.
+    pub(super) fn done(mut self) {
+        self.id = None;
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.account.close(id);
+        }
     }
 }
 
@@ -58,11 +68,12 @@ impl SendHalf {
 
     /// Completes when all that was queued has gone down, or nothing of it will any more.
     pub(super) async fn flushed(&mut self) {
-        poll_fn(|context| {
-            let gone = self.place.account.flushed(self.place.id, context.waker());
-            if gone || self.send.poll_reset(context).is_ready() { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
+        let Self { send, place } = self;
+        let gone = poll_fn(|context| {
+            let gone = place.account.flushed(place.id, context.waker());
+            if gone || send.poll_reset(context).is_ready() { Poll::Ready(()) } else { Poll::Pending }
+        });
+        tokio::select! { () = gone => {}, () = place.account.is_over() => {} }
     }
 
     /// See [`SendStream::reserve_capacity`].
@@ -121,6 +132,19 @@ pub(super) struct ReceiveHalf {
 }
 
 impl ReceiveHalf {
+    /// The receiving half of a stream that somebody is told of now.
+    pub(super) fn new(body: RecvStream, account: &Arc<Account>) -> Self {
+        let id = body.stream_id().as_u32();
+        account.open(id);
+        let place = Arc::new(Place { account: account.clone(), id });
+        Self { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None }
+    }
+
+    /// The sending half that belongs to it.
+    pub(super) fn sending(&self, send: SendStream<Bytes>) -> SendHalf {
+        SendHalf { send, place: self.place.clone() }
+    }
+
     /// The next bytes; small frames that are there already come together. `None` at the end of the stream.
     pub(super) async fn data(&mut self) -> Option<Result<Bytes, h2::Error>> {
         poll_fn(|context| self.poll_data(context)).await

@@ -25,6 +25,7 @@ const BYTES_PER_UPDATE: usize = 2048;
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
+const PADDED: u8 = 0x8;
 const HEAD_BYTES: usize = 9;
 /// What a client says before its first frame (RFC 9113 section 3.4).
 const PREFACE_BYTES: usize = 24;
@@ -38,6 +39,8 @@ struct Frames {
     skip: usize,
     /// Whether `skip` are payload of a DATA frame, and of which stream.
     data_of: Option<u32>,
+    /// A DATA frame whose first byte says how much of it is padding.
+    padded: Option<(u32, usize)>,
 }
 
 /// What has been seen.
@@ -49,11 +52,19 @@ enum Seen {
 
 impl Frames {
     fn new(preface: usize) -> Self {
-        Self { head: [0; HEAD_BYTES], filled: 0, skip: preface, data_of: None }
+        Self { head: [0; HEAD_BYTES], filled: 0, skip: preface, data_of: None, padded: None }
     }
 
     fn feed(&mut self, mut bytes: &[u8], mut see: impl FnMut(Seen) -> io::Result<()>) -> io::Result<()> {
         while !bytes.is_empty() {
+            if let (Some((id, length)), [padding, rest @ ..]) = (self.padded, bytes) {
+                self.padded = None;
+                self.skip -= 1;
+                bytes = rest;
+                // The length of the padding stands in front of it (RFC 9113 section 6.1).
+                see(Seen::Head { kind: DATA, id, length: length.saturating_sub(1 + usize::from(*padding)) })?;
+                continue;
+            }
             if self.skip > 0 {
                 let passed = self.skip.min(bytes.len());
                 self.skip -= passed;
@@ -68,12 +79,16 @@ impl Frames {
             self.filled += 1;
             bytes = rest;
             if self.filled == HEAD_BYTES {
-                let [l0, l1, l2, kind, _flags, i0, i1, i2, i3] = self.head;
+                let [l0, l1, l2, kind, flags, i0, i1, i2, i3] = self.head;
                 let length = u32::from_be_bytes([0, l0, l1, l2]) as usize;
                 let id = u32::from_be_bytes([i0 & 0x7f, i1, i2, i3]);
                 (self.filled, self.skip) = (0, length);
                 self.data_of = (kind == DATA).then_some(id);
-                see(Seen::Head { kind, id, length })?;
+                if kind == DATA && flags & PADDED != 0 && length > 0 {
+                    self.padded = Some((id, length));
+                } else {
+                    see(Seen::Head { kind, id, length })?;
+                }
             }
         }
         Ok(())
@@ -138,7 +153,7 @@ impl<IO> Guard<IO> {
             account.came(kind);
             // An empty frame is work for nothing. So is one for a stream that is over, but what was on its way when we ended
             // the stream is no fault: only those are counted that nobody needs so small.
-            if kind == DATA && ((account.received(id, length) && length > 0) || length >= LATE_BYTES) {
+            if kind == DATA && length > 0 && (account.received(id, length) || length >= LATE_BYTES) {
                 return Ok(());
             }
             if allowance.take() {
@@ -162,6 +177,12 @@ impl<IO> Guard<IO> {
             }
             Ok(())
         })
+    }
+}
+
+impl<IO> Drop for Guard<IO> {
+    fn drop(&mut self) {
+        self.account.over();
     }
 }
 
@@ -221,5 +242,35 @@ impl<IO: AsyncWrite + Unpin> AsyncWrite for Guard<IO> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_found_however_the_bytes_come_and_padding_is_no_payload() {
+        let mut bytes = vec![0; PREFACE_BYTES];
+        // DATA of stream 1: 5 bytes; DATA of stream 3: 4 bytes and 2 of padding; nothing but padding; PING.
+        bytes.extend([0, 0, 5, DATA, 0, 0, 0, 0, 1, 1, 2, 3, 4, 5]);
+        bytes.extend([0, 0, 7, DATA, PADDED, 0x80, 0, 0, 3, 2, 1, 2, 3, 4, 0, 0]);
+        bytes.extend([0, 0, 3, DATA, PADDED, 0, 0, 0, 5, 2, 0, 0]);
+        bytes.extend([0, 0, 8, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let expected = [(DATA, 1, 5), (DATA, 3, 4), (DATA, 5, 0), (6, 0, 8)];
+        for piece in [1, 2, 3, 7, 24, 1000] {
+            let (mut frames, mut heads) = (Frames::new(PREFACE_BYTES), Vec::new());
+            for part in bytes.chunks(piece) {
+                frames
+                    .feed(part, |seen| {
+                        if let Seen::Head { kind, id, length } = seen {
+                            heads.push((kind, id, length));
+                        }
+                        Ok(())
+                    })
+                    .unwrap();
+            }
+            assert_eq!(heads, expected, "in pieces of {piece}");
+        }
     }
 }

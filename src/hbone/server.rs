@@ -1,13 +1,12 @@
 //! The server end of a tunnel: streams come in, each to be accepted or refused.
 
 use super::buffers::{Account, Cut};
-use super::flow::Opened;
+use super::flow::ReceiveHalf;
 use super::guard::Guard;
 use super::request::{self, ConnectRequest, RequestError};
 use super::windows::{Adjust, Windows};
 use super::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
-use h2::RecvStream;
 use h2::server::{Connection, SendResponse};
 use http::StatusCode;
 use std::fmt;
@@ -37,9 +36,8 @@ impl<IO> fmt::Debug for Server<IO> {
 pub struct Incoming {
     /// What is asked for, or why it is no HBONE request.
     pub request: Result<ConnectRequest, RequestError>,
-    body: RecvStream,
+    receive: ReceiveHalf,
     respond: SendResponse<Bytes>,
-    opened: Opened,
 }
 
 impl fmt::Debug for Incoming {
@@ -81,8 +79,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
                 Ok((http, respond)) => {
                     let (parts, body) = http.into_parts();
                     let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
-                    let opened = Opened::new(account, respond.stream_id());
-                    Ok(Incoming { request, body, respond, opened })
+                    Ok(Incoming { request, receive: ReceiveHalf::new(body, account), respond })
                 }
                 Err(error) => Err(TunnelError::of(error, account)),
             }),
@@ -103,7 +100,7 @@ impl Incoming {
     /// Answers 200; `baggage` says who accepted.
     pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, TunnelError> {
         let send = self.respond.send_response(request::accepted(baggage), false).map_err(TunnelError::Http2)?;
-        Ok(Stream::new(send, self.body, self.opened))
+        Ok(Stream::new(send, self.receive))
     }
 
     /// Answers with a status that is not 200. What the peer has sent already is never looked at.
@@ -114,8 +111,12 @@ impl Incoming {
 
     /// Resolves when the peer gives the stream up before it is answered.
     pub async fn abandoned(&mut self) {
-        // Any outcome means that no answer is awaited any more.
-        let _ = std::future::poll_fn(|context| self.respond.poll_reset(context)).await;
+        tokio::select! {
+            // Any outcome means that no answer is awaited any more.
+            _ = poll_fn(|context| self.respond.poll_reset(context)) => {}
+            // What comes before the answer must not pile up in HTTP/2's queue.
+            never = self.receive.gather() => match never {},
+        }
     }
 }
 

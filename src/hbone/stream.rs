@@ -3,11 +3,11 @@
 
 use super::TunnelError;
 use super::buffers::Account;
-use super::flow::{Opened, ReceiveHalf, SendHalf, halves};
+use super::flow::{ReceiveHalf, SendHalf};
 use crate::sys::end::{End, LAST_BYTES};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
-use h2::{Reason, RecvStream, SendStream};
+use h2::{Reason, SendStream};
 use std::fmt;
 use std::future::{Future, poll_fn, ready};
 use std::io;
@@ -82,9 +82,8 @@ impl From<h2::Error> for CarryError {
 }
 
 impl Stream {
-    pub(super) fn new(send: SendStream<Bytes>, receive: RecvStream, opened: Opened) -> Self {
-        let (send, receive) = halves(send, receive, opened);
-        Self { send, receive }
+    pub(super) fn new(send: SendStream<Bytes>, receive: ReceiveHalf) -> Self {
+        Self { send: receive.sending(send), receive }
     }
 
     /// Carries `app` over this stream until both have closed, or until the first error or `stop`; then the stream is
@@ -130,9 +129,11 @@ impl Sender {
         Ok(poll_fn(|context| stream.poll_reset(context)).await?)
     }
 
-    /// The stream has ended in order, or the peer has ended it.
-    fn ended(mut self) -> Result<(), CarryError> {
-        self.stream = None;
+    /// The stream has ended in order, or the peer has ended it: it is over when what is still queued has gone.
+    async fn ended(mut self) -> Result<(), CarryError> {
+        if let Some(mut stream) = self.stream.take() {
+            stream.flushed().await;
+        }
         Ok(())
     }
 
@@ -179,7 +180,7 @@ async fn both_ways(
         Either::Down(Ok(())) => loop {
             let before = meter.total();
             match timeout(silence, &mut up).await {
-                Ok(Ok(sender)) => return sender.ended(),
+                Ok(Ok(sender)) => return sender.ended().await,
                 Ok(Err(error)) => return Err(after_last_bytes(app, ready(()), error).await),
                 Err(_) if meter.total() == before => return Err(CarryError::HalfClosedSilence(silence)),
                 Err(_) => {}
@@ -219,7 +220,7 @@ async fn rest_of_down(
             }
         };
         match timeout(silence, step).await {
-            Ok(Ok(Ok(()))) => return sender.ended(),
+            Ok(Ok(Ok(()))) => return sender.ended().await,
             Ok(Ok(Err(_))) if app.is_broken() => return Err(sender.app_broke(app).await),
             Ok(Ok(Err(error))) => return Err(after_last_bytes(app, ready(()), error).await),
             Ok(Err(Some(error))) => return Err(after_last_bytes(app, down, error).await),

@@ -184,15 +184,17 @@ fn ids(chain: &[CertificateDer<'_>]) -> Vec<RevokedId> {
     chain.iter().filter_map(id).collect()
 }
 
-/// When the first of these certificates ends. One that cannot be parsed is refused elsewhere.
+/// When the first of these certificates ends. One that cannot be parsed is refused elsewhere; one that has ended already is
+/// not needed, or the handshake would have failed.
 fn ends(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+    let now = SystemTime::now();
     let end = |der: &CertificateDer<'_>| {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
         // The second that it names is its last one (RFC 5280 section 4.1.2.5), and TLS takes it then.
         let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0).saturating_add(1);
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
     };
-    chain.iter().filter_map(end).min()
+    chain.iter().filter_map(end).filter(|end| *end > now).min()
 }
 
 /// Why a peer that was trusted at its handshake is not any more.

@@ -16,18 +16,29 @@ pub struct ReadBuffered<IO> {
     start: usize,
     end: usize,
     max: usize,
+    /// Bytes that may still come before [`ReadBuffered::trust`] is called.
+    allowed: Option<usize>,
 }
 
+/// What a peer may say before it is trusted (TLS handshakes with a post-quantum key exchange and a chain of certificates take less
+/// than half of it).
+const UNTRUSTED_BYTES: usize = 32 * 1024;
+
 impl<IO> ReadBuffered<IO> {
-    /// Reads of `io` take up to `max` bytes at once.
-    pub fn new(io: IO, max: usize) -> Self {
-        Self { io, buffer: Vec::new(), start: 0, end: 0, max }
+    /// Reads of `io` through a small buffer, of 32 KiB in all: more than a handshake needs, and little to hold for a stranger.
+    pub fn new(io: IO) -> Self {
+        Self { io, buffer: Vec::new(), start: 0, end: 0, max: SMALL_BYTES, allowed: Some(UNTRUSTED_BYTES) }
+    }
+
+    /// From now on as much is read as comes, up to `max` bytes at once.
+    pub fn trust(&mut self, max: usize) {
+        (self.max, self.allowed) = (max, None);
     }
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for ReadBuffered<IO> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { io, buffer, start, end, max } = self.get_mut();
+        let Self { io, buffer, start, end, max, allowed } = self.get_mut();
         if start == end {
             if buffer.is_empty() {
                 buffer.resize(SMALL_BYTES.min(*max), 0);
@@ -39,6 +50,13 @@ impl<IO: AsyncRead + Unpin> AsyncRead for ReadBuffered<IO> {
             let read = Pin::new(io).poll_read(context, &mut fresh);
             (*start, *end) = (0, fresh.filled().len());
             ready!(read)?;
+            if let Some(left) = allowed {
+                let Some(less) = left.checked_sub(*end) else {
+                    *end = 0;
+                    return Poll::Ready(Err(io::Error::other("it says too much before it has proven who it is")));
+                };
+                *left = less;
+            }
         }
         let waiting = buffer.get(*start..*end).unwrap_or_default();
         let passed = waiting.len().min(into.remaining());
@@ -80,9 +98,20 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
+    async fn a_stranger_is_heard_for_so_long_only_and_through_little() {
+        let (mut far, near) = tokio::io::duplex(1 << 20);
+        let mut reader = ReadBuffered::new(near);
+        far.write_all(&vec![1; UNTRUSTED_BYTES + 1]).await.unwrap();
+        let mut got = Vec::new();
+        assert!(reader.read_to_end(&mut got).await.is_err());
+        assert!(got.len() <= UNTRUSTED_BYTES && reader.buffer.len() == SMALL_BYTES);
+    }
+
+    #[tokio::test]
     async fn all_comes_in_order_and_the_buffer_follows_what_comes() {
         let (mut far, near) = tokio::io::duplex(1 << 20);
-        let mut reader = ReadBuffered::new(near, 128 * 1024);
+        let mut reader = ReadBuffered::new(near);
+        reader.trust(128 * 1024);
         assert_eq!(reader.buffer.len(), 0, "nothing has come");
         let all: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
         far.write_all(&all[..100]).await.unwrap();

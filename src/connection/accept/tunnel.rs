@@ -53,11 +53,12 @@ pub async fn handshake(
     buffers: &Arc<Buffers>,
 ) -> Result<Peer, AcceptError> {
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
-    let socket = ReadBuffered::new(socket, READ_BUFFER_BYTES);
-    let tls = TlsAcceptor::from(credentials.server())
+    let socket = ReadBuffered::new(socket);
+    let mut tls = TlsAcceptor::from(credentials.server())
         .accept_with(socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
         .await
         .map_err(AcceptError::Tls)?;
+    tls.get_mut().0.trust(READ_BUFFER_BYTES);
     let state = tls.get_ref().1;
     let peer = state.peer_certificates().unwrap_or_default();
     let leaf = peer.first().ok_or(AcceptError::NoCertificate)?;

@@ -105,14 +105,15 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    let socket = ReadBuffered::new(socket, READ_BUFFER_BYTES);
+    let socket = ReadBuffered::new(socket);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
-        let tls = TlsConnector::from(tls)
+        let mut tls = TlsConnector::from(tls)
             .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
             .await
             .map_err(TunnelDialError::Tls)?;
+        tls.get_mut().0.trust(READ_BUFFER_BYTES);
         let state = tls.get_ref().1;
         let facts = TlsFacts::of(state);
         let certificates = state.peer_certificates().unwrap_or_default();
