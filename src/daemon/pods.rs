@@ -79,7 +79,7 @@ pub(super) async fn follow(
                 }
                 None => None,
             };
-            background.spawn(metrics.probes.keep(probed.clone()));
+            background.spawn(metrics.probes.keep(probed.clone(), drain.clone()));
             let source = kubernetes::Source {
                 config: *config,
                 client,

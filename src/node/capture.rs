@@ -3,7 +3,7 @@
 //! and no connection is carried before the pod is known to be who it should be.
 
 use super::pods::NetnsRef;
-use super::{CaptureError, PodSpec, redirect, verify};
+use super::{CaptureError, PodSpec, legs, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
 use crate::dns::server::Known;
@@ -290,7 +290,8 @@ impl Capturer {
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Rules of others, with the same routes, are theirs.
-        if matches!(redirect::list_table(&netns, redirect::TABLE).await, Ok(table) if table.is_null()) {
+        let there = async |table| !matches!(redirect::list_table(&netns, table).await, Ok(listed) if listed.is_null());
+        if !there(redirect::TABLE).await && !there(legs::TABLE).await {
             return;
         }
         if self.not_ours(&netns).is_ok()

@@ -20,6 +20,9 @@ const MEMORY_MAX: u64 = 256 << 20;
 /// Bytes of what `nft` says on standard error that are read.
 const ERROR_MAX: u64 = 4096;
 
+/// What `nft` says of a table that is not there (ENOENT).
+const NOT_THERE: &str = "No such file or directory";
+
 /// Runs a script in a namespace, as one transaction.
 pub async fn write(netns: &Netns, script: &str) -> Result<(), RedirectError> {
     run(netns, &["-f", "-"], script).await.map(drop)
@@ -33,7 +36,7 @@ pub async fn ruleset(netns: &Netns) -> Result<Value, RedirectError> {
 /// One table as `nft` prints it; null where there is none.
 pub async fn table(netns: &Netns, family: &str, name: &str) -> Result<Value, RedirectError> {
     match list(netns, &["-j", "list", "table", family, name]).await {
-        Err(RedirectError::Nft(_)) => Ok(Value::Null),
+        Err(RedirectError::Nft(said)) if said.contains(NOT_THERE) => Ok(Value::Null),
         listed => listed,
     }
 }
@@ -41,11 +44,17 @@ pub async fn table(netns: &Netns, family: &str, name: &str) -> Result<Value, Red
 async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, RedirectError> {
     let listed = tokio::time::timeout(READING, run(netns, arguments, "")).await;
     let slow = || RedirectError::Unreadable(format!("listing them takes longer than {} s", READING.as_secs()));
-    let printed = listed.map_err(|_| slow())??;
+    // What a pod has written may be too odd for the program that lists it; that it is not allowed to is our own lack.
+    let printed = listed.map_err(|_| slow())?.map_err(|error| match error {
+        RedirectError::Nft(said) if !said.contains(NOT_THERE) && !said.contains("not permitted") => {
+            RedirectError::Unreadable(format!("nft fails to list them: {said}"))
+        }
+        error => error,
+    })?;
     // Beside the others: it may be long.
     let parsed = thread::beside(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
     let parsed = parsed.unwrap_or_else(|| Err("it could not be read".into()));
-    parsed.map_err(|error| RedirectError::Nft(format!("its listing is not JSON: {error}")))
+    parsed.map_err(|error| RedirectError::Unreadable(format!("their list is not JSON: {error}")))
 }
 
 /// Runs `nft` inside a namespace and gives what it prints.

@@ -11,6 +11,7 @@ use crate::mesh::Text;
 use crate::sys::changes::Changes;
 use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
+use crate::task::Signal;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -84,8 +85,8 @@ impl HostProbes {
         registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 
-    /// Keeps the table what `probed` says, for as long as it is awaited.
-    pub async fn keep(self, probed: Probed) {
+    /// Keeps the table what `probed` says, until this daemon is told to end: what another one knows by then is newer.
+    pub async fn keep(self, probed: Probed, drain: Signal) {
         let mut pods = probed.pods.subscribe();
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
@@ -101,6 +102,7 @@ impl HostProbes {
                 }
             };
             tokio::select! {
+                () = drain.gentle() => return,
                 changed = pods.changed() => if changed.is_err() { return },
                 () = heard => {}
                 () = tokio::time::sleep(LOOK) => {}
@@ -118,7 +120,7 @@ impl HostProbes {
                 );
             }
             bridges = on_bridges;
-            self.in_place.set(i64::from(result.is_ok()));
+            self.in_place.set(i64::from(result.is_ok() && bridges.is_none()));
             let error = result.err().map(|error| error.to_string());
             if let Some(error) = error.as_ref().filter(|error| said.as_ref() != Some(error)) {
                 tracing::error!(error, "kubelet probes of captured pods may fail: the host's rules cannot be written");
@@ -216,6 +218,13 @@ fn drops(family: &str) -> String {
          add chain {family} {TABLE} drops {{ type filter hook prerouting priority {DROPS}; policy accept; }}\n\
          flush chain {family} {TABLE} drops\n"
     );
+    if family == "bridge" {
+        // A bridge looks behind one VLAN tag. The pod's kernel looks behind any number of tags with id 0 (IEEE 802.1Q
+        // priority tags); more than one of them has no use but to hide what is behind.
+        script += &format!(
+            "add rule bridge {TABLE} drops meta protocol {{ 8021q, 8021ad }} @nh,4,12 0 counter name {SPOOFED} drop\n"
+        );
+    }
     for (protocol, source) in [("ip", PROBE_V4), ("ip6", PROBE_V6)] {
         script += &format!(
             "add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source} counter name {SPOOFED} drop\n"

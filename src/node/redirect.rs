@@ -65,6 +65,10 @@ pub const PROBE_V4: &str = "169.254.7.127";
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew.
 pub const PROBED: &str = "probed";
+/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
+pub const INBOUND_PORT: u16 = 15091;
+/// Counts what begins a connection to the ports that are tried from outside: whether it has come as far as the pod.
+pub const ARRIVED: &str = "arrived";
 /// How long `nft` or the kernel may take.
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -139,16 +143,19 @@ pub struct Written {
 
 /// Installs the redirection; a repetition replaces it, nothing is doubled. What istio-cni has left in the pod goes in the
 /// same transaction, and is named; where `taken_over` it had gone before, and is refused now. Where the pod's rules cannot be
-/// read, because there are too many of them, ours are written without looking.
+/// read, because there are too many of them, ours are written without looking. Where ours have been there before they are
+/// written in any case: nothing that is found in a pod lets its traffic pass.
 pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<Written, RedirectError> {
     within(async {
-        let Others { foreign, hooks, mut unread } = others(netns).await?;
-        if let Some(odd) = &foreign.odd {
-            return Err(RedirectError::Odd(odd.clone()));
-        }
-        if taken_over && !foreign.names.is_empty() {
-            return Err(RedirectError::Contested(foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
-        }
+        let Others { foreign, hooks, mut unread } = match acceptable(others(netns).await, taken_over) {
+            Ok(others) => others,
+            Err(error) if taken_over => {
+                routes::set(netns, rules.ipv6, true).await?;
+                nft::write(netns, &ruleset(rules, true)).await?;
+                return Err(error);
+            }
+            Err(error) => return Err(error),
+        };
         routes::set(netns, rules.ipv6, true).await?;
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
         let mut before = generation()?;
@@ -170,6 +177,18 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
         Ok(Written { foreign, listing, hooks, unread })
     })
     .await
+}
+
+/// Refuses what we cannot take over, by name.
+fn acceptable(others: Result<Others, RedirectError>, taken_over: bool) -> Result<Others, RedirectError> {
+    let others = others?;
+    if let Some(odd) = &others.foreign.odd {
+        return Err(RedirectError::Odd(odd.clone()));
+    }
+    if taken_over && !others.foreign.names.is_empty() {
+        return Err(RedirectError::Contested(others.foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
+    }
+    Ok(others)
 }
 
 /// What others have in a pod.
@@ -366,11 +385,12 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         false => String::new(),
     };
     format!(
-        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBED} {{ }}\n{sets}\
+        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBED} {{ }}\n  counter {ARRIVED} {{ }}\n{sets}\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
-         \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n  }}\n\
+         \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
+         \x20   tcp dport {{ 15008, {INBOUND_PORT} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\

@@ -150,7 +150,13 @@ impl Rules {
     pub async fn heed(&mut self, capturer: &Capturer, listening: &Listening) {
         let seen = std::mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner));
         if seen.addresses {
+            let before = listening.pod.addresses.load_full();
             capturer.look_at_addresses(listening).await;
+            // What guests of the pod open is translated to one of its addresses, which may be the one that has gone.
+            if capturer.config.redirect && *listening.pod.addresses.load_full() != *before {
+                self.write_at = Instant::now().max(self.hold_off);
+                self.hold_off = self.write_at + RETRY;
+            }
         }
         if !capturer.config.redirect {
             self.verify_at = Instant::now().max(self.hold_off);

@@ -21,8 +21,7 @@ use tokio::sync::Notify;
 /// gives each connection to either.
 const PROBE_PORTS: std::ops::Range<u16> = 15091..15099;
 
-/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to [`TUNNELS`] no other address.
-pub const INBOUND_PORT: u16 = 15091;
+pub use super::redirect::INBOUND_PORT;
 /// Port on which tunnels are taken.
 pub const TUNNELS: u16 = 15008;
 /// How many probes are sent into the pod at once, and how long they may take to arrive.
@@ -158,8 +157,11 @@ async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, Ve
     // Several, because during an upgrade two daemons listen; but mostly one does.
     for (attempts, wait) in INBOUND_ROUNDS {
         let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
-        let passed = || pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED));
-        let before = passed().ok().and_then(Result::ok);
+        let packets = |name| {
+            let counted = pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, name));
+            counted.ok().and_then(Result::ok)
+        };
+        let (before, reached) = (packets(redirect::PROBED), packets(redirect::ARRIVED));
         let arrived = Arc::<Notify>::default();
         let any: SocketAddr =
             if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
@@ -182,13 +184,15 @@ async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, Ve
         if sent && tokio::time::timeout(wait, arrived.notified()).await.is_ok() {
             return Ok(Inbound::Ours);
         }
+        // A firewall on the way refuses as an application would; but then nothing has come as far as the pod.
+        let stopped = reached.is_some() && packets(redirect::ARRIVED) == reached;
         let answered = |(socket, _): &(Socket, u16)| match socket.take_error() {
-            Ok(Some(error)) => error.kind() == io::ErrorKind::ConnectionRefused,
+            Ok(Some(error)) => !stopped && error.kind() == io::ErrorKind::ConnectionRefused,
             Ok(None) => socket.peer_addr().is_ok(),
             Err(_) => false,
         };
         // Somebody has given it the address of the kubelet's probes, which the pod's rules leave alone.
-        let exempt = passed().ok().and_then(Result::ok) != before;
+        let exempt = packets(redirect::PROBED) != before;
         if attempts > 1 && sent && !exempt && sockets.iter().any(answered) {
             return Ok(Inbound::Answered);
         }

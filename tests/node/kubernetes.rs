@@ -645,6 +645,17 @@ fn nobody_but_the_node_itself_comes_from_the_address_of_its_probes() {
         line["message"].as_str().is_some_and(|text| text.contains("not from this host") && text.contains("dropped"))
     });
     assert_eq!(probes(), counted, "none of them reached the pod");
+    // Behind two VLAN tags of id 0, which a bridge does not look behind, and the pod's kernel does.
+    let victim = output_in(&c.client.netns, "cat", &["/sys/class/net/eth0/address"]);
+    let frame = format!(
+        "import socket; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); s.bind((\"eth0\", 0)); \
+         s.send(bytes.fromhex(\"{}\" + \"020000000001\" + \"81000000\" * 2 + \"0800\" + \"45000028000040004006 0000a9fe077f0a01000a\" + \"00\" * 20))",
+        victim.trim().replace(':', "")
+    );
+    let dropped = || c.w.metric(1, "culvert_probe_spoofs_dropped_total", &[]);
+    let before = dropped();
+    output_in(&outside.netns, "python3", &["-c", &frame]);
+    eventually("it is dropped", || dropped() > before);
     // The node's own go on, also when somebody has emptied the host's rules.
     ip_in(&c.client.netns, "neigh del 10.1.0.1 dev eth0\nneigh del fd00:1::1 dev eth0\n");
     output_in(&node, "nft", &["flush", "ruleset"]);
@@ -694,6 +705,20 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
     eventually("and their set is gone", || {
         !output_in(&ns, "nft", &["-t", "list", "table", "inet", "culvert"]).contains("set s ")
     });
+    // What the program that lists it chokes on.
+    let odd = c.w.dir.join("odd.nft");
+    std::fs::write(&odd, b"table inet odd {\n chain c {\n meta iifname \"z\xff\"\n }\n}\n").unwrap();
+    output_in(&ns, "nft", &["-f", odd.to_str().unwrap()]);
+    output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
+    eventually("a deleted table is back", &is_back);
+    output_in(&ns, "nft", &["delete", "table", "inet", "odd"]);
+    // What looks like another agent's, which is refused by name: ours are written all the same.
+    output_in(&ns, "nft", &["add", "table", "inet", "istio-ambient-x"]);
+    output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
+    eventually("it is refused", || c.w.state(1, "client").1.contains("came back"));
+    eventually("a deleted table is back", &is_back);
+    output_in(&ns, "nft", &["delete", "table", "inet", "istio-ambient-x"]);
+    eventually("it is captured", || captured(&c));
     // More of them than anybody reads.
     output_in(&ns, "nft", &["delete", "table", "ip", "mine"]);
     let chains: String = (0..12_000).map(|n| format!("chain c{}{n} {{\n}}\n", "x".repeat(100))).collect();
@@ -713,6 +738,19 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
         pod["rulesUnread"].is_null()
             && pod["otherRules"].to_string().contains("notrack in chain early of table ip theirs")
     });
+}
+
+#[test]
+fn a_firewall_that_refuses_the_nodes_probes_keeps_no_pod_from_being_captured() {
+    let mut c = cluster();
+    let file = c.w.dir.join("firewall.nft");
+    let rules = "type filter hook output priority 0; tcp dport 15091 reject with icmpx port-unreachable;";
+    std::fs::write(&file, format!("table inet firewall {{ chain c {{ {rules} }}\n }}\n")).unwrap();
+    output_in(&c.w.ns("n1"), "nft", &["-f", file.to_str().unwrap()]);
+    c.start();
+    let pod = c.w.json(1, "/pods")[0].clone();
+    assert_eq!(pod["state"], "captured");
+    assert!(pod["inboundUnverified"].as_str().is_some_and(|why| why.contains("did not arrive")), "{pod}");
 }
 
 #[test]
