@@ -63,11 +63,12 @@ impl World {
         ));
         for (node, other) in [(1, 2), (2, 1)] {
             let name = world.ns(&format!("n{node}"));
+            // With an address of its own: else it has one of its ports', another when that goes, and pods miss it for a while.
             ip_in(
                 &name,
                 &format!(
                     "link set lo up\nlink set wire up\naddr add 172.30.0.{node}/24 dev wire\n\
-                     addr add fd30::{node}/64 dev wire nodad\nlink add pods type bridge\nlink set pods up\n\
+                     addr add fd30::{node}/64 dev wire nodad\nlink add pods address 02:00:00:00:00:0{node} type bridge\nlink set pods up\n\
                      addr add 10.{node}.0.1/24 dev pods\naddr add fd00:{node}::1/64 dev pods nodad\n\
                      route add 10.{other}.0.0/24 via 172.30.0.{other}\nroute add fd00:{other}::/64 via fd30::{other}\n"
                 ),
