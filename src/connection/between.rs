@@ -41,9 +41,9 @@ pub(super) async fn find_route(
     source: &Workload,
     target: SocketAddr,
 ) -> Result<Route, RouteError> {
-    let (mut names, mut unresolved) = (Names::new(), None);
+    let (own_ports, mut names, mut unresolved) = (pod.own_ports(), Names::new(), None);
     let choose = |snapshot: &Snapshot, names: &Names| {
-        choose::route::choose(snapshot, source, target, names, &mut |below| rand::random_range(0..below))
+        choose::route::choose(snapshot, source, target, own_ports, names, &mut |below| rand::random_range(0..below))
     };
     for _ in 0..QUESTIONS_MAX {
         match choose(&snapshot, &names) {

@@ -24,7 +24,7 @@ use accept::{AcceptError, Peer, tunnel as tunnelled};
 use authorize::{Live, Subject};
 use between::{ResetUnlessDone, find_route, is_local, local_facts, origin, own_credentials, status, stop, unless_gone};
 use budget::Open;
-use choose::{HboneWay, LocalError, OWN_PORTS, RouteError, Way};
+use choose::{HboneWay, LocalError, RouteError, Way};
 use dial::{DialError, direct::SocketConfig, hbone::Opened, pool::PoolConfig};
 use report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use worker::Worker;
@@ -126,7 +126,7 @@ async fn open(
         return Err(RouteError::Loop(captured.destination).into());
     }
     let (snapshot, source) = local_facts(worker, pod).await?;
-    if OWN_PORTS.contains(&captured.destination.port()) && pod.owns(&source, captured.destination.ip()) {
+    if pod.own_ports().contains(&captured.destination.port()) && pod.owns(&source, captured.destination.ip()) {
         return Err(RouteError::Loop(captured.destination).into());
     }
     let route = find_route(&shared.mesh, pod, snapshot, &source, captured.destination).await?;
@@ -312,7 +312,7 @@ async fn admit(
     if !pod.owns(&workload, own) || is_local(own) {
         return Err(LocalError::IpMismatch { asked: own, own: workload.ips.first().copied().unwrap_or(own) }.into());
     }
-    let target = choose::local::choose(&snapshot, &workload, own, &request.authority)?;
+    let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Registered before it is asked for: no policy change can fall between the two.
@@ -391,7 +391,7 @@ async fn plaintext_steps(
     let client = ResetUnlessDone::new(captured.app);
     let (snapshot, workload) = local_facts(worker, pod).await?;
     let destination = captured.destination;
-    if OWN_PORTS.contains(&destination.port()) {
+    if pod.own_ports().contains(&destination.port()) {
         return Err(LocalError::Loop(destination).into());
     }
     if !pod.owns(&workload, destination.ip()) {

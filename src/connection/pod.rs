@@ -1,5 +1,6 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
+use super::choose::own_ports;
 use super::dial::direct::SocketConfig;
 use crate::dns::Resolver;
 use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
@@ -8,6 +9,7 @@ use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -33,6 +35,8 @@ pub struct Pod {
     pub sockets: SocketConfig,
     /// Its DNS resolvers.
     pub resolver: Arc<Resolver>,
+    /// Whether its DNS is taken: from when that is listened for.
+    pub dns: AtomicBool,
     /// Who it is: set once its namespace has been found to hold the addresses that its workload has. No connection goes
     /// before that.
     pub identity: watch::Sender<Option<SpiffeName>>,
@@ -91,6 +95,11 @@ impl Pod {
     /// Whether an address is one of this pod's.
     pub fn owns(&self, workload: &Workload, ip: IpAddr) -> bool {
         workload.ips.contains(&ip) || self.addresses.load().contains(&ip)
+    }
+
+    /// Our own ports in this pod.
+    pub fn own_ports(&self) -> &'static [u16] {
+        own_ports(self.dns.load(Ordering::Relaxed))
     }
 
     /// Hears when the pod's connections are to end.

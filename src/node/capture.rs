@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
 
@@ -108,6 +109,7 @@ impl Capturer {
             netns,
             sockets: self.sockets,
             resolver,
+            dns: Default::default(),
             identity: watch::Sender::default(),
             addresses: ArcSwap::from_pointee(held),
             drain: self.drain.child(),
@@ -137,6 +139,7 @@ impl Capturer {
             .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: dns::PORT, source }));
         match bound {
             Ok(listeners) => {
+                pod.dns.store(true, Ordering::Relaxed);
                 let asker = Box::new(PodAsker { pod: pod.clone(), mesh: self.mesh.clone() });
                 let label = format!("{}/{}", spec.namespace, spec.name);
                 let serving = self.dns.serve(&spec.uid, label, pod.resolver.clone(), asker, listeners);

@@ -15,12 +15,12 @@ pub const TABLE: &str = "culvert_legs";
 /// Conntrack zone of connections in a client's name.
 const ZONE: u16 = 2;
 
-/// Writes the table; `mark` is the one of our packets. A pod is captured also where that fails: it is logged.
-pub async fn write(netns: &Netns, mark: u32) -> bool {
-    let Err(first) = redirect::apply(netns, &table(mark, true)).await else { return true };
+/// Writes the table; `mark` is the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
+pub async fn write(netns: &Netns, mark: u32, dns: bool) -> bool {
+    let Err(first) = redirect::apply(netns, &table(mark, dns, true)).await else { return true };
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
     let (netns_path, suppressed) = (netns.path().display(), LIMIT.allow());
-    if let Err(error) = redirect::apply(netns, &table(mark, false)).await {
+    if let Err(error) = redirect::apply(netns, &table(mark, dns, false)).await {
         if let Some(suppressed) = suppressed {
             tracing::warn!(
                 netns = %netns_path,
@@ -47,8 +47,8 @@ pub async fn remove(netns: &Netns) -> Result<(), RedirectError> {
     redirect::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
 
-fn table(mark: u32, tproxy: bool) -> String {
-    let chains = legs(mark) + &no_loop(mark) + &if tproxy { same_ports() } else { String::new() };
+fn table(mark: u32, dns: bool, tproxy: bool) -> String {
+    let chains = legs(mark) + &no_loop(mark, dns) + &if tproxy { same_ports() } else { String::new() };
     format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
 }
 
@@ -73,11 +73,12 @@ fn legs(mark: u32) -> String {
 }
 
 /// What we have sent never comes to a listener of ours again, by whatever address or translation, but for tunnels.
-fn no_loop(mark: u32) -> String {
+fn no_loop(mark: u32, dns: bool) -> String {
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
-    let rules = format!(
-        "    {ours} tcp dport {{ 15001, 15006, {DNS} }} reject with tcp reset\n    {ours} udp dport {DNS} reject\n"
-    );
+    let mut rules = format!("    {ours} tcp dport {{ 15001, 15006 }} reject with tcp reset\n");
+    if dns {
+        rules += &format!("    {ours} tcp dport {DNS} reject with tcp reset\n    {ours} udp dport {DNS} reject\n");
+    }
     chain("no_loop", "input", -160, &rules)
 }
 

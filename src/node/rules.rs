@@ -267,6 +267,7 @@ impl Rules {
         let now = Instant::now();
         if now >= self.verify_at && capturer.take_dns(spec, listening) {
             self.write_at = now;
+            self.legs = false;
         }
         if now < self.due() {
             return Ok(false);
@@ -299,7 +300,7 @@ impl Rules {
             self.write(capturer, board, spec, listening).await?;
         }
         if rewrite || !self.legs {
-            self.legs = legs::write(&listening.pod.netns, capturer.config.mark).await;
+            self.legs = legs::write(&listening.pod.netns, capturer.config.mark, listening.names.get().is_some()).await;
         }
         let verified = tokio::select! {
             verified = capturer.verify(spec, listening) => verified,

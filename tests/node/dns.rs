@@ -461,6 +461,31 @@ fn a_pods_own_switch_wins_and_release_gives_its_dns_back() {
 }
 
 #[test]
+fn an_application_on_the_port_of_our_dns_is_reached_where_its_pods_dns_is_not_taken() {
+    let mut w = World::new();
+    let (client, server, stranger) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.plain_pod("stranger", 1));
+    apps::serve(&server.netns, 15053, apps::who);
+    w.write_mesh();
+    w.write_pods(1, &[&client]);
+    let mut entry = crate::world::pod_entry(&server);
+    entry["dnsCapture"] = json!(false);
+    crate::world::replace(&w.pods_file(2), &json!({"pods": [entry]}).to_string());
+    for node in [1, 2] {
+        w.start_node(node, &[]);
+        w.wait_captured(node);
+    }
+    for from in [&client, &stranger] {
+        for (own, to) in [(from.v4, server.v4), (from.v6, server.v6)] {
+            let said = crate::world::ask(&from.netns, (to, 15053), "x").map_err(|error| error.to_string());
+            assert_eq!(said, Ok(format!("{own} x")), "from {}", from.name);
+        }
+    }
+    assert!(crate::world::ask(&server.netns, (server.v4, 15053), "x").is_ok(), "from the pod itself");
+    // Where it is taken, the port is ours.
+    assert!(crate::world::is_reset(&stranger.netns, (client.v4, 15053)));
+}
+
+#[test]
 fn a_flood_from_one_pod_leaves_the_lookups_of_another_alone() {
     let (w, client) = small("nameserver 10.1.0.51\n", &[], |w, _| {
         w.mesh_pod("other", 1);

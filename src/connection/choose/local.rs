@@ -1,7 +1,7 @@
 //! Inbound: the CONNECT authority → the pod's own socket. Whatever is not this pod's is refused here, with the status
 //! that the reference gives.
 
-use super::{OWN_PORTS, waypoint};
+use super::waypoint;
 use crate::hbone::Authority;
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Known;
@@ -64,11 +64,13 @@ impl LocalError {
     }
 }
 
-/// Finds the target of a stream that asks for `authority` on a connection to `own` (the pod's address).
+/// Finds the target of a stream that asks for `authority` on a connection to `own` (the pod's address), but none of our own
+/// ports.
 pub fn choose(
     snapshot: &Snapshot,
     workload: &Workload,
     own: IpAddr,
+    own_ports: &[u16],
     authority: &Authority,
 ) -> Result<LocalTarget, LocalError> {
     let (port, service) = match authority {
@@ -95,7 +97,7 @@ pub fn choose(
         (Delivery::Unsupported, _) => return Err(LocalError::Delivery),
     };
     let address = SocketAddr::new(own, workload.application_tunnel.and_then(|t| t.port).unwrap_or(port));
-    if OWN_PORTS.contains(&address.port()) {
+    if own_ports.contains(&address.port()) {
         return Err(LocalError::Loop(address));
     }
     Ok(LocalTarget { address, announce, service })
@@ -135,6 +137,7 @@ fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workloa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::choose::own_ports;
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::ApplicationTunnel;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -163,6 +166,7 @@ mod tests {
             ("server", "10.0.0.2", "10.0.0.2:15001", Err((503, "recursive"))),
             ("server", "10.0.0.2", "10.0.0.2:15006", Err((503, "recursive"))),
             ("server", "10.0.0.2", "10.0.0.2:15008", Err((503, "recursive"))),
+            ("server", "10.0.0.2", "10.0.0.2:15053", Err((503, "recursive"))),
             ("server", "10.0.0.2", "web.a.svc.cluster.local:80", Ok("10.0.0.2:8080")),
             ("server", "10.0.0.2", "web.a.svc.cluster.local:81", Ok("10.0.0.2:8181")),
             ("server", "10.0.0.2", "web.a.svc.cluster.local:82", Err((503, "cannot resolve port"))),
@@ -175,7 +179,7 @@ mod tests {
         ] {
             let workload = snapshot.workload_of_pod("a", pod).unwrap();
             let asked = Authority::parse(authority).unwrap();
-            let found = choose(&snapshot, workload, own.parse().unwrap(), &asked);
+            let found = choose(&snapshot, workload, own.parse().unwrap(), own_ports(true), &asked);
             match (found, expected) {
                 (Ok(target), Ok(address)) => assert_eq!(target.address.to_string(), address, "{pod} {authority}"),
                 (Err(error), Err((status, word))) => {

@@ -14,8 +14,17 @@ use crate::mesh::{Text, Wanted};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-/// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself.
-pub const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, crate::dns::PORT];
+/// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself. The last is the daemon's only where
+/// the pod's DNS is taken: else it is the application's.
+const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, crate::dns::PORT];
+
+/// The daemon's ports in a pod, by whether its DNS is taken.
+pub fn own_ports(dns: bool) -> &'static [u16] {
+    match (&OWN_PORTS, dns) {
+        (all, true) => all,
+        ([without @ .., _], false) => without,
+    }
+}
 
 /// Port on which a node tunnel takes HBONE.
 pub const HBONE_PORT: u16 = 15008;

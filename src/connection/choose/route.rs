@@ -1,7 +1,7 @@
 //! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
 
 use super::destination::{self, Chosen};
-use super::{Chance, HBONE_PORT, Names, OWN_PORTS, RouteError, waypoint};
+use super::{Chance, HBONE_PORT, Names, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Known;
 use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
@@ -44,15 +44,17 @@ pub struct Route {
     pub service: Option<Arc<Service>>,
 }
 
-/// Finds the route from `source` to `target` (the original destination), with the host names that have been resolved.
+/// Finds the route from `source` to `target` (the original destination), with the host names that have been resolved. None
+/// leads to `own_ports` of the source itself.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
     target: SocketAddr,
+    own_ports: &[u16],
     names: &Names,
     chance: Chance<'_>,
 ) -> Result<Route, RouteError> {
-    Choice { snapshot, source, target, names }.route(chance)
+    Choice { snapshot, source, target, own_ports, names }.route(chance)
 }
 
 /// What a route is chosen by.
@@ -61,14 +63,15 @@ struct Choice<'a> {
     snapshot: &'a Snapshot,
     source: &'a Workload,
     target: SocketAddr,
+    own_ports: &'a [u16],
     names: &'a Names,
 }
 
 impl Choice<'_> {
     fn route(self, chance: Chance<'_>) -> Result<Route, RouteError> {
-        let Self { snapshot, source, target, .. } = self;
+        let Self { snapshot, source, target, own_ports, .. } = self;
         let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
-        if own && OWN_PORTS.contains(&target.port()) {
+        if own && own_ports.contains(&target.port()) {
             return Err(RouteError::Loop(target));
         }
         if let Some(service) = snapshot.service_at(&source.network, target.ip(), &source.namespace) {
@@ -116,7 +119,7 @@ impl Choice<'_> {
         chance: Chance<'_>,
     ) -> Result<Route, RouteError> {
         let Chosen { workload, port } = chosen;
-        let Self { snapshot, source, target, names } = self;
+        let Self { snapshot, source, target, own_ports, names } = self;
         if workload.network != source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
@@ -126,7 +129,7 @@ impl Choice<'_> {
             Protocol::Tcp if workload.ips.is_empty() && !self.leads_back(ip, service) => {
                 // Its host name may be one of the mesh after all: then it is reached as the mesh says, not in plaintext.
                 let names = Names::new();
-                match (Choice { snapshot, source, target: to, names: &names }).route(chance) {
+                match (Choice { snapshot, source, target: to, own_ports, names: &names }).route(chance) {
                     Ok(Route { way: Way::Direct { to }, workload: None, service: None }) => Way::Direct { to },
                     // A name that leads to a name that leads on has no end.
                     Err(RouteError::Unresolved(_)) => return Err(RouteError::NoAddress(workload.uid.clone())),
@@ -183,6 +186,7 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::choose::own_ports;
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -214,7 +218,7 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), &Names::new(), &mut |_| 0) {
+            match choose(&snapshot, source, to.parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0) {
                 Ok(Route { way: Way::Direct { to }, .. }) => format!("direct {to}"),
                 Ok(Route { way: Way::Hbone(way), .. }) => {
                     let names: Vec<String> = way.expected.iter().map(|n| n.service_account.to_string()).collect();
