@@ -3,6 +3,7 @@
 use super::Pod;
 use super::authorize::Live;
 use super::choose::{self, Names, RouteError, route::Route};
+use super::dial::direct::{Leg, Noted};
 use super::dial::{DialError, hbone::Origin};
 use super::forward::{ForwardError, Stop};
 use super::report::Failure;
@@ -96,6 +97,7 @@ pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) 
         netns: pod.netns.clone(),
         credentials,
         drain: pod.signal(),
+        legs: pod.legs.clone(),
         sockets: pod.sockets,
         hbone: worker.shared.config.hbone,
         buffers: worker.shared.buffers.clone(),
@@ -173,13 +175,20 @@ pub(super) fn status(failure: &Failure) -> StatusCode {
 /// A client's socket that is closed with RST unless its connection came to an orderly end: a client must be able to
 /// tell a refusal from an empty answer.
 pub(super) struct ResetUnlessDone {
+    /// Of one that we have opened.
+    _noted: Option<Noted>,
     socket: TcpStream,
     done: bool,
 }
 
 impl ResetUnlessDone {
     pub(super) fn new(socket: TcpStream) -> Self {
-        Self { socket, done: false }
+        Self { _noted: None, socket, done: false }
+    }
+
+    /// One that we have opened.
+    pub(super) fn dialled(Leg { noted, socket }: Leg) -> Self {
+        Self { _noted: Some(noted), socket, done: false }
     }
 
     pub(super) fn done(mut self) {

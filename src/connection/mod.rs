@@ -122,7 +122,7 @@ async fn open(
     record.destination(captured.destination);
     let app = ResetUnlessDone::new(captured.app);
     // Passed on, it would come back to us, and so on without end.
-    if !captured.redirected {
+    if !captured.redirected || pod.legs.contains(captured.source, captured.destination) {
         return Err(RouteError::Loop(captured.destination).into());
     }
     let (snapshot, source) = local_facts(worker, pod).await?;
@@ -146,8 +146,8 @@ async fn open(
             // A pod with several addresses has chosen one of them.
             let own = Some(captured.source.ip())
                 .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
-            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets)).await?;
-            Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::new(far)) }))
+            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs)).await?;
+            Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::dialled(far)) }))
         }
         Way::Hbone(way) => {
             let live = record.opened(details(Some(way), way.to));
@@ -336,7 +336,9 @@ async fn admit(
     let client = peer.source.ip();
     let (permit, netns) = (permit?, &pod.netns);
     let (app, preface) = match target.announce {
-        None => (dial::direct::to_app(&permit, netns, target.address, client, &pod.sockets).await?, Vec::new()),
+        None => {
+            (dial::direct::to_app(&permit, netns, target.address, client, &pod.sockets, &pod.legs).await?, Vec::new())
+        }
         Some(asked) => {
             let ip = match (shared.config.localhost_app_tunnel, target.address.ip().is_ipv4()) {
                 (false, _) => target.address.ip(),
@@ -345,12 +347,12 @@ async fn admit(
             };
             let to = SocketAddr::new(ip, target.address.port());
             // Who the client is, is said in front of the stream; the connection itself is the daemon's.
-            let app = dial::direct::to_app(&permit, netns, to, to.ip(), &pod.sockets).await?;
+            let app = dial::direct::to_app(&permit, netns, to, to.ip(), &pod.sockets, &pod.legs).await?;
             (app, headers::proxy_v2(peer.source, asked, &peer.identity))
         }
     };
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
-    Ok(Admitted { app: ResetUnlessDone::new(app), permit: live_permit, live, baggage, preface })
+    Ok(Admitted { app: ResetUnlessDone::dialled(app), permit: live_permit, live, baggage, preface })
 }
 
 async fn carry(
@@ -391,7 +393,10 @@ async fn plaintext_steps(
     let client = ResetUnlessDone::new(captured.app);
     let (snapshot, workload) = local_facts(worker, pod).await?;
     let destination = captured.destination;
-    if pod.own_ports().contains(&destination.port()) {
+    // A client may use the very port that we use in its name; nobody else uses those of the pod.
+    let is_the_pod = is_local(captured.source.ip()) || pod.owns(&workload, captured.source.ip());
+    let ours = is_the_pod && pod.legs.contains(captured.source, destination);
+    if ours || pod.own_ports().contains(&destination.port()) {
         return Err(LocalError::Loop(destination).into());
     }
     if !pod.owns(&workload, destination.ip()) {
@@ -414,8 +419,8 @@ async fn plaintext_steps(
     });
     drop(snapshot);
     let permit = permit?;
-    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets);
-    let app = ResetUnlessDone::new(unless_gone(&client, app).await?);
+    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
+    let app = ResetUnlessDone::dialled(unless_gone(&client, app).await?);
     let silence = shared.config.hbone.half_closed_silence;
     forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit), None)).await?;
     client.done();

@@ -1,7 +1,7 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
 use super::choose::own_ports;
-use super::dial::direct::SocketConfig;
+use super::dial::direct::{OpenLegs, SocketConfig};
 use crate::dns::Resolver;
 use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
 use crate::sys::netns::Netns;
@@ -33,6 +33,8 @@ pub struct Pod {
     pub netns: Netns,
     /// How they are made.
     pub sockets: SocketConfig,
+    /// Connections that we have open in it.
+    pub legs: OpenLegs,
     /// Its DNS resolvers.
     pub resolver: Arc<Resolver>,
     /// Whether its DNS is taken: from when that is listened for.

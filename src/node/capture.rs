@@ -110,6 +110,7 @@ impl Capturer {
             sockets: self.sockets,
             resolver,
             dns: Default::default(),
+            legs: Default::default(),
             identity: watch::Sender::default(),
             addresses: ArcSwap::from_pointee(held),
             drain: self.drain.child(),

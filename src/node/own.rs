@@ -61,6 +61,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         // Nothing is redirected here: replies to a foreign source would not come back.
         sockets: SocketConfig { keep_source: false, ..capturer.sockets },
         dns: Default::default(),
+        legs: Default::default(),
         identity: watch::Sender::new(Some(identity.clone())),
         addresses: arc_swap::ArcSwap::from_pointee(held),
         drain: capturer.drain.child(),

@@ -550,6 +550,36 @@ fn a_pod_that_calls_our_ports_by_any_address_is_refused() {
 }
 
 #[test]
+fn a_pod_that_leads_our_own_connections_back_to_us_is_refused() {
+    let mut w = world();
+    let (client, server, plain) = (pod(&w, "client"), pod(&w, "server"), pod(&w, "plain"));
+    for ns in [&server.netns, &plain.netns] {
+        apps::serve(ns, 8080, apps::who);
+    }
+    w.start();
+    // Before our own rules, and in place of the mark by which those tell our packets from the application's.
+    let rules = "table inet evil {\n chain o { type nat hook output priority -110; \
+                 meta mark & 0xfff == 0x539 tcp dport { 8080, 15008 } redirect to :15001; }\n \
+                 chain i { type filter hook input priority -170; meta mark & 0xfff == 0x539 meta mark set 0; }\n}\n";
+    let file = w.dir.join("evil.nft");
+    std::fs::write(&file, rules).unwrap();
+    output_in(&client.netns, "nft", &["-f", file.to_str().unwrap()]);
+    for to in [plain.v4, plain.v6, server.v4, server.v6] {
+        let loops = || w.metric(1, "culvert_connection_failures_total", &["reason=\"loop\""]);
+        let (before, failed) = (loops(), failures(&w, 1));
+        assert!(crate::world::is_reset(&client.netns, (to, 8080)), "{to}");
+        eventually("it is refused as a loop", || loops() > before);
+        eventually("nothing goes round and round", || w.json(1, "/connections").as_array().unwrap().is_empty());
+        let made = failures(&w, 1) - failed;
+        assert!(made <= 4.0, "{to}: one connection became {made}");
+    }
+    output_in(&client.netns, "nft", &["delete", "table", "inet", "evil"]);
+    for to in [plain.v4, plain.v6, server.v4, server.v6] {
+        assert!(crate::world::ask(&client.netns, (to, 8080), "x").is_ok(), "{to}");
+    }
+}
+
+#[test]
 fn the_same_with_the_rules_of_an_agent() {
     let mut istio = Istio::new();
     let client = istio.pod("client");

@@ -5,8 +5,10 @@ use crate::connection::authorize::Permit;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use socket2::Socket;
+use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::net::TcpStream;
 
 /// How sockets of the daemon are marked and set up.
@@ -30,14 +32,67 @@ const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
 /// Ports that are tried before the kernel chooses one.
 const TRIES: usize = 4;
 
+/// Two ends of a connection: our own address and port, and those that it was opened to.
+type Ends = [(IpAddr, u16); 2];
+
+fn ends(own: SocketAddr, to: SocketAddr) -> Ends {
+    [own, to].map(|end| (end.ip().to_canonical(), end.port()))
+}
+
+/// The connections that we have opened in one pod's namespace and that are open still. One that comes to a listener of ours has
+/// been led back there; passed on, it would come again, and so on without end.
+#[derive(Clone, Debug, Default)]
+pub struct OpenLegs(Arc<Mutex<HashSet<Ends>>>);
+
+impl OpenLegs {
+    /// Whether a connection from `source` to `destination` is one of them.
+    pub fn contains(&self, source: SocketAddr, destination: SocketAddr) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&ends(source, destination))
+    }
+
+    /// Starts to connect. The port may be chosen only now, and the connection may be back at once: until it is noted, nobody
+    /// looks.
+    fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<Noted> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        start_connect(socket, to)?;
+        let own = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
+        let ends = ends(own, to);
+        open.insert(ends);
+        Ok(Noted { ends, open: self.clone() })
+    }
+}
+
+/// Keeps a connection among the open ones.
+#[derive(Debug)]
+pub struct Noted {
+    ends: Ends,
+    open: OpenLegs,
+}
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        self.open.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.ends);
+    }
+}
+
+/// A connection that we have opened.
+#[derive(Debug)]
+pub struct Leg {
+    /// To be dropped before the socket: after that, another may have its ends.
+    pub noted: Noted,
+    /// The socket.
+    pub socket: TcpStream,
+}
+
 /// Connects from the pod to somewhere else, as the pod; from `source` where that is one of its addresses.
 pub async fn outbound(
     netns: &Netns,
     to: SocketAddr,
     source: Option<IpAddr>,
     config: &SocketConfig,
-) -> Result<TcpStream, DialError> {
-    connect(netns, to, source.map_or(Source::Any, Source::Own), config).await
+    open: &OpenLegs,
+) -> Result<Leg, DialError> {
+    connect(netns, to, source.map_or(Source::Any, Source::Own), config, open).await
 }
 
 /// Connects to the pod's application, as the original client. Needs a permit.
@@ -47,13 +102,14 @@ pub async fn to_app(
     to: SocketAddr,
     client: IpAddr,
     config: &SocketConfig,
-) -> Result<TcpStream, DialError> {
+    open: &OpenLegs,
+) -> Result<Leg, DialError> {
     // A pod that reaches itself has its own address already; another family cannot be kept, nor a link-local IPv6 address, to
     // which answers go by its link alone.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
     let source = if keep { Source::Client(client) } else { Source::Any };
-    connect(netns, to, source, config).await
+    connect(netns, to, source, config, open).await
 }
 
 /// Where a connection comes from.
@@ -69,7 +125,7 @@ enum Source {
 
 impl Source {
     /// Makes a socket and starts to connect it, in the namespace that the thread is in.
-    fn connect(self, to: SocketAddr, config: &SocketConfig) -> io::Result<Socket> {
+    fn connect(self, to: SocketAddr, config: &SocketConfig, open: &OpenLegs) -> io::Result<(Noted, Socket)> {
         let (ip, foreign, mark) = match self {
             Self::Any => (None, false, config.mark),
             Self::Own(ip) => (Some(ip), false, config.mark),
@@ -78,7 +134,7 @@ impl Source {
         let from = |port| {
             let bind = ip.map(|ip| Bind { address: SocketAddr::new(ip, port), foreign });
             let socket = outgoing(to, bind, mark, &config.legs)?;
-            start_connect(&socket, to).map(|()| socket)
+            open.connect(&socket, to).map(|noted| (noted, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
             match from(rand::random_range(PORTS)) {
@@ -92,24 +148,30 @@ impl Source {
 
 /// A connection that is not there yet. Given up, it is reset: whoever has accepted it already must not take it for one that
 /// ended in order.
-struct Connecting(Option<TcpStream>);
+struct Connecting(Option<Leg>);
 
 impl Drop for Connecting {
     fn drop(&mut self) {
-        if let Some(stream) = &self.0 {
-            reset_on_close(stream);
+        if let Some(leg) = &self.0 {
+            reset_on_close(&leg.socket);
         }
     }
 }
 
-async fn connect(netns: &Netns, to: SocketAddr, source: Source, config: &SocketConfig) -> Result<TcpStream, DialError> {
+async fn connect(
+    netns: &Netns,
+    to: SocketAddr,
+    source: Source,
+    config: &SocketConfig,
+    open: &OpenLegs,
+) -> Result<Leg, DialError> {
     let failed = |source| DialError::Connect { to, source };
     let connecting = async {
-        let socket = netns.enter(|| source.connect(to, config))?.map_err(failed)?;
-        let mut leg = Connecting(Some(TcpStream::from_std(socket.into()).map_err(failed)?));
-        if let Some(stream) = &leg.0 {
-            stream.writable().await.map_err(failed)?;
-            if let Some(error) = stream.take_error().map_err(failed)? {
+        let (noted, socket) = netns.enter(|| source.connect(to, config, open))?.map_err(failed)?;
+        let mut leg = Connecting(Some(Leg { noted, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
+        if let Some(Leg { socket, .. }) = &leg.0 {
+            socket.writable().await.map_err(failed)?;
+            if let Some(error) = socket.take_error().map_err(failed)? {
                 return Err(failed(error));
             }
         }

@@ -1,6 +1,6 @@
 //! CONNECT through a pooled tunnel.
 
-use super::direct::{SocketConfig, outbound};
+use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
 use super::pool::{Dialled, Key, Lease, Pool};
 use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
 use crate::connection::choose::HboneWay;
@@ -40,6 +40,8 @@ pub struct Origin {
     pub credentials: Arc<Credentials>,
     /// Ends the tunnel.
     pub drain: Signal,
+    /// Connections that we have open there.
+    pub legs: OpenLegs,
     /// Socket settings.
     pub sockets: SocketConfig,
     /// HTTP/2 settings.
@@ -100,7 +102,8 @@ pub async fn open(
 
 async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<Dialled, TunnelDialError> {
     let tls = origin.credentials.client(&expected);
-    let socket = outbound(&origin.netns, to, None, &origin.sockets).await.map_err(|error| match error {
+    let dialled = outbound(&origin.netns, to, None, &origin.sockets, &origin.legs).await;
+    let Leg { noted, socket } = dialled.map_err(|error| match error {
         DialError::Netns(error) => TunnelDialError::Netns(error),
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
@@ -131,7 +134,12 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
             },
             error => TunnelDialError::Http2(error),
         })?;
-        Ok(Dialled { tunnel, tls: facts, peer, chain, run: Box::pin(driver.run()) })
+        let run = async move {
+            let ended = driver.run().await;
+            drop(noted);
+            ended
+        };
+        Ok(Dialled { tunnel, tls: facts, peer, chain, run: Box::pin(run) })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))
