@@ -33,7 +33,7 @@ impl Listeners {
 }
 
 /// Whether a request comes from the pod: to a loopback address, or, redirected, to the address that it came from. Nobody else
-/// is answered.
+/// is answered. That nobody outside takes the pod's address is for the kernel and the pod's rules (`node/legs.rs`) to see to.
 pub(super) fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
     local.is_loopback() || client == local
 }

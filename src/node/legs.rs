@@ -72,12 +72,16 @@ fn legs(mark: u32) -> String {
         )
 }
 
-/// What we have sent never comes to a listener of ours again, by whatever address or translation, but for tunnels.
+/// What we have sent never comes to a listener of ours again, by whatever address or translation, but for tunnels. The pod's DNS
+/// takes nothing in the pod's name that comes from outside.
 fn no_loop(mark: u32, dns: bool) -> String {
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let mut rules = format!("    {ours} tcp dport {{ 15001, 15006 }} reject with tcp reset\n");
     if dns {
         rules += &format!("    {ours} tcp dport {DNS} reject with tcp reset\n    {ours} udp dport {DNS} reject\n");
+        // Whoever asks us in the pod's name from outside: the kernel drops that for IPv4 alone. The interface that our socket is
+        // told of is, for IPv6, the one that has the address, also where it came by the loopback.
+        rules += &format!("    iifname != lo fib saddr type local meta l4proto {{ tcp, udp }} th dport {DNS} drop\n");
     }
     chain("no_loop", "input", -160, &rules)
 }

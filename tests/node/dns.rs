@@ -486,6 +486,28 @@ fn an_application_on_the_port_of_our_dns_is_reached_where_its_pods_dns_is_not_ta
 }
 
 #[test]
+fn a_question_from_outside_in_the_pods_own_name_is_not_taken() {
+    let mut w = World::new();
+    let (client, server, plain) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.plain_pod("plain", 1));
+    w.mesh.service("shop", &["10.96.0.20"], &json!({"80": 8080}), &[&server]);
+    w.start();
+    let count = |what: &str| w.json(1, "/pods")[0]["dns"]["requests"][what].as_u64().unwrap_or(0);
+    let own = std::net::SocketAddr::new(client.v6, 0);
+    let spoofed = datagram(&plain.netns, false, |socket| {
+        socket.set_freebind_v6(true).unwrap();
+        socket.bind(&own.into()).unwrap();
+    });
+    let honest = datagram(&plain.netns, false, |_| {});
+    let (answered, ignored) = (count("mesh"), count("ignored"));
+    for socket in [&spoofed, &honest] {
+        socket.send_to(&question("shop.ns.svc.cluster.local", A), (client.v6, 15053)).unwrap();
+    }
+    // It came after the other.
+    eventually("the honest one is ignored", || count("ignored") > ignored);
+    assert_eq!(count("mesh"), answered);
+}
+
+#[test]
 fn a_flood_from_one_pod_leaves_the_lookups_of_another_alone() {
     let (w, client) = small("nameserver 10.1.0.51\n", &[], |w, _| {
         w.mesh_pod("other", 1);
