@@ -1,7 +1,7 @@
 //! The client end of a tunnel: open streams through it until either side says that it is going away.
 
 use super::buffers::Account;
-use super::flow::{Opening, ReceiveHalf};
+use super::flow::{Place, ReceiveHalf};
 use super::guard::Guard;
 use super::request::ConnectRequest;
 use super::windows::{Adjust, Windows};
@@ -162,7 +162,7 @@ impl Tunnel {
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
         // Bytes that come with the answer are accounted for from here on.
-        let place = Opening::new(&self.account, response.stream_id());
+        let place = Place::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
             // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
             // 8.7 and 6.8).
@@ -175,8 +175,6 @@ impl Tunnel {
         if response.status() != StatusCode::OK {
             return Err(OpenError::Status(response.status()));
         }
-        let receive = ReceiveHalf::new(response.into_body(), &self.account);
-        place.done();
-        Ok(Stream::new(send, receive))
+        Ok(Stream::new(send, ReceiveHalf::new(response.into_body(), place)))
     }
 }

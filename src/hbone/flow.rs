@@ -14,43 +14,23 @@ use std::task::{Context, Poll};
 const SMALL_BYTES: usize = 8 * 1024;
 const TOGETHER_BYTES: usize = 16 * 1024;
 
-/// A stream's place on the account of its tunnel; both halves share it.
+/// A stream's place on the account of its tunnel, from when somebody is told of the stream; both halves share it.
 #[derive(Debug)]
-struct Place {
+pub(super) struct Place {
     account: Arc<Account>,
     id: u32,
+}
+
+impl Place {
+    pub(super) fn new(account: &Arc<Account>, id: h2::StreamId) -> Self {
+        account.open(id.as_u32());
+        Self { account: account.clone(), id: id.as_u32() }
+    }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         self.account.close(self.id);
-    }
-}
-
-/// A stream that was asked for and not answered yet.
-#[derive(Debug)]
-pub(super) struct Opening<'a> {
-    account: &'a Account,
-    id: Option<u32>,
-}
-
-impl<'a> Opening<'a> {
-    pub(super) fn new(account: &'a Account, id: h2::StreamId) -> Self {
-        account.open(id.as_u32());
-        Self { account, id: Some(id.as_u32()) }
-    }
-
-    /// Whoever has the stream's halves sees to its place now.
-    pub(super) fn done(mut self) {
-        self.id = None;
-    }
-}
-
-impl Drop for Opening<'_> {
-    fn drop(&mut self) {
-        if let Some(id) = self.id {
-            self.account.close(id);
-        }
     }
 }
 
@@ -132,12 +112,9 @@ pub(super) struct ReceiveHalf {
 }
 
 impl ReceiveHalf {
-    /// The receiving half of a stream that somebody is told of now.
-    pub(super) fn new(body: RecvStream, account: &Arc<Account>) -> Self {
-        let id = body.stream_id().as_u32();
-        account.open(id);
-        let place = Arc::new(Place { account: account.clone(), id });
-        Self { body, place, whole: VecDeque::new(), small: BytesMut::new(), ended: None }
+    /// The receiving half of the stream whose place this is.
+    pub(super) fn new(body: RecvStream, place: Place) -> Self {
+        Self { body, place: Arc::new(place), whole: VecDeque::new(), small: BytesMut::new(), ended: None }
     }
 
     /// The sending half that belongs to it.

@@ -1,7 +1,7 @@
 //! The server end of a tunnel: streams come in, each to be accepted or refused.
 
 use super::buffers::{Account, Cut};
-use super::flow::ReceiveHalf;
+use super::flow::{Place, ReceiveHalf};
 use super::guard::Guard;
 use super::request::{self, ConnectRequest, RequestError};
 use super::windows::{Adjust, Windows};
@@ -79,7 +79,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
                 Ok((http, respond)) => {
                     let (parts, body) = http.into_parts();
                     let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
-                    Ok(Incoming { request, receive: ReceiveHalf::new(body, account), respond })
+                    let place = Place::new(account, respond.stream_id());
+                    Ok(Incoming { request, receive: ReceiveHalf::new(body, place), respond })
                 }
                 Err(error) => Err(TunnelError::of(error, account)),
             }),
