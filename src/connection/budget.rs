@@ -94,7 +94,7 @@ impl Share {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// One more of a peer: how many it has now, and the most that any other has.
+    /// One more of a peer.
     fn join(&self, peer: &Text) {
         *self.peers.lock().unwrap_or_else(PoisonError::into_inner).entry(peer.clone()).or_default() += 1;
     }
@@ -133,7 +133,9 @@ pub struct Budget {
     why: AtomicU8,
     /// From here on everybody does.
     full_at: AtomicUsize,
-    /// As many each pod may have nevertheless.
+    /// The same but for memory: neither connections nor files allow more.
+    hard_at: AtomicUsize,
+    /// As many each pod may have whatever memory says.
     floor: AtomicUsize,
     pods: Mutex<Vec<Weak<Share>>>,
 }
@@ -175,6 +177,7 @@ impl Budget {
             scarce_at: AtomicUsize::new(share(max, 80)),
             why: AtomicU8::new(Scarce::Connections as u8),
             full_at: AtomicUsize::new(max),
+            hard_at: AtomicUsize::new(max),
             floor: AtomicUsize::new(0),
             pods: Mutex::default(),
         }
@@ -197,7 +200,7 @@ impl Budget {
             pod.join(peer);
         }
         let open = Open { budget: self.clone(), pod: pod.clone(), peer: peer.cloned() };
-        if own < self.floor.load(Ordering::Relaxed) && all < self.max {
+        if own < self.floor.load(Ordering::Relaxed) && all < self.hard_at.load(Ordering::Relaxed) {
             return Ok(open);
         }
         if all >= self.full_at.load(Ordering::Relaxed) {
@@ -247,6 +250,7 @@ impl Budget {
                 (scarce_at, why) = (room(80), Scarce::Files);
             }
         }
+        let hard_at = full_at;
         if let Some((used, max)) = look.memory.filter(|(used, max)| *used > max / 100 * 80) {
             let room = |percent| room(used, max, CONNECTION_BYTES, percent, self.buffers.held() as u64);
             (floor, why) = (FLOOR, Scarce::Memory);
@@ -259,6 +263,7 @@ impl Budget {
         self.why.store(why as u8, Ordering::Relaxed);
         self.scarce_at.store(scarce_at, Ordering::Relaxed);
         self.full_at.store(full_at, Ordering::Relaxed);
+        self.hard_at.store(hard_at, Ordering::Relaxed);
         self.floor.store(floor, Ordering::Relaxed);
     }
 
@@ -373,6 +378,9 @@ mod tests {
         budget.take_account(Look { files: None, memory: Some((97 * MIB, 100 * MIB)) });
         assert!(matches!(budget.open(&one, None).err(), Some(Refused::Full { scarce: Scarce::Memory, .. })));
         assert!(budget.open(&other, None).is_ok());
+        // A floor of memory makes no files.
+        budget.take_account(Look { files: Some((990, 1000)), memory: Some((85 * MIB, 100 * MIB)) });
+        assert!(matches!(budget.open(&other, None).err(), Some(Refused::Full { .. })));
         budget.take_account(Look::default());
         assert!(budget.open(&one, None).is_ok());
     }
