@@ -1,0 +1,97 @@
+//! What others depend on goes away, and comes back.
+
+use super::cluster;
+use crate::world::{Load, SHOP, SYSTEM, Sniffer, eventually};
+
+#[test]
+fn a_daemon_is_killed() {
+    let cluster = cluster();
+    cluster.mutual_tls("STRICT");
+    let wire = Sniffer::start(&cluster, "n1");
+    let other = Load::requests(&cluster, "unconcerned", "n2", "http://web/", 10, 20);
+    let before = cluster.daemon("n1");
+    let restarts = || {
+        cluster.get(&["pod", "-n", SYSTEM, &before])["status"]["containerStatuses"][0]["restartCount"].as_u64().unwrap()
+    };
+    let earlier = restarts();
+    cluster.run(&["node", "n1", "pkill", "-9", "-x", "culvert"]);
+    eventually("the daemon is started again", || (restarts() == earlier).then(String::new));
+    cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
+    cluster.works();
+    // Clients of the other node see failures only of those that were on their way to the one that died.
+    let outcome = other.finish(&cluster);
+    assert!(outcome.ok > outcome.failed, "{outcome:?}");
+    assert_eq!(wire.found(), 0, "plaintext while there was no daemon");
+}
+
+#[test]
+fn istiod_is_killed() {
+    let cluster = cluster();
+    cluster.mutual_tls("STRICT");
+    let wire = Sniffer::start(&cluster, "n1");
+    let loads =
+        ["n1", "n2"].map(|node| Load::requests(&cluster, &format!("requests-{node}"), node, "http://web/", 20, 30));
+    let istiod = cluster.pods(SYSTEM, "app=istiod", None).remove(0);
+    cluster.kubectl(&["-n", SYSTEM, "delete", "pod", &istiod, "--force", "--grace-period=0"]);
+    cluster.rolled_out(SYSTEM, "deployment/istiod");
+    for load in loads {
+        load.all_well(&cluster);
+    }
+    assert_eq!(wire.found(), 0);
+}
+
+#[test]
+fn the_api_server_is_killed_and_a_daemon_with_it() {
+    let cluster = cluster();
+    cluster.mutual_tls("STRICT");
+    let wire = Sniffer::start(&cluster, "n1");
+    let load = Load::requests(&cluster, "requests", "n1", "http://web/", 20, 20);
+    cluster.run(&["stop", "apiserver"]);
+    // The kubelet starts the container again, and the daemon finds nobody to ask who its pods are.
+    cluster.run(&["node", "n2", "pkill", "-9", "-x", "culvert"]);
+    eventually("the daemon of n2 has its pods again", || {
+        let asked = cluster.try_run(&[
+            "node",
+            "n2",
+            "bash",
+            "-c",
+            "nsenter --net=/proc/$(pgrep -x culvert | head -1)/ns/net /usr/bin/curl -s localhost:15021/healthz/ready",
+        ]);
+        asked.err()
+    });
+    cluster.run(&["start", "apiserver"]);
+    let outcome = load.finish(&cluster);
+    // What was open to n2's pods when its daemon died has failed, and what came until it was back.
+    assert!(outcome.ok > outcome.failed, "{outcome:?}");
+    cluster.works();
+    assert_eq!(wire.found(), 0);
+}
+
+#[test]
+fn a_node_is_switched_off_and_on() {
+    let cluster = cluster();
+    cluster.mutual_tls("STRICT");
+    let wire = Sniffer::start(&cluster, "n1");
+    cluster.run(&["stop", "n2"]);
+    cluster.run(&["start", "n2"]);
+    for deployment in ["web", "echo", "front"] {
+        eventually(&format!("{deployment} runs again on n2"), || {
+            let ready = cluster.try_kubectl(&[
+                "-n",
+                SHOP,
+                "wait",
+                "pod",
+                "-l",
+                &format!("app={deployment}"),
+                "--for=condition=Ready",
+                "--timeout=60s",
+            ]);
+            ready.err()
+        });
+    }
+    cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
+    cluster.works();
+    let load = Load::requests(&cluster, "requests", "n1", "http://web/", 20, 10);
+    load.all_well(&cluster);
+    assert_eq!(wire.found(), 0, "plaintext before the daemon was there");
+}

@@ -1,0 +1,44 @@
+//! Coming and going.
+
+use super::cluster;
+use crate::world::{Cluster, SHOP, SYSTEM, Sniffer, eventually, root};
+
+fn nothing_is_left(cluster: &Cluster) {
+    for node in ["n1", "n2"] {
+        eventually(&format!("nothing of culvert is left on {node}"), || {
+            let traces = cluster.traces(node);
+            (!traces.is_empty()).then(|| traces.join("; "))
+        });
+    }
+    let pods = cluster.get(&["pods", "-n", SHOP]);
+    for pod in pods["items"].as_array().unwrap() {
+        assert!(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].is_null(), "{pod}");
+    }
+}
+
+#[test]
+fn it_is_installed_by_kustomize_and_by_helm_and_removed() {
+    let cluster = cluster();
+    cluster.run(&["helm", "uninstall", "culvert", "-n", SYSTEM, "--wait"]);
+    nothing_is_left(&cluster);
+    // Pods of the application start, and talk in clear, as if there had never been a mesh.
+    cluster.restart(SHOP, "deployment/web");
+    cluster.rolled_out(SHOP, "deployment/web");
+    cluster.works();
+
+    let folder = root().join("daemonset");
+    cluster.kubectl(&["apply", "-k", folder.to_str().unwrap()]);
+    cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
+    eventually("all pods are captured", || {
+        let pods = cluster.get(&["pods", "-n", SHOP, "-l", "app"]);
+        let outside =
+            |pod: &&serde_json::Value| pod["metadata"]["annotations"]["ambient.istio.io/redirection"] != "enabled";
+        pods["items"].as_array().unwrap().iter().find(outside).map(|pod| pod["metadata"]["name"].to_string())
+    });
+    let wire = Sniffer::start(&cluster, "n1");
+    cluster.works();
+    assert_eq!(wire.found(), 0);
+    cluster.kubectl(&["delete", "-k", folder.to_str().unwrap()]);
+    nothing_is_left(&cluster);
+    cluster.works();
+}

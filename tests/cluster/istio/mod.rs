@@ -1,0 +1,13 @@
+//! A mesh of Istio: istiod tells of it and signs certificates, culvert enrols pods by labels.
+
+mod failures;
+mod install;
+mod rollouts;
+mod seen;
+mod traffic;
+
+use crate::world::{Cluster, Mode};
+
+fn cluster() -> Cluster {
+    Cluster::of(Mode::Istio)
+}

@@ -1,0 +1,67 @@
+//! What people see: doctor, istioctl, and what a node costs.
+
+use super::cluster;
+use crate::world::{Cluster, SHOP, SYSTEM};
+
+#[test]
+fn doctor_is_content_on_every_node() {
+    let cluster = cluster();
+    for node in ["n1", "n2"] {
+        let said = cluster.try_kubectl(&["-n", SYSTEM, "exec", &cluster.daemon(node), "--", "culvert", "doctor"]);
+        let said = said.unwrap_or_else(|why| panic!("{why}"));
+        assert!(!said.contains("FAIL"), "{said}");
+    }
+}
+
+#[test]
+fn istioctl_reads_all_of_it() {
+    let cluster = cluster();
+    cluster.works();
+    for (what, expected) in [
+        ("workload", "front"),
+        ("service", "web"),
+        ("certificate", "spiffe://cluster.local/ns/shop/sa/web"),
+        ("policy", ""),
+        ("connections", ""),
+        ("all", "web"),
+        ("log", "info"),
+    ] {
+        let said =
+            cluster.run(&["istioctl", "ztunnel-config", what, &cluster.daemon("n1")].map(|word| word).as_slice());
+        assert!(said.contains(expected), "{what}: {said}");
+    }
+}
+
+/// Resident bytes and CPU seconds of a node's daemon.
+fn cost(cluster: &Cluster, node: &str) -> (u64, f64) {
+    let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:15020/proxy/metrics", cluster.daemon(node));
+    let metrics = cluster.kubectl(&["get", "--raw", &path]);
+    let value = |name: &str| {
+        let line = metrics.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).unwrap_or_else(|| panic!("no {name}"))
+    };
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bytes")]
+    let resident = value("process_resident_memory_bytes") as u64;
+    (resident, value("process_cpu_seconds_total"))
+}
+
+#[test]
+fn what_an_idle_node_costs() {
+    let cluster = cluster();
+    for pods in [10, 50] {
+        cluster.apply(&format!(
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: idle, namespace: shop}}\nspec:\n  replicas: {pods}\n  selector: {{matchLabels: {{app: idle}}}}\n  \
+             template:\n    metadata: {{labels: {{app: idle}}}}\n    spec:\n      nodeName: n1\n      terminationGracePeriodSeconds: 0\n      containers:\n      \
+             - {{name: idle, image: \"example.org/app:1\", args: [sleep], resources: {{requests: {{cpu: 1m, memory: 1Mi}}}}}}\n"
+        ));
+        cluster.rolled_out(SHOP, "deployment/idle");
+        let (_, before) = cost(&cluster, "n1");
+        let start = std::time::Instant::now();
+        // What a node costs is seen over a while.
+        std::thread::sleep(std::time::Duration::from_secs(10));
+        let (resident, after) = cost(&cluster, "n1");
+        let share = (after - before) / start.elapsed().as_secs_f64() * 100.0;
+        eprintln!("{pods} idle pods: {:.1} MiB resident, {share:.2} % of a core", resident as f64 / 1_048_576.0);
+    }
+    cluster.kubectl(&["-n", SHOP, "delete", "deployment", "idle"]);
+}
