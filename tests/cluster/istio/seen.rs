@@ -26,8 +26,7 @@ fn istioctl_reads_all_of_it() {
         ("all", "web"),
         ("log", "info"),
     ] {
-        let said =
-            cluster.run(&["istioctl", "ztunnel-config", what, &cluster.daemon("n1")].map(|word| word).as_slice());
+        let said = cluster.run(&["istioctl", "ztunnel-config", what, &cluster.daemon("n1")]);
         assert!(said.contains(expected), "{what}: {said}");
     }
 }
@@ -50,7 +49,7 @@ fn what_an_idle_node_costs() {
     let cluster = cluster();
     for pods in [10, 50] {
         cluster.apply(&format!(
-            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: idle, namespace: shop}}\nspec:\n  replicas: {pods}\n  selector: {{matchLabels: {{app: idle}}}}\n  \
+            "apiVersion: apps/v1\nkind: Deployment\nmetadata: {{name: idle, namespace: shop, labels: {{made-by: scenario}}}}\nspec:\n  replicas: {pods}\n  selector: {{matchLabels: {{app: idle}}}}\n  \
              template:\n    metadata: {{labels: {{app: idle}}}}\n    spec:\n      nodeName: n1\n      terminationGracePeriodSeconds: 0\n      containers:\n      \
              - {{name: idle, image: \"example.org/app:1\", args: [sleep], resources: {{requests: {{cpu: 1m, memory: 1Mi}}}}}}\n"
         ));

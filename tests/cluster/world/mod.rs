@@ -74,22 +74,19 @@ impl Cluster {
         }
         *turn = Some(mode);
         let cluster = Self { mode, _turn: turn };
-        let up = [&["up"], mode.switch()].concat();
-        cluster.run(&up);
-        cluster.forget();
-        cluster.run(&up);
+        // What a scenario has stopped is started first, or what it has left could not be removed.
+        if cluster.try_run(&["start", "etcd", "apiserver", "controllers", "scheduler", "n1", "n2"]).is_ok() {
+            cluster.forget();
+        }
+        cluster.run(&[&["up"], mode.switch()].concat());
         cluster
     }
 
     /// Removes what scenarios leave when they fail.
     fn forget(&self) {
-        for namespace in [SHOP, "plain"] {
-            self.kubectl(&["-n", namespace, "delete", "pods,jobs", "-l", "made-by=scenario", "--wait=false"]);
-        }
+        self.kubectl(&["-n", SHOP, "delete", "pods,jobs,deployments", "-l", "made-by=scenario", "--wait=false"]);
         if self.mode != Mode::Alone {
-            for kind in ["peerauthentications", "authorizationpolicies"] {
-                self.kubectl(&["delete", kind, "-A", "--all"]);
-            }
+            self.kubectl(&["delete", "peerauthentications,authorizationpolicies", "-A", "--all"]);
         }
     }
 
