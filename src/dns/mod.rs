@@ -137,10 +137,14 @@ impl Dns {
         asker: Box<dyn Asker>,
         listeners: Listeners,
     ) -> Serving {
-        let logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner).contains(&label);
         let server = Arc::new(Server::new(label, resolver, asker, self.mesh.clone()));
-        server.logged.store(logged, Ordering::Relaxed);
-        self.servers.lock().unwrap_or_else(PoisonError::into_inner).insert(uid.clone(), server.clone());
+        {
+            // Held until it is in: `log_only` sees it, or it sees what that wanted.
+            let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+            let logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner).contains(&server.label);
+            server.logged.store(logged, Ordering::Relaxed);
+            servers.insert(uid.clone(), server.clone());
+        }
         let tasks = Group::default();
         server.serve(listeners, &tasks, &self.runtime);
         Serving { dns: self.clone(), uid: uid.clone(), server, tasks }

@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 /// Where a process finds its resolvers, below its root.
 const PATH: &str = "etc/resolv.conf";
@@ -65,12 +65,21 @@ pub struct Resolver {
     pub config: Arc<Config>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    namespace: Text,
     upstream: Upstream,
     cache: Cache,
-    read: Mutex<Option<Read>>,
-    reading: Arc<tokio::sync::Mutex<()>>,
+    reader: Arc<Reader>,
     resolving: Semaphore,
+}
+
+/// Reads the pod's file, and keeps what it says.
+#[derive(Debug)]
+struct Reader {
+    config: Arc<Config>,
+    namespace: Text,
+    netns: (u64, u64),
+    read: Mutex<Option<Read>>,
+    /// Held while the file is read, and until what it says is kept.
+    reading: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Clone, Debug)]
@@ -102,24 +111,21 @@ fn elsewhere(server: SocketAddr) -> bool {
 impl Resolver {
     /// Of a pod of `namespace` in `netns`.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, namespace: Text, netns: Netns) -> Self {
+        let (read, reading) = (Mutex::default(), Arc::default());
+        let reader = Arc::new(Reader { config: config.clone(), namespace, netns: netns.id(), read, reading });
         let (upstream, cache) = (Upstream::new(netns, config.mark), Cache::new(config.cache_entries));
         let resolving = Semaphore::new(RESOLVING_MAX);
-        let (read, reading) = (Mutex::default(), Arc::default());
-        Self { config, metrics, namespace, upstream, cache, read, reading, resolving }
-    }
-
-    fn last(&self) -> Option<Read> {
-        self.read.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        Self { config, metrics, upstream, cache, reader, resolving }
     }
 
     /// What the pod uses, if that is known and not old.
     pub fn used_now(&self) -> Option<Arc<Used>> {
-        self.last().filter(|read| !read.old && read.at.elapsed() < READ_EVERY).map(|read| read.used)
+        self.reader.now()
     }
 
     /// What the pod used when that was looked at last.
     pub fn used_last(&self) -> Option<Arc<Used>> {
-        self.last().map(|read| read.used)
+        self.reader.last().map(|read| read.used)
     }
 
     /// What the pod uses; read where it is not known, or old.
@@ -127,51 +133,32 @@ impl Resolver {
         if let Some(used) = self.used_now() {
             return used;
         }
+        let deadline = Instant::now() + READ_WAIT;
         // One reading serves all who ask; what was read before does meanwhile.
-        let Ok(reading) = self.reading.clone().try_lock_owned() else {
-            if let Some(read) = self.last() {
-                return read.used;
-            }
-            let _reading = tokio::time::timeout(READ_WAIT, self.reading.lock()).await;
-            return self.last().map_or_else(|| Arc::new(self.used_of(None, &ResolvConf::default())), |read| read.used);
+        let reading = match (self.reader.reading.clone().try_lock_owned(), self.used_last()) {
+            (Ok(reading), _) => Some(reading),
+            (Err(_), Some(used)) => return used,
+            (Err(_), None) => timeout_at(deadline, self.reader.reading.clone().lock_owned()).await.ok(),
         };
-        let (netns, last) = (self.upstream.netns.id(), self.last());
-        let process = last.as_ref().and_then(|read| read.process);
-        let proc = self.config.proc.clone();
-        let work = thread::beside(move || {
-            // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again.
-            let _reading = reading;
-            let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
-            let of_pod = read_file_in_netns(&proc, netns, PATH, process, has_servers);
-            let own = std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text));
-            (of_pod, own.unwrap_or_default())
-        });
-        let (of_pod, own) = tokio::time::timeout(READ_WAIT, work).await.ok().flatten().unwrap_or_default();
-        // No process was to be seen this time: what one said before still holds.
-        if let (None, Some(read)) = (&of_pod, last.filter(|read| read.used.by_pod)) {
-            return self.keep(read.used, read.process);
+        if let Some(reading) = reading {
+            let reader = self.reader.clone();
+            let work = thread::beside(move || {
+                let used = reader.now().unwrap_or_else(|| reader.read());
+                // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again. And until
+                // its result is kept, or who comes next would find nothing.
+                drop(reading);
+                used
+            });
+            if let Ok(Some(used)) = timeout_at(deadline, work).await {
+                return used;
+            }
         }
-        let process = of_pod.as_ref().map(|(process, _)| *process);
-        let used = self.used_of(of_pod.map(|(_, conf)| conf), &own);
-        self.keep(Arc::new(used), process)
-    }
-
-    fn keep(&self, used: Arc<Used>, process: Option<u32>) -> Arc<Used> {
-        let read = Read { used: used.clone(), process, at: Instant::now(), old: false };
-        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = Some(read);
-        used
-    }
-
-    /// The pod's own servers and search domains; else the daemon's servers and what Kubernetes gives by default.
-    fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> Used {
-        let by_pod = of_pod.is_some();
-        let pod = of_pod.unwrap_or_default();
-        let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| elsewhere(*s)).collect::<Vec<_>>();
-        let of_pod = usable(&pod.servers);
-        let servers = if of_pod.is_empty() { usable(&own.servers) } else { of_pod.clone() };
-        let domain = &self.config.cluster_domain;
-        let search = if by_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
-        Used { servers, search: Search::list(&search, &self.namespace, domain), by_pod: !of_pod.is_empty() }
+        if let Some(used) = self.used_last() {
+            return used;
+        }
+        // It hangs, and keeps its result when it is there. Nothing is kept of this.
+        let reader = self.reader.clone();
+        thread::beside(move || Arc::new(reader.used_of(None, &own()))).await.unwrap_or_default()
     }
 
     /// What the resolver that was asked (or whichever there is) has answered to this before, and still holds.
@@ -191,7 +178,7 @@ impl Resolver {
 
     /// They may have been replaced by others where none of them answers.
     fn read_again(&self) {
-        if let Some(read) = &mut *self.read.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(read) = &mut *self.reader.read.lock().unwrap_or_else(PoisonError::into_inner) {
             read.old = read.at.elapsed() >= READ_AGAIN;
         }
     }
@@ -230,5 +217,133 @@ impl Resolver {
             message::Outcome::Refused => Err(ResolveError::Refused(host.to_owned())),
             _ => Ok(message::addresses(&answer.bytes)),
         }
+    }
+}
+
+impl Reader {
+    fn last(&self) -> Option<Read> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn now(&self) -> Option<Arc<Used>> {
+        self.last().filter(|read| !read.old && read.at.elapsed() < READ_EVERY).map(|read| read.used)
+    }
+
+    /// Reads it and keeps what it says.
+    fn read(&self) -> Arc<Used> {
+        let last = self.last();
+        let process = last.as_ref().and_then(|read| read.process);
+        let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
+        let of_pod = read_file_in_netns(&self.config.proc, self.netns, PATH, process, has_servers);
+        // No process was to be seen this time: what one said before still holds.
+        if let (None, Some(read)) = (&of_pod, last.filter(|read| read.used.by_pod)) {
+            return self.keep(read.used, read.process);
+        }
+        let process = of_pod.as_ref().map(|(process, _)| *process);
+        self.keep(Arc::new(self.used_of(of_pod.map(|(_, conf)| conf), &own())), process)
+    }
+
+    fn keep(&self, used: Arc<Used>, process: Option<u32>) -> Arc<Used> {
+        let read = Read { used: used.clone(), process, at: Instant::now(), old: false };
+        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = Some(read);
+        used
+    }
+
+    /// The pod's own servers and search domains; else the daemon's servers and what Kubernetes gives by default.
+    fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> Used {
+        let by_pod = of_pod.is_some();
+        let pod = of_pod.unwrap_or_default();
+        let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| elsewhere(*s)).collect::<Vec<_>>();
+        let of_pod = usable(&pod.servers);
+        let servers = if of_pod.is_empty() { usable(&own.servers) } else { of_pod.clone() };
+        let domain = &self.config.cluster_domain;
+        let search = if by_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
+        Used { servers, search: Search::list(&search, &self.namespace, domain), by_pod: !of_pod.is_empty() }
+    }
+}
+
+/// What the daemon's own file says.
+fn own() -> ResolvConf {
+    std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::{Path, PathBuf};
+
+    /// A `/proc` with one process of our own network namespace, whose file says this.
+    fn proc_of(name: &str, conf: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("culvert-resolver-{name}-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&folder));
+        for below in ["7/ns", "7/root/etc"] {
+            std::fs::create_dir_all(folder.join(below)).unwrap();
+        }
+        for kind in ["net", "mnt"] {
+            std::os::unix::fs::symlink(format!("/proc/self/ns/{kind}"), folder.join("7/ns").join(kind)).unwrap();
+        }
+        std::fs::write(folder.join("7/root").join(PATH), conf).unwrap();
+        folder
+    }
+
+    fn resolver(proc: &Path) -> Arc<Resolver> {
+        let config = Config {
+            capture: true,
+            ttl: Duration::from_secs(30),
+            cache_entries: 0,
+            cluster_domain: "cluster.local".into(),
+            preferred_namespace: "".into(),
+            ipv6: true,
+            mark: 1337,
+            proc: proc.to_owned(),
+        };
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        Arc::new(Resolver::new(Arc::new(config), Arc::default(), "ns".into(), netns))
+    }
+
+    /// The first lookup of a pod asks for A and AAAA at once, as `getaddrinfo` does.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn all_who_ask_first_and_at_once_are_told_what_the_file_says() {
+        let proc = proc_of("first", "nameserver 203.0.113.53\nsearch of.the.pod\n");
+        for round in 0..20 {
+            for askers in [1, 2, 32] {
+                let resolver = resolver(&proc);
+                let mut asked = tokio::task::JoinSet::new();
+                for _ in 0..askers {
+                    let resolver = resolver.clone();
+                    asked.spawn(async move { resolver.used().await });
+                }
+                while let Some(used) = asked.join_next().await {
+                    let used = used.unwrap();
+                    assert!(used.by_pod && used.search.len() == 1, "round {round} of {askers}: {used:?}");
+                    assert_eq!(used.servers, ["203.0.113.53:53".parse().unwrap()], "round {round} of {askers}");
+                }
+            }
+        }
+        // Who leaves before the file is read leaves its reading to the others.
+        let resolver = resolver(&proc);
+        let reading = resolver.reader.reading.clone().lock_owned().await;
+        let (left, stays) = (Box::pin(resolver.used()), resolver.used());
+        let left = tokio::time::timeout(Duration::ZERO, left).await;
+        assert!(left.is_err(), "the reading is not free");
+        let (used, ()) = tokio::join!(stays, async { drop(reading) });
+        assert!(used.by_pod);
+        std::fs::remove_dir_all(&proc).unwrap();
+    }
+
+    /// A reading that hangs: the daemon's own servers are used, and forgotten again.
+    #[tokio::test(start_paused = true)]
+    async fn what_stands_in_for_a_reading_that_hangs_is_not_kept() {
+        let proc = proc_of("hangs", "nameserver 203.0.113.53\n");
+        let resolver = resolver(&proc);
+        let hangs = resolver.reader.reading.clone().lock_owned().await;
+        let begun = Instant::now();
+        let stand_in = resolver.used().await;
+        assert!(!stand_in.by_pod && stand_in.search.len() == 3, "{stand_in:?}");
+        assert_eq!(stand_in.servers, resolver.reader.used_of(None, &own()).servers, "the daemon's own");
+        assert_eq!(begun.elapsed(), READ_WAIT);
+        drop(hangs);
+        assert!(resolver.used().await.by_pod);
+        std::fs::remove_dir_all(&proc).unwrap();
     }
 }

@@ -4,7 +4,7 @@
 //! another workload would skip the verification of who it is.
 
 use super::authority::Signed;
-use super::revoked::{Chain, Revocations};
+use super::revoked::{Chain, List, Revocations};
 use super::verify::{ClientVerifier, ServerVerifier, Vouch};
 use crate::mesh::{SpiffeName, Text};
 use crate::rpc::tls::{is_about_time, provider};
@@ -76,6 +76,8 @@ pub struct Credentials {
     server: Arc<ServerConfig>,
     client: ClientConfig,
     vouch: Vouch,
+    /// The revoked certificates by which they were built.
+    revoked: Arc<List>,
 }
 
 impl fmt::Debug for Credentials {
@@ -93,7 +95,7 @@ impl Credentials {
         signed: Signed,
         trust: Trust,
     ) -> Result<Self, CredentialsError> {
-        let provider = Arc::new(provider());
+        let (provider, revoked) = (Arc::new(provider()), trust.revocations.current());
         let mut roots = RootCertStore::empty();
         // A root, or what the CA calls one, may have been revoked like any other certificate.
         for root in trust.roots.iter().filter(|root| !trust.revocations.lists(std::slice::from_ref(*root))) {
@@ -130,7 +132,7 @@ impl Credentials {
         client.resumption = rustls::client::Resumption::disabled();
 
         let not_after = signed.not_after;
-        Ok(Self { identity, generation, not_after, signed, trust, server: Arc::new(server), client, vouch })
+        Ok(Self { identity, generation, not_after, signed, trust, server: Arc::new(server), client, vouch, revoked })
     }
 
     /// Builds settings that trust nobody but the roots that came with the certificate.
@@ -155,6 +157,11 @@ impl Credentials {
     pub(super) fn would_vouch_for(&self, other: &Self) -> bool {
         let trust = Trust { roots: self.signed.roots.clone(), ..self.trust.clone() };
         Self::build(other.identity.clone(), other.generation, other.signed.clone(), trust).is_ok()
+    }
+
+    /// Whether the list of revoked certificates is still the one by which they were built.
+    pub(super) fn is_current(&self) -> bool {
+        Arc::ptr_eq(&self.revoked, &self.trust.revocations.current())
     }
 
     /// Whether it has begun and not ended, by our clock.

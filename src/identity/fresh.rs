@@ -144,10 +144,15 @@ impl Fresh {
         Some((new, Instant::now() + wait))
     }
 
-    fn publish(&self, credentials: Credentials) {
+    pub(super) fn publish(&self, credentials: Credentials) {
         let ends = credentials.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         self.store.metrics.end_of(&self.identity).set(ends.as_secs().cast_signed());
-        self.out.send_replace(State { credentials: Some(Arc::new(credentials)), error: None, retry_at: None });
+        let credentials = Arc::new(credentials);
+        self.out.send_replace(State { credentials: Some(credentials.clone()), error: None, retry_at: None });
+        // Whoever made all settings anew for another list of revoked certificates did not see these.
+        if !credentials.is_current() {
+            self.store.rebuild(|identity| *identity == self.identity);
+        }
     }
 
     /// Counts and says that there is no new certificate. That a CA refuses a pod it has not heard of yet, or does not have

@@ -83,16 +83,16 @@ impl IstioCa {
             metadata: Some(impersonate(identity)),
         };
         let connection = self.connection().await?;
-        let mut client = IstioCertificateServiceClient::with_origin(connection, self.rpc.address.clone());
+        let mut client = IstioCertificateServiceClient::with_origin(connection.clone(), self.rpc.address.clone());
         let answer = match tokio::time::timeout(CALL_DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => {
                 // Another replica may know better; and whoever refuses us should not be asked until the connection ends.
-                self.disconnect();
+                self.disconnect(&connection);
                 return Err(IstioCaError::Refused(Box::new(status)));
             }
             Err(_) => {
-                self.disconnect();
+                self.disconnect(&connection);
                 return Err(IstioCaError::Deadline);
             }
         };
@@ -107,13 +107,19 @@ impl IstioCa {
             return Ok(open);
         }
         let new = rpc::connect(&self.rpc).await?;
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(new.clone());
+        // Another request may have connected meanwhile: all use the one that was there first, and ours ends.
+        let mut kept = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(open) = kept.as_ref().filter(|open| !open.is_closed()) {
+            return Ok(open.clone());
+        }
+        *kept = Some(new.clone());
         Ok(new)
     }
 
-    /// Forgets the connection: the next request makes another.
-    fn disconnect(&self) {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Forgets a connection: the next request makes another. One that has been made since stays.
+    fn disconnect(&self, failed: &Connection) {
+        let mut kept = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.take_if(|kept| kept.is_same(failed));
     }
 }
 

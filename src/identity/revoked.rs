@@ -151,6 +151,17 @@ impl Revocations {
         self.current.subscribe()
     }
 
+    /// The list in force, to tell later whether it still is.
+    pub(super) fn current(&self) -> Arc<List> {
+        self.current.borrow().clone()
+    }
+
+    /// Puts another list in force.
+    #[cfg(test)]
+    pub(super) fn put(&self, list: List) {
+        self.current.send_replace(Arc::new(list));
+    }
+
     /// Why the file on disk is not the list in force, if it is not.
     pub fn error(&self) -> Option<String> {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()

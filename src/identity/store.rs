@@ -408,6 +408,25 @@ mod tests {
         }
     }
 
+    #[tokio::test]
+    async fn what_was_built_before_a_list_of_revoked_certificates_came_is_built_again_when_presented() {
+        let folder = ca("list");
+        let store = store(&folder);
+        let identity = identity("b");
+        store.want(&identity);
+        store.get(&identity).await.unwrap();
+        let out = store.entries.lock().unwrap()[&identity].state.clone();
+        let fresh =
+            Fresh { store: store.clone(), identity: identity.clone(), out: out.clone(), urgency: Arc::default() };
+        let signed = store.authority.sign(&identity).await.unwrap();
+        let built = Credentials::build(identity.clone(), 7, signed, store.known_trust(&identity)).unwrap();
+        store.revocations.put(Default::default());
+        fresh.publish(built);
+        let presented = out.borrow().credentials.clone().unwrap();
+        assert!(presented.generation == 7 && presented.is_current());
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_waits_for_a_dead_ca_is_told_why_and_not_kept_waiting_beyond_the_next_attempt() {
         let folder = ca("dead");

@@ -50,14 +50,18 @@ struct Questions {
     unsent: Vec<Wanted>,
     /// What has been asked for again, and when.
     refreshed: HashMap<Wanted, Instant>,
+    /// How many there have been.
+    begun: u64,
 }
 
 #[derive(Debug)]
 struct Question {
     /// Who asked first.
     asker: Text,
-    /// Held by all who wait for it.
-    waiting: Arc<()>,
+    /// Differs between any two.
+    number: u64,
+    /// How many wait for it.
+    waiting: usize,
 }
 
 impl Questions {
@@ -99,28 +103,32 @@ pub enum AskError {
 struct Waiting<'a> {
     store: &'a Store,
     wanted: &'a Wanted,
-    question: Arc<()>,
+    number: u64,
 }
 
 impl Waiting<'_> {
-    fn give_up(&self) {
+    /// Changes the question, if it is still open, and gives it up where nobody is left to wait for it. It may be another question
+    /// for the same by now.
+    fn leave(&self, left: impl FnOnce(&mut usize)) {
         let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
-        // It may be another question for the same by now.
-        let is_it = |open: &Question| Arc::ptr_eq(&open.waiting, &self.question);
-        if questions.open.get(self.wanted).is_some_and(is_it) {
+        let Some(open) = questions.open.get_mut(self.wanted).filter(|open| open.number == self.number) else { return };
+        left(&mut open.waiting);
+        if open.waiting == 0 {
             questions.close(self.wanted);
             let Questions { unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| wanted != self.wanted || refreshed.contains_key(wanted));
         }
     }
+
+    /// The question may be lost: whoever asks next asks anew, also while others wait.
+    fn give_up(&self) {
+        self.leave(|waiting| *waiting = 0);
+    }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        // The list and this one hold it; otherwise others wait for the same.
-        if Arc::strong_count(&self.question) <= 2 {
-            self.give_up();
-        }
+        self.leave(|waiting| *waiting = waiting.saturating_sub(1));
     }
 }
 
@@ -185,8 +193,9 @@ impl Store {
             }
             let Questions { open, unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| open.contains_key(wanted) || refreshed.contains_key(wanted));
+            // Under the same lock: who asks in between would open again what has just been answered.
+            self.current.store(next);
         }
-        self.current.store(next);
         self.changed.send_replace(version);
         version
     }
@@ -201,33 +210,33 @@ impl Store {
     pub async fn ask(&self, asker: &Text, wanted: Wanted) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = wanted.to_string();
-        let question = {
+        let number = {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
             if self.load().unasked(wanted.clone()).is_none() {
                 return Ok(());
             }
-            match questions.open.get(&wanted) {
-                Some(question) => question.waiting.clone(),
-                None if !questions.has_room(asker) => return Err(AskError::TooMany(name)),
-                None => {
-                    let waiting = Arc::<()>::default();
-                    let question = Question { asker: asker.clone(), waiting: waiting.clone() };
-                    questions.open.insert(wanted.clone(), question);
-                    *questions.by_asker.entry(asker.clone()).or_default() += 1;
-                    questions.unsent.push(wanted.clone());
-                    self.asked.notify_one();
-                    waiting
-                }
+            if let Some(question) = questions.open.get_mut(&wanted) {
+                question.waiting += 1;
+                question.number
+            } else if questions.has_room(asker) {
+                questions.begun += 1;
+                let number = questions.begun;
+                questions.open.insert(wanted.clone(), Question { asker: asker.clone(), number, waiting: 1 });
+                *questions.by_asker.entry(asker.clone()).or_default() += 1;
+                questions.unsent.push(wanted.clone());
+                self.asked.notify_one();
+                number
+            } else {
+                return Err(AskError::TooMany(name));
             }
         };
         // Whoever asks after the last has given up asks anew.
-        let waiting = Waiting { store: self, wanted: &wanted, question };
+        let waiting = Waiting { store: self, wanted: &wanted, number };
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
         if tokio::time::timeout(ASK_WAIT, answered).await.is_ok() {
             return Ok(());
         }
-        // The question may be lost: whoever asks next asks anew, also while others wait.
         waiting.give_up();
         Err(AskError::NoAnswer(name))
     }

@@ -160,6 +160,13 @@ impl Drop for Tasks {
     }
 }
 
+impl Connection {
+    /// Whether both are handles of one connection.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.tasks, &other.tasks)
+    }
+}
+
 impl Clone for Connection {
     fn clone(&self) -> Self {
         Self {
