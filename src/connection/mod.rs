@@ -174,7 +174,8 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
     let _count = SocketCount::new(reporter, Direction::Inbound);
     let (Peer { identity, source, local, tls, chain, tunnel: mut server }, key, _open) =
         match shake_hands(worker, pod, socket, peer).await {
-            Ok(known) => {
+            Ok(None) => return record.finish(Ok(())),
+            Ok(Some(known)) => {
                 // From here on each stream has its own record.
                 record.finish(Ok(()));
                 known
@@ -229,14 +230,14 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
     }
 }
 
-/// The peer, its identity as the budget knows it, and its place there.
+/// The peer, its identity as the budget knows it, and its place there; `None` where it has left without a word.
 async fn shake_hands(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     socket: std::net::TcpStream,
     peer: SocketAddr,
-) -> Result<(Peer, Text, Open), Failure> {
-    let socket = tunnelled::first_byte(socket, &pod.sockets.legs).await?;
+) -> Result<Option<(Peer, Text, Open)>, Failure> {
+    let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
     let shared = &worker.shared;
     let shake = async {
         let (_, workload) = local_facts(worker, pod).await?;
@@ -248,7 +249,7 @@ async fn shake_hands(
     let peer: Peer = Box::pin(tunnelled::in_time::<_, Failure>(shake)).await?;
     let key = Text::from(peer.identity.to_string());
     let open = shared.budget.open(&pod.open, Some(&key))?;
-    Ok((peer, key, open))
+    Ok(Some((peer, key, open)))
 }
 
 /// What is known of the peer of a tunnel.

@@ -10,6 +10,7 @@ use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, 
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
 use crate::node::Source;
+use crate::node::pods::NetnsRef;
 use crate::node::status::{PodStatus, State};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};
@@ -76,6 +77,7 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "namespace": &*pod.spec.namespace,
             "serviceAccount": &*pod.spec.service_account,
             "netns": pod.spec.netns.to_string(),
+            "netnsHeld": held_netns(&pod.spec.netns),
             "state": pod.state.word(),
             "reason": pod.state.reason(),
             "since": time(pod.since),
@@ -95,6 +97,13 @@ pub(super) fn pods(parts: &Parts) -> Value {
         })
     };
     Value::Array(parts.board.list().iter().map(one).collect())
+}
+
+/// Where a namespace can be opened that is known by a descriptor and not by a path: in our own `/proc`, as long as it is held.
+fn held_netns(netns: &NetnsRef) -> Value {
+    let NetnsRef::Handle(netns) = netns else { return Value::Null };
+    let ((device, inode), process) = (netns.id(), std::process::id());
+    json!({"file": format!("/proc/{process}/fd/{}", netns.descriptor()), "device": device, "inode": inode})
 }
 
 /// How a pod's DNS requests ended, and where those go that the mesh does not answer.

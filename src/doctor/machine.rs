@@ -8,11 +8,15 @@ use crate::sys::limits;
 use crate::sys::netns::Netns;
 use crate::task::thread;
 use crate::telemetry::log::with_causes;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Capabilities by number: with any source of pods, and beyond that where culvert finds them itself.
 const NEEDED: [(u32, &str); 3] = [(12, "NET_ADMIN"), (21, "SYS_ADMIN"), (13, "NET_RAW")];
 const NEEDED_TO_FIND: [(u32, &str); 2] = [(19, "SYS_PTRACE"), (1, "DAC_OVERRIDE")];
+
+/// Inode of the machine's own namespace of process ids (linux/proc_ns.h, `PROC_PID_INIT_INO`).
+const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
 pub(super) fn privileges(config: &Config) -> Line {
     let Some(held) = limits::capabilities() else { return bad("rights", "/proc/self/status cannot be read") };
@@ -88,6 +92,14 @@ pub(super) fn sysctls(config: &Config) -> Vec<Line> {
         Err(_) => None,
     };
     let number = |path: &str| read(path)?.trim().parse::<u64>().ok();
+    if !is_the_hosts(config) {
+        return vec![note(
+            "host",
+            "cannot be looked at from here: neither /host/proc is mounted nor CULVERT_HOST_NETNS set, and the host's processes are not \
+             to be seen. How full its connection tracking is (net.netfilter.nf_conntrack_count), and whether it forwards \
+             (net.ipv4.ip_forward), is to be seen on the node",
+        )];
+    }
     let mut lines = Vec::new();
     if let Err(error) = &host {
         lines.push(bad("host", format!("{error}; mount the host's /proc at /host/proc, or set CULVERT_HOST_NETNS")));
@@ -104,6 +116,14 @@ pub(super) fn sysctls(config: &Config) -> Vec<Line> {
         lines.push(note("sysctls", "the host does not forward IPv4: unless its CNI needs none, pods reach nobody"));
     }
     lines
+}
+
+/// Whether the host's network namespace is behind the path where it is looked for. What is the first process of a container is
+/// not the host's.
+fn is_the_hosts(config: &Config) -> bool {
+    let own = Path::new("/proc/1/ns/net");
+    let all_processes = std::fs::metadata("/proc/self/ns/pid").is_ok_and(|pid| pid.ino() == FIRST_PID_NAMESPACE);
+    config.node.host_netns != own || all_processes
 }
 
 pub(super) async fn api(config: &kubernetes::Config) -> Vec<Line> {

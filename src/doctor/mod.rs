@@ -148,7 +148,7 @@ impl Daemon {
             let (_, body) = get(admin.admin_port, path)?;
             serde_json::from_str::<serde_json::Value>(&body).map_err(|error| format!("{path}: {error}"))
         };
-        let pods = json("/pods")?.as_array().cloned().unwrap_or_default();
+        let pods = pods(admin.admin_port)?;
         let metrics = get(admin.stats_port, "/metrics")?.1;
         Ok(Self { pods, ready: get(crate::admin::READY_PORT, "/healthz/ready")?, metrics, dump: json("/config_dump")? })
     }
@@ -233,6 +233,13 @@ impl Daemon {
             .filter(|line| line.starts_with("culvert_connection_failures_total{") && line.contains(&label));
         lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
+}
+
+/// The pods of the node, as the daemon knows them now.
+fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
+    let (_, body) = get(admin_port, "/pods")?;
+    let pods: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/pods: {error}"))?;
+    Ok(pods.as_array().cloned().unwrap_or_default())
 }
 
 /// Asks one of the daemon's own ports.

@@ -1,10 +1,10 @@
 //! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
 
-use super::{DEADLINE, Line, bad, note, well};
+use super::{DEADLINE, Line, Verdict, bad, note, well};
 use crate::config::Config;
 use crate::node::{Source, redirect};
 use crate::sys::counter::{self, Family};
-use crate::sys::netns::Netns;
+use crate::sys::netns::{Netns, id_at};
 use crate::sys::socket::{Bind, LegOptions, outgoing, start_connect};
 use crate::task::thread;
 use serde_json::Value;
@@ -33,14 +33,19 @@ struct Pod {
     ip: IpAddr,
 }
 
+/// What came of trying something, and the pods that took part in it.
+struct Tried {
+    line: Line,
+    between: Vec<String>,
+}
+
 pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
-    let text = |pod: &Value, key: &str| pod[key].as_str().unwrap_or_default().to_owned();
     let mut lines = Vec::new();
-    let mut captured = Vec::new();
+    let mut found = Vec::new();
     for pod in pods {
-        let label = format!("{}/{}", text(pod, "namespace"), text(pod, "name"));
-        let (state, reason) = (text(pod, "state"), text(pod, "reason"));
-        match state.as_str() {
+        let label = label(pod);
+        let known = Pod::of(&label, pod, &config.dns.proc);
+        match state(pod) {
             "captured" => {
                 let older = pod["uncapturedConnections"].as_u64().unwrap_or(0);
                 lines.push(match older {
@@ -51,43 +56,87 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
                     ),
                 });
                 lines.extend(seen(&label, pod));
-                captured.push((label, text(pod, "netns")));
+                match known {
+                    Ok(pod) => found.push(pod),
+                    Err(why) => lines.push(note("pod", format!("{label} cannot be tried from here: {why}"))),
+                }
             }
             "releasing" => lines.push(note("pod", format!("{label} is being released"))),
-            _ => lines.push(bad("pod", format!("{label} is {state}: {reason}"))),
+            state => {
+                let reason = pod["reason"].as_str().unwrap_or_default();
+                lines.push(match known {
+                    // The runtime takes the address away before anybody says that the pod has ended.
+                    Err(Unknown::Bare) => {
+                        note("pod", format!("{label} is ending, or begins: its namespace holds no address ({reason})"))
+                    }
+                    _ => bad("pod", format!("{label} is {state}: {reason}")),
+                });
+            }
         }
     }
     if pods.is_empty() {
         lines.push(note("pod", "no pod of this node is to be captured"));
     }
-    let mut found = Vec::new();
-    for (label, netns) in captured {
-        match Pod::of(label.clone(), &netns) {
-            Some(pod) => found.push(pod),
-            None => {
-                lines.push(note("pod", format!("{label} cannot be tried from here: its namespace is known as {netns}")))
-            }
-        }
-    }
     let mark = config.node.mark;
     let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
-    let tried = thread::beside(move || try_all(&found, mark, probes.as_deref()));
+    let port = config.admin.admin_port;
+    let tried = thread::beside(move || {
+        let tried = try_all(&found, mark, probes.as_deref());
+        let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Bad);
+        let now = if failed { super::pods(port).ok() } else { None };
+        tried.into_iter().map(|tried| unless_gone(tried, now.as_deref())).collect::<Vec<_>>()
+    });
     lines.extend(tried.await.unwrap_or_default());
     lines
 }
 
+fn label(pod: &Value) -> String {
+    let text = |key: &str| pod[key].as_str().unwrap_or_default();
+    format!("{}/{}", text("namespace"), text("name"))
+}
+
+fn state(pod: &Value) -> &str {
+    pod["state"].as_str().unwrap_or_default()
+}
+
+/// What failed because a pod has ended meanwhile is no fault.
+fn unless_gone(tried: Tried, now: Option<&[Value]>) -> Line {
+    let Tried { line, between } = tried;
+    let is_there = |wanted: &String| {
+        let Some(now) = now else { return true };
+        now.iter().any(|pod| label(pod) == *wanted && state(pod) == "captured")
+    };
+    match between.iter().find(|wanted| !is_there(wanted)) {
+        Some(gone) if line.verdict == Verdict::Bad => {
+            let text = format!("{gone} has ended, or is not captured any more, while it was tried: {}", line.text);
+            note(line.what, text)
+        }
+        _ => line,
+    }
+}
+
 /// Tries all at once, so that many that do not answer take no longer than one.
-fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Line> {
-    let tunnels: Vec<_> = (0..pods.len()).map(|at| start_tunnel(pods, at, mark)).collect();
+fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Tried> {
+    let mut tunnels: Vec<_> = (0..pods.len()).map(|at| Tunnel::start(pods, at, mark)).collect();
     let probes: Vec<_> = pods.iter().map(|pod| host.map(|host| start_probe(pod, host))).collect();
     let end = Instant::now() + DEADLINE;
-    let mut lines = Vec::new();
-    for ((pod, (started, whence)), probed) in pods.iter().zip(tunnels).zip(probes) {
-        lines.push(tunnel(pod, started.and_then(|stream| connected(&stream, end)), &whence));
-        lines.extend(probed.map(|started| probe(pod, started.and_then(|probe| arrived(&probe, end)))));
+    // One that is there is left at once: the daemon waits for its first word, and counts one that does not come.
+    let open = |tunnels: &mut Vec<Tunnel>| tunnels.iter_mut().map(Tunnel::look).filter(|done| !done).count() > 0;
+    while open(&mut tunnels) && Instant::now() < end {
+        std::thread::sleep(LOOK);
     }
-    lines.extend(host.map(|_| spoofs(pods, mark)).unwrap_or_default());
-    lines
+    let mut tried = Vec::new();
+    for ((pod, started), probed) in pods.iter().zip(tunnels).zip(probes) {
+        let between = [Some(&pod.label), started.from.as_ref()].into_iter().flatten().cloned().collect();
+        let whence = started.from.clone().unwrap_or_else(|| "this node".to_owned());
+        tried.push(Tried { line: tunnel(pod, started.result(), &whence), between });
+        tried.extend(probed.map(|started| Tried {
+            line: probe(pod, started.and_then(|probe| arrived(&probe, end))),
+            between: vec![pod.label.clone()],
+        }));
+    }
+    tried.extend(host.map(|_| spoofs(pods, mark)).unwrap_or_default());
+    tried
 }
 
 /// What the daemon has seen in a pod that somebody should know.
@@ -114,35 +163,77 @@ fn another(pods: &[Pod], at: usize) -> Option<&Pod> {
     after.iter().chain(before).find(|other| other.netns != own.netns)
 }
 
+/// Why a pod cannot be tried.
+#[derive(Debug, thiserror::Error)]
+enum Unknown {
+    #[error("its namespace, known as {0}, cannot be opened")]
+    Netns(String),
+    #[error("its namespace holds no address")]
+    Bare,
+}
+
 impl Pod {
-    fn of(label: String, path: &str) -> Option<Self> {
-        let netns = Netns::open(Path::new(path)).ok()?;
+    /// Finds it by what the daemon tells of it: by the path, by the daemon's own descriptor, or among the processes below `proc`.
+    fn of(label: &str, told: &Value, proc: &Path) -> Result<Self, Unknown> {
+        let (path, held) = (told["netns"].as_str().unwrap_or_default(), &told["netnsHeld"]);
+        let id = held["device"].as_u64().zip(held["inode"].as_u64());
+        let open = |path: &Path| Netns::open(path).ok().filter(|netns| id.is_none_or(|id| id == netns.id()));
+        let by_path = open(Path::new(path)).or_else(|| open(Path::new(held["file"].as_str()?)));
+        let processes = || {
+            let all = std::fs::read_dir(proc).ok()?.flatten().map(|entry| entry.path().join("ns/net"));
+            let mut its = all.filter(|path| id.is_some() && id_at(path) == id);
+            its.find_map(|path| open(&path))
+        };
+        let netns = by_path.or_else(processes).ok_or_else(|| Unknown::Netns(path.to_owned()))?;
         let usable = |ip: &IpAddr| !crate::mesh::address::is_link_local(*ip);
-        let mut ips: Vec<IpAddr> = netns.addresses().ok()?.into_iter().map(|(ip, _)| ip).filter(usable).collect();
-        ips.sort();
-        Some(Self { label, ip: *ips.first()?, netns })
+        let held = netns.addresses().map_err(|_| Unknown::Netns(path.to_owned()))?;
+        let ip = held.into_iter().map(|(ip, _)| ip).filter(usable).min().ok_or(Unknown::Bare)?;
+        Ok(Self { label: label.to_owned(), ip, netns })
     }
 }
 
-/// Begins a connection to the pod's port for tunnels, past any redirection: from another pod of the node, else from where we
-/// are; with where that is.
-fn start_tunnel(pods: &[Pod], at: usize, mark: u32) -> (io::Result<TcpStream>, String) {
-    let from = another(pods, at);
-    let open = |pod: &Pod| {
-        let (to, legs) = (SocketAddr::new(pod.ip, TUNNELS), LegOptions { keepalive: None, notsent_lowat: None });
-        let socket = outgoing(to, None, mark, &legs)?;
-        socket.set_nonblocking(true)?;
-        start_connect(&socket, to)?;
-        Ok::<_, io::Error>(TcpStream::from(socket))
-    };
-    let started = match (pods.get(at), from) {
-        (Some(pod), Some(other)) => {
-            other.netns.enter(|| open(pod)).unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+/// A connection to a pod's port for tunnels.
+struct Tunnel {
+    /// The pod that it comes from, where it is one.
+    from: Option<String>,
+    state: Result<Option<TcpStream>, io::Error>,
+}
+
+impl Tunnel {
+    /// Begins it, past any redirection: from another pod of the node, else from where we are.
+    fn start(pods: &[Pod], at: usize, mark: u32) -> Self {
+        let from = another(pods, at);
+        let open = |pod: &Pod| {
+            let (to, legs) = (SocketAddr::new(pod.ip, TUNNELS), LegOptions { keepalive: None, notsent_lowat: None });
+            let socket = outgoing(to, None, mark, &legs)?;
+            socket.set_nonblocking(true)?;
+            start_connect(&socket, to)?;
+            Ok::<_, io::Error>(TcpStream::from(socket))
+        };
+        let started = match (pods.get(at), from) {
+            (Some(pod), Some(other)) => {
+                other.netns.enter(|| open(pod)).unwrap_or_else(|error| Err(io::Error::other(error.to_string())))
+            }
+            (Some(pod), None) => open(pod),
+            (None, _) => Err(io::ErrorKind::NotFound.into()),
+        };
+        Self { from: from.map(|other| other.label.clone()), state: started.map(Some) }
+    }
+
+    /// Whether it is known what becomes of it; one that is there is closed.
+    fn look(&mut self) -> bool {
+        let Ok(Some(stream)) = &self.state else { return true };
+        match stream.take_error() {
+            Ok(Some(error)) | Err(error) => self.state = Err(error),
+            Ok(None) if stream.peer_addr().is_ok() => self.state = Ok(None),
+            Ok(None) => return false,
         }
-        (Some(pod), None) => open(pod),
-        (None, _) => Err(io::ErrorKind::NotFound.into()),
-    };
-    (started, from.map_or("this node".to_owned(), |other| other.label.clone()))
+        true
+    }
+
+    fn result(self) -> io::Result<()> {
+        self.state.and_then(|waits| if waits.is_some() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(()) })
+    }
 }
 
 fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Line {
@@ -157,22 +248,6 @@ fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Line {
             ),
         ),
         Err(error) => bad("port 15008", format!("{} cannot be reached from {whence}: {error}", pod.label)),
-    }
-}
-
-/// Waits until a connection that has been started is there.
-fn connected(stream: &TcpStream, end: Instant) -> io::Result<()> {
-    loop {
-        if let Some(error) = stream.take_error()? {
-            return Err(error);
-        }
-        if stream.peer_addr().is_ok() {
-            return Ok(());
-        }
-        if Instant::now() > end {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        std::thread::sleep(LOOK);
     }
 }
 
@@ -233,7 +308,7 @@ fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Line {
 
 /// Whether a pod can pose as the kubelet's probes towards its neighbour, past which no policy is asked. All are tried at once; a
 /// probe of the kubelet may arrive by chance at the same moment, but not three times.
-fn spoofs(pods: &[Pod], mark: u32) -> Vec<Line> {
+fn spoofs(pods: &[Pod], mark: u32) -> Vec<Tried> {
     let mut passed: Vec<Option<bool>> = vec![Some(true); pods.len()];
     for _ in 0..SPOOF_ROUNDS {
         let tried: Vec<_> = (0..pods.len()).map(|at| spoof(pods, at, mark)).collect();
@@ -245,7 +320,7 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Line> {
     }
     let line = |(at, passed): (usize, Option<bool>)| {
         let (pod, other, passed) = (pods.get(at)?, another(pods, at)?, passed?);
-        Some(match passed {
+        let line = match passed {
             false => well("probe spoof", format!("{}: {} cannot pose as the kubelet's probes", pod.label, other.label)),
             true => bad(
                 "probe spoof",
@@ -257,7 +332,8 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Line> {
                     probes_address(pod),
                 ),
             ),
-        })
+        };
+        Some(Tried { line, between: vec![pod.label.clone(), other.label.clone()] })
     };
     passed.into_iter().enumerate().filter_map(line).collect()
 }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -133,7 +133,7 @@ impl Netns {
             return Err(not());
         }
         // SAFETY: the descriptor is open for the duration of the call and this ioctl takes no argument.
-        let kind = unsafe { ns_get_nstype(std::os::fd::AsRawFd::as_raw_fd(&file)) }.map_err(|_| not())?;
+        let kind = unsafe { ns_get_nstype(file.as_raw_fd()) }.map_err(|_| not())?;
         if kind != CloneFlags::CLONE_NEWNET.bits() {
             return Err(not());
         }
@@ -149,6 +149,11 @@ impl Netns {
     /// Whether it can be opened again by its path.
     pub fn has_path(&self) -> bool {
         self.inner.by_path
+    }
+
+    /// The number of the descriptor behind this handle, by which others find it below `/proc/PID/fd`.
+    pub fn descriptor(&self) -> RawFd {
+        self.inner.file.as_raw_fd()
     }
 
     /// Device and inode: equal for two handles exactly when the namespace is the same.

@@ -1,15 +1,27 @@
 //! `culvert doctor`: with no pod, one, two, many; beside a daemon that does not answer; in a shell that knows no settings.
 
-use crate::world::{PATIENCE, World, eventually, inside, subject};
+use crate::istio::Istio;
+use crate::world::{Agent, PATIENCE, World, eventually, inside, subject};
 use std::io::Read;
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// What doctor says on a node, run without any setting; it must end by itself.
 pub fn doctor(w: &World, node: u8) -> String {
-    let mut command = Command::new(subject());
-    command.arg("doctor").env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    doctor_by(w, node, &[])
+}
+
+/// The same, by a program that becomes it.
+fn doctor_by(w: &World, node: u8, by: &[&str]) -> String {
+    let mut command = Command::new(by.first().map_or_else(subject, PathBuf::from));
+    command
+        .args(by.iter().skip(1))
+        .args(by.first().map(|_| subject()))
+        .arg("doctor")
+        .env_clear()
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = inside(&w.ns(&format!("n{node}")), || command.spawn()).unwrap();
     let end = Instant::now() + PATIENCE;
@@ -59,6 +71,11 @@ fn doctor_ends_with_no_pod_one_two_and_many_and_takes_the_daemons_settings() {
             assert!(has(&said, "ok", &["port 15008", &format!("{label} takes tunnels from {whence}")]), "{said}");
         }
     }
+    // Doctor's own connections are nobody's failure.
+    assert_eq!(w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
+    assert!(
+        !w.log(1).iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains("connection failed")))
+    );
     assert!(!w.json(1, "/config_dump").to_string().contains("hunter2"));
 }
 
@@ -71,4 +88,39 @@ fn a_daemon_that_takes_connections_and_says_nothing_does_not_hold_doctor_up() {
     assert!(has(&said, "note", &["settings", "those of this command", "no answer within"]), "{said}");
     assert!(has(&said, "FAIL", &["daemon", "does not answer on port 15000", "no answer within"]), "{said}");
     assert!(has(&said, "", &["kernel"]) && has(&said, "", &["sysctls"]), "{said}");
+}
+
+/// As by `kubectl exec` in Istio's chart: pods are known by descriptors that the agent has handed over, `/host/proc` is not mounted,
+/// and there is no shell.
+#[test]
+fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_see() {
+    let mut istio = Istio::new();
+    let second = istio.w.mesh_pod("second", 1);
+    istio.tell();
+    istio.agent(1).know(&second);
+    Agent::redirect(&second);
+    istio.w.start_istio_container(1, &istio.plane, &istio.agents[0]);
+    eventually("both are captured", || istio.w.try_get(1, 15000, "/pods").is_some());
+    istio.w.wait_captured(1);
+    // A descriptor's name leads nowhere, and no process of the machine may lead there either.
+    let children = format!("/proc/{0}/task/{0}/children", istio.w.pid(1));
+    let daemon = std::fs::read_to_string(children).unwrap().trim().to_owned();
+    let exec = ["nsenter", "--target", &daemon, "--pid", "--mount"];
+    let said = doctor_by(&istio.w, 1, &exec);
+    for (label, other) in [("ns/client", "ns/second"), ("ns/second", "ns/client")] {
+        assert!(has(&said, "ok", &[&format!("{label} is captured")]), "{said}");
+        assert!(has(&said, "ok", &["port 15008", &format!("{label} takes tunnels from {other}")]), "{said}");
+    }
+    assert!(has(&said, "note", &["host", "cannot be looked at from here", "/host/proc"]), "{said}");
+    assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
+    assert_eq!(istio.w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
+    // One ends: its addresses go before anybody says so.
+    let addresses = format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", second.v4, second.v6);
+    crate::world::ip_in(&second.netns, &addresses);
+    Agent::stop_redirecting(&second);
+    eventually("its end shows", || istio.w.state(1, "second").0 == "failed");
+    let said = doctor_by(&istio.w, 1, &exec);
+    assert!(has(&said, "note", &["ns/second is ending", "holds no address"]), "{said}");
+    assert!(has(&said, "ok", &["port 15008", "ns/client takes tunnels from this node"]), "{said}");
+    assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
 }

@@ -32,8 +32,9 @@ pub struct Peer {
     pub tunnel: hbone::Server<TlsStream<ReadBuffered<TcpStream>>>,
 }
 
-/// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it.
-pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<TcpStream, AcceptError> {
+/// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it. `None`: it has left
+/// in order without a word. It has looked whether the port is open, as `culvert doctor` does, and nothing has failed.
+pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
     set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     let ready = tokio::time::timeout(SILENCE_DEADLINE, socket.readable()).await;
@@ -41,7 +42,9 @@ pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Resul
         io::ErrorKind::TimedOut => AcceptError::Silent,
         _ => AcceptError::Socket(error),
     })?;
-    Ok(socket)
+    let mut byte = [std::mem::MaybeUninit::uninit()];
+    let left = socket2::SockRef::from(&socket).peek(&mut byte).is_ok_and(|length| length == 0);
+    Ok(Some(socket).filter(|_| !left))
 }
 
 /// Shakes hands; what the peer makes us hold afterwards goes on an account of its own in `buffers`.

@@ -177,6 +177,17 @@ impl World {
         self.nodes.push((node, process));
     }
 
+    /// The same as in a container: with process ids of its own, among which the host's are not.
+    pub fn start_istio_container(&mut self, node: u8, plane: &ControlPlane, agent: &Agent) {
+        let own = self.istio_command(node, plane, agent);
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(own.get_program()).args(own.get_args());
+        command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        let log = self.dir.join(format!("node{node}.log"));
+        let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
+        self.nodes.push((node, process));
+    }
+
     /// Starts a second daemon of a node, in a pod of its own as in a cluster.
     pub fn start_istio_upgrade(&mut self, own: &Pod, plane: &ControlPlane, agent: &Agent) {
         let mut command = self.istio_command(own.node, plane, agent);
