@@ -180,6 +180,11 @@ impl Account {
         self.told.cancel();
     }
 
+    /// Whether the tunnel is cut: nothing that is still to be sent is waited for.
+    pub fn is_cut(&self) -> bool {
+        self.cut.get().is_some()
+    }
+
     /// The tunnel is no more: nothing that is queued will be sent.
     pub(super) fn over(&self) {
         self.over.cancel();

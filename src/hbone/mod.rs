@@ -7,7 +7,7 @@ pub mod buffers;
 pub mod client;
 mod flow;
 mod guard;
-mod ping;
+pub mod ping;
 pub mod request;
 pub mod server;
 pub mod stream;

@@ -9,6 +9,10 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// How long an answer may take.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long the kernel sends again what a tunnel's peer does not acknowledge: until a PING is overdue, and a little, but no longer
+/// where this process ends before that.
+pub const GONE_AFTER: Duration = INTERVAL.saturating_add(TIMEOUT).saturating_add(TIMEOUT);
+
 /// Pings until an answer is overdue or the connection ends.
 pub async fn watch(pings: Option<PingPong>) -> Cut {
     let Some(mut pings) = pings else { return std::future::pending().await };

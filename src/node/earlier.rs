@@ -4,6 +4,7 @@
 //! packet of an open connection for the first one, which would be redirected, and the connection reset. So the rules know
 //! these connections by their addresses and ports, and nothing else is spared: a stray packet is not passed in plaintext.
 
+use super::routes::MASK;
 use crate::connection::Pod;
 use crate::sys::tcp_sockets::{self, TcpSocket};
 use serde_json::Value;
@@ -94,11 +95,14 @@ impl Connections {
     }
 }
 
-/// The pod's connections with others; what it says to itself is never captured.
+/// The pod's connections with others; what it says to itself is never captured. Those of a daemon are left out, of one that has ended
+/// too: what it has sent and nobody has acknowledged stays in the kernel for a while, and is no plaintext.
 fn sockets(pod: &Pod) -> Result<Vec<TcpSocket>, String> {
     let all = pod.netns.enter(tcp_sockets::open).map_err(|error| error.to_string())?;
     let mut all = all.map_err(|error| error.to_string())?;
     let own = pod.addresses.load();
-    all.retain(|socket| !socket.peer.ip().is_loopback() && !own.contains(&socket.peer.ip()));
+    let (mark, ports) = (pod.sockets.mark & MASK, pod.own_ports());
+    let of_daemon = |socket: &TcpSocket| socket.mark & MASK == mark || ports.contains(&socket.local.port());
+    all.retain(|socket| !socket.peer.ip().is_loopback() && !own.contains(&socket.peer.ip()) && !of_daemon(socket));
     Ok(all)
 }

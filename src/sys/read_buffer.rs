@@ -1,5 +1,6 @@
 //! A read buffer that begins small and grows with what comes: a connection that says little must not own much.
 
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -8,8 +9,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// What it begins with, at the first read.
 const SMALL_BYTES: usize = 8 * 1024;
 
+/// Is shown a byte stream before it is closed.
+type AtEnd<IO> = Box<dyn Fn(&IO) + Send + Sync>;
+
 /// A byte stream that is read through a buffer, and written to directly.
-#[derive(Debug)]
 pub struct ReadBuffered<IO> {
     io: IO,
     buffer: Vec<u8>,
@@ -18,6 +21,21 @@ pub struct ReadBuffered<IO> {
     max: usize,
     /// Bytes that may still come before [`ReadBuffered::trust`] is called.
     allowed: Option<usize>,
+    at_end: Option<AtEnd<IO>>,
+}
+
+impl<IO: fmt::Debug> fmt::Debug for ReadBuffered<IO> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReadBuffered({:?})", self.io)
+    }
+}
+
+impl<IO> Drop for ReadBuffered<IO> {
+    fn drop(&mut self) {
+        if let Some(at_end) = &self.at_end {
+            at_end(&self.io);
+        }
+    }
 }
 
 /// What a peer may say before it is trusted (TLS handshakes with a post-quantum key exchange and a chain of certificates take less
@@ -27,18 +45,31 @@ const UNTRUSTED_BYTES: usize = 32 * 1024;
 impl<IO> ReadBuffered<IO> {
     /// Reads of `io` through a small buffer, of 32 KiB in all: more than a handshake needs, and little to hold for a stranger.
     pub fn new(io: IO) -> Self {
-        Self { io, buffer: Vec::new(), start: 0, end: 0, max: SMALL_BYTES, allowed: Some(UNTRUSTED_BYTES) }
+        Self {
+            io,
+            buffer: Vec::new(),
+            start: 0,
+            end: 0,
+            max: SMALL_BYTES,
+            allowed: Some(UNTRUSTED_BYTES),
+            at_end: None,
+        }
     }
 
     /// From now on as much is read as comes, up to `max` bytes at once.
     pub fn trust(&mut self, max: usize) {
         (self.max, self.allowed) = (max, None);
     }
+
+    /// Shows the stream to `work` before it is closed.
+    pub fn at_end(&mut self, work: impl Fn(&IO) + Send + Sync + 'static) {
+        self.at_end = Some(Box::new(work));
+    }
 }
 
 impl<IO: AsyncRead + Unpin> AsyncRead for ReadBuffered<IO> {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { io, buffer, start, end, max, allowed } = self.get_mut();
+        let Self { io, buffer, start, end, max, allowed, .. } = self.get_mut();
         if start == end {
             if buffer.is_empty() {
                 buffer.resize(SMALL_BYTES.min(*max), 0);

@@ -52,6 +52,11 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
     Ok(())
 }
 
+/// Has the kernel give a connection up, and send no more, once its peer has acknowledged nothing for so long.
+pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration) -> io::Result<()> {
+    SockRef::from(socket).set_tcp_user_timeout(Some(unacknowledged))
+}
+
 /// Binds a listener for captured traffic in the namespace the thread is in: dual-stack where `ipv6`, marked,
 /// transparent (so that replies to foreign addresses find it), shared with a second daemon where `reuse_port`.
 pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {

@@ -16,6 +16,9 @@ const DONE: u16 = 3;
 /// Where `struct inet_diag_msg` has its `inet_diag_sockid`, and how long that is.
 const ID_AT: usize = HEADER + 4;
 const ID: usize = 48;
+/// Where the attributes begin, and the one of the socket's mark (`INET_DIAG_MARK`), which the kernel tells whoever has CAP_NET_ADMIN.
+const ATTRIBUTES_AT: usize = HEADER + 72;
+const MARK: u16 = 15;
 /// States of a connection that carries, or will: established, SYN sent, FIN waits, close wait.
 const STATES: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8;
 
@@ -28,6 +31,8 @@ pub struct TcpSocket {
     pub peer: SocketAddr,
     /// Tells it from every other socket, also a later one of the same addresses.
     pub cookie: u64,
+    /// Its `SO_MARK`; 0 where it has none.
+    pub mark: u32,
     family: u8,
     id: [u8; ID],
 }
@@ -106,7 +111,22 @@ fn read(message: &[u8]) -> Option<TcpSocket> {
     };
     let (local, peer) = (address(0, 4)?, address(2, 20)?);
     let cookie = u64::from_ne_bytes(id.get(40..48)?.try_into().ok()?);
-    Some(TcpSocket { local, peer, cookie, family, id })
+    let mark = attribute(message.get(ATTRIBUTES_AT..).unwrap_or_default(), MARK);
+    let mark = mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes);
+    Some(TcpSocket { local, peer, cookie, mark, family, id })
+}
+
+/// The value of an attribute (source: linux/netlink.h, `struct nlattr`).
+fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
+    loop {
+        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
+        let value = rest.get(4..length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
 }
 
 #[cfg(test)]
@@ -127,6 +147,9 @@ mod tests {
             let ours = |all: &[TcpSocket]| all.iter().find(|s| s.peer == listener.local_addr().unwrap()).cloned();
             let all = open().unwrap();
             assert_eq!(all.len(), 2, "both ends, and no listener: {all:?}");
+            assert!(all.iter().all(|socket| socket.mark == 0));
+            socket2::SockRef::from(&client).set_mark(0x539).unwrap();
+            assert_eq!(ours(&open().unwrap()).unwrap().mark, 0x539);
             let found = ours(&all).unwrap();
             end(&found).unwrap();
             assert_eq!(client.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionAborted);

@@ -28,6 +28,7 @@ mod dns;
 mod doctor;
 mod ending;
 mod envoy;
+mod gone;
 mod hostile;
 mod istio;
 mod journeys;

@@ -1,13 +1,14 @@
 //! A tunnel from a peer: mutual TLS, then HTTP/2, both before one deadline.
 
 use super::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
+use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, Buffers};
 use crate::identity::verify::peer_name;
 use crate::identity::{Chain, Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::read_buffer::ReadBuffered;
-use crate::sys::socket::{LegOptions, set_leg_options};
+use crate::sys::socket::{LegOptions, give_up_after, reset_on_close, set_leg_options};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,7 +36,8 @@ pub struct Peer {
 /// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it. `None`: it has left
 /// in order without a word. It has looked whether the port is open, as `culvert doctor` does, and nothing has failed.
 pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
-    set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
+    let set = set_leg_options(&socket, legs).and_then(|()| give_up_after(&socket, GONE_AFTER));
+    set.map_err(AcceptError::Socket)?;
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     let ready = tokio::time::timeout(SILENCE_DEADLINE, socket.readable()).await;
     ready.unwrap_or(Err(io::ErrorKind::TimedOut.into())).map_err(|error| match error.kind() {
@@ -68,8 +70,20 @@ pub async fn handshake(
     let chain = credentials.watch(peer);
     let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
     let facts = TlsFacts::of(state);
-    let tunnel = hbone::Server::handshake(tls, config, &buffers.account(&identity.to_string(), true)).await?;
+    let account = buffers.account(&identity.to_string(), true);
+    tls.get_mut().0.at_end(reset_if_cut(&account));
+    let tunnel = hbone::Server::handshake(tls, config, &account).await?;
     Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
+}
+
+/// A tunnel that is cut is reset: a peer that is gone would be sent what it has not acknowledged for as long as the kernel likes.
+pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send + Sync + 'static {
+    let account = account.clone();
+    move |socket| {
+        if account.is_cut() {
+            reset_on_close(socket);
+        }
+    }
 }
 
 /// Gives a handshake its deadline.

@@ -3,14 +3,17 @@
 use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
 use super::pool::{Dialled, Key, Lease, Pool};
 use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
+use crate::connection::accept::tunnel::reset_if_cut;
 use crate::connection::choose::HboneWay;
 use crate::hbone::client::{OpenError, handshake};
+use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
 use crate::identity::verify::{PeerError, peer_name};
 use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::sys::netns::Netns;
 use crate::sys::read_buffer::ReadBuffered;
+use crate::sys::socket::give_up_after;
 use crate::task::Signal;
 use rustls::pki_types::{IpAddr, ServerName};
 use std::io;
@@ -108,6 +111,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
+    give_up_after(&socket, GONE_AFTER).map_err(|source| TunnelDialError::Connect { to, source })?;
     let socket = ReadBuffered::new(socket);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
@@ -125,6 +129,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
         // What is held here, the pod has asked for.
         let account = origin.buffers.account(&origin.pod, false);
+        tls.get_mut().0.at_end(reset_if_cut(&account));
         let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {
