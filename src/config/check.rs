@@ -69,6 +69,9 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
     let deadline = Duration::from_secs(grace_deadline);
     let drain_deadline = c.read("CONNECTION_TERMINATION_DEADLINE", args.drain_deadline.as_ref(), deadline, duration);
     let mark = c.read("PACKET_MARK", args.packet_mark.as_ref(), 1337, packet_mark);
+    let trust_domain = c.read("TRUST_DOMAIN", args.trust_domain.as_ref(), "cluster.local".into(), |t| {
+        domains(t).and_then(|all| all.into_iter().next().ok_or_else(String::new))
+    });
     let mut config = Config {
         mesh: istio::mesh_source(&mut c, args, environment, &proxy),
         ca: istio::ca_source(&mut c, args, environment, &proxy),
@@ -84,9 +87,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
             Vec::new(),
             domains,
         ),
-        trust_domain: c.read("TRUST_DOMAIN", args.trust_domain.as_ref(), "cluster.local".into(), |t| {
-            domains(t).and_then(|all| all.into_iter().next().ok_or_else(String::new))
-        }),
+        trust_domain: trust_domain.clone(),
         drain_deadline,
         admin: admin::Config {
             admin_port: proxy.proxy_admin_port.unwrap_or(admin::ADMIN_PORT),
@@ -95,7 +96,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         },
         connection: connection_config(&mut c, args, &proxy, machine, mark),
         dns: istio::dns(&mut c, args, environment, &proxy, (ipv6, mark)),
-        node: node_config(&mut c, args, environment, (ipv6, mark, drain_deadline)),
+        node: node_config(&mut c, args, environment, (ipv6, mark, drain_deadline), trust_domain),
         log: telemetry::log::Config {
             filter: args.log.clone().filter(|f| !f.trim().is_empty()).unwrap_or_else(|| "info".into()),
             json: args.log_format.as_deref() == Some("json"),
@@ -130,6 +131,7 @@ fn node_config(
     args: &NodeArgs,
     environment: &Environment,
     (ipv6, mark, release_deadline): (bool, u32, Duration),
+    trust_domain: String,
 ) -> node::Config {
     let path = |value: &Option<String>| value.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from);
     let proc = path(&args.proc).unwrap_or_else(|| istio::host_proc(environment));
@@ -143,6 +145,7 @@ fn node_config(
             Some(_) => istio::said_cluster_id(args, environment).unwrap_or_default(),
             None => istio::cluster_id(args, environment),
         },
+        trust_domain,
         mark,
         end_earlier: c.read("CULVERT_END_EARLIER_CONNECTIONS", args.end_earlier.as_ref(), false, boolean),
         reuse_port: c.read("INPOD_PORT_REUSE", args.port_reuse.as_ref(), true, boolean),

@@ -73,18 +73,36 @@ impl Drop for Listening {
     }
 }
 
+/// Keeps a certificate wanted.
+#[derive(Debug)]
+pub struct Certificate {
+    identity: SpiffeName,
+    identities: Arc<identity::Store>,
+}
+
+impl Certificate {
+    fn want(identity: SpiffeName, identities: &Arc<identity::Store>) -> Self {
+        identities.want(&identity);
+        Self { identity, identities: identities.clone() }
+    }
+}
+
+impl Drop for Certificate {
+    fn drop(&mut self) {
+        self.identities.forget(&self.identity);
+    }
+}
+
 /// Holds a pod's certificate for as long as the pod is who it was found to be.
 #[derive(Debug)]
 pub struct Approved {
-    identity: SpiffeName,
-    identities: Arc<identity::Store>,
+    certificate: Certificate,
     pod: Arc<Pod>,
 }
 
 impl Drop for Approved {
     fn drop(&mut self) {
         self.pod.identity.send_replace(None);
-        self.identities.forget(&self.identity);
     }
 }
 
@@ -173,18 +191,25 @@ impl Capturer {
         let identity = workload.identity()?;
         let held = holds(&listening.pod.netns, &workload)?;
         listening.pod.addresses.store(Arc::new(held));
-        self.identities.want(&identity);
-        let (pod, identities) = (listening.pod.clone(), self.identities.clone());
-        let approved = Approved { identity: identity.clone(), identities, pod };
+        let certificate = Certificate::want(identity.clone(), &self.identities);
+        let approved = Approved { certificate, pod: listening.pod.clone() };
         listening.pod.identity.send_replace(Some(identity));
         Ok(approved)
+    }
+
+    /// Wants the certificate of a pod that is captured before the mesh has told of it, by what whoever enrolled it says, so
+    /// that the facts need not wait for it. Who the pod is, is for the facts to say: nothing is carried by this.
+    pub fn foresee(&self, spec: &PodSpec) -> Option<Certificate> {
+        let identity = SpiffeName::new(&self.config.trust_domain, &spec.namespace, &spec.service_account).ok()?;
+        (!spec.ips.is_empty()).then(|| Certificate::want(identity, &self.identities))
     }
 
     /// Whether the facts still say what the pod was approved by.
     pub fn still(&self, spec: &PodSpec, approved: &Approved) -> Result<(), CaptureError> {
         let workload = self.known(spec)?;
-        if !workload.has_identity(&approved.identity) {
-            return Err(CaptureError::IdentityChanged(approved.identity.clone(), workload.identity()?));
+        let identity = &approved.certificate.identity;
+        if !workload.has_identity(identity) {
+            return Err(CaptureError::IdentityChanged(identity.clone(), workload.identity()?));
         }
         let pod = &approved.pod;
         let known = pod.addresses.load();

@@ -38,6 +38,8 @@ pub struct Config {
     pub end_earlier: bool,
     /// Cluster of this node, for the uids of its pods in the mesh.
     pub cluster_id: String,
+    /// Trust domain of pods of which the mesh has not told yet: their certificates are asked for in it.
+    pub trust_domain: String,
     /// `SO_MARK` of the daemon's sockets.
     pub mark: u32,
     /// Whether a second daemon may listen beside this one, for upgrades without a gap.
@@ -63,7 +65,9 @@ pub enum Source {
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
     /// Nothing is known about the pod yet.
-    #[error("no workload {0} in the mesh facts yet; capture waits for it")]
+    #[error(
+        "no workload {0} in the mesh facts yet; until there is, what is captured of the pod waits and is then refused"
+    )]
     NoFacts(String),
     /// Some facts have not been told at all yet.
     #[error("the control plane has not told of {0} yet; until it has, the pod's connections wait and are then refused")]

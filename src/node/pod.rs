@@ -7,7 +7,7 @@
 //! ```
 //! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed.
 
-use super::capture::{Approved, Capturer, Listening};
+use super::capture::{Approved, Capturer, Certificate, Listening};
 use super::rules::Rules;
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, legs, redirect};
@@ -67,6 +67,8 @@ pub struct Task {
     asked: Vec<Question>,
     /// Who the pod has been found to be; kept while its last connections end.
     approved: Option<Approved>,
+    /// The certificate that it will probably need; kept until it is known.
+    foreseen: Option<Certificate>,
     /// When the pod was handed over.
     begun: Instant,
 }
@@ -81,7 +83,8 @@ impl Task {
         questions: mpsc::Receiver<Question>,
     ) -> Self {
         let (asked, begun, spec) = (Vec::new(), Instant::now(), changes.borrow().clone());
-        Self { capturer, board, spec, changes, removed, questions, first_attempt: None, asked, approved: None, begun }
+        let (first_attempt, approved, foreseen) = (None, None, None);
+        Self { capturer, board, spec, changes, removed, questions, first_attempt, asked, approved, foreseen, begun }
     }
 }
 
@@ -275,7 +278,11 @@ impl Task {
         match &self.approved {
             Some(approved) => self.capturer.still(&self.spec, approved),
             None => {
+                if self.foreseen.is_none() {
+                    self.foreseen = self.capturer.foresee(&self.spec);
+                }
                 self.approved = Some(self.capturer.approve(&self.spec, listening)?);
+                self.foreseen = None;
                 Ok(())
             }
         }

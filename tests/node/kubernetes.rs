@@ -1003,6 +1003,153 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
 }
 
+/// Whether a namespace has an open connection with `port` at one of its ends.
+fn has_open(ns: &str, port: u16) -> bool {
+    let end = format!(":{port}");
+    output_in(ns, "ss", &["-Htn", "state", "synchronized"]).split_whitespace().any(|word| word.ends_with(&end))
+}
+
+/// The first node's facts come from a control plane that does not know the client yet, as istiod does until the kubelet has
+/// published its address.
+fn control_plane_without_the_client(c: &mut Cluster) -> (ControlPlane, Vec<(String, String)>) {
+    let plane = ControlPlane::start(&c.w.ns("n1"), &c.w.dir);
+    let all = c.w.mesh.workloads.clone();
+    c.w.mesh.workloads.retain(|workload| workload["name"] != "client");
+    plane.set(&c.w.mesh);
+    c.w.mesh.workloads = all;
+    let settings = World::facts_from(&plane);
+    (plane, settings)
+}
+
+#[test]
+fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_comes_early_waits() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let (plane, facts) = control_plane_without_the_client(&mut c);
+    let facts = facts.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let settings: Vec<(&str, &str)> = cni.settings().into_iter().chain(facts).collect();
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    c.kube[0].stop();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
+    c.start_one(&settings);
+    eventually("it is known", || c.state("client") == "pending");
+    let (client, server) = (c.client.clone(), c.server.clone());
+    let ips = [client.v4.to_string(), client.v6.to_string()];
+    let add = || cni.call("ADD", ("ns", "client"), &client.netns, &ips);
+    // An API that does not take it: the runtime is told why, and asks again.
+    c.apis[0].state().refuse_patches = 500;
+    let (ok, error) = add();
+    let why = error["msg"].as_str().unwrap_or_default();
+    assert!(!ok && why.contains("redirection is not written") && why.contains("patches are refused"), "{error}");
+    c.apis[0].state().refuse_patches = 0;
+    let (ok, result) = add();
+    assert!(ok, "{result}");
+    assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"), "said before the sandbox is ready");
+    let (state, why) = c.w.state(1, "client");
+    assert!(state == "pending" && why.contains("no workload ns/client"), "{why}");
+    // A peer that has heard of it sooner than its own node, and its own first connection: both wait for the facts.
+    std::thread::scope(|scope| {
+        let inbound = scope.spawn(|| ask(&server.netns, (client.v4, 8080), "in"));
+        let outbound = scope.spawn(|| ask(&client.netns, (server.v4, 8080), "out"));
+        eventually("the tunnel is there", || has_open(&client.netns, 15008));
+        eventually("and the connection from inside", || has_open(&client.netns, 8080));
+        plane.set(&c.w.mesh);
+        assert_eq!(inbound.join().unwrap().unwrap(), format!("{} in", server.v4));
+        assert_eq!(outbound.join().unwrap().unwrap(), format!("{} out", client.v4));
+    });
+    eventually("it is who it should be", || c.state("client") == "captured");
+    let opened = |node: u8| c.w.metric(node, "istio_tcp_connections_opened_total", &["mutual_tls"]);
+    assert_eq!((opened(1), opened(2)), (2.0, 2.0), "nothing in plaintext");
+    // Ready after that: nobody is late.
+    c.kube[0].run(&client.netns);
+    c.apis[0].pod(&c.kube[0]);
+    ready(&c.apis[0], "client");
+    let mark = c.apis[0].mark(1);
+    eventually("all has been heard", || !c.state(&mark).is_empty());
+    assert_eq!(c.w.metric(1, "culvert_pods_ready_before_enabled_total", &[]), 0.0);
+}
+
+/// The kubelet says that a pod is Ready.
+fn ready(api: &Api, name: &str) {
+    api.change(name, |pod| pod["status"]["conditions"] = json!([{"type": "Ready", "status": "True"}]));
+}
+
+#[test]
+fn a_pod_that_the_mesh_gives_another_service_account_than_the_api_carries_nothing() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let (plane, facts) = control_plane_without_the_client(&mut c);
+    let facts = facts.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let settings: Vec<(&str, &str)> = cni.settings().into_iter().chain(facts).collect();
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    c.kube[0].stop();
+    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
+    c.start_one(&settings);
+    eventually("it is known", || c.state("client") == "pending");
+    let (client, server) = (c.client.clone(), c.server.clone());
+    let (ok, result) = cni.call("ADD", ("ns", "client"), &client.netns, &[client.v4.to_string()]);
+    assert!(ok, "{result}");
+    assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"));
+    c.w.mesh.of("client")["serviceAccount"] = json!("other");
+    plane.set(&c.w.mesh);
+    eventually("they do not agree", || c.w.state(1, "client").1.contains("service account"));
+    let passes = |ns: &str, to: &Pod| ask(ns, (to.v4, 8080), "x").is_ok_and(|answer| !answer.is_empty());
+    let stranger = c.w.ns("n2");
+    assert!(!passes(&client.netns, &server) && !passes(&server.netns, &client) && !passes(&stranger, &client));
+    for node in [1, 2] {
+        assert_eq!(c.w.metric(node, "istio_tcp_connections_opened_total", &["other"]), 0.0);
+    }
+    c.w.mesh.of("client")["serviceAccount"] = json!("client");
+    plane.set(&c.w.mesh);
+    eventually("they agree", || c.state("client") == "captured");
+    eventually("and it says so", || c.apis[0].said("client").as_deref() == Some("enabled"));
+    assert!(passes(&client.netns, &server) && passes(&server.netns, &client));
+}
+
+#[test]
+fn without_the_plugin_too_enabled_waits_for_no_facts_and_a_pod_that_is_ready_before_it_is_named_once() {
+    let mut c = cluster();
+    let (plane, facts) = control_plane_without_the_client(&mut c);
+    let settings: Vec<(&str, &str)> = facts.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    // The plane knows it only when its peers may know that it takes tunnels.
+    c.start_one(&settings);
+    eventually("it is said", || c.apis[0].said("client").as_deref() == Some("enabled"));
+    assert!(has_rules(&c.client) && c.state("client") == "pending");
+    plane.set(&c.w.mesh);
+    eventually("it is captured", || c.state("client") == "captured");
+    ready(&c.apis[0], "client");
+    c.apis[0].state().refuse_patches = 500;
+    let names = ["late", "later"];
+    let pods: Vec<(Pod, KubePod)> = names
+        .map(|name| {
+            let pod = c.w.mesh_pod(name, 1);
+            let kube = KubePod::new(&pod);
+            c.apis[0].pod(&kube);
+            (pod, kube)
+        })
+        .into();
+    let late = || c.w.metric(1, "culvert_pods_ready_before_enabled_total", &[]);
+    plane.set(&c.w.mesh);
+    eventually("they are captured", || names.iter().all(|name| c.state(name) == "captured"));
+    assert_eq!(late(), 0.0, "they are not Ready");
+    names.iter().for_each(|name| ready(&c.apis[0], name));
+    eventually("both are counted", || late() == 2.0);
+    // Whatever happens to them later.
+    for round in 0..3 {
+        c.apis[0].change("late", |pod| pod["metadata"]["labels"]["round"] = json!(round.to_string()));
+    }
+    c.apis[0].state().refuse_patches = 0;
+    eventually("they are enabled", || names.iter().all(|name| c.apis[0].said(name).as_deref() == Some("enabled")));
+    let about = |line: &Value| line["message"].as_str().is_some_and(|text| text.contains("was Ready before"));
+    let named: BTreeSet<String> = c.w.log(1).iter().filter(|l| about(l)).map(|line| line["name"].to_string()).collect();
+    assert_eq!((named.len(), c.w.log(1).iter().filter(|line| about(line)).count(), late()), (2, 2, 2.0));
+    drop(pods);
+}
+
 #[test]
 fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     let mut c = cluster();

@@ -35,10 +35,11 @@ pub const PENDING: &str = "pending";
 /// What the annotation of a pod should be; `Err` where it should stay as it is.
 ///
 /// `enabled` from the first capture on, for as long as the daemon takes the pod's connections: peers then send HBONE, and
-/// would send plaintext if it went. A pod that was enabled before the daemon started stays so until it is known to fail.
+/// would send plaintext if it went. The mesh need not have told of the pod: it does so only when the pod has its address, and
+/// what peers send until then waits. A pod that was enabled before the daemon started stays so until it is known to fail.
 pub fn wanted(status: Option<&PodStatus>, said: Option<&str>) -> Result<&'static str, ()> {
     match status {
-        Some(PodStatus { state: State::Captured, .. }) => Ok(ENABLED),
+        Some(PodStatus { state: State::Captured, .. } | PodStatus { held: true, listening: true, .. }) => Ok(ENABLED),
         Some(PodStatus { state: State::Failed(_), listening: false, .. }) => Ok(PENDING),
         _ if said.is_none() => Ok(PENDING),
         _ => Err(()),
@@ -58,13 +59,24 @@ struct Sent {
     value: Option<&'static str>,
     again_at: Option<Instant>,
     backoff: Backoff,
+    /// Why it could not be written; nothing where the API has taken it.
+    result: Result<(), String>,
 }
 
 /// How a patch has ended.
 #[derive(Debug)]
 pub struct Outcome {
     uid: Text,
-    failed: Option<String>,
+    result: Result<(), Failure>,
+}
+
+/// Why a patch was not taken.
+#[derive(Debug)]
+enum Failure {
+    /// Gone, or another pod of its name: nobody needs it any more.
+    Gone,
+    /// Anything else.
+    Other(String),
 }
 
 impl Annotator {
@@ -93,7 +105,11 @@ impl Annotator {
             value,
             again_at: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
+            result: Ok(()),
         });
+        if sent.value != value || sent.result.is_ok() {
+            sent.result = Err("the Kubernetes API has not taken it yet".into());
+        }
         (sent.value, sent.again_at) = (value, None);
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         let (uid, name, results) = (pod.uid.clone(), pod.name.clone(), self.results.0.clone());
@@ -101,15 +117,14 @@ impl Annotator {
         let patch = json!({"metadata": {"uid": &*uid, "annotations": {STATUS: value}}});
         self.tasks.spawn(async move {
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
-            let failed = match tokio::time::timeout(DEADLINE, api.patch_status(&name, &params, &patch)).await {
-                Ok(Ok(_)) => None,
-                // Gone, or another pod of its name: nobody needs it any more.
-                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => None,
-                Ok(Err(error)) => Some(with_causes(&error)),
-                Err(_) => Some(format!("no answer within {} s", DEADLINE.as_secs())),
+            let result = match tokio::time::timeout(DEADLINE, api.patch_status(&name, &params, &patch)).await {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Err(Failure::Gone),
+                Ok(Err(error)) => Err(Failure::Other(with_causes(&error))),
+                Err(_) => Err(Failure::Other(format!("no answer within {} s", DEADLINE.as_secs()))),
             };
             // The source has ended where this fails.
-            let _ = results.send(Outcome { uid, failed }).await;
+            let _ = results.send(Outcome { uid, result }).await;
         });
     }
 
@@ -122,18 +137,36 @@ impl Annotator {
     }
 
     /// Takes note of how a patch has ended.
-    pub fn ended(&mut self, Outcome { uid, failed }: Outcome) {
+    pub fn ended(&mut self, Outcome { uid, result }: Outcome) {
         let Some(sent) = self.on_the_way.get_mut(&uid) else { return };
-        let wait = match failed {
-            None => ECHO,
-            Some(error) => {
+        let wait = match result {
+            Ok(()) => {
+                sent.result = Ok(());
+                ECHO
+            }
+            Err(Failure::Gone) => {
+                sent.result = Err("the Kubernetes API says that the pod is gone, or is another one of its name".into());
+                ECHO
+            }
+            Err(Failure::Other(error)) => {
                 self.metrics.patch_failed();
                 let wait = sent.backoff.next();
                 tracing::warn!(uid = &*uid, error, "the pod's status annotation could not be written; trying again");
+                sent.result = Err(error);
                 wait
             }
         };
         sent.again_at = Some(Instant::now() + wait);
+    }
+
+    /// Whether the API has been told that a pod is captured; else why not, as far as that is known.
+    pub fn has_enabled(&self, pod: &PodFacts) -> Result<(), String> {
+        if pod.said() == Some(ENABLED) {
+            return Ok(());
+        }
+        let sent = self.on_the_way.get(&pod.uid).filter(|sent| sent.value == Some(ENABLED));
+        let result = sent.map_or_else(|| Err("it is about to be written".into()), |sent| sent.result.clone());
+        result.map_err(|why| format!("the pod is captured, and its status annotation {STATUS} is not written: {why}"))
     }
 
     /// Forgets pods that are no more.
@@ -165,7 +198,7 @@ mod tests {
             state,
             since: SystemTime::now(),
             listening,
-            held: listening,
+            held: false,
             earlier: 0,
             noted: Noted::default(),
         };
@@ -175,6 +208,9 @@ mod tests {
             (Some(status(State::Captured, true)), None, Ok(ENABLED)),
             (Some(status(State::Captured, true)), Some(PENDING), Ok(ENABLED)),
             (Some(status(pending(), false)), None, Ok(PENDING)),
+            (Some(PodStatus { held: true, ..status(pending(), true) }), Some(PENDING), Ok(ENABLED)),
+            (Some(PodStatus { held: true, ..status(pending(), false) }), Some(PENDING), Err(())),
+            (Some(status(pending(), true)), Some(PENDING), Err(())),
             (Some(status(pending(), true)), Some(ENABLED), Err(())),
             (Some(status(failed(), true)), Some(ENABLED), Err(())),
             (Some(status(failed(), false)), Some(ENABLED), Ok(PENDING)),

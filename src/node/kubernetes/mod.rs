@@ -6,6 +6,7 @@
 
 pub mod annotate;
 pub mod cgroup;
+mod late;
 mod places;
 mod plugin;
 pub mod scan;
@@ -110,6 +111,8 @@ struct Running {
     cleaned: HashMap<Text, u32>,
     /// What has been said of pods' annotations, and when.
     complained: HashMap<Text, (Vec<Fault>, Instant)>,
+    /// Pods that are Ready before their peers know that they take tunnels.
+    late: late::Late,
     tasks: Group,
 }
 
@@ -176,6 +179,7 @@ impl Source {
             asked: Vec::new(),
             cleaned: HashMap::new(),
             complained: HashMap::new(),
+            late: Default::default(),
             tasks: tasks.clone(),
         };
         let mut looks = tokio::time::interval(LOOK);
@@ -405,8 +409,15 @@ impl Running {
         for pod in pods.values() {
             match uids.contains(&pod.uid) {
                 true => {
-                    if let Ok(value) = annotate::wanted(states.get(&pod.uid), pod.said()) {
+                    let status = states.get(&pod.uid);
+                    if let Ok(value) = annotate::wanted(status, pod.said()) {
                         self.annotator.see_to(pod, Some(value));
+                    }
+                    let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
+                    let told = self.annotator.has_enabled(pod).is_ok();
+                    if self.late.is_late(pod, captured, told) {
+                        self.source.metrics.late();
+                        late::name(pod);
                     }
                 }
                 // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
@@ -414,6 +425,7 @@ impl Running {
                 false => {}
             }
         }
+        self.late.retain(|uid| uids.contains(uid));
         self.annotator.retain(|uid| pods.contains_key(uid));
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
         self.complained.retain(|uid, _| pods.contains_key(uid));

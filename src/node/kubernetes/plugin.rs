@@ -117,7 +117,11 @@ impl Running {
             None => true,
         };
         match status {
-            Some(status) if status.held && there(&status) => now(Ok(())),
+            Some(status) if status.held && there(&status) => match (verb, self.annotator.has_enabled(pod)) {
+                // Its peers must know before it runs; they hear of its address from the API, and of this with it.
+                (Verb::Add, Err(why)) => later(why),
+                _ => now(Ok(())),
+            },
             Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
             None => later("the pod is being captured".into()),
         }

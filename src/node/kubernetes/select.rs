@@ -67,6 +67,8 @@ pub struct PodFacts {
     pub host_network: bool,
     /// Whether its containers have ended for good.
     pub ended: bool,
+    /// Whether it takes part in services.
+    pub ready: bool,
     /// Its addresses, where it has them yet.
     pub ips: Vec<IpAddr>,
     /// Ids of its containers.
@@ -82,6 +84,7 @@ impl PodFacts {
         let ips: BTreeSet<IpAddr> =
             one.chain(status.pod_ips.into_iter().flatten().map(|ip| ip.ip)).filter_map(|ip| ip.parse().ok()).collect();
         let all = [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses];
+        let ready = status.conditions.iter().flatten().any(|told| told.type_ == "Ready" && told.status == "True");
         let ids = all.into_iter().flatten().flatten().filter_map(|container| container.container_id);
         let annotations = metadata.annotations.unwrap_or_default();
         let (settings, faults) = settings(&annotations);
@@ -102,6 +105,7 @@ impl PodFacts {
             powers,
             host_network: spec.host_network.unwrap_or(false),
             ended: status.phase.is_some_and(|phase| phase == "Succeeded" || phase == "Failed"),
+            ready,
             ips: ips.into_iter().collect(),
             containers: ids.map(|id| id.split_once("://").map_or(id.as_str(), |(_, id)| id).into()).collect(),
         })

@@ -58,6 +58,7 @@ pub struct Metrics {
     failures: Family<Resource, Counter>,
     connected: Family<Resource, Gauge>,
     patches_failed: Counter,
+    late: Counter,
 }
 
 impl Metrics {
@@ -69,11 +70,18 @@ impl Metrics {
         registry.register("culvert_kubernetes_connected", connected, self.connected.clone());
         let failed = "Status annotations that could not be written";
         registry.register("culvert_kubernetes_patch_failures", failed, self.patches_failed.clone());
+        let late = "Captured pods that were Ready before their status annotation said enabled";
+        registry.register("culvert_pods_ready_before_enabled", late, self.late.clone());
     }
 
     /// Whether the API tells of changes of a resource now.
     pub fn is_connected(&self, resource: &'static str) -> bool {
         self.connected.get_or_create(&Resource { resource }).get() == 1
+    }
+
+    /// Counts a captured pod that was Ready before its peers could know that it takes tunnels.
+    pub fn late(&self) {
+        self.late.inc();
     }
 
     /// Counts a status annotation that could not be written.
