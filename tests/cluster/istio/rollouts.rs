@@ -56,9 +56,13 @@ fn the_daemon_is_rolled_out_and_upgraded() {
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
     for node in ["n1", "n2"] {
         let log = cluster.kubectl(&["-n", SYSTEM, "logs", &cluster.daemon(node)]);
-        assert!(!log.contains("somebody"), "daemons have fought over rules: {log}");
-        let installed = log.lines().filter(|line| line.contains("CNI plugin is installed")).count();
-        assert!(installed <= 1, "the plugin was installed {installed} times: {log}");
+        let lines = |text: &str| log.lines().filter(|line| line.contains(text)).count();
+        assert_eq!(lines("somebody"), 0, "daemons have fought over rules");
+        assert!(
+            lines("CNI plugin is installed") <= 1,
+            "they have fought over the plugin: {} times",
+            lines("CNI plugin is installed")
+        );
     }
     for load in loads {
         load.all_well(&cluster);

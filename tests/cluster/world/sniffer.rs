@@ -42,7 +42,11 @@ impl Sniffer {
         let seen: Value = serde_json::from_str(&said).unwrap();
         assert_eq!(seen["dropped"], 0, "frames were missed");
         assert!(seen["frames"].as_u64().unwrap() > 0, "nothing has passed");
-        seen["found"].as_u64().unwrap()
+        let found = seen["found"].as_u64().unwrap();
+        if found > 0 {
+            eprintln!("in clear: {}", seen["examples"]);
+        }
+        found
     }
 }
 
