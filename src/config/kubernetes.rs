@@ -88,6 +88,8 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
         enablement: Enablement { selectors, excluded, own_namespace },
         proc: proc.to_owned(),
         kubeconfig: text(&args.kubeconfig).map(PathBuf::from),
+        // Beside the last known mesh: both are for a start without those who tell.
+        memory: text(&args.state_file).map(|file| (file + ".pods").into()),
     }
 }
 

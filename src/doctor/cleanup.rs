@@ -54,6 +54,10 @@ pub async fn run(config: &Config, mut say: impl FnMut(&str)) -> bool {
                 Err(error) => done(install::PLUGIN.into(), Err(error.to_string())),
             }
         }
+        if let Some(file) = kubernetes.memory.as_ref().filter(|file| file.exists()) {
+            let removed = std::fs::remove_file(file).map(|()| true).map_err(|error| error.to_string());
+            done(file.display().to_string(), removed);
+        }
         match std::fs::remove_file(&kubernetes.cni_socket) {
             Ok(()) => done(kubernetes.cni_socket.display().to_string(), Ok(true)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

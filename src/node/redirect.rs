@@ -47,6 +47,12 @@ pub struct Interface(Text);
 /// Interfaces that one pod may have named.
 pub const INTERFACES_MAX: usize = 64;
 
+impl std::fmt::Display for Interface {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
 impl Interface {
     /// Checks a name: the kernel takes others, nothing that an nft script could misread.
     pub fn new(name: &str) -> Option<Self> {

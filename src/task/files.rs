@@ -1,7 +1,10 @@
 //! Files that others write: reading YAML, and watching. A change is told once it has settled, however it was made (write in place,
-//! rename over, or the symlink swap of a mounted ConfigMap).
+//! rename over, or the symlink swap of a mounted ConfigMap). And files of ours that must be whole, or as they were.
 
 use notify::{RecursiveMode, Watcher};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
@@ -13,6 +16,9 @@ const SETTLE: Duration = Duration::from_millis(150);
 
 /// Without any event the file is looked at this often, for filesystems that send none.
 const LOOK_ANYWAY: Duration = Duration::from_secs(5);
+
+/// A file beside one of ours that is older than this is being written by nobody.
+const LEFTOVER: Duration = Duration::from_secs(60);
 
 /// Tells of changes of one file.
 #[derive(Debug)]
@@ -115,4 +121,56 @@ pub fn stamp(path: &Path) -> Stamp {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
+}
+
+/// Reads a file of ours, of `most` bytes at most; `None` where there is none. What a daemon that was killed while writing has
+/// left beside it is removed.
+pub fn read_whole(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
+    remove_leftovers(path);
+    let opened = match File::open(path) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut bytes = Vec::new();
+    opened.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    match u64::try_from(bytes.len()).is_ok_and(|length| length <= most) {
+        true => Ok(Some(bytes)),
+        false => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {most} bytes"))),
+    }
+}
+
+/// Writes a file of ours: whole, or not at all; for nobody else to read.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    // Two daemons may write at once during an upgrade, and in containers both may have the same process id.
+    name.push(format!(".{:016x}.new", rand::random::<u64>()));
+    let beside = path.with_file_name(name);
+    let written = (|| {
+        let mut new = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+        new.write_all(bytes)?;
+        new.sync_all()?;
+        std::fs::rename(&beside, path)
+    })();
+    if written.is_err() {
+        // Nothing half is left; that it cannot be removed adds nothing to why it could not be written.
+        let _ = std::fs::remove_file(&beside);
+    }
+    written
+}
+
+fn remove_leftovers(path: &Path) {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return };
+    let old = |entry: &std::fs::DirEntry| {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER)
+    };
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let beside = entry.file_name();
+        let ours = beside.to_str().is_some_and(|b| b.starts_with(&format!("{name}.")) && b.ends_with(".new"));
+        if ours && old(&entry) {
+            // It only takes room; whoever may not remove it may not write either, and says so then.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
 }

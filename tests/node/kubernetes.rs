@@ -487,6 +487,95 @@ fn an_api_that_forgets_refuses_to_stream_is_slow_or_away_changes_nothing_that_is
 }
 
 #[test]
+fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_nothing_else() {
+    let mut c = cluster();
+    let file = c.w.dir.join("state");
+    let settings = [("CULVERT_STATE_FILE", file.to_str().unwrap())];
+    let file = c.w.dir.join("state.pods");
+    apps::serve(&c.client.netns, 8080, apps::who);
+    let others = ["moved", "bare", "out"].map(|name| c.w.mesh_pod(name, 1));
+    let mut kube = others.each_ref().map(KubePod::new);
+    kube.iter().for_each(|pod| c.apis[0].pod(pod));
+    let [moved, bare, out] = &others;
+    c.w.write_mesh();
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.start_one(&settings);
+    let all = ["client", "moved", "bare", "out"];
+    eventually("all are captured", || all.iter().all(|name| c.state(name) == "captured"));
+    let uids = || kube.iter().map(|pod| pod.uid.clone()).chain([c.kube[0].uid.clone()]).collect::<Vec<_>>();
+    let written = || std::fs::read_to_string(&file).unwrap_or_default();
+    eventually("they are written down", || uids().iter().all(|uid| written().contains(uid)));
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&file).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let kept = written();
+
+    // While nobody looks: one has another sandbox, one has lost its address, one is not wanted any more.
+    c.apis[0].away(true);
+    c.w.take_node(1).kill();
+    let copy = c.w.add_pod("copy", 1);
+    hold_too(&copy.netns, moved);
+    kube[0].run(&copy.netns);
+    ip_in(&bare.netns, &format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", bare.v4, bare.v6));
+    c.apis[0].change("out", |pod| pod["metadata"]["labels"]["istio.io/dataplane-mode"] = json!("none"));
+    c.w.start_kube_node(1, &c.apis[0], &settings);
+    eventually("what is as it was goes on", || c.state("client") == "captured" && c.state("out") == "captured");
+    let carried = |c: &Cluster| {
+        ask(&c.client.netns, (c.server.v4, 8080), "x").is_ok_and(|answer| answer == format!("{} x", c.client.v4))
+            && ask(&c.server.netns, (c.client.v4, 8080), "x").is_ok_and(|answer| answer == format!("{} x", c.server.v4))
+    };
+    assert!(carried(&c) && c.w.metric(1, "culvert_kubernetes_connected", &[]) == 0.0);
+    assert!(c.w.metric(1, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 2.0);
+    for name in ["moved", "bare"] {
+        c.w.log_line(1, "it is named", |line| {
+            line["name"] == name
+                && line["message"].as_str().is_some_and(|text| text.contains("not captured again before"))
+        });
+        assert_eq!(c.state(name), "", "{name}");
+    }
+    assert!(!has_rules(&copy) && has_rules(moved) && has_rules(bare), "what was captured is refused");
+    assert!(!c.w.is_ready(1), "of pods that are new nobody has told");
+    assert_eq!(written(), kept, "what was true stays until there is news");
+    // The API wins.
+    let since = |c: &Cluster| {
+        let pods = c.w.json(1, "/pods");
+        pods.as_array().unwrap().iter().find(|pod| pod["name"] == "client").unwrap()["since"].clone()
+    };
+    let before = since(&c);
+    c.apis[0].away(false);
+    eventually("it is ready", || c.w.is_ready(1));
+    eventually("what is out is let go", || c.state("out").is_empty() && !has_rules(out));
+    eventually("what has moved is captured where it is", || c.state("moved") == "captured" && has_rules(&copy));
+    assert_eq!(since(&c), before, "the same capture goes on");
+    assert!(carried(&c));
+    eventually("and this is written down", || !written().contains(&kube[2].uid) && written() != kept);
+
+    // A file that is none, or another node's: named, and left out.
+    for (bad, why) in [
+        (String::new(), "not understood"),
+        (kept[..kept.len() / 2].to_owned(), "not understood"),
+        (kept.replace("\"format\":1", "\"format\":9"), "format 9"),
+        (kept.replace("\"node\":\"n1\"", "\"node\":\"n2\""), "node"),
+    ] {
+        c.apis[0].away(true);
+        c.w.take_node(1).kill();
+        std::fs::write(&file, &bad).unwrap();
+        c.w.start_kube_node(1, &c.apis[0], &settings);
+        c.w.log_line(1, "it is named", |line| {
+            line["message"].as_str().is_some_and(|text| text.contains("file of captured pods is not used"))
+                && line["error"].as_str().is_some_and(|error| error.contains(why))
+        });
+        assert_eq!(c.w.states(1), []);
+        assert!(has_rules(&c.client), "its traffic is refused");
+        c.apis[0].away(false);
+        eventually("the API tells of it", || c.state("client") == "captured");
+        eventually("the file is whole again", || written().contains(&c.kube[0].uid));
+    }
+    c.w.take_node(1).kill();
+    let (fine, said) = c.w.kube_run(1, "cleanup", &c.apis[0], &settings);
+    assert!(fine && said.contains("state.pods") && !file.exists(), "{said}");
+}
+
+#[test]
 fn an_annotation_that_cannot_be_written_is_tried_again_and_stops_nobody() {
     let mut c = cluster();
     c.apis[0].state().refuse_patches = 500;

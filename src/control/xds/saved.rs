@@ -3,18 +3,14 @@
 //! Written beside and renamed over, mode 0600; a file that cannot be understood is left out and reported.
 
 use crate::proto::culvert::state::{SavedState, SavedType};
+use crate::task::files;
 use prost::Message;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Version of the format.
 const FORMAT: u32 = 1;
-
-/// A file beside it that is older than this is being written by nobody.
-const LEFTOVER: Duration = Duration::from_secs(60);
 
 /// Largest file that is read.
 const BYTES_MAX: u64 = 1 << 30;
@@ -55,32 +51,8 @@ impl Saved {
 pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let content = |reason: String| SavedError::Content(path.to_owned(), reason);
-    remove_leftovers(path);
-    let opened = match File::open(path) {
-        Ok(opened) => opened,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(file(error)),
-    };
-    let mut bytes = Vec::new();
-    opened.take(BYTES_MAX).read_to_end(&mut bytes).map_err(file)?;
-    decode(&bytes).map(Some).map_err(content)
-}
-
-/// Removes what a daemon that was killed while writing has left beside the file.
-fn remove_leftovers(path: &Path) {
-    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return };
-    let old = |entry: &std::fs::DirEntry| {
-        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
-        modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER)
-    };
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let beside = entry.file_name();
-        let ours = beside.to_str().is_some_and(|b| b.starts_with(&format!("{name}.")) && b.ends_with(".new"));
-        if ours && old(&entry) {
-            // It only takes room; whoever may not remove it may not write either, and says so then.
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
+    let bytes = files::read_whole(path, BYTES_MAX).map_err(file)?;
+    bytes.map(|bytes| decode(&bytes).map_err(content)).transpose()
 }
 
 /// Reads the content of a state file.
@@ -98,21 +70,7 @@ pub fn write(path: &Path, at: SystemTime, control_plane: &str, types: Vec<SavedT
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let saved_at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let state = SavedState { format: FORMAT, saved_at, control_plane: control_plane.to_owned(), types };
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    // Two daemons may write at once during an upgrade, and in containers both may have the same process id.
-    name.push(format!(".{:016x}.new", rand::random::<u64>()));
-    let beside = path.with_file_name(name);
-    let written = (|| {
-        let mut new = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        new.write_all(&state.encode_to_vec())?;
-        new.sync_all()?;
-        std::fs::rename(&beside, path)
-    })();
-    if written.is_err() {
-        // Nothing half is left; that it cannot be removed adds nothing to why it could not be written.
-        let _ = std::fs::remove_file(&beside);
-    }
-    written.map_err(file)
+    files::write_whole(path, &state.encode_to_vec()).map_err(file)
 }
 
 #[cfg(test)]

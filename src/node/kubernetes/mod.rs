@@ -9,12 +9,14 @@ pub mod cgroup;
 mod late;
 mod places;
 mod plugin;
+mod remembered;
 pub mod scan;
 pub mod select;
 pub mod watch;
 
 use self::annotate::Annotator;
 use self::places::Place;
+use self::remembered::Memory;
 use self::scan::{Found, Sought};
 use self::select::{Enablement, Fault, Labels, PodFacts};
 use self::watch::{Metrics, Told};
@@ -68,6 +70,8 @@ pub struct Config {
     pub cni: Option<cni::install::Config>,
     /// The daemon's own socket for the plugin.
     pub cni_socket: PathBuf,
+    /// Where the pods that are enrolled are kept, for a start without the API.
+    pub memory: Option<PathBuf>,
 }
 
 /// What the source works with.
@@ -113,6 +117,7 @@ struct Running {
     complained: HashMap<Text, (Vec<Fault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
     late: late::Late,
+    memory: Memory,
     tasks: Group,
 }
 
@@ -123,6 +128,8 @@ struct Scan {
     results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
     /// When the one that runs began.
     running: Option<Instant>,
+    /// Whether it looks for what is remembered.
+    by_memory: bool,
     next: Instant,
     wait: Duration,
 }
@@ -167,6 +174,7 @@ impl Source {
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
+        let memory = Memory::read(self.config.memory.clone(), &self.config.node_name).await;
         let mut running = Running {
             source: self,
             pods: None,
@@ -174,12 +182,19 @@ impl Source {
             places: HashMap::new(),
             nowhere: HashMap::new(),
             annotator,
-            scan: Scan { results: mpsc::channel(1), running: None, next: Instant::now(), wait: SCAN_EVERY },
+            scan: Scan {
+                results: mpsc::channel(1),
+                running: None,
+                by_memory: false,
+                next: Instant::now(),
+                wait: SCAN_EVERY,
+            },
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
             complained: HashMap::new(),
             late: Default::default(),
+            memory,
             tasks: tasks.clone(),
         };
         let mut looks = tokio::time::interval(LOOK);
@@ -202,6 +217,7 @@ impl Source {
                 }
                 Some(found) = running.scan.results.1.recv() => running.found(found),
                 outcome = running.annotator.outcome() => running.annotator.ended(outcome),
+                result = running.memory.outcome() => running.memory.ended(result),
                 Ok(()) = states.changed() => {}
                 Some(asked) = asks => running.ask(asked),
                 _ = looks.tick() => running.look(),
@@ -257,13 +273,12 @@ impl Running {
         let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
         // A real uid is that pod's alone, sought or not.
         let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
-        let sought = |pod: &&PodFacts| Sought {
-            uid: pod.uid.clone(),
-            static_uid: pod.static_uid.clone().filter(|uid| !is_real(uid)),
-            containers: pod.containers.clone(),
-            ips: pod.ips.clone(),
+        let sought = |pod: &&PodFacts| {
+            let sought = Sought::from(*pod);
+            Sought { static_uid: sought.static_uid.filter(|uid| !is_real(uid)), ..sought }
         };
-        let (wanted, others) = (self.wanted().unwrap_or_default(), self.leftovers());
+        let Some(wanted) = self.wanted() else { return self.sought_by_memory() };
+        let others = self.leftovers();
         wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
     }
 
@@ -284,7 +299,7 @@ impl Running {
 
     fn start_scan(&mut self) {
         let sought = self.sought();
-        self.scan.running = Some(Instant::now());
+        (self.scan.running, self.scan.by_memory) = (Some(Instant::now()), self.wanted().is_none());
         let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
@@ -296,9 +311,22 @@ impl Running {
 
     fn found(&mut self, found: Scanned) {
         let began = self.scan.running.take();
-        let wanted: HashSet<Text> = self.wanted().unwrap_or_default().into_iter().map(|pod| pod.uid.clone()).collect();
+        let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
+        if wanted.is_some() && self.scan.by_memory {
+            // It was looked for by addresses that may be old.
+            self.scan.next = Instant::now();
+            return;
+        }
         let mut all = true;
         for (uid, found) in found {
+            let Some(wanted) = &wanted else {
+                match found {
+                    Found::Namespace(netns, path) => self.found_by_memory(uid, netns, path, began),
+                    Found::Refused(why) => self.forget(&uid, &why),
+                    Found::Nothing => all = false,
+                }
+                continue;
+            };
             if !wanted.contains(&uid) {
                 self.clean(&uid, found);
                 continue;
@@ -341,10 +369,12 @@ impl Running {
     /// Makes what is done what it should be.
     fn reconcile(&mut self) {
         let Some(wanted) = self.wanted() else {
+            self.go_on_by_memory();
             self.answer();
             return;
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
+        self.end_of_memory();
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         self.places.retain(|uid, _| uids.contains(uid));
         self.nowhere.retain(|uid, _| uids.contains(uid));
@@ -387,6 +417,7 @@ impl Running {
             self.ready = None;
         }
         self.annotate(&wanted);
+        self.remember(&wanted);
         // What the plugin has handed over becomes a pod, and what it asks may be answered then.
         if self.answer() {
             self.reconcile();

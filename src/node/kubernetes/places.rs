@@ -73,7 +73,8 @@ impl Running {
 
     /// Whether the place of a pod holds an address of the pod; `None` where that cannot be said now.
     fn is_its_own(&self, uid: &Text) -> Option<bool> {
-        let (place, pod) = (self.places.get(uid)?, self.pods.as_ref()?.get(uid)?);
+        let told = self.pods.as_ref().and_then(|pods| pods.get(uid));
+        let (place, pod) = (self.places.get(uid)?, told.or_else(|| self.memory.get(uid))?);
         let mut known = pod.ips.iter().chain(&place.ips).peekable();
         known.peek()?;
         // What cannot be looked at now is no sign of an end.

@@ -3,6 +3,7 @@
 //! two namespaces hold it, nobody can tell which is the pod's.
 
 use super::cgroup::{Owner, Said, said};
+use super::select::PodFacts;
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, id_at};
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -20,6 +21,17 @@ pub struct Sought {
     pub containers: Vec<Text>,
     /// Its addresses.
     pub ips: Vec<IpAddr>,
+}
+
+impl From<&PodFacts> for Sought {
+    fn from(pod: &PodFacts) -> Self {
+        Self {
+            uid: pod.uid.clone(),
+            static_uid: pod.static_uid.clone(),
+            containers: pod.containers.clone(),
+            ips: pod.ips.clone(),
+        }
+    }
 }
 
 /// What was found of a pod.

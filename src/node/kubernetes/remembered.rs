@@ -1,0 +1,335 @@
+//! The pods that are enrolled, kept in a file: a daemon that starts while the Kubernetes API is away goes on with them. One counts
+//! only where a process of the pod is in the very namespace that was captured, and that holds the pod's address. What the
+//! API says wins as soon as it says anything.
+
+use super::places::Place;
+use super::scan::Sought;
+use super::select::PodFacts;
+use super::{Running, spec};
+use crate::mesh::Text;
+use crate::node::pods::{Powers, Settings};
+use crate::node::redirect::{INTERFACES_MAX, Interface};
+use crate::sys::netns::Netns;
+use crate::task::{files, thread};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// Version of the format.
+const FORMAT: u32 = 1;
+/// Bytes of the file at most.
+const BYTES_MAX: u64 = 16 << 20;
+/// Pods that are kept at most.
+const PODS_MAX: usize = 4096;
+/// Time between two writings.
+const WRITE_EVERY: Duration = Duration::from_secs(1);
+/// The same after one that failed.
+const RETRY: Duration = Duration::from_secs(30);
+/// Tells this start of the machine from others: namespaces of another one mean nothing.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct File {
+    format: u32,
+    node: String,
+    boot: String,
+    pods: Vec<Enrolled>,
+}
+
+/// One pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Enrolled {
+    uid: String,
+    static_uid: Option<String>,
+    name: String,
+    namespace: String,
+    service_account: String,
+    /// Device and inode of its network namespace.
+    netns: (u64, u64),
+    ips: Vec<IpAddr>,
+    containers: Vec<String>,
+    dns_capture: Option<bool>,
+    bypass_inbound: bool,
+    virtual_interfaces: Vec<String>,
+    net_admin: bool,
+    net_raw: bool,
+}
+
+impl Enrolled {
+    fn of(pod: &PodFacts, place: &Place, ips: Vec<IpAddr>) -> Self {
+        let Settings { dns, bypass_inbound, virtual_interfaces } = &pod.settings;
+        Self {
+            uid: pod.uid.to_string(),
+            static_uid: pod.static_uid.as_ref().map(ToString::to_string),
+            name: pod.name.to_string(),
+            namespace: pod.namespace.to_string(),
+            service_account: pod.service_account.to_string(),
+            netns: place.netns.id(),
+            ips,
+            containers: pod.containers.iter().map(ToString::to_string).collect(),
+            dns_capture: *dns,
+            bypass_inbound: *bypass_inbound,
+            virtual_interfaces: virtual_interfaces.iter().map(ToString::to_string).collect(),
+            net_admin: pod.powers.net_admin,
+            net_raw: pod.powers.net_raw,
+        }
+    }
+
+    /// What the API would say of it, as far as that matters for its capture.
+    fn facts(&self) -> PodFacts {
+        let text = |text: &String| Text::from(text.as_str());
+        PodFacts {
+            uid: text(&self.uid),
+            static_uid: self.static_uid.as_ref().map(text),
+            name: text(&self.name),
+            namespace: text(&self.namespace),
+            service_account: text(&self.service_account),
+            settings: Settings {
+                dns: self.dns_capture,
+                bypass_inbound: self.bypass_inbound,
+                virtual_interfaces: self
+                    .virtual_interfaces
+                    .iter()
+                    .take(INTERFACES_MAX)
+                    .filter_map(|name| Interface::new(name))
+                    .collect(),
+            },
+            powers: Powers { net_admin: self.net_admin, net_raw: self.net_raw },
+            ips: self.ips.clone(),
+            containers: self.containers.iter().map(text).collect(),
+            ..PodFacts::default()
+        }
+    }
+}
+
+/// Reads the file; nothing where there is none, or it is of an earlier start of the machine.
+fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
+    let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
+        return Ok(Vec::new());
+    };
+    let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not understood: {error}"))?;
+    match file {
+        File { format, .. } if format != FORMAT => Err(format!("it has format {format}, this version knows {FORMAT}")),
+        File { node: other, .. } if other != node => Err(format!("it is of node {other:?}, and this is {node:?}")),
+        File { pods, .. } if pods.len() > PODS_MAX => Err(format!("it has more than {PODS_MAX} pods")),
+        File { boot: earlier, .. } if earlier != boot => Ok(Vec::new()),
+        File { pods, .. } => Ok(pods),
+    }
+}
+
+fn write(path: &Path, file: &File) -> io::Result<()> {
+    files::write_whole(path, &serde_json::to_vec(file)?)
+}
+
+/// What is remembered, and what is written of that.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// `None` where nothing is to be kept.
+    path: Option<PathBuf>,
+    node: String,
+    boot: String,
+    /// What an earlier daemon had enrolled, until the API tells of pods and namespaces.
+    pods: HashMap<Text, (PodFacts, (u64, u64))>,
+    written: Option<Vec<Enrolled>>,
+    writing: Option<Vec<Enrolled>>,
+    next: Instant,
+    results: (mpsc::Sender<io::Result<()>>, mpsc::Receiver<io::Result<()>>),
+}
+
+impl Memory {
+    /// What the file says. One that cannot be used is named, and left out.
+    pub(super) async fn read(path: Option<PathBuf>, node: &str) -> Self {
+        let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
+        let read_all = {
+            let (path, node, boot) = (path.clone(), node.to_owned(), boot.clone());
+            move || path.map_or_else(|| Ok(Vec::new()), |path| read(&path, &node, &boot))
+        };
+        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
+        let enrolled = read.unwrap_or_else(|error| {
+            let path = path.as_ref().map(|path| path.display().to_string());
+            tracing::warn!(path, error, "the file of captured pods is not used; they wait for the Kubernetes API");
+            Vec::new()
+        });
+        let pods =
+            enrolled.iter().map(|enrolled| (Text::from(enrolled.uid.as_str()), (enrolled.facts(), enrolled.netns)));
+        let node = node.to_owned();
+        let (written, writing) = (None, None);
+        Self {
+            path,
+            node,
+            boot,
+            pods: pods.collect(),
+            written,
+            writing,
+            next: Instant::now(),
+            results: mpsc::channel(1),
+        }
+    }
+
+    /// What is remembered of a pod.
+    pub(super) fn get(&self, uid: &Text) -> Option<&PodFacts> {
+        self.pods.get(uid).map(|(pod, _)| pod)
+    }
+
+    /// The next writing that has ended; hand it to [`Self::ended`].
+    pub(super) async fn outcome(&mut self) -> io::Result<()> {
+        match self.results.1.recv().await {
+            Some(result) => result,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Takes note of how a writing has ended.
+    pub(super) fn ended(&mut self, result: io::Result<()>) {
+        let writing = self.writing.take();
+        self.next = Instant::now() + if result.is_ok() { WRITE_EVERY } else { RETRY };
+        match result {
+            Ok(()) => self.written = writing,
+            Err(error) => {
+                let path = self.path.as_ref().map(|path| path.display().to_string());
+                tracing::warn!(path, %error, "the file of captured pods cannot be written; trying again");
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Remembered pods whose namespace is not known, while the API has told of none.
+    pub(super) fn sought_by_memory(&self) -> Vec<Sought> {
+        let has_no_place = |pod: &&PodFacts| self.places.get(&pod.uid).is_none_or(|place| place.path.is_none());
+        self.remembered().into_iter().filter(has_no_place).map(Sought::from).collect()
+    }
+
+    fn remembered(&self) -> Vec<&PodFacts> {
+        // One that the API has told nothing of, where it has told of the others, is no more.
+        let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
+        self.memory.pods.values().map(|(pod, _)| pod).filter(may_be).collect()
+    }
+
+    /// Takes a namespace that was found of a remembered pod, which is that pod's only if it is the one that was captured.
+    pub(super) fn found_by_memory(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
+        match self.memory.pods.get(&uid) {
+            Some((_, id)) if *id == netns.id() => self.place(uid, netns, path, began),
+            Some(_) => self.forget(&uid, "its processes are in another network namespace now"),
+            None => {}
+        }
+    }
+
+    /// Forgets a remembered pod: it waits for the API.
+    pub(super) fn forget(&mut self, uid: &Text, why: &str) {
+        self.places.remove(uid);
+        let Some((pod, _)) = self.memory.pods.remove(uid) else { return };
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        tracing::warn!(
+            namespace,
+            name,
+            why,
+            "a pod that was captured is not captured again before the Kubernetes API answers"
+        );
+    }
+
+    /// Captures what an earlier daemon had captured, until the API says who is in.
+    pub(super) fn go_on_by_memory(&mut self) {
+        let here = |pod: &PodFacts| self.places.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
+        let specs = self.remembered().into_iter().filter_map(here).collect();
+        self.source.pods.apply(specs, None);
+    }
+
+    /// The API has told of pods and namespaces: what was remembered is forgotten, and its places are as good as any.
+    pub(super) fn end_of_memory(&mut self) {
+        let remembered: Vec<Text> = self.memory.pods.drain().map(|(uid, _)| uid).collect();
+        for uid in remembered {
+            self.keep_if_its_own(&uid);
+        }
+    }
+
+    /// Keeps the file what is enrolled now.
+    pub(super) fn remember(&mut self, wanted: &[PodFacts]) {
+        let Some(path) = self.memory.path.clone() else { return };
+        if self.memory.writing.is_some() || Instant::now() < self.memory.next {
+            return;
+        }
+        let here = |pod: &PodFacts| Some(Enrolled::of(pod, self.places.get(&pod.uid)?, self.ips(pod)));
+        let mut pods: Vec<Enrolled> = wanted.iter().filter_map(here).take(PODS_MAX).collect();
+        pods.sort_by(|a, b| a.uid.cmp(&b.uid));
+        if self.memory.written.as_ref() == Some(&pods) {
+            return;
+        }
+        self.memory.writing = Some(pods.clone());
+        let Memory { node, boot, results, .. } = &self.memory;
+        let file = File { format: FORMAT, node: node.clone(), boot: boot.clone(), pods };
+        let results = results.0.clone();
+        self.tasks.spawn(async move {
+            let written = thread::beside(move || write(&path, &file)).await;
+            // The source has ended where this fails.
+            let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn path(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("culvert-remembered-{name}-{}", std::process::id()))
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_and_nothing_else_is() {
+        let path = path("whole");
+        assert_eq!(read(&path, "n", "b"), Ok(Vec::new()), "there is none yet");
+        let settings = Settings {
+            dns: Some(false),
+            bypass_inbound: true,
+            virtual_interfaces: vec![Interface::new("tap0").unwrap()],
+        };
+        let pod = PodFacts {
+            uid: "u".into(),
+            static_uid: Some("file".into()),
+            name: "a".into(),
+            namespace: "ns".into(),
+            service_account: "s".into(),
+            settings,
+            powers: Powers { net_admin: true, net_raw: false },
+            ips: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            containers: vec!["c".into()],
+            ..PodFacts::default()
+        };
+        let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
+        let id = netns.id();
+        let enrolled = Enrolled::of(&pod, &Place::new(netns), pod.ips.clone());
+        assert_eq!((enrolled.facts(), enrolled.netns), (pod, id));
+        let file = |pods| File { format: FORMAT, node: "n".into(), boot: "b".into(), pods };
+        write(&path, &file(vec![enrolled.clone()])).unwrap();
+        assert_eq!(read(&path, "n", "b"), Ok(vec![enrolled.clone()]));
+        assert_eq!(read(&path, "n", "another start"), Ok(Vec::new()), "its namespaces are no more");
+        assert!(read(&path, "m", "b").unwrap_err().contains("of node"));
+        write(&path, &file(vec![enrolled.clone(); PODS_MAX + 1])).unwrap();
+        assert!(read(&path, "n", "b").unwrap_err().contains("more than"));
+        // A name that must not stand in a script does not come in this way.
+        let odd = Enrolled { virtual_interfaces: vec!["\"; flush ruleset".into()], ..enrolled };
+        assert_eq!(odd.facts().settings.virtual_interfaces, []);
+        let long = std::fs::File::create(&path).unwrap();
+        long.set_len(BYTES_MAX + 1).unwrap();
+        assert!(read(&path, "n", "b").unwrap_err().contains("bytes"));
+        std::fs::remove_file(&path).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn reading_is_total(bytes: Vec<u8>) {
+            let path = path("total");
+            std::fs::write(&path, &bytes).unwrap();
+            prop_assert!(read(&path, "n", "b").is_err());
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+}
