@@ -31,17 +31,12 @@ fn istioctl_reads_all_of_it() {
     }
 }
 
-/// Resident bytes and CPU seconds of a node's daemon.
-fn cost(cluster: &Cluster, node: &str) -> (u64, f64) {
-    let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:15020/proxy/metrics", cluster.daemon(node));
-    let metrics = cluster.kubectl(&["get", "--raw", &path]);
-    let value = |name: &str| {
-        let line = metrics.lines().find(|line| line.starts_with(name) && !line.starts_with('#'));
-        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).unwrap_or_else(|| panic!("no {name}"))
-    };
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "bytes")]
-    let resident = value("process_resident_memory_bytes") as u64;
-    (resident, value("process_cpu_seconds_total"))
+/// Resident KiB and CPU time, in hundredths of a second, of a node's daemon.
+fn cost(cluster: &Cluster, node: &str) -> (u64, u64) {
+    let script = "pid=$(pgrep -x culvert | head -1); awk '/VmRSS/{print $2}' /proc/$pid/status; awk '{print $14 + $15}' /proc/$pid/stat";
+    let said = cluster.run(&["node", node, "bash", "-c", script]);
+    let mut values = said.lines().map(|line| line.trim().parse().unwrap());
+    (values.next().unwrap(), values.next().unwrap())
 }
 
 #[test]
@@ -59,8 +54,8 @@ fn what_an_idle_node_costs() {
         // What a node costs is seen over a while.
         std::thread::sleep(std::time::Duration::from_secs(10));
         let (resident, after) = cost(&cluster, "n1");
-        let share = (after - before) / start.elapsed().as_secs_f64() * 100.0;
-        eprintln!("{pods} idle pods: {:.1} MiB resident, {share:.2} % of a core", resident as f64 / 1_048_576.0);
+        let share = (after - before) as f64 / start.elapsed().as_secs_f64();
+        eprintln!("{pods} idle pods: {:.1} MiB resident, {share:.2} % of a core", resident as f64 / 1024.0);
     }
     cluster.kubectl(&["-n", SHOP, "delete", "deployment", "idle"]);
 }

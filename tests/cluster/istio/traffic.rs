@@ -20,7 +20,7 @@ fn probes_pass_while_outsiders_are_refused() {
         assert!(refused.contains("reset") || refused.contains("refused") || refused.contains("EOF"), "{refused}");
     }
     let restarted = |pod: &serde_json::Value| pod["status"]["containerStatuses"][0]["restartCount"] != 0;
-    let pods = cluster.get(&["pods", "-n", SHOP]);
+    let pods = cluster.get(&["pods", "-n", SHOP, "-l", "app in (web, echo)"]);
     let restarted: Vec<_> = pods["items"].as_array().unwrap().iter().filter(|pod| restarted(pod)).collect();
     assert!(restarted.is_empty(), "probes have failed: {restarted:?}");
 }
