@@ -94,6 +94,7 @@ pub(super) async fn own_credentials(worker: &Worker, workload: &Workload) -> Res
 pub(super) fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) -> Origin {
     Origin {
         pod: pod.uid.clone(),
+        capture: pod.capture,
         netns: pod.netns.clone(),
         credentials,
         drain: pod.signal(),

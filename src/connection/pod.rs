@@ -9,7 +9,7 @@ use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -23,6 +23,8 @@ const FACTS_WAIT: Duration = Duration::from_secs(5);
 pub struct Pod {
     /// Uid as whoever enrolled the pod gave it.
     pub uid: Text,
+    /// Tells this capture of the pod from others.
+    pub capture: u64,
     /// Pod name.
     pub name: Text,
     /// Namespace.
@@ -55,6 +57,12 @@ pub struct Pod {
 }
 
 impl Pod {
+    /// The number of the next capture, of whichever pod.
+    pub fn next_capture() -> u64 {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// The facts about this pod: its workload, by pod name, if that is who the pod has been found to be.
     fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
         let identity = self.identity.borrow();

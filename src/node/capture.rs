@@ -23,6 +23,7 @@ use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// Listeners of a pod, and how a connection came to them.
 const LISTENERS: [(u16, Entrance); 3] =
@@ -63,7 +64,17 @@ pub struct Listening {
     pub ipv6: bool,
     /// The pod's DNS, where that is taken.
     pub names: OnceLock<dns::Serving>,
-    _claim: Claim,
+    claim: Option<Claim>,
+}
+
+impl Listening {
+    /// Lets a successor listen in the namespace while connections that are open end; the accept loops have ended.
+    pub async fn make_room(&mut self) {
+        if let Some(names) = self.names.take() {
+            names.end().await;
+        }
+        self.claim = None;
+    }
 }
 
 impl Drop for Listening {
@@ -121,6 +132,7 @@ impl Capturer {
         let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
+            capture: Pod::next_capture(),
             name: spec.name.clone(),
             namespace: spec.namespace.clone(),
             mesh_uid: pod_uid(&self.config.cluster_id, &spec.namespace, &spec.name),
@@ -140,7 +152,7 @@ impl Capturer {
         for (listener, entrance) in listeners {
             self.workers.serve(&pod, listener, entrance, &accepting);
         }
-        let listening = Listening { pod, accepting, ipv6, names: OnceLock::new(), _claim: claim };
+        let listening = Listening { pod, accepting, ipv6, names: OnceLock::new(), claim: Some(claim) };
         self.take_dns(spec, &listening);
         Ok(listening)
     }
@@ -337,9 +349,9 @@ impl Capturer {
         if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
     }
 
-    /// Ends the capture of a pod: new traffic is no longer redirected, then the listeners end, then the connections,
-    /// within the deadline. What brings their replies back stays until then, and is for the caller to remove.
-    pub async fn release(&self, spec: &PodSpec, listening: &Listening) {
+    /// Begins to end the capture of a pod: new traffic is no longer redirected, then the listeners end. What brings the replies
+    /// of open connections back stays, and is for the caller to remove.
+    pub async fn stop_capturing(&self, spec: &PodSpec, listening: &Listening) {
         let pod = &listening.pod;
         if self.config.redirect {
             let complain = |error: redirect::RedirectError| {
@@ -349,8 +361,13 @@ impl Capturer {
         }
         pod.drain.gently();
         listening.accepting.finished().await;
+    }
+
+    /// Waits for the last connections of a pod that is captured no more, until `deadline`; then they are cut.
+    pub async fn end_by(&self, deadline: Instant, listening: &Listening) {
+        let pod = &listening.pod;
         pod.active.close();
-        if tokio::time::timeout(self.config.release_deadline, pod.active.wait()).await.is_err() {
+        if tokio::time::timeout_at(deadline, pod.active.wait()).await.is_err() {
             let cut = pod.active.len();
             tracing::warn!(
                 namespace = &*pod.namespace,

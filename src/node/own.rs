@@ -53,6 +53,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
     let mesh_uid = pod_uid(&capturer.config.cluster_id, &identity.namespace, name);
     let pod = Arc::new(Pod {
         uid: mesh_uid.clone(),
+        capture: Pod::next_capture(),
         name: name.clone(),
         namespace: identity.namespace.clone(),
         mesh_uid,

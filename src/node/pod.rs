@@ -5,7 +5,8 @@
 //!      ▲  └──error──► failed ─┐                    │
 //!      └───── tried again ────┴────────────────────┘ namespace vanished, or the identity is another one now
 //! ```
-//! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed.
+//! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed. One that is wanted
+//! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
 use super::rules::Rules;
@@ -13,13 +14,14 @@ use super::status::{Board, State};
 use super::{CaptureError, PodSpec, legs, redirect};
 use crate::mesh::Wanted;
 use crate::sys::netns::{Netns, NetnsError};
-use crate::task::Signal;
 use crate::task::ready::Pending;
+use crate::task::{Group, Signal};
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
 
 /// Time between attempts to capture, where nothing that matters changes before.
 const RETRY: Duration = Duration::from_secs(5);
@@ -34,6 +36,25 @@ const OLD_FACTS: Duration = Duration::from_secs(10);
 
 /// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
 pub type Question = oneshot::Sender<Result<(), String>>;
+
+/// What a task that releases its pod and the next one of the same pod tell each other.
+#[derive(Clone, Debug, Default)]
+pub struct HandOver {
+    wanted: CancellationToken,
+    free: CancellationToken,
+}
+
+impl HandOver {
+    /// The pod is wanted again.
+    pub fn want(&self) {
+        self.wanted.cancel();
+    }
+
+    /// Completes when the namespace is free for the next one, though connections of the last one may be open still.
+    pub async fn is_free(&self) {
+        self.free.cancelled().await;
+    }
+}
 
 /// Why a pod is held no longer.
 enum End {
@@ -61,6 +82,10 @@ pub struct Task {
     pub removed: Signal,
     /// Questions of whoever handed the pod over.
     pub questions: mpsc::Receiver<Question>,
+    /// What it tells the next task of this pod.
+    pub hand_over: HandOver,
+    /// Earlier tasks of this pod, whose last connections need the rules as well.
+    pub earlier: Vec<Group>,
     /// Given up after the first attempt to capture.
     pub first_attempt: Option<Arc<Pending>>,
     /// Questions that the next attempt answers.
@@ -83,8 +108,21 @@ impl Task {
         questions: mpsc::Receiver<Question>,
     ) -> Self {
         let (asked, begun, spec) = (Vec::new(), Instant::now(), changes.borrow().clone());
-        let (first_attempt, approved, foreseen) = (None, None, None);
-        Self { capturer, board, spec, changes, removed, questions, first_attempt, asked, approved, foreseen, begun }
+        Self {
+            capturer,
+            board,
+            spec,
+            changes,
+            removed,
+            questions,
+            hand_over: HandOver::default(),
+            earlier: Vec::new(),
+            first_attempt: None,
+            asked,
+            approved: None,
+            foreseen: None,
+            begun,
+        }
     }
 }
 
@@ -95,7 +133,7 @@ pub async fn keep(mut task: Task) {
     loop {
         facts.mark_unchanged();
         task.spec = task.changes.borrow_and_update().clone();
-        let listening = match task.capturer.listen(&task.spec) {
+        let mut listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
                 task.board.listening(&task.spec.uid, true);
                 // Who it is need not be known for that: the facts may be those of its earlier life.
@@ -127,7 +165,11 @@ pub async fn keep(mut task: Task) {
             End::Removed => {
                 task.board.set(&task.spec, State::Releasing);
                 tokio::select! {
-                    () = task.release(&listening) => break,
+                    wanted_again = task.release(&mut listening) => match wanted_again {
+                        // What is shown of the pod is its next task's affair.
+                        true => return,
+                        false => break,
+                    },
                     () = removed.now() => {
                         give_up(listening).await;
                         break;
@@ -175,7 +217,11 @@ impl Task {
             () = process.gentle() => Some(End::Process),
             () = removed.now() => Some(End::Replaced),
             () = removed.gentle() => {
-                self.capturer.clean(&self.spec).await;
+                tokio::select! {
+                    () = self.earlier_ended() => self.capturer.clean(&self.spec).await,
+                    () = self.hand_over.wanted.cancelled() => {}
+                    () = removed.now() => {}
+                }
                 Some(End::Removed)
             }
             () = tokio::time::sleep(if matches!(error, CaptureError::Taken(..)) { RETRY_TAKEN } else { RETRY }) => None,
@@ -289,9 +335,26 @@ impl Task {
     }
 
     /// Lets go of a pod, and removes the rules, again and again where that fails: with rules and without listeners the
-    /// pod is cut off, and must stay on the list until it is not.
-    async fn release(&self, listening: &Listening) {
-        self.capturer.release(&self.spec, listening).await;
+    /// pod is cut off, and must stay on the list until it is not. Whether the pod is wanted again meanwhile: then the rules
+    /// are its next task's, which listens while the last connections of this one end.
+    async fn release(&self, listening: &mut Listening) -> bool {
+        self.capturer.stop_capturing(&self.spec, listening).await;
+        let deadline = Instant::now() + self.capturer.config.release_deadline;
+        let ended = async {
+            self.capturer.end_by(deadline, listening).await;
+            self.earlier_ended().await;
+        };
+        let wanted_again = tokio::select! {
+            biased;
+            () = ended => false,
+            () = self.hand_over.wanted.cancelled() => true,
+        };
+        if wanted_again {
+            listening.make_room().await;
+            self.hand_over.free.cancel();
+            self.capturer.end_by(deadline, listening).await;
+            return true;
+        }
         let netns = &listening.pod.netns;
         let ours = self.capturer.config.redirect;
         // The redirection that an agent has written is the agent's to remove.
@@ -299,11 +362,19 @@ impl Task {
             if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await }
         {
             if vanished(netns).is_some() {
-                return;
+                return false;
             }
             let reason = format!("released, but its rules could not be removed: {error}");
             self.board.set(&self.spec, State::Failed(reason));
             tokio::time::sleep(RETRY).await;
+        }
+        false
+    }
+
+    /// Waits for the last connections of earlier tasks of this pod; each has a deadline.
+    async fn earlier_ended(&self) {
+        for earlier in &self.earlier {
+            earlier.finished().await;
         }
     }
 }

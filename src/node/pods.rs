@@ -1,7 +1,7 @@
 //! The set of pods of this node: one task per pod, so that no pod waits for another.
 
 use super::capture::Capturer;
-use super::pod::{self, Question, Task};
+use super::pod::{self, HandOver, Question, Task};
 use super::redirect::Interface;
 use super::status::{Board, Noted, State};
 use crate::mesh::Text;
@@ -101,9 +101,12 @@ pub struct Pods {
 
 #[derive(Debug)]
 struct Leaving {
-    uid: Text,
+    spec: PodSpec,
     netns: Place,
+    /// Whether its connections have time to end.
+    gently: bool,
     remove: Drain,
+    hand_over: HandOver,
     task: Group,
 }
 
@@ -113,6 +116,7 @@ struct Kept {
     /// The namespace behind the path: the same one may go by several names.
     netns: Place,
     remove: Drain,
+    hand_over: HandOver,
     questions: mpsc::Sender<Question>,
     task: Group,
 }
@@ -206,7 +210,8 @@ impl Pods {
         let now: Vec<Text> = pods.iter().map(|(spec, _)| spec.uid.clone()).collect();
         // One that is still leaving shows that, and is removed when it has left.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
-        let others: HashSet<&Text> = self.kept.keys().chain(self.leaving.iter().map(|leaving| &leaving.uid)).collect();
+        let others: HashSet<&Text> =
+            self.kept.keys().chain(self.leaving.iter().map(|leaving| &leaving.spec.uid)).collect();
         for gone in self.shown.drain(..).filter(|uid| !others.contains(uid) && !now.contains(uid)) {
             self.board.remove(&gone);
         }
@@ -230,33 +235,39 @@ impl Pods {
         } else {
             kept.remove.gently();
         }
-        let Kept { netns, remove, task, .. } = kept;
-        self.leaving.push(Leaving { uid: uid.clone(), netns, remove, task });
+        let Kept { spec, netns, remove, hand_over, task, .. } = kept;
+        let spec = spec.borrow().clone();
+        self.leaving.push(Leaving { spec, netns, gently: !at_once, remove, hand_over, task });
     }
 
     fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
         let netns = Place::of(&spec);
-        // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again.
+        // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again. Where it is the same
+        // pod, its connections go on for the time that they have, and only the namespace has to be free.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
-        let had_it = |leaving: &&Leaving| leaving.uid == spec.uid || leaving.netns == netns;
-        let earlier: Vec<Group> = self
-            .leaving
-            .iter()
-            .filter(had_it)
-            .map(|leaving| {
+        let had_it = |leaving: &&Leaving| leaving.spec.uid == spec.uid || leaving.netns == netns;
+        let (mut before, mut earlier) = (Vec::new(), Vec::new());
+        for leaving in self.leaving.iter().filter(had_it) {
+            if leaving.gently && leaving.spec.is_same_pod(&spec) {
+                leaving.hand_over.want();
+                earlier.push(leaving.task.clone());
+            } else {
                 leaving.remove.at_once();
-                leaving.task.clone()
-            })
-            .collect();
+            }
+            before.push((leaving.task.clone(), leaving.hand_over.clone()));
+        }
         let (remove, task, (questions, asked)) = (Drain::default(), Group::default(), mpsc::channel(QUESTIONS));
         let (said, hears) = watch::channel(spec.clone());
         let mut work = Task::new(self.capturer.clone(), self.board.clone(), hears, remove.signal(), asked);
-        work.first_attempt = ready;
-        let (board, uid) = (self.board.clone(), spec.uid.clone());
-        self.kept.insert(uid, Kept { spec: said, netns, remove, questions, task: task.clone() });
+        (work.first_attempt, work.earlier) = (ready, earlier);
+        let (board, uid, hand_over) = (self.board.clone(), spec.uid.clone(), work.hand_over.clone());
+        self.kept.insert(uid, Kept { spec: said, netns, remove, hand_over, questions, task: task.clone() });
         task.spawn(async move {
-            for earlier in earlier {
-                earlier.finished().await;
+            for (task, hand_over) in before {
+                tokio::select! {
+                    () = task.finished() => {}
+                    () = hand_over.is_free() => {}
+                }
             }
             board.set(&spec, State::Pending("being captured".into()));
             pod::keep(work).await;

@@ -1587,6 +1587,74 @@ fn a_namespace_that_is_labelled_again_and_again_resets_nothing() {
 }
 
 #[test]
+fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cuts_nothing_that_still_has_time() {
+    let mut c = cluster();
+    let (ns, host) = (c.client.netns.clone(), c.w.ns("n2"));
+    apps::serve(&ns, 9000, apps::echo);
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    c.start_one(&[("CONNECTION_TERMINATION_DEADLINE", "20s")]);
+    eventually("it is captured", || c.state("client") == "captured");
+    let label = |on: bool| {
+        c.apis[0].namespace("ns", if on { json!({"istio.io/dataplane-mode": "ambient"}) } else { json!({}) });
+    };
+    let tunnels = || c.w.metric(1, "istio_tcp_connections_opened_total", &["mutual_tls"]);
+    let alive =
+        |stream: &mut std::net::TcpStream| stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok();
+    // Every way in and out, over both families.
+    let (server, client) = (c.server.clone(), c.client.clone());
+    let open = || {
+        vec![
+            ("outbound by tunnel", connect(&ns, (server.v4, 9000)).unwrap()),
+            ("outbound by tunnel, IPv6", connect(&ns, (server.v6, 9000)).unwrap()),
+            ("inbound by tunnel", connect(&server.netns, (client.v4, 9000)).unwrap()),
+            ("inbound in plaintext", connect(&host, (client.v4, 9000)).unwrap()),
+            ("inbound in plaintext, IPv6", connect(&host, (client.v6, 9000)).unwrap()),
+        ]
+    };
+    let mut first = open();
+    let all_alive = |when: &str, streams: &mut Vec<(&str, std::net::TcpStream)>| {
+        for (what, stream) in streams.iter_mut() {
+            assert!(alive(stream), "{what} {when}");
+        }
+    };
+    all_alive("at first", &mut first);
+    assert_eq!(tunnels(), 3.0);
+    let mut later = Vec::new();
+    for round in ["once", "again"] {
+        label(false);
+        eventually("it is being released", || c.state("client") == "releasing");
+        // What it opens meanwhile goes as on a plain network.
+        let between = connect(&ns, (server.v4, 9000)).unwrap();
+        later.push(("opened in between", between));
+        all_alive("while it is released", &mut first);
+        all_alive("while it is released", &mut later);
+        label(true);
+        eventually("it is captured at once", || c.state("client") == "captured");
+        all_alive(&format!("captured {round}"), &mut first);
+        all_alive(&format!("captured {round}"), &mut later);
+        let before = tunnels();
+        later.extend(open());
+        all_alive("of the new capture", &mut later);
+        assert_eq!(tunnels(), before + 3.0, "what is new is captured");
+        assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"));
+    }
+    // Their time is that of the release, and what came later is not theirs.
+    eventually("the first ones end with their time", || first.iter_mut().all(|(_, stream)| !alive(stream)));
+    assert!(has_rules(&client), "the rules are the later capture's");
+    let mut last = open();
+    all_alive("after that", &mut last);
+    // Released for good: the rules stay for as long as the last connection needs them.
+    drop((first, later));
+    label(false);
+    eventually("it is being released", || c.state("client") == "releasing");
+    all_alive("in the end", &mut last);
+    drop(last);
+    eventually("it is released", || c.state("client").is_empty());
+    assert!(!has_rules(&client), "nothing of ours is left");
+}
+
+#[test]
 fn a_pod_with_a_user_namespace_of_its_own_is_captured() {
     let mut c = cluster();
     // Its network namespace belongs to a user namespace: made inside of one, with an interface moved in.

@@ -37,6 +37,8 @@ const REFUSED_PAUSES: [Duration; 4] =
 pub struct Origin {
     /// Uid of the pod.
     pub pod: crate::mesh::Text,
+    /// Which capture of it.
+    pub capture: u64,
     /// Its namespace.
     pub netns: Netns,
     /// Its certificate.
@@ -72,6 +74,7 @@ pub async fn open(
 ) -> Result<Opened, DialError> {
     let key = Key {
         pod: origin.pod.clone(),
+        capture: origin.capture,
         own: origin.credentials.identity.clone(),
         generation: origin.credentials.generation,
         expected: way.expected.clone(),

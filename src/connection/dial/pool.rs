@@ -27,6 +27,8 @@ use tokio::time::Instant;
 pub struct Key {
     /// The pod the tunnel starts in: its namespace gives the tunnel its source address.
     pub pod: Text,
+    /// Which capture of the pod: what an earlier one has opened ends with it.
+    pub capture: u64,
     /// Who we are.
     pub own: SpiffeName,
     /// Certificate we prove it with.
@@ -343,6 +345,7 @@ mod tests {
 
     fn key() -> Key {
         Key {
+            capture: 0,
             pod: "p".into(),
             own: SpiffeName::new("td", "a", "b").unwrap(),
             generation: 1,
