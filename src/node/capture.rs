@@ -2,6 +2,7 @@
 //! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
 //! and no connection is carried before the pod is known to be who it should be.
 
+use super::earlier::{Connections, Uncaptured};
 use super::pods::NetnsRef;
 use super::{CaptureError, PodSpec, legs, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
@@ -350,9 +351,17 @@ impl Capturer {
     }
 
     /// Begins to end the capture of a pod: new traffic is no longer redirected, then the listeners end. What brings the replies
-    /// of open connections back stays, and is for the caller to remove.
-    pub async fn stop_capturing(&self, spec: &PodSpec, listening: &Listening) {
+    /// of open connections back stays, and is for the caller to remove. Gives what is not captured from now on.
+    pub async fn stop_capturing(&self, spec: &PodSpec, listening: &Listening) -> Uncaptured {
         let pod = &listening.pod;
+        let mut older = Connections::default();
+        if self.config.redirect
+            && let Ok(table) = redirect::list_table(&pod.netns, redirect::TABLE).await
+        {
+            older = Connections::spared_by(pod, &table);
+        }
+        // Looked at before: what is opened in plaintext is never taken for what was captured.
+        let uncaptured = older.until_captured_again(pod);
         if self.config.redirect {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
@@ -361,6 +370,7 @@ impl Capturer {
         }
         pod.drain.gently();
         listening.accepting.finished().await;
+        uncaptured
     }
 
     /// Waits for the last connections of a pod that is captured no more, until `deadline`; then they are cut.

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 const MAX: usize = 10_000;
 
 /// Connections of one pod that are older than its rules, by their cookies: own address and peer.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Connections {
     open: HashMap<u64, (SocketAddr, SocketAddr)>,
 }
@@ -60,6 +60,19 @@ impl Connections {
         Self { open: open.filter(|(_, pair)| spared.contains(pair)).collect() }
     }
 
+    /// Of those that a pod has when it is captured no more: these, and what it opens from then on.
+    pub fn until_captured_again(self, pod: &Pod) -> Uncaptured {
+        Uncaptured {
+            older: self,
+            captured: sockets(pod).unwrap_or_default().iter().map(|socket| socket.cookie).collect(),
+        }
+    }
+
+    /// Adds others.
+    pub fn extend(&mut self, others: Self) {
+        self.open.extend(others.open);
+    }
+
     /// Their addresses, own and peer, for rules that spare them.
     pub fn spared(&self) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
         self.open.values().copied()
@@ -92,6 +105,24 @@ impl Connections {
             self.open.retain(|cookie, _| now.contains(cookie));
         }
         self.open.len()
+    }
+}
+
+/// The connections of a pod whose capture has ended, while what was captured ends.
+#[derive(Debug)]
+pub struct Uncaptured {
+    /// Older than the capture that has ended.
+    older: Connections,
+    /// What was open at its end.
+    captured: HashSet<u64>,
+}
+
+impl Uncaptured {
+    /// Those that the next capture of the pod must leave alone.
+    pub fn now(&self, pod: &Pod) -> Connections {
+        let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !self.captured.contains(cookie);
+        let open = sockets(pod).unwrap_or_default().into_iter().filter(|socket| goes_on(&socket.cookie));
+        Connections { open: open.take(MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
     }
 }
 

@@ -9,6 +9,7 @@
 //! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
+use super::earlier::Connections;
 use super::rules::Rules;
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, legs, redirect};
@@ -17,7 +18,7 @@ use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal};
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -42,6 +43,8 @@ pub type Question = oneshot::Sender<Result<(), String>>;
 pub struct HandOver {
     wanted: CancellationToken,
     free: CancellationToken,
+    /// What the pod had opened meanwhile, or before.
+    uncaptured: Arc<Mutex<Connections>>,
 }
 
 impl HandOver {
@@ -84,8 +87,8 @@ pub struct Task {
     pub questions: mpsc::Receiver<Question>,
     /// What it tells the next task of this pod.
     pub hand_over: HandOver,
-    /// Earlier tasks of this pod, whose last connections need the rules as well.
-    pub earlier: Vec<Group>,
+    /// Earlier tasks of this pod, whose last connections need the rules as well, and what they hand over.
+    pub earlier: Vec<(Group, HandOver)>,
     /// Given up after the first attempt to capture.
     pub first_attempt: Option<Arc<Pending>>,
     /// Questions that the next attempt answers.
@@ -252,6 +255,9 @@ impl Task {
     /// met them; rules that are an agent's affair are no reason to stop listening.
     async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
         let mut rules = Rules::new(&self.capturer, listening);
+        for (_, handed) in &self.earlier {
+            rules.spare(handed.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        }
         // Ticks on whatever else happens, so that changing facts cannot put off looking.
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -338,7 +344,7 @@ impl Task {
     /// pod is cut off, and must stay on the list until it is not. Whether the pod is wanted again meanwhile: then the rules
     /// are its next task's, which listens while the last connections of this one end.
     async fn release(&self, listening: &mut Listening) -> bool {
-        self.capturer.stop_capturing(&self.spec, listening).await;
+        let uncaptured = self.capturer.stop_capturing(&self.spec, listening).await;
         let deadline = Instant::now() + self.capturer.config.release_deadline;
         let ended = async {
             self.capturer.end_by(deadline, listening).await;
@@ -351,6 +357,8 @@ impl Task {
         };
         if wanted_again {
             listening.make_room().await;
+            let beside = uncaptured.now(&listening.pod);
+            *self.hand_over.uncaptured.lock().unwrap_or_else(PoisonError::into_inner) = beside;
             self.hand_over.free.cancel();
             self.capturer.end_by(deadline, listening).await;
             return true;
@@ -373,7 +381,7 @@ impl Task {
 
     /// Waits for the last connections of earlier tasks of this pod; each has a deadline.
     async fn earlier_ended(&self) {
-        for earlier in &self.earlier {
+        for (earlier, _) in &self.earlier {
             earlier.finished().await;
         }
     }

@@ -250,7 +250,7 @@ impl Pods {
         for leaving in self.leaving.iter().filter(had_it) {
             if leaving.gently && leaving.spec.is_same_pod(&spec) {
                 leaving.hand_over.want();
-                earlier.push(leaving.task.clone());
+                earlier.push((leaving.task.clone(), leaving.hand_over.clone()));
             } else {
                 leaving.remove.at_once();
             }

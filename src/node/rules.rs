@@ -55,6 +55,8 @@ pub struct Rules {
     end_earlier: bool,
     /// Connections from before the rules.
     earlier: Connections,
+    /// Of these, those that an earlier task of the pod has told of.
+    told: Connections,
     /// Whether the rules for what we open ourselves are there.
     legs: bool,
     /// Whether what an earlier agent left has been removed, or was not there.
@@ -107,6 +109,7 @@ impl Rules {
             verified: false,
             end_earlier: false,
             earlier: Connections::default(),
+            told: Connections::default(),
             legs: false,
             taken_over: false,
             hold_off: now,
@@ -116,6 +119,11 @@ impl Rules {
             counted_at: None,
             said_at: None,
         }
+    }
+
+    /// Leaves connections alone that were opened while the pod was not captured.
+    pub fn spare(&mut self, connections: Connections) {
+        self.told.extend(connections);
     }
 
     /// Completes when something has changed in the namespace, and has settled. What was heard is kept until it is heeded,
@@ -342,7 +350,12 @@ impl Rules {
         };
         let first = table.as_ref().is_some_and(Value::is_null);
         match &table {
-            Some(table) if !first => self.earlier = Connections::spared_by(pod, table),
+            Some(table) if !first => {
+                let told = std::mem::take(&mut self.told);
+                self.end_earlier |= capturer.config.end_earlier && told.spared().next().is_some();
+                self.earlier = Connections::spared_by(pod, table);
+                self.earlier.extend(told);
+            }
             Some(_) => self.earlier = Connections::open_now(pod),
             None => {}
         }

@@ -133,6 +133,10 @@ fn nothing_is_decided_before_each_kind_of_facts_has_been_told() {
         }
         eventually("workloads are known", || workloads(&c.w) == 2.0);
         waits(&c.w, "client", "policies");
+        if source == "kubernetes" {
+            // What comes by tunnel waits as what comes in plaintext does, so that peers may as well know.
+            eventually("it says so", || c.apis[0].said("client").as_deref() == Some("enabled"));
+        }
         // With what an earlier daemon or the enrolment has redirected, that is: it waits, and is refused.
         assert!(!passes(&client), "plaintext from a stranger, by {source}");
         plane.change(|state| state.silent = None);
@@ -1621,9 +1625,12 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
     all_alive("at first", &mut first);
     assert_eq!(tunnels(), 3.0);
     let mut later = Vec::new();
-    for round in ["once", "again"] {
+    for (number, round) in (0..).zip(["once", "again"]) {
         label(false);
         eventually("it is being released", || c.state("client") == "releasing");
+        eventually("nothing new is captured", || {
+            !output_in(&ns, "nft", &["list", "table", "inet", "culvert"]).contains("15001")
+        });
         // What it opens meanwhile goes as on a plain network.
         let between = connect(&ns, (server.v4, 9000)).unwrap();
         later.push(("opened in between", between));
@@ -1631,6 +1638,7 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
         all_alive("while it is released", &mut later);
         label(true);
         eventually("it is captured at once", || c.state("client") == "captured");
+        assert_eq!(c.w.metric(1, "culvert_uncaptured_connections", &[]), f64::from(number + 1), "they are counted");
         all_alive(&format!("captured {round}"), &mut first);
         all_alive(&format!("captured {round}"), &mut later);
         let before = tunnels();
