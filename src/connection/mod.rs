@@ -322,12 +322,13 @@ async fn admit(
     // What the peer says it asked for counts only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
+    let by_target = |port| snapshot.service_by_target(&workload, port).cloned();
     let live = record.opened(Details {
         source_workload: snapshot.workload_at(&workload.network, peer.source.ip()).cloned(),
         source_identity: Some(peer.identity.clone()),
         destination_workload: Some(workload.clone()),
         destination_identity: workload.identity().ok(),
-        service: target.service.or(by_host),
+        service: target.service.or(by_host).or_else(|| by_target(target.address.port())),
         actual: target.address,
         authority: Some(request.authority.to_string()),
         rule: permit.as_ref().ok().map(ToString::to_string),
@@ -413,7 +414,7 @@ async fn plaintext_steps(
         source_identity: None,
         destination_workload: Some(workload.clone()),
         destination_identity: None,
-        service: None,
+        service: snapshot.service_by_target(&workload, destination.port()).cloned(),
         actual: destination,
         authority: None,
         rule: permit.as_ref().ok().map(ToString::to_string),

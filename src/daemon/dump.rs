@@ -1,7 +1,8 @@
 //! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
 
 use super::assemble::Parts;
-use crate::config::{CaSource, MeshSource};
+use super::dump_config;
+use crate::config::MeshSource;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
@@ -9,7 +10,6 @@ use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
-use crate::node::Source;
 use crate::node::pods::NetnsRef;
 use crate::node::status::{PodStatus, State};
 use rustls::pki_types::CertificateDer;
@@ -38,8 +38,8 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "revocationListError": parts.revocations.error(),
         "certificates": certificates(parts),
         "workloadState": state,
-        "version": {"version": env!("CARGO_PKG_VERSION"), "buildStatus": "culvert", "cryptoProvider": "aws-lc-rs"},
-        "config": config(parts),
+        "version": dump_config::version(&parts.config),
+        "config": dump_config::config(&parts.config),
     })
 }
 
@@ -124,7 +124,7 @@ fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -
         let one = |(_, c): &(u64, std::sync::Arc<Connection>)| {
             let original = match direction {
                 Direction::Outbound => Value::from(c.destination.to_string()),
-                Direction::Inbound => Value::Null,
+                Direction::Inbound => c.service.as_deref().map_or(Value::Null, Value::from),
             };
             json!({"src": c.source.to_string(), "originalDst": original, "actualDst": c.actual.to_string(), "protocol": c.protocol})
         };
@@ -156,11 +156,7 @@ fn without_defaults(value: Value, always: &[&str]) -> Value {
 }
 
 fn workload(w: &Workload) -> Value {
-    let ports = |ports: &crate::mesh::workload::Ports| {
-        ports.iter().map(|(from, to)| (from.to_string(), Value::from(*to))).collect::<Map<_, _>>()
-    };
-    let services: Map<String, Value> =
-        w.services.iter().map(|(key, map)| (key.to_string(), Value::Object(ports(map)))).collect();
+    let services: Vec<String> = w.services.keys().map(ToString::to_string).collect();
     let locality = json!({"region": &*w.locality.region, "zone": &*w.locality.zone, "subzone": &*w.locality.subzone});
     let value = json!({
         "workloadIps": w.ips,
@@ -223,7 +219,8 @@ fn service(snapshot: &Snapshot, s: &Service) -> Value {
         "namespace": &*s.key.namespace,
         "hostname": &*s.key.hostname,
         "vips": s.vips.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "cidrVips": s.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "cidrVips": s.cidrs.iter()
+            .map(|cidr| json!({"network": &*cidr.network, "cidr": cidr.range.to_string()})).collect::<Vec<_>>(),
         "ports": ports,
         "endpoints": endpoints,
         "portNames": s.port_names.iter().map(|(name, port)| (name.to_string(), Value::from(*port))).collect::<serde_json::Map<_, _>>(),
@@ -381,53 +378,5 @@ fn mesh_state(parts: &Parts) -> Value {
         "ageSeconds": report.age.map(|age| age.as_secs()),
         "source": if report.from_file { "state file" } else { "control plane" },
         "error": report.error,
-    })
-}
-
-fn config(parts: &Parts) -> Value {
-    let c = &parts.config;
-    let duration = |d: std::time::Duration| humantime::format_duration(d).to_string();
-    json!({
-        "localXdsPath": match &c.mesh { MeshSource::File(path) => Some(path.display().to_string()), MeshSource::Xds(_) => None },
-        "xdsAddress": match &c.mesh { MeshSource::Xds(xds) => Some(xds.rpc.address.to_string()), MeshSource::File(_) => None },
-        "xdsOnDemand": matches!(&c.mesh, MeshSource::Xds(xds) if xds.on_demand),
-        "stateFile": match &c.mesh { MeshSource::Xds(xds) => xds.state_file.as_ref().map(|p| p.display().to_string()), MeshSource::File(_) => None },
-        "pods": match &c.node.source { Source::File(_) => "file", Source::Agent(_) => "agent", Source::Kubernetes(_) => "kubernetes" },
-        "podsFile": match &c.node.source { Source::File(path) => Some(path.display().to_string()), _ => None },
-        "inpodUds": match &c.node.source { Source::Agent(path) => Some(path.display().to_string()), _ => None },
-        "caDir": match &c.ca { CaSource::Builtin(dir) => Some(dir.display().to_string()), CaSource::Istio(_) => None },
-        "caAddress": match &c.ca { CaSource::Istio(rpc) => Some(rpc.address.to_string()), CaSource::Builtin(_) => None },
-        "crlPath": c.crl.as_ref().map(|p| p.display().to_string()),
-        "network": c.network,
-        "localNode": c.node_name,
-        "clusterId": c.node.cluster_id,
-        "trustDomain": c.trust_domain,
-        "onlyPostQuantum": c.only_post_quantum,
-        "secretTtl": duration(c.secret_ttl),
-        "trustDomainAliases": c.trust_domain_aliases,
-        "connectionTerminationDeadline": duration(c.drain_deadline),
-        "packetMark": c.node.mark,
-        "inpodPortReuse": c.node.reuse_port,
-        "ipv6Enabled": c.node.ipv6,
-        "enableOriginalSource": c.connection.sockets.keep_source,
-        "numWorkerThreads": c.connection.workers,
-        "maxConnections": c.connection.max_connections,
-        "poolMaxStreamsPerConn": c.connection.pool.max_streams,
-        "poolUnusedReleaseTimeout": duration(c.connection.pool.idle),
-        "windowSize": c.connection.hbone.stream_window,
-        "connectionWindowSize": c.connection.hbone.connection_window,
-        "frameSize": c.connection.hbone.frame_size,
-        "halfClosedTimeout": duration(c.connection.hbone.half_closed_silence),
-        "localhostAppTunnel": c.connection.localhost_app_tunnel,
-        "enableResponseBaggage": c.connection.response_baggage,
-        "keepalive": c.connection.sockets.legs.keepalive.map(|k| json!({
-            "time": duration(k.time),
-            "interval": duration(k.interval),
-            "retries": k.retries,
-            "userTimeout": k.user_timeout,
-        })),
-        "logFilter": c.log.filter,
-        "logFormat": if c.log.json { "json" } else { "text" },
-        "settings": c.settings,
     })
 }

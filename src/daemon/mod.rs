@@ -2,6 +2,7 @@
 
 mod assemble;
 mod dump;
+mod dump_config;
 mod plugin;
 mod pods;
 mod profile;

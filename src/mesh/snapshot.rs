@@ -281,6 +281,17 @@ impl Snapshot {
         unknown.map(|(key, all)| (key, all.keys().collect()))
     }
 
+    /// The service behind this workload's `port`, where exactly one leads there.
+    pub fn service_by_target(&self, workload: &Workload, port: u16) -> Option<&Arc<Service>> {
+        let leads = |(key, own): (&ServiceKey, &Ports)| {
+            let service = self.services.get(key)?;
+            let mut all = service.ports.keys().chain(own.keys());
+            all.any(|from| service.target_port(Some(own), *from) == Some(port)).then_some(service)
+        };
+        let mut candidates = workload.services.iter().filter_map(leads);
+        candidates.next().filter(|_| candidates.next().is_none())
+    }
+
     /// A policy by `namespace/name`.
     pub fn policy(&self, key: &str) -> Option<&Arc<Policy>> {
         self.policies.get(key)

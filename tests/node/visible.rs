@@ -1,7 +1,8 @@
 //! What operators see: config_dump, metrics, readiness, logging, the access log.
 
-use crate::world::{Pod, World, apps, ask, eventually, http, inside, output_in, peer_script, python_env};
-use serde_json::json;
+use crate::istio::alive;
+use crate::world::{Pod, World, apps, ask, connect, eventually, http, inside, output_in, peer_script, python_env};
+use serde_json::{Value, json};
 
 fn world() -> (World, Pod, Pod) {
     let mut w = World::new();
@@ -20,7 +21,7 @@ fn config_dump_has_the_shape_that_istioctl_reads_and_no_keys() {
     let workload = dump["workloads"].as_array().unwrap().iter().find(|x| x["name"] == "server").unwrap();
     assert_eq!(workload["workloadIps"], json!([server.v4, server.v6]));
     assert_eq!((&workload["protocol"], &workload["status"]), (&json!("HBONE"), &json!("Healthy")));
-    assert_eq!(workload["services"], json!({"ns/web.ns.svc.cluster.local": {"80": 8080}}));
+    assert_eq!(workload["services"], json!(["ns/web.ns.svc.cluster.local"]));
     let service = &dump["services"][0];
     assert_eq!(service["vips"], json!(["/10.96.0.1"]));
     assert_eq!(service["endpoints"]["c1//Pod/ns/server"]["status"], "Healthy");
@@ -43,6 +44,126 @@ fn config_dump_has_the_shape_that_istioctl_reads_and_no_keys() {
     for secret in ["PRIVATE KEY", "UFJJVkFURSBLRVk", key.lines().nth(1).unwrap()] {
         assert!(!text.contains(secret));
     }
+}
+
+/// What a value is, with what stands in for every key of a map that is keyed by names.
+fn shape(value: &Value) -> Value {
+    let word = |word: &str| Value::from(word);
+    match value {
+        Value::Null => word("null"),
+        Value::Bool(_) => word("bool"),
+        Value::Number(_) => word("number"),
+        Value::String(_) => word("text"),
+        Value::Array(all) => Value::Array(all.iter().take(1).map(shape).collect()),
+        Value::Object(all) => Value::Object(all.iter().map(|(key, value)| (key.clone(), shape(value))).collect()),
+    }
+}
+
+/// Whether all that is told of the reference's dump is in ours, and of the same kind.
+fn has_shape(ours: &Value, expected: &Value, path: &str) {
+    match expected {
+        Value::Object(keys) => {
+            keys.iter().for_each(|(key, value)| has_shape(&ours[key], value, &format!("{path}.{key}")))
+        }
+        Value::Array(all) => all.iter().for_each(|one| has_shape(&ours[0], one, &format!("{path}[]"))),
+        _ => assert_eq!(ours, expected, "{path}"),
+    }
+}
+
+#[test]
+fn config_dump_has_the_keys_and_kinds_of_the_references() {
+    let mut w = World::new();
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    apps::serve(&server.netns, 9000, apps::echo);
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 9000}), &[&server]);
+    w.mesh.services[0]["cidrVips"] = json!(["/10.97.0.0/16"]);
+    w.mesh.services[0]["waypoint"] = json!({"destination": "ns/way.ns.svc.cluster.local", "hboneMtlsPort": 15008});
+    w.mesh.policy("open", "Namespace", "Allow", json!({"destinationPorts": [9000]}));
+    w.start();
+    let mut open = connect(&client.netns, (server.v4, 9000)).unwrap();
+    assert!(alive(&mut open));
+    let (here, there) = (w.json(1, "/config_dump"), w.json(2, "/config_dump"));
+    let named = |dump: &Value, list: &str, name: &str| {
+        shape(dump[list].as_array().unwrap().iter().find(|one| one["name"] == name).unwrap())
+    };
+    let gateway = json!({"destination": "text", "hboneMtlsPort": "number"});
+    let workload = json!({
+        "workloadIps": ["text"], "protocol": "text", "networkMode": "text", "uid": "text", "name": "text", "namespace": "text",
+        "trustDomain": "text", "serviceAccount": "text", "workloadName": "text", "workloadType": "text", "canonicalName": "text",
+        "canonicalRevision": "text", "node": "text", "status": "text", "clusterId": "text", "services": ["text"],
+        "capacity": "number",
+    });
+    has_shape(&named(&there, "workloads", "server"), &workload, "workload");
+    let service = json!({
+        "name": "text", "namespace": "text", "hostname": "text", "vips": ["text"], "ports": {"80": "number"},
+        "cidrVips": [{"cidr": "text", "network": "text"}], "waypoint": gateway, "visibility": "text",
+        "endpoints": {"c1//Pod/ns/server": {"workloadUid": "text", "port": {"80": "number"}, "status": "text"}},
+    });
+    has_shape(&named(&there, "services", "web"), &service, "service");
+    let policy = json!({"name": "text", "namespace": "text", "scope": "text", "action": "text", "rules": [[[{"destinationPorts": ["number"]}]]]});
+    has_shape(&named(&there, "policies", "open"), &policy, "policy");
+    let certificate = json!({"pem": "text", "serialNumber": "text", "validFrom": "text", "expirationTime": "text"});
+    let connection = json!({"src": "text", "originalDst": "text", "actualDst": "text", "protocol": "text"});
+    let config = json!({"proxy": "bool", "dnsProxy": "bool", "windowSize": "number", "connectionWindowSize": "number", "frameSize": "number",
+                "poolMaxStreamsPerConn": "number", "poolUnusedReleaseTimeout": "text", "adminAddr": "text", "statsAddr": "text",
+                "readinessAddr": "text", "inboundAddr": "text", "inboundPlaintextAddr": "text", "outboundAddr": "text",
+                "dnsProxyAddr": "text", "illegalPorts": ["number"], "network": "text", "localNode": "text", "proxyMode": "text",
+                "clusterId": "text", "clusterDomain": "text", "secretTtl": "text", "xdsOnDemand": "bool",
+                "selfTerminationDeadline": "text", "numWorkerThreads": "number", "requireOriginalSource": "bool", "fakeCa": "bool",
+                "inpodPortReuse": "bool", "packetMark": "number", "localhostAppTunnel": "bool", "ipv6Enabled": "bool",
+                "socketConfig": {"keepaliveEnabled": "bool", "keepaliveTime": "text", "keepaliveInterval": "text",
+                    "keepaliveRetries": "number", "userTimeoutEnabled": "bool"}});
+    let whole = |direction: &str, pod: &str| {
+        json!({
+            "workloads": [], "services": [], "policies": [], "stagedServices": {},
+            "staticConfig": {"workloads": [], "services": [], "policies": []},
+            "certificates": [{"identity": "text", "state": "text", "certChain": [certificate], "rootCerts": [certificate]}],
+            "version": {"version": "text", "gitRevision": "text", "rustVersion": "text", "buildProfile": "text", "buildStatus": "text",
+                "istioVersion": "text", "cryptoProvider": "text"},
+        "config": config.clone(),
+            "workloadState": {pod: {"state": "text", "info": {"name": "text", "namespace": "text", "serviceAccount": "text"},
+                "connections": {direction: [connection]}}},
+        })
+    };
+    has_shape(&shape(&here), &whole("outbound", "uid-client"), "dump of the first node");
+    has_shape(&shape(&there), &whole("inbound", "uid-server"), "dump of the second node");
+    let inbound = &there["workloadState"]["uid-server"]["connections"]["inbound"][0];
+    assert_eq!(inbound["originalDst"], "web.ns.svc.cluster.local", "the service behind the port");
+}
+
+#[test]
+fn what_comes_in_counts_for_the_one_service_behind_the_port() {
+    let mut w = World::new();
+    let (client, plain, server) = (w.mesh_pod("client", 1), w.plain_pod("plain", 1), w.mesh_pod("server", 2));
+    for port in [8080, 8081, 8082] {
+        apps::serve(&server.netns, port, apps::who);
+    }
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080, "81": 8081}), &[&server]);
+    w.mesh.service("also", &["10.96.0.2"], &json!({"80": 8081}), &[&server]);
+    w.start();
+    // By its own address nobody says which service was meant.
+    for from in [&client, &plain] {
+        for port in [8080, 8081, 8082] {
+            ask(&from.netns, (server.v4, port), "x").unwrap();
+        }
+    }
+    let counted = |service: &str, of: &str| {
+        let labels = [
+            "reporter=\"destination\"",
+            &format!("source_workload=\"{of}\""),
+            &format!("destination_service=\"{service}\""),
+        ];
+        w.metric(2, "istio_tcp_connections_closed_total", &labels)
+    };
+    for of in ["client", "plain"] {
+        eventually("all are counted", || counted("web.ns.svc.cluster.local", of) + counted("unknown", of) == 3.0);
+        assert_eq!(
+            (counted("web.ns.svc.cluster.local", of), counted("unknown", of)),
+            (1.0, 2.0),
+            "two services have 8081, none 8082"
+        );
+    }
+    w.log_line(2, "the service", |l| l["direction"] == "inbound" && l["dst.service"] == "web.ns.svc.cluster.local");
 }
 
 #[test]

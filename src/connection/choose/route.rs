@@ -106,7 +106,9 @@ impl Choice<'_> {
             return self.to_waypoint(found, Some(service));
         }
         if service.is_passthrough() {
-            return Ok(Route { way: Way::Direct { to: target }, workload: None, service: Some(service.clone()) });
+            // What goes to a port that the service does not have is none of its connections.
+            let service = service.ports.contains_key(&target.port()).then(|| service.clone());
+            return Ok(Route { way: Way::Direct { to: target }, workload: None, service });
         }
         let chosen = destination::choose(snapshot, source, service, target.port(), self.names, chance)?;
         self.to_workload(chosen, Some(service), chance)
@@ -187,6 +189,7 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 mod tests {
     use super::*;
     use crate::connection::choose::own_ports;
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, Mode};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -246,6 +249,24 @@ mod tests {
             ("10.0.0.1:15006", "attempted recursive call to ourselves (10.0.0.1:15006)"),
         ] {
             assert_eq!(world.route("client", to), expected, "{to}");
+        }
+    }
+
+    #[test]
+    fn a_service_without_endpoints_of_its_own_counts_for_the_ports_that_it_has() {
+        let world = World::new().with(|f| {
+            f.services[0].load_balancer = Some(LoadBalancer {
+                preferences: Vec::new(),
+                mode: Mode::Passthrough,
+                health_policy: HealthPolicy::OnlyHealthy,
+            });
+        });
+        let snapshot = Snapshot::build(1, world.0);
+        let source = snapshot.workload_of_pod("a", "client").unwrap();
+        for (to, counts) in [("10.96.0.1:80", true), ("10.96.0.1:81", false)] {
+            let to: SocketAddr = to.parse().unwrap();
+            let route = choose(&snapshot, source, to, own_ports(true), &Names::new(), &mut |_| 0).unwrap();
+            assert_eq!((route.way, route.service.is_some()), (Way::Direct { to }, counts), "{to}");
         }
     }
 

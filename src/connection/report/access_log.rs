@@ -41,7 +41,7 @@ macro_rules! line {
             src.identity = d.source_identity.as_ref().map(display),
             src.cluster = source.map(|w| &*w.cluster_id),
             dst.addr = hop.map(display),
-            dst.hbone_addr = d.authority.as_deref(),
+            dst.hbone_addr = d.authority.as_deref().map(display),
             dst.service = d.service.as_ref().map(|s| &*s.key.hostname),
             dst.workload = to.map(name),
             dst.namespace = to.map(|w| &*w.namespace),

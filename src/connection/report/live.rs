@@ -27,6 +27,8 @@ pub struct Connection {
     pub actual: SocketAddr,
     /// What was asked for at the tunnel's end.
     pub authority: Option<String>,
+    /// Host name of the service that was asked for, where it is known.
+    pub service: Option<Text>,
     /// Identity of the source, proven or, outbound, our own.
     pub source_identity: Option<SpiffeName>,
     /// Identity of the destination: inbound our own, outbound once it has been proven.

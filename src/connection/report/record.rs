@@ -150,6 +150,7 @@ impl Record {
             destination: self.destination.unwrap_or(details.actual),
             actual: details.actual,
             authority: details.authority.clone(),
+            service: details.service.as_ref().map(|service| service.key.hostname.clone()),
             source_identity: details.source_identity.clone(),
             destination_identity: details.destination_identity.clone().map(OnceLock::from).unwrap_or_default(),
             tls: OnceLock::new(),

@@ -10,7 +10,7 @@ use super::policy;
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
-use crate::mesh::{ServiceKey, Text, Update, Wanted, Workload};
+use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
 use crate::proto::culvert::state::SavedType;
 use crate::proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status,
@@ -254,7 +254,10 @@ impl Delta {
                     self.note_host_network(&workload, update);
                     update.workloads.push(*workload);
                 }
-                decode::Address::Service(service) => update.services.push(*service),
+                decode::Address::Service(service) => {
+                    self.note_ranges(&service, update);
+                    update.services.push(*service);
+                }
             }
             if self.on_demand {
                 self.nobodys.remove(&*name);
@@ -327,6 +330,22 @@ impl Delta {
                 self.absent[0].push(wanted);
             }
         }
+    }
+
+    /// An address that was asked for and lies in a range of this service is nobody's own: the range is the answer.
+    fn note_ranges(&mut self, service: &Service, update: &mut Update) {
+        if service.cidrs.is_empty() || !self.on_demand {
+            return;
+        }
+        let inside = |wanted: &&Wanted| match wanted {
+            Wanted::Address(at) => {
+                service.cidrs.iter().any(|cidr| cidr.network == at.network && cidr.range.contains(&at.ip))
+            }
+            Wanted::Service(_) | Wanted::Workload(_) => false,
+        };
+        let answered: Vec<Wanted> = self.asked.values().filter(inside).cloned().collect();
+        update.absent.extend(answered.iter().cloned());
+        self.absent[0].extend(answered);
     }
 
     /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
@@ -435,6 +454,38 @@ mod tests {
     fn resource(name: &str, version: &str, value: Vec<u8>) -> Resource {
         let any = prost_types::Any { type_url: String::new(), value };
         Resource { name: name.into(), version: version.into(), resource: Some(any), ..Default::default() }
+    }
+
+    #[test]
+    fn on_demand_the_range_around_an_address_is_the_answer() {
+        let at = |ip: &str| Wanted::Address(crate::mesh::address::parse_network_address(ip).unwrap());
+        let (inside, outside) = (at("/10.97.0.0"), at("/10.98.0.1"));
+        let service = wire::Service {
+            name: "wide".into(),
+            namespace: "a".into(),
+            hostname: "wide.a".into(),
+            addresses: vec![wire::NetworkAddress {
+                network: String::new(),
+                address: vec![10, 97, 0, 0].into(),
+                length: Some(16),
+            }],
+            ..Default::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        let answer = response(ADDRESS, vec![resource("a/wide.a", "1", address.encode_to_vec())], &[]);
+        for on_demand in [true, false] {
+            let mut delta = Delta::new(on_demand, false);
+            if on_demand {
+                delta.ask(vec![inside.clone(), outside.clone(), at("net/10.97.0.1")]);
+            }
+            let update = delta.receive(answer.clone()).update;
+            assert_eq!(update.absent, if on_demand { vec![inside.clone()] } else { vec![] });
+            let store = Store::new("".into(), "".into(), on_demand);
+            store.update(update);
+            let now = store.load();
+            assert_eq!(now.unasked(inside.clone()), None);
+            assert!(now.service_around(&"".into(), "10.97.0.0".parse().unwrap(), "x").is_some());
+        }
     }
 
     fn workload(name: &str, ip: u8, version: &str) -> Resource {
