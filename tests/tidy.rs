@@ -97,6 +97,25 @@ fn sources() -> BTreeMap<String, String> {
     found
 }
 
+/// What the log says is for people: nothing in it is printed as a programmer would.
+#[test]
+fn nothing_is_logged_in_its_debug_form() {
+    for (name, text) in sources() {
+        for call in ["trace!(", "debug!(", "info!(", "warn!(", "error!(", "event!("] {
+            for rest in code(&text).split(&format!("tracing::{call}")).skip(1) {
+                let arguments = rest.split(");").next().unwrap();
+                let mut pairs = arguments.char_indices().zip(arguments.chars().skip(1));
+                let sigil = pairs.find(|((at, c), next)| {
+                    let before = arguments[..*at].trim_end().chars().next_back();
+                    *c == '?' && next.is_alphabetic() && before.is_none_or(|before| matches!(before, ',' | '=' | '('))
+                });
+                assert!(sigil.is_none(), "{name}: tracing::{call}{arguments}");
+                assert!(!arguments.contains(":?}"), "{name}: tracing::{call}{arguments}");
+            }
+        }
+    }
+}
+
 /// Code without comments, so that prose may name what code may not.
 fn code(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")

@@ -39,6 +39,15 @@ pub enum Command {
     Demo(DemoArgs),
     /// Look at this node, where the daemon runs: one line for each thing, and what to do where it is not well.
     Doctor(Box<NodeArgs>),
+    /// The pods of this node as its daemon knows them: state, since when, and what should be known of each.
+    Pods {
+        /// What the admin port says of them, as it is.
+        #[arg(long)]
+        json: bool,
+        /// Settings.
+        #[command(flatten)]
+        node: Box<NodeArgs>,
+    },
     /// Remove every trace of culvert from this node, where no daemon runs any more.
     Cleanup(Box<NodeArgs>),
     /// The CNI plugin, run by the container runtime (CNI_COMMAND, CNI_NETNS, CNI_ARGS, a configuration on standard input).

@@ -23,7 +23,7 @@ use crate::node::status::Board;
 use crate::sys::netns::Netns;
 use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
-use crate::telemetry::log::{self, LogControl};
+use crate::telemetry::log::{self, LogControl, brief};
 use crate::{admin, control, identity, node, rpc, sys, telemetry};
 use anyhow::Context;
 use prometheus_client::collector::Collector;
@@ -297,7 +297,7 @@ async fn end(
 ) {
     drain.gently();
     let (open, deadline) = (parts.reporter.live.len(), parts.config.drain_deadline);
-    tracing::info!(open, ?deadline, "no new connections; waiting for those that are open");
+    tracing::info!(open, deadline = %brief(deadline), "no new connections; waiting for those that are open");
     tokio::select! {
         () = workers.finished() => {}
         () = tokio::time::sleep(deadline) => {}

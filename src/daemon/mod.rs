@@ -36,6 +36,10 @@ pub fn run(cli: Cli) -> ExitCode {
         },
         Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor_command(&args),
+        Command::Pods { json, node } => match doctor::list::run(admin_port(&node), json) {
+            Ok(text) => say(text.trim_end()),
+            Err(error) => fail(1, &error),
+        },
         Command::Cleanup(args) => {
             let config = check(&args, &Environment::of_process(), machine());
             look(config, async |config, say| doctor::cleanup::run(config, say).await)
@@ -50,8 +54,7 @@ pub fn run(cli: Cli) -> ExitCode {
 
 /// Looks at the node by the settings of its daemon, which it tells itself; by those of this command where none runs.
 fn doctor_command(args: &NodeArgs) -> ExitCode {
-    let own = check(args, &Environment::of_process(), machine());
-    let port = own.as_ref().map_or(crate::admin::ADMIN_PORT, |config| config.admin.admin_port);
+    let (own, port) = (check(args, &Environment::of_process(), machine()), admin_port(args));
     let told = doctor::settings(port).and_then(|settings| {
         let config = check(&NodeArgs::of(&settings), &Environment::of_machine(), machine());
         config.map_err(|faults| faults.0.join("; "))
@@ -60,6 +63,12 @@ fn doctor_command(args: &NodeArgs) -> ExitCode {
         Ok(config) => look(Ok(config), async |config, say| doctor::run(config, Ok(()), say).await),
         Err(why) => look(own, async |config, say| doctor::run(config, Err(why), say).await),
     }
+}
+
+/// Where the daemon of this node is asked.
+fn admin_port(args: &NodeArgs) -> u16 {
+    let own = check(args, &Environment::of_process(), machine());
+    own.map_or(crate::admin::ADMIN_PORT, |config| config.admin.admin_port)
 }
 
 /// Does something to this node that prints a line for each thing it finds; fails where it is not well.

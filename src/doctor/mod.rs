@@ -2,6 +2,7 @@
 //! thing, well or not, and what to do where it is not. `culvert cleanup` is beside it.
 
 pub mod cleanup;
+pub mod list;
 mod machine;
 mod network;
 mod pods;

@@ -14,6 +14,7 @@ use super::store::{State, Store};
 use super::turns::Urgency;
 use crate::mesh::SpiffeName;
 use crate::task::backoff::Backoff;
+use crate::telemetry::log::brief;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -136,7 +137,7 @@ impl Fresh {
             return None;
         };
         let wait = held.time_left().saturating_sub(held.life().mul_f64(SWITCH_BEFORE_END));
-        tracing::info!(identity = %self.identity, ?wait, "the CA's root is a new one; presenting the certificate of the old one so long");
+        tracing::info!(identity = %self.identity, wait = %brief(wait), "the CA's root is a new one; presenting the certificate of the old one so long");
         match held.trusting(self.store.known_trust(&self.identity)) {
             Ok(trusting) => self.publish(trusting),
             Err(error) => tracing::warn!(identity = %self.identity, %error, "the new root cannot be used yet"),
@@ -162,9 +163,9 @@ impl Fresh {
         let refused = matches!(error, FetchError::Authority(error) if error.is_refusal());
         let fresh = new && self.out.borrow().credentials.is_none();
         if refused && (fresh || !self.store.is_wanted(&self.identity)) {
-            tracing::debug!(identity = %self.identity, %error, ?retry, "the CA does not know the pod");
+            tracing::debug!(identity = %self.identity, %error, retry = %brief(retry), "the CA does not know the pod");
         } else {
-            tracing::warn!(identity = %self.identity, %error, ?retry, "no new certificate; what is held stays in use");
+            tracing::warn!(identity = %self.identity, %error, retry = %brief(retry), "no new certificate; what is held stays in use");
         }
     }
 

@@ -6,7 +6,7 @@
 use super::limit::LogLimit;
 use serde_json::Value;
 use std::fmt::{self, Write as _};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
@@ -19,6 +19,9 @@ use tracing_subscriber::{EnvFilter, reload};
 
 /// Lines that may wait for a slow reader.
 const QUEUE_LINES: usize = 10_000;
+
+/// What libraries say at each attempt, and we say once and in words. Whoever names the target gets it.
+const WORDED: &str = "kube_client=off";
 
 /// What the log looks like and what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,7 +84,7 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
             return Err(LogError::Level(word.to_owned()));
         }
     }
-    EnvFilter::try_new(filter).map_err(|error| LogError::Filter(filter.to_owned(), error))
+    EnvFilter::try_new(format!("{WORDED},{filter}")).map_err(|error| LogError::Filter(filter.to_owned(), error))
 }
 
 impl LogControl {
@@ -223,6 +226,17 @@ impl Visit for Fields {
     }
 }
 
+/// A duration as people read it: hours and minutes where it is long, tenths of seconds where it is short.
+pub fn brief(duration: Duration) -> impl fmt::Display {
+    let unit = match duration.as_millis() {
+        0..1_000 => 1,
+        1_000..60_000 => 100,
+        _ => 1_000,
+    };
+    let millis = u64::try_from(duration.as_millis() / unit * unit).unwrap_or(u64::MAX);
+    humantime::format_duration(Duration::from_millis(millis))
+}
+
 /// An error with all its causes on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
@@ -249,6 +263,20 @@ mod tests {
         }
         for bad in ["inof", "warn,access", "a=b=c", "access=inof"] {
             assert!(check(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_are_brief() {
+        let said = |millis| brief(Duration::from_millis(millis)).to_string();
+        assert_eq!([7, 7_563, 90_250, 3_723_999].map(said), ["7ms", "7s 500ms", "1m 30s", "1h 2m 3s"]);
+    }
+
+    #[test]
+    fn a_library_whose_errors_we_word_is_heard_where_it_is_named() {
+        for (filter, named) in [("info", "off"), ("debug", "off"), ("info,kube_client=debug", "debug")] {
+            let parsed = parse(filter).unwrap().to_string();
+            assert!(parsed.split(',').any(|part| part == format!("kube_client={named}")), "{filter}: {parsed}");
         }
     }
 

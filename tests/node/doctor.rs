@@ -15,11 +15,15 @@ pub fn doctor(w: &World, node: u8) -> String {
 
 /// The same, by a program that becomes it.
 fn doctor_by(w: &World, node: u8, by: &[&str]) -> String {
+    run_by(w, node, by, &["doctor"])
+}
+
+fn run_by(w: &World, node: u8, by: &[&str], what: &[&str]) -> String {
     let mut command = Command::new(by.first().map_or_else(subject, PathBuf::from));
     command
         .args(by.iter().skip(1))
         .args(by.first().map(|_| subject()))
-        .arg("doctor")
+        .args(what)
         .env_clear()
         .env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -114,6 +118,18 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     assert!(has(&said, "note", &["host", "cannot be looked at from here", "/host/proc"]), "{said}");
     assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
     assert_eq!(istio.w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
+    // The pods as a table, and as the admin port tells them.
+    let pods = run_by(&istio.w, 1, &exec, &["pods"]);
+    let line = |name: &str| {
+        pods.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name} in\n{pods}")).to_owned()
+    };
+    assert!(
+        line("POD").contains("STATE")
+            && line("ns/client").contains("captured")
+            && line("ns/second").contains("captured")
+    );
+    let json: serde_json::Value = serde_json::from_str(&run_by(&istio.w, 1, &exec, &["pods", "--json"])).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 2);
     // One ends: its addresses go before anybody says so.
     let addresses = format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", second.v4, second.v6);
     crate::world::ip_in(&second.netns, &addresses);

@@ -580,6 +580,32 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
 }
 
 #[test]
+fn while_the_api_is_away_the_log_says_so_once_and_in_words() {
+    let mut c = cluster();
+    c.start_one(&[]);
+    eventually("it is captured", || c.state("client") == "captured");
+    c.apis[0].away(true);
+    for resource in ["pods", "namespaces"] {
+        eventually("it is tried again and again", || {
+            c.w.metric(1, "culvert_kubernetes_watch_failures_total", &[resource]) >= 5.0
+        });
+    }
+    let lines = c.w.log(1);
+    let of = |resource: &str| {
+        let says = |l: &&Value| {
+            l["resource"] == resource && l["message"].as_str().is_some_and(|m| m.contains("does not tell of changes"))
+        };
+        lines.iter().filter(says).count()
+    };
+    assert_eq!((of("pods"), of("namespaces")), (1, 1), "{lines:?}");
+    let raw: Vec<&Value> =
+        lines.iter().filter(|l| l["scope"].as_str().is_some_and(|scope| scope.starts_with("kube"))).collect();
+    assert!(raw.is_empty(), "what a library says: {raw:?}");
+    c.apis[0].away(false);
+    c.w.log_line(1, "it is back", |l| l["message"] == "the Kubernetes API is there again" && l["away"].is_string());
+}
+
+#[test]
 fn an_annotation_that_cannot_be_written_is_tried_again_and_stops_nobody() {
     let mut c = cluster();
     c.apis[0].state().refuse_patches = 500;

@@ -126,8 +126,13 @@ fn a_control_plane_that_dies_stalls_and_comes_back_costs_no_connection() {
     // Recycled as every half hour, cut, and killed.
     istio.plane.recycle();
     eventually("both have come back", || istio.plane.first_requests(ADDRESS).len() >= 4);
+    let said = |words: &str| {
+        istio.w.log(2).iter().filter(|l| l["message"].as_str().is_some_and(|said| said.contains(words))).count()
+    };
+    eventually("that is in order", || (said("has recycled the stream"), said("was lost")) == (1, 0));
     istio.plane.cut();
     eventually("and again", || istio.plane.first_requests(ADDRESS).len() >= 6);
+    eventually("that is not", || (said("has recycled the stream"), said("was lost")) == (1, 1));
     load.more(10);
     istio.plane.down();
     eventually("it is seen to be away", || {

@@ -9,6 +9,7 @@ use crate::rpc::{self, MESSAGE_BYTES_MAX};
 use crate::task::Signal;
 use crate::task::backoff::Backoff;
 use crate::task::ready::Pending;
+use crate::telemetry::log::brief;
 use serde_json::Value;
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
+use tracing::field::display;
 
 /// Shortest wait before another attempt.
 const RETRY_MIN: Duration = Duration::from_millis(20);
@@ -66,6 +68,16 @@ impl StreamError {
         }
     }
 
+    /// Whether the server has ended the stream in order, as it does with each after a while. One that is killed says nothing:
+    /// the connection breaks.
+    fn is_in_order(&self) -> bool {
+        match self {
+            Self::Complete => true,
+            Self::Failed(status) => is_recycled(status) && !is_broken(status),
+            Self::Connect(_) | Self::Refused(_) | Self::Silent | Self::Stuck => false,
+        }
+    }
+
     /// Whether the server found a message too large.
     fn is_too_large(&self) -> bool {
         // The same code says that we ask too often; only the text tells them apart (source: gRPC's server).
@@ -82,6 +94,19 @@ fn is_recycled(status: &Status) -> bool {
         Code::Unavailable => ["transport is closing", "goaway"].iter().any(|text| status.message().contains(text)),
         _ => false,
     }
+}
+
+/// Whether the connection below a stream has broken.
+fn is_broken(status: &Status) -> bool {
+    let mut next = std::error::Error::source(status);
+    while let Some(error) = next {
+        let broken = |error: &h2::Error| error.is_io();
+        if error.is::<std::io::Error>() || error.downcast_ref::<h2::Error>().is_some_and(broken) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 /// Notes on policies in one line of the log; more are counted.
@@ -174,21 +199,28 @@ impl Client {
     fn say(&mut self, error: &StreamError, was_live: bool, wait: Duration) {
         let text = error.to_string();
         let control_plane = self.config.rpc.address.to_string();
-        if was_live && matches!(error.word(), "Complete" | "Reconnect") {
+        if was_live && error.is_in_order() {
             tracing::info!(control_plane, reason = text, "the control plane has recycled the stream; connecting again");
             return;
         }
         let known = self.said.as_ref().is_some_and(|(said, at)| *said == text && at.elapsed() < SAY_AGAIN);
         if known {
-            tracing::debug!(control_plane, %error, retry = ?wait, "no stream to the control plane");
+            tracing::debug!(control_plane, %error, retry = %brief(wait), "no stream to the control plane");
             return;
         }
         self.said = Some((text, Instant::now()));
-        let age = self.freshness.report().age;
-        tracing::warn!(
-            control_plane, %error, retry = ?wait, facts_age = ?age,
-            "no stream to the control plane; what is known stays in force"
-        );
+        let (age, retry) = (self.freshness.report().age.map(brief).map(display), brief(wait));
+        if was_live {
+            tracing::warn!(
+                control_plane, %error, %retry,
+                "the connection to the control plane was lost; what is known stays in force, changes are not heard of"
+            );
+        } else {
+            tracing::warn!(
+                control_plane, %error, %retry, facts_age = age,
+                "no stream to the control plane; what is known stays in force"
+            );
+        }
     }
 
     async fn session(&mut self) -> StreamError {
@@ -345,10 +377,10 @@ impl Client {
                 }
                 let (workloads, services, policies) = self.store.load().counts();
                 self.freshness.change(|fresh| (fresh.confirmed, fresh.from_file) = (Some(state.at), true));
-                let (path, age) = (path.display().to_string(), self.freshness.report().age);
+                let (path, age) = (path.display().to_string(), self.freshness.report().age.map(brief).map(display));
                 tracing::info!(
                     path,
-                    ?age,
+                    age,
                     workloads,
                     services,
                     policies,

@@ -7,7 +7,8 @@ use crate::mesh::Text;
 use crate::node::status::{PodStatus, State};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
-use crate::telemetry::log::with_causes;
+use crate::telemetry::limit::LogLimit;
+use crate::telemetry::log::{brief, with_causes};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
@@ -50,6 +51,7 @@ pub fn wanted(status: Option<&PodStatus>, said: Option<&str>) -> Result<&'static
 pub struct Annotator {
     client: Client,
     metrics: Arc<Metrics>,
+    complaints: LogLimit,
     tasks: Group,
     on_the_way: HashMap<Text, Sent>,
     results: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
@@ -82,7 +84,14 @@ enum Failure {
 impl Annotator {
     /// Nothing on its way.
     pub fn new(client: Client, metrics: Arc<Metrics>, tasks: Group) -> Self {
-        Self { client, metrics, tasks, on_the_way: HashMap::new(), results: mpsc::channel(AT_ONCE) }
+        Self {
+            client,
+            metrics,
+            tasks,
+            on_the_way: HashMap::new(),
+            complaints: LogLimit::default(),
+            results: mpsc::channel(AT_ONCE),
+        }
     }
 
     /// Sees to a pod whose annotation is to be `value`.
@@ -151,7 +160,16 @@ impl Annotator {
             Err(Failure::Other(error)) => {
                 self.metrics.patch_failed();
                 let wait = sent.backoff.next();
-                tracing::warn!(uid = &*uid, error, "the pod's status annotation could not be written; trying again");
+                // With the API away each pod's fails, again and again; the watches say that.
+                if self.metrics.is_connected("pods")
+                    && let Some(suppressed) = self.complaints.allow()
+                {
+                    let retry = brief(wait);
+                    tracing::warn!(
+                        uid = &*uid, error, %retry, suppressed,
+                        "the pod's status annotation could not be written; peers may not know yet that it is in the mesh"
+                    );
+                }
                 sent.result = Err(error);
                 wait
             }

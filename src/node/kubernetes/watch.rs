@@ -4,7 +4,7 @@
 use super::select::{Labels, PodFacts};
 use crate::mesh::Text;
 use crate::task::backoff::Backoff;
-use crate::telemetry::log::with_causes;
+use crate::telemetry::log::{brief, with_causes};
 use futures_util::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::core::PartialObjectMeta;
@@ -29,6 +29,9 @@ pub const WATCH_SECONDS: u32 = 120;
 const STREAMING: Duration = Duration::from_secs(15);
 /// A watch that has not failed for this long is there, also when nothing is told.
 const SETTLED: Duration = Duration::from_secs(8);
+
+/// That the API is still away is logged again this often.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What is told.
 #[derive(Debug)]
@@ -145,8 +148,8 @@ struct Watch<'a, K, F> {
     listed: bool,
     begun: Instant,
     backoff: Backoff,
-    /// The trouble that has been logged.
-    said: Option<String>,
+    /// Since when the API is away, and when that was logged last.
+    away: Option<(Instant, Instant)>,
     connected: Gauge,
     failures: &'a Counter,
 }
@@ -162,8 +165,9 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
     fn is_there(&mut self) {
         self.connected.set(1);
         self.backoff.reset();
-        if self.said.take().is_some() {
-            tracing::info!(resource = self.resource, "the Kubernetes API is there again");
+        if let Some((since, _)) = self.away.take() {
+            let away = brief(since.elapsed());
+            tracing::info!(resource = self.resource, %away, "the Kubernetes API is there again");
         }
     }
 
@@ -173,11 +177,23 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         if self.streaming && !self.listed && refuses_streaming(error) {
             return self.without_streaming("the Kubernetes API refuses to");
         }
-        let error = with_causes(error);
-        if self.said.as_ref() != Some(&error) {
-            let resource = self.resource;
-            tracing::warn!(resource, error, "the Kubernetes API does not tell of changes; what is enrolled stays so");
-            self.said = Some(error);
+        let (resource, error, now) = (self.resource, with_causes(error), Instant::now());
+        match &mut self.away {
+            Some((_, said)) if said.elapsed() < SAY_AGAIN => {
+                tracing::debug!(resource, error, "the Kubernetes API does not tell of changes");
+            }
+            away => {
+                let since = away.map_or(now, |(since, _)| since);
+                *away = Some((since, now));
+                let away = brief(since.elapsed());
+                tracing::warn!(
+                    resource,
+                    error,
+                    %away,
+                    "the Kubernetes API does not tell of changes; what is enrolled stays captured, and its traffic goes on; what is \
+                     new, and what is relabelled, waits"
+                );
+            }
         }
         tokio::time::sleep(self.backoff.next()).await;
         self.begun = Instant::now();
@@ -227,7 +243,7 @@ async fn follow<K: Send + 'static, T>(
         listed: false,
         begun: Instant::now(),
         backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
-        said: None,
+        away: None,
         connected: metrics.connected.get_or_create(&label).clone(),
         failures: &metrics.failures.get_or_create(&label).clone(),
     };

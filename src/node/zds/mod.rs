@@ -13,6 +13,7 @@ use crate::sys::seqpacket::{Packet, Seqpacket};
 use crate::task::Signal;
 use crate::task::backoff::Backoff;
 use crate::task::ready::Pending;
+use crate::telemetry::log::brief;
 use message::{MessageError, PACKET_BYTES_MAX, Request};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -102,9 +103,9 @@ impl Client {
             self.metrics.disconnects.inc();
             let (text, path, wait) = (error.to_string(), self.path.display().to_string(), backoff.next());
             if self.said.as_ref() == Some(&text) {
-                tracing::debug!(path, %error, retry = ?wait, "no connection to the node's agent");
+                tracing::debug!(path, %error, retry = %brief(wait), "no connection to the node's agent");
             } else {
-                tracing::warn!(path, %error, retry = ?wait, "no connection to the node's agent; pods stay as they are");
+                tracing::warn!(path, %error, retry = %brief(wait), "no connection to the node's agent; pods stay as they are");
                 self.said = Some(text);
             }
             tokio::select! {

@@ -1,0 +1,93 @@
+//! `culvert pods`: what the daemon of this node says of its pods, as a table.
+
+use super::get;
+use serde_json::Value;
+use std::time::SystemTime;
+
+const HEAD: [&str; 4] = ["POD", "STATE", "SINCE", "NOTE"];
+
+/// Asks the daemon's admin port; its own words where `json`.
+pub fn run(port: u16, json: bool) -> Result<String, String> {
+    let asked = get(port, "/pods").map_err(|error| {
+        format!("the daemon of this node does not answer on port {port}: {error}; is this its container, or its network namespace?")
+    })?;
+    match asked {
+        (200, body) if json => Ok(body),
+        (200, body) => {
+            let pods: Value = serde_json::from_str(&body).map_err(|error| format!("/pods: {error}"))?;
+            Ok(table(pods.as_array().map(Vec::as_slice).unwrap_or_default(), SystemTime::now()))
+        }
+        (status, body) => Err(format!("/pods: {status}: {}", body.trim())),
+    }
+}
+
+fn table(pods: &[Value], now: SystemTime) -> String {
+    if pods.is_empty() {
+        return "no pod of this node is to be captured".to_owned();
+    }
+    let mut rows = vec![HEAD.map(str::to_owned)];
+    let mut all: Vec<[String; 4]> = pods.iter().map(|pod| row(pod, now)).collect();
+    all.sort();
+    rows.extend(all);
+    let widths = [0, 1, 2]
+        .map(|at| rows.iter().filter_map(|row| row.get(at)).map(|cell| cell.chars().count()).max().unwrap_or(0));
+    let line = |[pod, state, since, note]: &[String; 4]| {
+        let [first, second, third] = widths;
+        format!("{pod:<first$}  {state:<second$}  {since:<third$}  {note}").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+fn row(pod: &Value, now: SystemTime) -> [String; 4] {
+    let text = |key: &str| pod[key].as_str().unwrap_or_default();
+    let since = humantime::parse_rfc3339(text("since")).ok().and_then(|since| now.duration_since(since).ok());
+    let since = since.map(|since| crate::telemetry::log::brief(since).to_string()).unwrap_or_default();
+    let cells =
+        [format!("{}/{}", text("namespace"), text("name")), text("state").to_owned(), since, notes(pod).join("; ")];
+    // Rules have names that the pod has chosen.
+    cells.map(|cell| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
+}
+
+/// What somebody should know of a pod.
+fn notes(pod: &Value) -> Vec<String> {
+    let text = |key: &str| pod[key].as_str().map(str::to_owned);
+    let mut notes: Vec<String> = text("reason").into_iter().collect();
+    if let Some(older) = pod["uncapturedConnections"].as_u64().filter(|older| *older > 0) {
+        notes.push(format!("{older} connections are older and go on in plaintext"));
+    }
+    if pod["bypassInboundCapture"] == true {
+        notes.push("plaintext that comes in is left alone".into());
+    }
+    notes.extend(text("inboundUnverified"));
+    let list =
+        |key: &str| pod[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(", ");
+    for (key, what) in [("otherRules", "other rules"), ("mayBypass", "may pass itself by")] {
+        let all = list(key);
+        if !all.is_empty() {
+            notes.push(format!("{what}: {all}"));
+        }
+    }
+    notes.extend(text("rulesUnread").map(|why| format!("other rules cannot be read: {why}")));
+    notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn none_one_and_many_make_a_table_that_people_read() {
+        let now = humantime::parse_rfc3339("2026-01-01T00:02:00Z").unwrap();
+        assert_eq!(table(&[], now), "no pod of this node is to be captured");
+        let pods = [
+            json!({"namespace": "shop", "name": "web-0", "state": "captured", "since": "2026-01-01T00:00:30Z", "reason": null,
+                "uncapturedConnections": 2, "mayBypass": ["NET_RAW"]}),
+            json!({"namespace": "a", "name": "b", "state": "failed", "since": "?", "reason": "no \u{1b}[31mway"}),
+        ];
+        let expected = "POD         STATE     SINCE   NOTE\n\
+                        a/b         failed            no ?[31mway\n\
+                        shop/web-0  captured  1m 30s  2 connections are older and go on in plaintext; may pass itself by: NET_RAW";
+        assert_eq!(table(&pods, now), expected);
+    }
+}
