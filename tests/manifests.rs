@@ -152,7 +152,9 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert_eq!(rules[0]["verbs"], json!(["get", "list", "watch"]));
             assert_eq!((&rules[1]["resources"], &rules[1]["verbs"]), (&json!(["pods/status"]), &json!(["patch"])));
             assert_eq!(rules.as_array().unwrap().len(), 2);
-            assert_eq!(of_kind(all, "Role").unwrap()["rules"][0]["resourceNames"], json!(["ztunnel"]));
+            let role = &of_kind(all, "Role").unwrap()["rules"];
+            assert_eq!((&role[0]["resourceNames"], &role[0]["verbs"]), (&json!(["ztunnel"]), &json!(["get", "watch"])));
+            assert_eq!(role.as_array().unwrap().len(), 1);
             // What istiod trusts, and istioctl looks for.
             assert_eq!(of_kind(all, "ServiceAccount").unwrap()["metadata"]["name"], "ztunnel");
             assert_eq!(set(all)["spec"]["template"]["metadata"]["labels"]["app"], "ztunnel");
@@ -251,7 +253,7 @@ fn cases() -> Vec<(Value, Expectation)> {
                 assert!(
                     variable(set, "CULVERT_CNI_BIN_DIR").is_null() && variable(set, "CULVERT_STATE_FILE").is_null()
                 );
-                assert!(of_kind(all, "Role").is_none());
+                assert!(of_kind(all, "Role").is_some(), "the end of its DaemonSet concerns it all the same");
             },
         ),
         (json!({"platform": "openshift"}), |all| {
@@ -264,6 +266,32 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert!(set(all).to_string().contains("/var/lib/rancher/k3s/agent/etc/cni/net.d"))
         }),
         (json!({"platform": "gke"}), |all| assert!(set(all).to_string().contains("/home/kubernetes/bin"))),
+        (json!({"cleanup": {"enabled": true}}), |all| {
+            let set = set(all);
+            assert_eq!(set["metadata"]["name"], "ztunnel-cleanup");
+            let names: Vec<&str> = all.iter().map(|document| document["metadata"]["name"].as_str().unwrap()).collect();
+            assert!(names.iter().all(|name| name.starts_with("ztunnel-cleanup")), "the daemon goes: {names:?}");
+            let pod = &set["spec"]["template"]["spec"];
+            assert_eq!(pod["hostNetwork"], true, "no pod of it waits for the daemon that is gone");
+            assert_eq!(
+                (&pod["initContainers"][0]["args"], &container(set)["args"]),
+                (&json!(["cleanup"]), &json!(["cleanup", "--stay"]))
+            );
+            assert_eq!(pod["initContainers"][0]["env"], container(set)["env"]);
+            // The same places as the daemon's.
+            let daemon = documents(&render(&json!({})).unwrap());
+            let daemon = of_kind(&daemon, "DaemonSet").unwrap();
+            for volume in pod["volumes"].as_array().unwrap() {
+                assert!(daemon["spec"]["template"]["spec"]["volumes"].as_array().unwrap().contains(volume), "{volume}");
+            }
+            for name in
+                ["CULVERT_PODS", "CULVERT_PROC", "CULVERT_CNI_BIN_DIR", "CULVERT_CNI_CONF_DIR", "CULVERT_STATE_FILE"]
+            {
+                assert_eq!(variable(set, name), variable(daemon, name), "{name}");
+            }
+            let rules = &of_kind(all, "ClusterRole").unwrap()["rules"];
+            assert_eq!((&rules[0]["verbs"], &rules[1]["verbs"]), (&json!(["list"]), &json!(["patch"])));
+        }),
         (json!({"resourceScope": "cluster"}), |all| {
             assert!(all.iter().all(|document| document["metadata"]["namespace"].is_null()) && all.len() == 2);
         }),
@@ -308,6 +336,9 @@ fn what_is_applied_by_hand_is_what_the_chart_gives() {
     let kinds = |all: &[Value]| all.iter().map(|document| document["kind"].to_string()).collect::<BTreeSet<_>>();
     assert_eq!(kinds(&built), kinds(&rendered));
     assert_eq!(of_kind(&built, "DaemonSet"), of_kind(&rendered, "DaemonSet"));
+    let built = documents(&tool("kustomize", &["build", "daemonset/cleanup"]).unwrap());
+    built.iter().for_each(check);
+    assert_eq!(of_kind(&built, "DaemonSet").unwrap()["metadata"]["name"], "ztunnel-cleanup");
     let alone = fs::read_to_string(root().join("daemonset/daemonset.yaml")).unwrap();
     documents(&alone).iter().for_each(check);
 }
@@ -327,7 +358,10 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
             assert!(args.contains(&format!("\"{name}\"")), "nobody reads {name}");
             assert!(readme.contains(&format!("`{name}`")), "README.md does not name {name}");
         }
-        let ports = container(set)["ports"].as_array().unwrap();
+        let Some(ports) = container(set)["ports"].as_array() else {
+            assert_eq!(set["metadata"]["name"], "ztunnel-cleanup", "only the daemon listens");
+            continue;
+        };
         assert_eq!(ports[0]["containerPort"], 15020);
     }
     let admin = source("admin/mod.rs");

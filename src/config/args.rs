@@ -49,7 +49,7 @@ pub enum Command {
         node: Box<NodeArgs>,
     },
     /// Remove every trace of culvert from this node, where no daemon runs any more.
-    Cleanup(Box<NodeArgs>),
+    Cleanup(CleanupArgs),
     /// The CNI plugin, run by the container runtime (CNI_COMMAND, CNI_NETNS, CNI_ARGS, a configuration on standard input).
     Cni,
     /// Print the version.
@@ -64,6 +64,21 @@ pub enum CaCommand {
         /// The directory.
         dir: PathBuf,
     },
+}
+
+/// Settings of cleaning up.
+#[derive(Clone, Debug, Args)]
+pub struct CleanupArgs {
+    /// Remove also the rules that another node's daemon has written in namespaces of this machine, or a version that did not
+    /// say for which node.
+    #[arg(long)]
+    pub all: bool,
+    /// Wait for a signal when all is removed, as a pod of a DaemonSet has to.
+    #[arg(long)]
+    pub stay: bool,
+    /// Settings of the daemon that was here.
+    #[command(flatten)]
+    pub node: Box<NodeArgs>,
 }
 
 /// Settings of the demonstration.

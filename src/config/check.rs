@@ -139,7 +139,9 @@ fn node_config(
     node::Config {
         redirect: !matches!(source, Source::Agent(_)),
         source,
+        node_name: args.node_name.clone().unwrap_or_default(),
         host_netns: path(&args.host_netns).unwrap_or_else(|| proc.join("1/ns/net")),
+        proc,
         // Who writes the mesh by hand need not name the cluster; then no fact is another cluster's.
         cluster_id: match path(&args.mesh_file) {
             Some(_) => istio::said_cluster_id(args, environment).unwrap_or_default(),

@@ -63,6 +63,7 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
     let excluded: BTreeSet<String> =
         excluded.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
     let own_namespace = text(&args.pod_namespace).unwrap_or_else(|| "istio-system".into());
+    let daemonset = text(&args.daemonset).unwrap_or_else(|| "ztunnel".into());
     let cni_socket = text(&args.cni_socket).map_or_else(|| CNI_SOCKET.into(), PathBuf::from);
     let cni = match (text(&args.cni_bin_dir), text(&args.cni_conf_dir)) {
         (Some(bin_dir), Some(conf_dir)) => Some(install::Config {
@@ -71,7 +72,8 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
             socket: cni_socket.clone(),
             excluded: excluded.iter().cloned().collect(),
             own_namespace: own_namespace.clone(),
-            own_name: text(&args.daemonset).unwrap_or_else(|| "ztunnel".into()),
+            own_name: daemonset.clone(),
+            node: node_name.clone(),
         }),
         (None, None) => None,
         _ => {
@@ -85,11 +87,12 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
         cni,
         cni_socket,
         node_name,
+        daemonset,
         enablement: Enablement { selectors, excluded, own_namespace },
         proc: proc.to_owned(),
         kubeconfig: text(&args.kubeconfig).map(PathBuf::from),
         // Beside the last known mesh: both are for a start without those who tell.
-        memory: text(&args.state_file).map(|file| (file + ".pods").into()),
+        memory: text(&args.state_file).map(|file| super::pods_file(&file)),
     }
 }
 

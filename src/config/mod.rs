@@ -54,6 +54,20 @@ pub struct Config {
     pub settings: BTreeMap<String, String>,
 }
 
+/// Beside the state file `file`: the pods that were enrolled.
+pub fn pods_file(file: &str) -> PathBuf {
+    format!("{file}.pods").into()
+}
+
+impl Config {
+    /// Files that outlive a daemon.
+    pub fn state_files(&self) -> Vec<PathBuf> {
+        // Also where facts come from a file.
+        let state = self.settings.get("CULVERT_STATE_FILE").filter(|path| !path.is_empty());
+        state.into_iter().flat_map(|file| [PathBuf::from(file), pods_file(file)]).collect()
+    }
+}
+
 /// Where facts about the mesh come from.
 #[derive(Clone, Debug)]
 pub enum MeshSource {

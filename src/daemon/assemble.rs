@@ -130,16 +130,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let _enforcing = enforce(&parts, permits).context("cannot start the thread that enforces")?;
     let budget = shared.budget.clone();
     background.spawn(async move { budget.watch().await });
-    let capturer = Arc::new(Capturer {
-        config: parts.config.node.clone(),
-        sockets: parts.config.connection.sockets,
-        mesh: parts.mesh.clone(),
-        identities,
-        dns: dns.clone(),
-        workers: workers.clone(),
-        drain: drain.clone(),
-        claims: Default::default(),
-    });
+    let capturer = capturer(&parts, &workers, &drain, &background);
     own_pod(&parts.config, &capturer, &ready, &background)?;
     let last =
         pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
@@ -150,9 +141,37 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         () = quit.notified() => tracing::info!("ending: asked to by /quitquitquit"),
     }
     let _ending = ready.wait_for("ending");
-    end(&parts, &drain, &workers, (&last, &background), &mut signals).await;
+    end(&parts, &drain, &workers, (&last.tasks, &background), &mut signals).await;
     facts.stop();
+    if last.own_set.nothing_stays() {
+        forget(&parts.config);
+    }
     Ok(())
+}
+
+/// Removes what is left on the node when nothing uses it any more.
+fn forget(config: &Config) {
+    let mut outcomes: Vec<_> = config.state_files().iter().map(|file| node::remains::remove_file(file)).collect();
+    if let node::Source::Kubernetes(kubernetes) = &config.node.source {
+        outcomes.extend(kubernetes.remove_meeting_places(&config.node.whose()));
+    }
+    node::kubernetes::leave::report(outcomes);
+}
+
+/// What captures pods.
+fn capturer(parts: &Parts, workers: &Arc<Workers>, drain: &Drain, background: &Group) -> Arc<Capturer> {
+    Arc::new(Capturer {
+        config: parts.config.node.clone(),
+        sockets: parts.config.connection.sockets,
+        mesh: parts.mesh.clone(),
+        identities: parts.identities.clone(),
+        dns: parts.dns.clone(),
+        workers: workers.clone(),
+        drain: drain.clone(),
+        claims: Default::default(),
+        turn: pods::turn(&parts.config, drain, background),
+        whose: parts.config.node.whose(),
+    })
 }
 
 /// What peers may make this node hold: a quarter of its memory, where that is limited.

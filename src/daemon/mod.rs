@@ -41,8 +41,14 @@ pub fn run(cli: Cli) -> ExitCode {
             Err(error) => fail(1, &error),
         },
         Command::Cleanup(args) => {
-            let config = check(&args, &Environment::of_process(), machine());
-            look(config, async |config, say| doctor::cleanup::run(config, say).await)
+            let config = check(&args.node, &Environment::of_process(), machine());
+            look(config, async |config, say| {
+                let cleaned = doctor::cleanup::run(config, args.all, &mut *say).await;
+                if cleaned && args.stay {
+                    signals::any().await;
+                }
+                cleaned
+            })
         }
         Command::Cni => match Call::of_process() {
             Some(call) => plugin::run(&call),

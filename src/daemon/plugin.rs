@@ -2,7 +2,8 @@
 //! there is none, so that no pod that should be captured starts without that.
 
 use crate::config::plugin::Call;
-use crate::node::cni::{self, Question, Verb};
+use crate::node::cni::install::OURS;
+use crate::node::cni::{self, AskError, Question, Verb};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -11,6 +12,7 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// Versions of the specification that are spoken.
 const VERSIONS: [&str; 6] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0", "0.2.0"];
@@ -38,6 +40,8 @@ struct Configuration {
     own_namespace: String,
     #[serde(default)]
     own_name: String,
+    #[serde(default)]
+    node: String,
     #[serde(default)]
     prev_result: Option<Value>,
 }
@@ -125,7 +129,10 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         match (verb, asked) {
             // A pod that goes must not wait for a daemon that is away; the daemon sees for itself that it has gone.
             (Verb::Del, _) | (_, Ok(())) => {}
-            (_, Err(message)) => return Err(Refusal { code: TRY_AGAIN_LATER, message }),
+            (_, Err(AskError::Refused(message))) => return Err(Refusal { code: TRY_AGAIN_LATER, message }),
+            (_, Err(AskError::Away(why))) => {
+                return Err(Refusal { code: TRY_AGAIN_LATER, message: configuration.away(&why) });
+            }
         }
     }
     Ok(result(verb, configuration))
@@ -145,6 +152,27 @@ impl Configuration {
             && !self.own_name.is_empty()
             && call.pod.strip_prefix(&self.own_name).is_some_and(|rest| rest.starts_with('-'));
         own || self.exclude_namespaces.contains(&call.namespace)
+    }
+
+    /// What whoever looks at the pod's events reads while the daemon is away: where, since when, and what can be done.
+    fn away(&self, why: &str) -> String {
+        let (namespace, set, socket) = (&self.own_namespace, &self.own_name, &self.socket);
+        let (of_node, on_node) = match self.node.as_str() {
+            "" => ("of this node".to_owned(), String::new()),
+            node => (format!("of node {node}"), format!(" --field-selector spec.nodeName={node}")),
+        };
+        let since = match cni::last_seen(socket) {
+            Some((at, age)) => {
+                let (at, age) = (humantime::format_rfc3339_seconds(at), Duration::from_secs(age.as_secs()));
+                format!("it was last there at {at}, {} ago", humantime::format_duration(age))
+            }
+            None => "it has not been there since the node started".to_owned(),
+        };
+        format!(
+            "the daemon {of_node} {why}; {since}. New pods of the node wait for it, because it says which of them are captured: see \
+             kubectl -n {namespace} get pods{on_node}. Pods of a namespace in EXCLUDE_NAMESPACES of DaemonSet {set} (chart: \
+             excludeNamespaces) do not wait; while the daemon is away, put it into excludeNamespaces of {OURS} on the node as well"
+        )
     }
 
     fn addresses(&self) -> Vec<IpAddr> {

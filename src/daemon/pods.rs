@@ -2,11 +2,13 @@
 
 use crate::config::Config;
 use crate::node::capture::Capturer;
+use crate::node::kubernetes::leave::OwnSet;
 use crate::node::probes::{HostProbes, Probed};
 use crate::node::status::Board;
+use crate::node::turn::Turn;
 use crate::node::{self, Pods, Source, kubernetes, zds};
 use crate::task::ready::Pending;
-use crate::task::{Group, Ready};
+use crate::task::{Drain, Group, Ready};
 use anyhow::{Context, anyhow};
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -48,15 +50,33 @@ impl Metrics {
     }
 }
 
-/// Follows the source until the process ends; gives those tasks that have something to do then, which takes a moment.
+/// What is left to do when the process ends.
+#[derive(Default)]
+pub(super) struct Last {
+    /// Tasks that take a moment then.
+    pub(super) tasks: Group,
+    /// Whether anything is to stay on the node.
+    pub(super) own_set: Arc<OwnSet>,
+}
+
+/// Joins the daemons of this node, of which one writes. With an agent nothing is written but what each pod gets once; a pods file
+/// is one daemon's.
+pub(super) fn turn(config: &Config, drain: &Drain, background: &Group) -> Turn {
+    let Source::Kubernetes(kubernetes) = &config.node.source else { return Turn::alone() };
+    let (turn, member) = Turn::join(&kubernetes.turns(&config.node.whose()));
+    background.spawn(member.keep(drain.signal()));
+    turn
+}
+
+/// Follows the source until the process ends; gives what is left to do then.
 pub(super) async fn follow(
     (config, capturer, board): (&Config, &Arc<Capturer>, &Arc<Board>),
     metrics: Metrics,
     pending: Pending,
     (ready, facts): (&Ready, &'static str),
     background: &Group,
-) -> anyhow::Result<Group> {
-    let last = Group::default();
+) -> anyhow::Result<Last> {
+    let last = Last::default();
     let pods = Pods::new(capturer.clone(), board.clone());
     let drain = capturer.drain.signal();
     match config.node.source.clone() {
@@ -72,14 +92,15 @@ pub(super) async fn follow(
             let plugin = match &config.cni {
                 Some(cni) => {
                     let socket = config.cni_socket.display();
-                    let asked = node::cni::listen(&config.cni_socket, background);
+                    let asked = node::cni::listen(&config.cni_socket, &capturer.turn, background);
                     let asked = asked.with_context(|| format!("cannot listen for the CNI plugin at {socket}"))?;
-                    background.spawn(cni.clone().keep(metrics.plugin_in_place.clone(), drain.clone()));
+                    let (in_place, turn) = (metrics.plugin_in_place.clone(), capturer.turn.clone());
+                    background.spawn(cni.clone().keep(in_place, turn, drain.clone()));
                     Some(asked)
                 }
                 None => None,
             };
-            background.spawn(metrics.probes.keep(probed.clone(), drain.clone()));
+            background.spawn(metrics.probes.keep(probed.clone(), capturer.turn.clone(), drain.clone()));
             let source = kubernetes::Source {
                 config: *config,
                 client,
@@ -89,10 +110,10 @@ pub(super) async fn follow(
                 probed,
                 metrics: metrics.kubernetes,
                 plugin,
-                could_ask: Default::default(),
+                own_set: last.own_set.clone(),
                 ready: Some(pending),
             };
-            last.spawn(source.run(drain));
+            last.tasks.spawn(source.run(drain));
         }
     }
     Ok(last)

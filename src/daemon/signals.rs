@@ -23,3 +23,10 @@ impl Signals {
         }
     }
 }
+
+/// Completes at a signal; at once where signals cannot be taken over.
+pub async fn any() {
+    if let Ok(mut signals) = Signals::new() {
+        signals.next().await;
+    }
+}

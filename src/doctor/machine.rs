@@ -64,6 +64,7 @@ async fn rules(config: &Config) -> Line {
     };
     let ipv6 = config.node.ipv6 && netns.has_ipv6().unwrap_or(false);
     let rules = redirect::Rules {
+        whose: config.node.whose(),
         mark: config.node.mark,
         ipv6,
         dns: true,

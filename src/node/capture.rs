@@ -4,6 +4,7 @@
 
 use super::earlier::{Connections, Uncaptured};
 use super::pods::NetnsRef;
+use super::turn::Turn;
 use super::{CaptureError, PodSpec, legs, redirect, verify};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
@@ -52,6 +53,10 @@ pub struct Capturer {
     pub drain: Drain,
     /// Which namespaces belong to which pod.
     pub claims: Claims,
+    /// Whether this daemon writes, or another one of the node.
+    pub turn: Turn,
+    /// Whose node this is.
+    pub whose: String,
 }
 
 /// A pod in whose namespace we listen.
@@ -263,6 +268,7 @@ impl Capturer {
         taken_over: bool,
     ) -> Result<redirect::Written, CaptureError> {
         let rules = redirect::Rules { spared, ..self.rules(spec, listening) };
+        let _permit = self.turn.permit().ok_or(redirect::RedirectError::NotOurTurn)?;
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
 
@@ -273,6 +279,7 @@ impl Capturer {
 
     fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
         redirect::Rules {
+            whose: self.whose.clone(),
             mark: self.config.mark,
             ipv6: listening.ipv6,
             dns: self.wants_dns(spec) && listening.names.get().is_some(),
@@ -326,9 +333,7 @@ impl Capturer {
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
     /// unless the namespace is another pod's.
     pub async fn clean(&self, spec: &PodSpec) {
-        if !self.config.redirect {
-            return;
-        }
+        let Some(_permit) = self.turn.permit().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Rules of others, with the same routes, are theirs.
@@ -362,7 +367,7 @@ impl Capturer {
         }
         // Looked at before: what is opened in plaintext is never taken for what was captured.
         let uncaptured = older.until_captured_again(pod);
-        if self.config.redirect {
+        if let Some(_permit) = self.turn.permit().filter(|_| self.config.redirect) {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
             };

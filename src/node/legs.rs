@@ -1,6 +1,7 @@
 //! Rules for what the daemon itself opens and accepts in a pod: a table beside the redirection, the same whoever writes that. It
 //! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
 
+use super::marker;
 use super::redirect::{self, RedirectError};
 use super::routes::{MASK, RETURN_MARK};
 use crate::connection::dial::direct::LEG_BIT;
@@ -15,12 +16,12 @@ pub const TABLE: &str = "culvert_legs";
 /// Conntrack zone of connections in a client's name.
 const ZONE: u16 = 2;
 
-/// Writes the table; `mark` is the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
-pub async fn write(netns: &Netns, mark: u32, dns: bool) -> bool {
-    let Err(first) = redirect::apply(netns, &table(mark, dns, true)).await else { return true };
+/// Writes the table; `whose` is the node it is for, `mark` the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
+pub async fn write(netns: &Netns, whose: &str, mark: u32, dns: bool) -> bool {
+    let Err(first) = redirect::apply(netns, &table(whose, mark, dns, true)).await else { return true };
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
     let (netns_path, suppressed) = (netns.path().display(), LIMIT.allow());
-    if let Err(error) = redirect::apply(netns, &table(mark, dns, false)).await {
+    if let Err(error) = redirect::apply(netns, &table(whose, mark, dns, false)).await {
         if let Some(suppressed) = suppressed {
             tracing::warn!(
                 netns = %netns_path,
@@ -47,8 +48,9 @@ pub async fn remove(netns: &Netns) -> Result<(), RedirectError> {
     redirect::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
 
-fn table(mark: u32, dns: bool, tproxy: bool) -> String {
-    let chains = legs(mark) + &no_loop(mark, dns) + &if tproxy { same_ports() } else { String::new() };
+fn table(whose: &str, mark: u32, dns: bool, tproxy: bool) -> String {
+    let mut chains = legs(mark) + &no_loop(mark, dns) + &if tproxy { same_ports() } else { String::new() };
+    chains += &marker::chain(whose);
     format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
 }
 

@@ -7,23 +7,30 @@ pub mod file;
 pub mod foreign;
 pub mod kubernetes;
 pub mod legs;
+pub mod marker;
 mod nft;
 pub mod own;
 pub mod pod;
 pub mod pods;
 pub mod probes;
 pub mod redirect;
+pub mod remains;
 pub mod routes;
 pub mod rules;
 pub mod status;
+pub mod turn;
 pub mod verify;
 pub mod zds;
 
 pub use pods::{PodSpec, Pods, Settings};
 
+use crate::sys::netns::id_at;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// Letters of a node's name that are written.
+const NAME_MAX: usize = 64;
 
 /// Settings of capture.
 #[derive(Clone, Debug)]
@@ -32,10 +39,14 @@ pub struct Config {
     pub source: Source,
     /// Whether we write the rules that redirect, or an agent does.
     pub redirect: bool,
+    /// The host's procfs.
+    pub proc: PathBuf,
     /// Network namespace of the host, which is nobody's pod.
     pub host_netns: PathBuf,
     /// Whether connections that were open before a pod's capture are ended.
     pub end_earlier: bool,
+    /// Name of this node, where it has been said.
+    pub node_name: String,
     /// Cluster of this node, for the uids of its pods in the mesh.
     pub cluster_id: String,
     /// Trust domain of pods of which the mesh has not told yet: their certificates are asked for in it.
@@ -48,6 +59,27 @@ pub struct Config {
     pub ipv6: bool,
     /// How long a released pod's connections may take to finish.
     pub release_deadline: Duration,
+}
+
+impl Config {
+    /// The node, for whoever looks for what has been left on it.
+    pub fn remains(&self) -> remains::Node {
+        remains::Node { whose: self.whose(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
+    }
+
+    /// Whose node this is, as it stands in what is written: a daemon and whoever cleans up after it say the same, two nodes on one
+    /// machine do not. With an agent nobody knows the host's network namespace.
+    pub fn whose(&self) -> String {
+        let of = match &self.source {
+            Source::Kubernetes(_) => id_at(&self.host_netns),
+            Source::File(_) => id_at(Path::new("/proc/self/ns/net")),
+            Source::Agent(_) => None,
+        };
+        let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' };
+        let name: String = self.node_name.chars().take(NAME_MAX).map(plain).collect();
+        let name = if name.is_empty() { "node".to_owned() } else { name };
+        of.map_or(name.clone(), |(_, inode)| format!("{name}-{inode}"))
+    }
 }
 
 /// Where a node's pods come from.

@@ -35,6 +35,9 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// How long a pod is listened for whose namespace is not what the facts say: they may be of its earlier life.
 const OLD_FACTS: Duration = Duration::from_secs(10);
 
+/// What is said of a pod that has come while this daemon does not write.
+const ELSEWHERE: &str = "another daemon of this node writes the pod's rules, and verifies them";
+
 /// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
 pub type Question = oneshot::Sender<Result<(), String>>;
 
@@ -261,6 +264,7 @@ impl Task {
         // Ticks on whatever else happens, so that changing facts cannot put off looking.
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut turn = self.capturer.turn.subscribe();
         loop {
             facts.mark_unchanged();
             let waiting = match self.know(listening) {
@@ -272,7 +276,8 @@ impl Task {
             };
             let ours = waiting.is_none() || !self.spec.ips.is_empty();
             // Where whoever enrolled the pod has vouched for the namespace, its traffic is held until it is known who it is.
-            let seen_to = match ours {
+            let our_turn = *turn.borrow_and_update();
+            let seen_to = match ours && our_turn {
                 true => rules.see_to(&self.capturer, &self.board, &self.spec, listening).await,
                 false => Ok(false),
             };
@@ -281,6 +286,10 @@ impl Task {
             match (waiting, seen_to) {
                 (_, Err(error)) => self.report(&error),
                 (None, Ok(verified)) if verified || rules.verified() => self.board.set(&self.spec, State::Captured),
+                // Of what has been captured before that is still true.
+                (None, Ok(_)) if !our_turn && !rules.verified() => {
+                    self.board.set(&self.spec, State::Pending(ELSEWHERE.into()));
+                }
                 (None, Ok(_)) => {}
                 (Some(error), Ok(_)) => {
                     self.board.set(&self.spec, state_of(&error));
@@ -290,7 +299,9 @@ impl Task {
                     }
                 }
             }
-            self.first_attempt = None;
+            if self.capturer.turn.is_ours() {
+                self.first_attempt = None;
+            }
             // Where facts are told only when asked for, this asks.
             let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
@@ -310,7 +321,12 @@ impl Task {
                         Some(gone) => return gone,
                         None => break,
                     },
-                    () = tokio::time::sleep_until(rules.due()), if ours => break,
+                    () = tokio::time::sleep_until(rules.due()), if ours && self.capturer.turn.is_ours() => break,
+                    Ok(()) = turn.changed() => {
+                        // What another daemon has written may be another's rules, or another version's.
+                        rules.change_soon();
+                        break;
+                    }
                     () = rules.changes() => {
                         rules.heed(&self.capturer, listening).await;
                         break;
@@ -366,17 +382,19 @@ impl Task {
         let netns = &listening.pod.netns;
         let ours = self.capturer.config.redirect;
         // The redirection that an agent has written is the agent's to remove.
-        while let Err(error) =
-            if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await }
-        {
+        loop {
+            // Another daemon of the node that has the turn has let go of the pod as well, or wants it still.
+            let Some(permit) = self.capturer.turn.permit() else { return false };
+            let removed = if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await };
+            let Err(error) = removed else { return false };
             if vanished(netns).is_some() {
                 return false;
             }
             let reason = format!("released, but its rules could not be removed: {error}");
             self.board.set(&self.spec, State::Failed(reason));
+            drop(permit);
             tokio::time::sleep(RETRY).await;
         }
-        false
     }
 
     /// Waits for the last connections of earlier tasks of this pod; each has a deadline.

@@ -6,6 +6,7 @@
 //! pods does not come to the host, so that a table of the bridge's own drops it there.
 
 use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
+use super::turn::Turn;
 use super::verify::{INBOUND_PORT, TUNNELS};
 use crate::mesh::Text;
 use crate::sys::changes::Changes;
@@ -85,9 +86,9 @@ impl HostProbes {
         registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 
-    /// Keeps the table what `probed` says, until this daemon is told to end: what another one knows by then is newer.
-    pub async fn keep(self, probed: Probed, drain: Signal) {
-        let mut pods = probed.pods.subscribe();
+    /// Keeps the table what `probed` says while it is this daemon's turn, until it is told to end: what another one knows by then is newer.
+    pub async fn keep(self, probed: Probed, turn: Turn, drain: Signal) {
+        let (mut pods, mut turns) = (probed.pods.subscribe(), turn.subscribe());
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
         let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
@@ -105,11 +106,17 @@ impl HostProbes {
                 () = drain.gentle() => return,
                 changed = pods.changed() => if changed.is_err() { return },
                 () = heard => {}
+                // What another daemon has written meanwhile is looked at anew.
+                changed = turns.changed() => {
+                    if changed.is_err() { return }
+                    (known, written) = (None, (None, None));
+                }
                 () = tokio::time::sleep(LOOK) => {}
             }
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };
             self.count(&mut counted);
+            let Some(_permit) = turn.permit() else { continue };
             let result = self.see_to(&wanted, &mut known, &mut written.0).await;
             let on_bridges = self.see_to_bridges(&mut written.1).await.err().map(|error| error.to_string());
             if let Some(error) = on_bridges.as_ref().filter(|error| bridges.as_ref() != Some(error)) {

@@ -6,6 +6,7 @@
 
 use super::foreign::{self, Foreign};
 use super::legs;
+use super::marker;
 use super::nft;
 use super::routes::{self, MASK, RETURN_MARK};
 use crate::mesh::Text;
@@ -22,6 +23,8 @@ pub const TABLE: &str = "culvert";
 /// What the rules are to do.
 #[derive(Clone, Debug)]
 pub struct Rules {
+    /// Whose node they are written for.
+    pub whose: String,
     /// `SO_MARK` of our own packets.
     pub mark: u32,
     /// Whether IPv6 is used in the namespace.
@@ -114,6 +117,9 @@ pub enum RedirectError {
     /// The pod's rules cannot be read.
     #[error("the pod's nftables cannot be read: {0}")]
     Unreadable(String),
+    /// Another daemon of the node writes them now.
+    #[error("another daemon of this node writes the pod's rules")]
+    NotOurTurn,
     /// Somebody else has changed the pod's rules meanwhile.
     #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
     Raced,
@@ -294,6 +300,12 @@ pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), Redirect
     within(nft::write(netns, &ruleset(rules, false))).await
 }
 
+/// Lets a pod's new connections go as they would without us; what is open stays translated. For a pod whose settings are not at hand.
+pub async fn let_pass(netns: &Netns) -> Result<(), RedirectError> {
+    let chains = ["pre_nat", "out_nat"].map(|chain| format!("flush chain inet {TABLE} {chain}\n"));
+    within(nft::write(netns, &chains.concat())).await
+}
+
 /// Removes every trace.
 pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
@@ -316,7 +328,7 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 /// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
 /// addresses, without a word.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared } = rules;
+    let Rules { whose, mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
@@ -325,9 +337,9 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let families = ["ip", "ip6"].into_iter().zip(not_loopback);
     let mut inbound = String::new();
     let mut outbound = String::new();
-    let mut sets = String::new();
+    let mut sets = marker::chain(whose);
     if capture {
-        sets = spare(spared, &mut inbound, &mut outbound);
+        sets += &spare(spared, &mut inbound, &mut outbound);
         for Interface(name) in virtual_interfaces {
             let v4 = addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}"));
             let v6 = addresses.iter().find(|ip| ip.is_ipv6()).map(|ip| format!("ip6 to [{ip}]"));

@@ -166,6 +166,9 @@ impl Rules {
                 self.hold_off = self.write_at + RETRY;
             }
         }
+        if !capturer.turn.is_ours() {
+            return;
+        }
         if !capturer.config.redirect {
             self.verify_at = Instant::now().max(self.hold_off);
             self.hold_off = Instant::now() + RETRY;
@@ -281,6 +284,10 @@ impl Rules {
             return Ok(false);
         }
         let result = self.write_and_verify(capturer, board, spec, listening).await;
+        if result.is_err() && !capturer.turn.is_ours() {
+            // Another daemon of the node writes the rules, and verifies them.
+            return Ok(false);
+        }
         self.verified = result.is_ok();
         board.earlier(&spec.uid, self.earlier.left(&listening.pod));
         let raced = matches!(&result, Err(CaptureError::Redirect(redirect::RedirectError::Raced)));
@@ -308,7 +315,9 @@ impl Rules {
             self.write(capturer, board, spec, listening).await?;
         }
         if rewrite || !self.legs {
-            self.legs = legs::write(&listening.pod.netns, capturer.config.mark, listening.names.get().is_some()).await;
+            let _permit = capturer.turn.permit().ok_or(redirect::RedirectError::NotOurTurn)?;
+            let dns = listening.names.get().is_some();
+            self.legs = legs::write(&listening.pod.netns, &capturer.whose, capturer.config.mark, dns).await;
         }
         let verified = tokio::select! {
             verified = capturer.verify(spec, listening) => verified,
@@ -318,7 +327,7 @@ impl Rules {
             }
         };
         match verified {
-            Err(error) if capturer.config.redirect => {
+            Err(error) if capturer.config.redirect && capturer.turn.is_ours() => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
                 self.write(capturer, board, spec, listening).await?;

@@ -82,20 +82,23 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at a path, in the place of whoever did before; root alone may connect.
-    pub fn bind(path: &Path) -> io::Result<Self> {
+    /// Listens at `path`, in the place of whoever did before; root alone may connect. `new` is a name beside it that nobody else
+    /// uses: two may take the path at the same moment.
+    pub fn bind(path: &Path, new: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
         // Under another name first: at no moment is there a path at which nobody listens.
-        let new = path.with_extension("new");
-        match std::fs::remove_file(&new) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
+        bind(fd.as_raw_fd(), &UnixAddr::new(new)?)?;
+        let ready = || {
+            std::fs::set_permissions(new, Permissions::from_mode(0o600))?;
+            listen(&fd, Backlog::new(WAITING)?)?;
+            std::fs::rename(new, path)
+        };
+        if let Err(error) = ready() {
+            // It only takes room.
+            let _ = std::fs::remove_file(new);
+            return Err(error);
         }
-        bind(fd.as_raw_fd(), &UnixAddr::new(&new)?)?;
-        std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
-        listen(&fd, Backlog::new(WAITING)?)?;
-        std::fs::rename(&new, path)?;
         // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })

@@ -103,6 +103,24 @@ fn watch(folder: &Path) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<(
     (watcher.ok(), events)
 }
 
+/// A name for a file that is to replace `name`. Process ids do not tell daemons apart: in its own pod each is number 1.
+pub fn beside(name: &str) -> String {
+    format!(".{name}.{:016x}", rand::random::<u64>())
+}
+
+/// Removes what a daemon that was killed while it wrote has left beside `name`.
+pub fn remove_leftovers(folder: &Path, name: &str) {
+    let start = format!(".{name}.");
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+        let old = modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER);
+        if old && entry.file_name().to_str().is_some_and(|beside| beside.starts_with(&start)) {
+            // It only takes room; whoever may not remove it may not write either, and says so then.
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Reads YAML; an error is one line that names line and column.
 ///
 /// An empty document is refused: a file that is being written is empty at first, and nothing must follow from that.
@@ -126,7 +144,9 @@ pub fn stamp(path: &Path) -> Stamp {
 /// Reads a file of ours, of `most` bytes at most; `None` where there is none. What a daemon that was killed while writing has
 /// left beside it is removed.
 pub fn read_whole(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
-    remove_leftovers(path);
+    if let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) {
+        remove_leftovers(folder, name);
+    }
     let opened = match File::open(path) {
         Ok(opened) => opened,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -142,10 +162,8 @@ pub fn read_whole(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
 
 /// Writes a file of ours: whole, or not at all; for nobody else to read.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    // Two daemons may write at once during an upgrade, and in containers both may have the same process id.
-    name.push(format!(".{:016x}.new", rand::random::<u64>()));
-    let beside = path.with_file_name(name);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let beside = path.with_file_name(beside(&name));
     let written = (|| {
         let mut new = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
         new.write_all(bytes)?;
@@ -157,20 +175,4 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let _ = std::fs::remove_file(&beside);
     }
     written
-}
-
-fn remove_leftovers(path: &Path) {
-    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else { return };
-    let old = |entry: &std::fs::DirEntry| {
-        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
-        modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER)
-    };
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let beside = entry.file_name();
-        let ours = beside.to_str().is_some_and(|b| b.starts_with(&format!("{name}.")) && b.ends_with(".new"));
-        if ours && old(&entry) {
-            // It only takes room; whoever may not remove it may not write either, and says so then.
-            let _ = std::fs::remove_file(entry.path());
-        }
-    }
 }

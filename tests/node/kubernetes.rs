@@ -11,15 +11,15 @@ use std::io::{Read, Write};
 use std::process::Command;
 
 /// Two captured nodes by label: a client on the first and a server on the second, each with an API of its own.
-struct Cluster {
-    w: World,
-    apis: [Api; 2],
-    client: Pod,
-    server: Pod,
-    kube: Vec<KubePod>,
+pub struct Cluster {
+    pub w: World,
+    pub apis: [Api; 2],
+    pub client: Pod,
+    pub server: Pod,
+    pub kube: Vec<KubePod>,
 }
 
-fn cluster() -> Cluster {
+pub fn cluster() -> Cluster {
     let mut w = World::new();
     let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
     apps::serve(&server.netns, 8080, apps::who);
@@ -35,7 +35,7 @@ fn cluster() -> Cluster {
 }
 
 impl Cluster {
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         for node in [1, 2] {
             self.w.start_kube_node(node, &self.apis[usize::from(node) - 1], &[]);
         }
@@ -45,17 +45,17 @@ impl Cluster {
     }
 
     /// Starts the first node alone and waits until it is ready.
-    fn start_one(&mut self, settings: &[(&str, &str)]) {
+    pub fn start_one(&mut self, settings: &[(&str, &str)]) {
         self.w.start_kube_node(1, &self.apis[0], settings);
         eventually("the first node is ready", || self.w.is_ready(1));
     }
 
-    fn state(&self, pod: &str) -> String {
+    pub fn state(&self, pod: &str) -> String {
         self.w.state(1, pod).0
     }
 }
 
-fn has_rules(pod: &Pod) -> bool {
+pub fn has_rules(pod: &Pod) -> bool {
     output_in(&pod.netns, "nft", &["list", "tables"]).contains("inet culvert")
 }
 
@@ -990,14 +990,14 @@ fn legacy_iptables_of_istio_are_refused_by_name() {
 }
 
 /// The folders and the configuration of a node's CNI.
-struct Cni {
-    bin: std::path::PathBuf,
-    conf: std::path::PathBuf,
-    socket: std::path::PathBuf,
+pub struct Cni {
+    pub bin: std::path::PathBuf,
+    pub conf: std::path::PathBuf,
+    pub socket: std::path::PathBuf,
 }
 
 impl Cni {
-    fn new(w: &World) -> Self {
+    pub fn new(w: &World) -> Self {
         let folder = |name: &str| {
             let path = w.dir.join(name);
             std::fs::create_dir_all(&path).unwrap();
@@ -1009,7 +1009,7 @@ impl Cni {
         cni
     }
 
-    fn settings(&self) -> [(&str, &str); 3] {
+    pub fn settings(&self) -> [(&str, &str); 3] {
         [
             ("CULVERT_CNI_BIN_DIR", self.bin.to_str().unwrap()),
             ("CULVERT_CNI_CONF_DIR", self.conf.to_str().unwrap()),
@@ -1017,14 +1017,14 @@ impl Cni {
         ]
     }
 
-    fn ours(&self) -> Option<Value> {
+    pub fn ours(&self) -> Option<Value> {
         serde_json::from_slice(&std::fs::read(self.conf.join("00-culvert.conflist")).ok()?).ok()
     }
 
     /// Runs the plugin as a container runtime does; what it prints, and whether it succeeded.
-    fn call(&self, command: &str, (namespace, pod): (&str, &str), netns: &str, ips: &[String]) -> (bool, Value) {
+    pub fn call(&self, command: &str, (namespace, pod): (&str, &str), netns: &str, ips: &[String]) -> (bool, Value) {
         let mut plugin = json!({"cniVersion": "1.0.0", "name": "net", "type": "culvert-cni", "socket": self.socket,
-            "excludeNamespaces": ["kube-system"], "ownNamespace": "istio-system", "ownName": "ztunnel"});
+            "excludeNamespaces": ["kube-system"], "ownNamespace": "istio-system", "ownName": "ztunnel", "node": "n1"});
         let ips: Vec<Value> = ips.iter().map(|ip| json!({"address": format!("{ip}/24")})).collect();
         plugin["prevResult"] = json!({"cniVersion": "1.0.0", "ips": ips, "dns": {"nameservers": ["10.96.0.10"]}});
         let installed = self.bin.join("culvert-cni");
@@ -1057,7 +1057,11 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     let (ok, error) = cni.call("ADD", client, netns, &ips);
     assert!(!ok, "it fails closed while the daemon is away");
     assert_eq!(error["code"], 11);
-    assert!(error["msg"].as_str().unwrap().contains("does not answer at"), "{error}");
+    for words in
+        ["of node n1 does not answer at", "has not been there since", "EXCLUDE_NAMESPACES of DaemonSet ztunnel"]
+    {
+        assert!(error["msg"].as_str().unwrap().contains(words), "{words}: {error}");
+    }
     for free in [("kube-system", "dns-1"), ("istio-system", "ztunnel-x1")] {
         assert!(cni.call("ADD", free, netns, &ips).0, "{free:?} waits for nobody");
     }
@@ -1120,6 +1124,11 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(!has_rules(&plain));
     let (ok, error) = cni.call("ADD", ("ns", "nobody"), &plain.netns, &[]);
     assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
+    c.w.take_node(1).kill();
+    let (_, error) = cni.call("ADD", client, netns, &ips);
+    for words in ["it was last there at 20", " ago. New pods of the node wait", "spec.nodeName=n1"] {
+        assert!(error["msg"].as_str().unwrap().contains(words), "{words}: {error}");
+    }
 }
 
 /// Whether a namespace has an open connection with `port` at one of its ends.
@@ -1532,6 +1541,8 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     }
     assert!(!output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
     assert!(cni.ours().is_none() && !cni.bin.join("culvert-cni").exists() && !cni.socket.exists());
+    assert!(said.contains("no trace is left on this node; pods go on"), "{said}");
+    assert_eq!(c.apis[0].said("client"), None);
     assert!(ask(&second.netns, (c.server.v4, 8080), "x").is_ok(), "pods go on without the mesh");
 }
 

@@ -54,3 +54,59 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- if not (has .Values.platform (list "" "openshift" "gke" "eks" "k3s" "k3d" "kind" "minikube" "microk8s")) }}{{ fail (printf "platform: %q is not known; leave it empty" .Values.platform) }}{{ end }}
 {{- $scope }}
 {{- end }}
+
+{{- define "culvert.cleaner" -}}
+image: {{ include "culvert.image" . | quote }}
+{{- with .Values.imagePullPolicy }}
+imagePullPolicy: {{ . }}
+{{- end }}
+securityContext:
+  privileged: false
+  allowPrivilegeEscalation: true
+  capabilities:
+    drop: [ALL]
+    add: [NET_ADMIN, SYS_ADMIN, NET_RAW, SYS_PTRACE, DAC_OVERRIDE]
+  readOnlyRootFilesystem: true
+  runAsUser: 0
+  runAsNonRoot: false
+  {{- with .Values.seccompProfile }}
+  seccompProfile:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.appArmorProfile }}
+  appArmorProfile:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- $selinux := .Values.seLinuxOptions | default (ternary (dict "type" "spc_t") (dict) (eq .Values.platform "openshift")) }}
+  {{- with $selinux }}
+  seLinuxOptions:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+env:
+- name: CULVERT_PODS
+  value: {{ .Values.pods }}
+- name: NODE_NAME
+  valueFrom: {fieldRef: {fieldPath: spec.nodeName}}
+- name: POD_NAMESPACE
+  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+- name: CULVERT_PROC
+  value: /host/proc
+- name: CULVERT_CNI_BIN_DIR
+  value: /host/opt/cni/bin
+- name: CULVERT_CNI_CONF_DIR
+  value: /host/etc/cni/net.d
+- name: CULVERT_STATE_FILE
+  value: /var/lib/culvert/mesh.state
+volumeMounts:
+- name: host-proc
+  mountPath: /host/proc
+  readOnly: true
+- name: culvert-run
+  mountPath: /var/run/culvert
+- name: cni-bin
+  mountPath: /host/opt/cni/bin
+- name: cni-conf
+  mountPath: /host/etc/cni/net.d
+- name: state
+  mountPath: /var/lib/culvert
+{{- end }}

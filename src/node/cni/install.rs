@@ -2,23 +2,23 @@
 //! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
 //! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
 
+use crate::node::turn::Turn;
 use crate::task::Signal;
-use crate::task::files::{FolderWatch, Stamp, stamp};
+use crate::task::files::{FolderWatch, Stamp, beside, remove_leftovers, stamp};
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 use std::fs::Permissions;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
 /// Name of our configuration: before all others.
 pub const OURS: &str = "00-culvert.conflist";
 
-/// A file that has been half written for this long is being written by nobody.
-const LEFTOVER: Duration = Duration::from_secs(60);
+/// Bytes that are compared at once.
+const PIECE: usize = 64 * 1024;
 
 /// Where and what to install.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub struct Config {
     pub own_namespace: String,
     /// Name of the daemon's own DaemonSet.
     pub own_name: String,
+    /// Name of the node, for whoever reads why a pod does not start.
+    pub node: String,
 }
 
 /// Why the plugin is not installed.
@@ -70,7 +72,7 @@ impl Config {
             return Ok(());
         }
         let length = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
-        if length(own) == length(&target) && std::fs::read(own).ok() == std::fs::read(&target).ok() {
+        if length(own) == length(&target) && same(own, &target).unwrap_or(false) {
             *known = stamp;
             return Ok(());
         }
@@ -131,6 +133,7 @@ impl Config {
             "excludeNamespaces": self.excluded,
             "ownNamespace": self.own_namespace,
             "ownName": self.own_name,
+            "node": self.node,
         });
         if let Some(plugins) = primary.get_mut("plugins").and_then(Value::as_array_mut) {
             plugins.retain(|other| other["type"] != PLUGIN);
@@ -152,12 +155,20 @@ impl Config {
         Ok(removed)
     }
 
-    /// Keeps it installed for as long as it is awaited; `in_place` says whether it is.
-    pub async fn keep(self, in_place: Gauge, drain: Signal) {
+    /// Keeps it installed while it is this daemon's turn, for as long as it is awaited; `in_place` says whether it is.
+    pub async fn keep(self, in_place: Gauge, turn: Turn, drain: Signal) {
         let (mut said, mut known) = (None::<String>, None);
-        let mut folder = FolderWatch::new(&self.conf_dir);
+        let (mut folder, mut turns) = (FolderWatch::new(&self.conf_dir), turn.subscribe());
         loop {
+            let Some(permit) = turn.permit() else {
+                tokio::select! {
+                    () = drain.gentle() => return,
+                    changed = turns.changed() => if changed.is_err() { return },
+                }
+                continue;
+            };
             let result = self.install(&mut known);
+            drop(permit);
             in_place.set(i64::from(result.is_ok()));
             match result {
                 Ok(written) => {
@@ -179,26 +190,28 @@ impl Config {
             tokio::select! {
                 biased;
                 () = drain.gentle() => return,
+                changed = turns.changed() => if changed.is_err() { return },
                 () = folder.changed() => {}
             }
         }
     }
 }
 
-/// A name for a file that is to replace `name`. Process ids do not tell daemons apart: in its own pod each is number 1.
-fn beside(name: &str) -> String {
-    format!(".{name}.{:016x}", rand::random::<u64>())
-}
-
-/// Removes what a daemon that was killed while it wrote has left beside `name`.
-fn remove_leftovers(folder: &Path, name: &str) {
-    let start = format!(".{name}.");
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-        let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
-        let old = modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER);
-        if old && entry.file_name().to_str().is_some_and(|beside| beside.starts_with(&start)) {
-            // It only takes room; whoever may not remove it may not write either, and says so then.
-            let _ = std::fs::remove_file(entry.path());
+/// Whether two files have the same content. Read in pieces: a binary in memory, and twice, is more than the daemon needs at rest.
+fn same(one: &Path, other: &Path) -> io::Result<bool> {
+    let (mut one, mut other) = (std::fs::File::open(one)?, std::fs::File::open(other)?);
+    let (mut left, mut right) = (vec![0; PIECE], vec![0; PIECE]);
+    loop {
+        let length = one.read(&mut left)?;
+        let (left, right) = (left.get(..length).unwrap_or_default(), right.get_mut(..length).unwrap_or_default());
+        if length == 0 {
+            return Ok(other.read(&mut [0])? == 0);
+        }
+        match other.read_exact(right) {
+            Ok(()) if left == right => {}
+            Ok(()) => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
+            Err(error) => return Err(error),
         }
     }
 }
@@ -244,10 +257,18 @@ mod tests {
             excluded: vec!["kube-system".into()],
             own_namespace: "o".into(),
             own_name: "ztunnel".into(),
+            node: "n1".into(),
         };
         assert!(matches!(config.install_configuration(), Err(InstallError::NoPrimary(..))));
-        assert_ne!(beside(PLUGIN), beside(PLUGIN), "whatever the process id is");
         let write = |name: &str, text: &str| std::fs::write(dir.join(name), text).unwrap();
+        let long = "x".repeat(3 * PIECE);
+        for (name, text) in
+            [("a", long.clone()), ("b", long.clone()), ("c", long.clone() + "y"), ("d", "y".to_owned() + &long[1..])]
+        {
+            write(name, &text);
+        }
+        let same_as_a = |name: &str| same(&dir.join("a"), &dir.join(name)).unwrap();
+        assert!(same_as_a("b") && !same_as_a("c") && !same_as_a("d") && !same(&dir.join("c"), &dir.join("a")).unwrap());
         write("05-broken.conflist", "{");
         write("10-a.conflist", r#"{"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}], "x": 1}"#);
         write("20-b.conf", r#"{"cniVersion": "0.4.0", "name": "other", "type": "ptp"}"#);

@@ -5,14 +5,17 @@
 
 pub mod install;
 
+use crate::node::turn::Turn;
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Listener, Seqpacket};
 use crate::task::Group;
+use crate::task::backoff::Backoff;
+use crate::task::files::{beside, remove_leftovers};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 
 /// Bytes of a packet at most.
@@ -21,6 +24,10 @@ const PACKET: usize = 64 * 1024;
 const QUESTION: Duration = Duration::from_secs(5);
 /// How long the daemon may take to answer; runtimes give a plugin minutes, but one at a time for each pod.
 pub const ANSWER: Duration = Duration::from_secs(10);
+/// How often the daemon says that it is there.
+const SEEN_EVERY: Duration = Duration::from_secs(5);
+/// Waits after the socket could not be made.
+const BIND_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Questions that may wait.
 const QUEUE: usize = 64;
 
@@ -77,26 +84,103 @@ pub struct Asked {
     pub answer: oneshot::Sender<Result<(), String>>,
 }
 
-/// Takes questions at `socket` for as long as the group lives.
-pub fn listen(socket: &Path, tasks: &Group) -> io::Result<mpsc::Receiver<Asked>> {
-    if let Some(folder) = socket.parent() {
-        std::fs::create_dir_all(folder)?;
-    }
-    let listener = Listener::bind(socket)?;
+/// Takes questions at `socket` while it is this daemon's turn, for as long as the group lives. Questions that another daemon's
+/// turn comes in between are answered all the same.
+pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Receiver<Asked>> {
+    let mut turns = turn.subscribe();
+    let mut listener = match *turns.borrow_and_update() {
+        true => Some(bind(socket)?),
+        false => None,
+    };
     let (send, asked) = mpsc::channel(QUEUE);
-    let group = tasks.clone();
+    let (group, socket) = (tasks.clone(), socket.to_owned());
     tasks.spawn(async move {
         loop {
-            match listener.accept().await {
-                Ok(connection) => group.spawn(serve(connection, send.clone())),
-                Err(error) => {
-                    tracing::warn!(%error, "a connection of the CNI plugin could not be taken");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+            let accepted = async {
+                match &listener {
+                    Some(listener) => listener.accept().await,
+                    None => std::future::pending().await,
                 }
+            };
+            let ours = *turns.borrow();
+            tokio::select! {
+                accepted = accepted => match accepted {
+                    Ok(connection) => group.spawn(serve(connection, send.clone())),
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection of the CNI plugin could not be taken");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+                changed = turns.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let ours = *turns.borrow_and_update();
+                    if ours {
+                        // Whoever had the turn meanwhile has taken the path.
+                        listener = bind_again(&socket).await;
+                    }
+                }
+                () = tokio::time::sleep(SEEN_EVERY), if ours => seen(&socket),
             }
         }
     });
     Ok(asked)
+}
+
+fn bind(socket: &Path) -> io::Result<Listener> {
+    let (folder, name) = (socket.parent(), socket.file_name().and_then(|name| name.to_str()));
+    let (Some(folder), Some(name)) = (folder, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
+    std::fs::create_dir_all(folder)?;
+    remove_leftovers(folder, name);
+    let listener = Listener::bind(socket, &folder.join(beside(name)))?;
+    seen(socket);
+    Ok(listener)
+}
+
+async fn bind_again(socket: &Path) -> Option<Listener> {
+    let mut backoff = Backoff::new(BIND_AGAIN.0, BIND_AGAIN.1);
+    loop {
+        match bind(socket) {
+            Ok(listener) => return Some(listener),
+            Err(error) => {
+                tracing::error!(socket = %socket.display(), %error, "cannot listen for the CNI plugin; trying again")
+            }
+        }
+        tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+/// The file beside the daemon's socket whose time of writing says when a daemon was last there.
+fn seen_at(socket: &Path) -> PathBuf {
+    let mut name = socket.file_name().unwrap_or_default().to_owned();
+    name.push(".seen");
+    socket.with_file_name(name)
+}
+
+/// Says that the daemon is there.
+fn seen(socket: &Path) {
+    // Only whoever reads why a pod does not start misses it.
+    let _ = std::fs::write(seen_at(socket), "The time of writing is when culvert was last here.\n");
+}
+
+/// Removes the socket and what is beside it; what is not there is removed already.
+pub fn remove_socket(socket: &Path) -> io::Result<bool> {
+    let mut removed = false;
+    for path in [socket, &seen_at(socket)] {
+        match std::fs::remove_file(path) {
+            Ok(()) => removed = true,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(removed)
+}
+
+/// When a daemon was last there, and how long ago that is; `None` where that is not known.
+pub fn last_seen(socket: &Path) -> Option<(SystemTime, Duration)> {
+    let at = std::fs::metadata(seen_at(socket)).and_then(|metadata| metadata.modified()).ok()?;
+    Some((at, at.elapsed().unwrap_or_default()))
 }
 
 async fn serve(connection: Seqpacket, asked: mpsc::Sender<Asked>) {
@@ -134,11 +218,22 @@ async fn answer(question: Question, netns: Option<Netns>, asked: &mpsc::Sender<A
     tokio::time::timeout(ANSWER, ask).await.unwrap_or_else(|_| Err(late()))
 }
 
+/// Why a question has no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The daemon is not there, or does not answer.
+    #[error("{0}")]
+    Away(String),
+    /// The daemon says no, or not yet.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// Asks the daemon, as the plugin does.
-pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::File>) -> Result<(), String> {
+pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::File>) -> Result<(), AskError> {
     let path = socket.display();
-    let away = |error: io::Error| format!("the daemon does not answer at {path}: {error}; the pod must wait for it");
-    let bytes = serde_json::to_vec(question).map_err(|error| error.to_string())?;
+    let away = |error: io::Error| AskError::Away(format!("does not answer at {path}: {error}"));
+    let bytes = serde_json::to_vec(question).map_err(|error| AskError::Refused(error.to_string()))?;
     let work = async {
         let connection = Seqpacket::connect(socket).map_err(away)?;
         match netns {
@@ -148,12 +243,12 @@ pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::Fil
         .map_err(away)?;
         let packet = connection.receive(PACKET).await.map_err(away)?;
         if packet.bytes.is_empty() {
-            return Err(format!("the daemon at {path} has ended; the pod must wait for the next one"));
+            return Err(AskError::Away(format!("has ended and does not answer at {path} any more")));
         }
         let answer: Answer = serde_json::from_slice(&packet.bytes)
-            .map_err(|error| format!("the daemon's answer is not understood: {error}"))?;
-        answer.error.map_or(Ok(()), Err)
+            .map_err(|error| AskError::Refused(format!("the daemon's answer is not understood: {error}")))?;
+        answer.error.map_or(Ok(()), |why| Err(AskError::Refused(why)))
     };
-    let late = || format!("the daemon at {path} did not answer in time");
+    let late = || AskError::Away(format!("does not answer at {path} within {} s", (ANSWER + QUESTION).as_secs()));
     tokio::time::timeout(ANSWER + QUESTION, work).await.unwrap_or_else(|_| Err(late()))
 }

@@ -9,9 +9,10 @@ use crate::task::Group;
 use crate::task::backoff::Backoff;
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::log::{brief, with_causes};
+use futures_util::{StreamExt, stream};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Patch, PatchParams};
-use kube::{Api, Client};
+use kube::api::{ListParams, Patch, PatchParams};
+use kube::{Api, Client, ResourceExt};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -45,6 +46,27 @@ pub fn wanted(status: Option<&PodStatus>, said: Option<&str>) -> Result<&'static
         _ if said.is_none() => Ok(PENDING),
         _ => Err(()),
     }
+}
+
+/// Its name.
+pub const WORD: &str = STATUS;
+
+/// Removes the annotation of all pods of a node.
+pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
+    let all: Api<Pod> = Api::all(client.clone());
+    let params = ListParams::default().fields(&format!("spec.nodeName={node}"));
+    let listed = all.list(&params).await.map_err(|error| with_causes(&error))?;
+    let said = listed.items.into_iter().filter(|pod| pod.annotations().contains_key(STATUS));
+    let (client, patch) = (&client, json!({"metadata": {"annotations": {STATUS: null}}}));
+    let each = stream::iter(said).map(async |pod| {
+        let api: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+        match api.patch_status(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(error) => Err(with_causes(&error)),
+        }
+    });
+    each.buffer_unordered(AT_ONCE).fold(Ok(()), async |before: Result<(), String>, one| before.and(one)).await
 }
 
 /// Writes annotations.

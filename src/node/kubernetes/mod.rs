@@ -7,6 +7,7 @@
 pub mod annotate;
 pub mod cgroup;
 mod late;
+pub mod leave;
 mod places;
 mod plugin;
 mod remembered;
@@ -15,6 +16,7 @@ pub mod select;
 pub mod watch;
 
 use self::annotate::Annotator;
+use self::leave::OwnSet;
 use self::places::Place;
 use self::remembered::Memory;
 use self::scan::{Found, Sought};
@@ -26,6 +28,7 @@ use super::cni::Asked;
 use super::pods::{NetnsRef, PodSpec, Pods};
 use super::probes::Probed;
 use super::status::{Board, State};
+use super::turn;
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
@@ -35,7 +38,6 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -60,6 +62,8 @@ const CLEAN_TIMES: u32 = 10;
 pub struct Config {
     /// Name of this node.
     pub node_name: String,
+    /// Name of the daemon's own DaemonSet.
+    pub daemonset: String,
     /// Who is in.
     pub enablement: Enablement,
     /// The host's procfs.
@@ -72,6 +76,13 @@ pub struct Config {
     pub cni_socket: PathBuf,
     /// Where the pods that are enrolled are kept, for a start without the API.
     pub memory: Option<PathBuf>,
+}
+
+impl Config {
+    /// The folder by which the daemons of a node agree on whose turn it is to write.
+    pub fn turns(&self, whose: &str) -> PathBuf {
+        self.cni_socket.with_file_name(format!("{}{whose}", turn::FOLDER))
+    }
 }
 
 /// What the source works with.
@@ -94,8 +105,8 @@ pub struct Source {
     pub plugin: Option<mpsc::Receiver<Asked>>,
     /// Given up when each pod of the first list has had one attempt.
     pub ready: Option<Pending>,
-    /// Whether our DaemonSet could be asked for.
-    pub could_ask: Arc<AtomicBool>,
+    /// What is known of our DaemonSet.
+    pub own_set: Arc<OwnSet>,
 }
 
 struct Running {
@@ -168,9 +179,7 @@ impl Source {
             self.metrics.clone(),
         ));
         tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
-        if let Some(cni) = self.config.cni.clone() {
-            tasks.spawn(Self::try_to_ask(self.client.clone(), cni, self.could_ask.clone()));
-        }
+        tasks.spawn(self.own_set.clone().follow(self.client.clone(), self.config.clone()));
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
@@ -197,6 +206,7 @@ impl Source {
             memory,
             tasks: tasks.clone(),
         };
+        let mut turns = running.source.capturer.turn.subscribe();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -219,13 +229,15 @@ impl Source {
                 outcome = running.annotator.outcome() => running.annotator.ended(outcome),
                 result = running.memory.outcome() => running.memory.ended(result),
                 Ok(()) = states.changed() => {}
+                // What another daemon has left is looked for anew.
+                Ok(()) = turns.changed() => running.cleaned.clear(),
                 Some(asked) = asks => running.ask(asked),
                 _ = looks.tick() => running.look(),
                 () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
             }
             running.reconcile();
         }
-        running.source.leave().await;
+        running.leave(&drain).await;
         tasks.cut();
         tasks.finished().await;
     }
@@ -288,7 +300,7 @@ impl Running {
 
     /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
     fn leftovers(&self) -> Vec<&PodFacts> {
-        let Some(wanted) = self.wanted() else { return Vec::new() };
+        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.turn.is_ours()) else { return Vec::new() };
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
         let left = |pod: &&PodFacts| {
             let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
@@ -375,6 +387,9 @@ impl Running {
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         self.end_of_memory();
+        if self.source.capturer.mesh.load().told.missing().is_none() {
+            self.source.capturer.turn.is_able();
+        }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         self.places.retain(|uid, _| uids.contains(uid));
         self.nowhere.retain(|uid, _| uids.contains(uid));
@@ -433,6 +448,9 @@ impl Running {
     }
 
     fn annotate(&mut self, wanted: &[PodFacts]) {
+        if !self.source.capturer.turn.is_ours() {
+            return;
+        }
         let Some(pods) = &self.pods else { return };
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         let states: BTreeMap<Text, _> =

@@ -1,25 +1,18 @@
-//! The questions of the CNI plugin, answered from what is known of pods; and the end of the plugin, with the last daemon.
+//! The questions of the CNI plugin, answered from what is known of pods.
 
+use super::Running;
 use super::places::Place;
-use super::{Running, Source};
 use crate::mesh::Text;
-use crate::node::cni::{Asked, Question, Verb, install};
+use crate::node::cni::{Asked, Question, Verb};
 use crate::node::kubernetes::select::PodFacts;
 use crate::node::pods::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
-use crate::telemetry::log::with_causes;
-use k8s_openapi::api::apps::v1::DaemonSet;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
-
-/// How long the API may take to say whether our DaemonSet is there.
-const ASK_OF_DAEMONSET: Duration = Duration::from_secs(3);
 
 /// What can be said to a question by now.
 struct Verdict {
@@ -124,45 +117,6 @@ impl Running {
             },
             Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
             None => later("the pod is being captured".into()),
-        }
-    }
-}
-
-impl Source {
-    /// Finds out whether our DaemonSet can be asked for at all, so that losing the right to means something later.
-    pub(super) async fn try_to_ask(client: kube::Client, config: install::Config, could_ask: Arc<AtomicBool>) {
-        let api: kube::Api<DaemonSet> = kube::Api::namespaced(client, &config.own_namespace);
-        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(&config.own_name)).await;
-        could_ask.store(matches!(asked, Ok(Ok(Some(_)))), Ordering::Relaxed);
-    }
-
-    /// Removes the CNI plugin where no daemon follows this one. An upgrade leaves it: new pods then wait for the next daemon.
-    pub(super) async fn leave(&self) {
-        let Some(cni) = &self.config.cni else { return };
-        let (name, namespace) = (&cni.own_name, &cni.own_namespace);
-        let api: kube::Api<DaemonSet> = kube::Api::namespaced(self.client.clone(), namespace);
-        let asked = tokio::time::timeout(ASK_OF_DAEMONSET, api.get_opt(name)).await;
-        let gone = match &asked {
-            Ok(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => "is being deleted",
-            Ok(Ok(None)) => "does not exist",
-            // Its account, or its rights, have been deleted before it.
-            Ok(Err(kube::Error::Api(status))) if status.code == 401 => "has lost its account",
-            Ok(Err(kube::Error::Api(status))) if status.code == 403 && self.could_ask.load(Ordering::Relaxed) => {
-                "has lost its rights"
-            }
-            Ok(Ok(Some(_))) => return,
-            // Whoever cannot tell leaves it: pods that should be captured wait, rather than start without.
-            Ok(Err(error)) => {
-                return tracing::warn!(error = with_causes(error), "the CNI plugin stays: DaemonSet not readable");
-            }
-            Err(_) => return tracing::warn!("the CNI plugin stays: the Kubernetes API does not answer"),
-        };
-        match cni.remove() {
-            Ok(removed) => {
-                let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-                tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
-            }
-            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
         }
     }
 }

@@ -38,6 +38,8 @@ pub struct State {
     pub slow: Duration,
     /// Status patches are answered with this code, where it is not 0.
     pub refuse_patches: u16,
+    /// What is asked about DaemonSets is answered with this code, where it is not 0.
+    pub refuse_sets: u16,
     /// Method, path and query of each request.
     pub requests: Vec<String>,
     /// Status annotations in the order in which they came: pod and value.
@@ -55,9 +57,9 @@ pub struct Api {
 const KINDS: [(&str, &str); 3] = [("pods", "Pod"), ("namespaces", "Namespace"), ("daemonsets", "DaemonSet")];
 
 impl Api {
-    /// Serves on the node's loopback address.
+    /// Serves on the node's own address, where a daemon in a pod reaches it as well.
     pub fn start(w: &World, node: u8) -> Self {
-        let listener = inside(&w.ns(&format!("n{node}")), || TcpListener::bind("127.0.0.1:0")).unwrap();
+        let listener = inside(&w.ns(&format!("n{node}")), || TcpListener::bind((format!("10.{node}.0.1"), 0))).unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::<(Mutex<State>, Condvar)>::default();
         let shared = state.clone();
@@ -80,6 +82,11 @@ impl Api {
 
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.state.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Changes how it answers.
+    pub fn change_state(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state());
     }
 
     /// Nothing is answered, what is open is cut; or all is well again.
@@ -309,7 +316,12 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
             send(stream, code, &object)
         }
         ("GET", ["version"]) => send(stream, 200, &version()),
+        ("GET", ["apis", "apps", "v1", "namespaces", _, "daemonsets"]) => watch(shared, stream, "daemonsets", request),
         ("GET", ["apis", "apps", "v1", "namespaces", _, "daemonsets", name]) => {
+            let refused = shared.0.lock().unwrap().refuse_sets;
+            if refused != 0 {
+                return send(stream, refused, &status(refused, "DaemonSets are refused"));
+            }
             let found = shared.0.lock().unwrap().objects.get(&("daemonsets", (*name).to_owned())).cloned();
             match found {
                 Some(object) => send(stream, 200, &object),
@@ -424,6 +436,12 @@ fn watch(
         if state.streaming == Streaming::Offered {
             event("BOOKMARK", bookmark(seen, true));
         }
+    } else if kind == "daemonsets" {
+        // From version 0: what is there, then changes.
+        for object in state.listed(kind, request) {
+            event("ADDED", object);
+        }
+        seen = state.version;
     } else if from < state.forgotten {
         event("ERROR", status(410, "too old resource version"));
     }
@@ -571,15 +589,27 @@ impl World {
     }
 
     fn kube_command(&self, node: u8, what: &str, api: &Api, settings: &[(&str, &str)]) -> Command {
+        self.kube_command_of(&super::subject(), node, what, api, settings)
+    }
+
+    /// Starts a further daemon of a pod's node, in that pod as in a cluster, from a program of its own.
+    pub fn start_kube_beside(&mut self, own: &Pod, program: &Path, api: &Api, settings: &[(&str, &str)]) -> u32 {
+        let mut command = self.kube_command_of(program, own.node, "node", api, settings);
+        self.start_in(&own.netns, &mut command, &format!("{}.log", own.name))
+    }
+
+    fn kube_command_of(&self, program: &Path, node: u8, what: &str, api: &Api, settings: &[(&str, &str)]) -> Command {
         let host = format!("/run/netns/{}", self.ns(&format!("n{node}")));
-        let mut command = Command::new(super::subject());
-        command.arg(what).env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
+        let mut command = Command::new(program);
+        command.args(what.split(' ')).env("LOCAL_XDS_PATH", self.mesh_file(node)).env("CULVERT_CA_DIR", self.ca());
         command
             .env("CULVERT_PODS", "kubernetes")
             .env("KUBECONFIG", &api.kubeconfig)
             .env("NODE_NAME", format!("n{node}"))
             .env("CLUSTER_ID", "c1");
         command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
+        // What daemons of a node share is not that of the machine.
+        command.env("CULVERT_CNI_SOCKET", self.dir.join(format!("run{node}/cni.sock")));
         command.envs(settings.iter().copied());
         command
     }

@@ -1,0 +1,250 @@
+//! The end of a daemon after which none comes: its DaemonSet is gone, or goes. Then nothing of it stays on the node, and the pods go on
+//! without the mesh. Where that is not certain everything stays: pods are refused rather than passed in plaintext.
+
+use super::{Running, annotate};
+use crate::node::kubernetes::Config;
+use crate::node::{cni, redirect, remains, turn};
+use crate::task::Signal;
+use crate::task::backoff::Backoff;
+use crate::telemetry::log::with_causes;
+use futures_util::{StreamExt, stream};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::api::{WatchEvent, WatchParams};
+use kube::{Api, Client};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How long the API may take to say whether our DaemonSet is there.
+const ASK: Duration = Duration::from_secs(3);
+/// How long a watch of it runs before it is begun anew, in seconds.
+const WATCH_SECONDS: u32 = 290;
+/// Waits between watches.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long the API may take to forget the annotations of the node's pods.
+const FORGET: Duration = Duration::from_secs(3);
+/// Pods that are seen to at once.
+const AT_ONCE: usize = 8;
+
+/// What is known of our DaemonSet. It may be deleted at the same moment as our rights to ask for it.
+#[derive(Debug, Default)]
+pub struct OwnSet {
+    /// It has been there, and could be asked for.
+    existed: AtomicBool,
+    /// The API has told that it is gone, or goes.
+    gone: AtomicBool,
+    /// Nothing of ours is to stay on the node.
+    nothing_stays: AtomicBool,
+}
+
+/// What follows from what the API says at the end.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// Another daemon follows, or nobody can tell.
+    Stays,
+    /// No pod waits for a daemon any more; whether pods may be let go is not certain.
+    WithoutPlugin(&'static str),
+    /// Certainly none follows.
+    Gone(&'static str),
+}
+
+impl OwnSet {
+    /// Whether nothing of ours is to stay on the node, as far as that has been found out.
+    pub fn nothing_stays(&self) -> bool {
+        self.nothing_stays.load(Ordering::Relaxed)
+    }
+
+    fn told(&self, gone: bool) {
+        self.existed.store(true, Ordering::Relaxed);
+        if self.gone.swap(gone, Ordering::Relaxed) != gone {
+            match gone {
+                true => {
+                    tracing::info!("our DaemonSet is deleted: when this daemon ends nothing of it stays on the node")
+                }
+                false => tracing::info!("our DaemonSet is there again"),
+            }
+        }
+    }
+
+    /// Follows the DaemonSet until the process ends. Who may not watch it knows less at the end, and does less.
+    pub(super) async fn follow(self: Arc<Self>, client: Client, config: Config) {
+        let api: Api<DaemonSet> = Api::namespaced(client, &config.enablement.own_namespace);
+        if let Ok(Ok(Some(set))) = tokio::time::timeout(ASK, api.get_opt(&config.daemonset)).await {
+            self.told(set.metadata.deletion_timestamp.is_some());
+        }
+        let params =
+            WatchParams::default().fields(&format!("metadata.name={}", config.daemonset)).timeout(WATCH_SECONDS);
+        let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
+        loop {
+            if let Ok(events) = api.watch_metadata(&params, "0").await {
+                let mut events = std::pin::pin!(events);
+                while let Some(Ok(event)) = events.next().await {
+                    match event {
+                        WatchEvent::Added(set) | WatchEvent::Modified(set) => {
+                            self.told(set.metadata.deletion_timestamp.is_some());
+                            backoff.reset();
+                        }
+                        WatchEvent::Deleted(_) => self.told(true),
+                        WatchEvent::Bookmark(_) => {}
+                        WatchEvent::Error(_) => break,
+                    }
+                }
+            }
+            tokio::time::sleep(backoff.next()).await;
+        }
+    }
+
+    /// What follows from an answer of the API; none came within its time where there is none.
+    fn end(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> End {
+        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.gone.load(Ordering::Relaxed));
+        match asked {
+            Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => End::Gone("is being deleted"),
+            Some(Ok(Some(_))) => End::Stays,
+            // One of another name would not be found either.
+            Some(Ok(None)) if existed => End::Gone("does not exist any more"),
+            Some(Ok(None)) => End::WithoutPlugin("does not exist"),
+            Some(Err(_)) | None if told => End::Gone("has been deleted"),
+            // Its account, or its rights, have been deleted before it; or keys and rights have changed.
+            Some(Err(kube::Error::Api(status))) if status.code == 401 => End::WithoutPlugin("has lost its account"),
+            Some(Err(kube::Error::Api(status))) if status.code == 403 && existed => {
+                End::WithoutPlugin("has lost its rights")
+            }
+            // Whoever cannot tell leaves everything: pods that should be captured wait, rather than start without.
+            Some(Err(error)) => {
+                tracing::warn!(error = with_causes(error), "everything stays on the node: DaemonSet not readable");
+                End::Stays
+            }
+            None => {
+                tracing::warn!("everything stays on the node: the Kubernetes API does not answer");
+                End::Stays
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Removes what would keep pods waiting, or all there is, where no daemon follows this one. An upgrade leaves everything.
+    pub(super) async fn leave(&self, drain: &Signal) {
+        let config = &self.source.config;
+        let (name, namespace) = (&config.daemonset, &config.enablement.own_namespace);
+        let api: Api<DaemonSet> = Api::namespaced(self.source.client.clone(), namespace);
+        // Where the API has said it already there are better things to do in the time that is left.
+        let within = if self.source.own_set.gone.load(Ordering::Relaxed) { ASK / 3 } else { ASK };
+        let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
+        let (gone, certain) = match self.source.own_set.end(asked.as_ref()) {
+            End::Stays => return,
+            End::WithoutPlugin(gone) => (gone, false),
+            End::Gone(gone) => (gone, true),
+        };
+        if let Some(cni) = &config.cni {
+            match cni.remove() {
+                Ok(removed) => {
+                    let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
+                    tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon")
+                }
+            }
+        }
+        if certain {
+            tracing::info!(daemonset = name, gone, "no daemon follows: the node's pods go on without the mesh");
+            self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
+            self.uninstall(drain).await;
+        } else {
+            tracing::warn!(
+                daemonset = name,
+                gone,
+                "rules in pods stay: where no daemon follows, run `culvert cleanup` on the node"
+            );
+        }
+    }
+
+    /// Lets all pods go: new connections at once, then, when those that are open have had their time, the rest.
+    async fn uninstall(&self, drain: &Signal) {
+        let places: Vec<_> = self.places.values().map(|place| place.netns.clone()).collect();
+        let pass = async |netns| match redirect::let_pass(&netns).await {
+            Ok(()) => {}
+            // One that was not captured has no rules to be emptied.
+            Err(error) => tracing::debug!(netns = %netns.path().display(), %error, "nothing to be emptied"),
+        };
+        stream::iter(places).for_each_concurrent(AT_ONCE, pass).await;
+        let forget = annotate::forget_all(self.source.client.clone(), &self.source.config.node_name);
+        let annotations = async {
+            let forgotten = tokio::time::timeout(FORGET, forget).await;
+            if let Err(error) = forgotten.unwrap_or_else(|_| Err("no answer in time".into())) {
+                let word = annotate::WORD;
+                tracing::warn!(error, "the annotation {word} of this node's pods stays: peers send HBONE to them");
+            }
+        };
+        let node = self.source.capturer.config.remains();
+        let rules = async {
+            drain.now().await;
+            let mut outcomes = node.remove_rules(false).await.ours;
+            outcomes.extend(node.remove_probes().await);
+            report(outcomes);
+        };
+        // An API that is silent takes none of the time that the rules need.
+        tokio::join!(annotations, rules);
+    }
+}
+
+impl Config {
+    /// Removes what daemons and the CNI plugin of a node have met at; when no daemon uses it any more.
+    pub fn remove_meeting_places(&self, whose: &str) -> [remains::Outcome; 2] {
+        let (socket, turns) = (&self.cni_socket, self.turns(whose));
+        let said = |error: std::io::Error| error.to_string();
+        [
+            (socket.display().to_string(), cni::remove_socket(socket).map_err(said)),
+            (turns.display().to_string(), turn::forget(&turns).map_err(said)),
+        ]
+    }
+}
+
+/// Says what has been removed, and what could not be.
+pub fn report(outcomes: Vec<remains::Outcome>) {
+    let mut removed = 0;
+    for (what, outcome) in outcomes {
+        match outcome {
+            Ok(there) => removed += usize::from(there),
+            Err(error) => tracing::error!(what, error, "could not be removed: run `culvert cleanup` on the node"),
+        }
+    }
+    tracing::info!(removed, "removed from the node");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    #[test]
+    fn pods_are_let_go_only_where_it_is_certain() {
+        let refused = |code: u16| Some(Err(kube::Error::Api(Box::new(Status { code, ..Status::default() }))));
+        let there = |going: bool| {
+            let mut set = DaemonSet::default();
+            set.metadata.deletion_timestamp = going.then(|| serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
+            Some(Ok(Some(set)))
+        };
+        for (what, existed, told, asked, expected) in [
+            ("an upgrade", true, false, there(false), End::Stays),
+            ("deleted and made anew", true, true, there(false), End::Stays),
+            ("being deleted", false, false, there(true), End::Gone("is being deleted")),
+            ("deleted", true, false, Some(Ok(None)), End::Gone("does not exist any more")),
+            ("another name", false, false, Some(Ok(None)), End::WithoutPlugin("does not exist")),
+            ("rights gone with it", true, true, refused(403), End::Gone("has been deleted")),
+            ("account gone with it", true, true, refused(401), End::Gone("has been deleted")),
+            ("the API goes too", true, true, None, End::Gone("has been deleted")),
+            ("keys changed", true, false, refused(401), End::WithoutPlugin("has lost its account")),
+            ("rights changed", true, false, refused(403), End::WithoutPlugin("has lost its rights")),
+            ("never had rights", false, false, refused(403), End::Stays),
+            ("an API in trouble", true, false, refused(500), End::Stays),
+            ("an API that is away", true, false, None, End::Stays),
+        ] {
+            let own = OwnSet::default();
+            own.existed.store(existed, Ordering::Relaxed);
+            own.gone.store(told, Ordering::Relaxed);
+            assert_eq!(own.end(asked.as_ref()), expected, "{what}");
+        }
+    }
+}

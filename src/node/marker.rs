@@ -1,0 +1,38 @@
+//! Whose rules are in a pod: each of our tables says for which node it has been written, in a chain that nothing leads to. Several
+//! nodes may be on one machine, and none cleans up another one's pods.
+
+use serde_json::Value;
+
+/// Name of the chain.
+const CHAIN: &str = "written_for";
+
+/// The chain, as part of a table. `whose` is plain letters.
+pub fn chain(whose: &str) -> String {
+    format!("  chain {CHAIN} {{\n    return comment \"{whose}\"\n  }}\n")
+}
+
+/// Whose a table is, by what `nft` prints of it; `None` where it does not say.
+pub fn whose(table: &Value) -> Option<&str> {
+    let objects = table.get("nftables").and_then(Value::as_array)?;
+    let says = |object: &'_ Value| object.pointer("/rule/chain").is_some_and(|chain| chain == CHAIN);
+    objects.iter().find(|object| says(object))?.pointer("/rule/comment")?.as_str()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_table_says_whose_it_is_or_nothing() {
+        let rule = |chain: &str| json!({"rule": {"chain": chain, "comment": "n1-7", "expr": [{"return": null}]}});
+        let metainfo = json!({"metainfo": {}});
+        assert_eq!(whose(&json!({"nftables": [metainfo, rule("other"), rule(CHAIN)]})), Some("n1-7"));
+        for none in
+            [json!({"nftables": [rule("other")]}), json!({"nftables": [{"rule": {"chain": CHAIN}}]}), Value::Null]
+        {
+            assert_eq!(whose(&none), None, "{none}");
+        }
+        assert!(chain("n1-7").contains("return comment \"n1-7\""));
+    }
+}

@@ -1,0 +1,358 @@
+//! Whose turn it is to write: during an upgrade two daemons run on a node, and share its CNI folders, the rules in its pods, the
+//! host's table of probes, and the annotations of its pods. One of them writes; the other serves what it has.
+//!
+//! Each has a file in a folder that both see, and holds a lock on it (flock) for as long as it lives, however it ends. The file's name
+//! says whether its daemon could take over by now, and when it began, by a clock that nobody sets. Of those that are locked the last
+//! name has the turn: the daemon that began last, whatever its version, or an earlier one again where that has died. It begins when
+//! the one before has let go of a second lock, which is when that one writes nothing any more.
+
+use crate::sys::clock;
+use crate::task::Signal;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// Beginning of the folder's name; what follows says whose node it is.
+pub const FOLDER: &str = "turn-";
+/// The lock of whoever writes.
+const LOCK: &str = "lock";
+/// Time between looks at whose turn it is: that a process has died is told by nobody.
+const LOOK: Duration = Duration::from_millis(250);
+/// How long whoever had the turn may go on writing. One that hangs must not keep the node.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether this daemon may write.
+#[derive(Clone, Debug)]
+pub struct Turn {
+    ours: Arc<watch::Sender<bool>>,
+    /// How much is being written now.
+    writing: Arc<watch::Sender<usize>>,
+    able: Arc<watch::Sender<bool>>,
+}
+
+/// Something is being written; the turn is not handed on before it is dropped.
+#[derive(Debug)]
+pub struct Permit {
+    writing: Arc<watch::Sender<usize>>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.writing.send_modify(|writing| *writing = writing.saturating_sub(1));
+    }
+}
+
+impl Turn {
+    /// Where no other daemon writes what this one does.
+    pub fn alone() -> Self {
+        Self::new(true)
+    }
+
+    fn new(ours: bool) -> Self {
+        Self { ours: Arc::new(watch::Sender::new(ours)), writing: Arc::default(), able: Arc::default() }
+    }
+
+    /// Whether it is this daemon's turn.
+    pub fn is_ours(&self) -> bool {
+        *self.ours.borrow()
+    }
+
+    /// Leave to write, where it is this daemon's turn.
+    pub fn permit(&self) -> Option<Permit> {
+        // First counted, then looked: whoever hands the turn on does it the other way round.
+        self.writing.send_modify(|writing| *writing += 1);
+        let permit = Permit { writing: self.writing.clone() };
+        self.is_ours().then_some(permit)
+    }
+
+    /// Tells of changes.
+    pub fn subscribe(&self) -> watch::Receiver<bool> {
+        self.ours.subscribe()
+    }
+
+    /// This daemon knows enough to take over from an earlier one. Before that it has the turn only where nobody else is there.
+    pub fn is_able(&self) {
+        self.able.send_if_modified(|able| !std::mem::replace(able, true));
+    }
+
+    /// Joins the daemons of a node in `folder`. Where no other one lives it is this one's turn at once.
+    pub fn join(folder: &Path) -> (Self, Member) {
+        let turn = Self::new(false);
+        let began = clock::since_start().unwrap_or_default().as_nanos();
+        let mut member = Member {
+            turn: turn.clone(),
+            folder: folder.to_owned(),
+            name: format!("{began:020}-{:016x}", rand::random::<u64>()),
+            able: false,
+            own: None,
+            lock: None,
+            waiting_since: None,
+            said: None,
+        };
+        member.look();
+        (turn, member)
+    }
+}
+
+/// A daemon among those of its node.
+#[derive(Debug)]
+pub struct Member {
+    turn: Turn,
+    folder: PathBuf,
+    name: String,
+    able: bool,
+    /// Our file, locked.
+    own: Option<File>,
+    /// The lock of whoever writes.
+    lock: Option<File>,
+    waiting_since: Option<Instant>,
+    /// What has been said of a folder that cannot be used.
+    said: Option<String>,
+}
+
+impl Member {
+    /// Takes turns until the process is told to end; then another one may begin.
+    pub async fn keep(mut self, drain: Signal) {
+        let mut able = self.turn.able.subscribe();
+        loop {
+            tokio::select! {
+                () = drain.gentle() => break,
+                () = tokio::time::sleep(LOOK) => {}
+                Ok(()) = able.changed() => {}
+            }
+            if !self.look() && self.turn.is_ours() {
+                self.hand_on().await;
+            }
+        }
+        // What is locked is let go of when this is dropped; that the file stays where it cannot be removed hurts nobody.
+        let _ = std::fs::remove_file(self.file());
+    }
+
+    fn file(&self) -> PathBuf {
+        self.folder.join(format!("{}-{}", u8::from(self.able), self.name))
+    }
+
+    /// Looks at whose turn it is, and takes it where it is ours; whether it is.
+    fn look(&mut self) -> bool {
+        let newest = self.show().and_then(|()| self.is_newest());
+        let newest = match newest {
+            Ok(newest) => {
+                self.said = None;
+                newest
+            }
+            // Nobody can be seen, and so nobody can be waited for.
+            Err(error) => {
+                let (folder, error) = (self.folder.display(), error.to_string());
+                if self.said.as_ref() != Some(&error) {
+                    tracing::error!(%folder, error, "whether another daemon of this node writes cannot be seen; this one does");
+                }
+                self.said = Some(error);
+                self.take();
+                return true;
+            }
+        };
+        if !newest {
+            self.waiting_since = None;
+            return false;
+        }
+        if self.lock.is_none() {
+            self.lock = locked(&self.folder.join(LOCK)).ok().flatten();
+        }
+        if self.lock.is_some() {
+            self.take();
+        } else if !self.turn.is_ours() {
+            let since = *self.waiting_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= PATIENCE {
+                tracing::warn!("the daemon before this one does not let go of the node; going on without it");
+                self.take();
+            }
+        }
+        true
+    }
+
+    fn take(&mut self) {
+        self.waiting_since = None;
+        if self.turn.ours.send_if_modified(|ours| !std::mem::replace(ours, true)) {
+            tracing::info!("this daemon writes what belongs to the node");
+        }
+    }
+
+    /// Writes nothing any more, and lets the next one begin.
+    async fn hand_on(&mut self) {
+        self.turn.ours.send_replace(false);
+        tracing::info!(
+            "another daemon of this node takes over: this one writes nothing any more, and serves what it has"
+        );
+        let mut writing = self.turn.writing.subscribe();
+        let done = writing.wait_for(|writing| *writing == 0);
+        if tokio::time::timeout(PATIENCE, done).await.is_err() {
+            tracing::warn!("something is still being written while another daemon takes over");
+        }
+        self.lock = None;
+    }
+
+    /// Makes sure that others see us, by the right name.
+    fn show(&mut self) -> io::Result<()> {
+        let before = self.file();
+        self.able |= *self.turn.able.borrow();
+        let file = self.file();
+        if self.own.is_some() && before != file {
+            // Where it has gone it is made anew.
+            let _ = std::fs::rename(before, &file);
+        }
+        if self.own.is_some() && file.exists() {
+            return Ok(());
+        }
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
+        // Not to be seen before it is locked: what is not locked is removed by whoever sees it.
+        let hidden = self.folder.join(format!(".{}", self.name));
+        let own = locked(&hidden)?.ok_or(io::ErrorKind::WouldBlock)?;
+        std::fs::rename(hidden, file)?;
+        self.own = Some(own);
+        Ok(())
+    }
+
+    /// Whether no living daemon has a later name. Files of dead ones are removed.
+    fn is_newest(&self) -> io::Result<bool> {
+        let own = self.file();
+        let mut newest = true;
+        for entry in std::fs::read_dir(&self.folder)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(is_member) || entry.path() == own {
+                continue;
+            }
+            let other = match OpenOptions::new().read(true).open(entry.path()) {
+                Ok(other) => other,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            // Shared: two that look at the same moment do not take each other for the dead one.
+            match other.try_lock_shared() {
+                Ok(()) => drop(std::fs::remove_file(entry.path())),
+                Err(TryLockError::WouldBlock) => newest &= own.file_name() > Some(&name),
+                Err(TryLockError::Error(error)) => return Err(error),
+            }
+        }
+        Ok(newest)
+    }
+}
+
+/// Whether a file's name is a daemon's.
+fn is_member(name: &str) -> bool {
+    let mut parts = name.split('-');
+    let mut part = |length, fine: fn(&u8) -> bool| {
+        parts.next().is_some_and(|part| part.len() == length && part.as_bytes().iter().all(fine))
+    };
+    part(1, |b| matches!(b, b'0' | b'1'))
+        && part(20, u8::is_ascii_digit)
+        && part(16, u8::is_ascii_hexdigit)
+        && parts.next().is_none()
+}
+
+/// A file with its lock; `None` where somebody else holds it.
+fn locked(path: &Path) -> io::Result<Option<File>> {
+    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Removes what is in `folder`, where no daemon lives any more; whether there was something.
+pub fn forget(folder: &Path) -> io::Result<bool> {
+    match std::fs::remove_dir_all(folder) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::{Drain, Group};
+
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("culvert-turn-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&folder);
+        folder
+    }
+
+    #[test]
+    fn the_newest_that_is_able_and_lives_has_the_turn() {
+        let folder = folder("newest");
+        let (first, mut one) = Turn::join(&folder);
+        assert!(first.is_ours(), "nobody else is there");
+        let (second, mut two) = Turn::join(&folder);
+        assert!(!second.is_ours());
+        first.is_able();
+        assert!(one.look() && !two.look(), "the second knows nothing yet");
+        second.is_able();
+        assert!(two.look() && !second.is_ours(), "it is its turn, and the first has not let go");
+        assert!(!one.look(), "which sees it");
+        one.turn.ours.send_replace(false);
+        one.lock = None;
+        assert!(two.look() && second.is_ours() && first.permit().is_none());
+        // The second dies, without a word: its lock goes with it, the file stays.
+        let left = two.file();
+        drop(two);
+        assert!(left.exists());
+        assert!(one.look() && first.is_ours() && !left.exists());
+        // Somebody clears the folder.
+        std::fs::remove_dir_all(&folder).unwrap();
+        assert!(one.look() && one.file().exists());
+        // Two that began in the same moment agree on one.
+        let (_, mut a) = Turn::join(&folder);
+        let (_, mut b) = Turn::join(&folder);
+        for (member, id) in [(&mut a, 7), (&mut b, 8)] {
+            std::fs::remove_file(member.file()).unwrap();
+            (member.name, member.own) = (format!("{:020}-{id:016x}", u64::MAX), None);
+            member.turn.is_able();
+            member.look();
+        }
+        assert!(!a.look() && b.look() && !one.look());
+        for name in ["lock", ".hidden", "1-2-3", "1-00000000000000000001-000000000000000g"] {
+            assert!(!is_member(name), "{name}");
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_next_begins_when_nothing_is_written_any_more_and_the_end_lets_go() {
+        let folder = folder("next");
+        let (first, member) = Turn::join(&folder);
+        first.is_able();
+        let (ends, second_ends) = (Drain::default(), Drain::default());
+        let (one, two) = (Group::default(), Group::default());
+        one.spawn(member.keep(ends.signal()));
+        let permit = first.permit().unwrap();
+        let (second, member) = Turn::join(&folder);
+        second.is_able();
+        two.spawn(member.keep(second_ends.signal()));
+        let (mut of_first, mut of_second) = (first.subscribe(), second.subscribe());
+        of_first.wait_for(|ours| !ours).await.unwrap();
+        assert!(first.permit().is_none() && !second.is_ours(), "the first still writes");
+        drop(permit);
+        of_second.wait_for(|ours| *ours).await.unwrap();
+        second_ends.gently();
+        two.finished().await;
+        of_first.wait_for(|ours| *ours).await.unwrap();
+        ends.gently();
+        one.finished().await;
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "the lock alone is left");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn who_cannot_see_others_writes() {
+        let (turn, mut member) = Turn::join(Path::new("/proc/nowhere"));
+        assert!(turn.is_ours() && member.look() && turn.permit().is_some());
+    }
+}

@@ -1,0 +1,112 @@
+//! What stays on a node after a daemon, and what does not: uninstalling, and cleaning up.
+
+use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
+use crate::world::{ControlPlane, World, apps, ask, eventually, output_in};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+fn set() -> Option<Value> {
+    Some(json!({"metadata": {"name": "ztunnel", "namespace": "istio-system", "uid": "s"}}))
+}
+
+/// What is left of culvert on the first node.
+fn remains(c: &Cluster, cni: &Cni) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut see = |what: &str, there: bool| found.extend(there.then(|| what.to_owned()));
+    see("rules", has_rules(&c.client));
+    see("ip rules", output_in(&c.client.netns, "ip", &["rule", "list"]).contains("32764:"));
+    see("host rules", output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
+    see("configuration", cni.ours().is_some());
+    see("plugin", cni.bin.join("culvert-cni").exists());
+    let folder = std::fs::read_dir(cni.socket.parent().unwrap()).unwrap().flatten();
+    let names: Vec<String> = folder.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    for start in ["cni.sock", ".cni.sock", "turn-", "mesh.state"] {
+        see(start, names.iter().any(|name| name.starts_with(start)));
+    }
+    found
+}
+
+#[test]
+fn a_daemon_whose_set_is_deleted_leaves_nothing_and_one_that_cannot_tell_leaves_its_rules() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let plane = ControlPlane::start(&c.w.ns("n1"), &c.w.dir);
+    plane.set(&c.w.mesh);
+    let state = c.w.dir.join("mesh.state").display().to_string();
+    let facts = World::facts_from(&plane);
+    let facts: Vec<(&str, &str)> = facts.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let more = [("CULVERT_STATE_FILE", state.as_str()), ("CONNECTION_TERMINATION_DEADLINE", "1s")];
+    let settings = [&cni.settings()[..], &facts, &more].concat();
+    apps::serve(&c.client.netns, 8080, apps::who);
+    let silent = Duration::from_secs(20);
+    for (what, deleted, code, slow) in [
+        ("deleted", true, 0, Duration::ZERO),
+        ("deleted with its account", true, 401, Duration::ZERO),
+        ("deleted, and the API is silent", true, 0, silent),
+        ("keys changed", false, 401, Duration::ZERO),
+        ("the API is in trouble", false, 503, Duration::ZERO),
+    ] {
+        c.apis[0].daemonset("ztunnel", set());
+        c.apis[0].change_state(|state| (state.refuse_sets, state.refuse_patches, state.slow) = (0, 0, Duration::ZERO));
+        c.start_one(&settings);
+        eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled") && has_rules(&c.client));
+        eventually("everything is there", || remains(&c, &cni).len() >= 8);
+        eventually("the state file is written", || std::path::Path::new(&state).exists());
+        let asks = |c: &Cluster| {
+            c.apis[0].state().requests.iter().any(|r| r.contains("daemonsets?") && r.contains("watch=true"))
+        };
+        eventually("it watches its DaemonSet", || asks(&c));
+        c.apis[0].change_state(|state| (state.refuse_sets, state.refuse_patches) = (code, code));
+        if deleted {
+            let lines = |c: &Cluster| {
+                c.w.log(1)
+                    .iter()
+                    .filter(|l| l["message"].as_str().is_some_and(|m| m.contains("DaemonSet is deleted")))
+                    .count()
+            };
+            let before = lines(&c);
+            c.apis[0].daemonset("ztunnel", None);
+            eventually("the daemon has heard of it", || lines(&c) > before);
+        }
+        c.apis[0].change_state(|state| state.slow = slow);
+        c.apis[0].state().requests.clear();
+        let mut daemon = c.w.take_node(1);
+        daemon.signal(Signal::SIGTERM);
+        daemon.wait();
+        let left = remains(&c, &cni);
+        if deleted {
+            assert_eq!(left, Vec::<String>::new(), "{what}");
+            assert_eq!(c.apis[0].said("client").is_some(), code != 0 || slow == silent, "{what}");
+            assert!(ask(&c.w.ns("n1"), (c.client.v4, 8080), "x").is_ok_and(|answer| !answer.is_empty()), "{what}");
+        } else {
+            assert!(left.contains(&"rules".to_owned()) && left.contains(&"mesh.state".to_owned()), "{what}: {left:?}");
+            assert_eq!(left.contains(&"plugin".to_owned()), code != 401, "{what}: {left:?}");
+        }
+    }
+}
+
+#[test]
+fn cleaning_up_a_node_touches_no_other_nodes_pods_unless_told_to() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let settings = cni.settings();
+    c.start();
+    c.w.take_node(1).kill();
+    let cleanup = |c: &Cluster, what: &str| c.w.kube_run(1, what, &c.apis[0], &settings);
+    c.apis[0].away(true);
+    let (fine, said) = cleanup(&c, "cleanup");
+    assert!(fine && said.contains("but for the pods' annotation"), "{said}");
+    assert!(said.contains("namespaces hold rules of another node"), "{said}");
+    assert!(!has_rules(&c.client) && has_rules(&c.server), "{said}");
+    c.apis[0].away(false);
+    // A table of a version that did not say for which node: as an older one has left it.
+    output_in(&c.client.netns, "nft", &["add", "table", "inet", "culvert"]);
+    let (fine, said) = cleanup(&c, "cleanup");
+    assert!(fine && has_rules(&c.client), "{said}");
+    assert_eq!(c.apis[0].said("client"), None);
+    c.w.take_node(2).kill();
+    let (fine, said) = cleanup(&c, "cleanup --all");
+    assert!(fine, "{said}");
+    assert!(!has_rules(&c.client) && !has_rules(&c.server), "{said}");
+}
