@@ -266,6 +266,48 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert!(set(all).to_string().contains("/var/lib/rancher/k3s/agent/etc/cni/net.d"))
         }),
         (json!({"platform": "gke"}), |all| assert!(set(all).to_string().contains("/home/kubernetes/bin"))),
+        (json!({"facts": "file", "certificates": "builtin"}), |all| {
+            let set = set(all);
+            assert_eq!(variable(set, "LOCAL_XDS_PATH"), "/etc/culvert/mesh/mesh.yaml");
+            assert_eq!(variable(set, "CULVERT_CA_DIR"), "/etc/culvert/ca");
+            for name in ["XDS_ADDRESS", "CA_ADDRESS", "ISTIO_META_CLUSTER_ID"] {
+                assert!(variables(set).iter().all(|(other, _)| other != name), "{name}");
+            }
+            let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+            let volume = |name: &str| volumes.iter().find(|volume| volume["name"] == name);
+            assert!(
+                volume("istio-token").is_none() && volume("istiod-ca-cert").is_none(),
+                "nothing of Istio's is needed"
+            );
+            assert_eq!(volume("mesh").unwrap()["configMap"]["name"], "culvert-mesh");
+            // A key that others may read is refused; this is 0400.
+            assert_eq!(volume("ca").unwrap()["secret"], json!({"secretName": "culvert-ca", "defaultMode": 256}));
+            let mounts = container(set)["volumeMounts"].as_array().unwrap();
+            // One file of a volume alone is never updated.
+            assert!(
+                mounts
+                    .iter()
+                    .all(|mount| mount["subPath"].is_null() && volume(mount["name"].as_str().unwrap()).is_some())
+            );
+        }),
+        (
+            json!({"facts": "file", "standalone": {"configMap": "facts-of-mine"}, "multiCluster": {"clusterName": "c9"}}),
+            |all| {
+                let set = set(all);
+                assert_eq!(
+                    (variable(set, "XDS_ADDRESS"), variable(set, "ISTIO_META_CLUSTER_ID")),
+                    (Value::Null, json!("c9"))
+                );
+                assert!(variable(set, "CA_ADDRESS").is_string() && set.to_string().contains("istio-ca-root-cert"));
+                assert!(set.to_string().contains("facts-of-mine") && !set.to_string().contains("culvert-ca"));
+            },
+        ),
+        (json!({"certificates": "builtin", "standalone": {"secret": "ca-of-mine"}}), |all| {
+            let set = set(all);
+            assert_eq!((variable(set, "CA_ADDRESS"), variable(set, "LOCAL_XDS_PATH")), (Value::Null, Value::Null));
+            assert!(variable(set, "XDS_ADDRESS").is_string() && set.to_string().contains("istio-ca-root-cert"));
+            assert!(set.to_string().contains("ca-of-mine"));
+        }),
         (json!({"cleanup": {"enabled": true}}), |all| {
             let set = set(all);
             assert_eq!(set["metadata"]["name"], "ztunnel-cleanup");
@@ -320,6 +362,12 @@ fn the_chart_renders_what_kubernetes_understands_for_every_value() {
         (json!({"pods": "labels"}), "is not kubernetes or agent"),
         (json!({"resourceScope": "some"}), "is not all, namespace or cluster"),
         (json!({"platform": "mine"}), "is not known"),
+        (json!({"facts": "files"}), "facts: \"files\" is not istiod or file"),
+        (json!({"certificates": "self"}), "certificates: \"self\" is not istiod or builtin"),
+        (json!({"facts": "file", "xdsAddress": "x:1"}), "xdsAddress: is set"),
+        (json!({"certificates": "builtin", "caAddress": "x:1"}), "caAddress: is set"),
+        (json!({"facts": "file", "standalone": {"configMap": ""}}), "standalone.configMap: is empty"),
+        (json!({"certificates": "builtin", "standalone": {"secret": ""}}), "standalone.secret: is empty"),
     ] {
         let error = render(&bad).unwrap_err();
         assert!(error.contains(word), "{error}");

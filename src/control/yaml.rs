@@ -209,11 +209,9 @@ impl FileWorkload {
         let Some(workload_ips) = self.workload_ips else {
             return Err(fault("workloadIps is missing; write `workloadIps: []` where it has only a host name".into()));
         };
-        let Some(served) = self.services else {
-            return Err(fault("services is missing; write `services: {}` where it is behind none".into()));
-        };
+        // One that is behind no service need not say so.
         let mut services = BTreeMap::new();
-        for (key, ports) in served {
+        for (key, ports) in self.services.unwrap_or_default() {
             services.insert(ServiceKey::parse(&key).map_err(|e| fault(e.to_string()))?, ports);
         }
         let gateway = |g: Option<FileGateway>| g.map(FileGateway::check).transpose().map_err(&fault);
@@ -515,10 +513,6 @@ policies:
             (("  vips: [\"net-a/10.96.0.7\", \"/fd00::7\"]\n", ""), &["service retail/shop.", "`vips: []`"]),
             (("  ports: {80: 8080}\n", ""), &["service retail/shop.", "ports is missing"]),
             (("  workloadIps: [\"10.0.1.5\"]\n", ""), &["workload c1//Pod/retail/shop-0", "`workloadIps: []`"]),
-            (
-                ("  services:\n    \"retail/shop.retail.svc.cluster.local\": {80: 8080}\n", ""),
-                &["workload c1//Pod/retail/shop-0", "`services: {}`"],
-            ),
             (
                 ("trustDomain: cluster.local", "trustDomain: \"Cluster local\""),
                 &["c1//Pod/retail/shop-0", "Cluster local"],

@@ -114,7 +114,10 @@ impl Builtin {
             .permissions()
             .mode();
         if mode & 0o077 != 0 {
-            let reason = format!("others may read the key (mode {:o}); chmod 600 it", mode & 0o777);
+            let reason = format!(
+                "others may read the key (mode {:o}); chmod 600 it, or, where it is of a Secret's volume, say `defaultMode: 0400` there",
+                mode & 0o777
+            );
             return Err(content(&key_path, reason));
         }
         let ca_key = KeyPair::from_pem(&read(&key_path)?).map_err(|e| content(&key_path, e.to_string()))?;

@@ -243,8 +243,14 @@ impl Capturer {
         let found = snapshot.workload_of_pod(&spec.namespace, &spec.name);
         let workload = found.ok_or_else(|| {
             let (mut name, own) = (format!("{}/{}", spec.namespace, spec.name), &self.config.cluster_id);
-            if let Some(other) = snapshot.clusters_of_pod(&spec.namespace, &spec.name).iter().find(|c| ****c != **own) {
+            let elsewhere = snapshot.clusters_of_pod(&spec.namespace, &spec.name);
+            if let Some(other) = elsewhere.iter().find(|cluster| !cluster.is_empty() && ****cluster != **own) {
                 name += &format!(" of cluster {own} (CLUSTER_ID) but one of cluster {other}");
+            } else if !elsewhere.is_empty() {
+                name += &format!(
+                    " on node {} (NODE_NAME) but one whose `node` is another, or missing",
+                    self.config.node_name
+                );
             }
             CaptureError::NoFacts(name)
         })?;

@@ -37,6 +37,7 @@ mod limits;
 mod model;
 mod remains;
 mod stalls;
+mod standalone;
 mod tcp;
 mod turns;
 mod visible;

@@ -51,6 +51,16 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- $scope := .Values.resourceScope | default "all" }}
 {{- if not (has $scope (list "all" "namespace" "cluster")) }}{{ fail (printf "resourceScope: %q is not all, namespace or cluster" $scope) }}{{ end }}
 {{- if not (has .Values.pods (list "kubernetes" "agent")) }}{{ fail (printf "pods: %q is not kubernetes or agent" .Values.pods) }}{{ end }}
+{{- if not (has .Values.facts (list "istiod" "file")) }}{{ fail (printf "facts: %q is not istiod or file" .Values.facts) }}{{ end }}
+{{- if not (has .Values.certificates (list "istiod" "builtin")) }}{{ fail (printf "certificates: %q is not istiod or builtin" .Values.certificates) }}{{ end }}
+{{- if eq .Values.facts "file" }}
+{{- if .Values.xdsAddress }}{{ fail "xdsAddress: is set, and facts: file asks no control plane" }}{{ end }}
+{{- if not .Values.standalone.configMap }}{{ fail "standalone.configMap: is empty, and facts: file needs it" }}{{ end }}
+{{- end }}
+{{- if eq .Values.certificates "builtin" }}
+{{- if .Values.caAddress }}{{ fail "caAddress: is set, and certificates: builtin asks no CA" }}{{ end }}
+{{- if not .Values.standalone.secret }}{{ fail "standalone.secret: is empty, and certificates: builtin needs it" }}{{ end }}
+{{- end }}
 {{- if not (has .Values.platform (list "" "openshift" "gke" "eks" "k3s" "k3d" "kind" "minikube" "microk8s")) }}{{ fail (printf "platform: %q is not known; leave it empty" .Values.platform) }}{{ end }}
 {{- $scope }}
 {{- end }}
