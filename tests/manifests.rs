@@ -308,6 +308,11 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert!(variable(set, "XDS_ADDRESS").is_string() && set.to_string().contains("istio-ca-root-cert"));
             assert!(set.to_string().contains("ca-of-mine"));
         }),
+        // istiod takes the taint of nodes away where a ready pod has this label.
+        (json!({"podLabels": {"k8s-app": "istio-cni-node"}}), |all| {
+            assert_eq!(set(all)["spec"]["template"]["metadata"]["labels"]["k8s-app"], "istio-cni-node");
+            assert_eq!(set(all)["spec"]["selector"]["matchLabels"], json!({"app": "ztunnel"}));
+        }),
         (json!({"cleanup": {"enabled": true}}), |all| {
             let set = set(all);
             assert_eq!(set["metadata"]["name"], "ztunnel-cleanup");

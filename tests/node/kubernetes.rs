@@ -1700,6 +1700,30 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
 }
 
 #[test]
+fn a_sidecar_that_nobody_redirects_is_refused_by_name() {
+    let mut c = cluster();
+    let lost = c.w.add_pod("lost", 1);
+    let mut kube = KubePod::without_sandbox(&lost);
+    kube.annotations = json!({"sidecar.istio.io/status": "{}"});
+    c.apis[0].pod(&kube);
+    let validation = |state: Value| json!([{"name": "istio-validation", "image": "i", "imageID": "i", "ready": false, "restartCount": 1, "state": state}]);
+    let failed = validation(json!({"terminated": {"exitCode": 126}}));
+    c.apis[0].change("lost", |pod| pod["status"]["initContainerStatuses"] = failed);
+    c.start_one(&[]);
+    eventually("it is named", || {
+        let (state, why) = c.w.state(1, "lost");
+        state == "failed" && why.contains("counts on istio-cni") && why.contains("istio-init")
+    });
+    eventually("others are captured", || c.state("client") == "captured");
+    assert_eq!(c.apis[0].said("lost"), None);
+    // Somebody has redirected it after all.
+    c.apis[0].change("lost", |pod| {
+        pod["status"]["initContainerStatuses"] = validation(json!({"terminated": {"exitCode": 0}}))
+    });
+    eventually("nothing is said any more", || c.state("lost").is_empty());
+}
+
+#[test]
 fn a_pod_with_a_user_namespace_of_its_own_is_captured() {
     let mut c = cluster();
     // Its network namespace belongs to a user namespace: made inside of one, with an interface moved in.

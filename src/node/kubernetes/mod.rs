@@ -57,6 +57,11 @@ const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
 const CLEAN_TIMES: u32 = 10;
 
+/// What is said of a pod whose sidecar nobody redirects.
+const NOT_REDIRECTED: &str = "its sidecar counts on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
+     that: have the sidecar injected with istio-init (pilot.cni.enabled: false in istiod's values), or take it out and label the pod \
+     istio.io/dataplane-mode=ambient";
+
 /// Settings of enrolment by Kubernetes.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -421,6 +426,7 @@ impl Running {
                 }
             }
         }
+        shown.extend(self.not_redirected());
         // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
         let sought_all = self.scan.running.is_none()
             && wanted.iter().all(|pod| {
@@ -437,6 +443,12 @@ impl Running {
         if self.answer() {
             self.reconcile();
         }
+    }
+
+    /// Pods that nobody redirects, and that are refused by name.
+    fn not_redirected(&self) -> Vec<(PodSpec, State)> {
+        let all = self.pods.iter().flat_map(HashMap::values).filter(|pod| pod.is_not_redirected && !pod.ended);
+        all.map(|pod| (described(pod), State::Failed(NOT_REDIRECTED.into()))).collect()
     }
 
     /// The addresses of a pod, by whoever knows of its present sandbox.

@@ -3,7 +3,7 @@
 use crate::mesh::Text;
 use crate::node::pods::{Powers, Settings};
 use crate::node::redirect::{INTERFACES_MAX, Interface};
-use k8s_openapi::api::core::v1::{Pod, PodSpec, SecurityContext};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodSpec, SecurityContext};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,6 +17,8 @@ const MODE: &str = "istio.io/dataplane-mode";
 pub const STATUS: &str = "ambient.istio.io/redirection";
 /// Annotation of a pod with a sidecar.
 const SIDECAR: &str = "sidecar.istio.io/status";
+/// Init container of a sidecar that istio-cni is to redirect (in the place of istio-init): it fails where nobody has.
+const VALIDATION: &str = "istio-validation";
 const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
@@ -57,6 +59,8 @@ pub struct PodFacts {
     pub said: Option<Text>,
     /// Whether it has a sidecar.
     pub has_sidecar: bool,
+    /// Whether its sidecar counts on an istio-cni that has not redirected it: the container that looks for that has failed.
+    pub is_not_redirected: bool,
     /// Its own settings.
     pub settings: Settings,
     /// What of its annotations is not understood, and counts as absent: at most one for each.
@@ -83,6 +87,8 @@ impl PodFacts {
         let one = status.pod_ip.into_iter();
         let ips: BTreeSet<IpAddr> =
             one.chain(status.pod_ips.into_iter().flatten().map(|ip| ip.ip)).filter_map(|ip| ip.parse().ok()).collect();
+        let validation = status.init_container_statuses.iter().flatten().find(|status| status.name == VALIDATION);
+        let is_not_redirected = validation.is_some_and(has_failed);
         let all = [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses];
         let ready = status.conditions.iter().flatten().any(|told| told.type_ == "Ready" && told.status == "True");
         let ids = all.into_iter().flatten().flatten().filter_map(|container| container.container_id);
@@ -99,6 +105,7 @@ impl PodFacts {
             service_account: account.as_str().into(),
             labels: metadata.labels.unwrap_or_default(),
             said,
+            is_not_redirected: is_not_redirected && annotations.contains_key(SIDECAR),
             has_sidecar: annotations.contains_key(SIDECAR),
             settings,
             faults,
@@ -114,6 +121,15 @@ impl PodFacts {
     /// What its status annotation says.
     pub fn said(&self) -> Option<&str> {
         self.said.as_deref()
+    }
+}
+
+/// Whether a container has ended without success, and has not succeeded since.
+fn has_failed(container: &ContainerStatus) -> bool {
+    let ended = |state: &Option<ContainerState>| Some(state.as_ref()?.terminated.as_ref()?.exit_code);
+    match ended(&container.state) {
+        Some(code) => code != 0,
+        None => ended(&container.last_state).is_some_and(|code| code != 0),
     }
 }
 
@@ -427,6 +443,26 @@ mod tests {
             let error = read_selectors(bad).unwrap_err();
             assert!(error.contains(word), "{error}");
         }
+    }
+
+    #[test]
+    fn a_sidecar_that_counts_on_istio_cni_is_known_by_its_failed_validation() {
+        let pod = |annotation: &str, container: &str, state: serde_json::Value| {
+            let mut status = state;
+            for (key, value) in [("name", container), ("image", "i"), ("imageID", "i")] {
+                status[key] = value.into();
+            }
+            (status["ready"], status["restartCount"]) = (false.into(), 1.into());
+            let pod = serde_json::json!({"metadata": {"name": "a", "namespace": "n", "uid": "u", "annotations": {annotation: "{}"}},
+                "status": {"initContainerStatuses": [status]}});
+            PodFacts::of(serde_json::from_value(pod).unwrap()).unwrap().is_not_redirected
+        };
+        let ended = |code: i32| serde_json::json!({"state": {"terminated": {"exitCode": code}}});
+        let waits = serde_json::json!({"state": {"waiting": {}}, "lastState": {"terminated": {"exitCode": 126}}});
+        assert!(pod(SIDECAR, VALIDATION, ended(126)) && pod(SIDECAR, VALIDATION, waits.clone()));
+        assert!(!pod(SIDECAR, VALIDATION, ended(0)), "somebody has redirected it");
+        assert!(!pod(SIDECAR, VALIDATION, serde_json::json!({"state": {"running": {}}})), "it still looks");
+        assert!(!pod(SIDECAR, "istio-init", ended(1)) && !pod("other", VALIDATION, waits));
     }
 
     #[test]
