@@ -118,6 +118,43 @@ fn a_released_pod_finishes_its_connections() {
 }
 
 #[test]
+fn an_entry_that_comes_back_while_its_pod_is_released_keeps_what_is_open_and_another_identity_does_not() {
+    let (mut w, client, server) = world();
+    w.write_mesh();
+    for node in [1, 2] {
+        w.write_pods(node, &w.captured_pods(node));
+        w.start_node(node, &[("CONNECTION_TERMINATION_DEADLINE", "60s")]);
+        w.wait_captured(node);
+    }
+    let mut open: Vec<_> = (0..3).map(|_| connect(&client.netns, (server.v4, 9000)).unwrap()).collect();
+    let mut alive = || {
+        open.iter_mut()
+            .filter_map(|open| open.write_all(b"ping").and_then(|()| open.read_exact(&mut [0; 4])).ok())
+            .count()
+    };
+    for round in 0..5 {
+        assert_eq!(alive(), 3);
+        w.write_pods(1, &[]);
+        eventually("it is being released", || w.state(1, "client").0 == "releasing");
+        assert_eq!(alive(), 3, "round {round}");
+        w.write_pods(1, &[&client]);
+        eventually("it is captured at once", || w.state(1, "client").0 == "captured");
+        assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok());
+    }
+    // Nothing goes on for a pod that is somebody else now.
+    w.write_pods(1, &[]);
+    eventually("it is being released", || w.state(1, "client").0 == "releasing");
+    let mut entry = pod_entry(&client);
+    entry["serviceAccount"] = json!("other");
+    replace(&w.pods_file(1), &json!({"pods": [entry]}).to_string());
+    eventually("the mistake is named", || w.state(1, "client").1.contains("service account is \"other\""));
+    assert_eq!(alive(), 0);
+    w.write_pods(1, &[]);
+    eventually("it is removed", || w.state(1, "client").0.is_empty());
+    assert_eq!(ruleset(&client), "", "nothing of ours is left");
+}
+
+#[test]
 fn pods_that_cannot_be_captured_are_named_with_the_reason_and_others_go_on() {
     let (mut w, client, server) = world();
     let mut others = Vec::new();

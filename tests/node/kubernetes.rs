@@ -1177,6 +1177,7 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"), "said before the sandbox is ready");
     let (state, why) = c.w.state(1, "client");
     assert!(state == "pending" && why.contains("no workload ns/client"), "{why}");
+    eventually("its certificate is there", || c.w.metric(1, "culvert_certificates_fetched_total", &[]) == 1.0);
     // A peer that has heard of it sooner than its own node, and its own first connection: both wait for the facts.
     std::thread::scope(|scope| {
         let inbound = scope.spawn(|| ask(&server.netns, (client.v4, 8080), "in"));
