@@ -33,6 +33,8 @@ pub struct Turn {
     /// How much is being written now.
     writing: Arc<watch::Sender<usize>>,
     able: Arc<watch::Sender<bool>>,
+    /// How this daemon is called among those of its node.
+    name: Arc<str>,
 }
 
 /// Something is being written; the turn is not handed on before it is dropped.
@@ -50,11 +52,12 @@ impl Drop for Permit {
 impl Turn {
     /// Where no other daemon writes what this one does.
     pub fn alone() -> Self {
-        Self::new(true)
+        Self::new(true, "")
     }
 
-    fn new(ours: bool) -> Self {
-        Self { ours: Arc::new(watch::Sender::new(ours)), writing: Arc::default(), able: Arc::default() }
+    fn new(ours: bool, name: &str) -> Self {
+        let ours = Arc::new(watch::Sender::new(ours));
+        Self { ours, writing: Arc::default(), able: Arc::default(), name: name.into() }
     }
 
     /// Whether it is this daemon's turn.
@@ -76,18 +79,29 @@ impl Turn {
     }
 
     /// This daemon knows enough to take over from an earlier one. Before that it has the turn only where nobody else is there.
-    pub fn is_able(&self) {
+    pub fn becomes_able(&self) {
         self.able.send_if_modified(|able| !std::mem::replace(able, true));
+    }
+
+    /// Whether another daemon of the node lives in `folder` that has not been told to end.
+    pub fn is_followed(&self, folder: &Path) -> bool {
+        let other = |entry: std::fs::DirEntry| {
+            let name = entry.file_name();
+            let is_other = name.to_str().is_some_and(|name| is_member(name) && !name.ends_with(&*self.name));
+            is_other && File::open(entry.path()).is_ok_and(|file| is_locked(&file))
+        };
+        std::fs::read_dir(folder).into_iter().flatten().flatten().any(other)
     }
 
     /// Joins the daemons of a node in `folder`. Where no other one lives it is this one's turn at once.
     pub fn join(folder: &Path) -> (Self, Member) {
-        let turn = Self::new(false);
         let began = clock::since_start().unwrap_or_default().as_nanos();
+        let name = format!("{began:020}-{:016x}", rand::random::<u64>());
+        let turn = Self::new(false, &name);
         let mut member = Member {
             turn: turn.clone(),
             folder: folder.to_owned(),
-            name: format!("{began:020}-{:016x}", rand::random::<u64>()),
+            name,
             able: false,
             own: None,
             lock: None,
@@ -243,6 +257,12 @@ impl Member {
     }
 }
 
+/// Whether somebody holds a file's lock.
+fn is_locked(file: &File) -> bool {
+    // Shared: two that look at the same moment do not take each other for its holder.
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
+}
+
 /// Whether a file's name is a daemon's.
 fn is_member(name: &str) -> bool {
     let mut parts = name.split('-');
@@ -289,12 +309,13 @@ mod tests {
     fn the_newest_that_is_able_and_lives_has_the_turn() {
         let folder = folder("newest");
         let (first, mut one) = Turn::join(&folder);
-        assert!(first.is_ours(), "nobody else is there");
+        assert!(first.is_ours() && !first.is_followed(&folder), "nobody else is there");
         let (second, mut two) = Turn::join(&folder);
+        assert!(first.is_followed(&folder) && second.is_followed(&folder));
         assert!(!second.is_ours());
-        first.is_able();
+        first.becomes_able();
         assert!(one.look() && !two.look(), "the second knows nothing yet");
-        second.is_able();
+        second.becomes_able();
         assert!(two.look() && !second.is_ours(), "it is its turn, and the first has not let go");
         assert!(!one.look(), "which sees it");
         one.turn.ours.send_replace(false);
@@ -303,7 +324,7 @@ mod tests {
         // The second dies, without a word: its lock goes with it, the file stays.
         let left = two.file();
         drop(two);
-        assert!(left.exists());
+        assert!(left.exists() && !first.is_followed(&folder));
         assert!(one.look() && first.is_ours() && !left.exists());
         // Somebody clears the folder.
         std::fs::remove_dir_all(&folder).unwrap();
@@ -314,7 +335,7 @@ mod tests {
         for (member, id) in [(&mut a, 7), (&mut b, 8)] {
             std::fs::remove_file(member.file()).unwrap();
             (member.name, member.own) = (format!("{:020}-{id:016x}", u64::MAX), None);
-            member.turn.is_able();
+            member.turn.becomes_able();
             member.look();
         }
         assert!(!a.look() && b.look() && !one.look());
@@ -328,13 +349,13 @@ mod tests {
     async fn the_next_begins_when_nothing_is_written_any_more_and_the_end_lets_go() {
         let folder = folder("next");
         let (first, member) = Turn::join(&folder);
-        first.is_able();
+        first.becomes_able();
         let (ends, second_ends) = (Drain::default(), Drain::default());
         let (one, two) = (Group::default(), Group::default());
         one.spawn(member.keep(ends.signal()));
         let permit = first.permit().unwrap();
         let (second, member) = Turn::join(&folder);
-        second.is_able();
+        second.becomes_able();
         two.spawn(member.keep(second_ends.signal()));
         let (mut of_first, mut of_second) = (first.subscribe(), second.subscribe());
         of_first.wait_for(|ours| !ours).await.unwrap();

@@ -1,7 +1,7 @@
 //! What stays on a node after a daemon, and what does not: uninstalling, and cleaning up.
 
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
-use crate::world::{ControlPlane, World, apps, ask, eventually, output_in};
+use crate::world::{ControlPlane, World, apps, ask, eventually, http, inside, output_in, subject};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -84,6 +84,36 @@ fn a_daemon_whose_set_is_deleted_leaves_nothing_and_one_that_cannot_tell_leaves_
             assert_eq!(left.contains(&"plugin".to_owned()), code != 401, "{what}: {left:?}");
         }
     }
+}
+
+#[test]
+fn a_daemon_after_which_another_goes_on_leaves_everything_to_it() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    let settings = [&cni.settings()[..], &[("CONNECTION_TERMINATION_DEADLINE", "1s")]].concat();
+    let own = c.w.add_pod("beside", 1);
+    c.apis[0].daemonset("ztunnel", set());
+    c.start_one(&settings);
+    eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled"));
+    // The DaemonSet gets another name: the one before is deleted while that one's daemon is here already.
+    let renamed = [&settings[..], &[("CULVERT_DAEMONSET", "tunnel")]].concat();
+    c.apis[0].daemonset("tunnel", set());
+    c.w.start_kube_beside(&own, &subject(), &c.apis[0], &renamed);
+    eventually("the new one is ready", || {
+        inside(&own.netns, || http(15021, "GET", "/healthz/ready", "localhost")).is_some_and(|(code, _)| code == 200)
+    });
+    c.apis[0].daemonset("ztunnel", None);
+    c.w.log_line(1, "it hears of it", |line| {
+        line["message"].as_str().is_some_and(|m| m.contains("DaemonSet is deleted"))
+    });
+    let mut daemon = c.w.take_node(1);
+    daemon.signal(Signal::SIGTERM);
+    daemon.wait();
+    let left = remains(&c, &cni);
+    for what in ["rules", "ip rules", "host rules", "configuration", "plugin", "cni.sock", "turn-"] {
+        assert!(left.iter().any(|there| there == what), "{what}: {left:?}");
+    }
+    assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"));
 }
 
 #[test]

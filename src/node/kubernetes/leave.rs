@@ -136,6 +136,10 @@ impl Running {
             End::WithoutPlugin(gone) => (gone, false),
             End::Gone(gone) => (gone, true),
         };
+        // Of a DaemonSet of another name, or one that ends after this one.
+        if self.is_followed() {
+            return tracing::info!(daemonset = name, gone, "another daemon of this node goes on: everything stays");
+        }
         if let Some(cni) = &config.cni {
             match cni.remove() {
                 Ok(removed) => {
@@ -149,7 +153,6 @@ impl Running {
         }
         if certain {
             tracing::info!(daemonset = name, gone, "no daemon follows: the node's pods go on without the mesh");
-            self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
             self.uninstall(drain).await;
         } else {
             tracing::warn!(
@@ -158,6 +161,11 @@ impl Running {
                 "rules in pods stay: where no daemon follows, run `culvert cleanup` on the node"
             );
         }
+    }
+
+    fn is_followed(&self) -> bool {
+        let capturer = &self.source.capturer;
+        capturer.turn.is_followed(&self.source.config.turns(&capturer.whose))
     }
 
     /// Lets all pods go: new connections at once, then, when those that are open have had their time, the rest.
@@ -180,6 +188,10 @@ impl Running {
         let node = self.source.capturer.config.remains();
         let rules = async {
             drain.now().await;
+            if self.is_followed() {
+                return tracing::info!("another daemon of this node has begun: the rest stays");
+            }
+            self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
             let mut outcomes = node.remove_rules(false).await.ours;
             outcomes.extend(node.remove_probes().await);
             report(outcomes);

@@ -393,7 +393,7 @@ impl Running {
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         self.end_of_memory();
         if self.source.capturer.mesh.load().told.missing().is_none() {
-            self.source.capturer.turn.is_able();
+            self.source.capturer.turn.becomes_able();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         self.places.retain(|uid, _| uids.contains(uid));

@@ -387,7 +387,9 @@ impl State {
 
 fn selects(request: &Request, object: &Value) -> bool {
     let node = request.query.get("fieldSelector").and_then(|selector| selector.strip_prefix("spec.nodeName="));
+    let name = request.query.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
     node.is_none_or(|node| object["spec"]["nodeName"] == node)
+        && name.is_none_or(|name| object["metadata"]["name"] == name)
 }
 
 /// As the API shows an object: whole, or its metadata alone.
