@@ -72,6 +72,7 @@ async fn rules(config: &Config) -> Line {
         virtual_interfaces: Vec::new(),
         probes: true,
         addresses: Vec::new(),
+        ahead: false,
         spared: Vec::new(),
     };
     let tried = async {

@@ -272,8 +272,9 @@ impl Capturer {
         listening: &Listening,
         spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
+        ahead: bool,
     ) -> Result<redirect::Written, CaptureError> {
-        let rules = redirect::Rules { spared, ..self.rules(spec, listening) };
+        let rules = redirect::Rules { spared, ahead, ..self.rules(spec, listening) };
         let _permit = self.turn.permit().ok_or(redirect::RedirectError::NotOurTurn)?;
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
@@ -293,6 +294,7 @@ impl Capturer {
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
             probes: self.gives_probes_an_address(),
             addresses: listening.pod.addresses.load().iter().copied().filter(|ip| !is_link_local(*ip)).collect(),
+            ahead: false,
             spared: Vec::new(),
         }
     }

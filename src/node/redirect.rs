@@ -39,6 +39,9 @@ pub struct Rules {
     pub probes: bool,
     /// Addresses of the pod, of which the first of each family takes what comes in through these.
     pub addresses: Vec<IpAddr>,
+    /// Whether the chains are made anew, and not only what is in them: of several of one priority, the kernel asks the one first
+    /// that came last.
+    pub ahead: bool,
     /// Connections that are left alone: the pod's own address, and the peer's.
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
@@ -99,9 +102,10 @@ pub enum RedirectError {
     /// The rule or route could not be set.
     #[error(transparent)]
     Route(#[from] routes::RouteError),
-    /// Rules of somebody else capture the pod, and cannot be removed by us.
+    /// Rules of somebody else take the pod's traffic, and cannot be removed by us.
     #[error(
-        "istio-cni's legacy iptables rules ({0}) are in the pod; restart the pod, or remove them with iptables-legacy"
+        "istio-cni's legacy iptables rules ({0}) are in the pod, and its traffic does not come to us; restart the pod, or remove \
+         them with iptables-legacy"
     )]
     Legacy(String),
     /// Rules of somebody else came back after they had been removed.
@@ -171,7 +175,9 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
         routes::set(netns, rules.ipv6, true).await?;
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
         let mut before = generation()?;
-        nft::write(netns, &(foreign.removal.clone() + &ruleset(rules, true))).await?;
+        let anew =
+            if rules.ahead { format!("add table inet {TABLE}\ndelete table inet {TABLE}\n") } else { String::new() };
+        nft::write(netns, &(foreign.removal.clone() + &anew + &ruleset(rules, true))).await?;
         let listing = match listing(netns, TABLE).await {
             // Somebody has put so much into our own table that it cannot be seen whether anything else is there.
             Err(RedirectError::Unreadable(why)) => {
@@ -217,8 +223,8 @@ pub struct Others {
 async fn others(netns: &Netns) -> Result<Others, RedirectError> {
     let mut others = Others::default();
     match netns.enter(|| iptables::tables_with(foreign::CHAINS))? {
-        Ok(legacy) if !legacy.with.is_empty() => return Err(RedirectError::Legacy(legacy.with.join(", "))),
-        Ok(legacy) => others.hooks = legacy.names.iter().map(|name| format!("legacy iptables table {name}")).collect(),
+        // Those of istio-cni lead to our ports, as ours do: whether the pod is captured, its probes say.
+        Ok(legacy) => others.hooks = legacy_hooks(&legacy),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::NoLook(error)),
         Err(error) => others.unread = Some(error.to_string()),
     }
@@ -231,6 +237,23 @@ async fn others(netns: &Netns) -> Result<Others, RedirectError> {
         Err(error) => return Err(error),
     }
     Ok(others)
+}
+
+fn legacy_hooks(legacy: &iptables::Legacy) -> Vec<String> {
+    let istios = legacy.with.iter().map(|name| format!("istio-cni's rules in the legacy iptables table {name}"));
+    let others = legacy.names.iter().filter(|name| !legacy.with.contains(name));
+    istios.chain(others.map(|name| format!("legacy iptables table {name}"))).collect()
+}
+
+/// Legacy tables that have rules of istio-cni's, as far as that can be seen.
+pub fn legacy_of_istio(netns: &Netns) -> Vec<String> {
+    let found = netns.enter(|| iptables::tables_with(foreign::CHAINS)).map(Result::unwrap_or_default);
+    found.map(|found| found.with).unwrap_or_default()
+}
+
+/// Names of the legacy tables that there are. The kernel tells nobody when one comes, and asks it before those that were there.
+pub fn legacy_tables(netns: &Netns) -> Option<Vec<String>> {
+    netns.enter(iptables::names).ok()
 }
 
 /// Our table among what is listed. Counters say nothing of the rules.
@@ -328,7 +351,8 @@ async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Resu
 /// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
 /// addresses, without a word.
 fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { whose, mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared } = rules;
+    let Rules { whose, mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared, ahead: _ } =
+        rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");

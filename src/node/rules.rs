@@ -61,6 +61,10 @@ pub struct Rules {
     legs: bool,
     /// Whether what an earlier agent left has been removed, or was not there.
     taken_over: bool,
+    /// Legacy tables that were there at the last look.
+    legacy: Option<Vec<String>>,
+    /// Something of the same priority may have come before ours: they are to come before it.
+    ahead: bool,
     /// No repair before this.
     hold_off: Instant,
     repairs: Backoff,
@@ -112,6 +116,8 @@ impl Rules {
             told: Connections::default(),
             legs: false,
             taken_over: false,
+            legacy: None,
+            ahead: false,
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
             repaired: now,
@@ -275,6 +281,9 @@ impl Rules {
         spec: &PodSpec,
         listening: &Listening,
     ) -> Result<bool, CaptureError> {
+        if capturer.config.redirect {
+            self.look_for_legacy(&listening.pod.netns);
+        }
         let now = Instant::now();
         if now >= self.verify_at && capturer.take_dns(spec, listening) {
             self.write_at = now;
@@ -283,10 +292,16 @@ impl Rules {
         if now < self.due() {
             return Ok(false);
         }
-        let result = self.write_and_verify(capturer, board, spec, listening).await;
+        let mut result = self.write_and_verify(capturer, board, spec, listening).await;
         if result.is_err() && !capturer.turn.is_ours() {
             // Another daemon of the node writes the rules, and verifies them.
             return Ok(false);
+        }
+        if let Err(CaptureError::Verify(_)) = result {
+            let legacy = redirect::legacy_of_istio(&listening.pod.netns);
+            if !legacy.is_empty() {
+                result = Err(redirect::RedirectError::Legacy(legacy.join(", ")).into());
+            }
         }
         self.verified = result.is_ok();
         board.earlier(&spec.uid, self.earlier.left(&listening.pod));
@@ -301,6 +316,16 @@ impl Rules {
             self.write_at = self.verify_at;
         }
         result.map(|()| true)
+    }
+
+    /// Rules are due again where a legacy table has come: it is asked before ours until ours are written anew.
+    fn look_for_legacy(&mut self, netns: &Netns) {
+        let Some(now) = redirect::legacy_tables(netns) else { return };
+        if self.legacy.as_ref().is_some_and(|before| now.iter().any(|table| !before.contains(table))) {
+            self.ahead = true;
+            self.change_soon();
+        }
+        self.legacy = Some(now);
     }
 
     async fn write_and_verify(
@@ -330,6 +355,7 @@ impl Rules {
             Err(error) if capturer.config.redirect && capturer.turn.is_ours() => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
+                self.ahead = true;
                 self.write(capturer, board, spec, listening).await?;
                 self.noted.inbound_unverified = capturer.verify(spec, listening).await?;
             }
@@ -370,7 +396,8 @@ impl Rules {
         }
         self.end_earlier |= first && capturer.config.end_earlier;
         let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
-        let written = capturer.redirect(spec, listening, spared, self.taken_over).await?;
+        let written =
+            capturer.redirect(spec, listening, spared, self.taken_over, std::mem::take(&mut self.ahead)).await?;
         let redirect::Written { foreign, listing, hooks, unread } = written;
         self.note(listening, hooks, unread);
         if std::mem::take(&mut self.end_earlier) {

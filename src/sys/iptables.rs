@@ -55,6 +55,13 @@ pub fn tables_with(text: &str) -> io::Result<Legacy> {
     Ok(found)
 }
 
+/// Names of the legacy tables that the namespace has which the thread is in.
+pub fn names() -> Vec<String> {
+    let read = |family| std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names"));
+    let all = ["ip", "ip6"].map(|family| (family, read(family).unwrap_or_default()));
+    all.iter().flat_map(|(family, text)| text.lines().map(move |name| format!("{family} {name}"))).collect()
+}
+
 fn entries(socket: &OwnedFd, level: libc::c_int, table: &str) -> io::Result<Vec<u8>> {
     let mut info = vec![0; INFO];
     put(&mut info, 0, table.as_bytes());

@@ -90,7 +90,8 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
 impl LogControl {
     /// The filter in force.
     pub fn current(&self) -> String {
-        self.handle.with_current(ToString::to_string).unwrap_or_default()
+        let all = self.handle.with_current(ToString::to_string).unwrap_or_default();
+        all.split(',').filter(|part| *part != WORDED).collect::<Vec<_>>().join(",")
     }
 
     /// Goes back to the filter of the start.

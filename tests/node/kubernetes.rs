@@ -975,18 +975,71 @@ fn a_pod_that_istio_cni_had_captured_is_taken_over_or_refused_by_name() {
 }
 
 #[test]
-fn legacy_iptables_of_istio_are_refused_by_name() {
+fn beside_legacy_iptables_of_istio_state_and_annotation_say_what_the_traffic_does() {
     let mut c = cluster();
-    let ns = c.client.netns.clone();
-    output_in(&ns, "iptables-legacy", &["-t", "nat", "-N", "ISTIO_OUTPUT"]);
-    c.start_one(&[]);
-    eventually("it is refused by name", || {
-        let (state, why) = c.w.state(1, "client");
-        state == "failed" && why.contains("legacy iptables rules (ip nat)")
+    let (ns, server) = (c.client.netns.clone(), c.server.v4);
+    let legacy = |args: &str| {
+        let args: Vec<&str> = args.split_whitespace().collect();
+        output_in(&ns, "iptables-legacy", &[&["-w"], &args[..]].concat());
+    };
+    // As istio-cni leaves a pod that it has captured: its rules lead to the ports that we listen on.
+    c.apis[0].change("client", |pod| pod["metadata"]["annotations"][STATUS] = json!("enabled"));
+    legacy("-t nat -N ISTIO_OUTPUT");
+    legacy("-t nat -A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT");
+    legacy("-t nat -A ISTIO_OUTPUT ! -d 127.0.0.1/32 -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001");
+    legacy("-t nat -A OUTPUT -j ISTIO_OUTPUT");
+    c.start();
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+    eventually("it goes by tunnel", || c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]) >= 1.0);
+    let says = |c: &Cluster| (c.state("client"), c.apis[0].said("client").unwrap_or_default());
+    assert_eq!(says(&c), ("captured".into(), "enabled".into()));
+    let named = |c: &Cluster, word: &str| c.w.json(1, "/pods")[0]["otherRules"].to_string().contains(word);
+    assert!(named(&c, "istio-cni's rules in the legacy iptables table ip nat"));
+    // Without them ours capture it.
+    legacy("-t nat -D OUTPUT -j ISTIO_OUTPUT");
+    legacy("-t nat -F ISTIO_OUTPUT");
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+    eventually("by tunnel", || c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]) >= 2.0);
+    assert_eq!(says(&c), ("captured".into(), "enabled".into()));
+    // They lead elsewhere: what was there before ours is asked after them.
+    legacy("-t nat -A ISTIO_OUTPUT -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 19001");
+    legacy("-t nat -A OUTPUT -j ISTIO_OUTPUT");
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+    eventually("by tunnel", || c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]) >= 3.0);
+    assert_eq!(says(&c), ("captured".into(), "enabled".into()));
+}
+
+#[test]
+fn legacy_rules_that_come_before_ours_are_overtaken_and_named() {
+    let mut c = cluster();
+    let (ns, server) = (c.client.netns.clone(), c.server.v4);
+    c.start();
+    assert!(ask(&ns, (server, 8080), "x").is_ok());
+    let mut open = connect(&ns, (server, 9000)).unwrap();
+    assert!(crate::istio::alive(&mut open));
+    // The tables come with their first rule, and are asked before ours.
+    for args in [
+        "-t nat -N ISTIO_OUTPUT",
+        "-t nat -A ISTIO_OUTPUT -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 19001",
+        "-t nat -A OUTPUT -j ISTIO_OUTPUT",
+    ] {
+        output_in(&ns, "iptables-legacy", &args.split_whitespace().collect::<Vec<_>>());
+    }
+    let before = c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]);
+    eventually("what it sends comes to us", || ask(&ns, (server, 8080), "x").is_ok());
+    eventually("and goes by tunnel", || c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]) > before);
+    let named = || {
+        c.w.json(1, "/pods")[0]["otherRules"]
+            .to_string()
+            .contains("istio-cni's rules in the legacy iptables table ip nat")
+    };
+    eventually("a reader is told of them", named);
+    eventually("state and annotation say so", || {
+        c.state("client") == "captured" && c.apis[0].said("client").as_deref() == Some("enabled")
     });
-    assert!(c.w.is_ready(1), "one bad pod never makes a node unready");
-    output_in(&ns, "iptables-legacy", &["-t", "nat", "-X", "ISTIO_OUTPUT"]);
-    eventually("captured once it has gone", || c.state("client") == "captured");
+    let failed = c.w.log(1).iter().any(|l| l["message"].as_str().is_some_and(|m| m.contains("pod not captured")));
+    assert!(!failed, "it was never said to be refused");
+    assert!(crate::istio::alive(&mut open), "what was open goes on");
 }
 
 /// The folders and the configuration of a node's CNI.
