@@ -2,7 +2,7 @@
 
 use super::{DEADLINE, Line, Verdict, bad, note, well};
 use crate::config::Config;
-use crate::node::{Source, redirect};
+use crate::node::{Source, probes, redirect};
 use crate::sys::counter::{self, Family};
 use crate::sys::netns::{Netns, id_at};
 use crate::sys::socket::{Bind, LegOptions, outgoing, start_connect};
@@ -19,8 +19,6 @@ const LOOK: Duration = Duration::from_millis(10);
 /// Port on which tunnels are taken.
 const TUNNELS: u16 = 15008;
 
-/// Port to which a connection with the probes' address is tried; nobody need listen there.
-const SPOOFED: u16 = 15092;
 /// How long it may take to arrive.
 const SPOOF_WAIT: Duration = Duration::from_millis(100);
 /// How often it is tried.
@@ -353,7 +351,7 @@ fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)>
     let (pod, from) = (pods.get(at)?, another(pods, at)?);
     let source = probes_address(pod).parse::<IpAddr>().ok()?;
     let before = probed(pod)?;
-    let to = SocketAddr::new(pod.ip, SPOOFED);
+    let to = SocketAddr::new(pod.ip, probes::TRIED);
     let open = || {
         let source = Bind { address: SocketAddr::new(source, 0), foreign: true };
         let socket = outgoing(to, Some(source), mark, &LegOptions { keepalive: None, notsent_lowat: None })?;

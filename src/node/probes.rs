@@ -27,6 +27,9 @@ use tokio::sync::watch;
 /// Name of our table on the host.
 pub const TABLE: &str = "culvert-probes";
 
+/// Port of a pod to which `culvert doctor` sends what it tries with the probes' address: dropped as well, and nobody's attempt to get
+/// past policies. Nobody need listen there.
+pub const TRIED: u16 = 15092;
 /// Counts what has been dropped.
 const SPOOFED: &str = "spoofed";
 
@@ -233,9 +236,8 @@ fn drops(family: &str) -> String {
         );
     }
     for (protocol, source) in [("ip", PROBE_V4), ("ip6", PROBE_V6)] {
-        script += &format!(
-            "add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source} counter name {SPOOFED} drop\n"
-        );
+        let drops = format!("add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source}");
+        script += &format!("{drops} tcp dport {TRIED} drop\n{drops} counter name {SPOOFED} drop\n");
     }
     script
 }

@@ -1551,6 +1551,13 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     ] {
         line(&said, "ok", words);
     }
+    // What it tries is nobody's attack.
+    let counters = output_in(&c.w.ns("n1"), "nft", &["list", "counters"]);
+    assert!(
+        counters.contains("spoofed")
+            && !counters.lines().any(|line| line.contains("packets ") && !line.contains("packets 0 ")),
+        "{counters}"
+    );
     // Whether a time service keeps this machine's clock is not the test's.
     assert!(said.lines().any(|line| !line.starts_with("FAIL") && line.contains("  clock ")), "{said}");
     assert!(said.lines().all(|line| ["ok  ", "note", "FAIL"].iter().any(|verdict| line.starts_with(verdict))));
