@@ -85,6 +85,21 @@ pub fn parse_network_cidr(text: &str) -> Option<NetworkCidr> {
     Some(NetworkCidr { network: network.into(), range: range.parse().ok()? })
 }
 
+/// Lengths that ranges of services may have.
+const V4_LENGTHS: std::ops::Range<u8> = 8..32;
+const V6_LENGTHS: std::ops::RangeInclusive<u8> = 16..=64;
+const V6_LONGER: [u8; 6] = [80, 96, 104, 112, 120, 124];
+
+/// The first addresses of the ranges that may be around `ip`, but `ip` itself.
+pub fn first_of_ranges(ip: IpAddr) -> Vec<IpAddr> {
+    let lengths: Vec<u8> = if ip.is_ipv4() { V4_LENGTHS.collect() } else { V6_LENGTHS.chain(V6_LONGER).collect() };
+    let first = |length| IpNet::new(ip, length).ok().map(|range| range.network());
+    let mut all: Vec<IpAddr> = lengths.into_iter().filter_map(first).filter(|first| *first != ip).collect();
+    all.sort();
+    all.dedup();
+    all
+}
+
 /// Whether an address means nothing outside of its own link.
 pub fn is_link_local(ip: IpAddr) -> bool {
     match ip {
@@ -99,5 +114,19 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
         ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
         // A link-local address keeps its interface.
         IpAddr::V6(_) => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_around_an_address_begin_at_few() {
+        let of = |ip: &str| first_of_ranges(ip.parse().unwrap()).iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(of("10.97.3.4"), ["10.0.0.0", "10.64.0.0", "10.96.0.0", "10.97.0.0", "10.97.2.0", "10.97.3.0"]);
+        assert_eq!(of("10.0.0.0"), [""; 0]);
+        assert!(of("255.255.255.255").len() == 24 && of("2001:db8::1").contains(&"2001:db8::".into()));
+        assert!(of("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff").len() <= 55);
     }
 }

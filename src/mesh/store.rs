@@ -1,10 +1,13 @@
 //! The current snapshot: one writer changes it, any number of readers load it without waiting. Where facts are told only
 //! when asked for, also the list of what is wanted.
 
+use super::address::{NetworkAddress, first_of_ranges};
 use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
 use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -28,6 +31,9 @@ const QUESTIONS_OF_ONE: usize = 500;
 
 /// As many are open to each pod even where the others have used up all that there are.
 const QUESTIONS_OF_ANYONE: usize = 8;
+
+/// Who asks for ranges: these questions take no pod's room.
+const RANGES: &str = "ranges";
 
 /// Holds the current facts of the mesh and tells who asks when they change.
 #[derive(Debug)]
@@ -239,6 +245,17 @@ impl Store {
         }
         waiting.give_up();
         Err(AskError::NoAnswer(name))
+    }
+
+    /// Asks for an address, and for the ranges that may be around it: istiod knows a range by its first address alone. Whether that is
+    /// a range's is known as far as there was room to ask.
+    pub async fn ask_address(&self, asker: &Text, at: &NetworkAddress) -> Result<(), AskError> {
+        let ranges = Text::from(RANGES);
+        let first = |ip| Wanted::Address(NetworkAddress { network: at.network.clone(), ip });
+        let around: FuturesUnordered<_> =
+            first_of_ranges(at.ip).into_iter().map(|ip| self.ask(&ranges, first(ip))).collect();
+        let (asked, ()) = tokio::join!(self.ask(asker, Wanted::Address(at.clone())), around.map(drop).collect::<()>());
+        asked
     }
 
     /// Asks again for what is known and may be old, unless that was done a moment ago, and waits a little for what comes. Where

@@ -397,6 +397,23 @@ fn on_demand_each_thing_is_asked_for_once_and_what_does_not_exist_is_known_not_t
 }
 
 #[test]
+fn on_demand_a_service_is_found_by_an_address_in_its_range() {
+    let mut istio = Istio::new();
+    let server = istio.pod("server");
+    istio.w.mesh.service("wide", &[], &json!({"80": 8080}), &[&server]);
+    istio.w.mesh.services[0]["cidrVips"] = json!(["/10.97.0.0/16", "/2001:db8:97::/48"]);
+    istio.tell();
+    istio.start_with(&[("XDS_ON_DEMAND", "true")]);
+    // istiod knows a range by its first address alone.
+    for ip in ["10.97.3.4", "10.97.0.0", "2001:db8:97::5"] {
+        let to: std::net::IpAddr = ip.parse().unwrap();
+        assert!(ask(&istio.w.ns("client"), (to, 80), "x").is_ok(), "{ip}");
+    }
+    let line = istio.w.log_line(1, "the service", |l| l["dst.service"] == hostname("wide"));
+    assert_eq!(line["dst.identity"], "spiffe://cluster.local/ns/ns/sa/server");
+}
+
+#[test]
 fn fifty_thousand_workloads_come_in_one_response_and_change_while_traffic_goes_on() {
     let mut istio = Istio::new();
     let many = |state: &mut crate::world::control_plane::State| {

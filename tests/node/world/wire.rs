@@ -133,11 +133,15 @@ fn service(s: &Value) -> wl::Service {
         let (network, ip) = vip.as_str().unwrap().split_once('/').unwrap();
         wl::NetworkAddress { network: network.into(), address: ip_bytes(ip), length: None }
     };
+    let ranges = s["cidrVips"].as_array().into_iter().flatten().map(|range| {
+        let (first, length) = range.as_str().unwrap().rsplit_once('/').unwrap();
+        wl::NetworkAddress { length: Some(length.parse().unwrap()), ..address(&Value::from(first)) }
+    });
     wl::Service {
         name: text(s, "name"),
         namespace: text(s, "namespace"),
         hostname: text(s, "hostname"),
-        addresses: s["vips"].as_array().unwrap().iter().map(address).collect(),
+        addresses: s["vips"].as_array().unwrap().iter().map(address).chain(ranges).collect(),
         ports: ports(&s["ports"]),
         waypoint: gateway(&s["waypoint"]),
         ..Default::default()
