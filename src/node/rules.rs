@@ -355,7 +355,8 @@ impl Rules {
             Err(error) if capturer.config.redirect && capturer.turn.is_ours() => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
-                self.ahead = true;
+                // A legacy table may have come while nobody looked. Without one the chains stay: what they count is not lost.
+                self.ahead = self.legacy.as_ref().is_some_and(|tables| !tables.is_empty());
                 self.write(capturer, board, spec, listening).await?;
                 self.noted.inbound_unverified = capturer.verify(spec, listening).await?;
             }
