@@ -364,15 +364,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let mut sets = marker::chain(whose);
     if capture {
         sets += &spare(spared, &mut inbound, &mut outbound);
-        for Interface(name) in virtual_interfaces {
-            let v4 = addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}"));
-            let v6 = addresses.iter().find(|ip| ip.is_ipv6()).map(|ip| format!("ip6 to [{ip}]"));
-            let taken = format!("iifname \"{name}\" meta l4proto tcp");
-            for own in [v4, v6].into_iter().flatten() {
-                inbound += &format!("    {taken} dnat {own}:15001\n");
-            }
-            inbound += &format!("    {taken} redirect to :15001\n");
-        }
+        inbound += &reroute(virtual_interfaces, addresses);
         if *probes {
             inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBED} accept\n");
             inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} counter name {PROBED} accept\n");
@@ -438,6 +430,23 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
          \x20 chain out_nat {{\n    type nat hook output priority -100; policy accept;\n{outbound}  }}\n}}\n"
     )
+}
+
+/// Rules that take what comes in by a guest's interface as if the pod had sent it.
+fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
+    let own = [
+        addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}")),
+        addresses.iter().find(|ip| ip.is_ipv6()).map(|ip| format!("ip6 to [{ip}]")),
+    ];
+    let mut rules = String::new();
+    for Interface(name) in interfaces {
+        let taken = format!("iifname \"{name}\" meta l4proto tcp");
+        for own in own.iter().flatten() {
+            rules += &format!("    {taken} dnat {own}:15001\n");
+        }
+        rules += &format!("    {taken} redirect to :15001\n");
+    }
+    rules
 }
 
 /// Rules that leave connections alone which are older than the rules; gives the sets that they look into.

@@ -1516,6 +1516,12 @@ fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
     assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 2.0);
 }
 
+/// A line of doctor's with a verdict has all of these words.
+fn doctor_says(said: &str, verdict: &str, words: &[&str]) {
+    let found = said.lines().find(|line| line.starts_with(verdict) && words.iter().all(|word| line.contains(word)));
+    assert!(found.is_some(), "{verdict} {words:?} in\n{said}");
+}
+
 #[test]
 fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no_trace() {
     let mut c = cluster();
@@ -1529,10 +1535,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     eventually("both are captured", || c.state("client") == "captured" && c.state("second") == "captured");
     eventually("the host's rules are there", || c.w.metric(1, "culvert_probe_rules_in_place", &[]) == 1.0);
     let doctor = |c: &Cluster| c.w.kube_run(1, "doctor", &c.apis[0], &settings);
-    let line = |said: &str, verdict: &str, words: &[&str]| {
-        let found = said.lines().find(|line| line.starts_with(verdict) && words.iter().all(|word| line.contains(word)));
-        assert!(found.is_some(), "{verdict} {words:?} in\n{said}");
-    };
+    let line = doctor_says;
     let (fine, said) = doctor(&c);
     assert!(fine, "{said}");
     for words in [

@@ -12,6 +12,7 @@ mod places;
 mod plugin;
 mod remembered;
 pub mod scan;
+mod search;
 pub mod select;
 pub mod watch;
 
@@ -19,7 +20,7 @@ use self::annotate::Annotator;
 use self::leave::OwnSet;
 use self::places::Place;
 use self::remembered::Memory;
-use self::scan::{Found, Sought};
+use self::search::Search;
 use self::select::{Enablement, Fault, Labels, PodFacts};
 use self::watch::{Metrics, Told};
 use super::capture::Capturer;
@@ -32,7 +33,7 @@ use super::turn;
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
-use crate::task::{Group, Signal, thread};
+use crate::task::{Group, Signal};
 use crate::telemetry::log::with_causes;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
@@ -46,16 +47,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 const QUEUE: usize = 256;
 /// Time between looks at whether the processes that led to namespaces are still there.
 const LOOK: Duration = Duration::from_secs(1);
-/// Time between scans while a pod is sought whose processes are not there (yet).
-const SCAN_EVERY: Duration = Duration::from_millis(500);
-/// The longest time between them, for a pod that is long in coming.
-const SCAN_MAX: Duration = Duration::from_secs(5);
 
 /// The shortest time between two complaints about the annotations of one pod.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
-
-/// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
-const CLEAN_TIMES: u32 = 10;
 
 /// What is said of a pod whose sidecar nobody redirects.
 const NOT_REDIRECTED: &str = "its sidecar counts on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
@@ -123,7 +117,7 @@ struct Running {
     /// Why a pod has no place, as far as that is known.
     nowhere: HashMap<Text, State>,
     annotator: Annotator,
-    scan: Scan,
+    scan: Search,
     ready: Option<Arc<Pending>>,
     /// Questions of the CNI plugin that wait for the API, or for the capture.
     asked: Vec<(Asked, Instant)>,
@@ -135,19 +129,6 @@ struct Running {
     late: late::Late,
     memory: Memory,
     tasks: Group,
-}
-
-/// What was found of each pod.
-type Scanned = HashMap<Text, Found>;
-
-struct Scan {
-    results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
-    /// When the one that runs began.
-    running: Option<Instant>,
-    /// Whether it looks for what is remembered.
-    by_memory: bool,
-    next: Instant,
-    wait: Duration,
 }
 
 /// Makes the client of the API.
@@ -196,13 +177,7 @@ impl Source {
             places: HashMap::new(),
             nowhere: HashMap::new(),
             annotator,
-            scan: Scan {
-                results: mpsc::channel(1),
-                running: None,
-                by_memory: false,
-                next: Instant::now(),
-                wait: SCAN_EVERY,
-            },
+            scan: Search::default(),
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
@@ -250,8 +225,7 @@ impl Source {
 
 impl Running {
     fn take(&mut self, told: Told) {
-        self.scan.wait = SCAN_EVERY;
-        self.scan.next = self.scan.next.min(Instant::now() + SCAN_EVERY / 10);
+        self.scan.soon();
         let enablement = &self.source.config.enablement;
         let of_pod = |mut pod: PodFacts| {
             enablement.prune(&mut pod.labels);
@@ -282,105 +256,6 @@ impl Running {
             self.source.config.enablement.is_in(pod, labels).is_ok()
         };
         Some(pods.values().filter(is_in).collect())
-    }
-
-    /// Pods whose namespace is not known.
-    fn sought(&self) -> Vec<Sought> {
-        let has_place = |uid: &Text| self.places.get(uid).is_some_and(|place| place.path.is_some());
-        let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
-        // A real uid is that pod's alone, sought or not.
-        let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
-        let sought = |pod: &&PodFacts| {
-            let sought = Sought::from(*pod);
-            Sought { static_uid: sought.static_uid.filter(|uid| !is_real(uid)), ..sought }
-        };
-        let Some(wanted) = self.wanted() else { return self.sought_by_memory() };
-        let others = self.leftovers();
-        wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
-    }
-
-    fn is_seeking(&self) -> bool {
-        !self.sought().is_empty()
-    }
-
-    /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
-    fn leftovers(&self) -> Vec<&PodFacts> {
-        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.turn.is_ours()) else { return Vec::new() };
-        let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
-        let left = |pod: &&PodFacts| {
-            let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
-            !elsewhere && self.cleaned.get(&pod.uid).is_none_or(|times| *times < CLEAN_TIMES)
-        };
-        self.pods.iter().flat_map(HashMap::values).filter(left).collect()
-    }
-
-    fn start_scan(&mut self) {
-        let sought = self.sought();
-        (self.scan.running, self.scan.by_memory) = (Some(Instant::now()), self.wanted().is_none());
-        let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
-        let results = self.scan.results.0.clone();
-        self.tasks.spawn(async move {
-            let scanned = thread::beside(move || scan::scan(&proc, &host, &sought)).await;
-            // The source has ended where this fails.
-            let _ = results.send(scanned.unwrap_or_default()).await;
-        });
-    }
-
-    fn found(&mut self, found: Scanned) {
-        let began = self.scan.running.take();
-        let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
-        if wanted.is_some() && self.scan.by_memory {
-            // It was looked for by addresses that may be old.
-            self.scan.next = Instant::now();
-            return;
-        }
-        let mut all = true;
-        for (uid, found) in found {
-            let Some(wanted) = &wanted else {
-                match found {
-                    Found::Namespace(netns, path) => self.found_by_memory(uid, netns, path, began),
-                    Found::Refused(why) => self.forget(&uid, &why),
-                    Found::Nothing => all = false,
-                }
-                continue;
-            };
-            if !wanted.contains(&uid) {
-                self.clean(&uid, found);
-                continue;
-            }
-            match found {
-                Found::Namespace(netns, path) => {
-                    self.nowhere.remove(&uid);
-                    self.place(uid, netns, path, began);
-                    continue;
-                }
-                // Without a process the place stays as long as it holds the pod's address: containers come and go.
-                _ if self.places.contains_key(&uid) => self.keep_if_its_own(&uid),
-                Found::Refused(why) => drop(self.nowhere.insert(uid, State::Failed(why))),
-                Found::Nothing => {
-                    let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
-                    self.nowhere.insert(uid, State::Pending(why.into()));
-                }
-            }
-            all = false;
-        }
-        self.scan.wait = if all { SCAN_EVERY } else { (self.scan.wait * 2).min(SCAN_MAX) };
-        self.scan.next = Instant::now() + self.scan.wait;
-    }
-
-    /// Removes what an earlier daemon has left in a pod that is not in.
-    fn clean(&mut self, uid: &Text, found: Found) {
-        let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
-        let times = self.cleaned.entry(uid.clone()).or_default();
-        // One whose processes are just being started is looked for again.
-        *times = if matches!(found, Found::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
-        if let Found::Namespace(netns, _) = found
-            && self.source.board.get(uid).is_none()
-        {
-            let spec = spec(pod, netns);
-            let capturer = self.source.capturer.clone();
-            self.tasks.spawn(async move { capturer.clean(&spec).await });
-        }
     }
 
     /// Makes what is done what it should be.

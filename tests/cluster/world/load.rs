@@ -16,8 +16,6 @@ pub struct Outcome {
     pub failed: u64,
     pub errors: BTreeMap<String, u64>,
     #[serde(default)]
-    pub hosts: BTreeMap<String, u64>,
-    #[serde(default)]
     pub median: f64,
     #[serde(default)]
     pub p99: f64,

@@ -182,13 +182,7 @@ impl Cluster {
         }
     }
 
-    /// What the daemon of a node says at a path of its admin port.
-    pub fn admin(&self, node: &str, path: &str) -> Value {
-        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:15000/proxy/{path}", self.daemon(node));
-        serde_json::from_str(&self.kubectl(&["get", "--raw", &path])).unwrap()
-    }
-
-    /// Runs `nft list ruleset` in every network namespace of a node's pods; those with tables of ours.
+    /// What of culvert is on a node: tables in the namespaces of pods and of the node, files.
     pub fn traces(&self, node: &str) -> Vec<String> {
         let script = "for n in /run/netns/cni-*; do [ -e $n ] || continue; nsenter --net=$n nft list tables | sed \"s|^|$n: |\"; done; nft list tables; ls /etc/cni/net.d /opt/cni/bin /run/culvert /var/lib/culvert 2>/dev/null";
         let listed = self.run(&["node", node, "bash", "-c", script]);

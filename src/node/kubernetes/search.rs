@@ -1,0 +1,153 @@
+//! The search for the namespaces of pods among the node's processes: of those that are in, of those that are remembered, and of those in
+//! which an earlier daemon may have left its rules.
+
+use super::scan::{Found, Sought, scan};
+use super::select::PodFacts;
+use super::{Running, spec};
+use crate::mesh::Text;
+use crate::node::status::State;
+use crate::task::thread;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// Time between scans while a pod is sought whose processes are not there (yet).
+const SCAN_EVERY: Duration = Duration::from_millis(500);
+/// The longest time between them, for a pod that is long in coming.
+const SCAN_MAX: Duration = Duration::from_secs(5);
+
+/// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
+const CLEAN_TIMES: u32 = 10;
+
+/// What was found of each pod.
+type Scanned = HashMap<Text, Found>;
+
+/// Where the search is.
+pub(super) struct Search {
+    pub(super) results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
+    /// When the scan that runs began.
+    pub(super) running: Option<Instant>,
+    /// Whether it looks for what is remembered.
+    by_memory: bool,
+    pub(super) next: Instant,
+    wait: Duration,
+}
+
+impl Default for Search {
+    fn default() -> Self {
+        Self { results: mpsc::channel(1), running: None, by_memory: false, next: Instant::now(), wait: SCAN_EVERY }
+    }
+}
+
+impl Search {
+    /// There is news: what is sought may be found now.
+    pub(super) fn soon(&mut self) {
+        self.wait = SCAN_EVERY;
+        self.next = self.next.min(Instant::now() + SCAN_EVERY / 10);
+    }
+}
+
+impl Running {
+    /// Pods whose namespace is not known.
+    fn sought(&self) -> Vec<Sought> {
+        let has_place = |uid: &Text| self.places.get(uid).is_some_and(|place| place.path.is_some());
+        let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
+        // A real uid is that pod's alone, sought or not.
+        let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
+        let sought = |pod: &&PodFacts| {
+            let sought = Sought::from(*pod);
+            Sought { static_uid: sought.static_uid.filter(|uid| !is_real(uid)), ..sought }
+        };
+        let Some(wanted) = self.wanted() else { return self.sought_by_memory() };
+        let others = self.leftovers();
+        wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
+    }
+
+    /// Whether any is sought.
+    pub(super) fn is_seeking(&self) -> bool {
+        !self.sought().is_empty()
+    }
+
+    /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
+    fn leftovers(&self) -> Vec<&PodFacts> {
+        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.turn.is_ours()) else { return Vec::new() };
+        let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
+        let left = |pod: &&PodFacts| {
+            let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
+            !elsewhere && self.cleaned.get(&pod.uid).is_none_or(|times| *times < CLEAN_TIMES)
+        };
+        self.pods.iter().flat_map(HashMap::values).filter(left).collect()
+    }
+
+    /// Looks for them among the node's processes.
+    pub(super) fn start_scan(&mut self) {
+        let sought = self.sought();
+        (self.scan.running, self.scan.by_memory) = (Some(Instant::now()), self.wanted().is_none());
+        let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
+        let results = self.scan.results.0.clone();
+        self.tasks.spawn(async move {
+            let scanned = thread::beside(move || scan(&proc, &host, &sought)).await;
+            // The source has ended where this fails.
+            let _ = results.send(scanned.unwrap_or_default()).await;
+        });
+    }
+
+    /// Takes what a scan has found.
+    pub(super) fn found(&mut self, found: Scanned) {
+        let began = self.scan.running.take();
+        let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
+        if wanted.is_some() && self.scan.by_memory {
+            // It was looked for by addresses that may be old.
+            self.scan.next = Instant::now();
+            return;
+        }
+        let mut all = true;
+        for (uid, found) in found {
+            let Some(wanted) = &wanted else {
+                match found {
+                    Found::Namespace(netns, path) => self.found_by_memory(uid, netns, path, began),
+                    Found::Refused(why) => self.forget(&uid, &why),
+                    Found::Nothing => all = false,
+                }
+                continue;
+            };
+            if !wanted.contains(&uid) {
+                self.clean(&uid, found);
+                continue;
+            }
+            match found {
+                Found::Namespace(netns, path) => {
+                    self.nowhere.remove(&uid);
+                    self.place(uid, netns, path, began);
+                    continue;
+                }
+                // Without a process the place stays as long as it holds the pod's address: containers come and go.
+                _ if self.places.contains_key(&uid) => self.keep_if_its_own(&uid),
+                Found::Refused(why) => drop(self.nowhere.insert(uid, State::Failed(why))),
+                Found::Nothing => {
+                    let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
+                    self.nowhere.insert(uid, State::Pending(why.into()));
+                }
+            }
+            all = false;
+        }
+        self.scan.wait = if all { SCAN_EVERY } else { (self.scan.wait * 2).min(SCAN_MAX) };
+        self.scan.next = Instant::now() + self.scan.wait;
+    }
+
+    /// Removes what an earlier daemon has left in a pod that is not in.
+    fn clean(&mut self, uid: &Text, found: Found) {
+        let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
+        let times = self.cleaned.entry(uid.clone()).or_default();
+        // One whose processes are just being started is looked for again.
+        *times = if matches!(found, Found::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
+        if let Found::Namespace(netns, _) = found
+            && self.source.board.get(uid).is_none()
+        {
+            let spec = spec(pod, netns);
+            let capturer = self.source.capturer.clone();
+            self.tasks.spawn(async move { capturer.clean(&spec).await });
+        }
+    }
+}
