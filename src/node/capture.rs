@@ -434,9 +434,12 @@ fn holds(netns: &Netns, workload: &Workload) -> Result<Vec<IpAddr>, CaptureError
 }
 
 fn not_the_pod(netns: &Netns, missing: IpAddr, held: &[IpAddr]) -> CaptureError {
-    let names: Vec<String> = held.iter().map(ToString::to_string).collect();
-    let held = if names.is_empty() { "none".into() } else { names.join(", ") };
-    CaptureError::NotThePod { path: netns.path().to_owned(), missing, held }
+    let path = netns.path().to_owned();
+    if held.is_empty() {
+        return CaptureError::NoNetwork(path);
+    }
+    let held: Vec<String> = held.iter().map(ToString::to_string).collect();
+    CaptureError::NotThePod { path, missing, held: held.join(", ") }
 }
 
 impl NetnsRef {

@@ -130,6 +130,9 @@ pub enum CaptureError {
         /// Which are there.
         held: String,
     },
+    /// The namespace holds no address at all: it is being set up, or taken down with its pod.
+    #[error("the namespace {0} holds no address: the pod's network is not set up yet, or is being taken down")]
+    NoNetwork(PathBuf),
     /// The facts give the pod no address of its own, so its namespace cannot be told from another.
     #[error("workload {0} has no address of its own in the mesh facts (no workloadIps, or networkMode HostNetwork)")]
     NoOwnAddress(String),
@@ -182,6 +185,7 @@ impl CaptureError {
             Self::Identity(_) => "identity",
             Self::Netns(_) => "netns",
             Self::NotThePod { .. } => "not_the_pod",
+            Self::NoNetwork(_) => "no_network",
             Self::NoOwnAddress(_) => "no_own_address",
             Self::Host(_) => "host_netns",
             Self::IdentityChanged(..) => "identity_changed",

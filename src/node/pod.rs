@@ -407,7 +407,9 @@ impl Task {
 
 fn state_of(error: &CaptureError) -> State {
     match error {
-        CaptureError::NoFacts(_) | CaptureError::NotTold(_) => State::Pending(error.to_string()),
+        CaptureError::NoFacts(_) | CaptureError::NotTold(_) | CaptureError::NoNetwork(_) => {
+            State::Pending(error.to_string())
+        }
         _ => State::Failed(error.to_string()),
     }
 }
@@ -423,11 +425,14 @@ async fn settled(facts: &mut watch::Receiver<u64>) {
 /// Completes when facts have changed and an attempt that failed for want of others may succeed; not for what has nothing
 /// to do with facts, and never at once.
 async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
-    use CaptureError::{Identity, IdentityChanged, NoFacts, NoOwnAddress, NotThePod, NotTold, ServiceAccount};
+    use CaptureError::{
+        Identity, IdentityChanged, NoFacts, NoNetwork, NoOwnAddress, NotThePod, NotTold, ServiceAccount,
+    };
     match error {
         NoFacts(_)
         | NotTold(_)
         | NotThePod { .. }
+        | NoNetwork(_)
         | NoOwnAddress(_)
         | ServiceAccount { .. }
         | Identity(_)

@@ -21,6 +21,12 @@ fn an_application_is_rolled_out_beside_istio_cni() {
     }
     assert_eq!(wire.found(), 0);
     let pods = pods.stop();
+    for node in ["n1", "n2"] {
+        let log = cluster.kubectl(&["-n", SYSTEM, "logs", &cluster.daemon(node)]);
+        let errors: Vec<&str> =
+            log.lines().filter(|line| line.contains("\terror\t") && !line.contains("\taccess\t")).collect();
+        assert!(errors.is_empty(), "pods that end are no errors: {errors:?}");
+    }
     assert!(pods.len() >= 4 && pods.values().all(|pod| pod.enabled && !pod.ready_before_enabled), "{pods:?}");
 }
 
@@ -44,7 +50,8 @@ fn it_takes_over_from_istio_cni() {
     // Istio's plugin and agent go, culvert finds the pods by itself from then on.
     cluster.kubectl(&["-n", SYSTEM, "delete", "daemonset", "istio-cni-node"]);
     let chart = crate::world::root().join("daemonset/chart");
-    cluster.run(&["helm", "upgrade", "culvert", chart.to_str().unwrap(), "-n", SYSTEM]);
+    let chart = chart.to_str().unwrap();
+    cluster.run(&["helm", "upgrade", "culvert", chart, "-n", SYSTEM, "--set", "pods=kubernetes"]);
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
     cluster.works();
     cluster.restart(SHOP, "deployment/web");

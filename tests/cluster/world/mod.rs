@@ -173,11 +173,16 @@ impl Cluster {
         });
     }
 
-    /// Both directions between the nodes work, for each pair of pods.
+    /// Clients of each node are served by pods of both.
     pub fn works(&self) {
-        for node in ["n1", "n2"] {
-            eventually(&format!("clients on {node} are served"), || {
-                self.ask("shop/front", node, "http://web.shop/").err()
+        for (node, servers) in [("n1", "n1"), ("n1", "n2"), ("n2", "n1"), ("n2", "n2")] {
+            eventually(&format!("clients on {node} are served by pods on {servers}"), || {
+                let servers = self.pods(SHOP, "app=web", Some(servers));
+                let answers: Vec<_> = (0..4).map(|_| self.ask("shop/front", node, "http://web.shop/")).collect();
+                let by_them = |answer: &Result<String, String>| {
+                    answer.as_ref().is_ok_and(|answer| servers.iter().any(|server| answer.starts_with(server.as_str())))
+                };
+                (!answers.iter().any(by_them)).then(|| format!("{answers:?}"))
             });
         }
     }
