@@ -62,10 +62,8 @@ impl Connections {
 
     /// Of those that a pod has when it is captured no more: these, and what it opens from then on.
     pub fn until_captured_again(self, pod: &Pod) -> Uncaptured {
-        Uncaptured {
-            older: self,
-            captured: sockets(pod).unwrap_or_default().iter().map(|socket| socket.cookie).collect(),
-        }
+        let cookies = |all: Vec<TcpSocket>| all.iter().map(|socket| socket.cookie).collect();
+        Uncaptured { older: self, captured: sockets(pod).map(cookies).ok() }
     }
 
     /// Adds others.
@@ -109,19 +107,22 @@ impl Connections {
 }
 
 /// The connections of a pod whose capture has ended, while what was captured ends.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Uncaptured {
     /// Older than the capture that has ended.
     older: Connections,
-    /// What was open at its end.
-    captured: HashSet<u64>,
+    /// What was open at its end, where that could be seen.
+    captured: Option<HashSet<u64>>,
 }
 
 impl Uncaptured {
-    /// Those that the next capture of the pod must leave alone.
+    /// Those that the next capture of the pod must leave alone: looked for at the last moment before its rules, because the
+    /// kernel never gives those rules a connection that it knows.
     pub fn now(&self, pod: &Pod) -> Connections {
-        let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !self.captured.contains(cookie);
-        let open = sockets(pod).unwrap_or_default().into_iter().filter(|socket| goes_on(&socket.cookie));
+        // What was captured is never taken for plaintext.
+        let (Some(captured), Ok(open)) = (&self.captured, sockets(pod)) else { return self.older.clone() };
+        let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !captured.contains(cookie);
+        let open = open.into_iter().filter(|socket| goes_on(&socket.cookie));
         Connections { open: open.take(MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
     }
 }

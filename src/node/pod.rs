@@ -9,7 +9,7 @@
 //! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
-use super::earlier::Connections;
+use super::earlier::Uncaptured;
 use super::rules::Rules;
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, legs, redirect};
@@ -18,7 +18,7 @@ use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -46,8 +46,8 @@ pub type Question = oneshot::Sender<Result<(), String>>;
 pub struct HandOver {
     wanted: CancellationToken,
     free: CancellationToken,
-    /// What the pod had opened meanwhile, or before.
-    uncaptured: Arc<Mutex<Connections>>,
+    /// How what the pod has opened meanwhile is told from what was captured.
+    uncaptured: Arc<OnceLock<Arc<Uncaptured>>>,
 }
 
 impl HandOver {
@@ -178,6 +178,10 @@ pub async fn keep(mut task: Task) {
                     },
                     () = removed.now() => {
                         give_up(listening).await;
+                        // What is shown of a pod that was handed over is its next task's affair.
+                        if task.hand_over.free.is_cancelled() {
+                            return;
+                        }
                         break;
                     }
                     () = process.now() => return,
@@ -258,8 +262,9 @@ impl Task {
     /// met them; rules that are an agent's affair are no reason to stop listening.
     async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
         let mut rules = Rules::new(&self.capturer, listening);
-        for (_, handed) in &self.earlier {
-            rules.spare(handed.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        // The last one knows what those before it have told.
+        if let Some(between) = self.earlier.iter().rev().find_map(|(_, handed)| handed.uncaptured.get()) {
+            rules.spare(between.clone());
         }
         // Ticks on whatever else happens, so that changing facts cannot put off looking.
         let mut looks = tokio::time::interval(LOOK);
@@ -360,7 +365,7 @@ impl Task {
     /// pod is cut off, and must stay on the list until it is not. Whether the pod is wanted again meanwhile: then the rules
     /// are its next task's, which listens while the last connections of this one end.
     async fn release(&self, listening: &mut Listening) -> bool {
-        let uncaptured = self.capturer.stop_capturing(&self.spec, listening).await;
+        let uncaptured = Arc::new(self.capturer.stop_capturing(&self.spec, listening).await);
         let deadline = Instant::now() + self.capturer.config.release_deadline;
         let ended = async {
             self.capturer.end_by(deadline, listening).await;
@@ -368,32 +373,40 @@ impl Task {
         };
         let wanted_again = tokio::select! {
             biased;
-            () = ended => false,
+            () = ended => !self.remove_rules(listening).await,
             () = self.hand_over.wanted.cancelled() => true,
         };
         if wanted_again {
             listening.make_room().await;
-            let beside = uncaptured.now(&listening.pod);
-            *self.hand_over.uncaptured.lock().unwrap_or_else(PoisonError::into_inner) = beside;
+            // Set once: a task releases its pod once.
+            let _ = self.hand_over.uncaptured.set(uncaptured);
             self.hand_over.free.cancel();
             self.capturer.end_by(deadline, listening).await;
-            return true;
         }
+        wanted_again
+    }
+
+    /// Removes the rules, again and again; whether they are gone, or another's to remove. Not so where the pod is wanted again
+    /// before that.
+    async fn remove_rules(&self, listening: &Listening) -> bool {
         let netns = &listening.pod.netns;
         let ours = self.capturer.config.redirect;
         // The redirection that an agent has written is the agent's to remove.
         loop {
             // Another daemon of the node that has the turn has let go of the pod as well, or wants it still.
-            let Some(permit) = self.capturer.turn.permit() else { return false };
+            let Some(permit) = self.capturer.turn.permit() else { return true };
             let removed = if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await };
-            let Err(error) = removed else { return false };
+            drop(permit);
+            let Err(error) = removed else { return true };
             if vanished(netns).is_some() {
-                return false;
+                return true;
             }
             let reason = format!("released, but its rules could not be removed: {error}");
             self.board.set(&self.spec, State::Failed(reason));
-            drop(permit);
-            tokio::time::sleep(RETRY).await;
+            tokio::select! {
+                () = tokio::time::sleep(RETRY) => {}
+                () = self.hand_over.wanted.cancelled() => return false,
+            }
         }
     }
 

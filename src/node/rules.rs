@@ -2,7 +2,7 @@
 //! kernel tells of a change in the namespace.
 
 use super::capture::{Capturer, Listening};
-use super::earlier::Connections;
+use super::earlier::{Connections, Uncaptured};
 use super::redirect::{self, Listing};
 use super::status::{Board, Noted};
 use super::{CaptureError, PodSpec, legs};
@@ -11,6 +11,7 @@ use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
 use serde_json::Value;
+use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -55,8 +56,8 @@ pub struct Rules {
     end_earlier: bool,
     /// Connections from before the rules.
     earlier: Connections,
-    /// Of these, those that an earlier task of the pod has told of.
-    told: Connections,
+    /// What an earlier task of the pod knows of the time between, until it is in rules.
+    between: Option<Arc<Uncaptured>>,
     /// Whether the rules for what we open ourselves are there.
     legs: bool,
     /// Whether what an earlier agent left has been removed, or was not there.
@@ -113,7 +114,7 @@ impl Rules {
             verified: false,
             end_earlier: false,
             earlier: Connections::default(),
-            told: Connections::default(),
+            between: None,
             legs: false,
             taken_over: false,
             legacy: None,
@@ -128,8 +129,8 @@ impl Rules {
     }
 
     /// Leaves connections alone that were opened while the pod was not captured.
-    pub fn spare(&mut self, connections: Connections) {
-        self.told.extend(connections);
+    pub fn spare(&mut self, between: Arc<Uncaptured>) {
+        self.between = Some(between);
     }
 
     /// Completes when something has changed in the namespace, and has settled. What was heard is kept until it is heeded,
@@ -387,10 +388,12 @@ impl Rules {
         let first = table.as_ref().is_some_and(Value::is_null);
         match &table {
             Some(table) if !first => {
-                let told = std::mem::take(&mut self.told);
-                self.end_earlier |= capturer.config.end_earlier && told.spared().next().is_some();
                 self.earlier = Connections::spared_by(pod, table);
-                self.earlier.extend(told);
+                if let Some(between) = &self.between {
+                    let between = between.now(pod);
+                    self.end_earlier |= capturer.config.end_earlier && between.spared().next().is_some();
+                    self.earlier.extend(between);
+                }
             }
             Some(_) => self.earlier = Connections::open_now(pod),
             None => {}
@@ -400,6 +403,7 @@ impl Rules {
         let written =
             capturer.redirect(spec, listening, spared, self.taken_over, std::mem::take(&mut self.ahead)).await?;
         let redirect::Written { foreign, listing, hooks, unread } = written;
+        self.between = None;
         self.note(listening, hooks, unread);
         if std::mem::take(&mut self.end_earlier) {
             self.earlier.end(pod);

@@ -1,6 +1,6 @@
 //! The pods that are enrolled, kept in a file: a daemon that starts while the Kubernetes API is away goes on with them. One counts
 //! only where a process of the pod is in the very namespace that was captured, and that holds the pod's address. What the
-//! API says wins as soon as it says anything.
+//! API says wins as soon as it has told of pods and namespaces.
 
 use super::places::Place;
 use super::scan::Sought;
@@ -221,9 +221,11 @@ impl Running {
         }
     }
 
-    /// Forgets a remembered pod: it waits for the API.
+    /// Forgets a remembered pod: it waits for the API. One that is captured stays so: to let go of it would pass its traffic.
     pub(super) fn forget(&mut self, uid: &Text, why: &str) {
-        self.places.remove(uid);
+        if self.places.contains_key(uid) {
+            return;
+        }
         let Some((pod, _)) = self.memory.pods.remove(uid) else { return };
         let (namespace, name) = (&*pod.namespace, &*pod.name);
         tracing::warn!(
