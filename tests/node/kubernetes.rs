@@ -1692,6 +1692,39 @@ fn a_namespace_that_is_labelled_again_and_again_resets_nothing() {
 }
 
 #[test]
+fn what_a_pod_opens_until_it_is_captured_again_counts_as_older_than_its_rules() {
+    let mut c = cluster();
+    let (ns, v4, server) = (c.client.netns.clone(), c.client.v4, c.server.clone());
+    apps::serve(&ns, 9000, apps::echo);
+    c.w.start_kube_node(2, &c.apis[1], &[]);
+    c.w.wait_captured(2);
+    c.start_one(&[("CONNECTION_TERMINATION_DEADLINE", "60s")]);
+    eventually("it is captured", || c.state("client") == "captured");
+    let label = |on: bool| {
+        c.apis[0].namespace("ns", if on { json!({"istio.io/dataplane-mode": "ambient"}) } else { json!({}) });
+    };
+    let mut held = connect(&server.netns, (v4, 9000)).unwrap();
+    label(false);
+    eventually("it is being released", || c.state("client") == "releasing");
+    // The next capture cannot listen for a while, and the rules that are there capture nothing.
+    let mut taken = None;
+    eventually("the port is free", || {
+        taken = inside(&ns, || std::net::TcpListener::bind("0.0.0.0:15001")).ok();
+        taken.is_some()
+    });
+    label(true);
+    eventually("it cannot be listened for", || c.w.state(1, "client").1.contains("15001"));
+    let mut between = connect(&ns, (server.v4, 9000)).unwrap();
+    drop(taken);
+    eventually("it is captured again", || c.state("client") == "captured");
+    for stream in [&mut held, &mut between] {
+        stream.write_all(b"ping").unwrap();
+        stream.read_exact(&mut [0; 4]).unwrap();
+    }
+    assert_eq!(c.w.metric(1, "culvert_uncaptured_connections", &[]), 1.0, "the one in between, and no other");
+}
+
+#[test]
 fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cuts_nothing_that_still_has_time() {
     let mut c = cluster();
     let (ns, host) = (c.client.netns.clone(), c.w.ns("n2"));
