@@ -42,3 +42,27 @@ fn it_is_installed_by_kustomize_and_by_helm_and_removed() {
     nothing_is_left(&cluster);
     cluster.works();
 }
+
+#[test]
+fn a_node_that_was_off_when_it_was_uninstalled_is_cleaned() {
+    let cluster = cluster();
+    cluster.run(&["stop", "n2"]);
+    cluster.run(&["helm", "uninstall", "culvert", "-n", SYSTEM]);
+    eventually("nothing of culvert is left on n1", || {
+        let traces = cluster.traces("n1");
+        (!traces.is_empty()).then(|| traces.join("; "))
+    });
+    cluster.run(&["start", "n2"]);
+    // Its plugin is there still, and nobody answers it: the node's pods wait.
+    assert!(!cluster.traces("n2").is_empty());
+    let folder = root().join("daemonset/cleanup");
+    let folder = folder.to_str().unwrap();
+    cluster.kubectl(&["apply", "-k", folder]);
+    cluster.rolled_out(SYSTEM, "daemonset/ztunnel-cleanup");
+    nothing_is_left(&cluster);
+    cluster.kubectl(&["delete", "-k", folder]);
+    for deployment in ["web", "echo", "front"] {
+        cluster.rolled_out(SHOP, &format!("deployment/{deployment}"));
+    }
+    cluster.works();
+}
