@@ -7,7 +7,7 @@
 
 use super::decode::{self, Decoded, Names};
 use super::policy;
-use crate::mesh::address::NetworkAddress;
+use crate::mesh::address::{NetworkAddress, NetworkCidr};
 use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
 use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
@@ -17,6 +17,7 @@ use crate::proto::envoy::service::discovery::v3::{
 };
 use prost::Message;
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::net::IpAddr;
 
 /// Workloads and services.
 pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
@@ -69,7 +70,7 @@ pub struct Delta {
     /// Names told of on this stream: the server counts them as asked for.
     delivered: HashSet<String>,
     /// What was found not to exist, since the last call of [`Delta::expire`] and before.
-    absent: [Vec<Wanted>; 2],
+    absent: [HashSet<Wanted>; 2],
     /// Names that were asked for and that nobody has.
     nobodys: HashSet<String>,
     /// Counts names that nobody has, see [`Delta::ask`].
@@ -268,7 +269,7 @@ impl Delta {
         for name in gone {
             if let Some(wanted) = self.asked.get(&name) {
                 update.absent.push(wanted.clone());
-                self.absent[0].push(wanted.clone());
+                self.absent[0].insert(wanted.clone());
                 self.nobodys.insert(name.clone());
             }
             // A uid has slashes as well; what is neither is nobody's name.
@@ -320,32 +321,29 @@ impl Delta {
 
     /// An address that was asked for and is that of a node names nobody: that is the answer.
     fn note_host_network(&mut self, workload: &Workload, update: &mut Update) {
-        if workload.network_mode != NetworkMode::HostNetwork || !self.on_demand {
-            return;
-        }
-        for ip in &workload.ips {
-            let wanted = Wanted::Address(NetworkAddress { network: workload.network.clone(), ip: *ip });
-            if self.asked.contains_key(&wanted.to_string()) {
-                update.absent.push(wanted.clone());
-                self.absent[0].push(wanted);
-            }
+        if workload.network_mode == NetworkMode::HostNetwork {
+            let at = |ip: &IpAddr| NetworkAddress { network: workload.network.clone(), ip: *ip };
+            self.note_nobodys(workload.ips.iter().map(at), update);
         }
     }
 
-    /// An address that was asked for and lies in a range of this service is nobody's own: the range is the answer.
+    /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
+    /// knows of other addresses in it, it says by their own names.
     fn note_ranges(&mut self, service: &Service, update: &mut Update) {
-        if service.cidrs.is_empty() || !self.on_demand {
+        let first = |cidr: &NetworkCidr| NetworkAddress { network: cidr.network.clone(), ip: cidr.range.network() };
+        self.note_nobodys(service.cidrs.iter().map(first), update);
+    }
+
+    fn note_nobodys(&mut self, addresses: impl Iterator<Item = NetworkAddress>, update: &mut Update) {
+        if !self.on_demand {
             return;
         }
-        let inside = |wanted: &&Wanted| match wanted {
-            Wanted::Address(at) => {
-                service.cidrs.iter().any(|cidr| cidr.network == at.network && cidr.range.contains(&at.ip))
+        for wanted in addresses.map(Wanted::Address) {
+            if self.asked.contains_key(&wanted.to_string()) {
+                self.absent[0].insert(wanted.clone());
+                update.absent.push(wanted);
             }
-            Wanted::Service(_) | Wanted::Workload(_) => false,
-        };
-        let answered: Vec<Wanted> = self.asked.values().filter(inside).cloned().collect();
-        update.absent.extend(answered.iter().cloned());
-        self.absent[0].extend(answered);
+        }
     }
 
     /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
@@ -353,7 +351,7 @@ impl Delta {
     pub fn expire(&mut self) -> Update {
         let newer = std::mem::take(&mut self.absent[0]);
         let forgotten = std::mem::replace(&mut self.absent[1], newer);
-        Update { forgotten, ..Update::default() }
+        Update { forgotten: forgotten.into_iter().collect(), ..Update::default() }
     }
 
     /// What is held, as it came, for the state file.
@@ -459,7 +457,7 @@ mod tests {
     #[test]
     fn on_demand_the_range_around_an_address_is_the_answer() {
         let at = |ip: &str| Wanted::Address(crate::mesh::address::parse_network_address(ip).unwrap());
-        let (inside, outside) = (at("/10.97.0.0"), at("/10.98.0.1"));
+        let (first, inside, outside) = (at("/10.97.0.0"), at("/10.97.3.4"), at("/10.98.0.1"));
         let service = wire::Service {
             name: "wide".into(),
             namespace: "a".into(),
@@ -476,14 +474,18 @@ mod tests {
         for on_demand in [true, false] {
             let mut delta = Delta::new(on_demand, false);
             if on_demand {
-                delta.ask(vec![inside.clone(), outside.clone(), at("net/10.97.0.1")]);
+                delta.ask(vec![first.clone(), inside.clone(), outside.clone(), at("net/10.97.0.0")]);
             }
             let update = delta.receive(answer.clone()).update;
-            assert_eq!(update.absent, if on_demand { vec![inside.clone()] } else { vec![] });
+            // Of others in the range istiod says so itself: one may be a workload whose answer is under way.
+            assert_eq!(update.absent, if on_demand { vec![first.clone()] } else { vec![] });
+            delta.receive(answer.clone());
+            delta.expire();
+            assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is told");
             let store = Store::new("".into(), "".into(), on_demand);
             store.update(update);
             let now = store.load();
-            assert_eq!(now.unasked(inside.clone()), None);
+            assert_eq!(now.unasked(first.clone()), None);
             assert!(now.service_around(&"".into(), "10.97.0.0".parse().unwrap(), "x").is_some());
         }
     }
