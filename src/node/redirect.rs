@@ -75,7 +75,8 @@ const DNS_ZONE: u16 = 1;
 pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
-/// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew.
+/// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew, but where the chains are as well
+/// ([`Rules::ahead`]).
 pub const PROBED: &str = "probed";
 /// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
 pub const INBOUND_PORT: u16 = 15091;

@@ -24,6 +24,13 @@ pub struct Keepalive {
     pub user_timeout: bool,
 }
 
+impl Keepalive {
+    /// After which a silent connection is given up.
+    fn bound(&self) -> Duration {
+        self.time.saturating_add(self.interval.saturating_mul(self.retries))
+    }
+}
+
 /// Options set on every leg of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct LegOptions {
@@ -43,7 +50,7 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
         let probes = TcpKeepalive::new().with_time(keepalive.time).with_interval(keepalive.interval);
         socket.set_tcp_keepalive(&probes.with_retries(keepalive.retries))?;
         if keepalive.user_timeout {
-            socket.set_tcp_user_timeout(Some(keepalive.time + keepalive.interval * keepalive.retries))?;
+            socket.set_tcp_user_timeout(Some(keepalive.bound()))?;
         }
     }
     if let Some(bytes) = options.notsent_lowat {
@@ -52,9 +59,11 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
     Ok(())
 }
 
-/// Has the kernel give a connection up, and send no more, once its peer has acknowledged nothing for so long.
-pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration) -> io::Result<()> {
-    SockRef::from(socket).set_tcp_user_timeout(Some(unacknowledged))
+/// Has the kernel give a connection up, and send no more, once its peer has acknowledged nothing for so long, or for the shorter
+/// time that its keepalive allows: the kernel goes by this bound for keepalive too.
+pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
+    let bound = options.keepalive.map_or(unacknowledged, |keepalive| keepalive.bound().min(unacknowledged));
+    SockRef::from(socket).set_tcp_user_timeout(Some(bound))
 }
 
 /// Binds a listener for captured traffic in the namespace the thread is in: dual-stack where `ipv6`, marked,
@@ -227,6 +236,26 @@ mod tests {
             assert_eq!(leg.tcp_keepalive_retries().unwrap(), 9);
             assert_eq!(leg.tcp_user_timeout().unwrap(), Some(Duration::from_secs(180 + 9 * 75)));
             assert_eq!(leg.tcp_notsent_lowat().unwrap(), 131_072);
+        }
+    }
+
+    #[test]
+    fn a_tunnel_is_given_up_after_the_shorter_of_its_own_bound_and_keepalives() {
+        let seconds = Duration::from_secs;
+        let keepalive = |time, user_timeout| {
+            Some(Keepalive { time: seconds(time), interval: seconds(2), retries: 5, user_timeout })
+        };
+        for (keepalive, expected) in [
+            (None, 50),
+            (keepalive(180, false), 50),
+            (keepalive(180, true), 50),
+            (keepalive(10, true), 20),
+            (keepalive(10, false), 20),
+        ] {
+            let legs = LegOptions { keepalive, notsent_lowat: None };
+            let socket = outgoing("127.0.0.1:9".parse().unwrap(), None, 1337, &legs).unwrap();
+            give_up_after(&socket, seconds(50), &legs).unwrap();
+            assert_eq!(socket.tcp_user_timeout().unwrap(), Some(seconds(expected)), "{keepalive:?}");
         }
     }
 

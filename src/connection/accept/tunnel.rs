@@ -36,7 +36,7 @@ pub struct Peer {
 /// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it. `None`: it has left
 /// in order without a word. It has looked whether the port is open, as `culvert doctor` does, and nothing has failed.
 pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
-    let set = set_leg_options(&socket, legs).and_then(|()| give_up_after(&socket, GONE_AFTER));
+    let set = set_leg_options(&socket, legs).and_then(|()| give_up_after(&socket, GONE_AFTER, legs));
     set.map_err(AcceptError::Socket)?;
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     let ready = tokio::time::timeout(SILENCE_DEADLINE, socket.readable()).await;

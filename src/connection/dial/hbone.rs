@@ -114,7 +114,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    give_up_after(&socket, GONE_AFTER).map_err(|source| TunnelDialError::Connect { to, source })?;
+    give_up_after(&socket, GONE_AFTER, &origin.sockets.legs)
+        .map_err(|source| TunnelDialError::Connect { to, source })?;
     let socket = ReadBuffered::new(socket);
     let shake = async {
         // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
