@@ -1,7 +1,7 @@
 //! An immutable picture of the mesh with the indexes that connections need. A lookup costs the same however large the
 //! mesh is; a range of addresses costs one more for each prefix length in use.
 
-use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr};
+use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, first_of_ranges};
 use super::index::{Claimant, Index};
 use super::name::{ServiceKey, Text};
 use super::policy::Policy;
@@ -89,7 +89,7 @@ pub struct Snapshot {
     pub trust_domain_aliases: Arc<[Text]>,
     /// The cluster that we run in; empty where nobody said.
     pub(super) cluster: Text,
-    /// What was asked for and does not exist. `None`: nobody needs to ask, everything is told.
+    /// What was asked for and does not exist; of ranges, what was answered a while ago at most. `None`: nobody needs to ask, everything is told.
     pub(super) absent: Option<HashTrieSetSync<Wanted>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
     pub(super) by_address: Index<NetworkAddress, Workload>,
@@ -242,6 +242,15 @@ impl Snapshot {
         (!self.holds(&wanted) && !absent.contains(&wanted)).then_some(wanted)
     }
 
+    /// Ranges that would have to be asked for before it can be said that there is none around this address.
+    pub fn unasked_around(&self, at: &NetworkAddress) -> Vec<Wanted> {
+        if self.is_told_all() {
+            return Vec::new();
+        }
+        let range = |ip| Wanted::Range(NetworkAddress { network: at.network.clone(), ip });
+        first_of_ranges(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
+    }
+
     /// What might be other than it is known to be, on the way to a service: itself and its waypoints. Nothing where
     /// everything is told.
     pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<Wanted> {
@@ -258,6 +267,8 @@ impl Snapshot {
     pub fn holds(&self, wanted: &Wanted) -> bool {
         match wanted {
             Wanted::Address(at) => !self.by_vip.get(at).is_empty() || !self.by_address.get(at).is_empty(),
+            // One that is known says nothing of others that begin where it does.
+            Wanted::Range(_) => false,
             Wanted::Service(key) => {
                 let host = (key.namespace.clone(), key.hostname.clone());
                 self.services.contains_key(key) || !self.by_workload_host.get(&host).is_empty()

@@ -1,12 +1,12 @@
 //! The current snapshot: one writer changes it, any number of readers load it without waiting. Where facts are told only
 //! when asked for, also the list of what is wanted.
 
-use super::address::{NetworkAddress, first_of_ranges};
+use super::address::NetworkAddress;
 use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
 use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
-use futures_util::StreamExt;
+use futures_util::TryStreamExt;
 use futures_util::stream::FuturesUnordered;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,11 +29,9 @@ const QUESTIONS_MAX: usize = 10_000;
 /// Of them, how many may be one pod's: a pod that scans must leave room for the others.
 const QUESTIONS_OF_ONE: usize = 500;
 
-/// As many are open to each pod even where the others have used up all that there are.
-const QUESTIONS_OF_ANYONE: usize = 8;
-
-/// Who asks for ranges: these questions take no pod's room.
-const RANGES: &str = "ranges";
+/// As many are open to each pod even where the others have used up all that there are: the ranges around one address, which
+/// are up to 55.
+const QUESTIONS_OF_ANYONE: usize = 64;
 
 /// Holds the current facts of the mesh and tells who asks when they change.
 #[derive(Debug)]
@@ -215,7 +213,10 @@ impl Store {
     /// serves all who ask the same.
     pub async fn ask(&self, asker: &Text, wanted: Wanted) -> Result<(), AskError> {
         let mut changes = self.subscribe();
-        let name = wanted.to_string();
+        let name = match &wanted {
+            Wanted::Range(first) => format!("a range that begins at {first}"),
+            Wanted::Address(_) | Wanted::Service(_) | Wanted::Workload(_) => wanted.to_string(),
+        };
         let number = {
             let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
             if self.load().unasked(wanted.clone()).is_none() {
@@ -247,15 +248,19 @@ impl Store {
         Err(AskError::NoAnswer(name))
     }
 
-    /// Asks for an address, and for the ranges that may be around it: istiod knows a range by its first address alone. Whether that is
-    /// a range's is known as far as there was room to ask.
+    /// Asks for an address, and where it is nobody's own, for the ranges that may be around it: istiod knows a range by its first
+    /// address alone. These questions take a room of their own; one without answer fails the whole, as there may be a range.
     pub async fn ask_address(&self, asker: &Text, at: &NetworkAddress) -> Result<(), AskError> {
-        let ranges = Text::from(RANGES);
-        let first = |ip| Wanted::Address(NetworkAddress { network: at.network.clone(), ip });
+        let wanted = Wanted::Address(at.clone());
+        self.ask(asker, wanted.clone()).await?;
+        let now = self.load();
+        if now.holds(&wanted) {
+            return Ok(());
+        }
+        let asker = Text::from(format!("ranges/{asker}"));
         let around: FuturesUnordered<_> =
-            first_of_ranges(at.ip).into_iter().map(|ip| self.ask(&ranges, first(ip))).collect();
-        let (asked, ()) = tokio::join!(self.ask(asker, Wanted::Address(at.clone())), around.map(drop).collect::<()>());
-        asked
+            now.unasked_around(at).into_iter().map(|range| self.ask(&asker, range)).collect();
+        around.try_collect().await
     }
 
     /// Asks again for what is known and may be old, unless that was done a moment ago, and waits a little for what comes. Where
@@ -381,5 +386,58 @@ mod tests {
         }
         settle().await;
         assert_eq!(open("one"), QUESTIONS_OF_ONE);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ranges_are_asked_for_where_an_address_is_nobodys_and_have_to_be_answered() {
+        let store = Arc::new(Store::new("".into(), "".into(), true));
+        let at = |ip: &str| super::super::address::parse_network_address(&format!("/{ip}")).unwrap();
+        let (own, pod) = (at("10.97.3.4"), Text::from("pod"));
+        let tell = |absent: Vec<Wanted>| store.update(Update { absent, ..Update::default() });
+        let names = |asked: &[Wanted]| {
+            let mut names: Vec<String> = asked.iter().map(ToString::to_string).collect();
+            names.sort();
+            names
+        };
+        let first = ["/10.0.0.0", "/10.64.0.0", "/10.96.0.0", "/10.97.0.0", "/10.97.2.0", "/10.97.3.0"];
+        // They are silent: whoever asks is told so, and so is the next.
+        let silent = async {
+            let asked = store.questions().await;
+            assert_eq!(names(&asked), ["/10.97.3.4"], "the address before its ranges");
+            tell(asked);
+            assert_eq!(names(&store.questions().await), first);
+        };
+        let (asked, ()) = tokio::join!(store.ask_address(&pod, &own), silent);
+        assert!(matches!(asked, Err(AskError::NoAnswer(_))));
+        // One pod that scans uses up its own room for ranges, and nobody else's.
+        let scanned = move |n: u32| at(&std::net::Ipv4Addr::from(0x0b00_0001 + 0x1003 * n).to_string());
+        tell((0..500).map(|n| Wanted::Address(scanned(n))).collect());
+        let mut scan = tokio::task::JoinSet::new();
+        for n in 0..500 {
+            let store = store.clone();
+            scan.spawn(async move { store.ask_address(&"scanner".into(), &scanned(n)).await });
+        }
+        settle().await;
+        let refused = scan.try_join_next().unwrap().unwrap();
+        assert!(matches!(refused, Err(AskError::TooMany(_))), "{refused:?}");
+        drop(store.questions().await);
+        let answer = async {
+            let asked = store.questions().await;
+            assert_eq!(names(&asked), first);
+            tell(asked);
+        };
+        let (asked, ()) = tokio::join!(store.ask_address(&pod, &own), answer);
+        assert_eq!(asked, Ok(()));
+        // Somebody's: nothing else is asked.
+        let there = at("10.98.0.1");
+        let answer = async {
+            assert_eq!(store.questions().await.len(), 1);
+            store.update(Update { workloads: vec![workload("a", "w", "10.98.0.1")], ..Update::default() });
+        };
+        let (asked, ()) = tokio::join!(store.ask_address(&pod, &there), answer);
+        assert_eq!(asked, Ok(()));
+        scan.abort_all();
+        while scan.join_next().await.is_some() {}
+        assert!(store.questions.lock().unwrap().open.is_empty(), "nothing is left");
     }
 }

@@ -15,6 +15,8 @@ use std::sync::Arc;
 pub enum Wanted {
     /// Whatever has this address.
     Address(NetworkAddress),
+    /// The services with a range that begins at this address. Under the same name as the address, and answered apart from it.
+    Range(NetworkAddress),
     /// The service (or workload) of this name.
     Service(ServiceKey),
     /// The workload with this uid.
@@ -34,7 +36,7 @@ impl Wanted {
 impl fmt::Display for Wanted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Address(address) => address.fmt(f),
+            Self::Address(address) | Self::Range(address) => address.fmt(f),
             Self::Service(key) => key.fmt(f),
             Self::Workload(uid) => f.write_str(uid),
         }
@@ -56,9 +58,9 @@ pub struct Update {
     pub services: Vec<Service>,
     /// New policies, and new versions.
     pub policies: Vec<Policy>,
-    /// What was asked for and does not exist.
+    /// What was asked for and does not exist; of ranges, what was answered.
     pub absent: Vec<Wanted>,
-    /// What is no longer remembered not to exist.
+    /// What is no longer remembered of that.
     pub forgotten: Vec<Wanted>,
     /// Which facts have been told in full by now; `None` where that is as before.
     pub told: Option<Told>,

@@ -79,8 +79,10 @@ impl Choice<'_> {
         }
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-            if let Some(wanted) = snapshot.unasked(Wanted::Address(wanted)) {
-                return Err(RouteError::Unasked(wanted));
+            let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
+            // A range that is not heard of yet may have a waypoint, which nothing may pass by.
+            if unasked || !snapshot.unasked_around(&wanted).is_empty() {
+                return Err(RouteError::Unasked(Wanted::Address(wanted)));
             }
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
@@ -305,5 +307,24 @@ mod tests {
         }
         let empty = by_name().with(|f| f.workloads[3].services.clear());
         assert!(empty.route("client", "10.96.0.1:80").starts_with("unknown waypoint"));
+    }
+
+    #[test]
+    fn on_demand_an_address_goes_nowhere_before_the_ranges_around_it_are_known() {
+        let mut snapshot = Snapshot::empty("".into(), "".into(), true);
+        let facts = World::new().0;
+        let source = facts.workloads[0].clone();
+        snapshot.apply(1, facts.into());
+        let at = NetworkAddress { network: source.network.clone(), ip: "10.0.0.9".parse().unwrap() };
+        let tell = |snapshot: &mut Snapshot, absent| {
+            snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
+            choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0)
+        };
+        let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
+        assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
+        let around = snapshot.unasked_around(&at);
+        assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
+        let direct = tell(&mut snapshot, around).unwrap().way;
+        assert_eq!(direct, Way::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }
 }

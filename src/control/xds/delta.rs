@@ -17,7 +17,6 @@ use crate::proto::envoy::service::discovery::v3::{
 };
 use prost::Message;
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::IpAddr;
 
 /// Workloads and services.
 pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
@@ -34,6 +33,8 @@ const FAULT_BYTES: usize = 300;
 const NOTES_MAX: usize = 10_000;
 /// How many names that nobody has are given up at once.
 const EVICTED: usize = 1024;
+/// Calls of [`Delta::expire`] after which an answer about ranges is one that is older. It is good for up to twice as many.
+const RANGES_TICKS: u32 = 6;
 /// Names that may be subscribed to on demand; beyond it some are given up.
 const ASKED_MAX: usize = 65_536;
 
@@ -71,6 +72,10 @@ pub struct Delta {
     delivered: HashSet<String>,
     /// What was found not to exist, since the last call of [`Delta::expire`] and before.
     absent: [HashSet<Wanted>; 2],
+    /// About which ranges there has been an answer: likewise, and longer, as each address outside of the mesh needs many.
+    ranges: [HashSet<Wanted>; 2],
+    /// Calls of [`Delta::expire`] since the last after which such an answer became an older one.
+    ticks: u32,
     /// Names that were asked for and that nobody has.
     nobodys: HashSet<String>,
     /// Counts names that nobody has, see [`Delta::ask`].
@@ -109,6 +114,8 @@ impl Delta {
             asked_order: VecDeque::new(),
             delivered: HashSet::new(),
             absent: Default::default(),
+            ranges: Default::default(),
+            ticks: 0,
             nobodys: HashSet::new(),
             nobody: 0,
             names: Names::default(),
@@ -152,8 +159,12 @@ impl Delta {
     /// first; and who asks for nothing is told by istiod that everything is gone, so a name that nobody has goes with it.
     pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
+        let mut once = HashSet::new();
         for wanted in wanted {
             let name = wanted.to_string();
+            if !once.insert(name.clone()) {
+                continue;
+            }
             let asked_before = self.asked.insert(name.clone(), wanted).is_some();
             if !asked_before {
                 self.asked_order.push_back(name.clone());
@@ -173,8 +184,13 @@ impl Delta {
             let oldest: Vec<String> = oldest.take(excess.saturating_sub(out.len())).cloned().collect();
             out.extend(oldest);
             for name in &out {
-                update.forgotten.extend(self.asked.remove(name));
+                update.forgotten.extend(self.asked.remove(name).into_iter().flat_map(same_name));
                 self.nobodys.remove(name);
+            }
+            for wanted in &update.forgotten {
+                for known in self.absent.iter_mut().chain(&mut self.ranges) {
+                    known.remove(wanted);
+                }
             }
             self.asked_order.retain(|name| !out.contains(name));
             again.extend(out);
@@ -252,11 +268,11 @@ impl Delta {
             let Some((address, _)) = self.address.take(resource, self.keep, faults, decode) else { continue };
             match address {
                 decode::Address::Workload(workload) => {
-                    self.note_host_network(&workload, update);
+                    self.note_workload(&workload, update);
                     update.workloads.push(*workload);
                 }
                 decode::Address::Service(service) => {
-                    self.note_ranges(&service, update);
+                    self.note_service(&service, update);
                     update.services.push(*service);
                 }
             }
@@ -268,8 +284,7 @@ impl Delta {
         let gone = self.address.gone(&seen, removed);
         for name in gone {
             if let Some(wanted) = self.asked.get(&name) {
-                update.absent.push(wanted.clone());
-                self.absent[0].insert(wanted.clone());
+                same_name(wanted.clone()).into_iter().for_each(|wanted| self.answered_absent(wanted, update));
                 self.nobodys.insert(name.clone());
             }
             // A uid has slashes as well; what is neither is nobody's name.
@@ -319,39 +334,54 @@ impl Delta {
         new
     }
 
-    /// An address that was asked for and is that of a node names nobody: that is the answer.
-    fn note_host_network(&mut self, workload: &Workload, update: &mut Update) {
-        if workload.network_mode == NetworkMode::HostNetwork {
-            let at = |ip: &IpAddr| NetworkAddress { network: workload.network.clone(), ip: *ip };
-            self.note_nobodys(workload.ips.iter().map(at), update);
+    /// An address that was asked for and is that of a node names nobody: that is the answer. Nor does a range begin where a
+    /// workload is, as far as istiod tells.
+    fn note_workload(&mut self, workload: &Workload, update: &mut Update) {
+        let nobodys = workload.network_mode == NetworkMode::HostNetwork;
+        for ip in &workload.ips {
+            self.note_address(NetworkAddress { network: workload.network.clone(), ip: *ip }, nobodys, update);
         }
     }
 
     /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
     /// knows of other addresses in it, it says by their own names.
-    fn note_ranges(&mut self, service: &Service, update: &mut Update) {
-        let first = |cidr: &NetworkCidr| NetworkAddress { network: cidr.network.clone(), ip: cidr.range.network() };
-        self.note_nobodys(service.cidrs.iter().map(first), update);
+    fn note_service(&mut self, service: &Service, update: &mut Update) {
+        for vip in &service.vips {
+            self.note_address(vip.clone(), false, update);
+        }
+        for NetworkCidr { network, range } in &service.cidrs {
+            self.note_address(NetworkAddress { network: network.clone(), ip: range.network() }, true, update);
+        }
     }
 
-    fn note_nobodys(&mut self, addresses: impl Iterator<Item = NetworkAddress>, update: &mut Update) {
-        if !self.on_demand {
+    /// Something with this address has come: where that was asked for, it is the answer.
+    fn note_address(&mut self, at: NetworkAddress, nobodys: bool, update: &mut Update) {
+        if !self.on_demand || !self.asked.contains_key(&at.to_string()) {
             return;
         }
-        for wanted in addresses.map(Wanted::Address) {
-            if self.asked.contains_key(&wanted.to_string()) {
-                self.absent[0].insert(wanted.clone());
-                update.absent.push(wanted);
-            }
+        if nobodys {
+            self.answered_absent(Wanted::Address(at.clone()), update);
         }
+        self.answered_absent(Wanted::Range(at), update);
+    }
+
+    fn answered_absent(&mut self, wanted: Wanted, update: &mut Update) {
+        let [newer, _] = if matches!(wanted, Wanted::Range(_)) { &mut self.ranges } else { &mut self.absent };
+        newer.insert(wanted.clone());
+        update.absent.push(wanted);
     }
 
     /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
     /// never by the address that was asked for, so that must be asked again.
     pub fn expire(&mut self) -> Update {
-        let newer = std::mem::take(&mut self.absent[0]);
-        let forgotten = std::mem::replace(&mut self.absent[1], newer);
-        Update { forgotten: forgotten.into_iter().collect(), ..Update::default() }
+        let older = |[newer, older]: &mut [HashSet<Wanted>; 2]| std::mem::replace(older, std::mem::take(newer));
+        let mut forgotten: Vec<Wanted> = older(&mut self.absent).into_iter().collect();
+        self.ticks += 1;
+        if self.ticks >= RANGES_TICKS {
+            self.ticks = 0;
+            forgotten.extend(older(&mut self.ranges));
+        }
+        Update { forgotten, ..Update::default() }
     }
 
     /// What is held, as it came, for the state file.
@@ -431,6 +461,14 @@ impl Kind {
     }
 }
 
+/// All that goes by the name of this.
+fn same_name(wanted: Wanted) -> Vec<Wanted> {
+    match wanted {
+        Wanted::Address(at) | Wanted::Range(at) => vec![Wanted::Address(at.clone()), Wanted::Range(at)],
+        Wanted::Service(_) | Wanted::Workload(_) => vec![wanted],
+    }
+}
+
 /// The text of a refusal: some faults by name, the rest by number.
 fn refusal(faults: &[String]) -> String {
     let cut = |fault: &String| fault.chars().take(FAULT_BYTES).collect::<String>();
@@ -478,10 +516,16 @@ mod tests {
             }
             let update = delta.receive(answer.clone()).update;
             // Of others in the range istiod says so itself: one may be a workload whose answer is under way.
-            assert_eq!(update.absent, if on_demand { vec![first.clone()] } else { vec![] });
+            let Wanted::Address(begins) = first.clone() else { unreachable!() };
+            let answered = vec![first.clone(), Wanted::Range(begins)];
+            assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });
             delta.receive(answer.clone());
             delta.expire();
             assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is told");
+            if on_demand {
+                let later: Vec<Wanted> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
+                assert_eq!(later, answered[1..], "an answer about ranges is good for longer");
+            }
             let store = Store::new("".into(), "".into(), on_demand);
             store.update(update);
             let now = store.load();
