@@ -85,10 +85,19 @@ pub fn parse_network_cidr(text: &str) -> Option<NetworkCidr> {
     Some(NetworkCidr { network: network.into(), range: range.parse().ok()? })
 }
 
-/// Lengths that ranges of services may have.
+/// Lengths of ranges that are looked for on demand. Each costs a question about nearly every address outside of the mesh.
 const V4_LENGTHS: std::ops::Range<u8> = 8..32;
 const V6_LENGTHS: std::ops::RangeInclusive<u8> = 16..=64;
 const V6_LONGER: [u8; 6] = [80, 96, 104, 112, 120, 124];
+
+/// Whether a range is looked for on demand, around each address in it.
+pub fn is_looked_for(range: &IpNet) -> bool {
+    let length = range.prefix_len();
+    match range {
+        IpNet::V4(_) => V4_LENGTHS.contains(&length),
+        IpNet::V6(_) => V6_LENGTHS.contains(&length) || V6_LONGER.contains(&length),
+    }
+}
 
 /// The first addresses of the ranges that may be around `ip`, but `ip` itself.
 pub fn first_of_ranges(ip: IpAddr) -> Vec<IpAddr> {
@@ -128,5 +137,10 @@ mod tests {
         assert_eq!(of("10.0.0.0"), [""; 0]);
         assert!(of("255.255.255.255").len() == 24 && of("2001:db8::1").contains(&"2001:db8::".into()));
         assert!(of("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff").len() <= 55);
+        let looked_for = |range: &str| is_looked_for(&range.parse().unwrap());
+        assert!(
+            ["10.0.0.0/8", "10.0.0.2/31", "2001::/16", "2001:db8::/64", "2001:db8::/124"].into_iter().all(looked_for)
+        );
+        assert!(!["0.0.0.0/0", "8.0.0.0/7", "::/0", "2001:db8::/72", "2001:db8::/126"].into_iter().any(looked_for));
     }
 }

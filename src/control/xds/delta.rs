@@ -7,7 +7,7 @@
 
 use super::decode::{self, Decoded, Names};
 use super::policy;
-use crate::mesh::address::{NetworkAddress, NetworkCidr};
+use crate::mesh::address::{NetworkAddress, NetworkCidr, is_looked_for};
 use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
 use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
@@ -81,8 +81,10 @@ pub struct Delta {
     /// Counts names that nobody has, see [`Delta::ask`].
     nobody: u64,
     names: Names,
-    /// What has been noted of policies: by name.
+    /// What has been noted of policies, and of ranges: by name.
     noted: HashMap<Text, HashSet<String>>,
+    /// Ranges that are never looked for, by service; likewise, and not said yet.
+    unfound: Vec<String>,
     /// What has been said of which facts are complete.
     told: Told,
 }
@@ -120,6 +122,7 @@ impl Delta {
             nobody: 0,
             names: Names::default(),
             noted: HashMap::new(),
+            unfound: Vec::new(),
             told: Told::default(),
         }
     }
@@ -243,6 +246,11 @@ impl Delta {
         Received { update, answer, faults, notes, bytes }
     }
 
+    /// Ranges that addresses are never looked for in, since the last call; each once.
+    pub fn unfound(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.unfound)
+    }
+
     /// Whether each type has had a response, ever.
     pub fn synced(&self) -> bool {
         self.address.synced && self.authorization.synced
@@ -346,6 +354,13 @@ impl Delta {
     /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
     /// knows of other addresses in it, it says by their own names.
     fn note_service(&mut self, service: &Service, update: &mut Update) {
+        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_looked_for(&cidr.range));
+        let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
+        if !unfound.is_empty() {
+            // No policy has a blank in its name.
+            let new = self.note(&format!("service {}", service.key).into(), unfound);
+            self.unfound.extend(new);
+        }
         for vip in &service.vips {
             self.note_address(vip.clone(), false, update);
         }
@@ -531,6 +546,32 @@ mod tests {
             let now = store.load();
             assert_eq!(now.unasked(first.clone()), None);
             assert!(now.service_around(&"".into(), "10.97.0.0".parse().unwrap(), "x").is_some());
+        }
+    }
+
+    #[test]
+    fn on_demand_a_range_that_is_never_looked_for_is_said_once() {
+        let address = |first: [u8; 4], length| wire::NetworkAddress {
+            network: String::new(),
+            address: first.to_vec().into(),
+            length: Some(length),
+        };
+        let service = wire::Service {
+            name: "all".into(),
+            namespace: "a".into(),
+            hostname: "all.example".into(),
+            addresses: vec![address([0; 4], 0), address([10, 97, 0, 0], 16), address([10, 98, 0, 1], 32)],
+            ..Default::default()
+        };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) }.encode_to_vec();
+        for on_demand in [true, false] {
+            let mut delta = Delta::new(on_demand, false);
+            let mut said = |version: &str| {
+                delta.receive(response(ADDRESS, vec![resource("a/all.example", version, address.clone())], &[]));
+                delta.unfound()
+            };
+            assert_eq!(said("1"), if on_demand { vec!["service a/all.example: 0.0.0.0/0"] } else { vec![] });
+            assert!(said("2").is_empty());
         }
     }
 

@@ -328,6 +328,7 @@ impl Client {
             );
         }
         say_notes(&received.notes);
+        say_unfound(&self.delta.unfound());
         if !received.update.is_empty() {
             let version = self.store.update(received.update);
             self.unsaved = true;
@@ -370,6 +371,7 @@ impl Client {
             Ok(Some(state)) => {
                 let (update, faults, notes) = self.delta.restore(state.types);
                 say_notes(&notes);
+                say_unfound(&self.delta.unfound());
                 self.store.update(update);
                 if !faults.is_empty() {
                     let faults = faults.join("; ");
@@ -422,6 +424,19 @@ fn say_notes(notes: &[String]) {
     }
     let shown = notes.iter().take(NOTES_SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
     tracing::warn!(notes = notes.len(), policies = shown, "parts of policies can never match: they do nothing");
+}
+
+/// Says which ranges are not found on demand.
+fn say_unfound(ranges: &[String]) {
+    if ranges.is_empty() {
+        return;
+    }
+    let shown = ranges.iter().take(NOTES_SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+    tracing::warn!(
+        ranges = shown,
+        count = ranges.len(),
+        "on demand, ranges of these lengths are not looked for: connections to addresses in them may go as if there were no service"
+    );
 }
 
 /// JSON in the form that xDS carries it.
