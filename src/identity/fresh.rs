@@ -15,6 +15,7 @@ use super::turns::Urgency;
 use crate::mesh::SpiffeName;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::brief;
+use futures_util::FutureExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime};
@@ -71,6 +72,8 @@ enum Why {
     Time,
     /// A peer's root is not known, or our own certificate has been revoked.
     Trust,
+    /// A pod has come, and there is no certificate for it.
+    Came,
 }
 
 impl Fresh {
@@ -95,6 +98,10 @@ impl Fresh {
                     Wait { until, roots_at: Some(Instant::now() + roots_wait) }
                 }
                 Err(error) => {
+                    // One that came while the CA was asked counts as well.
+                    if why == Why::Came || self.urgency.came.notified().now_or_never().is_some() {
+                        backoff.reset();
+                    }
                     // Sooner and sooner towards the end of what is held.
                     let left = self.valid().map(|held| held.time_left() / 4);
                     let wait = backoff.next().min(left.unwrap_or(RETRY_MAX)).max(RETRY_MIN / 2);
@@ -171,7 +178,8 @@ impl Fresh {
 
     /// Waits until the CA is to be asked again.
     async fn wait(&self, wait: &Wait, next: &mut Option<(Credentials, Instant)>) -> Why {
-        let (mut time, mut clock, mut distrust) = (Instant::now(), SystemTime::now(), false);
+        let (begun, mut came) = (Instant::now(), false);
+        let (mut time, mut clock, mut distrust) = (begun, SystemTime::now(), false);
         loop {
             let now = Instant::now();
             if let Some((next, _)) = next.take_if(|(_, at)| *at <= now || self.valid().is_none()) {
@@ -185,11 +193,17 @@ impl Fresh {
             let held = self.out.borrow().credentials.clone();
             let ended = held.as_ref().is_some_and(|held| !held.is_valid()) && wait.roots_at.is_some();
             if wait.until <= now || ended || went_off {
-                return Why::Time;
+                return if came { Why::Came } else { Why::Time };
+            }
+            if came && begun + RETRY_MIN <= now {
+                return Why::Came;
             }
             (time, clock) = (now, SystemTime::now());
             let step = (wait.until - now).min(CLOCK_LOOK);
             let mut step = next.as_ref().map_or(step, |(_, at)| step.min(at.saturating_duration_since(now)));
+            if came {
+                step = step.min(begun + RETRY_MIN - now);
+            }
             if let Some(at) = wait.roots_at.filter(|_| distrust) {
                 if at <= now {
                     tracing::info!(identity = %self.identity, "a peer's root is not known, or our certificate is revoked; renewing");
@@ -206,6 +220,11 @@ impl Fresh {
             tokio::select! {
                 () = tokio::time::sleep(step) => {}
                 () = distrusted, if !distrust => distrust = true,
+                // Not at once, so that many pods that come do not ask the CA as often.
+                () = self.urgency.came.notified(), if !came && self.valid().is_none() => {
+                    came = true;
+                    self.out.send_modify(|state| state.retry_at = None);
+                }
             }
         }
     }

@@ -146,12 +146,17 @@ impl Store {
         })
     }
 
-    /// Holds a certificate for `identity` from now on. Called once per pod, on the control runtime.
+    /// Holds a certificate for `identity` from now on; where there is none yet the CA is asked soon, however long it has
+    /// failed. Called once per pod, on the control runtime.
     pub fn want(self: &Arc<Self>, identity: &SpiffeName) {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = entries.get_mut(identity) {
             entry.holders += 1;
             entry.came += 1;
+            if entry.state.borrow().valid().is_none() {
+                entry.state.send_modify(|state| state.retry_at = None);
+                entry.urgency.came.notify_one();
+            }
             return;
         }
         let (state, urgency, stop) = (watch::Sender::default(), Arc::<Urgency>::default(), CancellationToken::new());
@@ -440,5 +445,32 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(600)).await;
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(store.time_to_outage(), Some(Duration::ZERO));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_is_approved_after_an_outage_does_not_wait_for_what_its_identity_failed_in_it() {
+        let (folder, kept) = (ca("outage"), ca("outage-kept"));
+        let store = store(&folder);
+        std::fs::remove_dir_all(&folder).unwrap();
+        store.want(&identity("b"));
+        let retry_in = || {
+            let at = store.entries.lock().unwrap()[&identity("b")].state.borrow().retry_at;
+            at.map(|at| at.saturating_duration_since(Instant::now())).unwrap_or_default()
+        };
+        let come_to_a_long_wait = async || {
+            while retry_in() < FIRST_WAIT * 4 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        };
+        come_to_a_long_wait().await;
+        // Still away: one more attempt, and the waits begin anew.
+        store.want(&identity("b"));
+        store.get(&identity("b")).await.unwrap_err();
+        assert!(retry_in() < FIRST_WAIT * 2, "{:?}", retry_in());
+        come_to_a_long_wait().await;
+        std::fs::rename(&kept, &folder).unwrap();
+        store.want(&identity("b"));
+        store.get(&identity("b")).await.unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }

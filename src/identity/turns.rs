@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 /// How urgent an identity's certificate is.
 #[derive(Debug, Default)]
@@ -11,6 +11,8 @@ pub struct Urgency {
     pub waiting: AtomicUsize,
     /// Whether there is one already.
     pub held: AtomicBool,
+    /// Told when a pod comes for which there is none: what failed before it came is no reason to wait any more.
+    pub came: Notify,
 }
 
 impl Urgency {
@@ -107,8 +109,9 @@ mod tests {
     #[tokio::test]
     async fn the_most_urgent_goes_first_and_who_left_is_passed_over() {
         let turns = Turns::new(1);
-        let urgency =
-            |waiting, held| Arc::new(Urgency { waiting: AtomicUsize::new(waiting), held: AtomicBool::new(held) });
+        let urgency = |waiting, held| {
+            Arc::new(Urgency { waiting: AtomicUsize::new(waiting), held: AtomicBool::new(held), ..Urgency::default() })
+        };
         let first = turns.take(&urgency(0, true)).await;
         let order = Arc::new(Mutex::new(Vec::new()));
         let wait = |name: &'static str, urgency: Arc<Urgency>| {
