@@ -1228,6 +1228,9 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     let (ok, result) = add();
     assert!(ok, "{result}");
     assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"), "said before the sandbox is ready");
+    let patches = c.apis[0].state().patches.clone();
+    let its: Vec<&Value> = patches.iter().filter(|(pod, _)| pod == "ns/client").map(|(_, value)| value).collect();
+    assert_eq!(its, [&json!("enabled")], "nothing has gone before that it would have waited for");
     let (state, why) = c.w.state(1, "client");
     assert!(state == "pending" && why.contains("no workload ns/client"), "{why}");
     eventually("its certificate is there", || c.w.metric(1, "culvert_certificates_fetched_total", &[]) == 1.0);

@@ -20,10 +20,12 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// How long one patch may take.
-const DEADLINE: Duration = Duration::from_secs(10);
+/// How long one patch may take: less than the CNI plugin's question for the same pod may wait, so that another one has time.
+const DEADLINE: Duration = Duration::from_secs(5);
 /// Patches on their way at once.
 const AT_ONCE: usize = 16;
+/// The same for pods whose start waits for theirs: others leave them room.
+const AT_ONCE_AWAITED: usize = 2 * AT_ONCE;
 /// Waits after failures.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
 /// How long the API may take to tell us of what it took from us, before it is told again.
@@ -36,12 +38,15 @@ pub const PENDING: &str = "pending";
 
 /// What the annotation of a pod should be; `Err` where it should stay as it is.
 ///
+/// Of a pod that nobody can call yet (`unborn`) nothing is said before `enabled`: that would only have to wait for it.
+///
 /// `enabled` from the first capture on, for as long as the daemon takes the pod's connections: peers then send HBONE, and
 /// would send plaintext if it went. The mesh need not have told of the pod: it does so only when the pod has its address, and
 /// what peers send until then waits. A pod that was enabled before the daemon started stays so until it is known to fail.
-pub fn wanted(status: Option<&PodStatus>, said: Option<&str>) -> Result<&'static str, ()> {
+pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> Result<&'static str, ()> {
     match status {
         Some(PodStatus { state: State::Captured, .. } | PodStatus { held: true, listening: true, .. }) => Ok(ENABLED),
+        _ if unborn && said.is_none() => Err(()),
         Some(PodStatus { state: State::Failed(_), listening: false, .. }) => Ok(PENDING),
         _ if said.is_none() => Ok(PENDING),
         _ => Err(()),
@@ -116,8 +121,8 @@ impl Annotator {
         }
     }
 
-    /// Sees to a pod whose annotation is to be `value`.
-    pub fn see_to(&mut self, pod: &PodFacts, value: Option<&'static str>) {
+    /// Sees to a pod whose annotation is to be `value`; its start may be `awaited` for that.
+    pub fn see_to(&mut self, pod: &PodFacts, value: Option<&'static str>, awaited: bool) {
         if pod.said() == value {
             self.on_the_way.remove(&pod.uid);
             return;
@@ -129,7 +134,7 @@ impl Annotator {
             Some(Sent { again_at: None, .. }) => return,
             _ => {}
         }
-        if self.on_the_way.values().filter(|sent| sent.again_at.is_none()).count() >= AT_ONCE {
+        if self.sent().count() >= if awaited { AT_ONCE_AWAITED } else { AT_ONCE } {
             return;
         }
         let sent = self.on_the_way.entry(pod.uid.clone()).or_insert_with(|| Sent {
@@ -157,6 +162,11 @@ impl Annotator {
             // The source has ended where this fails.
             let _ = results.send(Outcome { uid, result }).await;
         });
+    }
+
+    /// What is on its way now.
+    fn sent(&self) -> impl Iterator<Item = &Sent> {
+        self.on_the_way.values().filter(|sent| sent.again_at.is_none())
     }
 
     /// The next patch that has ended; hand it to [`Self::ended`].
@@ -204,8 +214,14 @@ impl Annotator {
         if pod.said() == Some(ENABLED) {
             return Ok(());
         }
-        let sent = self.on_the_way.get(&pod.uid).filter(|sent| sent.value == Some(ENABLED));
-        let result = sent.map_or_else(|| Err("it is about to be written".into()), |sent| sent.result.clone());
+        let result = match self.on_the_way.get(&pod.uid) {
+            Some(sent) if sent.value == Some(ENABLED) => sent.result.clone(),
+            Some(Sent { again_at: None, .. }) => Err("another value is being written first".into()),
+            _ => match self.sent().count() {
+                0 => Err("it is about to be written".into()),
+                others => Err(format!("{others} other annotations are being written first")),
+            },
+        };
         result.map_err(|why| format!("the pod is captured, and its status annotation {STATUS} is not written: {why}"))
     }
 
@@ -244,20 +260,46 @@ mod tests {
         };
         let failed = || State::Failed("why".into());
         let pending = || State::Pending("why".into());
-        for (what, said, expected) in [
-            (Some(status(State::Captured, true)), None, Ok(ENABLED)),
-            (Some(status(State::Captured, true)), Some(PENDING), Ok(ENABLED)),
-            (Some(status(pending(), false)), None, Ok(PENDING)),
-            (Some(PodStatus { held: true, ..status(pending(), true) }), Some(PENDING), Ok(ENABLED)),
-            (Some(PodStatus { held: true, ..status(pending(), false) }), Some(PENDING), Err(())),
-            (Some(status(pending(), true)), Some(PENDING), Err(())),
-            (Some(status(pending(), true)), Some(ENABLED), Err(())),
-            (Some(status(failed(), true)), Some(ENABLED), Err(())),
-            (Some(status(failed(), false)), Some(ENABLED), Ok(PENDING)),
-            (None, None, Ok(PENDING)),
-            (None, Some(ENABLED), Err(())),
+        for (what, said, unborn, expected) in [
+            (Some(status(State::Captured, true)), None, false, Ok(ENABLED)),
+            (Some(status(State::Captured, true)), Some(PENDING), false, Ok(ENABLED)),
+            (Some(status(pending(), false)), None, false, Ok(PENDING)),
+            (Some(PodStatus { held: true, ..status(pending(), true) }), Some(PENDING), false, Ok(ENABLED)),
+            (Some(PodStatus { held: true, ..status(pending(), false) }), Some(PENDING), false, Err(())),
+            (Some(status(pending(), true)), Some(PENDING), false, Err(())),
+            (Some(status(pending(), true)), Some(ENABLED), false, Err(())),
+            (Some(status(failed(), true)), Some(ENABLED), false, Err(())),
+            (Some(status(failed(), false)), Some(ENABLED), false, Ok(PENDING)),
+            (None, None, false, Ok(PENDING)),
+            (None, Some(ENABLED), false, Err(())),
+            (Some(status(State::Captured, true)), None, true, Ok(ENABLED)),
+            (Some(status(pending(), false)), None, true, Err(())),
+            (Some(status(failed(), false)), None, true, Err(())),
+            (Some(status(failed(), false)), Some(ENABLED), true, Ok(PENDING)),
+            (None, None, true, Err(())),
         ] {
-            assert_eq!(wanted(what.as_ref(), said), expected, "{what:?} {said:?}");
+            assert_eq!(wanted(what.as_ref(), said, unborn), expected, "{what:?} {said:?} {unborn}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_pod_whose_start_waits_finds_room_and_another_one_hears_what_it_waits_for() {
+        // Nothing is sent before this test waits for anything.
+        let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
+        let mut annotator = Annotator::new(client, Arc::default(), Group::default());
+        let pod = |n: usize| PodFacts { uid: n.to_string().as_str().into(), ..PodFacts::default() };
+        let why = |annotator: &Annotator, pod: &PodFacts| annotator.has_enabled(pod).unwrap_err();
+        assert!(why(&annotator, &pod(0)).ends_with("it is about to be written"));
+        (0..100).for_each(|n| annotator.see_to(&pod(n), Some(PENDING), false));
+        assert_eq!(annotator.sent().count(), AT_ONCE);
+        let (first, last) = (pod(0), pod(99));
+        annotator.see_to(&last, Some(ENABLED), false);
+        assert!(why(&annotator, &last).ends_with("16 other annotations are being written first"));
+        annotator.see_to(&last, Some(ENABLED), true);
+        assert!(why(&annotator, &last).ends_with("has not taken it yet"));
+        annotator.see_to(&first, Some(ENABLED), true);
+        assert!(why(&annotator, &first).ends_with("another value is being written first"));
+        (100..200).for_each(|n| annotator.see_to(&pod(n), Some(ENABLED), true));
+        assert_eq!(annotator.sent().count(), AT_ONCE_AWAITED, "many are bounded too");
     }
 }

@@ -346,8 +346,10 @@ impl Running {
             match uids.contains(&pod.uid) {
                 true => {
                     let status = states.get(&pod.uid);
-                    if let Ok(value) = annotate::wanted(status, pod.said()) {
-                        self.annotator.see_to(pod, Some(value));
+                    let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.question, pod));
+                    let unborn = awaited || pod.ips.is_empty();
+                    if let Ok(value) = annotate::wanted(status, pod.said(), unborn) {
+                        self.annotator.see_to(pod, Some(value), awaited);
                     }
                     let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
                     let told = self.annotator.has_enabled(pod).is_ok();
@@ -357,7 +359,7 @@ impl Running {
                     }
                 }
                 // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
-                false if pod.said().is_some() && !pod.ended => self.annotator.see_to(pod, None),
+                false if pod.said().is_some() && !pod.ended => self.annotator.see_to(pod, None, false),
                 false => {}
             }
         }

@@ -23,6 +23,21 @@ struct Verdict {
     place: Option<(Text, Netns)>,
 }
 
+/// Whether a question is about this pod.
+fn is_about(Question { name, namespace, uid, .. }: &Question, pod: &PodFacts) -> bool {
+    // Without a uid the one of this name that has not ended is meant.
+    let same = match uid {
+        Some(uid) => *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid),
+        None => !pod.ended,
+    };
+    *pod.name == **name && *pod.namespace == **namespace && same
+}
+
+/// Whether the pod's start waits for the answer to a question.
+pub(super) fn starts(question: &Question, pod: &PodFacts) -> bool {
+    question.verb == Verb::Add && is_about(question, pod)
+}
+
 impl Running {
     /// Takes a question of the CNI plugin.
     pub(super) fn ask(&mut self, asked: Asked) {
@@ -75,21 +90,14 @@ impl Running {
     }
 
     fn verdict(&self, asked: &Asked) -> Verdict {
-        let Question { verb, name, namespace, uid, .. } = &asked.question;
+        let Question { verb, name, namespace, .. } = &asked.question;
         let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
         let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
         let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
             return later("the Kubernetes API has not told of this node's pods yet".into());
         };
-        let is_it = |pod: &&PodFacts| {
-            // Without a uid the one of this name that has not ended is meant.
-            let same = match uid {
-                Some(uid) => *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid),
-                None => !pod.ended,
-            };
-            *pod.name == **name && *pod.namespace == **namespace && same
-        };
-        let (Some(pod), Some(labels)) = (pods.values().find(is_it), namespaces.get(namespace.as_str())) else {
+        let pod = pods.values().find(|pod| is_about(&asked.question, pod));
+        let (Some(pod), Some(labels)) = (pod, namespaces.get(namespace.as_str())) else {
             return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
         };
         if self.source.config.enablement.is_in(pod, labels).is_err() {
