@@ -30,6 +30,8 @@ const AT_ONCE_AWAITED: usize = 2 * AT_ONCE;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
 /// How long the API may take to tell us of what it took from us, before it is told again.
 const ECHO: Duration = Duration::from_secs(10);
+/// What the API server says where the pod of a name has another uid, or none: of the patch, and of what it leads to.
+const OTHER_UID: [&str; 3] = ["metadata.uid", "uid mismatch", "UID in precondition"];
 
 /// What the annotation is to be.
 pub const ENABLED: &str = "enabled";
@@ -108,6 +110,18 @@ enum Failure {
     Other(String),
 }
 
+impl Failure {
+    fn of(error: &kube::Error) -> Self {
+        // In the words of the API server; another conflict, or what a webhook says, may end.
+        let of_uid = |text: &str| OTHER_UID.iter().any(|words| text.contains(words));
+        match error {
+            kube::Error::Api(status) if status.code == 404 => Self::Gone,
+            kube::Error::Api(status) if matches!(status.code, 409 | 422) && of_uid(&status.message) => Self::Gone,
+            error => Self::Other(with_causes(error)),
+        }
+    }
+}
+
 impl Annotator {
     /// Nothing on its way.
     pub fn new(client: Client, metrics: Arc<Metrics>, tasks: Group) -> Self {
@@ -155,8 +169,7 @@ impl Annotator {
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
             let result = match tokio::time::timeout(DEADLINE, api.patch_status(&name, &params, &patch)).await {
                 Ok(Ok(_)) => Ok(()),
-                Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => Err(Failure::Gone),
-                Ok(Err(error)) => Err(Failure::Other(with_causes(&error))),
+                Ok(Err(error)) => Err(Failure::of(&error)),
                 Err(_) => Err(Failure::Other(format!("no answer within {} s", DEADLINE.as_secs()))),
             };
             // The source has ended where this fails.
@@ -279,6 +292,25 @@ mod tests {
             (None, None, true, Err(())),
         ] {
             assert_eq!(wanted(what.as_ref(), said, unborn), expected, "{what:?} {said:?} {unborn}");
+        }
+    }
+
+    #[test]
+    fn a_pod_is_gone_when_the_api_says_so_and_not_by_any_conflict() {
+        for (code, message, gone) in [
+            (404, "pods \"a\" not found", true),
+            (409, "uid mismatch: the provided object specified uid 1, and no existing object was found", true),
+            (409, "Precondition failed: UID in precondition: 1, UID in object meta: 2", true),
+            (422, "Pod \"a\" is invalid: metadata.uid: Invalid value: \"1\": field is immutable", true),
+            (409, "the object has been modified; please apply your changes to the latest version", false),
+            (409, "admission webhook \"a.b.c\" denied the request: not now", false),
+            (422, "Pod \"a\" is invalid: spec: Forbidden", false),
+            (500, "metadata.uid", false),
+            (403, "", false),
+        ] {
+            let status = kube::core::Status { code, message: message.into(), ..Default::default() };
+            let failure = Failure::of(&kube::Error::Api(Box::new(status)));
+            assert_eq!(matches!(failure, Failure::Gone), gone, "{code} {message}: {failure:?}");
         }
     }
 

@@ -358,7 +358,7 @@ fn patched(shared: &(Mutex<State>, Condvar), key: &str, body: &[u8]) -> (u16, Va
     }
     let wanted = &patch["metadata"];
     if wanted.get("uid").is_some_and(|uid| *uid != pod["metadata"]["uid"]) {
-        return (409, status(409, "the uid is another one"));
+        return (422, status(422, "metadata.uid: Invalid value: field is immutable"));
     }
     let value = wanted["annotations"][STATUS].clone();
     state.patches.push((key.to_owned(), value.clone()));
