@@ -1,5 +1,5 @@
 //! The daemon's check of itself: a captured pod is Ready only when its status annotation says so, or its peers call it in
-//! plaintext. Each pod is named once.
+//! plaintext. Each pod is counted once, and named once, as soon as the log has room for it.
 
 use super::select::PodFacts;
 use crate::mesh::Text;
@@ -24,18 +24,33 @@ struct Seen {
     /// Whether it was Ready when it was seen first.
     was_ready: bool,
     captured_since: Option<Instant>,
+    counted: bool,
     named: bool,
 }
 
+/// What is to be done about a pod now.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct News {
+    /// It is to be counted.
+    pub(super) count: bool,
+    /// It is to be named.
+    pub(super) name: bool,
+}
+
 impl Late {
-    /// Looks at a pod that is in, of which the API has been `told` that it is captured, or has not; whether it is to be named.
-    pub(super) fn is_late(&mut self, pod: &PodFacts, captured: bool, told: bool) -> bool {
-        let begun = || Seen { was_ready: pod.ready, captured_since: None, named: false };
+    /// Looks at a pod that is in, of which the API has been `told` that it is captured, or has not. `room` says whether
+    /// the log takes a line now; one that finds none is named at a later look, whatever has become of the pod by then.
+    pub(super) fn look(&mut self, pod: &PodFacts, captured: bool, told: bool, room: impl FnOnce() -> bool) -> News {
+        let begun = || Seen { was_ready: pod.ready, captured_since: None, counted: false, named: false };
         let seen = self.seen.entry(pod.uid.clone()).or_insert_with(begun);
         seen.captured_since = captured.then(|| seen.captured_since.unwrap_or_else(Instant::now));
         let grace = if seen.was_ready { GRACE } else { Duration::ZERO };
         let waited = seen.captured_since.is_some_and(|since| since.elapsed() >= grace);
-        pod.ready && !told && waited && !std::mem::replace(&mut seen.named, true)
+        let count = pod.ready && !told && waited && !seen.counted;
+        seen.counted |= count;
+        let name = seen.counted && !seen.named && room();
+        seen.named |= name;
+        News { count, name }
     }
 
     /// Forgets pods that are not in any more.
@@ -44,15 +59,18 @@ impl Late {
     }
 }
 
+/// Whether the log has room for one more.
+pub(super) fn room() -> bool {
+    static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
+    LIMIT.allow().is_some()
+}
+
 /// Names one.
 pub(super) fn name(pod: &PodFacts) {
-    static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
-    let Some(suppressed) = LIMIT.allow() else { return };
     let (namespace, name) = (&*pod.namespace, &*pod.name);
     tracing::warn!(
         namespace,
         name,
-        suppressed,
         "the pod was Ready before its status annotation said enabled: peers that called it by then may have sent plaintext"
     );
 }
@@ -64,21 +82,37 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pod_that_is_ready_first_is_named_once_and_one_that_is_labelled_late_has_a_grace() {
         let pod = |uid: &str, ready| PodFacts { uid: uid.into(), ready, ..PodFacts::default() };
-        let mut late = Late::default();
-        assert!(!late.is_late(&pod("new", false), false, false));
-        assert!(!late.is_late(&pod("new", false), true, false), "it is not Ready");
-        assert!(late.is_late(&pod("new", true), true, false));
-        assert!(!late.is_late(&pod("new", true), true, false), "once");
-        assert!(!late.is_late(&pod("good", false), true, true));
-        assert!(!late.is_late(&pod("good", true), true, true));
+        let mut all = Late::default();
+        let mut is_late = |pod: &PodFacts, captured, told| all.look(pod, captured, told, || true) != News::default();
+        assert!(!is_late(&pod("new", false), false, false));
+        assert!(!is_late(&pod("new", false), true, false), "it is not Ready");
+        assert!(is_late(&pod("new", true), true, false));
+        assert!(!is_late(&pod("new", true), true, false), "once");
+        assert!(!is_late(&pod("good", false), true, true));
+        assert!(!is_late(&pod("good", true), true, true));
         // Ready first, captured then: what its peers sent meanwhile was plaintext.
-        assert!(!late.is_late(&pod("slow", false), false, false));
-        assert!(!late.is_late(&pod("slow", true), false, false), "one that is not captured is another matter");
-        assert!(late.is_late(&pod("slow", true), true, false));
-        assert!(!late.is_late(&pod("labelled", true), true, false));
+        assert!(!is_late(&pod("slow", false), false, false));
+        assert!(!is_late(&pod("slow", true), false, false), "one that is not captured is another matter");
+        assert!(is_late(&pod("slow", true), true, false));
+        assert!(!is_late(&pod("labelled", true), true, false));
         tokio::time::advance(GRACE).await;
-        assert!(late.is_late(&pod("labelled", true), true, false), "nobody writes it");
-        late.retain(|uid| &**uid != "labelled");
-        assert!(!late.is_late(&pod("labelled", true), true, false), "it is labelled anew");
+        assert!(is_late(&pod("labelled", true), true, false), "nobody writes it");
+        all.retain(|uid| &**uid != "labelled");
+        assert_eq!(all.look(&pod("labelled", true), true, false, || true), News::default(), "it is labelled anew");
+    }
+
+    #[test]
+    fn who_finds_no_room_in_the_log_is_counted_at_once_and_named_later() {
+        let pod = |ready| PodFacts { uid: "a".into(), ready, ..PodFacts::default() };
+        let mut late = Late::default();
+        assert_eq!(late.look(&pod(false), true, false, || true), News::default());
+        assert_eq!(late.look(&pod(true), true, false, || false), News { count: true, name: false });
+        assert_eq!(late.look(&pod(true), true, false, || false), News::default());
+        assert_eq!(
+            late.look(&pod(true), true, true, || true),
+            News { count: false, name: true },
+            "though it is told now"
+        );
+        assert_eq!(late.look(&pod(true), true, false, || true), News::default(), "once");
     }
 }

@@ -353,8 +353,11 @@ impl Running {
                     }
                     let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
                     let told = self.annotator.has_enabled(pod).is_ok();
-                    if self.late.is_late(pod, captured, told) {
+                    let news = self.late.look(pod, captured, told, late::room);
+                    if news.count {
                         self.source.metrics.late();
+                    }
+                    if news.name {
                         late::name(pod);
                     }
                 }
