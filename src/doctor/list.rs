@@ -2,7 +2,7 @@
 
 use super::get;
 use serde_json::Value;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 const HEAD: [&str; 4] = ["POD", "STATE", "SINCE", "NOTE"];
 
@@ -38,10 +38,15 @@ fn table(pods: &[Value], now: SystemTime) -> String {
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
+/// How long a pod has been in its state, where that is known.
+pub(super) fn since(pod: &Value, now: SystemTime) -> Option<Duration> {
+    let since = humantime::parse_rfc3339(pod["since"].as_str()?).ok()?;
+    now.duration_since(since).ok()
+}
+
 fn row(pod: &Value, now: SystemTime) -> [String; 4] {
     let text = |key: &str| pod[key].as_str().unwrap_or_default();
-    let since = humantime::parse_rfc3339(text("since")).ok().and_then(|since| now.duration_since(since).ok());
-    let since = since.map(|since| crate::telemetry::log::brief(since).to_string()).unwrap_or_default();
+    let since = since(pod, now).map(|since| crate::telemetry::log::brief(since).to_string()).unwrap_or_default();
     let cells =
         [format!("{}/{}", text("namespace"), text("name")), text("state").to_owned(), since, notes(pod).join("; ")];
     // Rules have names that the pod has chosen.

@@ -1,5 +1,6 @@
 //! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
 
+use super::list::since;
 use super::{DEADLINE, Line, Verdict, bad, note, well};
 use crate::config::Config;
 use crate::node::{Source, probes, redirect};
@@ -11,10 +12,13 @@ use serde_json::Value;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Pause between two looks at something that is awaited.
 const LOOK: Duration = Duration::from_millis(10);
+
+/// How long a pod that begins or ends may be without an address.
+const BARE_FOR: Duration = Duration::from_secs(30);
 
 /// Port on which tunnels are taken.
 const TUNNELS: u16 = 15008;
@@ -60,16 +64,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
                 }
             }
             "releasing" => lines.push(note("pod", format!("{label} is being released"))),
-            state => {
-                let reason = pod["reason"].as_str().unwrap_or_default();
-                lines.push(match known {
-                    // The runtime takes the address away before anybody says that the pod has ended.
-                    Err(Unknown::Bare) => {
-                        note("pod", format!("{label} is ending, or begins: its namespace holds no address ({reason})"))
-                    }
-                    _ => bad("pod", format!("{label} is {state}: {reason}")),
-                });
-            }
+            _ => lines.push(not_captured(&label, pod, matches!(known, Err(Unknown::Bare)), SystemTime::now())),
         }
     }
     if pods.is_empty() {
@@ -86,6 +81,17 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
     });
     lines.extend(tried.await.unwrap_or_default());
     lines
+}
+
+/// A pod that is not captured, whose namespace may be `bare` of addresses.
+fn not_captured(label: &str, pod: &Value, bare: bool, now: SystemTime) -> Line {
+    let (state, reason) = (state(pod), pod["reason"].as_str().unwrap_or_default());
+    let bare = if bare { "; its namespace holds no address" } else { "" };
+    // The runtime takes the address away before anybody says that the pod has ended, and gives it late; but not for long.
+    match bare.is_empty() || since(pod, now).is_none_or(|since| since >= BARE_FOR) {
+        true => bad("pod", format!("{label} is {state}: {reason}{bare}")),
+        false => note("pod", format!("{label} is ending, or begins: its namespace holds no address ({reason})")),
+    }
 }
 
 fn label(pod: &Value) -> String {
@@ -359,4 +365,26 @@ fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)>
         Ok::<_, io::Error>(TcpStream::from(socket))
     };
     Some((before, from.netns.enter(open).ok()?.ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_pod_without_address_begins_or_ends_for_a_while_and_not_for_ever() {
+        let since = humantime::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
+        let pod = |since: &str| json!({"state": "failed", "reason": "why", "since": since});
+        let verdict = |since_text: &str, bare, after| {
+            not_captured("a/b", &pod(since_text), bare, since + Duration::from_secs(after)).verdict
+        };
+        let text = "2026-01-01T00:00:00Z";
+        assert_eq!(verdict(text, true, 29), Verdict::Note);
+        assert_eq!(verdict(text, true, 30), Verdict::Bad);
+        assert_eq!(verdict(text, false, 0), Verdict::Bad);
+        assert_eq!(verdict("", true, 0), Verdict::Bad, "nobody knows since when");
+        let said = not_captured("a/b", &pod(text), true, since + BARE_FOR).text;
+        assert_eq!(said, "a/b is failed: why; its namespace holds no address");
+    }
 }
