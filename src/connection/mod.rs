@@ -174,7 +174,10 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
     let _count = SocketCount::new(reporter, Direction::Inbound);
     let (Peer { identity, source, local, tls, chain, tunnel: mut server }, key, _open) =
         match shake_hands(worker, pod, socket, peer).await {
-            Ok(None) => return record.finish(Ok(())),
+            Ok(None) => {
+                reporter.metrics.unused.inc();
+                return record.finish(Ok(()));
+            }
             Ok(Some(known)) => {
                 // From here on each stream has its own record.
                 record.finish(Ok(()));

@@ -175,6 +175,12 @@ fn who_breaks_the_rules_of_http2_is_cut_by_name() {
     assert!(matches!(late.read(&mut [0]), Ok(0) | Err(_)), "closed or reset");
     eventually("it is counted", || cut(&w, "late_handshake") == 1.0);
     w.log_line(2, "it is named", |line| line["reason"] == "peer_handshake_deadline");
+    // Who comes and leaves without a word has failed in nothing, and is seen.
+    let unused = || w.metric(2, "culvert_tunnels_unused_total", &[]);
+    let (before, failures) = (unused(), w.metric(2, "culvert_connection_failures_total", &[]));
+    (0..3).for_each(|_| drop(connect(&hostile.netns, (server.v4, 15008)).unwrap()));
+    eventually("they are counted", || unused() == before + 3.0);
+    assert_eq!(w.metric(2, "culvert_connection_failures_total", &[]), failures);
 }
 
 #[test]

@@ -146,6 +146,8 @@ pub struct Metrics {
     pub revoked: Family<ReporterLabel, Counter>,
     /// Tunnels that we ended because of what their peer did.
     pub cut: Family<CutLabels, Counter>,
+    /// Connections to the port for tunnels whose peer has left without a word.
+    pub unused: Counter,
     /// Failures, early ones included.
     pub failures: Family<FailureLabels, Counter>,
 }
@@ -165,6 +167,9 @@ impl Metrics {
         registry.register("istio_crl_policy_rejections", revoked, self.revoked.clone());
         let cut = "Tunnels that this node has ended because of what their peer did, by reason";
         registry.register("culvert_tunnels_cut", cut, self.cut.clone());
+        let unused =
+            "Connections to 15008 whose peer has left in order without a word: somebody looks whether the port is open";
+        registry.register("culvert_tunnels_unused", unused, self.unused.clone());
         let failures = "Connections that failed, by reason and whose fault it was";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
     }
