@@ -85,12 +85,7 @@ impl Turn {
 
     /// Whether another daemon of the node lives in `folder` that has not been told to end.
     pub fn is_followed(&self, folder: &Path) -> bool {
-        let other = |entry: std::fs::DirEntry| {
-            let name = entry.file_name();
-            let is_other = name.to_str().is_some_and(|name| is_member(name) && !name.ends_with(&*self.name));
-            is_other && File::open(entry.path()).is_ok_and(|file| is_locked(&file))
-        };
-        std::fs::read_dir(folder).into_iter().flatten().flatten().any(other)
+        lives(folder, |name| !name.ends_with(&*self.name))
     }
 
     /// Joins the daemons of a node in `folder`. Where no other one lives it is this one's turn at once.
@@ -143,8 +138,9 @@ impl Member {
                 self.hand_on().await;
             }
         }
-        // What is locked is let go of when this is dropped; that the file stays where it cannot be removed hurts nobody.
+        // Others need not wait for us from now on. That the file stays where it cannot be removed hurts nobody.
         let _ = std::fs::remove_file(self.file());
+        self.let_go().await;
     }
 
     fn file(&self) -> PathBuf {
@@ -198,10 +194,15 @@ impl Member {
 
     /// Writes nothing any more, and lets the next one begin.
     async fn hand_on(&mut self) {
-        self.turn.ours.send_replace(false);
         tracing::info!(
             "another daemon of this node takes over: this one writes nothing any more, and serves what it has"
         );
+        self.let_go().await;
+    }
+
+    /// Ends all writing, and then lets go of the lock.
+    async fn let_go(&mut self) {
+        self.turn.ours.send_replace(false);
         let mut writing = self.turn.writing.subscribe();
         let done = writing.wait_for(|writing| *writing == 0);
         if tokio::time::timeout(PATIENCE, done).await.is_err() {
@@ -257,6 +258,21 @@ impl Member {
     }
 }
 
+/// Whether a daemon lives in `folder` that has not been told to end.
+pub fn is_lived_in(folder: &Path) -> bool {
+    lives(folder, |_| true)
+}
+
+/// Whether one of those that `counts` lives in `folder`.
+fn lives(folder: &Path, counts: impl Fn(&str) -> bool) -> bool {
+    let is_one = |entry: std::fs::DirEntry| {
+        let name = entry.file_name();
+        let counts = name.to_str().is_some_and(|name| is_member(name) && counts(name));
+        counts && File::open(entry.path()).is_ok_and(|file| is_locked(&file))
+    };
+    std::fs::read_dir(folder).into_iter().flatten().flatten().any(is_one)
+}
+
 /// Whether somebody holds a file's lock.
 fn is_locked(file: &File) -> bool {
     // Shared: two that look at the same moment do not take each other for its holder.
@@ -309,7 +325,7 @@ mod tests {
     fn the_newest_that_is_able_and_lives_has_the_turn() {
         let folder = folder("newest");
         let (first, mut one) = Turn::join(&folder);
-        assert!(first.is_ours() && !first.is_followed(&folder), "nobody else is there");
+        assert!(first.is_ours() && !first.is_followed(&folder) && is_lived_in(&folder), "nobody else is there");
         let (second, mut two) = Turn::join(&folder);
         assert!(first.is_followed(&folder) && second.is_followed(&folder));
         assert!(!second.is_ours());
@@ -324,7 +340,7 @@ mod tests {
         // The second dies, without a word: its lock goes with it, the file stays.
         let left = two.file();
         drop(two);
-        assert!(left.exists() && !first.is_followed(&folder));
+        assert!(left.exists() && !first.is_followed(&folder) && is_lived_in(&folder));
         assert!(one.look() && first.is_ours() && !left.exists());
         // Somebody clears the folder.
         std::fs::remove_dir_all(&folder).unwrap();
@@ -365,9 +381,21 @@ mod tests {
         second_ends.gently();
         two.finished().await;
         of_first.wait_for(|ours| *ours).await.unwrap();
+        // One that is told to end writes nothing any more either, and what it writes just then is waited for.
+        let permit = first.permit().unwrap();
         ends.gently();
-        one.finished().await;
+        let write = async {
+            of_first.wait_for(|ours| !ours).await.unwrap();
+            assert!(locked(&folder.join(LOCK)).unwrap().is_none(), "the first still writes");
+            drop(permit);
+        };
+        tokio::select! {
+            () = write => one.finished().await,
+            () = one.finished() => panic!("the end waits for nothing"),
+        }
+        assert!(first.permit().is_none() && locked(&folder.join(LOCK)).unwrap().is_some());
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "the lock alone is left");
+        assert!(!is_lived_in(&folder));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
