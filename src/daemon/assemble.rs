@@ -43,7 +43,7 @@ const FACTS: &str = "mesh facts";
 /// What peers may make this node hold where its memory has no limit, and at most.
 const BUFFER_BYTES: usize = 1 << 30;
 
-/// How long whoever has something left to do when the process ends may take.
+/// How long whoever has something left to do when the process ends may take, after the time that connections have.
 const LAST_WORDS: Duration = Duration::from_secs(4);
 
 /// Runs the daemon until it is told to end.
@@ -144,13 +144,18 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     end(&parts, &drain, &workers, (&last.tasks, &background), &mut signals).await;
     facts.stop();
     if last.own_set.nothing_stays() {
-        forget(&parts.config);
+        forget(&parts.config, &capturer);
     }
     Ok(())
 }
 
 /// Removes what is left on the node when nothing uses it any more.
-fn forget(config: &Config) {
+fn forget(config: &Config, capturer: &Capturer) {
+    if let node::Source::Kubernetes(kubernetes) = &config.node.source
+        && capturer.turn.is_followed(&kubernetes.turns(&capturer.whose))
+    {
+        return tracing::info!("another daemon of this node has begun: what it uses stays");
+    }
     let mut outcomes: Vec<_> = config.state_files().iter().map(|file| node::remains::remove_file(file)).collect();
     if let node::Source::Kubernetes(kubernetes) = &config.node.source {
         outcomes.extend(kubernetes.remove_meeting_places(&config.node.whose()));
@@ -314,18 +319,24 @@ async fn end(
     (last, background): (&Group, &Group),
     signals: &mut Signals,
 ) {
+    let mut last_from = tokio::time::Instant::now() + parts.config.drain_deadline;
     drain.gently();
     let (open, deadline) = (parts.reporter.live.len(), parts.config.drain_deadline);
     tracing::info!(open, deadline = %brief(deadline), "no new connections; waiting for those that are open");
     tokio::select! {
         () = workers.finished() => {}
         () = tokio::time::sleep(deadline) => {}
-        name = signals.next() => tracing::warn!(signal = name, "second signal: ending at once"),
+        name = signals.next() => {
+            tracing::warn!(signal = name, "second signal: ending at once");
+            last_from = tokio::time::Instant::now();
+        }
     }
     let cut = parts.reporter.live.len();
     drain.at_once();
     workers.cut().await;
-    if tokio::time::timeout(LAST_WORDS, last.finished()).await.is_err() {
+    // Also a node without connections has this time.
+    if tokio::time::timeout_at(last_from + LAST_WORDS, last.finished()).await.is_err() {
+        tracing::warn!("what was left to do at the end is cut; its time was over");
         last.cut();
     }
     background.cut();

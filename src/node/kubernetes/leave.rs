@@ -1,24 +1,29 @@
 //! The end of a daemon after which none comes: its DaemonSet is gone, or goes. Then nothing of it stays on the node, and the pods go on
-//! without the mesh. Where that is not certain everything stays: pods are refused rather than passed in plaintext.
+//! without the mesh. Where that is not certain its rules stay: pods are refused rather than passed in plaintext. The plugin goes where
+//! our account or rights have gone, so that new pods start.
 
+use super::watch::WATCH_SECONDS;
 use super::{Running, annotate};
 use crate::node::kubernetes::Config;
 use crate::node::{cni, redirect, remains, turn};
 use crate::task::Signal;
 use crate::task::backoff::Backoff;
-use crate::telemetry::log::with_causes;
+use crate::telemetry::log::{brief, with_causes};
 use futures_util::{StreamExt, stream};
 use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::api::{WatchEvent, WatchParams};
 use kube::{Api, Client};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long the API may take to say whether our DaemonSet is there.
 const ASK: Duration = Duration::from_secs(3);
-/// How long a watch of it runs before it is begun anew, in seconds.
-const WATCH_SECONDS: u32 = 290;
+/// How long a daemon that takes our place may take to begin, and at most half of the time to end: a DaemonSet that gets another name, or
+/// is deleted and made again, begins it when this one ends. Meanwhile pods are refused.
+const SURE: Duration = Duration::from_secs(10);
+/// Time between looks at whether it has.
+const LOOK: Duration = Duration::from_millis(100);
 /// Waits between watches.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How long the API may take to forget the annotations of the node's pods.
@@ -33,6 +38,8 @@ pub struct OwnSet {
     existed: AtomicBool,
     /// The API has told that it is gone, or goes.
     gone: AtomicBool,
+    /// It is being watched: what has been told is true still.
+    watched: AtomicBool,
     /// Nothing of ours is to stay on the node.
     nothing_stays: AtomicBool,
 }
@@ -52,6 +59,11 @@ impl OwnSet {
     /// Whether nothing of ours is to stay on the node, as far as that has been found out.
     pub fn nothing_stays(&self) -> bool {
         self.nothing_stays.load(Ordering::Relaxed)
+    }
+
+    /// Whether it is gone by what the API tells.
+    fn is_told_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed) && self.watched.load(Ordering::Relaxed)
     }
 
     fn told(&self, gone: bool) {
@@ -76,19 +88,24 @@ impl OwnSet {
             WatchParams::default().fields(&format!("metadata.name={}", config.daemonset)).timeout(WATCH_SECONDS);
         let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
         loop {
+            let began = Instant::now();
             if let Ok(events) = api.watch_metadata(&params, "0").await {
+                self.watched.store(true, Ordering::Relaxed);
                 let mut events = std::pin::pin!(events);
                 while let Some(Ok(event)) = events.next().await {
                     match event {
                         WatchEvent::Added(set) | WatchEvent::Modified(set) => {
                             self.told(set.metadata.deletion_timestamp.is_some());
-                            backoff.reset();
                         }
                         WatchEvent::Deleted(_) => self.told(true),
                         WatchEvent::Bookmark(_) => {}
                         WatchEvent::Error(_) => break,
                     }
                 }
+                self.watched.store(false, Ordering::Relaxed);
+            }
+            if began.elapsed() > BACKOFF.1 {
+                backoff.reset();
             }
             tokio::time::sleep(backoff.next()).await;
         }
@@ -96,7 +113,7 @@ impl OwnSet {
 
     /// What follows from an answer of the API; none came within its time where there is none.
     fn end(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> End {
-        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.gone.load(Ordering::Relaxed));
+        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
         match asked {
             Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => End::Gone("is being deleted"),
             Some(Ok(Some(_))) => End::Stays,
@@ -129,16 +146,29 @@ impl Running {
         let (name, namespace) = (&config.daemonset, &config.enablement.own_namespace);
         let api: Api<DaemonSet> = Api::namespaced(self.source.client.clone(), namespace);
         // Where the API has said it already there are better things to do in the time that is left.
-        let within = if self.source.own_set.gone.load(Ordering::Relaxed) { ASK / 3 } else { ASK };
+        let within = if self.source.own_set.is_told_gone() { ASK / 3 } else { ASK };
         let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
         let (gone, certain) = match self.source.own_set.end(asked.as_ref()) {
             End::Stays => return,
             End::WithoutPlugin(gone) => (gone, false),
             End::Gone(gone) => (gone, true),
         };
+        let followed = async {
+            while !self.is_followed() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let sure = SURE.min(self.source.capturer.config.release_deadline / 2);
+        tracing::info!(daemonset = name, gone, within = %brief(sure), "waiting for a daemon that may take this one's place");
         // Of a DaemonSet of another name, or one that ends after this one.
-        if self.is_followed() {
+        if tokio::time::timeout(sure, followed).await.is_ok() {
             return tracing::info!(daemonset = name, gone, "another daemon of this node goes on: everything stays");
+        }
+        let again = tokio::time::timeout(ASK / 3, api.get_opt(name)).await;
+        if let Ok(Ok(Some(set))) = again
+            && set.metadata.deletion_timestamp.is_none()
+        {
+            return tracing::info!(daemonset = name, "the DaemonSet is there again: everything stays");
         }
         if let Some(cni) = &config.cni {
             match cni.remove() {
@@ -191,9 +221,9 @@ impl Running {
             if self.is_followed() {
                 return tracing::info!("another daemon of this node has begun: the rest stays");
             }
-            self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
             let mut outcomes = node.remove_rules(false).await.ours;
             outcomes.extend(node.remove_probes().await);
+            self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
             report(outcomes);
         };
         // An API that is silent takes none of the time that the rules need.
@@ -256,7 +286,13 @@ mod tests {
             let own = OwnSet::default();
             own.existed.store(existed, Ordering::Relaxed);
             own.gone.store(told, Ordering::Relaxed);
+            own.watched.store(true, Ordering::Relaxed);
             assert_eq!(own.end(asked.as_ref()), expected, "{what}");
         }
+        // It has been told, and the watch has ended: it may have been made again.
+        let own = OwnSet::default();
+        own.told(true);
+        assert_eq!(own.end(None), End::Stays);
+        assert_eq!(own.end(refused(403).as_ref()), End::WithoutPlugin("has lost its rights"));
     }
 }
