@@ -322,14 +322,23 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert_eq!(pod["hostNetwork"], true, "no pod of it waits for the daemon that is gone");
             assert_eq!(
                 (&pod["initContainers"][0]["args"], &container(set)["args"]),
-                (&json!(["cleanup"]), &json!(["cleanup", "--stay"]))
+                (&json!(["cleanup", "--once"]), &json!(["cleanup", "--stay"]))
             );
             assert_eq!(pod["initContainers"][0]["env"], container(set)["env"]);
             // The same places as the daemon's.
             let daemon = documents(&render(&json!({})).unwrap());
             let daemon = of_kind(&daemon, "DaemonSet").unwrap();
             for volume in pod["volumes"].as_array().unwrap() {
-                assert!(daemon["spec"]["template"]["spec"]["volumes"].as_array().unwrap().contains(volume), "{volume}");
+                // Where CNI files are it makes no folder: another one than the daemon's is an error.
+                let mut volume = volume.clone();
+                if volume["name"].as_str().unwrap().starts_with("cni-") {
+                    assert_eq!(volume["hostPath"]["type"], "Directory", "{volume}");
+                    volume["hostPath"]["type"] = json!("DirectoryOrCreate");
+                }
+                assert!(
+                    daemon["spec"]["template"]["spec"]["volumes"].as_array().unwrap().contains(&volume),
+                    "{volume}"
+                );
             }
             for name in
                 ["CULVERT_PODS", "CULVERT_PROC", "CULVERT_CNI_BIN_DIR", "CULVERT_CNI_CONF_DIR", "CULVERT_STATE_FILE"]
@@ -338,6 +347,24 @@ fn cases() -> Vec<(Value, Expectation)> {
             }
             let rules = &of_kind(all, "ClusterRole").unwrap()["rules"];
             assert_eq!((&rules[0]["verbs"], &rules[1]["verbs"]), (&json!(["list"]), &json!(["patch"])));
+        }),
+        (
+            json!({"cleanup": {"enabled": true}, "platform": "openshift", "resourceQuotas": {"enabled": true},
+                "env": {"CULVERT_STATE_FILE": "/var/lib/culvert/other.state"}}),
+            |all| {
+                assert_eq!(
+                    of_kind(all, "ResourceQuota").unwrap()["metadata"]["name"],
+                    "ztunnel-cleanup-resource-quota"
+                );
+                let binding = of_kind(all, "RoleBinding").unwrap();
+                assert_eq!(binding["metadata"]["name"], "ztunnel-cleanup-scc");
+                assert_eq!(binding["subjects"][0]["name"], "ztunnel-cleanup");
+                let other = json!({"name": "CULVERT_STATE_FILE", "value": "/var/lib/culvert/other.state"});
+                assert!(container(set(all))["env"].as_array().unwrap().contains(&other));
+            },
+        ),
+        (json!({"resourceName": "1e3", "facts": "file", "standalone": {"configMap": "0x1"}}), |all| {
+            assert_eq!(set(all)["metadata"]["name"], "1e3");
         }),
         (json!({"resourceScope": "cluster"}), |all| {
             assert!(all.iter().all(|document| document["metadata"]["namespace"].is_null()) && all.len() == 2);

@@ -73,7 +73,11 @@ pub struct CleanupArgs {
     /// say for which node.
     #[arg(long)]
     pub all: bool,
-    /// Wait for a signal when all is removed, as a pod of a DaemonSet has to.
+    /// Where a daemon runs, say so and wait for a signal: whoever starts this again must not find the node while that daemon is being
+    /// restarted.
+    #[arg(long)]
+    pub once: bool,
+    /// Remove nothing, and wait for a signal: a pod of a DaemonSet that has cleaned its node has to stay.
     #[arg(long)]
     pub stay: bool,
     /// Settings of the daemon that was here.

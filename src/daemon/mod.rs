@@ -13,6 +13,7 @@ use crate::config::check::{Machine, check};
 use crate::config::istio::Environment;
 use crate::config::plugin::Call;
 use crate::config::{CaSource, Config, Faults, MeshSource};
+use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
 use crate::node::Source;
 use crate::{control, node, sys};
@@ -40,14 +41,15 @@ pub fn run(cli: Cli) -> ExitCode {
             Ok(text) => say(text.trim_end()),
             Err(error) => fail(1, &error),
         },
+        Command::Cleanup(args) if args.stay => stay(),
         Command::Cleanup(args) => {
             let config = check(&args.node, &Environment::of_process(), machine());
             look(config, async |config, say| {
                 let cleaned = doctor::cleanup::run(config, args.all, &mut *say).await;
-                if cleaned && args.stay {
+                if cleaned == Cleaned::InUse && args.once {
                     signals::any().await;
                 }
-                cleaned
+                cleaned == Cleaned::Yes
             })
         }
         Command::Cni => match Call::of_process() {
@@ -93,6 +95,15 @@ fn look(config: Result<Config, Faults>, work: impl AsyncFnOnce(&Config, &mut dyn
     // What was given up as too slow does not keep the command from ending.
     runtime.shutdown_background();
     if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Does nothing until a signal comes.
+fn stay() -> ExitCode {
+    match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime.block_on(signals::any()),
+        Err(error) => return fail(1, &error.to_string()),
+    }
+    ExitCode::SUCCESS
 }
 
 /// Runs as the CNI plugin, where a container runtime has started this process as one: by its file's name.

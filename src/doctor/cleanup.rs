@@ -5,20 +5,36 @@ use crate::config::Config;
 use crate::node::cni::install;
 use crate::node::kubernetes::annotate;
 use crate::node::remains::{self, Outcome};
-use crate::node::{Source, kubernetes};
+use crate::node::{Source, kubernetes, turn};
 use crate::sys::seqpacket::Seqpacket;
-use std::path::Path;
+use serde_json::Value;
 use std::time::Duration;
 
 /// How long the Kubernetes API may take to forget the pods' annotations.
 const FORGET: Duration = Duration::from_secs(10);
 
-/// Cleans the node and hands a line for each thing to `say`; whether all could be removed. With `all` also rules that another
-/// node's daemon has written, or a version that did not say for which node.
-pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> bool {
-    if get(config.admin.admin_port, "/pods").is_ok() || answers(config) {
+/// What has become of a node that was to be cleaned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleaned {
+    /// Nothing of ours is left.
+    Yes,
+    /// Something could not be removed.
+    NotAll,
+    /// A daemon runs: nothing has been touched.
+    InUse,
+}
+
+/// Cleans the node and hands a line for each thing to `say`. With `all` also rules that another node's daemon has written, or a version
+/// that did not say for which node.
+pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Cleaned {
+    if is_in_use(config) {
         say("FAIL  a daemon runs on this node, and would write everything again; end it first");
-        return false;
+        return Cleaned::InUse;
+    }
+    if matches!(config.node.source, Source::Agent(_)) && !all {
+        say("FAIL  whether a daemon that an agent gives pods to runs on this node cannot be seen from here;");
+        say("      where none does, --all removes what such daemons have written");
+        return Cleaned::InUse;
     }
     let mut fine = true;
     let mut done = |(what, result): Outcome| match result {
@@ -33,15 +49,24 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> bool 
     node.remove_probes().await.into_iter().for_each(&mut done);
     let rules = node.remove_rules(all).await;
     rules.ours.into_iter().for_each(&mut done);
+    let mut no_plugin = None;
     let mut annotations = Some("no settings of enrolment by Kubernetes are given".to_owned());
     if let Source::Kubernetes(kubernetes) = &config.node.source {
         if let Some(cni) = &kubernetes.cni {
             match cni.remove() {
+                Ok(files) if files.is_empty() => no_plugin = Some(cni.place()),
                 Ok(files) => files.iter().for_each(|file| done((file.display().to_string(), Ok(true)))),
                 Err(error) => done((install::PLUGIN.into(), Err(error.to_string()))),
             }
         }
-        kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
+        if is_in_use(config) {
+            done((
+                "what daemons meet at".into(),
+                Err("a daemon has begun meanwhile; end it, and clean up again".into()),
+            ));
+        } else {
+            kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
+        }
         annotations = forget(kubernetes).await.err();
     }
     config.state_files().iter().map(|file| remains::remove_file(file)).for_each(&mut done);
@@ -51,17 +76,30 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> bool 
             rules.others
         ));
     }
+    if rules.unreadable > 0 {
+        say(&format!(
+            "note  not removed: {} namespaces hold rules that are too many to be read, maybe of culvert; --all removes these too",
+            rules.unreadable
+        ));
+    }
+    let left = match rules.others + rules.unreadable {
+        0 => "no trace is left on this node",
+        _ => "nothing that is certainly this node's is left",
+    };
+    if let Some(place) = no_plugin {
+        say(&format!(
+            "note  no CNI plugin of culvert is in {place}; where the daemon had other folders, clean up with these"
+        ));
+    }
     match annotations {
         _ if !fine => {}
-        None => say("ok    no trace is left on this node; pods go on without the mesh"),
+        None => say(&format!("ok    {left}; pods go on without the mesh")),
         Some(why) => {
-            say(&format!(
-                "ok    no trace is left on this node, but for the pods' annotation ambient.istio.io/redirection: {why};"
-            ));
+            say(&format!("ok    {left}, but for the pods' annotation ambient.istio.io/redirection: {why};"));
             say("      it stays until they end or: kubectl annotate pod POD ambient.istio.io/redirection-");
         }
     }
-    fine
+    if fine { Cleaned::Yes } else { Cleaned::NotAll }
 }
 
 /// Removes the pods' annotations.
@@ -74,8 +112,13 @@ async fn forget(config: &kubernetes::Config) -> Result<(), String> {
     tokio::time::timeout(FORGET, forget).await.unwrap_or_else(|_| late())
 }
 
-/// Whether a daemon in another pod takes the CNI plugin's questions.
-fn answers(config: &Config) -> bool {
-    let is_taken = |socket: &Path| Seqpacket::connect(socket).is_ok();
-    matches!(&config.node.source, Source::Kubernetes(kubernetes) if is_taken(&kubernetes.cni_socket))
+/// Whether a daemon runs on this node: in our network namespace, as the one that the CNI plugin asks, or among those that take turns.
+fn is_in_use(config: &Config) -> bool {
+    let pods = get(config.admin.admin_port, "/pods");
+    // Anybody may listen at that port of a node.
+    if pods.is_ok_and(|(status, body)| status == 200 && serde_json::from_str::<Vec<Value>>(&body).is_ok()) {
+        return true;
+    }
+    let Source::Kubernetes(kubernetes) = &config.node.source else { return false };
+    Seqpacket::connect(&kubernetes.cni_socket).is_ok() || turn::is_lived_in(&kubernetes.turns(&config.node.whose()))
 }

@@ -34,6 +34,16 @@ pub struct Removed {
     pub ours: Vec<Outcome>,
     /// Namespaces whose rules are another node's, or do not say whose they are.
     pub others: usize,
+    /// Namespaces whose rules are too many to be read, so that nobody can tell whose they are.
+    pub unreadable: usize,
+}
+
+/// What was in a namespace.
+enum Found {
+    Nothing,
+    Ours,
+    Others,
+    Unreadable,
 }
 
 impl Node {
@@ -46,17 +56,18 @@ impl Node {
         let mut each = std::pin::pin!(each.buffer_unordered(AT_ONCE));
         while let Some((netns, outcome)) = each.next().await {
             match outcome {
-                Ok(None) => removed.others += 1,
-                Ok(Some(false)) => {}
-                Ok(Some(true)) => removed.ours.push((format!("rules in {}", netns.path().display()), Ok(true))),
+                Ok(Found::Others) => removed.others += 1,
+                Ok(Found::Unreadable) => removed.unreadable += 1,
+                Ok(Found::Nothing) => {}
+                Ok(Found::Ours) => removed.ours.push((format!("rules in {}", netns.path().display()), Ok(true))),
                 Err(error) => removed.ours.push((format!("rules in {}", netns.path().display()), Err(error))),
             }
         }
         removed
     }
 
-    /// Whether there was something to remove; `None` where that is another node's.
-    async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<Option<bool>, String>) {
+    /// Removes what is ours; gives what there was.
+    async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<Found, String>) {
         let outcome = async {
             let mut there = Vec::new();
             for table in [redirect::TABLE, legs::TABLE] {
@@ -64,7 +75,8 @@ impl Node {
                     Ok(listed) if listed.is_null() => {}
                     Ok(listed) if all || marker::whose(&listed) == Some(&*self.whose) => there.push(table),
                     Err(redirect::RedirectError::Unreadable(_)) if all => there.push(table),
-                    Ok(_) | Err(redirect::RedirectError::Unreadable(_)) => return Ok(None),
+                    Err(redirect::RedirectError::Unreadable(_)) => return Ok(Found::Unreadable),
+                    Ok(_) => return Ok(Found::Others),
                     Err(error) => return Err(error.to_string()),
                 }
             }
@@ -72,10 +84,10 @@ impl Node {
             match there.contains(&redirect::TABLE) {
                 true => redirect::remove(&netns, true).await,
                 false if !there.is_empty() => legs::remove(&netns).await,
-                false => return Ok(Some(false)),
+                false => return Ok(Found::Nothing),
             }
             .map_err(|error| error.to_string())?;
-            Ok(Some(true))
+            Ok(Found::Ours)
         };
         let outcome = outcome.await;
         (netns, outcome)

@@ -117,6 +117,70 @@ fn a_daemon_after_which_another_goes_on_leaves_everything_to_it() {
 }
 
 #[test]
+fn a_daemon_whose_set_gets_another_name_waits_for_the_one_that_takes_its_place() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    // Longer than an idle node needs to end, by far.
+    let settings = [&cni.settings()[..], &[("CONNECTION_TERMINATION_DEADLINE", "20s")]].concat();
+    let own = c.w.add_pod("beside", 1);
+    for begins in [true, false] {
+        c.apis[0].daemonset("ztunnel", set());
+        c.start_one(&settings);
+        eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled") && has_rules(&c.client));
+        let ends = |c: &Cluster, word: &str| {
+            c.w.log(1).iter().filter(|line| line["message"].as_str().is_some_and(|m| m.contains(word))).count()
+        };
+        let before = [ends(&c, "DaemonSet is deleted"), ends(&c, "ending")];
+        c.apis[0].daemonset("ztunnel", None);
+        eventually("it hears of it", || ends(&c, "DaemonSet is deleted") > before[0]);
+        let mut daemon = c.w.take_node(1);
+        daemon.signal(Signal::SIGTERM);
+        eventually("it ends", || ends(&c, "ending") > before[1]);
+        let mut beside = None;
+        if begins {
+            // The one before is told to end before this one runs, as it is where a DaemonSet is replaced.
+            c.apis[0].daemonset("tunnel", set());
+            let renamed = [&settings[..], &[("CULVERT_DAEMONSET", "tunnel")]].concat();
+            beside = Some(c.w.start_kube_beside(&own, &subject(), &c.apis[0], &renamed));
+        }
+        daemon.wait();
+        let left = remains(&c, &cni);
+        let Some(beside) = beside else {
+            assert_eq!(left, Vec::<String>::new(), "nobody has come");
+            continue;
+        };
+        assert_eq!(ends(&c, "no daemon follows"), 0, "pods were let go in plaintext");
+        for what in ["rules", "ip rules", "configuration", "plugin", "cni.sock", "turn-"] {
+            assert!(left.iter().any(|there| there == what), "{what}: {left:?}");
+        }
+        let ips = [c.client.v4.to_string()];
+        eventually("the new one answers the plugin", || cni.call("CHECK", ("ns", "client"), &c.client.netns, &ips).0);
+        c.w.take(beside).kill();
+    }
+}
+
+#[test]
+fn cleaning_up_sees_a_daemon_in_a_pod_and_takes_nobody_else_for_one() {
+    let mut c = cluster();
+    let own = c.w.add_pod("beside", 1);
+    // Without the CNI plugin nobody listens for its questions.
+    let beside = c.w.start_kube_beside(&own, &subject(), &c.apis[0], &[]);
+    eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled") && has_rules(&c.client));
+    let cleanup = |c: &Cluster, what: &str| c.w.kube_run(1, what, &c.apis[0], &[]);
+    let (fine, said) = cleanup(&c, "cleanup");
+    assert!(!fine && said.contains("a daemon runs") && has_rules(&c.client), "{said}");
+    // Who cannot see whether one runs cleans nothing either.
+    let agent = [("CULVERT_PODS", "agent")];
+    let (fine, said) = c.w.kube_run(1, "cleanup", &c.apis[0], &agent);
+    assert!(!fine && said.contains("cannot be seen"), "{said}");
+    c.w.take(beside).kill();
+    // Somebody else has the admin port on the node.
+    apps::serve(&c.w.ns("n1"), 15000, apps::who);
+    let (fine, said) = cleanup(&c, "cleanup");
+    assert!(fine && !has_rules(&c.client), "{said}");
+}
+
+#[test]
 fn cleaning_up_a_node_touches_no_other_nodes_pods_unless_told_to() {
     let mut c = cluster();
     let cni = Cni::new(&c.w);

@@ -5,7 +5,7 @@
 {{- end }}
 
 {{- define "culvert.labels" -}}
-app.kubernetes.io/name: {{ include "culvert.name" . }}
+app.kubernetes.io/name: {{ include "culvert.name" . | quote }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/part-of: culvert
 {{- with .Values.labels }}
@@ -61,8 +61,46 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- if .Values.caAddress }}{{ fail "caAddress: is set, and certificates: builtin asks no CA" }}{{ end }}
 {{- if not .Values.standalone.secret }}{{ fail "standalone.secret: is empty, and certificates: builtin needs it" }}{{ end }}
 {{- end }}
+{{- if and .Values.cleanup.enabled (eq .Values.pods "agent") }}{{ fail "cleanup.enabled: with pods: agent a daemon cannot be seen from the node; where none runs: culvert cleanup --all" }}{{ end }}
 {{- if not (has .Values.platform (list "" "openshift" "gke" "eks" "k3s" "k3d" "kind" "minikube" "microk8s")) }}{{ fail (printf "platform: %q is not known; leave it empty" .Values.platform) }}{{ end }}
 {{- $scope }}
+{{- end }}
+
+{{- define "culvert.quota" -}}
+apiVersion: v1
+kind: ResourceQuota
+metadata:
+  name: {{ .name }}-resource-quota
+  namespace: {{ .root.Release.Namespace }}
+  labels:
+    {{- include "culvert.labels" .root | nindent 4 }}
+spec:
+  hard:
+    pods: {{ .root.Values.resourceQuotas.pods | quote }}
+  scopeSelector:
+    matchExpressions:
+    - operator: In
+      scopeName: PriorityClass
+      values: [system-node-critical]
+{{- end }}
+
+{{- define "culvert.scc" -}}
+# OpenShift: host paths and capabilities need this constraint.
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: {{ .name }}-scc
+  namespace: {{ .root.Release.Namespace }}
+  labels:
+    {{- include "culvert.labels" .root | nindent 4 }}
+roleRef:
+  apiGroup: rbac.authorization.k8s.io
+  kind: ClusterRole
+  name: system:openshift:scc:privileged
+subjects:
+- kind: ServiceAccount
+  name: {{ .name | quote }}
+  namespace: {{ .root.Release.Namespace }}
 {{- end }}
 
 {{- define "culvert.cleaner" -}}
@@ -107,6 +145,10 @@ env:
   value: /host/etc/cni/net.d
 - name: CULVERT_STATE_FILE
   value: /var/lib/culvert/mesh.state
+{{- range $key, $value := .Values.env }}
+- name: {{ $key }}
+  value: {{ $value | quote }}
+{{- end }}
 volumeMounts:
 - name: host-proc
   mountPath: /host/proc

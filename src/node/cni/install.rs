@@ -58,7 +58,7 @@ impl Config {
     }
 
     fn install_binary(&self, known: &mut Stamp) -> Result<(), InstallError> {
-        // Two daemons may install at the same time, each its own: never into the same file.
+        // One that hung may still write while another has the turn: never into the same file.
         let new = self.bin_dir.join(beside(PLUGIN));
         let target = self.bin_dir.join(PLUGIN);
         let own = Path::new("/proc/self/exe");
@@ -140,6 +140,11 @@ impl Config {
             plugins.push(plugin);
         }
         Value::Object(primary)
+    }
+
+    /// Where both are.
+    pub fn place(&self) -> String {
+        format!("{} and {}", self.conf_dir.display(), self.bin_dir.display())
     }
 
     /// Removes both, the configuration first; what is not there is removed already.

@@ -221,7 +221,15 @@ impl Running {
             if self.is_followed() {
                 return tracing::info!("another daemon of this node has begun: the rest stays");
             }
-            let mut outcomes = node.remove_rules(false).await.ours;
+            let removed = node.remove_rules(false).await;
+            if removed.unreadable > 0 {
+                let namespaces = removed.unreadable;
+                tracing::warn!(
+                    namespaces,
+                    "rules too many to be read are not removed: `culvert cleanup --all` does it"
+                );
+            }
+            let mut outcomes = removed.ours;
             outcomes.extend(node.remove_probes().await);
             self.source.own_set.nothing_stays.store(true, Ordering::Relaxed);
             report(outcomes);
