@@ -1,11 +1,13 @@
 //! Two daemons of one node, as an upgrade has them: one writes, the other serves what it has.
 
+use crate::istio::alive;
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
-use crate::world::{Pod, ask, eventually, http, inside, output_in, subject};
+use crate::world::{Pod, ask, connect, eventually, http, inside, output_in, subject};
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Settings by which what is written in pods differs.
 const WITHOUT_DNS: (&str, &str) = ("ISTIO_META_DNS_CAPTURE", "false");
@@ -141,6 +143,42 @@ fn a_newer_daemon_that_knows_nothing_yet_takes_nothing_over() {
 }
 
 #[test]
+fn a_question_that_waits_when_another_daemon_takes_over_is_answered_then() {
+    let mut u = upgrade();
+    u.c.start_one(&[&u.cni.settings()[..], &[("EXCLUDE_NAMESPACES", "kube-system,first")]].concat());
+    eventually("it is captured", || u.c.apis[0].said("client").as_deref() == Some("enabled"));
+    eventually("the plugin is installed", || u.excluded() == r#"["first","kube-system"]"#);
+    // A pod that the API does not tell of: the runtime asks, and waits.
+    let unknown = u.c.w.add_pod("unknown", 1);
+    let done = AtomicBool::new(false);
+    let (cni, netns, ips) = (u.cni.clone(), unknown.netns.clone(), [unknown.v4.to_string()]);
+    let answers = std::thread::scope(|scope| {
+        let asks = scope.spawn(|| {
+            let mut answers = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                answers.push(cni.call("ADD", ("ns", "unknown"), &netns, &ips).1.to_string());
+            }
+            answers
+        });
+        u.start_beside();
+        eventually("the newer one has taken over", || u.excluded() == r#"["kube-system","second"]"# && !u.takes_dns());
+        done.store(true, Ordering::Relaxed);
+        asks.join().unwrap()
+    });
+    assert!(answers.iter().any(|answer| answer.contains("has taken over; try again")), "{answers:?}");
+}
+
+#[test]
+fn the_newer_daemon_has_a_socket_also_where_an_older_one_has_removed_it() {
+    let mut u = upgrade();
+    u.c.start_one(&u.cni.settings());
+    eventually("it is captured", || u.c.apis[0].said("client").as_deref() == Some("enabled"));
+    fs::remove_file(&u.cni.socket).unwrap();
+    let (netns, ips) = (u.c.client.netns.clone(), [u.c.client.v4.to_string()]);
+    eventually("it is there again", || u.cni.call("CHECK", ("ns", "client"), &netns, &ips).0);
+}
+
+#[test]
 fn a_daemon_that_hangs_does_not_keep_the_node_from_a_newer_one() {
     use nix::sys::signal::Signal;
     let mut u = upgrade();
@@ -178,4 +216,29 @@ fn a_daemon_that_compares_its_plugin_does_not_hold_it_in_memory() {
     let most = most.parse::<u64>().unwrap() * 1024;
     let binary = fs::metadata(subject()).unwrap().len();
     assert!(most < binary * 3 / 2, "{most} bytes at most, and the binary has {binary}");
+}
+
+#[test]
+fn what_an_older_daemon_is_letting_go_of_has_its_time_after_a_newer_one_has_taken_over() {
+    let mut u = upgrade();
+    let (ns, server) = (u.c.client.netns.clone(), u.c.server.clone());
+    let slow = [("CONNECTION_TERMINATION_DEADLINE", "20s")];
+    u.c.w.start_kube_node(2, &u.c.apis[1], &[]);
+    u.c.w.wait_captured(2);
+    u.c.start_one(&[&u.cni.settings()[..], &slow].concat());
+    eventually("it is captured", || u.c.apis[0].said("client").as_deref() == Some("enabled"));
+    let mut open = connect(&ns, (server.v4, 9000)).unwrap();
+    assert!(alive(&mut open));
+    u.c.apis[0].namespace("ns", serde_json::json!({}));
+    eventually("it is being released", || u.c.state("client") == "releasing");
+    // What captures new connections is emptied by the newer one as well: by this it is seen to have looked.
+    let rules = || output_in(&ns, "nft", &["list", "table", "inet", "culvert"]);
+    output_in(&ns, "nft", &["add", "rule", "inet", "culvert", "out_nat", "tcp", "dport", "1", "accept"]);
+    assert!(rules().contains("dport 1 "));
+    let settings = [&u.cni.settings()[..], &slow, &[("EXCLUDE_NAMESPACES", "kube-system,second")]].concat();
+    u.c.w.start_kube_beside(&u.own, &u.other, &u.c.apis[0], &settings);
+    eventually("the newer one has looked", || !rules().contains("dport 1 "));
+    assert!(alive(&mut open), "cut before its time");
+    drop(open);
+    eventually("then nothing is left", || !has_rules(&u.c.client));
 }

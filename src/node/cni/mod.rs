@@ -14,9 +14,11 @@ use crate::task::files::{beside, remove_leftovers};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
 
 /// Bytes of a packet at most.
 const PACKET: usize = 64 * 1024;
@@ -92,13 +94,15 @@ pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Rec
         true => Some(bind(socket)?),
         false => None,
     };
+    let mut ticks = tokio::time::interval(SEEN_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (send, asked) = mpsc::channel(QUEUE);
     let (group, socket) = (tasks.clone(), socket.to_owned());
     tasks.spawn(async move {
         loop {
             let accepted = async {
                 match &listener {
-                    Some(listener) => listener.accept().await,
+                    Some((listener, _)) => listener.accept().await,
                     None => std::future::pending().await,
                 }
             };
@@ -121,24 +125,39 @@ pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Rec
                         listener = bind_again(&socket).await;
                     }
                 }
-                () = tokio::time::sleep(SEEN_EVERY), if ours => seen(&socket),
+                _ = ticks.tick(), if ours => {
+                    // A daemon that ended, or whoever cleans up, may have removed it.
+                    if id(&socket) != listener.as_ref().and_then(|(_, bound)| *bound) {
+                        tracing::warn!(socket = %socket.display(), "the CNI plugin's socket is not ours any more; made anew");
+                        listener = bind_again(&socket).await;
+                    }
+                    seen(&socket);
+                }
             }
         }
     });
     Ok(asked)
 }
 
-fn bind(socket: &Path) -> io::Result<Listener> {
+/// A listener, and which file its path was when it was bound.
+type Bound = (Listener, Option<(u64, u64)>);
+
+fn bind(socket: &Path) -> io::Result<Bound> {
     let (folder, name) = (socket.parent(), socket.file_name().and_then(|name| name.to_str()));
     let (Some(folder), Some(name)) = (folder, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
     std::fs::create_dir_all(folder)?;
     remove_leftovers(folder, name);
     let listener = Listener::bind(socket, &folder.join(beside(name)))?;
     seen(socket);
-    Ok(listener)
+    Ok((listener, id(socket)))
 }
 
-async fn bind_again(socket: &Path) -> Option<Listener> {
+/// Which file a path is.
+fn id(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+async fn bind_again(socket: &Path) -> Option<Bound> {
     let mut backoff = Backoff::new(BIND_AGAIN.0, BIND_AGAIN.1);
     loop {
         match bind(socket) {
@@ -251,4 +270,27 @@ pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::Fil
     };
     let late = || AskError::Away(format!("does not answer at {path} within {} s", (ANSWER + QUESTION).as_secs()));
     tokio::time::timeout(ANSWER + QUESTION, work).await.unwrap_or_else(|_| Err(late()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_socket_that_somebody_has_removed_is_made_anew() {
+        let folder = std::env::temp_dir().join(format!("culvert-cni-socket-{}", std::process::id()));
+        let socket = folder.join("cni.sock");
+        let tasks = Group::default();
+        let turn = Turn::alone();
+        let _asked = listen(&socket, &turn, &tasks).unwrap();
+        remove_socket(&socket).unwrap();
+        tokio::time::sleep(SEEN_EVERY * 2).await;
+        assert!(Seqpacket::connect(&socket).is_ok(), "the daemon cannot be asked any more");
+        let before = id(&socket);
+        tokio::time::sleep(SEEN_EVERY * 3).await;
+        assert_eq!(id(&socket), before, "one that is there stays");
+        tasks.cut();
+        tasks.finished().await;
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

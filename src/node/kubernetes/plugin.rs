@@ -14,6 +14,9 @@ use tokio::time::Instant;
 /// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
+/// What is said to whoever waits for a daemon that has not the turn any more.
+const TAKEN_OVER: &str = "this daemon is ending, or another daemon of this node has taken over; try again";
+
 /// What can be said to a question by now.
 struct Verdict {
     answer: Option<Result<(), String>>,
@@ -82,6 +85,8 @@ impl Running {
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),
+                // It waits for what is the other one's now: the runtime finds that one when it asks again.
+                None if !self.source.capturer.turn.is_ours() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
                 None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
                 None => self.asked.push((asked, deadline)),
             }
