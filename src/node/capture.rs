@@ -341,17 +341,29 @@ impl Capturer {
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
     /// unless the namespace is another pod's.
     pub async fn clean(&self, spec: &PodSpec) {
+        self.clean_of(spec, true).await;
+    }
+
+    /// As [`Self::clean`], but what open connections need stays.
+    pub async fn let_pass(&self, spec: &PodSpec) {
+        self.clean_of(spec, false).await;
+    }
+
+    async fn clean_of(&self, spec: &PodSpec, all: bool) {
         let Some(_permit) = self.turn.permit().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Rules of others, with the same routes, are theirs.
         let there = async |table| !matches!(redirect::list_table(&netns, table).await, Ok(listed) if listed.is_null());
-        if !there(redirect::TABLE).await && !there(legs::TABLE).await {
+        let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
+        if !is_there || self.not_ours(&netns).is_err() {
             return;
         }
-        if self.not_ours(&netns).is_ok()
-            && let Err(error) = redirect::remove(&netns, true).await
-        {
+        let removed = match all {
+            true => redirect::remove(&netns, true).await,
+            false => redirect::let_pass(&netns).await,
+        };
+        if let Err(error) = removed {
             tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "rules not removed");
         }
     }

@@ -123,6 +123,8 @@ struct Running {
     asked: Vec<(Asked, Instant)>,
     /// Pods whose leftovers have been looked for, and how often.
     cleaned: HashMap<Text, u32>,
+    /// Until when connections in them have their time: another daemon may be letting go of them.
+    clean_from: Instant,
     /// What has been said of pods' annotations, and when.
     complained: HashMap<Text, (Vec<Fault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
@@ -181,6 +183,7 @@ impl Source {
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
+            clean_from: Instant::now(),
             complained: HashMap::new(),
             late: Default::default(),
             memory,
@@ -209,14 +212,16 @@ impl Source {
                 outcome = running.annotator.outcome() => running.annotator.ended(outcome),
                 result = running.memory.outcome() => running.memory.ended(result),
                 Ok(()) = states.changed() => {}
-                // What another daemon has left is looked for anew.
-                Ok(()) = turns.changed() => running.cleaned.clear(),
+                Ok(()) = turns.changed() => running.turn_changed(),
                 Some(asked) = asks => running.ask(asked),
                 _ = looks.tick() => running.look(),
                 () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
             }
             running.reconcile();
         }
+        // Nobody answers them any more: the runtime asks again.
+        drop(plugin);
+        running.asked.clear();
         running.leave(&drain).await;
         tasks.cut();
         tasks.finished().await;

@@ -80,6 +80,14 @@ impl Running {
         self.pods.iter().flat_map(HashMap::values).filter(left).collect()
     }
 
+    /// What another daemon has left is looked for anew. It may be letting go of a pod: its connections have their time.
+    pub(super) fn turn_changed(&mut self) {
+        self.cleaned.clear();
+        if self.source.capturer.turn.is_ours() {
+            self.clean_from = Instant::now() + self.source.capturer.config.release_deadline;
+        }
+    }
+
     /// Looks for them among the node's processes.
     pub(super) fn start_scan(&mut self) {
         let sought = self.sought();
@@ -146,8 +154,14 @@ impl Running {
             && self.source.board.get(uid).is_none()
         {
             let spec = spec(pod, netns);
-            let capturer = self.source.capturer.clone();
-            self.tasks.spawn(async move { capturer.clean(&spec).await });
+            let (capturer, from) = (self.source.capturer.clone(), self.clean_from);
+            self.tasks.spawn(async move {
+                if Instant::now() < from {
+                    capturer.let_pass(&spec).await;
+                    tokio::time::sleep_until(from).await;
+                }
+                capturer.clean(&spec).await;
+            });
         }
     }
 }
