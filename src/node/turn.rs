@@ -102,6 +102,7 @@ impl Turn {
             lock: None,
             waiting_since: None,
             said: None,
+            is_first_look: true,
         };
         member.look();
         (turn, member)
@@ -122,6 +123,8 @@ pub struct Member {
     waiting_since: Option<Instant>,
     /// What has been said of a folder that cannot be used.
     said: Option<String>,
+    /// Nothing has been seen yet.
+    is_first_look: bool,
 }
 
 impl Member {
@@ -152,18 +155,22 @@ impl Member {
         let newest = self.show().and_then(|()| self.is_newest());
         let newest = match newest {
             Ok(newest) => {
-                self.said = None;
+                (self.said, self.is_first_look) = (None, false);
                 newest
             }
-            // Nobody can be seen, and so nobody can be waited for.
+            // At first nobody can be seen, and so nobody can be waited for. Later what was seen counts.
             Err(error) => {
                 let (folder, error) = (self.folder.display(), error.to_string());
                 if self.said.as_ref() != Some(&error) {
-                    tracing::error!(%folder, error, "whether another daemon of this node writes cannot be seen; this one does");
+                    let writes = self.is_first_look || self.turn.is_ours();
+                    tracing::error!(%folder, error, writes, "whether another daemon of this node writes cannot be seen");
                 }
                 self.said = Some(error);
-                self.take();
-                return true;
+                if self.is_first_look {
+                    self.is_first_look = false;
+                    self.take();
+                }
+                return self.turn.is_ours();
             }
         };
         if !newest {
@@ -403,5 +410,12 @@ mod tests {
     fn who_cannot_see_others_writes() {
         let (turn, mut member) = Turn::join(Path::new("/proc/nowhere"));
         assert!(turn.is_ours() && member.look() && turn.permit().is_some());
+        // One that has handed the turn on does not write again because it sees nothing just then.
+        let folder = folder("unseen");
+        let (turn, mut member) = Turn::join(&folder);
+        turn.ours.send_replace(false);
+        member.folder = PathBuf::from("/proc/nowhere");
+        assert!(!member.look() && !turn.is_ours());
+        std::fs::remove_dir_all(&folder).unwrap();
     }
 }
