@@ -392,6 +392,7 @@ fn the_chart_renders_what_kubernetes_understands_for_every_value() {
     assert_eq!(untouched, ["seccompProfile"], "a value that no case sets");
     for (bad, word) in [
         (json!({"pods": "labels"}), "is not kubernetes or agent"),
+        (json!({"pods": "agent", "cleanup": {"enabled": true}}), "a daemon cannot be seen"),
         (json!({"resourceScope": "some"}), "is not all, namespace or cluster"),
         (json!({"platform": "mine"}), "is not known"),
         (json!({"facts": "files"}), "facts: \"files\" is not istiod or file"),
