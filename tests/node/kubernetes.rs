@@ -1349,15 +1349,19 @@ fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     // Whoever removes it finds it back.
     std::fs::remove_file(cni.conf.join("00-culvert.conflist")).unwrap();
     eventually("it is back", || cni.ours().is_some());
-    // An upgrade leaves it; a removal of the DaemonSet does not.
+    // An upgrade leaves it; a removal of the DaemonSet does not, nor one that goes on without the plugin.
+    let set = |variable: &str| {
+        json!({
+            "metadata": {"name": "ztunnel", "namespace": "istio-system"},
+            "spec": {"selector": {}, "template": {"spec": {"containers": [{"name": "c", "env": [{"name": variable, "value": "/x"}]}]}}},
+        })
+    };
+    let mut going = set("CULVERT_CNI_CONF_DIR");
+    going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     for (set, stays) in [
-        (Some(json!({"metadata": {"name": "ztunnel", "namespace": "istio-system"}})), true),
-        (
-            Some(
-                json!({"metadata": {"name": "ztunnel", "namespace": "istio-system", "deletionTimestamp": "2026-01-01T00:00:00Z"}}),
-            ),
-            false,
-        ),
+        (Some(set("CULVERT_CNI_CONF_DIR")), true),
+        (Some(set("CULVERT_PODS")), false),
+        (Some(going), false),
         (None, false),
     ] {
         eventually("it is installed", || cni.ours().is_some());

@@ -7,7 +7,12 @@ use serde_json::{Value, json};
 use std::time::Duration;
 
 fn set() -> Option<Value> {
-    Some(json!({"metadata": {"name": "ztunnel", "namespace": "istio-system", "uid": "s"}}))
+    Some(json!({
+        "metadata": {"name": "ztunnel", "namespace": "istio-system", "uid": "s"},
+        "spec": {"selector": {}, "template": {"spec": {"containers": [
+            {"name": "c", "env": [{"name": "CULVERT_CNI_CONF_DIR", "value": "/host/etc/cni/net.d"}]},
+        ]}}},
+    }))
 }
 
 /// What is left of culvert on the first node.

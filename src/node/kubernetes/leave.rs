@@ -17,6 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+/// The variable by which a DaemonSet asks for the plugin.
+const CNI_CONF_DIR: &str = "CULVERT_CNI_CONF_DIR";
 /// How long the API may take to say whether our DaemonSet is there.
 const ASK: Duration = Duration::from_secs(3);
 /// How long a daemon that takes our place may take to begin, and at most half of the time to end: a DaemonSet that gets another name, or
@@ -49,6 +51,8 @@ pub struct OwnSet {
 enum End {
     /// Another daemon follows, or nobody can tell.
     Stays,
+    /// The next daemon does without the plugin: nobody would answer it.
+    PluginGoes,
     /// No pod waits for a daemon any more; whether pods may be let go is not certain.
     WithoutPlugin(&'static str),
     /// Certainly none follows.
@@ -116,6 +120,7 @@ impl OwnSet {
         let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
         match asked {
             Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => End::Gone("is being deleted"),
+            Some(Ok(Some(set))) if !asks_for_plugin(set) => End::PluginGoes,
             Some(Ok(Some(_))) => End::Stays,
             // One of another name would not be found either.
             Some(Ok(None)) if existed => End::Gone("does not exist any more"),
@@ -150,6 +155,7 @@ impl Running {
         let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
         let (gone, certain) = match self.source.own_set.end(asked.as_ref()) {
             End::Stays => return,
+            End::PluginGoes => return self.remove_plugin("goes on without it"),
             End::WithoutPlugin(gone) => (gone, false),
             End::Gone(gone) => (gone, true),
         };
@@ -170,17 +176,7 @@ impl Running {
         {
             return tracing::info!(daemonset = name, "the DaemonSet is there again: everything stays");
         }
-        if let Some(cni) = &config.cni {
-            match cni.remove() {
-                Ok(removed) => {
-                    let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-                    tracing::info!(daemonset = name, gone, removed = files.join(", "), "the CNI plugin is removed");
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon")
-                }
-            }
-        }
+        self.remove_plugin(gone);
         if certain {
             tracing::info!(daemonset = name, gone, "no daemon follows: the node's pods go on without the mesh");
             self.uninstall(drain).await;
@@ -190,6 +186,18 @@ impl Running {
                 gone,
                 "rules in pods stay: where no daemon follows, run `culvert cleanup` on the node"
             );
+        }
+    }
+
+    fn remove_plugin(&self, gone: &str) {
+        let Some(cni) = &self.source.config.cni else { return };
+        let daemonset = &self.source.config.daemonset;
+        match cni.remove() {
+            Ok(removed) => {
+                let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
+                tracing::info!(daemonset, gone, removed = files.join(", "), "the CNI plugin is removed");
+            }
+            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
         }
     }
 
@@ -263,16 +271,41 @@ pub fn report(outcomes: Vec<remains::Outcome>) {
     tracing::info!(removed, "removed from the node");
 }
 
+/// Whether the daemons of a DaemonSet install the plugin, and answer it.
+fn asks_for_plugin(set: &DaemonSet) -> bool {
+    let pod = set.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+    let variables =
+        pod.into_iter().flat_map(|pod| &pod.containers).flat_map(|container| container.env.iter().flatten());
+    variables.into_iter().any(|variable| variable.name == CNI_CONF_DIR)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use kube::core::Status;
 
+    fn asking(variable: &str) -> DaemonSet {
+        serde_json::from_value(
+            serde_json::json!({"metadata": {}, "spec": {"selector": {}, "template": {"spec": {"containers": [
+                {"name": "c", "env": [{"name": "CULVERT_PODS", "value": "x"}, {"name": variable, "value": "/x"}]},
+            ]}}}}),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn the_plugin_goes_where_the_next_daemon_does_not_answer_it() {
+        let own = OwnSet::default();
+        assert_eq!(own.end(Some(&Ok(Some(asking(CNI_CONF_DIR))))), End::Stays);
+        assert_eq!(own.end(Some(&Ok(Some(asking("CULVERT_CNI_SOCKET"))))), End::PluginGoes);
+        assert_eq!(own.end(Some(&Ok(Some(DaemonSet::default())))), End::PluginGoes);
+    }
+
     #[test]
     fn pods_are_let_go_only_where_it_is_certain() {
         let refused = |code: u16| Some(Err(kube::Error::Api(Box::new(Status { code, ..Status::default() }))));
         let there = |going: bool| {
-            let mut set = DaemonSet::default();
+            let mut set = asking(CNI_CONF_DIR);
             set.metadata.deletion_timestamp = going.then(|| serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
             Some(Ok(Some(set)))
         };
