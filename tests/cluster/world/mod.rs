@@ -189,7 +189,7 @@ impl Cluster {
 
     /// What of culvert is on a node: tables in the namespaces of pods and of the node, files.
     pub fn traces(&self, node: &str) -> Vec<String> {
-        let script = "for n in /run/netns/cni-*; do [ -e $n ] || continue; nsenter --net=$n nft list tables | sed \"s|^|$n: |\"; done; nft list tables; ls /etc/cni/net.d /opt/cni/bin /run/culvert /var/lib/culvert 2>/dev/null";
+        let script = "for n in /run/netns/cni-*; do [ -e $n ] || continue; nsenter --net=$n nft list tables | sed \"s|^|$n: |\"; done; nft list tables; ls /etc/cni/net.d /opt/cni/bin /run/culvert /var/lib/culvert 2>/dev/null || true";
         let listed = self.run(&["node", node, "bash", "-c", script]);
         let ours = |line: &&str| line.contains("culvert") && !line.ends_with(':');
         listed.lines().filter(ours).map(str::to_owned).collect()
