@@ -51,25 +51,28 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
     rules.ours.into_iter().for_each(&mut done);
     let mut no_plugin = None;
     let mut annotations = Some("no settings of enrolment by Kubernetes are given".to_owned());
-    if let Source::Kubernetes(kubernetes) = &config.node.source {
-        if let Some(cni) = &kubernetes.cni {
-            match cni.remove() {
-                Ok(files) if files.is_empty() => no_plugin = Some(cni.place()),
-                Ok(files) => files.iter().for_each(|file| done((file.display().to_string(), Ok(true)))),
-                Err(error) => done((install::PLUGIN.into(), Err(error.to_string()))),
-            }
+    if let Source::Kubernetes(kubernetes) = &config.node.source
+        && let Some(cni) = &kubernetes.cni
+    {
+        match cni.remove() {
+            Ok(files) if files.is_empty() => no_plugin = Some(cni.place()),
+            Ok(files) => files.iter().for_each(|file| done((file.display().to_string(), Ok(true)))),
+            Err(error) => done((install::PLUGIN.into(), Err(error.to_string()))),
         }
-        if is_in_use(config) {
-            done((
-                "what daemons meet at".into(),
-                Err("a daemon has begun meanwhile; end it, and clean up again".into()),
-            ));
-        } else {
-            kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
-        }
-        annotations = forget(kubernetes).await.err();
     }
-    config.state_files().iter().map(|file| remains::remove_file(file)).for_each(&mut done);
+    // Looked at again: what is removed from here on a daemon that has begun would miss.
+    if is_in_use(config) {
+        done((
+            "state files, annotations, and what daemons meet at".into(),
+            Err("a daemon has begun meanwhile; end it, and clean up again".into()),
+        ));
+    } else {
+        if let Source::Kubernetes(kubernetes) = &config.node.source {
+            kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
+            annotations = forget(kubernetes).await.err();
+        }
+        config.state_files().iter().map(|file| remains::remove_file(file)).for_each(&mut done);
+    }
     if rules.others > 0 {
         say(&format!(
             "note  {} namespaces hold rules of another node, or of a version that did not say for which node; --all removes these too",
