@@ -2,6 +2,7 @@
 
 use super::{legs, marker, probes, redirect};
 use crate::sys::netns::Netns;
+use crate::task::files::was_there;
 use crate::task::thread;
 use futures_util::{StreamExt, stream};
 use std::collections::HashMap;
@@ -137,10 +138,6 @@ async fn remove_table(netns: &Netns, family: &str, name: &str) -> Result<bool, S
 
 /// Removes a file; one that is not there is removed already.
 pub fn remove_file(path: &Path) -> Outcome {
-    let removed = match std::fs::remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error.to_string()),
-    };
+    let removed = was_there(std::fs::remove_file(path)).map_err(|error| error.to_string());
     (path.display().to_string(), removed)
 }

@@ -8,6 +8,7 @@
 
 use crate::sys::clock;
 use crate::task::Signal;
+use crate::task::files::was_there;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -310,11 +311,7 @@ fn locked(path: &Path) -> io::Result<Option<File>> {
 
 /// Removes what is in `folder`, where no daemon lives any more; whether there was something.
 pub fn forget(folder: &Path) -> io::Result<bool> {
-    match std::fs::remove_dir_all(folder) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
+    was_there(std::fs::remove_dir_all(folder))
 }
 
 #[cfg(test)]

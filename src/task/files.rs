@@ -117,6 +117,15 @@ pub fn beside(name: &str) -> String {
     format!(".{name}.{:016x}", rand::random::<u64>())
 }
 
+/// Whether something was there, by how removing it has ended; what is not there is removed already.
+pub fn was_there(removed: io::Result<()>) -> io::Result<bool> {
+    match removed {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes what a daemon that was killed while it wrote has left beside `name`.
 pub fn remove_leftovers(folder: &Path, name: &str) {
     let start = format!(".{name}.");

@@ -4,7 +4,7 @@
 
 use crate::node::turn::Turn;
 use crate::task::Signal;
-use crate::task::files::{FolderWatch, Stamp, beside, remove_leftovers, stamp};
+use crate::task::files::{FolderWatch, Stamp, beside, remove_leftovers, stamp, was_there};
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 use std::fs::Permissions;
@@ -151,10 +151,8 @@ impl Config {
     pub fn remove(&self) -> Result<Vec<PathBuf>, InstallError> {
         let mut removed = Vec::new();
         for path in [self.conf_dir.join(OURS), self.bin_dir.join(PLUGIN)] {
-            match std::fs::remove_file(&path) {
-                Ok(()) => removed.push(path),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(InstallError::File(path, error)),
+            if was_there(std::fs::remove_file(&path)).map_err(|error| InstallError::File(path.clone(), error))? {
+                removed.push(path);
             }
         }
         Ok(removed)

@@ -10,7 +10,7 @@ use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Listener, Seqpacket};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
-use crate::task::files::{beside, remove_leftovers};
+use crate::task::files::{beside, remove_leftovers, was_there};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
@@ -187,11 +187,7 @@ fn seen(socket: &Path) {
 pub fn remove_socket(socket: &Path) -> io::Result<bool> {
     let mut removed = false;
     for path in [socket, &seen_at(socket)] {
-        match std::fs::remove_file(path) {
-            Ok(()) => removed = true,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+        removed |= was_there(std::fs::remove_file(path))?;
     }
     Ok(removed)
 }
