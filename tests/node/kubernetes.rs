@@ -1203,8 +1203,8 @@ fn control_plane_without_the_client(c: &mut Cluster) -> (ControlPlane, Vec<(Stri
     (plane, settings)
 }
 
-#[test]
-fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_comes_early_waits() {
+/// The client is scheduled and not started, with the plugin in place, and no facts about it.
+fn client_about_to_start() -> (Cluster, Cni, ControlPlane) {
     let mut c = cluster();
     let cni = Cni::new(&c.w);
     let (plane, facts) = control_plane_without_the_client(&mut c);
@@ -1217,6 +1217,12 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
     c.start_one(&settings);
     eventually("it is known", || c.state("client") == "pending");
+    (c, cni, plane)
+}
+
+#[test]
+fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_comes_early_waits() {
+    let (mut c, cni, plane) = client_about_to_start();
     let (client, server) = (c.client.clone(), c.server.clone());
     let ips = [client.v4.to_string(), client.v6.to_string()];
     let add = || cni.call("ADD", ("ns", "client"), &client.netns, &ips);
@@ -1264,18 +1270,7 @@ fn ready(api: &Api, name: &str) {
 
 #[test]
 fn a_pod_that_the_mesh_gives_another_service_account_than_the_api_carries_nothing() {
-    let mut c = cluster();
-    let cni = Cni::new(&c.w);
-    let (plane, facts) = control_plane_without_the_client(&mut c);
-    let facts = facts.iter().map(|(name, value)| (name.as_str(), value.as_str()));
-    let settings: Vec<(&str, &str)> = cni.settings().into_iter().chain(facts).collect();
-    apps::serve(&c.client.netns, 8080, apps::who);
-    c.w.start_kube_node(2, &c.apis[1], &[]);
-    c.w.wait_captured(2);
-    c.kube[0].stop();
-    c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
-    c.start_one(&settings);
-    eventually("it is known", || c.state("client") == "pending");
+    let (mut c, cni, plane) = client_about_to_start();
     let (client, server) = (c.client.clone(), c.server.clone());
     let (ok, result) = cni.call("ADD", ("ns", "client"), &client.netns, &[client.v4.to_string()]);
     assert!(ok, "{result}");
