@@ -12,8 +12,7 @@ fn an_application_is_rolled_out_beside_istio_cni() {
     cluster.mutual_tls("STRICT");
     let pods = Watched::start(&cluster);
     let wire = Sniffer::start(&cluster, "n1");
-    let loads =
-        ["n1", "n2"].map(|node| Load::requests(&cluster, &format!("requests-{node}"), node, "http://web/", 20, 20));
+    let loads = Load::from_both_nodes(&cluster, 20, 20);
     cluster.restart(SHOP, "deployment/web");
     cluster.rolled_out(SHOP, "deployment/web");
     for load in loads {

@@ -37,8 +37,7 @@ fn istiod_is_killed() {
     let cluster = cluster();
     cluster.mutual_tls("STRICT");
     let wire = Sniffer::start(&cluster, "n1");
-    let loads =
-        ["n1", "n2"].map(|node| Load::requests(&cluster, &format!("requests-{node}"), node, "http://web/", 20, 30));
+    let loads = Load::from_both_nodes(&cluster, 20, 30);
     let istiod = cluster.pods(SYSTEM, "app=istiod", None).remove(0);
     cluster.kubectl(&["-n", SYSTEM, "delete", "pod", &istiod, "--force", "--grace-period=0"]);
     cluster.rolled_out(SYSTEM, "deployment/istiod");
@@ -53,8 +52,7 @@ fn the_api_server_is_killed() {
     let cluster = cluster();
     cluster.mutual_tls("STRICT");
     let wire = Sniffer::start(&cluster, "n1");
-    let loads =
-        ["n1", "n2"].map(|node| Load::requests(&cluster, &format!("requests-{node}"), node, "http://web/", 20, 20));
+    let loads = Load::from_both_nodes(&cluster, 20, 20);
     cluster.run(&["stop", "apiserver"]);
     for node in ["n1", "n2"] {
         eventually("the load ends while the API server is away", || load_runs(&cluster, node));

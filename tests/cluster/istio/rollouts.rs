@@ -9,8 +9,7 @@ const ROLLOUTS: usize = 4;
 fn application_is_rolled_out(cluster: &Cluster) {
     let pods = Watched::start(cluster);
     let wire = Sniffer::start(cluster, "n1");
-    let loads =
-        ["n1", "n2"].map(|node| Load::requests(cluster, &format!("requests-{node}"), node, "http://web/", 30, 60));
+    let loads = Load::from_both_nodes(cluster, 30, 60);
     for _ in 0..ROLLOUTS {
         cluster.restart(SHOP, "deployment/web");
         cluster.rolled_out(SHOP, "deployment/web");
@@ -42,8 +41,7 @@ fn the_daemon_is_rolled_out_and_upgraded() {
     let cluster = cluster();
     cluster.mutual_tls("STRICT");
     let wire = Sniffer::start(&cluster, "n2");
-    let loads =
-        ["n1", "n2"].map(|node| Load::requests(&cluster, &format!("requests-{node}"), node, "http://web/", 20, 60));
+    let loads = Load::from_both_nodes(&cluster, 20, 60);
     let held = Load::held(&cluster, "held", "n1", "echo:9000", 10, 15);
     cluster.restart(SYSTEM, "daemonset/ztunnel");
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel");

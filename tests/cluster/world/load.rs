@@ -27,6 +27,12 @@ impl Load {
         Self::start(cluster, name, node, &["load", url, &rate.to_string(), &seconds.to_string()], seconds)
     }
 
+    /// Requests to the service of four pods, from a pod of each node.
+    pub fn from_both_nodes(cluster: &Cluster, rate: u32, seconds: u32) -> [Self; 2] {
+        ["n1", "n2"]
+            .map(|node| Self::requests(cluster, &format!("requests-{node}"), node, "http://web/", rate, seconds))
+    }
+
     /// Connections that stay, with a message a second on each.
     pub fn held(cluster: &Cluster, name: &str, node: &str, address: &str, count: u32, seconds: u32) -> Self {
         Self::start(cluster, name, node, &["hold", address, &count.to_string(), &seconds.to_string()], seconds)
