@@ -231,8 +231,10 @@ fn what_an_older_daemon_is_letting_go_of_has_its_time_after_a_newer_one_has_take
     assert!(alive(&mut open));
     u.c.apis[0].namespace("ns", serde_json::json!({}));
     eventually("it is being released", || u.c.state("client") == "releasing");
-    // What captures new connections is emptied by the newer one as well: by this it is seen to have looked.
     let rules = || output_in(&ns, "nft", &["list", "table", "inet", "culvert"]);
+    // The state comes first and the rules after it: what is added before that, the older one removes.
+    eventually("nothing new is captured", || !rules().contains("15001"));
+    // What captures new connections is emptied by the newer one as well: by this it is seen to have looked.
     output_in(&ns, "nft", &["add", "rule", "inet", "culvert", "out_nat", "tcp", "dport", "1", "accept"]);
     assert!(rules().contains("dport 1 "));
     let settings = [&u.cni.settings()[..], &slow, &[("EXCLUDE_NAMESPACES", "kube-system,second")]].concat();
