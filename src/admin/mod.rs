@@ -14,13 +14,14 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::fmt;
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -248,7 +249,7 @@ impl Rendered {
         }
         let (begun, registry) = (Instant::now(), self.registry.clone());
         let render = move || {
-            let registry = registry.lock().unwrap_or_else(PoisonError::into_inner);
+            let registry = registry.lock();
             format.render(&registry).map(Bytes::from).map_err(|error| error.to_string())
         };
         let text = beside(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));

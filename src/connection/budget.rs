@@ -6,9 +6,10 @@ use crate::hbone::Buffers;
 use crate::mesh::Text;
 use crate::sys::limits;
 use crate::task::thread::beside;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Time between looks at files and memory.
@@ -96,11 +97,11 @@ impl Share {
 
     /// One more of a peer.
     fn join(&self, peer: &Text) {
-        *self.peers.lock().unwrap_or_else(PoisonError::into_inner).entry(peer.clone()).or_default() += 1;
+        *self.peers.lock().entry(peer.clone()).or_default() += 1;
     }
 
     fn leave(&self, peer: &Text) {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.peers.lock();
         let left = peers.get_mut(peer).map_or(0, |own| {
             *own = own.saturating_sub(1);
             *own
@@ -112,7 +113,7 @@ impl Share {
 
     /// How many a peer has, where no other has more.
     fn largest(&self, peer: &Text) -> Option<usize> {
-        let peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let peers = self.peers.lock();
         let own = peers.get(peer).copied().unwrap_or(0);
         let others = peers.iter().filter(|(other, _)| *other != peer).map(|(_, count)| *count);
         (own >= others.max().unwrap_or(0)).then_some(own)
@@ -185,7 +186,7 @@ impl Budget {
 
     /// Learns of a pod that will have connections.
     pub fn join(&self, pod: &Count) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         pods.retain(|known| known.strong_count() > 0);
         if !pods.iter().any(|known| known.as_ptr() == Arc::as_ptr(pod)) {
             pods.push(Arc::downgrade(pod));
@@ -218,7 +219,7 @@ impl Budget {
 
     /// The most connections that any other pod has.
     fn largest(&self, own: &Count) -> usize {
-        let pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let pods = self.pods.lock();
         let others = pods.iter().filter(|pod| pod.as_ptr() != Arc::as_ptr(own)).filter_map(Weak::upgrade);
         others.map(|pod| pod.open()).max().unwrap_or(0)
     }
@@ -336,7 +337,7 @@ mod tests {
         assert_eq!(refused, Some(expected));
         held.extend((0..100).map(|_| budget.open(&victim, Some(&modest)).unwrap()));
         held.clear();
-        assert!(victim.peers.lock().unwrap().is_empty(), "nothing is kept of who has gone");
+        assert!(victim.peers.lock().is_empty(), "nothing is kept of who has gone");
     }
 
     #[test]

@@ -7,10 +7,11 @@ use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
@@ -138,7 +139,7 @@ impl Probes {
     /// Expects connections to `destinations`; the notice comes when one of them has been captured.
     pub fn expect(&self, destinations: &[SocketAddr]) -> Arc<Notify> {
         let arrived = Arc::new(Notify::new());
-        let mut expected = self.expected.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut expected = self.expected.lock();
         expected.clear();
         expected.extend(destinations.iter().map(|to| (*to, arrived.clone())));
         arrived
@@ -146,19 +147,19 @@ impl Probes {
 
     /// Expects connections into the pod from these ports, of whoever has `own`; the notice comes when one has been taken.
     pub fn expect_inbound(&self, ports: &[u16], own: &[IpAddr], arrived: &Arc<Notify>) {
-        let mut inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inbound = self.inbound.lock();
         inbound.extend(ports.iter().map(|port| (*port, (own.to_vec(), arrived.clone()))));
     }
 
     /// Expects none of these any more.
     pub fn forget_inbound(&self, ports: &[u16]) {
-        let mut inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inbound = self.inbound.lock();
         ports.iter().for_each(|port| drop(inbound.remove(port)));
     }
 
     /// Whether a connection into the pod is a probe of ours, and nothing more is to be done about it.
     pub fn take_inbound(&self, source: SocketAddr) -> bool {
-        let inbound = self.inbound.lock().unwrap_or_else(PoisonError::into_inner);
+        let inbound = self.inbound.lock();
         let Some((own, arrived)) = inbound.get(&source.port()) else { return false };
         arrived.notify_one();
         // One with another address may be a probe that was translated, or somebody else's by chance: it goes on.
@@ -167,12 +168,12 @@ impl Probes {
 
     /// Expects none any more.
     pub fn forget(&self) {
-        self.expected.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.expected.lock().clear();
     }
 
     /// Whether a captured connection is a probe, ours or another daemon's.
     pub fn take(&self, destination: SocketAddr) -> bool {
-        match self.expected.lock().unwrap_or_else(PoisonError::into_inner).remove(&destination) {
+        match self.expected.lock().remove(&destination) {
             Some(arrived) => {
                 arrived.notify_one();
                 true

@@ -16,10 +16,11 @@ use crate::sys::socket::reset_on_close;
 use crate::task::places::{Place, Places};
 use crate::task::{Group, thread};
 use crate::{identity, mesh};
+use parking_lot::Mutex;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -213,7 +214,7 @@ impl Workers {
         }
         self.finished().await;
         self.stop.cancel();
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             // A worker thread that panicked has nothing left to end.
             let _ = thread.join();

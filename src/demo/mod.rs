@@ -12,11 +12,12 @@ use crate::sys;
 use crate::task::thread::blocking;
 use account::{Account, Denied, Seen};
 use anyhow::{Context, bail};
+use parking_lot::Mutex;
 use serde_json::Value;
 use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use world::{PODS, World};
@@ -109,12 +110,12 @@ async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
         told().await;
     }
     // Here the namespaces, rules and processes go, whatever happened before.
-    drop(shared.lock().unwrap_or_else(PoisonError::into_inner).take());
+    drop(shared.lock().take());
     result
 }
 
 fn with<T>(shared: &Shared, work: impl FnOnce(&mut World) -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut world = shared.lock();
     work(world.as_mut().context("interrupted")?)
 }
 
@@ -128,7 +129,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     progress(args, "making two nodes and five pods");
     {
         // Under the lock: whoever cleans up waits until it knows what there is.
-        let mut world = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut world = shared.lock();
         if is_cancelled() {
             bail!("interrupted");
         }

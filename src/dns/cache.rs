@@ -2,9 +2,10 @@
 //! byte, flags, options and letter case included, so that nobody gets an answer to another question than his own.
 
 use super::message;
+use parking_lot::Mutex;
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -45,7 +46,7 @@ impl Cache {
     /// The answer to a question, as it is now, with the question's id.
     pub fn get(&self, asked: Option<SocketAddr>, question: &[u8]) -> Option<Vec<u8>> {
         let (now, key) = (Instant::now(), (asked, question.get(2..)?.to_vec()));
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.lock();
         let entry = entries.by_question.get(&key).filter(|entry| now < entry.until)?;
         let age = u32::try_from(now.duration_since(entry.since).as_secs()).unwrap_or(u32::MAX);
         Some(message::with_id(message::aged(entry.answer.clone(), &entry.places, age), message::id(question)))
@@ -60,7 +61,7 @@ impl Cache {
         let Some((life, places)) = message::lifetime(answer) else { return };
         let (key, since): (Key, Instant) = (Arc::new((asked, key.to_vec())), Instant::now());
         let until = since + Duration::from_secs(u64::from(life));
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.lock();
         if entries.by_question.insert(key.clone(), Entry { answer: answer.to_vec(), places, since, until }).is_none() {
             entries.by_age.push_back(key);
         }

@@ -23,11 +23,12 @@ pub use server::{Asker, Server};
 use crate::mesh::{Store, Text};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Group, thread};
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -92,7 +93,7 @@ impl Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         self.tasks.cut();
-        let mut servers = self.dns.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut servers = self.dns.servers.lock();
         // A later life of the pod may have its place already.
         if servers.get(&self.uid).is_some_and(|server| Arc::ptr_eq(server, &self.server)) {
             servers.remove(&self.uid);
@@ -140,8 +141,8 @@ impl Dns {
         let server = Arc::new(Server::new(label, resolver, asker, self.mesh.clone()));
         {
             // Held until it is in: `log_only` sees it, or it sees what that wanted.
-            let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
-            let logged = self.logged.lock().unwrap_or_else(PoisonError::into_inner).contains(&server.label);
+            let mut servers = self.servers.lock();
+            let logged = self.logged.lock().contains(&server.label);
             server.logged.store(logged, Ordering::Relaxed);
             servers.insert(uid.clone(), server.clone());
         }
@@ -152,34 +153,34 @@ impl Dns {
 
     /// Requests of a pod by how they ended; `None` where its DNS is not taken.
     pub fn counts(&self, uid: &Text) -> Option<BTreeMap<&'static str, u64>> {
-        let servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let servers = self.servers.lock();
         servers.get(uid).map(|server| server.counts.list())
     }
 
     /// What a pod's resolvers are, as far as that has been looked at.
     pub fn resolvers(&self, uid: &Text) -> Option<Arc<resolver::Used>> {
-        let servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let servers = self.servers.lock();
         servers.get(uid).and_then(|server| server.resolver.used_last())
     }
 
     /// Logs the requests of the pods with these labels (`namespace/name`), now and later, and of no others.
     pub fn log_only(&self, labels: Vec<String>) {
-        let servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+        let servers = self.servers.lock();
         for server in servers.values() {
             server.logged.store(labels.contains(&server.label), Ordering::Relaxed);
         }
-        *self.logged.lock().unwrap_or_else(PoisonError::into_inner) = labels;
+        *self.logged.lock() = labels;
     }
 
     /// The pods whose requests are logged.
     pub fn logged(&self) -> Vec<String> {
-        self.logged.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.logged.lock().clone()
     }
 
     /// Ends the thread, with whatever it still serves.
     pub fn stop(&self) {
         self.stop.at_once();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self.thread.lock().take();
         // A thread that panicked has nothing left to end.
         let _ = thread.map(JoinHandle::join);
     }

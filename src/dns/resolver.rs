@@ -10,8 +10,9 @@ use crate::mesh::{Text, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::process::read_file_in_netns;
 use crate::task::thread;
+use parking_lot::Mutex;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
@@ -178,7 +179,7 @@ impl Resolver {
 
     /// They may have been replaced by others where none of them answers.
     fn read_again(&self) {
-        if let Some(read) = &mut *self.reader.read.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(read) = &mut *self.reader.read.lock() {
             read.old = read.at.elapsed() >= READ_AGAIN;
         }
     }
@@ -222,7 +223,7 @@ impl Resolver {
 
 impl Reader {
     fn last(&self) -> Option<Read> {
-        self.read.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.read.lock().clone()
     }
 
     fn now(&self) -> Option<Arc<Used>> {
@@ -245,7 +246,7 @@ impl Reader {
 
     fn keep(&self, used: Arc<Used>, process: Option<u32>) -> Arc<Used> {
         let read = Read { used: used.clone(), process, at: Instant::now(), old: false };
-        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = Some(read);
+        *self.read.lock() = Some(read);
         used
     }
 

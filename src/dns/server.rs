@@ -18,6 +18,7 @@ use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::Held;
+use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
 use std::fmt;
@@ -25,8 +26,8 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -425,7 +426,7 @@ impl Server {
     /// Metrics of requests of one type: kept from when it is known who asks.
     fn counted(&self, carrier: Carrier, query_type: &'static str) -> Requests {
         let key = (query_type, carrier.word());
-        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut requests = self.requests.lock();
         if let Some((_, kept)) = requests.iter().find(|(kept, _)| *kept == key) {
             return kept.clone();
         }

@@ -7,13 +7,13 @@
 use super::message::{self, Outcome};
 use crate::sys::netns::Netns;
 use crate::sys::socket::{LegOptions, outgoing, outgoing_datagram, start_connect};
+use parking_lot::Mutex;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -101,7 +101,7 @@ impl Upstream {
     /// The resolvers in the order in which they are asked: those that did not answer a moment ago come last, but whom the pod
     /// has asked although it uses others comes first.
     fn in_order(&self, servers: &Servers) -> Vec<SocketAddr> {
-        let mut strikes = self.strikes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut strikes = self.strikes.lock();
         strikes.retain(|_, (_, last)| last.elapsed() < SLOW_FOR);
         let is_slow = |server: &SocketAddr| strikes.get(server).is_some_and(|(count, _)| *count >= STRIKES);
         let (first, others) = servers.list.split_at(usize::from(servers.stranger).min(servers.list.len()));
@@ -110,11 +110,11 @@ impl Upstream {
     }
 
     fn has_answered(&self, server: SocketAddr) {
-        self.strikes.lock().unwrap_or_else(PoisonError::into_inner).remove(&server);
+        self.strikes.lock().remove(&server);
     }
 
     fn strike(&self, server: SocketAddr, by: u32) {
-        let mut strikes = self.strikes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut strikes = self.strikes.lock();
         let (count, last) = strikes.entry(server).or_insert((0, Instant::now()));
         (*count, *last) = (count.saturating_add(by), Instant::now());
     }

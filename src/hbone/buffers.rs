@@ -3,9 +3,10 @@
 //! together have one limit. Before it is passed, the largest tunnel of the largest holder is cut; the others go on.
 
 use super::ping;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::Waker;
 use tokio_util::sync::CancellationToken;
 
@@ -123,7 +124,7 @@ impl Buffers {
             told: CancellationToken::new(),
             over: CancellationToken::new(),
         });
-        let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut accounts = self.accounts.lock();
         if accounts.len() == accounts.capacity() {
             accounts.retain(|account| account.strong_count() > 0);
         }
@@ -146,7 +147,7 @@ impl Buffers {
     /// Cuts the largest tunnel of the largest holder, unless what has been cut already gives enough back.
     fn cut_largest(&self, wanted: usize) {
         let (cut, accounts): (Vec<_>, Vec<_>) = {
-            let accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
+            let accounts = self.accounts.lock();
             accounts.iter().filter_map(Weak::upgrade).partition(|account| account.cut.get().is_some())
         };
         if cut.iter().map(|account| account.bytes()).sum::<usize>() >= wanted {
@@ -166,7 +167,7 @@ impl Buffers {
 
 impl Account {
     fn streams(&self) -> MutexGuard<'_, Streams> {
-        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+        self.streams.lock()
     }
 
     /// Bytes held for this tunnel.

@@ -7,9 +7,9 @@ use crate::mesh::SpiffeName;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
 use crate::rpc::{self, Connection, tls::from_pem};
+use parking_lot::Mutex;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, string::Ia5String};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tonic::{Code, Status};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -102,13 +102,13 @@ impl IstioCa {
 
     /// The connection in use, or a new one, with token and roots as they are now.
     async fn connection(&self) -> Result<Connection, rpc::ConnectError> {
-        let open = self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let open = self.connection.lock().clone();
         if let Some(open) = open.filter(|open| !open.is_closed()) {
             return Ok(open);
         }
         let new = rpc::connect(&self.rpc).await?;
         // Another request may have connected meanwhile: all use the one that was there first, and ours ends.
-        let mut kept = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.connection.lock();
         if let Some(open) = kept.as_ref().filter(|open| !open.is_closed()) {
             return Ok(open.clone());
         }
@@ -118,7 +118,7 @@ impl IstioCa {
 
     /// Forgets a connection: the next request makes another. One that has been made since stays.
     fn disconnect(&self, failed: &Connection) {
-        let mut kept = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.connection.lock();
         kept.take_if(|kept| kept.is_same(failed));
     }
 }

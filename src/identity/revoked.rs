@@ -6,6 +6,7 @@
 
 use crate::task::files::FileWatch;
 use crate::task::thread::beside;
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -13,7 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer};
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use x509_parser::prelude::{CertificateRevocationList, FromDer, X509Certificate};
@@ -127,7 +128,7 @@ impl Revocations {
                     let entries = list.len();
                     metrics.entries.set(i64::try_from(entries).unwrap_or(i64::MAX));
                     metrics.stale.set(0);
-                    *self.error.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    *self.error.lock() = None;
                     self.current.send_replace(Arc::new(list));
                     tracing::info!(path = %path.display(), entries, "revocation list applied");
                 }
@@ -135,7 +136,7 @@ impl Revocations {
                     metrics.stale.set(1);
                     metrics.refused.inc();
                     let entries = self.current.borrow().len();
-                    *self.error.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason.clone());
+                    *self.error.lock() = Some(reason.clone());
                     tracing::error!(
                         path = %path.display(), reason, entries,
                         "revocation list cannot be used; the one before stays in force"
@@ -164,7 +165,7 @@ impl Revocations {
 
     /// Why the file on disk is not the list in force, if it is not.
     pub fn error(&self) -> Option<String> {
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.error.lock().clone()
     }
 
     /// Whether a certificate of this chain is revoked. One that cannot be parsed is refused elsewhere.

@@ -3,9 +3,9 @@
 
 use super::credentials::Credentials;
 use crate::mesh::Text;
+use parking_lot::Mutex;
 use rustls::pki_types::CertificateDer;
 use std::collections::BTreeSet;
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 #[derive(Debug)]
@@ -27,7 +27,7 @@ impl Roots {
     /// Remembers the roots that came with a certificate, and forgets those whose time is over: the trust domains whose
     /// roots are others now.
     pub fn learn(&self, new: &Credentials) -> BTreeSet<Text> {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.all.lock();
         let (now, trust_domain) = (SystemTime::now(), &new.identity.trust_domain);
         let mut changed: BTreeSet<Text> =
             all.iter().filter(|root| root.until <= now).map(|root| root.trust_domain.clone()).collect();
@@ -53,7 +53,7 @@ impl Roots {
 
     /// The roots of a trust domain.
     pub fn of(&self, trust_domain: &Text) -> Vec<CertificateDer<'static>> {
-        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.all.lock();
         all.iter().filter(|root| root.trust_domain == *trust_domain).map(|root| root.der.clone()).collect()
     }
 }

@@ -11,6 +11,7 @@ use super::roots::Roots;
 use super::turns::{Turns, Urgency};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::Group;
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -18,8 +19,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use rustls::pki_types::CertificateDer;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -149,7 +150,7 @@ impl Store {
     /// Holds a certificate for `identity` from now on; where there is none yet the CA is asked soon, however long it has
     /// failed. Called once per pod, on the control runtime.
     pub fn want(self: &Arc<Self>, identity: &SpiffeName) {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.lock();
         if let Some(entry) = entries.get_mut(identity) {
             entry.holders += 1;
             entry.came += 1;
@@ -171,7 +172,7 @@ impl Store {
 
     /// Ends one [`Store::want`]; a minute after the last one the certificate is forgotten.
     pub fn forget(self: &Arc<Self>, identity: &SpiffeName) {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.entries.lock();
         let Some(entry) = entries.get_mut(identity) else { return };
         entry.holders -= 1;
         if entry.holders > 0 {
@@ -180,7 +181,7 @@ impl Store {
         let (came, store, identity) = (entry.came, self.clone(), identity.clone());
         self.tasks.spawn(async move {
             tokio::time::sleep(FORGET_AFTER).await;
-            let mut entries = store.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut entries = store.entries.lock();
             if let Some(entry) = entries.get(&identity).filter(|entry| entry.came == came) {
                 entry.stop.cancel();
                 entries.remove(&identity);
@@ -220,7 +221,7 @@ impl Store {
         deadline: Instant,
     ) -> Result<(watch::Receiver<State>, Arc<Urgency>), StoreError> {
         let find = || {
-            let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            let entries = self.entries.lock();
             entries.get(identity).map(|entry| (entry.state.subscribe(), entry.urgency.clone()))
         };
         let wait = async {
@@ -237,7 +238,7 @@ impl Store {
 
     /// What is held, for the admin port.
     pub fn list(&self) -> Vec<Held> {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.lock();
         let mut all: Vec<Held> = entries
             .iter()
             .map(|(identity, entry)| {
@@ -266,7 +267,7 @@ impl Store {
 
     /// Whether a pod of this node has the identity now.
     pub(super) fn is_wanted(&self, identity: &SpiffeName) -> bool {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.entries.lock();
         entries.get(identity).is_some_and(|entry| entry.holders > 0)
     }
 
@@ -286,7 +287,7 @@ impl Store {
     /// Makes the settings of these identities anew, with what is trusted now.
     pub(super) fn rebuild(&self, concerned: impl Fn(&SpiffeName) -> bool) {
         let all: Vec<(SpiffeName, watch::Sender<State>)> = {
-            let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+            let entries = self.entries.lock();
             let concerned = entries.iter().filter(|(identity, _)| concerned(identity));
             concerned.map(|(identity, entry)| (identity.clone(), entry.state.clone())).collect()
         };
@@ -420,7 +421,7 @@ mod tests {
         let identity = identity("b");
         store.want(&identity);
         store.get(&identity).await.unwrap();
-        let out = store.entries.lock().unwrap()[&identity].state.clone();
+        let out = store.entries.lock()[&identity].state.clone();
         let fresh =
             Fresh { store: store.clone(), identity: identity.clone(), out: out.clone(), urgency: Arc::default() };
         let signed = store.authority.sign(&identity).await.unwrap();
@@ -454,7 +455,7 @@ mod tests {
         std::fs::remove_dir_all(&folder).unwrap();
         store.want(&identity("b"));
         let retry_in = || {
-            let at = store.entries.lock().unwrap()[&identity("b")].state.borrow().retry_at;
+            let at = store.entries.lock()[&identity("b")].state.borrow().retry_at;
             at.map(|at| at.saturating_duration_since(Instant::now())).unwrap_or_default()
         };
         let come_to_a_long_wait = async || {

@@ -1,7 +1,8 @@
 //! Turns at the CA: few requests at once, the most urgent first. Urgency may rise while a request waits.
 
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{Notify, oneshot};
 
 /// How urgent an identity's certificate is.
@@ -68,7 +69,7 @@ impl Turns {
     pub async fn take(self: &Arc<Self>, urgency: &Arc<Urgency>) -> Turn {
         loop {
             let called = {
-                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut state = self.state.lock();
                 if state.free > 0 {
                     state.free -= 1;
                     return Turn { turns: self.clone() };
@@ -85,7 +86,7 @@ impl Turns {
     }
 
     fn pass_on(self: &Arc<Self>) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         loop {
             let next =
                 state.queue.iter().enumerate().min_by_key(|(_, waiter)| waiter.urgency.class()).map(|(at, _)| at);
@@ -118,7 +119,7 @@ mod tests {
             let (turns, order) = (turns.clone(), order.clone());
             async move {
                 let _turn = turns.take(&urgency).await;
-                order.lock().unwrap().push(name);
+                order.lock().push(name);
             }
         };
         let rising = urgency(0, false);
@@ -139,7 +140,7 @@ mod tests {
         assert!(futures_poll_once(&mut left).await.is_none());
         drop(left);
         all.await;
-        assert_eq!(*order.lock().unwrap(), ["rising", "connection", "warm-up", "renewal"]);
+        assert_eq!(*order.lock(), ["rising", "connection", "warm-up", "renewal"]);
     }
 
     async fn futures_poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {

@@ -8,8 +8,9 @@ use super::update::{Update, Wanted};
 use arc_swap::ArcSwap;
 use futures_util::TryStreamExt;
 use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -114,7 +115,7 @@ impl Waiting<'_> {
     /// Changes the question, if it is still open, and gives it up where nobody is left to wait for it. It may be another question
     /// for the same by now.
     fn leave(&self, left: impl FnOnce(&mut usize)) {
-        let mut questions = self.store.questions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut questions = self.store.questions.lock();
         let Some(open) = questions.open.get_mut(self.wanted).filter(|open| open.number == self.number) else { return };
         left(&mut open.waiting);
         if open.waiting == 0 {
@@ -182,7 +183,7 @@ impl Store {
     }
 
     fn write(&self, base: impl FnOnce(&Snapshot) -> Snapshot, update: Update) -> u64 {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _writing = self.writing.lock();
         let current = self.current.load();
         let mut next = base(&current);
         let version = current.version + 1;
@@ -190,7 +191,7 @@ impl Store {
         next.apply(version, update);
         let next = Arc::new(next);
         {
-            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut questions = self.questions.lock();
             let answered = questions.open.keys().filter(|wanted| next.unasked((*wanted).clone()).is_none());
             for wanted in answered.cloned().collect::<Vec<_>>() {
                 questions.close(&wanted);
@@ -218,7 +219,7 @@ impl Store {
             Wanted::Address(_) | Wanted::Service(_) | Wanted::Workload(_) => wanted.to_string(),
         };
         let number = {
-            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut questions = self.questions.lock();
             if self.load().unasked(wanted.clone()).is_none() {
                 return Ok(());
             }
@@ -268,7 +269,7 @@ impl Store {
     pub async fn refresh(&self, wanted: Vec<Wanted>) {
         let mut changes = self.subscribe();
         {
-            let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut questions = self.questions.lock();
             questions.refreshed.retain(|_, at| at.elapsed() < REFRESH_EVERY);
             let room = QUESTIONS_MAX.saturating_sub(questions.refreshed.len());
             let due: Vec<Wanted> =
@@ -288,7 +289,7 @@ impl Store {
     pub async fn questions(&self) -> Vec<Wanted> {
         loop {
             {
-                let mut questions = self.questions.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut questions = self.questions.lock();
                 if !questions.unsent.is_empty() {
                     return std::mem::take(&mut questions.unsent);
                 }
@@ -364,7 +365,7 @@ mod tests {
             assert!(matches!(done.unwrap(), Err(AskError::TooMany(_))));
             refused += 1;
         }
-        let open = |asker: &str| store.questions.lock().unwrap().by_asker.get(asker).copied().unwrap_or(0);
+        let open = |asker: &str| store.questions.lock().by_asker.get(asker).copied().unwrap_or(0);
         assert_eq!(refused, 30_000 - QUESTIONS_MAX);
         // The next pod is asked for all the same, and answered.
         let (own, innocent) = (Wanted::Workload("own".into()), Text::from("innocent"));
@@ -376,7 +377,7 @@ mod tests {
         let (asked_for, ()) = tokio::join!(store.ask(&innocent, own.clone()), answer);
         assert_eq!(asked_for, Ok(()));
         while asked.join_next().await.is_some() {}
-        assert!(store.questions.lock().unwrap().by_asker.is_empty(), "nothing is left");
+        assert!(store.questions.lock().by_asker.is_empty(), "nothing is left");
         // One alone has no more than its share.
         let one = Text::from("one");
         let mut all = tokio::task::JoinSet::new();
@@ -438,6 +439,6 @@ mod tests {
         assert_eq!(asked, Ok(()));
         scan.abort_all();
         while scan.join_next().await.is_some() {}
-        assert!(store.questions.lock().unwrap().open.is_empty(), "nothing is left");
+        assert!(store.questions.lock().open.is_empty(), "nothing is left");
     }
 }

@@ -18,12 +18,13 @@ use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group, thread};
 use crate::{identity, mesh};
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -478,7 +479,7 @@ struct Claim {
 
 impl Claims {
     fn claim(&self, netns: &Netns, spec: &PodSpec) -> Result<Claim, CaptureError> {
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.taken.lock();
         if let Some(other) = taken.get(&netns.id()) {
             return Err(CaptureError::Taken(netns.path().to_owned(), other.clone()));
         }
@@ -489,6 +490,6 @@ impl Claims {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.claims.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+        self.claims.taken.lock().remove(&self.id);
     }
 }

@@ -10,9 +10,9 @@ use crate::sys::changes::{Changes, Seen};
 use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
 use crate::task::backoff::Backoff;
+use parking_lot::Mutex;
 use serde_json::Value;
 use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -149,11 +149,11 @@ impl Rules {
     }
 
     fn heard(&self) -> Seen {
-        *self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.heard.lock()
     }
 
     fn hear(&self, more: Seen) {
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut heard = self.heard.lock();
         *heard = Seen {
             tables: heard.tables || more.tables,
             routes: heard.routes || more.routes,
@@ -163,7 +163,7 @@ impl Rules {
 
     /// Does what a change asks for: addresses are learned anew, rules that are not as we left them are due.
     pub async fn heed(&mut self, capturer: &Capturer, listening: &Listening) {
-        let seen = std::mem::take(&mut *self.heard.lock().unwrap_or_else(PoisonError::into_inner));
+        let seen = std::mem::take(&mut *self.heard.lock());
         if seen.addresses {
             let before = listening.pod.addresses.load_full();
             capturer.look_at_addresses(listening).await;

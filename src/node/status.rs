@@ -2,13 +2,13 @@
 
 use super::{CaptureError, PodSpec};
 use crate::mesh::Text;
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 use tokio::sync::watch;
 
@@ -125,7 +125,7 @@ impl Board {
 
     /// Sets a pod's state, and logs a change of it.
     pub fn set(&self, spec: &PodSpec, state: State) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         let before = pods.get(&spec.uid).map(|status| status.state.clone());
         if before.as_ref() == Some(&state) {
             return;
@@ -167,7 +167,7 @@ impl Board {
 
     /// Says whether a pod is listened for.
     pub fn listening(&self, uid: &Text, listening: bool) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.listening != listening) {
             status.listening = listening;
             self.changed.send_modify(|n| *n += 1);
@@ -176,7 +176,7 @@ impl Board {
 
     /// Says whether a pod's rules are in place.
     pub fn held(&self, uid: &Text, held: bool) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.held != held) {
             status.held = held;
             self.changed.send_modify(|n| *n += 1);
@@ -185,7 +185,7 @@ impl Board {
 
     /// Says how many connections of a pod are older than its capture.
     pub fn earlier(&self, uid: &Text, earlier: usize) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid) {
             status.earlier = earlier;
         }
@@ -194,7 +194,7 @@ impl Board {
 
     /// Says what else is known of a pod.
     pub fn note(&self, uid: &Text, noted: &Noted) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.noted != *noted) {
             status.noted = noted.clone();
         }
@@ -207,7 +207,7 @@ impl Board {
 
     /// Forgets a pod.
     pub fn remove(&self, uid: &Text) {
-        let mut pods = self.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = self.pods.lock();
         pods.remove(uid);
         self.count(&pods);
         self.changed.send_modify(|n| *n += 1);
@@ -215,12 +215,12 @@ impl Board {
 
     /// The state of one pod.
     pub fn get(&self, uid: &Text) -> Option<PodStatus> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).get(uid).cloned()
+        self.pods.lock().get(uid).cloned()
     }
 
     /// All pods and their states.
     pub fn list(&self) -> Vec<PodStatus> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+        self.pods.lock().values().cloned().collect()
     }
 
     fn count(&self, pods: &BTreeMap<Text, PodStatus>) {

@@ -1,9 +1,10 @@
 //! Places for those who have not said yet who they are: so many in all, and so many for each source address, so that
 //! one source cannot take them all.
 
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Places that each source has even when others have taken all; there are twice as many in all before it has not.
 const SPARE: usize = 4;
@@ -49,7 +50,7 @@ impl Places {
     /// A place for `source`.
     pub fn take(self: &Arc<Self>, source: IpAddr) -> Result<Place, Full> {
         let source = same_owner(source);
-        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.taken.lock();
         let all = taken.all;
         let own = taken.by_source.get(&source).copied().unwrap_or(0);
         if own >= self.each {
@@ -66,7 +67,7 @@ impl Places {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut taken = self.places.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut taken = self.places.taken.lock();
         taken.all = taken.all.saturating_sub(1);
         let left = taken.by_source.get_mut(&self.source).map_or(0, |own| {
             *own = own.saturating_sub(1);
@@ -105,7 +106,7 @@ mod tests {
         drop(greedy);
         assert_eq!(take(&places, "10.0.0.2", 1000).len(), 20);
         drop(second);
-        assert!(places.taken.lock().unwrap().by_source.is_empty(), "nothing is kept of who has gone");
+        assert!(places.taken.lock().by_source.is_empty(), "nothing is kept of who has gone");
     }
 
     #[test]

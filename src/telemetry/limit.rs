@@ -1,6 +1,6 @@
 //! A bound on log lines that a peer can cause: a few per second each, the rest counted and told with the next line.
 
-use std::sync::{Mutex, PoisonError};
+use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
 /// Lets through at most [`LogLimit::PER_SECOND`] lines a second.
@@ -23,7 +23,7 @@ impl LogLimit {
     /// `Some(n)`: write the line; `n` lines were left out before it. `None`: leave this one out.
     pub fn allow(&self) -> Option<u64> {
         let now = Instant::now();
-        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut window = self.window.lock();
         let current = window.get_or_insert(Window { since: now, lines: 0, suppressed: 0 });
         if now.duration_since(current.since) >= Duration::from_secs(1) {
             current.since = now;

@@ -2,11 +2,12 @@
 //! addresses visits all. There is a bound on them, beyond which they are counted as one, and what is idle is shown a last time and
 //! goes; a scraper takes a counter that is back later for one that has begun anew.
 
+use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 /// Label sets that there are at once, by default: some 5 MB of a scrape for each counter.
@@ -93,10 +94,10 @@ impl<L: Labels, M: Default> Series<L, M> {
     /// The metrics of these labels.
     pub fn of(&self, labels: &L) -> Held<L, M> {
         let table = &*self.0;
-        if let Some(entry) = table.sets.read().unwrap_or_else(PoisonError::into_inner).get(labels) {
+        if let Some(entry) = table.sets.read().get(labels) {
             return Held(entry.clone());
         }
-        let mut sets = table.sets.write().unwrap_or_else(PoisonError::into_inner);
+        let mut sets = table.sets.write();
         if sets.len() >= table.max {
             // Once a second: whoever makes up names is not to make each connection look through all of them.
             let now = table.begun.elapsed().as_secs() + 1;
@@ -118,13 +119,12 @@ impl<L: Labels, M: Default> Series<L, M> {
         mut write: impl FnMut(&F, &mut dyn Iterator<Item = (&L, &M)>) -> Result<(), E>,
     ) -> Result<(), E> {
         // Not under the lock: writing takes a while, and connections must go on opening.
-        let all: Vec<Arc<Entry<L, M>>> =
-            self.0.sets.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let all: Vec<Arc<Entry<L, M>>> = self.0.sets.read().values().cloned().collect();
         for family in families {
             write(&family, &mut all.iter().map(|entry| (&*entry.labels, &entry.metrics)))?;
         }
         drop(all);
-        self.0.sweep(&mut self.0.sets.write().unwrap_or_else(PoisonError::into_inner));
+        self.0.sweep(&mut self.0.sets.write());
         Ok(())
     }
 }

@@ -8,9 +8,10 @@
 use super::POLICY_WAIT;
 use super::decide::{Applicable, Changes, Permit, Refusal, RuleName, Subject, Verdict};
 use crate::mesh::{self, Snapshot, Text, Workload};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -128,11 +129,11 @@ impl Live {
 
 impl Entry {
     fn standing(&self) -> Option<Standing> {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.standing.lock().clone()
     }
 
     fn stands(&self, standing: Option<Standing>) {
-        *self.standing.lock().unwrap_or_else(PoisonError::into_inner) = standing;
+        *self.standing.lock() = standing;
     }
 
     fn refuse(&self, refusal: Refusal) {
@@ -275,7 +276,7 @@ impl Registry {
     }
 
     fn groups(&self) -> MutexGuard<'_, HashMap<Text, Group>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+        self.groups.lock()
     }
 }
 

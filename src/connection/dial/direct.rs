@@ -4,11 +4,12 @@ use super::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
+use parking_lot::Mutex;
 use socket2::Socket;
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use tokio::net::TcpStream;
 
 /// How sockets of the daemon are marked and set up.
@@ -47,13 +48,13 @@ pub struct OpenLegs(Arc<Mutex<HashSet<Ends>>>);
 impl OpenLegs {
     /// Whether a connection from `source` to `destination` is one of them.
     pub fn contains(&self, source: SocketAddr, destination: SocketAddr) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(&ends(source, destination))
+        self.0.lock().contains(&ends(source, destination))
     }
 
     /// Starts to connect. The port may be chosen only now, and the connection may be back at once: until it is noted, nobody
     /// looks.
     fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<Noted> {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.0.lock();
         start_connect(socket, to)?;
         let own = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
         let ends = ends(own, to);
@@ -71,7 +72,7 @@ pub struct Noted {
 
 impl Drop for Noted {
     fn drop(&mut self) {
-        self.open.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.ends);
+        self.open.0.lock().remove(&self.ends);
     }
 }
 

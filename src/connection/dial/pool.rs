@@ -11,13 +11,14 @@ use crate::hbone::{Tunnel, TunnelError};
 use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::{Group, Signal};
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -146,7 +147,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        *self.open.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.open.last_used.lock() = Instant::now();
         self.open.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -171,7 +172,7 @@ impl Pool {
     {
         loop {
             let mut outcome = {
-                let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut slots = self.slots.lock();
                 let slot = slots.entry(key.clone()).or_default();
                 if let Some(lease) = slot.open.iter().find_map(|open| self.lease(open)) {
                     return Ok(lease);
@@ -217,7 +218,7 @@ impl Pool {
 
     /// How many tunnels are open.
     pub fn len(&self) -> usize {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().map(|slot| slot.open.len()).sum()
+        self.slots.lock().values().map(|slot| slot.open.len()).sum()
     }
 
     async fn dial<F>(self: Arc<Self>, key: Key, drain: Signal, dialling: F, outcome: watch::Sender<Outcome>)
@@ -260,10 +261,10 @@ impl Pool {
     async fn keep(&self, key: &Key, open: Arc<Open>, drain: Signal, mut run: Run) {
         let leave = async {
             loop {
-                let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+                let last = *open.last_used.lock();
                 tokio::time::sleep_until(last + self.config.idle).await;
-                let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-                let last = *open.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut slots = self.slots.lock();
+                let last = *open.last_used.lock();
                 if open.streams.load(Ordering::Relaxed) == 0 && last.elapsed() >= self.config.idle {
                     remove(&mut slots, key, &open);
                     return;
@@ -284,7 +285,7 @@ impl Pool {
             // Its streams hear of it themselves; no new one may begin.
             () = open.chain.ending() => None,
         };
-        remove(&mut self.slots.lock().unwrap_or_else(PoisonError::into_inner), key, &open);
+        remove(&mut self.slots.lock(), key, &open);
         let peer = open.peer.clone();
         drop(open);
         let ended = match ended {
@@ -316,7 +317,7 @@ struct Settle<'a> {
 
 impl Settle<'_> {
     fn with(&self, result: Result<Arc<Open>, Arc<TunnelDialError>>) {
-        let mut slots = self.pool.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.pool.slots.lock();
         let slot = slots.entry(self.key.clone()).or_default();
         slot.dialling = None;
         slot.open.retain(|open| !open.gone.load(Ordering::Relaxed));
@@ -408,7 +409,7 @@ mod tests {
         assert!(results.iter().all(|r| r.as_ref().is_err_and(|e| matches!(**e, TunnelDialError::Blocked(_)))));
         assert_eq!(dials.load(Ordering::Relaxed), 1);
         assert!(start.elapsed() < Duration::from_secs(11), "{:?}", start.elapsed());
-        assert!(pool.slots.lock().unwrap().is_empty(), "a failed dial leaves nothing behind");
+        assert!(pool.slots.lock().is_empty(), "a failed dial leaves nothing behind");
     }
 
     #[tokio::test(start_paused = true)]

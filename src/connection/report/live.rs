@@ -3,11 +3,12 @@
 use super::record::Direction;
 use crate::identity::TlsFacts;
 use crate::mesh::{SpiffeName, Text};
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// One live connection.
@@ -83,23 +84,23 @@ impl LiveConnections {
     /// Adds one; remove it with the number given.
     pub fn add(&self, connection: &Arc<Connection>) -> u64 {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).insert(id, connection.clone());
+        self.all.lock().insert(id, connection.clone());
         id
     }
 
     /// Removes one.
     pub fn remove(&self, id: u64) {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        self.all.lock().remove(&id);
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.all.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.all.lock().len()
     }
 
     /// All of now, the oldest first.
     pub fn list(&self) -> Vec<(u64, Arc<Connection>)> {
-        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.all.lock();
         all.iter().map(|(id, connection)| (*id, connection.clone())).collect()
     }
 }

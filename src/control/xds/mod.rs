@@ -14,13 +14,13 @@ mod stream;
 pub use stream::Client;
 
 use crate::rpc;
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 /// Settings of the client.
@@ -72,14 +72,14 @@ pub struct Report {
 impl Freshness {
     /// As of now.
     pub fn report(&self) -> Report {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let state = self.state.lock().clone();
         let since = |at: SystemTime| SystemTime::now().duration_since(at).unwrap_or_default();
         let age = if state.live { Some(Duration::ZERO) } else { state.confirmed.map(since) };
         Report { live: state.live, age, from_file: state.from_file, error: state.error }
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner));
+        change(&mut self.state.lock());
     }
 }
 
