@@ -1,4 +1,5 @@
-//! Two nodes on one machine, pods in them, and the daemon on each; gone when dropped, also when a test fails.
+//! Two nodes on one machine, pods in them, and the daemon on each. All of it goes when it is dropped, also when a test
+//! fails, unless `KEEP=1` asks for the evidence of a failure.
 
 pub mod agent;
 pub mod apps;
@@ -342,6 +343,39 @@ impl World {
     }
 }
 
+impl World {
+    /// The network namespaces that exist of this world.
+    fn namespaces(&self) -> Vec<String> {
+        let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
+        let names = names.map(|name| name.file_name().to_string_lossy().into_owned());
+        let mut names: Vec<String> = names.filter(|name| name.starts_with(&self.prefix)).collect();
+        names.sort();
+        names
+    }
+
+    /// Says what is left of a failed scenario, how to look at it, and how to remove it. The fakes (agent, control plane, applications)
+    /// are threads of the test and end with it; the daemons go on.
+    fn print_evidence(&self) {
+        let dir = self.dir.display();
+        let mut text = format!("\n--- kept, because KEEP=1 ---\nfiles, and each node's log: {dir}\n");
+        for name in self.namespaces() {
+            text += &format!("namespace: {name}\n");
+        }
+        for (node, process) in &self.nodes {
+            text += &format!("daemon of node {node}: process {}, log {dir}/node{node}.log\n", process.pid());
+        }
+        let (node, prefix) = (self.ns("n1"), &self.prefix);
+        text += &format!(
+            "enter a pod:        nsenter --net=/run/netns/NAMESPACE nft list ruleset\n\
+             ask node 1:         nsenter --net=/run/netns/{node} curl -s http://127.0.0.1:15000/pods\n\
+             remove everything:  for n in $(ls /run/netns | grep ^{prefix}); do ip netns pids $n | xargs -r kill -9; \
+             ip netns del $n; done; rm -r {dir}\n"
+        );
+        // Not by a macro: what those print is held back while the test runner captures output.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
@@ -352,15 +386,22 @@ impl Drop for World {
                 tail.iter().rev().for_each(|line| eprintln!("{line}"));
             }
         }
+        if keeps_evidence() {
+            self.print_evidence();
+            return;
+        }
         self.nodes.clear();
         self.others.clear();
-        let names = fs::read_dir("/run/netns").into_iter().flatten().flatten();
-        for name in names.map(|n| n.file_name().to_string_lossy().into_owned()).filter(|n| n.starts_with(&self.prefix))
-        {
+        for name in self.namespaces() {
             let _ = Command::new("ip").args(["netns", "del", &name]).status();
         }
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Whether a scenario has failed and `KEEP=1` asks to leave its namespaces, processes and files in place.
+pub fn keeps_evidence() -> bool {
+    std::thread::panicking() && std::env::var_os("KEEP").is_some_and(|keep| keep == "1")
 }
 
 pub fn pod_entry(pod: &Pod) -> Value {

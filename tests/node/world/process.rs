@@ -1,6 +1,6 @@
-//! A program that a test starts, and that never outlives it.
+//! A program that a test starts, and that ends with it unless the evidence of a failure is kept.
 
-use super::{eventually, inside};
+use super::{eventually, inside, keeps_evidence};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::OpenOptions;
@@ -50,6 +50,9 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
+        if keeps_evidence() {
+            return;
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
