@@ -8,6 +8,8 @@
     reason = "a test says what is wrong by panicking"
 )]
 
+mod circles;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
