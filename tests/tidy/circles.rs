@@ -29,8 +29,14 @@ fn circles_are_found_however_a_file_names_another() {
         (&[("a/mod.rs", "mod b; mod c;"), ("a/b.rs", "use super::c::X;"), ("a/c.rs", "fn f() { super::b::g() }")], 1),
         (&[("a/mod.rs", "mod b; fn f() { b::g() }"), ("a/b.rs", "use super::f;")], 1),
         (&[("a/mod.rs", "mod b; pub use b::{self, G};"), ("a/b.rs", "use super::Plain;")], 0),
-        (&[("a/mod.rs", "mod b; mod c; pub use c::G;"), ("a/b.rs", "use super::G;"), ("a/c.rs", "use crate::a::b;")], 1),
-        (&[("a/mod.rs", "mod b; mod c;"), ("a/b.rs", "use super::{c::{self, X}, Y};"), ("a/c.rs", "// super::b::X")], 0),
+        (
+            &[("a/mod.rs", "mod b; mod c; pub use c::G;"), ("a/b.rs", "use super::G;"), ("a/c.rs", "use crate::a::b;")],
+            1,
+        ),
+        (
+            &[("a/mod.rs", "mod b; mod c;"), ("a/b.rs", "use super::{c::{self, X}, Y};"), ("a/c.rs", "// super::b::X")],
+            0,
+        ),
         (
             &[
                 ("a/mod.rs", "mod d; mod e;"),
@@ -145,7 +151,8 @@ impl Tree {
 
 /// Paths in a file that begin in the tree: those that it imports, and those in the code. What it exports for others is none.
 fn named(text: &str, children: &[String]) -> Vec<Vec<String>> {
-    let mut all: Vec<Vec<String>> = uses(text).into_iter().filter(|(exported, _)| !exported).map(|(_, path)| path).collect();
+    let mut all: Vec<Vec<String>> =
+        uses(text).into_iter().filter(|(exported, _)| !exported).map(|(_, path)| path).collect();
     let mut rest = crate::code(text);
     while let Some((before, statement, after)) = next_use(&rest) {
         let _ = statement;

@@ -9,6 +9,7 @@
 )]
 
 mod circles;
+mod documents;
 
 use std::collections::BTreeMap;
 use std::fs;
