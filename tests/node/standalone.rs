@@ -137,5 +137,5 @@ fn the_example_of_the_documentation_is_understood() {
         assert!(checked.status.success(), "{}\n{block}", String::from_utf8_lossy(&checked.stderr));
         seen += 1;
     }
-    assert_eq!(seen, 2);
+    assert_eq!(seen, 3);
 }
