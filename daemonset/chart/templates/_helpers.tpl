@@ -85,7 +85,7 @@ spec:
 {{- end }}
 
 {{- define "culvert.scc" -}}
-# OpenShift: host paths and capabilities need this constraint.
+# On OpenShift, host paths and capabilities need this security context constraint.
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
