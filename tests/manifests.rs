@@ -456,3 +456,39 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
         assert!(defaults.contains(text.rsplit([' ', ':']).next().unwrap()));
     }
 }
+
+/// `helm install` and `helm upgrade` of the chart as the documents print them, line ends with a backslash joined.
+fn helm_commands() -> Vec<String> {
+    let folder = |path: &str| fs::read_dir(root().join(path)).unwrap().map(|entry| entry.unwrap().path());
+    let files = folder("").chain(folder("docs")).filter(|path| path.extension().is_some_and(|end| end == "md"));
+    let texts = files.map(|path| fs::read_to_string(path).unwrap().replace("\\\n", " "));
+    let lines = texts.flat_map(|text| text.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>());
+    lines.filter(|line| line.starts_with("helm ") && line.contains("daemonset/chart")).collect()
+}
+
+#[test]
+fn helm_commands_in_the_documents_render() {
+    let commands = helm_commands();
+    assert!(commands.len() > 3, "the commands were found: {commands:?}");
+    for command in commands {
+        let mut words = command.split_whitespace().skip(2).peekable();
+        let mut arguments = vec!["template".to_owned(), "--kube-version".into(), "1.33.0".into()];
+        while let Some(word) = words.next() {
+            match word {
+                // What only an installed release can use, and the reader's own values.
+                "--reuse-values" | "--wait" => {}
+                "-f" if words.peek().is_some_and(|file| file.chars().all(char::is_uppercase)) => drop(words.next()),
+                "-f" => panic!("{command}: a file of the reader's is written in capitals"),
+                word => arguments.push(word.replace("\"$IMAGE\"", "registry.example.com/culvert:1")),
+            }
+        }
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let rendered = tool("helm", &arguments).unwrap_or_else(|error| panic!("{command}: {error}"));
+        let all = documents(&rendered);
+        all.iter().for_each(check);
+        if command.contains("image=") {
+            let image = &container(of_kind(&all, "DaemonSet").unwrap())["image"];
+            assert_eq!(image, "registry.example.com/culvert:1", "{command}");
+        }
+    }
+}
