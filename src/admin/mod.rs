@@ -1,7 +1,7 @@
 //! The three HTTP ports: admin (loopback only), metrics, readiness. It is handed functions and knows nothing of what
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
-use crate::task::places::Places;
+use crate::task::slots::Slots;
 use crate::task::thread::beside;
 use crate::task::{Group, Ready};
 use crate::telemetry::exposition::Format;
@@ -117,7 +117,7 @@ pub struct Ports {
 /// How clients of a port are dealt with.
 #[derive(Clone, Debug)]
 struct Manners {
-    places: Arc<Places>,
+    slots: Arc<Slots>,
     deadline: Duration,
     /// Whether a connection may ask again.
     keep_alive: bool,
@@ -126,12 +126,12 @@ struct Manners {
 impl Manners {
     /// For the admin port: its clients are of this machine.
     fn local() -> Self {
-        Self { places: Places::new(CONNECTIONS_MAX, CONNECTIONS_MAX), deadline: ADMIN_DEADLINE, keep_alive: true }
+        Self { slots: Slots::new(CONNECTIONS_MAX, CONNECTIONS_MAX), deadline: ADMIN_DEADLINE, keep_alive: true }
     }
 
     /// For a port that everybody can reach.
     fn open(deadline: Duration) -> Self {
-        Self { places: Places::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE), deadline, keep_alive: false }
+        Self { slots: Slots::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE), deadline, keep_alive: false }
     }
 }
 
@@ -197,7 +197,7 @@ async fn serve(listener: TcpListener, router: Router, manners: Manners) {
                 continue;
             }
         };
-        let Ok(place) = manners.places.take(peer.ip()) else { continue };
+        let Ok(slot) = manners.slots.take(peer.ip()) else { continue };
         let service = TowerToHyperService::new(router.clone());
         let Manners { deadline, keep_alive, .. } = manners;
         connections.spawn(async move {
@@ -206,7 +206,7 @@ async fn serve(listener: TcpListener, router: Router, manners: Manners) {
             let serving = http.half_close(true).keep_alive(keep_alive).serve_connection(TokioIo::new(stream), service);
             // A client that breaks off, or is too slow, is its own loss.
             let _ = tokio::time::timeout(deadline, serving).await;
-            drop(place);
+            drop(slot);
         });
     }
 }

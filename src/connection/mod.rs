@@ -31,7 +31,7 @@ use worker::Worker;
 
 use crate::hbone::{self, Authority, ConnectRequest, Incoming};
 use crate::mesh::{SpiffeName, Text, address::canonical};
-use crate::task::places::Place;
+use crate::task::slots::Slot;
 use http::StatusCode;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -168,7 +168,7 @@ async fn open(
 
 /// 15008: a tunnel from a peer; its streams become tasks of this worker. Until the peer has proven who it is, it has
 /// `place` and no more; then it is charged for.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Slot) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);

@@ -13,7 +13,7 @@ use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
-use crate::task::places::{Place, Places};
+use crate::task::slots::{Slot, Slots};
 use crate::task::{Group, thread};
 use crate::{identity, mesh};
 use parking_lot::Mutex;
@@ -57,15 +57,15 @@ pub struct Shared {
     pub budget: Arc<Budget>,
     /// What peers make us hold.
     pub buffers: Arc<Buffers>,
-    /// Places for connections to HBONE ports whose peer has not proven yet who it is; no pod is charged for them.
-    pub handshakes: Arc<Places>,
+    /// Slots for connections to HBONE ports whose peer has not proven yet who it is; no pod is charged for them.
+    pub handshakes: Arc<Slots>,
 }
 
 impl Shared {
-    /// Places for handshakes: enough for peers that all come at once, and so few that together they hold no more than `bytes`.
-    pub fn handshakes(bytes: usize) -> Arc<Places> {
+    /// Slots for handshakes: enough for peers that all come at once, and so few that together they hold no more than `bytes`.
+    pub fn handshakes(bytes: usize) -> Arc<Slots> {
         let max = (bytes / HANDSHAKE_BYTES).clamp(HANDSHAKES_OF_ONE / 4, HANDSHAKES_MAX);
-        Places::new(max, HANDSHAKES_OF_ONE.min(max / 2))
+        Slots::new(max, HANDSHAKES_OF_ONE.min(max / 2))
     }
 }
 
@@ -115,7 +115,7 @@ struct Accepted {
 /// What an accepted connection is counted as.
 enum Room {
     Open(Open),
-    Handshake(Place),
+    Handshake(Slot),
 }
 
 #[derive(Debug)]

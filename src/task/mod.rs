@@ -4,8 +4,8 @@ pub mod backoff;
 pub mod drain;
 pub mod files;
 pub mod group;
-pub mod places;
 pub mod ready;
+pub mod slots;
 pub mod thread;
 
 pub use drain::{Drain, Signal};

@@ -14,7 +14,7 @@ use crate::identity::store::StoreError;
 use crate::identity::verify::clock;
 use crate::identity::verify::is_revoked;
 use crate::mesh::Text;
-use crate::task::places::Full;
+use crate::task::slots::NoSlot;
 
 /// How a connection ended badly.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum Failure {
     Queue(usize),
     /// Too many that have not proven who they are.
     #[error("too many handshakes at once: {0}")]
-    Handshakes(#[from] Full),
+    Handshakes(#[from] NoSlot),
     /// Nothing is known about the pod yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
