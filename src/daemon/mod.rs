@@ -37,7 +37,7 @@ pub fn run(cli: Cli) -> ExitCode {
         },
         Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor_command(&args),
-        Command::Pods { json, node } => match doctor::list::run(admin_port(&node), json) {
+        Command::Pods { json, node } => match doctor::pod_table::run(admin_port(&node), json) {
             Ok(text) => say(text.trim_end()),
             Err(error) => fail(1, &error),
         },

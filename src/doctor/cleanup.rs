@@ -1,6 +1,6 @@
 //! `culvert cleanup`: removes every trace of culvert from a node. Never while a daemon runs: that would write it all again.
 
-use super::get;
+use super::daemon::get;
 use crate::config::Config;
 use crate::node::cni::install;
 use crate::node::kubernetes::annotate;

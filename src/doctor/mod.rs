@@ -2,80 +2,24 @@
 //! thing, well or not, and what to do where it is not. `culvert cleanup` is beside it.
 
 pub mod cleanup;
-pub mod list;
-mod machine;
+mod daemon;
+mod finding;
 mod network;
+pub mod pod_table;
 mod pods;
+mod requirements;
 
-use crate::config::{CaSource, Config};
+use self::daemon::Daemon;
+pub use self::daemon::settings;
+use self::finding::{Line, Verdict, bad, note, well};
+use crate::config::Config;
 use crate::node::Source;
-use crate::sys::clock;
 use crate::task::thread;
-use std::collections::BTreeMap;
-use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
-
-/// How long anything that is tried may take.
-const DEADLINE: Duration = Duration::from_secs(3);
+use std::time::Duration;
 
 /// How long a whole step may take.
 const STEP: Duration = Duration::from_secs(15);
-
-/// How long a page of the daemon may take: that of a large mesh is made for a while.
-const PAGE_DEADLINE: Duration = Duration::from_secs(5);
-
-/// How well a thing is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Well,
-    /// Works, and somebody should know.
-    Note,
-    Bad,
-}
-
-/// One line.
-#[derive(Debug)]
-struct Line {
-    verdict: Verdict,
-    what: &'static str,
-    text: String,
-}
-
-impl fmt::Display for Line {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = match self.verdict {
-            Verdict::Well => "ok  ",
-            Verdict::Note => "note",
-            Verdict::Bad => "FAIL",
-        };
-        write!(f, "{word}  {:<12}  {}", self.what, self.text)
-    }
-}
-
-fn well(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Well, what, text: text.into() }
-}
-
-fn note(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Note, what, text: text.into() }
-}
-
-fn bad(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Bad, what, text: text.into() }
-}
-
-/// What the daemon of this node is set to, by variable, as its admin port says.
-pub fn settings(port: u16) -> Result<BTreeMap<String, String>, String> {
-    let (_, body) = get(port, "/config_dump")?;
-    let dump: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/config_dump: {error}"))?;
-    let settings = dump.pointer("/config/settings").and_then(serde_json::Value::as_object);
-    let settings = settings.ok_or("it does not tell its settings: another version?")?;
-    let text = |(name, value): (&String, &serde_json::Value)| Some((name.clone(), value.as_str()?.to_owned()));
-    Ok(settings.iter().filter_map(text).collect())
-}
 
 /// Looks at everything and hands each line to `say`; whether all is well. `told`: whether the settings are those that the daemon
 /// has told, or why not.
@@ -94,16 +38,16 @@ pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(
         Err(why) => note("settings", format!("those of this command; the daemon cannot be asked for its own: {why}")),
     }]);
     let own = config.clone();
-    tell(aside("rights", move || vec![machine::privileges(&own), machine::confinement()]).await);
-    tell(step("kernel", machine::kernel(&config)).await);
+    tell(aside("rights", move || vec![requirements::privileges(&own), requirements::confinement()]).await);
+    tell(step("kernel", requirements::kernel(&config)).await);
     let own = config.clone();
-    tell(aside("sysctls", move || machine::sysctls(&own)).await);
+    tell(aside("sysctls", move || requirements::sysctls(&own)).await);
     tell(step("network", network::reachable(&config)).await);
     if let Source::Kubernetes(kubernetes) = &config.node.source {
-        tell(step("kubernetes", machine::api(kubernetes)).await);
-        tell(step("host rules", machine::host_rules(&config)).await);
+        tell(step("kubernetes", requirements::api(kubernetes)).await);
+        tell(step("host rules", requirements::host_rules(&config)).await);
         let own = kubernetes.clone();
-        tell(aside("cni plugin", move || machine::plugin(&own)).await);
+        tell(aside("cni plugin", move || requirements::plugin(&own)).await);
     }
     let own = config.clone();
     let looked = match thread::beside(move || Daemon::look(&own)).await {
@@ -132,145 +76,4 @@ async fn step(what: &'static str, work: impl Future<Output = Vec<Line>>) -> Vec<
 /// A step that blocks its thread.
 async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Line> + Send + 'static) -> Vec<Line> {
     step(what, async { thread::beside(work).await.unwrap_or_else(|| vec![bad(what, "cannot be looked at")]) }).await
-}
-
-/// What the daemon of this node says of itself.
-struct Daemon {
-    pods: Vec<serde_json::Value>,
-    ready: (u16, String),
-    metrics: String,
-    dump: serde_json::Value,
-}
-
-impl Daemon {
-    fn look(config: &Config) -> Result<Self, String> {
-        let admin = &config.admin;
-        let json = |path: &str| {
-            let (_, body) = get(admin.admin_port, path)?;
-            serde_json::from_str::<serde_json::Value>(&body).map_err(|error| format!("{path}: {error}"))
-        };
-        let pods = pods(admin.admin_port)?;
-        let metrics = get(admin.stats_port, "/metrics")?.1;
-        Ok(Self { pods, ready: get(crate::admin::READY_PORT, "/healthz/ready")?, metrics, dump: json("/config_dump")? })
-    }
-
-    fn readiness(&self) -> Line {
-        match &self.ready {
-            (200, _) => well("daemon", "runs and is ready"),
-            (_, why) => bad("daemon", format!("runs and is not ready: {}", why.trim())),
-        }
-    }
-
-    fn files(&self) -> Line {
-        let metric = |name: &str| {
-            let line = self.metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
-            line.unwrap_or(0.0)
-        };
-        let (open, max) = (metric("process_open_fds "), metric("process_max_fds "));
-        let text = format!("{open} of {max} are open");
-        match open > 0.8 * max {
-            true => bad(
-                "open files",
-                format!(
-                    "{text}: the largest pod's newest connections are refused; raise the limit of the container runtime"
-                ),
-            ),
-            false => well("open files", text),
-        }
-    }
-
-    /// Certificates are made by the CA's clock, and judged by those of this node and of its peers.
-    fn clock(&self, config: &Config) -> Line {
-        let now = SystemTime::now();
-        let here = humantime::format_rfc3339_seconds(now);
-        let time = |value: &serde_json::Value| humantime::parse_rfc3339(value.as_str()?).ok();
-        let all =
-            self.dump.get("certificates").and_then(serde_json::Value::as_array).map(Vec::as_slice).unwrap_or_default();
-        let mut seen = 0;
-        for identity in all {
-            let name = identity["identity"].as_str().unwrap_or_default();
-            if let Some(error) = identity["error"].as_str().filter(|error| error.contains("clock")) {
-                return bad("clock", format!("{name}: {error}; it is {here} here: set this node's clock, or the CA's"));
-            }
-            let Some(leaf) = identity["certChain"].get(0) else { continue };
-            seen += 1;
-            let (from, to) = (&leaf["validFrom"], &leaf["expirationTime"]);
-            if time(from).is_some_and(|from| from > now) || time(to).is_some_and(|to| to < now) {
-                let text = format!("{name} is valid from {from} to {to}, and it is {here} here: set this node's clock");
-                return bad("clock", format!("{text}, or the CA's"));
-            }
-        }
-        let failed = self.failures("clock");
-        if failed > 0.0 {
-            let text =
-                format!("{failed} handshakes have failed because a certificate was not valid by one of the two clocks");
-            return note(
-                "clock",
-                format!("{text}; it is {here} here: compare with the peers, which the access log names"),
-            );
-        }
-        if clock::is_kept() == Some(false) {
-            let text = "no time service keeps this node's clock: peers refuse certificates once it is a minute off";
-            return note("clock", format!("{text}; it is {here} here"));
-        }
-        match (&config.ca, seen) {
-            (CaSource::Builtin(_), _) => well(
-                "clock",
-                format!("it is {here}: with the built-in CA this node's own clock counts, compare with others"),
-            ),
-            (CaSource::Istio(_), 0) => note("clock", "no certificate yet by which it could be compared with the CA's"),
-            (CaSource::Istio(_), _) => {
-                well("clock", format!("agrees with the CA's: {seen} certificates are valid now"))
-            }
-        }
-    }
-
-    /// Connections that failed for a reason.
-    fn failures(&self, reason: &str) -> f64 {
-        let label = format!("reason=\"{reason}\"");
-        let lines = self
-            .metrics
-            .lines()
-            .filter(|line| line.starts_with("culvert_connection_failures_total{") && line.contains(&label));
-        lines.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
-    }
-}
-
-/// The pods of the node, as the daemon knows them now.
-fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
-    let (_, body) = get(admin_port, "/pods")?;
-    let pods: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/pods: {error}"))?;
-    Ok(pods.as_array().cloned().unwrap_or_default())
-}
-
-/// Asks one of the daemon's own ports.
-fn get(port: u16, path: &str) -> Result<(u16, String), String> {
-    let end = Instant::now() + PAGE_DEADLINE;
-    let work = || {
-        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), DEADLINE)?;
-        stream.set_write_timeout(Some(DEADLINE))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n")?;
-        let (mut answer, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
-            stream.set_read_timeout(Some(left))?;
-            match stream.read(&mut buffer)? {
-                0 => return Ok::<_, io::Error>(answer),
-                length => answer.extend_from_slice(buffer.get(..length).unwrap_or_default()),
-            }
-        }
-    };
-    let answer = work().map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock => {
-            format!("no answer within {} s", PAGE_DEADLINE.as_secs())
-        }
-        _ => error.to_string(),
-    })?;
-    let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("it is no HTTP")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or("it is no HTTP")?;
-    Ok((code, body.to_owned()))
 }

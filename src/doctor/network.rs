@@ -1,6 +1,6 @@
 //! Whether the control plane and the CA can be reached at all.
 
-use super::{DEADLINE, Line, bad, well};
+use super::finding::{DEADLINE, Line, bad, well};
 use crate::config::{CaSource, Config, MeshSource};
 use std::net::SocketAddr;
 use tokio::net::{TcpStream, lookup_host};

@@ -1,11 +1,12 @@
 //! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
 
-use super::list::since;
-use super::{DEADLINE, Line, Verdict, bad, note, well};
+use super::daemon;
+use super::finding::{DEADLINE, Line, Verdict, bad, note, well};
+use super::pod_table::since;
 use crate::config::Config;
 use crate::node::{Source, probes, redirect};
-use crate::sys::counter::{self, Family};
 use crate::sys::netns::{Netns, id_at};
+use crate::sys::nftables::{self, Family};
 use crate::sys::socket::{Bind, LegOptions, outgoing, start_connect};
 use crate::task::thread;
 use serde_json::Value;
@@ -76,7 +77,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
     let tried = thread::beside(move || {
         let tried = try_all(&found, mark, probes.as_deref());
         let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Bad);
-        let now = if failed { super::pods(port).ok() } else { None };
+        let now = if failed { daemon::pods(port).ok() } else { None };
         tried.into_iter().map(|tried| unless_gone(tried, now.as_deref())).collect::<Vec<_>>()
     });
     lines.extend(tried.await.unwrap_or_default());
@@ -348,7 +349,7 @@ fn probes_address(pod: &Pod) -> &'static str {
 
 /// Connections from the probes' address that the pod has seen.
 fn probed(pod: &Pod) -> Option<u64> {
-    pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
+    pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
 }
 
 /// Begins a connection to a pod from its neighbour, with the probes' address; with how many have arrived before. The socket is

@@ -1,6 +1,6 @@
 //! What of the machine culvert needs: rights, the kernel, settings of the kernel, the API, the host's rules, the plugin.
 
-use super::{DEADLINE, Line, bad, note, well};
+use super::finding::{DEADLINE, Line, bad, note, well};
 use crate::config::Config;
 use crate::node::cni::install::PLUGIN;
 use crate::node::{Source, kubernetes, probes, redirect, routes};

@@ -1,6 +1,6 @@
 //! `culvert pods`: what the daemon of this node says of its pods, as a table.
 
-use super::get;
+use super::daemon::get;
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
