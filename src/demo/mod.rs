@@ -2,6 +2,7 @@
 //! what happened: what was captured, what crossed the wire, who saw whom, what was denied and by which rule, how fast.
 
 mod account;
+mod cancel;
 mod nodes;
 mod traffic;
 mod wire;
@@ -12,12 +13,12 @@ use crate::sys;
 use crate::task::thread::blocking;
 use account::{Account, Denied, Seen};
 use anyhow::{Context, bail};
+use cancel::is_cancelled;
 use parking_lot::Mutex;
 use serde_json::Value;
 use std::io::Write;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use world::{PODS, World};
@@ -28,17 +29,7 @@ const PROGRAMS: [(&str, &str); 4] = [("ip", "iproute2"), ("nft", "nftables"), ("
 /// How long a fact may take to show up in a log.
 const LOG_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Where the programs of the demonstration are looked for.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-
 type Shared = Arc<Mutex<Option<World>>>;
-
-/// Set once, when the demonstration is to end before its time.
-static CANCELLED: AtomicBool = AtomicBool::new(false);
-
-fn is_cancelled() -> bool {
-    CANCELLED.load(Ordering::Relaxed)
-}
 
 /// Runs the demonstration; leaves nothing behind, also when interrupted.
 pub fn run(args: &DemoArgs) -> ExitCode {
@@ -104,7 +95,9 @@ async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
         result = scenario_done => result.context("the demonstration panicked")?,
         () = told() => Err(anyhow::anyhow!("interrupted")),
     };
-    CANCELLED.store(result.is_err(), Ordering::Relaxed);
+    if result.is_err() {
+        cancel::cancel();
+    }
     if keep && result.is_ok() {
         let _ = writeln!(std::io::stderr(), "\nEverything is left running. Ctrl-C ends it and removes every trace.");
         told().await;

@@ -1,6 +1,7 @@
 //! The two `culvert node` processes: their files, their start, and what they say on their admin ports and in their logs.
 
-use super::world::{PODS, World};
+use super::cancel::is_cancelled;
+use super::world::{DemoPod, PODS, World};
 use crate::identity::Builtin;
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
@@ -10,6 +11,9 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// Where the programs of the demonstration are looked for.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Virtual address of the server's service.
 pub const SERVICE_VIP: &str = "10.96.0.20";
@@ -31,7 +35,7 @@ pub fn start(world: &mut World) -> anyhow::Result<()> {
         command.arg("node").args(["--log-format", "json", "--log", "info"]);
         command.arg("--mesh-file").arg(&mesh).arg("--pods-file").arg(&pods_file).arg("--ca-dir").arg(&ca);
         // What the user has set for other daemons is not for these.
-        command.env_clear().env("PATH", super::PATH);
+        command.env_clear().env("PATH", PATH);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         world.start(&format!("node{node}"), &mut command)?;
     }
@@ -68,7 +72,7 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
             captured.sort();
             return Ok(captured);
         }
-        if super::is_cancelled() {
+        if is_cancelled() {
             bail!("interrupted");
         }
         if Instant::now() > deadline {
@@ -104,7 +108,7 @@ pub fn access_log(world: &World, node: u8) -> anyhow::Result<Vec<Value>> {
 
 fn pods(world: &World, node: u8) -> Value {
     let of_node = PODS.iter().filter(|pod| pod.node == node && pod.in_mesh);
-    let one = |pod: &super::world::DemoPod| {
+    let one = |pod: &DemoPod| {
         json!({
             "name": pod.name,
             "namespace": "demo",
@@ -119,7 +123,7 @@ fn pods(world: &World, node: u8) -> Value {
 fn facts() -> Value {
     let hostname = "server.demo.svc.cluster.local";
     let ports = json!({"80": 8080, "9000": 9000, "9001": 9001});
-    let workload = |pod: &super::world::DemoPod| {
+    let workload = |pod: &DemoPod| {
         let ips: Vec<&str> = [Some(pod.v4), pod.v6].into_iter().flatten().collect();
         let services = if pod.name == "server" { json!({format!("demo/{hostname}"): ports}) } else { json!({}) };
         json!({

@@ -2,7 +2,7 @@
 
 use super::world::WIRE;
 use crate::sys::netns::Netns;
-use crate::sys::packet::Sniffer;
+use crate::sys::sniffer::Sniffer;
 use crate::task::thread::blocking;
 use anyhow::Context;
 use std::collections::BTreeMap;
