@@ -10,8 +10,8 @@ use super::report::Failure;
 use super::worker::Worker;
 use crate::identity::{Chain, Credentials, Distrust};
 use crate::mesh::address::is_link_local;
-use crate::mesh::{self, Snapshot, Wanted, Workload};
-use crate::sys::end::left_nothing;
+use crate::mesh::{self, FactKey, Snapshot, Workload};
+use crate::sys::leg::left_nothing;
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
 use rand::seq::SliceRandom;
@@ -48,7 +48,7 @@ pub(super) async fn find_route(
     };
     for _ in 0..QUESTIONS_MAX {
         match choose(&snapshot, &names) {
-            Err(RouteError::Unasked(Wanted::Address(at))) => mesh.ask_address(&pod.uid, &at).await?,
+            Err(RouteError::Unasked(FactKey::Address(at))) => mesh.ask_address(&pod.uid, &at).await?,
             Err(RouteError::Unasked(wanted)) => mesh.ask(&pod.uid, wanted).await?,
             Err(RouteError::Unresolved(name)) => {
                 // Another endpoint may do where this one's name cannot be resolved.

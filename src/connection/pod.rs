@@ -3,7 +3,7 @@
 use super::choose::own_ports;
 use super::dial::direct::{OpenLegs, SocketConfig};
 use crate::dns::Resolver;
-use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
+use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
@@ -91,7 +91,7 @@ impl Pod {
                 if let Some(known) = self.facts_now(mesh) {
                     return Some(known);
                 }
-                let uid = Wanted::Workload(self.mesh_uid.clone());
+                let uid = FactKey::Workload(self.mesh_uid.clone());
                 tokio::select! {
                     changed = changes.changed() => changed.ok()?,
                     changed = identity.changed() => changed.ok()?,

@@ -5,7 +5,7 @@
 //! resolver is asked first, and the mesh answers where that one denies the name. All else is none of our business.
 
 use super::message::Kind;
-use crate::mesh::{Service, ServiceKey, Snapshot, Wanted, Workload};
+use crate::mesh::{FactKey, Service, ServiceKey, Snapshot, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -134,7 +134,7 @@ pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
 
 /// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon; there may be
 /// more when that has been answered, up to [`WANTED_MAX`] in all.
-pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<Wanted> {
+pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<FactKey> {
     if asker.snapshot.is_told_all() {
         return None;
     }
@@ -148,7 +148,7 @@ pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<Wanted> {
     let bare = asker.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
     let of_host = is_host.then(|| ServiceKey { namespace: asker.workload.namespace.clone(), hostname: bare.into() });
-    let unasked = |key| asker.snapshot.unasked(Wanted::Service(key));
+    let unasked = |key| asker.snapshot.unasked(FactKey::Service(key));
     of_cluster.into_iter().chain(of_host).find_map(unasked)
 }
 

@@ -4,6 +4,7 @@
 //! [`Update`], who needs them (`connection`, `node`) reads the current [`Snapshot`]. A snapshot never changes.
 
 pub mod address;
+pub mod fact_key;
 pub mod index;
 pub mod name;
 pub mod policy;
@@ -14,10 +15,11 @@ pub mod update;
 pub mod workload;
 
 pub use address::{GatewayRef, GatewayTarget};
+pub use fact_key::FactKey;
 pub use name::{ServiceKey, SpiffeName, Text};
 pub use policy::Policy;
 pub use service::Service;
 pub use snapshot::{Facts, Snapshot};
 pub use store::Store;
-pub use update::{Update, Wanted};
+pub use update::Update;
 pub use workload::{Protocol, Workload};

@@ -2,11 +2,11 @@
 //! mesh is; a range of addresses costs one more for each prefix length in use.
 
 use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, first_of_ranges};
+use super::fact_key::FactKey;
 use super::index::{Claimant, Index};
 use super::name::{ServiceKey, Text};
 use super::policy::Policy;
 use super::service::Service;
-use super::update::Wanted;
 use super::workload::{Ports, Protocol, Workload};
 use ipnet::IpNet;
 use rpds::{HashTrieMapSync, HashTrieSetSync, RedBlackTreeMapSync};
@@ -90,7 +90,7 @@ pub struct Snapshot {
     /// The cluster that we run in; empty where nobody said.
     pub(super) cluster: Text,
     /// What was asked for and does not exist; of ranges, what was answered a while ago at most. `None`: nobody needs to ask, everything is told.
-    pub(super) absent: Option<HashTrieSetSync<Wanted>>,
+    pub(super) absent: Option<HashTrieSetSync<FactKey>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
     pub(super) by_address: Index<NetworkAddress, Workload>,
     pub(super) by_pod: Index<(Text, Text), Workload>,
@@ -237,43 +237,43 @@ impl Snapshot {
 
     /// What would have to be asked for before it can be said that this does not exist; `None` where that can be said,
     /// or it does exist.
-    pub fn unasked(&self, wanted: Wanted) -> Option<Wanted> {
+    pub fn unasked(&self, wanted: FactKey) -> Option<FactKey> {
         let absent = self.absent.as_ref()?;
         (!self.holds(&wanted) && !absent.contains(&wanted)).then_some(wanted)
     }
 
     /// Ranges that would have to be asked for before it can be said that there is none around this address.
-    pub fn unasked_around(&self, at: &NetworkAddress) -> Vec<Wanted> {
+    pub fn unasked_around(&self, at: &NetworkAddress) -> Vec<FactKey> {
         if self.is_told_all() {
             return Vec::new();
         }
-        let range = |ip| Wanted::Range(NetworkAddress { network: at.network.clone(), ip });
+        let range = |ip| FactKey::Range(NetworkAddress { network: at.network.clone(), ip });
         first_of_ranges(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
     }
 
     /// What might be other than it is known to be, on the way to a service: itself and its waypoints. Nothing where
     /// everything is told.
-    pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<Wanted> {
+    pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<FactKey> {
         let Some(Known::Service(service)) = self.absent.as_ref().and(self.at(network, ip, client_namespace)) else {
             return Vec::new();
         };
         let waypoints = service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint));
-        let mut wanted: Vec<Wanted> = waypoints.map(Wanted::of_gateway).collect();
-        wanted.push(Wanted::Service(service.key.clone()));
+        let mut wanted: Vec<FactKey> = waypoints.map(FactKey::of_gateway).collect();
+        wanted.push(FactKey::Service(service.key.clone()));
         wanted
     }
 
     /// Whether this is known to exist.
-    pub fn holds(&self, wanted: &Wanted) -> bool {
+    pub fn holds(&self, wanted: &FactKey) -> bool {
         match wanted {
-            Wanted::Address(at) => !self.by_vip.get(at).is_empty() || !self.by_address.get(at).is_empty(),
+            FactKey::Address(at) => !self.by_vip.get(at).is_empty() || !self.by_address.get(at).is_empty(),
             // One that is known says nothing of others that begin where it does.
-            Wanted::Range(_) => false,
-            Wanted::Service(key) => {
+            FactKey::Range(_) => false,
+            FactKey::Service(key) => {
                 let host = (key.namespace.clone(), key.hostname.clone());
                 self.services.contains_key(key) || !self.by_workload_host.get(&host).is_empty()
             }
-            Wanted::Workload(uid) => self.workloads.contains_key(uid),
+            FactKey::Workload(uid) => self.workloads.contains_key(uid),
         }
     }
 

@@ -2,9 +2,10 @@
 //! when asked for, also the list of what is wanted.
 
 use super::address::NetworkAddress;
+use super::fact_key::FactKey;
 use super::name::Text;
 use super::snapshot::{Facts, Snapshot};
-use super::update::{Update, Wanted};
+use super::update::Update;
 use arc_swap::ArcSwap;
 use futures_util::TryStreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -48,13 +49,13 @@ pub struct Store {
 #[derive(Debug, Default)]
 struct Questions {
     /// Wanted, and not answered.
-    open: HashMap<Wanted, Question>,
+    open: HashMap<FactKey, Question>,
     /// How many of them each pod has begun.
     by_asker: HashMap<Text, usize>,
     /// Those of them that the control plane has not been asked yet.
-    unsent: Vec<Wanted>,
+    unsent: Vec<FactKey>,
     /// What has been asked for again, and when.
-    refreshed: HashMap<Wanted, Instant>,
+    refreshed: HashMap<FactKey, Instant>,
     /// How many there have been.
     begun: u64,
 }
@@ -79,7 +80,7 @@ impl Questions {
     }
 
     /// Closes one.
-    fn close(&mut self, wanted: &Wanted) {
+    fn close(&mut self, wanted: &FactKey) {
         let Some(Question { asker, .. }) = self.open.remove(wanted) else { return };
         if let Some(own) = self.by_asker.get_mut(&asker) {
             *own = own.saturating_sub(1);
@@ -107,7 +108,7 @@ pub enum AskError {
 /// One that waits for an answer, however long it does.
 struct Waiting<'a> {
     store: &'a Store,
-    wanted: &'a Wanted,
+    wanted: &'a FactKey,
     number: u64,
 }
 
@@ -212,11 +213,11 @@ impl Store {
 
     /// Asks for something that is not known, on behalf of the pod `asker`, and waits up to 5 s for the answer. One question
     /// serves all who ask the same.
-    pub async fn ask(&self, asker: &Text, wanted: Wanted) -> Result<(), AskError> {
+    pub async fn ask(&self, asker: &Text, wanted: FactKey) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = match &wanted {
-            Wanted::Range(first) => format!("a range that begins at {first}"),
-            Wanted::Address(_) | Wanted::Service(_) | Wanted::Workload(_) => wanted.to_string(),
+            FactKey::Range(first) => format!("a range that begins at {first}"),
+            FactKey::Address(_) | FactKey::Service(_) | FactKey::Workload(_) => wanted.to_string(),
         };
         let number = {
             let mut questions = self.questions.lock();
@@ -252,7 +253,7 @@ impl Store {
     /// Asks for an address, and where it is nobody's own, for the ranges that may be around it: istiod knows a range by its first
     /// address alone. These questions take a room of their own; one without answer fails the whole, as there may be a range.
     pub async fn ask_address(&self, asker: &Text, at: &NetworkAddress) -> Result<(), AskError> {
-        let wanted = Wanted::Address(at.clone());
+        let wanted = FactKey::Address(at.clone());
         self.ask(asker, wanted.clone()).await?;
         let now = self.load();
         if now.holds(&wanted) {
@@ -266,13 +267,13 @@ impl Store {
 
     /// Asks again for what is known and may be old, unless that was done a moment ago, and waits a little for what comes. Where
     /// facts are told only when asked for, nobody says that a service has new endpoints.
-    pub async fn refresh(&self, wanted: Vec<Wanted>) {
+    pub async fn refresh(&self, wanted: Vec<FactKey>) {
         let mut changes = self.subscribe();
         {
             let mut questions = self.questions.lock();
             questions.refreshed.retain(|_, at| at.elapsed() < REFRESH_EVERY);
             let room = QUESTIONS_MAX.saturating_sub(questions.refreshed.len());
-            let due: Vec<Wanted> =
+            let due: Vec<FactKey> =
                 wanted.into_iter().filter(|w| !questions.refreshed.contains_key(w)).take(room).collect();
             if due.is_empty() {
                 return;
@@ -286,7 +287,7 @@ impl Store {
     }
 
     /// For `control`: the next questions, once there are any.
-    pub async fn questions(&self) -> Vec<Wanted> {
+    pub async fn questions(&self) -> Vec<FactKey> {
         loop {
             {
                 let mut questions = self.questions.lock();
@@ -308,8 +309,8 @@ mod tests {
     async fn one_question_serves_all_and_has_a_deadline() {
         let store = Arc::new(Store::new("".into(), "".into(), true));
         let asker = Text::from("pod");
-        let there = Wanted::Address(super::super::address::parse_network_address("/10.0.0.1").unwrap());
-        let absent = Wanted::Service(super::super::ServiceKey::parse("a/b").unwrap());
+        let there = FactKey::Address(super::super::address::parse_network_address("/10.0.0.1").unwrap());
+        let absent = FactKey::Service(super::super::ServiceKey::parse("a/b").unwrap());
         let answer = async {
             assert_eq!(store.questions().await, [there.clone(), absent.clone()], "each is asked once");
             let workloads = vec![workload("a", "w", "10.0.0.1")];
@@ -324,7 +325,7 @@ mod tests {
         );
         assert_eq!((all.0, all.1, all.2, all.3), (Ok(()), Ok(()), Ok(()), Ok(())));
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
-        let never = Wanted::Workload("uid".into());
+        let never = FactKey::Workload("uid".into());
         assert!(matches!(store.ask(&asker, never.clone()).await, Err(AskError::NoAnswer(_))));
         // Given up by all who waited: the next one asks anew. By one of two: the other still waits.
         let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(&asker, never.clone()));
@@ -352,7 +353,7 @@ mod tests {
         let store = Arc::new(Store::new("".into(), "".into(), true));
         let address = |n: u32| {
             let ip = std::net::Ipv4Addr::from(0x0a00_0000 + n);
-            Wanted::Address(super::super::address::parse_network_address(&format!("/{ip}")).unwrap())
+            FactKey::Address(super::super::address::parse_network_address(&format!("/{ip}")).unwrap())
         };
         let (mut asked, mut refused) = (tokio::task::JoinSet::new(), 0);
         // 30 pods that scan would fill the list, each with its share.
@@ -368,7 +369,7 @@ mod tests {
         let open = |asker: &str| store.questions.lock().by_asker.get(asker).copied().unwrap_or(0);
         assert_eq!(refused, 30_000 - QUESTIONS_MAX);
         // The next pod is asked for all the same, and answered.
-        let (own, innocent) = (Wanted::Workload("own".into()), Text::from("innocent"));
+        let (own, innocent) = (FactKey::Workload("own".into()), Text::from("innocent"));
         let answer = async {
             tokio::task::yield_now().await;
             assert!(store.questions().await.contains(&own));
@@ -394,8 +395,8 @@ mod tests {
         let store = Arc::new(Store::new("".into(), "".into(), true));
         let at = |ip: &str| super::super::address::parse_network_address(&format!("/{ip}")).unwrap();
         let (own, pod) = (at("10.97.3.4"), Text::from("pod"));
-        let tell = |absent: Vec<Wanted>| store.update(Update { absent, ..Update::default() });
-        let names = |asked: &[Wanted]| {
+        let tell = |absent: Vec<FactKey>| store.update(Update { absent, ..Update::default() });
+        let names = |asked: &[FactKey]| {
             let mut names: Vec<String> = asked.iter().map(ToString::to_string).collect();
             names.sort();
             names
@@ -412,7 +413,7 @@ mod tests {
         assert!(matches!(asked, Err(AskError::NoAnswer(_))));
         // One pod that scans uses up its own room for ranges, and nobody else's.
         let scanned = move |n: u32| at(&std::net::Ipv4Addr::from(0x0b00_0001 + 0x1003 * n).to_string());
-        tell((0..500).map(|n| Wanted::Address(scanned(n))).collect());
+        tell((0..500).map(|n| FactKey::Address(scanned(n))).collect());
         let mut scan = tokio::task::JoinSet::new();
         for n in 0..500 {
             let store = store.clone();

@@ -1,47 +1,14 @@
 //! Changes of the facts, applied to a snapshot. Applying them one after another gives the same as learning the result at
 //! once, in whatever order; the test of this file holds that.
 
-use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr};
+use super::address::{NetworkAddress, NetworkCidr};
+use super::fact_key::FactKey;
 use super::name::{ServiceKey, Text};
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
 use super::snapshot::{Endpoints, Facts, Snapshot, Told};
 use super::workload::{NetworkMode, Workload};
-use std::fmt;
 use std::sync::Arc;
-
-/// Something that a control plane can be asked for. Displayed as its name on the wire.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Wanted {
-    /// Whatever has this address.
-    Address(NetworkAddress),
-    /// The services with a range that begins at this address. Under the same name as the address, and answered apart from it.
-    Range(NetworkAddress),
-    /// The service (or workload) of this name.
-    Service(ServiceKey),
-    /// The workload with this uid.
-    Workload(Text),
-}
-
-impl Wanted {
-    /// What a gateway reference would be asked for by.
-    pub fn of_gateway(gateway: &GatewayRef) -> Self {
-        match &gateway.target {
-            GatewayTarget::Hostname(key) => Self::Service(key.clone()),
-            GatewayTarget::Address(address) => Self::Address(address.clone()),
-        }
-    }
-}
-
-impl fmt::Display for Wanted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Address(address) | Self::Range(address) => address.fmt(f),
-            Self::Service(key) => key.fmt(f),
-            Self::Workload(uid) => f.write_str(uid),
-        }
-    }
-}
 
 /// What has changed. Within one update, what is removed goes first.
 #[derive(Clone, Debug, Default)]
@@ -59,9 +26,9 @@ pub struct Update {
     /// New policies, and new versions.
     pub policies: Vec<Policy>,
     /// What was asked for and does not exist; of ranges, what was answered.
-    pub absent: Vec<Wanted>,
+    pub absent: Vec<FactKey>,
     /// What is no longer remembered of that.
-    pub forgotten: Vec<Wanted>,
+    pub forgotten: Vec<FactKey>,
     /// Which facts have been told in full by now; `None` where that is as before.
     pub told: Option<Told>,
 }
@@ -244,17 +211,17 @@ fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
 }
 
 /// By what a workload may have been asked for.
-fn names_of_workload(workload: &Workload) -> Vec<Wanted> {
-    let mut names: Vec<Wanted> = addresses(workload).map(Wanted::Address).collect();
-    names.push(Wanted::Workload(workload.uid.clone()));
-    names.extend(host(workload).map(|(namespace, hostname)| Wanted::Service(ServiceKey { namespace, hostname })));
+fn names_of_workload(workload: &Workload) -> Vec<FactKey> {
+    let mut names: Vec<FactKey> = addresses(workload).map(FactKey::Address).collect();
+    names.push(FactKey::Workload(workload.uid.clone()));
+    names.extend(host(workload).map(|(namespace, hostname)| FactKey::Service(ServiceKey { namespace, hostname })));
     names
 }
 
 /// By what a service may have been asked for.
-fn names_of_service(service: &Service) -> Vec<Wanted> {
-    let addresses = service.vips.iter().cloned().map(Wanted::Address);
-    addresses.chain([Wanted::Service(service.key.clone())]).collect()
+fn names_of_service(service: &Service) -> Vec<FactKey> {
+    let addresses = service.vips.iter().cloned().map(FactKey::Address);
+    addresses.chain([FactKey::Service(service.key.clone())]).collect()
 }
 
 fn host(workload: &Workload) -> Option<(Text, Text)> {

@@ -13,7 +13,7 @@ use super::earlier::Uncaptured;
 use super::rules::Rules;
 use super::status::{Board, State};
 use super::{CaptureError, PodSpec, legs, redirect};
-use crate::mesh::Wanted;
+use crate::mesh::FactKey;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal};
@@ -308,7 +308,7 @@ impl Task {
                 self.first_attempt = None;
             }
             // Where facts are told only when asked for, this asks.
-            let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
+            let unknown = self.approved.is_none().then(|| FactKey::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
                 match unknown {
                     Some(wanted) => drop(self.capturer.mesh.ask(&listening.pod.uid, wanted).await),

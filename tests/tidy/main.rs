@@ -41,7 +41,7 @@ const NEVER: [(&str, &[&str]); 6] = [
 const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
 
 /// Files that decide and do nothing else.
-const PURE: [&str; 28] = [
+const PURE: [&str; 29] = [
     "node/foreign.rs",
     "node/kubernetes/cgroup.rs",
     "node/kubernetes/select.rs",
@@ -51,6 +51,7 @@ const PURE: [&str; 28] = [
     "node/zds/message.rs",
     "node/zds/session.rs",
     "mesh/address.rs",
+    "mesh/fact_key.rs",
     "mesh/index.rs",
     "mesh/update.rs",
     "mesh/name.rs",

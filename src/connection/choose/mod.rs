@@ -10,7 +10,7 @@ pub use route::{HboneWay, Way};
 
 use crate::dns::ResolveError;
 use crate::mesh::store::AskError;
-use crate::mesh::{Text, Wanted};
+use crate::mesh::{FactKey, Text};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
@@ -68,7 +68,7 @@ pub enum RouteError {
     Protocol(Text),
     /// Facts that must be asked for first. Never the end of a connection: it asks, and chooses again.
     #[error("{0} has not been asked for yet")]
-    Unasked(Wanted),
+    Unasked(FactKey),
     /// A host name that must be resolved first. Never the end of a connection, as above.
     #[error("{0} has not been resolved yet")]
     Unresolved(Text),

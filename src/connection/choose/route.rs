@@ -4,7 +4,7 @@ use super::destination::{self, Chosen};
 use super::{Chance, HBONE_PORT, Names, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Known;
-use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
+use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -79,10 +79,10 @@ impl Choice<'_> {
         }
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-            let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
+            let unasked = snapshot.unasked(FactKey::Address(wanted.clone())).is_some();
             // A range that is not heard of yet may have a waypoint, which nothing may pass by.
             if unasked || !snapshot.unasked_around(&wanted).is_empty() {
-                return Err(RouteError::Unasked(Wanted::Address(wanted)));
+                return Err(RouteError::Unasked(FactKey::Address(wanted)));
             }
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
@@ -320,10 +320,10 @@ mod tests {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
             choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0)
         };
-        let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
-        assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
+        let unasked = tell(&mut snapshot, vec![FactKey::Address(at.clone())]);
+        assert!(matches!(unasked, Err(RouteError::Unasked(FactKey::Address(wanted))) if wanted == at));
         let around = snapshot.unasked_around(&at);
-        assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
+        assert!(around.contains(&FactKey::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
         let direct = tell(&mut snapshot, around).unwrap().way;
         assert_eq!(direct, Way::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }

@@ -4,7 +4,7 @@
 use super::destination::{self, Chosen};
 use super::{Chance, Names, RouteError};
 use crate::mesh::snapshot::Known;
-use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
+use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text, Workload};
 use std::sync::Arc;
 
 /// A waypoint that was found.
@@ -38,7 +38,7 @@ pub fn resolve(
                 .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }
-        None => Err(match snapshot.unasked(Wanted::of_gateway(waypoint)) {
+        None => Err(match snapshot.unasked(FactKey::of_gateway(waypoint)) {
             Some(wanted) => RouteError::Unasked(wanted),
             None => unknown("neither a service nor a workload".into()),
         }),

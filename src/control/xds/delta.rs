@@ -10,7 +10,7 @@ use super::policy;
 use crate::mesh::address::{NetworkAddress, NetworkCidr, is_looked_for};
 use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
-use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
+use crate::mesh::{FactKey, Service, ServiceKey, Text, Update, Workload};
 use crate::proto::culvert::state::SavedType;
 use crate::proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status,
@@ -66,14 +66,14 @@ pub struct Delta {
     /// Whether resources are kept as they came, for the state file.
     keep: bool,
     /// What was asked for on demand, by name, and in which order.
-    asked: HashMap<String, Wanted>,
+    asked: HashMap<String, FactKey>,
     asked_order: VecDeque<String>,
     /// Names told of on this stream: the server counts them as asked for.
     delivered: HashSet<String>,
     /// What was found not to exist, since the last call of [`Delta::expire`] and before.
-    absent: [HashSet<Wanted>; 2],
+    absent: [HashSet<FactKey>; 2],
     /// About which ranges there has been an answer: likewise, and longer, as each address outside of the mesh needs many.
-    ranges: [HashSet<Wanted>; 2],
+    ranges: [HashSet<FactKey>; 2],
     /// Calls of [`Delta::expire`] since the last after which such an answer became an older one.
     ticks: u32,
     /// Names that were asked for and that nobody has.
@@ -160,7 +160,7 @@ impl Delta {
 
     /// Requests for what is wanted on demand. Who asks again for what is subscribed gets no answer, so that is given up
     /// first; and who asks for nothing is told by istiod that everything is gone, so a name that nobody has goes with it.
-    pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
+    pub fn ask(&mut self, wanted: Vec<FactKey>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
         let mut once = HashSet::new();
         for wanted in wanted {
@@ -375,13 +375,13 @@ impl Delta {
             return;
         }
         if nobodys {
-            self.answered_absent(Wanted::Address(at.clone()), update);
+            self.answered_absent(FactKey::Address(at.clone()), update);
         }
-        self.answered_absent(Wanted::Range(at), update);
+        self.answered_absent(FactKey::Range(at), update);
     }
 
-    fn answered_absent(&mut self, wanted: Wanted, update: &mut Update) {
-        let [newer, _] = if matches!(wanted, Wanted::Range(_)) { &mut self.ranges } else { &mut self.absent };
+    fn answered_absent(&mut self, wanted: FactKey, update: &mut Update) {
+        let [newer, _] = if matches!(wanted, FactKey::Range(_)) { &mut self.ranges } else { &mut self.absent };
         newer.insert(wanted.clone());
         update.absent.push(wanted);
     }
@@ -389,8 +389,8 @@ impl Delta {
     /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
     /// never by the address that was asked for, so that must be asked again.
     pub fn expire(&mut self) -> Update {
-        let older = |[newer, older]: &mut [HashSet<Wanted>; 2]| std::mem::replace(older, std::mem::take(newer));
-        let mut forgotten: Vec<Wanted> = older(&mut self.absent).into_iter().collect();
+        let older = |[newer, older]: &mut [HashSet<FactKey>; 2]| std::mem::replace(older, std::mem::take(newer));
+        let mut forgotten: Vec<FactKey> = older(&mut self.absent).into_iter().collect();
         self.ticks += 1;
         if self.ticks >= RANGES_TICKS {
             self.ticks = 0;
@@ -477,10 +477,10 @@ impl Kind {
 }
 
 /// All that goes by the name of this.
-fn same_name(wanted: Wanted) -> Vec<Wanted> {
+fn same_name(wanted: FactKey) -> Vec<FactKey> {
     match wanted {
-        Wanted::Address(at) | Wanted::Range(at) => vec![Wanted::Address(at.clone()), Wanted::Range(at)],
-        Wanted::Service(_) | Wanted::Workload(_) => vec![wanted],
+        FactKey::Address(at) | FactKey::Range(at) => vec![FactKey::Address(at.clone()), FactKey::Range(at)],
+        FactKey::Service(_) | FactKey::Workload(_) => vec![wanted],
     }
 }
 
@@ -509,7 +509,7 @@ mod tests {
 
     #[test]
     fn on_demand_the_range_around_an_address_is_the_answer() {
-        let at = |ip: &str| Wanted::Address(crate::mesh::address::parse_network_address(ip).unwrap());
+        let at = |ip: &str| FactKey::Address(crate::mesh::address::parse_network_address(ip).unwrap());
         let (first, inside, outside) = (at("/10.97.0.0"), at("/10.97.3.4"), at("/10.98.0.1"));
         let service = wire::Service {
             name: "wide".into(),
@@ -531,14 +531,14 @@ mod tests {
             }
             let update = delta.receive(answer.clone()).update;
             // Of others in the range istiod says so itself: one may be a workload whose answer is under way.
-            let Wanted::Address(begins) = first.clone() else { unreachable!() };
-            let answered = vec![first.clone(), Wanted::Range(begins)];
+            let FactKey::Address(begins) = first.clone() else { unreachable!() };
+            let answered = vec![first.clone(), FactKey::Range(begins)];
             assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });
             delta.receive(answer.clone());
             delta.expire();
             assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is told");
             if on_demand {
-                let later: Vec<Wanted> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
+                let later: Vec<FactKey> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
                 assert_eq!(later, answered[1..], "an answer about ranges is good for longer");
             }
             let store = Store::new("".into(), "".into(), on_demand);
@@ -669,7 +669,7 @@ mod tests {
     #[test]
     fn who_asks_again_gives_up_first_and_the_oldest_question_makes_room() {
         let mut delta = Delta::new(true, false);
-        let wanted = |n: usize| Wanted::Workload(format!("u{n}").into());
+        let wanted = |n: usize| FactKey::Workload(format!("u{n}").into());
         let (requests, _) = delta.ask(vec![wanted(0)]);
         assert_eq!(requests.len(), 1);
         let received = delta.receive(response(ADDRESS, vec![], &["u0", "never-asked"]));
@@ -683,7 +683,7 @@ mod tests {
         assert_eq!(delta.expire().forgotten, [wanted(0)], "what was absent is asked again some time");
         // What came with something else counts as asked for at the server.
         delta.receive(response(ADDRESS, vec![workload("w", 1, "1")], &[]));
-        let (requests, _) = delta.ask(vec![Wanted::Workload("c1//Pod/a/w".into())]);
+        let (requests, _) = delta.ask(vec![FactKey::Workload("c1//Pod/a/w".into())]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["c1//Pod/a/w"]);
         let (requests, update) = delta.ask((1..ASKED_MAX).map(wanted).collect());
         assert_eq!(
@@ -691,7 +691,7 @@ mod tests {
             (&["u0".to_owned()][..], vec![wanted(0)])
         );
         // A host that nobody has makes room before what is there, or may be.
-        let host = Wanted::Service(ServiceKey::parse("a/host.example").unwrap());
+        let host = FactKey::Service(ServiceKey::parse("a/host.example").unwrap());
         delta.ask(vec![host.clone()]);
         delta.receive(response(ADDRESS, vec![], &["a/host.example"]));
         let (requests, update) = delta.ask(vec![wanted(70_000)]);

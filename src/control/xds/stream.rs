@@ -2,7 +2,7 @@
 
 use super::delta::{ADDRESS, AUTHORIZATION, Delta};
 use super::{Config, Freshness, Metrics, ReasonLabel, UrlLabel, saved};
-use crate::mesh::{ServiceKey, Store, Wanted};
+use crate::mesh::{FactKey, ServiceKey, Store};
 use crate::proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use crate::rpc::{self, MESSAGE_BYTES_MAX};
@@ -284,7 +284,7 @@ impl Client {
         }
     }
 
-    fn ask(&mut self, wanted: Vec<Wanted>) -> Vec<DeltaDiscoveryRequest> {
+    fn ask(&mut self, wanted: Vec<FactKey>) -> Vec<DeltaDiscoveryRequest> {
         let (requests, update) = self.delta.ask(wanted);
         if !update.is_empty() {
             self.store.update(update);
@@ -294,14 +294,14 @@ impl Client {
 
     /// Services that lose endpoints by these removals. On demand istiod tells of endpoints that go and not of those that come,
     /// so the service has to be asked for again.
-    fn losing_endpoints(&self, removed: &[String]) -> Vec<Wanted> {
+    fn losing_endpoints(&self, removed: &[String]) -> Vec<FactKey> {
         if !self.config.on_demand {
             return Vec::new();
         }
         let snapshot = self.store.load();
         let gone = removed.iter().filter_map(|name| snapshot.workload(name));
         let keys: BTreeSet<&ServiceKey> = gone.flat_map(|workload| workload.services.keys()).collect();
-        keys.into_iter().map(|key| Wanted::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
+        keys.into_iter().map(|key| FactKey::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
     }
 
     /// Applies a response and gives the answer to it, and what must be asked because of it.
