@@ -4,7 +4,7 @@
 use super::TunnelError;
 use super::buffers::Account;
 use super::flow::{ReceiveHalf, SendHalf};
-use crate::sys::end::{End, LAST_BYTES};
+use crate::sys::leg::{End, LAST_BYTES};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, SendStream};

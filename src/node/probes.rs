@@ -9,9 +9,9 @@ use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
 use super::turn::Turn;
 use super::verify::{INBOUND_PORT, TUNNELS};
 use crate::mesh::Text;
-use crate::sys::changes::Changes;
-use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
+use crate::sys::netns_watch::Changes;
+use crate::sys::nftables::{self, Family};
 use crate::task::Signal;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -156,7 +156,7 @@ impl HostProbes {
     fn count(&self, counted: &mut [Option<u64>; 2]) {
         let Ok(host) = Netns::open(&self.host) else { return };
         for (family, before) in [Family::Inet, Family::Bridge].into_iter().zip(counted) {
-            let Ok(Ok(now)) = host.enter(|| counter::packets(family, TABLE, SPOOFED)) else { continue };
+            let Ok(Ok(now)) = host.enter(|| nftables::packets(family, TABLE, SPOOFED)) else { continue };
             // What an earlier daemon has counted is its own; what somebody has removed with the table begins anew.
             let news = before.map_or(0, |before| now.checked_sub(before).unwrap_or(now));
             *before = Some(now);

@@ -11,7 +11,7 @@ use super::nft;
 use super::routes::{self, MASK, RETURN_MARK};
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
-use crate::sys::{changes, iptables};
+use crate::sys::{iptables, nftables};
 use serde_json::Value;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -174,7 +174,7 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
             Err(error) => return Err(error),
         };
         routes::set(netns, rules.ipv6, true).await?;
-        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
+        let generation = || netns.enter(nftables::generation)?.map_err(RedirectError::NoLook);
         let mut before = generation()?;
         let anew =
             if rules.ahead { format!("add table inet {TABLE}\ndelete table inet {TABLE}\n") } else { String::new() };

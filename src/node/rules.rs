@@ -6,9 +6,9 @@ use super::earlier::{Connections, Uncaptured};
 use super::redirect::{self, Listing};
 use super::status::{Board, Noted};
 use super::{CaptureError, PodSpec, legs};
-use crate::sys::changes::{Changes, Seen};
-use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
+use crate::sys::netns_watch::{Changes, Seen};
+use crate::sys::nftables::{self, Family};
 use crate::task::backoff::Backoff;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -244,7 +244,7 @@ impl Rules {
     pub fn noted(&mut self, capturer: &Capturer, listening: &Listening) -> &Noted {
         if capturer.gives_probes_an_address() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
-            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
+            let count = || nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
             if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
                 self.noted.probe_connections = packets;
             }

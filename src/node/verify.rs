@@ -5,8 +5,8 @@ use super::redirect;
 use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
 use crate::mesh::address::is_link_local;
-use crate::sys::counter::{self, Family};
 use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::nftables::{self, Family};
 use crate::sys::socket::{ordinary, reset_on_close, start_connect};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -158,7 +158,7 @@ async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, Ve
     for (attempts, wait) in INBOUND_ROUNDS {
         let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         let packets = |name| {
-            let counted = pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, name));
+            let counted = pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, name));
             counted.ok().and_then(Result::ok)
         };
         let (before, reached) = (packets(redirect::PROBED), packets(redirect::ARRIVED));

@@ -4,21 +4,21 @@
 
 #![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
 
-pub mod changes;
 pub mod clock;
 pub mod conntrack;
-pub mod counter;
 pub mod datagram;
-pub mod end;
 pub mod iptables;
+pub mod leg;
 pub mod limits;
 pub mod netlink;
 pub mod netns;
+pub mod netns_watch;
+pub mod nftables;
 pub mod original_dst;
-pub mod packet;
 pub mod process;
 pub mod read_buffer;
 pub mod scratch;
 pub mod seqpacket;
+pub mod sniffer;
 pub mod socket;
 pub mod tcp_sockets;

@@ -2,7 +2,7 @@
 
 use super::ForwardError;
 use crate::hbone::Meter;
-use crate::sys::end::{End, LAST_BYTES};
+use crate::sys::leg::{End, LAST_BYTES};
 use crate::sys::scratch::{PassError, pass_now, write_all};
 use std::io;
 use std::net::Shutdown;

@@ -9,6 +9,9 @@ use std::os::fd::AsRawFd;
 /// Subsystem nftables, `NFT_MSG_NEWOBJ` and `NFT_MSG_GETOBJ`.
 const NEW_OBJECT: u16 = 10 << 8 | 18;
 const GET_OBJECT: u16 = 10 << 8 | 19;
+/// Subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
+const NEW_GENERATION: u16 = 10 << 8 | 15;
+const GET_GENERATION: u16 = 10 << 8 | 16;
 /// Length of `struct nfgenmsg`.
 const GENERAL: usize = 4;
 /// `NFTA_OBJ_TABLE`, `NFTA_OBJ_NAME`, `NFTA_OBJ_TYPE`, `NFTA_OBJ_DATA`; `NFTA_COUNTER_PACKETS`.
@@ -54,6 +57,21 @@ pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     count.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
+/// The generation of the nftables of the namespace that the thread is in: each transaction makes it one more.
+pub fn generation() -> io::Result<u32> {
+    let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
+    let mut message = 20u32.to_ne_bytes().to_vec();
+    message.extend([GET_GENERATION.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
+    message.extend([0; 12]);
+    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    let mut answer = [0; 4096];
+    let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    // Behind both headers: the first attribute is NFTA_GEN_ID, in network order.
+    let id = answer.get(..length).and_then(|answer| answer.get(HEADER + 8..HEADER + 12)?.try_into().ok());
+    let is_one = header(&answer).is_some_and(|(_, kind)| kind == NEW_GENERATION);
+    id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
 fn attribute(message: &mut Vec<u8>, kind: u16, value: &[u8]) {
     let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
     message.extend([length.to_ne_bytes(), kind.to_ne_bytes()].concat());
@@ -77,6 +95,20 @@ fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_transaction_makes_the_generation_one_more() {
+        let seen = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let nft = |what: &[&str]| assert!(std::process::Command::new("nft").args(what).status().unwrap().success());
+            let before = generation().unwrap();
+            nft(&["add", "table", "inet", "a"]);
+            let after = generation().unwrap();
+            nft(&["-j", "list", "ruleset"]);
+            (after.wrapping_sub(before), generation().unwrap().wrapping_sub(after))
+        });
+        assert_eq!(seen.join().unwrap(), (1, 0));
+    }
 
     #[test]
     fn a_counter_is_read_and_one_that_is_not_there_is_an_error() {

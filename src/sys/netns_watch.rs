@@ -1,11 +1,9 @@
 //! Hearing of changes inside a network namespace: its nftables, its rules and routes, its addresses (sources: netlink(7),
 //! rtnetlink(7), linux/netfilter/nfnetlink.h and nf_tables.h).
 
-use super::netlink::{HEADER, REQUEST, header};
+use super::netlink::header;
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, send, socket,
-};
+use nix::sys::socket::{AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use tokio::io::Interest;
@@ -15,10 +13,6 @@ use tokio::io::unix::AsyncFd;
 const NFTABLES: u32 = 1 << (7 - 1);
 /// `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV6_RULE` as bits.
 const ROUTING: u32 = 1 << (5 - 1) | 1 << (7 - 1) | 1 << (8 - 1) | 1 << (9 - 1) | 1 << (11 - 1) | 1 << (19 - 1);
-
-/// Subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
-const NEW_GENERATION: u16 = 10 << 8 | 15;
-const GET_GENERATION: u16 = 10 << 8 | 16;
 
 const NEW_ADDRESS: u16 = 20;
 const DELETED_ADDRESS: u16 = 21;
@@ -100,21 +94,6 @@ impl Changes {
     }
 }
 
-/// The generation of the nftables of the namespace that the thread is in: each transaction makes it one more.
-pub fn generation() -> io::Result<u32> {
-    let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    let mut message = 20u32.to_ne_bytes().to_vec();
-    message.extend([GET_GENERATION.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
-    message.extend([0; 12]);
-    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
-    let mut answer = [0; 4096];
-    let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // Behind both headers: the first attribute is NFTA_GEN_ID, in network order.
-    let id = answer.get(..length).and_then(|answer| answer.get(HEADER + 8..HEADER + 12)?.try_into().ok());
-    let is_one = header(&answer).is_some_and(|(_, kind)| kind == NEW_GENERATION);
-    id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
 /// Datagrams that are read at once: whoever makes changes faster than they are read must not hold the thread. The rest is read with
 /// the next call; it must be, for the kernel tells nothing more to a socket that once was full until that is empty.
 const READS_MAX: usize = 256;
@@ -140,23 +119,4 @@ fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> (bool, bool) {
         }
     }
     (any, false)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_transaction_makes_the_generation_one_more() {
-        let seen = std::thread::spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
-            let nft = |what: &[&str]| assert!(std::process::Command::new("nft").args(what).status().unwrap().success());
-            let before = generation().unwrap();
-            nft(&["add", "table", "inet", "a"]);
-            let after = generation().unwrap();
-            nft(&["-j", "list", "ruleset"]);
-            (after.wrapping_sub(before), generation().unwrap().wrapping_sub(after))
-        });
-        assert_eq!(seen.join().unwrap(), (1, 0));
-    }
 }
