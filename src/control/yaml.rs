@@ -6,7 +6,7 @@
 
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
-use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType, pod_uid};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::task::files::from_yaml;
@@ -422,20 +422,20 @@ fn port_names(names: BTreeMap<String, u16>, ports: &BTreeMap<u16, u16>) -> Resul
 
 fn load_balancer(lb: FileLoadBalancer) -> LoadBalancer {
     let scope = |scope: FileScope| match scope {
-        FileScope::Region => Scope::Region,
-        FileScope::Zone => Scope::Zone,
-        FileScope::Subzone => Scope::Subzone,
-        FileScope::Node => Scope::Node,
-        FileScope::Cluster => Scope::Cluster,
-        FileScope::Network => Scope::Network,
+        FileScope::Region => RoutingScope::Region,
+        FileScope::Zone => RoutingScope::Zone,
+        FileScope::Subzone => RoutingScope::Subzone,
+        FileScope::Node => RoutingScope::Node,
+        FileScope::Cluster => RoutingScope::Cluster,
+        FileScope::Network => RoutingScope::Network,
     };
     LoadBalancer {
         preferences: lb.routing_preferences.into_iter().map(scope).collect(),
         mode: match lb.mode {
-            FileMode::Standard => Mode::Standard,
-            FileMode::Strict => Mode::Strict,
-            FileMode::Failover => Mode::Failover,
-            FileMode::Passthrough => Mode::Passthrough,
+            FileMode::Standard => LoadBalancingMode::Standard,
+            FileMode::Strict => LoadBalancingMode::Strict,
+            FileMode::Failover => LoadBalancingMode::Failover,
+            FileMode::Passthrough => LoadBalancingMode::Passthrough,
         },
         health_policy: match lb.health_policy {
             FileHealthPolicy::OnlyHealthy => HealthPolicy::OnlyHealthy,

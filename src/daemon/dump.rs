@@ -7,7 +7,7 @@ use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
-use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
 use crate::node::pods::NetnsRef;
@@ -245,22 +245,22 @@ fn staged(snapshot: &Snapshot) -> Value {
 }
 
 fn load_balancer(lb: &LoadBalancer) -> Value {
-    let scope = |scope: &Scope| match scope {
-        Scope::Region => "Region",
-        Scope::Zone => "Zone",
-        Scope::Subzone => "Subzone",
-        Scope::Node => "Node",
-        Scope::Cluster => "Cluster",
-        Scope::Network => "Network",
-        Scope::Unknown => "Unknown",
+    let scope = |scope: &RoutingScope| match scope {
+        RoutingScope::Region => "Region",
+        RoutingScope::Zone => "Zone",
+        RoutingScope::Subzone => "Subzone",
+        RoutingScope::Node => "Node",
+        RoutingScope::Cluster => "Cluster",
+        RoutingScope::Network => "Network",
+        RoutingScope::Unknown => "Unknown",
     };
     json!({
         "routingPreferences": lb.preferences.iter().map(scope).collect::<Vec<_>>(),
         "mode": match lb.mode {
-            Mode::Standard => "Standard",
-            Mode::Strict => "Strict",
-            Mode::Failover => "Failover",
-            Mode::Passthrough => "Passthrough",
+            LoadBalancingMode::Standard => "Standard",
+            LoadBalancingMode::Strict => "Strict",
+            LoadBalancingMode::Failover => "Failover",
+            LoadBalancingMode::Passthrough => "Passthrough",
         },
         "healthPolicy": match lb.health_policy { HealthPolicy::OnlyHealthy => "OnlyHealthy", HealthPolicy::AllowAll => "AllowAll" },
     })

@@ -305,7 +305,7 @@ fn ports(asker: &Asker<'_>, name: &str) -> Option<Answer> {
 mod tests {
     use super::*;
     use crate::mesh::address::{parse_network_address, parse_network_cidr};
-    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Visibility};
+    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, Visibility};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, Store};
@@ -341,7 +341,7 @@ mod tests {
         let any = Service {
             load_balancer: Some(LoadBalancer {
                 preferences: vec![],
-                mode: Mode::Standard,
+                mode: LoadBalancingMode::Standard,
                 health_policy: HealthPolicy::AllowAll,
             }),
             ..any

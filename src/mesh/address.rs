@@ -91,7 +91,7 @@ const V6_LENGTHS: std::ops::RangeInclusive<u8> = 16..=64;
 const V6_LONGER: [u8; 6] = [80, 96, 104, 112, 120, 124];
 
 /// Whether a range is looked for on demand, around each address in it.
-pub fn is_looked_for(range: &IpNet) -> bool {
+pub fn is_asked_for(range: &IpNet) -> bool {
     let length = range.prefix_len();
     match range {
         IpNet::V4(_) => V4_LENGTHS.contains(&length),
@@ -100,7 +100,7 @@ pub fn is_looked_for(range: &IpNet) -> bool {
 }
 
 /// The first addresses of the ranges that may be around `ip`, but `ip` itself.
-pub fn first_of_ranges(ip: IpAddr) -> Vec<IpAddr> {
+pub fn range_starts(ip: IpAddr) -> Vec<IpAddr> {
     let lengths: Vec<u8> = if ip.is_ipv4() { V4_LENGTHS.collect() } else { V6_LENGTHS.chain(V6_LONGER).collect() };
     let first = |length| IpNet::new(ip, length).ok().map(|range| range.network());
     let mut all: Vec<IpAddr> = lengths.into_iter().filter_map(first).filter(|first| *first != ip).collect();
@@ -132,15 +132,15 @@ mod tests {
 
     #[test]
     fn ranges_around_an_address_begin_at_few() {
-        let of = |ip: &str| first_of_ranges(ip.parse().unwrap()).iter().map(ToString::to_string).collect::<Vec<_>>();
+        let of = |ip: &str| range_starts(ip.parse().unwrap()).iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(of("10.97.3.4"), ["10.0.0.0", "10.64.0.0", "10.96.0.0", "10.97.0.0", "10.97.2.0", "10.97.3.0"]);
         assert_eq!(of("10.0.0.0"), [""; 0]);
         assert!(of("255.255.255.255").len() == 24 && of("2001:db8::1").contains(&"2001:db8::".into()));
         assert!(of("ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff").len() <= 55);
-        let looked_for = |range: &str| is_looked_for(&range.parse().unwrap());
+        let asked_for = |range: &str| is_asked_for(&range.parse().unwrap());
         assert!(
-            ["10.0.0.0/8", "10.0.0.2/31", "2001::/16", "2001:db8::/64", "2001:db8::/124"].into_iter().all(looked_for)
+            ["10.0.0.0/8", "10.0.0.2/31", "2001::/16", "2001:db8::/64", "2001:db8::/124"].into_iter().all(asked_for)
         );
-        assert!(!["0.0.0.0/0", "8.0.0.0/7", "::/0", "2001:db8::/72", "2001:db8::/126"].into_iter().any(looked_for));
+        assert!(!["0.0.0.0/0", "8.0.0.0/7", "::/0", "2001:db8::/72", "2001:db8::/126"].into_iter().any(asked_for));
     }
 }

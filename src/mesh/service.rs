@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 /// What two workloads may have in common when endpoints are preferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
+pub enum RoutingScope {
     /// Same region.
     Region,
     /// Same zone.
@@ -27,7 +27,7 @@ pub enum Scope {
 
 /// How strictly [`LoadBalancer::preferences`] are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub enum LoadBalancingMode {
     /// All endpoints alike.
     Standard,
     /// Only endpoints that match every preference.
@@ -51,9 +51,9 @@ pub enum HealthPolicy {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadBalancer {
     /// Preferences, the most important first.
-    pub preferences: Vec<Scope>,
+    pub preferences: Vec<RoutingScope>,
     /// How strictly they are taken.
-    pub mode: Mode,
+    pub mode: LoadBalancingMode,
     /// Which endpoints may be chosen at all.
     pub health_policy: HealthPolicy,
 }
@@ -142,6 +142,6 @@ impl Service {
 
     /// Whether endpoints are not chosen by us for this service.
     pub fn is_passthrough(&self) -> bool {
-        self.load_balancer.as_ref().is_some_and(|lb| lb.mode == Mode::Passthrough)
+        self.load_balancer.as_ref().is_some_and(|lb| lb.mode == LoadBalancingMode::Passthrough)
     }
 }

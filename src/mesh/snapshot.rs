@@ -1,7 +1,7 @@
 //! An immutable picture of the mesh with the indexes that connections need. A lookup costs the same however large the
 //! mesh is; a range of addresses costs one more for each prefix length in use.
 
-use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, first_of_ranges};
+use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, range_starts};
 use super::fact_key::FactKey;
 use super::index::{Claimant, Index};
 use super::name::{ServiceKey, Text};
@@ -29,14 +29,14 @@ pub struct Facts {
 /// Which kinds of facts have been told in full. Until all have, nothing new is decided by them: that nobody has told of a
 /// policy does not mean that there is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct Synced {
     /// Workloads and services.
     pub addresses: bool,
     /// Policies.
     pub policies: bool,
 }
 
-impl Told {
+impl Synced {
     /// Everything.
     pub const ALL: Self = Self { addresses: true, policies: true };
 
@@ -62,7 +62,7 @@ pub struct Endpoint<'a> {
 
 /// What an address stands for.
 #[derive(Clone, Debug)]
-pub enum Known {
+pub enum ServiceOrWorkload {
     /// A service's virtual address.
     Service(Arc<Service>),
     /// A workload's own address.
@@ -82,7 +82,7 @@ pub struct Snapshot {
     /// Version of the last change of a policy.
     pub policies_version: u64,
     /// Which facts have been told in full.
-    pub told: Told,
+    pub synced: Synced,
     /// The node that we run on; empty where nobody said.
     pub(super) node: Text,
     /// Trust domains that are one with each workload's own.
@@ -210,12 +210,12 @@ impl Snapshot {
     }
 
     /// What a gateway reference names, as a client of `client_namespace` sees it; a service before a workload.
-    pub fn gateway(&self, gateway: &GatewayRef, client_namespace: &str) -> Option<Known> {
+    pub fn gateway(&self, gateway: &GatewayRef, client_namespace: &str) -> Option<ServiceOrWorkload> {
         match &gateway.target {
             GatewayTarget::Hostname(key) => {
-                let service = self.services.get(key).cloned().map(Known::Service);
+                let service = self.services.get(key).cloned().map(ServiceOrWorkload::Service);
                 let host = (key.namespace.clone(), key.hostname.clone());
-                service.or_else(|| self.by_workload_host.get(&host).first().cloned().map(Known::Workload))
+                service.or_else(|| self.by_workload_host.get(&host).first().cloned().map(ServiceOrWorkload::Workload))
             }
             GatewayTarget::Address(address) => self.at(&address.network, address.ip, client_namespace),
         }
@@ -223,10 +223,10 @@ impl Snapshot {
 
     /// What an address stands for: a service that has it, a workload that has it, a service with a range around it. A pod
     /// that lies in somebody's range is still that pod.
-    pub fn at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<Known> {
-        let service = self.service_at(network, ip, client_namespace).cloned().map(Known::Service);
-        let workload = || self.workload_at(network, ip).cloned().map(Known::Workload);
-        let around = || self.service_around(network, ip, client_namespace).cloned().map(Known::Service);
+    pub fn at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<ServiceOrWorkload> {
+        let service = self.service_at(network, ip, client_namespace).cloned().map(ServiceOrWorkload::Service);
+        let workload = || self.workload_at(network, ip).cloned().map(ServiceOrWorkload::Workload);
+        let around = || self.service_around(network, ip, client_namespace).cloned().map(ServiceOrWorkload::Service);
         service.or_else(workload).or_else(around)
     }
 
@@ -248,13 +248,15 @@ impl Snapshot {
             return Vec::new();
         }
         let range = |ip| FactKey::Range(NetworkAddress { network: at.network.clone(), ip });
-        first_of_ranges(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
+        range_starts(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
     }
 
     /// What might be other than it is known to be, on the way to a service: itself and its waypoints. Nothing where
     /// everything is told.
     pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<FactKey> {
-        let Some(Known::Service(service)) = self.absent.as_ref().and(self.at(network, ip, client_namespace)) else {
+        let Some(ServiceOrWorkload::Service(service)) =
+            self.absent.as_ref().and(self.at(network, ip, client_namespace))
+        else {
             return Vec::new();
         };
         let waypoints = service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint));

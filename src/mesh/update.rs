@@ -6,7 +6,7 @@ use super::fact_key::FactKey;
 use super::name::{ServiceKey, Text};
 use super::policy::{Policy, PolicyScope};
 use super::service::Service;
-use super::snapshot::{Endpoints, Facts, Snapshot, Told};
+use super::snapshot::{Endpoints, Facts, Snapshot, Synced};
 use super::workload::{NetworkMode, Workload};
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub struct Update {
     /// What is no longer remembered of that.
     pub forgotten: Vec<FactKey>,
     /// Which facts have been told in full by now; `None` where that is as before.
-    pub told: Option<Told>,
+    pub synced: Option<Synced>,
 }
 
 impl Update {
@@ -44,14 +44,14 @@ impl Update {
             && self.policies.is_empty()
             && self.absent.is_empty()
             && self.forgotten.is_empty()
-            && self.told.is_none()
+            && self.synced.is_none()
     }
 }
 
 impl From<Facts> for Update {
     fn from(facts: Facts) -> Self {
         let Facts { workloads, services, policies } = facts;
-        Self { workloads, services, policies, told: Some(Told::ALL), ..Self::default() }
+        Self { workloads, services, policies, synced: Some(Synced::ALL), ..Self::default() }
     }
 }
 
@@ -67,7 +67,7 @@ impl Snapshot {
     /// Makes this the snapshot of `version`, by `update`.
     pub fn apply(&mut self, version: u64, update: Update) {
         self.version = version;
-        self.told = update.told.unwrap_or(self.told);
+        self.synced = update.synced.unwrap_or(self.synced);
         if !update.policies.is_empty() || !update.gone_policies.is_empty() {
             self.policies_version = version;
         }
@@ -358,7 +358,7 @@ mod tests {
                 policies: policies.into_values().rev().collect(),
             };
             let rebuilt = Snapshot::build(1, facts);
-            (snapshot.policies_version, snapshot.told) = (rebuilt.policies_version, rebuilt.told);
+            (snapshot.policies_version, snapshot.synced) = (rebuilt.policies_version, rebuilt.synced);
             prop_assert_eq!(snapshot, rebuilt);
         }
     }

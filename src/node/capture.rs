@@ -203,7 +203,7 @@ impl Capturer {
     /// wanted from then on.
     pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
         // Nobody has told of a policy: that counts as none only when somebody has told of all.
-        if let Some(missing) = self.mesh.load().told.missing() {
+        if let Some(missing) = self.mesh.load().synced.missing() {
             return Err(CaptureError::NotTold(missing));
         }
         let workload = self.known(spec)?;

@@ -4,7 +4,7 @@
 use super::waypoint;
 use crate::hbone::Authority;
 use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::Known;
+use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::workload::Delivery;
 use crate::mesh::{Service, Snapshot, Text, Workload};
 use http::StatusCode;
@@ -118,8 +118,10 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
 /// Whether the address belongs to somebody who has this workload as waypoint.
 fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     match snapshot.at(&workload.network, ip, &workload.namespace) {
-        Some(Known::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
-        Some(Known::Workload(other)) => other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload)),
+        Some(ServiceOrWorkload::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
+        Some(ServiceOrWorkload::Workload(other)) => {
+            other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload))
+        }
         None => false,
     }
 }

@@ -3,7 +3,7 @@
 use super::destination::{self, Chosen};
 use super::{Chance, HBONE_PORT, Names, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::Known;
+use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -155,7 +155,7 @@ impl Choice<'_> {
     /// Whether an address is one of the very service that led to it, as hosts are in the range of their ServiceEntry.
     fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
         let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
-        matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
+        matches!((found, service), (Some(ServiceOrWorkload::Service(found)), Some(service)) if found.key == service.key)
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
@@ -191,7 +191,7 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 mod tests {
     use super::*;
     use crate::connection::choose::own_ports;
-    use crate::mesh::service::{HealthPolicy, LoadBalancer, Mode};
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -259,7 +259,7 @@ mod tests {
         let world = World::new().with(|f| {
             f.services[0].load_balancer = Some(LoadBalancer {
                 preferences: Vec::new(),
-                mode: Mode::Passthrough,
+                mode: LoadBalancingMode::Passthrough,
                 health_policy: HealthPolicy::OnlyHealthy,
             });
         });

@@ -3,7 +3,7 @@
 
 use super::destination::{self, Chosen};
 use super::{Chance, Names, RouteError};
-use crate::mesh::snapshot::Known;
+use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text, Workload};
 use std::sync::Arc;
 
@@ -30,10 +30,10 @@ pub fn resolve(
         reason,
     };
     match snapshot.gateway(waypoint, &source.namespace) {
-        Some(Known::Workload(workload)) => {
+        Some(ServiceOrWorkload::Workload(workload)) => {
             Ok(Waypoint { chosen: Chosen { workload, port: waypoint.hbone_port }, service: None })
         }
-        Some(Known::Service(service)) => {
+        Some(ServiceOrWorkload::Service(service)) => {
             let chosen = destination::choose(snapshot, source, &service, waypoint.hbone_port, &Names::new(), chance)
                 .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
@@ -69,8 +69,8 @@ pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
 /// Whether `workload` is (one of) the workloads behind a waypoint reference.
 pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
     match snapshot.gateway(waypoint, &workload.namespace) {
-        Some(Known::Workload(one)) => one.uid == workload.uid,
-        Some(Known::Service(service)) => workload.services.contains_key(&service.key),
+        Some(ServiceOrWorkload::Workload(one)) => one.uid == workload.uid,
+        Some(ServiceOrWorkload::Service(service)) => workload.services.contains_key(&service.key),
         None => false,
     }
 }

@@ -7,8 +7,8 @@
 
 use super::decode::{self, Decoded, Names};
 use super::policy;
-use crate::mesh::address::{NetworkAddress, NetworkCidr, is_looked_for};
-use crate::mesh::snapshot::Told;
+use crate::mesh::address::{NetworkAddress, NetworkCidr, is_asked_for};
+use crate::mesh::snapshot::Synced;
 use crate::mesh::workload::NetworkMode;
 use crate::mesh::{FactKey, Service, ServiceKey, Text, Update, Workload};
 use crate::proto::culvert::state::SavedType;
@@ -86,7 +86,7 @@ pub struct Delta {
     /// Ranges that are never looked for, by service; likewise, and not said yet.
     unfound: Vec<String>,
     /// What has been said of which facts are complete.
-    told: Told,
+    told: Synced,
 }
 
 /// What a response led to.
@@ -123,7 +123,7 @@ impl Delta {
             names: Names::default(),
             noted: HashMap::new(),
             unfound: Vec::new(),
-            told: Told::default(),
+            told: Synced::default(),
         }
     }
 
@@ -230,10 +230,10 @@ impl Delta {
         }
         // Of each stream anew: what came into being while nobody told us comes by one type first, and is not to be judged
         // without the other.
-        let told = Told { addresses: self.address.answered, policies: self.authorization.answered };
+        let told = Synced { addresses: self.address.answered, policies: self.authorization.answered };
         if self.told != told {
             self.told = told;
-            update.told = Some(told);
+            update.synced = Some(told);
         }
         let error_detail = (!faults.is_empty()).then(|| Status {
             // INVALID_ARGUMENT of google.rpc.Code.
@@ -354,7 +354,7 @@ impl Delta {
     /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
     /// knows of other addresses in it, it says by their own names.
     fn note_service(&mut self, service: &Service, update: &mut Update) {
-        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_looked_for(&cidr.range));
+        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_asked_for(&cidr.range));
         let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
         if !unfound.is_empty() {
             // No policy has a blank in its name.
@@ -424,8 +424,8 @@ impl Delta {
             (kind.answered, kind.synced) = (false, false);
         }
         // It is only ever written when it is complete.
-        self.told = Told::ALL;
-        update.told = Some(self.told);
+        self.told = Synced::ALL;
+        update.synced = Some(self.told);
         (update, faults, notes)
     }
 }

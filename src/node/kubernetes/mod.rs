@@ -272,7 +272,7 @@ impl Running {
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         self.end_of_memory();
-        if self.source.capturer.mesh.load().told.missing().is_none() {
+        if self.source.capturer.mesh.load().synced.missing().is_none() {
             self.source.capturer.turn.becomes_able();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
