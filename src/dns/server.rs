@@ -17,7 +17,7 @@ use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::Held;
+use crate::telemetry::series::SeriesHandle;
 use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
@@ -87,7 +87,7 @@ pub struct Server {
 }
 
 /// Metrics of requests of one type.
-type Requests = Arc<Held<RequestLabels, metrics::Requests>>;
+type Requests = Arc<SeriesHandle<RequestLabels, metrics::Requests>>;
 
 impl Carrier {
     fn word(self) -> &'static str {

@@ -32,7 +32,7 @@ impl<L, M> Clone for Series<L, M> {
     }
 }
 
-type Sets<L, M> = HashMap<Arc<L>, Arc<Entry<L, M>>>;
+type Sets<L, M> = HashMap<Arc<L>, Arc<LabelSet<L, M>>>;
 
 #[derive(Debug)]
 struct Table<L, M> {
@@ -45,7 +45,7 @@ struct Table<L, M> {
 }
 
 #[derive(Debug)]
-struct Entry<L, M> {
+struct LabelSet<L, M> {
     labels: Arc<L>,
     metrics: M,
     begun: Instant,
@@ -55,16 +55,16 @@ struct Entry<L, M> {
 
 /// The metrics of one label set, which stays for as long as this is held.
 #[derive(Debug)]
-pub struct Held<L, M>(Arc<Entry<L, M>>);
+pub struct SeriesHandle<L, M>(Arc<LabelSet<L, M>>);
 
-impl<L, M> Held<L, M> {
+impl<L, M> SeriesHandle<L, M> {
     /// Its labels; others than were asked for, beyond the bound.
     pub fn labels(&self) -> &L {
         &self.0.labels
     }
 }
 
-impl<L, M> Deref for Held<L, M> {
+impl<L, M> Deref for SeriesHandle<L, M> {
     type Target = M;
 
     fn deref(&self) -> &M {
@@ -72,7 +72,7 @@ impl<L, M> Deref for Held<L, M> {
     }
 }
 
-impl<L, M> Drop for Held<L, M> {
+impl<L, M> Drop for SeriesHandle<L, M> {
     fn drop(&mut self) {
         self.0.used.store(self.0.begun.elapsed().as_secs(), Ordering::Relaxed);
     }
@@ -92,10 +92,10 @@ impl<L: Labels, M: Default> Series<L, M> {
     }
 
     /// The metrics of these labels.
-    pub fn of(&self, labels: &L) -> Held<L, M> {
+    pub fn of(&self, labels: &L) -> SeriesHandle<L, M> {
         let table = &*self.0;
-        if let Some(entry) = table.sets.read().get(labels) {
-            return Held(entry.clone());
+        if let Some(set) = table.sets.read().get(labels) {
+            return SeriesHandle(set.clone());
         }
         let mut sets = table.sets.write();
         if sets.len() >= table.max {
@@ -106,10 +106,10 @@ impl<L: Labels, M: Default> Series<L, M> {
             }
         }
         let labels = Arc::new(if sets.len() < table.max { labels.clone() } else { labels.other() });
-        let entry = sets.entry(labels.clone()).or_insert_with(|| {
-            Arc::new(Entry { labels, metrics: M::default(), begun: table.begun, used: AtomicU64::new(0) })
+        let set = sets.entry(labels.clone()).or_insert_with(|| {
+            Arc::new(LabelSet { labels, metrics: M::default(), begun: table.begun, used: AtomicU64::new(0) })
         });
-        Held(entry.clone())
+        SeriesHandle(set.clone())
     }
 
     /// Shows all to `write`, once for each of `families`; then those go that were idle.
@@ -119,9 +119,9 @@ impl<L: Labels, M: Default> Series<L, M> {
         mut write: impl FnMut(&F, &mut dyn Iterator<Item = (&L, &M)>) -> Result<(), E>,
     ) -> Result<(), E> {
         // Not under the lock: writing takes a while, and connections must go on opening.
-        let all: Vec<Arc<Entry<L, M>>> = self.0.sets.read().values().cloned().collect();
+        let all: Vec<Arc<LabelSet<L, M>>> = self.0.sets.read().values().cloned().collect();
         for family in families {
-            write(&family, &mut all.iter().map(|entry| (&*entry.labels, &entry.metrics)))?;
+            write(&family, &mut all.iter().map(|set| (&*set.labels, &set.metrics)))?;
         }
         drop(all);
         self.0.sweep(&mut self.0.sets.write());
@@ -132,9 +132,9 @@ impl<L: Labels, M: Default> Series<L, M> {
 impl<L: Eq + Hash, M> Table<L, M> {
     fn sweep(&self, sets: &mut Sets<L, M>) {
         let now = self.begun.elapsed().as_secs();
-        sets.retain(|_, entry| {
-            let idle = now.saturating_sub(entry.used.load(Ordering::Relaxed));
-            Arc::strong_count(entry) > 1 || idle < self.idle.as_secs()
+        sets.retain(|_, set| {
+            let idle = now.saturating_sub(set.used.load(Ordering::Relaxed));
+            Arc::strong_count(set) > 1 || idle < self.idle.as_secs()
         });
     }
 }
@@ -154,7 +154,7 @@ mod tests {
 
     type Counts = Series<Name, AtomicU64>;
 
-    fn count(series: &Counts, name: &str) -> Held<Name, AtomicU64> {
+    fn count(series: &Counts, name: &str) -> SeriesHandle<Name, AtomicU64> {
         let held = series.of(&Name(name.into()));
         held.fetch_add(1, Ordering::Relaxed);
         held

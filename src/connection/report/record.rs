@@ -8,7 +8,7 @@ use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, 
 use crate::hbone::TunnelError;
 use crate::mesh::{Service, SpiffeName, Text, Workload};
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::Held;
+use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -106,7 +106,7 @@ pub struct Record {
 #[derive(Debug)]
 struct Opened {
     id: u64,
-    traffic: Held<TrafficLabels, Traffic>,
+    traffic: SeriesHandle<TrafficLabels, Traffic>,
     details: Details,
     connection: Arc<Connection>,
 }
