@@ -96,7 +96,7 @@ impl Daemon {
                 format!("{text}; it is {here} here: compare with the peers, which the access log names"),
             );
         }
-        if clock::is_kept() == Some(false) {
+        if clock::is_synchronized() == Some(false) {
             let text = "no time service keeps this node's clock: peers refuse certificates once it is a minute off";
             return note("clock", format!("{text}; it is {here} here"));
         }

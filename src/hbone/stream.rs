@@ -4,7 +4,7 @@
 use super::TunnelError;
 use super::buffers::Account;
 use super::flow::{ReceiveHalf, SendHalf};
-use crate::sys::leg::{End, LAST_BYTES};
+use crate::sys::leg::{LAST_BYTES, Leg};
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, SendStream};
@@ -96,7 +96,7 @@ impl Stream {
         silence: Duration,
         stop: impl Future<Output = ()>,
     ) -> Result<(), CarryError> {
-        let (Self { send, receive }, app) = (self, End::new(app));
+        let (Self { send, receive }, app) = (self, Leg::new(app));
         let account = send.account().clone();
         let result = tokio::select! {
             biased;
@@ -138,7 +138,7 @@ impl Sender {
     }
 
     /// Resets the stream because the application's connection has broken; what that had sent before goes first.
-    async fn app_broke(mut self, app: &End<'_>) -> CarryError {
+    async fn app_broke(mut self, app: &Leg<'_>) -> CarryError {
         if let Some(mut stream) = self.stream.take() {
             // A reset would throw away what is still queued.
             tokio::select! {
@@ -160,7 +160,7 @@ impl Drop for Sender {
 }
 
 async fn both_ways(
-    app: &End<'_>,
+    app: &Leg<'_>,
     sender: Sender,
     receive: ReceiveHalf,
     meter: &impl Meter,
@@ -199,7 +199,7 @@ enum Either {
 
 /// What comes from the tunnel after the application has ended in order.
 async fn rest_of_down(
-    app: &End<'_>,
+    app: &Leg<'_>,
     mut sender: Sender,
     mut down: Pin<&mut impl Future<Output = Result<(), CarryError>>>,
     meter: &impl Meter,
@@ -232,7 +232,7 @@ async fn rest_of_down(
 }
 
 /// Waits until the application has what the tunnel brought before it ended with `error`.
-async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
+async fn after_last_bytes<T>(app: &Leg<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
     let last = async {
         // How that ends is known.
         let _ = rest.await;
@@ -244,7 +244,7 @@ async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error
 }
 
 /// Passes on what the application sends until it ends, and then END_STREAM; gives the sender back.
-async fn app_to_tunnel(app: &End<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
+async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
@@ -303,7 +303,7 @@ fn finished_early(reason: Reason, sender: Sender) -> Result<Sender, CarryError> 
 }
 
 /// Passes on what the tunnel brings until it ends, and then FIN. What came before a reset is still there to be read.
-async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
+async fn tunnel_to_app(app: &Leg<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
     let failed = |error: io::Error| {
         app.breaks(error);
         CarryError::App(app.error())

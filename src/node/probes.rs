@@ -10,7 +10,7 @@ use super::turn::Turn;
 use super::verify::{INBOUND_PORT, TUNNELS};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
-use crate::sys::netns_watch::Changes;
+use crate::sys::netns_watch::NetnsWatch;
 use crate::sys::nftables::{self, Family};
 use crate::task::Signal;
 use prometheus_client::metrics::counter::Counter;
@@ -94,8 +94,8 @@ impl HostProbes {
         let (mut pods, mut turns) = (probed.pods.subscribe(), turn.subscribe());
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
-        let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
-        let changes = changes.ok().and_then(|opened| opened.and_then(Changes::new).ok());
+        let changes = Netns::open(&self.host).and_then(|host| host.enter(NetnsWatch::open));
+        let changes = changes.ok().and_then(|opened| opened.and_then(NetnsWatch::new).ok());
         // What is in force, by address. An address belongs to one pod.
         let mut known: Option<BTreeMap<IpAddr, Text>> = None;
         loop {

@@ -7,7 +7,7 @@ use super::redirect::{self, Listing};
 use super::status::{Board, Noted};
 use super::{CaptureError, PodSpec, legs};
 use crate::sys::netns::Netns;
-use crate::sys::netns_watch::{Changes, Seen};
+use crate::sys::netns_watch::{NetnsChange, NetnsWatch};
 use crate::sys::nftables::{self, Family};
 use crate::task::backoff::Backoff;
 use parking_lot::Mutex;
@@ -40,9 +40,9 @@ const QUIET: Duration = Duration::from_secs(60);
 /// The state of a pod's rules.
 #[derive(Debug)]
 pub struct Rules {
-    changes: Option<Changes>,
+    changes: Option<NetnsWatch>,
     /// What has been heard and not been heeded.
-    heard: Mutex<Seen>,
+    heard: Mutex<NetnsChange>,
     /// A repair is due already.
     repairing: bool,
     /// A look at the tables is worth it again.
@@ -95,8 +95,8 @@ impl Rules {
     /// Nothing written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
         let netns = &listening.pod.netns;
-        let opened = netns.enter(Changes::open).map_err(CaptureError::from);
-        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::Deaf));
+        let opened = netns.enter(NetnsWatch::open).map_err(CaptureError::from);
+        let changes = opened.and_then(|opened| opened.and_then(NetnsWatch::new).map_err(CaptureError::Deaf));
         if let Err(error) = &changes {
             let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
             tracing::warn!(namespace, name, %error, "the pod is looked at every 30 s only");
@@ -137,7 +137,7 @@ impl Rules {
     /// also where nobody waits any more.
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
-        if self.heard() == Seen::default() {
+        if self.heard() == NetnsChange::default() {
             self.hear(changes.seen().await);
         }
         tokio::time::sleep(SETTLE).await;
@@ -148,13 +148,13 @@ impl Rules {
         tokio::time::sleep_until(self.look_at).await;
     }
 
-    fn heard(&self) -> Seen {
+    fn heard(&self) -> NetnsChange {
         *self.heard.lock()
     }
 
-    fn hear(&self, more: Seen) {
+    fn hear(&self, more: NetnsChange) {
         let mut heard = self.heard.lock();
-        *heard = Seen {
+        *heard = NetnsChange {
             tables: heard.tables || more.tables,
             routes: heard.routes || more.routes,
             addresses: heard.addresses || more.addresses,

@@ -91,7 +91,7 @@ impl Turn {
 
     /// Joins the daemons of a node in `folder`. Where no other one lives it is this one's turn at once.
     pub fn join(folder: &Path) -> (Self, Member) {
-        let began = clock::since_start().unwrap_or_default().as_nanos();
+        let began = clock::since_boot().unwrap_or_default().as_nanos();
         let name = format!("{began:020}-{:016x}", rand::random::<u64>());
         let turn = Self::new(false, &name);
         let mut member = Member {

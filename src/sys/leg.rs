@@ -17,14 +17,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// An end of a connection.
 #[derive(Debug)]
-pub struct End<'a> {
+pub struct Leg<'a> {
     /// Its socket.
     pub socket: &'a TcpStream,
     /// The kernel tells of an error once, to whoever reads, writes or asks first; so it is kept here.
     broken: SetOnce<(io::Error, Instant)>,
 }
 
-impl<'a> End<'a> {
+impl<'a> Leg<'a> {
     /// An end that is whole.
     pub fn new(socket: &'a TcpStream) -> Self {
         Self { socket, broken: SetOnce::new() }

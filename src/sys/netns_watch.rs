@@ -21,7 +21,7 @@ const DELETED_RULE: u16 = 33;
 
 /// What has changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct NetnsChange {
     /// Something in nftables; whose it is and what, is for a look at it.
     pub tables: bool,
     /// A rule or route has gone.
@@ -30,34 +30,43 @@ pub struct Seen {
     pub addresses: bool,
 }
 
+/// Sockets on which the kernel announces changes of one namespace.
+#[derive(Debug)]
+pub struct Subscriptions {
+    tables: OwnedFd,
+    routing: OwnedFd,
+}
+
 /// Hears of changes in one namespace.
 #[derive(Debug)]
-pub struct Changes {
+pub struct NetnsWatch {
     tables: AsyncFd<OwnedFd>,
     routing: AsyncFd<OwnedFd>,
 }
 
-impl Changes {
+impl NetnsWatch {
     /// Opens the sockets in the namespace that the thread is in.
-    pub fn open() -> io::Result<(OwnedFd, OwnedFd)> {
+    pub fn open() -> io::Result<Subscriptions> {
         let subscribe = |protocol, groups| {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
             let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
             bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
             Ok::<_, io::Error>(fd)
         };
-        Ok((subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?, subscribe(SockProtocol::NetlinkRoute, ROUTING)?))
+        let tables = subscribe(SockProtocol::NetlinkNetFilter, NFTABLES)?;
+        Ok(Subscriptions { tables, routing: subscribe(SockProtocol::NetlinkRoute, ROUTING)? })
     }
 
     /// Waits with the runtime of the calling task.
-    pub fn new((tables, routing): (OwnedFd, OwnedFd)) -> io::Result<Self> {
+    pub fn new(subscriptions: Subscriptions) -> io::Result<Self> {
+        let Subscriptions { tables, routing } = subscriptions;
         // SAFETY: the descriptor is owned by what it is registered in, never closed or replaced before that is dropped.
         let with = |fd| unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         Ok(Self { tables: with(tables)?, routing: with(routing)? })
     }
 
     /// Completes when something has changed; what came until then is told at once.
-    pub async fn seen(&self) -> Seen {
+    pub async fn seen(&self) -> NetnsChange {
         loop {
             let seen = tokio::select! {
                 ready = self.tables.readable() => match ready {
@@ -66,7 +75,7 @@ impl Changes {
                         if dry {
                             guard.clear_ready();
                         }
-                        Seen { tables, ..Seen::default() }
+                        NetnsChange { tables, ..NetnsChange::default() }
                     }
                     // The runtime ends.
                     Err(_) => std::future::pending().await,
@@ -82,12 +91,12 @@ impl Changes {
                         if dry {
                             guard.clear_ready();
                         }
-                        Seen { tables: false, routes: routes || lost, addresses: addresses || lost }
+                        NetnsChange { tables: false, routes: routes || lost, addresses: addresses || lost }
                     }
                     Err(_) => std::future::pending().await,
                 },
             };
-            if seen != Seen::default() {
+            if seen != NetnsChange::default() {
                 return seen;
             }
         }

@@ -2,7 +2,7 @@
 
 use super::ForwardError;
 use crate::hbone::Meter;
-use crate::sys::leg::{End, LAST_BYTES};
+use crate::sys::leg::{LAST_BYTES, Leg};
 use crate::sys::scratch::{PassError, pass_now, write_all};
 use std::io;
 use std::net::Shutdown;
@@ -19,7 +19,7 @@ pub async fn both_ways(
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let (app, far) = (&End::new(app), &End::new(far));
+    let (app, far) = (&Leg::new(app), &Leg::new(far));
     let mut up = pin!(one_way(app, far, |n| meter.up(n)));
     let mut down = pin!(one_way(far, app, |n| meter.down(n)));
     let (mut up_ended, mut down_ended) = (false, false);
@@ -63,7 +63,7 @@ pub async fn both_ways(
 }
 
 /// Copies until `from` has ended, which `to` is told, or until one of them breaks, which that one notes.
-async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
+async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
