@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 /// One exchange between pods.
 #[derive(Clone, Debug)]
-pub struct Seen {
+pub struct Exchange {
     /// Who asked.
     pub from: &'static str,
     /// Whom.
@@ -18,9 +18,20 @@ pub struct Seen {
     pub expected: bool,
 }
 
+/// The identities of both ends of a connection, as one node logged them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct IdentityPair {
+    /// The node, and the direction of the connection as that node saw it.
+    pub at: String,
+    /// Identity of the source.
+    pub source: String,
+    /// Identity of the destination.
+    pub destination: String,
+}
+
 /// One refusal.
 #[derive(Clone, Debug)]
-pub struct Denied {
+pub struct Refusal {
     /// Who was refused.
     pub who: String,
     /// The reason that the node logged, which names the rule.
@@ -33,15 +44,15 @@ pub struct Account {
     /// Names of the captured pods.
     pub captured: Vec<String>,
     /// What the wire showed without culvert: the proof that the capture would see plaintext.
-    pub plain_wire: wire::Seen,
+    pub plain_wire: wire::WireStats,
     /// What it showed with culvert.
-    pub wire: wire::Seen,
+    pub wire: wire::WireStats,
     /// Exchanges.
-    pub seen: Vec<Seen>,
-    /// Where, source, destination.
-    pub identities: Vec<[String; 3]>,
+    pub exchanges: Vec<Exchange>,
+    /// Identities that the access logs name, each pair once for each node and direction.
+    pub identities: Vec<IdentityPair>,
     /// Refusals.
-    pub denied: Vec<Denied>,
+    pub denied: Vec<Refusal>,
     /// Speed without culvert.
     pub direct: Figures,
     /// Speed through it.
@@ -55,14 +66,16 @@ impl Account {
     pub fn is_good(&self) -> bool {
         let wire = self.wire.plaintext_bytes == 0 && self.wire.canaries == 0 && self.wire.dropped == 0;
         let tunnelled = self.wire.bytes_by_port.get(&15008).is_some_and(|bytes| *bytes > 0);
-        let exchanges = self.seen.iter().all(|seen| seen.answered == seen.expected);
+        let exchanges = self.exchanges.iter().all(|exchange| exchange.answered == exchange.expected);
         wire && tunnelled && exchanges && self.plain_wire.canaries > 0 && self.denied.len() >= 2
     }
 
     /// One JSON object.
     pub fn json(&self) -> String {
-        let identity = |[at, from, to]: &[String; 3]| json!({"at": at, "source": from, "destination": to});
-        let exchange = |s: &Seen| json!({"from": s.from, "to": s.to, "answered": s.answered, "expected": s.expected});
+        let identity =
+            |pair: &IdentityPair| json!({"at": pair.at, "source": pair.source, "destination": pair.destination});
+        let exchange =
+            |s: &Exchange| json!({"from": s.from, "to": s.to, "answered": s.answered, "expected": s.expected});
         let rules: Vec<&str> = self.denied.iter().map(|denied| rule(&denied.by)).collect();
         let value: Value = json!({
             "ok": self.is_good(),
@@ -75,7 +88,7 @@ impl Account {
             "denied": self.denied.iter().map(|denied| denied.who.as_str()).collect::<Vec<_>>(),
             "denied_by": rules,
             "identities": self.identities.iter().map(identity).collect::<Vec<_>>(),
-            "exchanges": self.seen.iter().map(exchange).collect::<Vec<_>>(),
+            "exchanges": self.exchanges.iter().map(exchange).collect::<Vec<_>>(),
             "rps": self.tunnelled.rps.round(),
             "p50_us": self.tunnelled.p50_us.round(),
             "p99_us": self.tunnelled.p99_us.round(),
@@ -103,22 +116,22 @@ impl Account {
         writeln!(t, "\nCaptured      {} (verified from inside each pod)", self.captured.join(", "))?;
         writeln!(t, "\nOn the wire between the nodes")?;
         let (plain, wire) = (&self.plain_wire, &self.wire);
-        let ports = |seen: &wire::Seen| {
+        let ports = |stats: &wire::WireStats| {
             let all: Vec<String> =
-                seen.bytes_by_port.iter().map(|(port, bytes)| format!("{port} ({bytes} B)")).collect();
+                stats.bytes_by_port.iter().map(|(port, bytes)| format!("{port} ({bytes} B)")).collect();
             if all.is_empty() { "none".to_owned() } else { all.join(", ") }
         };
         writeln!(t, "  without     ports {}; the canary was readable in {} frames", ports(plain), plain.canaries)?;
         writeln!(t, "  with        ports {}; the canary was readable in {} frames", ports(wire), wire.canaries)?;
         writeln!(t, "\nWho reached whom")?;
-        for seen in &self.seen {
-            let word = if seen.answered { "answered" } else { "refused" };
-            let remark = if seen.answered == seen.expected { "" } else { "   <-- NOT as expected" };
-            writeln!(t, "  {:<12}-> {:<26}{word}{remark}", seen.from, seen.to)?;
+        for exchange in &self.exchanges {
+            let word = if exchange.answered { "answered" } else { "refused" };
+            let remark = if exchange.answered == exchange.expected { "" } else { "   <-- NOT as expected" };
+            writeln!(t, "  {:<12}-> {:<26}{word}{remark}", exchange.from, exchange.to)?;
         }
         writeln!(t, "\nIdentities in the access logs")?;
-        for [at, from, to] in &self.identities {
-            writeln!(t, "  {at:<16}{from} -> {to}")?;
+        for IdentityPair { at, source, destination } in &self.identities {
+            writeln!(t, "  {at:<16}{source} -> {destination}")?;
         }
         writeln!(t, "\nDenied")?;
         for denied in &self.denied {

@@ -11,7 +11,7 @@ mod world;
 use crate::config::args::DemoArgs;
 use crate::sys;
 use crate::task::thread::blocking;
-use account::{Account, Denied, Seen};
+use account::{Account, Exchange, IdentityPair, Refusal};
 use anyhow::{Context, bail};
 use cancel::is_cancelled;
 use parking_lot::Mutex;
@@ -150,7 +150,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
 
     progress(args, "through culvert");
     let watch = wire::Watch::start(&node1, &canary)?;
-    let seen = with(shared, |world| exchanges(world, &canary))?;
+    let exchanges = with(shared, |world| exchange_all(world, &canary))?;
     let wire = watch.take()?;
     let tunnelled = traffic::measure(&client, server_ip, duration)?;
     let (identities, denied) = with(shared, from_logs)?;
@@ -158,7 +158,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     if let Some(pid) = dead {
         bail!("process {pid} has ended before its time");
     }
-    let account = Account { captured, plain_wire, wire, seen, identities, denied, direct, tunnelled, node_names };
+    let account = Account { captured, plain_wire, wire, exchanges, identities, denied, direct, tunnelled, node_names };
     let text = if args.json { account.json() } else { account.text() };
     let _ = writeln!(std::io::stdout(), "{text}");
     Ok(if account.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -193,7 +193,7 @@ fn fetch(world: &World, pod: &str, url: &str, wait: Wait) -> anyhow::Result<Opti
 }
 
 /// Who fetches what, and whether it should succeed.
-fn exchanges(world: &mut World, canary: &str) -> anyhow::Result<Vec<Seen>> {
+fn exchange_all(world: &mut World, canary: &str) -> anyhow::Result<Vec<Exchange>> {
     let vip = format!("http://{}/", nodes::SERVICE_VIP);
     let mut all = Vec::new();
     for (from, to, url, expected) in [
@@ -204,13 +204,13 @@ fn exchanges(world: &mut World, canary: &str) -> anyhow::Result<Vec<Seen>> {
         ("outside", "server (in plaintext)", "http://10.2.0.20:8080/", false),
     ] {
         let answered = fetch(world, from, url, Wait::No)?.is_some_and(|page| page.trim() == canary);
-        all.push(Seen { from, to, answered, expected });
+        all.push(Exchange { from, to, answered, expected });
     }
     Ok(all)
 }
 
 /// Identities that each side saw, and refusals, from the access logs of both nodes.
-fn from_logs(world: &mut World) -> anyhow::Result<(Vec<[String; 3]>, Vec<Denied>)> {
+fn from_logs(world: &mut World) -> anyhow::Result<(Vec<IdentityPair>, Vec<Refusal>)> {
     let deadline = Instant::now() + LOG_DEADLINE;
     loop {
         let (mut identities, mut denied) = (Vec::new(), Vec::new());
@@ -219,16 +219,20 @@ fn from_logs(world: &mut World) -> anyhow::Result<(Vec<[String; 3]>, Vec<Denied>
                 let text = |key: &str| line.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
                 let direction = text("direction");
                 if line.get("error").is_none() && line.get("src.identity").is_some() {
-                    let seen = [format!("node{node} {direction}"), text("src.identity"), text("dst.identity")];
-                    if !identities.contains(&seen) {
-                        identities.push(seen);
+                    let pair = IdentityPair {
+                        at: format!("node{node} {direction}"),
+                        source: text("src.identity"),
+                        destination: text("dst.identity"),
+                    };
+                    if !identities.contains(&pair) {
+                        identities.push(pair);
                     }
                 }
                 if direction == "inbound" && text("error").contains("policy rejection") {
                     let source = text("src.addr");
                     let ip = source.rsplit_once(':').map_or(source.as_str(), |(ip, _)| ip);
                     let pod = PODS.iter().find(|pod| pod.v4 == ip).map_or(ip, |pod| pod.name);
-                    denied.push(Denied { who: pod.to_owned(), by: text("error") });
+                    denied.push(Refusal { who: pod.to_owned(), by: text("error") });
                 }
             }
         }

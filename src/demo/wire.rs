@@ -13,7 +13,7 @@ use std::time::Duration;
 
 /// What was seen.
 #[derive(Clone, Debug, Default)]
-pub struct Seen {
+pub struct WireStats {
     /// TCP payload bytes by the lower of the two ports, which is the server's here.
     pub bytes_by_port: BTreeMap<u16, u64>,
     /// Frames that hold the canary in clear.
@@ -30,7 +30,7 @@ pub struct Seen {
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<anyhow::Result<Seen>>,
+    thread: JoinHandle<anyhow::Result<WireStats>>,
 }
 
 impl Watch {
@@ -44,7 +44,7 @@ impl Watch {
     }
 
     /// Ends the capture and gives what was seen.
-    pub fn take(self) -> anyhow::Result<Seen> {
+    pub fn take(self) -> anyhow::Result<WireStats> {
         // What is under way on the wire arrives within this time; a capture has no other end.
         std::thread::sleep(Duration::from_millis(100));
         self.stop.store(true, Ordering::Relaxed);
@@ -52,8 +52,8 @@ impl Watch {
     }
 }
 
-fn watch(sniffer: &Sniffer, stop: &AtomicBool, canary: &[u8]) -> anyhow::Result<Seen> {
-    let mut seen = Seen::default();
+fn watch(sniffer: &Sniffer, stop: &AtomicBool, canary: &[u8]) -> anyhow::Result<WireStats> {
+    let mut seen = WireStats::default();
     let mut buffer = vec![0; 256 * 1024];
     loop {
         match sniffer.next(&mut buffer)? {
@@ -66,7 +66,7 @@ fn watch(sniffer: &Sniffer, stop: &AtomicBool, canary: &[u8]) -> anyhow::Result<
     Ok(seen)
 }
 
-fn look(frame: &[u8], canary: &[u8], seen: &mut Seen) {
+fn look(frame: &[u8], canary: &[u8], seen: &mut WireStats) {
     seen.frames += 1;
     if frame.windows(canary.len()).any(|window| window == canary) {
         seen.canaries += 1;
@@ -119,7 +119,7 @@ mod tests {
             frame.extend(payload);
             frame
         };
-        let mut seen = Seen::default();
+        let mut seen = WireStats::default();
         look(&frame(40_000, 15008, b"ciphertext"), b"canary", &mut seen);
         assert_eq!((seen.plaintext_bytes, seen.canaries), (0, 0));
         look(&frame(8080, 40_000, b"the canary sings"), b"canary", &mut seen);
