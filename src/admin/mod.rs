@@ -111,19 +111,19 @@ pub struct BindError {
 /// Serves the ports in the namespace of the process until dropped.
 #[derive(Debug)]
 pub struct Ports {
-    listeners: Vec<(TcpListener, Router, Manners)>,
+    listeners: Vec<(TcpListener, Router, PortLimits)>,
 }
 
 /// How clients of a port are dealt with.
 #[derive(Clone, Debug)]
-struct Manners {
+struct PortLimits {
     slots: Arc<Slots>,
     deadline: Duration,
     /// Whether a connection may ask again.
     keep_alive: bool,
 }
 
-impl Manners {
+impl PortLimits {
     /// For the admin port: its clients are of this machine.
     fn local() -> Self {
         Self { slots: Slots::new(CONNECTIONS_MAX, CONNECTIONS_MAX), deadline: ADMIN_DEADLINE, keep_alive: true }
@@ -165,20 +165,20 @@ impl Ports {
         let mut listeners = Vec::new();
         for ip in localhost {
             let listener = listen(SocketAddr::new(ip, config.admin_port)).await?;
-            listeners.push((listener, admin.clone(), Manners::local()));
+            listeners.push((listener, admin.clone(), PortLimits::local()));
         }
         let stats_listener = listen(SocketAddr::new(any, config.stats_port)).await?;
-        listeners.push((stats_listener, stats, Manners::open(STATS_DEADLINE)));
+        listeners.push((stats_listener, stats, PortLimits::open(STATS_DEADLINE)));
         let ready_listener = listen(SocketAddr::new(any, READY_PORT)).await?;
-        listeners.push((ready_listener, ready, Manners::open(READY_DEADLINE)));
+        listeners.push((ready_listener, ready, PortLimits::open(READY_DEADLINE)));
         Ok(Self { listeners })
     }
 
     /// Serves all ports until dropped.
     pub async fn serve(self) {
         let serving = Group::default();
-        for (listener, router, manners) in self.listeners {
-            serving.spawn(serve(listener, router, manners));
+        for (listener, router, limits) in self.listeners {
+            serving.spawn(serve(listener, router, limits));
         }
         serving.finished().await;
     }
@@ -186,7 +186,7 @@ impl Ports {
 
 /// Serves one port: a bounded number of connections at once, of which no source has all, each within deadlines. Whoever
 /// parks connections here must not use up the descriptors of the node, or keep others from being answered.
-async fn serve(listener: TcpListener, router: Router, manners: Manners) {
+async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
     let connections = Group::default();
     loop {
         let (stream, peer) = match listener.accept().await {
@@ -197,9 +197,9 @@ async fn serve(listener: TcpListener, router: Router, manners: Manners) {
                 continue;
             }
         };
-        let Ok(slot) = manners.slots.take(peer.ip()) else { continue };
+        let Ok(slot) = limits.slots.take(peer.ip()) else { continue };
         let service = TowerToHyperService::new(router.clone());
-        let Manners { deadline, keep_alive, .. } = manners;
+        let PortLimits { deadline, keep_alive, .. } = limits;
         connections.spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).max_buf_size(HEAD_BYTES_MAX);
