@@ -1,6 +1,6 @@
 //! The daemon of this node, through its own ports.
 
-use super::finding::{DEADLINE, Line, bad, note, well};
+use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::{CaSource, Config};
 use crate::sys::clock;
 use std::collections::BTreeMap;
@@ -41,14 +41,14 @@ impl Daemon {
         Ok(Self { pods, ready: get(crate::admin::READY_PORT, "/healthz/ready")?, metrics, dump: json("/config_dump")? })
     }
 
-    pub(super) fn readiness(&self) -> Line {
+    pub(super) fn readiness(&self) -> Finding {
         match &self.ready {
-            (200, _) => well("daemon", "runs and is ready"),
-            (_, why) => bad("daemon", format!("runs and is not ready: {}", why.trim())),
+            (200, _) => ok("daemon", "runs and is ready"),
+            (_, why) => fail("daemon", format!("runs and is not ready: {}", why.trim())),
         }
     }
 
-    pub(super) fn files(&self) -> Line {
+    pub(super) fn files(&self) -> Finding {
         let metric = |name: &str| {
             let line = self.metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
             line.unwrap_or(0.0)
@@ -56,18 +56,18 @@ impl Daemon {
         let (open, max) = (metric("process_open_fds "), metric("process_max_fds "));
         let text = format!("{open} of {max} are open");
         match open > 0.8 * max {
-            true => bad(
+            true => fail(
                 "open files",
                 format!(
                     "{text}: the largest pod's newest connections are refused; raise the limit of the container runtime"
                 ),
             ),
-            false => well("open files", text),
+            false => ok("open files", text),
         }
     }
 
     /// Certificates are made by the CA's clock, and judged by those of this node and of its peers.
-    pub(super) fn clock(&self, config: &Config) -> Line {
+    pub(super) fn clock(&self, config: &Config) -> Finding {
         let now = SystemTime::now();
         let here = humantime::format_rfc3339_seconds(now);
         let time = |value: &serde_json::Value| humantime::parse_rfc3339(value.as_str()?).ok();
@@ -77,14 +77,17 @@ impl Daemon {
         for identity in all {
             let name = identity["identity"].as_str().unwrap_or_default();
             if let Some(error) = identity["error"].as_str().filter(|error| error.contains("clock")) {
-                return bad("clock", format!("{name}: {error}; it is {here} here: set this node's clock, or the CA's"));
+                return fail(
+                    "clock",
+                    format!("{name}: {error}; it is {here} here: set this node's clock, or the CA's"),
+                );
             }
             let Some(leaf) = identity["certChain"].get(0) else { continue };
             seen += 1;
             let (from, to) = (&leaf["validFrom"], &leaf["expirationTime"]);
             if time(from).is_some_and(|from| from > now) || time(to).is_some_and(|to| to < now) {
                 let text = format!("{name} is valid from {from} to {to}, and it is {here} here: set this node's clock");
-                return bad("clock", format!("{text}, or the CA's"));
+                return fail("clock", format!("{text}, or the CA's"));
             }
         }
         let failed = self.failures("clock");
@@ -101,14 +104,12 @@ impl Daemon {
             return note("clock", format!("{text}; it is {here} here"));
         }
         match (&config.ca, seen) {
-            (CaSource::Builtin(_), _) => well(
+            (CaSource::Builtin(_), _) => ok(
                 "clock",
                 format!("it is {here}: with the built-in CA this node's own clock counts, compare with others"),
             ),
             (CaSource::Istio(_), 0) => note("clock", "no certificate yet by which it could be compared with the CA's"),
-            (CaSource::Istio(_), _) => {
-                well("clock", format!("agrees with the CA's: {seen} certificates are valid now"))
-            }
+            (CaSource::Istio(_), _) => ok("clock", format!("agrees with the CA's: {seen} certificates are valid now")),
         }
     }
 

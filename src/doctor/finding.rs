@@ -9,39 +9,39 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(3);
 /// How well a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    Well,
+    Ok,
     /// Works, and somebody should know.
     Note,
-    Bad,
+    Fail,
 }
 
 /// One line.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct Finding {
     pub(super) verdict: Verdict,
     pub(super) what: &'static str,
     pub(super) text: String,
 }
 
-impl fmt::Display for Line {
+impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match self.verdict {
-            Verdict::Well => "ok  ",
+            Verdict::Ok => "ok  ",
             Verdict::Note => "note",
-            Verdict::Bad => "FAIL",
+            Verdict::Fail => "FAIL",
         };
         write!(f, "{word}  {:<12}  {}", self.what, self.text)
     }
 }
 
-pub(super) fn well(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Well, what, text: text.into() }
+pub(super) fn ok(what: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Ok, what, text: text.into() }
 }
 
-pub(super) fn note(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Note, what, text: text.into() }
+pub(super) fn note(what: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Note, what, text: text.into() }
 }
 
-pub(super) fn bad(what: &'static str, text: impl Into<String>) -> Line {
-    Line { verdict: Verdict::Bad, what, text: text.into() }
+pub(super) fn fail(what: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Fail, what, text: text.into() }
 }

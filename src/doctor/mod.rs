@@ -11,7 +11,7 @@ mod requirements;
 
 use self::daemon::Daemon;
 pub use self::daemon::settings;
-use self::finding::{Line, Verdict, bad, note, well};
+use self::finding::{Finding, Verdict, fail, note, ok};
 use crate::config::Config;
 use crate::node::Source;
 use crate::task::thread;
@@ -26,15 +26,15 @@ const STEP: Duration = Duration::from_secs(15);
 pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(&str)) -> bool {
     let config = Arc::new(config.clone());
     let mut all_well = true;
-    let mut tell = |lines: Vec<Line>| {
+    let mut tell = |lines: Vec<Finding>| {
         for line in lines {
-            all_well &= line.verdict != Verdict::Bad;
+            all_well &= line.verdict != Verdict::Fail;
             say(&line.to_string());
         }
     };
     let port = config.admin.admin_port;
     tell(vec![match told {
-        Ok(()) => well("settings", format!("those of the daemon, which its port {port} tells")),
+        Ok(()) => ok("settings", format!("those of the daemon, which its port {port} tells")),
         Err(why) => note("settings", format!("those of this command; the daemon cannot be asked for its own: {why}")),
     }]);
     let own = config.clone();
@@ -59,7 +59,7 @@ pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(
             tell(vec![daemon.readiness(), daemon.files(), daemon.clock(&config)]);
             tell(step("pods", pods::all(&config, &daemon.pods)).await);
         }
-        Err(error) => tell(vec![bad(
+        Err(error) => tell(vec![fail(
             "daemon",
             format!("does not answer on port {port}: {error}; captured pods' traffic is refused until it runs"),
         )]),
@@ -68,12 +68,12 @@ pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(
 }
 
 /// One step, whose lines come within a deadline: what does not answer must not keep the rest from being said.
-async fn step(what: &'static str, work: impl Future<Output = Vec<Line>>) -> Vec<Line> {
-    let late = || vec![bad(what, format!("gave no answer within {} s; going on without", STEP.as_secs()))];
+async fn step(what: &'static str, work: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
+    let late = || vec![fail(what, format!("gave no answer within {} s; going on without", STEP.as_secs()))];
     tokio::time::timeout(STEP, work).await.unwrap_or_else(|_| late())
 }
 
 /// A step that blocks its thread.
-async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Line> + Send + 'static) -> Vec<Line> {
-    step(what, async { thread::beside(work).await.unwrap_or_else(|| vec![bad(what, "cannot be looked at")]) }).await
+async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
+    step(what, async { thread::beside(work).await.unwrap_or_else(|| vec![fail(what, "cannot be looked at")]) }).await
 }

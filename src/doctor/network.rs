@@ -1,12 +1,12 @@
 //! Whether the control plane and the CA can be reached at all.
 
-use super::finding::{DEADLINE, Line, bad, well};
+use super::finding::{DEADLINE, Finding, fail, ok};
 use crate::config::{CaSource, Config, MeshSource};
 use std::net::SocketAddr;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 
-pub(super) async fn reachable(config: &Config) -> Vec<Line> {
+pub(super) async fn reachable(config: &Config) -> Vec<Finding> {
     let mut targets = Vec::new();
     if let MeshSource::Xds(xds) = &config.mesh {
         targets.push(("control plane", xds.rpc.address.clone()));
@@ -15,14 +15,14 @@ pub(super) async fn reachable(config: &Config) -> Vec<Line> {
         targets.push(("CA", rpc.address.clone()));
     }
     if targets.is_empty() {
-        return vec![well("network", "facts and certificates come from files")];
+        return vec![ok("network", "facts and certificates come from files")];
     }
     let mut lines = Vec::new();
     for (name, address) in targets {
         let host = address.host().unwrap_or_default().trim_matches(['[', ']']);
         lines.push(match reach(host, address.port_u16().unwrap_or(443)).await {
-            Ok(()) => well("network", format!("the {name} {address} can be reached")),
-            Err(error) => bad("network", format!("the {name} {address} cannot be reached: {error}")),
+            Ok(()) => ok("network", format!("the {name} {address} can be reached")),
+            Err(error) => fail("network", format!("the {name} {address} cannot be reached: {error}")),
         });
     }
     lines

@@ -1,7 +1,7 @@
 //! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
 
 use super::daemon;
-use super::finding::{DEADLINE, Line, Verdict, bad, note, well};
+use super::finding::{DEADLINE, Finding, Verdict, fail, note, ok};
 use super::pod_table::since;
 use crate::config::Config;
 use crate::node::{Source, probes, redirect};
@@ -37,12 +37,12 @@ struct Pod {
 }
 
 /// What came of trying something, and the pods that took part in it.
-struct Tried {
-    line: Line,
+struct Attempt {
+    line: Finding,
     between: Vec<String>,
 }
 
-pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
+pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
     let mut lines = Vec::new();
     let mut found = Vec::new();
     for pod in pods {
@@ -52,7 +52,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
             "captured" => {
                 let older = pod["uncapturedConnections"].as_u64().unwrap_or(0);
                 lines.push(match older {
-                    0 => well("pod", format!("{label} is captured")),
+                    0 => ok("pod", format!("{label} is captured")),
                     _ => note(
                         "pod",
                         format!("{label} is captured; {older} connections are older and go on in plaintext"),
@@ -65,7 +65,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
                 }
             }
             "releasing" => lines.push(note("pod", format!("{label} is being released"))),
-            _ => lines.push(not_captured(&label, pod, matches!(known, Err(Unknown::Bare)), SystemTime::now())),
+            _ => lines.push(not_captured(&label, pod, matches!(known, Err(UnreachablePod::Bare)), SystemTime::now())),
         }
     }
     if pods.is_empty() {
@@ -76,7 +76,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
     let port = config.admin.admin_port;
     let tried = thread::beside(move || {
         let tried = try_all(&found, mark, probes.as_deref());
-        let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Bad);
+        let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Fail);
         let now = if failed { daemon::pods(port).ok() } else { None };
         tried.into_iter().map(|tried| unless_gone(tried, now.as_deref())).collect::<Vec<_>>()
     });
@@ -85,12 +85,12 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Line> {
 }
 
 /// A pod that is not captured, whose namespace may be `bare` of addresses.
-fn not_captured(label: &str, pod: &Value, bare: bool, now: SystemTime) -> Line {
+fn not_captured(label: &str, pod: &Value, bare: bool, now: SystemTime) -> Finding {
     let (state, reason) = (state(pod), pod["reason"].as_str().unwrap_or_default());
     let bare = if bare { "; its namespace holds no address" } else { "" };
     // The runtime takes the address away before anybody says that the pod has ended, and gives it late; but not for long.
     match bare.is_empty() || since(pod, now).is_none_or(|since| since >= BARE_FOR) {
-        true => bad("pod", format!("{label} is {state}: {reason}{bare}")),
+        true => fail("pod", format!("{label} is {state}: {reason}{bare}")),
         false => note("pod", format!("{label} is ending, or begins: its namespace holds no address ({reason})")),
     }
 }
@@ -105,14 +105,14 @@ fn state(pod: &Value) -> &str {
 }
 
 /// What failed because a pod has ended meanwhile is no fault.
-fn unless_gone(tried: Tried, now: Option<&[Value]>) -> Line {
-    let Tried { line, between } = tried;
+fn unless_gone(tried: Attempt, now: Option<&[Value]>) -> Finding {
+    let Attempt { line, between } = tried;
     let is_there = |wanted: &String| {
         let Some(now) = now else { return true };
         now.iter().any(|pod| label(pod) == *wanted && state(pod) == "captured")
     };
     match between.iter().find(|wanted| !is_there(wanted)) {
-        Some(gone) if line.verdict == Verdict::Bad => {
+        Some(gone) if line.verdict == Verdict::Fail => {
             let text = format!("{gone} has ended, or is not captured any more, while it was tried: {}", line.text);
             note(line.what, text)
         }
@@ -121,7 +121,7 @@ fn unless_gone(tried: Tried, now: Option<&[Value]>) -> Line {
 }
 
 /// Tries all at once, so that many that do not answer take no longer than one.
-fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Tried> {
+fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     let mut tunnels: Vec<_> = (0..pods.len()).map(|at| Tunnel::start(pods, at, mark)).collect();
     let probes: Vec<_> = pods.iter().map(|pod| host.map(|host| start_probe(pod, host))).collect();
     let end = Instant::now() + DEADLINE;
@@ -134,8 +134,8 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Tried> {
     for ((pod, started), probed) in pods.iter().zip(tunnels).zip(probes) {
         let between = [Some(&pod.label), started.from.as_ref()].into_iter().flatten().cloned().collect();
         let whence = started.from.clone().unwrap_or_else(|| "this node".to_owned());
-        tried.push(Tried { line: tunnel(pod, started.result(), &whence), between });
-        tried.extend(probed.map(|started| Tried {
+        tried.push(Attempt { line: tunnel(pod, started.result(), &whence), between });
+        tried.extend(probed.map(|started| Attempt {
             line: probe(pod, started.and_then(|probe| arrived(&probe, end))),
             between: vec![pod.label.clone()],
         }));
@@ -145,7 +145,7 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Tried> {
 }
 
 /// What the daemon has seen in a pod that somebody should know.
-fn seen(label: &str, pod: &Value) -> Vec<Line> {
+fn seen(label: &str, pod: &Value) -> Vec<Finding> {
     let mut lines = Vec::new();
     if let Some(why) = pod["rulesUnread"].as_str() {
         lines.push(note("other rules", format!("{label}: what other rules it has cannot be read: {why}")));
@@ -170,7 +170,7 @@ fn another(pods: &[Pod], at: usize) -> Option<&Pod> {
 
 /// Why a pod cannot be tried.
 #[derive(Debug, thiserror::Error)]
-enum Unknown {
+enum UnreachablePod {
     #[error("its namespace, known as {0}, cannot be opened")]
     Netns(String),
     #[error("its namespace holds no address")]
@@ -179,7 +179,7 @@ enum Unknown {
 
 impl Pod {
     /// Finds it by what the daemon tells of it: by the path, by the daemon's own descriptor, or among the processes below `proc`.
-    fn of(label: &str, told: &Value, proc: &Path) -> Result<Self, Unknown> {
+    fn of(label: &str, told: &Value, proc: &Path) -> Result<Self, UnreachablePod> {
         let (path, held) = (told["netns"].as_str().unwrap_or_default(), &told["netnsHeld"]);
         let id = held["device"].as_u64().zip(held["inode"].as_u64());
         let open = |path: &Path| Netns::open(path).ok().filter(|netns| id.is_none_or(|id| id == netns.id()));
@@ -189,10 +189,10 @@ impl Pod {
             let mut its = all.filter(|path| id.is_some() && id_at(path) == id);
             its.find_map(|path| open(&path))
         };
-        let netns = by_path.or_else(processes).ok_or_else(|| Unknown::Netns(path.to_owned()))?;
+        let netns = by_path.or_else(processes).ok_or_else(|| UnreachablePod::Netns(path.to_owned()))?;
         let usable = |ip: &IpAddr| !crate::mesh::address::is_link_local(*ip);
-        let held = netns.addresses().map_err(|_| Unknown::Netns(path.to_owned()))?;
-        let ip = held.into_iter().map(|(ip, _)| ip).filter(usable).min().ok_or(Unknown::Bare)?;
+        let held = netns.addresses().map_err(|_| UnreachablePod::Netns(path.to_owned()))?;
+        let ip = held.into_iter().map(|(ip, _)| ip).filter(usable).min().ok_or(UnreachablePod::Bare)?;
         Ok(Self { label: label.to_owned(), ip, netns })
     }
 }
@@ -241,10 +241,10 @@ impl Tunnel {
     }
 }
 
-fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Line {
+fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
     match reached {
-        Ok(()) => well("port 15008", format!("{} takes tunnels from {whence}", pod.label)),
-        Err(error) if error.kind() == io::ErrorKind::TimedOut => bad(
+        Ok(()) => ok("port 15008", format!("{} takes tunnels from {whence}", pod.label)),
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
             "port 15008",
             format!(
                 "{} does not answer {whence}: something drops it, such as a NetworkPolicy; allow TCP 15008 to the pods of namespace {}",
@@ -252,7 +252,7 @@ fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Line {
                 pod.label.split('/').next().unwrap_or_default()
             ),
         ),
-        Err(error) => bad("port 15008", format!("{} cannot be reached from {whence}: {error}", pod.label)),
+        Err(error) => fail("port 15008", format!("{} cannot be reached from {whence}: {error}", pod.label)),
     }
 }
 
@@ -294,26 +294,26 @@ fn arrived(probe: &Probe, end: Instant) -> Result<IpAddr, String> {
 }
 
 /// It must arrive as it was sent, from the address that the pod's rules leave alone.
-fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Line {
+fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
     let expected = [redirect::PROBE_V4, redirect::PROBE_V6].map(|ip| ip.parse::<IpAddr>().ok());
     match arrived {
         Ok(peer) if expected.contains(&Some(peer)) => {
-            well("probe path", format!("{}: the kubelet's probes arrive", pod.label))
+            ok("probe path", format!("{}: the kubelet's probes arrive", pod.label))
         }
-        Ok(peer) => bad(
+        Ok(peer) => fail(
             "probe path",
             format!(
                 "{}: a connection of the node arrives from {peer}, captured: under a STRICT policy probes fail; see host rules",
                 pod.label
             ),
         ),
-        Err(error) => bad("probe path", format!("{}: {error}", pod.label)),
+        Err(error) => fail("probe path", format!("{}: {error}", pod.label)),
     }
 }
 
 /// Whether a pod can pose as the kubelet's probes towards its neighbour, past which no policy is asked. All are tried at once; a
 /// probe of the kubelet may arrive by chance at the same moment, but not three times.
-fn spoofs(pods: &[Pod], mark: u32) -> Vec<Tried> {
+fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
     let mut passed: Vec<Option<bool>> = vec![Some(true); pods.len()];
     for _ in 0..SPOOF_ROUNDS {
         let tried: Vec<_> = (0..pods.len()).map(|at| spoof(pods, at, mark)).collect();
@@ -326,8 +326,8 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Tried> {
     let line = |(at, passed): (usize, Option<bool>)| {
         let (pod, other, passed) = (pods.get(at)?, another(pods, at)?, passed?);
         let line = match passed {
-            false => well("probe spoof", format!("{}: {} cannot pose as the kubelet's probes", pod.label, other.label)),
-            true => bad(
+            false => ok("probe spoof", format!("{}: {} cannot pose as the kubelet's probes", pod.label, other.label)),
+            true => fail(
                 "probe spoof",
                 format!(
                     "{}: what {} sends from {} arrives, past every policy: the host does not see it; load nf_tables_bridge, or \
@@ -338,7 +338,7 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Tried> {
                 ),
             ),
         };
-        Some(Tried { line, between: vec![pod.label.clone(), other.label.clone()] })
+        Some(Attempt { line, between: vec![pod.label.clone(), other.label.clone()] })
     };
     passed.into_iter().enumerate().filter_map(line).collect()
 }
@@ -382,9 +382,9 @@ mod tests {
         };
         let text = "2026-01-01T00:00:00Z";
         assert_eq!(verdict(text, true, 29), Verdict::Note);
-        assert_eq!(verdict(text, true, 30), Verdict::Bad);
-        assert_eq!(verdict(text, false, 0), Verdict::Bad);
-        assert_eq!(verdict("", true, 0), Verdict::Bad, "nobody knows since when");
+        assert_eq!(verdict(text, true, 30), Verdict::Fail);
+        assert_eq!(verdict(text, false, 0), Verdict::Fail);
+        assert_eq!(verdict("", true, 0), Verdict::Fail, "nobody knows since when");
         let said = not_captured("a/b", &pod(text), true, since + BARE_FOR).text;
         assert_eq!(said, "a/b is failed: why; its namespace holds no address");
     }

@@ -1,6 +1,6 @@
 //! What of the machine culvert needs: rights, the kernel, settings of the kernel, the API, the host's rules, the plugin.
 
-use super::finding::{DEADLINE, Line, bad, note, well};
+use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::Config;
 use crate::node::cni::install::PLUGIN;
 use crate::node::{Source, kubernetes, probes, redirect, routes};
@@ -18,19 +18,21 @@ const NEEDED_TO_FIND: [(u32, &str); 2] = [(19, "SYS_PTRACE"), (1, "DAC_OVERRIDE"
 /// Inode of the machine's own namespace of process ids (linux/proc_ns.h, `PROC_PID_INIT_INO`).
 const FIRST_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
 
-pub(super) fn privileges(config: &Config) -> Line {
-    let Some(held) = limits::capabilities() else { return bad("rights", "/proc/self/status cannot be read") };
+pub(super) fn privileges(config: &Config) -> Finding {
+    let Some(held) = limits::capabilities() else { return fail("rights", "/proc/self/status cannot be read") };
     let finds = matches!(config.node.source, Source::Kubernetes(_));
     let needed = NEEDED.iter().chain(NEEDED_TO_FIND.iter().filter(|_| finds));
     let missing: Vec<&str> = needed.filter(|(number, _)| held >> number & 1 == 0).map(|(_, name)| *name).collect();
     match missing.is_empty() {
-        true => well("rights", "all capabilities are there"),
-        false => bad("rights", format!("missing: {}; add them to the container's securityContext", missing.join(", "))),
+        true => ok("rights", "all capabilities are there"),
+        false => {
+            fail("rights", format!("missing: {}; add them to the container's securityContext", missing.join(", ")))
+        }
     }
 }
 
 /// Security modules confine without a word; what they do is seen by the kernel's check.
-pub(super) fn confinement() -> Line {
+pub(super) fn confinement() -> Finding {
     let read =
         |path: &str| std::fs::read_to_string(path).map(|text| text.trim_end_matches(['\0', '\n']).to_owned()).ok();
     let profile = read("/proc/self/attr/current").filter(|profile| !profile.is_empty() && profile != "unconfined");
@@ -44,23 +46,23 @@ pub(super) fn confinement() -> Line {
             "confinement",
             format!("AppArmor profile {profile}: where something below fails, run the container unconfined"),
         ),
-        _ => well("confinement", "no security module confines this process"),
+        _ => ok("confinement", "no security module confines this process"),
     }
 }
 
 /// Writes the rules of a pod in a namespace made for that: what the kernel and `nft` cannot do is seen there.
-pub(super) async fn kernel(config: &Config) -> Vec<Line> {
+pub(super) async fn kernel(config: &Config) -> Vec<Finding> {
     vec![rules(config).await]
 }
 
-async fn rules(config: &Config) -> Line {
+async fn rules(config: &Config) -> Finding {
     let made = thread::beside(|| thread::blocking(Netns::fresh).join()).await;
     let netns = match made {
         Some(Ok(Ok(netns))) => netns,
         Some(Ok(Err(error))) => {
-            return bad("kernel", format!("no network namespace can be made: {error}; CAP_SYS_ADMIN?"));
+            return fail("kernel", format!("no network namespace can be made: {error}; CAP_SYS_ADMIN?"));
         }
-        _ => return bad("kernel", "no network namespace can be made"),
+        _ => return fail("kernel", "no network namespace can be made"),
     };
     let ipv6 = config.node.ipv6 && netns.has_ipv6().unwrap_or(false);
     let rules = redirect::Rules {
@@ -81,13 +83,13 @@ async fn rules(config: &Config) -> Line {
         redirect::remove(&netns, ipv6).await
     };
     match (tried.await, ipv6) {
-        (Ok(()), true) => well("kernel", "a pod's rules can be written, for IPv4 and IPv6"),
-        (Ok(()), false) => well("kernel", "a pod's rules can be written; IPv6 is off"),
-        (Err(error), _) => bad("kernel", error.to_string()),
+        (Ok(()), true) => ok("kernel", "a pod's rules can be written, for IPv4 and IPv6"),
+        (Ok(()), false) => ok("kernel", "a pod's rules can be written; IPv6 is off"),
+        (Err(error), _) => fail("kernel", error.to_string()),
     }
 }
 
-pub(super) fn sysctls(config: &Config) -> Vec<Line> {
+pub(super) fn sysctls(config: &Config) -> Vec<Finding> {
     let host = Netns::open(&config.node.host_netns);
     let read = |path: &str| match &host {
         Ok(host) => host.enter(|| std::fs::read_to_string(format!("/proc/sys/net/{path}"))).ok()?.ok(),
@@ -104,14 +106,14 @@ pub(super) fn sysctls(config: &Config) -> Vec<Line> {
     }
     let mut lines = Vec::new();
     if let Err(error) = &host {
-        lines.push(bad("host", format!("{error}; mount the host's /proc at /host/proc, or set CULVERT_HOST_NETNS")));
+        lines.push(fail("host", format!("{error}; mount the host's /proc at /host/proc, or set CULVERT_HOST_NETNS")));
     }
     match (number("netfilter/nf_conntrack_count"), number("netfilter/nf_conntrack_max")) {
-        (Some(count), Some(max)) if count * 10 > max * 9 => lines.push(bad(
+        (Some(count), Some(max)) if count * 10 > max * 9 => lines.push(fail(
             "sysctls",
             format!("nf_conntrack_count is {count} of {max}: new connections are about to be dropped; raise nf_conntrack_max"),
         )),
-        (Some(count), Some(max)) => lines.push(well("sysctls", format!("{count} of {max} tracked connections"))),
+        (Some(count), Some(max)) => lines.push(ok("sysctls", format!("{count} of {max} tracked connections"))),
         _ => lines.push(note("sysctls", "the host tracks no connections (yet)")),
     }
     if number("ipv4/ip_forward") == Some(0) {
@@ -128,36 +130,36 @@ fn is_the_hosts(config: &Config) -> bool {
     config.node.host_netns != own || all_processes
 }
 
-pub(super) async fn api(config: &kubernetes::Config) -> Vec<Line> {
+pub(super) async fn api(config: &kubernetes::Config) -> Vec<Finding> {
     let asked = async {
         let client = kubernetes::client(config).await?;
         let version = client.apiserver_version().await.map_err(|error| with_causes(&error))?;
         Ok::<_, String>(version.git_version)
     };
     let line = match tokio::time::timeout(DEADLINE, asked).await {
-        Ok(Ok(version)) => well("kubernetes", format!("the API answers, {version}")),
-        Ok(Err(error)) => bad("kubernetes", format!("{error}; what is enrolled stays so, new pods wait")),
-        Err(_) => bad("kubernetes", "the API does not answer; what is enrolled stays so, new pods wait"),
+        Ok(Ok(version)) => ok("kubernetes", format!("the API answers, {version}")),
+        Ok(Err(error)) => fail("kubernetes", format!("{error}; what is enrolled stays so, new pods wait")),
+        Err(_) => fail("kubernetes", "the API does not answer; what is enrolled stays so, new pods wait"),
     };
     vec![line]
 }
 
-pub(super) async fn host_rules(config: &Config) -> Vec<Line> {
+pub(super) async fn host_rules(config: &Config) -> Vec<Finding> {
     let table = match Netns::open(&config.node.host_netns) {
         Ok(host) => redirect::list_table(&host, probes::TABLE).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
     let line = match table {
-        Ok(table) if !table.is_null() => well("host rules", "the kubelet's probes are let through, and nobody else's"),
+        Ok(table) if !table.is_null() => ok("host rules", "the kubelet's probes are let through, and nobody else's"),
         Ok(_) => {
-            bad("host rules", "table culvert-probes is missing on the host: probes of pods under a STRICT policy fail")
+            fail("host rules", "table culvert-probes is missing on the host: probes of pods under a STRICT policy fail")
         }
-        Err(error) => bad("host rules", error),
+        Err(error) => fail("host rules", error),
     };
     vec![line]
 }
 
-pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Line> {
+pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Finding> {
     let Some(cni) = &config.cni else {
         return vec![note(
             "cni plugin",
@@ -176,9 +178,9 @@ pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Line> {
     let ours = first.as_deref() == Some(crate::node::cni::install::OURS);
     vec![match (there(&cni.bin_dir.join(PLUGIN)) && there(&configuration), ours) {
         (true, true) => {
-            well("cni plugin", "installed, and the first configuration is ours: no pod starts before it is captured")
+            ok("cni plugin", "installed, and the first configuration is ours: no pod starts before it is captured")
         }
-        (true, false) => bad(
+        (true, false) => fail(
             "cni plugin",
             format!(
                 "{} comes before ours in {}: pods start without us; remove or rename it",
@@ -187,7 +189,7 @@ pub(super) fn plugin(config: &kubernetes::Config) -> Vec<Line> {
             ),
         ),
         (false, _) => {
-            bad("cni plugin", format!("not installed in {} and {}", cni.bin_dir.display(), cni.conf_dir.display()))
+            fail("cni plugin", format!("not installed in {} and {}", cni.bin_dir.display(), cni.conf_dir.display()))
         }
     }]
 }
