@@ -2,7 +2,7 @@
 //! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
 
 use crate::task::slots::Slots;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use crate::task::{Group, Ready};
 use crate::telemetry::exposition::Format;
 use axum::Router;
@@ -252,7 +252,7 @@ impl Rendered {
             let registry = registry.lock();
             format.render(&registry).map(Bytes::from).map_err(|error| error.to_string())
         };
-        let text = beside(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));
+        let text = run_blocking(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));
         *last = Some(Rendering { begun, took: begun.elapsed(), text: text.clone() });
         text
     }
@@ -303,7 +303,7 @@ async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
         let value = pick(&pages)();
         serde_json::to_string_pretty(&value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
     };
-    match beside(work).await {
+    match run_blocking(work).await {
         Some(text) => {
             ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
         }

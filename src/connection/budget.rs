@@ -5,7 +5,7 @@
 use crate::hbone::Buffers;
 use crate::mesh::Text;
 use crate::sys::limits;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -274,7 +274,7 @@ impl Budget {
         let memory = limits::Memory::of_process();
         loop {
             // Beside the runtime: a hundred thousand take a while to count.
-            let files = beside(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
+            let files = run_blocking(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
             self.take_account(Look { files, memory: memory.as_ref().and_then(limits::Memory::now) });
             tokio::time::sleep(LOOK).await;
         }

@@ -4,7 +4,7 @@ use super::Metrics;
 use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,7 +43,7 @@ pub async fn follow(path: PathBuf, store: Arc<Store>, metrics: Arc<Metrics>) {
     loop {
         // Beside the runtime: a large file takes a while to understand.
         let file = path.clone();
-        if let Some(facts) = beside(move || read(&file)).await {
+        if let Some(facts) = run_blocking(move || read(&file)).await {
             apply(facts, &store, &metrics);
         }
         watch.changed().await;

@@ -1,7 +1,7 @@
 //! A CPU profile of the daemon, for `/debug/pprof/profile`.
 
 use crate::proto::perftools::profiles as wire;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,7 +48,7 @@ pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
     let duration = Duration::from_secs(u64::from(seconds.unsigned_abs()));
     tokio::time::sleep(duration).await;
     // Names are looked up in the binary's tables, which takes a while.
-    let made = beside(move || guard.report().build().map(|report| encode(&report))).await;
+    let made = run_blocking(move || guard.report().build().map(|report| encode(&report))).await;
     let made = made.ok_or_else(|| "the profile could not be made\n".to_owned())?;
     let mut profile = made.map_err(|error| format!("the profile cannot be read: {error}\n"))?;
     let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);

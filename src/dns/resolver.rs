@@ -143,7 +143,7 @@ impl Resolver {
         };
         if let Some(reading) = reading {
             let reader = self.reader.clone();
-            let work = thread::beside(move || {
+            let work = thread::run_blocking(move || {
                 let used = reader.now().unwrap_or_else(|| reader.read());
                 // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again. And until
                 // its result is kept, or who comes next would find nothing.
@@ -159,7 +159,7 @@ impl Resolver {
         }
         // It hangs, and keeps its result when it is there. Nothing is kept of this.
         let reader = self.reader.clone();
-        thread::beside(move || Arc::new(reader.used_of(None, &own()))).await.unwrap_or_default()
+        thread::run_blocking(move || Arc::new(reader.used_of(None, &own()))).await.unwrap_or_default()
     }
 
     /// What the resolver that was asked (or whichever there is) has answered to this before, and still holds.

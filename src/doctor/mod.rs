@@ -50,7 +50,7 @@ pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(
         tell(aside("cni plugin", move || requirements::plugin(&own)).await);
     }
     let own = config.clone();
-    let looked = match thread::beside(move || Daemon::look(&own)).await {
+    let looked = match thread::run_blocking(move || Daemon::look(&own)).await {
         Some(looked) => looked,
         None => Err("it cannot be asked".to_owned()),
     };
@@ -75,5 +75,6 @@ async fn step(what: &'static str, work: impl Future<Output = Vec<Finding>>) -> V
 
 /// A step that blocks its thread.
 async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
-    step(what, async { thread::beside(work).await.unwrap_or_else(|| vec![fail(what, "cannot be looked at")]) }).await
+    step(what, async { thread::run_blocking(work).await.unwrap_or_else(|| vec![fail(what, "cannot be looked at")]) })
+        .await
 }

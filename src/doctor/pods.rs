@@ -74,7 +74,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
     let mark = config.node.mark;
     let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
     let port = config.admin.admin_port;
-    let tried = thread::beside(move || {
+    let tried = thread::run_blocking(move || {
         let tried = try_all(&found, mark, probes.as_deref());
         let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Fail);
         let now = if failed { daemon::pods(port).ok() } else { None };

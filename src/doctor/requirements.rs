@@ -56,7 +56,7 @@ pub(super) async fn kernel(config: &Config) -> Vec<Finding> {
 }
 
 async fn rules(config: &Config) -> Finding {
-    let made = thread::beside(|| thread::blocking(Netns::fresh).join()).await;
+    let made = thread::run_blocking(|| thread::blocking(Netns::fresh).join()).await;
     let netns = match made {
         Some(Ok(Ok(netns))) => netns,
         Some(Ok(Err(error))) => {

@@ -5,7 +5,7 @@
 //! handshake and again for live tunnels when the file changes. A file that cannot be read keeps the last one in force.
 
 use crate::task::files::FileWatch;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -122,7 +122,7 @@ impl Revocations {
         loop {
             // Beside the thread that enforces: a large list takes a while to read.
             let file = path.clone();
-            let read = beside(move || read(&file)).await.unwrap_or_else(|| Err("reading it failed".into()));
+            let read = run_blocking(move || read(&file)).await.unwrap_or_else(|| Err("reading it failed".into()));
             match read {
                 Ok(list) => {
                     let entries = list.len();

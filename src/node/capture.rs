@@ -304,7 +304,7 @@ impl Capturer {
     pub async fn look_at_addresses(&self, listening: &Listening) {
         let netns = listening.pod.netns.clone();
         // Beside the others: a pod may give itself as many as it likes.
-        if let Some(Ok(held)) = thread::beside(move || netns.addresses()).await {
+        if let Some(Ok(held)) = thread::run_blocking(move || netns.addresses()).await {
             let own = listening.pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone()).unwrap_or_default();
             let mut held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
             held.sort_by_key(|ip| !own.contains(ip));

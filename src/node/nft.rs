@@ -52,7 +52,8 @@ async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, RedirectError>
         error => error,
     })?;
     // Beside the others: it may be long.
-    let parsed = thread::beside(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
+    let parsed =
+        thread::run_blocking(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
     let parsed = parsed.unwrap_or_else(|| Err("it could not be read".into()));
     parsed.map_err(|error| RedirectError::Unreadable(format!("their list is not JSON: {error}")))
 }

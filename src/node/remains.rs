@@ -51,7 +51,7 @@ impl Node {
     /// Removes our rules from every namespace of the node that this node's daemon has captured, or, with `all`, any daemon.
     pub async fn remove_rules(&self, all: bool) -> Removed {
         let own = self.clone();
-        let found = thread::beside(move || own.namespaces()).await.unwrap_or_default();
+        let found = thread::run_blocking(move || own.namespaces()).await.unwrap_or_default();
         let each = stream::iter(found.into_values()).map(|netns| self.remove_from(netns, all));
         let mut removed = Removed::default();
         let mut each = std::pin::pin!(each.buffer_unordered(AT_ONCE));

@@ -113,7 +113,7 @@ fn watch(folder: &Path) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<(
 }
 
 /// A name for a file that is to replace `name`. Process ids do not tell daemons apart: in its own pod each is number 1.
-pub fn beside(name: &str) -> String {
+pub fn temporary_name(name: &str) -> String {
     format!(".{name}.{:016x}", rand::random::<u64>())
 }
 
@@ -161,7 +161,7 @@ pub fn stamp(path: &Path) -> Stamp {
 
 /// Reads a file of ours, of `most` bytes at most; `None` where there is none. What a daemon that was killed while writing has
 /// left beside it is removed.
-pub fn read_whole(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
+pub fn read_bounded(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
     if let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) {
         remove_leftovers(folder, name);
     }
@@ -179,9 +179,9 @@ pub fn read_whole(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Writes a file of ours: whole, or not at all; for nobody else to read.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = path.with_file_name(beside(&name));
+    let beside = path.with_file_name(temporary_name(&name));
     let written = (|| {
         let mut new = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
         new.write_all(bytes)?;
@@ -215,6 +215,6 @@ mod tests {
         ] {
             assert!(is_change(kind), "{kind:?}");
         }
-        assert_ne!(beside("a"), beside("a"), "whatever the process id is");
+        assert_ne!(temporary_name("a"), temporary_name("a"), "whatever the process id is");
     }
 }

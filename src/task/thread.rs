@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 const BESIDE_GRACE: Duration = Duration::from_secs(1);
 
 /// Runs `work`, which takes a while, beside the runtime; `None` where it panics.
-pub async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 

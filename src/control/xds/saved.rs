@@ -51,7 +51,7 @@ impl Saved {
 pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let content = |reason: String| SavedError::Content(path.to_owned(), reason);
-    let bytes = files::read_whole(path, BYTES_MAX).map_err(file)?;
+    let bytes = files::read_bounded(path, BYTES_MAX).map_err(file)?;
     bytes.map(|bytes| decode(&bytes).map_err(content)).transpose()
 }
 
@@ -70,7 +70,7 @@ pub fn write(path: &Path, at: SystemTime, control_plane: &str, types: Vec<SavedT
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let saved_at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let state = SavedState { format: FORMAT, saved_at, control_plane: control_plane.to_owned(), types };
-    files::write_whole(path, &state.encode_to_vec()).map_err(file)
+    files::write_atomically(path, &state.encode_to_vec()).map_err(file)
 }
 
 #[cfg(test)]

@@ -110,7 +110,7 @@ impl Enrolled {
 
 /// Reads the file; nothing where there is none, or it is of an earlier start of the machine.
 fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
-    let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
+    let Some(bytes) = files::read_bounded(path, BYTES_MAX).map_err(|error| error.to_string())? else {
         return Ok(Vec::new());
     };
     let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not understood: {error}"))?;
@@ -124,7 +124,7 @@ fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
 }
 
 fn write(path: &Path, file: &File) -> io::Result<()> {
-    files::write_whole(path, &serde_json::to_vec(file)?)
+    files::write_atomically(path, &serde_json::to_vec(file)?)
 }
 
 /// What is remembered, and what is written of that.
@@ -150,7 +150,7 @@ impl Memory {
             let (path, node, boot) = (path.clone(), node.to_owned(), boot.clone());
             move || path.map_or_else(|| Ok(Vec::new()), |path| read(&path, &node, &boot))
         };
-        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
+        let read = thread::run_blocking(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
         let enrolled = read.unwrap_or_else(|error| {
             let path = path.as_ref().map(|path| path.display().to_string());
             tracing::warn!(path, error, "the file of captured pods is not used; they wait for the Kubernetes API");
@@ -268,7 +268,7 @@ impl Running {
         let file = File { format: FORMAT, node: node.clone(), boot: boot.clone(), pods };
         let results = results.0.clone();
         self.tasks.spawn(async move {
-            let written = thread::beside(move || write(&path, &file)).await;
+            let written = thread::run_blocking(move || write(&path, &file)).await;
             // The source has ended where this fails.
             let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
         });

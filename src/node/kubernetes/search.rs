@@ -95,7 +95,7 @@ impl Running {
         let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
-            let scanned = thread::beside(move || scan(&proc, &host, &sought)).await;
+            let scanned = thread::run_blocking(move || scan(&proc, &host, &sought)).await;
             // The source has ended where this fails.
             let _ = results.send(scanned.unwrap_or_default()).await;
         });
