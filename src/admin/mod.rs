@@ -67,12 +67,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A function that gives a page.
 pub type Page = Box<dyn Fn() -> Value + Send + Sync>;
 
-/// Changes the log filter, given the query string; the answer, or why not.
-pub type Logging = Box<dyn Fn(Option<&str>) -> Result<String, String> + Send + Sync>;
+/// The parameters of a query string, decoded, in their order.
+pub type Query = Vec<(String, String)>;
 
-/// Takes a profile, given the query string; the profile, or why not.
-pub type Profile =
-    Box<dyn Fn(Option<String>) -> Pin<Box<dyn Future<Output = Result<Vec<u8>, String>> + Send>> + Send + Sync>;
+/// Changes the log filter as the query says; the answer, or why not.
+pub type Logging = Box<dyn Fn(&Query) -> Result<String, String> + Send + Sync>;
+
+/// Takes a profile as the query says; the profile, or why not.
+pub type Profile = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Vec<u8>, String>> + Send>> + Send + Sync>;
 
 /// What the ports show.
 pub struct Pages {
@@ -323,15 +325,19 @@ async fn pods(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.pods).await
 }
 
+fn parameters(query: Option<&str>) -> Query {
+    form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect()
+}
+
 async fn logging(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
-    match (pages.logging)(query.as_deref()) {
+    match (pages.logging)(&parameters(query.as_deref())) {
         Ok(text) => (StatusCode::OK, text).into_response(),
         Err(text) => (StatusCode::BAD_REQUEST, text).into_response(),
     }
 }
 
 async fn cpu_profile(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
-    match (pages.cpu_profile)(query).await {
+    match (pages.cpu_profile)(parameters(query.as_deref())).await {
         Ok(profile) => {
             ([(header::CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"))], profile).into_response()
         }

@@ -1,5 +1,6 @@
 //! A CPU profile of the daemon, for `/debug/pprof/profile`.
 
+use crate::admin::Query;
 use crate::proto::perftools::profiles as wire;
 use crate::task::thread::run_blocking;
 use prost::Message;
@@ -20,15 +21,16 @@ impl Drop for Running {
 }
 
 /// Profiles for `seconds` (1 to 300, by default 10) at `frequency` (1 to 1000 per second, by default 100), as the query says.
-pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
+pub(super) async fn cpu(query: Query) -> Result<Vec<u8>, String> {
     let (mut seconds, mut frequency) = (10, 100);
-    for part in query.unwrap_or_default().split('&').filter(|part| !part.is_empty()) {
-        let (name, value) = part.split_once('=').unwrap_or((part, ""));
+    for (name, value) in query {
         let number = |range: std::ops::RangeInclusive<i32>| {
             let number = value.parse().ok().filter(|number| range.contains(number));
-            number.ok_or_else(|| format!("{part:?}: a number from {} to {} is needed\n", range.start(), range.end()))
+            number.ok_or_else(|| {
+                format!("{name}={value:?}: a number from {} to {} is needed\n", range.start(), range.end())
+            })
         };
-        match name {
+        match name.as_str() {
             "seconds" => seconds = number(1..=300)?,
             "frequency" => frequency = number(1..=1000)?,
             _ => {}
