@@ -558,7 +558,7 @@ policies:
             ("serviceAccounts: [{namespace: a, serviceAccount: a/b}]", "service account \"a/b\""),
             ("destinationPorts: [0]", "port 0"),
             ("sourceIps: [db.example/24]", "db.example/24"),
-            ("", "asks nothing"),
+            ("", "without any test"),
         ] {
             let error = policy(part).unwrap_err().to_string();
             assert!(error.contains(word), "{part}: {error}");

@@ -1,14 +1,14 @@
-//! Addresses, one type for each kind: an address in a network, a CIDR in a network, a reference to a gateway.
+//! Addresses as the mesh facts give them: an address in a network, a range in a network, a reference to a gateway.
 
 use super::name::{NameError, ServiceKey, Text};
 use ipnet::IpNet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// An IP address together with the network it is meaningful in (empty: the default network).
+/// An IP address and the network in which it is valid (empty: the default network).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NetworkAddress {
-    /// Network id; IP addresses of different networks have nothing to do with each other.
+    /// Network id. The same IP address in two networks stands for two different things.
     pub network: Text,
     /// The address, never an IPv4-mapped IPv6 one.
     pub ip: IpAddr,
@@ -20,7 +20,7 @@ impl fmt::Display for NetworkAddress {
     }
 }
 
-/// A range of addresses in a network.
+/// A range of IP addresses and the network in which it is valid.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct NetworkCidr {
     /// Network id.
@@ -35,7 +35,7 @@ impl fmt::Display for NetworkCidr {
     }
 }
 
-/// Where a waypoint or gateway is to be found.
+/// How a reference names a waypoint or gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GatewayTarget {
     /// By service name (or the hostname of a workload).
@@ -47,9 +47,9 @@ pub enum GatewayTarget {
 /// A reference to a waypoint or gateway.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct GatewayRef {
-    /// Where it is.
+    /// The service, workload or address.
     pub target: GatewayTarget,
-    /// Port on which it takes HBONE, as its service numbers it.
+    /// Port on which it accepts HBONE. For a service this is the service port, not the target port.
     pub hbone_port: u16,
 }
 
@@ -63,7 +63,7 @@ impl fmt::Display for GatewayTarget {
 }
 
 impl GatewayTarget {
-    /// Reads `network/ip` (the network may be empty) or `namespace/hostname`.
+    /// Parses `network/ip` (the network may be empty) or `namespace/hostname`.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         match parse_network_address(text) {
             Some(address) => Ok(Self::Address(address)),
@@ -72,25 +72,26 @@ impl GatewayTarget {
     }
 }
 
-/// Reads `network/ip`; `None` where the part behind the slash is no IP address.
+/// Parses `network/ip`. Returns `None` if the part after the slash is not an IP address.
 pub fn parse_network_address(text: &str) -> Option<NetworkAddress> {
     let (network, ip) = text.split_once('/')?;
     let ip: IpAddr = ip.parse().ok()?;
     Some(NetworkAddress { network: network.into(), ip: ip.to_canonical() })
 }
 
-/// Reads `network/ip/length`; `None` where it is anything else.
+/// Parses `network/ip/length`. Returns `None` for anything else.
 pub fn parse_network_cidr(text: &str) -> Option<NetworkCidr> {
     let (network, range) = text.split_once('/')?;
     Some(NetworkCidr { network: network.into(), range: range.parse().ok()? })
 }
 
-/// Lengths of ranges that are looked for on demand. Each costs a question about nearly every address outside of the mesh.
+/// Prefix lengths for which on-demand control planes are asked. An address outside the mesh may lie in a range of any of
+/// these lengths, so each length costs one more question about nearly every such address.
 const V4_LENGTHS: std::ops::Range<u8> = 8..32;
 const V6_LENGTHS: std::ops::RangeInclusive<u8> = 16..=64;
 const V6_LONGER: [u8; 6] = [80, 96, 104, 112, 120, 124];
 
-/// Whether a range is looked for on demand, around each address in it.
+/// Whether a range can be found on demand, that is, whether its prefix length is one of those that are asked for.
 pub fn is_asked_for(range: &IpNet) -> bool {
     let length = range.prefix_len();
     match range {
@@ -99,7 +100,7 @@ pub fn is_asked_for(range: &IpNet) -> bool {
     }
 }
 
-/// The first addresses of the ranges that may be around `ip`, but `ip` itself.
+/// The first addresses of all ranges that may contain `ip`, without `ip` itself.
 pub fn range_starts(ip: IpAddr) -> Vec<IpAddr> {
     let lengths: Vec<u8> = if ip.is_ipv4() { V4_LENGTHS.collect() } else { V6_LENGTHS.chain(V6_LONGER).collect() };
     let first = |length| IpNet::new(ip, length).ok().map(|range| range.network());
@@ -109,7 +110,7 @@ pub fn range_starts(ip: IpAddr) -> Vec<IpAddr> {
     all
 }
 
-/// Whether an address means nothing outside of its own link.
+/// Whether an address is valid only on its own link.
 pub fn is_link_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => v4.is_link_local(),
@@ -117,11 +118,11 @@ pub fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// The address with an IPv4-mapped IPv6 address written as the IPv4 address that it is.
+/// Converts an IPv4-mapped IPv6 address to IPv4, and returns every other address unchanged.
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         ip @ IpAddr::V4(_) => SocketAddr::new(ip, address.port()),
-        // A link-local address keeps its interface.
+        // Returned whole, because a link-local address needs its interface (scope id).
         IpAddr::V6(_) => address,
     }
 }
@@ -131,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_around_an_address_begin_at_few() {
+    fn ranges_around_an_address_have_few_first_addresses() {
         let of = |ip: &str| range_starts(ip.parse().unwrap()).iter().map(ToString::to_string).collect::<Vec<_>>();
         assert_eq!(of("10.97.3.4"), ["10.0.0.0", "10.64.0.0", "10.96.0.0", "10.97.0.0", "10.97.2.0", "10.97.3.0"]);
         assert_eq!(of("10.0.0.0"), [""; 0]);

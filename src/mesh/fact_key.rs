@@ -1,24 +1,25 @@
-//! The key by which a control plane is asked for one fact, where it announces facts only on demand.
+//! The key under which a control plane that announces facts only on demand is asked for a fact.
 
 use super::address::{GatewayRef, GatewayTarget, NetworkAddress};
 use super::name::{ServiceKey, Text};
 use std::fmt;
 
-/// Something that a control plane can be asked for. Displayed as its name on the wire.
+/// The key of a fact. Its `Display` form is the resource name on the wire.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum FactKey {
-    /// Whatever has this address.
+    /// The service or workload that has this address.
     Address(NetworkAddress),
-    /// The services with a range that begins at this address. Under the same name as the address, and answered apart from it.
+    /// The services with a range that begins at this address. It has the same name on the wire as [`FactKey::Address`],
+    /// but is tracked as a question of its own.
     Range(NetworkAddress),
-    /// The service (or workload) of this name.
+    /// The service or workload with this host name.
     Service(ServiceKey),
     /// The workload with this uid.
     Workload(Text),
 }
 
 impl FactKey {
-    /// What a gateway reference would be asked for by.
+    /// The key of the service or workload that a gateway reference names.
     pub fn of_gateway(gateway: &GatewayRef) -> Self {
         match &gateway.target {
             GatewayTarget::Hostname(key) => Self::Service(key.clone()),

@@ -1,22 +1,23 @@
-//! A map from a key to all that claim it, best first. Cheap to copy: a copy shares everything that is not changed later.
+//! A persistent map from a key to all items that claim it, the highest-ranked first.
 //!
-//! Several may claim one key: services share a virtual address, workloads overlap on an IP. When the best one goes, the
-//! next is there; an index that kept only one could not know it.
+//! Several items may claim one key: services share a virtual address, workloads overlap on an IP address. All of them are
+//! kept, so that the next one takes over when the first one is removed. Copies are cheap because they share everything
+//! that does not change later.
 
 use rpds::HashTrieMapSync;
 use std::cmp::Ordering;
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// What can be indexed: it has an order among those that claim the same key, and an identity.
+/// An item that can be indexed. It has an identity and a rank among the items that claim the same key.
 pub trait Claimant: PartialEq {
-    /// The better one comes first; never equal for two different ones.
+    /// Compares ranks: the better item is less. Two different items are never equal.
     fn order(&self, other: &Self) -> Ordering;
-    /// Whether both are the same thing, perhaps in different versions.
+    /// Whether both are versions of the same item.
     fn same(&self, other: &Self) -> bool;
 }
 
-/// The index.
+/// The map from keys to their claimants.
 #[derive(Clone, Debug)]
 pub struct Index<K: Eq + Hash, T> {
     map: HashTrieMapSync<K, Arc<[Arc<T>]>>,
@@ -35,7 +36,7 @@ impl<K: Eq + Hash, T: PartialEq> PartialEq for Index<K, T> {
 }
 
 impl<K: Eq + Hash + Clone, T: Claimant> Index<K, T> {
-    /// All that claim `key`, best first.
+    /// All claimants of `key`, the highest-ranked first.
     pub fn get<Q: Eq + Hash + ?Sized>(&self, key: &Q) -> &[Arc<T>]
     where
         K: std::borrow::Borrow<Q>,
@@ -51,7 +52,7 @@ impl<K: Eq + Hash + Clone, T: Claimant> Index<K, T> {
         self.map.insert_mut(key, list.into());
     }
 
-    /// Takes a claim away.
+    /// Removes a claim.
     pub fn remove(&mut self, key: &K, item: &T) {
         let list: Vec<Arc<T>> = self.get(key).iter().filter(|other| !other.same(item)).cloned().collect();
         if list.is_empty() {

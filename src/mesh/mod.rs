@@ -1,7 +1,7 @@
-//! What is known of the mesh: plain facts, their indexes, and the one place that holds the current ones.
+//! The mesh facts: workloads, services and policies, the indexes over them, and the store that holds the current ones.
 //!
-//! Nothing here does I/O, reads a clock or knows a wire format; who learns facts (`control`) applies an
-//! [`Update`], who needs them (`connection`, `node`) reads the current [`Snapshot`]. A snapshot never changes.
+//! `control` learns facts and applies them as an [`Update`]; `connection`, `dns` and `node` read the current [`Snapshot`].
+//! A snapshot never changes. No file here does I/O or knows a wire format, and only the store reads a clock.
 
 pub mod address;
 pub mod fact_key;

@@ -1,15 +1,15 @@
-//! Names: the SPIFFE name of a workload, the hostname of a service, the uid of a workload.
+//! Names of the mesh: SPIFFE names of workloads, and namespace and host name of services.
 //!
-//! A SPIFFE name is parsed exactly: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>` and nothing near it
-//! (source: Istio's workload identity form). Whatever is refused here can never be taken for an identity elsewhere.
+//! The only SPIFFE form accepted is `spiffe://<trust domain>/ns/<namespace>/sa/<service account>` (source: Istio's workload
+//! identities). Every identity in the program is made here, so a text that is refused here never becomes an identity.
 
 use std::fmt;
 use std::sync::Arc;
 
-/// A shared, immutable string; names are cloned once per connection and must be cheap to clone.
+/// A shared, immutable string. Names are cloned for every connection, so clones must be cheap.
 pub type Text = Arc<str>;
 
-/// The identity of a workload: who a peer is, as its certificate says.
+/// The identity of a workload: the SPIFFE name that its certificate contains.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SpiffeName {
     /// Trust domain, e.g. `cluster.local`; always lower case.
@@ -20,7 +20,7 @@ pub struct SpiffeName {
     pub service_account: Text,
 }
 
-/// Why a text is not a SPIFFE name of a workload.
+/// Why a text is neither the SPIFFE name of a workload nor the key of a service.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NameError {
     /// It does not begin with `spiffe://`.
@@ -29,7 +29,7 @@ pub enum NameError {
     /// The path is not `/ns/<namespace>/sa/<service account>`.
     #[error("{0:?} is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
     Form(String),
-    /// A part is empty or holds a character that such a part cannot have.
+    /// A part is empty, too long, or contains a character that is not allowed.
     #[error("{0:?} has an empty part, or one with a character outside [a-z0-9.-_]")]
     Character(String),
     /// A `namespace/hostname` key without exactly one slash.
@@ -38,7 +38,7 @@ pub enum NameError {
 }
 
 impl SpiffeName {
-    /// Makes a name of its three parts; the parts are checked as [`SpiffeName::parse`] checks them.
+    /// Builds a name from its three parts, with the same checks as [`SpiffeName::parse`].
     pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, NameError> {
         let whole = || format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}");
         if ![trust_domain, namespace, service_account].into_iter().all(Self::is_part) {
@@ -57,7 +57,7 @@ impl SpiffeName {
         !text.is_empty() && text.len() <= 253 && text.bytes().all(fine)
     }
 
-    /// Reads `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`; anything else is an error.
+    /// Parses `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`; anything else is an error.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         let rest = text.strip_prefix("spiffe://").ok_or_else(|| NameError::Scheme(text.to_owned()))?;
         let mut parts = rest.split('/');
@@ -69,7 +69,7 @@ impl SpiffeName {
         Self::new(domain, namespace, account)
     }
 
-    /// The name without `spiffe://`: what a policy's principal is compared with.
+    /// The name without `spiffe://`, which policies' principals are compared with.
     pub fn principal(&self) -> String {
         format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
     }
@@ -87,7 +87,7 @@ impl fmt::Debug for SpiffeName {
     }
 }
 
-/// `namespace/hostname`: the key of a service.
+/// The key of a service, displayed as `namespace/hostname`.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ServiceKey {
     /// Kubernetes namespace of the service.
@@ -97,7 +97,7 @@ pub struct ServiceKey {
 }
 
 impl ServiceKey {
-    /// Reads `namespace/hostname`.
+    /// Parses `namespace/hostname`.
     pub fn parse(text: &str) -> Result<Self, NameError> {
         match text.split_once('/') {
             Some((namespace, hostname)) if !namespace.is_empty() && !hostname.is_empty() && !hostname.contains('/') => {

@@ -1,4 +1,6 @@
-//! Authorization policies as plain facts. What they mean is said in `connection::authorize::matcher`.
+//! Authorization policies as plain facts, and the tests in them that can never match.
+//!
+//! This file does not evaluate policies; `connection::authorize::matcher` does.
 
 use super::name::{SpiffeName, Text};
 use ipnet::IpNet;
@@ -10,23 +12,23 @@ pub enum PolicyScope {
     Global,
     /// Workloads of the policy's namespace.
     Namespace,
-    /// Workloads that name the policy.
+    /// Workloads whose facts name the policy.
     WorkloadSelector,
 }
 
-/// What a match of the policy means.
+/// The effect of a policy that matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Let in; and once there is any ALLOW policy, nothing else is let in.
+    /// Permits the connection. Once any ALLOW policy applies, connections that none of them matches are refused.
     Allow,
-    /// Refuse.
+    /// Refuses the connection.
     Deny,
 }
 
 /// A test on a string.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StringMatch {
-    /// Equal, byte for byte.
+    /// Is equal, byte for byte.
     Exact(Text),
     /// Begins with.
     Prefix(Text),
@@ -37,18 +39,19 @@ pub enum StringMatch {
 }
 
 impl StringMatch {
-    /// A test on a principal that may be written as in certificates and logs, as it is written in policies: without `spiffe://`.
+    /// Removes `spiffe://` from a test on a principal. Policies write principals without it, but certificates and logs show it,
+    /// so users write it too.
     pub fn without_scheme(self) -> Self {
         const SCHEME: &str = "spiffe://";
         match self {
             Self::Exact(text) => Self::Exact(text.strip_prefix(SCHEME).map_or(text.clone(), Text::from)),
             Self::Prefix(text) => match text.strip_prefix(SCHEME) {
                 Some(rest) => Self::Prefix(rest.into()),
-                // No trust domain has a colon: this can only be the beginning of the scheme, which every identity has.
+                // Trust domains contain no colon, so this is the beginning of the scheme, which every identity has.
                 None if text.contains(':') && SCHEME.starts_with(&*text) => Self::Prefix("".into()),
                 None => Self::Prefix(text),
             },
-            // Nothing stands before the scheme.
+            // Nothing precedes the scheme, so a suffix that contains it is the whole name.
             Self::Suffix(text) => match text.strip_prefix(SCHEME) {
                 Some(rest) => Self::Exact(rest.into()),
                 None => Self::Suffix(text),
@@ -64,7 +67,7 @@ impl StringMatch {
         }
     }
 
-    /// Whether some identity fulfils this test on its principal.
+    /// Whether the principal of some identity can pass this test.
     fn fits_a_principal(&self) -> bool {
         match self {
             Self::Exact(text) => SpiffeName::parse(&format!("spiffe://{text}")).is_ok(),
@@ -78,32 +81,32 @@ impl StringMatch {
         }
     }
 
-    /// Whether some namespace, or that of a peer without identity, which is empty, fulfils this test.
+    /// Whether some namespace can pass this test. The namespace of a peer without identity is empty.
     fn fits_a_namespace(&self) -> bool {
         self.text().is_empty() || SpiffeName::is_part(self.text())
     }
 }
 
-/// What stands between the slashes of a principal; `None` is a name.
+/// The parts of a principal between the slashes: a fixed word, or `None` for a name.
 const PRINCIPAL: [Option<&str>; 5] = [None, Some("ns"), None, Some("sa"), None];
 
-/// Whether `texts`, the last of which may have been cut off, can stand where `places` are.
+/// Whether `texts` can be the first of `parts`. The last text may be only a piece of its part, which `is_cut_from` checks.
 fn fits<'a>(
     texts: impl Iterator<Item = &'a str>,
-    places: &[Option<&str>],
+    parts: &[Option<&str>],
     is_cut_from: impl Fn(&str, &str) -> bool,
 ) -> bool {
     let texts: Vec<&str> = texts.collect();
     let whole = texts.len().saturating_sub(1);
-    let one = |(at, (text, place)): (usize, (&&str, &Option<&str>))| match place {
+    let one = |(at, (text, part)): (usize, (&&str, &Option<&str>))| match part {
         Some(word) if at < whole => text == word,
         Some(word) => is_cut_from(word, text),
         None => SpiffeName::is_part(text) || (at == whole && text.is_empty()),
     };
-    texts.len() <= places.len() && texts.iter().zip(places).enumerate().all(one)
+    texts.len() <= parts.len() && texts.iter().zip(parts).enumerate().all(one)
 }
 
-/// A service account of any trust domain.
+/// A test on the service account, whatever the trust domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceAccountMatch {
     /// Namespace, compared exactly.
@@ -112,12 +115,12 @@ pub struct ServiceAccountMatch {
     pub service_account: Text,
 }
 
-/// Positive and negative tests on one attribute.
+/// The tests on one attribute of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attribute<T> {
-    /// One of these must hit, where there are any.
+    /// One of these must match, if there are any.
     pub any_of: Vec<T>,
-    /// None of these may hit.
+    /// None of these may match.
     pub none_of: Vec<T>,
 }
 
@@ -128,31 +131,31 @@ impl<T> Default for Attribute<T> {
 }
 
 impl<T> Attribute<T> {
-    /// Whether nothing is asked of this attribute.
+    /// Whether this attribute is not tested.
     pub fn is_empty(&self) -> bool {
         self.any_of.is_empty() && self.none_of.is_empty()
     }
 }
 
-/// One match: every attribute must pass; with no attribute at all it never matches.
+/// Tests on a connection: every attribute must pass. A match that tests no attribute never matches.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Match {
-    /// Peer namespace; empty without identity.
+    /// Namespace of the peer's identity; empty for a peer without identity.
     pub namespaces: Attribute<StringMatch>,
-    /// Peer identity without `spiffe://`.
+    /// Identity of the peer, without `spiffe://`.
     pub principals: Attribute<StringMatch>,
-    /// Peer namespace and service account, whatever the trust domain.
+    /// Namespace and service account of the peer's identity, whatever the trust domain.
     pub service_accounts: Attribute<ServiceAccountMatch>,
     /// Source address.
     pub source_ips: Attribute<IpNet>,
-    /// Destination address (the pod's own).
+    /// Destination address: the pod's own.
     pub destination_ips: Attribute<IpNet>,
-    /// Destination port (the application's, not 15008).
+    /// Destination port: the application's, never 15008.
     pub destination_ports: Attribute<u16>,
 }
 
 impl Match {
-    /// Whether nothing is asked: such a match never matches.
+    /// Whether no attribute is tested; such a match never matches.
     pub fn is_empty(&self) -> bool {
         self.namespaces.is_empty()
             && self.principals.is_empty()
@@ -162,12 +165,12 @@ impl Match {
             && self.destination_ports.is_empty()
     }
 
-    /// What in this match no connection can ever fulfil, each with the reason: a DENY that hangs on it lets in whom it should
-    /// keep out, and an ALLOW lets nobody in.
+    /// The tests in this match that no connection can ever pass, each with the reason. A DENY policy with such a test lets in
+    /// the connections it should refuse, and an ALLOW policy lets in none.
     pub fn impossible(&self) -> Vec<String> {
         let mut found = Vec::new();
         if self.is_empty() {
-            found.push("a match that asks nothing never matches".to_owned());
+            found.push("a match without any test never matches".to_owned());
         }
         for principal in both(&self.principals).filter(|principal| !principal.fits_a_principal()) {
             let text = principal.text();
@@ -185,7 +188,7 @@ impl Match {
             }
         }
         if both(&self.destination_ports).any(|port| *port == 0) {
-            found.push("destination port 0 never matches: no connection has it".to_owned());
+            found.push("destination port 0 never matches: no connection has port 0".to_owned());
         }
         found
     }
@@ -197,7 +200,7 @@ fn both<T>(attribute: &Attribute<T>) -> impl Iterator<Item = &T> {
 
 fn why_no_principal(text: &str) -> &'static str {
     if text.contains("://") {
-        return "a principal is written without spiffe://";
+        return "principals are written without spiffe://";
     }
     match why_no_part(text) {
         CHARACTERS => "a principal has the form <trust domain>/ns/<namespace>/sa/<service account>",
@@ -205,23 +208,23 @@ fn why_no_principal(text: &str) -> &'static str {
     }
 }
 
-/// What names are made of.
-const CHARACTERS: &str = "names have a-z, 0-9, '.', '-' and '_', and no more than 253 of them";
+/// The characters that names consist of.
+const CHARACTERS: &str = "names consist of a-z, 0-9, '.', '-' and '_', at most 253 characters";
 
 fn why_no_part(text: &str) -> &'static str {
     if text.contains('*') {
-        return "'*' is a character here; any value is Presence, a beginning {Prefix: text}, an end {Suffix: text}";
+        return "'*' is not a wildcard here; write Presence for any value, {Prefix: text} or {Suffix: text}";
     }
     if text.chars().any(char::is_uppercase) {
-        return "identities are in lower case, and compared exactly";
+        return "identities are in lower case and compared exactly";
     }
     CHARACTERS
 }
 
-/// Matches of which one must hold; no match at all holds too.
+/// Matches of which at least one must hold. An empty clause holds.
 pub type Clause = Vec<Match>;
 
-/// Clauses that must all hold; no clause at all holds too.
+/// Clauses that must all hold. An empty rule holds.
 pub type Rule = Vec<Clause>;
 
 /// One authorization policy.
@@ -235,11 +238,11 @@ pub struct Policy {
     pub key: Text,
     /// Which workloads it applies to.
     pub scope: PolicyScope,
-    /// What a match means.
+    /// What the policy does with connections that it matches.
     pub action: Action,
-    /// Whether it is only evaluated and logged, never enforced.
+    /// Whether the policy is only evaluated and logged, not enforced.
     pub dry_run: bool,
-    /// Rules of which one must hold; a policy without rules never matches.
+    /// Rules of which at least one must hold. A policy without rules never matches.
     pub rules: Vec<Rule>,
 }
 
@@ -254,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_never_match_is_named_with_the_reason() {
+    fn tests_that_can_never_match_are_named_with_the_reason() {
         use StringMatch::{Exact, Prefix, Suffix};
         let good = [
             Exact("td/ns/a/sa/b".into()),
@@ -300,9 +303,9 @@ mod tests {
             change(&mut m);
             m.impossible().join("; ")
         };
-        assert!(of(&|_| {}).contains("asks nothing"));
+        assert!(of(&|_| {}).contains("without any test"));
         assert!(of(&|m| m.namespaces.none_of = vec![Exact("Shop".into())]).contains("\"Shop\" never matches"));
-        assert!(of(&|m| m.namespaces.any_of = vec![Exact("".into())]).is_empty(), "whoever has no identity");
+        assert!(of(&|m| m.namespaces.any_of = vec![Exact("".into())]).is_empty(), "peers without identity");
         assert!(of(&|m| m.destination_ports.any_of = vec![0, 80]).contains("port 0"));
         let account = ServiceAccountMatch { namespace: "a".into(), service_account: "".into() };
         assert!(of(&|m| m.service_accounts.any_of = vec![account.clone()]).contains("service account \"\""));
@@ -326,9 +329,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever an identity fulfils is never said to be impossible.
+        /// A test that some identity passes is never reported as impossible.
         #[test]
-        fn what_some_identity_fulfils_is_possible(
+        fn a_test_that_some_identity_passes_is_possible(
             td in "[a-z.]{1,3}", ns in "[a-z]{1,2}", sa in "[a-z-]{1,2}", from in 0usize..20, to in 0usize..20,
         ) {
             let whole = format!("{td}/ns/{ns}/sa/{sa}");

@@ -1,4 +1,4 @@
-//! A service: names and addresses that stand for a set of workloads, and how one of them is chosen.
+//! A service: a name and addresses that stand for a set of workloads, and the rules for choosing among them.
 
 use super::address::{GatewayRef, NetworkAddress, NetworkCidr};
 use super::name::{ServiceKey, Text};
@@ -6,7 +6,7 @@ use super::workload::{Health, Ports, Workload};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// What two workloads may have in common when endpoints are preferred.
+/// What an endpoint must have in common with the client to be preferred.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RoutingScope {
     /// Same region.
@@ -21,24 +21,24 @@ pub enum RoutingScope {
     Cluster,
     /// Same network.
     Network,
-    /// Something that we do not know: nothing is known to have it in common.
+    /// A value of a newer protocol version. No endpoint has it in common with a client.
     Unknown,
 }
 
 /// How strictly [`LoadBalancer::preferences`] are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoadBalancingMode {
-    /// All endpoints alike.
+    /// All endpoints are equal.
     Standard,
     /// Only endpoints that match every preference.
     Strict,
-    /// Those that match most leading preferences.
+    /// The endpoints that match the largest number of leading preferences.
     Failover,
-    /// None is chosen: the original destination is used.
+    /// No endpoint is chosen: connections go to their original destination.
     Passthrough,
 }
 
-/// Which endpoints may be chosen.
+/// Which endpoints may be chosen, by their health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HealthPolicy {
     /// Only healthy ones.
@@ -54,11 +54,11 @@ pub struct LoadBalancer {
     pub preferences: Vec<RoutingScope>,
     /// How strictly they are taken.
     pub mode: LoadBalancingMode,
-    /// Which endpoints may be chosen at all.
+    /// Which endpoints may be chosen, by their health.
     pub health_policy: HealthPolicy,
 }
 
-/// IP families a service is offered in.
+/// The IP families of a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IpFamilies {
     /// IPv4 only.
@@ -69,13 +69,13 @@ pub enum IpFamilies {
     Dual,
 }
 
-/// Who may see a service.
+/// Which clients may use a service by its name and addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Visibility {
-    /// Everybody.
+    /// All clients.
     #[default]
     Public,
-    /// Clients of its own namespace.
+    /// Only clients of the service's namespace.
     Namespace,
 }
 
@@ -90,28 +90,28 @@ pub struct Service {
     pub vips: Vec<NetworkAddress>,
     /// Its virtual address ranges.
     pub cidrs: Vec<NetworkCidr>,
-    /// Service port to target port; target 0 means that each endpoint says.
+    /// Maps service ports to target ports. Target 0 means that each endpoint defines its own.
     pub ports: Ports,
-    /// Names of its TCP ports, as far as whoever told of it knows them.
+    /// Its named TCP ports, as far as the source of the facts knows their names.
     pub port_names: BTreeMap<Text, u16>,
-    /// Further SPIFFE names that endpoints may prove.
+    /// Further SPIFFE names that endpoints may present.
     pub subject_alt_names: Vec<Text>,
-    /// Waypoint asked for by the service.
+    /// The waypoint of the service.
     pub waypoint: Option<GatewayRef>,
-    /// Waypoints of which one is drawn for each connection, with their weights; without weight, `waypoint` counts.
+    /// Waypoints with their weights; one is drawn for each connection. If no weight is positive, `waypoint` is used.
     pub weighted_waypoints: Vec<(GatewayRef, u32)>,
-    /// How endpoints are chosen.
+    /// Rules for choosing an endpoint; `None` for the default, any healthy endpoint.
     pub load_balancer: Option<LoadBalancer>,
-    /// IP families; `None`: whatever there is.
+    /// The IP families of the service; `None` if unrestricted.
     pub ip_families: Option<IpFamilies>,
-    /// Preferred where several services share a name or address.
+    /// Whether it is preferred to other services with the same name or address.
     pub canonical: bool,
-    /// Who may see it.
+    /// Which clients may use it.
     pub visibility: Visibility,
 }
 
 impl Service {
-    /// Whether clients of `namespace` may see this service.
+    /// Whether clients of `namespace` may use this service.
     pub fn visible_to(&self, namespace: &str) -> bool {
         match self.visibility {
             Visibility::Public => true,
@@ -119,13 +119,13 @@ impl Service {
         }
     }
 
-    /// Whether one of its endpoints may be used, as far as health goes.
+    /// Whether the health of an endpoint permits using it.
     pub fn may_use(&self, endpoint: &Workload) -> bool {
         let any = self.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
         any || endpoint.health == Health::Healthy
     }
 
-    /// Whether it is offered in the family of an address.
+    /// Whether the service has the IP family of `ip`.
     pub fn is_offered_in(&self, ip: IpAddr) -> bool {
         match self.ip_families {
             None | Some(IpFamilies::Dual) => true,
@@ -134,13 +134,13 @@ impl Service {
         }
     }
 
-    /// The target of one of its ports at an endpoint with a port map of its own: what that says, else what the service says.
+    /// The target port of a service port at an endpoint. The endpoint's own port map comes first, then the service's.
     pub fn target_port(&self, own: Option<&Ports>, port: u16) -> Option<u16> {
         let said = |ports: &Ports| ports.get(&port).copied().filter(|target| *target != 0);
         own.and_then(said).or_else(|| said(&self.ports))
     }
 
-    /// Whether endpoints are not chosen by us for this service.
+    /// Whether connections to this service go to their original destination instead of a chosen endpoint.
     pub fn is_passthrough(&self) -> bool {
         self.load_balancer.as_ref().is_some_and(|lb| lb.mode == LoadBalancingMode::Passthrough)
     }

@@ -1,5 +1,7 @@
-//! An immutable picture of the mesh with the indexes that connections need. A lookup costs the same however large the
-//! mesh is; a range of addresses costs one more for each prefix length in use.
+//! An immutable snapshot of the mesh facts with the indexes that connections and DNS need.
+//!
+//! The cost of a lookup does not depend on the size of the mesh. Finding the range that contains an address costs one
+//! lookup for each prefix length in use.
 
 use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, range_starts};
 use super::fact_key::FactKey;
@@ -15,7 +17,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Facts as they are learned, before they are indexed.
+/// A complete set of facts, before it is indexed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// All workloads.
@@ -26,8 +28,8 @@ pub struct Facts {
     pub policies: Vec<Policy>,
 }
 
-/// Which kinds of facts have been told in full. Until all have, nothing new is decided by them: that nobody has told of a
-/// policy does not mean that there is none.
+/// Which kinds of facts have been received completely. Until all are, no pod is approved: a policy that has not arrived yet
+/// cannot be told from a policy that does not exist.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Synced {
     /// Workloads and services.
@@ -37,10 +39,10 @@ pub struct Synced {
 }
 
 impl Synced {
-    /// Everything.
+    /// All facts have been received.
     pub const ALL: Self = Self { addresses: true, policies: true };
 
-    /// What is still to be told; `None` where nothing is.
+    /// The kinds of facts that are incomplete, in words; `None` if all have been received.
     pub fn missing(self) -> Option<&'static str> {
         match (self.addresses, self.policies) {
             (true, true) => None,
@@ -51,45 +53,46 @@ impl Synced {
     }
 }
 
-/// One workload behind a service, with its own port map for that service.
+/// An endpoint of a service: a workload with its port map for that service.
 #[derive(Clone, Copy, Debug)]
 pub struct Endpoint<'a> {
     /// The workload.
     pub workload: &'a Arc<Workload>,
-    /// Service port to target port at this endpoint.
+    /// Maps service ports to target ports at this endpoint.
     pub ports: &'a Ports,
 }
 
-/// What an address stands for.
+/// The service or workload that an address or a gateway reference stands for.
 #[derive(Clone, Debug)]
 pub enum ServiceOrWorkload {
-    /// A service's virtual address.
+    /// A service, found by a virtual address, a range or its name.
     Service(Arc<Service>),
-    /// A workload's own address.
+    /// A workload, found by its own address or host name.
     Workload(Arc<Workload>),
 }
 
-/// Endpoints of one service by uid, so that every choice among them sees the same order.
+/// The endpoints of one service by uid. The order is fixed, so that every choice among them sees the same one.
 pub(super) type Endpoints = RedBlackTreeMapSync<Text, Arc<Workload>>;
 
-/// The indexed, immutable facts. A copy shares what it does not change; that is how a change of one workload among
-/// fifty thousand costs microseconds. Indexes hold all that claim a key, so that the same facts give the same snapshot
-/// in whatever order they were learned.
+/// The indexed facts. A copy shares everything that it does not change, so that changing one workload among fifty thousand
+/// takes microseconds. The indexes keep all claimants of a key, so that the same facts give the same snapshot in whatever
+/// order they arrived.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
-    /// Rises by one with every change.
+    /// Increases by one with every change.
     pub version: u64,
     /// Version of the last change of a policy.
     pub policies_version: u64,
-    /// Which facts have been told in full.
+    /// Which facts have been received completely.
     pub synced: Synced,
-    /// The node that we run on; empty where nobody said.
+    /// The node on which the daemon runs; empty if not configured.
     pub(super) node: Text,
-    /// Trust domains that are one with each workload's own.
+    /// Trust domains that are equivalent to each workload's own.
     pub trust_domain_aliases: Arc<[Text]>,
-    /// The cluster that we run in; empty where nobody said.
+    /// The cluster in which the daemon runs; empty if not configured.
     pub(super) cluster: Text,
-    /// What was asked for and does not exist; of ranges, what was answered a while ago at most. `None`: nobody needs to ask, everything is told.
+    /// Keys that were asked for and do not exist. A range is in here for a while after each answer about it. `None` if the
+    /// control plane announces everything, so that nothing need be asked for.
     pub(super) absent: Option<HashTrieSetSync<FactKey>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
     pub(super) by_address: Index<NetworkAddress, Workload>,
@@ -99,7 +102,7 @@ pub struct Snapshot {
     pub(super) by_vip: Index<NetworkAddress, Service>,
     pub(super) by_hostname: Index<Text, Service>,
     pub(super) by_cidr: Index<NetworkCidr, Service>,
-    /// Prefix lengths that some range has (and whether of IPv4), with how many have it: the lengths worth a lookup.
+    /// The prefix lengths in use, as (is IPv4, length), with the number of ranges that have each.
     pub(super) cidr_lengths: BTreeMap<(bool, u8), usize>,
     pub(super) endpoints: HashTrieMapSync<ServiceKey, Endpoints>,
     pub(super) policies: HashTrieMapSync<Text, Arc<Policy>>,
@@ -108,7 +111,7 @@ pub struct Snapshot {
 }
 
 impl Claimant for Workload {
-    /// A pod before others, one that takes HBONE before others, then by uid.
+    /// Pods rank before other workloads, then HBONE before other protocols, then the smaller uid.
     fn order(&self, other: &Self) -> Ordering {
         let rank = |w: &Self| (!w.uid.contains("//Pod/"), w.protocol != Protocol::Hbone);
         rank(self).cmp(&rank(other)).then_with(|| self.uid.cmp(&other.uid))
@@ -120,6 +123,7 @@ impl Claimant for Workload {
 }
 
 impl Claimant for Service {
+    /// Canonical services rank before others, then the smaller key.
     fn order(&self, other: &Self) -> Ordering {
         self.canonical.cmp(&other.canonical).reverse().then_with(|| self.key.cmp(&other.key))
     }
@@ -140,7 +144,7 @@ impl Claimant for Policy {
 }
 
 impl Snapshot {
-    /// An empty one: of this node and cluster, and with `on_demand` where facts are told only when asked for.
+    /// An empty snapshot for a node and cluster. `on_demand`: the control plane announces facts only when asked for them.
     pub fn empty(node: Text, cluster: Text, on_demand: bool) -> Self {
         Self { node, cluster, absent: on_demand.then(HashTrieSetSync::default), ..Self::default() }
     }
@@ -150,12 +154,12 @@ impl Snapshot {
         self.workloads.get(uid)
     }
 
-    /// The workload of a pod of this node. Other clusters may have a pod and a node of the same names, and it is another's.
+    /// The workload of a pod of this node. A pod and node of the same names in another cluster are not taken for it.
     pub fn workload_of_pod(&self, namespace: &str, name: &str) -> Option<&Arc<Workload>> {
         self.claims_of_pod(namespace, name).iter().find(|workload| self.is_here(workload))
     }
 
-    /// Clusters that tell of a pod of this name, where this node's does not.
+    /// The clusters of all pods of this name that are not on this node.
     pub fn clusters_of_pod(&self, namespace: &str, name: &str) -> Vec<&Text> {
         let claims = self.claims_of_pod(namespace, name).iter();
         claims.filter(|workload| !self.is_here(workload)).map(|workload| &workload.cluster_id).collect()
@@ -165,25 +169,26 @@ impl Snapshot {
         self.by_pod.get(&(Text::from(namespace), Text::from(name)))
     }
 
-    /// Whether a workload is on this node. Facts that name no cluster are of ours.
+    /// Whether a workload is on this node. Facts without a cluster belong to this cluster.
     fn is_here(&self, workload: &Workload) -> bool {
         let says = |ours: &Text, theirs: &Text| ours.is_empty() || ours == theirs;
         says(&self.node, &workload.node)
             && (workload.cluster_id.is_empty() || says(&self.cluster, &workload.cluster_id))
     }
 
-    /// The workload that owns an address.
+    /// The workload that has this address as its own.
     pub fn workload_at(&self, network: &Text, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&NetworkAddress { network: network.clone(), ip }).first()
     }
 
-    /// The service that a virtual address stands for, as seen by a client of `client_namespace`: the client's own
-    /// namespace first, then a canonical one, then the first by name.
+    /// The service with this virtual address, for a client of `client_namespace`: a service of the client's own namespace
+    /// first, then a canonical one, then the first by name.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_vip.get(&NetworkAddress { network: network.clone(), ip }), client_namespace)
     }
 
-    /// The service with a range around an address: the client's own namespace first, then the longest prefix.
+    /// The service with a range that contains an address: a service of the client's own namespace first, then the one with
+    /// the longest prefix.
     pub fn service_around(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let mut best: Option<&Arc<Service>> = None;
         for (_, length) in self.cidr_lengths.keys().rev().filter(|(v4, _)| *v4 == ip.is_ipv4()) {
@@ -199,17 +204,18 @@ impl Snapshot {
         best
     }
 
-    /// The service with this host name, by the same preference as [`Snapshot::service_at`].
+    /// The service with this host name, with the preferences of [`Snapshot::service_at`].
     pub fn service_by_hostname(&self, hostname: &str, client_namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_hostname.get(hostname), client_namespace)
     }
 
-    /// All services with this host name, the canonical ones first.
+    /// All services with this host name, canonical ones first.
     pub fn services_by_hostname(&self, hostname: &str) -> &[Arc<Service>] {
         self.by_hostname.get(hostname)
     }
 
-    /// What a gateway reference names, as a client of `client_namespace` sees it; a service before a workload.
+    /// The service or workload that a gateway reference names, for a client of `client_namespace`. A service comes before a
+    /// workload of the same name.
     pub fn gateway(&self, gateway: &GatewayRef, client_namespace: &str) -> Option<ServiceOrWorkload> {
         match &gateway.target {
             GatewayTarget::Hostname(key) => {
@@ -221,8 +227,8 @@ impl Snapshot {
         }
     }
 
-    /// What an address stands for: a service that has it, a workload that has it, a service with a range around it. A pod
-    /// that lies in somebody's range is still that pod.
+    /// What an address stands for: a service with this virtual address, else a workload with this address, else a service with
+    /// a range that contains it. A pod whose address lies in a service's range is still found as that pod.
     pub fn at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<ServiceOrWorkload> {
         let service = self.service_at(network, ip, client_namespace).cloned().map(ServiceOrWorkload::Service);
         let workload = || self.workload_at(network, ip).cloned().map(ServiceOrWorkload::Workload);
@@ -230,19 +236,18 @@ impl Snapshot {
         service.or_else(workload).or_else(around)
     }
 
-    /// Whether everything there is, is told without being asked for.
+    /// Whether the control plane announces everything without being asked.
     pub fn is_told_all(&self) -> bool {
         self.absent.is_none()
     }
 
-    /// What would have to be asked for before it can be said that this does not exist; `None` where that can be said,
-    /// or it does exist.
+    /// The key, if the control plane must be asked for it first: it is not known, and not known to be absent either.
     pub fn unasked(&self, wanted: FactKey) -> Option<FactKey> {
         let absent = self.absent.as_ref()?;
         (!self.holds(&wanted) && !absent.contains(&wanted)).then_some(wanted)
     }
 
-    /// Ranges that would have to be asked for before it can be said that there is none around this address.
+    /// The ranges that must be asked for before it is certain that no service has a range that contains this address.
     pub fn unasked_around(&self, at: &NetworkAddress) -> Vec<FactKey> {
         if self.is_told_all() {
             return Vec::new();
@@ -251,8 +256,8 @@ impl Snapshot {
         range_starts(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
     }
 
-    /// What might be other than it is known to be, on the way to a service: itself and its waypoints. Nothing where
-    /// everything is told.
+    /// The facts on the way to a service that may be outdated: the service and its waypoints. Empty if the control plane
+    /// announces every change.
     pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<FactKey> {
         let Some(ServiceOrWorkload::Service(service)) =
             self.absent.as_ref().and(self.at(network, ip, client_namespace))
@@ -265,11 +270,11 @@ impl Snapshot {
         wanted
     }
 
-    /// Whether this is known to exist.
+    /// Whether the snapshot contains a fact with this key.
     pub fn holds(&self, wanted: &FactKey) -> bool {
         match wanted {
             FactKey::Address(at) => !self.by_vip.get(at).is_empty() || !self.by_address.get(at).is_empty(),
-            // One that is known says nothing of others that begin where it does.
+            // A known range does not exclude further ranges with the same first address.
             FactKey::Range(_) => false,
             FactKey::Service(key) => {
                 let host = (key.namespace.clone(), key.hostname.clone());
@@ -279,7 +284,7 @@ impl Snapshot {
         }
     }
 
-    /// The endpoints of a service, healthy or not, in the order of their uids.
+    /// The endpoints of a service, healthy or not, ordered by uid.
     pub fn endpoints(&self, key: &ServiceKey) -> impl Iterator<Item = Endpoint<'_>> {
         let key = key.clone();
         self.endpoints.get(&key).into_iter().flat_map(|all| all.values()).filter_map(move |workload| {
@@ -288,13 +293,13 @@ impl Snapshot {
         })
     }
 
-    /// Endpoints whose service is not known (yet): the service's key and the uids.
+    /// Endpoints of services that are not known (yet): the service's key and the workloads' uids.
     pub fn staged(&self) -> impl Iterator<Item = (&ServiceKey, Vec<&Text>)> {
         let unknown = self.endpoints.iter().filter(|(key, _)| !self.services.contains_key(key));
         unknown.map(|(key, all)| (key, all.keys().collect()))
     }
 
-    /// The service behind this workload's `port`, where exactly one leads there.
+    /// The service that leads to this workload's `port`; `None` unless there is exactly one.
     pub fn service_by_target(&self, workload: &Workload, port: u16) -> Option<&Arc<Service>> {
         let leads = |(key, own): (&ServiceKey, &Ports)| {
             let service = self.services.get(key)?;
@@ -310,7 +315,7 @@ impl Snapshot {
         self.policies.get(key)
     }
 
-    /// The policies that apply to every workload, then those of one namespace.
+    /// The policies that apply to every workload of a namespace: the global ones, then the namespace's own.
     pub fn policies_for_namespace(&self, namespace: &str) -> impl Iterator<Item = &Arc<Policy>> {
         self.global_policies.get(&()).iter().chain(self.namespace_policies.get(namespace))
     }
@@ -330,20 +335,20 @@ impl Snapshot {
         self.policies.values()
     }
 
-    /// How many workloads, services and policies there are.
+    /// The numbers of workloads, services and policies.
     pub fn counts(&self) -> (usize, usize, usize) {
         (self.workloads.size(), self.services.size(), self.policies.size())
     }
 }
 
-/// Of those that claim a name or address (canonical ones first), the one of the client's own namespace, else the first
-/// that it may see.
+/// Of the claimants of a name or address, the one in the client's own namespace, else the first one that is visible to the
+/// client.
 fn preferred<'a>(claims: &'a [Arc<Service>], namespace: &str) -> Option<&'a Arc<Service>> {
     let own = claims.iter().find(|service| &*service.key.namespace == namespace);
     own.or_else(|| claims.iter().find(|service| service.visible_to(namespace)))
 }
 
-/// Builders of plain facts for the tests of every module above.
+/// Builders of facts for the tests of this and other modules.
 #[cfg(test)]
 pub mod tests {
     use super::super::workload::{Health, Locality, NetworkMode, WorkloadType};
@@ -420,7 +425,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_pod_of_this_node_is_never_one_of_another_cluster() {
+    fn a_pod_of_another_cluster_is_not_taken_for_one_of_this_node() {
         let (mut far, mut elsewhere) = (workload("a", "pod", "10.0.0.5"), workload("a", "pod", "10.0.0.6"));
         (far.uid, far.cluster_id) = ("c2//Pod/a/pod".into(), "c2".into());
         (elsewhere.uid, elsewhere.node) = ("c1//Pod/a/pod-1".into(), "node-2".into());

@@ -1,5 +1,8 @@
-//! The current snapshot: one writer changes it, any number of readers load it without waiting. Where facts are told only
-//! when asked for, also the list of what is wanted.
+//! The store of the mesh facts. Writers replace the current snapshot one at a time; readers load it without waiting.
+//!
+//! If the control plane announces facts only on demand, the store also keeps the open questions: connections and DNS ask
+//! here, and `control` takes the questions from here and applies the answers. The number of open questions is bounded, in
+//! all and for each pod.
 
 use super::address::NetworkAddress;
 use super::fact_key::FactKey;
@@ -19,27 +22,27 @@ use tokio::time::Instant;
 /// How long a connection waits for facts that had to be asked for.
 const ASK_WAIT: Duration = Duration::from_secs(5);
 
-/// Shortest time between two askings for the same that is known.
+/// Minimum time between two refreshes of the same fact.
 const REFRESH_EVERY: Duration = Duration::from_secs(5);
 
-/// How long a connection waits for what comes of that.
+/// How long a connection waits for the answer to a refresh.
 const REFRESH_WAIT: Duration = Duration::from_secs(1);
 
-/// Questions that may be open at once; pods that scan addresses must not make the list grow without bound.
+/// Maximum number of open questions, so that pods that scan addresses cannot make the list grow without bound.
 const QUESTIONS_MAX: usize = 10_000;
 
-/// Of them, how many may be one pod's: a pod that scans must leave room for the others.
+/// Maximum number of open questions of one pod, so that a pod that scans leaves room for the others.
 const QUESTIONS_OF_ONE: usize = 500;
 
-/// As many are open to each pod even where the others have used up all that there are: the ranges around one address, which
-/// are up to 55.
+/// Each pod may have this many open questions even when other pods have used up the total. It is enough for the ranges around
+/// one address, which are up to 55.
 const QUESTIONS_OF_ANYONE: usize = 64;
 
-/// Holds the current facts of the mesh and tells who asks when they change.
+/// Holds the current snapshot of the mesh facts and notifies subscribers of changes.
 #[derive(Debug)]
 pub struct Store {
     current: ArcSwap<Snapshot>,
-    /// Held while a new snapshot is made, so that two writers could not lose each other's changes.
+    /// Locked while a new snapshot is made, so that two writers cannot lose each other's changes.
     writing: Mutex<()>,
     changed: watch::Sender<u64>,
     questions: Mutex<Questions>,
@@ -48,30 +51,30 @@ pub struct Store {
 
 #[derive(Debug, Default)]
 struct Questions {
-    /// Wanted, and not answered.
+    /// Questions without an answer.
     open: HashMap<FactKey, Question>,
-    /// How many of them each pod has begun.
+    /// How many open questions each pod has asked first.
     by_asker: HashMap<Text, usize>,
-    /// Those of them that the control plane has not been asked yet.
+    /// Questions that `control` has not taken yet.
     unsent: Vec<FactKey>,
-    /// What has been asked for again, and when.
+    /// When facts were last refreshed.
     refreshed: HashMap<FactKey, Instant>,
-    /// How many there have been.
+    /// How many questions have been opened since the start.
     begun: u64,
 }
 
 #[derive(Debug)]
 struct Question {
-    /// Who asked first.
+    /// The pod that asked first; the question counts as this pod's.
     asker: Text,
-    /// Differs between any two.
+    /// Unique number, which tells this question from a later one for the same key.
     number: u64,
-    /// How many wait for it.
+    /// How many tasks wait for the answer.
     waiting: usize,
 }
 
 impl Questions {
-    /// Whether one more of this pod's may be open.
+    /// Whether this pod may open another question.
     fn has_room(&self, asker: &Text) -> bool {
         match self.by_asker.get(asker).copied().unwrap_or(0) {
             few if few < QUESTIONS_OF_ANYONE => true,
@@ -79,7 +82,7 @@ impl Questions {
         }
     }
 
-    /// Closes one.
+    /// Closes a question.
     fn close(&mut self, wanted: &FactKey) {
         let Some(Question { asker, .. }) = self.open.remove(wanted) else { return };
         if let Some(own) = self.by_asker.get_mut(&asker) {
@@ -91,21 +94,21 @@ impl Questions {
     }
 }
 
-/// Why facts that had to be asked for are not there.
+/// Why a fact that had to be asked for is not available.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AskError {
-    /// No answer in time.
-    #[error("the control plane has not said within 5 s whether {0} exists")]
+    /// The control plane did not answer in time.
+    #[error("the control plane has not said within {wait} s whether {0} exists", wait = ASK_WAIT.as_secs())]
     NoAnswer(String),
-    /// Too many others are asked for.
+    /// Too many questions are open.
     #[error(
-        "{0} is not asked for: too many addresses and names that this pod has asked for are without answer (at most \
-         {QUESTIONS_OF_ONE} of one pod, {QUESTIONS_MAX} of a node)"
+        "the control plane was not asked about {0}: too many questions about addresses and names have no answer yet (at most \
+         {QUESTIONS_OF_ONE} for one pod and {QUESTIONS_MAX} for the node)"
     )]
     TooMany(String),
 }
 
-/// One that waits for an answer, however long it does.
+/// A task that waits for an answer. Dropping it ends the wait.
 struct Waiting<'a> {
     store: &'a Store,
     wanted: &'a FactKey,
@@ -113,8 +116,8 @@ struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    /// Changes the question, if it is still open, and gives it up where nobody is left to wait for it. It may be another question
-    /// for the same by now.
+    /// Changes the number of waiting tasks, and closes the question if none is left. Does nothing if the question has been
+    /// closed in the meantime, also if a later one for the same key is open.
     fn leave(&self, left: impl FnOnce(&mut usize)) {
         let mut questions = self.store.questions.lock();
         let Some(open) = questions.open.get_mut(self.wanted).filter(|open| open.number == self.number) else { return };
@@ -126,7 +129,8 @@ impl Waiting<'_> {
         }
     }
 
-    /// The question may be lost: whoever asks next asks anew, also while others wait.
+    /// Closes the question although other tasks may still wait: the question or its answer may be lost, so the next task that
+    /// asks opens a new one.
     fn give_up(&self) {
         self.leave(|waiting| *waiting = 0);
     }
@@ -145,7 +149,7 @@ impl Default for Store {
 }
 
 impl Store {
-    /// An empty one: of this node and cluster, and with `on_demand` where facts are told only when asked for.
+    /// An empty store for a node and cluster. `on_demand`: the control plane announces facts only when asked for them.
     pub fn new(node: Text, cluster: Text, on_demand: bool) -> Self {
         Self {
             current: ArcSwap::from_pointee(Snapshot::empty(node, cluster, on_demand)),
@@ -156,7 +160,7 @@ impl Store {
         }
     }
 
-    /// With trust domains that are one with each workload's own.
+    /// Sets the trust domains that are equivalent to each workload's own.
     pub fn with_trust_domain_aliases(self, aliases: impl IntoIterator<Item = Text>) -> Self {
         let now = self.load();
         let aliases = aliases.into_iter().collect();
@@ -164,12 +168,12 @@ impl Store {
         self
     }
 
-    /// The facts as of now; hold the result for one decision, not for a connection's life.
+    /// The current snapshot. Hold it for one decision, not for the life of a connection.
     pub fn load(&self) -> Arc<Snapshot> {
         self.current.load_full()
     }
 
-    /// Replaces all facts at once.
+    /// Replaces all facts at once and returns the new version.
     pub fn replace(&self, facts: Facts) -> u64 {
         let base = |current: &Snapshot| Snapshot {
             trust_domain_aliases: current.trust_domain_aliases.clone(),
@@ -178,7 +182,7 @@ impl Store {
         self.write(base, facts.into())
     }
 
-    /// Applies changes.
+    /// Applies an update and returns the new version.
     pub fn update(&self, update: Update) -> u64 {
         self.write(Snapshot::clone, update)
     }
@@ -199,20 +203,20 @@ impl Store {
             }
             let Questions { open, unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| open.contains_key(wanted) || refreshed.contains_key(wanted));
-            // Under the same lock: who asks in between would open again what has just been answered.
+            // Under the same lock, because a task that asked in between would reopen a question that has just been answered.
             self.current.store(next);
         }
         self.changed.send_replace(version);
         version
     }
 
-    /// A receiver that sees the version of every later change.
+    /// A receiver of the version, which changes with every update.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// Asks for something that is not known, on behalf of the pod `asker`, and waits up to 5 s for the answer. One question
-    /// serves all who ask the same.
+    /// Asks the control plane for a fact that is not known, on behalf of the pod `asker`, and waits for the answer up to
+    /// [`ASK_WAIT`]. Tasks that ask for the same fact at the same time share one question.
     pub async fn ask(&self, asker: &Text, wanted: FactKey) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = match &wanted {
@@ -239,7 +243,7 @@ impl Store {
                 return Err(AskError::TooMany(name));
             }
         };
-        // Whoever asks after the last has given up asks anew.
+        // Dropped if this task stops waiting for any reason; the last one to do so closes the question.
         let waiting = Waiting { store: self, wanted: &wanted, number };
         let answered =
             async { while self.load().unasked(wanted.clone()).is_some() && changes.changed().await.is_ok() {} };
@@ -250,8 +254,9 @@ impl Store {
         Err(AskError::NoAnswer(name))
     }
 
-    /// Asks for an address, and where it is nobody's own, for the ranges that may be around it: istiod knows a range by its first
-    /// address alone. These questions take a room of their own; one without answer fails the whole, as there may be a range.
+    /// Asks for an address and, if no service or workload has it, for the ranges that may contain it, because istiod finds a
+    /// range only by its first address. The questions about ranges count separately from the pod's other questions. If any of
+    /// them gets no answer, this fails, because that range may exist.
     pub async fn ask_address(&self, asker: &Text, at: &NetworkAddress) -> Result<(), AskError> {
         let wanted = FactKey::Address(at.clone());
         self.ask(asker, wanted.clone()).await?;
@@ -265,8 +270,8 @@ impl Store {
         around.try_collect().await
     }
 
-    /// Asks again for what is known and may be old, unless that was done a moment ago, and waits a little for what comes. Where
-    /// facts are told only when asked for, nobody says that a service has new endpoints.
+    /// Asks again for facts that may be outdated, unless that was done less than [`REFRESH_EVERY`] ago, and waits for the next
+    /// change up to [`REFRESH_WAIT`]. On-demand control planes do not announce new endpoints, so they must be asked.
     pub async fn refresh(&self, wanted: Vec<FactKey>) {
         let mut changes = self.subscribe();
         {
@@ -282,11 +287,11 @@ impl Store {
             questions.unsent.extend(due);
             self.asked.notify_one();
         }
-        // Whether anything came or not, what is known then is used.
+        // A timeout is no error: the caller uses the facts that are known by then.
         let _ = tokio::time::timeout(REFRESH_WAIT, changes.changed()).await;
     }
 
-    /// For `control`: the next questions, once there are any.
+    /// Waits for questions and takes them. Called by `control` only.
     pub async fn questions(&self) -> Vec<FactKey> {
         loop {
             {
@@ -327,21 +332,21 @@ mod tests {
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
         let never = FactKey::Workload("uid".into());
         assert!(matches!(store.ask(&asker, never.clone()).await, Err(AskError::NoAnswer(_))));
-        // Given up by all who waited: the next one asks anew. By one of two: the other still waits.
+        // When all waiting tasks have given up, the next one asks again. When one of two gives up, the other still waits.
         let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(&asker, never.clone()));
         let (one, two, asked) = tokio::join!(patient(10), patient(20), store.questions());
         assert!(one.is_err() && two.is_err());
         assert_eq!(asked, std::slice::from_ref(&never));
         let (_, asked) = tokio::join!(patient(10), store.questions());
-        assert_eq!(asked, std::slice::from_ref(&never), "anew");
-        // What nobody was there to send is not kept for ever.
+        assert_eq!(asked, std::slice::from_ref(&never), "asked again");
+        // A question that is never taken is not kept for ever.
         assert!(patient(10).await.is_err());
         assert!(tokio::time::timeout(Duration::from_millis(10), store.questions()).await.is_err());
         let always = Store::default();
-        assert_eq!(always.ask(&asker, never).await, Ok(()), "with everything told, nothing need be asked");
+        assert_eq!(always.ask(&asker, never).await, Ok(()), "without on-demand mode, nothing need be asked for");
     }
 
-    /// Lets every task that was spawned go as far as it can.
+    /// Lets every spawned task run as far as it can.
     async fn settle() {
         for _ in 0..2000 {
             tokio::task::yield_now().await;
@@ -356,7 +361,7 @@ mod tests {
             FactKey::Address(super::super::address::parse_network_address(&format!("/{ip}")).unwrap())
         };
         let (mut asked, mut refused) = (tokio::task::JoinSet::new(), 0);
-        // 30 pods that scan would fill the list, each with its share.
+        // 30 scanning pods fill the list, each up to its share.
         for n in 0..30_000u32 {
             let (store, asker) = (store.clone(), Text::from(format!("scanner-{}", n % 30).as_str()));
             asked.spawn(async move { store.ask(&asker, address(n)).await });
@@ -368,7 +373,7 @@ mod tests {
         }
         let open = |asker: &str| store.questions.lock().by_asker.get(asker).copied().unwrap_or(0);
         assert_eq!(refused, 30_000 - QUESTIONS_MAX);
-        // The next pod is asked for all the same, and answered.
+        // Another pod can still ask, and gets an answer.
         let (own, innocent) = (FactKey::Workload("own".into()), Text::from("innocent"));
         let answer = async {
             tokio::task::yield_now().await;
@@ -379,7 +384,7 @@ mod tests {
         assert_eq!(asked_for, Ok(()));
         while asked.join_next().await.is_some() {}
         assert!(store.questions.lock().by_asker.is_empty(), "nothing is left");
-        // One alone has no more than its share.
+        // A single pod has no more than its share.
         let one = Text::from("one");
         let mut all = tokio::task::JoinSet::new();
         for n in 0..1000 {
@@ -391,7 +396,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn ranges_are_asked_for_where_an_address_is_nobodys_and_have_to_be_answered() {
+    async fn ranges_around_an_address_without_owner_are_asked_for_and_must_be_answered() {
         let store = Arc::new(Store::new("".into(), "".into(), true));
         let at = |ip: &str| super::super::address::parse_network_address(&format!("/{ip}")).unwrap();
         let (own, pod) = (at("10.97.3.4"), Text::from("pod"));
@@ -402,7 +407,7 @@ mod tests {
             names
         };
         let first = ["/10.0.0.0", "/10.64.0.0", "/10.96.0.0", "/10.97.0.0", "/10.97.2.0", "/10.97.3.0"];
-        // They are silent: whoever asks is told so, and so is the next.
+        // Without an answer about the ranges, asking for the address fails.
         let silent = async {
             let asked = store.questions().await;
             assert_eq!(names(&asked), ["/10.97.3.4"], "the address before its ranges");
@@ -411,7 +416,7 @@ mod tests {
         };
         let (asked, ()) = tokio::join!(store.ask_address(&pod, &own), silent);
         assert!(matches!(asked, Err(AskError::NoAnswer(_))));
-        // One pod that scans uses up its own room for ranges, and nobody else's.
+        // A scanning pod uses up its own share of questions about ranges, and no other pod's.
         let scanned = move |n: u32| at(&std::net::Ipv4Addr::from(0x0b00_0001 + 0x1003 * n).to_string());
         tell((0..500).map(|n| FactKey::Address(scanned(n))).collect());
         let mut scan = tokio::task::JoinSet::new();
@@ -430,7 +435,7 @@ mod tests {
         };
         let (asked, ()) = tokio::join!(store.ask_address(&pod, &own), answer);
         assert_eq!(asked, Ok(()));
-        // Somebody's: nothing else is asked.
+        // An address with an owner: nothing else is asked for.
         let there = at("10.98.0.1");
         let answer = async {
             assert_eq!(store.questions().await.len(), 1);

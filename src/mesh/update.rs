@@ -1,5 +1,7 @@
-//! Changes of the facts, applied to a snapshot. Applying them one after another gives the same as learning the result at
-//! once, in whatever order; the test of this file holds that.
+//! Changes of the facts, and how they are applied to a snapshot.
+//!
+//! Applying changes one after another gives the same snapshot as receiving the resulting facts at once, in whatever order.
+//! The property test of this file checks that.
 
 use super::address::{NetworkAddress, NetworkCidr};
 use super::fact_key::FactKey;
@@ -10,26 +12,26 @@ use super::snapshot::{Endpoints, Facts, Snapshot, Synced};
 use super::workload::{NetworkMode, Workload};
 use std::sync::Arc;
 
-/// What has changed. Within one update, what is removed goes first.
+/// A change of the facts. Removals are applied before additions.
 #[derive(Clone, Debug, Default)]
 pub struct Update {
-    /// Uids of workloads that are gone.
+    /// Uids of removed workloads.
     pub gone_workloads: Vec<Text>,
-    /// Services that are gone.
+    /// Keys of removed services.
     pub gone_services: Vec<ServiceKey>,
-    /// Keys of policies that are gone.
+    /// Keys of removed policies.
     pub gone_policies: Vec<Text>,
-    /// New workloads, and new versions of those that are known.
+    /// New workloads, and new versions of known ones.
     pub workloads: Vec<Workload>,
-    /// New services, and new versions.
+    /// New services, and new versions of known ones.
     pub services: Vec<Service>,
-    /// New policies, and new versions.
+    /// New policies, and new versions of known ones.
     pub policies: Vec<Policy>,
-    /// What was asked for and does not exist; of ranges, what was answered.
+    /// Keys that were asked for and do not exist. Ranges are included once they are answered, whatever the answer.
     pub absent: Vec<FactKey>,
-    /// What is no longer remembered of that.
+    /// Earlier `absent` keys that must be asked for again when they are needed.
     pub forgotten: Vec<FactKey>,
-    /// Which facts have been told in full by now; `None` where that is as before.
+    /// Which facts have been received completely; `None` if that has not changed.
     pub synced: Option<Synced>,
 }
 
@@ -56,7 +58,7 @@ impl From<Facts> for Update {
 }
 
 impl Snapshot {
-    /// The snapshot of `facts` and nothing else.
+    /// A snapshot of exactly these facts.
     #[cfg(test)]
     pub fn build(version: u64, facts: Facts) -> Self {
         let mut snapshot = Self::default();
@@ -64,7 +66,7 @@ impl Snapshot {
         snapshot
     }
 
-    /// Makes this the snapshot of `version`, by `update`.
+    /// Applies an update, which makes this the snapshot of `version`.
     pub fn apply(&mut self, version: u64, update: Update) {
         self.version = version;
         self.synced = update.synced.unwrap_or(self.synced);
@@ -80,7 +82,8 @@ impl Snapshot {
         for key in update.gone_policies {
             self.remove_policy(&key);
         }
-        // What is there now is no longer known not to be: should it go, that must be asked anew.
+        // Keys of facts that are added are no longer known to be absent. When they are removed later, they must be asked for
+        // again.
         let mut came = Vec::new();
         if self.absent.is_some() {
             came.extend(update.workloads.iter().flat_map(names_of_workload));
@@ -203,14 +206,14 @@ impl Snapshot {
     }
 }
 
-/// The addresses that name the workload; one that shares its node's has none.
+/// The addresses that identify the workload. A workload in its node's network has none.
 fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
     let own = workload.network_mode == NetworkMode::Standard;
     let ips = if own { workload.ips.as_slice() } else { &[] };
     ips.iter().map(|ip| NetworkAddress { network: workload.network.clone(), ip: *ip })
 }
 
-/// By what a workload may have been asked for.
+/// The keys under which a workload may have been asked for.
 fn names_of_workload(workload: &Workload) -> Vec<FactKey> {
     let mut names: Vec<FactKey> = addresses(workload).map(FactKey::Address).collect();
     names.push(FactKey::Workload(workload.uid.clone()));
@@ -218,7 +221,7 @@ fn names_of_workload(workload: &Workload) -> Vec<FactKey> {
     names
 }
 
-/// By what a service may have been asked for.
+/// The keys under which a service may have been asked for.
 fn names_of_service(service: &Service) -> Vec<FactKey> {
     let addresses = service.vips.iter().cloned().map(FactKey::Address);
     addresses.chain([FactKey::Service(service.key.clone())]).collect()
@@ -229,7 +232,7 @@ fn host(workload: &Workload) -> Option<(Text, Text)> {
     named.then(|| (workload.namespace.clone(), workload.hostname.clone()))
 }
 
-/// The ranges of a service, host bits cleared.
+/// The ranges of a service, with the host bits cleared.
 fn ranges(service: &Service) -> impl Iterator<Item = NetworkCidr> {
     service.cidrs.iter().map(|c| NetworkCidr { network: c.network.clone(), range: c.range.trunc() })
 }
@@ -247,7 +250,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    /// A change of one of few objects, whose versions share addresses, hosts, names and services with each other.
+    /// A change of one of a few objects, whose versions share addresses, host names, names and services with each other.
     #[derive(Clone, Debug)]
     enum Step {
         Workload(u8, u8, u8, bool),
@@ -313,7 +316,7 @@ mod tests {
             let (mut workloads, mut services, mut policies) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
             let (mut snapshot, mut pending) = (Snapshot::default(), Update::default());
             for (step, flush) in steps {
-                // What is removed in an update goes first, so an update holds no object twice.
+                // Removals are applied first, so the order would matter if an update contained an object twice.
                 snapshot.apply(1, std::mem::take(&mut pending));
                 match step {
                     Step::Workload(id, ip, count, hbone) => {
@@ -351,7 +354,7 @@ mod tests {
                 }
             }
             snapshot.apply(1, pending);
-            // Learned at once, and backwards.
+            // The same facts, received at once and in reverse order.
             let facts = Facts {
                 workloads: workloads.into_values().rev().collect(),
                 services: services.into_values().rev().collect(),

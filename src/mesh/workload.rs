@@ -1,57 +1,57 @@
-//! A workload: one pod (or virtual machine, or external endpoint) as the control plane describes it.
+//! A workload: one pod, virtual machine or external endpoint as the mesh facts describe it.
 
 use super::address::GatewayRef;
 use super::name::{NameError, ServiceKey, SpiffeName, Text};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// How a workload takes traffic.
+/// How a workload accepts traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// Plain TCP to its port.
+    /// Plain TCP on the destination port.
     Tcp,
     /// HBONE on its port 15008.
     Hbone,
-    /// In a way that we do not speak; connections to it are refused by name.
+    /// With a tunnel protocol that this version does not speak. Connections to the workload are refused, with this reason.
     Unsupported,
 }
 
-/// Whether a workload's IP is its own or that of its node.
+/// Whether a workload has IP addresses of its own or uses those of its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NetworkMode {
-    /// The IP belongs to the workload.
+    /// Its addresses are its own.
     #[default]
     Standard,
-    /// The workload shares its node's IP, which therefore names no workload.
+    /// It uses its node's addresses, so these do not identify a workload.
     HostNetwork,
 }
 
-/// Health as the control plane sees it.
+/// The health of a workload, as the control plane announces it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Health {
-    /// Ready for traffic.
+    /// The workload is ready for traffic.
     #[default]
     Healthy,
-    /// Not ready.
+    /// The workload is not ready.
     Unhealthy,
 }
 
-/// What kind of object stands behind a workload; a label for telemetry.
+/// The kind of object that owns a workload; used in telemetry only.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WorkloadType {
-    /// A Deployment (the default of the protocol).
+    /// A Deployment, the default value of the protocol.
     #[default]
     Deployment,
     /// A CronJob.
     CronJob,
-    /// A bare pod.
+    /// A pod without owner.
     Pod,
     /// A Job.
     Job,
 }
 
 impl WorkloadType {
-    /// The lower-case word used in baggage and dumps.
+    /// The lower-case word that baggage headers and dumps use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Deployment => "deployment",
@@ -62,7 +62,7 @@ impl WorkloadType {
     }
 }
 
-/// Region, zone and subzone; empty where unknown.
+/// Region, zone and subzone; each is empty if unknown.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Locality {
     /// Region.
@@ -73,35 +73,35 @@ pub struct Locality {
     pub subzone: Text,
 }
 
-/// How streams are handed to an application tunnel.
+/// How streams are delivered to an application tunnel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
-    /// As they are.
+    /// Unchanged.
     Plain,
     /// With a PROXY protocol header in front.
     Proxy,
-    /// In a way that we do not know; streams are refused.
+    /// In a way that this version does not know. The streams are refused.
     Unsupported,
 }
 
-/// A listener inside the workload to which its inbound streams are to be delivered instead of the original port.
+/// A listener inside the workload that receives the workload's inbound streams instead of the original port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ApplicationTunnel {
-    /// How streams are handed over.
+    /// How streams are delivered.
     pub delivery: Delivery,
-    /// The port, where it replaces the stream's own.
+    /// The listener's port; `None` if streams keep their own port.
     pub port: Option<u16>,
 }
 
-/// Port map of a service at one endpoint: service port to target port.
+/// A port map of a service: service port to target port.
 pub type Ports = BTreeMap<u16, u16>;
 
-/// The unique id that the control plane gives a pod (source: istiod's ambient index).
+/// The unique id that istiod gives a pod (source: istiod's ambient index).
 pub fn pod_uid(cluster: &str, namespace: &str, name: &str) -> Text {
     format!("{cluster}//Pod/{namespace}/{name}").into()
 }
 
-/// One workload of the mesh, or one known to it.
+/// One workload, whether it is in the mesh or only announced by it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     /// Unique id, e.g. `cluster1//Pod/retail/shop-0`.
@@ -116,15 +116,15 @@ pub struct Workload {
     pub service_account: Text,
     /// Its addresses.
     pub ips: Vec<IpAddr>,
-    /// The network its addresses belong to.
+    /// The network of its addresses.
     pub network: Text,
-    /// How it takes traffic.
+    /// How it accepts traffic.
     pub protocol: Protocol,
     /// Whether its addresses are its own.
     pub network_mode: NetworkMode,
-    /// Waypoint asked for by the workload itself.
+    /// The waypoint of the workload itself.
     pub waypoint: Option<GatewayRef>,
-    /// Gateway by which other networks reach it.
+    /// The gateway through which other networks reach it.
     pub network_gateway: Option<GatewayRef>,
     /// Canonical name, for telemetry.
     pub canonical_name: Text,
@@ -134,13 +134,13 @@ pub struct Workload {
     pub workload_name: Text,
     /// Kind of the owning object.
     pub workload_type: WorkloadType,
-    /// Host name to be resolved where it has no address.
+    /// Host name that is resolved if the workload has no address.
     pub hostname: Text,
     /// Node on which it runs.
     pub node: Text,
     /// Whether it terminates HBONE itself.
     pub native_tunnel: bool,
-    /// Where its inbound streams go instead of the addressed port.
+    /// The listener that receives its inbound streams instead of the original port.
     pub application_tunnel: Option<ApplicationTunnel>,
     /// Keys of the policies that select this workload.
     pub policies: Vec<Text>,
@@ -148,21 +148,21 @@ pub struct Workload {
     pub health: Health,
     /// Cluster id.
     pub cluster_id: Text,
-    /// Where it runs.
+    /// Region, zone and subzone in which it runs.
     pub locality: Locality,
-    /// Services it is an endpoint of, with its port map for each.
+    /// The services of which it is an endpoint, with its port map for each.
     pub services: BTreeMap<ServiceKey, Ports>,
     /// Relative weight among the endpoints of a service.
     pub capacity: u32,
 }
 
 impl Workload {
-    /// The identity that this workload must prove.
+    /// The identity that this workload must present.
     pub fn identity(&self) -> Result<SpiffeName, NameError> {
         SpiffeName::new(&self.trust_domain, &self.namespace, &self.service_account)
     }
 
-    /// Whether this is the identity that it must prove.
+    /// Whether `identity` is the one that this workload must present.
     pub fn has_identity(&self, identity: &SpiffeName) -> bool {
         self.service_account == identity.service_account
             && self.namespace == identity.namespace
