@@ -1,9 +1,8 @@
-//! Waits between attempts: each twice as long as the one before, with a jitter, so that a thousand nodes that lost the
-//! same server do not come back at the same moment.
+//! Exponential backoff with jitter, so that a thousand nodes that lost the same server do not all return at the same moment.
 
 use std::time::Duration;
 
-/// The next waits.
+/// Computes the waits between attempts.
 #[derive(Debug)]
 pub struct Backoff {
     min: Duration,
@@ -12,19 +11,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Begins at `min`, ends at `max`.
+    /// The first step is `min`; steps double up to `max`.
     pub fn new(min: Duration, max: Duration) -> Self {
         Self { min, max, next: min }
     }
 
-    /// How long to wait before the next attempt: half of the current step, and up to as much again.
+    /// How long to wait before the next attempt: a random time between half of the current step and the whole step.
     pub fn next(&mut self) -> Duration {
         let step = self.next;
         self.next = (step * 2).min(self.max);
         step.mul_f64(rand::random_range(0.5..=1.0))
     }
 
-    /// Begins anew, after a success.
+    /// Starts again at the shortest step, after a success.
     pub fn reset(&mut self) {
         self.next = self.min;
     }
@@ -35,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_longest_and_begin_anew() {
+    fn waits_double_up_to_the_longest_and_start_again_after_a_reset() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_millis(1000));
         for step in [100, 200, 400, 800, 1000, 1000] {
             let wait = backoff.next();

@@ -1,15 +1,15 @@
-//! Telling everything below to end: first gently (finish what you have), then at once.
+//! Draining: asks tasks to end, first gently (start nothing new, finish what is open), then at once.
 
 use tokio_util::sync::CancellationToken;
 
-/// Gives the order to end. Kept by the owner; children get a [`Signal`].
+/// The sending side, which the owner keeps. Tasks get a [`Signal`].
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
     gentle: CancellationToken,
     now: CancellationToken,
 }
 
-/// Hears the order to end.
+/// The receiving side of a [`Drain`].
 #[derive(Debug, Clone)]
 pub struct Signal {
     gentle: CancellationToken,
@@ -17,22 +17,22 @@ pub struct Signal {
 }
 
 impl Drain {
-    /// A signal that hears this order.
+    /// A signal that follows this drain.
     pub fn signal(&self) -> Signal {
         Signal { gentle: self.gentle.clone(), now: self.now.clone() }
     }
 
-    /// A drain below this one: it ends when this one does, and can be ended alone.
+    /// A child: it follows this drain, and can also be drained alone.
     pub fn child(&self) -> Self {
         Self { gentle: self.gentle.child_token(), now: self.now.child_token() }
     }
 
-    /// Asks all to accept nothing new and to finish what they have.
+    /// Asks tasks to start nothing new and to finish what is open.
     pub fn gently(&self) {
         self.gentle.cancel();
     }
 
-    /// Asks all to end at once.
+    /// Asks tasks to end at once.
     pub fn at_once(&self) {
         self.gentle.cancel();
         self.now.cancel();
@@ -40,12 +40,12 @@ impl Drain {
 }
 
 impl Signal {
-    /// Completes when nothing new is to be started.
+    /// Completes when nothing new may be started.
     pub async fn gentle(&self) {
         self.gentle.cancelled().await;
     }
 
-    /// Completes when everything is to end.
+    /// Completes when everything must end at once.
     pub async fn now(&self) {
         self.now.cancelled().await;
     }

@@ -1,5 +1,8 @@
-//! Files that others write: reading YAML, and watching. A change is told once it has settled, however it was made (write in place,
-//! rename over, or the symlink swap of a mounted ConfigMap). And files of ours that must be whole, or as they were.
+//! Files that others write, and files of the daemon itself.
+//!
+//! Files of others are read as YAML and watched. A change is reported once it has settled, however it was made: written in
+//! place, renamed over, or by the symlink swap of a mounted ConfigMap. Files of the daemon are replaced atomically: a reader
+//! finds the new content or the old, never a part.
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
@@ -11,43 +14,43 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
-/// How long a file must stay the same before a change is told: who writes in place takes a while, and half a file may
+/// How long a file must stay the same before a change is reported. Writing in place takes a while, and half a file may
 /// well be valid.
 const SETTLE: Duration = Duration::from_millis(150);
 
-/// Without any event the file is looked at this often, for filesystems that send none.
-const LOOK_ANYWAY: Duration = Duration::from_secs(5);
+/// Interval at which files are checked without any event, for filesystems that send none.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
 
-/// A file beside one of ours that is older than this is being written by nobody.
+/// Age above which a temporary file is left over from a daemon that was killed while it wrote it.
 const LEFTOVER: Duration = Duration::from_secs(60);
 
-/// Tells of changes of one file.
+/// Reports changes of one file.
 #[derive(Debug)]
 pub struct FileWatch {
     path: PathBuf,
     seen: Stamp,
     events: mpsc::Receiver<()>,
-    /// Kept for its life only: dropping it ends the watch. `None` where the system offers no more watches.
+    /// Kept because dropping it ends the watch. `None` if the system has no more watches.
     _watcher: Option<notify::RecommendedWatcher>,
 }
 
-/// See [`stamp`].
+/// Inode, length and modification time of a file; `None` if it does not exist. See [`stamp`].
 pub type Stamp = Option<(u64, u64, SystemTime)>;
 
 impl FileWatch {
-    /// Watches `path`, which need not exist yet.
+    /// Watches a file, which need not exist yet.
     pub fn new(path: &Path) -> Self {
         let (watcher, events) = watch(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
         Self { path: path.to_owned(), seen: stamp(path), events, _watcher: watcher }
     }
 
-    /// Completes when the file is another than at the last call (or than at the start).
+    /// Completes when the file differs from what it was at the last call, or at the start.
     pub async fn changed(&mut self) {
         loop {
-            // A closed channel (no watcher) must not spin: then only the timeout paces the loop.
-            match timeout(LOOK_ANYWAY, self.events.recv()).await {
+            // Without a watcher the channel is closed, and receiving returns at once. Sleep instead of spinning.
+            match timeout(CHECK_EVERY, self.events.recv()).await {
                 Ok(Some(())) => {}
-                Ok(None) => tokio::time::sleep(LOOK_ANYWAY).await,
+                Ok(None) => tokio::time::sleep(CHECK_EVERY).await,
                 Err(_) => {}
             }
             let mut now = stamp(&self.path);
@@ -64,11 +67,11 @@ impl FileWatch {
     }
 }
 
-/// Tells that something in a folder may have changed.
+/// Reports that something in a folder may have changed.
 #[derive(Debug)]
 pub struct FolderWatch {
     events: mpsc::Receiver<()>,
-    /// Kept for its life only: dropping it ends the watch.
+    /// Kept because dropping it ends the watch.
     _watcher: Option<notify::RecommendedWatcher>,
 }
 
@@ -79,10 +82,10 @@ impl FolderWatch {
         Self { events, _watcher: watcher }
     }
 
-    /// Completes when something has changed and settled, and every 5 s without.
+    /// Completes when something has changed and settled, and after [`CHECK_EVERY`] in any case.
     pub async fn changed(&mut self) {
-        match timeout(LOOK_ANYWAY, self.events.recv()).await {
-            Ok(None) => tokio::time::sleep(LOOK_ANYWAY).await,
+        match timeout(CHECK_EVERY, self.events.recv()).await {
+            Ok(None) => tokio::time::sleep(CHECK_EVERY).await,
             Ok(Some(())) => tokio::time::sleep(SETTLE).await,
             Err(_) => {}
         }
@@ -90,34 +93,37 @@ impl FolderWatch {
     }
 }
 
-/// Whether something may be another than before. Whoever looks at a file opens it, and would be told of that, and look again.
+/// Whether an event may mean a change. Opening and reading a file are events too; counting them would make each check
+/// cause the next one.
 fn is_change(kind: EventKind) -> bool {
     !matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
-/// Watches a folder; no watcher where the system offers no more of them.
+/// Watches a folder. Returns no watcher if the system has no more of them.
 fn watch(folder: &Path) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<()>) {
     let (send, events) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
         if event.is_ok_and(|event| !is_change(event.kind)) {
             return;
         }
-        // A full channel already says that there is something to look at.
+        // If the channel is full, a check is due already.
         let _ = send.try_send(());
     });
     let watcher = watcher.and_then(|mut w| w.watch(folder, RecursiveMode::NonRecursive).map(|()| w));
     if let Err(error) = &watcher {
-        tracing::warn!(folder = %folder.display(), %error, "no file events here; looking every 5 s instead");
+        let seconds = CHECK_EVERY.as_secs();
+        tracing::warn!(folder = %folder.display(), %error, "cannot watch this folder; checking it every {seconds} s instead");
     }
     (watcher.ok(), events)
 }
 
-/// A name for a file that is to replace `name`. Process ids do not tell daemons apart: in its own pod each is number 1.
+/// A unique name for a temporary file that is to replace `name`. It is random, because a process id is not unique: each
+/// daemon is process 1 of its own pod.
 pub fn temporary_name(name: &str) -> String {
     format!(".{name}.{:016x}", rand::random::<u64>())
 }
 
-/// Whether something was there, by how removing it has ended; what is not there is removed already.
+/// Whether a file existed, from the result of removing it. A file that does not exist is no error.
 pub fn was_there(removed: io::Result<()>) -> io::Result<bool> {
     match removed {
         Ok(()) => Ok(true),
@@ -126,25 +132,25 @@ pub fn was_there(removed: io::Result<()>) -> io::Result<bool> {
     }
 }
 
-/// Removes what a daemon that was killed while it wrote has left beside `name`.
+/// Removes temporary files for `name` that daemons left because they were killed while writing them.
 pub fn remove_leftovers(folder: &Path, name: &str) {
     let start = format!(".{name}.");
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let modified = entry.metadata().and_then(|metadata| metadata.modified()).ok();
         let old = modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age > LEFTOVER);
         if old && entry.file_name().to_str().is_some_and(|beside| beside.starts_with(&start)) {
-            // It only takes room; whoever may not remove it may not write either, and says so then.
+            // A file that stays only takes room. If permissions are missing, the next write reports it.
             let _ = std::fs::remove_file(entry.path());
         }
     }
 }
 
-/// Reads YAML; an error is one line that names line and column.
+/// Parses YAML. The error is a single line that names line and column.
 ///
-/// An empty document is refused: a file that is being written is empty at first, and nothing must follow from that.
+/// An empty document is refused, because a file that is being written is empty at first.
 pub fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
     if text.trim().is_empty() {
-        return Err("the file is empty; to say that there is nothing, write an empty list such as `pods: []`".into());
+        return Err("the file is empty; if there is nothing to list, write an empty list such as `pods: []`".into());
     }
     serde_saphyr::from_str(text).map_err(|error| {
         let plain = error.without_snippet().render();
@@ -152,15 +158,15 @@ pub fn from_yaml<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String
     })
 }
 
-/// What tells a file from what it was before: inode, length, time of writing; nothing where it is not there.
+/// What tells a file from an earlier version of it.
 pub fn stamp(path: &Path) -> Stamp {
     use std::os::unix::fs::MetadataExt;
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.ino(), metadata.len(), metadata.modified().ok()?))
 }
 
-/// Reads a file of ours, of `most` bytes at most; `None` where there is none. What a daemon that was killed while writing has
-/// left beside it is removed.
+/// Reads a file of at most `most` bytes; a longer one is an error. Returns `None` if it does not exist. Temporary files
+/// for it that killed daemons left are removed.
 pub fn read_bounded(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
     if let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) {
         remove_leftovers(folder, name);
@@ -174,11 +180,11 @@ pub fn read_bounded(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
     opened.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     match u64::try_from(bytes.len()).is_ok_and(|length| length <= most) {
         true => Ok(Some(bytes)),
-        false => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {most} bytes"))),
+        false => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("the file has more than {most} bytes"))),
     }
 }
 
-/// Writes a file of ours: whole, or not at all; for nobody else to read.
+/// Replaces a file atomically: after a failure it is as before. Only the owner (root) can read it.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let beside = path.with_file_name(temporary_name(&name));
@@ -189,7 +195,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
         std::fs::rename(&beside, path)
     })();
     if written.is_err() {
-        // Nothing half is left; that it cannot be removed adds nothing to why it could not be written.
+        // Best effort: the error that is returned is why the file could not be written.
         let _ = std::fs::remove_file(&beside);
     }
     written
@@ -201,7 +207,7 @@ mod tests {
     use notify::event::{CreateKind, ModifyKind, RemoveKind, RenameMode};
 
     #[test]
-    fn reading_is_no_change() {
+    fn reading_a_file_is_no_change() {
         for kind in [AccessKind::Open(AccessMode::Any), AccessKind::Read, AccessKind::Close(AccessMode::Read)] {
             assert!(!is_change(EventKind::Access(kind)), "{kind:?}");
         }

@@ -1,10 +1,10 @@
-//! The owner of spawned tasks. The only place that spawns.
+//! Groups of tasks: the owner of every spawned task.
 
 use std::future::Future;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// A set of tasks with one owner; clones are handles on the same set.
+/// A set of tasks with one owner. Clones are handles on the same set.
 #[derive(Clone, Debug, Default)]
 pub struct Group {
     tracker: TaskTracker,
@@ -12,7 +12,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// Spawns onto the runtime of the calling thread. The task ends at its own end or at [`Group::cut`].
+    /// Spawns a task on the runtime of the calling thread. It runs to its end, or until [`Group::cut`].
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let cut = self.cut.clone();
         self.tracker.spawn(async move {
@@ -24,24 +24,24 @@ impl Group {
         });
     }
 
-    /// Spawns onto a given runtime.
+    /// Spawns a task on a given runtime.
     pub fn spawn_on(&self, work: impl Future<Output = ()> + Send + 'static, runtime: &tokio::runtime::Handle) {
         let _inside = runtime.enter();
         self.spawn(work);
     }
 
-    /// How many tasks are running.
+    /// The number of running tasks.
     pub fn len(&self) -> usize {
         self.tracker.len()
     }
 
-    /// Waits until every task has ended; spawn none meanwhile.
+    /// Waits until every task has ended. No task may be spawned in the meantime.
     pub async fn finished(&self) {
         self.tracker.close();
         self.tracker.wait().await;
     }
 
-    /// Ends every task at its next wait.
+    /// Ends every task at its next await point.
     pub fn cut(&self) {
         self.cut.cancel();
     }

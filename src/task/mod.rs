@@ -1,4 +1,6 @@
-//! Tasks and their ends: every spawned task has an owner that can wait for it, and everything can be told to stop.
+//! Tasks, threads, and what they share: draining, backoff, readiness, slots for strangers, and files on disk.
+//!
+//! This is the only module that spawns. Every spawned task has an owner that can wait for it or end it.
 
 pub mod backoff;
 pub mod drain;

@@ -1,16 +1,16 @@
-//! Readiness: the names of what the process still waits for before it can serve.
+//! Readiness: the process is ready once nothing is pending any more.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// A shared list of pending names; ready when it is empty.
+/// A shared list of pending names. The process is ready when it is empty.
 #[derive(Clone, Debug, Default)]
 pub struct Ready {
     pending: Arc<watch::Sender<BTreeSet<&'static str>>>,
 }
 
-/// One thing waited for; no longer once dropped.
+/// One pending name, which is removed when this is dropped.
 #[derive(Debug)]
 pub struct Pending {
     ready: Ready,
@@ -18,7 +18,7 @@ pub struct Pending {
 }
 
 impl Ready {
-    /// Adds a name that readiness waits for until the returned guard is dropped.
+    /// Adds a pending name. Readiness waits for it until the returned guard is dropped.
     #[must_use]
     pub fn wait_for(&self, name: &'static str) -> Pending {
         self.pending.send_modify(|pending| {
@@ -27,14 +27,14 @@ impl Ready {
         Pending { ready: self.clone(), name }
     }
 
-    /// What is still waited for, in alphabetical order.
+    /// All pending names, in alphabetical order.
     pub fn pending(&self) -> Vec<&'static str> {
         self.pending.borrow().iter().copied().collect()
     }
 
-    /// Completes when a name is no longer waited for.
+    /// Completes when a name is no longer pending.
     pub async fn until(self, name: &'static str) {
-        // The sender is ours, so it does not go away meanwhile.
+        // This cannot fail: `self` keeps the sender alive.
         let _ = self.pending.subscribe().wait_for(|pending| !pending.contains(name)).await;
     }
 }

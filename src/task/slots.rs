@@ -1,4 +1,4 @@
-//! Slots for those who have not said yet who they are: so many in all, and so many for each source address, so that
+//! Slots for connections whose peer is not authenticated yet: a number in all, and a number for each source address, so that
 //! one source cannot take them all.
 
 use parking_lot::Mutex;
@@ -6,10 +6,10 @@ use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-/// Slots that each source has even when others have taken all; there are twice as many in all before it has not.
+/// Slots that each source may have even when the others have taken all. This reserve ends at twice the total.
 const SPARE: usize = 4;
 
-/// A number of slots.
+/// The slots.
 #[derive(Debug)]
 pub struct Slots {
     max: usize,
@@ -23,18 +23,18 @@ struct Taken {
     by_source: HashMap<IpAddr, usize>,
 }
 
-/// Why there is no slot.
+/// Why no slot is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoSlot {
-    /// The source has as many as one may have.
-    #[error("{0} has {1} of them open, as many as one address may have")]
+    /// The source has reached its own limit.
+    #[error("{0} has {1} of them open, the limit for one address")]
     Source(IpAddr, usize),
-    /// All are taken.
-    #[error("{0} of them are open, as many as there may be")]
+    /// The limit for all sources is reached.
+    #[error("{0} of them are open, the limit for all addresses")]
     All(usize),
 }
 
-/// A slot that is taken; free again when dropped.
+/// A taken slot, which becomes free again when dropped.
 #[derive(Debug)]
 pub struct Slot {
     slots: Arc<Slots>,
@@ -42,12 +42,12 @@ pub struct Slot {
 }
 
 impl Slots {
-    /// `max` slots, of which one source may have `each`.
+    /// `max` slots, of which one source may take `each`.
     pub fn new(max: usize, each: usize) -> Arc<Self> {
         Arc::new(Self { max, each, taken: Mutex::default() })
     }
 
-    /// A slot for `source`.
+    /// Takes a slot for `source`.
     pub fn take(self: &Arc<Self>, source: IpAddr) -> Result<Slot, NoSlot> {
         let source = same_owner(source);
         let mut taken = self.taken.lock();
@@ -79,7 +79,7 @@ impl Drop for Slot {
     }
 }
 
-/// Who has one IPv6 address has all of its /64.
+/// The key under which a source is counted. For IPv6 it is the /64, because whoever has one address of it has all.
 fn same_owner(source: IpAddr) -> IpAddr {
     match source.to_canonical() {
         IpAddr::V6(ip) => IpAddr::V6(Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX))),
@@ -96,21 +96,21 @@ mod tests {
     }
 
     #[test]
-    fn one_source_leaves_places_for_others() {
+    fn one_source_leaves_slots_to_others() {
         let slots = Slots::new(100, 60);
         let greedy = take(&slots, "10.0.0.1", 1000);
         assert_eq!(greedy.len(), 60);
         let second = take(&slots, "::ffff:10.0.0.2", 1000);
-        assert_eq!(second.len(), 40, "until all are taken");
-        assert_eq!(take(&slots, "10.0.0.3", 1000).len(), 4, "and still each has a few");
+        assert_eq!(second.len(), 40, "all the others");
+        assert_eq!(take(&slots, "10.0.0.3", 1000).len(), 4, "from the reserve");
         drop(greedy);
         assert_eq!(take(&slots, "10.0.0.2", 1000).len(), 20);
         drop(second);
-        assert!(slots.taken.lock().by_source.is_empty(), "nothing is kept of who has gone");
+        assert!(slots.taken.lock().by_source.is_empty(), "sources without a slot are forgotten");
     }
 
     #[test]
-    fn a_whole_subnet_of_ipv6_is_one_source() {
+    fn an_ipv6_subnet_is_one_source() {
         let slots = Slots::new(100, 2);
         let held = [take(&slots, "fd00::1", 1), take(&slots, "fd00::2", 1)];
         assert!(matches!(slots.take("fd00::3".parse().unwrap()), Err(NoSlot::Source(_, 2))));
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_an_end_to_all_places() {
+    fn the_reserve_ends_at_twice_the_total() {
         let slots = Slots::new(10, 10);
         let held: Vec<_> = (0..100).flat_map(|n| take(&slots, &format!("10.0.0.{n}"), 1)).collect();
         assert_eq!(held.len(), 20);

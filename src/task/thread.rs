@@ -1,4 +1,4 @@
-//! Threads with a runtime of their own.
+//! Threads: blocking work off the runtime, and threads with their own runtime.
 
 use std::future::Future;
 use std::io;
@@ -7,20 +7,20 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::CancellationToken;
 
-/// How long work beside a runtime may take after the runtime has ended.
-const BESIDE_GRACE: Duration = Duration::from_secs(1);
+/// How long blocking work may continue after its runtime has ended.
+const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 
-/// Runs `work`, which takes a while, beside the runtime; `None` where it panics.
+/// Runs blocking or long `work` on the runtime's pool of blocking threads. Returns `None` if it panics.
 pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
 }
 
-/// Runs `work`, which may block, on a thread of its own; who keeps the handle owns it.
+/// Runs `work`, which may block, on its own thread. The owner of the handle owns the thread.
 pub fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     std::thread::spawn(work)
 }
 
-/// A thread of its own for work that nothing else may hold up; ends its work when dropped.
+/// A thread reserved for work that nothing else may delay. Dropping it ends the work.
 #[derive(Debug)]
 pub struct Dedicated {
     stop: CancellationToken,
@@ -28,15 +28,15 @@ pub struct Dedicated {
 }
 
 impl Dedicated {
-    /// Starts the thread; `work` makes, on it, the future that it runs until dropped.
+    /// Starts the thread. `work` is called on it and returns the future that it runs until this is dropped.
     pub fn start<F>(name: &str, work: impl FnOnce() -> F + Send + 'static) -> io::Result<Self>
     where
         F: Future<Output = ()>,
     {
         let stop = CancellationToken::new();
-        let told = stop.clone();
+        let stopped = stop.clone();
         let (_, thread) = start(name.into(), move || async move {
-            tokio::select! { () = told.cancelled() => {}, () = work() => {} }
+            tokio::select! { () = stopped.cancelled() => {}, () = work() => {} }
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -45,7 +45,7 @@ impl Dedicated {
 impl Drop for Dedicated {
     fn drop(&mut self) {
         self.stop.cancel();
-        // A thread that panicked has nothing left to end.
+        // If the thread has panicked, its work has ended already.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
@@ -59,8 +59,8 @@ where
     let handle = runtime.handle().clone();
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         runtime.block_on(async move { main().await });
-        // What was begun beside it and hangs does not keep the process from ending.
-        runtime.shutdown_timeout(BESIDE_GRACE);
+        // Blocking work that hangs must not keep the process from ending.
+        runtime.shutdown_timeout(BLOCKING_GRACE);
     })?;
     Ok((handle, thread))
 }
