@@ -1,14 +1,14 @@
-//! The metrics as text, in one of two formats: OpenMetrics 1.0.0, or Prometheus' text format 0.0.4. Which, a scraper says by
-//! `Accept`; whoever does not ask for OpenMetrics gets the older one, which everybody reads.
+//! Metrics as text, in OpenMetrics 1.0.0 or in the Prometheus text format 0.0.4. A scraper chooses with its `Accept` header. The
+//! default is the Prometheus format, which every scraper understands.
 //!
-//! They differ in what a family is called: in OpenMetrics a counter `x` has samples `x_total`; in the text format the family is
-//! `x_total` as well, and a parser that finds another name there takes the counter for untyped.
+//! The formats differ in the names of metric families. In OpenMetrics, a counter family `x` has samples `x_total`. In the
+//! Prometheus format the family must be named `x_total` too, or parsers treat the counter as untyped.
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use std::fmt;
 
-/// How metrics are written.
+/// The format in which metrics are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// OpenMetrics 1.0.0.
@@ -18,8 +18,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// What a request with these `Accept` headers is answered with: OpenMetrics where it is asked for by name, and text is not
-    /// preferred to it.
+    /// The format for a request with these `Accept` headers: OpenMetrics if they name it and do not prefer plain text.
     pub fn accepted<'a>(accept: impl IntoIterator<Item = &'a str>) -> Self {
         let (mut open_metrics, mut text) = (0.0, 0.0);
         for range in accept.into_iter().flat_map(|header| header.split(',')) {
@@ -29,13 +28,13 @@ impl Format {
                 "text/plain" => &mut text,
                 _ => continue,
             };
-            let said = parts.find_map(|part| part.strip_prefix("q=")).map_or(Some(1.0), |q| q.parse::<f64>().ok());
-            *weight = said.unwrap_or(0.0).max(*weight);
+            let quality = parts.find_map(|part| part.strip_prefix("q=")).map_or(Some(1.0), |q| q.parse::<f64>().ok());
+            *weight = quality.unwrap_or(0.0).max(*weight);
         }
         if open_metrics > 0.0 && open_metrics >= text { Self::OpenMetrics } else { Self::Text }
     }
 
-    /// Its `Content-Type`.
+    /// The `Content-Type` of the format.
     pub fn content_type(self) -> &'static str {
         match self {
             Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
@@ -54,10 +53,10 @@ impl Format {
     }
 }
 
-/// OpenMetrics as Prometheus' text format. Samples are the same in both.
+/// Converts OpenMetrics to the Prometheus text format. Samples are the same in both.
 fn as_text(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len() + open_metrics.len() / 8);
-    // It comes before the type, which says what the family is called.
+    // HELP precedes TYPE, which decides the name of the family. So HELP is kept until TYPE is read.
     let mut help = None;
     for line in open_metrics.lines() {
         let mut words = line.splitn(4, ' ');
@@ -75,7 +74,7 @@ fn as_text(open_metrics: &str) -> String {
                 }
                 text.push_str(&format!("# TYPE {name}{suffix} {kind}\n"));
             }
-            // Units and the end are not said in this format.
+            // UNIT and EOF do not exist in this format.
             (Some("#"), ..) => {}
             _ => {
                 text.push_str(line);

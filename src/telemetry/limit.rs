@@ -1,9 +1,10 @@
-//! A bound on log lines that a peer can cause: a few per second each, the rest counted and told with the next line.
+//! A limit for log lines that a peer can cause. Lines beyond it are counted, and the next line that is written states the
+//! number.
 
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
-/// Lets through at most [`LogLimit::PER_SECOND`] lines a second.
+/// Allows at most [`LogLimit::PER_SECOND`] lines in each second.
 #[derive(Debug, Default)]
 pub struct LogLimit {
     window: Mutex<Option<Window>>,
@@ -17,10 +18,10 @@ struct Window {
 }
 
 impl LogLimit {
-    /// Lines let through in each second.
+    /// Lines that may be written in each second.
     pub const PER_SECOND: u32 = 20;
 
-    /// `Some(n)`: write the line; `n` lines were left out before it. `None`: leave this one out.
+    /// Whether to write a line. `Some(n)`: write it; `n` lines before it were suppressed. `None`: suppress it.
     pub fn allow(&self) -> Option<u64> {
         let now = Instant::now();
         let mut window = self.window.lock();
@@ -46,7 +47,7 @@ mod tests {
     fn lines_beyond_the_limit_are_counted() {
         let limit = LogLimit::default();
         let written = (0..100).filter(|_| limit.allow().is_some()).count();
-        // The loop may by chance cross into a second window, hence two of them at most.
+        // The loop may cross into a second window by chance, but not into a third.
         assert!((20..=40).contains(&written), "{written}");
     }
 }

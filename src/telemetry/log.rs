@@ -1,7 +1,8 @@
-//! The log: one line per event on standard output, as text or JSON, written by a thread of its own.
+//! The log: one line per event on standard output, as text or JSON, written by a separate thread.
 //!
-//! Text: `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`; JSON: one object per line (spec: ztunnel's format).
-//! A slow reader of standard output never stalls traffic: when 10,000 lines wait, further ones are dropped and counted.
+//! A text line is `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`, a JSON line is one object (both as ztunnel writes
+//! them). A slow reader of standard output never delays traffic: when 10,000 lines are waiting, further ones are dropped and
+//! counted.
 
 use super::limit::LogLimit;
 use serde_json::Value;
@@ -17,22 +18,23 @@ use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, reload};
 
-/// Lines that may wait for a slow reader.
+/// Maximum number of lines that wait for a slow reader.
 const QUEUE_LINES: usize = 10_000;
 
-/// What libraries say at each attempt, and we say once and in words. Whoever names the target gets it.
-const WORDED: &str = "kube_client=off";
+/// Silences libraries that log an error at each attempt, where the daemon reports it once in its own words. A filter that
+/// names the target overrides this.
+const SILENCED: &str = "kube_client=off";
 
-/// What the log looks like and what is in it.
+/// Settings of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Filter directives, e.g. `info` or `warn,access=info`.
     pub filter: String,
-    /// JSON instead of text.
+    /// Whether lines are JSON instead of text.
     pub json: bool,
 }
 
-/// Changes the filter while running.
+/// Changes the filter while the process runs.
 #[derive(Clone, Debug)]
 pub struct LogControl {
     handle: reload::Handle<EnvFilter, tracing_subscriber::Registry>,
@@ -40,21 +42,21 @@ pub struct LogControl {
     lines: NonBlocking,
 }
 
-/// Why a filter is not taken.
+/// Why the log cannot be started or its filter cannot be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The directives cannot be parsed.
+    /// The filter cannot be parsed.
     #[error("log filter {0:?} is not understood: {1}")]
     Filter(String, tracing_subscriber::filter::ParseError),
-    /// A word that is no level.
-    #[error("{0:?} is no log level: use off, error, warn, info, debug, trace, or target=level")]
+    /// A word in the filter is not a level.
+    #[error("{0:?} is not a log level: use off, error, warn, info, debug, trace, or target=level")]
     Level(String),
-    /// The log was set up before, or is gone.
+    /// The log has been started before, or has ended.
     #[error("the log cannot be changed now: {0}")]
     State(String),
 }
 
-/// Starts the log. Keep the guard to the end of the process: it writes what still waits.
+/// Starts the log. Keep the guard until the end of the process: dropping it writes the lines that are still waiting.
 pub fn start(config: &Config) -> Result<(LogControl, WorkerGuard), LogError> {
     let (lines, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES).finish(std::io::stdout());
@@ -63,20 +65,20 @@ pub fn start(config: &Config) -> Result<(LogControl, WorkerGuard), LogError> {
     let layer = tracing_subscriber::fmt::layer().event_format(format).with_writer(lines.clone());
     tracing_subscriber::registry()
         .with(filter)
-        .with(Foreign::default())
+        .with(LibraryLimit::default())
         .with(layer)
         .try_init()
         .map_err(|error| LogError::State(error.to_string()))?;
     Ok((LogControl { handle, initial: config.filter.clone(), lines }, guard))
 }
 
-/// Whether a filter can be understood.
+/// Checks that a filter can be parsed.
 pub fn check(filter: &str) -> Result<(), LogError> {
     parse(filter).map(drop)
 }
 
 fn parse(filter: &str) -> Result<EnvFilter, LogError> {
-    // A bare word is taken for a target by the library; here it can only be a mistyped level.
+    // The library takes a bare word for a target. Here it can only be a mistyped level.
     let levels = ["off", "error", "warn", "info", "debug", "trace"];
     let bare = filter.split(',').map(str::trim).filter(|part| !part.is_empty() && !part.contains('='));
     for word in bare {
@@ -84,22 +86,22 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
             return Err(LogError::Level(word.to_owned()));
         }
     }
-    EnvFilter::try_new(format!("{WORDED},{filter}")).map_err(|error| LogError::Filter(filter.to_owned(), error))
+    EnvFilter::try_new(format!("{SILENCED},{filter}")).map_err(|error| LogError::Filter(filter.to_owned(), error))
 }
 
 impl LogControl {
-    /// The filter in force.
+    /// The current filter.
     pub fn current(&self) -> String {
         let all = self.handle.with_current(ToString::to_string).unwrap_or_default();
-        all.split(',').filter(|part| *part != WORDED).collect::<Vec<_>>().join(",")
+        all.split(',').filter(|part| *part != SILENCED).collect::<Vec<_>>().join(",")
     }
 
-    /// Goes back to the filter of the start.
+    /// Restores the filter with which the log was started.
     pub fn reset(&self) -> Result<(), LogError> {
         self.set(&self.initial)
     }
 
-    /// Adds directives (`level` or `target=level`, comma-joined) to the filter in force.
+    /// Adds directives (`level` or `target=level`, separated by commas) to the current filter.
     pub fn add(&self, directives: &str) -> Result<(), LogError> {
         self.set(&format!("{},{directives}", self.current()))
     }
@@ -108,19 +110,20 @@ impl LogControl {
         self.handle.reload(parse(filter)?).map_err(|error| LogError::State(error.to_string()))
     }
 
-    /// Lines dropped so far because standard output was not read.
+    /// The number of lines dropped so far because standard output was not read fast enough.
     pub fn dropped_lines(&self) -> usize {
         self.lines.error_counter().dropped_lines()
     }
 }
 
-/// Bounds the lines of libraries, which know no limit and tell of what a peer does. Whoever asks for their details gets them.
+/// Limits the rate of lines from libraries, because a peer can cause them and libraries do not limit them. Debug and trace lines
+/// are not limited: they appear only if the filter asks for them.
 #[derive(Debug, Default)]
-struct Foreign {
+struct LibraryLimit {
     limit: LogLimit,
 }
 
-impl<S: Subscriber> Layer<S> for Foreign {
+impl<S: Subscriber> Layer<S> for LibraryLimit {
     fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
         let metadata = event.metadata();
         let ours = metadata.module_path().is_some_and(|path| path.starts_with("culvert"));
@@ -167,12 +170,12 @@ where
     }
 }
 
-/// Whether what is not text can stand without quotes: addresses, numbers, durations.
+/// Whether a value needs no quotes, as addresses, numbers and durations do not.
 fn is_bare(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b":.[]-_".contains(&b))
 }
 
-/// A message with control characters escaped: nothing a peer sends can move the cursor of who reads the log.
+/// A message with control characters escaped, so that nothing a peer sends can control the terminal of a reader.
 struct Printable<'a>(&'a str);
 
 impl fmt::Display for Printable<'_> {
@@ -187,7 +190,7 @@ impl fmt::Display for Printable<'_> {
 #[derive(Default)]
 struct Fields {
     message: String,
-    /// Name, value, and whether it was given as text (then it is quoted, as the reference does).
+    /// Name, value, and whether the value was given as a string, which is then quoted as ztunnel does.
     others: Vec<(&'static str, Value, bool)>,
 }
 
@@ -227,7 +230,7 @@ impl Visit for Fields {
     }
 }
 
-/// A duration as people read it: hours and minutes where it is long, tenths of seconds where it is short.
+/// A duration for people: rounded down to seconds if it is a minute or longer, to tenths of seconds if it is a second or longer.
 pub fn brief(duration: Duration) -> impl fmt::Display {
     let unit = match duration.as_millis() {
         0..1_000 => 1,
@@ -238,7 +241,7 @@ pub fn brief(duration: Duration) -> impl fmt::Display {
     humantime::format_duration(Duration::from_millis(millis))
 }
 
-/// An error with all its causes on one line.
+/// An error and all its causes, on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
@@ -274,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_library_whose_errors_we_word_is_heard_where_it_is_named() {
+    fn a_silenced_library_logs_if_the_filter_names_it() {
         for (filter, named) in [("info", "off"), ("debug", "off"), ("info,kube_client=debug", "debug")] {
             let parsed = parse(filter).unwrap().to_string();
             assert!(parsed.split(',').any(|part| part == format!("kube_client={named}")), "{filter}: {parsed}");

@@ -1,4 +1,4 @@
-//! The log, the metrics registry, and facts about the process itself. It does not know whose lines or metrics they are.
+//! Log, metrics output, and metrics of the process itself. It knows nothing of the modules that log and count.
 
 pub mod exposition;
 pub mod limit;

@@ -1,4 +1,4 @@
-//! Metrics of the process: open files, build.
+//! Metrics of the process: open files and build.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -7,7 +7,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-/// Registers the process metrics. `open_files` counts what is open at each scrape; `max_files` is the limit.
+/// Registers the process metrics. `open_files` is called at each scrape and counts open files; `max_files` is the limit.
 pub fn register(
     registry: &mut Registry,
     open_files: fn() -> Option<usize>,
@@ -16,7 +16,7 @@ pub fn register(
 ) {
     registry.register_collector(Box::new(ProcessCollector { open_files, max_files }));
     registry.register("culvert_build", "Version of this process", Info::new(build));
-    // What dashboards of Istio count node tunnels by.
+    // Istio's dashboards count ztunnels by this metric.
     let istio = Family::<BuildLabels, Gauge>::default();
     let tag = concat!("culvert-", env!("CARGO_PKG_VERSION"));
     istio.get_or_create(&BuildLabels { component: "ztunnel", tag }).set(1);

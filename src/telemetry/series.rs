@@ -1,6 +1,9 @@
-//! Metrics whose label sets come from outside: names of workloads and services that somebody makes up, and that a sweep over
-//! addresses visits all. There is a bound on them, beyond which they are counted as one, and what is idle is shown a last time and
-//! goes; a scraper takes a counter that is back later for one that has begun anew.
+//! Metrics whose label values come from outside, such as names of workloads and services. A client that connects to many
+//! addresses, or a tenant that creates many names, must not make them grow without bound.
+//!
+//! The number of label sets is limited; everything beyond the limit is counted under one common label set. A label set that has
+//! been idle for long is shown once more and then removed. If it comes back later, it starts at zero, which scrapers treat as
+//! a restarted counter.
 
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -10,19 +13,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Label sets that there are at once, by default: some 5 MB of a scrape for each counter.
+/// Default limit on the number of label sets. A scrape then has some 5 MB for each counter.
 const SETS_MAX: usize = 5_000;
 
-/// How long a label set stays that nobody uses, by default. Longer than scrapers look back.
+/// How long an unused label set is kept by default. It is longer than scrapers look back.
 const IDLE: Duration = Duration::from_secs(15 * 60);
 
-/// Labels with values from outside.
+/// A set of labels with values from outside.
 pub trait Labels: Clone + Eq + Hash {
-    /// These with all such values replaced by one: what is counted beyond the bound.
+    /// The same labels with all such values replaced by a constant. Everything beyond the limit is counted under these.
     fn other(&self) -> Self;
 }
 
-/// Metrics `M` by labels `L`. Clones share them.
+/// Metrics `M` by labels `L`. Clones share the same metrics.
 #[derive(Debug)]
 pub struct Series<L, M>(Arc<Table<L, M>>);
 
@@ -40,7 +43,7 @@ struct Table<L, M> {
     max: usize,
     idle: Duration,
     begun: Instant,
-    /// When room was last looked for, in seconds since it begun, plus one.
+    /// Time of the last search for idle label sets, in seconds since `begun`, plus one.
     swept: AtomicU64,
 }
 
@@ -49,16 +52,16 @@ struct LabelSet<L, M> {
     labels: Arc<L>,
     metrics: M,
     begun: Instant,
-    /// When it was last let go, in seconds since it begun.
+    /// When the last handle was dropped, in seconds since `begun`.
     used: AtomicU64,
 }
 
-/// The metrics of one label set, which stays for as long as this is held.
+/// A handle on the metrics of one label set, which is kept for as long as a handle exists.
 #[derive(Debug)]
 pub struct SeriesHandle<L, M>(Arc<LabelSet<L, M>>);
 
 impl<L, M> SeriesHandle<L, M> {
-    /// Its labels; others than were asked for, beyond the bound.
+    /// The labels. Beyond the limit these are the common ones, not those that were asked for.
     pub fn labels(&self) -> &L {
         &self.0.labels
     }
@@ -85,13 +88,13 @@ impl<L: Labels, M: Default> Default for Series<L, M> {
 }
 
 impl<L: Labels, M: Default> Series<L, M> {
-    /// With at most `max` label sets, and what stands for all others; one that nobody uses stays for `idle`.
+    /// Metrics with at most `max` label sets besides the common one. Unused label sets are kept for `idle`.
     pub fn new(max: usize, idle: Duration) -> Self {
         let (sets, swept) = (RwLock::default(), AtomicU64::new(0));
         Self(Arc::new(Table { sets, max, idle, begun: Instant::now(), swept }))
     }
 
-    /// The metrics of these labels.
+    /// The metrics of a label set, which is created if needed.
     pub fn of(&self, labels: &L) -> SeriesHandle<L, M> {
         let table = &*self.0;
         if let Some(set) = table.sets.read().get(labels) {
@@ -99,7 +102,7 @@ impl<L: Labels, M: Default> Series<L, M> {
         }
         let mut sets = table.sets.write();
         if sets.len() >= table.max {
-            // Once a second: whoever makes up names is not to make each connection look through all of them.
+            // Once a second at most, or a client that causes many new names would make every connection search all of them.
             let now = table.begun.elapsed().as_secs() + 1;
             if table.swept.swap(now, Ordering::Relaxed) != now {
                 table.sweep(&mut sets);
@@ -112,13 +115,13 @@ impl<L: Labels, M: Default> Series<L, M> {
         SeriesHandle(set.clone())
     }
 
-    /// Shows all to `write`, once for each of `families`; then those go that were idle.
+    /// Calls `write` with all label sets, once for each of `families`. Then removes the idle ones.
     pub fn show<F, E>(
         &self,
         families: impl IntoIterator<Item = F>,
         mut write: impl FnMut(&F, &mut dyn Iterator<Item = (&L, &M)>) -> Result<(), E>,
     ) -> Result<(), E> {
-        // Not under the lock: writing takes a while, and connections must go on opening.
+        // Not under the lock, because writing takes a while and must not delay new connections.
         let all: Vec<Arc<LabelSet<L, M>>> = self.0.sets.read().values().cloned().collect();
         for family in families {
             write(&family, &mut all.iter().map(|set| (&*set.labels, &set.metrics)))?;
@@ -173,23 +176,27 @@ mod tests {
     }
 
     #[test]
-    fn what_a_sweep_over_addresses_made_is_shown_once_more_and_goes() {
+    fn idle_label_sets_are_shown_once_more_and_removed() {
         let series = Counts::new(10_000, Duration::ZERO);
         let open = count(&series, "open");
         (0..3000).for_each(|n| drop(count(&series, &format!("swept-{n}"))));
-        assert_eq!(shown(&series).len(), 3001, "a scraper sees what has ended since the last time");
-        assert_eq!(shown(&series), [("open".to_owned(), 1)], "what is in use stays");
+        assert_eq!(shown(&series).len(), 3001, "a scraper sees counters that have ended since the last scrape");
+        assert_eq!(shown(&series), [("open".to_owned(), 1)], "label sets in use stay");
         drop(count(&series, "open"));
         drop(open);
         assert_eq!(shown(&series), [("open".to_owned(), 2)]);
         assert!(shown(&series).is_empty());
         let series = Counts::new(10_000, Duration::from_secs(60));
         drop(count(&series, "a while ago"));
-        assert_eq!((shown(&series).len(), shown(&series).len()), (1, 1), "not before it has been idle for long");
+        assert_eq!(
+            (shown(&series).len(), shown(&series).len()),
+            (1, 1),
+            "a label set stays until it has been idle for long"
+        );
     }
 
     #[test]
-    fn beyond_the_bound_all_others_are_one_and_nothing_is_lost() {
+    fn beyond_the_limit_everything_is_counted_together_and_nothing_is_lost() {
         let series = Counts::new(100, Duration::from_secs(60));
         let held: Vec<_> = (0..250).map(|n| count(&series, &format!("name-{n}"))).collect();
         drop(count(&series, "name-0"));
@@ -198,7 +205,7 @@ mod tests {
         assert_eq!(all.iter().map(|(_, count)| count).sum::<u64>(), 251);
         assert!(all.contains(&("other".to_owned(), 150)) && all.contains(&("name-0".to_owned(), 2)));
         assert_eq!(held[200].labels(), &Name("other".into()));
-        // Where nobody scrapes, what is idle makes room all the same.
+        // Without scrapes, idle label sets still make room for new ones.
         let series = Counts::new(100, Duration::ZERO);
         (0..250).for_each(|n| drop(count(&series, &format!("name-{n}"))));
         assert!(shown(&series).len() <= 101);
