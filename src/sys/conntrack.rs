@@ -1,5 +1,5 @@
-//! Asking the kernel where a redirected datagram was sent to. For datagrams there is no `SO_ORIGINAL_DST`; the table of
-//! translated connections has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
+//! The original destination of a redirected datagram. There is no `SO_ORIGINAL_DST` for datagrams, but the connection tracking
+//! table has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
 
 use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::errno::Errno;
@@ -8,11 +8,11 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// Message type: subsystem conntrack, `IPCTNL_MSG_CT_GET`.
+/// Message type: subsystem conntrack, message `IPCTNL_MSG_CT_GET`.
 const GET: u16 = 0x0101;
-/// Mark of an attribute that holds others (`NLA_F_NESTED`).
+/// Flag of an attribute that contains attributes (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
-/// Bits of an attribute's type that are its number.
+/// The bits of an attribute's type that are its number, without flags.
 const NUMBER: u16 = 0x3fff;
 
 const TUPLE_ORIG: u16 = 1;
@@ -23,26 +23,26 @@ const PROTO_NUM: u16 = 1;
 const PROTO_SRC_PORT: u16 = 2;
 const PROTO_DST_PORT: u16 = 3;
 
-/// Length of a netlink header with netfilter's behind it.
+/// Length of the netlink header and the netfilter header that follows it.
 const HEADERS: usize = HEADER + 4;
 
-/// The table of one network namespace.
+/// The connection tracking table of one network namespace.
 #[derive(Debug)]
 pub struct Conntrack {
     socket: OwnedFd,
 }
 
 impl Conntrack {
-    /// Of the namespace that the thread is in.
+    /// Opens the table of the thread's current namespace.
     pub fn open() -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         Ok(Self { socket: socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)? })
     }
 
-    /// Where a datagram was sent to that `client` sent and that came to `ours`; `None` if it came as it was sent. Answered
-    /// by the kernel at once.
+    /// The address to which `client` sent a datagram that arrived at `ours`; `None` if it was not redirected. The kernel answers
+    /// at once, so this does not block.
     pub fn original_destination(&self, client: SocketAddr, ours: SocketAddr) -> io::Result<Option<SocketAddr>> {
-        // What was left behind by a question that was given up is no answer to this one.
+        // An earlier call that failed may have left its answer in the socket.
         let mut answer = [0; 4096];
         while recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::empty()).is_ok() {}
         send(self.socket.as_raw_fd(), &question(client, ours), MsgFlags::empty())?;
@@ -59,7 +59,7 @@ fn attribute(kind: u16, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Asks for the connection whose replies go from `ours` to `client`.
+/// A request for the entry whose replies go from `ours` to `client`.
 fn question(client: SocketAddr, ours: SocketAddr) -> Vec<u8> {
     let (family, addresses) = match (ours.ip(), client.ip()) {
         (IpAddr::V4(from), IpAddr::V4(to)) => {
@@ -108,7 +108,7 @@ fn read(answer: &[u8]) -> io::Result<Option<SocketAddr>> {
     Ok(Some(SocketAddr::new(ip, port)))
 }
 
-/// The data of the first attribute of this number.
+/// The data of the first attribute with this number.
 fn inside(mut attributes: &[u8], number: u16) -> Option<&[u8]> {
     loop {
         let word = |at: usize| attributes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);

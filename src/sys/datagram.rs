@@ -1,5 +1,5 @@
-//! Datagrams with the address that they came to: an answer has to come from there (sources: ip(7) `IP_PKTINFO`, ipv6(7)
-//! `IPV6_PKTINFO`).
+//! Datagrams with the local address at which they arrived, because an answer must come from that address (sources: ip(7)
+//! `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`).
 
 use nix::cmsg_space;
 use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo};
@@ -10,16 +10,16 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 
-/// Who sent a datagram, and to which address of the namespace.
+/// The sender of a datagram, and the address at which the datagram arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client {
     /// The sender.
     pub address: SocketAddr,
-    /// Where it came to.
+    /// The local address at which the datagram arrived.
     pub local: IpAddr,
 }
 
-/// Has a socket tell where datagrams came to.
+/// Makes a socket report the local address of each datagram.
 pub fn tell_local(socket: &impl AsFd, v4: bool) -> io::Result<()> {
     if v4 {
         Ok(setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?)
@@ -28,7 +28,7 @@ pub fn tell_local(socket: &impl AsFd, v4: bool) -> io::Result<()> {
     }
 }
 
-/// Receives one datagram that is there now; gives its length. One without the address that it came to is an error.
+/// Receives one datagram without waiting, and returns its length. A datagram without a local address is an error.
 pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, Client)> {
     let mut control = cmsg_space!(in6_pktinfo);
     let mut into = [IoSliceMut::new(buffer)];
@@ -47,7 +47,7 @@ pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, C
     Ok((received.bytes, Client { address, local: local.ok_or_else(missing)? }))
 }
 
-/// Sends one datagram, from the address that the client had sent its own to.
+/// Sends one datagram to a client, from the address at which the client's own datagram arrived.
 pub fn send(socket: &impl AsRawFd, bytes: &[u8], to: Client) -> io::Result<()> {
     let nowhere = in_addr { s_addr: 0 };
     let (fd, bytes, to_address) = (socket.as_raw_fd(), [IoSlice::new(bytes)], SockaddrStorage::from(to.address));
@@ -59,7 +59,7 @@ pub fn send(socket: &impl AsRawFd, bytes: &[u8], to: Client) -> io::Result<()> {
             sendmsg(fd, &bytes, &[ControlMessage::Ipv4PacketInfo(&info)], flags, Some(&to_address))?;
         }
         IpAddr::V6(ip) => {
-            // A link-local address is nothing without its interface.
+            // A link-local address is valid only with its interface.
             let interface = if let SocketAddr::V6(to) = to.address { to.scope_id() } else { 0 };
             let info = in6_pktinfo { ipi6_addr: in6_addr { s6_addr: ip.octets() }, ipi6_ifindex: interface };
             sendmsg(fd, &bytes, &[ControlMessage::Ipv6PacketInfo(&info)], flags, Some(&to_address))?;
@@ -68,8 +68,8 @@ pub fn send(socket: &impl AsRawFd, bytes: &[u8], to: Client) -> io::Result<()> {
     Ok(())
 }
 
-/// Binds a datagram socket on a port of every address of one family in the namespace the thread is in; the socket tells where
-/// datagrams came to.
+/// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace. The socket reports the
+/// local address of each datagram.
 pub fn bind(port: u16, v4: bool, reuse_port: bool) -> io::Result<UdpSocket> {
     let socket = super::socket::bind_datagram(port, v4, reuse_port)?;
     tell_local(&socket, v4)?;
@@ -93,7 +93,7 @@ mod tests {
             assert_eq!(&buffer[..length], b"question");
             assert_eq!((from.address, from.local), (client.local_addr().unwrap(), to.ip()));
             send(&server, b"answer", from).unwrap();
-            // Connected, it takes nothing that comes from elsewhere.
+            // The client's socket is connected, so it receives the answer only if it comes from the right address.
             let length = client.recv(&mut buffer).unwrap();
             assert_eq!(&buffer[..length], b"answer");
         }

@@ -1,4 +1,4 @@
-//! Looking into legacy iptables tables, which `nft` does not see (source: linux/netfilter_ipv4/ip_tables.h).
+//! Reads legacy iptables tables, which `nft` does not list (source: linux/netfilter_ipv4/ip_tables.h).
 
 use nix::errno::Errno;
 use nix::libc;
@@ -6,38 +6,38 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// `IPT_SO_GET_INFO` and `IPT_SO_GET_ENTRIES`; those of IPv6 have the same numbers.
+/// `IPT_SO_GET_INFO` and `IPT_SO_GET_ENTRIES`. The IPv6 options have the same numbers.
 const GET_INFO: libc::c_int = 64;
 const GET_ENTRIES: libc::c_int = 65;
 
-/// `struct ipt_getinfo`: name, hooks, entries and underflows of five hooks, number, size.
+/// Length of `struct ipt_getinfo`: name, hooks, entries and underflows of five hooks, number, size.
 const INFO: usize = 84;
-/// Where `struct ipt_get_entries` has its entries: behind name and size, aligned.
+/// Offset of the entries in `struct ipt_get_entries`: after name and size, aligned.
 const ENTRIES_AT: usize = 40;
-/// Name of a table at most, with the zero behind it.
+/// Maximum length of a table's name, including the terminating zero.
 const NAME: usize = 32;
-/// A table larger than this is not looked into: a pod may make it as long as it likes.
+/// Larger tables are not read, because a pod may make its tables as long as it likes.
 const SIZE_MAX: usize = 1 << 20;
-/// The table that only lets through or drops.
+/// The table that only accepts or drops packets, and never redirects them.
 const FILTER: &str = "filter";
 
-/// Legacy tables, as `ip nat`.
+/// Legacy tables, each as family and name, such as `ip nat`.
 #[derive(Debug, Default)]
 pub struct Legacy {
-    /// Those in which the text occurs.
+    /// The tables that contain the text.
     pub with: Vec<String>,
-    /// All that there are but `filter`.
+    /// All tables except `filter`.
     pub names: Vec<String>,
 }
 
-/// The legacy tables of the namespace that the thread is in, and in which of them `text` occurs, be it as a chain's name.
-/// Tables that do not exist are not made by looking.
+/// The legacy tables of the thread's current namespace, and those of them that contain `text` anywhere, for example as the name
+/// of a chain. Reading does not create tables that do not exist.
 pub fn tables_with(text: &str) -> io::Result<Legacy> {
     let mut found = Legacy::default();
     for (family, domain, level) in
         [("ip", AddressFamily::Inet, libc::SOL_IP), ("ip6", AddressFamily::Inet6, libc::SOL_IPV6)]
     {
-        // Not there: the kernel has no legacy iptables.
+        // Without this file, the kernel has no legacy iptables.
         let Ok(names) = std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names")) else {
             continue;
         };
@@ -55,7 +55,7 @@ pub fn tables_with(text: &str) -> io::Result<Legacy> {
     Ok(found)
 }
 
-/// Names of the legacy tables that the namespace has which the thread is in.
+/// The names of all legacy tables in the thread's current namespace, such as `ip nat`.
 pub fn names() -> Vec<String> {
     let read = |family| std::fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names"));
     let all = ["ip", "ip6"].map(|family| (family, read(family).unwrap_or_default()));
@@ -69,7 +69,9 @@ fn entries(socket: &OwnedFd, level: libc::c_int, table: &str) -> io::Result<Vec<
     let size = info.get(INFO - 4..).and_then(|size| size.try_into().ok()).map(u32::from_ne_bytes).unwrap_or_default();
     let length = usize::try_from(size).unwrap_or(usize::MAX);
     if length > SIZE_MAX {
-        return Err(io::Error::other(format!("the legacy table {table} has {length} bytes, too many to look into")));
+        return Err(io::Error::other(format!(
+            "the legacy table {table} has {length} bytes; tables of more than {SIZE_MAX} are not read"
+        )));
     }
     let mut request = vec![0; ENTRIES_AT + length];
     put(&mut request, 0, table.as_bytes());
@@ -85,7 +87,7 @@ fn put(buffer: &mut [u8], at: usize, bytes: &[u8]) {
 
 fn get(socket: &OwnedFd, level: libc::c_int, option: libc::c_int, mut buffer: Vec<u8>) -> io::Result<Vec<u8>> {
     let mut length = libc::socklen_t::try_from(buffer.len()).map_err(io::Error::other)?;
-    // SAFETY: the buffer is as long as `length` says, and the kernel writes no more than that into it.
+    // SAFETY: `length` is the length of the buffer, and the kernel writes no more than that.
     let result = unsafe {
         libc::getsockopt(socket.as_raw_fd(), level, option, buffer.as_mut_ptr().cast::<libc::c_void>(), &raw mut length)
     };

@@ -1,5 +1,7 @@
-//! One end of a connection that is carried: its socket, and how it broke. A reset does not undo what came before it: what an end
-//! had sent is delivered, and what was written to the other end has arrived, before the reset is passed on.
+//! A leg of a carried connection: its socket, and the error with which it broke.
+//!
+//! A reset does not overtake the bytes before it: everything that the leg's peer had sent is delivered to the other leg, and has
+//! arrived there, before the reset is passed on.
 
 use super::socket::unacknowledged;
 use std::io;
@@ -9,39 +11,40 @@ use tokio::net::TcpStream;
 use tokio::sync::SetOnce;
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// How long the last bytes of an end that broke may take on their way to the other one.
+/// How long the last bytes of a broken leg may take to reach the other leg's peer.
 pub const LAST_BYTES: Duration = Duration::from_secs(10);
 
-/// Longest pause between two looks at whether written bytes have arrived.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// Longest pause between two checks whether written bytes have arrived.
+const CHECK_EVERY: Duration = Duration::from_millis(50);
 
-/// An end of a connection.
+/// A leg of a carried connection.
 #[derive(Debug)]
 pub struct Leg<'a> {
-    /// Its socket.
+    /// The socket.
     pub socket: &'a TcpStream,
-    /// The kernel tells of an error once, to whoever reads, writes or asks first; so it is kept here.
+    /// The error and when it was noticed. The kernel reports an error only once, to the first caller that reads, writes or asks,
+    /// so it is kept here.
     broken: SetOnce<(io::Error, Instant)>,
 }
 
 impl<'a> Leg<'a> {
-    /// An end that is whole.
+    /// A leg without an error.
     pub fn new(socket: &'a TcpStream) -> Self {
         Self { socket, broken: SetOnce::new() }
     }
 
-    /// Notes that it broke; the first error counts.
+    /// Records an error. Only the first one counts.
     pub fn breaks(&self, error: io::Error) {
-        // Fails only where it was noted before.
+        // Fails only if an error has been recorded before.
         let _ = self.broken.set((error, Instant::now()));
     }
 
-    /// Whether it is known to have broken. A read that ends then is no orderly end.
+    /// Whether an error has been recorded. End of stream on a broken leg is not an orderly end.
     pub fn is_broken(&self) -> bool {
         self.broken.initialized()
     }
 
-    /// Completes when it has broken, whoever finds out.
+    /// Completes when the leg has broken, whether the caller or the kernel reports it first.
     pub async fn broken(&self) {
         tokio::select! {
             biased;
@@ -50,7 +53,7 @@ impl<'a> Leg<'a> {
         }
     }
 
-    /// Completes when what it had sent has been on its way for long enough.
+    /// Completes when the leg has broken and [`LAST_BYTES`] have passed since.
     pub async fn is_late(&self) {
         self.broken().await;
         if let Some((_, since)) = self.broken.get() {
@@ -58,39 +61,39 @@ impl<'a> Leg<'a> {
         }
     }
 
-    /// How it broke.
+    /// The error with which it broke; a plain reset if none is recorded.
     pub fn error(&self) -> io::Error {
         let again =
             |error: &io::Error| error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
         self.broken.get().map_or_else(|| io::ErrorKind::ConnectionReset.into(), |(error, _)| again(error))
     }
 
-    /// Completes when all that was written to it has arrived in its peer's kernel, or never will: a reset would overtake the
-    /// rest.
+    /// Completes when everything written to the leg has arrived in its peer's kernel, or never will. Wait for this before a
+    /// reset, which would discard the rest.
     pub async fn drained(&self) {
         let mut pause = Duration::from_millis(1);
         while !self.is_broken() && unacknowledged(self.socket).is_ok_and(|bytes| bytes > 0) {
             tokio::select! {
-                () = sleep(pause) => pause = (pause * 2).min(LOOK_EVERY),
+                () = sleep(pause) => pause = (pause * 2).min(CHECK_EVERY),
                 () = self.broken() => return,
             }
         }
     }
 }
 
-/// Resolves when a connection has been reset, or has failed in another way, and tells how.
+/// Completes with the error when a connection has been reset or has failed in another way.
 async fn error_of(socket: &TcpStream) -> io::Error {
     match socket.ready(Interest::ERROR).await {
         Err(error) => error,
         Ok(_) => match socket.take_error() {
             Ok(Some(error)) | Err(error) => error,
-            // Whoever reads or writes has been told.
+            // A read or write has received the error already, and its caller records it.
             Ok(None) => std::future::pending().await,
         },
     }
 }
 
-/// Completes when a client has been reset that has sent nothing which is still to be delivered.
+/// Completes when a client has reset its connection and none of its bytes are left to deliver.
 pub async fn left_nothing(client: &TcpStream) {
     let mut byte = [std::mem::MaybeUninit::uninit()];
     let waits = client.ready(Interest::ERROR).await.is_ok()

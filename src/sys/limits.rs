@@ -1,9 +1,9 @@
-//! Limits of the process: open files, and what the process may do.
+//! Limits and rights of the process: open files, memory, capabilities.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::path::{Path, PathBuf};
 
-/// Raises the soft limit of open files to the hard one; returns what is in force afterwards.
+/// Raises the soft limit of open files to the hard limit, and returns the limit that is then in force.
 pub fn raise_open_files() -> u64 {
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
     if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {
@@ -12,20 +12,20 @@ pub fn raise_open_files() -> u64 {
     soft
 }
 
-/// Bounds the memory of a program that we have just started; where that fails, there is no bound.
+/// Limits the memory of a child process. Best effort: if it fails, the child runs without a limit.
 pub fn bound_memory(pid: u32, bytes: u64) {
     let (Ok(pid), limit) = (i32::try_from(pid), nix::libc::rlimit { rlim_cur: bytes, rlim_max: bytes }) else { return };
-    // SAFETY: the limit is read during the call only, and nothing is written.
+    // SAFETY: the limit is only read, and only during the call; the null pointer asks for no old value.
     let _ = unsafe { nix::libc::prlimit(pid, nix::libc::RLIMIT_AS, &raw const limit, std::ptr::null_mut()) };
 }
 
-/// How many files this process has open now; `None` where /proc is not there.
+/// The number of files that this process has open; `None` without /proc.
 pub fn open_files() -> Option<usize> {
-    // The directory itself is open while it is read.
+    // The directory itself is open while it is read, and does not count.
     std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1))
 }
 
-/// The memory that the process's cgroup may use.
+/// The memory limit and usage of the process's cgroup.
 #[derive(Debug)]
 pub struct Memory {
     used: PathBuf,
@@ -34,7 +34,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Of this process; `None` where it has no limit that can be seen (cgroups(7), of version 2 and 1).
+    /// Finds the cgroup of this process, version 2 or 1 (cgroups(7)). `None` if it has no visible limit.
     pub fn of_process() -> Option<Self> {
         let own = std::fs::read_to_string("/proc/self/cgroup").ok()?;
         let mounts = std::fs::read_to_string("/proc/self/mounts").ok()?;
@@ -52,17 +52,17 @@ impl Memory {
                 let memory = kind == "cgroup2" || options.split(',').any(|option| option == "memory");
                 (this == kind && memory).then_some(mount)
             })?;
-            // Inside a container the mount is the cgroup itself.
+            // Inside a container the mount itself may be the cgroup.
             let inside = [Path::new(mount).join(path.trim_start_matches('/')), PathBuf::from(mount)];
             inside.into_iter().find_map(|folder| {
                 let max = std::fs::read_to_string(folder.join(max)).ok()?.trim().parse().ok()?;
-                // Version 1 says "none" by a number near the largest.
+                // Version 1 expresses "no limit" by a number near the maximum.
                 (max < 1 << 60).then(|| Self { used: folder.join(used), stat: folder.join("memory.stat"), max })
             })
         })
     }
 
-    /// What is used, without files that can be dropped, and the limit, in bytes.
+    /// Memory in use, without the page cache that can be dropped, and the limit; both in bytes.
     pub fn now(&self) -> Option<(u64, u64)> {
         let used: u64 = std::fs::read_to_string(&self.used).ok()?.trim().parse().ok()?;
         let stat = std::fs::read_to_string(&self.stat).unwrap_or_default();
@@ -72,12 +72,12 @@ impl Memory {
     }
 }
 
-/// Whether the process runs as root, which entering namespaces and writing rules needs.
+/// Whether the process runs as root, which is needed for entering namespaces and writing rules.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// The capabilities that are in force for this process, as the kernel numbers them (capabilities(7), linux/capability.h).
+/// The effective capabilities of this process, as a bit mask by number (capabilities(7), linux/capability.h).
 pub fn capabilities() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;

@@ -1,8 +1,9 @@
-//! What the kernel offers and safe crates do not: namespaces, socket options, original destinations, raw packets.
+//! Kernel interfaces that safe crates do not offer in the needed form: network namespaces, socket options, original
+//! destinations, netlink, raw packets.
 //!
-//! The only module with `unsafe`, each use with its safety argument. It knows nothing of pods or meshes.
+//! This is the only module with `unsafe`; each use states why it is sound. The module knows nothing of pods or meshes.
 
-#![allow(unsafe_code, reason = "this is the module for it; every use says why it is sound")]
+#![allow(unsafe_code, reason = "this is the module for it; every use states why it is sound")]
 
 pub mod clock;
 pub mod conntrack;

@@ -1,13 +1,13 @@
-//! The heads of netlink messages (source: netlink(7)).
+//! Headers of netlink messages (source: netlink(7)).
 
-/// Length of a head.
+/// Length of a header.
 pub const HEADER: usize = 16;
 /// `NLM_F_REQUEST`.
 pub const REQUEST: u16 = 1;
 /// `NLMSG_ERROR`.
 pub const ERROR: u16 = 2;
 
-/// Length and kind of the first of the messages.
+/// Length and type of the first message in `bytes`. `None` if there is none or it is damaged.
 pub fn header(bytes: &[u8]) -> Option<(usize, u16)> {
     let length = bytes.get(..4)?.try_into().ok().map(u32::from_ne_bytes)?;
     let kind = bytes.get(4..6)?.try_into().ok().map(u16::from_ne_bytes)?;
@@ -15,7 +15,7 @@ pub fn header(bytes: &[u8]) -> Option<(usize, u16)> {
     (length >= HEADER).then_some((length, kind))
 }
 
-/// What an answer of kind [`ERROR`] says, as the kernel's error number; 0 says that it was done.
+/// The error number in an answer of type [`ERROR`]. 0 means success.
 pub fn error(answer: &[u8]) -> Option<i32> {
     let code = answer.get(HEADER..HEADER + 4)?.try_into().ok().map(i32::from_ne_bytes)?;
     code.checked_neg()
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_header_that_claims_nothing_or_is_cut_ends_the_reading() {
+    fn a_header_that_is_cut_or_has_length_0_ends_the_reading() {
         assert_eq!(header(&[]), None);
         assert_eq!(header(&[0; 16]), None, "a length of 0 would never end");
         let mut message = vec![0; 20];

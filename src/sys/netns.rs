@@ -1,4 +1,7 @@
-//! Network namespaces: open one by path or process, and do something inside it without ever staying there.
+//! Network namespaces: opens them, and runs short work inside them.
+//!
+//! A thread never stays in a foreign namespace: it returns to its own after each piece of work, also after a panic. If it
+//! cannot return, the process aborts.
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, fstatfs};
@@ -16,18 +19,18 @@ use std::sync::Arc;
 const NSFS_MAGIC: FsType = FsType(0x6e73_6673);
 
 nix::ioctl_none_bad!(
-    /// `NS_GET_NSTYPE` of linux/nsfs.h: the kind of namespace behind a descriptor, as a clone flag.
+    /// `NS_GET_NSTYPE` of linux/nsfs.h: the type of the namespace behind a descriptor, as a clone flag.
     ns_get_nstype,
     0xb703
 );
 
-/// Device and inode of what is behind a path, such as a namespace's file; the path need not be one that may be opened.
+/// Device and inode of a file, such as that of a namespace. The caller need not have the right to open the file.
 pub fn id_at(path: &Path) -> Option<(u64, u64)> {
     let metadata = std::fs::metadata(path).ok()?;
     Some((metadata.dev(), metadata.ino()))
 }
 
-/// Why a path cannot be used as a pod's network namespace.
+/// Why a network namespace cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     /// The path cannot be opened.
@@ -38,10 +41,10 @@ pub enum NetnsError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The path is something else.
+    /// The path is not a network namespace.
     #[error("{0}: not a network namespace (expected a file such as /run/netns/NAME or /proc/PID/ns/net)")]
     NotNetns(PathBuf),
-    /// The kernel refused to enter it.
+    /// The kernel refused to let the thread enter it.
     #[error("cannot enter the network namespace {path}: {source} (CAP_SYS_ADMIN and CAP_NET_ADMIN are needed)")]
     Enter {
         /// The path as configured.
@@ -51,7 +54,7 @@ pub enum NetnsError {
     },
 }
 
-/// A handle on a network namespace; the namespace lives at least as long as it.
+/// A handle on a network namespace. The namespace exists at least as long as the handle.
 #[derive(Clone)]
 pub struct Netns {
     inner: Arc<Inner>,
@@ -60,9 +63,9 @@ pub struct Netns {
 struct Inner {
     file: File,
     path: PathBuf,
-    /// Whether the path leads to it; else it is a name for display.
+    /// Whether the namespace can be opened by `path`; otherwise `path` is only a name for display.
     by_path: bool,
-    /// Device and inode: two handles with the same pair are the same namespace.
+    /// Device and inode. Two handles with the same pair are of the same namespace.
     id: (u64, u64),
 }
 
@@ -81,44 +84,45 @@ impl PartialEq for Netns {
 impl Eq for Netns {}
 
 thread_local! {
-    /// This thread's own namespace, opened before it first leaves it.
+    /// The thread's own namespace, opened before the thread leaves it for the first time.
     static HOME: OnceCell<File> = const { OnceCell::new() };
 }
 
-/// Goes home when dropped. A thread that cannot go home would carry other pods' sockets in a foreign namespace from
-/// then on, so the process ends rather than that.
+/// Returns the thread to its own namespace when dropped. A thread that could not return would from then on make other pods'
+/// sockets in a foreign namespace, so the process aborts instead.
 struct HomeGuard;
 
 impl Drop for HomeGuard {
     fn drop(&mut self) {
         let home = HOME.with(|home| home.get().map(|file| setns(file.as_fd(), CloneFlags::CLONE_NEWNET)));
         if !matches!(home, Some(Ok(()))) {
-            tracing::error!("cannot return from a pod's network namespace; ending the process");
+            tracing::error!("a thread cannot return from a pod's network namespace; the process aborts");
             std::process::abort();
         }
     }
 }
 
 impl Netns {
-    /// Opens a namespace file and makes sure that it is a network namespace.
+    /// Opens a namespace file, and checks that it is a network namespace.
     pub fn open(path: &Path) -> Result<Self, NetnsError> {
-        // Without blocking: a FIFO of that name would otherwise hold this thread until somebody writes to it.
+        // Non-blocking, because a FIFO at this path would block the thread until another process writes to it.
         let opened = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path);
         Self::of(opened.map_err(|source| NetnsError::Open { path: path.to_owned(), source })?, path)
     }
 
-    /// Makes a new namespace and leaves the calling thread in it for good: to be called on a thread of its own.
+    /// Makes a new namespace. The calling thread stays in it for good, so call this on a separate thread.
     pub fn fresh() -> io::Result<Self> {
         unshare(CloneFlags::CLONE_NEWNET)?;
         Ok(Self::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?.kept())
     }
 
-    /// Takes over a descriptor that somebody else has opened, if it is of a network namespace. `name` is for display.
+    /// Takes over a descriptor that another process has opened, after checking that it is of a network namespace. `name` is
+    /// for display.
     pub fn handed_over(descriptor: OwnedFd, name: &str) -> Result<Self, NetnsError> {
         Ok(Self::of(File::from(descriptor), Path::new(name))?.kept())
     }
 
-    /// The same handle, no longer looked up by its path: that may lead elsewhere when a process has ended.
+    /// The same handle, but not to be opened again by its path, which may lead elsewhere once a process has ended.
     pub fn kept(mut self) -> Self {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.by_path = false;
@@ -132,7 +136,7 @@ impl Netns {
         if fstatfs(&file).map_err(|_| not())?.filesystem_type() != NSFS_MAGIC {
             return Err(not());
         }
-        // SAFETY: the descriptor is open for the duration of the call and this ioctl takes no argument.
+        // SAFETY: the descriptor is open for the duration of the call, and this ioctl takes no argument.
         let kind = unsafe { ns_get_nstype(file.as_raw_fd()) }.map_err(|_| not())?;
         if kind != CloneFlags::CLONE_NEWNET.bits() {
             return Err(not());
@@ -141,7 +145,7 @@ impl Netns {
         Ok(Self { inner: Arc::new(Inner { file, path: path.to_owned(), by_path: true, id }) })
     }
 
-    /// The path it was opened by.
+    /// The path by which it was opened, or its name for display.
     pub fn path(&self) -> &Path {
         &self.inner.path
     }
@@ -151,24 +155,24 @@ impl Netns {
         self.inner.by_path
     }
 
-    /// The number of the descriptor behind this handle, by which others find it below `/proc/PID/fd`.
+    /// The descriptor of this handle, by which other processes find it below `/proc/PID/fd`.
     pub fn descriptor(&self) -> RawFd {
         self.inner.file.as_raw_fd()
     }
 
-    /// Device and inode: equal for two handles exactly when the namespace is the same.
+    /// Device and inode. They are equal for two handles exactly if the namespace is the same.
     pub fn id(&self) -> (u64, u64) {
         self.inner.id
     }
 
-    /// Runs `work` on this thread inside the namespace and comes back, also when `work` panics.
-    /// `work` must be short and must not wait: the thread serves others.
+    /// Runs `work` on this thread inside the namespace, and returns to the thread's own namespace, also if `work` panics.
+    /// `work` must be short and must not wait, because the thread serves other pods too.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
         let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
         HOME.with(|home| {
             if home.get().is_none() {
                 let file = File::open("/proc/thread-self/ns/net").map_err(failed)?;
-                // A thread sets its own cell once; nobody else can have filled it in between.
+                // The cell belongs to this thread, so it is still empty.
                 let _ = home.set(file);
             }
             Ok(())
@@ -178,7 +182,7 @@ impl Netns {
         Ok(work())
     }
 
-    /// The addresses that interfaces of this namespace hold, with their prefix lengths; loopback left out.
+    /// The addresses of all interfaces in this namespace with their prefix lengths, without loopback addresses.
     pub fn addresses(&self) -> Result<Vec<(IpAddr, u8)>, NetnsError> {
         let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
         let found = self.enter(nix::ifaddrs::getifaddrs)?.map_err(|e| failed(e.into()))?;
@@ -199,7 +203,7 @@ impl Netns {
         Ok(addresses)
     }
 
-    /// Whether IPv6 can be used in this namespace: the kernel has it and the loopback interface does not disable it.
+    /// Whether IPv6 can be used in this namespace: the kernel supports it, and it is not disabled on the loopback interface.
     pub fn has_ipv6(&self) -> Result<bool, NetnsError> {
         let disabled = self.enter(|| std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6"))?;
         Ok(disabled.is_ok_and(|text| text.trim() == "0"))
@@ -211,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_or_another_namespace_is_refused_by_name() {
+    fn an_error_names_a_path_that_is_not_a_network_namespace() {
         for (path, word) in [
             ("/etc/hostname", "not a network namespace"),
             ("/proc/self/ns/mnt", "not a network namespace"),
@@ -224,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_inside_comes_home() {
+    fn a_thread_returns_after_a_panic() {
         let here = Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap();
         let made = std::thread::spawn(|| {
             nix::sched::unshare(CloneFlags::CLONE_NEWNET).unwrap();

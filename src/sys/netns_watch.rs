@@ -1,5 +1,7 @@
-//! Hearing of changes inside a network namespace: its nftables, its rules and routes, its addresses (sources: netlink(7),
+//! Detects changes inside a network namespace: of nftables, of ip rules and routes, of addresses (sources: netlink(7),
 //! rtnetlink(7), linux/netfilter/nfnetlink.h and nf_tables.h).
+//!
+//! It reports that something has changed, not what. If the kernel had to drop messages, that counts as a change.
 
 use super::netlink::header;
 use nix::errno::Errno;
@@ -9,35 +11,36 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// `NFNLGRP_NFTABLES` as a bit.
+/// The multicast group `NFNLGRP_NFTABLES`, as a bit.
 const NFTABLES: u32 = 1 << (7 - 1);
-/// `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV6_RULE` as bits.
+/// The multicast groups `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV6_RULE`, as bits.
 const ROUTING: u32 = 1 << (5 - 1) | 1 << (7 - 1) | 1 << (8 - 1) | 1 << (9 - 1) | 1 << (11 - 1) | 1 << (19 - 1);
 
+/// Message types `RTM_NEWADDR`, `RTM_DELADDR`, `RTM_DELROUTE`, `RTM_DELRULE`.
 const NEW_ADDRESS: u16 = 20;
 const DELETED_ADDRESS: u16 = 21;
 const DELETED_ROUTE: u16 = 25;
 const DELETED_RULE: u16 = 33;
 
-/// What has changed.
+/// What kinds of things have changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetnsChange {
-    /// Something in nftables; whose it is and what, is for a look at it.
+    /// Something in nftables; the ruleset must be listed to find out what.
     pub tables: bool,
-    /// A rule or route has gone.
+    /// An ip rule or a route has been deleted.
     pub routes: bool,
-    /// An address has come or gone.
+    /// An address has been added or deleted.
     pub addresses: bool,
 }
 
-/// Sockets on which the kernel announces changes of one namespace.
+/// The sockets on which the kernel announces changes in one namespace.
 #[derive(Debug)]
 pub struct Subscriptions {
     tables: OwnedFd,
     routing: OwnedFd,
 }
 
-/// Hears of changes in one namespace.
+/// Watches one namespace.
 #[derive(Debug)]
 pub struct NetnsWatch {
     tables: AsyncFd<OwnedFd>,
@@ -45,7 +48,7 @@ pub struct NetnsWatch {
 }
 
 impl NetnsWatch {
-    /// Opens the sockets in the namespace that the thread is in.
+    /// Opens the sockets in the thread's current namespace.
     pub fn open() -> io::Result<Subscriptions> {
         let subscribe = |protocol, groups| {
             let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -57,15 +60,15 @@ impl NetnsWatch {
         Ok(Subscriptions { tables, routing: subscribe(SockProtocol::NetlinkRoute, ROUTING)? })
     }
 
-    /// Waits with the runtime of the calling task.
+    /// Registers the sockets with the runtime of the calling task.
     pub fn new(subscriptions: Subscriptions) -> io::Result<Self> {
         let Subscriptions { tables, routing } = subscriptions;
-        // SAFETY: the descriptor is owned by what it is registered in, never closed or replaced before that is dropped.
+        // SAFETY: the AsyncFd owns the descriptor, which is neither closed nor replaced before the AsyncFd is dropped.
         let with = |fd| unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         Ok(Self { tables: with(tables)?, routing: with(routing)? })
     }
 
-    /// Completes when something has changed; what came until then is told at once.
+    /// Completes when something has changed. Changes since the last call are reported at once, together.
     pub async fn seen(&self) -> NetnsChange {
         loop {
             let seen = tokio::select! {
@@ -77,7 +80,7 @@ impl NetnsWatch {
                         }
                         NetnsChange { tables, ..NetnsChange::default() }
                     }
-                    // The runtime ends.
+                    // The runtime is shutting down.
                     Err(_) => std::future::pending().await,
                 },
                 ready = self.routing.readable() => match ready {
@@ -103,12 +106,13 @@ impl NetnsWatch {
     }
 }
 
-/// Datagrams that are read at once: whoever makes changes faster than they are read must not hold the thread. The rest is read with
-/// the next call; it must be, for the kernel tells nothing more to a socket that once was full until that is empty.
+/// Maximum number of datagrams read at once, so that a pod that makes changes faster than they are read cannot occupy the
+/// thread. The next call reads the rest, which is necessary: once a socket was full, the kernel sends nothing more to it until
+/// it is empty.
 const READS_MAX: usize = 256;
 
-/// Reads what there is and shows the kind of each message to `concerns`; whether one does, or some were lost, and whether that
-/// was all.
+/// Reads the waiting messages and calls `concerns` with the type of each. Returns whether `concerns` was true for any or
+/// messages were lost, and whether the socket is empty now.
 fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> (bool, bool) {
     let (mut buffer, mut any) = ([0; 16 * 1024], false);
     for _ in 0..READS_MAX {
@@ -122,7 +126,7 @@ fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> (bool, bool) {
                 }
             }
             Err(Errno::EINTR) => {}
-            // More than the socket could hold.
+            // The socket was full, so messages are lost.
             Err(Errno::ENOBUFS) => any = true,
             Err(_) => return (any, true),
         }

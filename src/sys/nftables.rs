@@ -1,4 +1,4 @@
-//! How often a rule has matched: a named counter of nftables, asked of the kernel without a program (sources:
+//! Reads named counters and the ruleset generation of nftables directly from the kernel, without running `nft` (sources:
 //! linux/netfilter/nfnetlink.h and nf_tables.h).
 
 use super::netlink::{HEADER, REQUEST, header};
@@ -6,10 +6,10 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// Subsystem nftables, `NFT_MSG_NEWOBJ` and `NFT_MSG_GETOBJ`.
+/// Message types: subsystem nftables, `NFT_MSG_NEWOBJ` and `NFT_MSG_GETOBJ`.
 const NEW_OBJECT: u16 = 10 << 8 | 18;
 const GET_OBJECT: u16 = 10 << 8 | 19;
-/// Subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
+/// Message types: subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
 const NEW_GENERATION: u16 = 10 << 8 | 15;
 const GET_GENERATION: u16 = 10 << 8 | 16;
 /// Length of `struct nfgenmsg`.
@@ -22,19 +22,19 @@ const DATA: u16 = 4;
 const PACKETS: u16 = 2;
 /// `NFT_OBJECT_COUNTER`.
 const COUNTER: u32 = 1;
-/// Bits of an attribute's type that are no part of it.
+/// The bits of an attribute's type that are flags.
 const FLAGS: u16 = 0xc000;
 
-/// A family of tables.
+/// The family of a table.
 #[derive(Clone, Copy, Debug)]
 pub enum Family {
     /// IPv4 and IPv6.
     Inet = 1,
-    /// What crosses a bridge.
+    /// Frames that cross a bridge.
     Bridge = 7,
 }
 
-/// The packets that a named counter of the namespace that the thread is in has counted.
+/// The number of packets of a named counter, in the thread's current namespace.
 pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     let mut body = vec![family as u8, 0, 0, 0];
@@ -57,7 +57,7 @@ pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     count.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-/// The generation of the nftables of the namespace that the thread is in: each transaction makes it one more.
+/// The generation of the ruleset in the thread's current namespace. Each transaction increases it by one.
 pub fn generation() -> io::Result<u32> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     let mut message = 20u32.to_ne_bytes().to_vec();
@@ -66,7 +66,7 @@ pub fn generation() -> io::Result<u32> {
     send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
     let mut answer = [0; 4096];
     let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
-    // Behind both headers: the first attribute is NFTA_GEN_ID, in network order.
+    // After both headers and the header of the first attribute: NFTA_GEN_ID, in network byte order.
     let id = answer.get(..length).and_then(|answer| answer.get(HEADER + 8..HEADER + 12)?.try_into().ok());
     let is_one = header(&answer).is_some_and(|(_, kind)| kind == NEW_GENERATION);
     id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_transaction_makes_the_generation_one_more() {
+    fn a_transaction_increases_the_generation_by_one() {
         let seen = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             let nft = |what: &[&str]| assert!(std::process::Command::new("nft").args(what).status().unwrap().success());
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_is_read_and_one_that_is_not_there_is_an_error() {
+    fn a_counter_is_read_and_a_missing_one_is_an_error() {
         let read = std::thread::spawn(|| {
             nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
             let run = |program: &str, what: &[&str]| {

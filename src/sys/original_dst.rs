@@ -1,13 +1,13 @@
-//! The destination a redirected connection was opened to, as connection tracking remembers it.
+//! The original destination of a redirected connection, from connection tracking.
 
 use nix::sys::socket::{getsockopt, sockopt};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::AsFd;
 
-/// Reads `SO_ORIGINAL_DST` (IPv4) or `IP6T_SO_ORIGINAL_DST` (IPv6) of an accepted socket whose peer is `peer`.
+/// Reads `SO_ORIGINAL_DST` (IPv4) or `IP6T_SO_ORIGINAL_DST` (IPv6) of an accepted socket whose client is `peer`.
 ///
-/// There is no fall-back to the local address: a connection whose destination is unknown is an error for the caller.
+/// An unknown original destination is an error. There is no fallback to the local address.
 pub fn original_dst(socket: &impl AsFd, peer: SocketAddr) -> io::Result<SocketAddr> {
     if peer.ip().to_canonical().is_ipv4() {
         let raw = getsockopt(socket, sockopt::OriginalDst)?;
@@ -16,7 +16,7 @@ pub fn original_dst(socket: &impl AsFd, peer: SocketAddr) -> io::Result<SocketAd
     } else {
         let raw = getsockopt(socket, sockopt::Ip6tOriginalDst)?;
         let ip = Ipv6Addr::from(raw.sin6_addr.s6_addr);
-        // A link-local address is nothing without its interface.
+        // A link-local address is valid only with its interface.
         Ok(SocketAddrV6::new(ip, u16::from_be(raw.sin6_port), 0, raw.sin6_scope_id).into())
     }
 }

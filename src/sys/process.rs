@@ -1,4 +1,4 @@
-//! What the processes of a network namespace see: a file as it is in their filesystem, not in ours.
+//! Reads a file as the processes of a network namespace see it: in their root filesystem, not in the daemon's.
 
 use super::netns::id_at;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
@@ -7,16 +7,18 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// Processes of one namespace that are looked at.
+/// Maximum number of processes of one namespace that are tried.
 const PROCESSES_MAX: usize = 16;
 
-/// Bytes that are read of a file; a longer one is cut.
+/// Maximum number of bytes that are read of a file. A longer one is cut.
 const BYTES_MAX: u64 = 64 * 1024;
 
-/// Looks below `proc` for a process in the network namespace `netns` (device and inode) whose file `path` (without the leading
-/// slash) `accept` takes, and gives its id with what was made of the file. The process that `last` found is looked at first, then
-/// those that see another filesystem than we do (a pod's containers do), then the others. May take as long as the machine
-/// has processes; nothing is found where `/proc` shows only our own.
+/// Searches the processes below `proc` for one in the network namespace `netns` (device and inode) whose file `path` (without
+/// the leading slash) is accepted. Returns the process id and what `accept` made of the file's text.
+///
+/// Process `last`, which an earlier call found, is tried first. Then come processes with a mount namespace other than the
+/// daemon's, as a pod's containers have, then the rest. The time grows with the number of processes on the machine. Nothing is
+/// found if `proc` shows only the daemon's own processes.
 pub fn read_file_in_netns<T>(
     proc: &Path,
     netns: (u64, u64),
@@ -46,10 +48,11 @@ fn id(process: &Path, kind: &str) -> Option<(u64, u64)> {
     id_at(&process.join("ns").join(kind))
 }
 
-/// Reads a file as a process sees it. Links lead nowhere outside of its root: what a container links to is its own affair.
+/// Reads a file as a process sees it. Symbolic links are resolved inside the process's root, so a container cannot make the
+/// daemon read files of the host.
 fn read_in_root(process: &Path, path: &str) -> Option<String> {
     let root = open(&process.join("root"), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
-    // Without blocking: it may be a FIFO to which nobody ever writes.
+    // Non-blocking, because the path may be a FIFO to which no process ever writes.
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
         .resolve(ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS);
@@ -81,9 +84,9 @@ mod tests {
         assert!(read(Some(own), "nobody writes this").is_none());
         assert!(
             read_file_in_netns(Path::new("/proc"), (0, 0), "etc/passwd", Some(own), |_| Some(())).is_none(),
-            "nobody is there"
+            "no process is in that namespace"
         );
-        // Neither a link out of the root nor a directory or device is a file of the process.
+        // A link out of the root, a directory or a device is not read.
         for not in ["proc/self/root/etc/passwd", "etc", "dev/zero", "nonexistent"] {
             assert_eq!(read_in_root(Path::new("/proc/self"), not), None, "{not}");
         }

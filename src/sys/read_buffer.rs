@@ -1,4 +1,6 @@
-//! A read buffer that begins small and grows with what comes: a connection that says little must not own much.
+//! A read buffer that starts small and grows with the traffic, so that a quiet connection holds little memory.
+//!
+//! Until the peer is authenticated, the buffer stays small and the number of bytes that the peer may send is limited.
 
 use std::fmt;
 use std::io;
@@ -6,22 +8,22 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// What it begins with, at the first read.
+/// Size of the buffer at the first read.
 const SMALL_BYTES: usize = 8 * 1024;
 
-/// Is shown a byte stream before it is closed.
-type AtEnd<IO> = Box<dyn Fn(&IO) + Send + Sync>;
+/// Called with a byte stream before it is closed.
+type BeforeClose<IO> = Box<dyn Fn(&IO) + Send + Sync>;
 
-/// A byte stream that is read through a buffer, and written to directly.
+/// A byte stream with a read buffer. Writes are not buffered.
 pub struct ReadBuffered<IO> {
     io: IO,
     buffer: Vec<u8>,
     start: usize,
     end: usize,
     max: usize,
-    /// Bytes that may still come before [`ReadBuffered::trust`] is called.
+    /// Bytes that the peer may still send before [`ReadBuffered::trust`] is called; `None` afterwards.
     allowed: Option<usize>,
-    at_end: Option<AtEnd<IO>>,
+    before_close: Option<BeforeClose<IO>>,
 }
 
 impl<IO: fmt::Debug> fmt::Debug for ReadBuffered<IO> {
@@ -32,18 +34,18 @@ impl<IO: fmt::Debug> fmt::Debug for ReadBuffered<IO> {
 
 impl<IO> Drop for ReadBuffered<IO> {
     fn drop(&mut self) {
-        if let Some(at_end) = &self.at_end {
-            at_end(&self.io);
+        if let Some(before_close) = &self.before_close {
+            before_close(&self.io);
         }
     }
 }
 
-/// What a peer may say before it is trusted (TLS handshakes with a post-quantum key exchange and a chain of certificates take less
-/// than half of it).
+/// Bytes that a peer may send before it is authenticated. A TLS handshake with a post-quantum key exchange and a chain of
+/// certificates takes less than half of that.
 const UNTRUSTED_BYTES: usize = 32 * 1024;
 
 impl<IO> ReadBuffered<IO> {
-    /// Reads of `io` through a small buffer, of 32 KiB in all: more than a handshake needs, and little to hold for a stranger.
+    /// Reads `io` through a small buffer, and at most [`UNTRUSTED_BYTES`] in all until [`ReadBuffered::trust`] is called.
     pub fn new(io: IO) -> Self {
         Self {
             io,
@@ -52,18 +54,18 @@ impl<IO> ReadBuffered<IO> {
             end: 0,
             max: SMALL_BYTES,
             allowed: Some(UNTRUSTED_BYTES),
-            at_end: None,
+            before_close: None,
         }
     }
 
-    /// From now on as much is read as comes, up to `max` bytes at once.
+    /// Removes the limit, once the peer is authenticated. From now on the buffer may grow to `max` bytes.
     pub fn trust(&mut self, max: usize) {
         (self.max, self.allowed) = (max, None);
     }
 
-    /// Shows the stream to `work` before it is closed.
-    pub fn at_end(&mut self, work: impl Fn(&IO) + Send + Sync + 'static) {
-        self.at_end = Some(Box::new(work));
+    /// Calls `work` with the stream before the stream is closed.
+    pub fn before_close(&mut self, work: impl Fn(&IO) + Send + Sync + 'static) {
+        self.before_close = Some(Box::new(work));
     }
 }
 
@@ -74,7 +76,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for ReadBuffered<IO> {
             if buffer.is_empty() {
                 buffer.resize(SMALL_BYTES.min(*max), 0);
             } else if *end == buffer.len() && buffer.len() < *max {
-                // The last read filled it: there is more than fits.
+                // The last read filled the buffer, so more bytes are waiting than fit.
                 *buffer = vec![0; (buffer.len() * 4).min(*max)];
             }
             let mut fresh = ReadBuf::new(buffer);
@@ -84,7 +86,8 @@ impl<IO: AsyncRead + Unpin> AsyncRead for ReadBuffered<IO> {
             if let Some(left) = allowed {
                 let Some(less) = left.checked_sub(*end) else {
                     *end = 0;
-                    return Poll::Ready(Err(io::Error::other("it says too much before it has proven who it is")));
+                    let error = format!("the peer sent more than {UNTRUSTED_BYTES} bytes before it was authenticated");
+                    return Poll::Ready(Err(io::Error::other(error)));
                 };
                 *left = less;
             }
@@ -129,7 +132,7 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     #[tokio::test]
-    async fn a_stranger_is_heard_for_so_long_only_and_through_little() {
+    async fn an_unauthenticated_peer_may_send_little_and_has_a_small_buffer() {
         let (mut far, near) = tokio::io::duplex(1 << 20);
         let mut reader = ReadBuffered::new(near);
         far.write_all(&vec![1; UNTRUSTED_BYTES + 1]).await.unwrap();
@@ -139,11 +142,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_comes_in_order_and_the_buffer_follows_what_comes() {
+    async fn bytes_arrive_in_order_and_the_buffer_grows_with_the_traffic() {
         let (mut far, near) = tokio::io::duplex(1 << 20);
         let mut reader = ReadBuffered::new(near);
         reader.trust(128 * 1024);
-        assert_eq!(reader.buffer.len(), 0, "nothing has come");
+        assert_eq!(reader.buffer.len(), 0, "no buffer before the first read");
         let all: Vec<u8> = (0..400_000u32).map(|n| (n % 251) as u8).collect();
         far.write_all(&all[..100]).await.unwrap();
         let mut got = vec![0; 100];

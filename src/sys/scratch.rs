@@ -1,20 +1,20 @@
-//! One read buffer per thread, borrowed for the length of a read: an idle connection owns none.
+//! One read buffer per thread, borrowed for a single read, so that an idle connection holds no buffer.
 
 use bytes::Bytes;
 use std::cell::RefCell;
 use std::io;
 use tokio::net::TcpStream;
 
-/// Size of the buffer, and so of the largest single read. With the 9 bytes of its frame's head it fills eight TLS
-/// records exactly.
+/// Size of the buffer, and so of the largest single read. With the 9-byte header of an HTTP/2 frame it fills exactly eight
+/// TLS records.
 pub const SCRATCH_BYTES: usize = 128 * 1024 - 9;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
 }
 
-/// Reads up to `limit` bytes that are there now and copies them out at their exact size. Empty: end of stream.
-/// `WouldBlock`: nothing is there.
+/// Reads up to `limit` bytes without waiting, and returns a copy of exactly that size. An empty result is the end of the stream;
+/// the error `WouldBlock` means that no bytes are waiting.
 pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
     SCRATCH.with_borrow_mut(|scratch| {
         let room = scratch.len().min(limit);
@@ -24,16 +24,17 @@ pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
     })
 }
 
-/// Which socket failed while bytes were passed from one to another.
+/// Which socket failed while bytes were copied from one to the other.
 #[derive(Debug)]
 pub enum PassError {
-    /// The one that is read.
+    /// The socket that is read.
     From(io::Error),
-    /// The one that is written.
+    /// The socket that is written.
     To(io::Error),
 }
 
-/// Reads what is there and writes as much of it as fits, both now; gives the bytes read and the rest not written.
+/// Reads the waiting bytes and writes as many of them as fit, without waiting. Returns the number of bytes read, and those of
+/// them that could not be written yet.
 pub fn pass_now(from: &TcpStream, to: &TcpStream) -> Result<(usize, Bytes), PassError> {
     SCRATCH.with_borrow_mut(|scratch| {
         let length = from.try_read(scratch).map_err(PassError::From)?;
@@ -49,7 +50,7 @@ pub fn pass_now(from: &TcpStream, to: &TcpStream) -> Result<(usize, Bytes), Pass
     })
 }
 
-/// Writes all of `bytes`, waiting for room as needed.
+/// Writes all bytes, waiting for room as needed.
 pub async fn write_all(to: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         match to.try_write(bytes) {

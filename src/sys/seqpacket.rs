@@ -1,4 +1,4 @@
-//! A unix socket of type SOCK_SEQPACKET: one message per packet, with descriptors beside it.
+//! Unix sockets of type `SOCK_SEQPACKET`: one message per packet, optionally with descriptors.
 
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -13,20 +13,20 @@ use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// Descriptors that one packet can bring (Linux, `SCM_MAX_FD`): with room for all, none is ever lost on the way.
+/// Maximum number of descriptors in one packet (Linux, `SCM_MAX_FD`). There is always room for all, so none is lost.
 const DESCRIPTORS_MAX: usize = 253;
 
-/// Connections that may wait to be taken.
+/// Connections that may wait to be accepted.
 const WAITING: i32 = 128;
 
-/// One packet.
+/// One received packet.
 #[derive(Debug)]
 pub struct Packet {
-    /// Its bytes; none: the other end has closed.
+    /// Its bytes. Empty if the other end has closed the connection.
     pub bytes: Vec<u8>,
-    /// The descriptors beside it.
+    /// The descriptors that came with it.
     pub descriptors: Vec<OwnedFd>,
-    /// Whether it, or its descriptors, did not fit.
+    /// Whether bytes or descriptors are missing because they did not fit.
     pub truncated: bool,
 }
 
@@ -37,7 +37,7 @@ pub struct Seqpacket {
 }
 
 impl Seqpacket {
-    /// Connects; never waits: a full queue at the other end is an error like any other.
+    /// Connects without waiting. A full queue at the other end is an error.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
@@ -46,12 +46,12 @@ impl Seqpacket {
     }
 
     fn of(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
+        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })
     }
 
-    /// Sends one packet with a descriptor beside it.
+    /// Sends one packet with a descriptor.
     pub async fn send_with(&self, bytes: &[u8], descriptor: impl AsFd) -> io::Result<()> {
         let beside = [descriptor.as_fd().as_raw_fd()];
         let write = |fd: &OwnedFd| {
@@ -59,14 +59,14 @@ impl Seqpacket {
             Ok(sendmsg::<()>(fd.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)?)
         };
         let sent = self.socket.async_io(Interest::WRITABLE, write).await?;
-        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent in part")) }
+        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent only in part")) }
     }
 
     /// Sends one packet.
     pub async fn send(&self, bytes: &[u8]) -> io::Result<()> {
         let write = |fd: &OwnedFd| Ok(send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?);
         let sent = self.socket.async_io(Interest::WRITABLE, write).await?;
-        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent in part")) }
+        if sent == bytes.len() { Ok(()) } else { Err(io::Error::other("a packet was sent only in part")) }
     }
 
     /// Receives one packet of up to `size` bytes.
@@ -75,19 +75,19 @@ impl Seqpacket {
     }
 }
 
-/// A socket that takes connections.
+/// A socket that accepts connections.
 #[derive(Debug)]
 pub struct Listener {
     socket: AsyncFd<OwnedFd>,
 }
 
 impl Listener {
-    /// Listens at `path`, in the place of whoever did before; root alone may connect. `new` is a name beside it that nobody else
-    /// uses: two may take the path at the same moment.
+    /// Listens at `path`, replacing an earlier listener. Only root may connect. `new` is a unique temporary path in the same
+    /// folder, because two processes may replace the listener at the same moment.
     pub fn bind(path: &Path, new: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-        // Under another name first: at no moment is there a path at which nobody listens.
+        // Under the temporary name first, so that `path` leads to a listening socket at every moment.
         bind(fd.as_raw_fd(), &UnixAddr::new(new)?)?;
         let ready = || {
             std::fs::set_permissions(new, Permissions::from_mode(0o600))?;
@@ -95,20 +95,20 @@ impl Listener {
             std::fs::rename(new, path)
         };
         if let Err(error) = ready() {
-            // It only takes room.
+            // Best effort: a file that stays only takes room.
             let _ = std::fs::remove_file(new);
             return Err(error);
         }
-        // SAFETY: an OwnedFd owns its descriptor, gives the same one for all its life and closes it only when dropped.
+        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })
     }
 
-    /// Takes the next connection.
+    /// Accepts the next connection.
     pub async fn accept(&self) -> io::Result<Seqpacket> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let accepted = self.socket.async_io(Interest::READABLE, |fd| Ok(accept4(fd.as_raw_fd(), flags)?)).await?;
-        // SAFETY: the kernel has just made this descriptor for us; nobody else knows of it.
+        // SAFETY: the kernel has just made this descriptor for this call, so nothing else owns it.
         Seqpacket::of(unsafe { OwnedFd::from_raw_fd(accepted) })
     }
 }
@@ -120,10 +120,10 @@ fn read(fd: RawFd, size: usize) -> io::Result<Packet> {
     let message = recvmsg::<()>(fd, &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
     let (length, flags) = (message.bytes, message.flags);
     let mut descriptors = Vec::new();
-    // An error says that control data is missing: no descriptors were left to receive them in.
+    // An error means that control data is missing, because this process had no room for further descriptors.
     for control in message.cmsgs().into_iter().flatten() {
         if let ControlMessageOwned::ScmRights(received) = control {
-            // SAFETY: the kernel has just made these descriptors for us; nobody else knows of them.
+            // SAFETY: the kernel has just made these descriptors for this call, so nothing else owns them.
             descriptors.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }

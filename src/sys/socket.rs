@@ -1,4 +1,4 @@
-//! Sockets with the options that a transparent proxy needs. All of them are made by one of these functions.
+//! Makes all TCP and UDP sockets of the daemon, with the options that a transparent proxy needs.
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
@@ -11,37 +11,37 @@ use tokio::io::unix::AsyncFd;
 /// Length of a listener's accept queue.
 const BACKLOG: i32 = 1024;
 
-/// Keepalive of a TCP connection.
+/// TCP keepalive settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Keepalive {
-    /// Silence before the first probe.
+    /// Idle time before the first keepalive packet.
     pub time: Duration,
-    /// Time between probes.
+    /// Time between keepalive packets.
     pub interval: Duration,
-    /// Unanswered probes before the connection is given up.
+    /// Unanswered keepalive packets after which the connection is given up.
     pub retries: u32,
-    /// Whether unacknowledged data ends a connection after the same time in all (`TCP_USER_TIMEOUT`).
+    /// Whether data that stays unacknowledged for the same total time also ends the connection (`TCP_USER_TIMEOUT`).
     pub user_timeout: bool,
 }
 
 impl Keepalive {
-    /// After which a silent connection is given up.
+    /// The time after which a silent connection is given up.
     fn bound(&self) -> Duration {
         self.time.saturating_add(self.interval.saturating_mul(self.retries))
     }
 }
 
-/// Options set on every leg of a connection.
+/// Options that are set on every leg.
 #[derive(Clone, Copy, Debug)]
 pub struct LegOptions {
-    /// Keepalive, or none.
+    /// Keepalive settings; `None` for no keepalive.
     pub keepalive: Option<Keepalive>,
-    /// `TCP_NOTSENT_LOWAT` in bytes: how much unsent data the kernel takes before the socket stops being writable.
+    /// `TCP_NOTSENT_LOWAT` in bytes: how much unsent data the kernel accepts before the socket stops being writable.
     pub notsent_lowat: Option<u32>,
 }
 
-/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on one leg. Urgent data is read in its place among the rest:
-/// else its last byte would be lost.
+/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on a leg. Urgent data is read in line with the other bytes,
+/// because its last byte would be lost otherwise.
 pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
@@ -59,15 +59,15 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
     Ok(())
 }
 
-/// Has the kernel give a connection up, and send no more, once its peer has acknowledged nothing for so long, or for the shorter
-/// time that its keepalive allows: the kernel goes by this bound for keepalive too.
+/// Makes the kernel give a connection up once its peer has not acknowledged data for the time `unacknowledged`. If keepalive
+/// allows less time, that shorter time is set, because this option overrides keepalive's own limit.
 pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
     let bound = options.keepalive.map_or(unacknowledged, |keepalive| keepalive.bound().min(unacknowledged));
     SockRef::from(socket).set_tcp_user_timeout(Some(bound))
 }
 
-/// Binds a listener for captured traffic in the namespace the thread is in: dual-stack where `ipv6`, marked,
-/// transparent (so that replies to foreign addresses find it), shared with a second daemon where `reuse_port`.
+/// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with `reuse_port`
+/// a second daemon may share the port. It is marked, and transparent so that it can answer from foreign addresses.
 pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
@@ -87,8 +87,8 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     Ok(socket.into())
 }
 
-/// Binds a listener on a port of every address of one family in the namespace the thread is in, for what is redirected there
-/// from the same machine.
+/// Binds a listener to a port on all addresses of one family in the thread's current namespace, for connections that are
+/// redirected to it from the same machine.
 pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = bound(port, v4, Type::STREAM, reuse_port)?;
     socket.set_mark(mark)?;
@@ -96,7 +96,7 @@ pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Resu
     Ok(socket.into())
 }
 
-/// Binds a datagram socket on a port of every address of one family in the namespace the thread is in.
+/// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace.
 pub fn bind_datagram(port: u16, v4: bool, reuse_port: bool) -> io::Result<UdpSocket> {
     Ok(bound(port, v4, Type::DGRAM, reuse_port)?.into())
 }
@@ -111,14 +111,14 @@ fn bound(port: u16, v4: bool, kind: Type, reuse_port: bool) -> io::Result<Socket
     if reuse_port {
         socket.set_reuse_port(true)?;
     } else if kind == Type::STREAM {
-        // For datagrams this would let another process share the port.
+        // For streams only: with datagrams this would let another process share the port.
         socket.set_reuse_address(true)?;
     }
     socket.bind(&address.into())?;
     Ok(socket)
 }
 
-/// Makes a marked, non-blocking datagram socket that speaks to `to` alone, in the namespace the thread is in.
+/// Makes a marked, non-blocking datagram socket that is connected to `to`, in the thread's current namespace.
 pub fn outgoing_datagram(to: SocketAddr, mark: u32) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
     socket.set_mark(mark)?;
@@ -126,17 +126,17 @@ pub fn outgoing_datagram(to: SocketAddr, mark: u32) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// Where an outgoing connection comes from.
+/// The local address of an outgoing connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Bind {
-    /// Address and port; port 0 is any that is free for the destination.
+    /// Address and port. Port 0 means any port that is free for the destination.
     pub address: SocketAddr,
-    /// Whether the address is not one of the namespace's.
+    /// Whether the address does not belong to the namespace.
     pub foreign: bool,
 }
 
-/// Makes a marked, non-blocking TCP socket for a connection to `to` in the namespace the thread is in. Its port keeps no
-/// application from listening on it that sets `SO_REUSEADDR`.
+/// Makes a marked, non-blocking TCP socket for a connection to `to`, in the thread's current namespace. Applications that set
+/// `SO_REUSEADDR` can still listen on its local port.
 pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_mark(mark)?;
@@ -155,7 +155,8 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
             _ => {}
         }
         if address.port() == 0 {
-            // Without it a port would be reserved per source address whatever the destination, and run out.
+            // Without this option, binding would reserve a port for the source address whatever the destination, and ports
+            // would run out.
             set_flag(&socket, nix::libc::IPPROTO_IP, nix::libc::IP_BIND_ADDRESS_NO_PORT)?;
         }
         socket.bind(&address.into())?;
@@ -163,29 +164,29 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
     Ok(socket)
 }
 
-/// Sets a flag that socket2 has no method for.
+/// Sets a flag for which socket2 has no method.
 fn set_flag(socket: &Socket, level: i32, name: i32) -> io::Result<()> {
     let on: nix::libc::c_int = 1;
     let length = nix::libc::socklen_t::try_from(size_of_val(&on)).unwrap_or(4);
-    // SAFETY: the descriptor is open, and pointer and length describe a live integer, which both options take.
+    // SAFETY: the descriptor is open, and pointer and length describe a live integer, which is what these options take.
     match unsafe { nix::libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const on).cast(), length) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Registers a listener with the runtime of this thread, to be told when a connection waits.
+/// Registers a listener with the runtime of this thread, so that tasks can wait for connections.
 pub fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
-    // SAFETY: a TcpListener owns its descriptor, gives the same one for all its life and closes it only when dropped.
+    // SAFETY: a TcpListener owns its descriptor, returns the same one for all its life and closes it only when dropped.
     unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
 }
 
-/// Makes an unmarked socket, as an application of the namespace would.
+/// Makes an unmarked TCP socket, as an application in the namespace would.
 pub fn ordinary(to: SocketAddr) -> io::Result<Socket> {
     Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
 }
 
-/// Starts connecting a non-blocking socket; the caller waits for it to become writable.
+/// Starts to connect a non-blocking socket. The caller waits until it is writable.
 pub fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     match socket.connect(&SockAddr::from(to)) {
         Err(e) if e.raw_os_error() == Some(nix::libc::EINPROGRESS) => Ok(()),
@@ -193,19 +194,19 @@ pub fn start_connect(socket: &Socket, to: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Bytes written to a TCP socket that its peer has not acknowledged (`SIOCOUTQ`, tcp(7)).
+/// The number of bytes written to a TCP socket that the peer has not acknowledged (`SIOCOUTQ`, tcp(7)).
 pub fn unacknowledged(socket: &impl AsRawFd) -> io::Result<usize> {
     let mut bytes: nix::libc::c_int = 0;
-    // SAFETY: the descriptor is open, and this request writes one integer, which the pointer leads to.
+    // SAFETY: the descriptor is open, and this request writes one integer to the pointer.
     match unsafe { nix::libc::ioctl(socket.as_raw_fd(), nix::libc::TIOCOUTQ, &raw mut bytes) } {
         0 => Ok(usize::try_from(bytes).unwrap_or(0)),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Makes the coming close of this socket send RST instead of FIN.
+/// Makes closing this socket send RST instead of FIN.
 pub fn reset_on_close(socket: &impl AsFd) {
-    // Only fails for a descriptor that is no socket; the close then is the ordinary one.
+    // This fails only for a descriptor that is not a socket, which is then closed normally.
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
@@ -214,7 +215,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_of_a_leg_are_really_set() {
+    fn the_options_of_a_leg_are_set() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let keepalive = Keepalive {
             time: Duration::from_secs(180),
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tunnel_is_given_up_after_the_shorter_of_its_own_bound_and_keepalives() {
+    fn a_tunnel_is_given_up_after_its_own_limit_or_the_shorter_one_of_keepalive() {
         let seconds = Duration::from_secs;
         let keepalive = |time, user_timeout| {
             Some(Keepalive { time: seconds(time), interval: seconds(2), retries: 5, user_timeout })

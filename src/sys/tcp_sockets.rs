@@ -1,5 +1,5 @@
-//! The TCP sockets of a network namespace: which connections are open, and ending some (sources: sock_diag(7),
-//! linux/inet_diag.h, linux/sock_diag.h).
+//! Lists the open TCP connections of a network namespace, and ends single ones (sources: sock_diag(7), linux/inet_diag.h,
+//! linux/sock_diag.h).
 
 use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
@@ -7,37 +7,39 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
+/// `SOCK_DIAG_BY_FAMILY`, `SOCK_DESTROY`, `NLM_F_ACK`, `NLM_F_DUMP`, `NLMSG_DONE`.
 const BY_FAMILY: u16 = 20;
 const DESTROY: u16 = 21;
 const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
 const DONE: u16 = 3;
 
-/// Where `struct inet_diag_msg` has its `inet_diag_sockid`, and how long that is.
+/// Offset of the `inet_diag_sockid` in an answer (`struct inet_diag_msg`), and its length.
 const ID_AT: usize = HEADER + 4;
 const ID: usize = 48;
-/// Where the attributes begin, and the one of the socket's mark (`INET_DIAG_MARK`), which the kernel tells whoever has CAP_NET_ADMIN.
+/// Offset of the attributes in an answer, and the attribute with the socket's mark (`INET_DIAG_MARK`), which the kernel sends
+/// only to processes with CAP_NET_ADMIN.
 const ATTRIBUTES_AT: usize = HEADER + 72;
 const MARK: u16 = 15;
-/// States of a connection that carries, or will: established, SYN sent, FIN waits, close wait.
+/// The states of open connections: established, SYN sent, FIN wait 1 and 2, close wait.
 const STATES: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8;
 
 /// One open connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TcpSocket {
-    /// Its own address.
+    /// The local address.
     pub local: SocketAddr,
-    /// Its peer.
+    /// The peer's address.
     pub peer: SocketAddr,
-    /// Tells it from every other socket, also a later one of the same addresses.
+    /// Unique number, which tells the socket from a later one with the same addresses.
     pub cookie: u64,
-    /// Its `SO_MARK`; 0 where it has none.
+    /// The `SO_MARK`; 0 if the socket has none.
     pub mark: u32,
     family: u8,
     id: [u8; ID],
 }
 
-/// The connections of the namespace that the thread is in.
+/// The open connections of the thread's current namespace.
 pub fn open() -> io::Result<Vec<TcpSocket>> {
     let diag = diag()?;
     let mut all = Vec::new();
@@ -64,7 +66,7 @@ pub fn open() -> io::Result<Vec<TcpSocket>> {
     Ok(all)
 }
 
-/// Ends a connection: both ends see it reset. One that has ended by itself is no error.
+/// Ends a connection: both ends see a reset. A connection that has ended already is no error.
 pub fn end(which: &TcpSocket) -> io::Result<()> {
     let diag = diag()?;
     send(diag.as_raw_fd(), &request(DESTROY, REQUEST | ACK, which.family, &which.id), MsgFlags::empty())?;
@@ -116,7 +118,7 @@ fn read(message: &[u8]) -> Option<TcpSocket> {
     Some(TcpSocket { local, peer, cookie, mark, family, id })
 }
 
-/// The value of an attribute (source: linux/netlink.h, `struct nlattr`).
+/// The value of the first attribute with this number (source: linux/netlink.h, `struct nlattr`).
 fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
     loop {
         let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
@@ -146,7 +148,7 @@ mod tests {
             let (_server, _) = listener.accept().unwrap();
             let ours = |all: &[TcpSocket]| all.iter().find(|s| s.peer == listener.local_addr().unwrap()).cloned();
             let all = open().unwrap();
-            assert_eq!(all.len(), 2, "both ends, and no listener: {all:?}");
+            assert_eq!(all.len(), 2, "both ends but not the listener: {all:?}");
             assert!(all.iter().all(|socket| socket.mark == 0));
             socket2::SockRef::from(&client).set_mark(0x539).unwrap();
             assert_eq!(ours(&open().unwrap()).unwrap().mark, 0x539);

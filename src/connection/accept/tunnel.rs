@@ -71,7 +71,7 @@ pub async fn handshake(
     let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
     let facts = TlsFacts::of(state);
     let account = buffers.account(&identity.to_string(), true);
-    tls.get_mut().0.at_end(reset_if_cut(&account));
+    tls.get_mut().0.before_close(reset_if_cut(&account));
     let tunnel = hbone::Server::handshake(tls, config, &account).await?;
     Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
 }

@@ -133,7 +133,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
         // What is held here, the pod has asked for.
         let account = origin.buffers.account(&origin.pod, false);
-        tls.get_mut().0.at_end(reset_if_cut(&account));
+        tls.get_mut().0.before_close(reset_if_cut(&account));
         let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
         driver.settled().await.map_err(|error| match error {
