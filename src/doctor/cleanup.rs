@@ -1,4 +1,7 @@
-//! `culvert cleanup`: removes every trace of culvert from a node. Never while a daemon runs: that would write it all again.
+//! `culvert cleanup`: removes every trace of culvert from a node.
+//!
+//! It refuses to run while a daemon runs, because the daemon would write everything again. Without `--all` it does not touch
+//! rules of other nodes' daemons.
 
 use super::daemon::get;
 use crate::config::Config;
@@ -10,30 +13,30 @@ use crate::sys::seqpacket::Seqpacket;
 use serde_json::Value;
 use std::time::Duration;
 
-/// How long the Kubernetes API may take to forget the pods' annotations.
-const FORGET: Duration = Duration::from_secs(10);
+/// How long removing the pods' annotations through the Kubernetes API may take.
+const ANNOTATIONS_DEADLINE: Duration = Duration::from_secs(10);
 
-/// What has become of a node that was to be cleaned.
+/// The result of a cleanup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cleaned {
-    /// Nothing of ours is left.
+    /// Nothing of culvert is left.
     Yes,
     /// Something could not be removed.
     NotAll,
-    /// A daemon runs: nothing has been touched.
+    /// A daemon runs, or may run. Nothing has been removed.
     InUse,
 }
 
-/// Cleans the node and hands a line for each thing to `say`. With `all` also rules that another node's daemon has written, or a version
-/// that did not say for which node.
+/// Cleans the node and passes a line for each removed thing to `say`. With `all` it also removes rules of another node's daemon,
+/// and rules of old versions that do not name their node.
 pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Cleaned {
     if is_in_use(config) {
-        say("FAIL  a daemon runs on this node, and would write everything again; end it first");
+        say("FAIL  a daemon is running on this node and would write everything again; stop it first");
         return Cleaned::InUse;
     }
     if matches!(config.node.source, Source::Agent(_)) && !all {
-        say("FAIL  whether a daemon that an agent gives pods to runs on this node cannot be seen from here;");
-        say("      where none does, --all removes what such daemons have written");
+        say("FAIL  with an agent as the source of pods, it is unknown whether a daemon is running on this node;");
+        say("      if none is, use --all to remove the rules of such daemons");
         return Cleaned::InUse;
     }
     let mut fine = true;
@@ -50,7 +53,7 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
     let rules = node.remove_rules(all).await;
     rules.ours.into_iter().for_each(&mut done);
     let mut no_plugin = None;
-    let mut annotations = Some("no settings of enrolment by Kubernetes are given".to_owned());
+    let mut annotations = Some("there are no settings for the Kubernetes API".to_owned());
     if let Source::Kubernetes(kubernetes) = &config.node.source
         && let Some(cni) = &kubernetes.cni
     {
@@ -60,65 +63,66 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
             Err(error) => done((install::PLUGIN.into(), Err(error.to_string()))),
         }
     }
-    // Looked at again: what is removed from here on a daemon that has begun would miss.
+    // Checked again, because a daemon that has started in the meantime needs what is removed from here on.
     if is_in_use(config) {
         done((
-            "state files, annotations, and what daemons meet at".into(),
-            Err("a daemon has begun meanwhile; end it, and clean up again".into()),
+            "state files, annotations, and the locks and socket of daemons".into(),
+            Err("a daemon has started in the meantime; stop it, and run the cleanup again".into()),
         ));
     } else {
         if let Source::Kubernetes(kubernetes) = &config.node.source {
             kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
-            annotations = forget(kubernetes).await.err();
+            annotations = remove_annotations(kubernetes).await.err();
         }
         config.state_files().iter().map(|file| remains::remove_file(file)).for_each(&mut done);
     }
     if rules.others > 0 {
         say(&format!(
-            "note  {} namespaces hold rules of another node, or of a version that did not say for which node; --all removes these too",
+            "note  {} namespaces hold rules of another node, or of an old version that does not name its node; --all removes them too",
             rules.others
         ));
     }
     if rules.unreadable > 0 {
         say(&format!(
-            "note  not removed: {} namespaces hold rules that are too many to be read, maybe of culvert; --all removes these too",
+            "note  {} namespaces hold too many rules to read, perhaps culvert's too; --all removes culvert's rules there as well",
             rules.unreadable
         ));
     }
     let left = match rules.others + rules.unreadable {
-        0 => "no trace is left on this node",
-        _ => "nothing that is certainly this node's is left",
+        0 => "no trace of culvert is left on this node",
+        _ => "nothing that certainly belongs to this node is left",
     };
     if let Some(place) = no_plugin {
         say(&format!(
-            "note  no CNI plugin of culvert is in {place}; where the daemon had other folders, clean up with these"
+            "note  there is no CNI plugin of culvert in {place}; if the daemon used other folders, run the cleanup with those settings"
         ));
     }
     match annotations {
         _ if !fine => {}
-        None => say(&format!("ok    {left}; pods go on without the mesh")),
+        None => say(&format!("ok    {left}; pods continue without the mesh")),
         Some(why) => {
-            say(&format!("ok    {left}, but for the pods' annotation ambient.istio.io/redirection: {why};"));
-            say("      it stays until they end or: kubectl annotate pod POD ambient.istio.io/redirection-");
+            say(&format!("ok    {left}, except for the pods' annotation ambient.istio.io/redirection: {why};"));
+            say("      remove it with: kubectl annotate pod POD ambient.istio.io/redirection-");
         }
     }
     if fine { Cleaned::Yes } else { Cleaned::NotAll }
 }
 
-/// Removes the pods' annotations.
-async fn forget(config: &kubernetes::Config) -> Result<(), String> {
-    let forget = async {
+/// Removes the annotations of this node's pods.
+async fn remove_annotations(config: &kubernetes::Config) -> Result<(), String> {
+    let removing = async {
         let client = kubernetes::client(config).await?;
         annotate::forget_all(client, &config.node_name).await
     };
-    let late = || Err(format!("the Kubernetes API does not answer within {} s", FORGET.as_secs()));
-    tokio::time::timeout(FORGET, forget).await.unwrap_or_else(|_| late())
+    let late = || Err(format!("the Kubernetes API has not answered within {} s", ANNOTATIONS_DEADLINE.as_secs()));
+    tokio::time::timeout(ANNOTATIONS_DEADLINE, removing).await.unwrap_or_else(|_| late())
 }
 
-/// Whether a daemon runs on this node: in our network namespace, as the one that the CNI plugin asks, or among those that take turns.
+/// Whether a daemon runs on this node: one that answers on the admin port of this network namespace, or listens on the CNI socket,
+/// or holds a lock of the daemons that take turns.
 fn is_in_use(config: &Config) -> bool {
     let pods = get(config.admin.admin_port, "/pods");
-    // Anybody may listen at that port of a node.
+    // Another program may listen on this port of the node.
     if pods.is_ok_and(|(status, body)| status == 200 && serde_json::from_str::<Vec<Value>>(&body).is_ok()) {
         return true;
     }

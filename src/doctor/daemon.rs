@@ -1,4 +1,4 @@
-//! The daemon of this node, through its own ports.
+//! Queries the running daemon of this node through its HTTP ports, and checks what it says: readiness, open files, clocks.
 
 use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::{CaSource, Config};
@@ -8,20 +8,20 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant, SystemTime};
 
-/// How long a page of the daemon may take: that of a large mesh is made for a while.
+/// How long a page of the daemon may take. The pages of a large mesh take a while to make.
 const PAGE_DEADLINE: Duration = Duration::from_secs(5);
 
-/// What the daemon of this node is set to, by variable, as its admin port says.
+/// The settings of the running daemon by variable, from its admin port.
 pub fn settings(port: u16) -> Result<BTreeMap<String, String>, String> {
     let (_, body) = get(port, "/config_dump")?;
     let dump: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/config_dump: {error}"))?;
     let settings = dump.pointer("/config/settings").and_then(serde_json::Value::as_object);
-    let settings = settings.ok_or("it does not tell its settings: another version?")?;
+    let settings = settings.ok_or("/config_dump has no settings; is the daemon of another version?")?;
     let text = |(name, value): (&String, &serde_json::Value)| Some((name.clone(), value.as_str()?.to_owned()));
     Ok(settings.iter().filter_map(text).collect())
 }
 
-/// What the daemon of this node says of itself.
+/// The state of the running daemon.
 pub(super) struct Daemon {
     pub(super) pods: Vec<serde_json::Value>,
     ready: (u16, String),
@@ -30,7 +30,7 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
-    pub(super) fn look(config: &Config) -> Result<Self, String> {
+    pub(super) fn query(config: &Config) -> Result<Self, String> {
         let admin = &config.admin;
         let json = |path: &str| {
             let (_, body) = get(admin.admin_port, path)?;
@@ -43,8 +43,8 @@ impl Daemon {
 
     pub(super) fn readiness(&self) -> Finding {
         match &self.ready {
-            (200, _) => ok("daemon", "runs and is ready"),
-            (_, why) => fail("daemon", format!("runs and is not ready: {}", why.trim())),
+            (200, _) => ok("daemon", "the daemon runs and is ready"),
+            (_, why) => fail("daemon", format!("the daemon runs but is not ready: {}", why.trim())),
         }
     }
 
@@ -54,19 +54,20 @@ impl Daemon {
             line.unwrap_or(0.0)
         };
         let (open, max) = (metric("process_open_fds "), metric("process_max_fds "));
-        let text = format!("{open} of {max} are open");
+        let text = format!("{open} of at most {max} files are open");
         match open > 0.8 * max {
             true => fail(
                 "open files",
                 format!(
-                    "{text}: the largest pod's newest connections are refused; raise the limit of the container runtime"
+                    "{text}: the newest connections of the largest pod are refused; raise the container runtime's limit of \
+                     open files (LimitNOFILE)"
                 ),
             ),
             false => ok("open files", text),
         }
     }
 
-    /// Certificates are made by the CA's clock, and judged by those of this node and of its peers.
+    /// Checks the clocks. Certificates are issued by the CA's clock, and verified by those of this node and of its peers.
     pub(super) fn clock(&self, config: &Config) -> Finding {
         let now = SystemTime::now();
         let here = humantime::format_rfc3339_seconds(now);
@@ -77,43 +78,49 @@ impl Daemon {
         for identity in all {
             let name = identity["identity"].as_str().unwrap_or_default();
             if let Some(error) = identity["error"].as_str().filter(|error| error.contains("clock")) {
-                return fail(
-                    "clock",
-                    format!("{name}: {error}; it is {here} here: set this node's clock, or the CA's"),
-                );
+                let text = format!("there is no certificate for {name}: {error}; this node's time is {here}");
+                return fail("clock", format!("{text}: correct this node's clock or the CA's"));
             }
             let Some(leaf) = identity["certChain"].get(0) else { continue };
             seen += 1;
             let (from, to) = (&leaf["validFrom"], &leaf["expirationTime"]);
             if time(from).is_some_and(|from| from > now) || time(to).is_some_and(|to| to < now) {
-                let text = format!("{name} is valid from {from} to {to}, and it is {here} here: set this node's clock");
-                return fail("clock", format!("{text}, or the CA's"));
+                let text =
+                    format!("the certificate of {name} is valid from {from} to {to}; this node's time is {here}");
+                return fail("clock", format!("{text}: correct this node's clock or the CA's"));
             }
         }
         let failed = self.failures("clock");
         if failed > 0.0 {
-            let text =
-                format!("{failed} handshakes have failed because a certificate was not valid by one of the two clocks");
+            let text = format!(
+                "{failed} handshakes have failed because a certificate was not valid by the clock of one of the two nodes"
+            );
             return note(
                 "clock",
-                format!("{text}; it is {here} here: compare with the peers, which the access log names"),
+                format!("{text}; this node's time is {here}: compare it with the peers that the access log names"),
             );
         }
         if clock::is_synchronized() == Some(false) {
-            let text = "no time service keeps this node's clock: peers refuse certificates once it is a minute off";
-            return note("clock", format!("{text}; it is {here} here"));
+            let text =
+                "no time service synchronizes this node's clock, and peers refuse certificates once it is a minute off";
+            return note("clock", format!("{text}; this node's time is {here}: start a time service such as chrony"));
         }
         match (&config.ca, seen) {
             (CaSource::Builtin(_), _) => ok(
                 "clock",
-                format!("it is {here}: with the built-in CA this node's own clock counts, compare with others"),
+                format!("this node's time is {here}; the built-in CA uses this clock, so compare it with other nodes"),
             ),
-            (CaSource::Istio(_), 0) => note("clock", "no certificate yet by which it could be compared with the CA's"),
-            (CaSource::Istio(_), _) => ok("clock", format!("agrees with the CA's: {seen} certificates are valid now")),
+            (CaSource::Istio(_), 0) => note(
+                "clock",
+                "this node's clock cannot be compared with the CA's before the first certificate is issued",
+            ),
+            (CaSource::Istio(_), _) => {
+                ok("clock", format!("this node's clock agrees with the CA's: all {seen} certificates are valid now"))
+            }
         }
     }
 
-    /// Connections that failed for a reason.
+    /// The number of connections that failed for a reason.
     fn failures(&self, reason: &str) -> f64 {
         let label = format!("reason=\"{reason}\"");
         let lines = self
@@ -124,14 +131,14 @@ impl Daemon {
     }
 }
 
-/// The pods of the node, as the daemon knows them now.
+/// The daemon's current list of pods.
 pub(super) fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
     let (_, body) = get(admin_port, "/pods")?;
     let pods: serde_json::Value = serde_json::from_str(&body).map_err(|error| format!("/pods: {error}"))?;
     Ok(pods.as_array().cloned().unwrap_or_default())
 }
 
-/// Asks one of the daemon's own ports.
+/// Sends a GET request to one of the daemon's ports. Returns the status and the body.
 pub(super) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
     let end = Instant::now() + PAGE_DEADLINE;
     let work = || {
@@ -158,7 +165,8 @@ pub(super) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
         _ => error.to_string(),
     })?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("it is no HTTP")?;
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or("it is no HTTP")?;
+    const NOT_HTTP: &str = "the answer is not HTTP; does another program listen on this port?";
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or(NOT_HTTP)?;
+    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok()).ok_or(NOT_HTTP)?;
     Ok((code, body.to_owned()))
 }

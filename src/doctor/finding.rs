@@ -1,21 +1,21 @@
-//! One line of the report.
+//! Findings: the lines of doctor's report.
 
 use std::fmt;
 use std::time::Duration;
 
-/// How long anything that is tried may take.
+/// How long a single check may take.
 pub(super) const DEADLINE: Duration = Duration::from_secs(3);
 
-/// How well a thing is.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Ok,
-    /// Works, and somebody should know.
+    /// Works, but the operator should know.
     Note,
     Fail,
 }
 
-/// One line.
+/// One line of the report.
 #[derive(Debug)]
 pub(super) struct Finding {
     pub(super) verdict: Verdict,

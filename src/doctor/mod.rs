@@ -1,5 +1,8 @@
-//! `culvert doctor`: looks at a node as an operator would, where the daemon runs and with its settings. One line for each
-//! thing, well or not, and what to do where it is not. `culvert cleanup` is beside it.
+//! `culvert doctor`: checks a node as an operator would, in the daemon's container and with the daemon's settings.
+//!
+//! It prints one line for each check: whether the thing is well and, if not, what to do. Every check has a deadline, so that
+//! one that hangs does not hide the others. Doctor changes nothing that outlasts it. `culvert pods` and `culvert cleanup`
+//! are here too.
 
 pub mod cleanup;
 mod daemon;
@@ -18,63 +21,72 @@ use crate::task::thread;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a whole step may take.
+/// How long a step, which may consist of several checks, may take.
 const STEP: Duration = Duration::from_secs(15);
 
-/// Looks at everything and hands each line to `say`; whether all is well. `told`: whether the settings are those that the daemon
-/// has told, or why not.
-pub async fn run(config: &Config, told: Result<(), String>, mut say: impl FnMut(&str)) -> bool {
+/// Runs all checks and passes each line to `say`. Returns whether none of them failed. `from_daemon`: whether `config` has the
+/// settings of the running daemon, or why it does not.
+pub async fn run(config: &Config, from_daemon: Result<(), String>, mut say: impl FnMut(&str)) -> bool {
     let config = Arc::new(config.clone());
     let mut all_well = true;
-    let mut tell = |lines: Vec<Finding>| {
+    let mut report = |lines: Vec<Finding>| {
         for line in lines {
             all_well &= line.verdict != Verdict::Fail;
             say(&line.to_string());
         }
     };
     let port = config.admin.admin_port;
-    tell(vec![match told {
-        Ok(()) => ok("settings", format!("those of the daemon, which its port {port} tells")),
-        Err(why) => note("settings", format!("those of this command; the daemon cannot be asked for its own: {why}")),
+    report(vec![match from_daemon {
+        Ok(()) => ok("settings", format!("using the settings of the daemon, read from its port {port}")),
+        Err(why) => {
+            let text = "using the settings of this command, because those of the daemon cannot be read";
+            note("settings", format!("{text}: {why}"))
+        }
     }]);
     let own = config.clone();
-    tell(aside("rights", move || vec![requirements::privileges(&own), requirements::confinement()]).await);
-    tell(step("kernel", requirements::kernel(&config)).await);
+    report(blocking_step("rights", move || vec![requirements::privileges(&own), requirements::confinement()]).await);
+    report(step("kernel", requirements::kernel(&config)).await);
     let own = config.clone();
-    tell(aside("sysctls", move || requirements::sysctls(&own)).await);
-    tell(step("network", network::reachable(&config)).await);
+    report(blocking_step("sysctls", move || requirements::sysctls(&own)).await);
+    report(step("network", network::reachable(&config)).await);
     if let Source::Kubernetes(kubernetes) = &config.node.source {
-        tell(step("kubernetes", requirements::api(kubernetes)).await);
-        tell(step("host rules", requirements::host_rules(&config)).await);
+        report(step("kubernetes", requirements::api(kubernetes)).await);
+        report(step("host rules", requirements::host_rules(&config)).await);
         let own = kubernetes.clone();
-        tell(aside("cni plugin", move || requirements::plugin(&own)).await);
+        report(blocking_step("cni plugin", move || requirements::plugin(&own)).await);
     }
     let own = config.clone();
-    let looked = match thread::run_blocking(move || Daemon::look(&own)).await {
-        Some(looked) => looked,
-        None => Err("it cannot be asked".to_owned()),
+    let daemon = match thread::run_blocking(move || Daemon::query(&own)).await {
+        Some(daemon) => daemon,
+        None => Err("the check panicked; please report this as a bug".to_owned()),
     };
-    match looked {
+    match daemon {
         Ok(daemon) => {
-            tell(vec![daemon.readiness(), daemon.files(), daemon.clock(&config)]);
-            tell(step("pods", pods::all(&config, &daemon.pods)).await);
+            report(vec![daemon.readiness(), daemon.files(), daemon.clock(&config)]);
+            report(step("pods", pods::all(&config, &daemon.pods)).await);
         }
-        Err(error) => tell(vec![fail(
+        Err(error) => report(vec![fail(
             "daemon",
-            format!("does not answer on port {port}: {error}; captured pods' traffic is refused until it runs"),
+            format!(
+                "the daemon does not answer on port {port}: {error}; until it runs, traffic of captured pods is refused"
+            ),
         )]),
     }
     all_well
 }
 
-/// One step, whose lines come within a deadline: what does not answer must not keep the rest from being said.
+/// Runs one step within the deadline of a step.
 async fn step(what: &'static str, work: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
-    let late = || vec![fail(what, format!("gave no answer within {} s; going on without", STEP.as_secs()))];
+    let late = || vec![fail(what, format!("the check did not end within {} s and was skipped", STEP.as_secs()))];
     tokio::time::timeout(STEP, work).await.unwrap_or_else(|_| late())
 }
 
-/// A step that blocks its thread.
-async fn aside(what: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
-    step(what, async { thread::run_blocking(work).await.unwrap_or_else(|| vec![fail(what, "cannot be looked at")]) })
-        .await
+/// Runs one step that blocks its thread.
+async fn blocking_step(what: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
+    step(what, async {
+        thread::run_blocking(work)
+            .await
+            .unwrap_or_else(|| vec![fail(what, "the check panicked; please report this as a bug")])
+    })
+    .await
 }

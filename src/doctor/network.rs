@@ -1,4 +1,4 @@
-//! Whether the control plane and the CA can be reached at all.
+//! Checks whether the control plane and the CA can be reached over TCP.
 
 use super::finding::{DEADLINE, Finding, fail, ok};
 use crate::config::{CaSource, Config, MeshSource};
@@ -15,7 +15,7 @@ pub(super) async fn reachable(config: &Config) -> Vec<Finding> {
         targets.push(("CA", rpc.address.clone()));
     }
     if targets.is_empty() {
-        return vec![ok("network", "facts and certificates come from files")];
+        return vec![ok("network", "no server is needed: facts and certificates come from files")];
     }
     let mut lines = Vec::new();
     for (name, address) in targets {
@@ -29,13 +29,19 @@ pub(super) async fn reachable(config: &Config) -> Vec<Finding> {
 }
 
 async fn reach(host: &str, port: u16) -> Result<(), String> {
-    let found = timeout(DEADLINE, lookup_host((host, port))).await.map_err(|_| "no answer; does DNS work here?")?;
-    let all: Vec<SocketAddr> = found.map_err(|error| format!("{error}; does DNS work here?"))?.collect();
+    let looked_up = timeout(DEADLINE, lookup_host((host, port))).await;
+    let found =
+        looked_up.map_err(|_| format!("its name was not resolved within {} s; check DNS", DEADLINE.as_secs()))?;
+    let all: Vec<SocketAddr> =
+        found.map_err(|error| format!("its name cannot be resolved: {error}; check DNS"))?.collect();
     let each = DEADLINE / u32::try_from(all.len().max(1)).unwrap_or(1);
     for to in &all {
         if timeout(each, TcpStream::connect(to)).await.is_ok_and(|connected| connected.is_ok()) {
             return Ok(());
         }
     }
-    Err(format!("none of its {} addresses answers; is it running?", all.len()))
+    Err(format!(
+        "none of its {} addresses accepts a connection; check that it runs and that no policy blocks it",
+        all.len()
+    ))
 }

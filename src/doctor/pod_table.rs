@@ -1,4 +1,4 @@
-//! `culvert pods`: what the daemon of this node says of its pods, as a table.
+//! `culvert pods`: the pods of this node as the daemon lists them, as a table or as JSON.
 
 use super::daemon::get;
 use serde_json::Value;
@@ -6,10 +6,12 @@ use std::time::{Duration, SystemTime};
 
 const HEAD: [&str; 4] = ["POD", "STATE", "SINCE", "NOTE"];
 
-/// Asks the daemon's admin port; its own words where `json`.
+/// Reads the list from the daemon's admin port. With `json` it is returned unchanged, otherwise as a table.
 pub fn run(port: u16, json: bool) -> Result<String, String> {
     let asked = get(port, "/pods").map_err(|error| {
-        format!("the daemon of this node does not answer on port {port}: {error}; is this its container, or its network namespace?")
+        format!(
+            "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
+        )
     })?;
     match asked {
         (200, body) if json => Ok(body),
@@ -23,7 +25,7 @@ pub fn run(port: u16, json: bool) -> Result<String, String> {
 
 fn table(pods: &[Value], now: SystemTime) -> String {
     if pods.is_empty() {
-        return "no pod of this node is to be captured".to_owned();
+        return "no pod of this node is enrolled".to_owned();
     }
     let mut rows = vec![HEAD.map(str::to_owned)];
     let mut all: Vec<[String; 4]> = pods.iter().map(|pod| row(pod, now)).collect();
@@ -38,7 +40,7 @@ fn table(pods: &[Value], now: SystemTime) -> String {
     rows.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
-/// How long a pod has been in its state, where that is known.
+/// How long a pod has been in its state, if that is known.
 pub(super) fn since(pod: &Value, now: SystemTime) -> Option<Duration> {
     let since = humantime::parse_rfc3339(pod["since"].as_str()?).ok()?;
     now.duration_since(since).ok()
@@ -49,24 +51,24 @@ fn row(pod: &Value, now: SystemTime) -> [String; 4] {
     let since = since(pod, now).map(|since| crate::telemetry::log::brief(since).to_string()).unwrap_or_default();
     let cells =
         [format!("{}/{}", text("namespace"), text("name")), text("state").to_owned(), since, notes(pod).join("; ")];
-    // Rules have names that the pod has chosen.
+    // A pod chooses the names of its own rules, so they may contain control characters.
     cells.map(|cell| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
 }
 
-/// What somebody should know of a pod.
+/// What an operator should know about a pod.
 fn notes(pod: &Value) -> Vec<String> {
     let text = |key: &str| pod[key].as_str().map(str::to_owned);
     let mut notes: Vec<String> = text("reason").into_iter().collect();
     if let Some(older) = pod["uncapturedConnections"].as_u64().filter(|older| *older > 0) {
-        notes.push(format!("{older} connections are older and go on in plaintext"));
+        notes.push(format!("{older} pre-existing connections continue in plaintext"));
     }
     if pod["bypassInboundCapture"] == true {
-        notes.push("plaintext that comes in is left alone".into());
+        notes.push("inbound plaintext is not captured".into());
     }
     notes.extend(text("inboundUnverified"));
     let list =
         |key: &str| pod[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(", ");
-    for (key, what) in [("otherRules", "other rules"), ("mayBypass", "may pass itself by")] {
+    for (key, what) in [("otherRules", "other rules"), ("mayBypass", "can bypass its capture, by")] {
         let all = list(key);
         if !all.is_empty() {
             notes.push(format!("{what}: {all}"));
@@ -82,9 +84,9 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn none_one_and_many_make_a_table_that_people_read() {
+    fn the_table_of_no_pod_and_of_several_pods() {
         let now = humantime::parse_rfc3339("2026-01-01T00:02:00Z").unwrap();
-        assert_eq!(table(&[], now), "no pod of this node is to be captured");
+        assert_eq!(table(&[], now), "no pod of this node is enrolled");
         let pods = [
             json!({"namespace": "shop", "name": "web-0", "state": "captured", "since": "2026-01-01T00:00:30Z", "reason": null,
                 "uncapturedConnections": 2, "mayBypass": ["NET_RAW"]}),
@@ -92,7 +94,7 @@ mod tests {
         ];
         let expected = "POD         STATE     SINCE   NOTE\n\
                         a/b         failed            no ?[31mway\n\
-                        shop/web-0  captured  1m 30s  2 connections are older and go on in plaintext; may pass itself by: NET_RAW";
+                        shop/web-0  captured  1m 30s  2 pre-existing connections continue in plaintext; can bypass its capture, by: NET_RAW";
         assert_eq!(table(&pods, now), expected);
     }
 }

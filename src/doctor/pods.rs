@@ -1,4 +1,5 @@
-//! Each pod of the node: its state, whether tunnels reach it from another pod, and whether the kubelet's probes do.
+//! Checks each pod of the node: its state, whether tunnels reach it from another pod, whether kubelet probes reach it, and
+//! whether its neighbour could pass for the kubelet.
 
 use super::daemon;
 use super::finding::{DEADLINE, Finding, Verdict, fail, note, ok};
@@ -15,28 +16,28 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-/// Pause between two looks at something that is awaited.
-const LOOK: Duration = Duration::from_millis(10);
+/// Pause between two polls.
+const POLL_EVERY: Duration = Duration::from_millis(10);
 
-/// How long a pod that begins or ends may be without an address.
+/// How long a pod may be without an address while it starts or ends.
 const BARE_FOR: Duration = Duration::from_secs(30);
 
-/// Port on which tunnels are taken.
+/// Port on which pods accept tunnels.
 const TUNNELS: u16 = 15008;
 
-/// How long it may take to arrive.
+/// How long a spoofed packet may take to arrive.
 const SPOOF_WAIT: Duration = Duration::from_millis(100);
-/// How often it is tried.
+/// How many times spoofing is tried.
 const SPOOF_ROUNDS: usize = 3;
 
-/// A pod as far as it can be tried.
+/// A pod that can be checked.
 struct Pod {
     label: String,
     netns: Netns,
     ip: IpAddr,
 }
 
-/// What came of trying something, and the pods that took part in it.
+/// The result of a check, and the pods that took part in it.
 struct Attempt {
     line: Finding,
     between: Vec<String>,
@@ -55,21 +56,26 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
                     0 => ok("pod", format!("{label} is captured")),
                     _ => note(
                         "pod",
-                        format!("{label} is captured; {older} connections are older and go on in plaintext"),
+                        format!("{label} is captured; {older} pre-existing connections continue in plaintext"),
                     ),
                 });
                 lines.extend(seen(&label, pod));
                 match known {
                     Ok(pod) => found.push(pod),
-                    Err(why) => lines.push(note("pod", format!("{label} cannot be tried from here: {why}"))),
+                    Err(why) => lines.push(note("pod", format!("{label} cannot be checked from here: {why}"))),
                 }
             }
-            "releasing" => lines.push(note("pod", format!("{label} is being released"))),
+            "releasing" => {
+                lines.push(note(
+                    "pod",
+                    format!("{label} is releasing: it is no longer enrolled, and its connections end"),
+                ));
+            }
             _ => lines.push(not_captured(&label, pod, matches!(known, Err(UnreachablePod::Bare)), SystemTime::now())),
         }
     }
     if pods.is_empty() {
-        lines.push(note("pod", "no pod of this node is to be captured"));
+        lines.push(note("pod", "no pod of this node is enrolled"));
     }
     let mark = config.node.mark;
     let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
@@ -84,14 +90,15 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
     lines
 }
 
-/// A pod that is not captured, whose namespace may be `bare` of addresses.
+/// The finding for a pod that is not captured. `bare`: its namespace holds no address.
 fn not_captured(label: &str, pod: &Value, bare: bool, now: SystemTime) -> Finding {
     let (state, reason) = (state(pod), pod["reason"].as_str().unwrap_or_default());
     let bare = if bare { "; its namespace holds no address" } else { "" };
-    // The runtime takes the address away before anybody says that the pod has ended, and gives it late; but not for long.
+    // The container runtime adds the address late and removes it before the end of the pod is announced, but neither takes
+    // long.
     match bare.is_empty() || since(pod, now).is_none_or(|since| since >= BARE_FOR) {
         true => fail("pod", format!("{label} is {state}: {reason}{bare}")),
-        false => note("pod", format!("{label} is ending, or begins: its namespace holds no address ({reason})")),
+        false => note("pod", format!("{label} is ending or starting: its namespace holds no address ({reason})")),
     }
 }
 
@@ -104,7 +111,7 @@ fn state(pod: &Value) -> &str {
     pod["state"].as_str().unwrap_or_default()
 }
 
-/// What failed because a pod has ended meanwhile is no fault.
+/// Turns a failure into a note if a pod that took part has ended in the meantime. `now`: the daemon's current list.
 fn unless_gone(tried: Attempt, now: Option<&[Value]>) -> Finding {
     let Attempt { line, between } = tried;
     let is_there = |wanted: &String| {
@@ -113,22 +120,23 @@ fn unless_gone(tried: Attempt, now: Option<&[Value]>) -> Finding {
     };
     match between.iter().find(|wanted| !is_there(wanted)) {
         Some(gone) if line.verdict == Verdict::Fail => {
-            let text = format!("{gone} has ended, or is not captured any more, while it was tried: {}", line.text);
+            let text = format!("{gone} ended or was released during the check: {}", line.text);
             note(line.what, text)
         }
         _ => line,
     }
 }
 
-/// Tries all at once, so that many that do not answer take no longer than one.
+/// Checks all pods at once, so that many pods that do not answer take no longer than one.
 fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     let mut tunnels: Vec<_> = (0..pods.len()).map(|at| Tunnel::start(pods, at, mark)).collect();
     let probes: Vec<_> = pods.iter().map(|pod| host.map(|host| start_probe(pod, host))).collect();
     let end = Instant::now() + DEADLINE;
-    // One that is there is left at once: the daemon waits for its first word, and counts one that does not come.
-    let open = |tunnels: &mut Vec<Tunnel>| tunnels.iter_mut().map(Tunnel::look).filter(|done| !done).count() > 0;
+    // A connection is closed as soon as it is established. The daemon waits for its first byte, and would count one that stays
+    // silent as a failure.
+    let open = |tunnels: &mut Vec<Tunnel>| tunnels.iter_mut().map(Tunnel::poll).filter(|done| !done).count() > 0;
     while open(&mut tunnels) && Instant::now() < end {
-        std::thread::sleep(LOOK);
+        std::thread::sleep(POLL_EVERY);
     }
     let mut tried = Vec::new();
     for ((pod, started), probed) in pods.iter().zip(tunnels).zip(probes) {
@@ -136,7 +144,7 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
         let whence = started.from.clone().unwrap_or_else(|| "this node".to_owned());
         tried.push(Attempt { line: tunnel(pod, started.result(), &whence), between });
         tried.extend(probed.map(|started| Attempt {
-            line: probe(pod, started.and_then(|probe| arrived(&probe, end))),
+            line: probe(pod, started.and_then(|probe| arrived(pod, &probe, end))),
             between: vec![pod.label.clone()],
         }));
     }
@@ -144,16 +152,16 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     tried
 }
 
-/// What the daemon has seen in a pod that somebody should know.
+/// Notes for what the daemon reports about a captured pod.
 fn seen(label: &str, pod: &Value) -> Vec<Finding> {
     let mut lines = Vec::new();
     if let Some(why) = pod["rulesUnread"].as_str() {
-        lines.push(note("other rules", format!("{label}: what other rules it has cannot be read: {why}")));
+        lines.push(note("other rules", format!("{label}: rules other than ours cannot be read: {why}")));
     }
     let rules: Vec<&str> = pod["otherRules"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     if !rules.is_empty() {
         let rules = rules.join("; ");
-        lines.push(note("other rules", format!("{label}: these may take traffic before ours do: {rules}")));
+        lines.push(note("other rules", format!("{label}: these rules may take traffic before ours do: {rules}")));
     }
     if let Some(why) = pod["inboundUnverified"].as_str() {
         lines.push(note("inbound", format!("{label}: {why}")));
@@ -161,26 +169,27 @@ fn seen(label: &str, pod: &Value) -> Vec<Finding> {
     lines
 }
 
-/// The next pod of another namespace; `None` where there is none.
+/// The next pod with another network namespace; `None` if there is none.
 fn another(pods: &[Pod], at: usize) -> Option<&Pod> {
     let own = pods.get(at)?;
     let (before, after) = pods.split_at_checked(at)?;
     after.iter().chain(before).find(|other| other.netns != own.netns)
 }
 
-/// Why a pod cannot be tried.
+/// Why a pod cannot be checked.
 #[derive(Debug, thiserror::Error)]
 enum UnreachablePod {
-    #[error("its namespace, known as {0}, cannot be opened")]
+    #[error("its network namespace {0} cannot be opened")]
     Netns(String),
     #[error("its namespace holds no address")]
     Bare,
 }
 
 impl Pod {
-    /// Finds it by what the daemon tells of it: by the path, by the daemon's own descriptor, or among the processes below `proc`.
-    fn of(label: &str, told: &Value, proc: &Path) -> Result<Self, UnreachablePod> {
-        let (path, held) = (told["netns"].as_str().unwrap_or_default(), &told["netnsHeld"]);
+    /// Opens a pod's network namespace from its entry on `/pods`: by the path, by the daemon's own descriptor, or by one of the
+    /// processes below `proc`.
+    fn of(label: &str, entry: &Value, proc: &Path) -> Result<Self, UnreachablePod> {
+        let (path, held) = (entry["netns"].as_str().unwrap_or_default(), &entry["netnsHeld"]);
         let id = held["device"].as_u64().zip(held["inode"].as_u64());
         let open = |path: &Path| Netns::open(path).ok().filter(|netns| id.is_none_or(|id| id == netns.id()));
         let by_path = open(Path::new(path)).or_else(|| open(Path::new(held["file"].as_str()?)));
@@ -197,15 +206,15 @@ impl Pod {
     }
 }
 
-/// A connection to a pod's port for tunnels.
+/// A connection to a pod's tunnel port.
 struct Tunnel {
-    /// The pod that it comes from, where it is one.
+    /// The pod that it comes from; `None` if it comes from the node.
     from: Option<String>,
     state: Result<Option<TcpStream>, io::Error>,
 }
 
 impl Tunnel {
-    /// Begins it, past any redirection: from another pod of the node, else from where we are.
+    /// Starts connecting, from another pod of the node or else from the own namespace. The mark lets it bypass the redirection.
     fn start(pods: &[Pod], at: usize, mark: u32) -> Self {
         let from = another(pods, at);
         let open = |pod: &Pod| {
@@ -225,8 +234,8 @@ impl Tunnel {
         Self { from: from.map(|other| other.label.clone()), state: started.map(Some) }
     }
 
-    /// Whether it is known what becomes of it; one that is there is closed.
-    fn look(&mut self) -> bool {
+    /// Whether the result is known. Closes the connection as soon as it is established.
+    fn poll(&mut self) -> bool {
         let Ok(Some(stream)) = &self.state else { return true };
         match stream.take_error() {
             Ok(Some(error)) | Err(error) => self.state = Err(error),
@@ -243,11 +252,12 @@ impl Tunnel {
 
 fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
     match reached {
-        Ok(()) => ok("port 15008", format!("{} takes tunnels from {whence}", pod.label)),
+        Ok(()) => ok("port 15008", format!("{} accepts tunnels from {whence}", pod.label)),
         Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
             "port 15008",
             format!(
-                "{} does not answer {whence}: something drops it, such as a NetworkPolicy; allow TCP 15008 to the pods of namespace {}",
+                "{} does not answer {whence}: a NetworkPolicy or a firewall drops the packets; allow TCP {TUNNELS} to the pods of \
+                 namespace {}",
                 pod.label,
                 pod.label.split('/').next().unwrap_or_default()
             ),
@@ -256,13 +266,13 @@ fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
     }
 }
 
-/// A connection of the node to a port that was opened in a pod for it.
+/// A connection from the node to a port that was opened in a pod for this check.
 struct Probe {
     listener: TcpListener,
     _client: TcpStream,
 }
 
-/// Sends what a kubelet would send.
+/// Connects to a pod as the kubelet does for its probes.
 fn start_probe(pod: &Pod, host: &Path) -> Result<Probe, String> {
     let said = |error: &dyn std::fmt::Display| error.to_string();
     let listener = pod.netns.enter(|| TcpListener::bind((pod.ip, 0))).map_err(|error| said(&error))?;
@@ -279,31 +289,35 @@ fn start_probe(pod: &Pod, host: &Path) -> Result<Probe, String> {
     Ok(Probe { listener, _client: client })
 }
 
-/// Whence it has arrived.
-fn arrived(probe: &Probe, end: Instant) -> Result<IpAddr, String> {
+/// The source address from which the connection arrives in the pod.
+fn arrived(pod: &Pod, probe: &Probe, end: Instant) -> Result<IpAddr, String> {
     loop {
         match probe.listener.accept() {
             Ok((_, peer)) => return Ok(peer.ip().to_canonical()),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => std::thread::sleep(LOOK),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < end => {
+                std::thread::sleep(POLL_EVERY)
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Err("a connection of the node does not arrive: a NetworkPolicy without 169.254.7.127, or rules of another CNI".into());
+                return Err(format!(
+                    "a connection from the node does not arrive: a NetworkPolicy does not allow {}, or rules of another CNI drop it",
+                    probes_address(pod)
+                ));
             }
             Err(error) => return Err(error.to_string()),
         }
     }
 }
 
-/// It must arrive as it was sent, from the address that the pod's rules leave alone.
+/// The finding for kubelet probes: they must arrive from the address that the pod's rules do not redirect.
 fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
     let expected = [redirect::PROBE_V4, redirect::PROBE_V6].map(|ip| ip.parse::<IpAddr>().ok());
     match arrived {
-        Ok(peer) if expected.contains(&Some(peer)) => {
-            ok("probe path", format!("{}: the kubelet's probes arrive", pod.label))
-        }
+        Ok(peer) if expected.contains(&Some(peer)) => ok("probe path", format!("{}: kubelet probes arrive", pod.label)),
         Ok(peer) => fail(
             "probe path",
             format!(
-                "{}: a connection of the node arrives from {peer}, captured: under a STRICT policy probes fail; see host rules",
+                "{}: a connection from the node arrives from {peer} and is captured, so kubelet probes fail under a STRICT policy; \
+                 see the check of host rules",
                 pod.label
             ),
         ),
@@ -311,8 +325,8 @@ fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
     }
 }
 
-/// Whether a pod can pose as the kubelet's probes towards its neighbour, past which no policy is asked. All are tried at once; a
-/// probe of the kubelet may arrive by chance at the same moment, but not three times.
+/// Checks whether a pod can send packets to its neighbour from the address of kubelet probes, which bypass every policy. All pods
+/// are tried at once, several times, because a real probe may arrive at the same moment by chance, but not every time.
 fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
     let mut passed: Vec<Option<bool>> = vec![Some(true); pods.len()];
     for _ in 0..SPOOF_ROUNDS {
@@ -326,12 +340,13 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
     let line = |(at, passed): (usize, Option<bool>)| {
         let (pod, other, passed) = (pods.get(at)?, another(pods, at)?, passed?);
         let line = match passed {
-            false => ok("probe spoof", format!("{}: {} cannot pose as the kubelet's probes", pod.label, other.label)),
+            false => ok("probe spoof", format!("{}: {} cannot pose as the kubelet", pod.label, other.label)),
             true => fail(
                 "probe spoof",
                 format!(
-                    "{}: what {} sends from {} arrives, past every policy: the host does not see it; load nf_tables_bridge, or \
-                     br_netfilter with net.bridge.bridge-nf-call-iptables=1, or let the CNI check source addresses",
+                    "{}: packets from {} with the source {} arrive and bypass every policy, because the host's rules do not see \
+                     them; load the kernel module nf_tables_bridge, or br_netfilter with \
+                     net.bridge.bridge-nf-call-iptables=1, or configure the CNI to check source addresses",
                     pod.label,
                     other.label,
                     probes_address(pod),
@@ -343,17 +358,18 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
     passed.into_iter().enumerate().filter_map(line).collect()
 }
 
+/// The source address that kubelet probes have in a pod.
 fn probes_address(pod: &Pod) -> &'static str {
     if pod.ip.is_ipv4() { redirect::PROBE_V4 } else { redirect::PROBE_V6 }
 }
 
-/// Connections from the probes' address that the pod has seen.
+/// The number of connections from the probes' address that have arrived in the pod.
 fn probed(pod: &Pod) -> Option<u64> {
     pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
 }
 
-/// Begins a connection to a pod from its neighbour, with the probes' address; with how many have arrived before. The socket is
-/// none where it cannot even be sent.
+/// Starts a connection to a pod from its neighbour, with the probes' address as its source. Returns the number of such connections
+/// that had arrived before, and the socket; no socket if the connection cannot even be sent.
 fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)> {
     let (pod, from) = (pods.get(at)?, another(pods, at)?);
     let source = probes_address(pod).parse::<IpAddr>().ok()?;
@@ -374,7 +390,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_pod_without_address_begins_or_ends_for_a_while_and_not_for_ever() {
+    fn a_pod_may_be_without_address_for_a_while_but_not_for_ever() {
         let since = humantime::parse_rfc3339("2026-01-01T00:00:00Z").unwrap();
         let pod = |since: &str| json!({"state": "failed", "reason": "why", "since": since});
         let verdict = |since_text: &str, bare, after| {
@@ -384,7 +400,7 @@ mod tests {
         assert_eq!(verdict(text, true, 29), Verdict::Note);
         assert_eq!(verdict(text, true, 30), Verdict::Fail);
         assert_eq!(verdict(text, false, 0), Verdict::Fail);
-        assert_eq!(verdict("", true, 0), Verdict::Fail, "nobody knows since when");
+        assert_eq!(verdict("", true, 0), Verdict::Fail, "an unknown time counts as long");
         let said = not_captured("a/b", &pod(text), true, since + BARE_FOR).text;
         assert_eq!(said, "a/b is failed: why; its namespace holds no address");
     }

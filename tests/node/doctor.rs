@@ -64,7 +64,7 @@ fn doctor_ends_with_no_pod_one_two_and_many_and_takes_the_daemons_settings() {
             states.len() == count && states.iter().all(|(_, state, _)| state == "captured")
         });
         let said = doctor(&w, 1);
-        assert!(has(&said, "ok", &["settings", "those of the daemon, which its port 15000 tells"]), "{said}");
+        assert!(has(&said, "ok", &["settings", "settings of the daemon, read from its port 15000"]), "{said}");
         assert!(has(&said, "ok", &["network", "from files"]), "not by this shell's settings:\n{said}");
         assert!(has(&said, "", &["clock"]), "{said}");
         assert_eq!(has(&said, "note", &["no pod of this node"]), count == 0, "{said}");
@@ -72,7 +72,7 @@ fn doctor_ends_with_no_pod_one_two_and_many_and_takes_the_daemons_settings() {
             let label = format!("ns/{}", pod.name);
             assert!(has(&said, "ok", &[&format!("{label} is captured")]), "{said}");
             let whence = if count == 1 { "this node" } else { "ns/p" };
-            assert!(has(&said, "ok", &["port 15008", &format!("{label} takes tunnels from {whence}")]), "{said}");
+            assert!(has(&said, "ok", &["port 15008", &format!("{label} accepts tunnels from {whence}")]), "{said}");
         }
     }
     // Doctor's own connections are nobody's failure.
@@ -89,7 +89,7 @@ fn a_daemon_that_takes_connections_and_says_nothing_does_not_hold_doctor_up() {
     let ns = w.ns("n1");
     let _silent = inside(&ns, || TcpListener::bind(("127.0.0.1", 15000))).unwrap();
     let said = doctor(&w, 1);
-    assert!(has(&said, "note", &["settings", "those of this command", "no answer within"]), "{said}");
+    assert!(has(&said, "note", &["settings", "settings of this command", "no answer within"]), "{said}");
     assert!(has(&said, "FAIL", &["daemon", "does not answer on port 15000", "no answer within"]), "{said}");
     assert!(has(&said, "", &["kernel"]) && has(&said, "", &["sysctls"]), "{said}");
 }
@@ -113,9 +113,9 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     let said = doctor_by(&istio.w, 1, &exec);
     for (label, other) in [("ns/client", "ns/second"), ("ns/second", "ns/client")] {
         assert!(has(&said, "ok", &[&format!("{label} is captured")]), "{said}");
-        assert!(has(&said, "ok", &["port 15008", &format!("{label} takes tunnels from {other}")]), "{said}");
+        assert!(has(&said, "ok", &["port 15008", &format!("{label} accepts tunnels from {other}")]), "{said}");
     }
-    assert!(has(&said, "note", &["host", "cannot be looked at from here", "/host/proc"]), "{said}");
+    assert!(has(&said, "note", &["host", "cannot be read from here", "/host/proc"]), "{said}");
     assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
     assert_eq!(istio.w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
     // The pods as a table, and as the admin port tells them.
@@ -137,6 +137,6 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     eventually("its end shows", || istio.w.state(1, "second").0 == "failed");
     let said = doctor_by(&istio.w, 1, &exec);
     assert!(has(&said, "note", &["ns/second is ending", "holds no address"]), "{said}");
-    assert!(has(&said, "ok", &["port 15008", "ns/client takes tunnels from this node"]), "{said}");
+    assert!(has(&said, "ok", &["port 15008", "ns/client accepts tunnels from this node"]), "{said}");
     assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
 }

@@ -1551,7 +1551,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
         &["open files"],
         &["settings", "of the daemon"],
         &["pod", "ns/client is captured"],
-        &["port 15008", "ns/client takes tunnels from ns/second"],
+        &["port 15008", "ns/client accepts tunnels from ns/second"],
         &["probe path", "ns/second", "arrive"],
         &["probe spoof", "ns/second", "ns/client cannot pose"],
     ] {
@@ -1586,7 +1586,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     assert!(!fine);
     line(&said, "FAIL", &["port 15008", "ns/client does not answer ns/", "NetworkPolicy", "allow TCP 15008"]);
     line(&said, "FAIL", &["probe path", "ns/client"]);
-    line(&said, "ok", &["port 15008", "ns/second takes"]);
+    line(&said, "ok", &["port 15008", "ns/second accepts"]);
     line(&said, "FAIL", &["kubernetes"]);
     line(&said, "FAIL", &["cni plugin", "00-a.conflist comes before ours"]);
     line(&said, "FAIL", &["pod", "ns/lost is pending", "no process"]);
@@ -1594,7 +1594,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
 
     let cleanup = |c: &Cluster| c.w.kube_run(1, "cleanup", &c.apis[0], &settings);
     let (fine, said) = cleanup(&c);
-    assert!(!fine && said.contains("a daemon runs"), "{said}");
+    assert!(!fine && said.contains("a daemon is running"), "{said}");
     c.w.take_node(1).kill();
     let (fine, said) = doctor(&c);
     assert!(!fine);
@@ -1608,7 +1608,7 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     }
     assert!(!output_in(&c.w.ns("n1"), "nft", &["list", "tables"]).contains("culvert"));
     assert!(cni.ours().is_none() && !cni.bin.join("culvert-cni").exists() && !cni.socket.exists());
-    assert!(said.contains("is left") && said.contains("; pods go on without the mesh"), "{said}");
+    assert!(said.contains("is left") && said.contains("; pods continue without the mesh"), "{said}");
     assert_eq!(c.apis[0].said("client"), None);
     assert!(ask(&second.netns, (c.server.v4, 8080), "x").is_ok(), "pods go on without the mesh");
 }

@@ -173,11 +173,11 @@ fn cleaning_up_sees_a_daemon_in_a_pod_and_takes_nobody_else_for_one() {
     eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled") && has_rules(&c.client));
     let cleanup = |c: &Cluster, what: &str| c.w.kube_run(1, what, &c.apis[0], &[]);
     let (fine, said) = cleanup(&c, "cleanup");
-    assert!(!fine && said.contains("a daemon runs") && has_rules(&c.client), "{said}");
+    assert!(!fine && said.contains("a daemon is running") && has_rules(&c.client), "{said}");
     // Who cannot see whether one runs cleans nothing either.
     let agent = [("CULVERT_PODS", "agent")];
     let (fine, said) = c.w.kube_run(1, "cleanup", &c.apis[0], &agent);
-    assert!(!fine && said.contains("cannot be seen"), "{said}");
+    assert!(!fine && said.contains("it is unknown whether"), "{said}");
     c.w.take(beside).kill();
     // Somebody else has the admin port on the node.
     apps::serve(&c.w.ns("n1"), 15000, apps::who);
@@ -195,7 +195,7 @@ fn cleaning_up_a_node_touches_no_other_nodes_pods_unless_told_to() {
     let cleanup = |c: &Cluster, what: &str| c.w.kube_run(1, what, &c.apis[0], &settings);
     c.apis[0].away(true);
     let (fine, said) = cleanup(&c, "cleanup");
-    assert!(fine && said.contains("but for the pods' annotation"), "{said}");
+    assert!(fine && said.contains("except for the pods' annotation"), "{said}");
     assert!(said.contains("namespaces hold rules of another node"), "{said}");
     assert!(!has_rules(&c.client) && has_rules(&c.server), "{said}");
     c.apis[0].away(false);
