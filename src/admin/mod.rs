@@ -1,5 +1,7 @@
-//! The three HTTP ports: admin (loopback only), metrics, readiness. It is handed functions and knows nothing of what
-//! they show. State changes by POST only; admin requests must name a loopback host, so that no web page can reach it.
+//! The three HTTP ports: admin (loopback only), metrics, and readiness.
+//!
+//! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes state. Admin
+//! requests must name a loopback host, so that no web page in a browser can reach the admin port.
 
 use crate::task::slots::Slots;
 use crate::task::thread::run_blocking;
@@ -33,50 +35,50 @@ pub const STATS_PORT: u16 = 15020;
 /// Port of readiness, on all addresses.
 pub const READY_PORT: u16 = 15021;
 
-/// Settings of the ports.
+/// Settings of the HTTP ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Port of the admin pages.
     pub admin_port: u16,
     /// Port of the metrics.
     pub stats_port: u16,
-    /// Whether IPv6 is used.
+    /// Whether to listen on IPv6 too.
     pub ipv6: bool,
 }
 
-/// Connections open at once on one port, and of one source address; further ones are closed at once.
+/// Maximum number of open connections on one port, and from one source address. Further ones are closed at once.
 const CONNECTIONS_MAX: usize = 128;
 const CONNECTIONS_OF_ONE: usize = 16;
-/// How long a request's head may take.
+/// How long the headers of a request may take.
 const HEAD_DEADLINE: Duration = Duration::from_secs(2);
-/// How large a request's head may be.
+/// Maximum size of the headers of a request.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// How long a connection to the admin port may live: a profile takes a while.
+/// How long a connection to the admin port may last. Taking a profile takes a while.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(600);
 /// How long a scrape may take, until its last byte is read.
 const STATS_DEADLINE: Duration = Duration::from_secs(20);
-/// How long a question for readiness may take.
+/// How long a readiness request may take.
 const READY_DEADLINE: Duration = Duration::from_secs(5);
-/// Metrics are rendered for this part of the time at most, however many ask for them.
+/// Rendering metrics takes at most one part in this many of the time, however many scrapers there are.
 const RENDER_SHARE: u32 = 8;
-/// But nobody waits longer than this for them to be: a scraper's patience ends at 10 s.
+/// The longest that a scraper waits because of that. Scrapers give up after 10 s by default.
 const RENDER_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Pause after an accept failed.
+/// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// A function that gives a page.
+/// A function that returns the content of a page.
 pub type Page = Box<dyn Fn() -> Value + Send + Sync>;
 
 /// The parameters of a query string, decoded, in their order.
 pub type Query = Vec<(String, String)>;
 
-/// Changes the log filter as the query says; the answer, or why not.
+/// Changes the log filter as the query says. Returns the text of the response, or the error.
 pub type Logging = Box<dyn Fn(&Query) -> Result<String, String> + Send + Sync>;
 
-/// Takes a profile as the query says; the profile, or why not.
+/// Takes a profile as the query says. Returns the profile, or the error.
 pub type Profile = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Vec<u8>, String>> + Send>> + Send + Sync>;
 
-/// What the ports show.
+/// The functions behind the paths.
 pub struct Pages {
     /// `/config_dump`.
     pub config_dump: Page,
@@ -102,7 +104,7 @@ impl fmt::Debug for Pages {
     }
 }
 
-/// A port that cannot be opened.
+/// A port cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: {source}; is another daemon running here?")]
 pub struct BindError {
@@ -110,28 +112,28 @@ pub struct BindError {
     source: std::io::Error,
 }
 
-/// Serves the ports in the namespace of the process until dropped.
+/// The open ports, in the network namespace of the process.
 #[derive(Debug)]
 pub struct Ports {
     listeners: Vec<(TcpListener, Router, PortLimits)>,
 }
 
-/// How clients of a port are dealt with.
+/// The limits for clients of a port.
 #[derive(Clone, Debug)]
 struct PortLimits {
     slots: Arc<Slots>,
     deadline: Duration,
-    /// Whether a connection may ask again.
+    /// Whether a connection may send several requests.
     keep_alive: bool,
 }
 
 impl PortLimits {
-    /// For the admin port: its clients are of this machine.
+    /// For the admin port, whose clients are on this machine.
     fn local() -> Self {
         Self { slots: Slots::new(CONNECTIONS_MAX, CONNECTIONS_MAX), deadline: ADMIN_DEADLINE, keep_alive: true }
     }
 
-    /// For a port that everybody can reach.
+    /// For a port that is reachable from everywhere.
     fn open(deadline: Duration) -> Self {
         Self { slots: Slots::new(CONNECTIONS_MAX, CONNECTIONS_OF_ONE), deadline, keep_alive: false }
     }
@@ -186,15 +188,15 @@ impl Ports {
     }
 }
 
-/// Serves one port: a bounded number of connections at once, of which no source has all, each within deadlines. Whoever
-/// parks connections here must not use up the descriptors of the node, or keep others from being answered.
+/// Serves one port with a limited number of connections, of which no source may take all, and with deadlines. A client that leaves
+/// connections open must not use up the daemon's file descriptors or keep others from being served.
 async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
     let connections = Group::default();
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::debug!(%error, "an admin port cannot accept; trying again");
+                tracing::debug!(%error, "cannot accept a connection on an HTTP port; trying again");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -206,36 +208,36 @@ async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).max_buf_size(HEAD_BYTES_MAX);
             let serving = http.half_close(true).keep_alive(keep_alive).serve_connection(TokioIo::new(stream), service);
-            // A client that breaks off, or is too slow, is its own loss.
+            // Errors and timeouts are the client's, and need no report.
             let _ = tokio::time::timeout(deadline, serving).await;
             drop(slot);
         });
     }
 }
 
-/// Metrics as text, rendered once for all who ask at the same time.
+/// Metrics as text, rendered once for all requests that arrive at the same time.
 pub struct Rendered {
     registry: Arc<Mutex<Registry>>,
     open_metrics: tokio::sync::Mutex<Option<Rendering>>,
     text: tokio::sync::Mutex<Option<Rendering>>,
 }
 
-/// One text of all metrics; who reads it slowly shares it with everybody else.
+/// One rendered text. All requests share it, so slow readers cost no further memory.
 struct Rendering {
-    /// When it was begun: it tells of all that happened before.
+    /// When rendering began. The text includes everything that was counted before.
     begun: Instant,
     took: Duration,
     text: Result<Bytes, String>,
 }
 
 impl Rendered {
-    /// Renders what is registered.
+    /// Renders the metrics of a registry.
     pub fn new(registry: Registry) -> Self {
         let registry = Arc::new(Mutex::new(registry));
         Self { registry, open_metrics: tokio::sync::Mutex::default(), text: tokio::sync::Mutex::default() }
     }
 
-    /// A text that was begun after it was asked for.
+    /// A text whose rendering began after this call.
     async fn text(&self, format: Format) -> Result<Bytes, String> {
         let asked = Instant::now();
         let last = match format {
@@ -264,7 +266,8 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| BindError { address, source })
 }
 
-/// Refuses requests whose Host is not loopback: a name that an attacker points at 127.0.0.1 is not (DNS rebinding).
+/// Refuses requests whose Host is not loopback. An attacker's web page can reach 127.0.0.1 under a name of its own (DNS rebinding),
+/// but then the Host is that name.
 async fn loopback_host_only(request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let cross_site = request.headers().contains_key(header::ORIGIN);
@@ -286,20 +289,20 @@ fn is_loopback(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || literal.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-async fn index() -> Html<&'static str> {
-    Html(
+async fn index() -> Html<String> {
+    Html(format!(
         "<!doctype html><title>culvert</title><h1>culvert</h1><ul>\
          <li><a href=/pods>pods</a>: which pods are captured, which are not, and why\
-         <li><a href=/connections>connections</a>: who talks to whom now, under which identities and rule\
+         <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
-         <li>POST /logging?level=debug or ?level=access=debug, ?reset: the log filter\
+         <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
          <li>POST /quitquitquit: end the daemon\
-         <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: where CPU time goes, for pprof\
-         </ul><p>Metrics: port 15020 /metrics. Readiness: port 15021 /healthz/ready.\n",
-    )
+         <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: a CPU profile, for pprof\
+         </ul><p>Metrics: port {STATS_PORT} /metrics. Readiness: port {READY_PORT} /healthz/ready.\n"
+    ))
 }
 
-/// Makes a page beside the runtime: that of a large mesh takes a while, and nothing else should wait for it.
+/// Makes a page off the runtime, because a page of a large mesh takes a while and nothing else should wait for it.
 async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
     let work = move || {
         let value = pick(&pages)();
@@ -309,7 +312,7 @@ async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
         Some(text) => {
             ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
         }
-        None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made\n").into_response(),
+        None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made; see standard error\n").into_response(),
     }
 }
 
@@ -325,6 +328,7 @@ async fn pods(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.pods).await
 }
 
+/// The decoded parameters of a query string.
 fn parameters(query: Option<&str>) -> Query {
     form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect()
 }
@@ -346,7 +350,7 @@ async fn cpu_profile(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery)
 }
 
 async fn heap_profile() -> Response {
-    let text = "heap profiles are not built in; /metrics and /debug/pprof/profile are\n";
+    let text = "heap profiles are not supported; see /metrics for memory, and /debug/pprof/profile for CPU profiles\n";
     (StatusCode::INTERNAL_SERVER_ERROR, text).into_response()
 }
 
