@@ -1,20 +1,20 @@
-//! The account of a demonstration, for people and for programs.
+//! The report of a demonstration, as text for people and as JSON for programs.
 
-use super::traffic::Figures;
+use super::traffic::{CONNECTIONS, Figures, MESSAGE_BYTES};
 use super::wire;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
-/// One exchange between pods.
+/// One HTTP request between pods.
 #[derive(Clone, Debug)]
 pub struct Exchange {
-    /// Who asked.
+    /// The pod that sent the request.
     pub from: &'static str,
-    /// Whom.
+    /// The destination, in words.
     pub to: &'static str,
-    /// Whether the page came.
+    /// Whether the right page was returned.
     pub answered: bool,
-    /// Whether it should.
+    /// Whether it should have been.
     pub expected: bool,
 }
 
@@ -29,48 +29,48 @@ pub struct IdentityPair {
     pub destination: String,
 }
 
-/// One refusal.
+/// One refused connection.
 #[derive(Clone, Debug)]
 pub struct Refusal {
-    /// Who was refused.
+    /// The pod whose connection was refused.
     pub who: String,
-    /// The reason that the node logged, which names the rule.
+    /// The reason that the node logged, which names the policy's rule.
     pub by: String,
 }
 
-/// All that is told.
+/// The whole report.
 #[derive(Debug)]
 pub struct Account {
     /// Names of the captured pods.
     pub captured: Vec<String>,
-    /// What the wire showed without culvert: the proof that the capture would see plaintext.
+    /// The traffic between the nodes without culvert. It proves that the sniffer would see plaintext.
     pub plain_wire: wire::WireStats,
-    /// What it showed with culvert.
+    /// The traffic between the nodes with culvert.
     pub wire: wire::WireStats,
-    /// Exchanges.
+    /// The requests that were made through culvert.
     pub exchanges: Vec<Exchange>,
     /// Identities that the access logs name, each pair once for each node and direction.
     pub identities: Vec<IdentityPair>,
-    /// Refusals.
+    /// The refused connections, from the access logs.
     pub denied: Vec<Refusal>,
     /// Speed without culvert.
     pub direct: Figures,
-    /// Speed through it.
+    /// Speed with culvert.
     pub tunnelled: Figures,
-    /// Namespaces of the nodes.
+    /// Names of the nodes' network namespaces.
     pub node_names: [String; 2],
 }
 
 impl Account {
-    /// Whether all is as it should be.
+    /// Whether everything is as it should be.
     pub fn is_good(&self) -> bool {
         let wire = self.wire.plaintext_bytes == 0 && self.wire.canaries == 0 && self.wire.dropped == 0;
-        let tunnelled = self.wire.bytes_by_port.get(&15008).is_some_and(|bytes| *bytes > 0);
+        let tunnelled = self.wire.bytes_by_port.get(&wire::TUNNEL_PORT).is_some_and(|bytes| *bytes > 0);
         let exchanges = self.exchanges.iter().all(|exchange| exchange.answered == exchange.expected);
         wire && tunnelled && exchanges && self.plain_wire.canaries > 0 && self.denied.len() >= 2
     }
 
-    /// One JSON object.
+    /// The report as one JSON object.
     pub fn json(&self) -> String {
         let identity =
             |pair: &IdentityPair| json!({"at": pair.at, "source": pair.source, "destination": pair.destination});
@@ -80,7 +80,7 @@ impl Account {
         let value: Value = json!({
             "ok": self.is_good(),
             "captured": self.captured,
-            "tunnelled": self.wire.bytes_by_port.get(&15008).copied().unwrap_or(0),
+            "tunnelled": self.wire.bytes_by_port.get(&wire::TUNNEL_PORT).copied().unwrap_or(0),
             "plaintext_bytes_on_wire": self.wire.plaintext_bytes,
             "canaries_on_wire": self.wire.canaries,
             "canaries_on_wire_without_culvert": self.plain_wire.canaries,
@@ -104,7 +104,7 @@ impl Account {
         value.to_string()
     }
 
-    /// A short account for people.
+    /// The report as text.
     pub fn text(&self) -> String {
         let mut t = String::new();
         // Writing to a String cannot fail.
@@ -137,7 +137,8 @@ impl Account {
         for denied in &self.denied {
             writeln!(t, "  {:<12}{}", denied.who, denied.by)?;
         }
-        writeln!(t, "\nSpeed         1 KiB requests on 16 connections               1 bulk stream")?;
+        let requests = format!("{} KiB requests on {CONNECTIONS} connections", MESSAGE_BYTES / 1024);
+        writeln!(t, "\nSpeed         {requests:<47}1 bulk stream")?;
         for (name, f) in [("direct", &self.direct), ("culvert", &self.tunnelled)] {
             let (rps, p50, p99) = (f.rps, f.p50_us, f.p99_us);
             writeln!(t, "  {name:<12}{rps:>8.0}/s   p50 {p50:>6.0} us   p99 {p99:>6.0} us   {:>7.2} Gbit/s", f.gbps)?;
@@ -146,7 +147,8 @@ impl Account {
         for name in &self.node_names {
             writeln!(t, "  {}", admin(name))?;
         }
-        let verdict = if self.is_good() { "All as it should be." } else { "NOT all as it should be: see above." };
+        let verdict =
+            if self.is_good() { "Everything is as it should be." } else { "NOT everything is as it should be." };
         write!(t, "\n{verdict}")
     }
 }
@@ -155,7 +157,7 @@ fn admin(namespace: &str) -> String {
     format!("ip netns exec {namespace} curl -s http://localhost:15000/")
 }
 
-/// The rule's name in the reason of a refusal.
+/// The name of the rule in the reason of a refusal.
 fn rule(reason: &str) -> &str {
     reason.rsplit_once("denied by: ").map_or(reason, |(_, rule)| rule)
 }

@@ -1,16 +1,16 @@
-//! Ending a demonstration before its time.
+//! Cancels a demonstration that the user interrupts.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Set once, when the demonstration is to end before its time.
+/// Set when the demonstration must end early; never unset.
 static CANCELLED: AtomicBool = AtomicBool::new(false);
 
-/// Ends the demonstration.
+/// Asks the demonstration to end early.
 pub fn cancel() {
     CANCELLED.store(true, Ordering::Relaxed);
 }
 
-/// Whether the demonstration is to end.
+/// Whether the demonstration must end early.
 pub fn is_cancelled() -> bool {
     CANCELLED.load(Ordering::Relaxed)
 }

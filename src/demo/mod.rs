@@ -1,5 +1,7 @@
-//! `culvert demo`: two nodes and five pods on one machine, real traffic between ordinary programs, and an account of
-//! what happened: what was captured, what crossed the wire, who saw whom, what was denied and by which rule, how fast.
+//! `culvert demo`: two nodes and five pods on one machine, with real traffic between ordinary programs.
+//!
+//! It reports which pods were captured, what crossed the wire, which identities both sides saw, what was refused by which rule,
+//! and how fast it was. It leaves nothing behind, also when it is interrupted.
 
 mod account;
 mod cancel;
@@ -23,15 +25,15 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 use world::{PODS, World};
 
-/// Programs that the demonstration runs, and the Debian package of each.
+/// The programs that the demonstration runs, each with its Debian package.
 const PROGRAMS: [(&str, &str); 4] = [("ip", "iproute2"), ("nft", "nftables"), ("curl", "curl"), ("python3", "python3")];
 
-/// How long a fact may take to show up in a log.
+/// How long lines may take to appear in a log.
 const LOG_DEADLINE: Duration = Duration::from_secs(5);
 
 type Shared = Arc<Mutex<Option<World>>>;
 
-/// Runs the demonstration; leaves nothing behind, also when interrupted.
+/// Runs the demonstration.
 pub fn run(args: &DemoArgs) -> ExitCode {
     let missing = lacking();
     if !missing.is_empty() {
@@ -45,7 +47,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime").and_then(
             |runtime| {
                 let result = runtime.block_on(interruptible(args.clone()));
-                // A scenario that was interrupted may still wait in a system call; nothing of it is needed any more.
+                // An interrupted scenario may still be in a system call. Its result is not needed.
                 runtime.shutdown_background();
                 result
             },
@@ -59,11 +61,11 @@ pub fn run(args: &DemoArgs) -> ExitCode {
     }
 }
 
-/// What this machine or user lacks, one line each, with what to do.
+/// What is missing on this machine, one line for each thing, with what to do.
 fn lacking() -> Vec<String> {
     let mut lines = Vec::new();
     if !sys::limits::is_root() {
-        lines.push("must run as root: it makes network namespaces and captures packets (try sudo)".to_owned());
+        lines.push("must run as root, because it makes network namespaces and captures packets (try sudo)".to_owned());
     }
     for (program, package) in PROGRAMS {
         let found = Command::new(program)
@@ -73,7 +75,7 @@ fn lacking() -> Vec<String> {
             .stderr(Stdio::null())
             .status();
         if found.is_err() {
-            lines.push(format!("{program} is not there: apt-get install {package}"));
+            lines.push(format!("the program {program} is missing: apt-get install {package}"));
         }
     }
     lines
@@ -82,9 +84,9 @@ fn lacking() -> Vec<String> {
 async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else {
-        bail!("cannot take over signals");
+        bail!("cannot install signal handlers");
     };
-    let mut told = async move || {
+    let mut signalled = async move || {
         tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} }
     };
     let shared: Shared = Arc::default();
@@ -93,16 +95,17 @@ async fn interruptible(args: DemoArgs) -> anyhow::Result<ExitCode> {
     let _scenario = blocking(move || done.send(scenario(&args, &for_scenario)));
     let result = tokio::select! {
         result = scenario_done => result.context("the demonstration panicked")?,
-        () = told() => Err(anyhow::anyhow!("interrupted")),
+        () = signalled() => Err(anyhow::anyhow!("interrupted")),
     };
     if result.is_err() {
         cancel::cancel();
     }
     if keep && result.is_ok() {
-        let _ = writeln!(std::io::stderr(), "\nEverything is left running. Ctrl-C ends it and removes every trace.");
-        told().await;
+        let _ =
+            writeln!(std::io::stderr(), "\nEverything keeps running. Press Ctrl-C to end it and remove every trace.");
+        signalled().await;
     }
-    // Here the namespaces, rules and processes go, whatever happened before.
+    // This removes namespaces, rules and processes, whatever happened before.
     drop(shared.lock().take());
     result
 }
@@ -121,7 +124,7 @@ fn progress(args: &DemoArgs, text: &str) {
 fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     progress(args, "making two nodes and five pods");
     {
-        // Under the lock: whoever cleans up waits until it knows what there is.
+        // Under the lock, so that cleaning up waits until the world is complete.
         let mut world = shared.lock();
         if is_cancelled() {
             bail!("interrupted");
@@ -135,7 +138,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     let duration = Duration::from_secs(args.seconds.clamp(1, 60));
     let server_ip = "10.2.0.20".parse()?;
 
-    progress(args, "without culvert: the same programs, in plaintext");
+    progress(args, "measuring without culvert, in plaintext");
     let watch = wire::Watch::start(&node1, &canary)?;
     with(shared, |world| {
         fetch(world, "client", "http://10.2.0.20:8080/", Wait::ForServer)?
@@ -148,7 +151,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     with(shared, nodes::start)?;
     let captured = with(shared, nodes::wait_until_captured)?;
 
-    progress(args, "through culvert");
+    progress(args, "measuring with culvert");
     let watch = wire::Watch::start(&node1, &canary)?;
     let exchanges = with(shared, |world| exchange_all(world, &canary))?;
     let wire = watch.take()?;
@@ -156,7 +159,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     let (identities, denied) = with(shared, from_logs)?;
     let (node_names, dead) = with(shared, |w| Ok(([w.name("node1"), w.name("node2")], w.ended())))?;
     if let Some(pid) = dead {
-        bail!("process {pid} has ended before its time");
+        bail!("process {pid} has ended unexpectedly");
     }
     let account = Account { captured, plain_wire, wire, exchanges, identities, denied, direct, tunnelled, node_names };
     let text = if args.json { account.json() } else { account.text() };
@@ -164,7 +167,7 @@ fn scenario(args: &DemoArgs, shared: &Shared) -> anyhow::Result<ExitCode> {
     Ok(if account.is_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// An ordinary web server in the server pod; its page is the canary.
+/// Starts an ordinary web server in the server pod, whose page is the canary.
 fn serve_files(world: &mut World, canary: &str) -> anyhow::Result<()> {
     let site = world.folder.join("site");
     std::fs::create_dir_all(&site)?;
@@ -181,10 +184,10 @@ enum Wait {
     No,
 }
 
-/// Fetches a page with curl in a pod; `None` where there was no answer.
+/// Fetches a page with curl in a pod. Returns `None` if there was no answer.
 fn fetch(world: &World, pod: &str, url: &str, wait: Wait) -> anyhow::Result<Option<String>> {
     let mut command = Command::new("curl");
-    // -q: the user's own curlrc and proxies are not for this.
+    // -q, because the user's own curlrc and proxies must not apply.
     command.args(["-q", "--silent", "--noproxy", "*", "--globoff", "--max-time", "10"]);
     if wait == Wait::ForServer {
         command.args(["--retry", "40", "--retry-connrefused", "--retry-delay", "0", "--retry-max-time", "10"]);
@@ -192,7 +195,7 @@ fn fetch(world: &World, pod: &str, url: &str, wait: Wait) -> anyhow::Result<Opti
     Ok(world.run(pod, command.arg(url))?.ok())
 }
 
-/// Who fetches what, and whether it should succeed.
+/// Makes all requests and checks whether each succeeds or fails as it should.
 fn exchange_all(world: &mut World, canary: &str) -> anyhow::Result<Vec<Exchange>> {
     let vip = format!("http://{}/", nodes::SERVICE_VIP);
     let mut all = Vec::new();
@@ -209,7 +212,7 @@ fn exchange_all(world: &mut World, canary: &str) -> anyhow::Result<Vec<Exchange>
     Ok(all)
 }
 
-/// Identities that each side saw, and refusals, from the access logs of both nodes.
+/// Reads the identities and the refusals from the access logs of both nodes. Waits until they are complete or the deadline passes.
 fn from_logs(world: &mut World) -> anyhow::Result<(Vec<IdentityPair>, Vec<Refusal>)> {
     let deadline = Instant::now() + LOG_DEADLINE;
     loop {

@@ -1,4 +1,4 @@
-//! The two `culvert node` processes: their files, their start, and what they say on their admin ports and in their logs.
+//! The two `culvert node` processes: writes their files, starts them, and reads their admin pages and logs.
 
 use super::cancel::is_cancelled;
 use super::world::{DemoPod, PODS, World};
@@ -12,15 +12,15 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Where the programs of the demonstration are looked for.
+/// The `PATH` of the daemons.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Virtual address of the server's service.
 pub const SERVICE_VIP: &str = "10.96.0.20";
-/// How long a node may take to capture its pods.
+/// How long the nodes may take to capture their pods.
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Writes the files and starts both nodes.
+/// Writes the files of both nodes and starts them.
 pub fn start(world: &mut World) -> anyhow::Result<()> {
     let (mesh, ca) = (world.folder.join("mesh.yaml"), world.folder.join("ca"));
     Builtin::init(&ca)?;
@@ -34,7 +34,7 @@ pub fn start(world: &mut World) -> anyhow::Result<()> {
         let mut command = Command::new(&program);
         command.arg("node").args(["--log-format", "json", "--log", "info"]);
         command.arg("--mesh-file").arg(&mesh).arg("--pods-file").arg(&pods_file).arg("--ca-dir").arg(&ca);
-        // What the user has set for other daemons is not for these.
+        // The user's environment may contain settings for other daemons.
         command.env_clear().env("PATH", PATH);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         world.start(&format!("node{node}"), &mut command)?;
@@ -47,14 +47,14 @@ pub fn log_path(world: &World, node: u8) -> PathBuf {
     world.folder.join(format!("node{node}.log"))
 }
 
-/// Waits until both nodes say that their pods are captured; gives their names.
+/// Waits until both nodes report all their pods as captured, and returns the pods' names.
 pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
     let deadline = Instant::now() + START_DEADLINE;
     loop {
         if let Some(pid) = world.ended() {
             let logs: Vec<String> =
                 [1, 2].iter().filter_map(|n| std::fs::read_to_string(log_path(world, *n)).ok()).collect();
-            bail!("process {pid} has ended before its time; its log:\n{}", logs.concat());
+            bail!("process {pid} has ended unexpectedly; the logs of the nodes:\n{}", logs.concat());
         }
         let mut captured = Vec::new();
         let mut others = Vec::new();
@@ -82,7 +82,7 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
     }
 }
 
-/// Asks a node's admin port.
+/// Reads a page from a node's admin port.
 pub fn get(world: &World, node: u8, path: &str) -> anyhow::Result<Value> {
     let address: SocketAddr = ([127, 0, 0, 1], crate::admin::ADMIN_PORT).into();
     let patience = Duration::from_secs(2);
@@ -92,7 +92,7 @@ pub fn get(world: &World, node: u8, path: &str) -> anyhow::Result<Value> {
     write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("not an HTTP answer")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is not HTTP")?;
     if !head.starts_with("HTTP/1.1 200") {
         bail!("{path}: {}", head.lines().next().unwrap_or_default());
     }

@@ -1,4 +1,4 @@
-//! Load between two pods: small requests one after another on several connections, and one bulk stream.
+//! Load between two pods: small requests on several connections, and one bulk stream.
 
 use crate::sys::netns::Netns;
 use crate::task::thread::blocking;
@@ -9,29 +9,29 @@ use std::time::{Duration, Instant};
 
 /// Port of the echo server.
 const ECHO_PORT: u16 = 9000;
-/// Port of the server that swallows what it gets.
+/// Port of the server that discards what it receives.
 const SINK_PORT: u16 = 9001;
 /// Size of a request and of its answer.
-const MESSAGE_BYTES: usize = 1024;
-/// Connections on which requests are sent.
-const CONNECTIONS: usize = 16;
-/// No read or write of a measurement waits longer.
+pub const MESSAGE_BYTES: usize = 1024;
+/// Number of connections on which requests are sent.
+pub const CONNECTIONS: usize = 16;
+/// The longest that a read or write of a measurement may wait.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Result of a measurement.
+/// The result of a measurement.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Figures {
-    /// Requests per second on all connections.
+    /// Requests per second, on all connections together.
     pub rps: f64,
-    /// Median of the round trip, in microseconds.
+    /// Median of the round-trip time, in microseconds.
     pub p50_us: f64,
-    /// 99th percentile of the round trip, in microseconds.
+    /// 99th percentile of the round-trip time, in microseconds.
     pub p99_us: f64,
     /// Gigabits per second of the bulk stream.
     pub gbps: f64,
 }
 
-/// Starts the echo and sink servers in a pod; they end with the process.
+/// Starts the echo server and the discarding server in a pod. They run until the process ends.
 pub fn serve(pod: &Netns) -> anyhow::Result<()> {
     for (port, answer) in [(ECHO_PORT, true), (SINK_PORT, false)] {
         let listener = pod.enter(|| TcpListener::bind(("::", port)))?.context("cannot listen in the server pod")?;
@@ -44,10 +44,10 @@ pub fn serve(pod: &Netns) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves one connection until its client ends it.
+/// Serves one connection until the client ends it.
 fn answer_one(mut stream: TcpStream, answer: bool) {
     let mut buffer = vec![0; 256 * 1024];
-    // An error is the client's end, which the client reports.
+    // An error here means that the client has gone, and the client reports why.
     let _ = stream.set_nodelay(true);
     while let Ok(length) = stream.read(&mut buffer) {
         let received = buffer.get(..length).unwrap_or_default();
@@ -56,12 +56,12 @@ fn answer_one(mut stream: TcpStream, answer: bool) {
         }
     }
     if !answer {
-        // Tells the client that all has arrived.
+        // Tells the client that everything has arrived.
         let _ = stream.write_all(b"k");
     }
 }
 
-/// Measures from one pod to the servers in another, `duration` for each kind.
+/// Measures requests, then the bulk stream, from one pod to the servers in another, each for `duration`.
 pub fn measure(from: &Netns, to: std::net::IpAddr, duration: Duration) -> anyhow::Result<Figures> {
     let mut threads = Vec::new();
     for _ in 0..CONNECTIONS {

@@ -1,4 +1,4 @@
-//! Watching the wire between the nodes with our own eyes: which ports are used, and whether a canary is readable.
+//! Watches the wire between the nodes: which ports carry traffic, and whether a canary text is readable.
 
 use super::world::WIRE;
 use crate::sys::netns::Netns;
@@ -11,22 +11,25 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// What was seen.
+/// Port of the tunnels between nodes.
+pub const TUNNEL_PORT: u16 = 15008;
+
+/// What was seen on the wire.
 #[derive(Clone, Debug, Default)]
 pub struct WireStats {
-    /// TCP payload bytes by the lower of the two ports, which is the server's here.
+    /// TCP payload bytes by port: [`TUNNEL_PORT`], or the lower of the two ports, which is the server's here.
     pub bytes_by_port: BTreeMap<u16, u64>,
-    /// Frames that hold the canary in clear.
+    /// Frames that contain the canary in the clear.
     pub canaries: u64,
-    /// TCP payload bytes on other ports than 15008.
+    /// TCP payload bytes on other ports than [`TUNNEL_PORT`].
     pub plaintext_bytes: u64,
-    /// Frames.
+    /// Number of frames.
     pub frames: u64,
-    /// Frames that the kernel could not hand over in time.
+    /// Frames that the kernel dropped because they were not read in time.
     pub dropped: u64,
 }
 
-/// A capture that runs until it is taken.
+/// A sniffer that runs until its result is taken.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
@@ -34,7 +37,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts watching in the namespace of node 1.
+    /// Starts the sniffer in the namespace of node 1.
     pub fn start(node1: &Netns, canary: &str) -> anyhow::Result<Self> {
         let sniffer = node1.enter(|| Sniffer::open(WIRE))?.context("cannot open a packet socket")?;
         let stop = Arc::new(AtomicBool::new(false));
@@ -43,12 +46,12 @@ impl Watch {
         Ok(Self { stop, thread })
     }
 
-    /// Ends the capture and gives what was seen.
+    /// Ends the sniffer and returns what it has seen.
     pub fn take(self) -> anyhow::Result<WireStats> {
-        // What is under way on the wire arrives within this time; a capture has no other end.
+        // Frames that are still on the wire arrive within this time. Nothing marks the last one.
         std::thread::sleep(Duration::from_millis(100));
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow::anyhow!("the capture panicked"))?
+        self.thread.join().map_err(|_| anyhow::anyhow!("the sniffer panicked"))?
     }
 }
 
@@ -73,15 +76,15 @@ fn look(frame: &[u8], canary: &[u8], seen: &mut WireStats) {
     }
     let Some((source, destination, payload)) = tcp(frame) else { return };
     if payload > 0 {
-        let port = if source == 15008 || destination == 15008 { 15008 } else { source.min(destination) };
+        let port = if [source, destination].contains(&TUNNEL_PORT) { TUNNEL_PORT } else { source.min(destination) };
         *seen.bytes_by_port.entry(port).or_default() += payload;
-        if port != 15008 {
+        if port != TUNNEL_PORT {
             seen.plaintext_bytes += payload;
         }
     }
 }
 
-/// Ports and payload length of a TCP segment in an Ethernet frame.
+/// Source port, destination port and payload length of a TCP segment in an Ethernet frame.
 fn tcp(frame: &[u8]) -> Option<(u16, u16, u64)> {
     let word = |at: usize| Some(u16::from_be_bytes([*frame.get(at)?, *frame.get(at + 1)?]));
     let (start, protocol, end) = match word(12)? {
@@ -95,7 +98,7 @@ fn tcp(frame: &[u8]) -> Option<(u16, u16, u64)> {
     if protocol != 6 {
         return None;
     }
-    // Length 0 stands for more than 64 KiB (segmentation is done later): then the frame's own length counts.
+    // A length field of 0 means more than 64 KiB, because the frame is not segmented yet. Then the frame's own length counts.
     let end = if end <= start { frame.len() } else { end };
     let header = usize::from(*frame.get(start + 12)? >> 4) * 4;
     let payload = end.saturating_sub(start + header);
@@ -107,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plaintext_and_canaries_are_seen_and_the_tunnel_is_told_apart() {
+    fn plaintext_and_canaries_are_seen_and_tunnels_are_counted_separately() {
         let frame = |from: u16, to: u16, payload: &[u8]| {
             let mut frame = vec![0; 12];
             frame.extend([0x08, 0x00, 0x45, 0x00]);
@@ -120,7 +123,7 @@ mod tests {
             frame
         };
         let mut seen = WireStats::default();
-        look(&frame(40_000, 15008, b"ciphertext"), b"canary", &mut seen);
+        look(&frame(40_000, TUNNEL_PORT, b"ciphertext"), b"canary", &mut seen);
         assert_eq!((seen.plaintext_bytes, seen.canaries), (0, 0));
         look(&frame(8080, 40_000, b"the canary sings"), b"canary", &mut seen);
         look(&frame(8080, 40_000, b""), b"canary", &mut seen);

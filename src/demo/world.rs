@@ -1,4 +1,4 @@
-//! Two nodes and their pods as network namespaces, and whatever runs in them; all of it gone when dropped.
+//! Two nodes and their pods as network namespaces, and the processes in them. Dropping the world removes everything.
 
 use crate::sys::netns::Netns;
 use anyhow::{Context, bail};
@@ -14,15 +14,15 @@ pub const WIRE: &str = "wire";
 /// A pod of the demonstration.
 #[derive(Clone, Copy, Debug)]
 pub struct DemoPod {
-    /// Pod name, service account and the end of its namespace's name.
+    /// Name of the pod and its service account, and the last part of its network namespace's name.
     pub name: &'static str,
-    /// 1 or 2.
+    /// Its node: 1 or 2.
     pub node: u8,
     /// Its IPv4 address.
     pub v4: &'static str,
     /// Its IPv6 address.
     pub v6: Option<&'static str>,
-    /// Whether the mesh knows it and captures it.
+    /// Whether it is enrolled in the mesh.
     pub in_mesh: bool,
 }
 
@@ -35,21 +35,21 @@ pub const PODS: [DemoPod; 5] = [
     DemoPod { name: "outside", node: 2, v4: "10.2.0.21", v6: None, in_mesh: false },
 ];
 
-/// The namespaces of one demonstration and the processes in them.
+/// The network namespaces of one demonstration and the processes in them.
 #[derive(Debug)]
 pub struct World {
     prefix: String,
-    /// Directory for its files.
+    /// Folder for its files.
     pub folder: PathBuf,
     children: Vec<Child>,
 }
 
 impl World {
-    /// Makes the namespaces and links. What an earlier demonstration left behind, whose process is gone, is removed first.
+    /// Makes the namespaces and links. First it removes what earlier demonstrations left because they were killed.
     pub fn build() -> anyhow::Result<Self> {
         sweep();
         let prefix = format!("culvert-{}-", std::process::id());
-        // Below /run, where only root can have put something; the CA's key will be in it.
+        // Below /run, where only root can create files, because the folder will contain the CA's key.
         let folder = folder_of(&std::process::id().to_string());
         let made = std::fs::DirBuilder::new().mode(0o700).create(&folder);
         made.with_context(|| format!("cannot make {}", folder.display()))?;
@@ -116,7 +116,7 @@ impl World {
         ip_in(&name, &inside)
     }
 
-    /// Starts a program in a namespace; it ends with the world.
+    /// Starts a program in a namespace and returns its process id. The program is killed when the world is dropped.
     pub fn start(&mut self, short: &str, command: &mut Command) -> anyhow::Result<u32> {
         let program = command.get_program().to_string_lossy().into_owned();
         let child = self.netns(short)?.enter(|| command.spawn())?.with_context(|| format!("cannot start {program}"))?;
@@ -125,7 +125,7 @@ impl World {
         Ok(pid)
     }
 
-    /// Runs a program in a namespace to its end; gives its standard output, or the exit status of a failure.
+    /// Runs a program in a namespace to its end. Returns its standard output, or its exit status if it failed.
     pub fn run(&self, short: &str, command: &mut Command) -> anyhow::Result<Result<String, i32>> {
         let program = command.get_program().to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -135,7 +135,7 @@ impl World {
         Ok(if output.status.success() { Ok(text) } else { Err(output.status.code().unwrap_or(-1)) })
     }
 
-    /// A child that has ended by itself, which none should.
+    /// The process id of a child that has ended by itself, which none should.
     pub fn ended(&mut self) -> Option<u32> {
         self.children.iter_mut().find_map(|child| child.try_wait().ok().flatten().map(|_| child.id()))
     }
@@ -144,7 +144,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         for child in &mut self.children {
-            // One that has ended already needs no killing.
+            // An error means that the child has ended already.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -157,7 +157,7 @@ fn folder_of(pid: &str) -> PathBuf {
     Path::new("/run").join(format!("culvert-{pid}"))
 }
 
-/// Removes what demonstrations left behind whose process is gone (they were killed outright).
+/// Removes what demonstrations left whose process does not exist any more, because it was killed.
 fn sweep() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
     for entry in entries.flatten() {

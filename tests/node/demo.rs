@@ -98,7 +98,7 @@ fn kept_running_it_shows_its_admin_pages_and_goes_with_ctrl_c_even_when_a_node_h
     let pid = child.id();
     let mut account = String::new();
     let mut output = BufReader::new(child.stdout.take().unwrap());
-    while !account.contains("All as it should be.") {
+    while !account.contains("Everything is as it should be.") {
         assert!(output.read_line(&mut account).unwrap() > 0, "it ended early:\n{account}");
     }
     for heading in [
