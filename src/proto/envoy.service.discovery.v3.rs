@@ -2,77 +2,77 @@
 /// Why a response is refused.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Status {
-    /// Code of google.rpc.
+    /// A code of google.rpc.Code.
     #[prost(int32, tag = "1")]
     pub code: i32,
-    /// Text.
+    /// The error message.
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
-    /// Details.
+    /// Details; unused.
     #[prost(message, repeated, tag = "3")]
     pub details: ::prost::alloc::vec::Vec<::prost_types::Any>,
 }
-/// Who asks.
+/// The client.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Node {
     /// role~ip~pod.namespace~domain.
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
-    /// Cluster; not used by us.
+    /// Cluster; unused.
     #[prost(string, tag = "2")]
     pub cluster: ::prost::alloc::string::String,
-    /// Facts about the node.
+    /// Metadata of the node.
     #[prost(message, optional, tag = "3")]
     pub metadata: ::core::option::Option<::prost_types::Struct>,
 }
-/// A subscription, or the answer to a response.
+/// A change of the subscription, or the acknowledgement of a response.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeltaDiscoveryRequest {
-    /// Who asks; in the first request of each type.
+    /// The client; in the first request of each type.
     #[prost(message, optional, tag = "1")]
     pub node: ::core::option::Option<Node>,
-    /// Of which type.
+    /// The resource type.
     #[prost(string, tag = "2")]
     pub type_url: ::prost::alloc::string::String,
-    /// Names wanted from now on.
+    /// Names to subscribe to.
     #[prost(string, repeated, tag = "3")]
     pub resource_names_subscribe: ::prost::alloc::vec::Vec<
         ::prost::alloc::string::String,
     >,
-    /// Names no longer wanted.
+    /// Names to unsubscribe from.
     #[prost(string, repeated, tag = "4")]
     pub resource_names_unsubscribe: ::prost::alloc::vec::Vec<
         ::prost::alloc::string::String,
     >,
-    /// What is held already, and in which version; in the first request of each type.
+    /// Resources that the client has already, with their versions; in the first request of each type.
     #[prost(map = "string, string", tag = "5")]
     pub initial_resource_versions: ::std::collections::HashMap<
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
-    /// Which response is answered.
+    /// The response that is acknowledged.
     #[prost(string, tag = "6")]
     pub response_nonce: ::prost::alloc::string::String,
-    /// Set when something in the response was refused.
+    /// Set if something in the response was refused.
     #[prost(message, optional, tag = "7")]
     pub error_detail: ::core::option::Option<Status>,
 }
-/// What has changed.
+/// A response: what has changed.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeltaDiscoveryResponse {
-    /// Version of the whole; for display.
+    /// Version of the whole state; for display.
     #[prost(string, tag = "1")]
     pub system_version_info: ::prost::alloc::string::String,
     /// New and changed resources.
     #[prost(message, repeated, tag = "2")]
     pub resources: ::prost::alloc::vec::Vec<Resource>,
-    /// Of which type.
+    /// The resource type.
     #[prost(string, tag = "4")]
     pub type_url: ::prost::alloc::string::String,
-    /// To be named in the answer.
+    /// To be repeated in the acknowledgement.
     #[prost(string, tag = "5")]
     pub nonce: ::prost::alloc::string::String,
-    /// Names that are gone, or were asked for and do not exist.
+    /// Names that have been removed, or were subscribed to and do not exist.
     #[prost(string, repeated, tag = "6")]
     pub removed_resources: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
@@ -88,10 +88,10 @@ pub struct Resource {
     /// Its name.
     #[prost(string, tag = "3")]
     pub name: ::prost::alloc::string::String,
-    /// Other names by which it may have been asked for.
+    /// Other names under which it may have been subscribed to.
     #[prost(string, repeated, tag = "4")]
     pub aliases: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// How long it holds; not looked at.
+    /// Time to live; ignored.
     #[prost(message, optional, tag = "6")]
     pub ttl: ::core::option::Option<::prost_types::Duration>,
 }

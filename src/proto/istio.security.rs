@@ -11,16 +11,16 @@ pub struct Authorization {
     /// Which workloads it applies to.
     #[prost(enumeration = "Scope", tag = "3")]
     pub scope: i32,
-    /// What a match means.
+    /// The effect of a match.
     #[prost(enumeration = "Action", tag = "4")]
     pub action: i32,
-    /// Rules, of which one must hold.
+    /// Rules of which at least one must hold.
     #[prost(message, repeated, tag = "5")]
     pub rules: ::prost::alloc::vec::Vec<Rule>,
-    /// Evaluated and logged, not enforced.
+    /// Whether the policy is only evaluated and logged, not enforced.
     #[prost(bool, tag = "6")]
     pub dry_run: bool,
-    /// Additions of other parties; not looked at.
+    /// Extensions; ignored.
     #[prost(message, repeated, tag = "7")]
     pub extensions: ::prost::alloc::vec::Vec<super::workload::Extension>,
 }
@@ -31,53 +31,53 @@ pub struct Rule {
     #[prost(message, repeated, tag = "1")]
     pub clauses: ::prost::alloc::vec::Vec<Clause>,
 }
-/// Matches of which one must hold.
+/// Matches of which at least one must hold.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Clause {
     /// The matches; field 1 is not used by the protocol.
     #[prost(message, repeated, tag = "2")]
     pub matches: ::prost::alloc::vec::Vec<Match>,
 }
-/// Tests that must all pass; the positive ones of an attribute are alternatives.
+/// Tests that must all pass. The positive tests of one attribute are alternatives.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Match {
-    /// Peer's namespace.
+    /// Namespace of the peer's identity.
     #[prost(message, repeated, tag = "1")]
     pub namespaces: ::prost::alloc::vec::Vec<StringMatch>,
-    /// Not these.
+    /// None of these.
     #[prost(message, repeated, tag = "2")]
     pub not_namespaces: ::prost::alloc::vec::Vec<StringMatch>,
-    /// Peer's identity without spiffe://.
+    /// Identity of the peer, without spiffe://.
     #[prost(message, repeated, tag = "3")]
     pub principals: ::prost::alloc::vec::Vec<StringMatch>,
-    /// Not these.
+    /// None of these.
     #[prost(message, repeated, tag = "4")]
     pub not_principals: ::prost::alloc::vec::Vec<StringMatch>,
     /// Source address.
     #[prost(message, repeated, tag = "5")]
     pub source_ips: ::prost::alloc::vec::Vec<Address>,
-    /// Not these.
+    /// None of these.
     #[prost(message, repeated, tag = "6")]
     pub not_source_ips: ::prost::alloc::vec::Vec<Address>,
     /// Destination address.
     #[prost(message, repeated, tag = "7")]
     pub destination_ips: ::prost::alloc::vec::Vec<Address>,
-    /// Not these.
+    /// None of these.
     #[prost(message, repeated, tag = "8")]
     pub not_destination_ips: ::prost::alloc::vec::Vec<Address>,
     /// Destination port.
     #[prost(uint32, repeated, tag = "9")]
     pub destination_ports: ::prost::alloc::vec::Vec<u32>,
-    /// Not these.
+    /// None of these.
     #[prost(uint32, repeated, tag = "10")]
     pub not_destination_ports: ::prost::alloc::vec::Vec<u32>,
-    /// Peer's service account, whatever the trust domain.
+    /// Service account of the peer's identity, whatever the trust domain.
     #[prost(message, repeated, tag = "11")]
     pub service_accounts: ::prost::alloc::vec::Vec<ServiceAccountMatch>,
-    /// Not these.
+    /// None of these.
     #[prost(message, repeated, tag = "12")]
     pub not_service_accounts: ::prost::alloc::vec::Vec<ServiceAccountMatch>,
-    /// Additions of other parties; a match that has one asks for more than we can judge.
+    /// Extensions. A match that has one contains tests that this version cannot evaluate.
     #[prost(message, repeated, tag = "13")]
     pub extensions: ::prost::alloc::vec::Vec<super::workload::Extension>,
 }
@@ -87,7 +87,7 @@ pub struct Address {
     /// 4 or 16 bytes.
     #[prost(bytes = "bytes", tag = "1")]
     pub address: ::prost::bytes::Bytes,
-    /// Length of the prefix.
+    /// Prefix length.
     #[prost(uint32, tag = "2")]
     pub length: u32,
 }
@@ -97,7 +97,7 @@ pub struct ServiceAccountMatch {
     /// Namespace.
     #[prost(string, tag = "1")]
     pub namespace: ::prost::alloc::string::String,
-    /// Name; written so in the protocol.
+    /// Name of the service account, with the field name that the protocol has.
     #[prost(string, tag = "2")]
     pub service_account: ::prost::alloc::string::String,
 }
@@ -111,7 +111,7 @@ pub struct StringMatch {
 pub mod string_match {
     #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum MatchType {
-        /// Equal.
+        /// Is equal.
         #[prost(string, tag = "1")]
         Exact(::prost::alloc::string::String),
         /// Begins with.
@@ -120,7 +120,7 @@ pub mod string_match {
         /// Ends with.
         #[prost(string, tag = "3")]
         Suffix(::prost::alloc::string::String),
-        /// Is there.
+        /// Is not empty.
         #[prost(message, tag = "4")]
         Presence(()),
     }
@@ -129,11 +129,11 @@ pub mod string_match {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Scope {
-    /// All.
+    /// All workloads.
     Global = 0,
-    /// Those of its namespace.
+    /// Workloads of the policy's namespace.
     Namespace = 1,
-    /// Those that name it.
+    /// Workloads that name the policy.
     WorkloadSelector = 2,
 }
 impl Scope {
@@ -158,13 +158,13 @@ impl Scope {
         }
     }
 }
-/// What a match means.
+/// The effect of a match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Action {
-    /// Let in, and nothing else.
+    /// Permit matching connections and refuse all others.
     Allow = 0,
-    /// Refuse.
+    /// Refuse matching connections.
     Deny = 1,
 }
 impl Action {

@@ -2,20 +2,20 @@
 /// A request for a certificate.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct IstioCertificateRequest {
-    /// Certificate signing request, PEM.
+    /// Certificate signing request in PEM.
     #[prost(string, tag = "1")]
     pub csr: ::prost::alloc::string::String,
-    /// Life that is asked for, in seconds.
+    /// Requested lifetime in seconds.
     #[prost(int64, tag = "3")]
     pub validity_duration: i64,
-    /// ImpersonatedIdentity: the SPIFFE URI for which a node tunnel asks.
+    /// ImpersonatedIdentity: the SPIFFE URI for which a ztunnel requests the certificate.
     #[prost(message, optional, tag = "4")]
     pub metadata: ::core::option::Option<::prost_types::Struct>,
 }
-/// The certificate.
+/// The signed certificate.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IstioCertificateResponse {
-    /// PEM: leaf first, then intermediates, roots last; an element may hold several certificates.
+    /// PEM: the leaf first, then intermediates, roots last. An element may contain several certificates.
     #[prost(string, repeated, tag = "1")]
     pub cert_chain: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
