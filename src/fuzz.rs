@@ -1,5 +1,7 @@
-//! One function for each parser of bytes that others write. The fuzz targets under `fuzz/` call them with anything; the test
-//! below calls them with the corpora, so that what was ever found stays found. None may panic, whatever it is given.
+//! One function for each parser of foreign bytes. None of them may panic, whatever its input.
+//!
+//! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora, so that
+//! a bug that was found once stays found.
 
 use crate::control::xds::{decode, delta, policy, saved};
 use crate::dns::lookup::{Answer, Record};
@@ -14,7 +16,7 @@ use crate::{control, rpc};
 use prost::Message;
 use rustls::pki_types::CertificateDer;
 
-/// A resource of the control plane, a whole response, and a state file.
+/// A resource of the control plane, a whole response, and the state file.
 pub fn xds_resources(data: &[u8]) {
     let mut names = decode::Names::default();
     let _ = decode::address("c1//Pod/a/w", data, &mut names);
@@ -27,20 +29,24 @@ pub fn xds_resources(data: &[u8]) {
     }
 }
 
-/// A packet of the node's agent, with any number of descriptors.
+/// A packet of the node's agent, with none to two descriptors.
 pub fn zds_message(data: &[u8]) {
     let (descriptors, bytes) = data.split_first().map_or((0, data), |(first, rest)| (usize::from(first % 3), rest));
     if let Err(error) = message::decode(bytes, descriptors, false) {
-        assert!(message::ack(&Err(error.to_string())).len() < 900, "an answer must fit");
+        assert!(message::ack(&Err(error.to_string())).len() < 900, "an answer must fit into a packet");
     }
 }
 
-/// Authority and headers of a CONNECT request: one header a line, the authority first.
+/// A CONNECT request: the authority on the first line, then one header on each line.
 pub fn connect_request(data: &[u8]) {
     let mut lines = data.split(|byte| *byte == b'\n');
     let authority = String::from_utf8_lossy(lines.next().unwrap_or_default()).into_owned();
     if let Ok(parsed) = Authority::parse(&authority) {
-        assert_eq!(Authority::parse(&parsed.to_string()).ok(), Some(parsed), "what is taken prints back");
+        assert_eq!(
+            Authority::parse(&parsed.to_string()).ok(),
+            Some(parsed),
+            "an accepted authority survives a round trip"
+        );
     }
     let mut headers = http::HeaderMap::new();
     for line in lines.take(64) {
@@ -59,19 +65,19 @@ pub fn connect_request(data: &[u8]) {
     }
 }
 
-/// A certificate, a chain in PEM as a CA answers it, and the name in it.
+/// A certificate, a chain in PEM as a CA returns it, and a SPIFFE name.
 pub fn certificate(data: &[u8]) {
     let _ = verify::peer_name(&CertificateDer::from(data));
     let _ = rpc::tls::from_pem(data);
     let text = String::from_utf8_lossy(data);
     if let Ok(name) = SpiffeName::parse(&text) {
-        assert_eq!(name.to_string(), text, "what is taken prints back");
+        assert_eq!(name.to_string(), text, "an accepted name survives a round trip");
     }
     let elements: Vec<String> = text.split("\n\n").map(str::to_owned).collect();
     istio_ca::read_answer(&elements);
 }
 
-/// A file of revocation lists.
+/// A file with revocation lists.
 pub fn crl(data: &[u8]) {
     let _ = revoked::parse(data);
 }
@@ -81,7 +87,7 @@ pub fn mesh_file(data: &[u8]) {
     let _ = control::yaml::facts(&String::from_utf8_lossy(data));
 }
 
-/// What a pod sends to its DNS, and a pod's `resolv.conf`.
+/// A DNS request of a pod, and a pod's `resolv.conf`.
 pub fn dns_request(data: &[u8]) {
     let records = vec![Record::Address([10, 0, 0, 1].into()), Record::Address([0; 16].into())];
     let answer = Answer { alias: Some("other.example".into()), records, zone: "example".into() };
@@ -97,7 +103,7 @@ pub fn dns_request(data: &[u8]) {
     let _ = ResolvConf::parse(&String::from_utf8_lossy(data));
 }
 
-/// What comes from a resolver: as an answer to itself as the question, and to another.
+/// A resolver's answer: taken as its own question, and as the answer to another question.
 pub fn dns_answer(data: &[u8]) {
     let _ = (dns::outcome(data, data), dns::outcome(&[0; 12], data), dns::addresses(data), dns::is_cut(data));
     if let Some((life, places)) = dns::lifetime(data) {
@@ -114,7 +120,7 @@ mod tests {
     use std::path::Path;
 
     #[test]
-    fn the_corpora_do_no_harm() {
+    fn no_parser_panics_on_its_corpus() {
         type Target = (&'static str, fn(&[u8]));
         let targets: [Target; 8] = [
             ("dns_request", super::dns_request),
@@ -133,7 +139,7 @@ mod tests {
             for seed in seeds {
                 let bytes = std::fs::read(&seed).unwrap();
                 target(&bytes);
-                // And with any single byte damaged, or the end missing.
+                // Also with single bytes damaged, and with the end missing.
                 for at in (0..bytes.len()).step_by(1 + bytes.len() / 200) {
                     let mut damaged = bytes.clone();
                     damaged[at] ^= 0xff;

@@ -1,6 +1,6 @@
-//! culvert: a per-node L4 tunnel daemon for Kubernetes, ambient style.
+//! culvert: a per-node L4 tunnel daemon for Kubernetes that takes the place of Istio's ztunnel in ambient mode.
 //!
-//! Modules in reading order; a module imports only from layers below its own (`tests/tidy.rs` holds this):
+//! The modules by layer. A module imports only from layers below its own, which `tests/tidy.rs` checks:
 //!
 //! | layer | modules |
 //! |--:|---|
@@ -32,7 +32,7 @@ mod node;
 #[allow(
     clippy::allow_attributes_without_reason,
     clippy::large_enum_variant,
-    reason = "generated: the shape is that of the protocol"
+    reason = "generated code, whose shape is that of the protocol"
 )]
 pub mod proto;
 mod rpc;

@@ -1,10 +1,11 @@
-//! Parse, run, exit.
+//! The program: parses the command line, runs the command and exits with its code. Under the name of the CNI plugin it is the
+//! CNI plugin.
 
 use clap::Parser;
 use std::process::ExitCode;
 
-/// jemalloc: frames come and go by the hundred KiB, which the C library's allocator maps and unmaps each time; and it
-/// gives memory back after a burst.
+/// jemalloc. Frames of more than 100 KiB are allocated and freed constantly; the C library's allocator would map and unmap memory
+/// each time, and would not return memory to the system after a burst.
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

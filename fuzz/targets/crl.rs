@@ -1,4 +1,4 @@
-//! `cargo +nightly fuzz run crl`
+//! Fuzz target. Run it with `cargo +nightly fuzz run crl`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| culvert::fuzz::crl(data));

@@ -1,4 +1,4 @@
-//! `cargo +nightly fuzz run dns_answer`
+//! Fuzz target. Run it with `cargo +nightly fuzz run dns_answer`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| culvert::fuzz::dns_answer(data));

@@ -1,4 +1,4 @@
-//! `cargo +nightly fuzz run zds_message`
+//! Fuzz target. Run it with `cargo +nightly fuzz run zds_message`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| culvert::fuzz::zds_message(data));
