@@ -1,7 +1,7 @@
 //! One function for each parser of foreign bytes. None of them may panic, whatever its input.
 //!
-//! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora, so that
-//! a bug that was found once stays found.
+//! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora,
+//! so that a bug that was found once stays found.
 
 use crate::control::xds::{decode, delta, policy, saved};
 use crate::dns::lookup::{Answer, Record};

@@ -1,7 +1,7 @@
 //! The three HTTP ports: admin (loopback only), metrics, and readiness.
 //!
-//! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes state. Admin
-//! requests must name a loopback host, so that no web page in a browser can reach the admin port.
+//! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes
+//! state. Admin requests must name a loopback host, so that no web page in a browser can reach the admin port.
 
 use crate::task::slots::Slots;
 use crate::task::thread::run_blocking;
@@ -188,8 +188,8 @@ impl Ports {
     }
 }
 
-/// Serves one port with a limited number of connections, of which no source may take all, and with deadlines. A client that leaves
-/// connections open must not use up the daemon's file descriptors or keep others from being served.
+/// Serves one port with a limited number of connections, of which no source may take all, and with deadlines. A client
+/// that leaves connections open must not use up the daemon's file descriptors or keep others from being served.
 async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
     let connections = Group::default();
     loop {
@@ -266,8 +266,8 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| BindError { address, source })
 }
 
-/// Refuses requests whose Host is not loopback. An attacker's web page can reach 127.0.0.1 under a name of its own (DNS rebinding),
-/// but then the Host is that name.
+/// Refuses requests whose Host is not loopback. An attacker's web page can reach 127.0.0.1 under a name of its own (DNS
+/// rebinding), but then the Host is that name.
 async fn loopback_host_only(request: Request, next: Next) -> Response {
     let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let cross_site = request.headers().contains_key(header::ORIGIN);

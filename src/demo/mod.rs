@@ -1,7 +1,7 @@
 //! `culvert demo`: two nodes and five pods on one machine, with real traffic between ordinary programs.
 //!
-//! It reports which pods were captured, what crossed the wire, which identities both sides saw, what was refused by which rule,
-//! and how fast it was. It leaves nothing behind, also when it is interrupted.
+//! It reports which pods were captured, what crossed the wire, which identities both sides saw, what was refused by
+//! which rule, and how fast it was. It leaves nothing behind, also when it is interrupted.
 
 mod account;
 mod cancel;
@@ -212,7 +212,8 @@ fn exchange_all(world: &mut World, canary: &str) -> anyhow::Result<Vec<Exchange>
     Ok(all)
 }
 
-/// Reads the identities and the refusals from the access logs of both nodes. Waits until they are complete or the deadline passes.
+/// Reads the identities and the refusals from the access logs of both nodes. Waits until they are complete or the
+/// deadline passes.
 fn from_logs(world: &mut World) -> anyhow::Result<(Vec<IdentityPair>, Vec<Refusal>)> {
     let deadline = Instant::now() + LOG_DEADLINE;
     loop {

@@ -98,7 +98,8 @@ fn tcp(frame: &[u8]) -> Option<(u16, u16, u64)> {
     if protocol != 6 {
         return None;
     }
-    // A length field of 0 means more than 64 KiB, because the frame is not segmented yet. Then the frame's own length counts.
+    // A length field of 0 means more than 64 KiB, because the frame is not segmented yet. Then the frame's own length
+    // counts.
     let end = if end <= start { frame.len() } else { end };
     let header = usize::from(*frame.get(start + 12)? >> 4) * 4;
     let payload = end.saturating_sub(start + header);

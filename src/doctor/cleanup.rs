@@ -1,7 +1,7 @@
 //! `culvert cleanup`: removes every trace of culvert from a node.
 //!
-//! It refuses to run while a daemon runs, because the daemon would write everything again. Without `--all` it does not touch
-//! rules of other nodes' daemons.
+//! It refuses to run while a daemon runs, because the daemon would write everything again. Without `--all` it does not
+//! touch rules of other nodes' daemons.
 
 use super::daemon::get;
 use crate::config::Config;
@@ -27,8 +27,8 @@ pub enum Cleaned {
     InUse,
 }
 
-/// Cleans the node and passes a line for each removed thing to `say`. With `all` it also removes rules of another node's daemon,
-/// and rules of old versions that do not name their node.
+/// Cleans the node and passes a line for each removed thing to `say`. With `all` it also removes rules of another
+/// node's daemon, and rules of old versions that do not name their node.
 pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Cleaned {
     if is_in_use(config) {
         say("FAIL  a daemon is running on this node and would write everything again; stop it first");
@@ -118,8 +118,8 @@ async fn remove_annotations(config: &kubernetes::Config) -> Result<(), String> {
     tokio::time::timeout(ANNOTATIONS_DEADLINE, removing).await.unwrap_or_else(|_| late())
 }
 
-/// Whether a daemon runs on this node: one that answers on the admin port of this network namespace, or listens on the CNI socket,
-/// or holds a lock of the daemons that take turns.
+/// Whether a daemon runs on this node: one that answers on the admin port of this network namespace, or listens on the
+/// CNI socket, or holds a lock of the daemons that take turns.
 fn is_in_use(config: &Config) -> bool {
     let pods = get(config.admin.admin_port, "/pods");
     // Another program may listen on this port of the node.

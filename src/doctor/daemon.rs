@@ -1,4 +1,5 @@
-//! Queries the running daemon of this node through its HTTP ports, and checks what it says: readiness, open files, clocks.
+//! Queries the running daemon of this node through its HTTP ports, and checks what it says: readiness, open files,
+//! clocks.
 
 use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::{CaSource, Config};
@@ -67,7 +68,8 @@ impl Daemon {
         }
     }
 
-    /// Checks the clocks. Certificates are issued by the CA's clock, and verified by those of this node and of its peers.
+    /// Checks the clocks. Certificates are issued by the CA's clock, and verified by those of this node and of its
+    /// peers.
     pub(super) fn clock(&self, config: &Config) -> Finding {
         let now = SystemTime::now();
         let here = humantime::format_rfc3339_seconds(now);

@@ -1,8 +1,8 @@
 //! `culvert doctor`: checks a node as an operator would, in the daemon's container and with the daemon's settings.
 //!
-//! It prints one line for each check: whether the thing is well and, if not, what to do. Every check has a deadline, so that
-//! one that hangs does not hide the others. Doctor changes nothing that outlasts it. `culvert pods` and `culvert cleanup`
-//! are here too.
+//! It prints one line for each check: whether the thing is well and, if not, what to do. Every check has a deadline, so
+//! that one that hangs does not hide the others. Doctor changes nothing that outlasts it. `culvert pods` and `culvert
+//! cleanup` are here too.
 
 pub mod cleanup;
 mod daemon;
@@ -24,8 +24,8 @@ use std::time::Duration;
 /// How long a step, which may consist of several checks, may take.
 const STEP: Duration = Duration::from_secs(15);
 
-/// Runs all checks and passes each line to `say`. Returns whether none of them failed. `from_daemon`: whether `config` has the
-/// settings of the running daemon, or why it does not.
+/// Runs all checks and passes each line to `say`. Returns whether none of them failed. `from_daemon`: whether `config`
+/// has the settings of the running daemon, or why it does not.
 pub async fn run(config: &Config, from_daemon: Result<(), String>, mut say: impl FnMut(&str)) -> bool {
     let config = Arc::new(config.clone());
     let mut all_well = true;

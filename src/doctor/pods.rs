@@ -1,5 +1,5 @@
-//! Checks each pod of the node: its state, whether tunnels reach it from another pod, whether kubelet probes reach it, and
-//! whether its neighbour could pass for the kubelet.
+//! Checks each pod of the node: its state, whether tunnels reach it from another pod, whether kubelet probes reach it,
+//! and whether its neighbour could pass for the kubelet.
 
 use super::daemon;
 use super::finding::{DEADLINE, Finding, Verdict, fail, note, ok};
@@ -94,8 +94,8 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
 fn not_captured(label: &str, pod: &Value, bare: bool, now: SystemTime) -> Finding {
     let (state, reason) = (state(pod), pod["reason"].as_str().unwrap_or_default());
     let bare = if bare { "; its namespace holds no address" } else { "" };
-    // The container runtime adds the address late and removes it before the end of the pod is announced, but neither takes
-    // long.
+    // The container runtime adds the address late and removes it before the end of the pod is announced, but neither
+    // takes long.
     match bare.is_empty() || since(pod, now).is_none_or(|since| since >= BARE_FOR) {
         true => fail("pod", format!("{label} is {state}: {reason}{bare}")),
         false => note("pod", format!("{label} is ending or starting: its namespace holds no address ({reason})")),
@@ -132,8 +132,8 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     let mut tunnels: Vec<_> = (0..pods.len()).map(|at| Tunnel::start(pods, at, mark)).collect();
     let probes: Vec<_> = pods.iter().map(|pod| host.map(|host| start_probe(pod, host))).collect();
     let end = Instant::now() + DEADLINE;
-    // A connection is closed as soon as it is established. The daemon waits for its first byte, and would count one that stays
-    // silent as a failure.
+    // A connection is closed as soon as it is established. The daemon waits for its first byte, and would count one
+    // that stays silent as a failure.
     let open = |tunnels: &mut Vec<Tunnel>| tunnels.iter_mut().map(Tunnel::poll).filter(|done| !done).count() > 0;
     while open(&mut tunnels) && Instant::now() < end {
         std::thread::sleep(POLL_EVERY);
@@ -186,8 +186,8 @@ enum UnreachablePod {
 }
 
 impl Pod {
-    /// Opens a pod's network namespace from its entry on `/pods`: by the path, by the daemon's own descriptor, or by one of the
-    /// processes below `proc`.
+    /// Opens a pod's network namespace from its entry on `/pods`: by the path, by the daemon's own descriptor, or by
+    /// one of the processes below `proc`.
     fn of(label: &str, entry: &Value, proc: &Path) -> Result<Self, UnreachablePod> {
         let (path, held) = (entry["netns"].as_str().unwrap_or_default(), &entry["netnsHeld"]);
         let id = held["device"].as_u64().zip(held["inode"].as_u64());
@@ -214,7 +214,8 @@ struct Tunnel {
 }
 
 impl Tunnel {
-    /// Starts connecting, from another pod of the node or else from the own namespace. The mark lets it bypass the redirection.
+    /// Starts connecting, from another pod of the node or else from the own namespace. The mark lets it bypass the
+    /// redirection.
     fn start(pods: &[Pod], at: usize, mark: u32) -> Self {
         let from = another(pods, at);
         let open = |pod: &Pod| {
@@ -325,8 +326,9 @@ fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
     }
 }
 
-/// Checks whether a pod can send packets to its neighbour from the address of kubelet probes, which bypass every policy. All pods
-/// are tried at once, several times, because a real probe may arrive at the same moment by chance, but not every time.
+/// Checks whether a pod can send packets to its neighbour from the address of kubelet probes, which bypass every
+/// policy. All pods are tried at once, several times, because a real probe may arrive at the same moment by chance, but
+/// not every time.
 fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
     let mut passed: Vec<Option<bool>> = vec![Some(true); pods.len()];
     for _ in 0..SPOOF_ROUNDS {
@@ -368,8 +370,8 @@ fn probed(pod: &Pod) -> Option<u64> {
     pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
 }
 
-/// Starts a connection to a pod from its neighbour, with the probes' address as its source. Returns the number of such connections
-/// that had arrived before, and the socket; no socket if the connection cannot even be sent.
+/// Starts a connection to a pod from its neighbour, with the probes' address as its source. Returns the number of such
+/// connections that had arrived before, and the socket; no socket if the connection cannot even be sent.
 fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)> {
     let (pod, from) = (pods.get(at)?, another(pods, at)?);
     let source = probes_address(pod).parse::<IpAddr>().ok()?;

@@ -1,5 +1,5 @@
-//! Checks what culvert needs from the node: capabilities, kernel, sysctls, the Kubernetes API, the host's rules for kubelet
-//! probes, and the CNI plugin.
+//! Checks what culvert needs from the node: capabilities, kernel, sysctls, the Kubernetes API, the host's rules for
+//! kubelet probes, and the CNI plugin.
 
 use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::Config;
@@ -35,7 +35,8 @@ pub(super) fn privileges(config: &Config) -> Finding {
     }
 }
 
-/// Reports a security module that confines this process. Its refusals look like ordinary errors of the checks that follow.
+/// Reports a security module that confines this process. Its refusals look like ordinary errors of the checks that
+/// follow.
 pub(super) fn confinement() -> Finding {
     let read =
         |path: &str| std::fs::read_to_string(path).map(|text| text.trim_end_matches(['\0', '\n']).to_owned()).ok();
@@ -131,8 +132,8 @@ pub(super) fn sysctls(config: &Config) -> Vec<Finding> {
     lines
 }
 
-/// Whether the configured path leads to the host's network namespace. By default it is that of process 1, which is the host's
-/// only if this process is in the machine's initial PID namespace.
+/// Whether the configured path leads to the host's network namespace. By default it is that of process 1, which is the
+/// host's only if this process is in the machine's initial PID namespace.
 fn is_the_hosts(config: &Config) -> bool {
     let own = Path::new("/proc/1/ns/net");
     let all_processes = std::fs::metadata("/proc/self/ns/pid").is_ok_and(|pid| pid.ino() == FIRST_PID_NAMESPACE);

@@ -85,8 +85,8 @@ pub fn parse_network_cidr(text: &str) -> Option<NetworkCidr> {
     Some(NetworkCidr { network: network.into(), range: range.parse().ok()? })
 }
 
-/// Prefix lengths for which on-demand control planes are asked. An address outside the mesh may lie in a range of any of
-/// these lengths, so each length costs one more question about nearly every such address.
+/// Prefix lengths for which on-demand control planes are asked. An address outside the mesh may lie in a range of any
+/// of these lengths, so each length costs one more question about nearly every such address.
 const V4_LENGTHS: std::ops::Range<u8> = 8..32;
 const V6_LENGTHS: std::ops::RangeInclusive<u8> = 16..=64;
 const V6_LONGER: [u8; 6] = [80, 96, 104, 112, 120, 124];

@@ -1,8 +1,8 @@
 //! A persistent map from a key to all items that claim it, the highest-ranked first.
 //!
-//! Several items may claim one key: services share a virtual address, workloads overlap on an IP address. All of them are
-//! kept, so that the next one takes over when the first one is removed. Copies are cheap because they share everything
-//! that does not change later.
+//! Several items may claim one key: services share a virtual address, workloads overlap on an IP address. All of them
+//! are kept, so that the next one takes over when the first one is removed. Copies are cheap because they share
+//! everything that does not change later.
 
 use rpds::HashTrieMapSync;
 use std::cmp::Ordering;

@@ -1,7 +1,8 @@
 //! The mesh facts: workloads, services and policies, the indexes over them, and the store that holds the current ones.
 //!
-//! `control` learns facts and applies them as an [`Update`]; `connection`, `dns` and `node` read the current [`Snapshot`].
-//! A snapshot never changes. No file here does I/O or knows a wire format, and only the store reads a clock.
+//! `control` learns facts and applies them as an [`Update`]; `connection`, `dns` and `node` read the current
+//! [`Snapshot`]. A snapshot never changes. No file here does I/O or knows a wire format, and only the store reads a
+//! clock.
 
 pub mod address;
 pub mod fact_key;

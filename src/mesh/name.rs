@@ -1,7 +1,8 @@
 //! Names of the mesh: SPIFFE names of workloads, and namespace and host name of services.
 //!
-//! The only SPIFFE form accepted is `spiffe://<trust domain>/ns/<namespace>/sa/<service account>` (source: Istio's workload
-//! identities). Every identity in the program is made here, so a text that is refused here never becomes an identity.
+//! The only SPIFFE form accepted is `spiffe://<trust domain>/ns/<namespace>/sa/<service account>` (source: Istio's
+//! workload identities). Every identity in the program is made here, so a text that is refused here never becomes an
+//! identity.
 
 use std::fmt;
 use std::sync::Arc;

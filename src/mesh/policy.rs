@@ -39,8 +39,8 @@ pub enum StringMatch {
 }
 
 impl StringMatch {
-    /// Removes `spiffe://` from a test on a principal. Policies write principals without it, but certificates and logs show it,
-    /// so users write it too.
+    /// Removes `spiffe://` from a test on a principal. Policies write principals without it, but certificates and logs
+    /// show it, so users write it too.
     pub fn without_scheme(self) -> Self {
         const SCHEME: &str = "spiffe://";
         match self {
@@ -90,7 +90,8 @@ impl StringMatch {
 /// The parts of a principal between the slashes: a fixed word, or `None` for a name.
 const PRINCIPAL: [Option<&str>; 5] = [None, Some("ns"), None, Some("sa"), None];
 
-/// Whether `texts` can be the first of `parts`. The last text may be only a piece of its part, which `is_cut_from` checks.
+/// Whether `texts` can be the first of `parts`. The last text may be only a piece of its part, which `is_cut_from`
+/// checks.
 fn fits<'a>(
     texts: impl Iterator<Item = &'a str>,
     parts: &[Option<&str>],
@@ -165,8 +166,8 @@ impl Match {
             && self.destination_ports.is_empty()
     }
 
-    /// The tests in this match that no connection can ever pass, each with the reason. A DENY policy with such a test lets in
-    /// the connections it should refuse, and an ALLOW policy lets in none.
+    /// The tests in this match that no connection can ever pass, each with the reason. A DENY policy with such a test
+    /// lets in the connections it should refuse, and an ALLOW policy lets in none.
     pub fn impossible(&self) -> Vec<String> {
         let mut found = Vec::new();
         if self.is_empty() {

@@ -28,8 +28,8 @@ pub struct Facts {
     pub policies: Vec<Policy>,
 }
 
-/// Which kinds of facts have been received completely. Until all are, no pod is approved: a policy that has not arrived yet
-/// cannot be told from a policy that does not exist.
+/// Which kinds of facts have been received completely. Until all are, no pod is approved: a policy that has not arrived
+/// yet cannot be told from a policy that does not exist.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Synced {
     /// Workloads and services.
@@ -74,9 +74,9 @@ pub enum ServiceOrWorkload {
 /// The endpoints of one service by uid. The order is fixed, so that every choice among them sees the same one.
 pub(super) type Endpoints = RedBlackTreeMapSync<Text, Arc<Workload>>;
 
-/// The indexed facts. A copy shares everything that it does not change, so that changing one workload among fifty thousand
-/// takes microseconds. The indexes keep all claimants of a key, so that the same facts give the same snapshot in whatever
-/// order they arrived.
+/// The indexed facts. A copy shares everything that it does not change, so that changing one workload among fifty
+/// thousand takes microseconds. The indexes keep all claimants of a key, so that the same facts give the same snapshot
+/// in whatever order they arrived.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Snapshot {
     /// Increases by one with every change.
@@ -91,8 +91,8 @@ pub struct Snapshot {
     pub trust_domain_aliases: Arc<[Text]>,
     /// The cluster in which the daemon runs; empty if not configured.
     pub(super) cluster: Text,
-    /// Keys that were asked for and do not exist. A range is in here for a while after each answer about it. `None` if the
-    /// control plane announces everything, so that nothing need be asked for.
+    /// Keys that were asked for and do not exist. A range is in here for a while after each answer about it. `None` if
+    /// the control plane announces everything, so that nothing need be asked for.
     pub(super) absent: Option<HashTrieSetSync<FactKey>>,
     pub(super) workloads: HashTrieMapSync<Text, Arc<Workload>>,
     pub(super) by_address: Index<NetworkAddress, Workload>,
@@ -144,7 +144,8 @@ impl Claimant for Policy {
 }
 
 impl Snapshot {
-    /// An empty snapshot for a node and cluster. `on_demand`: the control plane announces facts only when asked for them.
+    /// An empty snapshot for a node and cluster. `on_demand`: the control plane announces facts only when asked for
+    /// them.
     pub fn empty(node: Text, cluster: Text, on_demand: bool) -> Self {
         Self { node, cluster, absent: on_demand.then(HashTrieSetSync::default), ..Self::default() }
     }
@@ -181,14 +182,14 @@ impl Snapshot {
         self.by_address.get(&NetworkAddress { network: network.clone(), ip }).first()
     }
 
-    /// The service with this virtual address, for a client of `client_namespace`: a service of the client's own namespace
-    /// first, then a canonical one, then the first by name.
+    /// The service with this virtual address, for a client of `client_namespace`: a service of the client's own
+    /// namespace first, then a canonical one, then the first by name.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_vip.get(&NetworkAddress { network: network.clone(), ip }), client_namespace)
     }
 
-    /// The service with a range that contains an address: a service of the client's own namespace first, then the one with
-    /// the longest prefix.
+    /// The service with a range that contains an address: a service of the client's own namespace first, then the one
+    /// with the longest prefix.
     pub fn service_around(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         let mut best: Option<&Arc<Service>> = None;
         for (_, length) in self.cidr_lengths.keys().rev().filter(|(v4, _)| *v4 == ip.is_ipv4()) {
@@ -214,8 +215,8 @@ impl Snapshot {
         self.by_hostname.get(hostname)
     }
 
-    /// The service or workload that a gateway reference names, for a client of `client_namespace`. A service comes before a
-    /// workload of the same name.
+    /// The service or workload that a gateway reference names, for a client of `client_namespace`. A service comes
+    /// before a workload of the same name.
     pub fn gateway(&self, gateway: &GatewayRef, client_namespace: &str) -> Option<ServiceOrWorkload> {
         match &gateway.target {
             GatewayTarget::Hostname(key) => {
@@ -227,8 +228,8 @@ impl Snapshot {
         }
     }
 
-    /// What an address stands for: a service with this virtual address, else a workload with this address, else a service with
-    /// a range that contains it. A pod whose address lies in a service's range is still found as that pod.
+    /// What an address stands for: a service with this virtual address, else a workload with this address, else a
+    /// service with a range that contains it. A pod whose address lies in a service's range is still found as that pod.
     pub fn at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<ServiceOrWorkload> {
         let service = self.service_at(network, ip, client_namespace).cloned().map(ServiceOrWorkload::Service);
         let workload = || self.workload_at(network, ip).cloned().map(ServiceOrWorkload::Workload);
@@ -256,8 +257,8 @@ impl Snapshot {
         range_starts(at.ip).into_iter().filter_map(|ip| self.unasked(range(ip))).collect()
     }
 
-    /// The facts on the way to a service that may be outdated: the service and its waypoints. Empty if the control plane
-    /// announces every change.
+    /// The facts on the way to a service that may be outdated: the service and its waypoints. Empty if the control
+    /// plane announces every change.
     pub fn refreshable(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Vec<FactKey> {
         let Some(ServiceOrWorkload::Service(service)) =
             self.absent.as_ref().and(self.at(network, ip, client_namespace))
@@ -341,8 +342,8 @@ impl Snapshot {
     }
 }
 
-/// Of the claimants of a name or address, the one in the client's own namespace, else the first one that is visible to the
-/// client.
+/// Of the claimants of a name or address, the one in the client's own namespace, else the first one that is visible to
+/// the client.
 fn preferred<'a>(claims: &'a [Arc<Service>], namespace: &str) -> Option<&'a Arc<Service>> {
     let own = claims.iter().find(|service| &*service.key.namespace == namespace);
     own.or_else(|| claims.iter().find(|service| service.visible_to(namespace)))

@@ -1,8 +1,8 @@
 //! The store of the mesh facts. Writers replace the current snapshot one at a time; readers load it without waiting.
 //!
-//! If the control plane announces facts only on demand, the store also keeps the open questions: connections and DNS ask
-//! here, and `control` takes the questions from here and applies the answers. The number of open questions is bounded, in
-//! all and for each pod.
+//! If the control plane announces facts only on demand, the store also keeps the open questions: connections and DNS
+//! ask here, and `control` takes the questions from here and applies the answers. The number of open questions is
+//! bounded, in all and for each pod.
 
 use super::address::NetworkAddress;
 use super::fact_key::FactKey;
@@ -34,8 +34,8 @@ const QUESTIONS_MAX: usize = 10_000;
 /// Maximum number of open questions of one pod, so that a pod that scans leaves room for the others.
 const QUESTIONS_OF_ONE: usize = 500;
 
-/// Each pod may have this many open questions even when other pods have used up the total. It is enough for the ranges around
-/// one address, which are up to 55.
+/// Each pod may have this many open questions even when other pods have used up the total. It is enough for the ranges
+/// around one address, which are up to 55.
 const QUESTIONS_OF_ANYONE: usize = 64;
 
 /// Holds the current snapshot of the mesh facts and notifies subscribers of changes.
@@ -116,8 +116,8 @@ struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    /// Changes the number of waiting tasks, and closes the question if none is left. Does nothing if the question has been
-    /// closed in the meantime, also if a later one for the same key is open.
+    /// Changes the number of waiting tasks, and closes the question if none is left. Does nothing if the question has
+    /// been closed in the meantime, also if a later one for the same key is open.
     fn leave(&self, left: impl FnOnce(&mut usize)) {
         let mut questions = self.store.questions.lock();
         let Some(open) = questions.open.get_mut(self.wanted).filter(|open| open.number == self.number) else { return };
@@ -129,8 +129,8 @@ impl Waiting<'_> {
         }
     }
 
-    /// Closes the question although other tasks may still wait: the question or its answer may be lost, so the next task that
-    /// asks opens a new one.
+    /// Closes the question although other tasks may still wait: the question or its answer may be lost, so the next
+    /// task that asks opens a new one.
     fn give_up(&self) {
         self.leave(|waiting| *waiting = 0);
     }
@@ -203,7 +203,8 @@ impl Store {
             }
             let Questions { open, unsent, refreshed, .. } = &mut *questions;
             unsent.retain(|wanted| open.contains_key(wanted) || refreshed.contains_key(wanted));
-            // Under the same lock, because a task that asked in between would reopen a question that has just been answered.
+            // Under the same lock, because a task that asked in between would reopen a question that has just been
+            // answered.
             self.current.store(next);
         }
         self.changed.send_replace(version);
@@ -215,8 +216,8 @@ impl Store {
         self.changed.subscribe()
     }
 
-    /// Asks the control plane for a fact that is not known, on behalf of the pod `asker`, and waits for the answer up to
-    /// [`ASK_WAIT`]. Tasks that ask for the same fact at the same time share one question.
+    /// Asks the control plane for a fact that is not known, on behalf of the pod `asker`, and waits for the answer up
+    /// to [`ASK_WAIT`]. Tasks that ask for the same fact at the same time share one question.
     pub async fn ask(&self, asker: &Text, wanted: FactKey) -> Result<(), AskError> {
         let mut changes = self.subscribe();
         let name = match &wanted {
@@ -254,9 +255,9 @@ impl Store {
         Err(AskError::NoAnswer(name))
     }
 
-    /// Asks for an address and, if no service or workload has it, for the ranges that may contain it, because istiod finds a
-    /// range only by its first address. The questions about ranges count separately from the pod's other questions. If any of
-    /// them gets no answer, this fails, because that range may exist.
+    /// Asks for an address and, if no service or workload has it, for the ranges that may contain it, because istiod
+    /// finds a range only by its first address. The questions about ranges count separately from the pod's other
+    /// questions. If any of them gets no answer, this fails, because that range may exist.
     pub async fn ask_address(&self, asker: &Text, at: &NetworkAddress) -> Result<(), AskError> {
         let wanted = FactKey::Address(at.clone());
         self.ask(asker, wanted.clone()).await?;
@@ -270,8 +271,9 @@ impl Store {
         around.try_collect().await
     }
 
-    /// Asks again for facts that may be outdated, unless that was done less than [`REFRESH_EVERY`] ago, and waits for the next
-    /// change up to [`REFRESH_WAIT`]. On-demand control planes do not announce new endpoints, so they must be asked.
+    /// Asks again for facts that may be outdated, unless that was done less than [`REFRESH_EVERY`] ago, and waits for
+    /// the next change up to [`REFRESH_WAIT`]. On-demand control planes do not announce new endpoints, so they must be
+    /// asked.
     pub async fn refresh(&self, wanted: Vec<FactKey>) {
         let mut changes = self.subscribe();
         {
@@ -332,7 +334,8 @@ mod tests {
         assert!(store.load().holds(&there) && !store.load().holds(&absent));
         let never = FactKey::Workload("uid".into());
         assert!(matches!(store.ask(&asker, never.clone()).await, Err(AskError::NoAnswer(_))));
-        // When all waiting tasks have given up, the next one asks again. When one of two gives up, the other still waits.
+        // When all waiting tasks have given up, the next one asks again. When one of two gives up, the other still
+        // waits.
         let patient = |wait: u64| tokio::time::timeout(Duration::from_millis(wait), store.ask(&asker, never.clone()));
         let (one, two, asked) = tokio::join!(patient(10), patient(20), store.questions());
         assert!(one.is_err() && two.is_err());

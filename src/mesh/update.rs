@@ -1,7 +1,7 @@
 //! Changes of the facts, and how they are applied to a snapshot.
 //!
-//! Applying changes one after another gives the same snapshot as receiving the resulting facts at once, in whatever order.
-//! The property test of this file checks that.
+//! Applying changes one after another gives the same snapshot as receiving the resulting facts at once, in whatever
+//! order. The property test of this file checks that.
 
 use super::address::{NetworkAddress, NetworkCidr};
 use super::fact_key::FactKey;
@@ -82,8 +82,8 @@ impl Snapshot {
         for key in update.gone_policies {
             self.remove_policy(&key);
         }
-        // Keys of facts that are added are no longer known to be absent. When they are removed later, they must be asked for
-        // again.
+        // Keys of facts that are added are no longer known to be absent. When they are removed later, they must be
+        // asked for again.
         let mut came = Vec::new();
         if self.absent.is_some() {
             came.extend(update.workloads.iter().flat_map(names_of_workload));
@@ -250,7 +250,8 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    /// A change of one of a few objects, whose versions share addresses, host names, names and services with each other.
+    /// A change of one of a few objects, whose versions share addresses, host names, names and services with each
+    /// other.
     #[derive(Clone, Debug)]
     enum Step {
         Workload(u8, u8, u8, bool),

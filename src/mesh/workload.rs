@@ -12,7 +12,8 @@ pub enum Protocol {
     Tcp,
     /// HBONE on its port 15008.
     Hbone,
-    /// With a tunnel protocol that this version does not speak. Connections to the workload are refused, with this reason.
+    /// With a tunnel protocol that this version does not speak. Connections to the workload are refused, with this
+    /// reason.
     Unsupported,
 }
 

@@ -1,5 +1,5 @@
-//! The original destination of a redirected datagram. There is no `SO_ORIGINAL_DST` for datagrams, but the connection tracking
-//! table has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
+//! The original destination of a redirected datagram. There is no `SO_ORIGINAL_DST` for datagrams, but the connection
+//! tracking table has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
 
 use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::errno::Errno;
@@ -39,8 +39,8 @@ impl Conntrack {
         Ok(Self { socket: socket(AddressFamily::Netlink, SockType::Raw, flags, SockProtocol::NetlinkNetFilter)? })
     }
 
-    /// The address to which `client` sent a datagram that arrived at `ours`; `None` if it was not redirected. The kernel answers
-    /// at once, so this does not block.
+    /// The address to which `client` sent a datagram that arrived at `ours`; `None` if it was not redirected. The
+    /// kernel answers at once, so this does not block.
     pub fn original_destination(&self, client: SocketAddr, ours: SocketAddr) -> io::Result<Option<SocketAddr>> {
         // An earlier call that failed may have left its answer in the socket.
         let mut answer = [0; 4096];

@@ -1,5 +1,5 @@
-//! Datagrams with the local address at which they arrived, because an answer must come from that address (sources: ip(7)
-//! `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`).
+//! Datagrams with the local address at which they arrived, because an answer must come from that address (sources:
+//! ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`).
 
 use nix::cmsg_space;
 use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo};
@@ -68,8 +68,8 @@ pub fn send(socket: &impl AsRawFd, bytes: &[u8], to: Client) -> io::Result<()> {
     Ok(())
 }
 
-/// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace. The socket reports the
-/// local address of each datagram.
+/// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace. The socket
+/// reports the local address of each datagram.
 pub fn bind(port: u16, v4: bool, reuse_port: bool) -> io::Result<UdpSocket> {
     let socket = super::socket::bind_datagram(port, v4, reuse_port)?;
     tell_local(&socket, v4)?;

@@ -30,8 +30,8 @@ pub struct Legacy {
     pub names: Vec<String>,
 }
 
-/// The legacy tables of the thread's current namespace, and those of them that contain `text` anywhere, for example as the name
-/// of a chain. Reading does not create tables that do not exist.
+/// The legacy tables of the thread's current namespace, and those of them that contain `text` anywhere, for example as
+/// the name of a chain. Reading does not create tables that do not exist.
 pub fn tables_with(text: &str) -> io::Result<Legacy> {
     let mut found = Legacy::default();
     for (family, domain, level) in

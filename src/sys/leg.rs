@@ -1,7 +1,7 @@
 //! A leg of a carried connection: its socket, and the error with which it broke.
 //!
-//! A reset does not overtake the bytes before it: everything that the leg's peer had sent is delivered to the other leg, and has
-//! arrived there, before the reset is passed on.
+//! A reset does not overtake the bytes before it: everything that the leg's peer had sent is delivered to the other
+//! leg, and has arrived there, before the reset is passed on.
 
 use super::socket::unacknowledged;
 use std::io;
@@ -22,8 +22,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(50);
 pub struct Leg<'a> {
     /// The socket.
     pub socket: &'a TcpStream,
-    /// The error and when it was noticed. The kernel reports an error only once, to the first caller that reads, writes or asks,
-    /// so it is kept here.
+    /// The error and when it was noticed. The kernel reports an error only once, to the first caller that reads, writes
+    /// or asks, so it is kept here.
     broken: SetOnce<(io::Error, Instant)>,
 }
 
@@ -68,8 +68,8 @@ impl<'a> Leg<'a> {
         self.broken.get().map_or_else(|| io::ErrorKind::ConnectionReset.into(), |(error, _)| again(error))
     }
 
-    /// Completes when everything written to the leg has arrived in its peer's kernel, or never will. Wait for this before a
-    /// reset, which would discard the rest.
+    /// Completes when everything written to the leg has arrived in its peer's kernel, or never will. Wait for this
+    /// before a reset, which would discard the rest.
     pub async fn drained(&self) {
         let mut pause = Duration::from_millis(1);
         while !self.is_broken() && unacknowledged(self.socket).is_ok_and(|bytes| bytes > 0) {

@@ -1,7 +1,7 @@
 //! Network namespaces: opens them, and runs short work inside them.
 //!
-//! A thread never stays in a foreign namespace: it returns to its own after each piece of work, also after a panic. If it
-//! cannot return, the process aborts.
+//! A thread never stays in a foreign namespace: it returns to its own after each piece of work, also after a panic. If
+//! it cannot return, the process aborts.
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, fstatfs};
@@ -88,8 +88,8 @@ thread_local! {
     static HOME: OnceCell<File> = const { OnceCell::new() };
 }
 
-/// Returns the thread to its own namespace when dropped. A thread that could not return would from then on make other pods'
-/// sockets in a foreign namespace, so the process aborts instead.
+/// Returns the thread to its own namespace when dropped. A thread that could not return would from then on make other
+/// pods' sockets in a foreign namespace, so the process aborts instead.
 struct HomeGuard;
 
 impl Drop for HomeGuard {
@@ -116,8 +116,8 @@ impl Netns {
         Ok(Self::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?.kept())
     }
 
-    /// Takes over a descriptor that another process has opened, after checking that it is of a network namespace. `name` is
-    /// for display.
+    /// Takes over a descriptor that another process has opened, after checking that it is of a network namespace.
+    /// `name` is for display.
     pub fn handed_over(descriptor: OwnedFd, name: &str) -> Result<Self, NetnsError> {
         Ok(Self::of(File::from(descriptor), Path::new(name))?.kept())
     }
@@ -165,8 +165,8 @@ impl Netns {
         self.inner.id
     }
 
-    /// Runs `work` on this thread inside the namespace, and returns to the thread's own namespace, also if `work` panics.
-    /// `work` must be short and must not wait, because the thread serves other pods too.
+    /// Runs `work` on this thread inside the namespace, and returns to the thread's own namespace, also if `work`
+    /// panics. `work` must be short and must not wait, because the thread serves other pods too.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
         let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
         HOME.with(|home| {
@@ -203,7 +203,8 @@ impl Netns {
         Ok(addresses)
     }
 
-    /// Whether IPv6 can be used in this namespace: the kernel supports it, and it is not disabled on the loopback interface.
+    /// Whether IPv6 can be used in this namespace: the kernel supports it, and it is not disabled on the loopback
+    /// interface.
     pub fn has_ipv6(&self) -> Result<bool, NetnsError> {
         let disabled = self.enter(|| std::fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6"))?;
         Ok(disabled.is_ok_and(|text| text.trim() == "0"))

@@ -13,7 +13,8 @@ use tokio::io::unix::AsyncFd;
 
 /// The multicast group `NFNLGRP_NFTABLES`, as a bit.
 const NFTABLES: u32 = 1 << (7 - 1);
-/// The multicast groups `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`, `_IPV6_RULE`, as bits.
+/// The multicast groups `RTNLGRP_IPV4_IFADDR`, `_IPV4_ROUTE`, `_IPV4_RULE`, `_IPV6_IFADDR`, `_IPV6_ROUTE`,
+/// `_IPV6_RULE`, as bits.
 const ROUTING: u32 = 1 << (5 - 1) | 1 << (7 - 1) | 1 << (8 - 1) | 1 << (9 - 1) | 1 << (11 - 1) | 1 << (19 - 1);
 
 /// Message types `RTM_NEWADDR`, `RTM_DELADDR`, `RTM_DELROUTE`, `RTM_DELRULE`.
@@ -106,13 +107,13 @@ impl NetnsWatch {
     }
 }
 
-/// Maximum number of datagrams read at once, so that a pod that makes changes faster than they are read cannot occupy the
-/// thread. The next call reads the rest, which is necessary: once a socket was full, the kernel sends nothing more to it until
-/// it is empty.
+/// Maximum number of datagrams read at once, so that a pod that makes changes faster than they are read cannot occupy
+/// the thread. The next call reads the rest, which is necessary: once a socket was full, the kernel sends nothing more
+/// to it until it is empty.
 const READS_MAX: usize = 256;
 
-/// Reads the waiting messages and calls `concerns` with the type of each. Returns whether `concerns` was true for any or
-/// messages were lost, and whether the socket is empty now.
+/// Reads the waiting messages and calls `concerns` with the type of each. Returns whether `concerns` was true for any
+/// or messages were lost, and whether the socket is empty now.
 fn drain(fd: &OwnedFd, mut concerns: impl FnMut(u16) -> bool) -> (bool, bool) {
     let (mut buffer, mut any) = ([0; 16 * 1024], false);
     for _ in 0..READS_MAX {

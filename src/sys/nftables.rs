@@ -1,5 +1,5 @@
-//! Reads named counters and the ruleset generation of nftables directly from the kernel, without running `nft` (sources:
-//! linux/netfilter/nfnetlink.h and nf_tables.h).
+//! Reads named counters and the ruleset generation of nftables directly from the kernel, without running `nft`
+//! (sources: linux/netfilter/nfnetlink.h and nf_tables.h).
 
 use super::netlink::{HEADER, REQUEST, header};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};

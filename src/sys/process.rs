@@ -13,12 +13,12 @@ const PROCESSES_MAX: usize = 16;
 /// Maximum number of bytes that are read of a file. A longer one is cut.
 const BYTES_MAX: u64 = 64 * 1024;
 
-/// Searches the processes below `proc` for one in the network namespace `netns` (device and inode) whose file `path` (without
-/// the leading slash) is accepted. Returns the process id and what `accept` made of the file's text.
+/// Searches the processes below `proc` for one in the network namespace `netns` (device and inode) whose file `path`
+/// (without the leading slash) is accepted. Returns the process id and what `accept` made of the file's text.
 ///
-/// Process `last`, which an earlier call found, is tried first. Then come processes with a mount namespace other than the
-/// daemon's, as a pod's containers have, then the rest. The time grows with the number of processes on the machine. Nothing is
-/// found if `proc` shows only the daemon's own processes.
+/// Process `last`, which an earlier call found, is tried first. Then come processes with a mount namespace other than
+/// the daemon's, as a pod's containers have, then the rest. The time grows with the number of processes on the machine.
+/// Nothing is found if `proc` shows only the daemon's own processes.
 pub fn read_file_in_netns<T>(
     proc: &Path,
     netns: (u64, u64),
@@ -48,8 +48,8 @@ fn id(process: &Path, kind: &str) -> Option<(u64, u64)> {
     id_at(&process.join("ns").join(kind))
 }
 
-/// Reads a file as a process sees it. Symbolic links are resolved inside the process's root, so a container cannot make the
-/// daemon read files of the host.
+/// Reads a file as a process sees it. Symbolic links are resolved inside the process's root, so a container cannot make
+/// the daemon read files of the host.
 fn read_in_root(process: &Path, path: &str) -> Option<String> {
     let root = open(&process.join("root"), OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).ok()?;
     // Non-blocking, because the path may be a FIFO to which no process ever writes.

@@ -40,12 +40,13 @@ impl<IO> Drop for ReadBuffered<IO> {
     }
 }
 
-/// Bytes that a peer may send before it is authenticated. A TLS handshake with a post-quantum key exchange and a chain of
-/// certificates takes less than half of that.
+/// Bytes that a peer may send before it is authenticated. A TLS handshake with a post-quantum key exchange and a chain
+/// of certificates takes less than half of that.
 const UNTRUSTED_BYTES: usize = 32 * 1024;
 
 impl<IO> ReadBuffered<IO> {
-    /// Reads `io` through a small buffer, and at most [`UNTRUSTED_BYTES`] in all until [`ReadBuffered::trust`] is called.
+    /// Reads `io` through a small buffer, and at most [`UNTRUSTED_BYTES`] in all until [`ReadBuffered::trust`] is
+    /// called.
     pub fn new(io: IO) -> Self {
         Self {
             io,

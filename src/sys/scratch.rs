@@ -5,16 +5,16 @@ use std::cell::RefCell;
 use std::io;
 use tokio::net::TcpStream;
 
-/// Size of the buffer, and so of the largest single read. With the 9-byte header of an HTTP/2 frame it fills exactly eight
-/// TLS records.
+/// Size of the buffer, and so of the largest single read. With the 9-byte header of an HTTP/2 frame it fills exactly
+/// eight TLS records.
 pub const SCRATCH_BYTES: usize = 128 * 1024 - 9;
 
 thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
 }
 
-/// Reads up to `limit` bytes without waiting, and returns a copy of exactly that size. An empty result is the end of the stream;
-/// the error `WouldBlock` means that no bytes are waiting.
+/// Reads up to `limit` bytes without waiting, and returns a copy of exactly that size. An empty result is the end of
+/// the stream; the error `WouldBlock` means that no bytes are waiting.
 pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
     SCRATCH.with_borrow_mut(|scratch| {
         let room = scratch.len().min(limit);
@@ -33,8 +33,8 @@ pub enum PassError {
     To(io::Error),
 }
 
-/// Reads the waiting bytes and writes as many of them as fit, without waiting. Returns the number of bytes read, and those of
-/// them that could not be written yet.
+/// Reads the waiting bytes and writes as many of them as fit, without waiting. Returns the number of bytes read, and
+/// those of them that could not be written yet.
 pub fn pass_now(from: &TcpStream, to: &TcpStream) -> Result<(usize, Bytes), PassError> {
     SCRATCH.with_borrow_mut(|scratch| {
         let length = from.try_read(scratch).map_err(PassError::From)?;

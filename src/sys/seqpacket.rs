@@ -46,7 +46,8 @@ impl Seqpacket {
     }
 
     fn of(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when dropped.
+        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when
+        // dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE | Interest::WRITABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })
     }
@@ -82,8 +83,8 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path`, replacing an earlier listener. Only root may connect. `new` is a unique temporary path in the same
-    /// folder, because two processes may replace the listener at the same moment.
+    /// Listens at `path`, replacing an earlier listener. Only root may connect. `new` is a unique temporary path in the
+    /// same folder, because two processes may replace the listener at the same moment.
     pub fn bind(path: &Path, new: &Path) -> io::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
@@ -99,7 +100,8 @@ impl Listener {
             let _ = std::fs::remove_file(new);
             return Err(error);
         }
-        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when dropped.
+        // SAFETY: an OwnedFd owns its descriptor, returns the same one for all its life and closes it only when
+        // dropped.
         let socket = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
         Ok(Self { socket: socket.map_err(io::Error::from)? })
     }

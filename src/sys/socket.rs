@@ -40,8 +40,8 @@ pub struct LegOptions {
     pub notsent_lowat: Option<u32>,
 }
 
-/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on a leg. Urgent data is read in line with the other bytes,
-/// because its last byte would be lost otherwise.
+/// Sets `TCP_NODELAY`, keepalive, user timeout and unsent limit on a leg. Urgent data is read in line with the other
+/// bytes, because its last byte would be lost otherwise.
 pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
@@ -59,15 +59,16 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
     Ok(())
 }
 
-/// Makes the kernel give a connection up once its peer has not acknowledged data for the time `unacknowledged`. If keepalive
-/// allows less time, that shorter time is set, because this option overrides keepalive's own limit.
+/// Makes the kernel give a connection up once its peer has not acknowledged data for the time `unacknowledged`. If
+/// keepalive allows less time, that shorter time is set, because this option overrides keepalive's own limit.
 pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
     let bound = options.keepalive.map_or(unacknowledged, |keepalive| keepalive.bound().min(unacknowledged));
     SockRef::from(socket).set_tcp_user_timeout(Some(bound))
 }
 
-/// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with `reuse_port`
-/// a second daemon may share the port. It is marked, and transparent so that it can answer from foreign addresses.
+/// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with
+/// `reuse_port` a second daemon may share the port. It is marked, and transparent so that it can answer from foreign
+/// addresses.
 pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
@@ -87,8 +88,8 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     Ok(socket.into())
 }
 
-/// Binds a listener to a port on all addresses of one family in the thread's current namespace, for connections that are
-/// redirected to it from the same machine.
+/// Binds a listener to a port on all addresses of one family in the thread's current namespace, for connections that
+/// are redirected to it from the same machine.
 pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = bound(port, v4, Type::STREAM, reuse_port)?;
     socket.set_mark(mark)?;
@@ -135,8 +136,8 @@ pub struct Bind {
     pub foreign: bool,
 }
 
-/// Makes a marked, non-blocking TCP socket for a connection to `to`, in the thread's current namespace. Applications that set
-/// `SO_REUSEADDR` can still listen on its local port.
+/// Makes a marked, non-blocking TCP socket for a connection to `to`, in the thread's current namespace. Applications
+/// that set `SO_REUSEADDR` can still listen on its local port.
 pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     socket.set_mark(mark)?;
@@ -155,8 +156,8 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
             _ => {}
         }
         if address.port() == 0 {
-            // Without this option, binding would reserve a port for the source address whatever the destination, and ports
-            // would run out.
+            // Without this option, binding would reserve a port for the source address whatever the destination, and
+            // ports would run out.
             set_flag(&socket, nix::libc::IPPROTO_IP, nix::libc::IP_BIND_ADDRESS_NO_PORT)?;
         }
         socket.bind(&address.into())?;

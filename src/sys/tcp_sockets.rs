@@ -1,5 +1,5 @@
-//! Lists the open TCP connections of a network namespace, and ends single ones (sources: sock_diag(7), linux/inet_diag.h,
-//! linux/sock_diag.h).
+//! Lists the open TCP connections of a network namespace, and ends single ones (sources: sock_diag(7),
+//! linux/inet_diag.h, linux/sock_diag.h).
 
 use super::netlink::{self, ERROR, HEADER, REQUEST, header};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
@@ -17,8 +17,8 @@ const DONE: u16 = 3;
 /// Offset of the `inet_diag_sockid` in an answer (`struct inet_diag_msg`), and its length.
 const ID_AT: usize = HEADER + 4;
 const ID: usize = 48;
-/// Offset of the attributes in an answer, and the attribute with the socket's mark (`INET_DIAG_MARK`), which the kernel sends
-/// only to processes with CAP_NET_ADMIN.
+/// Offset of the attributes in an answer, and the attribute with the socket's mark (`INET_DIAG_MARK`), which the kernel
+/// sends only to processes with CAP_NET_ADMIN.
 const ATTRIBUTES_AT: usize = HEADER + 72;
 const MARK: u16 = 15;
 /// The states of open connections: established, SYN sent, FIN wait 1 and 2, close wait.

@@ -1,4 +1,5 @@
-//! Exponential backoff with jitter, so that a thousand nodes that lost the same server do not all return at the same moment.
+//! Exponential backoff with jitter, so that a thousand nodes that lost the same server do not all return at the same
+//! moment.
 
 use std::time::Duration;
 

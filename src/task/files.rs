@@ -1,8 +1,8 @@
 //! Files that others write, and files of the daemon itself.
 //!
-//! Files of others are read as YAML and watched. A change is reported once it has settled, however it was made: written in
-//! place, renamed over, or by the symlink swap of a mounted ConfigMap. Files of the daemon are replaced atomically: a reader
-//! finds the new content or the old, never a part.
+//! Files of others are read as YAML and watched. A change is reported once it has settled, however it was made: written
+//! in place, renamed over, or by the symlink swap of a mounted ConfigMap. Files of the daemon are replaced atomically:
+//! a reader finds the new content or the old, never a part.
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};

@@ -1,5 +1,5 @@
-//! Slots for connections whose peer is not authenticated yet: a number in all, and a number for each source address, so that
-//! one source cannot take them all.
+//! Slots for connections whose peer is not authenticated yet: a number in all, and a number for each source address, so
+//! that one source cannot take them all.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;

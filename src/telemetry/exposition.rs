@@ -1,8 +1,8 @@
-//! Metrics as text, in OpenMetrics 1.0.0 or in the Prometheus text format 0.0.4. A scraper chooses with its `Accept` header. The
-//! default is the Prometheus format, which every scraper understands.
+//! Metrics as text, in OpenMetrics 1.0.0 or in the Prometheus text format 0.0.4. A scraper chooses with its `Accept`
+//! header. The default is the Prometheus format, which every scraper understands.
 //!
-//! The formats differ in the names of metric families. In OpenMetrics, a counter family `x` has samples `x_total`. In the
-//! Prometheus format the family must be named `x_total` too, or parsers treat the counter as untyped.
+//! The formats differ in the names of metric families. In OpenMetrics, a counter family `x` has samples `x_total`. In
+//! the Prometheus format the family must be named `x_total` too, or parsers treat the counter as untyped.
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;

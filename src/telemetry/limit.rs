@@ -1,5 +1,5 @@
-//! A limit for log lines that a peer can cause. Lines beyond it are counted, and the next line that is written states the
-//! number.
+//! A limit for log lines that a peer can cause. Lines beyond it are counted, and the next line that is written states
+//! the number.
 
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};

@@ -1,8 +1,8 @@
 //! The log: one line per event on standard output, as text or JSON, written by a separate thread.
 //!
-//! A text line is `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`, a JSON line is one object (both as ztunnel writes
-//! them). A slow reader of standard output never delays traffic: when 10,000 lines are waiting, further ones are dropped and
-//! counted.
+//! A text line is `time<TAB>level<TAB>target<TAB>message<TAB>key=value …`, a JSON line is one object (both as ztunnel
+//! writes them). A slow reader of standard output never delays traffic: when 10,000 lines are waiting, further ones are
+//! dropped and counted.
 
 use super::limit::LogLimit;
 use serde_json::Value;
@@ -21,8 +21,8 @@ use tracing_subscriber::{EnvFilter, reload};
 /// Maximum number of lines that wait for a slow reader.
 const QUEUE_LINES: usize = 10_000;
 
-/// Silences libraries that log an error at each attempt, where the daemon reports it once in its own words. A filter that
-/// names the target overrides this.
+/// Silences libraries that log an error at each attempt, where the daemon reports it once in its own words. A filter
+/// that names the target overrides this.
 const SILENCED: &str = "kube_client=off";
 
 /// Settings of the log.
@@ -116,8 +116,8 @@ impl LogControl {
     }
 }
 
-/// Limits the rate of lines from libraries, because a peer can cause them and libraries do not limit them. Debug and trace lines
-/// are not limited: they appear only if the filter asks for them.
+/// Limits the rate of lines from libraries, because a peer can cause them and libraries do not limit them. Debug and
+/// trace lines are not limited: they appear only if the filter asks for them.
 #[derive(Debug, Default)]
 struct LibraryLimit {
     limit: LogLimit,
@@ -230,7 +230,8 @@ impl Visit for Fields {
     }
 }
 
-/// A duration for people: rounded down to seconds if it is a minute or longer, to tenths of seconds if it is a second or longer.
+/// A duration for people: rounded down to seconds if it is a minute or longer, to tenths of seconds if it is a second
+/// or longer.
 pub fn brief(duration: Duration) -> impl fmt::Display {
     let unit = match duration.as_millis() {
         0..1_000 => 1,

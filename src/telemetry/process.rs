@@ -7,7 +7,8 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-/// Registers the process metrics. `open_files` is called at each scrape and counts open files; `max_files` is the limit.
+/// Registers the process metrics. `open_files` is called at each scrape and counts open files; `max_files` is the
+/// limit.
 pub fn register(
     registry: &mut Registry,
     open_files: fn() -> Option<usize>,

@@ -1,9 +1,9 @@
-//! Metrics whose label values come from outside, such as names of workloads and services. A client that connects to many
-//! addresses, or a tenant that creates many names, must not make them grow without bound.
+//! Metrics whose label values come from outside, such as names of workloads and services. A client that connects to
+//! many addresses, or a tenant that creates many names, must not make them grow without bound.
 //!
-//! The number of label sets is limited; everything beyond the limit is counted under one common label set. A label set that has
-//! been idle for long is shown once more and then removed. If it comes back later, it starts at zero, which scrapers treat as
-//! a restarted counter.
+//! The number of label sets is limited; everything beyond the limit is counted under one common label set. A label set
+//! that has been idle for long is shown once more and then removed. If it comes back later, it starts at zero, which
+//! scrapers treat as a restarted counter.
 
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -102,7 +102,8 @@ impl<L: Labels, M: Default> Series<L, M> {
         }
         let mut sets = table.sets.write();
         if sets.len() >= table.max {
-            // Once a second at most, or a client that causes many new names would make every connection search all of them.
+            // Once a second at most, or a client that causes many new names would make every connection search all of
+            // them.
             let now = table.begun.elapsed().as_secs() + 1;
             if table.swept.swap(now, Ordering::Relaxed) != now {
                 table.sweep(&mut sets);
