@@ -33,9 +33,9 @@ pub struct IdentityPair {
 #[derive(Clone, Debug)]
 pub struct Refusal {
     /// The pod whose connection was refused.
-    pub who: String,
+    pub pod: String,
     /// The reason that the node logged, which names the policy's rule.
-    pub by: String,
+    pub reason: String,
 }
 
 /// The whole report.
@@ -76,7 +76,7 @@ impl Account {
             |pair: &IdentityPair| json!({"at": pair.at, "source": pair.source, "destination": pair.destination});
         let exchange =
             |s: &Exchange| json!({"from": s.from, "to": s.to, "answered": s.answered, "expected": s.expected});
-        let rules: Vec<&str> = self.denied.iter().map(|denied| rule(&denied.by)).collect();
+        let rules: Vec<&str> = self.denied.iter().map(|denied| rule(&denied.reason)).collect();
         let value: Value = json!({
             "ok": self.is_good(),
             "captured": self.captured,
@@ -85,7 +85,7 @@ impl Account {
             "canaries_on_wire": self.wire.canaries,
             "canaries_on_wire_without_culvert": self.plain_wire.canaries,
             "ports_on_wire": self.wire.bytes_by_port.keys().collect::<Vec<_>>(),
-            "denied": self.denied.iter().map(|denied| denied.who.as_str()).collect::<Vec<_>>(),
+            "denied": self.denied.iter().map(|denied| denied.pod.as_str()).collect::<Vec<_>>(),
             "denied_by": rules,
             "identities": self.identities.iter().map(identity).collect::<Vec<_>>(),
             "exchanges": self.exchanges.iter().map(exchange).collect::<Vec<_>>(),
@@ -135,7 +135,7 @@ impl Account {
         }
         writeln!(t, "\nDenied")?;
         for denied in &self.denied {
-            writeln!(t, "  {:<12}{}", denied.who, denied.by)?;
+            writeln!(t, "  {:<12}{}", denied.pod, denied.reason)?;
         }
         let requests = format!("{} KiB requests on {CONNECTIONS} connections", MESSAGE_BYTES / 1024);
         writeln!(t, "\nSpeed         {requests:<47}1 bulk stream")?;

@@ -236,7 +236,7 @@ fn from_logs(world: &mut World) -> anyhow::Result<(Vec<IdentityPair>, Vec<Refusa
                     let source = text("src.addr");
                     let ip = source.rsplit_once(':').map_or(source.as_str(), |(ip, _)| ip);
                     let pod = PODS.iter().find(|pod| pod.v4 == ip).map_or(ip, |pod| pod.name);
-                    denied.push(Refusal { who: pod.to_owned(), by: text("error") });
+                    denied.push(Refusal { pod: pod.to_owned(), reason: text("error") });
                 }
             }
         }

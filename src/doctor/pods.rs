@@ -275,18 +275,18 @@ struct Probe {
 
 /// Connects to a pod as the kubelet does for its probes.
 fn start_probe(pod: &Pod, host: &Path) -> Result<Probe, String> {
-    let said = |error: &dyn std::fmt::Display| error.to_string();
-    let listener = pod.netns.enter(|| TcpListener::bind((pod.ip, 0))).map_err(|error| said(&error))?;
-    let listener = listener.map_err(|error| said(&error))?;
-    listener.set_nonblocking(true).map_err(|error| said(&error))?;
-    let to = listener.local_addr().map_err(|error| said(&error))?;
-    let host = Netns::open(host).map_err(|error| said(&error))?;
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let listener = pod.netns.enter(|| TcpListener::bind((pod.ip, 0))).map_err(|error| text(&error))?;
+    let listener = listener.map_err(|error| text(&error))?;
+    listener.set_nonblocking(true).map_err(|error| text(&error))?;
+    let to = listener.local_addr().map_err(|error| text(&error))?;
+    let host = Netns::open(host).map_err(|error| text(&error))?;
     let client = host.enter(|| {
         let socket = crate::sys::socket::ordinary(to)?;
         start_connect(&socket, to)?;
         Ok::<_, io::Error>(TcpStream::from(socket))
     });
-    let client = client.map_err(|error| said(&error))?.map_err(|error| said(&error))?;
+    let client = client.map_err(|error| text(&error))?.map_err(|error| text(&error))?;
     Ok(Probe { listener, _client: client })
 }
 

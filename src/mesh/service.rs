@@ -136,8 +136,8 @@ impl Service {
 
     /// The target port of a service port at an endpoint. The endpoint's own port map comes first, then the service's.
     pub fn target_port(&self, own: Option<&Ports>, port: u16) -> Option<u16> {
-        let said = |ports: &Ports| ports.get(&port).copied().filter(|target| *target != 0);
-        own.and_then(said).or_else(|| said(&self.ports))
+        let mapped = |ports: &Ports| ports.get(&port).copied().filter(|target| *target != 0);
+        own.and_then(mapped).or_else(|| mapped(&self.ports))
     }
 
     /// Whether connections to this service go to their original destination instead of a chosen endpoint.
