@@ -1,4 +1,5 @@
-//! Clients under way while something happens: a pod of its own each, so that it goes on whatever becomes of the API.
+//! Clients that run while something happens to the cluster. Each is a pod of its own, so that it continues whatever
+//! happens to the API.
 
 use super::{Cluster, SHOP, eventually};
 use serde::Deserialize;
@@ -9,7 +10,7 @@ pub struct Load {
     seconds: u32,
 }
 
-/// What became of its connections.
+/// The results of its connections.
 #[derive(Debug, Deserialize)]
 pub struct Outcome {
     pub ok: u64,
@@ -22,7 +23,7 @@ pub struct Outcome {
 }
 
 impl Load {
-    /// Requests from a pod of a node, each on a connection of its own.
+    /// Requests from a pod of a node, each on a new connection.
     pub fn requests(cluster: &Cluster, name: &str, node: &str, url: &str, rate: u32, seconds: u32) -> Self {
         Self::start(cluster, name, node, &["load", url, &rate.to_string(), &seconds.to_string()], seconds)
     }
@@ -33,7 +34,7 @@ impl Load {
             .map(|node| Self::requests(cluster, &format!("requests-{node}"), node, "http://web/", rate, seconds))
     }
 
-    /// Connections that stay, with a message a second on each.
+    /// Long-lived connections, with one message a second on each.
     pub fn held(cluster: &Cluster, name: &str, node: &str, address: &str, count: u32, seconds: u32) -> Self {
         Self::start(cluster, name, node, &["hold", address, &count.to_string(), &seconds.to_string()], seconds)
     }
@@ -57,7 +58,7 @@ impl Load {
         });
     }
 
-    /// Waits for its end.
+    /// Waits for its end and returns the results.
     pub fn finish(self, cluster: &Cluster) -> Outcome {
         self.phase(cluster, &["Succeeded", "Failed"]);
         let log = cluster.kubectl(&["-n", SHOP, "logs", &self.name]);
@@ -71,7 +72,7 @@ impl Load {
         outcome
     }
 
-    /// Waits for its end, which must be a good one.
+    /// Waits for its end. Fails if any request or connection failed.
     pub fn all_well(self, cluster: &Cluster) {
         let name = self.name.clone();
         let outcome = self.finish(cluster);

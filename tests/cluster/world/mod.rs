@@ -1,4 +1,4 @@
-//! A cluster of one mode, and what is done with it.
+//! A cluster in one mode, and operations on it.
 
 mod load;
 mod pods;
@@ -22,7 +22,7 @@ pub const SYSTEM: &str = "istio-system";
 /// The version that `up` installs.
 pub const IMAGE: &str = "0.1.0";
 
-/// The longest that anything here may take.
+/// The longest that any operation may take.
 const PATIENCE: Duration = Duration::from_secs(240);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +32,13 @@ pub enum Mode {
     Alone,
 }
 
-/// A cluster that runs; one at a time.
+/// A running cluster. Only one runs at a time.
 pub struct Cluster {
     mode: Mode,
     _turn: MutexGuard<'static, Option<Mode>>,
 }
 
-/// Which cluster runs now.
+/// The mode of the running cluster.
 static RUNNING: Mutex<Option<Mode>> = Mutex::new(None);
 
 impl Mode {
@@ -66,7 +66,7 @@ impl Mode {
 }
 
 impl Cluster {
-    /// A cluster as `up` leaves it, whatever the scenario before has done.
+    /// A cluster as `up` leaves it, whatever the previous scenario did to it.
     pub fn of(mode: Mode) -> Self {
         let mut turn = RUNNING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(other) = turn.filter(|other| *other != mode) {
@@ -74,7 +74,7 @@ impl Cluster {
         }
         *turn = Some(mode);
         let cluster = Self { mode, _turn: turn };
-        // What a scenario has stopped is started first, or what it has left could not be removed.
+        // First start what a scenario has stopped, because without it the leftovers could not be removed.
         if cluster.try_run(&["start", "etcd", "apiserver", "controllers", "scheduler", "n1", "n2"]).is_ok() {
             cluster.forget();
         }
@@ -82,7 +82,7 @@ impl Cluster {
         cluster
     }
 
-    /// Removes what scenarios leave when they fail.
+    /// Removes what failed scenarios leave.
     fn forget(&self) {
         self.kubectl(&["-n", SHOP, "delete", "pods,jobs,deployments", "-l", "made-by=scenario", "--wait=false"]);
         if self.mode != Mode::Alone {
@@ -90,13 +90,13 @@ impl Cluster {
         }
     }
 
-    /// `scripts/cluster ARGUMENT...`; gives what it has printed.
+    /// Runs `scripts/cluster ARGUMENT...` and returns its output.
     pub fn run(&self, arguments: &[&str]) -> String {
         said(&self.mode.script(arguments))
             .unwrap_or_else(|why| panic!("scripts/cluster {}: {why}", arguments.join(" ")))
     }
 
-    /// The same, where it may fail.
+    /// The same, if it may fail.
     pub fn try_run(&self, arguments: &[&str]) -> Result<String, String> {
         said(&self.mode.script(arguments))
     }
@@ -109,27 +109,27 @@ impl Cluster {
         self.try_run(&[&["kubectl"], arguments].concat())
     }
 
-    /// Objects, as JSON.
+    /// Objects as JSON.
     pub fn get(&self, arguments: &[&str]) -> Value {
         serde_json::from_str(&self.kubectl(&[&["get", "-o", "json"], arguments].concat())).unwrap()
     }
 
-    /// Makes objects.
+    /// Creates objects.
     pub fn apply(&self, yaml: &str) {
         let file = self.folder().join("objects.yaml");
         std::fs::write(&file, yaml).unwrap();
-        // A webhook of istiod may not be reached yet, after a restart.
+        // After a restart, istiod's webhook may not be reachable yet.
         eventually("objects are accepted", || {
             self.try_kubectl(&["apply", "--server-side", "--force-conflicts", "-f", file.to_str().unwrap()]).err()
         });
     }
 
-    /// This cluster's own folder.
+    /// The folder of this cluster.
     pub fn folder(&self) -> PathBuf {
         root().join("target/cluster/clusters").join(self.mode.name())
     }
 
-    /// Waits until a Deployment or DaemonSet is what it should be.
+    /// Waits until the rollout of a Deployment or DaemonSet is complete.
     pub fn rolled_out(&self, namespace: &str, what: &str) {
         self.kubectl(&["-n", namespace, "rollout", "status", what, "--timeout=180s"]);
     }
@@ -139,7 +139,7 @@ impl Cluster {
         self.kubectl(&["-n", namespace, "rollout", "restart", what]);
     }
 
-    /// Names of the pods with a label that run, on one node where it is given.
+    /// The names of the running pods with a label, on one node if it is given.
     pub fn pods(&self, namespace: &str, label: &str, node: Option<&str>) -> Vec<String> {
         let node = node.map(|node| format!(",spec.nodeName={node}")).unwrap_or_default();
         let fields = format!("--field-selector=status.phase=Running{node}");
@@ -154,26 +154,26 @@ impl Cluster {
         pods.first().unwrap_or_else(|| panic!("no daemon runs on {node}")).clone()
     }
 
-    /// One request from a client; `from` is `shop/front` or `plain/outsider`.
+    /// Makes one request from a client; `from` is `shop/front` or `plain/outsider`.
     pub fn ask(&self, from: &str, node: &str, url: &str) -> Result<String, String> {
         let (namespace, app) = from.split_once('/').unwrap();
         let client = self.pods(namespace, &format!("app={app}"), Some(node)).remove(0);
         self.try_kubectl(&["-n", namespace, "exec", &client, "--", "/app", "get", url])
     }
 
-    /// Mutual TLS for all, or for those who can.
+    /// Sets the mode of mutual TLS for all workloads.
     pub fn mutual_tls(&self, mode: &str) {
         self.apply(&format!(
             "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: default, namespace: {SYSTEM}}}\nspec: {{mtls: {{mode: {mode}}}}}\n"
         ));
-        // Each daemon has heard of it when outsiders are treated as it says, whichever pod they come to.
+        // All daemons have received it once outsiders are treated accordingly, whichever pod they connect to.
         eventually(&format!("{mode} is in force"), || {
             let asked: Vec<_> = (0..8).map(|_| self.ask("plain/outsider", "n1", "http://web.shop/")).collect();
             asked.iter().any(|answer| answer.is_err() != (mode == "STRICT")).then(|| format!("{asked:?}"))
         });
     }
 
-    /// Clients of each node are served by pods of both.
+    /// Checks that clients of each node are served by pods of both nodes.
     pub fn works(&self) {
         for (node, servers) in [("n1", "n1"), ("n1", "n2"), ("n2", "n1"), ("n2", "n2")] {
             eventually(&format!("clients on {node} are served by pods on {servers}"), || {
@@ -187,7 +187,7 @@ impl Cluster {
         }
     }
 
-    /// What of culvert is on a node: tables in the namespaces of pods and of the node, files.
+    /// What culvert has left on a node: tables in the namespaces of pods and of the node, and files.
     pub fn traces(&self, node: &str) -> Vec<String> {
         let script = "for n in /run/netns/cni-*; do [ -e $n ] || continue; nsenter --net=$n nft list tables | sed \"s|^|$n: |\"; done; nft list tables; ls /etc/cni/net.d /opt/cni/bin /run/culvert /var/lib/culvert 2>/dev/null || true";
         let listed = self.run(&["node", node, "bash", "-c", script]);
@@ -214,7 +214,7 @@ fn said(output: &Output) -> Result<String, String> {
     }
 }
 
-/// Waits until `why_not` has no reason any more.
+/// Waits until `why_not` returns no reason any more.
 pub fn eventually(what: &str, mut why_not: impl FnMut() -> Option<String>) {
     let start = Instant::now();
     while let Some(why) = why_not() {

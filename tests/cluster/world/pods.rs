@@ -1,4 +1,4 @@
-//! What the API says of pods, in the order in which it says it.
+//! Watches pods through the API, and records the order of changes.
 
 use super::{Cluster, SHOP, root};
 use serde_json::Value;
@@ -7,12 +7,12 @@ use std::io::BufReader;
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
 
-/// What has been seen of a pod, by its name.
+/// What was seen of a pod.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
-    /// It was Ready while peers were not told that it speaks HBONE.
+    /// Whether it was Ready before peers were told that it speaks HBONE.
     pub ready_before_enabled: bool,
-    /// Peers have been told at all.
+    /// Whether peers were told that it speaks HBONE.
     pub enabled: bool,
 }
 
@@ -35,7 +35,7 @@ impl Watched {
         let out = BufReader::new(process.stdout.take().unwrap());
         let reader = std::thread::spawn(move || {
             let mut seen = BTreeMap::<String, Seen>::new();
-            // Ends with the process, in the middle of an object perhaps.
+            // The watch ends with its process, perhaps in the middle of an object.
             for pod in serde_json::Deserializer::from_reader(out).into_iter::<Value>().map_while(Result::ok) {
                 let name = super::name_of(&pod);
                 if before.contains(&name) || !pod["metadata"]["deletionTimestamp"].is_null() {
@@ -53,7 +53,7 @@ impl Watched {
         Self { process, reader }
     }
 
-    /// What was seen of each new pod.
+    /// What was seen of each new pod, by its name.
     pub fn stop(mut self) -> BTreeMap<String, Seen> {
         self.process.kill().unwrap();
         self.process.wait().unwrap();

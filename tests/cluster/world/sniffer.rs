@@ -1,11 +1,11 @@
-//! Watching the wire of a node for the canary of the test application.
+//! Watches the wire of a node for the canary of the test application.
 
 use super::{Cluster, eventually, root};
 use serde_json::Value;
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-/// What the test application puts in all that it sends.
+/// The text that the test application puts into everything it sends.
 const CANARY: &str = "CANARY-IN-CLEAR";
 
 pub struct Sniffer {
@@ -32,7 +32,7 @@ impl Sniffer {
         Self { process }
     }
 
-    /// Frames that held the canary in clear; none may have been missed.
+    /// The number of frames that contained the canary in the clear. Fails if any frame was missed.
     pub fn found(mut self) -> u64 {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.process.id()).unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();

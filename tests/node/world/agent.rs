@@ -1,6 +1,7 @@
-//! A node agent that speaks ZDS as istio-cni does, with its quirks: it knows its proxies by the order in which they came,
-//! adds go to the newest and deletes to all, one message at a time, each to be answered within five seconds; an answer is
-//! matched by its place alone; whoever speaks unasked breaks the protocol.
+//! A node agent that speaks ZDS as istio-cni does, with its quirks. It orders its proxies by the time they connected.
+//! Adds go only to the newest proxy, deletes go to all. It sends one message at a time, and each must be answered
+//! within five seconds. Answers are matched by their order alone, so a proxy that sends a message without being asked
+//! breaks the protocol.
 
 #![allow(unsafe_code, reason = "descriptors come from the kernel as numbers")]
 
@@ -27,14 +28,14 @@ use zds::workload_request::Payload;
 const ANSWER: Duration = Duration::from_secs(5);
 const BUFFER: usize = 1024;
 
-/// A pod as the agent knows it; without namespace it can only be kept.
+/// A pod as the agent knows it. Without a network namespace it can only be kept.
 #[derive(Clone)]
 pub struct Known {
     pub info: zds::WorkloadInfo,
     pub netns: Option<PathBuf>,
 }
 
-/// One answer that the agent got.
+/// One answer that the agent received.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub to: String,
@@ -46,11 +47,11 @@ pub struct Answer {
 pub struct State {
     pub pods: BTreeMap<String, Known>,
     pub answers: Vec<Answer>,
-    /// What went wrong with the protocol.
+    /// Violations of the protocol.
     pub violations: Vec<String>,
-    /// Messages of the snapshot after which the agent breaks the connection, once.
+    /// The number of snapshot messages after which the agent breaks the connection, once.
     pub break_snapshot_after: Option<usize>,
-    /// Packets that are sent as they are, before the snapshot.
+    /// Packets that are sent unchanged before the snapshot.
     pub garbage: Vec<Vec<u8>>,
     connections: Vec<(u64, Sender<Command>)>,
     next: u64,
@@ -79,7 +80,7 @@ impl Agent {
         agent
     }
 
-    /// Begins to listen; a stale socket file is removed first.
+    /// Starts to listen, after removing a stale socket file.
     pub fn up(&mut self) {
         let _ = std::fs::remove_file(&self.path);
         let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -88,7 +89,7 @@ impl Agent {
         let (raw, state) = (fd.as_raw_fd(), self.state.clone());
         let thread = std::thread::spawn(move || {
             while let Ok(accepted) = accept4(raw, SockFlag::SOCK_CLOEXEC) {
-                // SAFETY: accept4 has just made this descriptor for us.
+                // SAFETY: accept4 has just made this descriptor, so nothing else owns it.
                 let connection = unsafe { OwnedFd::from_raw_fd(accepted) };
                 let state = state.clone();
                 std::thread::spawn(move || serve(&state, &connection));
@@ -97,7 +98,7 @@ impl Agent {
         self.listening = Some((fd, thread));
     }
 
-    /// As if the agent had been killed: nothing listens, all connections are gone.
+    /// Acts as if the agent had been killed: nothing listens, and all connections are closed.
     pub fn down(&mut self) {
         if let Some((fd, thread)) = self.listening.take() {
             nix::sys::socket::shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both).unwrap();
@@ -123,7 +124,7 @@ impl Agent {
         self.state().connections.len()
     }
 
-    /// What the agent does of itself with a pod, without telling anybody: for the next snapshot.
+    /// Adds a pod to the agent's list for the next snapshot, without sending it to any proxy.
     pub fn know(&self, pod: &Pod) {
         self.know_in(pod, Some(&pod.netns));
     }
@@ -139,12 +140,12 @@ impl Agent {
         self.state().pods.remove(&uid(pod));
     }
 
-    /// Writes the rules into the pod, as the agent does before it tells anybody.
+    /// Writes the redirection into the pod, as the agent does before it announces the pod.
     pub fn redirect(pod: &Pod) {
         redirect(&pod.netns, true);
     }
 
-    /// The same rules as the agent writes them by iptables, instead of those that are there.
+    /// Replaces the redirection by the rules that the agent writes with iptables.
     pub fn redirect_by_iptables(pod: &Pod) {
         for (program, loopback, probes) in [
             ("iptables", "127.0.0.1/32", "169.254.7.127"),
@@ -176,13 +177,13 @@ impl Agent {
         redirect(&pod.netns, false);
     }
 
-    /// Adds a pod and tells the newest proxy of it.
+    /// Adds a pod and sends it to the newest proxy.
     pub fn add(&self, pod: &Pod) -> Result<(), String> {
         self.know(pod);
         self.tell_add(pod)
     }
 
-    /// Tells the newest proxy of a pod that is known.
+    /// Sends a known pod to the newest proxy.
     pub fn tell_add(&self, pod: &Pod) -> Result<(), String> {
         let (newest, known) = {
             let state = self.state();
@@ -199,13 +200,13 @@ impl Agent {
         all.iter().try_for_each(|c| send(c, Payload::Del(zds::DelWorkload { uid: uid(pod) }), None))
     }
 
-    /// Sends the newest proxy anything.
+    /// Sends any message to the newest proxy.
     pub fn send(&self, payload: Payload, netns: Option<File>) -> Result<(), String> {
         let newest = self.state().connections.last().map(|(_, c)| c.clone());
         send(&newest.ok_or("no ztunnel connection")?, payload, netns)
     }
 
-    /// Waits until a snapshot has been sent and answered `more` times since `before`.
+    /// Waits until `more` snapshots since `before` have been sent and answered.
     pub fn wait_snapshot(&self, before: usize) {
         eventually("a snapshot is complete", || self.state().snapshots > before);
     }
@@ -239,7 +240,7 @@ fn serve(state: &Mutex<State>, socket: &OwnedFd) {
         let mut state = lock(state);
         state.next += 1;
         let id = state.next;
-        // Live before its hello is read, as at the agent.
+        // The connection counts before its hello is read, as with istio-cni.
         state.connections.push((id, commands));
         (id, std::mem::take(&mut state.garbage))
     };
@@ -252,7 +253,7 @@ fn serve(state: &Mutex<State>, socket: &OwnedFd) {
     state.connections.retain(|(other, _)| *other != id);
 }
 
-/// One connection; an empty error is an ordinary end.
+/// Serves one connection. An empty error is an ordinary end.
 fn talk(state: &Mutex<State>, fd: RawFd, queue: &Receiver<Command>, garbage: &[Vec<u8>]) -> Result<(), String> {
     let hello = receive(fd, ANSWER).map_err(|_| "no hello within 5 s".to_owned())?;
     let version = zds::ZdsHello::decode(&*hello).map(|hello| hello.version);
@@ -271,7 +272,7 @@ fn talk(state: &Mutex<State>, fd: RawFd, queue: &Receiver<Command>, garbage: &[V
             return Err(String::new());
         }
         match known.netns.as_ref().and_then(|path| File::open(path).ok()) {
-            // An error in the snapshot is only noted.
+            // An error during the snapshot is only recorded.
             Some(netns) => drop(ask(state, fd, add(&uid, &known), Some(&netns))?),
             None => drop(ask(state, fd, Payload::Keep(zds::KeepWorkload { uid }), None)?),
         }
@@ -336,7 +337,7 @@ fn receive(fd: RawFd, patience: Duration) -> nix::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The agent's rules in a pod, in the meaning of istio-cni's.
+/// Writes or removes the agent's rules in a pod, which have the same effect as istio-cni's.
 fn redirect(netns: &str, on: bool) {
     let script = if on {
         "add table inet agent\nflush table inet agent\ntable inet agent {\n\
@@ -356,7 +357,7 @@ fn redirect(netns: &str, on: bool) {
          meta l4proto tcp ip daddr != 127.0.0.1 meta mark & 0xfff != 0x539 redirect to :15001\n\
          meta l4proto tcp ip6 daddr != ::1 meta mark & 0xfff != 0x539 redirect to :15001\n}\n}\n"
     } else {
-        // The chains stay: without any the kernel would stop translating what is open.
+        // The chains stay, because without any NAT chain the kernel would stop translating open connections.
         "flush chain inet agent pn\nflush chain inet agent on\n"
     };
     let routes = if on {

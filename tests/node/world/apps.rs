@@ -1,10 +1,10 @@
-//! Applications: small servers in a pod, on threads of the test. They end with the test's process.
+//! Applications: small servers in pods, on threads of the test process. They end with the process.
 
 use super::inside;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 
-/// Serves each connection on a port of a namespace with `handler`, on a thread of its own.
+/// Serves each connection to a port of a namespace with `handler`, on a separate thread.
 pub fn serve(ns: &str, port: u16, handler: fn(TcpStream)) {
     let listener = inside(ns, || TcpListener::bind(("::", port))).unwrap();
     std::thread::spawn(move || {
@@ -22,7 +22,7 @@ pub fn who(mut stream: TcpStream) {
     let _ = write!(stream, "{} {}", peer.ip().to_canonical(), line.trim());
 }
 
-/// Sends back what it gets, until the client has finished.
+/// Echoes everything until the client has closed its side.
 pub fn echo(mut stream: TcpStream) {
     let _ = stream.set_nodelay(true);
     let mut buffer = [0; 65536];
@@ -33,7 +33,7 @@ pub fn echo(mut stream: TcpStream) {
     }
 }
 
-/// Speaks first.
+/// Sends a greeting before the client sends anything.
 pub fn greet(mut stream: TcpStream) {
     let _ = stream.write_all(b"hello, who is there?\n");
     let mut line = String::new();
@@ -41,7 +41,7 @@ pub fn greet(mut stream: TcpStream) {
     let _ = stream.write_all(line.to_uppercase().as_bytes());
 }
 
-/// Reads all until the client closes its side, then answers with the number of bytes.
+/// Reads until the client closes its side, then answers with the number of bytes.
 pub fn count(mut stream: TcpStream) {
     let mut all = Vec::new();
     let result = stream.read_to_end(&mut all);
@@ -52,7 +52,7 @@ pub fn count(mut stream: TcpStream) {
 /// What clients of [`finish_first`] have sent.
 pub static FINISHED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
-/// Says what it has to say, closes its side, and only then listens.
+/// Sends its answer and closes its side before it reads.
 pub fn finish_first(mut stream: TcpStream) {
     let _ = stream.write_all(b"that is all from me");
     let _ = stream.shutdown(Shutdown::Write);
@@ -61,22 +61,22 @@ pub fn finish_first(mut stream: TcpStream) {
     FINISHED.lock().unwrap().push(all);
 }
 
-/// Takes one byte, then resets the connection.
+/// Reads one byte, then resets the connection.
 pub fn reset(mut stream: TcpStream) {
     let _ = stream.read(&mut [0]);
     socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
 }
 
-/// Accepts, and never reads.
+/// Accepts the connection and never reads.
 pub fn hold(stream: TcpStream) {
     loop {
         std::thread::park();
-        // Unparked by nobody; the connection is open for as long as the test's process.
+        // Parks for ever, so that the connection stays open as long as the test process runs.
         let _held = &stream;
     }
 }
 
-/// Sends without end once it has got a line.
+/// Sends without end after it has received a line.
 pub fn pour(mut stream: TcpStream) {
     let mut line = String::new();
     let _ = BufReader::new(&stream).read_line(&mut line);

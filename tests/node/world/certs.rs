@@ -1,11 +1,11 @@
-//! Certificates that the built-in CA would never make, and some that it would, for peers that are not culvert.
+//! Certificates for peers that are not culvert: some that the built-in CA would issue, and some that it never would.
 
 use rcgen::string::Ia5String;
 use rcgen::{CertificateParams, DistinguishedName, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType};
 use std::path::{Path, PathBuf};
 use time::{Duration, OffsetDateTime};
 
-/// Files of a certificate.
+/// The files of a certificate.
 #[derive(Clone, Debug)]
 pub struct Files {
     pub chain: PathBuf,
@@ -16,7 +16,7 @@ pub fn spiffe(name: &str) -> String {
     format!("spiffe://cluster.local/ns/ns/sa/{name}")
 }
 
-/// Signs a leaf with the CA in `ca`, valid from `from` to `to` seconds from now.
+/// Signs a leaf with the CA in `ca`. It is valid from `from` to `to`, in seconds from now.
 pub fn leaf(ca: &Path, dir: &Path, name: &str, uris: &[&str], from: i64, to: i64) -> Files {
     let key_pem = std::fs::read_to_string(ca.join("ca.key")).unwrap();
     let root_pem = std::fs::read_to_string(ca.join("ca.pem")).unwrap();

@@ -1,4 +1,5 @@
-//! A control plane that speaks the wire as istiod does, delta xDS and CA over TLS on one port, and misbehaves on demand.
+//! A control plane that speaks istiod's protocols, delta xDS and the CA API over TLS on one port, and misbehaves on
+//! demand.
 
 use super::facts::Mesh;
 use super::wire::{self, ADDRESS, AUTHORIZATION};
@@ -23,11 +24,11 @@ use time::{Duration, OffsetDateTime};
 use tokio::sync::{mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
-/// Name in the control plane's certificate.
+/// The name in the control plane's certificate.
 pub const HOST: &str = "istiod.istio-system.svc";
 pub const PORT: u16 = 15012;
 
-/// A root of the mesh, and what it signs with.
+/// A root certificate of the mesh, and its signing key.
 #[derive(Clone)]
 pub struct Root {
     pub pem: String,
@@ -45,7 +46,7 @@ impl Root {
         Self { pem, issuer: Arc::new(Issuer::new(params, key)) }
     }
 
-    /// A list of revoked serials, in PEM.
+    /// A list of revoked serials in PEM.
     pub fn crl(&self, serials: &[rcgen::SerialNumber]) -> String {
         let now = OffsetDateTime::now_utc();
         let revoked = |serial: &rcgen::SerialNumber| rcgen::RevokedCertParams {
@@ -74,15 +75,15 @@ pub enum Ca {
     Hang,
 }
 
-/// Everything a test can change.
+/// Everything that a test can change.
 pub struct State {
-    /// By type and name: version and bytes.
+    /// Resources by type and name: version and bytes.
     pub resources: BTreeMap<&'static str, BTreeMap<String, (String, Vec<u8>)>>,
-    /// Resources carry versions, and equal ones are not sent again (istiod since 1.31).
+    /// Whether resources have versions, so that equal ones are not sent again (istiod since 1.31).
     pub versions: bool,
-    /// Streams are taken and nothing is ever answered.
+    /// Whether streams are accepted but never answered.
     pub stalled: bool,
-    /// Requests of this type are answered only when it is so no longer.
+    /// Requests of this type are not answered until this changes.
     pub silent: Option<&'static str>,
     /// Streams are refused with this status.
     pub refuse: Option<i32>,
@@ -91,14 +92,14 @@ pub struct State {
     pub ca: Ca,
     /// Signs certificates.
     pub signer: Root,
-    /// What certificates come with, first to last.
+    /// The roots that are sent with each certificate, in order.
     pub bundle: Vec<Root>,
-    /// Life of certificates, and how far the CA's clock is from ours, in seconds.
+    /// Lifetime of certificates, and the offset of the CA's clock from this machine's, both in seconds.
     pub life: i64,
     pub clock: i64,
-    /// Tokens that are taken; empty: any.
+    /// The accepted tokens. If empty, any token is accepted.
     pub tokens: HashSet<String>,
-    /// What has been asked.
+    /// All requests so far.
     pub requests: Vec<DeltaDiscoveryRequest>,
     pub signed: Vec<(String, rcgen::SerialNumber)>,
     pub refused_tokens: usize,
@@ -109,13 +110,13 @@ pub struct State {
 
 pub struct ControlPlane {
     state: Arc<Mutex<State>>,
-    /// Says that the state has changed.
+    /// Notifies the streams that the state has changed.
     changed: watch::Sender<u64>,
-    /// Cuts all connections below this number.
+    /// Cuts all connections with a lower number.
     cut: watch::Sender<u64>,
-    /// Ends all streams below this number in order.
+    /// Ends all streams with a lower number in order.
     recycle: watch::Sender<u64>,
-    /// Sent to all streams as it is.
+    /// Responses that are sent unchanged to all streams.
     inject: tokio::sync::broadcast::Sender<DeltaDiscoveryResponse>,
     running: Option<tokio::runtime::Runtime>,
     ns: String,
@@ -125,7 +126,7 @@ pub struct ControlPlane {
 }
 
 impl ControlPlane {
-    /// Listens in a namespace, with its client's files in `dir`.
+    /// Listens in a namespace, with the files for its clients in `dir`.
     pub fn start(ns: &str, dir: &std::path::Path) -> Self {
         let root = Root::new("mesh root");
         let state = State {
@@ -166,7 +167,7 @@ impl ControlPlane {
         plane
     }
 
-    /// Begins to listen, with a server certificate of the root that signs now.
+    /// Starts to listen, with a server certificate from the current root.
     pub fn up(&mut self) {
         let root = self.state().signer.clone();
         let tls = server_tls(&root);
@@ -197,7 +198,7 @@ impl ControlPlane {
         self.running = Some(runtime);
     }
 
-    /// As if the process had been killed: nothing listens, every connection is gone.
+    /// Acts as if the process had been killed: nothing listens, and all connections are closed.
     pub fn down(&mut self) {
         if let Some(runtime) = self.running.take() {
             runtime.shutdown_background();
@@ -216,7 +217,7 @@ impl ControlPlane {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Changes the state and tells the streams.
+    /// Changes the state and notifies the streams.
     pub fn change(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state();
         change(&mut state);
@@ -224,7 +225,7 @@ impl ControlPlane {
         self.changed.send_replace(state.changes);
     }
 
-    /// Makes the mesh what `mesh` says.
+    /// Replaces the facts by those of `mesh`.
     pub fn set(&self, mesh: &Mesh) {
         let resources = wire::resources(mesh);
         self.change(|state| {
@@ -245,35 +246,35 @@ impl ControlPlane {
         self.cut.send_modify(|n| *n += 1);
     }
 
-    /// Ends all streams in order, as istiod does with each every half hour.
+    /// Ends all streams in order, as istiod does with each stream every half hour.
     pub fn recycle(&self) {
         self.recycle.send_modify(|n| *n += 1);
     }
 
-    /// Sends every stream a response that nobody asked for.
+    /// Sends every stream a response without a request.
     pub fn inject(&self, response: DeltaDiscoveryResponse) {
         self.inject.send(response).unwrap();
     }
 
-    /// First requests of streams for a type.
+    /// The first request of each stream for a type.
     pub fn first_requests(&self, type_url: &str) -> Vec<DeltaDiscoveryRequest> {
         let state = self.state();
         state.requests.iter().filter(|r| r.type_url == type_url && r.node.is_some()).cloned().collect()
     }
 
-    /// Texts of refusals so far.
+    /// The error texts of all refused responses so far.
     pub fn refusals(&self) -> Vec<String> {
         let state = self.state();
         state.requests.iter().filter_map(|r| r.error_detail.as_ref().map(|e| e.message.clone())).collect()
     }
 
-    /// How often a certificate was signed for an account of namespace `ns`.
+    /// How many certificates were signed for an account of namespace `ns`.
     pub fn signed_for(&self, account: &str) -> usize {
         let name = super::certs::spiffe(account);
         self.state().signed.iter().filter(|(identity, _)| *identity == name).count()
     }
 
-    /// The serial of the certificate signed last for an account.
+    /// The serial of the last certificate that was signed for an account.
     pub fn serial_of(&self, account: &str) -> rcgen::SerialNumber {
         let name = super::certs::spiffe(account);
         self.state().signed.iter().rev().find(|(identity, _)| *identity == name).unwrap().1.clone()
@@ -364,7 +365,7 @@ fn frame(message: &impl Message) -> Bytes {
     framed.into()
 }
 
-/// Reads gRPC messages; `None` at the end.
+/// Reads gRPC messages. Returns `None` at the end of the stream.
 async fn next<M: Message + Default>(body: &mut RecvStream, buffer: &mut BytesMut) -> Option<(usize, M)> {
     loop {
         if buffer.len() >= 5 {
@@ -400,7 +401,7 @@ fn end(mut respond: SendResponse<Bytes>, message: Option<Bytes>, code: i32, text
     let _ = send.send_trailers(trailers(code, text));
 }
 
-/// What one stream has been told of one type.
+/// What one stream has been sent of one type.
 #[derive(Default)]
 struct Told {
     known: HashMap<String, String>,
@@ -486,7 +487,7 @@ async fn discovery(shared: Shared, mut body: RecvStream, mut respond: SendRespon
 }
 
 impl Shared {
-    /// What a request is answered with.
+    /// The answer to a request.
     fn take(
         &self,
         told: &mut BTreeMap<&'static str, Told>,
@@ -509,7 +510,7 @@ impl Shared {
         }
         let new: Vec<String> = request.resource_names_subscribe.iter().filter(|name| *name != "*").cloned().collect();
         if !first && new.is_empty() {
-            // As istiod: who subscribes to nothing new is told that everything is gone.
+            // As istiod does: a request that subscribes to nothing new is answered with everything as removed.
             let removed_resources = told.names.iter().chain(told.known.keys()).cloned().collect();
             return Some(DeltaDiscoveryResponse {
                 type_url: type_url.to_owned(),
@@ -517,7 +518,7 @@ impl Shared {
                 ..Default::default()
             });
         }
-        // Who asks again for what is subscribed, or was told, gets no answer.
+        // As istiod does: a request for names that are subscribed or were sent already gets no answer.
         let known = |name: &String| told.known.contains_key(name) && !request.resource_names_unsubscribe.contains(name);
         let news: Vec<String> =
             new.into_iter().filter(|name| first || (!told.names.contains(name) && !known(name))).collect();
@@ -528,19 +529,19 @@ impl Shared {
         if told.wildcard { self.response(type_url, told, first) } else { self.answer(type_url, told, &news) }
     }
 
-    /// What a stream that is told everything must be told; `always` also when there is nothing.
+    /// The changes that a stream has not been sent yet. With `always`, the response is sent even if it is empty.
     fn response(&self, type_url: &'static str, told: &mut Told, always: bool) -> Option<DeltaDiscoveryResponse> {
         let state = self.state();
         let nothing = BTreeMap::new();
         let all = state.resources.get(type_url).unwrap_or(&nothing);
         let mut response = DeltaDiscoveryResponse { type_url: type_url.to_owned(), ..Default::default() };
         let mut known = HashMap::new();
-        // On demand: of those that have been told, and those asked for by their own names; not by their addresses.
+        // On demand: only resources that have been sent before or were requested by their own names, not by addresses.
         let concerned = |name: &String| told.wildcard || told.known.contains_key(name) || told.names.contains(name);
         for (name, (version, bytes)) in all.iter().filter(|(name, _)| concerned(name)) {
             known.insert(name.clone(), version.clone());
             let same = told.known.get(name) == Some(version);
-            // Without versions everything is sent again with the first response of a stream.
+            // Without versions, everything is sent again with the first response of a stream.
             if !same || (always && !state.versions) {
                 response.resources.push(resource(type_url, name, version, bytes, state.versions));
             }
@@ -551,7 +552,8 @@ impl Shared {
         (always || !nothing_new).then_some(response)
     }
 
-    /// The answer to names that are asked for: what has them, a service with its workloads, and which of them nothing has.
+    /// The answer to requested names: the resources that have them, with a service its workloads, and the names that do
+    /// not exist.
     fn answer(&self, type_url: &'static str, told: &mut Told, asked: &[String]) -> Option<DeltaDiscoveryResponse> {
         let state = self.state();
         let nothing = BTreeMap::new();

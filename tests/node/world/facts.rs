@@ -1,4 +1,4 @@
-//! The mesh facts of a test, as the mesh file will say them.
+//! The mesh facts of a test, in the form of the mesh file.
 
 use super::Pod;
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ impl Mesh {
         }));
     }
 
-    /// A service on a virtual address in front of pods, all with the same ports.
+    /// Adds a service with virtual addresses in front of pods that all have the same ports.
     pub fn service(&mut self, name: &str, vips: &[&str], ports: &Value, endpoints: &[&Pod]) {
         let vips: Vec<String> = vips.iter().map(|vip| format!("/{vip}")).collect();
         self.services.push(json!({
@@ -35,7 +35,7 @@ impl Mesh {
         }
     }
 
-    /// The workload of a pod, to be changed.
+    /// The workload of a pod, to be changed by the test.
     pub fn of(&mut self, pod: &str) -> &mut Value {
         self.workloads.iter_mut().find(|w| w["name"] == pod).expect("a workload of this name")
     }
@@ -44,7 +44,7 @@ impl Mesh {
         self.workloads.iter().any(|w| w["name"] == pod && w["protocol"] == "HBONE")
     }
 
-    /// A policy with one rule of one clause of one match.
+    /// Adds a policy with one rule of one clause of one match.
     pub fn policy(&mut self, name: &str, scope: &str, action: &str, test: Value) {
         self.policies.push(json!({
             "name": name, "namespace": "ns", "scope": scope, "action": action, "dryRun": false, "rules": [[[test]]],
@@ -57,7 +57,7 @@ impl Mesh {
     }
 }
 
-/// A match on one peer's identity.
+/// A match on the identity of one peer.
 pub fn principal(name: &str) -> Value {
     json!({"principals": [{"Exact": format!("cluster.local/ns/ns/sa/{name}")}]})
 }

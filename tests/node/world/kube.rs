@@ -1,6 +1,7 @@
-//! A Kubernetes API server, as far as a node daemon asks: lists and watches of pods and namespaces, status patches. With the
-//! quirks of real ones: bookmarks, history that has gone (410), lists that are streamed, refused, or silently not, slow answers,
-//! and being away. And pods as the kubelet makes them: real processes in cgroups of a pod's form.
+//! A Kubernetes API server, as far as a node daemon uses it: lists and watches of pods and namespaces, and status
+//! patches. It has the quirks of real ones: bookmarks, expired history (410), streamed lists that work, are refused or
+//! are silently not supported, slow answers, and outages. Also pods as the kubelet makes them: real processes in
+//! cgroups with the paths of pods.
 
 use super::{Pod, World, inside, keeps_evidence};
 use serde_json::{Value, json};
@@ -14,35 +15,35 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// How a request for a streamed list is taken.
+/// How a request for a streamed list is answered.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub enum Streaming {
     #[default]
     Offered,
-    /// 422, as with the feature switched off.
+    /// 422, as if the feature were switched off.
     Refused,
-    /// The words are not known: objects are sent, and never the end of the list.
+    /// The parameters are unknown: objects are sent, but never the end of the list.
     NotKnown,
 }
 
 #[derive(Default)]
 pub struct State {
     version: u64,
-    /// By kind and "namespace/name".
+    /// Objects by kind and "namespace/name".
     objects: BTreeMap<(&'static str, String), Value>,
     history: Vec<(u64, &'static str, &'static str, Value)>,
     /// Events up to this version have been forgotten.
     forgotten: u64,
     pub streaming: Streaming,
-    /// Every answer comes this much later.
+    /// Every answer is delayed by this time.
     pub slow: Duration,
-    /// Status patches are answered with this code, where it is not 0.
+    /// If not 0, status patches are answered with this code.
     pub refuse_patches: u16,
-    /// What is asked about DaemonSets is answered with this code, where it is not 0.
+    /// If not 0, requests about DaemonSets are answered with this code.
     pub refuse_sets: u16,
     /// Method, path and query of each request.
     pub requests: Vec<String>,
-    /// Status annotations in the order in which they came: pod and value.
+    /// Status annotations in the order in which they were written: pod and value.
     pub patches: Vec<(String, Value)>,
     pub bookmarks: usize,
     open: Vec<TcpStream>,
@@ -57,7 +58,7 @@ pub struct Api {
 const KINDS: [(&str, &str); 3] = [("pods", "Pod"), ("namespaces", "Namespace"), ("daemonsets", "DaemonSet")];
 
 impl Api {
-    /// Serves on the node's own address, where a daemon in a pod reaches it as well.
+    /// Serves on the node's own address, so that a daemon in a pod can reach it too.
     pub fn start(w: &World, node: u8) -> Self {
         let listener = inside(&w.ns(&format!("n{node}")), || TcpListener::bind((format!("10.{node}.0.1"), 0))).unwrap();
         let address = listener.local_addr().unwrap();
@@ -84,30 +85,30 @@ impl Api {
         self.state.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Changes how it answers.
+    /// Changes how the server answers.
     pub fn change_state(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.state());
     }
 
-    /// Nothing is answered, what is open is cut; or all is well again.
+    /// Starts or ends an outage. During an outage nothing is answered and open connections are cut.
     pub fn away(&self, away: bool) {
         let mut state = self.state();
         state.away = away;
         state.open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 
-    /// Cuts what is open; it may come back at once.
+    /// Cuts open connections. Clients may reconnect at once.
     pub fn cut(&self) {
         self.state().open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 
-    /// Forgets its history, so that watches from before are told 410, and cuts what is open.
+    /// Forgets the history, so that older watches are answered with 410, and cuts open connections.
     pub fn forget(&self) {
         let mut state = self.state();
         state.version += 1;
         state.forgotten = state.version;
         state.history.clear();
-        // At the same moment, or a watch could go on as if nothing had been forgotten.
+        // In one step, or a watch could continue as if nothing had been forgotten.
         state.open.drain(..).for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 
@@ -127,7 +128,7 @@ impl Api {
         let object = pod.object();
         self.put("pods", &format!("ns/{}", pod.name), |before| {
             let mut object = object;
-            // What others have written stays.
+            // Annotations that others have written are kept.
             if let Some(said) = before.and_then(|b| b["metadata"]["annotations"].get(STATUS).cloned())
                 && object["metadata"]["annotations"].get(STATUS).is_none()
             {
@@ -137,8 +138,8 @@ impl Api {
         });
     }
 
-    /// A pod without address in a namespace that is labelled for it: when the daemon lists it, it has heard of everything
-    /// that was told before, of pods and of namespaces.
+    /// Adds a pod without address, in a namespace that is labelled for the mesh. Once the daemon lists it, the daemon
+    /// has received every earlier change of pods and namespaces.
     pub fn mark(&self, number: usize) -> String {
         let name = format!("mark-{number}");
         self.namespace(&name, json!({"istio.io/dataplane-mode": "ambient"}));
@@ -148,7 +149,7 @@ impl Api {
         name
     }
 
-    /// The last events and requests, for whoever looks for what went wrong.
+    /// The last events and requests, for failure messages.
     pub fn recent(&self) -> Vec<String> {
         let state = self.state();
         let event = |(version, kind, what, object): &(u64, &str, &str, Value)| {
@@ -181,7 +182,7 @@ impl Api {
         self.put("daemonsets", name, |_| object);
     }
 
-    /// What a pod's status annotation says.
+    /// The value of a pod's status annotation.
     pub fn said(&self, name: &str) -> Option<String> {
         let state = self.state();
         let pod = state.objects.get(&("pods", format!("ns/{name}")))?;
@@ -392,7 +393,7 @@ fn selects(request: &Request, object: &Value) -> bool {
         && name.is_none_or(|name| object["metadata"]["name"] == name)
 }
 
-/// As the API shows an object: whole, or its metadata alone.
+/// An object as the API returns it: whole, or its metadata alone.
 fn shown(kind: &str, request: &Request, object: &Value) -> Value {
     let mut object = object.clone();
     if request.metadata_only {
@@ -439,7 +440,7 @@ fn watch(
             event("BOOKMARK", bookmark(seen, true));
         }
     } else if kind == "daemonsets" {
-        // From version 0: what is there, then changes.
+        // From version 0: the existing objects, then changes.
         for object in state.listed(kind, request) {
             event("ADDED", object);
         }
@@ -474,13 +475,13 @@ fn watch(
         }
         state = shared.0.lock().unwrap();
         if state.version == seen {
-            // Time between bookmarks.
+            // The time between bookmarks.
             state = shared.1.wait_timeout(state, Duration::from_millis(500)).unwrap().0;
         }
     }
 }
 
-/// Where cgroups of version 2 are mounted.
+/// The mount point of the version 2 cgroups.
 fn cgroups() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let found = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"));
@@ -489,8 +490,8 @@ fn cgroups() -> PathBuf {
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
-/// A pod as the API shows it and the kubelet runs it: its sandbox is a process in the pod's namespace and in a cgroup of the
-/// pod's form.
+/// A pod as the API shows it and the kubelet runs it: its sandbox is a process in the pod's network namespace, in a
+/// cgroup with the path of a pod.
 pub struct KubePod {
     pub name: String,
     pub uid: String,
@@ -509,7 +510,8 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
-    /// Starts a process in a namespace, in the cgroup of a pod's container. `form` is the path below the mount.
+    /// Starts a process in a namespace and in the cgroup of a pod's container. `form` is the path below the mount
+    /// point.
     pub fn start(ns: &str, form: &str) -> Self {
         let cgroup = cgroups().join(form.trim_start_matches('/'));
         fs::create_dir_all(&cgroup).unwrap();
@@ -535,7 +537,7 @@ impl Drop for Sandbox {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let mut folder: &Path = &self.cgroup;
-        // Up to the first that others still use.
+        // Up to the first folder that is still in use.
         while fs::remove_dir(folder).is_ok() {
             folder = folder.parent().unwrap();
         }
@@ -543,7 +545,7 @@ impl Drop for Sandbox {
 }
 
 impl KubePod {
-    /// A pod of the world, running.
+    /// A running pod of the world.
     pub fn new(pod: &Pod) -> Self {
         let mut kube = Self::without_sandbox(pod);
         kube.run(&pod.netns);
@@ -570,7 +572,7 @@ impl KubePod {
         self.sandbox = Some(Sandbox::start(ns, &self.cgroup()));
     }
 
-    /// Its sandbox ends.
+    /// Ends its sandbox.
     pub fn stop(&mut self) {
         self.sandbox = None;
     }
@@ -588,13 +590,14 @@ impl KubePod {
 }
 
 impl World {
-    /// Starts a node's daemon that takes its pods from the API by their labels.
+    /// Starts a node's daemon that finds its pods through the API by their labels.
     pub fn start_kube_node(&mut self, node: u8, api: &Api, settings: &[(&str, &str)]) {
         let mut command = self.kube_command(node, "node", api, settings);
         self.start_command(node, &mut command);
     }
 
-    /// Runs another command of the binary on a node, with the daemon's settings; whether it succeeded, and what it said.
+    /// Runs another command of the binary on a node with the daemon's settings. Returns whether it succeeded, and its
+    /// output.
     pub fn kube_run(&self, node: u8, what: &str, api: &Api, settings: &[(&str, &str)]) -> (bool, String) {
         let mut command = self.kube_command(node, what, api, settings);
         let output = inside(&self.ns(&format!("n{node}")), || command.output()).unwrap();
@@ -605,7 +608,7 @@ impl World {
         self.kube_command_of(&super::subject(), node, what, api, settings)
     }
 
-    /// Starts a further daemon of a pod's node, in that pod as in a cluster, from a program of its own.
+    /// Starts a further daemon on a pod's node, inside that pod as in a cluster, from the given program.
     pub fn start_kube_beside(&mut self, own: &Pod, program: &Path, api: &Api, settings: &[(&str, &str)]) -> u32 {
         let mut command = self.kube_command_of(program, own.node, "node", api, settings);
         self.start_in(&own.netns, &mut command, &format!("{}.log", own.name))
@@ -621,7 +624,7 @@ impl World {
             .env("NODE_NAME", format!("n{node}"))
             .env("CLUSTER_ID", "c1");
         command.env("CULVERT_HOST_NETNS", host).env("POD_NAMESPACE", "istio-system").env("LOG_FORMAT", "json");
-        // What daemons of a node share is not that of the machine.
+        // The files that daemons of one node share must not be those of the machine.
         command.env("CULVERT_CNI_SOCKET", self.dir.join(format!("run{node}/cni.sock")));
         command.envs(settings.iter().copied());
         command

@@ -26,12 +26,12 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// No wait of a test is longer than this.
+/// The longest that a test waits for anything.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
-/// A pod: a namespace with addresses on a node.
+/// A pod: a network namespace with addresses on a node.
 #[derive(Clone, Debug)]
 pub struct Pod {
     pub name: String,
@@ -64,7 +64,8 @@ impl World {
         ));
         for (node, other) in [(1, 2), (2, 1)] {
             let name = world.ns(&format!("n{node}"));
-            // With an address of its own: else it has one of its ports', another when that goes, and pods miss it for a while.
+            // With a fixed MAC address. Otherwise the bridge takes that of one of its ports and changes it when the
+            // port goes, and pods cannot reach it for a while.
             ip_in(
                 &name,
                 &format!(
@@ -84,7 +85,7 @@ impl World {
         world
     }
 
-    /// Full name of a namespace.
+    /// The full name of a namespace.
     pub fn ns(&self, short: &str) -> String {
         format!("{}{short}", self.prefix)
     }
@@ -101,7 +102,7 @@ impl World {
         self.dir.join(format!("pods{node}.json"))
     }
 
-    /// Makes a pod's namespace; neither known to the mesh nor captured yet.
+    /// Makes a pod's namespace. The pod is neither known to the mesh nor captured yet.
     pub fn add_pod(&mut self, name: &str, node: u8) -> Pod {
         let index = self.pods.len() + 10;
         let pod = Pod {
@@ -126,14 +127,14 @@ impl World {
         pod
     }
 
-    /// A pod that the mesh knows as HBONE workload; captured once its node starts.
+    /// Adds a pod that the mesh knows as an HBONE workload. It is captured once its node starts.
     pub fn mesh_pod(&mut self, name: &str, node: u8) -> Pod {
         let pod = self.add_pod(name, node);
         self.mesh.workload(&pod, "HBONE");
         pod
     }
 
-    /// A pod that the mesh knows as plain TCP workload, and that is not captured.
+    /// Adds a pod that the mesh knows as a plain TCP workload and that is not captured.
     pub fn plain_pod(&mut self, name: &str, node: u8) -> Pod {
         let pod = self.add_pod(name, node);
         self.mesh.workload(&pod, "TCP");
@@ -147,7 +148,7 @@ impl World {
         }
     }
 
-    /// Writes the pods file of a node: its HBONE pods, or those given.
+    /// Writes the pods file of a node: the given pods, or all its HBONE pods.
     pub fn write_pods(&self, node: u8, pods: &[&Pod]) {
         let list: Vec<Value> = pods.iter().map(|pod| pod_entry(pod)).collect();
         replace(&self.pods_file(node), &serde_json::json!({"pods": list}).to_string());
@@ -169,7 +170,7 @@ impl World {
         }
     }
 
-    /// Starts a node's daemon as Istio's chart does: the mesh and certificates from a control plane, pods from an agent.
+    /// Starts a node's daemon as Istio's chart does: facts and certificates from a control plane, pods from an agent.
     pub fn start_istio_node(&mut self, node: u8, plane: &ControlPlane, agent: &Agent, settings: &[(&str, &str)]) {
         let mut command = self.istio_command(node, plane, agent);
         command.envs(settings.iter().copied());
@@ -178,7 +179,7 @@ impl World {
         self.nodes.push((node, process));
     }
 
-    /// The same as in a container: with process ids of its own, among which the host's are not.
+    /// The same in a container: with its own PID namespace, in which the host's processes are not visible.
     pub fn start_istio_container(&mut self, node: u8, plane: &ControlPlane, agent: &Agent) {
         let own = self.istio_command(node, plane, agent);
         let mut command = Command::new("unshare");
@@ -189,7 +190,7 @@ impl World {
         self.nodes.push((node, process));
     }
 
-    /// Starts a second daemon of a node, in a pod of its own as in a cluster.
+    /// Starts a second daemon of a node, inside a pod of its own as in a cluster.
     pub fn start_istio_upgrade(&mut self, own: &Pod, plane: &ControlPlane, agent: &Agent) {
         let mut command = self.istio_command(own.node, plane, agent);
         let log = self.dir.join(format!("node{}.log", own.node));
@@ -197,7 +198,7 @@ impl World {
         self.nodes.push((own.node, process));
     }
 
-    /// Settings by which a daemon takes its facts from a control plane instead of the mesh file.
+    /// Settings with which a daemon takes its facts from a control plane instead of the mesh file.
     pub fn facts_from(plane: &ControlPlane) -> Vec<(String, String)> {
         let address = format!("172.30.0.1:{}", control_plane::PORT);
         let path = |path: &Path| path.display().to_string();
@@ -225,7 +226,7 @@ impl World {
         command
     }
 
-    /// Takes the oldest daemon of a node out of the world, to be ended by the test.
+    /// Takes the oldest daemon of a node out of the world. The test ends it.
     pub fn take_node(&mut self, node: u8) -> Process {
         let at = self.nodes.iter().position(|(n, _)| *n == node).unwrap();
         self.nodes.remove(at).1
@@ -240,7 +241,7 @@ impl World {
         self.start_node_by(&[], node, settings);
     }
 
-    /// The same, by a program that becomes the daemon.
+    /// The same, through a program that executes the daemon.
     pub fn start_node_by(&mut self, by: &[String], node: u8, settings: &[(&str, &str)]) {
         let mut command = match by {
             [] => Command::new(subject()),
@@ -256,7 +257,7 @@ impl World {
         self.start_command(node, &mut command);
     }
 
-    /// Starts a daemon on a node and waits until it can be asked.
+    /// Starts a daemon on a node and waits until its admin port answers.
     fn start_command(&mut self, node: u8, command: &mut Command) {
         let log = self.dir.join(format!("node{node}.log"));
         let process = Process::start(&self.ns(&format!("n{node}")), command, &log);
@@ -272,7 +273,7 @@ impl World {
         self.nodes.iter().rev().find(|(n, _)| *n == node).expect("the node was started").1.pid()
     }
 
-    /// Runs a program in a namespace until the world ends.
+    /// Runs a program in a namespace until the world is dropped.
     pub fn start_in(&mut self, ns: &str, command: &mut Command, log: &str) -> u32 {
         let process = Process::start(ns, command, &self.dir.join(log));
         let pid = process.pid();
@@ -280,7 +281,7 @@ impl World {
         pid
     }
 
-    /// Takes a started program out of the world, to be ended by the test.
+    /// Takes a started program out of the world. The test ends it.
     pub fn take(&mut self, pid: u32) -> Process {
         let at = self.others.iter().position(|process| process.pid() == pid).unwrap();
         self.others.remove(at)
@@ -301,7 +302,7 @@ impl World {
         pods.as_array().unwrap().iter().map(|p| (text(p, "name"), text(p, "state"), text(p, "reason"))).collect()
     }
 
-    /// State and reason of one pod, empty where it is not listed.
+    /// State and reason of one pod; empty if it is not listed.
     pub fn state(&self, node: u8, pod: &str) -> (String, String) {
         let found = self.states(node).into_iter().find(|(name, _, _)| name == pod);
         found.map(|(_, state, reason)| (state, reason)).unwrap_or_default()
@@ -317,7 +318,7 @@ impl World {
         serde_json::from_str(&body).unwrap()
     }
 
-    /// Sum of a metric's samples whose line holds all of `labels`.
+    /// The sum of a metric's samples whose lines contain all of `labels`.
     pub fn metric(&self, node: u8, name: &str, labels: &[&str]) -> f64 {
         let (_, text) = self.try_get(node, 15020, "/metrics").expect("the metrics port answers");
         let lines = text.lines().filter(|l| l.starts_with(name) && !l.starts_with('#'));
@@ -332,7 +333,7 @@ impl World {
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// Waits for a log line of a node for which `test` holds, and gives it.
+    /// Waits for a log line of a node for which `test` holds, and returns it.
     pub fn log_line(&self, node: u8, what: &str, test: impl Fn(&Value) -> bool) -> Value {
         let mut found = None;
         eventually(&format!("log line: {what}"), || {
@@ -417,14 +418,14 @@ pub fn subject() -> PathBuf {
     std::env::var_os("SUBJECT").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_culvert")), PathBuf::from)
 }
 
-/// Writes a file by renaming over it, as a careful operator's tools do.
+/// Replaces a file by renaming, as a careful operator's tools do.
 pub fn replace(path: &Path, text: &str) {
     let new = path.with_extension("new");
     fs::write(&new, text).unwrap();
     fs::rename(new, path).unwrap();
 }
 
-/// Runs `work` on a thread of its own inside a namespace.
+/// Runs `work` on a separate thread inside a namespace.
 pub fn inside<T: Send>(ns: &str, work: impl FnOnce() -> T + Send) -> T {
     let path = Path::new("/run/netns").join(ns);
     let file = fs::File::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
@@ -437,18 +438,18 @@ pub fn inside<T: Send>(ns: &str, work: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Waits until `test` holds; fails with `what` when it does not in time.
+/// Waits until `test` holds. Fails with `what` if it does not in time.
 #[track_caller]
 pub fn eventually(what: &str, mut test: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !test() {
         assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
-        // The pause of a poll; the condition is what is waited for.
+        // The pause between two polls of the condition.
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Connects from a namespace; the socket stays usable outside of it.
+/// Connects from a namespace. The socket can be used outside of it.
 pub fn connect(ns: &str, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream> {
     let to = to.into();
     inside(ns, move || {
@@ -469,13 +470,13 @@ pub fn ask(ns: &str, to: impl Into<SocketAddr>, line: &str) -> std::io::Result<S
     Ok(answer)
 }
 
-/// Whether a connection is reset before anything comes: while it is opened, or at the first read.
+/// Whether a connection is reset before any byte arrives, while it is opened or at the first read.
 pub fn is_reset(ns: &str, to: impl Into<SocketAddr>) -> bool {
     let first = connect(ns, to).and_then(|mut stream| stream.read(&mut [0]));
     matches!(first, Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
-/// One HTTP request to a local port of the namespace the thread is in.
+/// Sends one HTTP request to a local port of the thread's current namespace.
 pub fn http(port: u16, method: &str, path: &str, host: &str) -> Option<(u16, String)> {
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5)).ok()?;
@@ -503,14 +504,14 @@ fn run_batch(args: &[&str], batch: &str) {
     assert!(output.status.success(), "ip {args:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Runs a program in a namespace and gives what it printed; fails where the program does.
+/// Runs a program in a namespace and returns its output. Fails if the program does.
 pub fn output_in(ns: &str, program: &str, args: &[&str]) -> String {
     let output = Command::new("ip").args(["netns", "exec", ns, program]).args(args).output().unwrap();
     assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A file of the Python environment that `scripts/test` makes.
+/// A program of the Python environment that `scripts/test` makes.
 pub fn python_env(program: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-env/bin").join(program);
     assert!(path.exists(), "{} is not there: scripts/test installs it", path.display());

@@ -1,4 +1,4 @@
-//! DNS of a test: a real resolver (unbound) on node 1, and containers that use it.
+//! The DNS of a test: a real resolver (unbound) on node 1, and containers that use it.
 
 use super::{Pod, World, eventually, inside};
 use std::fs;
@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Where the resolver listens: the address of node 1's bridge, as a cluster's DNS has one.
+/// Where the resolver listens: the address of node 1's bridge, like the DNS of a cluster.
 pub const RESOLVER: &str = "10.1.0.1";
 pub const RESOLVER_V6: &str = "fd00:1::1";
 
-/// What the resolver knows beside the mesh, in unbound's words.
+/// The zones that the resolver has beside the mesh, in unbound's syntax.
 const ZONES: &str = r#"
   local-zone: "." static
   local-data: ". 86400 IN SOA a.root. host.root. 7 1800 900 604800 86400"
@@ -48,9 +48,9 @@ const ZONES: &str = r#"
 "#;
 
 impl World {
-    /// Starts the resolver, with further lines of configuration.
+    /// Starts the resolver with further lines of configuration.
     pub fn start_resolver(&mut self, more: &str) -> u32 {
-        // A real text of many records: an answer of far more than any datagram's size.
+        // A text of many records, whose answer is far larger than any datagram.
         let large: String = (0..40)
             .map(|n| format!("  local-data: \"large.example. 300 IN TXT '{n:03}{}'\"\n", "x".repeat(100)))
             .chain(
@@ -75,7 +75,7 @@ impl World {
         pid
     }
 
-    /// Starts a container in a pod: a process with a mount namespace and an `/etc/resolv.conf` of its own.
+    /// Starts a container in a pod: a process with its own mount namespace and `/etc/resolv.conf`.
     pub fn start_container(&mut self, pod: &Pod, resolv_conf: &str) -> u32 {
         let file = self.dir.join(format!("{}-resolv.conf", pod.name));
         fs::write(&file, resolv_conf).unwrap();
@@ -90,7 +90,7 @@ impl World {
         pid
     }
 
-    /// Runs a program in a container of the pod and gives what it says.
+    /// Runs a program in a container of the pod and returns its output.
     pub fn run_in(&self, pod: &Pod, program: &[&str]) -> String {
         let file = self.dir.join(format!("{}-resolv.conf", pod.name));
         let mut command = container(&file.display().to_string());
@@ -100,7 +100,7 @@ impl World {
     }
 }
 
-/// What Kubernetes gives a pod of namespace `ns`.
+/// The `resolv.conf` that Kubernetes gives a pod of namespace `ns`.
 pub fn kubernetes_conf() -> String {
     format!("search ns.svc.cluster.local svc.cluster.local cluster.local\nnameserver {RESOLVER}\noptions ndots:5\n")
 }
@@ -112,7 +112,7 @@ fn container(file: &str) -> Command {
     command
 }
 
-/// A question with the recursion bit, for a type by its number.
+/// A question for a type (by number), with the recursion bit.
 pub fn question(name: &str, kind: u16) -> Vec<u8> {
     let mut bytes = vec![0x5a, 0xa5, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.').filter(|label| !label.is_empty()) {
@@ -125,7 +125,7 @@ pub fn question(name: &str, kind: u16) -> Vec<u8> {
     bytes
 }
 
-/// The same with an OPT record: payload size, DNSSEC-OK, options.
+/// The question with an OPT record: payload size, DNSSEC-OK, options.
 pub fn with_edns(mut question: Vec<u8>, payload: u16, dnssec: bool, options: &[u8]) -> Vec<u8> {
     question[11] += 1;
     question.extend([0, 0, 41]);
@@ -136,7 +136,7 @@ pub fn with_edns(mut question: Vec<u8>, payload: u16, dnssec: bool, options: &[u
     question
 }
 
-/// Sends a message from the namespace of this thread and gives the answer, if there is one within 6 s.
+/// Sends a message from the thread's current namespace. Returns the answer if it arrives within 6 s.
 pub fn ask(message: &[u8], server: IpAddr, tcp: bool) -> Option<Vec<u8>> {
     let server = SocketAddr::new(server, 53);
     let patience = Some(Duration::from_secs(6));
@@ -160,7 +160,7 @@ pub fn ask(message: &[u8], server: IpAddr, tcp: bool) -> Option<Vec<u8>> {
     Some(answer)
 }
 
-/// A resolver that does what a test tells it: on an address of its own on node 1's bridge, over datagrams.
+/// A resolver whose answers a test scripts. It has its own address on node 1's bridge and answers datagrams.
 pub struct Scripted {
     pub ip: IpAddr,
     pub asked: Arc<AtomicUsize>,
@@ -169,7 +169,7 @@ pub struct Scripted {
 }
 
 impl World {
-    /// Starts one at `10.1.0.<last>`; `script` gives the datagrams that answer a question.
+    /// Starts a scripted resolver at `10.1.0.<last>`. `script` returns the datagrams that answer a question.
     pub fn start_scripted(&self, last: u8, script: impl Fn(&[u8]) -> Vec<Vec<u8>> + Send + 'static) -> Scripted {
         self.start_scripted_at(&format!("10.1.0.{last}"), script)
     }
@@ -204,19 +204,19 @@ impl Drop for Scripted {
     }
 }
 
-/// An answer to a question: its bytes with the flags of an answer and one address.
+/// An answer with one address: the bytes of the question with the flags of an answer.
 pub fn answer(question: &[u8], ip: [u8; 4]) -> Vec<u8> {
     let mut bytes = question.to_vec();
     bytes[2] |= 0x80;
     bytes[3] = 0x80;
     bytes[7] = 1;
-    // The name is that of the question, by a pointer.
+    // The name is a pointer to that of the question.
     bytes.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
     bytes.extend(ip);
     bytes
 }
 
-/// An answer without records, with this code.
+/// An answer without records, with this response code.
 pub fn refusal(question: &[u8], code: u8) -> Vec<u8> {
     let mut bytes = question.to_vec();
     bytes[2] |= 0x80;

@@ -12,7 +12,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` in a namespace, its output appended to `log`.
+    /// Starts `command` in a namespace and appends its output to `log`.
     pub fn start(ns: &str, command: &mut Command, log: &Path) -> Self {
         let file = OpenOptions::new().create(true).append(true).open(log).unwrap();
         command.stdin(Stdio::null()).stdout(file.try_clone().unwrap()).stderr(file);
@@ -27,7 +27,7 @@ impl Process {
         kill(Pid::from_raw(i32::try_from(self.child.id()).unwrap()), signal).unwrap();
     }
 
-    /// Ends it as the kernel would when memory runs out.
+    /// Kills it, as the kernel does when memory runs out.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

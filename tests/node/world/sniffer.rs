@@ -1,11 +1,11 @@
-//! Watching the wire between the nodes for what must not be on it in clear.
+//! Watches the wire between the nodes for text that must not be on it in the clear.
 
 use super::{World, eventually, peer_script};
 use serde_json::{Value, json};
 use std::fs;
 use std::process::Command;
 
-/// Counts frames on the wire that hold a text in clear, until it is asked.
+/// Counts frames on the wire that contain a text in the clear, until it is asked.
 pub struct Sniffer {
     pid: u32,
     name: String,
@@ -21,7 +21,7 @@ impl Sniffer {
         Self { pid, name: name.into() }
     }
 
-    /// Frames, and how many of them held the text; `dropped` are those that were missed.
+    /// The number of frames, and of those that contain the text. `dropped` are the frames that were missed.
     pub fn seen(self, w: &mut World) -> Value {
         let mut process = w.take(self.pid);
         process.signal(nix::sys::signal::Signal::SIGTERM);
@@ -29,7 +29,7 @@ impl Sniffer {
         serde_json::from_str(&fs::read_to_string(w.dir.join(format!("{}.out", self.name))).unwrap()).unwrap()
     }
 
-    /// How many held the text, where none was missed.
+    /// The number of frames that contain the text. Fails if any frame was missed.
     pub fn found(self, w: &mut World) -> u64 {
         let seen = self.seen(w);
         assert_eq!(seen["dropped"], json!(0));

@@ -13,7 +13,7 @@ pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorizatio
 
 type Resources = BTreeMap<String, Vec<u8>>;
 
-/// By type and name.
+/// The resources by type and name.
 pub fn resources(mesh: &Mesh) -> [(&'static str, Resources); 2] {
     let mut addresses = Resources::new();
     for w in &mesh.workloads {
@@ -30,7 +30,7 @@ pub fn resources(mesh: &Mesh) -> [(&'static str, Resources); 2] {
     [(ADDRESS, addresses), (AUTHORIZATION, policies)]
 }
 
-/// Other names of a resource: its addresses in their networks.
+/// The other names of a resource: its addresses in their networks.
 pub fn aliases(type_url: &str, _name: &str, bytes: &[u8]) -> Vec<String> {
     if type_url != ADDRESS {
         return Vec::new();
@@ -50,7 +50,7 @@ pub fn aliases(type_url: &str, _name: &str, bytes: &[u8]) -> Vec<String> {
     }
 }
 
-/// Keys of the services that a workload is behind.
+/// The keys of the services of which a workload is an endpoint.
 pub fn services(bytes: &[u8]) -> Vec<String> {
     match wl::Address::decode(bytes).ok().and_then(|address| address.r#type) {
         Some(wl::address::Type::Workload(w)) => w.services.into_keys().collect(),
