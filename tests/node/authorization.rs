@@ -1,4 +1,4 @@
-//! Policies at work: who is refused, by which rule, and which live connections a change ends.
+//! Policies: which connections are refused, by which rule, and which open connections a change ends.
 
 use crate::world::facts::principal;
 use crate::world::{World, apps, ask, connect, eventually};
@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// Within this time of the file's change a connection that is no longer allowed has to end.
+/// A connection that is no longer permitted must end within this time of the file's change.
 const WITHIN: Duration = Duration::from_secs(1);
 
 fn world() -> World {
@@ -25,7 +25,7 @@ fn server(w: &World) -> std::net::IpAddr {
     w.pods.iter().find(|pod| pod.name == "server").unwrap().v4
 }
 
-/// An open connection that has carried something.
+/// An open connection that has carried data.
 fn open(w: &World, from: &str) -> TcpStream {
     let mut stream = connect(&w.ns(from), (server(w), 9000)).unwrap();
     assert!(alive(&mut stream));
@@ -37,7 +37,7 @@ fn alive(stream: &mut TcpStream) -> bool {
 }
 
 fn refused(w: &World, from: &str) -> bool {
-    // A reset may come before the request has been written.
+    // A reset may arrive before the request has been written.
     let reset = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::NotConnected];
     matches!(ask(&w.ns(from), (server(w), 8080), "x"), Err(e) if reset.contains(&e.kind()))
 }
@@ -60,7 +60,7 @@ fn a_refusal_names_its_rule_in_the_log_and_in_metrics() {
     }
     let out = w.log_line(1, "the client's side", |l| l["src.workload"] == "bad" && l["direction"] == "outbound");
     assert!(out["error"].as_str().unwrap().contains("401 Unauthorized: the far end's policies refuse it"), "{out}");
-    // Nobody listens there.
+    // No server listens on this port.
     assert!(ask(&w.ns("good"), (server(&w), 8081), "x").is_err());
     let out = w.log_line(1, "refused by the far end", |l| l["reason"] == "peer_refused");
     assert!(out["error"].as_str().unwrap().contains("nobody listens on the port?"), "{out}");
@@ -115,7 +115,7 @@ fn a_principal_holds_in_both_spellings_and_in_each_trust_domain_that_is_one() {
     for node in [1, 2] {
         w.wait_captured(node);
     }
-    // Written with its scheme, and of the main trust domain: holds for the alias.
+    // A principal with the scheme and the main trust domain also matches the alias.
     let (mut good, mut bad) = (open(&w, "good"), open(&w, "bad"));
     let identities = w.json(2, "/connections").to_string();
     assert!(identities.contains("spiffe://old.local/ns/ns/sa/bad"), "{identities}");
@@ -129,14 +129,14 @@ fn a_principal_holds_in_both_spellings_and_in_each_trust_domain_that_is_one() {
     let error = bad.read(&mut [0]).expect_err("the denied connection is reset");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(refused(&w, "bad") && alive(&mut good));
-    // Of the alias: holds for the main trust domain.
+    // A principal with the alias also matches the main trust domain.
     w.mesh.policies.clear();
     w.mesh.policy("no-good", "Namespace", "Deny", json!({"principals": [{"Prefix": "old.local/ns/ns/sa/good"}]}));
     w.write_mesh();
     let error = good.read(&mut [0]).expect_err("the denied connection is reset");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     assert!(refused(&w, "good"));
-    // One that can never match is refused by name, and what was in force stays so.
+    // A policy that can never match is refused by name, and the earlier policies stay in force.
     w.mesh.policy("typo", "Namespace", "Deny", json!({"principals": [{"Exact": "cluster.local/ns/ns/sa/good/"}]}));
     w.write_mesh();
     let line = w.log_line(2, "refused", |l| l["message"].as_str().is_some_and(|m| m.starts_with("mesh file refused")));

@@ -1,4 +1,4 @@
-//! Capturing pods and letting go of them: the order, the checks, and what remains when the daemon dies.
+//! Capturing and releasing pods: the order of steps, the checks, and what remains when the daemon dies.
 
 use crate::world::sniffer::Sniffer;
 use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip, output_in, pod_entry, replace};
@@ -27,7 +27,7 @@ fn after_a_kill_traffic_is_refused_not_passed_in_plaintext_and_the_next_start_ta
     let (mut w, client, server) = world();
     w.start();
     let canary = "canary-5f1c9e2a7b";
-    // The watcher does see a canary: from a namespace that is not captured.
+    // The sniffer does see a canary that comes from a namespace that is not captured.
     let outside = w.add_pod("outside", 1);
     let plain = w.add_pod("plain", 2);
     apps::serve(&plain.netns, 8080, apps::who);
@@ -47,7 +47,7 @@ fn after_a_kill_traffic_is_refused_not_passed_in_plaintext_and_the_next_start_ta
             assert!(ask(&client.netns, (server.v4, 8080), canary).is_err(), "node {node} is down");
             assert!(ask(&client.netns, (server.v6, 8080), canary).is_err(), "node {node} is down");
         }
-        // What was open has ended: at most the rest of the first echo still comes, never a second one.
+        // Open connections have ended: at most the rest of the first echo still arrives, never a second echo.
         let _ = live.write_all(canary.as_bytes());
         let mut rest = Vec::new();
         let ended = live.read_to_end(&mut rest);
@@ -141,7 +141,7 @@ fn an_entry_that_comes_back_while_its_pod_is_released_keeps_what_is_open_and_ano
         eventually("it is captured at once", || w.state(1, "client").0 == "captured");
         assert!(ask(&client.netns, (server.v4, 8080), "x").is_ok());
     }
-    // Nothing goes on for a pod that is somebody else now.
+    // No connection continues after the pod has become another workload.
     w.write_pods(1, &[]);
     eventually("it is being released", || w.state(1, "client").0 == "releasing");
     let mut entry = pod_entry(&client);
@@ -177,7 +177,7 @@ fn pods_that_cannot_be_captured_are_named_with_the_reason_and_others_go_on() {
             _ => {}
         }
     }
-    // The twin's workload has the client's addresses: only the namespace tells them apart.
+    // The twin's workload has the client's addresses. Only the namespace distinguishes them.
     w.mesh.of("twin")["workloadIps"] = json!([client.v4, client.v6]);
     w.write_mesh();
     replace(&w.pods_file(1), &json!({"pods": entries}).to_string());
@@ -199,7 +199,7 @@ fn pods_that_cannot_be_captured_are_named_with_the_reason_and_others_go_on() {
             now == state && why.contains(reason)
         });
     }
-    // Whichever of the two came first has the namespace; the other is refused by name.
+    // The twin that came first has the namespace; the other one is refused by name.
     eventually("one of the twins is refused", || {
         let refused = |name: &str| w.state(1, name).1.contains("a namespace belongs to one pod");
         let captured = |name: &str| w.state(1, name).0 == "captured";
@@ -210,7 +210,7 @@ fn pods_that_cannot_be_captured_are_named_with_the_reason_and_others_go_on() {
     assert!(w.metric(1, "culvert_capture_failures_total", &["reason=\"not_the_pod\""]) >= 1.0);
     assert_eq!(w.metric(1, "culvert_pods", &["state=\"failed\""]), 6.0);
     assert_eq!(w.metric(1, "culvert_pods", &["state=\"captured\""]), 1.0);
-    // What was missing comes, and the pod is captured without any other help.
+    // The missing facts arrive, and the pod is captured without further help.
     w.mesh.workload(&unknown, "HBONE");
     w.write_mesh();
     eventually("unknown is known now", || w.state(1, "unknown").0 == "captured");
@@ -306,7 +306,7 @@ fn a_changed_entry_never_opens_the_pod_and_a_corrected_one_is_captured_again() {
 fn a_workload_that_gets_another_identity_is_captured_anew_with_it() {
     let (mut w, client, server) = world();
     w.start();
-    // The destination accepts the new trust domain too; both nodes learn of it at once.
+    // The destination accepts the new trust domain too. Both nodes learn of it at the same time.
     w.mesh.of("client")["trustDomain"] = json!("other.local");
     w.mesh.of("server")["trustDomain"] = json!("other.local");
     w.write_mesh();

@@ -1,5 +1,5 @@
-//! The CA refuses, hangs, rotates its root, has another clock; and certificates are revoked. Who has a valid certificate
-//! keeps it, and who is revoked is cut.
+//! The CA refuses, hangs, rotates its root or has another clock, and certificates are revoked. Pods with a valid
+//! certificate keep it, and revoked peers are cut off.
 
 use crate::istio::{Istio, alive};
 use crate::world::certs::spiffe;
@@ -9,12 +9,12 @@ use crate::xds::Load;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-/// When the certificate in use of an account ends, in seconds since 1970.
+/// When the current certificate of an account expires, in seconds since 1970.
 fn ends(istio: &Istio, node: u8, account: &str) -> f64 {
     istio.w.metric(node, "culvert_certificate_expiry_seconds", &[&format!("\"{}\"", spiffe(account))])
 }
 
-/// Warnings of a node about certificates.
+/// The number of a node's warnings about certificates.
 fn warnings(w: &World, node: u8) -> usize {
     let bad = |line: &&Value| {
         line["level"] == "warn" && line["scope"].as_str().is_some_and(|scope| scope.starts_with("identity::"))
@@ -35,9 +35,9 @@ fn eight_are_asked_for_at_once_and_a_refusal_of_fresh_pods_is_quiet() {
     for node in [1, 2] {
         istio.start_node(node, &[]);
     }
-    // The server's node is one of those that ask.
+    // The server's node also requests certificates.
     eventually("eight ask, and the server's", || istio.plane.state().at_the_ca == 9);
-    // A connection makes its pod's certificate the most urgent.
+    // A connection makes the certificate of its pod the most urgent one.
     let (ns, server) = (istio.w.ns("p11"), istio.server());
     let waiting = std::thread::spawn(move || ask(&ns, (server, 8080), "x"));
     eventually("it waits", || crate::world::output_in(&istio.w.ns("p11"), "ss", &["-tn"]).contains(":8080"));
@@ -53,7 +53,7 @@ fn eight_are_asked_for_at_once_and_a_refusal_of_fresh_pods_is_quiet() {
 #[test]
 fn a_ca_that_refuses_and_hangs_for_twice_the_renewal_interval_costs_no_handshake() {
     let mut istio = Istio::new();
-    // Renewed after 6.4 to 7.4 s.
+    // Certificates are renewed after 6.4 to 7.4 s.
     istio.plane.change(|state| state.life = 16);
     istio.start();
     let load = Load::start(&istio);
@@ -86,7 +86,7 @@ fn a_root_is_rotated_under_load_in_either_order() {
             ["client", "server"].iter().zip(before).all(|(a, n)| istio.plane.signed_for(a) >= n + count)
         });
     };
-    // As it should be done: the new root is told first, then it signs, then the old one goes.
+    // A correct rotation: the new root is announced first, then it signs, then the old root is removed.
     let new = Root::new("second root");
     istio.plane.change(|state| state.bundle.push(new.clone()));
     renewed(&istio, 1);
@@ -94,7 +94,7 @@ fn a_root_is_rotated_under_load_in_either_order() {
     renewed(&istio, 1);
     istio.plane.change(|state| state.bundle.retain(|root| root.pem != old.pem));
     renewed(&istio, 1);
-    // As it should not be done: all at once.
+    // A wrong rotation: all steps at once.
     let third = Root::new("third root");
     istio.plane.change(|state| {
         state.bundle = vec![third.clone()];
@@ -122,7 +122,7 @@ fn a_ca_with_another_clock_is_named_and_nothing_is_lost_while_it_has() {
         istio.w.log_line(1, "the clocks", |l| l["error"].as_str().is_some_and(|e| e.contains("clocks")));
         assert_eq!(ends(&istio, 1, "client"), held);
     }
-    // No hot loop: each attempt waits.
+    // There is no busy loop: each attempt waits.
     let signed = istio.plane.signed_for("client");
     assert!(signed < 12, "{signed} requests");
     istio.plane.change(|state| state.clock = 0);
@@ -140,7 +140,7 @@ fn who_is_revoked_is_cut_and_refused_and_a_broken_list_changes_nothing() {
     istio.tell();
     let crl = istio.w.dir.join("ca-crl.pem");
     let path = crl.display().to_string();
-    // The file comes later: that it is not there yet is said, and holds nothing up.
+    // The file appears later. That it is missing is logged, and delays nothing.
     istio.start_with(&[("CRL_PATH", &path)]);
     assert_eq!(istio.w.metric(2, "culvert_crl_stale", &[]), 1.0);
     let server = istio.server();

@@ -1,4 +1,4 @@
-//! Settings and files: every fault by name, nothing half-applied.
+//! Settings and files: every fault is reported by name, and nothing is applied in part.
 
 use crate::world::{World, apps, ask, eventually, replace, subject};
 use std::process::{Command, Output};

@@ -1,4 +1,4 @@
-//! `culvert demo` as its users run it, also interrupted.
+//! `culvert demo` as its users run it, including interruptions.
 
 use crate::world::{eventually, subject};
 use nix::sys::signal::{Signal, kill};
@@ -18,7 +18,7 @@ fn start(args: &[&str]) -> Child {
     Command::new(subject()).arg("demo").args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Processes whose command line names the demonstration's folder.
+/// Processes whose command line contains the demonstration's folder.
 fn children(pid: u32) -> Vec<i32> {
     let folder = format!("culvert-{pid}/");
     let all =

@@ -1,4 +1,5 @@
-//! DNS of captured pods: names of the mesh from its facts, everything else as the pod's own resolver says it.
+//! DNS of captured pods: names of the mesh are answered from its facts, everything else as the pod's own resolver
+//! answers it.
 
 use crate::istio::Istio;
 use crate::world::names::{RESOLVER, RESOLVER_V6, address, answer, ask, kubernetes_conf, question, refusal, with_edns};
@@ -12,7 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const A: u16 = 1;
 
-/// A client, two pods of a headless service, services, a host that only the mesh knows, and a resolver for the rest.
+/// A client, two pods of a headless service, services, a host that only the mesh knows, and a resolver for everything
+/// else.
 fn world(settings: &[(&str, &str)]) -> (World, Pod) {
     let mut w = World::new();
     let client = w.mesh_pod("client", 1);
@@ -73,10 +75,10 @@ fn names_of_the_mesh_are_answered_and_others_are_as_the_resolver_says() {
     assert_eq!(short(&w, &client, &["x.y.wild.example"]), ["240.240.0.3"]);
     assert_eq!(short(&w, &client, &["shop.example"]), ["240.240.0.2"]);
     assert_eq!(short(&w, &client, &["shop.example", "MX"]), ["10 mail.example."], "mail is not the mesh's affair");
-    // Names of others that look like names of the mesh with parts left out are those of others.
+    // External names that look like abbreviated names of the mesh are not taken for names of the mesh.
     assert_eq!(short(&w, &client, &["google.com"]), ["203.0.113.80"]);
     assert_eq!(short(&w, &client, &["a.example"]), ["203.0.113.1", "203.0.113.2"]);
-    // ExternalName services are known to the cluster's DNS alone; where they lead to may be known to the mesh alone.
+    // Only the cluster's DNS knows ExternalName services, but possibly only the mesh knows their targets.
     let external = short(&w, &client, &["external.ns.svc.cluster.local"]);
     assert!(external.contains(&"a.example.".to_owned()), "{external:?}");
     let inward = short(&w, &client, &["inward.ns.svc.cluster.local"]);
@@ -95,7 +97,7 @@ fn names_of_the_mesh_are_answered_and_others_are_as_the_resolver_says() {
             > 10.0
     );
     assert!(w.metric(1, "istio_dns_upstream_requests_total", &["request_query_type=\"MX\""]) >= 1.0);
-    // One pod's requests in the log, on request and until it is taken back.
+    // The requests of one pod are logged once that is requested, until it is reset.
     let logged = |name: &str| w.log(1).iter().any(|line| line["scope"] == "dns" && line["query"] == name);
     let post =
         |query: &str| inside(&w.ns("n1"), || http(15000, "POST", &format!("/logging?{query}"), "localhost")).unwrap();
@@ -112,7 +114,7 @@ fn names_of_the_mesh_are_answered_and_others_are_as_the_resolver_says() {
     assert_eq!(post("dns=client").0, 400);
 }
 
-/// Messages of every kind that a client may send and whose answer is not the mesh's: at least two hundred.
+/// Messages of every kind that a client may send and that the mesh does not answer: at least two hundred.
 fn shapes() -> Vec<(String, Vec<u8>)> {
     let names = [
         "a.example",
@@ -147,7 +149,7 @@ fn shapes() -> Vec<(String, Vec<u8>)> {
             all.push((format!("{name} payload {payload} dnssec {dnssec}"), message));
         }
     }
-    // A cookie, a client subnet, padding and an option of nobody's.
+    // A cookie, a client subnet, padding and an unassigned option.
     let options: [&[u8]; 4] = [
         &[0, 10, 0, 8, 1, 2, 3, 4, 5, 6, 7, 8],
         &[0, 8, 0, 7, 0, 1, 24, 0, 192, 0, 2],
@@ -157,13 +159,15 @@ fn shapes() -> Vec<(String, Vec<u8>)> {
     for option in options {
         all.push((format!("option {option:?}"), with_edns(question("a.example", A), 1232, false, option)));
     }
-    // Flags and operations: no recursion, checking disabled, authentic data, inverse query, status, notify, update, reserved.
+    // Flags and operations: no recursion, checking disabled, authentic data, inverse query, status, notify, update,
+    // reserved.
     for flags in [[0, 0], [1, 0x10], [1, 0x20], [9, 0], [0x11, 0], [0x21, 0], [0x29, 0], [0x39, 0], [0x79, 0]] {
         let mut message = question("a.example", A);
         message[2..4].copy_from_slice(&flags);
         all.push((format!("flags {flags:?}"), message));
     }
-    // Chaos, any class, another version of EDNS, an empty question section, two questions, bytes at the end, a label cut off.
+    // Class CHAOS, any class, another version of EDNS, an empty question section, two questions, trailing bytes, a
+    // truncated label.
     for class in [3, 255] {
         let mut message = question("version.bind", 16);
         *message.last_mut().unwrap() = class;
@@ -198,7 +202,8 @@ fn what_is_not_of_the_mesh_is_answered_byte_for_byte_as_without_us() {
         for server in [RESOLVER, RESOLVER_V6] {
             let (without, with) = (all(&w.ns("n1"), server), all(&client.netns, server));
             for (((name, _), without), with) in shapes.iter().zip(without).zip(with) {
-                // What the resolver does not answer at all, we answer for it: there was nobody.
+                // If the resolver gives no answer at all, the daemon answers with a failure. Without culvert there was
+                // no answer.
                 let Some(without) = without else { continue };
                 assert_eq!(with.as_deref(), Some(&*without), "{name}, tcp {tcp}, {server}");
             }
@@ -275,7 +280,7 @@ fn real_clients_find_what_they_look_for_however_they_look() {
     let before = w.metric(1, "istio_dns_requests_total", &["tcp"]);
     tries(&w, "over connections, where the client can");
     assert!(w.metric(1, "istio_dns_requests_total", &["tcp"]) > before + 8.0);
-    // A pod with IPv6 alone.
+    // A pod with IPv6 only.
     let six = w.mesh_pod("six", 1);
     crate::world::ip_in(&six.netns, &format!("addr del {}/24 dev eth0\n", six.v4));
     w.mesh.of("six")["workloadIps"] = json!([six.v6]);
@@ -290,7 +295,7 @@ fn real_clients_find_what_they_look_for_however_they_look() {
     }
 }
 
-/// A client whose container has these resolvers, in a mesh without anything else.
+/// A client whose container has these resolvers, in a mesh without other names.
 fn small(resolvers: &str, settings: &[(&str, &str)], prepare: impl FnOnce(&mut World, &Pod)) -> (World, Pod) {
     let mut w = World::new();
     let client = w.mesh_pod("client", 1);
@@ -312,7 +317,7 @@ fn ask_in(pod: &Pod, name: &str, server: IpAddr) -> Option<Vec<u8>> {
 
 #[test]
 fn the_resolver_that_is_asked_is_the_one_that_answers() {
-    // No container is to be seen, as from the daemon of Istio's chart: what the kernel knows is enough.
+    // No container is visible, as from the daemon of Istio's chart. The kernel's connection tracking is enough.
     let (w, client) = small("", &[], |_, _| {});
     let one = w.start_scripted(51, |q| vec![answer(q, [1, 1, 1, 1])]);
     let two = w.start_scripted(52, |q| vec![answer(q, [2, 2, 2, 2])]);
@@ -322,7 +327,7 @@ fn the_resolver_that_is_asked_is_the_one_that_answers() {
     }
     assert_eq!(one.asked.load(Ordering::Relaxed), 1, "the second time it was remembered");
     assert_eq!(address(&ask_in(&client, "shop.ns.svc.cluster.local", one.ip).unwrap()), Some([10, 96, 0, 20]));
-    // A resolver within the pod, as some have: what it asks itself must reach whom it asks, and not come back to it.
+    // Some pods have a resolver of their own. What it asks must reach its upstream and must not come back to it.
     let inner = inside(&client.netns, || UdpSocket::bind("127.0.0.1:53")).unwrap();
     let (netns, outer) = (client.netns.clone(), two.ip);
     let relay = std::thread::spawn(move || {
@@ -343,7 +348,7 @@ fn a_resolver_that_is_dead_slow_or_lies_is_passed_over() {
     let (w, client) = small(conf, &[("CULVERT_DNS_CACHE_ENTRIES", "0")], |_, _| {});
     let ip = |last: u8| IpAddr::from([10, 1, 0, last]);
     let asks = |name: &str| ask_in(&client, name, ip(51)).unwrap();
-    // Nobody is there at all: said at once, and as a failure.
+    // No resolver is reachable at all. That is reported at once, as a failure.
     crate::world::ip_in(
         &w.ns("n1"),
         "addr add 10.1.0.53/32 dev pods\naddr add 10.1.0.52/32 dev pods\naddr add 10.1.0.51/32 dev pods\n",
@@ -354,7 +359,7 @@ fn a_resolver_that_is_dead_slow_or_lies_is_passed_over() {
         &w.ns("n1"),
         "addr del 10.1.0.52/32 dev pods\naddr del 10.1.0.51/32 dev pods\naddr del 10.1.0.53/32 dev pods\n",
     );
-    // The first is silent, the second refuses, the third answers.
+    // The first resolver is silent, the second refuses, the third answers.
     let silent = w.start_scripted(51, |_| vec![]);
     let refusing = w.start_scripted(52, |q| vec![refusal(q, 5)]);
     let good = w.start_scripted(53, |q| vec![answer(q, [3, 3, 3, 3])]);
@@ -373,7 +378,7 @@ fn forged_answers_are_not_believed_and_cost_little() {
     let conf = "nameserver 10.1.0.51\nnameserver 10.1.0.52\n";
     let (w, client) = small(conf, &[("CULVERT_DNS_CACHE_ENTRIES", "0")], |_, _| {});
     let good = w.start_scripted(52, |q| vec![answer(q, [2, 2, 2, 2])]);
-    // Another id, another question, a question come back, nothing, and too little; then what is right.
+    // Another id, another question, a question sent back, nothing, and too little; then the right answer.
     let lies = |q: &[u8]| {
         let mut other_id = answer(q, [6, 6, 6, 6]);
         other_id[0] ^= 1;
@@ -384,18 +389,18 @@ fn forged_answers_are_not_believed_and_cost_little() {
     let lying = w.start_scripted(51, move |q| [lies(q), vec![answer(q, [1, 1, 1, 1])]].concat());
     assert_eq!(address(&ask_in(&client, "a.example", lying.ip).unwrap()), Some([1, 1, 1, 1]));
     drop(lying);
-    // A flood of lies is given up, and the next resolver asked.
+    // After a flood of wrong answers, the next resolver is asked.
     let flood = w.start_scripted(53, move |q| (0..200).flat_map(|_| lies(q)).collect());
     assert_eq!(address(&ask_in(&client, "b.example", flood.ip).unwrap()), Some([2, 2, 2, 2]));
     assert!(good.asked.load(Ordering::Relaxed) >= 1);
-    // What is not from the resolver at all does not reach the socket: it is connected.
+    // Datagrams that are not from the resolver do not reach the socket, because it is connected.
     let (first, second) = (question("c.example", A), question("c.example", A));
     assert_ne!(
         ports_and_ids(&w, &client, &first),
         ports_and_ids(&w, &client, &second),
         "neither port nor id is the client's"
     );
-    // Compressed names that lead into themselves, counts that promise thousands of records, 64 KiB of names.
+    // Compressed names that point to themselves, counts that promise thousands of records, 64 KiB of names.
     let bombs: Vec<Vec<u8>> = vec![
         [&question("", A)[..12], &[0xc0, 12, 0, 1, 0, 1]].concat(),
         [&question("", A)[..4], &[0xff; 8], &[0xc0, 0x0c].repeat(500)].concat(),
@@ -416,7 +421,7 @@ fn forged_answers_are_not_believed_and_cost_little() {
     });
 }
 
-/// The id with which a question reaches a resolver, and from which port.
+/// The id with which a question reaches the resolver, and the port from which it comes.
 fn ports_and_ids(w: &World, client: &Pod, message: &[u8]) -> (u16, [u8; 2]) {
     let ns = w.ns("n1");
     let resolver = inside(&ns, || UdpSocket::bind("10.1.0.1:53")).unwrap();
@@ -481,7 +486,7 @@ fn an_application_on_the_port_of_our_dns_is_reached_where_its_pods_dns_is_not_ta
         }
     }
     assert!(crate::world::ask(&server.netns, (server.v4, 15053), "x").is_ok(), "from the pod itself");
-    // Where it is taken, the port is ours.
+    // Where DNS is captured, the port is the daemon's.
     assert!(crate::world::is_reset(&stranger.netns, (client.v4, 15053)));
 }
 
@@ -502,7 +507,7 @@ fn a_question_from_outside_in_the_pods_own_name_is_not_taken() {
     for socket in [&spoofed, &honest] {
         socket.send_to(&question("shop.ns.svc.cluster.local", A), (client.v6, 15053)).unwrap();
     }
-    // It came after the other.
+    // It was sent after the other one.
     eventually("the honest one is ignored", || count("ignored") > ignored);
     assert_eq!(count("mesh"), answered);
 }
@@ -524,7 +529,7 @@ fn a_flood_from_one_pod_leaves_the_lookups_of_another_alone() {
                     let mut count = 0u64;
                     while !stop.load(Ordering::Relaxed) {
                         count += 1;
-                        // Names of nobody, which wait for a resolver that never answers, and names of the mesh.
+                        // Unknown names, which wait for a resolver that never answers, and names of the mesh.
                         let name = format!("r{thread}-{count}.flood.example");
                         let _ = socket.send_to(&question(&name, A), to);
                         let _ = socket.send_to(&question("shop.ns.svc.cluster.local", A), to);
@@ -592,7 +597,7 @@ fn a_workload_with_a_host_name_only_is_resolved_by_the_pod_that_connects() {
     assert!(
         w.metric(1, "istio_on_demand_dns_total", &["hostname=\"api.example\"", "source_workload=\"client\""]) >= 1.0
     );
-    // It leads to a name of the mesh after all, and goes there as the mesh says: in a tunnel, not in plaintext.
+    // The name leads to a name of the mesh after all, so the connection goes through a tunnel, not in plaintext.
     let said = crate::world::ask(&client.netns, ("240.240.0.3".parse::<IpAddr>().unwrap(), 80), "inner").unwrap();
     assert!(said.ends_with("inner"), "{said}");
     w.log_line(1, "by HBONE", |l| l["dst.service"] == "behind.ns.svc.cluster.local" && l["dst.identity"].is_string());
@@ -616,7 +621,7 @@ fn a_zones_transfer_comes_whole_and_the_connection_goes_on() {
         for n in 1..=3u8 {
             stream.write_all(&framed(&answer(&question, [n; 4]))).unwrap();
         }
-        // Kept open by the server, as most do: the end of the transfer is the client's to see.
+        // The server keeps the connection open, as most do, so the client must notice the end of the transfer itself.
         let _ = stream.read(&mut length);
     });
     inside(&client.netns, || {
@@ -639,7 +644,7 @@ fn a_zones_transfer_comes_whole_and_the_connection_goes_on() {
     server.join().unwrap();
 }
 
-/// In an Istio mesh: the agent redirects, the control plane tells, or is asked.
+/// In an Istio mesh, where the agent redirects, with a control plane that announces facts and one that is on-demand.
 #[test]
 fn in_an_istio_mesh_names_are_known_also_on_demand_and_dns_fails_open() {
     for on_demand in ["false", "true"] {
@@ -660,7 +665,8 @@ fn in_an_istio_mesh_names_are_known_also_on_demand_and_dns_fails_open() {
         let failed_open = || istio.w.metric(1, "culvert_dns_requests_total", &["failed_open"]);
         assert_eq!(failed_open(), 0.0);
         if on_demand == "true" {
-            // Nobody says whether it is the mesh's: the pod has its answer all the same, and a counter says so.
+            // Whether the name belongs to the mesh stays unknown. The pod gets an answer all the same, and a counter
+            // shows it.
             istio.plane.change(|state| state.stalled = true);
             assert_eq!(asks("unasked.example"), Some([9, 9, 9, 9]));
             assert_eq!(failed_open(), 1.0);
@@ -670,7 +676,8 @@ fn in_an_istio_mesh_names_are_known_also_on_demand_and_dns_fails_open() {
     }
 }
 
-/// A server of one address for every name, on port 53 of a namespace, over datagrams. It ends with the test's process.
+/// A server that answers every name with one address, on port 53 of a namespace, over datagrams. It ends with the test
+/// process.
 fn serve_one_address(ns: &str) {
     for any in ["0.0.0.0:53", "[::]:53"] {
         let socket = inside(ns, || {
@@ -691,7 +698,7 @@ fn serve_one_address(ns: &str) {
     }
 }
 
-/// A datagram socket of a namespace, prepared, that waits for an answer for a while.
+/// A prepared datagram socket in a namespace, with a read timeout.
 fn datagram(ns: &str, v4: bool, prepare: impl FnOnce(&socket2::Socket) + Send) -> UdpSocket {
     inside(ns, || {
         let domain = if v4 { socket2::Domain::IPV4 } else { socket2::Domain::IPV6 };
@@ -744,7 +751,7 @@ fn resolvers_are_reached_from_bound_sockets_on_any_link_and_servers_in_pods_from
             assert_eq!(answered(&socket, (to, 53).into(), "other.example"), found, "{own} port {port}");
         }
     }
-    // What serves the pod's DNS serves nobody else.
+    // The listeners for the pod's DNS serve no other clients.
     for ip in [client.v4, client.v6] {
         let socket = datagram(&plain.netns, ip.is_ipv4(), |_| {});
         let ignored = || w.json(1, "/pods")[0]["dns"]["requests"]["ignored"].as_u64().unwrap_or(0);

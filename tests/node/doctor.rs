@@ -1,4 +1,4 @@
-//! `culvert doctor`: with no pod, one, two, many; beside a daemon that does not answer; in a shell that knows no settings.
+//! `culvert doctor`: with no pod, one, two and many; with a daemon that does not answer; in a shell without settings.
 
 use crate::istio::Istio;
 use crate::world::{Agent, PATIENCE, World, eventually, inside, subject};
@@ -8,12 +8,12 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-/// What doctor says on a node, run without any setting; it must end by itself.
+/// The output of doctor on a node, run without any setting. It must end by itself.
 pub fn doctor(w: &World, node: u8) -> String {
     doctor_by(w, node, &[])
 }
 
-/// The same, by a program that becomes it.
+/// The same, through a program that executes it.
 fn doctor_by(w: &World, node: u8, by: &[&str]) -> String {
     run_by(w, node, by, &["doctor"])
 }
@@ -75,7 +75,7 @@ fn doctor_ends_with_no_pod_one_two_and_many_and_takes_the_daemons_settings() {
             assert!(has(&said, "ok", &["port 15008", &format!("{label} accepts tunnels from {whence}")]), "{said}");
         }
     }
-    // Doctor's own connections are nobody's failure.
+    // Doctor's own connections do not count as failures.
     assert_eq!(w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
     assert!(
         !w.log(1).iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains("connection failed")))
@@ -94,8 +94,8 @@ fn a_daemon_that_takes_connections_and_says_nothing_does_not_hold_doctor_up() {
     assert!(has(&said, "", &["kernel"]) && has(&said, "", &["sysctls"]), "{said}");
 }
 
-/// As by `kubectl exec` in Istio's chart: pods are known by descriptors that the agent has handed over, `/host/proc` is not mounted,
-/// and there is no shell.
+/// As with `kubectl exec` in Istio's chart: the pods are known by descriptors that the agent has handed over,
+/// `/host/proc` is not mounted, and there is no shell.
 #[test]
 fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_see() {
     let mut istio = Istio::new();
@@ -106,7 +106,7 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     istio.w.start_istio_container(1, &istio.plane, &istio.agents[0]);
     eventually("both are captured", || istio.w.try_get(1, 15000, "/pods").is_some());
     istio.w.wait_captured(1);
-    // A descriptor's name leads nowhere, and no process of the machine may lead there either.
+    // The pod's namespace has no path, and no process of the machine has it either.
     let children = format!("/proc/{0}/task/{0}/children", istio.w.pid(1));
     let daemon = std::fs::read_to_string(children).unwrap().trim().to_owned();
     let exec = ["nsenter", "--target", &daemon, "--pid", "--mount"];
@@ -118,7 +118,7 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     assert!(has(&said, "note", &["host", "cannot be read from here", "/host/proc"]), "{said}");
     assert!(!said.lines().any(|line| line.starts_with("FAIL")), "{said}");
     assert_eq!(istio.w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
-    // The pods as a table, and as the admin port tells them.
+    // The pods as a table, and as JSON from the admin port.
     let pods = run_by(&istio.w, 1, &exec, &["pods"]);
     let line = |name: &str| {
         pods.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name} in\n{pods}")).to_owned()
@@ -130,7 +130,7 @@ fn in_a_container_beside_an_agent_doctor_sees_the_pods_and_says_what_it_cannot_s
     );
     let json: serde_json::Value = serde_json::from_str(&run_by(&istio.w, 1, &exec, &["pods", "--json"])).unwrap();
     assert_eq!(json.as_array().unwrap().len(), 2);
-    // One ends: its addresses go before anybody says so.
+    // One pod ends. Its addresses are removed before its end is announced.
     let addresses = format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", second.v4, second.v6);
     crate::world::ip_in(&second.netns, &addresses);
     Agent::stop_redirecting(&second);

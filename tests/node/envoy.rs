@@ -1,4 +1,4 @@
-//! A real Envoy on each end: as HBONE client of a captured pod, and as the waypoint of a service.
+//! A real Envoy on each end: as the HBONE client of a captured pod, and as the waypoint of a service.
 
 use crate::world::certs::{self, Files};
 use crate::world::{Pod, World, apps, ask, eventually, python_env};
@@ -46,7 +46,7 @@ fn address(ip: &str, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
 }
 
-/// TCP in on loopback, out as one CONNECT stream each to a pod's HBONE port.
+/// Accepts TCP on loopback and carries each connection as a CONNECT stream to a pod's HBONE port.
 fn client(w: &World, cert: &Files, to: &Pod, port: u16) -> Value {
     let proxy = json!({
         "stat_prefix": "out", "cluster": "hbone",
@@ -77,7 +77,7 @@ fn client(w: &World, cert: &Files, to: &Pod, port: u16) -> Value {
     }})
 }
 
-/// Ends CONNECT on `port` and sends the bytes on to the address in `:authority`, as plain TCP.
+/// Terminates CONNECT on `port` and forwards the bytes to the address in `:authority` as plain TCP.
 fn waypoint(w: &World, cert: &Files, port: u16) -> Value {
     let manager = json!({
         "stat_prefix": "hbone", "codec_type": "HTTP2",
@@ -165,7 +165,7 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
         w.write_mesh();
         eventually("the reference is known", || w.metric(1, "culvert_mesh_file_applied_total", &[]) > applied);
         eventually("on both nodes", || w.metric(2, "culvert_mesh_file_applied_total", &[]) > applied);
-        // The server is reached by the waypoint, whose own traffic to the service is not sent back to it.
+        // The server is reached through the waypoint, whose own traffic to the service is not sent back to it.
         assert_eq!(ask(&from.netns, (vip, 80), "x").unwrap(), format!("{} x", way.v4), "{destination}");
         eventually("Envoy has logged it", || log(&w, &way).matches("code=200").count() == index + 1);
     }

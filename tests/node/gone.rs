@@ -1,4 +1,4 @@
-//! A peer's node that is gone without a word: no FIN and no reset will ever come.
+//! The node of a peer disappears silently: no FIN and no reset ever arrives.
 
 use crate::istio::alive;
 use crate::world::{PATIENCE, World, apps, connect, eventually, ip_in, output_in};
@@ -7,7 +7,8 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// A client on the first node with an open connection to a server on the second, whose node then goes away with bytes on the way.
+/// A client on the first node with an open connection to a server on the second, whose node then disappears with bytes
+/// in flight.
 fn cut_off() -> (World, TcpStream) {
     let mut w = World::new();
     let (_client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
@@ -19,7 +20,7 @@ fn cut_off() -> (World, TcpStream) {
     open.write_all(b"into the void").unwrap();
     eventually("nobody acknowledges it", || {
         let tunnel = tunnels(&w);
-        // State, bytes to be read, bytes that are not acknowledged.
+        // State, bytes to be read, unacknowledged bytes.
         tunnel
             .first()
             .and_then(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok())
@@ -28,7 +29,7 @@ fn cut_off() -> (World, TcpStream) {
     (w, open)
 }
 
-/// Lines of the client's sockets towards the server's port for tunnels, whatever their state.
+/// The client's sockets towards the server's tunnel port, whatever their state.
 fn tunnels(w: &World) -> Vec<String> {
     let all = output_in(&w.ns("client"), "ss", &["-Htan", "dport", "=", "15008"]);
     all.lines().map(str::to_owned).collect()
@@ -37,7 +38,7 @@ fn tunnels(w: &World) -> Vec<String> {
 #[test]
 fn a_tunnel_to_a_node_that_is_gone_is_reset_and_nothing_of_it_is_left() {
     let (w, _open) = cut_off();
-    // A PING goes out within 10 s, and has 20 s to be answered.
+    // A PING is sent within 10 s, and has 20 s to be answered.
     let (end, is_cut) = (Instant::now() + 2 * PATIENCE, |line: &Value| line["message"] == "tunnel cut");
     while !w.log(1).iter().any(|line| is_cut(line) && line["reason"] == "ping_timeout") {
         assert!(Instant::now() < end, "no PING is overdue");
@@ -52,7 +53,7 @@ fn what_a_killed_daemon_has_left_in_the_kernel_is_no_older_plaintext_connection(
     w.take_node(1).kill();
     assert_eq!(tunnels(&w).len(), 1, "it is on its way for a while");
     drop(open);
-    // As after the removal of culvert, or of ztunnel: no rules say what is spared.
+    // As after culvert or ztunnel has been removed: no rules exempt the connections.
     output_in(&w.ns("client"), "nft", &["flush", "ruleset"]);
     w.start_node(1, &[]);
     w.wait_captured(1);

@@ -1,4 +1,4 @@
-//! Peers that are not culvert: what an HBONE port answers them, and whom it does not talk to at all.
+//! Peers that are not culvert: what an HBONE port answers them, and which peers a daemon does not talk to at all.
 
 use crate::world::certs::{self, Files, spiffe};
 use crate::world::{Pod, World, apps, ask, connect, eventually, output_in, peer_script, python_env};
@@ -102,7 +102,7 @@ fn refusals_that_depend_on_policy_tunnels_and_limits() {
     w.mesh.of("server")["authorizationPolicies"] = json!(["ns/only-8080"]);
     w.write_mesh();
     w.write_pods(2, &w.captured_pods(2));
-    // A tunnel and one stream: a second stream is one too many.
+    // One tunnel and one stream are allowed: a second stream is one too many.
     w.start_node(2, &[("CULVERT_MAX_CONNECTIONS", "2")]);
     w.wait_captured(2);
     let cert = certs::good(&w.ca(), &w.dir, "peer");
@@ -158,7 +158,7 @@ fn a_destination_that_cannot_prove_who_it_is_gets_nothing() {
     let fakes: Vec<Pod> =
         ["other-ca", "two-names", "expired", "wrong-name"].iter().map(|name| w.add_pod(name, 2)).collect();
     for fake in &fakes {
-        // The facts promise HBONE; nobody captures the pod, and a server of ours listens there.
+        // The facts promise HBONE, but the pod is not captured and a server of the test listens there.
         w.mesh.workload(fake, "HBONE");
     }
     let other_ca = w.dir.join("other-ca-dir");
@@ -283,7 +283,7 @@ fn a_destination_that_is_somebody_else_gets_nothing() {
     let mut w = world();
     let client = w.mesh_pod("client", 1);
     w.start();
-    // On node 1 only, the facts say that the server is another workload than the one that is there.
+    // On node 1 only, the facts name another workload than the one that is there.
     let mut mesh = w.mesh.clone();
     mesh.of("server")["serviceAccount"] = json!("impostor");
     crate::world::replace(&w.mesh_file(1), &mesh.json());
@@ -327,7 +327,7 @@ fn a_peer_that_says_nothing_is_dropped_and_others_go_on() {
     let mut silent: Vec<_> = (0..50).map(|_| connect(&w.ns("peer"), (to.v4, 15008)).unwrap()).collect();
     assert!(ask(&client.netns, (to.v4, 8080), "x").is_ok());
     for stream in &mut silent {
-        // Closed or reset by the handshake deadline; PATIENCE would show as a timeout.
+        // Closed or reset by the handshake deadline. If it were not, PATIENCE would show as a timeout.
         let ended = stream.read(&mut [0]);
         assert!(!matches!(&ended, Err(e) if e.kind() == std::io::ErrorKind::WouldBlock), "{ended:?}");
     }

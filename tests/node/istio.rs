@@ -1,4 +1,5 @@
-//! In an Istio mesh: facts and certificates from a control plane, pods from an agent, with everything that goes wrong there.
+//! In an Istio mesh: facts and certificates from a control plane, pods from an agent, and everything that goes wrong
+//! with them.
 
 use crate::world::agent::uid;
 use crate::world::wire::ADDRESS;
@@ -15,7 +16,7 @@ pub struct Istio {
 }
 
 impl Istio {
-    /// A client on the first node and a server on the second, known to plane and agents; no daemon runs yet.
+    /// A client on the first node and a server on the second, known to control plane and agents. No daemon runs yet.
     pub fn new() -> Self {
         let mut w = World::new();
         w.mesh_pod("client", 1);
@@ -52,7 +53,7 @@ impl Istio {
         }
     }
 
-    /// Starts both daemons and waits until client and server are captured, whatever else there is.
+    /// Starts both daemons and waits until client and server are captured, whatever the state of other pods.
     pub fn start_nodes_only(&mut self) {
         for (node, pod) in [(1, "client"), (2, "server")] {
             self.start_node(node, &[]);
@@ -66,7 +67,7 @@ impl Istio {
         self.w.start_istio_node(node, &self.plane, &self.agents[usize::from(node) - 1], settings);
     }
 
-    /// Tells the control plane what the mesh is now.
+    /// Announces the current mesh through the control plane.
     pub fn tell(&self) {
         self.plane.set(&self.w.mesh);
     }
@@ -84,7 +85,7 @@ impl Istio {
         ask(&self.w.ns("client"), (self.server(), 8080), "x")
     }
 
-    /// An open connection that has carried something.
+    /// An open connection that has carried data.
     pub fn open(&self) -> TcpStream {
         let mut stream = connect(&self.w.ns("client"), (self.server(), 9000)).unwrap();
         assert!(alive(&mut stream));
@@ -122,7 +123,7 @@ fn it_takes_ztunnels_place_with_the_environment_of_its_chart() {
     assert_eq!(dump["certificates"][0]["state"], "Available");
     assert_eq!(dump["workloadState"][uid(&istio.pod("server"))]["state"], "Up");
     assert!(istio.agent(2).state().violations.is_empty(), "{:?}", istio.agent(2).state().violations);
-    // The redirection is the agent's: nothing of ours in the pod redirects.
+    // The agent does the redirection: none of culvert's rules in the pod redirect.
     let rules = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "ruleset"]);
     assert!(!rules.contains("table inet culvert {") && rules.contains("table inet culvert_legs {"), "{rules}");
     let ours = crate::world::output_in(&istio.w.ns("server"), "nft", &["list", "table", "inet", "culvert_legs"]);

@@ -1,11 +1,11 @@
-//! Who reaches whom, by which way, and what each side sees of the other.
+//! Connections between all kinds of pods: which are possible, on which way, and what each side sees of the other.
 
 use crate::world::{Pod, World, apps, ask, connect, eventually, is_reset};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown};
 
-/// A world with captured and uncaptured clients and servers; servers tell who asked, on 8080.
+/// A world with captured and uncaptured clients and servers. Servers answer with the client's address, on 8080.
 fn world() -> World {
     let mut w = World::new();
     for (name, node) in [("client", 1), ("near", 1), ("far", 2)] {
@@ -39,7 +39,7 @@ fn every_pair_of_captured_and_uncaptured_on_one_node_and_two_in_both_families() 
             let vip = |text: String| -> IpAddr { text.parse().unwrap() };
             let mut ways = vec![(to.v4, 8080, from.v4), (to.v6, 8080, from.v6)];
             if client == "client" {
-                // Service addresses exist only for those whose traffic is captured: nothing else resolves them here.
+                // Service addresses exist only for captured clients, because nothing else resolves them here.
                 ways.push((vip(format!("10.96.0.1{index}")), 80, from.v4));
                 ways.push((vip(format!("fd00:96::1{index}")), 80, from.v6));
             }
@@ -53,7 +53,8 @@ fn every_pair_of_captured_and_uncaptured_on_one_node_and_two_in_both_families() 
     }
 }
 
-/// Where both are captured, both logs name both identities, `times` over; where one is not, none is claimed.
+/// If both pods are captured, both logs name both identities, `times` times. If one is not, no identity is claimed for
+/// it.
 fn both_are_named(w: &World, from: &Pod, to: &Pod, times: usize) {
     let captured = |pod: &Pod| w.mesh.is_hbone(&pod.name);
     let sides = [("outbound", from, captured(from)), ("inbound", to, captured(to))];
@@ -161,7 +162,7 @@ fn a_reset_arrives_as_a_reset_in_both_directions() {
         let error = stream.read(&mut [0]).expect_err("an orderly end instead of a reset");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "server {server} resets {from}");
 
-        // The server tells whether what it read ended in order.
+        // The server records whether its stream ended in order.
         static ENDED: std::sync::Mutex<Vec<Result<usize, ErrorKind>>> = std::sync::Mutex::new(Vec::new());
         let tell = |mut stream: std::net::TcpStream| {
             stream.write_all(b"!").unwrap();
@@ -209,7 +210,7 @@ fn calls_to_our_own_ports_go_nowhere() {
             let ended = stream.read_to_end(&mut answer);
             let waited = matches!(&ended, Err(e) if e.kind() == ErrorKind::WouldBlock);
             assert!(!waited, "{ip}:{port}: neither refused nor answered");
-            // 15008 answers what is no TLS with an alert (content type 21), and nobody answers anything else.
+            // Port 15008 answers anything but TLS with an alert (content type 21); nothing answers on other ports.
             assert!(answer.is_empty() || (port == 15008 && answer[0] == 21), "{ip}:{port}: {answer:?}");
         }
     }

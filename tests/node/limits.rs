@@ -1,4 +1,4 @@
-//! Many connections, dead destinations, bounds.
+//! Many connections, dead destinations, and limits.
 
 use crate::world::{PATIENCE, Pod, World, apps, connect, eventually, inside, is_reset, output_in};
 use std::io::{Read, Write};
@@ -48,7 +48,8 @@ fn ten_thousand_in_a_row_and_five_hundred_at_once_leave_nothing_behind() {
         }
     });
     eventually("all have ended", || live(&w) == [0, 0]);
-    // 500 at once need more tunnels than one; those stay open until they have been idle, and are not leaks.
+    // 500 at once need more than one tunnel. Tunnels stay open until they have been idle for a while, and are not
+    // leaks.
     let tunnels = w.metric(1, "culvert_tunnels_open", &[]);
     assert!(tunnels <= 12.0, "{tunnels}");
     eventually("files and tasks are back", || {
@@ -69,7 +70,7 @@ fn a_hundred_connections_to_a_dead_destination_fail_together() {
     let (mut w, client, _) = world();
     let dead = w.mesh_pod("dead", 2);
     w.start();
-    // From now on nothing of it answers, not even with a refusal.
+    // From now on it answers nothing, not even with a refusal.
     let script =
         format!("table inet hole {{ chain f {{ type filter hook forward priority 0; ip daddr {} drop; }}; }}", dead.v4);
     let file = w.dir.join("hole.nft");
@@ -80,7 +81,7 @@ fn a_hundred_connections_to_a_dead_destination_fail_together() {
     for stream in &mut all {
         assert!(stream.read(&mut [0]).is_err(), "each is reset");
     }
-    // One connect timeout is 10 s; two in a row would be 20 s, and one after the other 1000 s.
+    // A connect timeout is 10 s. Two in a row would take 20 s, all one after the other 1000 s.
     assert!(start.elapsed() < Duration::from_secs(18), "{:?}", start.elapsed());
     let failed = ["response_flags=\"NETWORK_POLICY\"", "reporter=\"source\""];
     eventually("each is counted", || w.metric(1, "istio_tcp_connections_failed_total", &failed) == 100.0);
@@ -119,7 +120,7 @@ fn above_the_limit_the_largest_consumer_waits_first_and_then_all_and_the_admin_p
     });
 }
 
-/// Opens connections until the daemon refuses, `most` at most, and keeps them.
+/// Opens connections until the daemon refuses, `most` at most, and keeps them open.
 fn greed(ns: &str, to: std::net::SocketAddr, most: usize) -> Vec<TcpStream> {
     inside(ns, move || {
         let mut open = Vec::new();
@@ -161,7 +162,7 @@ fn with_few_files_the_greedy_pod_is_refused_and_others_the_admin_port_and_captur
     assert!(w.node(1).is_running());
 }
 
-/// A cgroup with a memory limit, of version 1 or 2; removed when dropped.
+/// A cgroup with a memory limit, of version 1 or 2. It is removed when dropped.
 pub struct MemoryLimit(std::path::PathBuf);
 
 impl MemoryLimit {
@@ -182,7 +183,7 @@ impl MemoryLimit {
         Self(folder)
     }
 
-    /// A program and its arguments by which a daemon is started under the limit.
+    /// A program and its arguments that start a daemon under the limit.
     pub fn join(&self) -> Vec<String> {
         let join = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", self.0.display());
         vec!["sh".into(), "-c".into(), join, "--".into()]
@@ -233,7 +234,7 @@ fn with_little_memory_the_greedy_pod_is_refused_and_nobody_is_killed() {
 fn a_slow_reader_stalls_nobody_else() {
     let (mut w, client, server) = world();
     w.start();
-    // It asks for an echo of much more than all buffers hold, and reads nothing.
+    // The client asks for an echo that is far larger than all buffers, and reads nothing.
     let slow = connect(&client.netns, (server.v4, 9000)).unwrap();
     slow.set_nonblocking(true).unwrap();
     let chunk = vec![1; 1 << 20];

@@ -1,7 +1,8 @@
-//! The shipped binary in real network namespaces, driven from outside only: by files, sockets and signals.
+//! The shipped binary in real network namespaces, driven only from outside: by files, sockets and signals.
 //!
-//! The subject is the path in `SUBJECT` (default: the binary of this build). Needs root, nftables, iproute2 and the
-//! Python environment that `scripts/test` makes; without them a scenario fails, it never passes by skipping.
+//! The binary under test is the path in `SUBJECT` (default: the binary of this build). The scenarios need root,
+//! nftables, iproute2 and the Python environment that `scripts/test` makes. Without these a scenario fails; it is never
+//! skipped.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,6 +1,7 @@
-//! A node under a random life: pods are labelled and unlabelled, made, deleted, ended, restarted, their addresses used again,
-//! their rules tampered with, the daemon killed, the API cut. After each burst of it, when it is quiet, what is captured is what
-//! should be, nothing is left in what should not, and nothing that a captured pod said has been on the wire.
+//! A node under random operations: pods are labelled and unlabelled, made, deleted, ended and restarted, their
+//! addresses are reused, their rules are changed, the daemon is killed, the API is cut off. After each burst, once
+//! everything is quiet, exactly the right pods are captured, nothing is left in the others, and nothing that a captured
+//! pod sent was on the wire in the clear.
 
 use crate::world::kube::{Api, KubePod};
 use crate::world::sniffer::Sniffer;
@@ -17,10 +18,10 @@ use std::time::{Duration, Instant};
 const SLOTS: usize = 6;
 const BURSTS: usize = 100;
 const STEPS: usize = 100;
-/// What is logged: nothing of connections, there are thousands.
+/// Log settings: without connections, because there are thousands.
 const LOG: &[(&str, &str)] = &[("RUST_LOG", "info,access=off")];
 
-/// A place for a pod: a namespace with addresses. Pods of two names take turns in it.
+/// A slot for a pod: a namespace with addresses. Pods of two names take turns in it.
 struct Slot {
     pods: [Pod; 2],
     now: Option<Life>,
@@ -46,7 +47,7 @@ struct Model {
     w: World,
     api: Api,
     slots: Vec<Slot>,
-    /// Whether the namespace is labelled.
+    /// Whether the Kubernetes namespace is labelled.
     labelled: bool,
     counts: BTreeMap<&'static str, usize>,
 }
@@ -135,7 +136,7 @@ impl Model {
 
     fn tamper(&mut self, at: usize) -> &'static str {
         let ns = &self.slots[at].pods[0].netns;
-        // Where there is no table this does nothing.
+        // Without a table, this does nothing.
         let _ = Command::new("ip").args(["netns", "exec", ns, "nft", "flush", "table", "inet", "culvert"]).output();
         "rules flushed"
     }
@@ -152,7 +153,7 @@ impl Model {
         "pod labelled or unlabelled"
     }
 
-    /// What should be captured.
+    /// The pods that should be captured.
     fn desired(&self) -> Vec<String> {
         let lives = self.slots.iter().filter_map(|slot| slot.now.as_ref());
         let wanted = lives.filter(|life| life.running && life.is_in(self.labelled));
@@ -161,7 +162,7 @@ impl Model {
         all
     }
 
-    /// What is verified to be captured; nothing where something else is in between.
+    /// The pods that are verified to be captured; `None` if any is in another state.
     fn verified(&self) -> Option<Vec<String>> {
         let mut states = self.w.states(1);
         states.sort();
@@ -185,7 +186,7 @@ impl Model {
         let is_so = || {
             let names = |slot: &Slot| slot.now.as_ref().map(|life| life.kube.name.clone()).unwrap_or_default();
             let right = |slot: &Slot| rules(slot) == Some(desired.contains(&names(slot)));
-            // The namespace of a pod that has ended ends with it; here others use it again.
+            // In a cluster, the network namespace of a pod ends with the pod. Here other pods use it again.
             let running = |slot: &&Slot| slot.now.as_ref().is_some_and(|life| life.running);
             self.verified().as_ref() == Some(&desired) && self.slots.iter().filter(running).all(right)
         };
@@ -234,7 +235,7 @@ fn after_any_life_what_is_captured_is_what_should_be() {
     let mut model = Model { w, api, slots, labelled: false, counts: BTreeMap::new() };
     model.check(0);
 
-    // One pod stays captured throughout, and talks all the time.
+    // One pod stays captured all the time and keeps sending.
     let canary = "canary-9a41d7c0e2";
     let sniffer = Sniffer::start(&mut model.w, "sniffer", canary);
     let (stop, said) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -244,7 +245,7 @@ fn after_any_life_what_is_captured_is_what_should_be() {
             while !stop.load(Ordering::Relaxed) {
                 match ask(&ns, to, canary) {
                     Ok(_) => drop(said.fetch_add(1, Ordering::Relaxed)),
-                    // The daemon is away: refused.
+                    // The daemon is down, so the connection is refused.
                     Err(_) => std::thread::sleep(Duration::from_millis(5)),
                 }
             }

@@ -1,4 +1,4 @@
-//! What stays on a node after a daemon, and what does not: uninstalling, and cleaning up.
+//! What a daemon leaves on a node and what it removes: uninstalling and cleaning up.
 
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
 use crate::world::{ControlPlane, World, apps, ask, eventually, http, inside, output_in, subject};
@@ -100,7 +100,7 @@ fn a_daemon_after_which_another_goes_on_leaves_everything_to_it() {
     c.apis[0].daemonset("ztunnel", set());
     c.start_one(&settings);
     eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled"));
-    // The DaemonSet gets another name: the one before is deleted while that one's daemon is here already.
+    // The DaemonSet gets another name. The earlier one is deleted while the new one's daemon is already running.
     let renamed = [&settings[..], &[("CULVERT_DAEMONSET", "tunnel")]].concat();
     c.apis[0].daemonset("tunnel", set());
     c.w.start_kube_beside(&own, &subject(), &c.apis[0], &renamed);
@@ -125,7 +125,7 @@ fn a_daemon_after_which_another_goes_on_leaves_everything_to_it() {
 fn a_daemon_whose_set_gets_another_name_waits_for_the_one_that_takes_its_place() {
     let mut c = cluster();
     let cni = Cni::new(&c.w);
-    // Longer than an idle node needs to end, by far.
+    // Much longer than an idle node needs to end.
     let settings = [&cni.settings()[..], &[("CONNECTION_TERMINATION_DEADLINE", "20s")]].concat();
     let own = c.w.add_pod("beside", 1);
     for begins in [true, false] {
@@ -143,7 +143,7 @@ fn a_daemon_whose_set_gets_another_name_waits_for_the_one_that_takes_its_place()
         eventually("it ends", || ends(&c, "ending") > before[1]);
         let mut beside = None;
         if begins {
-            // The one before is told to end before this one runs, as it is where a DaemonSet is replaced.
+            // The earlier daemon is told to end before the new one runs, as when a DaemonSet is replaced.
             c.apis[0].daemonset("tunnel", set());
             let renamed = [&settings[..], &[("CULVERT_DAEMONSET", "tunnel")]].concat();
             beside = Some(c.w.start_kube_beside(&own, &subject(), &c.apis[0], &renamed));
@@ -168,18 +168,18 @@ fn a_daemon_whose_set_gets_another_name_waits_for_the_one_that_takes_its_place()
 fn cleaning_up_sees_a_daemon_in_a_pod_and_takes_nobody_else_for_one() {
     let mut c = cluster();
     let own = c.w.add_pod("beside", 1);
-    // Without the CNI plugin nobody listens for its questions.
+    // Without the CNI plugin, no daemon listens on its socket.
     let beside = c.w.start_kube_beside(&own, &subject(), &c.apis[0], &[]);
     eventually("it is captured", || c.apis[0].said("client").as_deref() == Some("enabled") && has_rules(&c.client));
     let cleanup = |c: &Cluster, what: &str| c.w.kube_run(1, what, &c.apis[0], &[]);
     let (fine, said) = cleanup(&c, "cleanup");
     assert!(!fine && said.contains("a daemon is running") && has_rules(&c.client), "{said}");
-    // Who cannot see whether one runs cleans nothing either.
+    // If it is unknown whether a daemon runs, nothing is removed either.
     let agent = [("CULVERT_PODS", "agent")];
     let (fine, said) = c.w.kube_run(1, "cleanup", &c.apis[0], &agent);
     assert!(!fine && said.contains("it is unknown whether"), "{said}");
     c.w.take(beside).kill();
-    // Somebody else has the admin port on the node.
+    // Another program has the admin port on the node.
     apps::serve(&c.w.ns("n1"), 15000, apps::who);
     let (fine, said) = cleanup(&c, "cleanup");
     assert!(fine && !has_rules(&c.client), "{said}");
@@ -199,13 +199,13 @@ fn cleaning_up_a_node_touches_no_other_nodes_pods_unless_told_to() {
     assert!(said.contains("namespaces hold rules of another node"), "{said}");
     assert!(!has_rules(&c.client) && has_rules(&c.server), "{said}");
     c.apis[0].away(false);
-    // A table of a version that did not say for which node: as an older one has left it.
+    // A table that does not name its node, as an old version has left it.
     output_in(&c.client.netns, "nft", &["add", "table", "inet", "culvert"]);
     let (fine, said) = cleanup(&c, "cleanup");
     assert!(fine && has_rules(&c.client), "{said}");
     assert_eq!(c.apis[0].said("client"), None);
     c.w.take_node(2).kill();
-    // A procfs that shows this world alone: what else is on the machine is others'.
+    // A procfs that shows only this world, because everything else on the machine belongs to others.
     let proc = c.w.dir.join("proc");
     for folder in ["1/root/run/netns", "1/ns"] {
         std::fs::create_dir_all(proc.join(folder)).unwrap();

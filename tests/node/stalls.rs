@@ -1,4 +1,5 @@
-//! What one peer, pod or scraper can do to others: nothing. Each scenario has an innocent whose requests are all answered.
+//! What one peer, pod or scraper can do to others: nothing. In each scenario an innocent pod's requests are all
+//! answered.
 
 use crate::limits::MemoryLimit;
 use crate::world::certs::{self, Files, spiffe};
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// One worker, so that there is one tunnel, and whoever holds a thread holds everybody.
+/// One worker, so that there is one tunnel, and one blocked thread blocks everything.
 const ONE_WORKER: (&str, &str) = ("ZTUNNEL_WORKER_THREADS", "1");
 
 const ECHO: u16 = 9000;
@@ -35,7 +36,7 @@ fn world(settings: &[(&str, &str)]) -> (World, Pod, Pod, Pod) {
     (w, client, server, hostile)
 }
 
-/// The same with so little memory on the second node.
+/// The same with a memory limit on the second node.
 fn limited(bytes: u64) -> (World, MemoryLimit, [Pod; 3]) {
     let mut w = World::new();
     let limit = MemoryLimit::new(&w, bytes);
@@ -58,14 +59,14 @@ fn round_trip(stream: &mut TcpStream) {
     stream.read_exact(&mut [0; 4]).unwrap();
 }
 
-/// New connections from a pod, each with a request that is answered.
+/// Makes new connections from a pod. Each request must be answered.
 fn answered(from: &Pod, to: &Pod, times: usize) {
     for _ in 0..times {
         round_trip(&mut connect(&from.netns, (to.v4, ECHO)).unwrap());
     }
 }
 
-/// The hostile peer: what it says is in the file.
+/// Starts the hostile peer. Its output is in the file.
 pub fn misuse(w: &mut World, from: &Pod, to: &Pod, cert: &Files, what: Value) -> (u32, PathBuf) {
     let mut spec = json!({"to": [to.v4, 15008], "ca": w.ca().join("ca.pem"), "cert": cert.chain, "key": cert.key});
     spec.as_object_mut().unwrap().extend(what.as_object().unwrap().clone());
@@ -98,13 +99,13 @@ fn eight_uploads_that_nobody_reads_leave_the_tunnel_to_others() {
     let chunk = vec![1; 1 << 20];
     for stream in &stalled {
         stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
-        // Until no buffer on the way takes any more.
+        // Until the buffers on the way are full.
         while (&*stream).write(&chunk).is_ok() {}
     }
     round_trip(&mut before);
     answered(&client, &server, 20);
     assert_eq!(w.metric(1, "culvert_tunnels_open", &[]), 1.0, "on the same tunnel");
-    // A client that gives up is seen although its window is closed.
+    // A client that gives up is noticed although its window is closed.
     for stream in &stalled {
         socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO)).unwrap();
     }
@@ -124,7 +125,7 @@ fn small_messages_to_a_slow_reader_leave_the_tunnel_open() {
     let (_, says) = misuse(&mut w, &hostile, &server, &cert, ask);
     eventually("it has ended", || !said(&says).is_empty());
     assert_eq!(said(&says).trim(), "answered");
-    // 3.2 MB of payload; each frame that waits for itself would cost hundreds of bytes more.
+    // 3.2 MB of payload. Waiting frames of their own would cost hundreds of bytes more each.
     let held = w.metric(2, "culvert_buffers_held_bytes", &[]);
     assert!((1.0..6e6).contains(&held), "{held}");
 }
@@ -169,13 +170,13 @@ fn who_breaks_the_rules_of_http2_is_cut_by_name() {
         assert_eq!(line["identity"], spiffe("hostile"), "{line}");
     }
     answered(&client, &server, 1);
-    // Who begins a handshake and does not finish it.
+    // A client that starts a handshake and does not finish it.
     let mut late = connect(&hostile.netns, (server.v4, 15008)).unwrap();
     late.write_all(&[0x16]).unwrap();
     assert!(matches!(late.read(&mut [0]), Ok(0) | Err(_)), "closed or reset");
     eventually("it is counted", || cut(&w, "late_handshake") == 1.0);
     w.log_line(2, "it is named", |line| line["reason"] == "peer_handshake_deadline");
-    // Who comes and leaves without a word has failed in nothing, and is seen.
+    // Connections that close without sending a byte are no failures, but they are counted.
     let unused = || w.metric(2, "culvert_tunnels_unused_total", &[]);
     let (before, failures) = (unused(), w.metric(2, "culvert_connection_failures_total", &[]));
     (0..3).for_each(|_| drop(connect(&hostile.netns, (server.v4, 15008)).unwrap()));
@@ -200,7 +201,7 @@ fn peers_that_do_not_read_or_do_not_let_read_cannot_use_up_the_memory() {
         answered(&client, &server, 20);
         let held = w.metric(2, "culvert_buffers_held_bytes", &[]);
         assert!(held <= most, "{held} of {most}");
-        // The rest is the daemon, its tunnels and the buffers that reading and TLS need.
+        // The rest is the daemon itself, its tunnels, and the buffers for reading and TLS.
         assert!(resident(&w, 2) < (200 << 20), "{}", resident(&w, 2));
         assert!(w.node(2).is_running(), "{}", said(&says));
         drop(w.take(pid));
@@ -214,7 +215,7 @@ fn peers_that_do_not_read_or_do_not_let_read_cannot_use_up_the_memory() {
 #[test]
 fn the_tunnel_that_makes_the_node_hold_most_is_cut_by_name_before_there_is_no_room() {
     let (mut w, limit, [client, server, hostile]) = limited(96 << 20);
-    // An innocent that is stalled too, by an application that reads later.
+    // An innocent stream that is stalled too, because its application reads later.
     let innocent = connect(&client.netns, (server.v4, HOLD)).unwrap();
     innocent.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     while (&innocent).write(&[1; 65536]).is_ok() {}
@@ -261,7 +262,7 @@ fn four_thousand_silent_connections_cost_little_and_are_nobodys() {
     assert!(w.node(2).is_running());
 }
 
-/// Whether a new silent connection is given time, and ended only then.
+/// Whether a new silent connection is given time and ended only then.
 fn is_reset_late(from: &Pod, to: SocketAddr) -> bool {
     let start = Instant::now();
     is_reset(&from.netns, to) || start.elapsed() > Duration::from_secs(1)
@@ -286,7 +287,7 @@ fn idle_tunnels_of_one_identity_do_not_lock_others_out_of_a_pod() {
 #[test]
 fn scrapers_and_parked_connections_hold_up_neither_a_denial_nor_readiness() {
     let (mut w, client, server, hostile) = world(&[]);
-    // Metrics as of a busy node: each service has labels of its own.
+    // As many metrics as on a busy node: each service has its own labels.
     let vips: Vec<String> = (0..500).map(|n| format!("10.96.{}.{}", n / 250, n % 250 + 1)).collect();
     for (n, vip) in vips.iter().enumerate() {
         w.mesh.service(&format!("service-{n}"), &[vip], &json!({"80": ECHO}), &[&server]);

@@ -1,4 +1,5 @@
-//! Without Istio: the daemon as the chart sets it with `facts: file` and `certificates: builtin`, with files as the kubelet mounts them.
+//! Without Istio: the daemon with the settings of the chart for `facts: file` and `certificates: builtin`, and with
+//! files as the kubelet mounts them.
 
 use crate::kubernetes::cluster;
 use crate::world::{World, ask, eventually, subject};
@@ -8,7 +9,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-/// The environment of the container that the chart gives, without what is of this machine.
+/// The container's environment from the chart, without what belongs to this machine.
 fn environment() -> Vec<(String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let helm = root.join("target/tools/helm");
@@ -33,7 +34,8 @@ fn environment() -> Vec<(String, String)> {
     all.iter().filter_map(said).collect()
 }
 
-/// Fills a folder as the kubelet does, and changes it as it does: files are links into a folder that is a link, which is replaced.
+/// Fills a folder, and changes it, as the kubelet does: the files are links into a folder that is a link, which is
+/// replaced.
 fn mount(folder: &Path, version: u32, files: &[(&str, &str)], mode: u32) {
     let real = folder.join(format!("..2026_11_27_{version}"));
     fs::create_dir_all(&real).unwrap();
@@ -52,7 +54,7 @@ fn mount(folder: &Path, version: u32, files: &[(&str, &str)], mode: u32) {
     }
 }
 
-/// The rendered settings, with folders of the world in the place of the container's.
+/// The rendered settings, with folders of the world instead of the container's.
 fn settings(w: &World, node: u8) -> Vec<(String, String)> {
     let own = |name: &str| w.dir.join(format!("{name}{node}")).display().to_string();
     let mut all = environment();
@@ -67,7 +69,7 @@ fn settings(w: &World, node: u8) -> Vec<(String, String)> {
     for folder in ["CULVERT_CNI_BIN_DIR", "CULVERT_CNI_CONF_DIR"] {
         fs::create_dir_all(own(folder)).unwrap();
     }
-    // What the helper of all scenarios sets and the chart does not.
+    // A setting that the helper of all scenarios makes and the chart does not.
     all.push(("CLUSTER_ID".into(), String::new()));
     all
 }
@@ -86,7 +88,7 @@ fn with_a_config_map_and_a_secret_alone_pods_talk_and_changes_arrive() {
     mount(&mesh, 1, &[("mesh.yaml", &file(&c, json!([])))], 0o644);
     let read = |name: &str| fs::read_to_string(c.w.ca().join(name)).unwrap();
     let (pem, key) = (read("ca.pem"), read("ca.key"));
-    // Kubernetes' own mode of a Secret's files.
+    // The mode of a Secret's files in Kubernetes.
     mount(&ca, 1, &[("ca.pem", &pem), ("ca.key", &key)], 0o644);
     let of_first = settings(&c.w, 1);
     let checked = Command::new(subject()).arg("check").envs(of_first.clone()).env("NODE_NAME", "n1").output().unwrap();
