@@ -1,4 +1,4 @@
-//! Beside a real istio-cni, which enrols the pods and writes their rules; and in its place.
+//! With a real istio-cni, which enrols the pods and writes their rules; and instead of it.
 
 use crate::world::{Cluster, Load, Mode, SHOP, SYSTEM, Sniffer, Watched};
 
@@ -46,7 +46,7 @@ fn doctor_and_istioctl_beside_istio_cni() {
 fn it_takes_over_from_istio_cni() {
     let cluster = cluster();
     let wire = Sniffer::start(&cluster, "n1");
-    // Istio's plugin and agent go, culvert finds the pods by itself from then on.
+    // Istio's plugin and agent are removed. From then on culvert finds the pods by itself.
     cluster.kubectl(&["-n", SYSTEM, "delete", "daemonset", "istio-cni-node"]);
     let chart = crate::world::root().join("daemonset/chart");
     let chart = chart.to_str().unwrap();

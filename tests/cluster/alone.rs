@@ -1,4 +1,4 @@
-//! No Istio: facts from a ConfigMap, certificates by a CA of its own.
+//! Without Istio: facts from a ConfigMap, certificates from the built-in CA.
 
 use crate::world::{Cluster, Mode, SYSTEM, Sniffer};
 

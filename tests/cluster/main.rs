@@ -1,7 +1,8 @@
-//! culvert on a real Kubernetes with a real Istio, driven by what a user has: kubectl, helm, istioctl, and a node's power switch.
+//! culvert on a real Kubernetes with a real Istio, driven by the tools of a user: kubectl, helm, istioctl, and a node's
+//! power switch.
 //!
-//! `scripts/cluster test` runs it. Each mode of `scripts/cluster up` has a cluster of its own, which all its scenarios share one
-//! after the other; each begins by making the cluster what `up` leaves.
+//! `scripts/cluster test` runs it. Each mode of `scripts/cluster up` has its own cluster. All scenarios of a mode share
+//! it, one after the other, and each begins by restoring what `up` leaves.
 
 #![allow(
     clippy::unwrap_used,

@@ -163,7 +163,7 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
         w.mesh.services[0]["waypoint"] = json!({"destination": destination, "hboneMtlsPort": port});
         let applied = w.metric(1, "culvert_mesh_file_applied_total", &[]);
         w.write_mesh();
-        eventually("the reference is known", || w.metric(1, "culvert_mesh_file_applied_total", &[]) > applied);
+        eventually("the facts are known", || w.metric(1, "culvert_mesh_file_applied_total", &[]) > applied);
         eventually("on both nodes", || w.metric(2, "culvert_mesh_file_applied_total", &[]) > applied);
         // The server is reached through the waypoint, whose own traffic to the service is not sent back to it.
         assert_eq!(ask(&from.netns, (vip, 80), "x").unwrap(), format!("{} x", way.v4), "{destination}");

@@ -1,4 +1,4 @@
-//! Enrolment by label, with no agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
+//! Enrolment by label, without an agent: a Kubernetes API, real processes in cgroups of pods, and the shipped binary.
 
 use crate::world::facts::principal;
 use crate::world::kube::{Api, KubePod, STATUS, Sandbox, Streaming};
@@ -10,7 +10,8 @@ use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::process::Command;
 
-/// Two captured nodes by label: a client on the first and a server on the second, each with an API of its own.
+/// Two nodes with pods that are enrolled by label: a client on the first and a server on the second, each with its own
+/// API.
 pub struct Cluster {
     pub w: World,
     pub apis: [Api; 2],
@@ -44,7 +45,7 @@ impl Cluster {
         }
     }
 
-    /// Starts the first node alone and waits until it is ready.
+    /// Starts only the first node, and waits until it is ready.
     pub fn start_one(&mut self, settings: &[(&str, &str)]) {
         self.w.start_kube_node(1, &self.apis[0], settings);
         eventually("the first node is ready", || self.w.is_ready(1));
@@ -76,7 +77,7 @@ fn a_labelled_namespace_is_captured_and_released_without_a_restart() {
             let first = c.apis[0].state().patches.first().cloned().unwrap();
             assert_eq!(first, ("ns/client".to_owned(), json!("pending")), "enabled is said when it is so, not before");
         }
-        // The other way a pod can say it.
+        // The other way to exclude a pod.
         let by_pod = if round == 1 { json!({"istio.io/dataplane-mode": "none"}) } else { json!({}) };
         match round {
             1 => c.apis[0].change("client", |pod| pod["metadata"]["labels"] = by_pod),
@@ -134,15 +135,15 @@ fn nothing_is_decided_before_each_kind_of_facts_has_been_told() {
         eventually("workloads are known", || workloads(&c.w) == 2.0);
         waits(&c.w, "client", "policies");
         if source == "kubernetes" {
-            // What comes by tunnel waits as what comes in plaintext does, so that peers may as well know.
+            // Inbound tunnels wait just as plaintext does, so peers may know that the pod accepts tunnels.
             eventually("it says so", || c.apis[0].said("client").as_deref() == Some("enabled"));
         }
-        // With what an earlier daemon or the enrolment has redirected, that is: it waits, and is refused.
+        // If an earlier daemon or the enrolment has redirected the pod, its traffic waits and is refused.
         assert!(!passes(&client), "plaintext from a stranger, by {source}");
         plane.change(|state| state.silent = None);
         eventually("it is captured", || c.state("client") == "captured");
         assert!(!passes(&client));
-        // A stream without versions: who is known is carried on, who is new waits again.
+        // On a stream without versions, known pods are still carried, and new pods wait again.
         plane.change(|state| (state.versions, state.silent) = (false, Some(AUTHORIZATION)));
         plane.cut();
         let late = c.w.mesh_pod(&format!("late-{source}"), 1);
@@ -183,7 +184,7 @@ fn who_is_in_is_what_labels_and_exclusions_say() {
             _ => {}
         }
         match name {
-            // The API shows a mirror; its processes have the uid of the file on the node.
+            // The API shows a mirror pod. Its processes have the uid of the file on the node.
             "static" => {
                 for (name, value) in [
                     ("hash", "0123456789abcdef0123456789abcdef"),
@@ -202,7 +203,7 @@ fn who_is_in_is_what_labels_and_exclusions_say() {
         c.apis[0].pod(&pods.last().unwrap().1);
     }
     c.w.write_mesh();
-    // A list of the operator's own takes the place of the labels of Istio.
+    // The operator's own list of selectors replaces Istio's labels.
     let selectors = "[{namespaceSelector: {matchLabels: {istio.io/dataplane-mode: ambient}}, \
                        podSelector: {matchExpressions: [{key: app, operator: NotIn, values: [elsewhere]}]}}]";
     c.start_one(&[("AMBIENT_ENABLEMENT_SELECTOR", selectors), ("POD_NAMESPACE", "ns")]);
@@ -216,7 +217,7 @@ fn who_is_in_is_what_labels_and_exclusions_say() {
         assert!(!has_rules(pod), "{name}");
         assert_eq!(c.apis[0].said(name), None, "{name}");
     }
-    // Excluded after the fact: by name of the namespace.
+    // Excluded later, by the name of the namespace.
     let mut first = c.w.take_node(1);
     first.signal(nix::sys::signal::Signal::SIGTERM);
     first.wait();
@@ -230,13 +231,13 @@ fn who_is_in_is_what_labels_and_exclusions_say() {
 #[test]
 fn a_namespace_is_the_pods_own_whoever_has_entered_it_and_whatever_the_cgroups_form() {
     let mut c = cluster();
-    // A process of the client has entered the namespace of another pod, and is older than the client's own.
+    // A process of the client has entered another pod's namespace, and is older than the client's own process.
     let other = c.w.mesh_pod("other", 1);
     c.kube[0].stop();
     let intruder = Sandbox::start(&other.netns, &c.kube[0].cgroup());
     let mut kube = KubePod::without_sandbox(&other);
     c.apis[0].pod(&kube);
-    // Only such a process: refused and named.
+    // If there is only such a process, the pod is refused, with the reason.
     let foreign = c.w.mesh_pod("foreign", 1);
     let lost = KubePod::without_sandbox(&foreign);
     let _debugger = Sandbox::start(&other.netns, &lost.cgroup());
@@ -250,13 +251,13 @@ fn a_namespace_is_the_pods_own_whoever_has_entered_it_and_whatever_the_cgroups_f
     assert_eq!(reason(&c, "client").0, "failed", "for the same reason");
     assert_eq!(reason(&c, "other").0, "pending", "it has no process of its own yet");
     assert!(!has_rules(&other), "nobody is carried under another's identity");
-    // The forms of systemd and cri-o.
+    // The path formats of systemd and cri-o.
     let id = "4f2a0c9b8d7e6f5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a";
     let slice = format!("kubepods-burstable-pod{}.slice", c.kube[0].uid.replace('-', "_"));
     let form = format!("/kubepods.slice/kubepods-burstable.slice/{slice}/cri-containerd-{id}.scope");
     let _systemd = Sandbox::start(&c.client.netns, &form);
     eventually("the client is captured in its own", || c.state("client") == "captured");
-    // By the id of its container, where no uid is in the path.
+    // By the id of the container, if the path has no uid.
     let id = id.replace('4', "5");
     let _crio = Sandbox::start(&other.netns, &format!("/system.slice/crio-{id}.scope"));
     c.apis[0].change("other", |pod| {
@@ -271,7 +272,7 @@ fn a_namespace_is_the_pods_own_whoever_has_entered_it_and_whatever_the_cgroups_f
     drop(intruder);
 }
 
-/// Gives a namespace the addresses of a pod, without a word to its neighbours.
+/// Gives a namespace the addresses of a pod without announcing them to the neighbours.
 fn hold_too(ns: &str, pod: &Pod) {
     inside(ns, || std::fs::write("/proc/sys/net/ipv4/conf/all/arp_ignore", "1").unwrap());
     ip_in(ns, &format!("addr add {}/32 dev lo\naddr add {}/128 dev lo\n", pod.v4, pod.v6));
@@ -281,12 +282,13 @@ fn hold_too(ns: &str, pod: &Pod) {
 fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
     let mut c = cluster();
     c.kube[0].stop();
-    // Older than the victim's own process: in the attacker's cgroup, under the victim's name, with the victim's address.
+    // A process older than the victim's own, in the attacker's cgroup, under the victim's name and with the victim's
+    // address.
     let evil = c.w.mesh_pod("evil", 1);
     let mut attacker = KubePod::new(&evil);
     hold_too(&evil.netns, &c.client);
     let _posing = Sandbox::start(&evil.netns, &format!("{}/pod{}/x", attacker.cgroup(), c.kube[0].uid));
-    // Says that it is the mirror of the victim.
+    // Claims to be the mirror pod of the victim.
     for (name, value) in [("hash", c.kube[0].uid.as_str()), ("mirror", c.kube[0].uid.as_str()), ("source", "file")] {
         attacker.annotations[format!("kubernetes.io/config.{name}")] = json!(value);
     }
@@ -303,7 +305,8 @@ fn no_pod_takes_anothers_identity_by_cgroups_addresses_or_annotations() {
     eventually("the victim is captured", || c.state("client") == "captured");
     let inode = |path: &str| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
     assert_eq!(inode(&netns(&c, "client")), inode(&format!("/run/netns/{}", c.client.netns)), "in its own namespace");
-    // Two of its own that hold its address: nobody can tell, and what is captured stays so.
+    // Two namespaces of the pod hold its address. Which one is right is unknown, so the pod is refused and its rules
+    // stay.
     let copy = c.w.add_pod("copy", 1);
     hold_too(&copy.netns, &c.client);
     let second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
@@ -332,7 +335,7 @@ fn what_the_plugin_hands_over_no_scan_replaces_and_it_goes_with_its_address() {
     assert_eq!(c.state("client"), "captured");
     let since = |c: &Cluster| c.w.json(1, "/pods")[0]["since"].clone();
     let before = since(&c);
-    // A namespace of the pod's own making, with its address.
+    // A namespace that the pod has made itself, with the pod's address.
     let copy = c.w.add_pod("copy", 1);
     hold_too(&copy.netns, &c.client);
     let _second = Sandbox::start(&copy.netns, &c.kube[0].cgroup());
@@ -342,7 +345,7 @@ fn what_the_plugin_hands_over_no_scan_replaces_and_it_goes_with_its_address() {
     });
     assert_eq!((c.state("client").as_str(), since(&c)), ("captured", before));
     assert!(has_rules(&c.client) && !has_rules(&copy));
-    // Its sandbox goes, and nobody tells us: the pod is let go, and found where it is now.
+    // Its sandbox ends without any announcement: the pod is released, and found where it is now.
     ip_in(&c.client.netns, &format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", c.client.v4, c.client.v6));
     eventually("it is found where it is now", || has_rules(&copy) && c.state("client") == "captured");
 }
@@ -378,7 +381,7 @@ fn what_a_pods_owner_writes_costs_little_and_is_complained_about_once() {
         rules.split("iifname ").skip(1).filter_map(|rest| rest.split(' ').next().map(str::to_owned)).collect()
     };
     assert_eq!(named(rules()).len(), 64);
-    // Any change is an occasion to read them again.
+    // Each change makes the daemon read them again.
     for round in 0..50 {
         c.apis[0].change("client", |pod| pod["metadata"]["labels"]["round"] = json!(round.to_string()));
     }
@@ -399,7 +402,7 @@ fn a_sandbox_that_is_made_anew_and_an_address_that_is_used_again() {
     let mut c = cluster();
     c.start_one(&[]);
     eventually("it is captured", || c.state("client") == "captured");
-    // Its oldest process ends, as an init container does where there is no other: it stays captured where it is.
+    // Its oldest process ends, as the only init container does. The pod stays captured where it is.
     let since = |c: &Cluster| c.w.json(1, "/pods")[0]["since"].clone();
     let before = since(&c);
     c.kube[0].stop();
@@ -411,7 +414,7 @@ fn a_sandbox_that_is_made_anew_and_an_address_that_is_used_again() {
     assert!(has_rules(&c.client));
     c.kube[0].run(&c.client.netns.clone());
     assert_eq!((c.state("client").as_str(), since(&c)), ("captured", before));
-    // The sandbox dies, and its addresses with it.
+    // The sandbox ends, and its addresses with it.
     c.kube[0].stop();
     ip_in(&c.client.netns, &format!("addr del {}/24 dev eth0\naddr del {}/64 dev eth0\n", c.client.v4, c.client.v6));
     eventually("it waits for its sandbox", || c.state("client") == "pending");
@@ -425,7 +428,7 @@ fn a_sandbox_that_is_made_anew_and_an_address_that_is_used_again() {
     c.kube[0].run(&c.client.netns.clone());
     eventually("it is captured again", || c.state("client") == "captured");
     eventually("and still says so", || c.apis[0].said("client").as_deref() == Some("enabled"));
-    // The pod ends, and another one of a new name has its address while the old object is still there.
+    // The pod ends, and a pod with a new name gets its address while the old object still exists.
     c.kube[0].phase = "Succeeded";
     c.apis[0].pod(&c.kube[0]);
     c.kube[0].stop();
@@ -439,7 +442,7 @@ fn a_sandbox_that_is_made_anew_and_an_address_that_is_used_again() {
     c.apis[0].pod(&kube);
     eventually("the next is captured", || c.state("next") == "captured");
     c.apis[0].delete("client");
-    // The same name again, another uid, as a StatefulSet does.
+    // The same name with another uid, as in a StatefulSet.
     let twin = KubePod::without_sandbox(&next);
     assert_ne!(twin.uid, kube.uid);
     c.apis[0].delete("next");
@@ -464,7 +467,7 @@ fn an_api_that_forgets_refuses_to_stream_is_slow_or_away_changes_nothing_that_is
             continue;
         }
         eventually("bookmarks come", || c.apis[0].state().bookmarks > 2);
-        // Its history has gone: all is listed anew. What has gone meanwhile is let go.
+        // The history has expired, so everything is listed again. Pods that were deleted in the meantime are released.
         let second = c.w.mesh_pod("second", 1);
         let kube = KubePod::new(&second);
         c.w.write_mesh();
@@ -474,7 +477,7 @@ fn an_api_that_forgets_refuses_to_stream_is_slow_or_away_changes_nothing_that_is
         eventually("it is known to be away", || c.w.metric(1, "culvert_kubernetes_connected", &["pods"]) == 0.0);
         c.apis[0].delete("second");
         c.apis[0].forget();
-        // Nobody hears of it, and what is enrolled is held, and repaired.
+        // The deletion is not received. Enrolled pods are kept and repaired.
         output_in(&second.netns, "nft", &["flush", "table", "inet", "culvert"]);
         eventually("the rules are back", || {
             output_in(&second.netns, "nft", &["list", "table", "inet", "culvert"]).contains("15001")
@@ -513,7 +516,7 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
     assert_eq!(mode & 0o777, 0o600);
     let kept = written();
 
-    // While nobody looks: one has another sandbox, one has lost its address, one is not wanted any more.
+    // While the daemon is down, one pod gets another sandbox, one loses its address, and one is no longer enrolled.
     c.apis[0].away(true);
     c.w.take_node(1).kill();
     let copy = c.w.add_pod("copy", 1);
@@ -539,7 +542,7 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
     assert!(!has_rules(&copy) && has_rules(moved) && has_rules(bare), "what was captured is refused");
     assert!(!c.w.is_ready(1), "of pods that are new nobody has told");
     assert_eq!(written(), kept, "what was true stays until there is news");
-    // The API wins.
+    // The API overrides the file.
     let since = |c: &Cluster| {
         let pods = c.w.json(1, "/pods");
         pods.as_array().unwrap().iter().find(|pod| pod["name"] == "client").unwrap()["since"].clone()
@@ -553,7 +556,7 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
     assert!(carried(&c));
     eventually("and this is written down", || !written().contains(&kube[2].uid) && written() != kept);
 
-    // A file that is none, or another node's: named, and left out.
+    // A file that is damaged or belongs to another node is reported and ignored.
     for (bad, why) in [
         (String::new(), "not understood"),
         (kept[..kept.len() / 2].to_owned(), "not understood"),
@@ -614,7 +617,7 @@ fn an_annotation_that_cannot_be_written_is_tried_again_and_stops_nobody() {
     eventually("it is counted", || c.w.metric(1, "culvert_kubernetes_patch_failures_total", &[]) >= 2.0);
     c.apis[0].state().refuse_patches = 0;
     eventually("at last it is said", || c.apis[0].said("client").as_deref() == Some("enabled"));
-    // Somebody else writes it: it is what it should be again.
+    // Another program changes the annotation, and the daemon restores it.
     c.apis[0].change("client", |pod| drop(pod["metadata"]["annotations"].as_object_mut().unwrap().remove(STATUS)));
     eventually("it is said again", || c.apis[0].said("client").as_deref() == Some("enabled"));
 }
@@ -649,16 +652,16 @@ fn what_somebody_changes_inside_is_noticed_and_repaired() {
     output_in(&ns, "ip", &["route", "flush", "table", "100"]);
     repaired("the route is back", &|| !routes().contains("local"));
     assert!(alive(), "what was open went on");
-    // However many addresses it gives itself, its own count.
+    // However many addresses the pod gives itself, only its own ones count.
     let many: String = (0..3000).map(|n| format!("addr add 10.77.{}.{}/32 dev lo\n", n / 250, n % 250 + 1)).collect();
     ip_in(&ns, &many);
     assert!(alive() && ask(&ns, (c.server.v4, 9000), "x").is_ok());
     inside(&ns, || std::fs::write("/proc/sys/net/ipv4/conf/lo/promote_secondaries", "1").unwrap());
     ip_in(&ns, "addr flush dev lo scope global\n");
-    // Rules of others are their affair.
+    // Rules of other programs are not touched.
     let before = rewrites();
     output_in(&ns, "nft", &["add", "table", "ip", "mine"]);
-    // A new address is the pod's own at once: plaintext to it is taken.
+    // A new address belongs to the pod at once: plaintext to it is captured.
     ip_in(&ns, "addr add 10.1.0.200/24 dev eth0\n");
     let host = c.w.ns("n1");
     apps::serve(&ns, 7000, apps::who);
@@ -666,7 +669,7 @@ fn what_somebody_changes_inside_is_noticed_and_repaired() {
     assert_eq!(rewrites(), before, "nothing of ours was touched");
 }
 
-/// A policy under which nobody gets in without a tunnel.
+/// A policy under which only tunnels are permitted.
 fn strict(c: &mut Cluster) {
     c.w.mesh.policy("strict", "Namespace", "Allow", crate::world::facts::principal("client"));
     for pod in ["client", "server"] {
@@ -684,7 +687,7 @@ fn the_nodes_own_probes_come_through_a_strict_policy_and_nobody_elses() {
     c.start();
     let (node, other) = (c.w.ns("n1"), c.w.ns("n2"));
     let probe = |ip| ask(&node, (ip, 8080), "probe");
-    // Other CNIs translate too, and look at where packets come from.
+    // Other CNIs translate addresses too, and check the source addresses of packets.
     let masquerade =
         "table inet cni { chain post { type nat hook postrouting priority 100; oifname pods masquerade; }; }";
     let file = c.w.dir.join("cni.nft");
@@ -698,14 +701,14 @@ fn the_nodes_own_probes_come_through_a_strict_policy_and_nobody_elses() {
         assert!(ask(ns, (c.client.v4, 8080), "x").is_err() || ask(ns, (c.client.v4, 8080), "x").unwrap().is_empty());
     }
     assert!(c.w.metric(1, "culvert_connection_failures_total", &["reason=\"not_allowed\""]) >= 1.0);
-    // Somebody empties the host's rules.
+    // Another program empties the host's rules.
     output_in(&node, "nft", &["flush", "ruleset"]);
     eventually("they are back", || probe(c.client.v4).is_ok_and(|a| a.starts_with("169.254.7.127")));
-    // A pod that is released is probed as before.
+    // A released pod is probed as before.
     c.apis[0].namespace("ns", json!({}));
     eventually("it is released", || c.state("client").is_empty());
     eventually("and no longer in the set", || probe(c.client.v4).is_ok_and(|a| a == "10.1.0.1 probe"));
-    // After a restart a pod whose address is not visible keeps what it had.
+    // After a restart, a pod whose address is not visible keeps its rules.
     c.apis[0].namespace("ns", json!({"istio.io/dataplane-mode": "ambient"}));
     eventually("captured again", || c.state("client") == "captured");
     let set = || output_in(&node, "nft", &["list", "table", "inet", "culvert-probes"]);
@@ -719,7 +722,7 @@ fn the_nodes_own_probes_come_through_a_strict_policy_and_nobody_elses() {
     assert!(set().contains(&c.client.v4.to_string()), "{}", set());
 }
 
-/// Whether a namespace that has the probes' address gets an answer from a port of a pod.
+/// Whether a namespace that has the address of kubelet probes gets an answer from a port of a pod.
 fn poses_as_a_probe(ns: &str, source: &str, to: std::net::SocketAddr) -> bool {
     let source: std::net::SocketAddr = (source.parse::<std::net::IpAddr>().unwrap(), 0).into();
     inside(ns, move || {
@@ -746,7 +749,8 @@ fn nobody_but_the_node_itself_comes_from_the_address_of_its_probes() {
         ask(&node, (c.client.v4, 8080), "probe").is_ok_and(|a| a == "169.254.7.127 probe")
     });
     let probes = || pod(&c)["probeConnections"].as_u64().unwrap_or(0);
-    // On the pods' own bridge, by a pod that has made itself the victim's gateway, as ARP lets it; and from another node.
+    // On the pods' own bridge, by a pod that has made itself the victim's gateway, as ARP permits; and from another
+    // node.
     let (v4, v6) = ("169.254.7.127", "fd16:9254:7127:1337:ffff:ffff:ffff:ffff");
     ip_in(&outside.netns, &format!("addr add {v4}/32 dev eth0\naddr add {v6}/128 dev eth0 nodad\n"));
     let mac = output_in(&outside.netns, "cat", &["/sys/class/net/eth0/address"]);
@@ -764,7 +768,7 @@ fn nobody_but_the_node_itself_comes_from_the_address_of_its_probes() {
         line["message"].as_str().is_some_and(|text| text.contains("not from this host") && text.contains("dropped"))
     });
     assert_eq!(probes(), counted, "none of them reached the pod");
-    // Behind two VLAN tags of id 0, which a bridge does not look behind, and the pod's kernel does.
+    // Behind two VLAN tags with id 0, which a bridge does not look behind but the pod's kernel does.
     let victim = output_in(&c.client.netns, "cat", &["/sys/class/net/eth0/address"]);
     let frame = format!(
         "import socket; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW); s.bind((\"eth0\", 0)); \
@@ -775,7 +779,7 @@ fn nobody_but_the_node_itself_comes_from_the_address_of_its_probes() {
     let before = dropped();
     output_in(&outside.netns, "python3", &["-c", &frame]);
     eventually("it is dropped", || dropped() > before);
-    // The node's own go on, also when somebody has emptied the host's rules.
+    // The node's own probes still arrive, also after another program has emptied the host's rules.
     ip_in(&c.client.netns, "neigh del 10.1.0.1 dev eth0\nneigh del fd00:1::1 dev eth0\n");
     output_in(&node, "nft", &["flush", "ruleset"]);
     eventually("they are back", || {
@@ -811,7 +815,7 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
         0,
         "what is ours is not another's"
     );
-    // A set of a million.
+    // A set with a million elements.
     load(&format!("table ip mine {{ {} }}\n", addresses(1_000_000)));
     output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
     eventually("a deleted table is back", &is_back);
@@ -824,21 +828,21 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
     eventually("and their set is gone", || {
         !output_in(&ns, "nft", &["-t", "list", "table", "inet", "culvert"]).contains("set s ")
     });
-    // What the program that lists it chokes on.
+    // A rule on which the program that lists rules fails.
     let odd = c.w.dir.join("odd.nft");
     std::fs::write(&odd, b"table inet odd {\n chain c {\n meta iifname \"z\xff\"\n }\n}\n").unwrap();
     output_in(&ns, "nft", &["-f", odd.to_str().unwrap()]);
     output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
     eventually("a deleted table is back", &is_back);
     output_in(&ns, "nft", &["delete", "table", "inet", "odd"]);
-    // What looks like another agent's, which is refused by name: ours are written all the same.
+    // A table that looks like another agent's, which is reported by name. Our rules are written all the same.
     output_in(&ns, "nft", &["add", "table", "inet", "istio-ambient-x"]);
     output_in(&ns, "nft", &["delete", "table", "inet", "culvert"]);
     eventually("it is refused", || c.w.state(1, "client").1.contains("came back"));
     eventually("a deleted table is back", &is_back);
     output_in(&ns, "nft", &["delete", "table", "inet", "istio-ambient-x"]);
     eventually("it is captured", || captured(&c));
-    // More of them than anybody reads.
+    // More rules than the daemon reads.
     output_in(&ns, "nft", &["delete", "table", "ip", "mine"]);
     let chains: String = (0..12_000).map(|n| format!("chain c{}{n} {{\n}}\n", "x".repeat(100))).collect();
     load(&format!("table ip mine {{\n{chains}}}\n"));
@@ -850,7 +854,7 @@ fn what_a_pod_fills_its_namespace_with_does_not_keep_our_rules_out() {
         line["message"].as_str().is_some_and(|text| text.contains("cannot be read; ours are written"))
     });
     output_in(&ns, "nft", &["delete", "table", "ip", "mine"]);
-    // Chains that come before ours are named.
+    // Chains that precede ours are named.
     load("table ip theirs { chain early { type filter hook prerouting priority -300; tcp dport 8081 notrack; }\n }\n");
     eventually("they are named", || {
         let pod = c.w.json(1, "/pods")[0].clone();
@@ -920,7 +924,7 @@ fn captured_means_that_what_comes_to_a_pod_comes_to_us_too() {
         output_in(&ns, "nft", &["delete", "table", "inet", "theirs"]);
         eventually("captured when that has gone", || c.state("client") == "captured");
     }
-    // Nobody answers: that may be the network's doing. It is said, and no reason to call the pod not captured.
+    // There is no answer, which may be due to the network. It is reported, but the pod counts as captured.
     load("type filter hook input priority 0; tcp dport { 15006, 15008 } tcp flags & (syn | ack) == syn drop;");
     c.w.take_node(1).kill();
     c.w.start_kube_node(1, &c.apis[0], &[]);
@@ -945,7 +949,7 @@ fn a_pod_that_istio_cni_had_captured_is_taken_over_or_refused_by_name() {
         std::fs::write(&file, text).unwrap();
         output_in(&ns, "nft", &["-f", file.to_str().unwrap()]);
     };
-    // As istio-cni with nftables, and with iptables on nftables, leaves a pod; beside a table of somebody else.
+    // The rules that istio-cni leaves, with nftables and with iptables on nftables, beside a table of another program.
     let left = "table inet istio-ambient-nat { chain out { type nat hook output priority -100; tcp dport 1-65535 redirect to :19001; }; }\n\
          table inet istio-ambient-mangle { }\n\
          table ip nat { chain ISTIO_OUTPUT { tcp dport 1-65535 redirect to :19002; }\n chain ISTIO_PRERT { jump ISTIO_OUTPUT; }\n\
@@ -961,7 +965,7 @@ fn a_pod_that_istio_cni_had_captured_is_taken_over_or_refused_by_name() {
             .as_str()
             .is_some_and(|names| names.contains("istio-ambient-nat") && names.contains("ISTIO_OUTPUT"))
     });
-    // Whoever comes back is not fought with, but named.
+    // If rules come back, they are not removed again but reported.
     load(
         "table inet istio-ambient-nat { chain out { type nat hook output priority -101; tcp dport 1-65535 redirect to :19001; }; }",
     );
@@ -982,7 +986,7 @@ fn beside_legacy_iptables_of_istio_state_and_annotation_say_what_the_traffic_doe
         let args: Vec<&str> = args.split_whitespace().collect();
         output_in(&ns, "iptables-legacy", &[&["-w"], &args[..]].concat());
     };
-    // As istio-cni leaves a pod that it has captured: its rules lead to the ports that we listen on.
+    // The rules of a pod that istio-cni has captured lead to the ports on which the daemon listens.
     c.apis[0].change("client", |pod| pod["metadata"]["annotations"][STATUS] = json!("enabled"));
     legacy("-t nat -N ISTIO_OUTPUT");
     legacy("-t nat -A ISTIO_OUTPUT -p tcp -m mark --mark 0x111/0xfff -j ACCEPT");
@@ -995,13 +999,13 @@ fn beside_legacy_iptables_of_istio_state_and_annotation_say_what_the_traffic_doe
     assert_eq!(says(&c), ("captured".into(), "enabled".into()));
     let named = |c: &Cluster, word: &str| c.w.json(1, "/pods")[0]["otherRules"].to_string().contains(word);
     assert!(named(&c, "istio-cni's rules in the legacy iptables table ip nat"));
-    // Without them ours capture it.
+    // Without them, our rules capture the traffic.
     legacy("-t nat -D OUTPUT -j ISTIO_OUTPUT");
     legacy("-t nat -F ISTIO_OUTPUT");
     assert!(ask(&ns, (server, 8080), "x").is_ok());
     eventually("by tunnel", || c.w.metric(2, "istio_tcp_connections_closed_total", &["mutual_tls"]) >= 2.0);
     assert_eq!(says(&c), ("captured".into(), "enabled".into()));
-    // They lead elsewhere: what was there before ours is asked after them.
+    // They lead elsewhere, but as they existed before ours, they are evaluated after ours.
     legacy("-t nat -A ISTIO_OUTPUT -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 19001");
     legacy("-t nat -A OUTPUT -j ISTIO_OUTPUT");
     assert!(ask(&ns, (server, 8080), "x").is_ok());
@@ -1017,7 +1021,7 @@ fn legacy_rules_that_come_before_ours_are_overtaken_and_named() {
     assert!(ask(&ns, (server, 8080), "x").is_ok());
     let mut open = connect(&ns, (server, 9000)).unwrap();
     assert!(crate::istio::alive(&mut open));
-    // The tables come with their first rule, and are asked before ours.
+    // The tables are created with their first rule, and are evaluated before ours.
     for args in [
         "-t nat -N ISTIO_OUTPUT",
         "-t nat -A ISTIO_OUTPUT -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 19001",
@@ -1075,7 +1079,7 @@ impl Cni {
         serde_json::from_slice(&std::fs::read(self.conf.join("00-culvert.conflist")).ok()?).ok()
     }
 
-    /// Runs the plugin as a container runtime does; what it prints, and whether it succeeded.
+    /// Runs the plugin as a container runtime does. Returns whether it succeeded, and its output.
     pub fn call(&self, command: &str, (namespace, pod): (&str, &str), netns: &str, ips: &[String]) -> (bool, Value) {
         let mut plugin = json!({"cniVersion": "1.0.0", "name": "net", "type": "culvert-cni", "socket": self.socket,
             "excludeNamespaces": ["kube-system"], "ownNamespace": "istio-system", "ownName": "ztunnel", "node": "n1"});
@@ -1105,7 +1109,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     let (ns, ips) = (c.client.netns.clone(), vec![c.client.v4.to_string(), c.client.v6.to_string()]);
     let netns = ns.as_str();
     let client = ("ns", "client");
-    // A pod whose sandbox is just made: no address in the API, no process.
+    // A pod whose sandbox has just been made: it has no address in the API and no process.
     c.kube[0].stop();
     c.apis[0].change("client", |pod| pod["status"] = json!({"phase": "Pending"}));
     let (ok, error) = cni.call("ADD", client, netns, &ips);
@@ -1141,16 +1145,16 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(has_rules(&c.client), "the answer comes when it is captured, not before");
     assert_eq!(c.state("client"), "captured");
     assert!(cni.call("CHECK", client, netns, &ips).0 && cni.call("STATUS", client, netns, &ips).0);
-    // The kubelet tells the API, the sandbox runs: nothing changes.
+    // The kubelet publishes the address and the sandbox runs: nothing changes.
     c.kube[0].run(&ns);
     c.apis[0].pod(&c.kube[0]);
     let since = c.w.json(1, "/pods")[0]["since"].clone();
     eventually("it is found by its processes", || c.apis[0].said("client").as_deref() == Some("enabled"));
     assert_eq!(c.w.json(1, "/pods")[0]["since"], since, "it has been captured all the time");
-    // The runtime cleans up after an earlier sandbox of the pod, whose namespace has gone: this one is another's.
+    // The runtime cleans up after an earlier sandbox, whose namespace is gone. The present sandbox is another one.
     assert!(cni.call("DEL", client, "", &[]).0);
     assert_eq!((c.state("client").as_str(), has_rules(&c.client)), ("captured", true));
-    // A later sandbox has another address, of which the API tells when the sandbox is ready, and that waits for us.
+    // A later sandbox has another address. The API shows it only when the sandbox is ready, which waits for the daemon.
     let again = c.w.add_pod("again", 1);
     let (ok, result) = cni.call("ADD", client, &again.netns, &[again.v4.to_string()]);
     assert!(ok, "{result}");
@@ -1159,7 +1163,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     eventually("the first one is found again by its processes", || {
         c.state("client") == "captured" && !has_rules(&again)
     });
-    // One that the mesh does not know yet is held all the same: what it sends waits and is refused, never passed.
+    // A pod that the mesh does not know yet is held all the same: what it sends waits and is refused, never passed on.
     let unknown = c.w.add_pod("unknown", 1);
     let kube = KubePod::without_sandbox(&unknown);
     c.apis[0].pod(&kube);
@@ -1168,7 +1172,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(ok, "{result}");
     assert!(has_rules(&unknown));
     assert_eq!(c.state("unknown"), "pending");
-    // A pod that is not in starts at once, and one that the API does not know does not.
+    // A pod that is not enrolled starts at once. A pod that the API does not know does not start.
     let plain = c.w.add_pod("plain", 1);
     let mut out = KubePod::without_sandbox(&plain);
     out.labels = json!({"istio.io/dataplane-mode": "none"});
@@ -1191,8 +1195,8 @@ fn has_open(ns: &str, port: u16) -> bool {
     output_in(ns, "ss", &["-Htn", "state", "synchronized"]).split_whitespace().any(|word| word.ends_with(&end))
 }
 
-/// The first node's facts come from a control plane that does not know the client yet, as istiod does until the kubelet has
-/// published its address.
+/// The first node's facts come from a control plane that does not know the client yet, as istiod does not until the
+/// kubelet has published its address.
 fn control_plane_without_the_client(c: &mut Cluster) -> (ControlPlane, Vec<(String, String)>) {
     let plane = ControlPlane::start(&c.w.ns("n1"), &c.w.dir);
     let all = c.w.mesh.workloads.clone();
@@ -1203,7 +1207,7 @@ fn control_plane_without_the_client(c: &mut Cluster) -> (ControlPlane, Vec<(Stri
     (plane, settings)
 }
 
-/// The client is scheduled and not started, with the plugin in place, and no facts about it.
+/// The client is scheduled but not started, with the plugin installed and no facts about the client.
 fn client_about_to_start() -> (Cluster, Cni, ControlPlane) {
     let mut c = cluster();
     let cni = Cni::new(&c.w);
@@ -1226,7 +1230,7 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     let (client, server) = (c.client.clone(), c.server.clone());
     let ips = [client.v4.to_string(), client.v6.to_string()];
     let add = || cni.call("ADD", ("ns", "client"), &client.netns, &ips);
-    // An API that does not take it: the runtime is told why, and asks again.
+    // The API refuses the annotation: the runtime receives the reason, and tries again.
     c.apis[0].state().refuse_patches = 500;
     let (ok, error) = add();
     let why = error["msg"].as_str().unwrap_or_default();
@@ -1241,7 +1245,8 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     let (state, why) = c.w.state(1, "client");
     assert!(state == "pending" && why.contains("no workload ns/client"), "{why}");
     eventually("its certificate is there", || c.w.metric(1, "culvert_certificates_fetched_total", &[]) == 1.0);
-    // A peer that has heard of it sooner than its own node, and its own first connection: both wait for the facts.
+    // A peer that received the facts before the pod's own node, and the pod's own first connection: both wait for the
+    // facts.
     std::thread::scope(|scope| {
         let inbound = scope.spawn(|| ask(&server.netns, (client.v4, 8080), "in"));
         let outbound = scope.spawn(|| ask(&client.netns, (server.v4, 8080), "out"));
@@ -1254,7 +1259,7 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     eventually("it is who it should be", || c.state("client") == "captured");
     let opened = |node: u8| c.w.metric(node, "istio_tcp_connections_opened_total", &["mutual_tls"]);
     assert_eq!((opened(1), opened(2)), (2.0, 2.0), "nothing in plaintext");
-    // Ready after that: nobody is late.
+    // The pod is Ready after that, so it does not count as late.
     c.kube[0].run(&client.netns);
     c.apis[0].pod(&c.kube[0]);
     ready(&c.apis[0], "client");
@@ -1263,7 +1268,7 @@ fn with_the_plugin_a_pods_peers_know_of_its_capture_before_it_starts_and_what_co
     assert_eq!(c.w.metric(1, "culvert_pods_ready_before_enabled_total", &[]), 0.0);
 }
 
-/// The kubelet says that a pod is Ready.
+/// The kubelet reports a pod as Ready.
 fn ready(api: &Api, name: &str) {
     api.change(name, |pod| pod["status"]["conditions"] = json!([{"type": "Ready", "status": "True"}]));
 }
@@ -1296,7 +1301,7 @@ fn without_the_plugin_too_enabled_waits_for_no_facts_and_a_pod_that_is_ready_bef
     let mut c = cluster();
     let (plane, facts) = control_plane_without_the_client(&mut c);
     let settings: Vec<(&str, &str)> = facts.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-    // The plane knows it only when its peers may know that it takes tunnels.
+    // The control plane learns of it only when its peers may know that it accepts tunnels.
     c.start_one(&settings);
     eventually("it is said", || c.apis[0].said("client").as_deref() == Some("enabled"));
     assert!(has_rules(&c.client) && c.state("client") == "pending");
@@ -1319,7 +1324,7 @@ fn without_the_plugin_too_enabled_waits_for_no_facts_and_a_pod_that_is_ready_bef
     assert_eq!(late(), 0.0, "they are not Ready");
     names.iter().for_each(|name| ready(&c.apis[0], name));
     eventually("both are counted", || late() == 2.0);
-    // Whatever happens to them later.
+    // Whatever happens to the pods later.
     for round in 0..3 {
         c.apis[0].change("late", |pod| pod["metadata"]["labels"]["round"] = json!(round.to_string()));
     }
@@ -1341,10 +1346,11 @@ fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     c.w.wait_captured(2);
     c.start_one(&settings);
     eventually("it is installed", || cni.ours().is_some());
-    // Whoever removes it finds it back.
+    // If another program removes it, it is installed again.
     std::fs::remove_file(cni.conf.join("00-culvert.conflist")).unwrap();
     eventually("it is back", || cni.ours().is_some());
-    // An upgrade leaves it; a removal of the DaemonSet does not, nor one that goes on without the plugin.
+    // It stays during an upgrade. It is removed with the DaemonSet, and by a DaemonSet that continues without the
+    // plugin.
     let set = |variable: &str| {
         json!({
             "metadata": {"name": "ztunnel", "namespace": "istio-system"},
@@ -1361,7 +1367,7 @@ fn the_cni_plugin_stays_for_the_next_daemon_and_goes_with_the_last() {
     ] {
         eventually("it is installed", || cni.ours().is_some());
         c.apis[0].daemonset("ztunnel", set);
-        // A connection that is open delays the end: nobody installs it again meanwhile.
+        // An open connection delays the end. The plugin is not installed again in the meantime.
         eventually("the client is captured", || c.state("client") == "captured");
         let mut open = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
         open.write_all(b"ping").and_then(|()| open.read_exact(&mut [0; 4])).unwrap();
@@ -1390,19 +1396,19 @@ fn connections_from_before_the_capture_are_counted_or_ended_and_new_ones_capture
         if end {
             continue;
         }
-        // The next daemon knows them by the rules of the one before.
+        // The next daemon knows them by the earlier daemon's rules.
         c.w.take_node(1).kill();
         c.w.start_kube_node(1, &c.apis[0], &[]);
         c.w.wait_captured(1);
         assert_eq!(((0..5).filter(|i| alive(*i)).count(), counted(&c)), (5, 5));
         drop(open);
-        // Any change inside is an occasion to look.
+        // Any change inside the namespace makes the daemon check.
         eventually("none is left", || {
             output_in(&c.client.netns, "nft", &["add", "table", "ip", "mine"]);
             output_in(&c.client.netns, "nft", &["flush", "table", "inet", "culvert"]);
             counted(&c) == 0
         });
-        // What the daemon carries is not from before, also for the next daemon.
+        // Connections that the daemon carries are not pre-existing, also not for the next daemon.
         c.w.start_kube_node(2, &c.apis[1], &[]);
         c.w.wait_captured(2);
         let _carried = connect(&c.client.netns, (c.server.v4, 9000)).unwrap();
@@ -1477,7 +1483,7 @@ fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
         }
         let mut pod_of_kube = KubePod::new(&pod);
         match number {
-            // Without IPv6 in the kernel of the pod, or without IPv4 at all.
+            // Without IPv6 in the pod's kernel, or without IPv4 at all.
             4 => {
                 pod_of_kube.ips.retain(|ip| !ip.contains(':'));
                 c.w.mesh.of("p4")["workloadIps"] = json!([pod.v4]);
@@ -1510,7 +1516,7 @@ fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
     assert_eq!(c.apis[0].said("p3").as_deref(), Some("pending"));
     drop(taken);
     eventually("the last is captured once it can be", || c.state("p3") == "captured");
-    // Without IPv4 or IPv6 the other one is carried.
+    // Without IPv4 or IPv6, the other family is carried.
     c.w.start_kube_node(2, &c.apis[1], &[]);
     c.w.wait_captured(2);
     let from = |name: &str| c.w.pods.iter().find(|pod| pod.name == name).unwrap().netns.clone();
@@ -1519,7 +1525,7 @@ fn sixty_pods_at_once_of_which_some_cannot_be_captured() {
     assert!(c.w.metric(2, "istio_tcp_connections_opened_total", &["mutual_tls"]) >= 2.0);
 }
 
-/// A line of doctor's with a verdict has all of these words.
+/// Checks that a line of doctor's output has this verdict and all of these words.
 fn doctor_says(said: &str, verdict: &str, words: &[&str]) {
     let found = said.lines().find(|line| line.starts_with(verdict) && words.iter().all(|word| line.contains(word)));
     assert!(found.is_some(), "{verdict} {words:?} in\n{said}");
@@ -1557,18 +1563,18 @@ fn doctor_says_what_is_well_and_what_to_do_where_it_is_not_and_cleanup_leaves_no
     ] {
         line(&said, "ok", words);
     }
-    // What it tries is nobody's attack.
+    // Doctor's checks are not counted as attacks.
     let counters = output_in(&c.w.ns("n1"), "nft", &["list", "counters"]);
     assert!(
         counters.contains("spoofed")
             && !counters.lines().any(|line| line.contains("packets ") && !line.contains("packets 0 ")),
         "{counters}"
     );
-    // Whether a time service keeps this machine's clock is not the test's.
+    // Whether a time service synchronizes this machine's clock is not part of the test.
     assert!(said.lines().any(|line| !line.starts_with("FAIL") && line.contains("  clock ")), "{said}");
     assert!(said.lines().all(|line| ["ok  ", "note", "FAIL"].iter().any(|verdict| line.starts_with(verdict))));
 
-    // A rule shaped like a NetworkPolicy: nothing but port 8080 reaches the client.
+    // A rule like that of a NetworkPolicy: only port 8080 of the client is reachable.
     let policy = format!(
         "table inet guard {{ chain in {{ type filter hook input priority 0; policy accept; ip daddr {} tcp dport != 8080 tcp flags & (syn | ack) == syn drop; }}; }}",
         c.client.v4
@@ -1630,7 +1636,7 @@ fn after_a_reboot_plaintext_ends_with_the_window_and_with_the_plugin_there_is_no
         }
     };
     c.start();
-    // Without the plugin: what the pod says before the daemon is there goes as it always went, and the pod is listed.
+    // Without the plugin, what the pod sends before the daemon runs goes out as plaintext, and the pod is listed.
     reboot(&mut c);
     let control = Sniffer::start(&mut c.w, "control", canary);
     c.kube[0].run(&ns);
@@ -1644,7 +1650,7 @@ fn after_a_reboot_plaintext_ends_with_the_window_and_with_the_plugin_there_is_no
         ask(&ns, (server, 8080), canary).unwrap();
     }
     assert_eq!(after.found(&mut c.w), 0, "none after the window");
-    // With it: the kubelet cannot make the sandbox before.
+    // With the plugin, the kubelet cannot make the sandbox before the daemon runs.
     c.w.take_node(1).kill();
     c.start_one(&cni.settings());
     eventually("the plugin is there", || cni.ours().is_some());
@@ -1709,7 +1715,7 @@ fn what_a_pod_opens_until_it_is_captured_again_counts_as_older_than_its_rules() 
     let mut held = connect(&server.netns, (v4, 9000)).unwrap();
     label(false);
     eventually("it is being released", || c.state("client") == "releasing");
-    // The next capture cannot listen for a while, and the rules that are there capture nothing.
+    // For a while the next capture cannot listen, and the existing rules capture nothing.
     let mut taken = None;
     eventually("the port is free", || {
         taken = inside(&ns, || std::net::TcpListener::bind("0.0.0.0:15001")).ok();
@@ -1768,7 +1774,7 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
         eventually("nothing new is captured", || {
             !output_in(&ns, "nft", &["list", "table", "inet", "culvert"]).contains("15001")
         });
-        // What it opens meanwhile goes as on a plain network.
+        // What it opens in the meantime goes as on a plain network.
         let between = connect(&ns, (server.v4, 9000)).unwrap();
         later.push(("opened in between", between));
         all_alive("while it is released", &mut first);
@@ -1784,12 +1790,12 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
         assert_eq!(tunnels(), before + 3.0, "what is new is captured");
         assert_eq!(c.apis[0].said("client").as_deref(), Some("enabled"));
     }
-    // Their time is that of the release, and what came later is not theirs.
+    // They end at the deadline of their own release; later connections are not affected.
     eventually("the first ones end with their time", || first.iter_mut().all(|(_, stream)| !alive(stream)));
     assert!(has_rules(&client), "the rules are the later capture's");
     let mut last = open();
     all_alive("after that", &mut last);
-    // Released for good: the rules stay for as long as the last connection needs them.
+    // Released for good: the rules stay as long as the last connection needs them.
     drop((first, later));
     label(false);
     eventually("it is being released", || c.state("client") == "releasing");
@@ -1816,7 +1822,7 @@ fn a_sidecar_that_nobody_redirects_is_refused_by_name() {
     });
     eventually("others are captured", || c.state("client") == "captured");
     assert_eq!(c.apis[0].said("lost"), None);
-    // Somebody has redirected it after all.
+    // The pod has been redirected after all.
     c.apis[0].change("lost", |pod| {
         pod["status"]["initContainerStatuses"] = validation(json!({"terminated": {"exitCode": 0}}))
     });
@@ -1826,7 +1832,7 @@ fn a_sidecar_that_nobody_redirects_is_refused_by_name() {
 #[test]
 fn a_pod_with_a_user_namespace_of_its_own_is_captured() {
     let mut c = cluster();
-    // Its network namespace belongs to a user namespace: made inside of one, with an interface moved in.
+    // Its network namespace belongs to a user namespace: it is made inside one, and an interface is moved in.
     let host = c.w.ns("n1");
     let held =
         Command::new("unshare").args(["--user", "--map-root-user", "--net", "sleep", "infinity"]).spawn().unwrap();

@@ -1,4 +1,5 @@
-//! Between pods TCP is what it is on a plain network: last bytes, resets, ports, addresses, devices, translation in the pod.
+//! Between pods, TCP behaves as on a plain network: last bytes, resets, ports, addresses, devices, translation in the
+//! pod.
 
 use crate::istio::Istio;
 use crate::world::{Agent, Pod, World, apps, connect, eventually, inside, ip_in, output_in};
@@ -9,11 +10,11 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Sender, channel};
 use std::time::Duration;
 
-/// How long what is to be answered at once may take.
+/// How long an immediate answer may take.
 const SOON: Duration = Duration::from_secs(5);
 
-/// Clients and servers of every kind: the three journeys are `client` to `server` (tunnel), `client` to `plain` (passed on) and
-/// `stranger` to `server` (plaintext).
+/// Clients and servers of every kind. The three journeys are `client` to `server` (tunnel), `client` to `plain`
+/// (direct) and `stranger` to `server` (plaintext).
 fn world() -> World {
     let mut w = World::new();
     w.mesh_pod("client", 1);
@@ -29,7 +30,7 @@ fn pod(w: &World, name: &str) -> Pod {
 
 const JOURNEYS: [(&str, &str); 3] = [("client", "server"), ("client", "plain"), ("stranger", "server")];
 
-/// Connects from a socket that is prepared first.
+/// Connects with a socket that is prepared first.
 fn connect_from(ns: &str, to: SocketAddr, prepare: impl FnOnce(&Socket) + Send) -> std::io::Result<TcpStream> {
     inside(ns, move || {
         let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
@@ -40,7 +41,7 @@ fn connect_from(ns: &str, to: SocketAddr, prepare: impl FnOnce(&Socket) + Send) 
     })
 }
 
-/// From a given address and port, which other connections may have as well.
+/// Binds to a given address and port, which other connections may have too.
 fn from(ip: IpAddr, port: u16) -> impl FnOnce(&Socket) + Send {
     move |socket| {
         socket.set_reuse_address(true).unwrap();
@@ -69,13 +70,13 @@ type Ended = (usize, Result<(), ErrorKind>);
 
 static ENDED: Mutex<Vec<(u16, Sender<Ended>)>> = Mutex::new(Vec::new());
 
-/// A server that says hello, reads all, and tells how that ended.
+/// A server that sends a greeting, reads everything, and records how the connection ended.
 fn greet_and_tell(mut stream: TcpStream) {
     let _ = stream.write_all(b"220 hello\r\n");
     tell(stream);
 }
 
-/// A server that reads all and tells how that ended.
+/// A server that reads everything and records how the connection ended.
 fn tell(mut stream: TcpStream) {
     let (mut length, mut buffer) = (0, vec![0; 65536]);
     let ended = loop {
@@ -100,7 +101,7 @@ fn last_bytes_before_a_reset_arrive_in_every_journey_and_direction() {
     for server in ["server", "plain"] {
         let ns = w.ns(server);
         apps::serve(&ns, 8101, greet_and_tell);
-        // Answers before it has read the upload, and closes: with unread bytes, that is a reset.
+        // Answers before it has read the upload, and closes. With unread bytes, that is a reset.
         apps::serve(&ns, 8102, |mut stream| {
             let _ = stream.read(&mut [0; 100]);
             let _ = stream.write_all(b"HTTP/1.1 413 Payload Too Large\r\nContent-Length: 0\r\n\r\n");
@@ -113,7 +114,7 @@ fn last_bytes_before_a_reset_arrive_in_every_journey_and_direction() {
             for time in 0..TIMES {
                 let mut stream = connect(&ns, (to, 8101)).unwrap();
                 stream.write_all(&vec![7; length]).unwrap();
-                // The greeting is there and stays unread: the close is a reset.
+                // The greeting has arrived and stays unread, so the close is a reset.
                 stream.peek(&mut [0]).unwrap();
                 eventually("all is on its way", || unsent(&stream) == 0);
                 drop(stream);
@@ -139,7 +140,7 @@ nix::ioctl_read_bad!(
     nix::libc::c_int
 );
 
-/// Bytes that the kernel has not sent yet, or whose arrival it does not know of.
+/// The number of bytes that the kernel has not sent, or that are not acknowledged.
 #[allow(unsafe_code, reason = "there is no other way to ask")]
 fn unsent(stream: &TcpStream) -> i32 {
     let mut bytes = 0;
@@ -153,7 +154,7 @@ fn what_waits_for_a_slow_reader_when_the_writer_resets_still_arrives() {
     const LENGTH: usize = 60_000;
     let mut w = world();
     for server in ["server", "plain"] {
-        // More than the reader's buffer takes; all of it has left the server when that resets.
+        // More than the reader's buffer holds. All of it has left the server when the server resets.
         apps::serve(&w.ns(server), 8103, |mut stream| {
             stream.write_all(&[7; LENGTH]).unwrap();
             stream.read_exact(&mut [0]).unwrap();
@@ -196,7 +197,7 @@ fn a_reset_is_a_reset_also_while_the_application_is_being_dialled() {
             for time in 0..TIMES {
                 let mut stream = connect(&ns, (to, port)).unwrap();
                 stream.write_all(data).unwrap();
-                // Moments from the very first on: dialling takes one to several milliseconds.
+                // From the first moments on: dialling takes one to several milliseconds.
                 std::thread::sleep(Duration::from_micros(time * 150));
                 SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
             }
@@ -208,7 +209,7 @@ fn a_reset_is_a_reset_also_while_the_application_is_being_dialled() {
         eventually("all have ended", || {
             [1, 2].iter().all(|n| w.json(*n, "/connections").as_array().unwrap().is_empty())
         });
-        // Where nothing was sent, the server need not have heard of it.
+        // If nothing was sent, the server need not have seen the connection.
         for ended in silent.1.try_iter() {
             assert_eq!(ended, (0, Err(ErrorKind::ConnectionReset)), "{client} to {server}");
         }
@@ -242,7 +243,7 @@ fn connections_in_a_clients_name_are_in_nobodys_way() {
     let mut w = world();
     let (client, stranger, server) = (pod(&w, "client"), pod(&w, "stranger"), pod(&w, "server"));
     apps::serve(&server.netns, 8120, apps::echo);
-    // So few ports that what is rare otherwise is certain.
+    // So few ports that otherwise rare collisions are certain.
     let range = 40_000..=40_063_u16;
     inside(&server.netns, || {
         std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40063").unwrap();
@@ -262,7 +263,7 @@ fn connections_in_a_clients_name_are_in_nobodys_way() {
     for stream in &mut open {
         alive(stream).expect("those that are open go on");
     }
-    // An application can listen on any port, also one that does not ask for the address to be reused.
+    // Applications can listen on any port, also without `SO_REUSEADDR`.
     for port in range {
         for (domain, any) in [(Domain::IPV4, "0.0.0.0"), (Domain::IPV6, "::")] {
             let listener = inside(&server.netns, || Socket::new(domain, Type::STREAM, None)).unwrap();
@@ -275,7 +276,8 @@ fn connections_in_a_clients_name_are_in_nobodys_way() {
     }
 }
 
-/// A guest behind a pod's own translation, as KubeVirt's masquerade binding makes it; it tells on 2222 who asks.
+/// A guest behind a pod's own address translation, as with KubeVirt's masquerade binding. On 2222 it answers with the
+/// client's address.
 struct Guest;
 
 impl Guest {
@@ -373,12 +375,13 @@ fn sockets_bound_to_a_device_and_link_local_destinations_are_captured() {
     let ((there, _), (own, index)) = (link_local(&near.netns), link_local(&client.netns));
     let to = SocketAddrV6::new(there, 8080, 0, index);
     assert_eq!(said(connect_from(&client.netns, to.into(), |_| {}).unwrap()).unwrap(), format!("{own} x"));
-    // And to a captured pod, whose application sees its own address: answers to the client's would leave by the link.
+    // And to a captured pod, whose application sees its own address, because answers to the client's address would
+    // leave by the link.
     let beside = pod(&w, "plain");
     let ((there, _), (_, index)) = (link_local(&server.netns), link_local(&beside.netns));
     let to = SocketAddrV6::new(there, 8080, 0, index);
     assert_eq!(said(connect_from(&beside.netns, to.into(), |_| {}).unwrap()).unwrap(), format!("{there} x"));
-    // All of that went through us.
+    // All of these connections went through the daemon.
     w.log_line(1, "the link-local destination", |l| l["dst.addr"].as_str().is_some_and(|a| a.starts_with("[fe80::")));
 }
 
@@ -425,7 +428,7 @@ fn what_a_guest_opens_is_captured_also_where_its_interface_has_no_address_in_the
     }
 }
 
-/// The link-local address of a namespace's eth0, once it may be used, and the interface's index.
+/// The link-local address of a namespace's eth0, once it is usable, and the interface's index.
 pub fn link_local(ns: &str) -> (std::net::Ipv6Addr, u32) {
     link_local_of(ns, "eth0")
 }
@@ -435,7 +438,7 @@ fn link_local_of(ns: &str, interface: &str) -> (std::net::Ipv6Addr, u32) {
     eventually("a link-local address", || {
         let text = inside(ns, || std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap());
         found = text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>()).find_map(|f| {
-            // Scope 20 is the link; flag 40 says that nobody else may have it yet.
+            // Scope 20 is the link. Flag 40 means that the address is tentative.
             let usable = f[3] == "20" && f[5] == interface && u8::from_str_radix(f[4], 16).unwrap() & 0x40 == 0;
             let ip = u128::from_str_radix(f[0], 16).unwrap();
             usable.then(|| (ip.into(), u32::from_str_radix(f[1], 16).unwrap()))
@@ -449,7 +452,7 @@ fn link_local_of(ns: &str, interface: &str) -> (std::net::Ipv6Addr, u32) {
 fn a_pod_whose_interface_has_no_ipv4_address_is_reached_and_reaches_others() {
     let mut w = world();
     let (stranger, server, plain) = (pod(&w, "stranger"), pod(&w, "server"), pod(&w, "plain"));
-    // Some networks give the address to another interface, and the gateway by its link alone.
+    // Some networks assign the address to another interface, and the gateway only by its link.
     ip_in(
         &server.netns,
         &format!(
@@ -493,7 +496,8 @@ fn urgent_data_is_read_in_its_place() {
 
 const OUR_PORTS: [u16; 4] = [15001, 15006, 15008, 15053];
 
-/// Calls our ports in a pod by each of its addresses, and by one that the pod's own rules lead there.
+/// Connects to the daemon's ports in a pod by each of the pod's addresses, and by one that the pod's own rules redirect
+/// there.
 fn call_our_ports(w: &World, pod: &Pod, second: [IpAddr; 2]) {
     let nat = "table inet detour {\n chain out { type nat hook output priority -101; \
                ip daddr 203.0.113.9 udp dport 53 dnat ip to 127.0.0.1:15053; ip daddr 203.0.113.9 dnat ip to 127.0.0.1; \
@@ -520,7 +524,7 @@ fn call_our_ports(w: &World, pod: &Pod, second: [IpAddr; 2]) {
     let made = accepted() - before;
     assert!(made <= 2.0 * calls, "{calls} calls became {made} connections");
     eventually("nothing goes round and round", || w.json(pod.node, "/connections").as_array().unwrap().is_empty());
-    // A question to a resolver that the pod's rules lead to our own port.
+    // A question to a resolver, which the pod's rules redirect to the daemon's port.
     let socket = inside(&pod.netns, || std::net::UdpSocket::bind("0.0.0.0:0")).unwrap();
     socket.set_read_timeout(Some(SOON * 2)).unwrap();
     let questions = || -> u64 {
@@ -557,7 +561,7 @@ fn a_pod_that_leads_our_own_connections_back_to_us_is_refused() {
         apps::serve(ns, 8080, apps::who);
     }
     w.start();
-    // Before our own rules, and in place of the mark by which those tell our packets from the application's.
+    // Before our own rules, and overwriting the mark that distinguishes the daemon's packets from the application's.
     let rules = "table inet evil {\n chain o { type nat hook output priority -110; \
                  meta mark & 0xfff == 0x539 tcp dport { 8080, 15008 } redirect to :15001; }\n \
                  chain i { type filter hook input priority -170; meta mark & 0xfff == 0x539 meta mark set 0; }\n}\n";

@@ -1,4 +1,4 @@
-//! Two daemons of one node, as an upgrade has them: one writes, the other serves what it has.
+//! Two daemons on one node, as during an upgrade: one is active, the other one is on standby and serves what it has.
 
 use crate::istio::alive;
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Settings by which what is written in pods differs.
+/// A setting that changes what is written in pods.
 const WITHOUT_DNS: (&str, &str) = ("ISTIO_META_DNS_CAPTURE", "false");
 
 struct Upgrade {
@@ -31,7 +31,7 @@ fn upgrade() -> Upgrade {
 }
 
 impl Upgrade {
-    /// Whose configuration is installed, by the namespaces that it excludes.
+    /// The namespaces that the installed configuration excludes, which tell whose configuration it is.
     fn excluded(&self) -> String {
         let Some(ours) = self.cni.ours() else { return String::new() };
         ours["plugins"][1]["excludeNamespaces"].to_string()
@@ -41,7 +41,7 @@ impl Upgrade {
         output_in(&self.c.client.netns, "nft", &["list", "table", "inet", "culvert"]).contains(":15053")
     }
 
-    /// Starts the daemon beside the node's, of the other version.
+    /// Starts a daemon of the other version beside the node's own.
     fn start_beside(&mut self) -> u32 {
         let settings =
             [&self.cni.settings()[..], &[("EXCLUDE_NAMESPACES", "kube-system,second"), WITHOUT_DNS]].concat();
@@ -76,7 +76,7 @@ fn of_two_daemons_the_newer_one_writes_and_nothing_is_undone() {
     eventually("its settings are in force", || u.excluded() == r#"["kube-system","second"]"# && !u.takes_dns());
     eventually("and its plugin", || u.plugin_is(&u.other));
     assert_eq!(u.complaints(), 0);
-    // Whatever happens that both see, the newer one answers it, and the older one does not.
+    // Whatever both daemons see, the newer one responds to it and the older one does not.
     let place = u.cni.conf.join("00-culvert.conflist");
     let netns = u.c.client.netns.clone();
     for round in 0..5 {
@@ -99,13 +99,13 @@ fn of_two_daemons_the_newer_one_writes_and_nothing_is_undone() {
     );
     let ips = [u.c.client.v4.to_string()];
     assert!(u.cni.call("CHECK", ("ns", "client"), &netns, &ips).0, "the plugin is answered");
-    // The newer one dies: nobody must be left without.
+    // The newer daemon dies: the older one must take over.
     u.c.w.take(beside).kill();
     eventually("the older one has it back", || u.excluded() == r#"["first","kube-system"]"# && u.takes_dns());
     eventually("with its own plugin", || u.plugin_is(&subject()));
     eventually("which is answered", || u.cni.call("CHECK", ("ns", "client"), &netns, &ips).0);
     assert_eq!(u.complaints(), complaints);
-    // The older one dies beside a newer one, which goes on.
+    // The older daemon dies beside a newer one, which continues.
     u.start_beside();
     eventually("the newer one has taken over", || u.excluded() == r#"["kube-system","second"]"# && !u.takes_dns());
     u.c.w.take_node(1).kill();
@@ -119,7 +119,7 @@ fn a_newer_daemon_that_knows_nothing_yet_takes_nothing_over() {
     let mut u = upgrade();
     u.c.start_one(&[&u.cni.settings()[..], &[("EXCLUDE_NAMESPACES", "kube-system,first")]].concat());
     eventually("it is captured", || u.c.apis[0].said("client").as_deref() == Some("enabled"));
-    // A control plane that nobody answers at: it never learns of the mesh.
+    // A control plane that never answers: the daemon never learns the mesh facts.
     let nowhere =
         [("LOCAL_XDS_PATH", ""), ("XDS_ADDRESS", "127.0.0.1:9"), ("EXCLUDE_NAMESPACES", "kube-system,second")];
     let settings = [&u.cni.settings()[..], &nowhere].concat();
@@ -135,7 +135,7 @@ fn a_newer_daemon_that_knows_nothing_yet_takes_nothing_over() {
     let (netns, ips) = (u.c.client.netns.clone(), [u.c.client.v4.to_string()]);
     assert!(u.cni.call("CHECK", ("ns", "client"), &netns, &ips).0, "and answers");
     assert!(!u.is_ready());
-    // Where it is alone it does what it can.
+    // Alone on the node, it does what it can.
     u.c.w.take_node(1).kill();
     eventually("it writes", || u.excluded() == r#"["kube-system","second"]"#);
     u.c.w.take(beside).kill();
@@ -148,7 +148,7 @@ fn a_question_that_waits_when_another_daemon_takes_over_is_answered_then() {
     u.c.start_one(&[&u.cni.settings()[..], &[("EXCLUDE_NAMESPACES", "kube-system,first")]].concat());
     eventually("it is captured", || u.c.apis[0].said("client").as_deref() == Some("enabled"));
     eventually("the plugin is installed", || u.excluded() == r#"["first","kube-system"]"#);
-    // A pod that the API does not tell of: the runtime asks, and waits.
+    // A pod that the API does not list: the runtime asks, and waits.
     let unknown = u.c.w.add_pod("unknown", 1);
     let done = AtomicBool::new(false);
     let (cni, netns, ips) = (u.cni.clone(), unknown.netns.clone(), [unknown.v4.to_string()]);
@@ -208,7 +208,7 @@ fn a_daemon_that_compares_its_plugin_does_not_hold_it_in_memory() {
     u.c.w.start_kube_node(1, &u.c.apis[0], &settings);
     eventually("it is installed", || u.cni.ours().is_some());
     u.c.w.take_node(1).kill();
-    // The second one finds it, and compares.
+    // The second daemon finds it, and compares.
     u.c.w.start_kube_node(1, &u.c.apis[0], &settings);
     eventually("it is there", || u.c.w.metric(1, "culvert_cni_plugin_in_place", &[]) == 1.0);
     let status = fs::read_to_string(format!("/proc/{}/status", u.c.w.pid(1))).unwrap();
@@ -232,9 +232,9 @@ fn what_an_older_daemon_is_letting_go_of_has_its_time_after_a_newer_one_has_take
     u.c.apis[0].namespace("ns", serde_json::json!({}));
     eventually("it is being released", || u.c.state("client") == "releasing");
     let rules = || output_in(&ns, "nft", &["list", "table", "inet", "culvert"]);
-    // The state comes first and the rules after it: what is added before that, the older one removes.
+    // The state changes first and the rules after it. The older daemon removes what is added before that.
     eventually("nothing new is captured", || !rules().contains("15001"));
-    // What captures new connections is emptied by the newer one as well: by this it is seen to have looked.
+    // The newer daemon also empties the chains that capture new connections, which shows that it has checked.
     output_in(&ns, "nft", &["add", "rule", "inet", "culvert", "out_nat", "tcp", "dport", "1", "accept"]);
     assert!(rules().contains("dport 1 "));
     let settings = [&u.cni.settings()[..], &slow, &[("EXCLUDE_NAMESPACES", "kube-system,second")]].concat();

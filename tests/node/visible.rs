@@ -46,7 +46,7 @@ fn config_dump_has_the_shape_that_istioctl_reads_and_no_keys() {
     }
 }
 
-/// What a value is, with what stands in for every key of a map that is keyed by names.
+/// The shape of a value. In maps that are keyed by names, one placeholder stands for all keys.
 fn shape(value: &Value) -> Value {
     let word = |word: &str| Value::from(word);
     match value {
@@ -59,7 +59,7 @@ fn shape(value: &Value) -> Value {
     }
 }
 
-/// Whether all that is told of the reference's dump is in ours, and of the same kind.
+/// Whether everything in ztunnel's dump is in ours, with values of the same kind.
 fn has_shape(ours: &Value, expected: &Value, path: &str) {
     match expected {
         Value::Object(keys) => {
@@ -141,7 +141,7 @@ fn what_comes_in_counts_for_the_one_service_behind_the_port() {
     w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080, "81": 8081}), &[&server]);
     w.mesh.service("also", &["10.96.0.2"], &json!({"80": 8081}), &[&server]);
     w.start();
-    // By its own address nobody says which service was meant.
+    // A connection to the pod's own address does not tell which service was meant.
     for from in [&client, &plain] {
         for port in [8080, 8081, 8082] {
             ask(&from.netns, (server.v4, port), "x").unwrap();
@@ -277,12 +277,12 @@ fn the_access_log_has_the_fields_of_the_reference() {
 #[test]
 fn every_leg_has_keepalive_in_the_shipped_binary() {
     let (w, client, server) = world();
-    // The server waits for a line, so the connection stays.
+    // The server waits for a line, so the connection stays open.
     let _live = crate::world::connect(&client.netns, (server.v4, 8080)).unwrap();
     eventually("the connection is open", || w.json(2, "/connections").as_array().unwrap().len() == 1);
     for (pod, node) in [(&client, 1), (&server, 2)] {
         let pid = format!("pid={},", w.pid(node));
-        // While data is on its way another timer is shown; at rest it must be keepalive's.
+        // While data is in flight the kernel shows another timer. At rest it must be that of keepalive.
         eventually(&format!("both legs at {} have keepalive", pod.name), || {
             let sockets = output_in(&pod.netns, "ss", &["-Htnpo", "state", "established"]);
             let ours: Vec<&str> = sockets.lines().filter(|line| line.contains(&pid)).collect();
@@ -313,7 +313,7 @@ fn the_admin_port_is_for_local_hosts_only() {
     assert_eq!(get("attacker.example"), 403);
     let node: std::net::IpAddr = "10.1.0.1".parse().unwrap();
     for port in [15000, 15001] {
-        // The pod's outbound connection is captured and passed on; there is nobody at the other end.
+        // The pod's outbound connection is captured and passed on, but no server listens at the other end.
         assert!(ask(&client.netns, (node, port), "GET / HTTP/1.0\r\n\r").is_err(), "{port}");
     }
     let (status, page) = w.try_get(1, 15000, "/").unwrap();

@@ -1,4 +1,4 @@
-//! Waypoints that cannot be found or are not whom they should be: refused, never bypassed.
+//! Waypoints that cannot be found or do not have the expected identity: connections are refused, never sent past them.
 
 use crate::world::{World, apps, ask};
 use serde_json::json;
@@ -48,7 +48,7 @@ fn a_waypoint_of_another_identity_gets_nothing() {
 fn an_application_tunnel_is_told_by_proxy_protocol_who_asks_for_what() {
     let mut w = World::new();
     let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
-    // A gateway behind the daemon: it listens on loopback only, and reads the header before anything else.
+    // A gateway behind the daemon: it listens on loopback only, and reads the header first.
     let listener = crate::world::inside(&server.netns, || std::net::TcpListener::bind("127.0.0.1:15088")).unwrap();
     let gateway = std::thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
@@ -56,7 +56,8 @@ fn an_application_tunnel_is_told_by_proxy_protocol_who_asks_for_what() {
         stream.read_exact(&mut head).unwrap();
         let mut rest = vec![0; usize::from(u16::from_be_bytes([head[14], head[15]]))];
         stream.read_exact(&mut rest).unwrap();
-        // All of the question is read before the end: a socket closed with bytes unread is reset, and the answer with it.
+        // Read the whole question before closing. A socket closed with unread bytes is reset, and the answer would be
+        // lost.
         stream.read_exact(&mut [0; 2]).unwrap();
         stream.write_all(b"from the gateway").unwrap();
         (head, rest)

@@ -1,4 +1,4 @@
-//! The control plane dies, stalls, lies, forgets and comes back; what is known stays in force and traffic goes on.
+//! The control plane dies, stalls, lies, forgets and comes back. The known facts stay in force, and traffic continues.
 
 use crate::istio::{Istio, alive};
 use crate::world::certs::spiffe;
@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Requests that go on in the background; every one must succeed.
+/// Requests that continue in the background. Every one must succeed.
 pub struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
@@ -48,7 +48,7 @@ impl Load {
         eventually("requests go on", || self.done.load(Ordering::Relaxed) >= before + count);
     }
 
-    /// Ends; how many requests were made, and which failed.
+    /// Ends the load. Returns how many requests were made, and the errors of those that failed.
     pub fn finish(mut self) -> (usize, Vec<String>) {
         self.stop.store(true, Ordering::Relaxed);
         let failures = self.thread.take().unwrap().join().unwrap();
@@ -81,7 +81,7 @@ fn what_is_bad_is_refused_by_name_and_never_holds_up_the_rest() {
     let test =
         auth::Match { source_ips: vec![auth::Address { address: vec![10].into(), length: 8 }], ..Default::default() };
     let clauses = vec![auth::Clause { matches: vec![test] }];
-    // Taken as the reference takes it: it matches nobody.
+    // Applied as ztunnel applies it: it matches no peer.
     istio.w.mesh.policy("schemed", "Namespace", "Deny", json!({"principals": [{"Exact": spiffe("client")}]}));
     istio.tell();
     let widened = auth::Authorization {
@@ -106,7 +106,7 @@ fn what_is_bad_is_refused_by_name_and_never_holds_up_the_rest() {
     }
     assert!(!refusals.contains("newer"), "a value that is newer than we are is no fault: {refusals}");
     assert!(istio.w.metric(2, "culvert_xds_resources_refused_total", &[]) >= 3.0);
-    // The policy's only match cannot be understood: it allows nobody, where dropping the range would allow everybody.
+    // The policy's only match cannot be understood. It permits no peer; ignoring the range would permit every peer.
     assert!(istio.request().is_err());
     istio.plane.change(|state| drop(state.resources.get_mut(AUTHORIZATION).unwrap().remove("ns/odd")));
     eventually("without the policy it is allowed", || istio.request().is_ok());
@@ -123,7 +123,7 @@ fn a_control_plane_that_dies_stalls_and_comes_back_costs_no_connection() {
     istio.start();
     let (load, mut open) = (Load::start(&istio), istio.open());
 
-    // Recycled as every half hour, cut, and killed.
+    // Streams are recycled, as every half hour, then cut, then the control plane is killed.
     istio.plane.recycle();
     eventually("both have come back", || istio.plane.first_requests(ADDRESS).len() >= 4);
     let said = |words: &str| {
@@ -142,7 +142,7 @@ fn a_control_plane_that_dies_stalls_and_comes_back_costs_no_connection() {
     assert!(istio.w.metric(2, "culvert_mesh_age_seconds", &[]) >= 1.0);
     load.more(20);
 
-    // What happens while it is away is learned when it is back: a policy is gone, another is new.
+    // Changes during the outage are received when it is back: one policy is gone, another one is new.
     istio.w.mesh.policies.clear();
     istio.w.mesh.policy("new-meanwhile", "WorkloadSelector", "Deny", principal("nobody"));
     istio.tell();
@@ -152,7 +152,7 @@ fn a_control_plane_that_dies_stalls_and_comes_back_costs_no_connection() {
     let held: Vec<&String> = again.initial_resource_versions.keys().collect();
     assert_eq!(held, ["ns/gone-meanwhile"], "what is held is said");
 
-    // Stalled: connections are taken, nothing is answered.
+    // Stalled: connections are accepted, but nothing is answered.
     istio.plane.change(|state| state.stalled = true);
     istio.plane.cut();
     load.more(20);
@@ -208,7 +208,7 @@ fn a_server_that_finds_the_list_of_what_is_held_too_long_gets_none_and_deletions
     istio.start();
     let (addresses, policies_asked) = (istio.plane.first_requests(ADDRESS), istio.plane.first_requests(AUTHORIZATION));
     let held = addresses.len();
-    // The first requests of all said nothing of versions.
+    // The first requests of all have no versions.
     let longest = addresses.iter().chain(&policies_asked).map(Message::encoded_len).max().unwrap();
     istio.plane.down();
     istio.plane.change(|state| state.request_bytes_max = longest);
@@ -245,7 +245,7 @@ fn token_and_roots_may_come_late_and_change() {
     says(&istio, "root-cert.pem cannot be read");
     std::fs::write(&root, first_root).unwrap();
     says(&istio, "authentication failure");
-    // The waits between attempts grow: whatever the reason, there are few of them.
+    // The waits between attempts grow, so there are few attempts, whatever the reason.
     let attempts = istio.w.metric(2, "istio_xds_connection_terminations_total", &[]);
     assert!(attempts < 60.0, "{attempts} attempts");
     std::fs::write(&token, "token-1").unwrap();
@@ -254,7 +254,7 @@ fn token_and_roots_may_come_late_and_change() {
         istio.w.wait_captured(node);
     }
     assert!(istio.request().is_ok());
-    // Both rotate: the old token and the old root are worth nothing any more.
+    // Both rotate: the old token and the old root are no longer valid.
     istio.plane.down();
     let new = crate::world::control_plane::Root::new("another root");
     istio.plane.change(|state| {
@@ -289,7 +289,7 @@ fn a_start_without_control_plane_serves_by_the_state_file() {
     for node in [1, 2] {
         istio.w.node(node).kill();
     }
-    // istiod refuses streams; its CA is another matter, without which nobody can prove who he is.
+    // istiod refuses streams. Its CA must still work, because without it no pod has an identity.
     istio.plane.change(|state| state.refuse = Some(14));
     for node in [1, 2] {
         let file = files[node - 1].display().to_string();
@@ -307,13 +307,13 @@ fn a_start_without_control_plane_serves_by_the_state_file() {
         let state = istio.w.json(2, "/config_dump")["meshState"].clone();
         state["error"].as_str().is_some_and(|error| error.contains("refused"))
     });
-    // What was deleted meanwhile is learned from the versions that the file holds.
+    // Deletions during the outage are recognized by the versions that the file contains.
     istio.w.mesh.policies.clear();
     istio.tell();
     istio.plane.change(|state| state.refuse = None);
     eventually("in step again", || policies(&istio, 2).is_empty());
     assert_eq!(istio.w.json(2, "/config_dump")["meshState"]["stale"], json!(false));
-    // A file that is too old is left out, by name, and so is one that is damaged.
+    // A file that is too old is ignored and reported, and so is one that is damaged.
     istio.w.node(1).kill();
     istio.plane.change(|state| state.refuse = Some(14));
     let mut old = SavedState::decode(std::fs::read(&files[0]).unwrap().as_slice()).unwrap();
@@ -350,7 +350,7 @@ fn on_demand_each_thing_is_asked_for_once_and_what_does_not_exist_is_known_not_t
         let state = istio.plane.state();
         state.requests.iter().filter(|r| r.resource_names_subscribe.iter().any(|n| n == name)).count()
     };
-    // Many at once; the answer of one serves all.
+    // Many at once: one answer serves all.
     std::thread::scope(|scope| {
         let all: Vec<_> = (0..20).map(|_| scope.spawn(|| istio.request())).collect();
         assert!(all.into_iter().all(|one| one.join().unwrap().is_ok()));
@@ -363,7 +363,8 @@ fn on_demand_each_thing_is_asked_for_once_and_what_does_not_exist_is_known_not_t
         assert!(ask(&client, (outside.v4, 8080), "x").is_ok(), "not in the mesh: plain TCP");
     }
     assert_eq!(asked(&format!("/{}", outside.v4)), 1);
-    // What comes into being is told by its uid and not by the address that was asked for: asked again after a while.
+    // A workload that is created later is announced by its uid, not by the address that was asked for. So the address
+    // is asked for again after a while.
     istio.w.mesh.workload(&outside, "TCP");
     istio.tell();
     eventually("it is known", || {
@@ -372,7 +373,7 @@ fn on_demand_each_thing_is_asked_for_once_and_what_does_not_exist_is_known_not_t
             && dump["workloads"].as_array().unwrap().iter().any(|w| w["name"] == "outside")
     });
     assert!(asked("c1//Pod/ns/client") >= 1, "the pod's own workload, by its uid");
-    // A pod that goes and comes back at its address: the service is asked for again when it loses an endpoint.
+    // A pod is deleted and comes back at its address: the service is asked for again when it loses an endpoint.
     let before = istio.w.mesh.clone();
     istio.w.mesh.workloads.retain(|w| w["name"] != "server");
     istio.tell();
@@ -381,15 +382,15 @@ fn on_demand_each_thing_is_asked_for_once_and_what_does_not_exist_is_known_not_t
     istio.w.mesh = before;
     istio.tell();
     eventually("it is back", || ask(&client, (vip, 80), "x").is_ok());
-    // Nobody was told that everything is gone.
+    // No stream was sent a removal of everything.
     assert!(istio.request().is_ok());
-    // Nobody answers: refused after the wait, never passed on in plaintext.
+    // Without an answer, connections are refused after the wait, and never passed on in plaintext.
     istio.plane.change(|state| state.stalled = true);
     let unknown = istio.w.add_pod("unknown", 2);
     apps::serve(&unknown.netns, 8080, apps::who);
     assert!(is_reset(&client, (unknown.v4, 8080)));
     istio.w.log_line(1, "no answer", |l| l["reason"] == "no_answer");
-    // A new stream asks for all of it again.
+    // A new stream asks for everything again.
     istio.plane.change(|state| state.stalled = false);
     istio.plane.cut();
     eventually("asked again", || asked(&format!("/{}", outside.v4)) >= 2);
@@ -405,7 +406,8 @@ fn on_demand_a_service_is_found_by_an_address_in_its_range() {
     istio.tell();
     istio.start_with(&[("XDS_ON_DEMAND", "true")]);
     assert!(istio.request().is_ok(), "a workload");
-    // istiod knows a range by its first address alone. That is asked for when the address is known to be nobody's own.
+    // istiod finds a range only by its first address. That is asked for once it is known that no service or workload
+    // has the address.
     for ip in ["10.97.3.4", "10.97.0.0", "2001:db8:97::5"] {
         let to: std::net::IpAddr = ip.parse().unwrap();
         assert!(ask(&istio.w.ns("client"), (to, 80), "x").is_ok(), "{ip}");
@@ -468,7 +470,7 @@ fn fifty_thousand_workloads_come_in_one_response_and_change_while_traffic_goes_o
                 ..Default::default()
             });
             if sent % 32 == 31 {
-                // As fast as it is read, not faster: the queue of the test is short. Both nodes answer.
+                // As fast as it is read, because the queue of the test is short. Both nodes answer.
                 eventually("answered", || answered() >= before + 2 * (sent + 1));
             }
         }
@@ -482,7 +484,7 @@ fn fifty_thousand_workloads_come_in_one_response_and_change_while_traffic_goes_o
     eventually("the last change has come", || messages() >= 1_281.0);
     let (count, failures) = load.finish();
     assert!(failures.is_empty(), "{} of {count} failed: {failures:?}", failures.len());
-    // On a new stream only what has changed comes: the versions are said.
+    // On a new stream only changes are sent, because the daemon sends the versions that it has.
     istio.plane.recycle();
     eventually("in step again", || {
         let request = istio.plane.first_requests(ADDRESS).pop().unwrap();
@@ -545,7 +547,7 @@ fn secrets_of_the_connection_are_shown_nowhere() {
 #[test]
 fn metrics_of_the_daemon_can_be_read_through_the_mesh() {
     let mut istio = Istio::new();
-    // The daemon's own pod on the second node, as its DaemonSet labels it.
+    // The daemon's own pod on the second node, with the labels of its DaemonSet.
     istio.w.mesh.workloads.push(json!({
         "uid": "c1//Pod/istio-system/ztunnel-2", "name": "ztunnel-2", "namespace": "istio-system",
         "serviceAccount": "ztunnel", "workloadIps": ["172.30.0.2"], "protocol": "HBONE", "node": "n2",

@@ -1,5 +1,5 @@
-//! The node's agent hands pods over, forgets them, dies and comes back; each message has its answer, and no pod is ever
-//! carried as another.
+//! The node's agent hands over pods, forgets them, dies and comes back. Each message is answered, and no pod is ever
+//! carried as another one.
 
 use crate::istio::{Istio, alive};
 use crate::world::agent::uid;
@@ -33,7 +33,7 @@ fn listens(netns: &str, port: u16) -> bool {
     inside(netns, || any("/proc/thread-self/net/tcp") || any("/proc/thread-self/net/tcp6"))
 }
 
-/// No message went unanswered, none too late, and nothing came unasked.
+/// Checks that every message was answered in time and that no message came unasked.
 fn kept_to_the_protocol(agent: &Agent) {
     let state = agent.state();
     assert!(state.violations.is_empty(), "{:?}", state.violations);
@@ -45,7 +45,7 @@ fn pods_come_and_go_by_the_agents_word() {
     let mut istio = Istio::new();
     istio.start();
     let late = istio.w.mesh_pod("late", 1);
-    // Handed over before anybody has told of it, as while its sandbox is being made.
+    // Handed over before its facts are known, as while its sandbox is being made.
     Agent::redirect(&late);
     assert_eq!(istio.agent(1).add(&late), Ok(()));
     assert_eq!(istio.w.state(1, "late").0, "pending");
@@ -56,12 +56,12 @@ fn pods_come_and_go_by_the_agents_word() {
     istio.tell();
     assert!(early.join().unwrap().is_ok(), "what it opened before it was known");
     eventually("captured", || captured(&istio, 1) == ["client", "late"]);
-    // The same again changes nothing.
+    // The same message again changes nothing.
     let mut open = connect(&late.netns, (server, 9000)).unwrap();
     assert!(alive(&mut open));
     assert_eq!(istio.agent(1).add(&late), Ok(()));
     assert!(alive(&mut open), "no restart");
-    // Deleted: twice is as good as once.
+    // Deleting a pod twice has the same effect as once.
     Agent::stop_redirecting(&late);
     assert_eq!(istio.agent(1).del(&late), Ok(()));
     assert_eq!(istio.agent(1).del(&late), Ok(()));
@@ -80,7 +80,7 @@ fn pods_come_and_go_by_the_agents_word() {
 fn a_pod_whose_namespace_changes_is_carried_in_the_new_one() {
     let mut istio = Istio::new();
     istio.start();
-    // The sandbox has been made anew: the same pod in another namespace, with the same addresses.
+    // The sandbox has been made again: the same pod in another namespace, with the same addresses.
     let client = istio.pod("client");
     let old = connect(&client.netns, (istio.server(), 9000)).unwrap();
     let again = istio.w.add_pod("again", 1);
@@ -110,7 +110,7 @@ fn one_pod_that_cannot_be_served_leaves_the_node_ready_and_is_named() {
     let taken = inside(&blocked.netns, || TcpListener::bind(("::", 15001))).unwrap();
     Agent::redirect(&blocked);
     istio.agent(1).know(&blocked);
-    // The agent has paired the pod with another one's namespace.
+    // The agent has paired the pod with another pod's namespace.
     let other = istio.w.add_pod("other", 1);
     istio.agent(1).know_in(&foreign, Some(&other.netns));
     for node in [1, 2] {
@@ -147,7 +147,7 @@ fn a_protocol_error_is_answered_and_ends_the_connection_never_the_process() {
         }
     }
     istio.start();
-    // One bad packet for each connection; the rest was never read.
+    // One bad packet ends each connection. The rest was never read.
     eventually("answered", || !istio.agent(1).state().answers.is_empty());
     let garbage: Vec<String> = {
         let state = istio.agent(1).state();
@@ -166,7 +166,7 @@ fn a_protocol_error_is_answered_and_ends_the_connection_never_the_process() {
         assert!(error.starts_with("failure to read message"), "{error}");
         istio.agent(1).wait_snapshot(before);
     }
-    // A descriptor of something else, and one where none belongs.
+    // A descriptor of something else, and a descriptor where none belongs.
     let file = File::open("/dev/null").unwrap();
     let info = zds::WorkloadInfo { name: "x".into(), namespace: "ns".into(), service_account: "x".into() };
     let add = Payload::Add(zds::AddWorkload { uid: "x".into(), workload_info: Some(info) });
@@ -193,7 +193,8 @@ fn an_agent_that_restarts_finds_the_pods_as_its_snapshot_says() {
     eventually("it is seen to be away", || istio.w.metric(1, "culvert_agent_connected", &[]) == 0.0);
     load.more(10);
     assert!(istio.w.is_ready(1), "what is captured is served");
-    // One pod has gone meanwhile, of another the agent has lost the namespace; and it breaks off in the middle once.
+    // In the meantime one pod is gone, the agent has lost the namespace of another one, and once it breaks the snapshot
+    // off in the middle.
     istio.agent(1).forget(&gone);
     istio.agent(1).know_in(&kept, None);
     istio.agent(1).state().break_snapshot_after = Some(1);
@@ -267,7 +268,8 @@ enum Step {
     BreakSnapshot(usize),
 }
 
-/// Model of what must be captured: the pods the agent has added and not deleted, of those it still names; and where.
+/// The model of what must be captured, and where: the pods that the agent has added and not deleted, of those that it
+/// still names.
 #[derive(Default)]
 struct Model {
     held: BTreeMap<usize, bool>,
@@ -307,7 +309,8 @@ impl Model {
 #[test]
 fn two_hundred_random_sequences_end_as_the_model_says() {
     let mut istio = Istio::new();
-    // Three pods, each with a second namespace that holds its addresses as well (in no network, so nothing collides).
+    // Three pods, each with a second namespace that also holds its addresses. It is connected to no network, so nothing
+    // collides.
     let pods: Vec<Pod> = (0..3).map(|n| istio.w.mesh_pod(&format!("p{n}"), 1)).collect();
     let elsewhere: Vec<String> = pods.iter().map(|pod| twin(&istio.w, pod)).collect();
     for (pod, twin) in pods.iter().zip(&elsewhere) {
@@ -324,7 +327,7 @@ fn two_hundred_random_sequences_end_as_the_model_says() {
             play(&istio, &pods, &elsewhere, *step);
             model.take(*step);
         }
-        // What was only said to the agent is told with the next snapshot.
+        // Changes that only the agent knows are announced with the next snapshot.
         play(&istio, &pods, &elsewhere, Step::Reconnect);
         model.take(Step::Reconnect);
         let mut expected = vec!["client".to_owned()];
@@ -416,7 +419,7 @@ fn a_pod_that_is_not_redirected_is_reported_and_served_once_it_is() {
 fn facts_of_a_pods_earlier_life_hold_up_nothing_but_its_traffic() {
     let mut istio = Istio::new();
     let again = istio.w.mesh_pod("again", 1);
-    // A StatefulSet's pod made anew: the control plane still tells of the address that it had.
+    // A pod of a StatefulSet is made again, and the control plane still announces its earlier address.
     istio.w.mesh.of("again")["workloadIps"] = serde_json::json!(["10.1.0.250"]);
     istio.tell();
     istio.start_nodes_only();
@@ -428,7 +431,7 @@ fn facts_of_a_pods_earlier_life_hold_up_nothing_but_its_traffic() {
     istio.tell();
     eventually("captured", || captured(&istio, 1) == ["again", "client"]);
     assert!(ask(&again.netns, (istio.server(), 8080), "x").is_ok());
-    // The same pod under another service account: what there was has no meaning any more.
+    // The same pod under another service account: everything known about the earlier one is void.
     istio.w.mesh.of("again")["serviceAccount"] = serde_json::json!("other");
     istio.tell();
     istio.agent(1).state().pods.get_mut(&uid(&again)).unwrap().info.service_account = "other".into();

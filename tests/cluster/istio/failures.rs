@@ -1,9 +1,10 @@
-//! What others depend on goes away, and comes back.
+//! What pods and daemons depend on goes away and comes back.
 
 use super::cluster;
 use crate::world::{Cluster, Load, SHOP, SYSTEM, Sniffer, eventually};
 
-/// The kubelet starts a container at once when it ends for the first time, and is in less of a hurry each time after.
+/// New daemons, because the kubelet restarts a container at once the first time it ends, and later each time after a
+/// longer pause.
 fn cluster_with_new_daemons() -> Cluster {
     let cluster = cluster();
     cluster.restart(SYSTEM, "daemonset/ztunnel");
@@ -26,7 +27,7 @@ fn a_daemon_is_killed() {
     eventually("the daemon is started again", || (restarts() == earlier).then(String::new));
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel");
     cluster.works();
-    // Clients of the other node see failures only of those that were on their way to the one that died.
+    // Clients of the other node see failures only of connections to the daemon that died.
     let outcome = other.finish(&cluster);
     assert!(outcome.ok > outcome.failed, "{outcome:?}");
     assert_eq!(wire.found(), 0, "plaintext while there was no daemon");
@@ -74,7 +75,7 @@ fn load_runs(cluster: &Cluster, node: &str) -> Option<String> {
 fn a_node_loses_the_api_server_and_then_its_daemon() {
     let cluster = cluster_with_new_daemons();
     cluster.mutual_tls("STRICT");
-    // The one without istiod, which asks the API server about tokens.
+    // The node without istiod, because istiod asks the API server about tokens.
     let (node, other) = match cluster.pods(SYSTEM, "app=istiod", Some("n1")).is_empty() {
         true => ("n1", "n2"),
         false => ("n2", "n1"),
@@ -85,12 +86,13 @@ fn a_node_loses_the_api_server_and_then_its_daemon() {
     let cut = "add table inet cut; add chain inet cut in { type filter hook prerouting priority 0; }; \
                add rule inet cut in tcp sport 6443 drop";
     cluster.run(&["node", node, "nft", cut]);
-    // The kubelet starts the container again, and the daemon finds nobody to ask who its pods are.
+    // The kubelet restarts the container, and the daemon has no API that tells which pods there are.
     cluster.run(&["node", node, "pkill", "-9", "-x", "culvert"]);
     eventually("the load ends while the node is alone", || load_runs(&cluster, other));
     cluster.run(&["node", node, "nft", "delete table inet cut"]);
     let outcome = load.finish(&cluster);
-    // What was open to the node's pods when its daemon died has failed, and what came until it was back.
+    // Connections that were open to the node's pods when its daemon died have failed, and so have new ones until it was
+    // back.
     let after = |error: &&String| error.split(' ').nth(1).unwrap().parse::<u32>().unwrap() > seconds / 2;
     let late: Vec<&String> = outcome.errors.keys().filter(after).collect();
     assert!(outcome.ok > 0 && late.is_empty(), "the daemon has not come back to its pods: {late:?}");

@@ -1,4 +1,4 @@
-//! Coming and going.
+//! Installing and uninstalling.
 
 use super::cluster;
 use crate::world::{Cluster, SHOP, SYSTEM, Sniffer, eventually, root};
@@ -17,7 +17,7 @@ fn it_is_installed_by_kustomize_and_by_helm_and_removed() {
     let cluster = cluster();
     cluster.run(&["helm", "uninstall", "culvert", "-n", SYSTEM, "--wait"]);
     nothing_is_left(&cluster);
-    // Pods of the application start, and talk in clear, as if there had never been a mesh.
+    // New pods of the application start and talk in plaintext, as if there had never been a mesh.
     cluster.restart(SHOP, "deployment/web");
     cluster.rolled_out(SHOP, "deployment/web");
     cluster.works();
@@ -49,14 +49,14 @@ fn a_node_that_was_off_when_it_was_uninstalled_is_cleaned() {
         (!traces.is_empty()).then(|| traces.join("; "))
     });
     cluster.run(&["start", "n2"]);
-    // Its plugin is there still, and nobody answers it: the node's pods wait.
+    // The plugin is still installed but no daemon answers it, so the node's pods wait.
     assert!(!cluster.traces("n2").is_empty());
     let folder = root().join("daemonset/cleanup");
     let folder = folder.to_str().unwrap();
     cluster.kubectl(&["apply", "-k", folder]);
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel-cleanup");
     nothing_is_left(&cluster);
-    // Annotations too: the rights to remove them may have gone with the installation.
+    // Annotations too, because the rights to remove them may have been removed with the installation.
     let pods = cluster.get(&["pods", "-n", SHOP]);
     let inside = |pod: &&serde_json::Value| !pod["metadata"]["annotations"]["ambient.istio.io/redirection"].is_null();
     assert_eq!(pods["items"].as_array().unwrap().iter().find(inside), None);

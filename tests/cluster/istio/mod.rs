@@ -1,4 +1,4 @@
-//! A mesh of Istio: istiod tells of it and signs certificates, culvert enrols pods by labels.
+//! A mesh of Istio: istiod announces the facts and signs certificates, culvert enrols pods by labels.
 
 mod failures;
 mod install;

@@ -1,4 +1,4 @@
-//! New pods and new daemons while clients are under way: nobody notices.
+//! New pods and new daemons while clients are running: no client notices.
 
 use super::cluster;
 use crate::world::{Cluster, IMAGE, Load, SHOP, SYSTEM, Sniffer, Watched};
@@ -65,7 +65,7 @@ fn the_daemon_is_rolled_out_and_upgraded() {
     for load in loads {
         load.all_well(&cluster);
     }
-    // And back: the older version is the newer daemon now.
+    // Back again: the older version is now the newer daemon.
     let image = format!("istio-proxy=example.org/culvert:{IMAGE}");
     cluster.kubectl(&[&set[..], &["image", "daemonset/ztunnel", &image]].concat());
     cluster.rolled_out(SYSTEM, "daemonset/ztunnel");

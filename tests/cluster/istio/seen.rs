@@ -1,4 +1,4 @@
-//! What people see: doctor, istioctl, and what a node costs.
+//! What operators see: doctor, istioctl, and what a node costs.
 
 use super::cluster;
 use crate::world::{Cluster, SHOP, SYSTEM};
@@ -51,7 +51,7 @@ fn what_an_idle_node_costs() {
         cluster.rolled_out(SHOP, "deployment/idle");
         let (_, before) = cost(&cluster, "n1");
         let start = std::time::Instant::now();
-        // What a node costs is seen over a while.
+        // The cost of a node is measured over a while.
         std::thread::sleep(std::time::Duration::from_secs(10));
         let (resident, after) = cost(&cluster, "n1");
         let share = (after - before) as f64 / start.elapsed().as_secs_f64();

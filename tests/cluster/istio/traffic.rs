@@ -1,4 +1,4 @@
-//! What passes between pods, and what does not.
+//! Traffic between pods: what passes, and what does not.
 
 use super::cluster;
 use crate::world::{Load, SHOP, Sniffer, eventually};
@@ -8,7 +8,7 @@ fn probes_pass_while_outsiders_are_refused() {
     let cluster = cluster();
     cluster.mutual_tls("STRICT");
     let wire = Sniffer::start(&cluster, "n1");
-    // New pods become Ready by HTTP probes, stay alive by TCP and exec probes, and started by startup probes.
+    // New pods become Ready by HTTP probes, stay alive by TCP and exec probes, and start with startup probes.
     for deployment in ["web", "echo"] {
         cluster.restart(SHOP, &format!("deployment/{deployment}"));
         cluster.rolled_out(SHOP, &format!("deployment/{deployment}"));
@@ -36,7 +36,7 @@ fn both_families_pass() {
         let address = address.as_str().unwrap();
         let host = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
         for node in ["n1", "n2"] {
-            // Several: some of the pods are on the other node.
+            // Several requests, because some of the pods are on the other node.
             for _ in 0..8 {
                 cluster.ask("shop/front", node, &format!("http://{host}/")).unwrap();
             }
@@ -80,7 +80,7 @@ fn a_policy_is_in_force_for_as_long_as_it_is_there() {
     );
     for node in ["n1", "n2"] {
         eventually("the policy is in force", || cluster.ask("shop/front", node, "http://web.shop/").ok());
-        // Every pod of the service, on both nodes, knows it then or soon.
+        // Every pod of the service, on both nodes, has received it by then or soon.
         eventually("it is in force everywhere", || {
             (0..8).find_map(|_| cluster.ask("shop/front", node, "http://web.shop/").ok())
         });
@@ -94,7 +94,7 @@ fn a_policy_is_in_force_for_as_long_as_it_is_there() {
 fn a_namespace_leaves_and_comes_back_under_load() {
     let cluster = cluster();
     let requests = Load::requests(&cluster, "requests", "n1", "http://web/", 20, 30);
-    // What was open when the label went keeps the time that it had by then: 25 s.
+    // Connections that are open when the label is removed keep their time of 25 s.
     let held = Load::held(&cluster, "held", "n2", "echo:9000", 10, 20);
     cluster.kubectl(&["label", "namespace", SHOP, "istio.io/dataplane-mode-"]);
     eventually("nobody is in", || {
