@@ -11,7 +11,7 @@ use super::worker::Worker;
 use crate::identity::{Chain, Credentials, Distrust};
 use crate::mesh::address::is_link_local;
 use crate::mesh::{self, FactKey, Snapshot, Workload};
-use crate::sys::leg::left_nothing;
+use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
 use http::StatusCode;
 use rand::seq::SliceRandom;
@@ -114,7 +114,7 @@ pub(super) async fn unless_gone<T>(
     tokio::select! {
         biased;
         dialled = dial => dialled,
-        () = left_nothing(client) => Err(DialError::Abandoned),
+        () = reset_without_data(client) => Err(DialError::Abandoned),
     }
 }
 

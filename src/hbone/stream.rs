@@ -143,7 +143,7 @@ impl Sender {
             // A reset would throw away what is still queued.
             tokio::select! {
                 () = stream.flushed() => {}
-                () = app.is_late() => {}
+                () = app.last_bytes_deadline() => {}
             }
             stream.send_reset(Reason::CONNECT_ERROR);
         }
@@ -250,7 +250,7 @@ async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) ->
         tokio::task::consume_budget().await;
         tokio::select! {
             ready = app.socket.readable() => if let Err(error) = ready {
-                app.breaks(error);
+                app.record_error(error);
                 return Err(sender.app_broke(app).await);
             },
             reason = sender.unwanted() => return finished_early(reason?, sender),
@@ -260,7 +260,7 @@ async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) ->
         while send.capacity() == 0 {
             tokio::select! {
                 biased;
-                () = app.is_late() => return Err(sender.app_broke(app).await),
+                () = app.last_bytes_deadline() => return Err(sender.app_broke(app).await),
                 granted = poll_fn(|context| send.poll_capacity(context)) => match granted {
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return Err(error.into()),
@@ -290,7 +290,7 @@ async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) ->
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => send.reserve_capacity(0),
             Err(error) => {
-                app.breaks(error);
+                app.record_error(error);
                 return Err(sender.app_broke(app).await);
             }
         }
@@ -305,7 +305,7 @@ fn finished_early(reason: Reason, sender: Sender) -> Result<Sender, CarryError> 
 /// Passes on what the tunnel brings until it ends, and then FIN. What came before a reset is still there to be read.
 async fn tunnel_to_app(app: &Leg<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
     let failed = |error: io::Error| {
-        app.breaks(error);
+        app.record_error(error);
         CarryError::App(app.error())
     };
     while let Some(chunk) = receive.data().await {

@@ -101,7 +101,7 @@ impl HostProbes {
         loop {
             let heard = async {
                 match &changes {
-                    Some(changes) => while !changes.seen().await.tables {},
+                    Some(changes) => while !changes.changed().await.tables {},
                     None => std::future::pending().await,
                 }
             };

@@ -80,7 +80,7 @@ pub struct Rules {
 async fn foreign_change(rules: &Rules, netns: &Netns) {
     if let (Some(changes), Some(written)) = (&rules.changes, &rules.written) {
         loop {
-            let seen = changes.seen().await;
+            let seen = changes.changed().await;
             rules.hear(seen);
             if seen.tables && !redirect::is_alone_with(netns, written).await.is_ok_and(|(alone, _)| alone) {
                 return;
@@ -138,11 +138,11 @@ impl Rules {
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
         if self.heard() == NetnsChange::default() {
-            self.hear(changes.seen().await);
+            self.hear(changes.changed().await);
         }
         tokio::time::sleep(SETTLE).await;
         for _ in 0..MORE_MAX {
-            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
+            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.changed()).await else { break };
             self.hear(more);
         }
         tokio::time::sleep_until(self.look_at).await;

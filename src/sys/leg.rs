@@ -34,7 +34,7 @@ impl<'a> Leg<'a> {
     }
 
     /// Records an error. Only the first one counts.
-    pub fn breaks(&self, error: io::Error) {
+    pub fn record_error(&self, error: io::Error) {
         // Fails only if an error has been recorded before.
         let _ = self.broken.set((error, Instant::now()));
     }
@@ -49,12 +49,12 @@ impl<'a> Leg<'a> {
         tokio::select! {
             biased;
             _ = self.broken.wait() => {}
-            error = error_of(self.socket) => self.breaks(error),
+            error = error_of(self.socket) => self.record_error(error),
         }
     }
 
     /// Completes when the leg has broken and [`LAST_BYTES`] have passed since.
-    pub async fn is_late(&self) {
+    pub async fn last_bytes_deadline(&self) {
         self.broken().await;
         if let Some((_, since)) = self.broken.get() {
             sleep_until(*since + LAST_BYTES).await;
@@ -94,7 +94,7 @@ async fn error_of(socket: &TcpStream) -> io::Error {
 }
 
 /// Completes when a client has reset its connection and none of its bytes are left to deliver.
-pub async fn left_nothing(client: &TcpStream) {
+pub async fn reset_without_data(client: &TcpStream) {
     let mut byte = [std::mem::MaybeUninit::uninit()];
     let waits = client.ready(Interest::ERROR).await.is_ok()
         && socket2::SockRef::from(client).peek(&mut byte).is_ok_and(|length| length > 0);

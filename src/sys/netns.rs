@@ -113,17 +113,17 @@ impl Netns {
     /// Makes a new namespace. The calling thread stays in it for good, so call this on a separate thread.
     pub fn fresh() -> io::Result<Self> {
         unshare(CloneFlags::CLONE_NEWNET)?;
-        Ok(Self::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?.kept())
+        Ok(Self::open(Path::new("/proc/thread-self/ns/net")).map_err(io::Error::other)?.without_path())
     }
 
     /// Takes over a descriptor that another process has opened, after checking that it is of a network namespace.
     /// `name` is for display.
     pub fn handed_over(descriptor: OwnedFd, name: &str) -> Result<Self, NetnsError> {
-        Ok(Self::of(File::from(descriptor), Path::new(name))?.kept())
+        Ok(Self::of(File::from(descriptor), Path::new(name))?.without_path())
     }
 
     /// The same handle, but not to be opened again by its path, which may lead elsewhere once a process has ended.
-    pub fn kept(mut self) -> Self {
+    pub fn without_path(mut self) -> Self {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.by_path = false;
         }

@@ -70,7 +70,7 @@ impl NetnsWatch {
     }
 
     /// Completes when something has changed. Changes since the last call are reported at once, together.
-    pub async fn seen(&self) -> NetnsChange {
+    pub async fn changed(&self) -> NetnsChange {
         loop {
             let seen = tokio::select! {
                 ready = self.tables.readable() => match ready {

@@ -68,7 +68,7 @@ async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
         if let Err(error) = from.socket.readable().await {
-            return from.breaks(error);
+            return from.record_error(error);
         }
         match pass_now(from.socket, to.socket) {
             Ok((0, _)) => break,
@@ -76,20 +76,20 @@ async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
                 if !rest.is_empty()
                     && let Err(error) = write_all(to.socket, &rest).await
                 {
-                    return to.breaks(error);
+                    return to.record_error(error);
                 }
                 count(length);
             }
             Err(PassError::From(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(PassError::From(error)) => return from.breaks(error),
-            Err(PassError::To(error)) => return to.breaks(error),
+            Err(PassError::From(error)) => return from.record_error(error),
+            Err(PassError::To(error)) => return to.record_error(error),
         }
     }
     if from.is_broken() {
         return;
     }
     match socket2::SockRef::from(to.socket).shutdown(Shutdown::Write) {
-        Err(error) if error.kind() != io::ErrorKind::NotConnected => to.breaks(error),
+        Err(error) if error.kind() != io::ErrorKind::NotConnected => to.record_error(error),
         _ => {}
     }
 }

@@ -138,7 +138,7 @@ fn choose(proc: &Path, pod: &Sought, Candidates { by_netns, mut refused }: Candi
     }
     let (all, own) = (refused.join("; "), list(&pod.ips));
     match (found.pop(), found.pop()) {
-        (Some((_, netns, path)), None) => Found::Namespace(netns.kept(), path),
+        (Some((_, netns, path)), None) => Found::Namespace(netns.without_path(), path),
         (Some((one, ..)), Some((other, ..))) => Found::Refused(format!(
             "two namespaces hold its address {own}, of the processes {other} and {one}: which is the pod's cannot be told; \
              restart the pod"
