@@ -19,7 +19,7 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Finding {
     pub(super) verdict: Verdict,
-    pub(super) what: &'static str,
+    pub(super) check: &'static str,
     pub(super) text: String,
 }
 
@@ -30,18 +30,18 @@ impl fmt::Display for Finding {
             Verdict::Note => "note",
             Verdict::Fail => "FAIL",
         };
-        write!(f, "{word}  {:<12}  {}", self.what, self.text)
+        write!(f, "{word}  {:<12}  {}", self.check, self.text)
     }
 }
 
-pub(super) fn ok(what: &'static str, text: impl Into<String>) -> Finding {
-    Finding { verdict: Verdict::Ok, what, text: text.into() }
+pub(super) fn ok(check: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Ok, check, text: text.into() }
 }
 
-pub(super) fn note(what: &'static str, text: impl Into<String>) -> Finding {
-    Finding { verdict: Verdict::Note, what, text: text.into() }
+pub(super) fn note(check: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Note, check, text: text.into() }
 }
 
-pub(super) fn fail(what: &'static str, text: impl Into<String>) -> Finding {
-    Finding { verdict: Verdict::Fail, what, text: text.into() }
+pub(super) fn fail(check: &'static str, text: impl Into<String>) -> Finding {
+    Finding { verdict: Verdict::Fail, check, text: text.into() }
 }

@@ -76,17 +76,17 @@ pub async fn run(config: &Config, from_daemon: Result<(), String>, mut say: impl
 }
 
 /// Runs one step within the deadline of a step.
-async fn step(what: &'static str, work: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
-    let late = || vec![fail(what, format!("the check did not end within {} s and was skipped", STEP.as_secs()))];
+async fn step(check: &'static str, work: impl Future<Output = Vec<Finding>>) -> Vec<Finding> {
+    let late = || vec![fail(check, format!("the check did not end within {} s and was skipped", STEP.as_secs()))];
     tokio::time::timeout(STEP, work).await.unwrap_or_else(|_| late())
 }
 
 /// Runs one step that blocks its thread.
-async fn blocking_step(what: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
-    step(what, async {
+async fn blocking_step(check: &'static str, work: impl FnOnce() -> Vec<Finding> + Send + 'static) -> Vec<Finding> {
+    step(check, async {
         thread::run_blocking(work)
             .await
-            .unwrap_or_else(|| vec![fail(what, "the check panicked; please report this as a bug")])
+            .unwrap_or_else(|| vec![fail(check, "the check panicked; please report this as a bug")])
     })
     .await
 }

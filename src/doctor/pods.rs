@@ -39,7 +39,7 @@ struct Pod {
 
 /// The result of a check, and the pods that took part in it.
 struct Attempt {
-    line: Finding,
+    finding: Finding,
     between: Vec<String>,
 }
 
@@ -82,7 +82,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
     let port = config.admin.admin_port;
     let tried = thread::run_blocking(move || {
         let tried = try_all(&found, mark, probes.as_deref());
-        let failed = tried.iter().any(|tried| tried.line.verdict == Verdict::Fail);
+        let failed = tried.iter().any(|tried| tried.finding.verdict == Verdict::Fail);
         let now = if failed { daemon::pods(port).ok() } else { None };
         tried.into_iter().map(|tried| unless_gone(tried, now.as_deref())).collect::<Vec<_>>()
     });
@@ -113,17 +113,17 @@ fn state(pod: &Value) -> &str {
 
 /// Turns a failure into a note if a pod that took part has ended in the meantime. `now`: the daemon's current list.
 fn unless_gone(tried: Attempt, now: Option<&[Value]>) -> Finding {
-    let Attempt { line, between } = tried;
+    let Attempt { finding, between } = tried;
     let is_there = |wanted: &String| {
         let Some(now) = now else { return true };
         now.iter().any(|pod| label(pod) == *wanted && state(pod) == "captured")
     };
     match between.iter().find(|wanted| !is_there(wanted)) {
-        Some(gone) if line.verdict == Verdict::Fail => {
-            let text = format!("{gone} ended or was released during the check: {}", line.text);
-            note(line.what, text)
+        Some(gone) if finding.verdict == Verdict::Fail => {
+            let text = format!("{gone} ended or was released during the check: {}", finding.text);
+            note(finding.check, text)
         }
-        _ => line,
+        _ => finding,
     }
 }
 
@@ -142,9 +142,9 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     for ((pod, started), probed) in pods.iter().zip(tunnels).zip(probes) {
         let between = [Some(&pod.label), started.from.as_ref()].into_iter().flatten().cloned().collect();
         let whence = started.from.clone().unwrap_or_else(|| "this node".to_owned());
-        tried.push(Attempt { line: tunnel(pod, started.result(), &whence), between });
+        tried.push(Attempt { finding: tunnel_finding(pod, started.result(), &whence), between });
         tried.extend(probed.map(|started| Attempt {
-            line: probe(pod, started.and_then(|probe| arrived(pod, &probe, end))),
+            finding: probe_finding(pod, started.and_then(|probe| arrived(pod, &probe, end))),
             between: vec![pod.label.clone()],
         }));
     }
@@ -251,7 +251,7 @@ impl Tunnel {
     }
 }
 
-fn tunnel(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
+fn tunnel_finding(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
     match reached {
         Ok(()) => ok("port 15008", format!("{} accepts tunnels from {whence}", pod.label)),
         Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
@@ -310,7 +310,7 @@ fn arrived(pod: &Pod, probe: &Probe, end: Instant) -> Result<IpAddr, String> {
 }
 
 /// The finding for kubelet probes: they must arrive from the address that the pod's rules do not redirect.
-fn probe(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
+fn probe_finding(pod: &Pod, arrived: Result<IpAddr, String>) -> Finding {
     let expected = [redirect::PROBE_V4, redirect::PROBE_V6].map(|ip| ip.parse::<IpAddr>().ok());
     match arrived {
         Ok(peer) if expected.contains(&Some(peer)) => ok("probe path", format!("{}: kubelet probes arrive", pod.label)),
@@ -339,9 +339,9 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
             *passed = passed.zip(now).map(|(earlier, now)| earlier && now);
         }
     }
-    let line = |(at, passed): (usize, Option<bool>)| {
+    let finding = |(at, passed): (usize, Option<bool>)| {
         let (pod, other, passed) = (pods.get(at)?, another(pods, at)?, passed?);
-        let line = match passed {
+        let finding = match passed {
             false => ok("probe spoof", format!("{}: {} cannot pose as the kubelet", pod.label, other.label)),
             true => fail(
                 "probe spoof",
@@ -355,9 +355,9 @@ fn spoofs(pods: &[Pod], mark: u32) -> Vec<Attempt> {
                 ),
             ),
         };
-        Some(Attempt { line, between: vec![pod.label.clone(), other.label.clone()] })
+        Some(Attempt { finding, between: vec![pod.label.clone(), other.label.clone()] })
     };
-    passed.into_iter().enumerate().filter_map(line).collect()
+    passed.into_iter().enumerate().filter_map(finding).collect()
 }
 
 /// The source address that kubelet probes have in a pod.
