@@ -4,7 +4,7 @@
 //!
 //! | layer | modules |
 //! |--:|---|
-//! | 0 | `mesh`, `proto`, `sys`, `task`, `telemetry` |
+//! | 0 | `mesh`, `ports`, `proto`, `sys`, `task`, `telemetry` |
 //! | 1 | `hbone`, `rpc` |
 //! | 2 | `dns`, `identity` |
 //! | 3 | `connection`, `control`, `admin` |
@@ -28,6 +28,7 @@ mod hbone;
 mod identity;
 mod mesh;
 mod node;
+mod ports;
 #[doc(hidden)]
 #[allow(
     clippy::allow_attributes_without_reason,

@@ -445,9 +445,9 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
         };
         assert_eq!(ports[0]["containerPort"], 15020);
     }
-    let admin = source("admin/mod.rs");
-    for constant in ["ADMIN_PORT: u16 = 15000", "STATS_PORT: u16 = 15020", "READY_PORT: u16 = 15021"] {
-        assert!(admin.contains(constant), "{constant}");
+    let ports = source("ports.rs");
+    for constant in ["ADMIN: u16 = 15000", "STATS: u16 = 15020", "READY: u16 = 15021"] {
+        assert!(ports.contains(constant), "{constant}");
     }
     // The defaults that the daemon and the chart both have.
     let defaults = source("config/kubernetes.rs");

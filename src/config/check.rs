@@ -8,7 +8,7 @@ use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
 use crate::node::Source;
 use crate::sys::socket::{Keepalive, LegOptions};
-use crate::{admin, connection, hbone, node, telemetry};
+use crate::{admin, connection, hbone, node, ports, telemetry};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -90,8 +90,8 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         trust_domain: trust_domain.clone(),
         drain_deadline,
         admin: admin::Config {
-            admin_port: proxy.proxy_admin_port.unwrap_or(admin::ADMIN_PORT),
-            stats_port: proxy.stats_port.unwrap_or(admin::STATS_PORT),
+            admin_port: proxy.proxy_admin_port.unwrap_or(ports::ADMIN),
+            stats_port: proxy.stats_port.unwrap_or(ports::STATS),
             ipv6,
         },
         connection: connection_config(&mut c, args, &proxy, machine, mark),

@@ -6,6 +6,7 @@ use super::check::{Checker, dns_ttl, integer};
 use super::{CaSource, MeshSource, OwnPod};
 use crate::control::xds;
 use crate::dns;
+use crate::ports;
 use crate::rpc::{self, Token, tls::Roots};
 use crate::task::files::from_yaml;
 use http::header::HeaderName;
@@ -225,9 +226,9 @@ pub(super) fn dns(
         own.or(of_proxy).filter(|value| !value.is_empty()).cloned()
     };
     let capture = args.dns_capture.clone().filter(|value| !value.is_empty()).or(said("DNS_CAPTURE"));
-    if let Some(address) = said("DNS_PROXY_ADDR").filter(|address| *address != format!("localhost:{}", dns::PORT)) {
+    if let Some(address) = said("DNS_PROXY_ADDR").filter(|address| *address != format!("localhost:{}", ports::DNS)) {
         c.faults
-            .push(format!("ISTIO_META_DNS_PROXY_ADDR: {address:?} is not supported: it is localhost:{}", dns::PORT));
+            .push(format!("ISTIO_META_DNS_PROXY_ADDR: {address:?} is not supported: it is localhost:{}", ports::DNS));
     }
     let domain = |text: &str| {
         let bare = text.trim_matches('.').to_ascii_lowercase();
@@ -279,7 +280,7 @@ struct Plane<'a> {
 fn rpc_config(c: &mut Checker, args: &NodeArgs, environment: &Environment, plane: &Plane<'_>) -> rpc::Config {
     let in_cluster = environment.variables.contains_key("KUBERNETES_SERVICE_HOST");
     let host = if in_cluster { "istiod.istio-system.svc" } else { "localhost" };
-    let default: Uri = format!("https://{host}:15012").parse().unwrap_or_default();
+    let default: Uri = format!("https://{host}:{}", ports::ISTIOD).parse().unwrap_or_default();
     let mut headers = Vec::new();
     for (name, value) in environment.below(plane.header_prefix) {
         match (HeaderName::try_from(name), HeaderValue::try_from(value)) {

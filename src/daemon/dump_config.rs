@@ -1,10 +1,9 @@
 //! Which version this is and what it is set to, as `/config_dump` shows it: by the reference's names where it has the setting.
 
-use crate::admin::READY_PORT;
 use crate::config::{CaSource, Config, MeshSource};
-use crate::connection::choose::{HBONE_PORT, own_ports};
-use crate::dns;
+use crate::connection::choose::own_ports;
 use crate::node::Source;
+use crate::ports;
 use serde_json::{Value, json};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -54,11 +53,11 @@ fn theirs(c: &Config) -> Value {
         "poolUnusedReleaseTimeout": duration(c.connection.pool.idle),
         "adminAddr": on(Ipv4Addr::LOCALHOST.into(), c.admin.admin_port),
         "statsAddr": on(any, c.admin.stats_port),
-        "readinessAddr": on(any, READY_PORT),
-        "inboundAddr": on(any, HBONE_PORT),
-        "inboundPlaintextAddr": on(any, 15006),
-        "outboundAddr": on(any, 15001),
-        "dnsProxyAddr": on(any, dns::PORT),
+        "readinessAddr": on(any, ports::READY),
+        "inboundAddr": on(any, ports::HBONE),
+        "inboundPlaintextAddr": on(any, ports::PLAINTEXT),
+        "outboundAddr": on(any, ports::OUTBOUND),
+        "dnsProxyAddr": on(any, ports::DNS),
         "illegalPorts": own_ports(c.dns.capture),
         "network": c.network,
         "localNode": c.node_name,

@@ -76,7 +76,7 @@ fn doctor_command(args: &NodeArgs) -> ExitCode {
 /// Where the daemon of this node is asked.
 fn admin_port(args: &NodeArgs) -> u16 {
     let own = check(args, &Environment::of_process(), machine());
-    own.map_or(crate::admin::ADMIN_PORT, |config| config.admin.admin_port)
+    own.map_or(crate::ports::ADMIN, |config| config.admin.admin_port)
 }
 
 /// Does something to this node that prints a line for each thing it finds; fails where it is not well.

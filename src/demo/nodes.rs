@@ -84,7 +84,7 @@ pub fn wait_until_captured(world: &mut World) -> anyhow::Result<Vec<String>> {
 
 /// Reads a page from a node's admin port.
 pub fn get(world: &World, node: u8, path: &str) -> anyhow::Result<Value> {
-    let address: SocketAddr = ([127, 0, 0, 1], crate::admin::ADMIN_PORT).into();
+    let address: SocketAddr = ([127, 0, 0, 1], crate::ports::ADMIN).into();
     let patience = Duration::from_secs(2);
     let mut stream =
         world.netns(&format!("node{node}"))?.enter(|| TcpStream::connect_timeout(&address, patience))??;

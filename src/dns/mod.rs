@@ -33,10 +33,6 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::runtime::Handle;
 
-/// Port on which a pod's DNS is taken, on the address that the question came from, or on a loopback address (source: the
-/// redirection of Istio ambient). Answers from another one would not be translated back.
-pub const PORT: u16 = 15053;
-
 /// Settings of DNS.
 #[derive(Clone, Debug)]
 pub struct Config {

@@ -3,7 +3,6 @@
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
-use super::PORT;
 use super::listeners::{Listeners, is_the_pod, on_the_link_of};
 use super::lookup::{self, Answer, Plan};
 use super::message::{self, Question, Request};
@@ -11,6 +10,7 @@ use super::metrics::{self, Counts, Outcome, RequestLabels};
 use super::resolver::{Resolver, Used};
 use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
 use crate::mesh::{Snapshot, Store, Workload};
+use crate::ports::DNS;
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram::{self, Client};
 use crate::sys::original_dst::original_dst;
@@ -130,7 +130,7 @@ impl Server {
         let made = UdpSocket::from_std(socket).map(Arc::new);
         let Ok(socket) = made.inspect_err(|error| self.broken(error)) else { return };
         let whom = |client: Client| {
-            let ours = SocketAddr::new(client.local, PORT);
+            let ours = SocketAddr::new(client.local, DNS);
             let asked = conntrack.as_ref()?.original_destination(client.address, ours).ok()??;
             Some(on_the_link_of(client.address, asked))
         };

@@ -16,7 +16,7 @@ use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group, thread};
-use crate::{identity, mesh};
+use crate::{identity, mesh, ports};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ use tokio::time::Instant;
 
 /// Listeners of a pod, and how a connection came to them.
 const LISTENERS: [(u16, Entrance); 3] =
-    [(15001, Entrance::Outbound), (15006, Entrance::Plaintext), (15008, Entrance::Tunnel)];
+    [(ports::OUTBOUND, Entrance::Outbound), (ports::PLAINTEXT, Entrance::Plaintext), (ports::HBONE, Entrance::Tunnel)];
 
 /// Addresses of a pod's interfaces, beside those of its workload, that count as its own.
 const ADDRESSES_MAX: usize = 1024;
@@ -174,7 +174,7 @@ impl Capturer {
         let bound = dns::Listeners::bind(&pod.netns, listening.ipv6, self.config.mark, self.config.reuse_port);
         let bound = bound
             .map_err(CaptureError::from)
-            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: dns::PORT, source }));
+            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: ports::DNS, source }));
         match bound {
             Ok(listeners) => {
                 pod.dns.store(true, Ordering::Relaxed);

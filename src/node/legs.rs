@@ -5,7 +5,7 @@ use super::marker;
 use super::redirect::{self, RedirectError};
 use super::routes::{MASK, RETURN_MARK};
 use crate::connection::dial::direct::LEG_BIT;
-use crate::dns::PORT as DNS;
+use crate::ports::{DNS, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::Netns;
 use crate::telemetry::limit::LogLimit;
 use std::sync::LazyLock;
@@ -78,7 +78,7 @@ fn legs(mark: u32) -> String {
 /// takes nothing in the pod's name that comes from outside.
 fn no_loop(mark: u32, dns: bool) -> String {
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
-    let mut rules = format!("    {ours} tcp dport {{ 15001, 15006 }} reject with tcp reset\n");
+    let mut rules = format!("    {ours} tcp dport {{ {OUTBOUND}, {PLAINTEXT} }} reject with tcp reset\n");
     if dns {
         rules += &format!("    {ours} tcp dport {DNS} reject with tcp reset\n    {ours} udp dport {DNS} reject\n");
         // Whoever asks us in the pod's name from outside: the kernel drops that for IPv4 alone. The interface that our socket is
@@ -96,7 +96,7 @@ fn same_ports() -> String {
     let first = "tcp flags & (fin | syn | rst | ack) == syn";
     let taken = |ports: &str| format!("iifname != lo tcp dport {ports} ct direction original ct status dnat");
     let mut rules = String::new();
-    for port in [15001, 15006] {
+    for port in [OUTBOUND, PLAINTEXT] {
         for (protocol, family) in [("ipv4", "ip"), ("ipv6", "ip6")] {
             let taken = taken(&port.to_string());
             // No connection comes from port 0, so that the listener is found and nothing else.
@@ -104,6 +104,6 @@ fn same_ports() -> String {
                 &format!("    meta nfproto {protocol} {taken} {first} tcp sport set 0 tproxy {family} to :{port}\n");
         }
     }
-    rules += &format!("    {} tcp sport set ct reply proto-dst\n", taken("{ 15001, 15006 }"));
+    rules += &format!("    {} tcp sport set ct reply proto-dst\n", taken(&format!("{{ {OUTBOUND}, {PLAINTEXT} }}")));
     chain("same_ports", "prerouting", -90, &rules)
 }

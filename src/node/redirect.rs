@@ -10,6 +10,7 @@ use super::marker;
 use super::nft;
 use super::routes::{self, MASK, RETURN_MARK};
 use crate::mesh::Text;
+use crate::ports::{DNS, HBONE, INBOUND_CHECK, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{iptables, nftables};
 use serde_json::Value;
@@ -67,8 +68,6 @@ impl Interface {
     }
 }
 
-/// Port on which DNS is taken.
-const DNS: u16 = crate::dns::PORT;
 /// Conntrack zone of our own DNS.
 const DNS_ZONE: u16 = 1;
 /// Source address of kubelet probes, which are not captured.
@@ -78,8 +77,6 @@ pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew, but where the chains are as well
 /// ([`Rules::ahead`]).
 pub const PROBED: &str = "probed";
-/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
-pub const INBOUND_PORT: u16 = 15091;
 /// Counts what begins a connection to the ports that are tried from outside: whether it has come as far as the pod.
 pub const ARRIVED: &str = "arrived";
 /// How long `nft` or the kernel may take.
@@ -374,9 +371,9 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         }
         if !bypass_inbound {
             for (family, outside) in families.clone() {
-                let taken = format!("{outside} tcp dport != 15008 {others}");
-                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:15006\n");
-                inbound += &format!("    {taken} redirect to :15006\n");
+                let taken = format!("{outside} tcp dport != {HBONE} {others}");
+                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:{PLAINTEXT}\n");
+                inbound += &format!("    {taken} redirect to :{PLAINTEXT}\n");
             }
         }
         if dns {
@@ -399,8 +396,8 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         }
         for (family, outside) in families {
             let taken = format!("meta l4proto tcp {outside} {others}");
-            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:15001\n");
-            outbound += &format!("    {taken} redirect to :15001\n");
+            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{OUTBOUND}\n");
+            outbound += &format!("    {taken} redirect to :{OUTBOUND}\n");
         }
     }
     // A set that is in use no longer goes with the rules that used it; made first, because only what is there can go.
@@ -425,7 +422,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
-         \x20   tcp dport {{ 15008, {INBOUND_PORT} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
+         \x20   tcp dport {{ {HBONE}, {INBOUND_CHECK} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
@@ -443,9 +440,9 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     for Interface(name) in interfaces {
         let taken = format!("iifname \"{name}\" meta l4proto tcp");
         for own in own.iter().flatten() {
-            rules += &format!("    {taken} dnat {own}:15001\n");
+            rules += &format!("    {taken} dnat {own}:{OUTBOUND}\n");
         }
-        rules += &format!("    {taken} redirect to :15001\n");
+        rules += &format!("    {taken} redirect to :{OUTBOUND}\n");
     }
     rules
 }

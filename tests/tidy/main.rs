@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 /// Layers, lower first; a module imports only from layers below its own.
 const LAYERS: [&[&str]; 8] = [
-    &["mesh", "proto", "sys", "task", "telemetry"],
+    &["mesh", "ports", "proto", "sys", "task", "telemetry"],
     &["hbone", "rpc"],
     &["dns", "identity"],
     &["connection", "control", "admin"],
@@ -317,7 +317,7 @@ fn the_manifest_sets_what_the_daemon_reads() {
         .filter(|name| !others.contains(*name) && !sources["config/args.rs"].contains(&format!("\"{name}\"")))
         .collect();
     assert!(unknown.is_empty(), "nobody reads {unknown:?}");
-    for (port, constant) in [("15020", "STATS_PORT: u16 = 15020"), ("15021", "READY_PORT: u16 = 15021")] {
-        assert!(manifest.contains(port) && sources["admin/mod.rs"].contains(constant), "{port}");
+    for (port, constant) in [("15020", "STATS: u16 = 15020"), ("15021", "READY: u16 = 15021")] {
+        assert!(manifest.contains(port) && sources["ports.rs"].contains(constant), "{port}");
     }
 }

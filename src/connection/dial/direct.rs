@@ -2,6 +2,7 @@
 
 use super::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
+use crate::ports::OWN_CONNECTIONS;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
@@ -25,10 +26,6 @@ pub struct SocketConfig {
 
 /// Bit of `SO_MARK`, beside the bits that say that a packet is ours, of connections that are opened in a client's name.
 pub const LEG_BIT: u32 = 0x1000;
-
-/// Ports that our connections come from where they are free: above those that Linux chooses from by itself, because a port
-/// that we hold is one that an application cannot listen on. (`net.ipv4.ip_local_port_range` ends at 60999.)
-const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
 
 /// Ports that are tried before the kernel chooses one.
 const TRIES: usize = 4;
@@ -138,7 +135,7 @@ impl Source {
             open.connect(&socket, to).map(|noted| (noted, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
-            match from(rand::random_range(PORTS)) {
+            match from(rand::random_range(OWN_CONNECTIONS)) {
                 Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}
                 started => return started,
             }

@@ -10,6 +10,7 @@ use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
 use crate::identity::verify::{clock, tls_reason};
+use crate::ports::HBONE;
 use crate::sys::netns::NetnsError;
 use std::io;
 use std::net::SocketAddr;
@@ -66,7 +67,7 @@ fn http2_reason(error: &TunnelError) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelDialError {
     /// TCP to the far end timed out.
-    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}")]
+    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port {HBONE}: {0}")]
     Blocked(SocketAddr),
     /// TCP failed.
     #[error("connection failed: {to}: {source}")]
