@@ -430,13 +430,14 @@ const OTHERS: [&str; 4] = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTE
 #[test]
 fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
     let source = |file: &str| fs::read_to_string(root().join("src").join(file)).unwrap();
-    let args = source("config/args.rs");
+    let files = fs::read_dir(root().join("src/config/settings")).unwrap();
+    let settings: String = files.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect();
     let readme = fs::read_to_string(root().join("README.md")).unwrap();
     for (values, _) in cases() {
         let all = documents(&render(&values).unwrap());
         let Some(set) = of_kind(&all, "DaemonSet") else { continue };
         for (name, _) in variables(set).iter().filter(|(name, _)| !OTHERS.contains(&name.as_str())) {
-            assert!(args.contains(&format!("\"{name}\"")), "nobody reads {name}");
+            assert!(settings.contains(&format!("\"{name}\"")), "nobody reads {name}");
             assert!(readme.contains(&format!("`{name}`")), "README.md does not name {name}");
         }
         let Some(ports) = container(set)["ports"].as_array() else {
@@ -450,7 +451,7 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
         assert!(ports.contains(constant), "{constant}");
     }
     // The defaults that the daemon and the chart both have.
-    let defaults = source("config/kubernetes.rs");
+    let defaults = settings;
     for (file, text) in [("values.yaml", "resourceName: ztunnel"), ("values.yaml", "- kube-system")] {
         assert!(fs::read_to_string(Path::new(&root()).join("daemonset/chart").join(file)).unwrap().contains(text));
         assert!(defaults.contains(text.rsplit([' ', ':']).next().unwrap()));

@@ -1,74 +1,61 @@
-//! Where this node's pods come from, and who is in where that is the Kubernetes API.
+//! Where this node's pods come from, and the settings of enrolment by labels.
 
-use super::args::NodeArgs;
-use super::check::Checker;
+use super::checker::Checker;
+use super::settings::pods::PodsWord;
+use super::settings::{mesh, node, pods};
 use crate::node::Source;
 use crate::node::cni::install;
 use crate::node::kubernetes;
-use crate::node::kubernetes::select::{Enablement, default_selectors, read_selectors};
+use crate::node::kubernetes::select::{Enablement, default_selectors};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// Where Istio's agent listens.
-const AGENT_SOCKET: &str = "/var/run/ztunnel/ztunnel.sock";
-
-/// Where the CNI plugin finds the daemon.
-const CNI_SOCKET: &str = "/var/run/culvert/cni.sock";
-
-/// Words of `CULVERT_PODS`.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Word {
-    Kubernetes,
-    Agent,
-    File,
-}
+/// Namespace of the daemon where none is set.
+const OWN_NAMESPACE: &str = "istio-system";
 
 /// Reads where pods come from.
-pub(super) fn pods_source(c: &mut Checker, args: &NodeArgs, proc: &Path) -> Source {
-    let text = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
-    let file = text(&args.pods_file).map(PathBuf::from);
-    let default = if file.is_some() { Word::File } else { Word::Agent };
-    let word = c.read("CULVERT_PODS", args.pods.as_ref(), default, |text| match text {
-        "kubernetes" => Ok(Word::Kubernetes),
-        "agent" => Ok(Word::Agent),
-        "file" => Ok(Word::File),
-        _ => Err("kubernetes, agent or file".into()),
-    });
-    if word != Word::File && file.is_some() {
-        c.faults.push(
-            "CULVERT_PODS_FILE (--pods-file): is set, and CULVERT_PODS says that pods come from elsewhere".into(),
-        );
+pub(super) fn pods_source(c: &mut Checker<'_>, proc: &Path) -> Source {
+    let file = c.path(&pods::PODS_FILE);
+    let default = if file.is_some() { PodsWord::File } else { PodsWord::Agent };
+    let word = c.read_or(&pods::PODS, default);
+    if word != PodsWord::File && file.is_some() {
+        c.fault(&pods::PODS_FILE.about, "is set, but CULVERT_PODS names another source of pods");
     }
     match (word, file) {
-        (Word::File, Some(path)) => Source::File(path),
-        (Word::File, None) => {
-            c.faults.push("CULVERT_PODS_FILE (--pods-file): is not set, and CULVERT_PODS is file".into());
+        (PodsWord::File, Some(path)) => Source::File(path),
+        (PodsWord::File, None) => {
+            c.fault(&pods::PODS_FILE.about, "is not set, but CULVERT_PODS is file");
             Source::File(PathBuf::new())
         }
-        (Word::Agent, _) => Source::Agent(text(&args.agent_socket).map_or_else(|| AGENT_SOCKET.into(), PathBuf::from)),
-        (Word::Kubernetes, _) => Source::Kubernetes(Box::new(enrolment(c, args, proc))),
+        (PodsWord::Agent, _) => Source::Agent(c.path(&pods::AGENT_SOCKET).unwrap_or_default()),
+        (PodsWord::Kubernetes, _) => Source::Kubernetes(Box::new(enrolment(c, proc))),
     }
 }
 
-fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Config {
-    let text = |value: &Option<String>| value.clone().filter(|text| !text.is_empty());
-    let node_name = text(&args.node_name).unwrap_or_default();
+/// The file beside the state file that keeps the enrolled pods.
+pub(super) fn pods_state_file(state_file: &Path) -> PathBuf {
+    let mut name = state_file.as_os_str().to_owned();
+    name.push(".pods");
+    name.into()
+}
+
+fn enrolment(c: &mut Checker<'_>, proc: &Path) -> kubernetes::Config {
+    let node_name = c.text(&node::NODE_NAME).unwrap_or_default().to_owned();
     if node_name.is_empty() {
-        c.faults.push("NODE_NAME (--node-name): is not set; it says whose pods are this node's".into());
+        c.fault(&node::NODE_NAME.about, "is not set; it says which pods belong to this node");
     }
-    let selectors = c.read("AMBIENT_ENABLEMENT_SELECTOR", args.selectors.as_ref(), default_selectors(), |text| {
-        read_selectors(text).map_err(|error| format!("a list of selectors: {error}"))
-    });
-    let excluded = args.exclude_namespaces.clone().unwrap_or_else(|| "kube-system".into());
+    let selectors = c.read_or(&pods::SELECTORS, default_selectors());
+    // Set to nothing, it excludes nothing.
+    let excluded = c.given(&pods::EXCLUDE_NAMESPACES).or_else(|| c.text(&pods::EXCLUDE_NAMESPACES)).unwrap_or_default();
     let excluded: BTreeSet<String> =
         excluded.split(',').map(|name| name.trim().to_owned()).filter(|name| !name.is_empty()).collect();
-    let own_namespace = text(&args.pod_namespace).unwrap_or_else(|| "istio-system".into());
-    let daemonset = text(&args.daemonset).unwrap_or_else(|| "ztunnel".into());
-    let cni_socket = text(&args.cni_socket).map_or_else(|| CNI_SOCKET.into(), PathBuf::from);
-    let cni = match (text(&args.cni_bin_dir), text(&args.cni_conf_dir)) {
+    let own_namespace = c.text(&node::POD_NAMESPACE).unwrap_or(OWN_NAMESPACE).to_owned();
+    let daemonset = c.text(&pods::DAEMONSET).unwrap_or_default().to_owned();
+    let cni_socket = c.path(&pods::CNI_SOCKET).unwrap_or_default();
+    let cni = match (c.path(&pods::CNI_BIN_DIR), c.path(&pods::CNI_CONF_DIR)) {
         (Some(bin_dir), Some(conf_dir)) => Some(install::Config {
-            bin_dir: bin_dir.into(),
-            conf_dir: conf_dir.into(),
+            bin_dir,
+            conf_dir,
             socket: cni_socket.clone(),
             excluded: excluded.iter().cloned().collect(),
             own_namespace: own_namespace.clone(),
@@ -77,9 +64,8 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
         }),
         (None, None) => None,
         _ => {
-            c.faults.push(
-                "CULVERT_CNI_BIN_DIR (--cni-bin-dir), CULVERT_CNI_CONF_DIR (--cni-conf-dir): one is set and the other is not".into(),
-            );
+            let names = [pods::CNI_BIN_DIR.about.names(), pods::CNI_CONF_DIR.about.names()];
+            c.faults.push(format!("{}: one is set and the other is not", names.join(", ")));
             None
         }
     };
@@ -90,39 +76,39 @@ fn enrolment(c: &mut Checker, args: &NodeArgs, proc: &Path) -> kubernetes::Confi
         daemonset,
         enablement: Enablement { selectors, excluded, own_namespace },
         proc: proc.to_owned(),
-        kubeconfig: text(&args.kubeconfig).map(PathBuf::from),
-        // Beside the last known mesh: both are for a start without those who tell.
-        memory: text(&args.state_file).map(|file| super::pods_file(&file)),
+        kubeconfig: c.path(&pods::KUBECONFIG),
+        memory: c.path(&mesh::STATE_FILE).map(|file| pods_state_file(&file)),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::args::NodeArgs;
     use super::super::check::{Machine, check};
-    use super::*;
-    use crate::config::istio::Environment;
+    use super::super::environment::Environment;
 
     #[test]
     fn what_is_missing_or_contradicts_is_named() {
-        let word = |text: &str| Some(text.to_owned());
-        let base = || NodeArgs { mesh_file: word("/m"), ca_dir: word("/c"), ..NodeArgs::default() };
+        let base = [("LOCAL_XDS_PATH", "/m"), ("CULVERT_CA_DIR", "/c")];
         let machine = Machine { cpus: 2, open_files: 1024 };
-        let faults =
-            |args: &NodeArgs| check(args, &Environment::default(), machine).map(drop).map_err(|f| f.to_string());
-        let kubernetes = || NodeArgs { pods: word("kubernetes"), node_name: word("n"), ..base() };
-        assert_eq!(faults(&kubernetes()), Ok(()));
+        let faults = |more: &[(&str, &str)]| {
+            let args = NodeArgs::from(&[&base[..], more].concat()[..]);
+            check(&args, &Environment::default(), machine).map(drop).map_err(|f| f.to_string())
+        };
+        let kubernetes = [("CULVERT_PODS", "kubernetes"), ("NODE_NAME", "n")];
+        assert_eq!(faults(&kubernetes), Ok(()));
         for (args, expected) in [
-            (NodeArgs { pods: word("label"), ..base() }, "CULVERT_PODS (--pods): \"label\""),
-            (NodeArgs { pods: word("file"), ..base() }, "CULVERT_PODS_FILE (--pods-file): is not set"),
-            (NodeArgs { pods_file: word("/p"), ..kubernetes() }, "CULVERT_PODS_FILE (--pods-file): is set"),
-            (NodeArgs { node_name: None, ..kubernetes() }, "NODE_NAME (--node-name)"),
+            (&[("CULVERT_PODS", "label")][..], "CULVERT_PODS (--pods): \"label\""),
+            (&[("CULVERT_PODS", "file")], "CULVERT_PODS_FILE (--pods-file): is not set"),
+            (&[kubernetes[0], kubernetes[1], ("CULVERT_PODS_FILE", "/p")], "CULVERT_PODS_FILE (--pods-file): is set"),
+            (&kubernetes[..1], "NODE_NAME (--node-name)"),
             (
-                NodeArgs { selectors: word("[{a: b}]"), ..kubernetes() },
+                &[kubernetes[0], kubernetes[1], ("AMBIENT_ENABLEMENT_SELECTOR", "[{a: b}]")],
                 "AMBIENT_ENABLEMENT_SELECTOR (--enablement-selectors)",
             ),
         ] {
-            let said = faults(&args).unwrap_err();
-            assert!(said.starts_with(expected), "{expected}: {said}");
+            let text = faults(args).unwrap_err();
+            assert!(text.starts_with(expected), "{expected}: {text}");
         }
     }
 }

@@ -1,13 +1,20 @@
-//! Settings: words as the user wrote them ([`args`]), then checked values with every fault named ([`check`]).
+//! Settings, from text to checked values: the tables of settings ([`settings`]), the command line ([`args`]), and the checker ([`check`]),
+//! which names every fault at once.
 //!
-//! The only place that reads the environment. Each module below declares its own plain `Config`; this is their sum.
+//! The only module that reads the environment. Each module below declares its own plain `Config`; this is their sum.
 
 pub mod args;
 pub mod check;
+mod checker;
 mod duration;
-pub mod istio;
+pub mod environment;
+mod istio;
+pub mod kind;
 mod kubernetes;
+mod parse;
 pub mod plugin;
+pub mod setting;
+pub mod settings;
 
 use crate::control::xds;
 use crate::{admin, connection, dns, node, rpc, telemetry};
@@ -18,15 +25,15 @@ use std::time::Duration;
 /// Everything `culvert node` is set to.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where facts about the mesh come from.
+    /// Where mesh facts come from.
     pub mesh: MeshSource,
     /// Where certificates come from.
     pub ca: CaSource,
-    /// Life of certificates.
+    /// Life of the certificates that are requested.
     pub secret_ttl: Duration,
-    /// File of revoked certificates.
+    /// File of CRLs.
     pub crl: Option<PathBuf>,
-    /// Whether only post-quantum key exchange is used.
+    /// Whether TLS offers and accepts post-quantum key exchange only.
     pub only_post_quantum: bool,
     /// Name of this node.
     pub node_name: String,
@@ -34,41 +41,40 @@ pub struct Config {
     pub network: String,
     /// Trust domain of the daemon's own pod.
     pub trust_domain: String,
-    /// The daemon's own pod, where it is one.
+    /// The daemon's own pod, where it runs in one.
     pub own_pod: Option<OwnPod>,
-    /// Trust domains accepted beside each identity's own.
+    /// Trust domains that are accepted beside each identity's own.
     pub trust_domain_aliases: Vec<String>,
-    /// How long connections may take to finish when the process ends.
+    /// How long open connections may take to end when the process ends.
     pub drain_deadline: Duration,
-    /// HTTP ports.
+    /// Admin, metrics and readiness ports.
     pub admin: admin::Config,
     /// Data plane.
     pub connection: connection::Config,
-    /// DNS of pods.
+    /// Pods' DNS.
     pub dns: dns::Config,
-    /// Pods.
+    /// Capture of the node's pods.
     pub node: node::Config,
-    /// Log.
+    /// The log.
     pub log: telemetry::log::Config,
-    /// What was set, by variable, without what may be secret: `culvert doctor` looks at the node by the same.
+    /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come from a file.
+    pub state_files: Vec<PathBuf>,
+    /// The settings that were given, by variable, without secrets. `culvert doctor` reads them from the daemon, to check the node by the
+    /// same settings.
     pub settings: BTreeMap<String, String>,
 }
 
-/// Beside the state file `file`: the pods that were enrolled.
-pub fn pods_file(file: &str) -> PathBuf {
-    format!("{file}.pods").into()
-}
-
 impl Config {
-    /// Files that outlive a daemon.
-    pub fn state_files(&self) -> Vec<PathBuf> {
-        // Also where facts come from a file.
-        let state = self.settings.get("CULVERT_STATE_FILE").filter(|path| !path.is_empty());
-        state.into_iter().flat_map(|file| [PathBuf::from(file), pods_file(file)]).collect()
+    /// Settings of the control plane, where facts come from one.
+    pub fn xds(&self) -> Option<&xds::Config> {
+        match &self.mesh {
+            MeshSource::Xds(xds) => Some(xds),
+            MeshSource::File(_) => None,
+        }
     }
 }
 
-/// Where facts about the mesh come from.
+/// Where mesh facts come from.
 #[derive(Clone, Debug)]
 pub enum MeshSource {
     /// A file.
@@ -86,7 +92,7 @@ pub enum CaSource {
     Istio(Box<rpc::Config>),
 }
 
-/// The daemon's own pod: its metrics can be read through a tunnel.
+/// The daemon's own pod, whose metrics can be read through a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnPod {
     /// Its name.
@@ -97,7 +103,7 @@ pub struct OwnPod {
     pub service_account: String,
 }
 
-/// Faults of a configuration, all of them.
+/// Every fault of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Faults(pub Vec<String>);
 

@@ -4,8 +4,8 @@
 //! Ending: no new connections, GOAWAY to peers, wait for what is open until the deadline, cut the rest and say how much.
 
 use super::signals::Signals;
-use super::{dump, pods, profile};
-use crate::admin::{Pages, Ports, Query, Rendered};
+use super::{dump, pods, profile, version};
+use crate::admin::{Pages, Ports, Rendered};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
 use crate::connection::budget::Budget;
@@ -134,7 +134,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     own_pod(&parts.config, &capturer, &ready, &background)?;
     let last =
         pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
-    tracing::info!(workers = parts.config.connection.workers, "{} is running", super::version());
+    tracing::info!(workers = parts.config.connection.workers, "{} is running", version::text());
 
     tokio::select! {
         name = signals.next() => tracing::info!(signal = name, "ending"),
@@ -156,7 +156,7 @@ fn forget(config: &Config, capturer: &Capturer) {
     {
         return tracing::info!("another daemon of this node has begun: what it uses stays");
     }
-    let mut outcomes: Vec<_> = config.state_files().iter().map(|file| node::remains::remove_file(file)).collect();
+    let mut outcomes: Vec<_> = config.state_files.iter().map(|file| node::remains::remove_file(file)).collect();
     if let node::Source::Kubernetes(kubernetes) = &config.node.source {
         outcomes.extend(kubernetes.remove_meeting_places(&config.node.whose()));
     }
@@ -366,16 +366,21 @@ fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Regi
 
 /// `level=<directives>` adds, `reset` goes back to the start's filter first, nothing shows (the reference's page);
 /// `dns=<namespace>/<pod>` logs the DNS requests of that pod, several where it is said several times, until a reset.
-fn logging(log: &LogControl, dns: &Dns, query: &Query) -> Result<String, String> {
-    let is_reset = |name: &str| name == "reset";
-    if query.iter().any(|(name, _)| is_reset(name)) {
+fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
+    let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
+    let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
+    if parts().any(is_reset) {
         log.reset().map_err(|error| format!("{error}\n"))?;
         dns.log_only(Vec::new());
     }
-    for (name, value) in query.iter().filter(|(name, _)| !is_reset(name)) {
-        match (name.as_str(), value.as_str()) {
-            ("level", directives) if !directives.is_empty() => log.add(directives),
-            ("dns", pod) if pod.split('/').count() == 2 => {
+    for part in parts().filter(|part| !is_reset(part)) {
+        match part.split_once('=') {
+            Some(("level", directives)) => {
+                let directives =
+                    directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
+                log.add(&directives)
+            }
+            Some(("dns", pod)) if pod.split('/').count() == 2 => {
                 let mut pods = dns.logged();
                 pods.push(pod.to_owned());
                 dns.log_only(pods);
@@ -383,7 +388,7 @@ fn logging(log: &LogControl, dns: &Dns, query: &Query) -> Result<String, String>
             }
             _ => {
                 let instead = "use level=debug, level=access=debug, dns=NAMESPACE/POD, or reset";
-                return Err(format!("{name:?} with the value {value:?} is not understood: {instead}\n"));
+                return Err(format!("{part:?} is not understood: {instead}\n"));
             }
         }
         .map_err(|error| format!("{error}\n"))?;

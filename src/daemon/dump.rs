@@ -1,7 +1,7 @@
 //! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
 
 use super::assemble::Parts;
-use super::dump_config;
+use super::{dump_config, version};
 use crate::config::MeshSource;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
@@ -38,7 +38,7 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "revocationListError": parts.revocations.error(),
         "certificates": certificates(parts),
         "workloadState": state,
-        "version": dump_config::version(&parts.config),
+        "version": version::shown(&parts.config),
         "config": dump_config::config(&parts.config),
     })
 }

@@ -7,11 +7,15 @@ mod plugin;
 mod pods;
 mod profile;
 mod signals;
+mod version;
 
 use crate::config::args::{CaCommand, Cli, Command, NodeArgs};
 use crate::config::check::{Machine, check};
-use crate::config::istio::Environment;
+use crate::config::environment::Environment;
+use crate::config::kind::File;
 use crate::config::plugin::Call;
+use crate::config::setting::Setting;
+use crate::config::settings;
 use crate::config::{CaSource, Config, Faults, MeshSource};
 use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
@@ -56,7 +60,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Some(call) => plugin::run(&call),
             None => fail(EXIT_CONFIG, "CNI_COMMAND is not set: container runtimes run this, see the CNI specification"),
         },
-        Command::Version => say(&version()),
+        Command::Version => say(&version::text()),
     }
 }
 
@@ -113,11 +117,6 @@ pub fn run_as_plugin() -> Option<ExitCode> {
     if is_plugin { Some(run(Cli { command: Command::Cni })) } else { None }
 }
 
-/// Name and version.
-pub fn version() -> String {
-    format!("culvert {}", env!("CARGO_PKG_VERSION"))
-}
-
 fn machine() -> Machine {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     Machine { cpus, open_files: sys::limits::raise_open_files() }
@@ -127,14 +126,14 @@ fn machine() -> Machine {
 fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     let config = check(args, &Environment::of_process(), machine());
     let mut faults = config.as_ref().err().map_or_else(Vec::new, |faults| faults.0.clone());
-    let path = |value: &Option<String>| value.as_deref().filter(|text| !text.is_empty()).map(PathBuf::from);
-    if let Some(Err(error)) = path(&args.mesh_file).map(|path| control::file::read(&path)) {
+    let path = |setting: &Setting<File>| args.get(&setting.about).filter(|text| !text.is_empty()).map(PathBuf::from);
+    if let Some(Err(error)) = path(&settings::mesh::MESH_FILE).map(|path| control::file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(Err(error)) = path(&args.pods_file).map(|path| node::file::read(&path)) {
+    if let Some(Err(error)) = path(&settings::pods::PODS_FILE).map(|path| node::file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(dir) = path(&args.ca_dir)
+    if let Some(dir) = path(&settings::certificates::CA_DIR)
         && let Err(error) = Builtin::new(&dir, Duration::from_secs(3600)).check()
     {
         faults.push(format!("{error}; `culvert ca init {}` makes a CA", dir.display()));

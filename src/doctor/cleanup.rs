@@ -74,7 +74,7 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
             kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
             annotations = remove_annotations(kubernetes).await.err();
         }
-        config.state_files().iter().map(|file| remains::remove_file(file)).for_each(&mut done);
+        config.state_files.iter().map(|file| remains::remove_file(file)).for_each(&mut done);
     }
     if rules.others > 0 {
         say(&format!(

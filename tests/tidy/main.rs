@@ -271,13 +271,11 @@ fn the_readme_names_every_setting_and_every_metric() {
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
     let sources = sources();
     let mut names = Vec::new();
-    for line in sources["config/args.rs"].lines() {
-        let words: Vec<&str> = line.split('"').collect();
-        if let [_, flag, _, variable, end] = words.as_slice()
-            && end.trim() == ";"
-        {
-            names.push(format!("`--{flag}`"));
-            names.push(format!("`{variable}`"));
+    for (_, text) in sources.iter().filter(|(file, _)| file.starts_with("config/settings/")) {
+        for setting in text.split("Setting::new(").skip(1) {
+            let words: Vec<&str> = setting.split('"').collect();
+            names.push(format!("`--{}`", words[1]));
+            names.push(format!("`{}`", words[3]));
         }
     }
     assert!(names.len() > 40, "the settings were found");
@@ -312,10 +310,11 @@ fn the_manifest_sets_what_the_daemon_reads() {
     assert!(variables.len() > 10, "the variables were found");
     // The runtime's, one that only the reference reads, and one of the prefixes.
     let others = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTER_ID"];
-    let unknown: Vec<&&str> = variables
-        .iter()
-        .filter(|name| !others.contains(*name) && !sources["config/args.rs"].contains(&format!("\"{name}\"")))
-        .collect();
+    let is_setting = |name: &str| {
+        let quoted = format!("\"{name}\"");
+        sources.iter().any(|(file, text)| file.starts_with("config/settings/") && text.contains(&quoted))
+    };
+    let unknown: Vec<&&str> = variables.iter().filter(|name| !others.contains(*name) && !is_setting(name)).collect();
     assert!(unknown.is_empty(), "nobody reads {unknown:?}");
     for (port, constant) in [("15020", "STATS: u16 = 15020"), ("15021", "READY: u16 = 15021")] {
         assert!(manifest.contains(port) && sources["ports.rs"].contains(constant), "{port}");

@@ -1,0 +1,46 @@
+//! All settings, in groups. Each stands here once: the command line, the checker, `docs/settings.md` and `/config_dump` read these tables.
+
+/// Makes a static item of each setting, and the list of them.
+macro_rules! settings {
+    ($($name:ident: $kind:ty = $setting:expr;)+) => {
+        $(pub static $name: Setting<$kind> = $setting;)+
+
+        /// The settings of this group, in the order in which they are shown.
+        pub static ALL: &[&dyn Described] = &[$(&$name),+];
+    };
+}
+
+pub mod certificates;
+pub mod connections;
+pub mod dns;
+pub mod mesh;
+pub mod node;
+pub mod pods;
+pub mod process;
+
+use super::setting::{About, Described};
+
+/// A group of settings.
+#[derive(Clone, Copy)]
+pub struct Group {
+    /// Its title.
+    pub title: &'static str,
+    /// Its settings.
+    pub settings: &'static [&'static dyn Described],
+}
+
+/// All settings.
+pub static GROUPS: [Group; 7] = [
+    Group { title: "Mesh facts", settings: mesh::ALL },
+    Group { title: "Certificates", settings: certificates::ALL },
+    Group { title: "Pods of the node", settings: pods::ALL },
+    Group { title: "The node and the daemon's own pod", settings: node::ALL },
+    Group { title: "DNS", settings: dns::ALL },
+    Group { title: "Connections and tunnels", settings: connections::ALL },
+    Group { title: "Ending and logging", settings: process::ALL },
+];
+
+/// All settings, one by one.
+pub fn all() -> impl Iterator<Item = &'static About> {
+    GROUPS.iter().flat_map(|group| group.settings).map(|setting| setting.about())
+}
