@@ -52,7 +52,7 @@ pub(super) fn proxy_config(c: &mut Checker<'_>, environment: &Environment) -> Pr
         })
     };
     let of_mesh = read(MESH_CONFIG, mesh_text, |text| from_yaml::<MeshConfig>(text).map(|mesh| mesh.default_config));
-    let own = read(&mesh::PROXY_CONFIG.about.names(), own_text, |text| from_yaml(text));
+    let own = read(&mesh::PROXY_CONFIG.about.names(), own_text, from_yaml);
     c.faults.extend(unreadable);
     ProxyConfig {
         discovery_address: own.discovery_address.or(of_mesh.discovery_address),

@@ -1,50 +1,48 @@
-//! `culvert node`: puts the parts together, runs them, and ends them in order.
+//! `culvert node`: assembles the parts, runs them, and ends them in order.
 //!
-//! Threads: this one runs control (files, certificates, pods, admin) on a runtime of its own; each worker has another.
-//! Ending: no new connections, GOAWAY to peers, wait for what is open until the deadline, cut the rest and say how much.
+//! The calling thread runs control (files, certificates, pods, the Kubernetes API, signals) on a single-threaded runtime. Workers, enforcement,
+//! DNS, the admin ports and the control plane's client have threads of their own.
+//!
+//! Ending: no new connections, GOAWAY to peers, open connections have until the deadline to end, the rest is cut, and the log says how many.
 
+use super::metrics::{Metrics, Read, Readings};
+use super::pages::pages;
+use super::parts::Parts;
 use super::signals::Signals;
-use super::{dump, pods, profile, version};
-use crate::admin::{Pages, Ports, Rendered};
+use super::{pods, version};
+use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Registry as Permits;
 use crate::connection::budget::Budget;
-use crate::connection::report::Reporter;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
-use crate::dns::{self, Dns};
+use crate::dns::Dns;
 use crate::hbone::Buffers;
 use crate::identity::istio_ca::IstioCa;
-use crate::identity::revoked::Revocations;
+use crate::identity::revoked::{self, Revocations};
 use crate::identity::{Authority, Builtin, Store as Identities};
 use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
-use crate::node::status::Board;
 use crate::sys::netns::Netns;
 use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl, brief};
-use crate::{admin, control, identity, node, rpc, sys, telemetry};
+use crate::{admin, control, node, rpc, sys};
 use anyhow::Context;
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::metrics::counter::ConstCounter;
-use prometheus_client::metrics::gauge::ConstGauge;
-use prometheus_client::registry::Registry;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// What readiness and whoever needs facts wait for.
+/// What readiness, and every task that needs mesh facts, waits for.
 const FACTS: &str = "mesh facts";
 
-/// What peers may make this node hold where its memory has no limit, and at most.
+/// Limit on the bytes that peers may make this node hold where its memory has no limit; and the most that the limit can be.
 const BUFFER_BYTES: usize = 1 << 30;
 
-/// How long whoever has something left to do when the process ends may take, after the time that connections have.
-const LAST_WORDS: Duration = Duration::from_secs(4);
+/// How long tasks that have work to do when the process ends may take, after the time that connections have.
+const FINAL_TASKS: Duration = Duration::from_secs(4);
 
 /// Runs the daemon until it is told to end.
 pub fn node(config: Config) -> anyhow::Result<()> {
@@ -56,37 +54,21 @@ pub fn node(config: Config) -> anyhow::Result<()> {
     result
 }
 
-/// The parts that pages and metrics look into.
-pub(super) struct Parts {
-    pub(super) config: Config,
-    pub(super) mesh: Arc<Mesh>,
-    pub(super) freshness: Arc<Freshness>,
-    pub(super) identities: Arc<Identities>,
-    pub(super) revocations: Arc<Revocations>,
-    pub(super) reporter: Arc<Reporter>,
-    pub(super) board: Arc<Board>,
-    pub(super) dns: Arc<Dns>,
-    /// Metrics of the revocation list, where there is one.
-    crl: Option<Arc<identity::revoked::Metrics>>,
-}
-
 async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
-    let mut signals = Signals::new().context("cannot take over signals")?;
+    let mut signals = Signals::new().context("cannot install signal handlers")?;
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
     let pods_pending = ready.wait_for("pods");
-    let mut registry = Registry::default();
+    let metrics = Metrics::new(config.node.host_netns.clone(), config.node.ipv6);
     if config.only_post_quantum {
         rpc::tls::only_post_quantum();
     }
 
-    let facts = Facts::start(&config, &ready, &background, &mut registry)?;
+    let facts = Facts::start(&config, &ready, &background, &metrics)?;
     let mesh = facts.mesh.clone();
     let revocations = Arc::<Revocations>::default();
-    let identities = certificates(&config, &revocations, &background, &mut registry);
-    let crl = config.crl.as_ref().map(|_| revocation_metrics(&mut registry));
+    let identities = certificates(&config, &revocations, &background, &metrics);
 
-    let (reporter, permits) = (Arc::new(Reporter::default()), Arc::new(Permits::default()));
-    reporter.metrics.register(&mut registry);
+    let (reporter, permits) = (metrics.reporter.clone(), Arc::new(Permits::default()));
     let buffers = Buffers::new(buffer_bytes());
     let shared = Arc::new(Shared {
         config: config.connection,
@@ -99,62 +81,60 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         handshakes: Shared::handshakes(buffers.limit() / 2),
     });
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
-
-    let dns = names(&config, &mesh, &mut registry)?;
-    let board = Arc::new(Board::default());
-    board.register(&mut registry);
-    let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
-    telemetry::process::register(&mut registry, sys::limits::open_files, sys::limits::raise_open_files(), build);
-    registry.register_collector(Box::new(Gauges {
-        workers: workers.clone(),
-        log: log.clone(),
-        identities: identities.clone(),
-        freshness: facts.freshness.clone(),
-        buffers: shared.buffers.clone(),
-    }));
-    let for_pods = pods::Metrics::register(&config, &mut registry);
+    let dns = Dns::start(config.dns.clone(), metrics.dns.clone(), mesh.clone());
+    let dns = Arc::new(dns.context("cannot start the DNS thread")?);
 
     let quit = Arc::new(Notify::new());
+    let board = metrics.board.clone();
     let parts = Arc::new(Parts {
         config,
         mesh: mesh.clone(),
         freshness: facts.freshness.clone(),
-        identities: identities.clone(),
+        identities,
         revocations,
         reporter,
         board: board.clone(),
         dns: dns.clone(),
-        crl,
     });
-    let _admin = open_ports(pages(&parts, log, &quit, registry, ready.clone()), ports_config(&parts.config)).await?;
-    let _enforcing = enforce(&parts, permits).context("cannot start the thread that enforces")?;
+    let registry = metrics.register(&parts.config, readings(&parts, &workers, &buffers, &log));
+    let pages = pages(&parts, log, &quit, registry, ready.clone());
+    let _admin = open_ports(pages, ports_config(&parts.config)).await?;
+    let _enforcing = enforce(&parts, permits, metrics.crl.clone()).context("cannot start the enforcement thread")?;
     let budget = shared.budget.clone();
     background.spawn(async move { budget.watch().await });
     let capturer = capturer(&parts, &workers, &drain, &background);
     own_pod(&parts.config, &capturer, &ready, &background)?;
-    let last =
-        pods::follow((&parts.config, &capturer, &board), for_pods, pods_pending, (&ready, FACTS), &background).await?;
+    let enrolment = pods::Enrolment {
+        config: &parts.config,
+        capturer: &capturer,
+        board: &board,
+        ready: &ready,
+        facts: FACTS,
+        background: &background,
+    };
+    let last = enrolment.follow(metrics, pods_pending).await?;
     tracing::info!(workers = parts.config.connection.workers, "{} is running", version::text());
 
     tokio::select! {
         name = signals.next() => tracing::info!(signal = name, "ending"),
-        () = quit.notified() => tracing::info!("ending: asked to by /quitquitquit"),
+        () = quit.notified() => tracing::info!("ending: requested by /quitquitquit"),
     }
     let _ending = ready.wait_for("ending");
-    end(&parts, &drain, &workers, (&last.tasks, &background), &mut signals).await;
+    let ending = Ending { parts: &parts, drain: &drain, workers: &workers, last: &last.tasks, background: &background };
+    ending.run(&mut signals).await;
     facts.stop();
     if last.own_set.nothing_stays() {
-        forget(&parts.config, &capturer);
+        remove_leftovers(&parts.config, &capturer);
     }
     Ok(())
 }
 
 /// Removes what is left on the node when nothing uses it any more.
-fn forget(config: &Config, capturer: &Capturer) {
+fn remove_leftovers(config: &Config, capturer: &Capturer) {
     if let node::Source::Kubernetes(kubernetes) = &config.node.source
         && capturer.turn.is_followed(&kubernetes.turns(&capturer.whose))
     {
-        return tracing::info!("another daemon of this node has begun: what it uses stays");
+        return tracing::info!("another daemon of this node has started: its files stay");
     }
     let mut outcomes: Vec<_> = config.state_files.iter().map(|file| node::remains::remove_file(file)).collect();
     if let node::Source::Kubernetes(kubernetes) = &config.node.source {
@@ -179,19 +159,33 @@ fn capturer(parts: &Parts, workers: &Arc<Workers>, drain: &Drain, background: &G
     })
 }
 
-/// What peers may make this node hold: a quarter of its memory, where that is limited.
+/// Limit on the bytes that peers may make this node hold: a quarter of its memory, where that is limited.
 fn buffer_bytes() -> usize {
     let limit = sys::limits::Memory::of_process().and_then(|memory| memory.now()).map(|(_, max)| max / 4);
     limit.map_or(BUFFER_BYTES, |bytes| usize::try_from(bytes).unwrap_or(BUFFER_BYTES).min(BUFFER_BYTES))
 }
 
-/// Opens the ports and serves them on a thread of their own.
+/// The numbers that are read at each scrape.
+fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, buffers: &Arc<Buffers>, log: &LogControl) -> Read {
+    let (parts, workers, buffers, log) = (parts.clone(), workers.clone(), buffers.clone(), log.clone());
+    Box::new(move || Readings {
+        tunnels: workers.tunnels(),
+        tasks: workers.running(),
+        held_bytes: buffers.held(),
+        max_bytes: buffers.limit(),
+        to_outage: parts.identities.time_to_outage(),
+        mesh_age: parts.freshness.report().age,
+        lines_dropped: log.dropped_lines(),
+    })
+}
+
+/// Opens the admin, metrics and readiness ports, and serves them on a separate thread.
 async fn open_ports(pages: Pages, config: admin::Config) -> anyhow::Result<Dedicated> {
     let (bound, opened) = tokio::sync::oneshot::channel();
     let serve = move || async move {
         match Ports::bind(pages, config).await {
             Ok(ports) => {
-                // Nobody is there to be told when the start has been given up.
+                // Nothing receives this when the start has been given up meanwhile.
                 let _ = bound.send(Ok(()));
                 ports.serve().await;
             }
@@ -203,14 +197,14 @@ async fn open_ports(pages: Pages, config: admin::Config) -> anyhow::Result<Dedic
     Ok(thread)
 }
 
-/// What ends connections that are not allowed any more has a thread of its own: nothing else may hold it up.
-fn enforce(parts: &Parts, permits: Arc<Permits>) -> std::io::Result<Dedicated> {
+/// Starts the thread that ends connections which are not allowed any more. Nothing else may delay it, so it shares the thread with nothing.
+fn enforce(parts: &Parts, permits: Arc<Permits>, metrics: Arc<revoked::Metrics>) -> std::io::Result<Dedicated> {
     let (mesh, identities, revocations) = (parts.mesh.clone(), parts.identities.clone(), parts.revocations.clone());
-    let crl = parts.config.crl.clone().zip(parts.crl.clone());
+    let crl = parts.config.crl.clone();
     Dedicated::start("culvert-judge", move || async move {
         let lists = async {
             match crl {
-                Some((path, metrics)) => revocations.follow(path, metrics).await,
+                Some(path) => revocations.follow(path, metrics).await,
                 None => std::future::pending().await,
             }
         };
@@ -218,20 +212,13 @@ fn enforce(parts: &Parts, permits: Arc<Permits>) -> std::io::Result<Dedicated> {
     })
 }
 
-fn names(config: &Config, mesh: &Arc<Mesh>, registry: &mut Registry) -> anyhow::Result<Arc<Dns>> {
-    let metrics = Arc::new(dns::Metrics::default());
-    metrics.register(registry);
-    let started = Dns::start(config.dns.clone(), metrics, mesh.clone());
-    Ok(Arc::new(started.context("cannot start the thread of DNS")?))
-}
-
-/// Loopback has no IPv6 address where the daemon's own namespace has it switched off.
+/// Settings of the ports. Loopback has no IPv6 address where IPv6 is switched off in the daemon's own network namespace.
 fn ports_config(config: &Config) -> admin::Config {
     let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
     admin::Config { ipv6: config.admin.ipv6 && own.unwrap_or(false), ..config.admin }
 }
 
-/// Serves the daemon's own pod, where it is one.
+/// Accepts tunnels to the daemon's own pod, where it runs in one.
 fn own_pod(config: &Config, capturer: &Arc<Capturer>, ready: &Ready, background: &Group) -> anyhow::Result<()> {
     let Some(own) = &config.own_pod else { return Ok(()) };
     let identity = SpiffeName::new(&config.trust_domain, &own.namespace, &own.service_account);
@@ -245,35 +232,31 @@ fn own_pod(config: &Config, capturer: &Arc<Capturer>, ready: &Ready, background:
     Ok(())
 }
 
-/// The facts about the mesh, and whoever keeps them.
+/// The mesh facts, and what keeps them current.
 struct Facts {
     mesh: Arc<Mesh>,
     freshness: Arc<Freshness>,
     stop: Drain,
-    /// The client of the control plane has a thread of its own: a whole mesh in one message takes it a while.
+    /// The control plane's client. It has a separate thread, because a whole mesh in one message takes it a while.
     thread: Option<JoinHandle<()>>,
 }
 
 impl Facts {
-    fn start(config: &Config, ready: &Ready, background: &Group, registry: &mut Registry) -> anyhow::Result<Self> {
+    fn start(config: &Config, ready: &Ready, background: &Group, metrics: &Metrics) -> anyhow::Result<Self> {
         let pending = ready.wait_for(FACTS);
         let (freshness, stop) = (Arc::<Freshness>::default(), Drain::default());
-        let on_demand = matches!(&config.mesh, MeshSource::Xds(xds) if xds.on_demand);
+        let on_demand = config.xds().is_some_and(|xds| xds.on_demand);
         let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into());
         let (node, cluster) = (config.node_name.as_str().into(), config.node.cluster_id.as_str().into());
         let mesh = Arc::new(Mesh::new(node, cluster, on_demand).with_trust_domain_aliases(aliases));
         let thread = match &config.mesh {
             MeshSource::File(path) => {
-                let metrics = Arc::new(control::Metrics::default());
-                metrics.register(registry);
                 mesh.replace(control::file::read(path)?);
-                background.spawn(control::file::follow(path.clone(), mesh.clone(), metrics));
+                background.spawn(control::file::follow(path.clone(), mesh.clone(), metrics.mesh_file.clone()));
                 None
             }
             MeshSource::Xds(xds) => {
-                let metrics = Arc::new(control::xds::Metrics::default());
-                metrics.register(registry);
-                let xds = (**xds).clone();
+                let (xds, metrics) = ((**xds).clone(), metrics.xds.clone());
                 let client = control::xds::Client::new(xds, mesh.clone(), metrics, freshness.clone(), pending);
                 let signal = stop.signal();
                 let started = thread::start("culvert-xds".into(), move || client.run(signal));
@@ -285,7 +268,7 @@ impl Facts {
 
     fn stop(self) {
         self.stop.at_once();
-        // A thread that panicked has nothing left to keep.
+        // A thread that panicked has nothing left to do.
         let _ = self.thread.map(JoinHandle::join);
     }
 }
@@ -294,146 +277,57 @@ fn certificates(
     config: &Config,
     revocations: &Arc<Revocations>,
     background: &Group,
-    registry: &mut Registry,
+    metrics: &Metrics,
 ) -> Arc<Identities> {
-    let metrics = Arc::new(identity::store::Metrics::default());
-    metrics.register(registry);
     let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
     let authority = match &config.ca {
         CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
         CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
-    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics)
+    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics.identities.clone())
 }
 
-fn revocation_metrics(registry: &mut Registry) -> Arc<identity::revoked::Metrics> {
-    let metrics = Arc::new(identity::revoked::Metrics::default());
-    metrics.register(registry);
-    metrics
+/// The end of the process, in order.
+struct Ending<'a> {
+    parts: &'a Parts,
+    drain: &'a Drain,
+    workers: &'a Workers,
+    /// Tasks that have work to do when the process ends.
+    last: &'a Group,
+    /// Tasks that are cut.
+    background: &'a Group,
 }
 
-async fn end(
-    parts: &Parts,
-    drain: &Drain,
-    workers: &Workers,
-    (last, background): (&Group, &Group),
-    signals: &mut Signals,
-) {
-    let mut last_from = tokio::time::Instant::now() + parts.config.drain_deadline;
-    drain.gently();
-    let (open, deadline) = (parts.reporter.live.len(), parts.config.drain_deadline);
-    tracing::info!(open, deadline = %brief(deadline), "no new connections; waiting for those that are open");
-    tokio::select! {
-        () = workers.finished() => {}
-        () = tokio::time::sleep(deadline) => {}
-        name = signals.next() => {
-            tracing::warn!(signal = name, "second signal: ending at once");
-            last_from = tokio::time::Instant::now();
-        }
-    }
-    let cut = parts.reporter.live.len();
-    drain.at_once();
-    workers.cut().await;
-    // Also a node without connections has this time.
-    if tokio::time::timeout_at(last_from + LAST_WORDS, last.finished()).await.is_err() {
-        tracing::warn!("what was left to do at the end is cut; its time was over");
-        last.cut();
-    }
-    background.cut();
-    background.finished().await;
-    parts.dns.stop();
-    if cut > 0 {
-        tracing::warn!(cut, "ended; connections were cut, their time was over");
-    } else {
-        tracing::info!("ended; every connection had finished");
-    }
-}
-
-fn pages(parts: &Arc<Parts>, log: LogControl, quit: &Arc<Notify>, registry: Registry, ready: Ready) -> Pages {
-    let (for_dump, for_connections, for_pods) = (parts.clone(), parts.clone(), parts.clone());
-    let (dns, quit) = (parts.dns.clone(), quit.clone());
-    Pages {
-        config_dump: Box::new(move || dump::config_dump(&for_dump)),
-        connections: Box::new(move || dump::connections(&for_connections)),
-        pods: Box::new(move || dump::pods(&for_pods)),
-        logging: Box::new(move |query| logging(&log, &dns, query)),
-        cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
-        quit: Box::new(move || quit.notify_one()),
-        metrics: Rendered::new(registry),
-        ready,
-    }
-}
-
-/// `level=<directives>` adds, `reset` goes back to the start's filter first, nothing shows (the reference's page);
-/// `dns=<namespace>/<pod>` logs the DNS requests of that pod, several where it is said several times, until a reset.
-fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
-    let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
-    let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
-    if parts().any(is_reset) {
-        log.reset().map_err(|error| format!("{error}\n"))?;
-        dns.log_only(Vec::new());
-    }
-    for part in parts().filter(|part| !is_reset(part)) {
-        match part.split_once('=') {
-            Some(("level", directives)) => {
-                let directives =
-                    directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
-                log.add(&directives)
-            }
-            Some(("dns", pod)) if pod.split('/').count() == 2 => {
-                let mut pods = dns.logged();
-                pods.push(pod.to_owned());
-                dns.log_only(pods);
-                Ok(())
-            }
-            _ => {
-                let instead = "use level=debug, level=access=debug, dns=NAMESPACE/POD, or reset";
-                return Err(format!("{part:?} is not understood: {instead}\n"));
+impl Ending<'_> {
+    async fn run(self, signals: &mut Signals) {
+        let deadline = self.parts.config.drain_deadline;
+        let mut final_from = tokio::time::Instant::now() + deadline;
+        self.drain.gently();
+        let open = self.parts.reporter.live.len();
+        tracing::info!(open, deadline = %brief(deadline), "no new connections; waiting for open ones to end");
+        tokio::select! {
+            () = self.workers.finished() => {}
+            () = tokio::time::sleep(deadline) => {}
+            name = signals.next() => {
+                tracing::warn!(signal = name, "second signal: ending at once");
+                final_from = tokio::time::Instant::now();
             }
         }
-        .map_err(|error| format!("{error}\n"))?;
-    }
-    let of_dns = match dns.logged() {
-        pods if pods.is_empty() => String::new(),
-        pods => format!("DNS requests are logged of {}\n", pods.join(", ")),
-    };
-    Ok(format!("current log level is {}\n{of_dns}", log.current()))
-}
-
-/// Numbers that are looked up at each scrape.
-#[derive(Debug)]
-struct Gauges {
-    workers: Arc<Workers>,
-    log: LogControl,
-    identities: Arc<Identities>,
-    freshness: Arc<Freshness>,
-    buffers: Arc<Buffers>,
-}
-
-impl Collector for Gauges {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        let mut put = |name, help, value: u64| {
-            let gauge = ConstGauge::new(number(value));
-            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
-        };
-        put("culvert_tunnels_open", "Tunnels open towards peers", self.workers.tunnels() as u64)?;
-        let help = "Tasks of the data plane: connections, streams, tunnels";
-        put("culvert_data_plane_tasks", help, self.workers.running() as u64)?;
-        let help = "Bytes held for peers: received and not passed on, or not read by them";
-        put("culvert_buffers_held_bytes", help, self.buffers.held() as u64)?;
-        let help = "Bytes that may be held before the tunnel that holds most is cut";
-        put("culvert_buffers_max_bytes", help, self.buffers.limit() as u64)?;
-        if let Some(left) = self.identities.time_to_outage() {
-            let help = "Time until the first identity of this node is without certificate if no renewal succeeds";
-            put("culvert_seconds_to_certificate_outage", help, left.as_secs())?;
+        let cut = self.parts.reporter.live.len();
+        self.drain.at_once();
+        self.workers.cut().await;
+        // A node without connections has this time as well.
+        if tokio::time::timeout_at(final_from + FINAL_TASKS, self.last.finished()).await.is_err() {
+            tracing::warn!("the work of the last tasks did not end in time and is cut");
+            self.last.cut();
         }
-        if let Some(age) = self.freshness.report().age {
-            let help = "Time since the control plane was last heard; 0 while it tells us of changes";
-            put("culvert_mesh_age_seconds", help, age.as_secs())?;
+        self.background.cut();
+        self.background.finished().await;
+        self.parts.dns.stop();
+        if cut > 0 {
+            tracing::warn!(cut, "ended; connections that were still open at the deadline were cut");
+        } else {
+            tracing::info!("ended; every connection had ended");
         }
-        let dropped = ConstCounter::new(self.log.dropped_lines() as u64);
-        let help = "Log lines dropped because standard output was not read";
-        dropped.encode(encoder.encode_descriptor("culvert_log_lines_dropped", help, None, dropped.metric_type())?)
     }
 }

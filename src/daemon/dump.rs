@@ -1,6 +1,6 @@
 //! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
 
-use super::assemble::Parts;
+use super::parts::Parts;
 use super::{dump_config, version};
 use crate::config::MeshSource;
 use crate::connection::report::Direction;

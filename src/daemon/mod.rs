@@ -3,6 +3,9 @@
 mod assemble;
 mod dump;
 mod dump_config;
+mod metrics;
+mod pages;
+mod parts;
 mod plugin;
 mod pods;
 mod profile;

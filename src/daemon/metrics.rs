@@ -1,0 +1,176 @@
+//! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs.
+
+use crate::config::{Config, MeshSource};
+use crate::connection::report::Reporter;
+use crate::node::probes::HostProbes;
+use crate::node::status::Board;
+use crate::node::{Source, kubernetes, zds};
+use crate::{control, dns, identity, sys, telemetry};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::registry::Registry;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Metrics of all parts, also of those that this daemon does not need.
+pub(super) struct Metrics {
+    pub(super) reporter: Arc<Reporter>,
+    pub(super) board: Arc<Board>,
+    pub(super) mesh_file: Arc<control::Metrics>,
+    pub(super) xds: Arc<control::xds::Metrics>,
+    pub(super) identities: Arc<identity::store::Metrics>,
+    pub(super) crl: Arc<identity::revoked::Metrics>,
+    pub(super) dns: Arc<dns::Metrics>,
+    pub(super) agent: Arc<zds::Metrics>,
+    pub(super) kubernetes: Arc<kubernetes::watch::Metrics>,
+    pub(super) probes: HostProbes,
+    pub(super) plugin_in_place: Gauge,
+}
+
+/// Metrics that are registered together.
+pub(super) struct Group {
+    /// What they are about.
+    pub(super) title: &'static str,
+    is_needed: fn(&Config) -> bool,
+    register: fn(&Metrics, &mut Registry),
+}
+
+/// All metrics but those of the process.
+pub(super) const GROUPS: [Group; 10] = [
+    Group { title: "Connections and tunnels", is_needed: |_| true, register: |m, r| m.reporter.metrics.register(r) },
+    Group { title: "Pods", is_needed: |_| true, register: |m, r| m.board.register(r) },
+    Group {
+        title: "Enrolment by labels",
+        is_needed: |c| matches!(c.node.source, Source::Kubernetes(_)),
+        register: |m, r| {
+            m.kubernetes.register(r);
+            m.probes.register(r);
+        },
+    },
+    Group {
+        title: "The CNI plugin",
+        is_needed: |c| matches!(&c.node.source, Source::Kubernetes(kubernetes) if kubernetes.cni.is_some()),
+        register: |m, r| {
+            let help = "1 while the CNI plugin is installed on the node, else 0. Alert on 0";
+            r.register("culvert_cni_plugin_in_place", help, m.plugin_in_place.clone());
+        },
+    },
+    Group {
+        title: "Enrolment by the agent",
+        is_needed: |c| matches!(c.node.source, Source::Agent(_)),
+        register: |m, r| m.agent.register(r),
+    },
+    Group {
+        title: "The control plane",
+        is_needed: |c| matches!(c.mesh, MeshSource::Xds(_)),
+        register: |m, r| m.xds.register(r),
+    },
+    Group {
+        title: "The mesh file",
+        is_needed: |c| matches!(c.mesh, MeshSource::File(_)),
+        register: |m, r| m.mesh_file.register(r),
+    },
+    Group { title: "Certificates", is_needed: |_| true, register: |m, r| m.identities.register(r) },
+    Group { title: "Revocation", is_needed: |c| c.crl.is_some(), register: |m, r| m.crl.register(r) },
+    Group { title: "DNS", is_needed: |_| true, register: |m, r| m.dns.register(r) },
+];
+
+impl Metrics {
+    /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there.
+    pub(super) fn new(host_netns: PathBuf, ipv6: bool) -> Self {
+        let probes = HostProbes { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
+        Self {
+            reporter: Arc::default(),
+            board: Arc::default(),
+            mesh_file: Arc::default(),
+            xds: Arc::default(),
+            identities: Arc::default(),
+            crl: Arc::default(),
+            dns: Arc::default(),
+            agent: Arc::default(),
+            kubernetes: Arc::default(),
+            probes,
+            plugin_in_place: Gauge::default(),
+        }
+    }
+
+    /// Registers the groups that a configuration needs, and the metrics of the process.
+    pub(super) fn register(&self, config: &Config, readings: Read) -> Registry {
+        let mut registry = Registry::default();
+        for group in GROUPS.iter().filter(|group| (group.is_needed)(config)) {
+            (group.register)(self, &mut registry);
+        }
+        register_process(&mut registry, readings);
+        registry
+    }
+}
+
+/// Registers the metrics of the process.
+pub(super) fn register_process(registry: &mut Registry, readings: Read) {
+    let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
+    telemetry::process::register(registry, sys::limits::open_files, sys::limits::raise_open_files(), build);
+    registry.register_collector(Box::new(Gauges(readings)));
+}
+
+/// Numbers that are read at each scrape.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Readings {
+    /// Tunnels towards peers.
+    pub(super) tunnels: usize,
+    /// Tasks of the data plane.
+    pub(super) tasks: usize,
+    /// Bytes held for peers.
+    pub(super) held_bytes: usize,
+    /// The limit on them.
+    pub(super) max_bytes: usize,
+    /// Time until an identity has no certificate, where one is held.
+    pub(super) to_outage: Option<Duration>,
+    /// Age of the facts of a control plane, where there are any.
+    pub(super) mesh_age: Option<Duration>,
+    /// Log lines dropped.
+    pub(super) lines_dropped: usize,
+}
+
+/// Takes the readings.
+pub(super) type Read = Box<dyn Fn() -> Readings + Send + Sync>;
+
+struct Gauges(Read);
+
+impl fmt::Debug for Gauges {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gauges")
+    }
+}
+
+impl Collector for Gauges {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let readings = (self.0)();
+        let mut put = |name, help, value: u64| {
+            let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
+        };
+        put("culvert_tunnels_open", "Tunnels that are open towards peers", readings.tunnels as u64)?;
+        let help = "Tasks of the data plane: connections, streams and tunnels";
+        put("culvert_data_plane_tasks", help, readings.tasks as u64)?;
+        let help = "Bytes held for peers: received and not delivered yet, or not read by them yet";
+        put("culvert_buffers_held_bytes", help, readings.held_bytes as u64)?;
+        let help = "Limit on the bytes held for peers, at which the largest tunnel of the largest holder is cut";
+        put("culvert_buffers_max_bytes", help, readings.max_bytes as u64)?;
+        if let Some(left) = readings.to_outage {
+            let help = "Seconds until the first identity of this node has no certificate if no renewal succeeds. Alert below an hour";
+            put("culvert_seconds_to_certificate_outage", help, left.as_secs())?;
+        }
+        if let Some(age) = readings.mesh_age {
+            let help =
+                "Seconds since the control plane was last heard; 0 while it announces changes. Alert above an hour";
+            put("culvert_mesh_age_seconds", help, age.as_secs())?;
+        }
+        let dropped = ConstCounter::new(readings.lines_dropped as u64);
+        let help = "Log lines dropped because standard output was not read";
+        dropped.encode(encoder.encode_descriptor("culvert_log_lines_dropped", help, None, dropped.metric_type())?)
+    }
+}

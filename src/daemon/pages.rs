@@ -1,0 +1,69 @@
+//! What the admin and metrics ports serve.
+
+use super::parts::Parts;
+use super::{dump, profile};
+use crate::admin::{Pages, Rendered};
+use crate::dns::Dns;
+use crate::task::Ready;
+use crate::telemetry::log::LogControl;
+use prometheus_client::registry::Registry;
+use std::sync::Arc;
+use tokio::sync::Notify;
+
+/// The pages. `quit` is notified when somebody asks the daemon to end.
+pub(super) fn pages(
+    parts: &Arc<Parts>,
+    log: LogControl,
+    quit: &Arc<Notify>,
+    registry: Registry,
+    ready: Ready,
+) -> Pages {
+    let (for_dump, for_connections, for_pods) = (parts.clone(), parts.clone(), parts.clone());
+    let (dns, quit) = (parts.dns.clone(), quit.clone());
+    Pages {
+        config_dump: Box::new(move || dump::config_dump(&for_dump)),
+        connections: Box::new(move || dump::connections(&for_connections)),
+        pods: Box::new(move || dump::pods(&for_pods)),
+        logging: Box::new(move |query| logging(&log, &dns, query)),
+        cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
+        quit: Box::new(move || quit.notify_one()),
+        metrics: Rendered::new(registry),
+        ready,
+    }
+}
+
+/// `/logging`, as ztunnel has it: `level=<directives>` adds directives, `reset` first restores the filter of the start, and no query shows the
+/// filter. `dns=<namespace>/<pod>`, which may be repeated, logs the DNS requests of that pod until a reset.
+fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
+    let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
+    let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
+    if parts().any(is_reset) {
+        log.reset().map_err(|error| format!("{error}\n"))?;
+        dns.log_only(Vec::new());
+    }
+    for part in parts().filter(|part| !is_reset(part)) {
+        match part.split_once('=') {
+            Some(("level", directives)) => {
+                let directives =
+                    directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
+                log.add(&directives)
+            }
+            Some(("dns", pod)) if pod.split('/').count() == 2 => {
+                let mut pods = dns.logged();
+                pods.push(pod.to_owned());
+                dns.log_only(pods);
+                Ok(())
+            }
+            _ => {
+                let instead = "use level=debug, level=access=debug, dns=NAMESPACE/POD, or reset";
+                return Err(format!("{part:?} is not understood: {instead}\n"));
+            }
+        }
+        .map_err(|error| format!("{error}\n"))?;
+    }
+    let of_dns = match dns.logged() {
+        pods if pods.is_empty() => String::new(),
+        pods => format!("DNS requests are logged of {}\n", pods.join(", ")),
+    };
+    Ok(format!("current log level is {}\n{of_dns}", log.current()))
+}

@@ -1,0 +1,23 @@
+//! The parts of a running daemon that its pages and threads read.
+
+use crate::config::Config;
+use crate::connection::report::Reporter;
+use crate::control::xds::Freshness;
+use crate::dns::Dns;
+use crate::identity::Store as Identities;
+use crate::identity::revoked::Revocations;
+use crate::mesh::Store as Mesh;
+use crate::node::status::Board;
+use std::sync::Arc;
+
+/// The parts of a running daemon.
+pub(super) struct Parts {
+    pub(super) config: Config,
+    pub(super) mesh: Arc<Mesh>,
+    pub(super) freshness: Arc<Freshness>,
+    pub(super) identities: Arc<Identities>,
+    pub(super) revocations: Arc<Revocations>,
+    pub(super) reporter: Arc<Reporter>,
+    pub(super) board: Arc<Board>,
+    pub(super) dns: Arc<Dns>,
+}
