@@ -25,9 +25,9 @@ impl Metrics {
     pub fn register(&self, registry: &mut Registry) {
         let applied = "Versions of the mesh file that were applied";
         registry.register("culvert_mesh_file_applied", applied, self.applied.clone());
-        let refused = "Versions of the mesh file that were refused; the facts before stayed in force";
+        let refused = "Versions of the mesh file that were refused; the previous facts stayed in force";
         registry.register("culvert_mesh_file_refused", refused, self.refused.clone());
-        let stale = "1 while the mesh file on disk is refused and older facts are in force";
+        let stale = "1 while the mesh file on disk is refused and older facts are in force, else 0";
         registry.register("culvert_mesh_file_stale", stale, self.stale.clone());
     }
 }

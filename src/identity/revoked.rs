@@ -94,8 +94,8 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("culvert_crl_entries", "Certificates that the CRL in force lists", self.entries.clone());
-        let help = "1 while the CRL file cannot be used and an older one, or none, is in force";
+        registry.register("culvert_crl_entries", "Certificates that the CRL in force revokes", self.entries.clone());
+        let help = "1 while the CRL file cannot be used and an older version, or none, is in force. Alert above 0";
         registry.register("culvert_crl_stale", help, self.stale.clone());
         let help = "Versions of the CRL file that could not be used";
         registry.register("culvert_crl_refused", help, self.refused.clone());

@@ -27,7 +27,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// How long a connection waits for an identity's first certificate.
-const FIRST_WAIT: Duration = Duration::from_secs(5);
+pub const FIRST_WAIT: Duration = Duration::from_secs(5);
 /// Requests at the CA at once.
 const AT_ONCE: usize = 8;
 /// How long a certificate is kept after its last pod has gone: a restarted pod finds it there.
@@ -68,11 +68,24 @@ impl Metrics {
         self.ends.get_or_create_owned(&IdentityLabel { identity: identity.to_string() })
     }
 
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        drop(self.ends.get_or_create(&IdentityLabel { identity: String::new() }));
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("culvert_certificates_fetched", "Certificates received", self.fetched.clone());
-        registry.register("culvert_certificate_failures", "Certificate requests that failed", self.failures.clone());
-        let help = "When the certificate in use ends, in seconds since 1970";
+        registry.register(
+            "culvert_certificates_fetched",
+            "Certificates that the CA issued to this node",
+            self.fetched.clone(),
+        );
+        registry.register(
+            "culvert_certificate_failures",
+            "Certificate requests to the CA that failed",
+            self.failures.clone(),
+        );
+        let help = "When the certificate in use expires, in seconds since 1970";
         registry.register("culvert_certificate_expiry_seconds", help, self.ends.clone());
     }
 }

@@ -83,9 +83,10 @@ pub struct HostProbes {
 impl HostProbes {
     /// Registers its metric.
     pub fn register(&self, registry: &mut Registry) {
-        let help = "1 while the host's rules for the kubelet's probes are in place, else 0";
+        let help = "1 while the host's rules for kubelet probes are in place, else 0. Alert on 0";
         registry.register("culvert_probe_rules_in_place", help, self.in_place.clone());
-        let help = "Packets that came to the host with the source address of the kubelet's probes, and were dropped";
+        let help = "Packets dropped because they reached the host with the source address of kubelet probes. Above 0, something tries to bypass \
+                    policies. Alert above 0";
         registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 

@@ -103,14 +103,24 @@ pub struct Board {
 }
 
 impl Board {
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        drop(self.failures.get_or_create(&ReasonLabel { reason: "" }));
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("culvert_pods", "Pods of this node by capture state", self.by_state.clone());
-        let failures = "Attempts to capture a pod that failed, by reason";
+        registry.register(
+            "culvert_pods",
+            "Pods of this node by capture state. Alert on failed above 0",
+            self.by_state.clone(),
+        );
+        let failures = "Failed attempts to capture a pod, by reason";
         registry.register("culvert_capture_failures", failures, self.failures.clone());
-        let repairs = "Rules of pods written again because somebody had changed them, or from time to time";
+        let repairs =
+            "Times that the rules in a pod were written again, because something had changed them or on schedule";
         registry.register("culvert_redirection_rewrites", repairs, self.repairs.clone());
-        let uncaptured = "Connections of captured pods that were open before the capture, and go on as they began";
+        let uncaptured = "Pre-existing connections of captured pods, which continue in plaintext";
         registry.register("culvert_uncaptured_connections", uncaptured, self.uncaptured.clone());
         let started = "Pods captured (unstable)";
         registry.register("workload_manager_proxies_started", started, self.started.clone());
@@ -118,7 +128,7 @@ impl Board {
         registry.register("workload_manager_proxies_stopped", stopped, self.stopped.clone());
         let active = "Pods whose traffic is carried (unstable)";
         registry.register("workload_manager_active_proxy_count", active, self.active.clone());
-        let pending = "Pods that are not captured yet, or cannot be (unstable)";
+        let pending = "Pods that are pending or failed (unstable)";
         registry.register("workload_manager_pending_proxy_count", pending, self.pending.clone());
         self.count(&BTreeMap::new());
     }

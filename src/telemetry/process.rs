@@ -21,7 +21,11 @@ pub fn register(
     let istio = Family::<BuildLabels, Gauge>::default();
     let tag = concat!("culvert-", env!("CARGO_PKG_VERSION"));
     istio.get_or_create(&BuildLabels { component: "ztunnel", tag }).set(1);
-    registry.register("istio_build", "Version of this node's tunnel daemon", istio);
+    registry.register(
+        "istio_build",
+        "Version of this node's tunnel daemon, under the name by which Istio's dashboards count them",
+        istio,
+    );
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -43,7 +47,7 @@ impl Collector for ProcessCollector {
         let mut put = |name, help, gauge: &ConstGauge<i64>| {
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)
         };
-        put("process_open_fds", "Files this process has open", &open)?;
-        put("process_max_fds", "Files this process may have open", &max)
+        put("process_open_fds", "Files that this process has open", &open)?;
+        put("process_max_fds", "Files that this process may have open", &max)
     }
 }

@@ -63,9 +63,9 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let help = "1 while the node's agent is connected and its snapshot is complete";
+        let help = "1 while the node's agent is connected and its snapshot is complete, else 0";
         registry.register("culvert_agent_connected", help, self.connected.clone());
-        let help = "Connections to the node's agent that ended, or could not be made";
+        let help = "Connections to the node's agent that ended or failed";
         registry.register("culvert_agent_disconnects", help, self.disconnects.clone());
     }
 }
