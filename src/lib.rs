@@ -42,4 +42,6 @@ mod task;
 mod telemetry;
 
 pub use config::args::Cli;
+#[doc(hidden)]
+pub use daemon::docs;
 pub use daemon::{run, run_as_plugin};

@@ -21,7 +21,6 @@ pub(super) const META: &str = "ISTIO_META_";
 pub(super) const META_JSON: &str = "ISTIO_METAJSON_";
 
 /// Prefixes of variables with names of the user's choice, and what such a variable does.
-#[allow(dead_code, reason = "the documents read it")]
 pub const PREFIXES: [(&str, &str); 4] = [
     (XDS_HEADER, "adds a header to every request to the control plane; its value is shown nowhere"),
     (CA_HEADER, "adds a header to every request to the CA; its value is shown nowhere"),

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::task::TaskTracker;
 
 /// How long a connection waits for the facts about its own pod.
-const FACTS_WAIT: Duration = Duration::from_secs(5);
+pub const FACTS_WAIT: Duration = Duration::from_secs(5);
 
 /// A captured pod.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs.
+//! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs; `docs/metrics.md` shows all of them.
 
 use crate::config::{Config, MeshSource};
 use crate::connection::report::Reporter;
@@ -105,6 +105,19 @@ impl Metrics {
             (group.register)(self, &mut registry);
         }
         register_process(&mut registry, readings);
+        registry
+    }
+
+    /// A registry with one group, each family of which has a series.
+    pub(super) fn example(&self, group: &Group) -> Registry {
+        self.reporter.metrics.fill_example();
+        self.board.fill_example();
+        self.kubernetes.fill_example();
+        self.xds.fill_example();
+        self.identities.fill_example();
+        self.dns.fill_example();
+        let mut registry = Registry::default();
+        (group.register)(self, &mut registry);
         registry
     }
 }

@@ -1,6 +1,7 @@
 //! The commands: each assembles what it needs and runs it. The only module, with `main`, that uses anyhow.
 
 mod assemble;
+pub mod docs;
 mod dump;
 mod dump_config;
 mod metrics;

@@ -5,7 +5,7 @@ use h2::{Ping, PingPong};
 use std::time::Duration;
 
 /// Time between an answer and the next PING.
-const INTERVAL: Duration = Duration::from_secs(10);
+pub const INTERVAL: Duration = Duration::from_secs(10);
 /// How long an answer may take.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 

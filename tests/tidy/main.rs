@@ -1,5 +1,5 @@
 //! The rules of the house that no lint can hold: layers, steps, pure files, where `unsafe`, the environment and spawning
-//! may be, and that README.md names every setting and metric.
+//! may be, and that docs/settings.md and docs/metrics.md are current.
 
 #![allow(
     clippy::unwrap_used,
@@ -265,10 +265,23 @@ fn every_file_says_what_it_is_and_none_is_too_long_or_leaves_marks() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Compares a document with what the code says; with `REGENERATE=1`, writes it.
+#[allow(clippy::disallowed_methods, reason = "the rule is about the daemon")]
+fn is_current(file: &str, said: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    if std::env::var_os("REGENERATE").is_some() {
+        fs::write(&path, said).unwrap();
+    }
+    let written = fs::read_to_string(&path).unwrap_or_default();
+    let differs = written.lines().zip(said.lines()).find(|(written, said)| written != said);
+    assert!(written == said, "{file} is not current: REGENERATE=1 cargo test --test tidy writes it. {differs:#?}");
+}
+
 #[test]
-fn the_readme_names_every_setting_and_every_metric() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+fn the_documents_of_settings_and_metrics_are_what_the_code_says_and_name_every_one() {
+    let (settings, metrics) = (culvert::docs::settings().unwrap(), culvert::docs::metrics().unwrap());
+    is_current("docs/settings.md", &settings);
+    is_current("docs/metrics.md", &metrics);
     let sources = sources();
     let mut names = Vec::new();
     for (_, text) in sources.iter().filter(|(file, _)| file.starts_with("config/settings/")) {
@@ -295,8 +308,11 @@ fn the_readme_names_every_setting_and_every_metric() {
         }
     }
     assert!(names.len() > before + 15, "the metrics were found");
-    let missing: Vec<&String> = names.iter().filter(|name| !readme.contains(name.as_str())).collect();
-    assert!(missing.is_empty(), "README.md does not name {missing:#?}");
+    let shown = settings + &metrics;
+    let missing: Vec<&String> = names.iter().filter(|name| !shown.contains(name.as_str())).collect();
+    assert!(missing.is_empty(), "the documents do not name {missing:#?}");
+    let bare: Vec<&str> = metrics.lines().filter(|line| line.starts_with("| `") && line.contains(" | . |")).collect();
+    assert!(bare.is_empty(), "without meaning: {bare:#?}");
 }
 
 #[test]

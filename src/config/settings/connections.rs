@@ -81,7 +81,8 @@ settings! {
         .or("true")
         .help(
             "Give up a connection whose data has not been acknowledged for keepalive time + retries × interval (ztunnel's default is \
-             false). Tunnels have this limit in either case, and of 50 s at most, as their PINGs have.",
+             false). Tunnels have such a limit in either case, and one that is no longer than that of \
+             their PINGs.",
         )
         .shown("socketConfig.userTimeoutEnabled", |c| {
             json!(c.connection.sockets.legs.keepalive.is_some_and(|k| k.user_timeout))
