@@ -6,21 +6,21 @@ use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// A per-node L4 tunnel for Kubernetes: captures pods' TCP and carries it as HBONE under workload identity.
+/// A tunnel daemon for Kubernetes nodes: it captures pods' TCP and carries it as HBONE, authenticated by workload identity.
 #[derive(Debug, Parser)]
 #[command(name = "culvert", disable_help_subcommand = true)]
 pub struct Cli {
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What culvert can do.
+/// The commands of culvert.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Run as this node's daemon.
+    /// Run the daemon of this node.
     Node(Box<NodeArgs>),
-    /// The same as `node`, under the words of Istio's ztunnel chart: `proxy ztunnel`.
+    /// The same as `node`, by the name that Istio's ztunnel chart uses: `proxy ztunnel`.
     Proxy {
         /// `ztunnel`, or nothing.
         #[arg(value_parser = ["ztunnel"])]
@@ -29,77 +29,80 @@ pub enum Command {
         #[command(flatten)]
         node: Box<NodeArgs>,
     },
-    /// Check a configuration, the mesh file and the pods file; start nothing.
+    /// Check the settings, the mesh file, the pods file and the built-in CA, and start nothing.
     Check(Box<NodeArgs>),
-    /// The built-in certificate authority.
+    /// Manage the built-in certificate authority.
     Ca {
-        /// What to do with it.
+        /// The command.
         #[command(subcommand)]
         command: CaCommand,
     },
-    /// See it work: two nodes and five pods on this machine, real traffic, and an account of it.
+    /// Run a demonstration: two nodes and five pods on this machine, real traffic, and a report of it.
     Demo(DemoArgs),
-    /// Look at this node, where the daemon runs: one line for each thing, and what to do where it is not well.
+    /// Check this node and its daemon. Prints one line for each check, with what to do where something is wrong.
     Doctor(Box<NodeArgs>),
-    /// The pods of this node as its daemon knows them: state, since when, and what should be known of each.
+    /// List the pods of this node as its daemon knows them: state, since when, and remarks.
     Pods {
-        /// What the admin port says of them, as it is.
+        /// Print the JSON of the admin port's page `/pods`.
         #[arg(long)]
         json: bool,
         /// Settings.
         #[command(flatten)]
         node: Box<NodeArgs>,
     },
-    /// Remove every trace of culvert from this node, where no daemon runs any more.
+    /// Remove every trace of culvert from this node, once no daemon runs on it.
     Cleanup(CleanupArgs),
-    /// The CNI plugin, run by the container runtime (CNI_COMMAND, CNI_NETNS, CNI_ARGS, a configuration on standard input).
+    /// Run as the CNI plugin. The container runtime does this (CNI_COMMAND, CNI_NETNS, CNI_ARGS, and a configuration on standard input).
     Cni,
     /// Print the version.
     Version,
 }
 
-/// What can be done with the built-in certificate authority.
+/// Commands for the built-in certificate authority.
 #[derive(Debug, Subcommand)]
 pub enum CaCommand {
-    /// Make a new authority (P-256) in a directory; an existing one is never overwritten.
+    /// Make a new authority (P-256) in a directory. An existing one is never overwritten.
     Init {
         /// The directory.
         dir: PathBuf,
     },
 }
 
-/// Settings of cleaning up.
+/// Options of `culvert cleanup`.
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
-    /// Remove also the rules that another node's daemon has written in namespaces of this machine, or a version that did not
-    /// say for which node.
+    /// Also remove rules that another node's daemon wrote in network namespaces of this machine, and rules that do not say which
+    /// node they belong to.
     #[arg(long)]
     pub all: bool,
-    /// Where a daemon runs, say so and wait for a signal: whoever starts this again must not find the node while that daemon is being
-    /// restarted.
+    /// If a daemon runs, say so and wait for a signal instead of ending. Otherwise a container would be started again and could
+    /// clean the node just while that daemon restarts.
     #[arg(long)]
     pub once: bool,
-    /// Remove nothing, and wait for a signal: a pod of a DaemonSet that has cleaned its node has to stay.
+    /// Remove nothing and wait for a signal. A pod of a DaemonSet that has cleaned its node has to keep running.
     #[arg(long)]
     pub stay: bool,
-    /// Settings of the daemon that was here.
+    /// Settings of the daemon that ran here.
     #[command(flatten)]
     pub node: Box<NodeArgs>,
 }
 
-/// Settings of the demonstration.
+/// Options of `culvert demo`.
 #[derive(Clone, Debug, Args)]
 pub struct DemoArgs {
     /// Leave everything running until Ctrl-C.
     #[arg(long)]
     pub keep: bool,
-    /// Print one JSON object instead of the account.
+    /// Print one JSON object instead of the report.
     #[arg(long)]
     pub json: bool,
-    /// Seconds for each of the measurements.
+    /// Seconds that each measurement takes.
     #[arg(long, default_value_t = 2)]
     pub seconds: u64,
 }
+
+/// Columns of a line of help.
+const HELP_COLUMNS: usize = 100;
 
 /// Settings of the daemon as they were given, unchecked.
 #[derive(Clone, Debug, Default)]
@@ -125,15 +128,16 @@ impl NodeArgs {
 
 impl Args for NodeArgs {
     fn augment_args(command: clap::Command) -> clap::Command {
-        let mut command = command;
+        let mut command = command.next_line_help(true);
         for group in &settings::GROUPS {
             for setting in group.settings {
                 let about = setting.about();
                 let accepts = setting.accepts().map(|accepts| format!(" [accepts: {accepts}]")).unwrap_or_default();
                 let default = about.default_text().map(|text| format!(" [default: {text}]")).unwrap_or_default();
+                let help = wrapped(&format!("{}{accepts}{default}", about.help));
                 let arg = Arg::new(about.flag).long(about.flag).env(about.variable).value_name("VALUE");
                 let arg = arg.hide_env_values(about.is_secret).help_heading(group.title);
-                command = command.arg(arg.help(format!("{}{accepts}{default}", about.help)));
+                command = command.arg(arg.help(help));
             }
         }
         command
@@ -142,6 +146,24 @@ impl Args for NodeArgs {
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
         Self::augment_args(command)
     }
+}
+
+/// Breaks a text into lines between words.
+fn wrapped(text: &str) -> String {
+    let (mut lines, mut column) = (String::new(), 0);
+    for word in text.split(' ') {
+        let width = word.chars().count();
+        if column > 0 && column + 1 + width > HELP_COLUMNS {
+            lines.push('\n');
+            column = 0;
+        } else if column > 0 {
+            lines.push(' ');
+            column += 1;
+        }
+        lines.push_str(word);
+        column += width;
+    }
+    lines
 }
 
 impl FromArgMatches for NodeArgs {

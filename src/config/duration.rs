@@ -1,9 +1,9 @@
-//! Durations as the reference reads them (its crate duration-str): `10s`, `1h30m`, `3m31`, `25`, `1m*5`. A number without unit is
-//! seconds, units are of either case, so `M` is a minute. What people write otherwise, such as `1h 30min`, is taken too.
+//! Durations as ztunnel reads them (source: the crate duration-str): `10s`, `1h30m`, `3m31`, `25`, `1m*5`. A number without a unit means
+//! seconds. Units may be in either case, so `M` is a minute. Other common forms such as `1h 30min` are accepted as well. Pure.
 
 use std::time::Duration;
 
-/// Units, in lower case, with their length in nanoseconds. A month is 30 days, a year 365.
+/// Units in lower case, and their lengths in nanoseconds. A month has 30 days, and a year 365.
 const UNITS: [(&[&str], u128); 10] = [
     (&["ns", "nsec", "nsecs", "nanosecond", "nanoseconds"], 1),
     (&["us", "µs", "μs", "usec", "usecs", "µsec", "µsecs", "µsecond", "microsecond", "microseconds"], 1_000),
@@ -19,7 +19,7 @@ const UNITS: [(&[&str], u128); 10] = [
 const SECOND: u128 = 1_000_000_000;
 const DAY: u128 = 86_400 * SECOND;
 
-/// Reads a duration; `None` where it is none, or too long to be one.
+/// Reads a duration. `None` if the text is not a duration, or too long for one.
 pub(super) fn parse(text: &str) -> Option<Duration> {
     let (mut rest, mut sum) = (text.trim(), 0_u128);
     loop {
@@ -37,14 +37,14 @@ pub(super) fn parse(text: &str) -> Option<Duration> {
         }
         rest = match rest.strip_prefix('+') {
             Some(after) => after.trim_start(),
-            // Behind a number without unit only a plus says that the next one is another.
+            // After a number without a unit, only a plus shows where the next number begins.
             None if !has_unit => return None,
             None => rest,
         };
     }
 }
 
-/// A number, with up to nine decimals, and its unit: nanoseconds, whether there was a unit, and what comes behind.
+/// Reads a number with up to nine decimals, and its unit. Returns nanoseconds, whether there was a unit, and the rest of the text.
 fn quantity(text: &str) -> Option<(u128, bool, &str)> {
     let (whole, rest) = digits(text);
     let (decimals, rest) = rest.strip_prefix('.').map_or(("0", rest), digits);
@@ -62,7 +62,7 @@ fn quantity(text: &str) -> Option<(u128, bool, &str)> {
     Some((whole.checked_add(decimals)?, !unit.is_empty(), rest))
 }
 
-/// The digits at the beginning, and what comes behind.
+/// Splits off the digits at the beginning.
 fn digits(text: &str) -> (&str, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text.split_at_checked(end).unwrap_or((text, ""))
@@ -74,7 +74,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn durations_mean_what_they_mean_to_the_reference() {
+    fn durations_mean_what_they_mean_to_ztunnel() {
         let millis = |text: &str| parse(text).map(|duration| duration.as_millis());
         for (text, expected) in [
             ("10s", 10_000),

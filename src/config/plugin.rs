@@ -1,4 +1,4 @@
-//! What the container runtime tells its CNI plugins by environment (CNI specification 1.1, section 2).
+//! The parameters that the container runtime passes to a CNI plugin in its environment (CNI specification 1.1, section 2).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -9,34 +9,34 @@ use std::path::PathBuf;
 pub struct Call {
     /// `ADD`, `DEL`, `CHECK`, `STATUS`, `GC` or `VERSION`.
     pub command: String,
-    /// The container's network namespace; may be missing for `DEL`.
+    /// The container's network namespace. It may be missing for `DEL`.
     pub netns: Option<PathBuf>,
     /// Name of the pod.
     pub pod: String,
     /// Its namespace.
     pub namespace: String,
-    /// Its uid, where the runtime says it.
+    /// Its uid, where the runtime passes one.
     pub uid: Option<String>,
 }
 
 impl Call {
-    /// Whether this process was started as a plugin: container runtimes give it no arguments.
+    /// The call that this process was started for; `None` if no container runtime started it as a plugin. Runtimes pass no arguments.
     pub fn of_process() -> Option<Self> {
-        let of = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
-        let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(of).collect();
+        let unicode = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+        let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(unicode).collect();
         let variable = |name: &str| variables.get(name).filter(|value| !value.is_empty()).cloned();
         Some(Self::read(&variable("CNI_COMMAND")?, variable("CNI_NETNS"), &variable("CNI_ARGS").unwrap_or_default()))
     }
 
     fn read(command: &str, netns: Option<String>, args: &str) -> Self {
         let args: BTreeMap<&str, &str> = args.split(';').filter_map(|pair| pair.split_once('=')).collect();
-        let said = |name: &str| args.get(name).filter(|value| !value.is_empty()).map(|value| (*value).to_owned());
+        let arg = |name: &str| args.get(name).filter(|value| !value.is_empty()).map(|value| (*value).to_owned());
         Self {
             command: command.to_owned(),
             netns: netns.map(PathBuf::from),
-            pod: said("K8S_POD_NAME").unwrap_or_default(),
-            namespace: said("K8S_POD_NAMESPACE").unwrap_or_default(),
-            uid: said("K8S_POD_UID"),
+            pod: arg("K8S_POD_NAME").unwrap_or_default(),
+            namespace: arg("K8S_POD_NAMESPACE").unwrap_or_default(),
+            uid: arg("K8S_POD_UID"),
         }
     }
 }
