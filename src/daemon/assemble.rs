@@ -318,16 +318,16 @@ impl Ending<'_> {
         self.workers.cut().await;
         // A node without connections has this time as well.
         if tokio::time::timeout_at(final_from + FINAL_TASKS, self.last.finished()).await.is_err() {
-            tracing::warn!("the work of the last tasks did not end in time and is cut");
+            tracing::warn!("the last tasks did not finish in time and are cut");
             self.last.cut();
         }
         self.background.cut();
         self.background.finished().await;
         self.parts.dns.stop();
         if cut > 0 {
-            tracing::warn!(cut, "ended; connections that were still open at the deadline were cut");
+            tracing::warn!(cut, "ended; open connections were cut");
         } else {
-            tracing::info!("ended; every connection had ended");
+            tracing::info!("ended; every connection had finished");
         }
     }
 }
