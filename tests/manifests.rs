@@ -432,13 +432,13 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
     let source = |file: &str| fs::read_to_string(root().join("src").join(file)).unwrap();
     let files = fs::read_dir(root().join("src/config/settings")).unwrap();
     let settings: String = files.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect();
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let document = fs::read_to_string(root().join("docs/settings.md")).unwrap();
     for (values, _) in cases() {
         let all = documents(&render(&values).unwrap());
         let Some(set) = of_kind(&all, "DaemonSet") else { continue };
         for (name, _) in variables(set).iter().filter(|(name, _)| !OTHERS.contains(&name.as_str())) {
             assert!(settings.contains(&format!("\"{name}\"")), "nobody reads {name}");
-            assert!(readme.contains(&format!("`{name}`")), "README.md does not name {name}");
+            assert!(document.contains(&format!("`{name}`")), "docs/settings.md does not name {name}");
         }
         let Some(ports) = container(set)["ports"].as_array() else {
             assert_eq!(set["metadata"]["name"], "ztunnel-cleanup", "only the daemon listens");

@@ -9,6 +9,7 @@ use crate::connection::pod::FACTS_WAIT;
 use crate::connection::{accept, dial};
 use crate::hbone::ping;
 use crate::identity::store::FIRST_WAIT;
+use crate::ports::HBONE;
 use crate::sys::end::LAST_BYTES;
 use crate::telemetry::exposition::Format;
 use crate::telemetry::log::brief;
@@ -74,8 +75,9 @@ pub fn settings() -> Result<String, Error> {
 
 /// The bounds on time that no setting changes.
 fn bounds(t: &mut String) -> Result<(), Error> {
+    let first_byte = format!("First byte of a peer on port {HBONE}");
     let all: [(&str, Duration); 11] = [
-        ("First byte of a peer on port 15008", accept::SILENCE_DEADLINE),
+        (&first_byte, accept::SILENCE_DEADLINE),
         ("TLS and HTTP/2 handshake of a tunnel", accept::HANDSHAKE_DEADLINE),
         ("TCP connection to a destination", dial::CONNECT_DEADLINE),
         ("Answer to a CONNECT", dial::ANSWER_DEADLINE),

@@ -1,4 +1,4 @@
-//! What the admin port shows, as JSON. `config_dump` has the shape that `istioctl ztunnel-config` reads.
+//! The admin port's pages as JSON: `/config_dump`, in the form that `istioctl ztunnel-config` reads, `/connections` and `/pods`.
 
 use super::parts::Parts;
 use super::{dump_config, version};
@@ -99,14 +99,14 @@ pub(super) fn pods(parts: &Parts) -> Value {
     Value::Array(parts.board.list().iter().map(one).collect())
 }
 
-/// Where a namespace can be opened that is known by a descriptor and not by a path: in our own `/proc`, as long as it is held.
+/// Where a namespace can be opened that is known by a descriptor instead of a path: in the daemon's own `/proc`, for as long as it is held.
 fn held_netns(netns: &NetnsRef) -> Value {
     let NetnsRef::Handle(netns) = netns else { return Value::Null };
     let ((device, inode), process) = (netns.id(), std::process::id());
     json!({"file": format!("/proc/{process}/fd/{}", netns.descriptor()), "device": device, "inode": inode})
 }
 
-/// How a pod's DNS requests ended, and where those go that the mesh does not answer.
+/// How a pod's DNS requests ended, and which resolvers receive those that the mesh does not answer.
 fn dns(parts: &Parts, uid: &Text) -> Value {
     let Some(requests) = parts.dns.counts(uid) else { return Value::Null };
     let used = parts.dns.resolvers(uid);
@@ -142,7 +142,7 @@ fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -
     })
 }
 
-/// Drops what is empty: the shape leaves default values out.
+/// Removes empty values, because ztunnel's dump leaves out defaults. The keys in `always` stay.
 fn without_defaults(value: Value, always: &[&str]) -> Value {
     let Value::Object(map) = value else { return value };
     let empty = |v: &Value| match v {
@@ -236,7 +236,7 @@ fn service(snapshot: &Snapshot, s: &Service) -> Value {
     without_defaults(value, &["name", "namespace", "hostname", "vips", "ports", "endpoints", "visibility"])
 }
 
-/// Endpoints that name services which nobody has told us of (yet).
+/// Endpoints by services that are not known (yet).
 fn staged(snapshot: &Snapshot) -> Value {
     let one = |(key, uids): (&crate::mesh::ServiceKey, Vec<&crate::mesh::Text>)| {
         (key.to_string(), Value::Array(uids.into_iter().map(|uid| Value::from(&**uid)).collect()))
@@ -336,7 +336,7 @@ fn certificates(parts: &Parts) -> Value {
 }
 
 fn certificate(der: &CertificateDer<'static>) -> Value {
-    let pem = rcgen_pem(der);
+    let pem = base64_pem(der);
     let Ok((_, parsed)) = X509Certificate::from_der(der) else { return json!({"pem": pem}) };
     let at = |time: x509_parser::time::ASN1Time| {
         let seconds = u64::try_from(time.timestamp()).unwrap_or(0);
@@ -350,8 +350,8 @@ fn certificate(der: &CertificateDer<'static>) -> Value {
     })
 }
 
-/// The certificate's PEM text in base64, which is what the reference's dump holds.
-fn rcgen_pem(der: &CertificateDer<'static>) -> String {
+/// The certificate's PEM text in base64, as in ztunnel's dump.
+fn base64_pem(der: &CertificateDer<'static>) -> String {
     use base64::Engine as _;
     let base64 = base64::engine::general_purpose::STANDARD;
     let body = base64.encode(der);
@@ -368,7 +368,7 @@ fn time(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 
-/// How fresh the facts are, where they come from a control plane.
+/// How recent the mesh facts are, where they come from a control plane.
 fn mesh_state(parts: &Parts) -> Value {
     let MeshSource::Xds(xds) = &parts.config.mesh else { return Value::Null };
     let report = parts.freshness.report();

@@ -1,4 +1,4 @@
-//! The commands: each assembles what it needs and runs it. The only module, with `main`, that uses anyhow.
+//! The commands. Each checks its settings, assembles what it needs, runs it, and gives the exit code.
 
 mod assemble;
 pub mod docs;
@@ -31,7 +31,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Exit code for a configuration that is not valid, as for a command line that is not.
+/// Exit code for a configuration that is not valid. clap uses the same for the command line.
 const EXIT_CONFIG: u8 = 2;
 
 /// Runs one command to its end.
@@ -40,7 +40,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Node(args) | Command::Proxy { node: args, .. } => node_command(&args),
         Command::Check(args) => check_command(&args),
         Command::Ca { command: CaCommand::Init { dir } } => match Builtin::init(&dir) {
-            Ok(()) => say(&format!("CA made in {}: ca.pem, ca.key (mode 0600)", dir.display())),
+            Ok(()) => say(&format!("CA created in {}: ca.pem, ca.key (mode 0600)", dir.display())),
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
         Command::Demo(args) => demo::run(&args),
@@ -52,7 +52,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Cleanup(args) if args.stay => stay(),
         Command::Cleanup(args) => {
             let config = check(&args.node, &Environment::of_process(), machine());
-            look(config, async |config, say| {
+            run_checks(config, async |config, say| {
                 let cleaned = doctor::cleanup::run(config, args.all, &mut *say).await;
                 if cleaned == Cleaned::InUse && args.once {
                     signals::any().await;
@@ -62,33 +62,39 @@ pub fn run(cli: Cli) -> ExitCode {
         }
         Command::Cni => match Call::of_process() {
             Some(call) => plugin::run(&call),
-            None => fail(EXIT_CONFIG, "CNI_COMMAND is not set: container runtimes run this, see the CNI specification"),
+            None => fail(
+                EXIT_CONFIG,
+                "CNI_COMMAND is not set. Container runtimes run this command (CNI specification, section 2)",
+            ),
         },
         Command::Version => say(&version::text()),
     }
 }
 
-/// Looks at the node by the settings of its daemon, which it tells itself; by those of this command where none runs.
+/// Checks the node by the settings of its daemon, which the daemon's admin port shows; where no daemon runs, by the settings of this command.
 fn doctor_command(args: &NodeArgs) -> ExitCode {
     let (own, port) = (check(args, &Environment::of_process(), machine()), admin_port(args));
-    let told = doctor::settings(port).and_then(|settings| {
+    let of_daemon = doctor::settings(port).and_then(|settings| {
         let config = check(&NodeArgs::of(&settings), &Environment::of_machine(), machine());
         config.map_err(|faults| faults.0.join("; "))
     });
-    match told {
-        Ok(config) => look(Ok(config), async |config, say| doctor::run(config, Ok(()), say).await),
-        Err(why) => look(own, async |config, say| doctor::run(config, Err(why), say).await),
+    match of_daemon {
+        Ok(config) => run_checks(Ok(config), async |config, say| doctor::run(config, Ok(()), say).await),
+        Err(why) => run_checks(own, async |config, say| doctor::run(config, Err(why), say).await),
     }
 }
 
-/// Where the daemon of this node is asked.
+/// Admin port of this node's daemon.
 fn admin_port(args: &NodeArgs) -> u16 {
     let own = check(args, &Environment::of_process(), machine());
     own.map_or(crate::ports::ADMIN, |config| config.admin.admin_port)
 }
 
-/// Does something to this node that prints a line for each thing it finds; fails where it is not well.
-fn look(config: Result<Config, Faults>, work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool) -> ExitCode {
+/// Runs `work`, which prints a line for each of its findings, with the settings of the node. The command fails if `work` returns false.
+fn run_checks(
+    config: Result<Config, Faults>,
+    work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool,
+) -> ExitCode {
     let config = match config {
         Ok(config) => config,
         Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
@@ -97,15 +103,15 @@ fn look(config: Result<Config, Faults>, work: impl AsyncFnOnce(&Config, &mut dyn
         Ok(runtime) => runtime,
         Err(error) => return fail(1, &error.to_string()),
     };
-    // Nobody reads where this fails.
+    // This fails only if nothing reads standard output.
     let mut say = |line: &str| drop(writeln!(std::io::stdout(), "{line}"));
-    let fine = runtime.block_on(work(&config, &mut say));
-    // What was given up as too slow does not keep the command from ending.
+    let is_well = runtime.block_on(work(&config, &mut say));
+    // A check that was given up because it took too long must not keep the command from ending.
     runtime.shutdown_background();
-    if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Does nothing until a signal comes.
+/// Waits for a signal.
 fn stay() -> ExitCode {
     match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime.block_on(signals::any()),
@@ -114,7 +120,7 @@ fn stay() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Runs as the CNI plugin, where a container runtime has started this process as one: by its file's name.
+/// Runs as the CNI plugin if the file that was executed has the plugin's name. `None` otherwise.
 pub fn run_as_plugin() -> Option<ExitCode> {
     let name = std::env::args_os().next()?;
     let is_plugin = std::path::Path::new(&name).file_name()? == crate::node::cni::install::PLUGIN;
@@ -126,7 +132,7 @@ fn machine() -> Machine {
     Machine { cpus, open_files: sys::limits::raise_open_files() }
 }
 
-/// Checks the settings, and that the files they name can be read and understood; all faults together.
+/// Checks the settings, and that the files they name can be read and are valid. Returns every fault.
 fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     let config = check(args, &Environment::of_process(), machine());
     let mut faults = config.as_ref().err().map_or_else(Vec::new, |faults| faults.0.clone());
@@ -140,7 +146,7 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     if let Some(dir) = path(&settings::certificates::CA_DIR)
         && let Err(error) = Builtin::new(&dir, Duration::from_secs(3600)).check()
     {
-        faults.push(format!("{error}; `culvert ca init {}` makes a CA", dir.display()));
+        faults.push(format!("{error}; `culvert ca init {}` creates a CA", dir.display()));
     }
     match config {
         Ok(config) if faults.is_empty() => Ok(config),
@@ -155,7 +161,7 @@ fn check_command(args: &NodeArgs) -> ExitCode {
     }
 }
 
-/// Where facts, pods and certificates will come from; files have been read, control planes have not been asked.
+/// Says where facts, pods and certificates come from. Files have been read; servers have not been asked.
 fn sources(config: &Config) -> String {
     let mesh = match &config.mesh {
         MeshSource::File(path) => format!("the mesh from {}", path.display()),
@@ -179,7 +185,7 @@ fn node_command(args: &NodeArgs) -> ExitCode {
     if !sys::limits::is_root() {
         return fail(
             1,
-            "culvert node must run as root: it enters pods' network namespaces and writes nftables rules there \
+            "culvert node must run as root, because it enters pods' network namespaces and writes nftables rules there \
              (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
         );
     }
@@ -193,7 +199,7 @@ fn node_command(args: &NodeArgs) -> ExitCode {
 }
 
 fn say(text: &str) -> ExitCode {
-    // A closed standard output is the reader's choice.
+    // This fails only if the reader has closed standard output.
     let _ = writeln!(std::io::stdout(), "{text}");
     ExitCode::SUCCESS
 }

@@ -1,5 +1,5 @@
-//! `culvert cni`: the plugin that container runtimes run for each pod. It decides nothing: it asks the daemon, and fails while
-//! there is none, so that no pod that should be captured starts without that.
+//! `culvert cni`: the CNI plugin, which container runtimes run for each pod. It asks the daemon, decides nothing itself, and fails while no
+//! daemon runs, so that no pod that should be captured starts uncaptured.
 
 use crate::config::plugin::Call;
 use crate::node::cni::install::OURS;
@@ -14,14 +14,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Versions of the specification that are spoken.
+/// Supported versions of the CNI specification.
 const VERSIONS: [&str; 6] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0", "0.2.0"];
-/// The version that is meant where none is said.
+/// The version that a configuration without one means.
 const DEFAULT_VERSION: &str = "1.0.0";
-/// Bytes of a configuration at most.
+/// Size limit of a configuration, in bytes.
 const CONFIGURATION_MAX: u64 = 4 << 20;
 
-// Codes of errors (CNI specification, section 5).
+// Error codes (CNI specification, section 5).
 const INVALID_ENVIRONMENT: u64 = 4;
 const CANNOT_DECODE: u64 = 6;
 const INVALID_CONFIGURATION: u64 = 7;
@@ -51,7 +51,7 @@ struct Refusal {
     message: String,
 }
 
-/// Does what the runtime asks for.
+/// Carries out one call of the runtime.
 pub(super) fn run(call: &Call) -> ExitCode {
     let mut text = String::new();
     let read = std::io::stdin().take(CONFIGURATION_MAX).read_to_string(&mut text);
@@ -60,7 +60,7 @@ pub(super) fn run(call: &Call) -> ExitCode {
     });
     let version = match &parsed {
         Ok(configuration) => configuration.cni_version.clone(),
-        // VERSION may come without one.
+        // VERSION may come without a configuration.
         Err(_) => None,
     };
     let version = version.unwrap_or_else(|| DEFAULT_VERSION.into());
@@ -102,7 +102,7 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         other => return Err(invalid(INVALID_ENVIRONMENT, &format!("CNI_COMMAND {other:?} is not known"))),
     };
     if needs_pod && (call.pod.is_empty() || call.namespace.is_empty()) {
-        // A container that is no pod: nothing of ours.
+        // The container is not a pod.
         return Ok(result(verb, configuration));
     }
     let netns = match (&call.netns, verb) {
@@ -114,8 +114,8 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         (None, Verb::Add) => return Err(invalid(INVALID_ENVIRONMENT, "CNI_NETNS is not set")),
         (None, _) => None,
     };
-    // A node whose daemon is away must still be able to start that daemon's pod: it is ADD that fails closed.
-    if !configuration.is_free(call) && verb != Verb::Status {
+    // STATUS always succeeds: while the daemon is away, the node must still be able to start the daemon's own pod. ADD fails instead.
+    if !configuration.is_exempt(call) && verb != Verb::Status {
         let question = Question {
             verb,
             name: call.pod.clone(),
@@ -127,7 +127,7 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         let runtime = runtime.map_err(|error| invalid(TRY_AGAIN_LATER, &error.to_string()))?;
         let asked = runtime.block_on(cni::ask(&configuration.socket, &question, netns.as_ref()));
         match (verb, asked) {
-            // A pod that goes must not wait for a daemon that is away; the daemon sees for itself that it has gone.
+            // Removing a pod must not wait for a daemon that is away. The daemon detects by itself that the pod is gone.
             (Verb::Del, _) | (_, Ok(())) => {}
             (_, Err(AskError::Refused(message))) => return Err(Refusal { code: TRY_AGAIN_LATER, message }),
             (_, Err(AskError::Away(why))) => {
@@ -138,23 +138,23 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
     Ok(result(verb, configuration))
 }
 
-/// What earlier plugins have said is passed on.
+/// The result of a call. Results of earlier plugins in the chain are passed on.
 fn result(verb: Verb, configuration: &Configuration) -> Option<Value> {
     let version = configuration.cni_version.as_deref().unwrap_or(DEFAULT_VERSION);
     (verb == Verb::Add).then(|| configuration.prev_result.clone().unwrap_or_else(|| json!({"cniVersion": version})))
 }
 
 impl Configuration {
-    /// Whether a pod is never captured, and so need not wait for the daemon: the daemon's own pods above all, which
-    /// would wait for themselves.
-    fn is_free(&self, call: &Call) -> bool {
+    /// Whether a pod is never captured and so need not wait for the daemon. The daemon's own pods are exempt, because they would wait for
+    /// themselves.
+    fn is_exempt(&self, call: &Call) -> bool {
         let own = call.namespace == self.own_namespace
             && !self.own_name.is_empty()
             && call.pod.strip_prefix(&self.own_name).is_some_and(|rest| rest.starts_with('-'));
         own || self.exclude_namespaces.contains(&call.namespace)
     }
 
-    /// What whoever looks at the pod's events reads while the daemon is away: where, since when, and what can be done.
+    /// The text of the pod's event while the daemon is away: on which node, since when, and what can be done.
     fn away(&self, why: &str) -> String {
         let (namespace, set, socket) = (&self.own_namespace, &self.own_name, &self.socket);
         let (of_node, on_node) = match self.node.as_str() {
@@ -164,14 +164,14 @@ impl Configuration {
         let since = match cni::last_seen(socket) {
             Some((at, age)) => {
                 let (at, age) = (humantime::format_rfc3339_seconds(at), Duration::from_secs(age.as_secs()));
-                format!("it was last there at {at}, {} ago", humantime::format_duration(age))
+                format!("it was last seen at {at}, {} ago", humantime::format_duration(age))
             }
-            None => "it has not been there since the node started".to_owned(),
+            None => "it has not been seen since the node started".to_owned(),
         };
         format!(
-            "the daemon {of_node} {why}; {since}. New pods of the node wait for it, because it says which of them are captured: see \
-             kubectl -n {namespace} get pods{on_node}. Pods of a namespace in EXCLUDE_NAMESPACES of DaemonSet {set} (chart: \
-             excludeNamespaces) do not wait; while the daemon is away, put it into excludeNamespaces of {OURS} on the node as well"
+            "the daemon {of_node} {why}; {since}. New pods of the node wait for it, because it decides which of them are captured: see \
+             kubectl -n {namespace} get pods{on_node}. Pods of namespaces in EXCLUDE_NAMESPACES of DaemonSet {set} (chart: \
+             excludeNamespaces) do not wait; while the daemon is away, add the namespace to excludeNamespaces of {OURS} on the node as well"
         )
     }
 

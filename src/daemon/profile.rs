@@ -1,17 +1,16 @@
 //! A CPU profile of the daemon, for `/debug/pprof/profile`.
 
-use crate::admin::Query;
 use crate::proto::perftools::profiles as wire;
-use crate::task::thread::run_blocking;
+use crate::task::thread::beside;
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// One profile at a time: the timer behind it is the process's.
+/// Whether a profile is being taken. There is one at a time, because the process has only one such timer.
 static RUNNING: AtomicBool = AtomicBool::new(false);
 
-/// Frees the timer again, also when whoever asked has gone.
+/// Releases [`RUNNING`] when dropped, also when the client has disconnected.
 struct Running;
 
 impl Drop for Running {
@@ -20,17 +19,16 @@ impl Drop for Running {
     }
 }
 
-/// Profiles for `seconds` (1 to 300, by default 10) at `frequency` (1 to 1000 per second, by default 100), as the query says.
-pub(super) async fn cpu(query: Query) -> Result<Vec<u8>, String> {
+/// Takes a profile of `seconds` (1 to 300, 10 by default) at `frequency` (1 to 1000 samples a second, 100 by default); the query gives both.
+pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
     let (mut seconds, mut frequency) = (10, 100);
-    for (name, value) in query {
+    for part in query.unwrap_or_default().split('&').filter(|part| !part.is_empty()) {
+        let (name, value) = part.split_once('=').unwrap_or((part, ""));
         let number = |range: std::ops::RangeInclusive<i32>| {
             let number = value.parse().ok().filter(|number| range.contains(number));
-            number.ok_or_else(|| {
-                format!("{name}={value:?}: a number from {} to {} is needed\n", range.start(), range.end())
-            })
+            number.ok_or_else(|| format!("{part:?}: a number from {} to {} is needed\n", range.start(), range.end()))
         };
-        match name.as_str() {
+        match name {
             "seconds" => seconds = number(1..=300)?,
             "frequency" => frequency = number(1..=1000)?,
             _ => {}
@@ -43,16 +41,16 @@ pub(super) async fn cpu(query: Query) -> Result<Vec<u8>, String> {
     let begun = SystemTime::now();
     let guard = pprof::ProfilerGuardBuilder::default()
         .frequency(frequency)
-        // Unwinding from inside these could wait for a lock that the interrupted thread holds.
+        // Unwinding from inside these libraries could wait for a lock that the interrupted thread holds.
         .blocklist(&["libc", "libgcc", "pthread", "vdso"])
         .build()
         .map_err(|error| format!("no profile can be taken: {error}\n"))?;
     let duration = Duration::from_secs(u64::from(seconds.unsigned_abs()));
     tokio::time::sleep(duration).await;
-    // Names are looked up in the binary's tables, which takes a while.
-    let made = run_blocking(move || guard.report().build().map(|report| encode(&report))).await;
-    let made = made.ok_or_else(|| "the profile could not be made\n".to_owned())?;
-    let mut profile = made.map_err(|error| format!("the profile cannot be read: {error}\n"))?;
+    // Looking up names in the binary's tables takes a while.
+    let built = beside(move || guard.report().build().map(|report| encode(&report))).await;
+    let built = built.ok_or_else(|| "the profile could not be built\n".to_owned())?;
+    let mut profile = built.map_err(|error| format!("the profile cannot be read: {error}\n"))?;
     let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
     profile.time_nanos = nanos(begun.duration_since(UNIX_EPOCH).unwrap_or_default());
     profile.duration_nanos = nanos(duration);
@@ -60,7 +58,7 @@ pub(super) async fn cpu(query: Query) -> Result<Vec<u8>, String> {
     Ok(profile.encode_to_vec())
 }
 
-/// Texts by number.
+/// The string table of a profile: each text once, referred to by number.
 #[derive(Default)]
 struct Texts {
     numbers: HashMap<String, i64>,

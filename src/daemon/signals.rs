@@ -10,12 +10,12 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes both over.
+    /// Installs handlers for both.
     pub fn new() -> std::io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// Completes at the next one, with its name.
+    /// Waits for the next one. Returns its name.
     pub async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
@@ -24,7 +24,7 @@ impl Signals {
     }
 }
 
-/// Completes at a signal; at once where signals cannot be taken over.
+/// Waits for a signal. Returns at once if no handlers can be installed.
 pub async fn any() {
     if let Ok(mut signals) = Signals::new() {
         signals.next().await;

@@ -1115,8 +1115,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     let (ok, error) = cni.call("ADD", client, netns, &ips);
     assert!(!ok, "it fails closed while the daemon is away");
     assert_eq!(error["code"], 11);
-    for words in
-        ["of node n1 does not answer at", "has not been there since", "EXCLUDE_NAMESPACES of DaemonSet ztunnel"]
+    for words in ["of node n1 does not answer at", "has not been seen since", "EXCLUDE_NAMESPACES of DaemonSet ztunnel"]
     {
         assert!(error["msg"].as_str().unwrap().contains(words), "{words}: {error}");
     }
@@ -1184,7 +1183,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
     c.w.take_node(1).kill();
     let (_, error) = cni.call("ADD", client, netns, &ips);
-    for words in ["it was last there at 20", " ago. New pods of the node wait", "spec.nodeName=n1"] {
+    for words in ["it was last seen at 20", " ago. New pods of the node wait", "spec.nodeName=n1"] {
         assert!(error["msg"].as_str().unwrap().contains(words), "{words}: {error}");
     }
 }
