@@ -1,7 +1,7 @@
 //! Every TCP and UDP port that the daemon listens on or gives a meaning to, defined once.
 //!
-//! Those inside a pod are part of Istio ambient's redirection (source: istio-cni's in-pod rules); those of the daemon's own
-//! namespace are ztunnel's, so that probes, scrapers and `istioctl` find them.
+//! Those inside a pod are part of Istio ambient's redirection (source: istio-cni's in-pod rules); those of the daemon's
+//! own namespace are ztunnel's, so that probes, scrapers and `istioctl` find them.
 
 use std::ops::{Range, RangeInclusive};
 
@@ -21,14 +21,15 @@ pub const HBONE: u16 = 15008;
 /// Inside a pod: DNS questions are redirected here.
 pub const DNS: u16 = 15053;
 
-/// Capture checks from inside a pod go to these ports, one each. There are several because two daemons listen during an upgrade, and
-/// the kernel gives each connection to either of them.
+/// Capture checks from inside a pod go to these ports, one each. There are several because two daemons listen during an
+/// upgrade, and the kernel gives each connection to either of them.
 pub const CAPTURE_CHECKS: Range<u16> = 15091..15099;
 /// Capture checks from the node go to this port of the pod in plaintext.
 pub const INBOUND_CHECK: u16 = CAPTURE_CHECKS.start;
 
-/// The daemon's own connections inside a pod come from these ports where they are free. They lie above the range that Linux chooses
-/// from by itself (`net.ipv4.ip_local_port_range` ends at 60999), because an application cannot listen on a port that the daemon holds.
+/// The daemon's own connections inside a pod come from these ports where they are free. They lie above the range that
+/// Linux chooses from by itself (`net.ipv4.ip_local_port_range` ends at 60999), because an application cannot listen on
+/// a port that the daemon holds.
 pub const OWN_CONNECTIONS: RangeInclusive<u16> = 61_000..=65_535;
 
 /// Istio's control plane and CA, where no port is configured.

@@ -1,4 +1,5 @@
-//! The command line and the environment, as text. Every setting is an argument and an environment variable; the argument takes precedence.
+//! The command line and the environment, as text. Every setting is an argument and an environment variable; the
+//! argument takes precedence.
 
 use super::setting::About;
 use super::settings;
@@ -6,7 +7,8 @@ use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-/// A tunnel daemon for Kubernetes nodes: it captures pods' TCP and carries it as HBONE, authenticated by workload identity.
+/// A tunnel daemon for Kubernetes nodes: it captures pods' TCP and carries it as HBONE, authenticated by workload
+/// identity.
 #[derive(Debug, Parser)]
 #[command(name = "culvert", disable_help_subcommand = true)]
 pub struct Cli {
@@ -52,7 +54,8 @@ pub enum Command {
     },
     /// Remove every trace of culvert from this node, once no daemon runs on it.
     Cleanup(CleanupArgs),
-    /// Run as the CNI plugin. The container runtime does this (CNI_COMMAND, CNI_NETNS, CNI_ARGS, and a configuration on standard input).
+    /// Run as the CNI plugin. The container runtime does this (CNI_COMMAND, CNI_NETNS, CNI_ARGS, and a configuration on
+    /// standard input).
     Cni,
     /// Print the version.
     Version,
@@ -71,12 +74,12 @@ pub enum CaCommand {
 /// Options of `culvert cleanup`.
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
-    /// Also remove rules that another node's daemon wrote in network namespaces of this machine, and rules that do not say which
-    /// node they belong to.
+    /// Also remove rules that another node's daemon wrote in network namespaces of this machine, and rules that do not
+    /// say which node they belong to.
     #[arg(long)]
     pub all: bool,
-    /// If a daemon runs, say so and wait for a signal instead of ending. Otherwise a container would be started again and could
-    /// clean the node just while that daemon restarts.
+    /// If a daemon runs, say so and wait for a signal instead of ending. Otherwise a container would be started again
+    /// and could clean the node just while that daemon restarts.
     #[arg(long)]
     pub once: bool,
     /// Remove nothing and wait for a signal. A pod of a DaemonSet that has cleaned its node has to keep running.

@@ -1,4 +1,5 @@
-//! Turns settings as text into checked values. Pure, apart from the machine's limits, which are passed in. All faults are reported at once.
+//! Turns settings as text into checked values. Pure, apart from the machine's limits, which are passed in. All faults
+//! are reported at once.
 
 use super::args::NodeArgs;
 use super::checker::Checker;
@@ -15,14 +16,12 @@ use crate::{admin, connection, hbone, node, ports, telemetry};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// Unsent bytes in the kernel for each leg: enough for a long link, and few enough that small requests do not queue behind bulk traffic.
+/// Unsent bytes in the kernel for each leg: enough for a long link, and few enough that small requests do not queue
+/// behind bulk traffic.
 const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
 
 /// Streams that a peer may open on one tunnel (ztunnel's value).
 const SERVER_STREAMS: u32 = 200;
-
-/// How long connections may take to end where neither a deadline nor a grace period is set, in seconds.
-const DRAIN_SECONDS: u64 = 5;
 
 /// What the machine offers, as far as defaults depend on it.
 #[derive(Clone, Copy, Debug)]
@@ -84,8 +83,8 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
     if checker.faults.is_empty() { Ok(config) } else { Err(Faults(checker.faults)) }
 }
 
-/// The settings that were given, without secrets. The addresses and ports that Istio's proxy configuration led to stand in its place, because
-/// its text may contain secrets.
+/// The settings that were given, without secrets. The addresses and ports that Istio's proxy configuration led to stand
+/// in its place, because its text may contain secrets.
 fn settings(args: &NodeArgs, config: &Config) -> BTreeMap<String, String> {
     let given = args.given().filter(|(setting, _)| !setting.is_secret);
     let mut settings: BTreeMap<String, String> =
@@ -104,12 +103,13 @@ fn settings(args: &NodeArgs, config: &Config) -> BTreeMap<String, String> {
 
 /// The deadline for open connections: as set, or a little less than the grace period of the daemon's pod.
 fn drain_deadline(c: &mut Checker<'_>) -> Duration {
-    let seconds = match c.optional(&process::GRACE_PERIOD) {
-        Some(grace) if grace > 10 => grace - 5,
-        Some(grace) => grace.saturating_sub(1).max(1),
-        None => DRAIN_SECONDS,
-    };
-    c.read_or(&process::DRAIN_DEADLINE, Duration::from_secs(seconds))
+    let is_set = c.given(&process::DRAIN_DEADLINE).is_some_and(|text| !text.trim().is_empty());
+    match c.optional(&process::GRACE_PERIOD) {
+        Some(grace) if !is_set => {
+            Duration::from_secs(if grace > 10 { grace - 5 } else { grace.saturating_sub(1).max(1) })
+        }
+        _ => c.read(&process::DRAIN_DEADLINE),
+    }
 }
 
 fn log_config(c: &mut Checker<'_>) -> telemetry::log::Config {
@@ -177,7 +177,8 @@ fn connection_config(c: &mut Checker<'_>, proxy: &ProxyConfig, machine: Machine,
     }
 }
 
-/// The number of worker threads, by ztunnel's rules: as set, else from the container's limit and request, else a quarter of the CPUs.
+/// The number of worker threads, by ztunnel's rules: as set, else from the container's limit and request, else a
+/// quarter of the CPUs.
 fn workers(c: &mut Checker<'_>, proxy: &ProxyConfig, machine: Machine) -> usize {
     let limit = c.optional(&connections::RESOURCE_CPU_LIMIT).filter(|cpus| *cpus > 0);
     let request = c.read(&connections::RESOURCE_CPU_REQUEST);
@@ -283,6 +284,16 @@ mod tests {
         for (workers, expected) in [("0", 16), ("3", 3), ("50%", 8), ("1%", 1)] {
             let config = checked(&[("ZTUNNEL_WORKER_THREADS", workers)]);
             assert_eq!(config.connection.workers, expected, "{workers}");
+        }
+    }
+
+    #[test]
+    fn the_address_of_the_control_plane_is_the_one_that_the_help_names() {
+        let words = mesh::XDS_ADDRESS.about.default_text().unwrap();
+        for environment in [&[][..], &[("KUBERNETES_SERVICE_HOST", "10.96.0.1")]] {
+            let config = check(&NodeArgs::default(), &environment.into(), MACHINE).unwrap();
+            let address = config.xds().unwrap().rpc.address.to_string();
+            assert!(words.contains(address.trim_end_matches('/')), "{address}: {words}");
         }
     }
 

@@ -1,4 +1,5 @@
-//! Reads settings one by one and collects every fault, each with the names of the setting, the value and what is expected.
+//! Reads settings one by one and collects every fault, each with the names of the setting, the value and what is
+//! expected.
 
 use super::args::NodeArgs;
 use super::kind::Kind;

@@ -1,5 +1,6 @@
-//! Durations as ztunnel reads them (source: the crate duration-str): `10s`, `1h30m`, `3m31`, `25`, `1m*5`. A number without a unit means
-//! seconds. Units may be in either case, so `M` is a minute. Other common forms such as `1h 30min` are accepted as well. Pure.
+//! Durations as ztunnel reads them (source: the crate duration-str): `10s`, `1h30m`, `3m31`, `25`, `1m*5`. A number
+//! without a unit means seconds. Units may be in either case, so `M` is a minute. Other common forms such as `1h 30min`
+//! are accepted as well. Pure.
 
 use std::time::Duration;
 
@@ -44,7 +45,8 @@ pub(super) fn parse(text: &str) -> Option<Duration> {
     }
 }
 
-/// Reads a number with up to nine decimals, and its unit. Returns nanoseconds, whether there was a unit, and the rest of the text.
+/// Reads a number with up to nine decimals, and its unit. Returns nanoseconds, whether there was a unit, and the rest
+/// of the text.
 fn quantity(text: &str) -> Option<(u128, bool, &str)> {
     let (whole, rest) = digits(text);
     let (decimals, rest) = rest.strip_prefix('.').map_or(("0", rest), digits);

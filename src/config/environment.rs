@@ -1,5 +1,5 @@
-//! The parts of the environment that are not settings with one name each: prefixes, refused variables, Istio's mesh configuration, and where
-//! the host's procfs is mounted. The only file, with `plugin.rs`, that reads the environment.
+//! The parts of the environment that are not settings with one name each: prefixes, refused variables, Istio's mesh
+//! configuration, and where the host's procfs is mounted. The only file, with `plugin.rs`, that reads the environment.
 
 use super::checker::Checker;
 use std::collections::BTreeMap;

@@ -1,4 +1,5 @@
-//! Settings of a node in an Istio mesh: Istio's proxy configuration, the control plane, the CA, the daemon's own pod, and DNS.
+//! Settings of a node in an Istio mesh: Istio's proxy configuration, the control plane, the CA, the daemon's own pod,
+//! and DNS.
 
 use super::checker::Checker;
 use super::environment::{CA_HEADER, Environment, MESH_CONFIG, META, META_JSON, XDS_HEADER};

@@ -1,5 +1,5 @@
-//! Settings, from text to checked values: the tables of settings ([`settings`]), the command line ([`args`]), and the checker ([`check`]),
-//! which names every fault at once.
+//! Settings, from text to checked values: the tables of settings ([`settings`]), the command line ([`args`]), and the
+//! checker ([`check`]), which names every fault at once.
 //!
 //! The only module that reads the environment. Each module below declares its own plain `Config`; this is their sum.
 
@@ -57,10 +57,11 @@ pub struct Config {
     pub node: node::Config,
     /// The log.
     pub log: telemetry::log::Config,
-    /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come from a file.
+    /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come
+    /// from a file.
     pub state_files: Vec<PathBuf>,
-    /// The settings that were given, by variable, without secrets. `culvert doctor` reads them from the daemon, to check the node by the
-    /// same settings.
+    /// The settings that were given, by variable, without secrets. `culvert doctor` reads them from the daemon, to
+    /// check the node by the same settings.
     pub settings: BTreeMap<String, String>,
 }
 

@@ -99,14 +99,16 @@ fn cpus(text: &str) -> Result<usize, String> {
     found.filter(|cpus| *cpus <= 4096).ok_or_else(|| CPUS.expected.into())
 }
 
-/// A mark of packets. It must lie within the bits that the rules compare, and differ from the mark that brings replies back (0x111).
+/// A mark of packets. It must lie within the bits that the rules compare, and differ from the mark that brings replies
+/// back (0x111).
 pub const PACKET_MARK: Custom<u32> = Custom { expected: "a number from 1 to 4095 other than 273", read: packet_mark };
 
 fn packet_mark(text: &str) -> Result<u32, String> {
     number(text, 1..=0xfff).ok().filter(|mark| *mark != 0x111).ok_or_else(|| PACKET_MARK.expected.into())
 }
 
-/// Root certificates. The form of the text says what it is, never whether a file exists at the moment: it may be mounted later.
+/// Root certificates. The form of the text says what it is, never whether a file exists at the moment: it may be
+/// mounted later.
 pub fn roots(text: &str) -> Roots {
     match text {
         "SYSTEM" => Roots::System,

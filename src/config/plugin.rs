@@ -1,4 +1,5 @@
-//! The parameters that the container runtime passes to a CNI plugin in its environment (CNI specification 1.1, section 2).
+//! The parameters that the container runtime passes to a CNI plugin in its environment (CNI specification 1.1, section
+//! 2).
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -20,7 +21,8 @@ pub struct Call {
 }
 
 impl Call {
-    /// The call that this process was started for; `None` if no container runtime started it as a plugin. Runtimes pass no arguments.
+    /// The call that this process was started for; `None` if no container runtime started it as a plugin. Runtimes pass
+    /// no arguments.
     pub fn of_process() -> Option<Self> {
         let unicode = |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
         let variables: BTreeMap<String, String> = std::env::vars_os().filter_map(unicode).collect();

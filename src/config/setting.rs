@@ -1,6 +1,8 @@
-//! What a setting is: its argument, variable, default, accepted values, help text and key in `/config_dump`, in one place.
+//! What a setting is: its argument, variable, default, accepted values, help text and key in `/config_dump`, in one
+//! place.
 //!
-//! The settings themselves are in `settings/`. The command line, the checker, `docs/settings.md` and `/config_dump` all read them from there.
+//! The settings themselves are in `settings/`. The command line, the checker, `docs/settings.md` and `/config_dump` all
+//! read them from there.
 
 use super::Config;
 use super::kind::Kind;

@@ -1,9 +1,10 @@
 //! `culvert node`: assembles the parts, runs them, and ends them in order.
 //!
-//! The calling thread runs control (files, certificates, pods, the Kubernetes API, signals) on a single-threaded runtime. Workers, enforcement,
-//! DNS, the admin ports and the control plane's client have threads of their own.
+//! The calling thread runs control (files, certificates, pods, the Kubernetes API, signals) on a single-threaded
+//! runtime. Workers, enforcement, DNS, the admin ports and the control plane's client have threads of their own.
 //!
-//! Ending: no new connections, GOAWAY to peers, open connections have until the deadline to end, the rest is cut, and the log says how many.
+//! Ending: no new connections, GOAWAY to peers, open connections have until the deadline to end, the rest is cut, and
+//! the log says how many.
 
 use super::metrics::{Metrics, Read, Readings};
 use super::pages::pages;
@@ -38,7 +39,8 @@ use tokio::sync::Notify;
 /// What readiness, and every task that needs mesh facts, waits for.
 const FACTS: &str = "mesh facts";
 
-/// Limit on the bytes that peers may make this node hold where its memory has no limit; and the most that the limit can be.
+/// Limit on the bytes that peers may make this node hold where its memory has no limit; and the most that the limit can
+/// be.
 const BUFFER_BYTES: usize = 1 << 30;
 
 /// How long tasks that have work to do when the process ends may take, after the time that connections have.
@@ -197,7 +199,8 @@ async fn open_ports(pages: Pages, config: admin::Config) -> anyhow::Result<Dedic
     Ok(thread)
 }
 
-/// Starts the thread that ends connections which are not allowed any more. Nothing else may delay it, so it shares the thread with nothing.
+/// Starts the thread that ends connections which are not allowed any more. Nothing else may delay it, so it shares the
+/// thread with nothing.
 fn enforce(parts: &Parts, permits: Arc<Permits>, metrics: Arc<revoked::Metrics>) -> std::io::Result<Dedicated> {
     let (mesh, identities, revocations) = (parts.mesh.clone(), parts.identities.clone(), parts.revocations.clone());
     let crl = parts.config.crl.clone();
@@ -212,7 +215,8 @@ fn enforce(parts: &Parts, permits: Arc<Permits>, metrics: Arc<revoked::Metrics>)
     })
 }
 
-/// Settings of the ports. Loopback has no IPv6 address where IPv6 is switched off in the daemon's own network namespace.
+/// Settings of the ports. Loopback has no IPv6 address where IPv6 is switched off in the daemon's own network
+/// namespace.
 fn ports_config(config: &Config) -> admin::Config {
     let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
     admin::Config { ipv6: config.admin.ipv6 && own.unwrap_or(false), ..config.admin }

@@ -1,4 +1,5 @@
-//! The admin port's pages as JSON: `/config_dump`, in the form that `istioctl ztunnel-config` reads, `/connections` and `/pods`.
+//! The admin port's pages as JSON: `/config_dump`, in the form that `istioctl ztunnel-config` reads, `/connections` and
+//! `/pods`.
 
 use super::parts::Parts;
 use super::{dump_config, version};
@@ -99,7 +100,8 @@ pub(super) fn pods(parts: &Parts) -> Value {
     Value::Array(parts.board.list().iter().map(one).collect())
 }
 
-/// Where a namespace can be opened that is known by a descriptor instead of a path: in the daemon's own `/proc`, for as long as it is held.
+/// Where a namespace can be opened that is known by a descriptor instead of a path: in the daemon's own `/proc`, for as
+/// long as it is held.
 fn held_netns(netns: &NetnsRef) -> Value {
     let NetnsRef::Handle(netns) = netns else { return Value::Null };
     let ((device, inode), process) = (netns.id(), std::process::id());

@@ -1,5 +1,5 @@
-//! The settings in `/config_dump`, under ztunnel's keys where ztunnel has the setting. Each setting says its key and value itself
-//! (`config/settings/`); this file adds what is fixed.
+//! The settings in `/config_dump`, under ztunnel's keys where ztunnel has the setting. Each setting says its key and
+//! value itself (`config/settings/`); this file adds what is fixed.
 
 use crate::config::{Config, settings};
 use crate::connection::choose::own_ports;

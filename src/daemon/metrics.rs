@@ -1,4 +1,5 @@
-//! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs; `docs/metrics.md` shows all of them.
+//! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs; `docs/metrics.md`
+//! shows all of them.
 
 use crate::config::{Config, MeshSource};
 use crate::connection::report::Reporter;

@@ -71,7 +71,8 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// Checks the node by the settings of its daemon, which the daemon's admin port shows; where no daemon runs, by the settings of this command.
+/// Checks the node by the settings of its daemon, which the daemon's admin port shows; where no daemon runs, by the
+/// settings of this command.
 fn doctor_command(args: &NodeArgs) -> ExitCode {
     let (own, port) = (check(args, &Environment::of_process(), machine()), admin_port(args));
     let of_daemon = doctor::settings(port).and_then(|settings| {
@@ -90,7 +91,8 @@ fn admin_port(args: &NodeArgs) -> u16 {
     own.map_or(crate::ports::ADMIN, |config| config.admin.admin_port)
 }
 
-/// Runs `work`, which prints a line for each of its findings, with the settings of the node. The command fails if `work` returns false.
+/// Runs `work`, which prints a line for each of its findings, with the settings of the node. The command fails if
+/// `work` returns false.
 fn run_checks(
     config: Result<Config, Faults>,
     work: impl AsyncFnOnce(&Config, &mut dyn FnMut(&str)) -> bool,

@@ -32,8 +32,9 @@ pub(super) fn pages(
     }
 }
 
-/// `/logging`, as ztunnel has it: `level=<directives>` adds directives, `reset` first restores the filter of the start, and no query shows the
-/// filter. `dns=<namespace>/<pod>`, which may be repeated, logs the DNS requests of that pod until a reset.
+/// `/logging`, as ztunnel has it: `level=<directives>` adds directives, `reset` first restores the filter of the start,
+/// and no query shows the filter. `dns=<namespace>/<pod>`, which may be repeated, logs the DNS requests of that pod
+/// until a reset.
 fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
     let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
     let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");

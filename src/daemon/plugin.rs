@@ -1,5 +1,5 @@
-//! `culvert cni`: the CNI plugin, which container runtimes run for each pod. It asks the daemon, decides nothing itself, and fails while no
-//! daemon runs, so that no pod that should be captured starts uncaptured.
+//! `culvert cni`: the CNI plugin, which container runtimes run for each pod. It asks the daemon, decides nothing
+//! itself, and fails while no daemon runs, so that no pod that should be captured starts uncaptured.
 
 use crate::config::plugin::Call;
 use crate::node::cni::install::OURS;
@@ -114,7 +114,8 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         (None, Verb::Add) => return Err(invalid(INVALID_ENVIRONMENT, "CNI_NETNS is not set")),
         (None, _) => None,
     };
-    // STATUS always succeeds: while the daemon is away, the node must still be able to start the daemon's own pod. ADD fails instead.
+    // STATUS always succeeds: while the daemon is away, the node must still be able to start the daemon's own pod. ADD
+    // fails instead.
     if !configuration.is_exempt(call) && verb != Verb::Status {
         let question = Question {
             verb,
@@ -127,7 +128,8 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         let runtime = runtime.map_err(|error| invalid(TRY_AGAIN_LATER, &error.to_string()))?;
         let asked = runtime.block_on(cni::ask(&configuration.socket, &question, netns.as_ref()));
         match (verb, asked) {
-            // Removing a pod must not wait for a daemon that is away. The daemon detects by itself that the pod is gone.
+            // Removing a pod must not wait for a daemon that is away. The daemon detects by itself that the pod is
+            // gone.
             (Verb::Del, _) | (_, Ok(())) => {}
             (_, Err(AskError::Refused(message))) => return Err(Refusal { code: TRY_AGAIN_LATER, message }),
             (_, Err(AskError::Away(why))) => {
@@ -145,8 +147,8 @@ fn result(verb: Verb, configuration: &Configuration) -> Option<Value> {
 }
 
 impl Configuration {
-    /// Whether a pod is never captured and so need not wait for the daemon. The daemon's own pods are exempt, because they would wait for
-    /// themselves.
+    /// Whether a pod is never captured and so need not wait for the daemon. The daemon's own pods are exempt, because
+    /// they would wait for themselves.
     fn is_exempt(&self, call: &Call) -> bool {
         let own = call.namespace == self.own_namespace
             && !self.own_name.is_empty()

@@ -22,8 +22,8 @@ pub(super) struct Last {
     pub(super) own_set: Arc<OwnSet>,
 }
 
-/// Joins the daemons of this node, one of which is active. Under an agent there is nothing to agree on, because each daemon writes only what
-/// every pod gets once; a pods file belongs to one daemon.
+/// Joins the daemons of this node, one of which is active. Under an agent there is nothing to agree on, because each
+/// daemon writes only what every pod gets once; a pods file belongs to one daemon.
 pub(super) fn turn(config: &Config, drain: &Drain, background: &Group) -> Turn {
     let Source::Kubernetes(kubernetes) = &config.node.source else { return Turn::alone() };
     let (turn, member) = Turn::join(&kubernetes.turns(&config.node.whose()));

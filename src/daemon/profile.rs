@@ -19,7 +19,8 @@ impl Drop for Running {
     }
 }
 
-/// Takes a profile of `seconds` (1 to 300, 10 by default) at `frequency` (1 to 1000 samples a second, 100 by default); the query gives both.
+/// Takes a profile of `seconds` (1 to 300, 10 by default) at `frequency` (1 to 1000 samples a second, 100 by default);
+/// the query gives both.
 pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
     let (mut seconds, mut frequency) = (10, 100);
     for part in query.unwrap_or_default().split('&').filter(|part| !part.is_empty()) {

@@ -8,7 +8,8 @@ pub(super) fn text() -> String {
     format!("culvert {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// The version as `/config_dump` shows it, under ztunnel's keys. A fact that was not known when the binary was built is `unknown`.
+/// The version as `/config_dump` shows it, under ztunnel's keys. A fact that was not known when the binary was built is
+/// `unknown`.
 pub(super) fn shown(config: &Config) -> Value {
     let istio = config.xds().and_then(|xds| xds.metadata.get("ISTIO_VERSION")).and_then(Value::as_str);
     json!({

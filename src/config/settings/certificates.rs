@@ -1,5 +1,6 @@
 //! Settings of certificates and trust.
 
+use super::mesh::ROOT_CERTIFICATES;
 use crate::config::CaSource;
 use crate::config::kind::{Custom, File, Text, Time, Words};
 use crate::config::parse;
@@ -23,7 +24,7 @@ settings! {
             CaSource::Builtin(_) => Value::Null,
         });
     CA_ROOT_CA: Text = Setting::new("ca-root-ca", "CA_ROOT_CA", Text)
-        .or("./var/run/secrets/istio/root-cert.pem")
+        .or(ROOT_CERTIFICATES)
         .help("Root certificates that the CA's server is verified against, in the same forms as `XDS_ROOT_CA`.");
     ALT_CA_HOSTNAME: Text = Setting::new("alt-ca-hostname", "ALT_CA_HOSTNAME", Text)
         .help("Another host name that the certificate of the CA's server may have.");

@@ -5,7 +5,8 @@ use crate::config::parse::{self, Threads};
 use crate::config::setting::{Described, Setting};
 use serde_json::json;
 
-/// Sizes that HTTP/2 accepts for a window (RFC 9113, sections 6.5.2 and 6.9.1); a smaller one than the protocol's default is refused.
+/// Sizes that HTTP/2 accepts for a window (RFC 9113, sections 6.5.2 and 6.9.1); a smaller one than the protocol's
+/// default is refused.
 const WINDOW: Number<u32> = Number(65_535, 2_147_483_647);
 /// Sizes that HTTP/2 accepts for a frame (RFC 9113, section 6.5.2).
 const FRAME: Number<u32> = Number(16_384, 16_777_215);

@@ -8,6 +8,9 @@ use crate::control::xds;
 use http::Uri;
 use serde_json::{Value, json};
 
+/// Where Istio's chart mounts the root certificates of the control plane.
+pub(super) const ROOT_CERTIFICATES: &str = "./var/run/secrets/istio/root-cert.pem";
+
 settings! {
     MESH_FILE: File = Setting::new("mesh-file", "LOCAL_XDS_PATH", File)
         .or_else("facts come from the control plane")
@@ -21,7 +24,7 @@ settings! {
         .help("Address of the control plane. The connection always uses TLS.")
         .shown("xdsAddress", |c| json!(c.xds().map(|xds| xds.rpc.address.to_string())));
     XDS_ROOT_CA: Text = Setting::new("xds-root-ca", "XDS_ROOT_CA", Text)
-        .or("./var/run/secrets/istio/root-cert.pem")
+        .or(ROOT_CERTIFICATES)
         .help("Root certificates that the control plane is verified against: a file, which may appear late, `SYSTEM`, or PEM text.");
     ALT_XDS_HOSTNAME: Text = Setting::new("alt-xds-hostname", "ALT_XDS_HOSTNAME", Text)
         .help("Another host name that the control plane's certificate may have.");

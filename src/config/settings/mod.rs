@@ -1,4 +1,5 @@
-//! All settings, in groups. Each stands here once: the command line, the checker, `docs/settings.md` and `/config_dump` read these tables.
+//! All settings, in groups. Each stands here once: the command line, the checker, `docs/settings.md` and `/config_dump`
+//! read these tables.
 
 /// Makes a static item of each setting, and the list of them.
 macro_rules! settings {

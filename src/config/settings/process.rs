@@ -10,13 +10,13 @@ const FORMATS: Words<bool> = Words(&[("text", false), ("plain", false), ("json",
 
 settings! {
     DRAIN_DEADLINE: Time = Setting::new("drain-deadline", "CONNECTION_TERMINATION_DEADLINE", Time::ANY)
-        .or_else("derived from `TERMINATION_GRACE_PERIOD_SECONDS` where that is set, else 5s")
-        .help("How long open connections may take to end when the daemon ends, or when a pod is released.")
+        .or("5s")
+        .help("How long open connections may take to end when the daemon ends, or when a pod is released. Where it is not set, `TERMINATION_GRACE_PERIOD_SECONDS` gives it.")
         .shown("selfTerminationDeadline", |c| parse::shown_duration(c.drain_deadline));
     GRACE_PERIOD: Number<u64> = Setting::new("grace-period", "TERMINATION_GRACE_PERIOD_SECONDS", Number(0, 86_400))
         .help(
-            "Grace period of the daemon's pod, in seconds. It gives the deadline for open connections: 5 s less than the grace period, or \
-             1 s less if that is 10 s or shorter.",
+            "Grace period of the daemon's pod, in seconds. It gives `CONNECTION_TERMINATION_DEADLINE` where that is not set: 5 s less than \
+             the grace period, or if that is 10 s or shorter, 1 s less, and at least 1 s.",
         );
     LOG: Text = Setting::new("log", "RUST_LOG", Text)
         .or("info")
