@@ -3,7 +3,7 @@
 
 use super::args::NodeArgs;
 use super::kind::Kind;
-use super::setting::{About, Default as SettingDefault, Setting};
+use super::setting::{About, Setting};
 use std::path::PathBuf;
 
 /// Settings as they were given, and the faults found in them so far.
@@ -26,10 +26,7 @@ impl<'a> Checker<'a> {
 
     /// The text of a setting, unless that is empty; else its default.
     pub(super) fn text<K>(&self, setting: &Setting<K>) -> Option<&'a str> {
-        self.given(setting).filter(|text| !text.is_empty()).or(match setting.about.default {
-            SettingDefault::Text(text) => Some(text),
-            SettingDefault::None | SettingDefault::Depends(_) => None,
-        })
+        self.given(setting).filter(|text| !text.is_empty()).or(setting.about.default_value())
     }
 
     /// The same, as a path.
@@ -55,10 +52,7 @@ impl<'a> Checker<'a> {
 
     /// The value that a text has for a setting; its default where the text says nothing.
     pub(super) fn parse<K: Kind>(&mut self, setting: &Setting<K>, given: Option<&str>) -> Option<K::Value> {
-        let default = match setting.about.default {
-            SettingDefault::Text(text) => Some(text),
-            SettingDefault::None | SettingDefault::Depends(_) => None,
-        };
+        let default = setting.about.default_value();
         let text = given.map(str::trim).filter(|text| !text.is_empty()).or(default)?;
         match setting.kind.read(text) {
             Ok(value) => Some(value),

@@ -92,6 +92,14 @@ impl About {
         format!("{} (--{})", self.variable, self.flag)
     }
 
+    /// The default, if it is a text that could be set.
+    pub fn default_value(&self) -> Option<&'static str> {
+        match self.default {
+            Default::Text(text) => Some(text),
+            Default::None | Default::Depends(_) => None,
+        }
+    }
+
     /// The default, in words.
     pub fn default_text(&self) -> Option<&'static str> {
         match self.default {
