@@ -141,8 +141,8 @@ fn try_all(pods: &[Pod], mark: u32, host: Option<&Path>) -> Vec<Attempt> {
     let mut tried = Vec::new();
     for ((pod, started), probed) in pods.iter().zip(tunnels).zip(probes) {
         let between = [Some(&pod.label), started.from.as_ref()].into_iter().flatten().cloned().collect();
-        let whence = started.from.clone().unwrap_or_else(|| "this node".to_owned());
-        tried.push(Attempt { finding: tunnel_finding(pod, started.result(), &whence), between });
+        let source = started.from.clone().unwrap_or_else(|| "this node".to_owned());
+        tried.push(Attempt { finding: tunnel_finding(pod, started.result(), &source), between });
         tried.extend(probed.map(|started| Attempt {
             finding: probe_finding(pod, started.and_then(|probe| arrived(pod, &probe, end))),
             between: vec![pod.label.clone()],
@@ -251,19 +251,19 @@ impl Tunnel {
     }
 }
 
-fn tunnel_finding(pod: &Pod, reached: io::Result<()>, whence: &str) -> Finding {
+fn tunnel_finding(pod: &Pod, reached: io::Result<()>, source: &str) -> Finding {
     match reached {
-        Ok(()) => ok("port 15008", format!("{} accepts tunnels from {whence}", pod.label)),
+        Ok(()) => ok("port 15008", format!("{} accepts tunnels from {source}", pod.label)),
         Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
             "port 15008",
             format!(
-                "{} does not answer {whence}: a NetworkPolicy or a firewall drops the packets; allow TCP {TUNNELS} to the pods of \
+                "{} does not answer {source}: a NetworkPolicy or a firewall drops the packets; allow TCP {TUNNELS} to the pods of \
                  namespace {}",
                 pod.label,
                 pod.label.split('/').next().unwrap_or_default()
             ),
         ),
-        Err(error) => fail("port 15008", format!("{} cannot be reached from {whence}: {error}", pod.label)),
+        Err(error) => fail("port 15008", format!("{} cannot be reached from {source}: {error}", pod.label)),
     }
 }
 
