@@ -3,6 +3,7 @@
 //! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes
 //! state. Admin requests must name a loopback host, so that no web page in a browser can reach the admin port.
 
+use crate::ports;
 use crate::task::slots::Slots;
 use crate::task::thread::run_blocking;
 use crate::task::{Group, Ready};
@@ -27,13 +28,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::time::Instant;
-
-/// Port of the admin pages, on loopback.
-pub const ADMIN_PORT: u16 = 15000;
-/// Port of the metrics, on all addresses.
-pub const STATS_PORT: u16 = 15020;
-/// Port of readiness, on all addresses.
-pub const READY_PORT: u16 = 15021;
 
 /// Settings of the HTTP ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,7 +167,7 @@ impl Ports {
         }
         let stats_listener = listen(SocketAddr::new(any, config.stats_port)).await?;
         listeners.push((stats_listener, stats, PortLimits::open(STATS_DEADLINE)));
-        let ready_listener = listen(SocketAddr::new(any, READY_PORT)).await?;
+        let ready_listener = listen(SocketAddr::new(any, ports::READY)).await?;
         listeners.push((ready_listener, ready, PortLimits::open(READY_DEADLINE)));
         Ok(Self { listeners })
     }
@@ -298,7 +292,9 @@ async fn index() -> Html<String> {
          <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
          <li>POST /quitquitquit: end the daemon\
          <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: a CPU profile, for pprof\
-         </ul><p>Metrics: port {STATS_PORT} /metrics. Readiness: port {READY_PORT} /healthz/ready.\n"
+         </ul><p>Metrics: port {} /metrics. Readiness: port {} /healthz/ready.\n",
+        ports::STATS,
+        ports::READY
     ))
 }
 

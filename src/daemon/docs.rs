@@ -10,7 +10,7 @@ use crate::connection::{accept, dial};
 use crate::hbone::ping;
 use crate::identity::store::FIRST_WAIT;
 use crate::ports::HBONE;
-use crate::sys::end::LAST_BYTES;
+use crate::sys::leg::LAST_BYTES;
 use crate::telemetry::exposition::Format;
 use crate::telemetry::log::brief;
 use crate::telemetry::series;

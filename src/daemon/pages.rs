@@ -2,7 +2,7 @@
 
 use super::parts::Parts;
 use super::{dump, profile};
-use crate::admin::{Pages, Rendered};
+use crate::admin::{Pages, Query, Rendered};
 use crate::dns::Dns;
 use crate::task::Ready;
 use crate::telemetry::log::LogControl;
@@ -35,21 +35,16 @@ pub(super) fn pages(
 /// `/logging`, as ztunnel has it: `level=<directives>` adds directives, `reset` first restores the filter of the start,
 /// and no query shows the filter. `dns=<namespace>/<pod>`, which may be repeated, logs the DNS requests of that pod
 /// until a reset.
-fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, String> {
-    let parts = || query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
-    let is_reset = |part: &str| part == "reset" || part.starts_with("reset=");
-    if parts().any(is_reset) {
+fn logging(log: &LogControl, dns: &Dns, query: &Query) -> Result<String, String> {
+    let is_reset = |name: &str| name == "reset";
+    if query.iter().any(|(name, _)| is_reset(name)) {
         log.reset().map_err(|error| format!("{error}\n"))?;
         dns.log_only(Vec::new());
     }
-    for part in parts().filter(|part| !is_reset(part)) {
-        match part.split_once('=') {
-            Some(("level", directives)) => {
-                let directives =
-                    directives.replace("%3D", "=").replace("%3d", "=").replace("%2C", ",").replace("%3A", ":");
-                log.add(&directives)
-            }
-            Some(("dns", pod)) if pod.split('/').count() == 2 => {
+    for (name, value) in query.iter().filter(|(name, _)| !is_reset(name)) {
+        match (name.as_str(), value.as_str()) {
+            ("level", directives) if !directives.is_empty() => log.add(directives),
+            ("dns", pod) if pod.split('/').count() == 2 => {
                 let mut pods = dns.logged();
                 pods.push(pod.to_owned());
                 dns.log_only(pods);
@@ -57,7 +52,7 @@ fn logging(log: &LogControl, dns: &Dns, query: Option<&str>) -> Result<String, S
             }
             _ => {
                 let instead = "use level=debug, level=access=debug, dns=NAMESPACE/POD, or reset";
-                return Err(format!("{part:?} is not understood: {instead}\n"));
+                return Err(format!("{name:?} with the value {value:?} is not understood: {instead}\n"));
             }
         }
         .map_err(|error| format!("{error}\n"))?;

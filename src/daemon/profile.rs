@@ -1,7 +1,8 @@
 //! A CPU profile of the daemon, for `/debug/pprof/profile`.
 
+use crate::admin::Query;
 use crate::proto::perftools::profiles as wire;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use prost::Message;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,15 +22,16 @@ impl Drop for Running {
 
 /// Takes a profile of `seconds` (1 to 300, 10 by default) at `frequency` (1 to 1000 samples a second, 100 by default);
 /// the query gives both.
-pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
+pub(super) async fn cpu(query: Query) -> Result<Vec<u8>, String> {
     let (mut seconds, mut frequency) = (10, 100);
-    for part in query.unwrap_or_default().split('&').filter(|part| !part.is_empty()) {
-        let (name, value) = part.split_once('=').unwrap_or((part, ""));
+    for (name, value) in query {
         let number = |range: std::ops::RangeInclusive<i32>| {
             let number = value.parse().ok().filter(|number| range.contains(number));
-            number.ok_or_else(|| format!("{part:?}: a number from {} to {} is needed\n", range.start(), range.end()))
+            number.ok_or_else(|| {
+                format!("{name}={value:?}: a number from {} to {} is needed\n", range.start(), range.end())
+            })
         };
-        match name {
+        match name.as_str() {
             "seconds" => seconds = number(1..=300)?,
             "frequency" => frequency = number(1..=1000)?,
             _ => {}
@@ -49,7 +51,7 @@ pub(super) async fn cpu(query: Option<String>) -> Result<Vec<u8>, String> {
     let duration = Duration::from_secs(u64::from(seconds.unsigned_abs()));
     tokio::time::sleep(duration).await;
     // Looking up names in the binary's tables takes a while.
-    let built = beside(move || guard.report().build().map(|report| encode(&report))).await;
+    let built = run_blocking(move || guard.report().build().map(|report| encode(&report))).await;
     let built = built.ok_or_else(|| "the profile could not be built\n".to_owned())?;
     let mut profile = built.map_err(|error| format!("the profile cannot be read: {error}\n"))?;
     let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);

@@ -2,6 +2,7 @@
 
 use super::traffic::{CONNECTIONS, Figures, MESSAGE_BYTES};
 use super::wire;
+use crate::ports::HBONE;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
@@ -65,7 +66,7 @@ impl Account {
     /// Whether everything is as it should be.
     pub fn is_good(&self) -> bool {
         let wire = self.wire.plaintext_bytes == 0 && self.wire.canaries == 0 && self.wire.dropped == 0;
-        let tunnelled = self.wire.bytes_by_port.get(&wire::TUNNEL_PORT).is_some_and(|bytes| *bytes > 0);
+        let tunnelled = self.wire.bytes_by_port.get(&HBONE).is_some_and(|bytes| *bytes > 0);
         let exchanges = self.exchanges.iter().all(|exchange| exchange.answered == exchange.expected);
         wire && tunnelled && exchanges && self.plain_wire.canaries > 0 && self.denied.len() >= 2
     }
@@ -80,7 +81,7 @@ impl Account {
         let value: Value = json!({
             "ok": self.is_good(),
             "captured": self.captured,
-            "tunnelled": self.wire.bytes_by_port.get(&wire::TUNNEL_PORT).copied().unwrap_or(0),
+            "tunnelled": self.wire.bytes_by_port.get(&HBONE).copied().unwrap_or(0),
             "plaintext_bytes_on_wire": self.wire.plaintext_bytes,
             "canaries_on_wire": self.wire.canaries,
             "canaries_on_wire_without_culvert": self.plain_wire.canaries,

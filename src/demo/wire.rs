@@ -1,6 +1,7 @@
 //! Watches the wire between the nodes: which ports carry traffic, and whether a canary text is readable.
 
 use super::world::WIRE;
+use crate::ports::HBONE;
 use crate::sys::netns::Netns;
 use crate::sys::sniffer::Sniffer;
 use crate::task::thread::blocking;
@@ -11,17 +12,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Port of the tunnels between nodes.
-pub const TUNNEL_PORT: u16 = 15008;
-
 /// What was seen on the wire.
 #[derive(Clone, Debug, Default)]
 pub struct WireStats {
-    /// TCP payload bytes by port: [`TUNNEL_PORT`], or the lower of the two ports, which is the server's here.
+    /// TCP payload bytes by port: the port of tunnels, or the lower of the two ports, which is the server's here.
     pub bytes_by_port: BTreeMap<u16, u64>,
     /// Frames that contain the canary in the clear.
     pub canaries: u64,
-    /// TCP payload bytes on other ports than [`TUNNEL_PORT`].
+    /// TCP payload bytes on other ports than the port of tunnels.
     pub plaintext_bytes: u64,
     /// Number of frames.
     pub frames: u64,
@@ -76,9 +74,9 @@ fn look(frame: &[u8], canary: &[u8], seen: &mut WireStats) {
     }
     let Some((source, destination, payload)) = tcp(frame) else { return };
     if payload > 0 {
-        let port = if [source, destination].contains(&TUNNEL_PORT) { TUNNEL_PORT } else { source.min(destination) };
+        let port = if [source, destination].contains(&HBONE) { HBONE } else { source.min(destination) };
         *seen.bytes_by_port.entry(port).or_default() += payload;
-        if port != TUNNEL_PORT {
+        if port != HBONE {
             seen.plaintext_bytes += payload;
         }
     }
@@ -124,7 +122,7 @@ mod tests {
             frame
         };
         let mut seen = WireStats::default();
-        look(&frame(40_000, TUNNEL_PORT, b"ciphertext"), b"canary", &mut seen);
+        look(&frame(40_000, HBONE, b"ciphertext"), b"canary", &mut seen);
         assert_eq!((seen.plaintext_bytes, seen.canaries), (0, 0));
         look(&frame(8080, 40_000, b"the canary sings"), b"canary", &mut seen);
         look(&frame(8080, 40_000, b""), b"canary", &mut seen);

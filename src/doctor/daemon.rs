@@ -39,7 +39,7 @@ impl Daemon {
         };
         let pods = pods(admin.admin_port)?;
         let metrics = get(admin.stats_port, "/metrics")?.1;
-        Ok(Self { pods, ready: get(crate::admin::READY_PORT, "/healthz/ready")?, metrics, dump: json("/config_dump")? })
+        Ok(Self { pods, ready: get(crate::ports::READY, "/healthz/ready")?, metrics, dump: json("/config_dump")? })
     }
 
     pub(super) fn readiness(&self) -> Finding {

@@ -6,6 +6,7 @@ use super::finding::{DEADLINE, Finding, Verdict, fail, note, ok};
 use super::pod_table::since;
 use crate::config::Config;
 use crate::node::{Source, probes, redirect};
+use crate::ports::HBONE;
 use crate::sys::netns::{Netns, id_at};
 use crate::sys::nftables::{self, Family};
 use crate::sys::socket::{Bind, LegOptions, outgoing, start_connect};
@@ -21,9 +22,6 @@ const POLL_EVERY: Duration = Duration::from_millis(10);
 
 /// How long a pod may be without an address while it starts or ends.
 const BARE_FOR: Duration = Duration::from_secs(30);
-
-/// Port on which pods accept tunnels.
-const TUNNELS: u16 = 15008;
 
 /// How long a spoofed packet may take to arrive.
 const SPOOF_WAIT: Duration = Duration::from_millis(100);
@@ -219,7 +217,7 @@ impl Tunnel {
     fn start(pods: &[Pod], at: usize, mark: u32) -> Self {
         let from = another(pods, at);
         let open = |pod: &Pod| {
-            let (to, legs) = (SocketAddr::new(pod.ip, TUNNELS), LegOptions { keepalive: None, notsent_lowat: None });
+            let (to, legs) = (SocketAddr::new(pod.ip, HBONE), LegOptions { keepalive: None, notsent_lowat: None });
             let socket = outgoing(to, None, mark, &legs)?;
             socket.set_nonblocking(true)?;
             start_connect(&socket, to)?;
@@ -257,7 +255,7 @@ fn tunnel_finding(pod: &Pod, reached: io::Result<()>, source: &str) -> Finding {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
             "port 15008",
             format!(
-                "{} does not answer {source}: a NetworkPolicy or a firewall drops the packets; allow TCP {TUNNELS} to the pods of \
+                "{} does not answer {source}: a NetworkPolicy or a firewall drops the packets; allow TCP {HBONE} to the pods of \
                  namespace {}",
                 pod.label,
                 pod.label.split('/').next().unwrap_or_default()

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 /// gives each connection to either.
 const PROBE_PORTS: std::ops::Range<u16> = 15091..15099;
 
-pub use super::redirect::INBOUND_PORT;
+pub use crate::ports::INBOUND_CHECK as INBOUND_PORT;
 /// Port on which tunnels are taken.
 pub const TUNNELS: u16 = 15008;
 /// How many probes are sent into the pod at once, and how long they may take to arrive.

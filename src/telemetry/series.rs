@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Default limit on the number of label sets. A scrape then has some 5 MB for each counter.
-const SETS_MAX: usize = 5_000;
+pub const SETS_MAX: usize = 5_000;
 
 /// How long an unused label set is kept by default. It is longer than scrapers look back.
-const IDLE: Duration = Duration::from_secs(15 * 60);
+pub const IDLE: Duration = Duration::from_secs(15 * 60);
 
 /// A set of labels with values from outside.
 pub trait Labels: Clone + Eq + Hash {

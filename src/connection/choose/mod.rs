@@ -16,7 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 
 /// Ports of the daemon inside a pod; nothing may be sent to them through the daemon itself. The last is the daemon's only where
 /// the pod's DNS is taken: else it is the application's.
-const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, crate::dns::PORT];
+const OWN_PORTS: [u16; 4] = [15001, 15006, 15008, crate::ports::DNS];
 
 /// The daemon's ports in a pod, by whether its DNS is taken.
 pub fn own_ports(dns: bool) -> &'static [u16] {
