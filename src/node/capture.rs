@@ -2,10 +2,10 @@
 //! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
 //! and no connection is carried before the pod is known to be who it should be.
 
-use super::earlier::{Connections, Uncaptured};
+use super::active_daemon::Turn;
 use super::pods::NetnsRef;
-use super::turn::Turn;
-use super::{CaptureError, PodSpec, legs, redirect, verify};
+use super::preexisting::{Connections, Uncaptured};
+use super::{CaptureError, PodSpec, capture_check, legs, redirect};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
 use crate::dns::server::Known;
@@ -316,19 +316,19 @@ impl Capturer {
     /// Makes sure that what the pod sends comes to us, and what is sent to it; gives why the latter is not known, where it is not.
     pub async fn verify(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
         let pod = &listening.pod;
-        verify::verify(pod, listening.ipv6).await?;
+        capture_check::verify(pod, listening.ipv6).await?;
         let known = pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone());
         let mut ips = known.unwrap_or_else(|| spec.ips.clone());
         ips.retain(|ip| ip.is_ipv4() || listening.ipv6);
-        Ok(verify::verify_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.sides()).await?)
+        Ok(capture_check::verify_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.sides()).await?)
     }
 
     /// From where a pod can be called as others call it: from the node, and from where the daemon is.
-    fn sides(&self) -> Vec<verify::Side> {
+    fn sides(&self) -> Vec<capture_check::Side> {
         let own = Netns::open(Path::new("/proc/self/ns/net")).ok();
         let host = Netns::open(&self.config.host_netns).ok();
         let is_host = own.is_some() && own == host;
-        let side = |name, netns, is_sure| verify::Side { name, netns, is_sure };
+        let side = |name, netns, is_sure| capture_check::Side { name, netns, is_sure };
         let from_host = host.map(|netns| side("the node", netns, self.gives_probes_an_address()));
         let from_own = own.filter(|_| !is_host).map(|netns| side("the daemon", netns, self.config.redirect));
         match self.config.source {

@@ -1,9 +1,9 @@
 //! Rules for what the daemon itself opens and accepts in a pod: a table beside the redirection, the same whoever writes that. It
 //! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
 
-use super::marker;
 use super::redirect::{self, RedirectError};
 use super::routes::{MASK, RETURN_MARK};
+use super::table_owner;
 use crate::connection::dial::direct::LEG_BIT;
 use crate::ports::{DNS, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::Netns;
@@ -50,7 +50,7 @@ pub async fn remove(netns: &Netns) -> Result<(), RedirectError> {
 
 fn table(whose: &str, mark: u32, dns: bool, tproxy: bool) -> String {
     let mut chains = legs(mark) + &no_loop(mark, dns) + &if tproxy { same_ports() } else { String::new() };
-    chains += &marker::chain(whose);
+    chains += &table_owner::chain(whose);
     format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
 }
 

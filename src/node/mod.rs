@@ -1,25 +1,25 @@
 //! Which pods are on this node, and capturing them: enter the namespace, listen, redirect, verify; and the way back.
 
+pub mod active_daemon;
 pub mod capture;
+pub mod capture_check;
+pub mod cleanup;
 pub mod cni;
-pub mod earlier;
-pub mod file;
-pub mod foreign;
+pub mod kubelet_probes;
 pub mod kubernetes;
 pub mod legs;
-pub mod marker;
 mod nft;
-pub mod own;
+pub mod own_pod;
 pub mod pod;
 pub mod pods;
-pub mod probes;
+pub mod pods_file;
+pub mod preexisting;
 pub mod redirect;
-pub mod remains;
 pub mod routes;
-pub mod rules;
 pub mod status;
-pub mod turn;
-pub mod verify;
+pub mod table_owner;
+pub mod takeover;
+pub mod upkeep;
 pub mod zds;
 
 pub use pods::{PodSpec, Pods, Settings};
@@ -63,8 +63,8 @@ pub struct Config {
 
 impl Config {
     /// The node, for whoever looks for what has been left on it.
-    pub fn remains(&self) -> remains::Node {
-        remains::Node { whose: self.whose(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
+    pub fn remains(&self) -> cleanup::Node {
+        cleanup::Node { whose: self.whose(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
     }
 
     /// Whose node this is, as it stands in what is written: a daemon and whoever cleans up after it say the same, two nodes on one
@@ -158,7 +158,7 @@ pub enum CaptureError {
     Redirect(#[from] redirect::RedirectError),
     /// A probe from inside was not captured.
     #[error(transparent)]
-    Verify(#[from] verify::VerifyError),
+    Verify(#[from] capture_check::VerifyError),
     /// Changes inside the namespace cannot be heard of.
     #[error("changes inside the pod's namespace cannot be heard of: {0}; they are found within 30 s")]
     Deaf(std::io::Error),

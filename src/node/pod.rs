@@ -9,9 +9,9 @@
 //! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
-use super::earlier::Uncaptured;
-use super::rules::Rules;
+use super::preexisting::Uncaptured;
 use super::status::{Board, State};
+use super::upkeep::Rules;
 use super::{CaptureError, PodSpec, legs, redirect};
 use crate::mesh::FactKey;
 use crate::sys::netns::{Netns, NetnsError};

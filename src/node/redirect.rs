@@ -4,11 +4,11 @@
 //! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS to 15053,
 //! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
-use super::foreign::{self, Foreign};
 use super::legs;
-use super::marker;
 use super::nft;
 use super::routes::{self, MASK, RETURN_MARK};
+use super::table_owner;
+use super::takeover::{self, Foreign};
 use crate::mesh::Text;
 use crate::ports::{DNS, HBONE, INBOUND_CHECK, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::{Netns, NetnsError};
@@ -220,7 +220,7 @@ pub struct Others {
 
 async fn others(netns: &Netns) -> Result<Others, RedirectError> {
     let mut others = Others::default();
-    match netns.enter(|| iptables::tables_with(foreign::CHAINS))? {
+    match netns.enter(|| iptables::tables_with(takeover::CHAINS))? {
         // Those of istio-cni lead to our ports, as ours do: whether the pod is captured, its probes say.
         Ok(legacy) => others.hooks = legacy_hooks(&legacy),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::NoLook(error)),
@@ -228,8 +228,8 @@ async fn others(netns: &Netns) -> Result<Others, RedirectError> {
     }
     match nft::ruleset(netns).await {
         Ok(all) => {
-            others.foreign = foreign::find(&all);
-            others.hooks.extend(foreign::hooks(&all, &[TABLE, legs::TABLE]));
+            others.foreign = takeover::find(&all);
+            others.hooks.extend(takeover::hooks(&all, &[TABLE, legs::TABLE]));
         }
         Err(RedirectError::Unreadable(why)) => others.unread = Some(why),
         Err(error) => return Err(error),
@@ -245,7 +245,7 @@ fn legacy_hooks(legacy: &iptables::Legacy) -> Vec<String> {
 
 /// Legacy tables that have rules of istio-cni's, as far as that can be seen.
 pub fn legacy_of_istio(netns: &Netns) -> Vec<String> {
-    let found = netns.enter(|| iptables::tables_with(foreign::CHAINS)).map(Result::unwrap_or_default);
+    let found = netns.enter(|| iptables::tables_with(takeover::CHAINS)).map(Result::unwrap_or_default);
     found.map(|found| found.with).unwrap_or_default()
 }
 
@@ -359,7 +359,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let families = ["ip", "ip6"].into_iter().zip(not_loopback);
     let mut inbound = String::new();
     let mut outbound = String::new();
-    let mut sets = marker::chain(whose);
+    let mut sets = table_owner::chain(whose);
     if capture {
         sets += &spare(spared, &mut inbound, &mut outbound);
         inbound += &reroute(virtual_interfaces, addresses);

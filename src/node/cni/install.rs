@@ -2,7 +2,7 @@
 //! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
 //! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
 
-use crate::node::turn::Turn;
+use crate::node::active_daemon::Turn;
 use crate::task::Signal;
 use crate::task::files::{FolderWatch, Stamp, remove_leftovers, stamp, temporary_name, was_there};
 use prometheus_client::metrics::gauge::Gauge;

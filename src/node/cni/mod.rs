@@ -5,7 +5,7 @@
 
 pub mod install;
 
-use crate::node::turn::Turn;
+use crate::node::active_daemon::Turn;
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Listener, Seqpacket};
 use crate::task::Group;

@@ -6,30 +6,30 @@
 
 pub mod annotate;
 pub mod cgroup;
-mod late;
-pub mod leave;
-mod places;
 mod plugin;
-mod remembered;
+mod pod_netns;
+mod ready_before_enabled;
+mod saved;
 pub mod scan;
 mod search;
 pub mod select;
+pub mod uninstall;
 pub mod watch;
 
 use self::annotate::Annotator;
-use self::leave::OwnSet;
-use self::places::Place;
-use self::remembered::Memory;
+use self::pod_netns::Place;
+use self::saved::Memory;
 use self::search::Search;
 use self::select::{Enablement, Fault, Labels, PodFacts};
+use self::uninstall::OwnSet;
 use self::watch::{Metrics, Told};
+use super::active_daemon;
 use super::capture::Capturer;
 use super::cni;
 use super::cni::Asked;
+use super::kubelet_probes::Probed;
 use super::pods::{NetnsRef, PodSpec, Pods};
-use super::probes::Probed;
 use super::status::{Board, State};
-use super::turn;
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
@@ -80,7 +80,7 @@ pub struct Config {
 impl Config {
     /// The folder by which the daemons of a node agree on whose turn it is to write.
     pub fn turns(&self, whose: &str) -> PathBuf {
-        self.cni_socket.with_file_name(format!("{}{whose}", turn::FOLDER))
+        self.cni_socket.with_file_name(format!("{}{whose}", active_daemon::FOLDER))
     }
 }
 
@@ -128,7 +128,7 @@ struct Running {
     /// What has been said of pods' annotations, and when.
     complained: HashMap<Text, (Vec<Fault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
-    late: late::Late,
+    late: ready_before_enabled::Late,
     memory: Memory,
     tasks: Group,
 }
@@ -358,12 +358,12 @@ impl Running {
                     }
                     let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
                     let told = self.annotator.has_enabled(pod).is_ok();
-                    let news = self.late.look(pod, captured, told, late::room);
+                    let news = self.late.look(pod, captured, told, ready_before_enabled::room);
                     if news.count {
                         self.source.metrics.late();
                     }
                     if news.name {
-                        late::name(pod);
+                        ready_before_enabled::name(pod);
                     }
                 }
                 // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.

@@ -1,7 +1,7 @@
 //! The questions of the CNI plugin, answered from what is known of pods.
 
 use super::Running;
-use super::places::Place;
+use super::pod_netns::Place;
 use crate::mesh::Text;
 use crate::node::cni::{Asked, Question, Verb};
 use crate::node::kubernetes::select::PodFacts;

@@ -5,7 +5,7 @@
 use super::watch::WATCH_SECONDS;
 use super::{Running, annotate};
 use crate::node::kubernetes::Config;
-use crate::node::{cni, redirect, remains, turn};
+use crate::node::{active_daemon, cleanup, cni, redirect};
 use crate::task::Signal;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::{brief, with_causes};
@@ -249,18 +249,18 @@ impl Running {
 
 impl Config {
     /// Removes what daemons and the CNI plugin of a node have met at; when no daemon uses it any more.
-    pub fn remove_meeting_places(&self, whose: &str) -> [remains::Outcome; 2] {
+    pub fn remove_meeting_places(&self, whose: &str) -> [cleanup::Outcome; 2] {
         let (socket, turns) = (&self.cni_socket, self.turns(whose));
         let said = |error: std::io::Error| error.to_string();
         [
             (socket.display().to_string(), cni::remove_socket(socket).map_err(said)),
-            (turns.display().to_string(), turn::forget(&turns).map_err(said)),
+            (turns.display().to_string(), active_daemon::forget(&turns).map_err(said)),
         ]
     }
 }
 
 /// Says what has been removed, and what could not be.
-pub fn report(outcomes: Vec<remains::Outcome>) {
+pub fn report(outcomes: Vec<cleanup::Outcome>) {
     let mut removed = 0;
     for (what, outcome) in outcomes {
         match outcome {

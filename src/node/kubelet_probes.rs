@@ -5,9 +5,9 @@
 //! The same table drops what comes to the host from anywhere with that source: nobody else has it. What a bridge passes on between
 //! pods does not come to the host, so that a table of the bridge's own drops it there.
 
+use super::active_daemon::Turn;
+use super::capture_check::{INBOUND_PORT, TUNNELS};
 use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
-use super::turn::Turn;
-use super::verify::{INBOUND_PORT, TUNNELS};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::sys::netns_watch::NetnsWatch;

@@ -1,6 +1,6 @@
 //! What of culvert is on a node: found, and removed. By whoever cleans up a node, and by a daemon after which none comes.
 
-use super::{legs, marker, probes, redirect};
+use super::{kubelet_probes, legs, redirect, table_owner};
 use crate::sys::netns::Netns;
 use crate::task::files::was_there;
 use crate::task::thread;
@@ -74,7 +74,7 @@ impl Node {
             for table in [redirect::TABLE, legs::TABLE] {
                 match redirect::list_table(&netns, table).await {
                     Ok(listed) if listed.is_null() => {}
-                    Ok(listed) if all || marker::whose(&listed) == Some(&*self.whose) => there.push(table),
+                    Ok(listed) if all || table_owner::whose(&listed) == Some(&*self.whose) => there.push(table),
                     Err(redirect::RedirectError::Unreadable(_)) if all => there.push(table),
                     Err(redirect::RedirectError::Unreadable(_)) => return Ok(Found::Unreadable),
                     Ok(_) => return Ok(Found::Others),
@@ -99,7 +99,7 @@ impl Node {
         let mut outcomes = Vec::new();
         for family in ["inet", "bridge"] {
             let removed = match Netns::open(&self.host_netns) {
-                Ok(host) => remove_table(&host, family, probes::TABLE).await,
+                Ok(host) => remove_table(&host, family, kubelet_probes::TABLE).await,
                 Err(error) => Err(error.to_string()),
             };
             outcomes.push((format!("the host's rules for probes ({family})"), removed));

@@ -2,7 +2,7 @@
 //! only where a process of the pod is in the very namespace that was captured, and that holds the pod's address. What the
 //! API says wins as soon as it has told of pods and namespaces.
 
-use super::places::Place;
+use super::pod_netns::Place;
 use super::scan::Sought;
 use super::select::PodFacts;
 use super::{Running, spec};

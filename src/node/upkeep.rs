@@ -2,7 +2,7 @@
 //! kernel tells of a change in the namespace.
 
 use super::capture::{Capturer, Listening};
-use super::earlier::{Connections, Uncaptured};
+use super::preexisting::{Connections, Uncaptured};
 use super::redirect::{self, Listing};
 use super::status::{Board, Noted};
 use super::{CaptureError, PodSpec, legs};
