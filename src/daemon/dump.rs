@@ -11,7 +11,7 @@ use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
-use crate::node::pods::NetnsRef;
+use crate::node::spec::NetnsRef;
 use crate::node::status::{PodStatus, State};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};

@@ -3,9 +3,11 @@
 //! and no connection is carried before the pod is known to be who it should be.
 
 use super::active_daemon::Turn;
-use super::pods::NetnsRef;
+use super::config::{Config, Source};
+use super::error::CaptureError;
 use super::preexisting::{Connections, Uncaptured};
-use super::{CaptureError, PodSpec, capture_check, legs, redirect};
+use super::spec::PodSpec;
+use super::{capture_check, legs, nft, redirect};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
 use crate::dns::server::Known;
@@ -39,7 +41,7 @@ const ADDRESSES_MAX: usize = 1024;
 #[derive(Debug)]
 pub struct Capturer {
     /// Settings.
-    pub config: super::Config,
+    pub config: Config,
     /// How pods' sockets are made.
     pub sockets: SocketConfig,
     /// Facts.
@@ -282,7 +284,7 @@ impl Capturer {
 
     /// Whether the node's own connections to pods come from the address of probes.
     pub fn gives_probes_an_address(&self) -> bool {
-        matches!(self.config.source, super::Source::Kubernetes(_))
+        matches!(self.config.source, Source::Kubernetes(_))
     }
 
     fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
@@ -332,10 +334,10 @@ impl Capturer {
         let from_host = host.map(|netns| side("the node", netns, self.gives_probes_an_address()));
         let from_own = own.filter(|_| !is_host).map(|netns| side("the daemon", netns, self.config.redirect));
         match self.config.source {
-            super::Source::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
+            Source::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
             // The agent gives the node's own connections the probes' address.
-            super::Source::Agent(_) => from_own.into_iter().collect(),
-            super::Source::File(_) => from_own.into_iter().chain(from_host).collect(),
+            Source::Agent(_) => from_own.into_iter().collect(),
+            Source::File(_) => from_own.into_iter().chain(from_host).collect(),
         }
     }
 
@@ -355,7 +357,7 @@ impl Capturer {
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Rules of others, with the same routes, are theirs.
-        let there = async |table| !matches!(redirect::list_table(&netns, table).await, Ok(listed) if listed.is_null());
+        let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
         if !is_there || self.not_ours(&netns).is_err() {
             return;
@@ -382,7 +384,7 @@ impl Capturer {
         let pod = &listening.pod;
         let mut older = Connections::default();
         if self.config.redirect
-            && let Ok(table) = redirect::list_table(&pod.netns, redirect::TABLE).await
+            && let Ok(table) = nft::table(&pod.netns, "inet", redirect::TABLE).await
         {
             older = Connections::spared_by(pod, &table);
         }
@@ -453,16 +455,6 @@ fn not_the_pod(netns: &Netns, missing: IpAddr, held: &[IpAddr]) -> CaptureError 
     }
     let held: Vec<String> = held.iter().map(ToString::to_string).collect();
     CaptureError::NotThePod { path, missing, held: held.join(", ") }
-}
-
-impl NetnsRef {
-    /// The namespace, as of now.
-    pub fn open(&self) -> Result<Netns, CaptureError> {
-        match self {
-            Self::Path(path) => Ok(Netns::open(path)?),
-            Self::Handle(netns) => Ok(netns.clone()),
-        }
-    }
 }
 
 /// Which namespaces belong to which pod: one each.

@@ -1,5 +1,7 @@
 //! What of culvert is on a node: found, and removed. By whoever cleans up a node, and by a daemon after which none comes.
 
+use super::config::Config;
+use super::nft::{self, NftError};
 use super::{kubelet_probes, legs, redirect, table_owner};
 use crate::sys::netns::Netns;
 use crate::task::files::was_there;
@@ -47,6 +49,13 @@ enum Found {
     Unreadable,
 }
 
+impl Config {
+    /// The node, for whoever looks for what has been left on it.
+    pub fn remains(&self) -> Node {
+        Node { whose: self.whose(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
+    }
+}
+
 impl Node {
     /// Removes our rules from every namespace of the node that this node's daemon has captured, or, with `all`, any daemon.
     pub async fn remove_rules(&self, all: bool) -> Removed {
@@ -72,11 +81,11 @@ impl Node {
         let outcome = async {
             let mut there = Vec::new();
             for table in [redirect::TABLE, legs::TABLE] {
-                match redirect::list_table(&netns, table).await {
+                match nft::table(&netns, "inet", table).await {
                     Ok(listed) if listed.is_null() => {}
                     Ok(listed) if all || table_owner::whose(&listed) == Some(&*self.whose) => there.push(table),
-                    Err(redirect::RedirectError::Unreadable(_)) if all => there.push(table),
-                    Err(redirect::RedirectError::Unreadable(_)) => return Ok(Found::Unreadable),
+                    Err(NftError::Unreadable(_)) if all => there.push(table),
+                    Err(NftError::Unreadable(_)) => return Ok(Found::Unreadable),
                     Ok(_) => return Ok(Found::Others),
                     Err(error) => return Err(error.to_string()),
                 }
@@ -84,7 +93,7 @@ impl Node {
             // With an agent the routes are the agent's.
             match there.contains(&redirect::TABLE) {
                 true => redirect::remove(&netns, true).await,
-                false if !there.is_empty() => legs::remove(&netns).await,
+                false if !there.is_empty() => legs::remove(&netns).await.map_err(Into::into),
                 false => return Ok(Found::Nothing),
             }
             .map_err(|error| error.to_string())?;
@@ -128,11 +137,11 @@ impl Node {
 }
 
 async fn remove_table(netns: &Netns, family: &str, name: &str) -> Result<bool, String> {
-    let listed = redirect::list_table_of(netns, family, name).await.map_err(|error| error.to_string())?;
+    let listed = nft::table(netns, family, name).await.map_err(|error| error.to_string())?;
     if listed.is_null() {
         return Ok(false);
     }
-    let removed = redirect::apply(netns, &format!("delete table {family} {name}\n")).await;
+    let removed = nft::apply(netns, &format!("delete table {family} {name}\n")).await;
     removed.map(|()| true).map_err(|error| error.to_string())
 }
 

@@ -7,7 +7,8 @@
 
 use super::active_daemon::Turn;
 use super::capture_check::{INBOUND_PORT, TUNNELS};
-use super::redirect::{self, Listing, PROBE_V4, PROBE_V6, RedirectError};
+use super::nft::{self, Listing, NftError};
+use super::redirect::{PROBE_V4, PROBE_V6};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::sys::netns_watch::NetnsWatch;
@@ -141,15 +142,15 @@ impl HostProbes {
     }
 
     /// Drops on bridges what has the probes' address: what the host itself sends does not come in there.
-    async fn see_to_bridges(&self, written: &mut Option<Listing>) -> Result<(), RedirectError> {
+    async fn see_to_bridges(&self, written: &mut Option<Listing>) -> Result<(), NftError> {
         const FAMILY: &str = "bridge";
         let host = Netns::open(&self.host)?;
-        if written.is_some() && redirect::listing_of(&host, FAMILY, TABLE).await.ok() == *written {
+        if written.is_some() && nft::listing(&host, FAMILY, TABLE).await.ok() == *written {
             return Ok(());
         }
         *written = None;
-        redirect::apply(&host, &drops(FAMILY)).await?;
-        *written = Some(redirect::listing_of(&host, FAMILY, TABLE).await?);
+        nft::apply(&host, &drops(FAMILY)).await?;
+        *written = Some(nft::listing(&host, FAMILY, TABLE).await?);
         Ok(())
     }
 
@@ -177,22 +178,22 @@ impl HostProbes {
         wanted: &ByPod,
         known: &mut Option<BTreeMap<IpAddr, Text>>,
         written: &mut Option<Listing>,
-    ) -> Result<(), RedirectError> {
+    ) -> Result<(), NftError> {
         let host = Netns::open(&self.host)?;
         let before = match known.take() {
             Some(known) => known,
-            None => entries(&redirect::list_table(&host, TABLE).await?),
+            None => entries(&nft::table(&host, "inet", TABLE).await?),
         };
         let entries = merged(wanted, &before);
         let same = entries == before;
         *known = Some(entries.clone());
-        let same = same && written.is_some() && redirect::listing(&host, TABLE).await.ok() == *written;
+        let same = same && written.is_some() && nft::listing(&host, "inet", TABLE).await.ok() == *written;
         if same {
             return Ok(());
         }
         *written = None;
-        redirect::apply(&host, &self.table(&entries)).await?;
-        *written = Some(redirect::listing(&host, TABLE).await?);
+        nft::apply(&host, &self.table(&entries)).await?;
+        *written = Some(nft::listing(&host, "inet", TABLE).await?);
         Ok(())
     }
 

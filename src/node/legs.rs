@@ -1,7 +1,7 @@
 //! Rules for what the daemon itself opens and accepts in a pod: a table beside the redirection, the same whoever writes that. It
 //! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
 
-use super::redirect::{self, RedirectError};
+use super::nft::{self, NftError};
 use super::routes::{MASK, RETURN_MARK};
 use super::table_owner;
 use crate::connection::dial::direct::LEG_BIT;
@@ -18,10 +18,10 @@ const ZONE: u16 = 2;
 
 /// Writes the table; `whose` is the node it is for, `mark` the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
 pub async fn write(netns: &Netns, whose: &str, mark: u32, dns: bool) -> bool {
-    let Err(first) = redirect::apply(netns, &table(whose, mark, dns, true)).await else { return true };
+    let Err(first) = nft::apply(netns, &table(whose, mark, dns, true)).await else { return true };
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
     let (netns_path, suppressed) = (netns.path().display(), LIMIT.allow());
-    if let Err(error) = redirect::apply(netns, &table(whose, mark, dns, false)).await {
+    if let Err(error) = nft::apply(netns, &table(whose, mark, dns, false)).await {
         if let Some(suppressed) = suppressed {
             tracing::warn!(
                 netns = %netns_path,
@@ -44,8 +44,8 @@ pub async fn write(netns: &Netns, whose: &str, mark: u32, dns: bool) -> bool {
 }
 
 /// Removes it.
-pub async fn remove(netns: &Netns) -> Result<(), RedirectError> {
-    redirect::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
+pub async fn remove(netns: &Netns) -> Result<(), NftError> {
+    nft::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
 
 fn table(whose: &str, mark: u32, dns: bool, tproxy: bool) -> String {

@@ -9,11 +9,13 @@
 //! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
+use super::error::CaptureError;
 use super::preexisting::Uncaptured;
+use super::spec::PodSpec;
 use super::status::{Board, State};
 use super::upkeep::Rules;
-use super::{CaptureError, PodSpec, legs, redirect};
-use crate::mesh::FactKey;
+use super::{legs, redirect};
+use crate::mesh::Wanted;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal};
@@ -308,7 +310,7 @@ impl Task {
                 self.first_attempt = None;
             }
             // Where facts are told only when asked for, this asks.
-            let unknown = self.approved.is_none().then(|| FactKey::Workload(listening.pod.mesh_uid.clone()));
+            let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
                 match unknown {
                     Some(wanted) => drop(self.capturer.mesh.ask(&listening.pod.uid, wanted).await),
@@ -395,7 +397,11 @@ impl Task {
         loop {
             // Another daemon of the node that has the turn has let go of the pod as well, or wants it still.
             let Some(permit) = self.capturer.turn.permit() else { return true };
-            let removed = if ours { redirect::remove(netns, listening.ipv6).await } else { legs::remove(netns).await };
+            let removed = if ours {
+                redirect::remove(netns, listening.ipv6).await
+            } else {
+                legs::remove(netns).await.map_err(Into::into)
+            };
             drop(permit);
             let Err(error) = removed else { return true };
             if vanished(netns).is_some() {

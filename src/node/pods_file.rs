@@ -1,7 +1,7 @@
 //! The pods file: a YAML list of this node's pods, followed as it changes.
 
-use super::pods::{NetnsRef, PodSpec, Pods, Settings};
-use super::redirect::{INTERFACES_MAX, Interface};
+use super::pods::Pods;
+use super::spec::{INTERFACES_MAX, Interface, NetnsRef, PodSpec, Settings};
 use crate::task::files::{FileWatch, from_yaml};
 use crate::task::ready::Pending;
 use serde::Deserialize;

@@ -5,18 +5,15 @@
 //! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
 use super::legs;
-use super::nft;
+use super::nft::{self, Listing, NftError, within};
 use super::routes::{self, MASK, RETURN_MARK};
+use super::spec::Interface;
 use super::table_owner;
 use super::takeover::{self, Foreign};
-use crate::mesh::Text;
-use crate::ports::{DNS, HBONE, INBOUND_CHECK, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::{Netns, NetnsError};
-use crate::sys::{iptables, nftables};
-use serde_json::Value;
+use crate::sys::{changes, iptables};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
 /// Name of our table.
 pub const TABLE: &str = "culvert";
@@ -47,27 +44,8 @@ pub struct Rules {
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
 
-/// Name of a network interface that may stand in a rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Interface(Text);
-
-/// Interfaces that one pod may have named.
-pub const INTERFACES_MAX: usize = 64;
-
-impl std::fmt::Display for Interface {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl Interface {
-    /// Checks a name: the kernel takes others, nothing that an nft script could misread.
-    pub fn new(name: &str) -> Option<Self> {
-        let fine = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_');
-        ((1..=15).contains(&name.len()) && name.bytes().all(fine)).then(|| Self(name.into()))
-    }
-}
-
+/// Port on which DNS is taken.
+const DNS: u16 = crate::dns::PORT;
 /// Conntrack zone of our own DNS.
 const DNS_ZONE: u16 = 1;
 /// Source address of kubelet probes, which are not captured.
@@ -77,26 +55,22 @@ pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew, but where the chains are as well
 /// ([`Rules::ahead`]).
 pub const PROBED: &str = "probed";
+/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
+pub const INBOUND_PORT: u16 = 15091;
 /// Counts what begins a connection to the ports that are tried from outside: whether it has come as far as the pod.
 pub const ARRIVED: &str = "arrived";
-/// How long `nft` or the kernel may take.
-const DEADLINE: Duration = Duration::from_secs(10);
-
 /// Why rules could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
+    /// `nft` failed.
+    #[error(transparent)]
+    Nft(#[from] NftError),
     /// The namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// `nft` cannot be run.
-    #[error("cannot run nft: {0}; install nftables")]
-    NoNft(io::Error),
     /// Tables cannot be looked into.
     #[error("cannot look into the pod's tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
     NoLook(io::Error),
-    /// `nft` refused the rules.
-    #[error("nft refused the rules: {0}; {hint}", hint = nft_hint(_0))]
-    Nft(String),
     /// The rule or route could not be set.
     #[error(transparent)]
     Route(#[from] routes::RouteError),
@@ -116,31 +90,13 @@ pub enum RedirectError {
         "something in the pod's nftables looks like istio-cni's and has the name {0:?}; restart the pod, or remove it"
     )]
     Odd(String),
-    /// The pod's rules cannot be read.
-    #[error("the pod's nftables cannot be read: {0}")]
-    Unreadable(String),
     /// Another daemon of the node writes them now.
     #[error("another daemon of this node writes the pod's rules")]
     NotOurTurn,
     /// Somebody else has changed the pod's rules meanwhile.
     #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
     Raced,
-    /// Too slow.
-    #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
-    Deadline,
 }
-
-fn nft_hint(said: &str) -> &'static str {
-    if said.contains("not permitted") {
-        "the daemon needs CAP_NET_ADMIN"
-    } else {
-        "does the kernel have nf_tables with nat, conntrack and fib?"
-    }
-}
-
-/// Our rules as the kernel lists them, to see whether they are still the same. Only ever compared with another listing.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Listing(Value);
 
 /// What has been written, and what was seen of others meanwhile.
 #[derive(Debug)]
@@ -171,18 +127,18 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
             Err(error) => return Err(error),
         };
         routes::set(netns, rules.ipv6, true).await?;
-        let generation = || netns.enter(nftables::generation)?.map_err(RedirectError::NoLook);
+        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
         let mut before = generation()?;
         let anew =
             if rules.ahead { format!("add table inet {TABLE}\ndelete table inet {TABLE}\n") } else { String::new() };
         nft::write(netns, &(foreign.removal.clone() + &anew + &ruleset(rules, true))).await?;
-        let listing = match listing(netns, TABLE).await {
+        let listing = match nft::listing(netns, "inet", TABLE).await {
             // Somebody has put so much into our own table that it cannot be seen whether anything else is there.
-            Err(RedirectError::Unreadable(why)) => {
+            Err(NftError::Unreadable(why)) => {
                 unread = Some(why);
                 before = generation()?;
                 nft::write(netns, &(format!("delete table inet {TABLE}\n") + &ruleset(rules, true))).await?;
-                listing(netns, TABLE).await?
+                nft::listing(netns, "inet", TABLE).await?
             }
             listed => listed?,
         };
@@ -231,8 +187,8 @@ async fn others(netns: &Netns) -> Result<Others, RedirectError> {
             others.foreign = takeover::find(&all);
             others.hooks.extend(takeover::hooks(&all, &[TABLE, legs::TABLE]));
         }
-        Err(RedirectError::Unreadable(why)) => others.unread = Some(why),
-        Err(error) => return Err(error),
+        Err(NftError::Unreadable(why)) => others.unread = Some(why),
+        Err(error) => return Err(error.into()),
     }
     Ok(others)
 }
@@ -254,77 +210,26 @@ pub fn legacy_tables(netns: &Netns) -> Option<Vec<String>> {
     netns.enter(iptables::names).ok()
 }
 
-/// Our table among what is listed. Counters say nothing of the rules.
-fn ours(all: &Value) -> Listing {
-    let is_rule = |object: &&Value| ["table", "chain", "rule", "set"].iter().any(|kind| object.get(kind).is_some());
-    let objects = all.get("nftables").and_then(Value::as_array).into_iter().flatten();
-    let mut table = Value::Array(objects.filter(is_rule).cloned().collect());
-    without_handles(&mut table);
-    Listing(table)
-}
-
-/// One of our tables as the namespace has it now.
-pub async fn listing(netns: &Netns, table: &str) -> Result<Listing, RedirectError> {
-    listing_of(netns, "inet", table).await
-}
-
-/// The same, of another family.
-pub async fn listing_of(netns: &Netns, family: &str, table: &str) -> Result<Listing, RedirectError> {
-    Ok(ours(&nft::table(netns, family, table).await?))
-}
-
 /// Whether our rules are still as `written`, and nobody else's capture the pod beside them, as far as that can be seen; and
 /// what others have. Errors where our own cannot be seen.
 pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<(bool, Others), RedirectError> {
     within(async {
-        let same = listing(netns, TABLE).await? == *written;
+        let same = nft::listing(netns, "inet", TABLE).await? == *written;
         let others = others(netns).await?;
         Ok((same && others.foreign.names.is_empty(), others))
     })
     .await
 }
 
-/// Whether our ip rules and routes are there; those that are not, are set.
-pub async fn is_routed(netns: &Netns, ipv6: bool) -> Result<bool, RedirectError> {
-    within(async { Ok(routes::set(netns, ipv6, true).await?) }).await
-}
-
-/// One of our tables as `nft` prints it; null where there is none.
-pub async fn list_table(netns: &Netns, table: &str) -> Result<Value, RedirectError> {
-    nft::table(netns, "inet", table).await
-}
-
-/// One of our tables of another family.
-pub async fn list_table_of(netns: &Netns, family: &str, table: &str) -> Result<Value, RedirectError> {
-    nft::table(netns, family, table).await
-}
-
-/// Runs a script of `nft` in a namespace, as one transaction.
-pub async fn apply(netns: &Netns, script: &str) -> Result<(), RedirectError> {
-    within(nft::write(netns, script)).await
-}
-
-/// Handles are given anew with each writing, and say nothing.
-fn without_handles(value: &mut Value) {
-    match value {
-        Value::Object(map) => {
-            map.remove("handle");
-            map.values_mut().for_each(without_handles);
-        }
-        Value::Array(all) => all.iter_mut().for_each(without_handles),
-        _ => {}
-    }
-}
-
 /// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
 pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
-    within(nft::write(netns, &ruleset(rules, false))).await
+    Ok(nft::apply(netns, &ruleset(rules, false)).await?)
 }
 
 /// Lets a pod's new connections go as they would without us; what is open stays translated. For a pod whose settings are not at hand.
 pub async fn let_pass(netns: &Netns) -> Result<(), RedirectError> {
     let chains = ["pre_nat", "out_nat"].map(|chain| format!("flush chain inet {TABLE} {chain}\n"));
-    within(nft::write(netns, &chains.concat())).await
+    Ok(nft::apply(netns, &chains.concat()).await?)
 }
 
 /// Removes every trace.
@@ -336,10 +241,6 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
         Ok(())
     })
     .await
-}
-
-async fn within<T>(work: impl Future<Output = Result<T, RedirectError>>) -> Result<T, RedirectError> {
-    tokio::time::timeout(DEADLINE, work).await.unwrap_or(Err(RedirectError::Deadline))
 }
 
 /// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
@@ -371,9 +272,9 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         }
         if !bypass_inbound {
             for (family, outside) in families.clone() {
-                let taken = format!("{outside} tcp dport != {HBONE} {others}");
-                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:{PLAINTEXT}\n");
-                inbound += &format!("    {taken} redirect to :{PLAINTEXT}\n");
+                let taken = format!("{outside} tcp dport != 15008 {others}");
+                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:15006\n");
+                inbound += &format!("    {taken} redirect to :15006\n");
             }
         }
         if dns {
@@ -396,8 +297,8 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
         }
         for (family, outside) in families {
             let taken = format!("meta l4proto tcp {outside} {others}");
-            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{OUTBOUND}\n");
-            outbound += &format!("    {taken} redirect to :{OUTBOUND}\n");
+            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:15001\n");
+            outbound += &format!("    {taken} redirect to :15001\n");
         }
     }
     // A set that is in use no longer goes with the rules that used it; made first, because only what is there can go.
@@ -422,7 +323,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
-         \x20   tcp dport {{ {HBONE}, {INBOUND_CHECK} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
+         \x20   tcp dport {{ 15008, {INBOUND_PORT} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
@@ -437,12 +338,12 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
         addresses.iter().find(|ip| ip.is_ipv6()).map(|ip| format!("ip6 to [{ip}]")),
     ];
     let mut rules = String::new();
-    for Interface(name) in interfaces {
+    for name in interfaces {
         let taken = format!("iifname \"{name}\" meta l4proto tcp");
         for own in own.iter().flatten() {
-            rules += &format!("    {taken} dnat {own}:{OUTBOUND}\n");
+            rules += &format!("    {taken} dnat {own}:15001\n");
         }
-        rules += &format!("    {taken} redirect to :{OUTBOUND}\n");
+        rules += &format!("    {taken} redirect to :15001\n");
     }
     rules
 }

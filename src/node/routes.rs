@@ -5,6 +5,7 @@ use rtnetlink::packet_route::route::RouteType;
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute};
 use rtnetlink::{Handle, RouteMessageBuilder};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 /// Mark bits that are looked at.
 pub const MASK: u32 = 0xfff;
@@ -14,6 +15,8 @@ pub const RETURN_MARK: u32 = 0x111;
 const RULE_PRIORITY: u32 = 32764;
 /// Routing table of the ip rule.
 const ROUTE_TABLE: u32 = 100;
+/// How long the kernel may take.
+const DEADLINE: Duration = Duration::from_secs(10);
 /// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 
@@ -40,6 +43,12 @@ fn hint(error: &rtnetlink::Error) -> &'static str {
         }
         _ => "does the kernel have policy routing?",
     }
+}
+
+/// Sets the ip rules and routes that are missing, within a deadline. Whether all were in place; an error also means that they are not.
+pub async fn restore(netns: &Netns, ipv6: bool) -> Result<bool, RouteError> {
+    let late = |_| RouteError::Set { what: "ip rule and route", source: rtnetlink::Error::RequestFailed };
+    tokio::time::timeout(DEADLINE, set(netns, ipv6, true)).await.map_err(late)?
 }
 
 /// Sets or removes rules and routes; whether all were as wanted before.

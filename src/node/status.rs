@@ -1,6 +1,7 @@
 //! What state each pod is in, for the admin port and metrics. Every pod is in exactly one.
 
-use super::{CaptureError, PodSpec};
+use super::error::CaptureError;
+use super::spec::PodSpec;
 use crate::mesh::Text;
 use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;

@@ -2,13 +2,16 @@
 //! kernel tells of a change in the namespace.
 
 use super::capture::{Capturer, Listening};
+use super::error::CaptureError;
+use super::nft::{self, Listing};
 use super::preexisting::{Connections, Uncaptured};
-use super::redirect::{self, Listing};
+use super::redirect;
+use super::spec::PodSpec;
 use super::status::{Board, Noted};
-use super::{CaptureError, PodSpec, legs};
+use super::{legs, routes};
+use crate::sys::changes::{Changes, Seen};
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
-use crate::sys::netns_watch::{NetnsChange, NetnsWatch};
-use crate::sys::nftables::{self, Family};
 use crate::task::backoff::Backoff;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -40,9 +43,9 @@ const QUIET: Duration = Duration::from_secs(60);
 /// The state of a pod's rules.
 #[derive(Debug)]
 pub struct Rules {
-    changes: Option<NetnsWatch>,
+    changes: Option<Changes>,
     /// What has been heard and not been heeded.
-    heard: Mutex<NetnsChange>,
+    heard: Mutex<Seen>,
     /// A repair is due already.
     repairing: bool,
     /// A look at the tables is worth it again.
@@ -80,7 +83,7 @@ pub struct Rules {
 async fn foreign_change(rules: &Rules, netns: &Netns) {
     if let (Some(changes), Some(written)) = (&rules.changes, &rules.written) {
         loop {
-            let seen = changes.changed().await;
+            let seen = changes.seen().await;
             rules.hear(seen);
             if seen.tables && !redirect::is_alone_with(netns, written).await.is_ok_and(|(alone, _)| alone) {
                 return;
@@ -95,8 +98,8 @@ impl Rules {
     /// Nothing written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
         let netns = &listening.pod.netns;
-        let opened = netns.enter(NetnsWatch::open).map_err(CaptureError::from);
-        let changes = opened.and_then(|opened| opened.and_then(NetnsWatch::new).map_err(CaptureError::Deaf));
+        let opened = netns.enter(Changes::open).map_err(CaptureError::from);
+        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::Deaf));
         if let Err(error) = &changes {
             let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
             tracing::warn!(namespace, name, %error, "the pod is looked at every 30 s only");
@@ -137,24 +140,24 @@ impl Rules {
     /// also where nobody waits any more.
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
-        if self.heard() == NetnsChange::default() {
-            self.hear(changes.changed().await);
+        if self.heard() == Seen::default() {
+            self.hear(changes.seen().await);
         }
         tokio::time::sleep(SETTLE).await;
         for _ in 0..MORE_MAX {
-            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.changed()).await else { break };
+            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
             self.hear(more);
         }
         tokio::time::sleep_until(self.look_at).await;
     }
 
-    fn heard(&self) -> NetnsChange {
+    fn heard(&self) -> Seen {
         *self.heard.lock()
     }
 
-    fn hear(&self, more: NetnsChange) {
+    fn hear(&self, more: Seen) {
         let mut heard = self.heard.lock();
-        *heard = NetnsChange {
+        *heard = Seen {
             tables: heard.tables || more.tables,
             routes: heard.routes || more.routes,
             addresses: heard.addresses || more.addresses,
@@ -198,7 +201,7 @@ impl Rules {
             },
             false => true,
         };
-        let routed = !seen.routes || redirect::is_routed(netns, listening.ipv6).await.unwrap_or(false);
+        let routed = !seen.routes || routes::restore(netns, listening.ipv6).await.unwrap_or(false);
         if whole && routed {
             return;
         }
@@ -244,7 +247,7 @@ impl Rules {
     pub fn noted(&mut self, capturer: &Capturer, listening: &Listening) -> &Noted {
         if capturer.gives_probes_an_address() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
-            let count = || nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
+            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
             if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
                 self.noted.probe_connections = packets;
             }
@@ -379,10 +382,10 @@ impl Rules {
         let pod = &listening.pod;
         let table = match self.taken_over {
             true => None,
-            false => match redirect::list_table(&pod.netns, redirect::TABLE).await {
+            false => match nft::table(&pod.netns, "inet", redirect::TABLE).await {
                 // There is one, and what it spares cannot be read: nothing is spared.
-                Err(redirect::RedirectError::Unreadable(_)) => Some(Value::Array(Vec::new())),
-                listed => Some(listed?),
+                Err(nft::NftError::Unreadable(_)) => Some(Value::Array(Vec::new())),
+                listed => Some(listed.map_err(redirect::RedirectError::from)?),
             },
         };
         let first = table.as_ref().is_some_and(Value::is_null);

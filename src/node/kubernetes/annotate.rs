@@ -1,7 +1,7 @@
 //! The status annotation of pods: told to the API when it is another than it should be. The API's own pods say what has
 //! been told, so nothing is remembered but what is on its way.
 
-use super::select::{PodFacts, STATUS};
+use super::facts::{PodFacts, STATUS};
 use super::watch::Metrics;
 use crate::mesh::Text;
 use crate::node::status::{PodStatus, State};
@@ -247,7 +247,7 @@ impl Annotator {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::pods::{NetnsRef, PodSpec, Settings};
+    use crate::node::spec::{NetnsRef, PodSpec, Settings};
     use crate::node::status::Noted;
     use std::time::SystemTime;
 

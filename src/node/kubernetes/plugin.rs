@@ -1,11 +1,11 @@
 //! The questions of the CNI plugin, answered from what is known of pods.
 
-use super::Running;
+use super::facts::PodFacts;
 use super::pod_netns::Place;
+use super::state::Running;
 use crate::mesh::Text;
 use crate::node::cni::{Asked, Question, Verb};
-use crate::node::kubernetes::select::PodFacts;
-use crate::node::pods::NetnsRef;
+use crate::node::spec::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
 use std::time::Duration;
@@ -105,7 +105,7 @@ impl Running {
         let (Some(pod), Some(labels)) = (pod, namespaces.get(namespace.as_str())) else {
             return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
         };
-        if self.source.config.enablement.is_in(pod, labels).is_err() {
+        if self.source.config.enablement.enrols(pod, labels).is_err() {
             // Labels of a namespace that may be old are no reason to let a pod start without us.
             return match self.source.metrics.is_connected("namespaces") {
                 true => now(Ok(())),

@@ -1,7 +1,7 @@
 //! The daemon's check of itself: a captured pod is Ready only when its status annotation says so, or its peers call it in
 //! plaintext. Each pod is counted once, and named once, as soon as the log has room for it.
 
-use super::select::PodFacts;
+use super::facts::PodFacts;
 use crate::mesh::Text;
 use crate::telemetry::limit::LogLimit;
 use std::collections::HashMap;

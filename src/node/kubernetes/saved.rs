@@ -2,15 +2,11 @@
 //! only where a process of the pod is in the very namespace that was captured, and that holds the pod's address. What the
 //! API says wins as soon as it has told of pods and namespaces.
 
-use super::pod_netns::Place;
-use super::scan::Sought;
-use super::select::PodFacts;
-use super::{Running, spec};
+use super::facts::PodFacts;
 use crate::mesh::Text;
-use crate::node::pods::{Powers, Settings};
-use crate::node::redirect::{INTERFACES_MAX, Interface};
+use crate::node::spec::{INTERFACES_MAX, Interface, Powers, Settings};
 use crate::sys::netns::Netns;
-use crate::task::{files, thread};
+use crate::task::{Group, files, thread};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::io;
@@ -44,7 +40,7 @@ struct File {
 /// One pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Enrolled {
+pub(super) struct Enrolled {
     uid: String,
     static_uid: Option<String>,
     name: String,
@@ -62,7 +58,7 @@ struct Enrolled {
 }
 
 impl Enrolled {
-    fn of(pod: &PodFacts, place: &Place, ips: Vec<IpAddr>) -> Self {
+    pub(super) fn of(pod: &PodFacts, netns: &Netns, ips: Vec<IpAddr>) -> Self {
         let Settings { dns, bypass_inbound, virtual_interfaces } = &pod.settings;
         Self {
             uid: pod.uid.to_string(),
@@ -70,7 +66,7 @@ impl Enrolled {
             name: pod.name.to_string(),
             namespace: pod.namespace.to_string(),
             service_account: pod.service_account.to_string(),
-            netns: place.netns.id(),
+            netns: netns.id(),
             ips,
             containers: pod.containers.iter().map(ToString::to_string).collect(),
             dns_capture: *dns,
@@ -110,7 +106,7 @@ impl Enrolled {
 
 /// Reads the file; nothing where there is none, or it is of an earlier start of the machine.
 fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
-    let Some(bytes) = files::read_bounded(path, BYTES_MAX).map_err(|error| error.to_string())? else {
+    let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
         return Ok(Vec::new());
     };
     let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not understood: {error}"))?;
@@ -124,7 +120,7 @@ fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
 }
 
 fn write(path: &Path, file: &File) -> io::Result<()> {
-    files::write_atomically(path, &serde_json::to_vec(file)?)
+    files::write_whole(path, &serde_json::to_vec(file)?)
 }
 
 /// What is remembered, and what is written of that.
@@ -150,7 +146,7 @@ impl Memory {
             let (path, node, boot) = (path.clone(), node.to_owned(), boot.clone());
             move || path.map_or_else(|| Ok(Vec::new()), |path| read(&path, &node, &boot))
         };
-        let read = thread::run_blocking(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
+        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
         let enrolled = read.unwrap_or_else(|error| {
             let path = path.as_ref().map(|path| path.display().to_string());
             tracing::warn!(path, error, "the file of captured pods is not used; they wait for the Kubernetes API");
@@ -170,6 +166,49 @@ impl Memory {
             next: Instant::now(),
             results: mpsc::channel(1),
         }
+    }
+
+    /// The pods that an earlier daemon had enrolled, while they count.
+    pub(super) fn all(&self) -> impl Iterator<Item = &PodFacts> {
+        self.pods.values().map(|(pod, _)| pod)
+    }
+
+    /// The network namespace that a pod was captured in, by device and inode.
+    pub(super) fn netns(&self, uid: &Text) -> Option<(u64, u64)> {
+        self.pods.get(uid).map(|(_, netns)| *netns)
+    }
+
+    /// Forgets one pod.
+    pub(super) fn remove(&mut self, uid: &Text) -> Option<PodFacts> {
+        self.pods.remove(uid).map(|(pod, _)| pod)
+    }
+
+    /// Forgets all pods; gives their uids.
+    pub(super) fn clear(&mut self) -> Vec<Text> {
+        self.pods.drain().map(|(uid, _)| uid).collect()
+    }
+
+    /// Whether the file may be written now.
+    pub(super) fn is_due(&self) -> bool {
+        self.path.is_some() && self.writing.is_none() && Instant::now() >= self.next
+    }
+
+    /// Writes the pods that are enrolled now in the background, if they differ from what was written last.
+    pub(super) fn save(&mut self, pods: impl Iterator<Item = Enrolled>, tasks: &Group) {
+        let Some(path) = self.path.clone() else { return };
+        let mut pods: Vec<Enrolled> = pods.take(PODS_MAX).collect();
+        pods.sort_by(|a, b| a.uid.cmp(&b.uid));
+        if self.written.as_ref() == Some(&pods) {
+            return;
+        }
+        self.writing = Some(pods.clone());
+        let file = File { format: FORMAT, node: self.node.clone(), boot: self.boot.clone(), pods };
+        let results = self.results.0.clone();
+        tasks.spawn(async move {
+            let written = thread::beside(move || write(&path, &file)).await;
+            // The source has ended where this fails.
+            let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
+        });
     }
 
     /// What is remembered of a pod.
@@ -196,82 +235,6 @@ impl Memory {
                 tracing::warn!(path, %error, "the file of captured pods cannot be written; trying again");
             }
         }
-    }
-}
-
-impl Running {
-    /// Remembered pods whose namespace is not known, while the API has told of none.
-    pub(super) fn sought_by_memory(&self) -> Vec<Sought> {
-        let has_no_place = |pod: &&PodFacts| self.places.get(&pod.uid).is_none_or(|place| place.path.is_none());
-        self.remembered().into_iter().filter(has_no_place).map(Sought::from).collect()
-    }
-
-    fn remembered(&self) -> Vec<&PodFacts> {
-        // One that the API has told nothing of, where it has told of the others, is no more.
-        let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
-        self.memory.pods.values().map(|(pod, _)| pod).filter(may_be).collect()
-    }
-
-    /// Takes a namespace that was found of a remembered pod, which is that pod's only if it is the one that was captured.
-    pub(super) fn found_by_memory(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
-        match self.memory.pods.get(&uid) {
-            Some((_, id)) if *id == netns.id() => self.place(uid, netns, path, began),
-            Some(_) => self.forget(&uid, "its processes are in another network namespace now"),
-            None => {}
-        }
-    }
-
-    /// Forgets a remembered pod: it waits for the API. One that is captured stays so: to let go of it would pass its traffic.
-    pub(super) fn forget(&mut self, uid: &Text, why: &str) {
-        if self.places.contains_key(uid) {
-            return;
-        }
-        let Some((pod, _)) = self.memory.pods.remove(uid) else { return };
-        let (namespace, name) = (&*pod.namespace, &*pod.name);
-        tracing::warn!(
-            namespace,
-            name,
-            why,
-            "a pod that was captured is not captured again before the Kubernetes API answers"
-        );
-    }
-
-    /// Captures what an earlier daemon had captured, until the API says who is in.
-    pub(super) fn go_on_by_memory(&mut self) {
-        let here = |pod: &PodFacts| self.places.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
-        let specs = self.remembered().into_iter().filter_map(here).collect();
-        self.source.pods.apply(specs, None);
-    }
-
-    /// The API has told of pods and namespaces: what was remembered is forgotten, and its places are as good as any.
-    pub(super) fn end_of_memory(&mut self) {
-        let remembered: Vec<Text> = self.memory.pods.drain().map(|(uid, _)| uid).collect();
-        for uid in remembered {
-            self.keep_if_its_own(&uid);
-        }
-    }
-
-    /// Keeps the file what is enrolled now.
-    pub(super) fn remember(&mut self, wanted: &[PodFacts]) {
-        let Some(path) = self.memory.path.clone() else { return };
-        if self.memory.writing.is_some() || Instant::now() < self.memory.next {
-            return;
-        }
-        let here = |pod: &PodFacts| Some(Enrolled::of(pod, self.places.get(&pod.uid)?, self.ips(pod)));
-        let mut pods: Vec<Enrolled> = wanted.iter().filter_map(here).take(PODS_MAX).collect();
-        pods.sort_by(|a, b| a.uid.cmp(&b.uid));
-        if self.memory.written.as_ref() == Some(&pods) {
-            return;
-        }
-        self.memory.writing = Some(pods.clone());
-        let Memory { node, boot, results, .. } = &self.memory;
-        let file = File { format: FORMAT, node: node.clone(), boot: boot.clone(), pods };
-        let results = results.0.clone();
-        self.tasks.spawn(async move {
-            let written = thread::run_blocking(move || write(&path, &file)).await;
-            // The source has ended where this fails.
-            let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
-        });
     }
 }
 
@@ -307,7 +270,7 @@ mod tests {
         };
         let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
         let id = netns.id();
-        let enrolled = Enrolled::of(&pod, &Place::new(netns), pod.ips.clone());
+        let enrolled = Enrolled::of(&pod, &netns, pod.ips.clone());
         assert_eq!((enrolled.facts(), enrolled.netns), (pod, id));
         let file = |pods| File { format: FORMAT, node: "n".into(), boot: "b".into(), pods };
         write(&path, &file(vec![enrolled.clone()])).unwrap();

@@ -3,7 +3,7 @@
 //! two namespaces hold it, nobody can tell which is the pod's.
 
 use super::cgroup::{Owner, Said, said};
-use super::select::PodFacts;
+use super::facts::PodFacts;
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, id_at};
 use std::collections::{BTreeMap, HashMap, HashSet};

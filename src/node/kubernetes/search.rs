@@ -1,52 +1,21 @@
 //! The search for the namespaces of pods among the node's processes: of those that are in, of those that are remembered, and of those in
 //! which an earlier daemon may have left its rules.
 
+use super::facts::PodFacts;
 use super::scan::{Found, Sought, scan};
-use super::select::PodFacts;
-use super::{Running, spec};
+use super::state::{Running, SCAN_EVERY, Scanned, spec};
 use crate::mesh::Text;
 use crate::node::status::State;
 use crate::task::thread;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
-use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// Time between scans while a pod is sought whose processes are not there (yet).
-const SCAN_EVERY: Duration = Duration::from_millis(500);
 /// The longest time between them, for a pod that is long in coming.
 const SCAN_MAX: Duration = Duration::from_secs(5);
 
 /// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
 const CLEAN_TIMES: u32 = 10;
-
-/// What was found of each pod.
-type Scanned = HashMap<Text, Found>;
-
-/// Where the search is.
-pub(super) struct Search {
-    pub(super) results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
-    /// When the scan that runs began.
-    pub(super) running: Option<Instant>,
-    /// Whether it looks for what is remembered.
-    by_memory: bool,
-    pub(super) next: Instant,
-    wait: Duration,
-}
-
-impl Default for Search {
-    fn default() -> Self {
-        Self { results: mpsc::channel(1), running: None, by_memory: false, next: Instant::now(), wait: SCAN_EVERY }
-    }
-}
-
-impl Search {
-    /// There is news: what is sought may be found now.
-    pub(super) fn soon(&mut self) {
-        self.wait = SCAN_EVERY;
-        self.next = self.next.min(Instant::now() + SCAN_EVERY / 10);
-    }
-}
 
 impl Running {
     /// Pods whose namespace is not known.

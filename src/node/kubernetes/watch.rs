@@ -1,8 +1,9 @@
 //! Hearing of this node's pods and of all namespaces (their metadata alone) from the Kubernetes API, for as long as the
 //! daemon runs. What was heard stays known while the API is away.
 
-use super::select::{Labels, PodFacts};
+use super::facts::PodFacts;
 use crate::mesh::Text;
+use crate::node::selectors::Labels;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::{brief, with_causes};
 use futures_util::{Stream, StreamExt};

@@ -6,8 +6,8 @@
 pub mod message;
 pub mod session;
 
-use super::pods::{NetnsRef, Pods};
-use super::{PodSpec, Settings};
+use crate::node::pods::Pods;
+use crate::node::spec::{NetnsRef, PodSpec, Settings};
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Packet, Seqpacket};
 use crate::task::Signal;

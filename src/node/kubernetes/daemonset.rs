@@ -1,0 +1,203 @@
+//! What is known of the daemon's own DaemonSet, and what follows from that when the daemon ends.
+
+use super::watch::WATCH_SECONDS;
+use crate::node::config::KubernetesConfig;
+use crate::task::backoff::Backoff;
+use crate::telemetry::log::with_causes;
+use futures_util::StreamExt;
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::api::{WatchEvent, WatchParams};
+use kube::{Api, Client};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// The variable by which a DaemonSet asks for the plugin.
+const CNI_CONF_DIR: &str = "CULVERT_CNI_CONF_DIR";
+/// How long the API may take to say whether our DaemonSet is there.
+pub(super) const ASK: Duration = Duration::from_secs(3);
+/// Waits between watches.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// What is known of our DaemonSet. It may be deleted at the same moment as our rights to ask for it.
+#[derive(Debug, Default)]
+pub struct OwnSet {
+    /// It has been there, and could be asked for.
+    existed: AtomicBool,
+    /// The API has told that it is gone, or goes.
+    gone: AtomicBool,
+    /// It is being watched: what has been told is true still.
+    watched: AtomicBool,
+    /// Nothing of ours is to stay on the node.
+    nothing_stays: AtomicBool,
+}
+
+/// What follows from what the API says at the end.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Another daemon follows, or nobody can tell.
+    Stays,
+    /// The next daemon does without the plugin: nobody would answer it.
+    PluginGoes,
+    /// No pod waits for a daemon any more; whether pods may be let go is not certain.
+    WithoutPlugin(&'static str),
+    /// Certainly none follows.
+    Gone(&'static str),
+}
+
+impl OwnSet {
+    /// Whether nothing of ours is to stay on the node, as far as that has been found out.
+    pub fn nothing_stays(&self) -> bool {
+        self.nothing_stays.load(Ordering::Relaxed)
+    }
+
+    /// Says that nothing of ours is to stay on the node.
+    pub(super) fn nothing_is_to_stay(&self) {
+        self.nothing_stays.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is gone by what the API tells.
+    pub(super) fn is_told_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed) && self.watched.load(Ordering::Relaxed)
+    }
+
+    fn told(&self, gone: bool) {
+        self.existed.store(true, Ordering::Relaxed);
+        if self.gone.swap(gone, Ordering::Relaxed) != gone {
+            match gone {
+                true => {
+                    tracing::info!("our DaemonSet is deleted: when this daemon ends nothing of it stays on the node")
+                }
+                false => tracing::info!("our DaemonSet is there again"),
+            }
+        }
+    }
+
+    /// Follows the DaemonSet until the process ends. Who may not watch it knows less at the end, and does less.
+    pub(super) async fn follow(self: Arc<Self>, client: Client, config: KubernetesConfig) {
+        let api: Api<DaemonSet> = Api::namespaced(client, &config.enablement.own_namespace);
+        if let Ok(Ok(Some(set))) = tokio::time::timeout(ASK, api.get_opt(&config.daemonset)).await {
+            self.told(set.metadata.deletion_timestamp.is_some());
+        }
+        let params =
+            WatchParams::default().fields(&format!("metadata.name={}", config.daemonset)).timeout(WATCH_SECONDS);
+        let mut backoff = Backoff::new(BACKOFF.0, BACKOFF.1);
+        loop {
+            let began = Instant::now();
+            if let Ok(events) = api.watch_metadata(&params, "0").await {
+                self.watched.store(true, Ordering::Relaxed);
+                let mut events = std::pin::pin!(events);
+                while let Some(Ok(event)) = events.next().await {
+                    match event {
+                        WatchEvent::Added(set) | WatchEvent::Modified(set) => {
+                            self.told(set.metadata.deletion_timestamp.is_some());
+                        }
+                        WatchEvent::Deleted(_) => self.told(true),
+                        WatchEvent::Bookmark(_) => {}
+                        WatchEvent::Error(_) => break,
+                    }
+                }
+                self.watched.store(false, Ordering::Relaxed);
+            }
+            if began.elapsed() > BACKOFF.1 {
+                backoff.reset();
+            }
+            tokio::time::sleep(backoff.next()).await;
+        }
+    }
+
+    /// What follows from an answer of the API; none came within its time where there is none.
+    pub(super) fn end(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> End {
+        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
+        match asked {
+            Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => End::Gone("is being deleted"),
+            Some(Ok(Some(set))) if !asks_for_plugin(set) => End::PluginGoes,
+            Some(Ok(Some(_))) => End::Stays,
+            // One of another name would not be found either.
+            Some(Ok(None)) if existed => End::Gone("does not exist any more"),
+            Some(Ok(None)) => End::WithoutPlugin("does not exist"),
+            Some(Err(_)) | None if told => End::Gone("has been deleted"),
+            // Its account, or its rights, have been deleted before it; or keys and rights have changed.
+            Some(Err(kube::Error::Api(status))) if status.code == 401 => End::WithoutPlugin("has lost its account"),
+            Some(Err(kube::Error::Api(status))) if status.code == 403 && existed => {
+                End::WithoutPlugin("has lost its rights")
+            }
+            // Whoever cannot tell leaves everything: pods that should be captured wait, rather than start without.
+            Some(Err(error)) => {
+                tracing::warn!(error = with_causes(error), "everything stays on the node: DaemonSet not readable");
+                End::Stays
+            }
+            None => {
+                tracing::warn!("everything stays on the node: the Kubernetes API does not answer");
+                End::Stays
+            }
+        }
+    }
+}
+
+/// Whether the daemons of a DaemonSet install the plugin, and answer it.
+fn asks_for_plugin(set: &DaemonSet) -> bool {
+    let pod = set.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+    let variables =
+        pod.into_iter().flat_map(|pod| &pod.containers).flat_map(|container| container.env.iter().flatten());
+    variables.into_iter().any(|variable| variable.name == CNI_CONF_DIR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    fn asking(variable: &str) -> DaemonSet {
+        serde_json::from_value(
+            serde_json::json!({"metadata": {}, "spec": {"selector": {}, "template": {"spec": {"containers": [
+                {"name": "c", "env": [{"name": "CULVERT_PODS", "value": "x"}, {"name": variable, "value": "/x"}]},
+            ]}}}}),
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn the_plugin_goes_where_the_next_daemon_does_not_answer_it() {
+        let own = OwnSet::default();
+        assert_eq!(own.end(Some(&Ok(Some(asking(CNI_CONF_DIR))))), End::Stays);
+        assert_eq!(own.end(Some(&Ok(Some(asking("CULVERT_CNI_SOCKET"))))), End::PluginGoes);
+        assert_eq!(own.end(Some(&Ok(Some(DaemonSet::default())))), End::PluginGoes);
+    }
+
+    #[test]
+    fn pods_are_let_go_only_where_it_is_certain() {
+        let refused = |code: u16| Some(Err(kube::Error::Api(Box::new(Status { code, ..Status::default() }))));
+        let there = |going: bool| {
+            let mut set = asking(CNI_CONF_DIR);
+            set.metadata.deletion_timestamp = going.then(|| serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
+            Some(Ok(Some(set)))
+        };
+        for (what, existed, told, asked, expected) in [
+            ("an upgrade", true, false, there(false), End::Stays),
+            ("deleted and made anew", true, true, there(false), End::Stays),
+            ("being deleted", false, false, there(true), End::Gone("is being deleted")),
+            ("deleted", true, false, Some(Ok(None)), End::Gone("does not exist any more")),
+            ("another name", false, false, Some(Ok(None)), End::WithoutPlugin("does not exist")),
+            ("rights gone with it", true, true, refused(403), End::Gone("has been deleted")),
+            ("account gone with it", true, true, refused(401), End::Gone("has been deleted")),
+            ("the API goes too", true, true, None, End::Gone("has been deleted")),
+            ("keys changed", true, false, refused(401), End::WithoutPlugin("has lost its account")),
+            ("rights changed", true, false, refused(403), End::WithoutPlugin("has lost its rights")),
+            ("never had rights", false, false, refused(403), End::Stays),
+            ("an API in trouble", true, false, refused(500), End::Stays),
+            ("an API that is away", true, false, None, End::Stays),
+        ] {
+            let own = OwnSet::default();
+            own.existed.store(existed, Ordering::Relaxed);
+            own.gone.store(told, Ordering::Relaxed);
+            own.watched.store(true, Ordering::Relaxed);
+            assert_eq!(own.end(asked.as_ref()), expected, "{what}");
+        }
+        // It has been told, and the watch has ended: it may have been made again.
+        let own = OwnSet::default();
+        own.told(true);
+        assert_eq!(own.end(None), End::Stays);
+        assert_eq!(own.end(refused(403).as_ref()), End::WithoutPlugin("has lost its rights"));
+    }
+}

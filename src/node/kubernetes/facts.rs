@@ -1,0 +1,306 @@
+//! What the API says of a pod, reduced to what its enrolment and capture depend on. Pure.
+
+use crate::mesh::Text;
+use crate::node::selectors::Labels;
+use crate::node::spec::{INTERFACES_MAX, Interface, Powers, Settings};
+use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodSpec, SecurityContext};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+/// Status annotation of a pod that is in.
+pub const STATUS: &str = "ambient.istio.io/redirection";
+/// Annotation of a pod with a sidecar.
+const SIDECAR: &str = "sidecar.istio.io/status";
+/// Init container of a sidecar that istio-cni is to redirect (in the place of istio-init): it fails where nobody has.
+const VALIDATION: &str = "istio-validation";
+const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
+const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
+const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
+/// The uid that a static pod's processes run under, where the API shows its mirror.
+const STATIC_UID: &str = "kubernetes.io/config.hash";
+/// Marks such a mirror, and says where the kubelet has the pod from.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+const SOURCE: &str = "kubernetes.io/config.source";
+/// Sources of static pods (source: the kubelet's `types.FileSource` and `HTTPSource`).
+const STATIC_SOURCES: [&str; 2] = ["file", "http"];
+
+/// Letters of a value that are named where it is not understood.
+const NAMED_MAX: usize = 100;
+/// Names that are named.
+const NAMES_MAX: usize = 4;
+
+/// An annotation that is not understood, and what of it is not.
+pub type Fault = (&'static str, String);
+
+/// What is looked at of a pod. What its owner writes is kept only as far as it means something.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodFacts {
+    /// Uid.
+    pub uid: Text,
+    /// Uid that its processes' cgroups name, where that is another one.
+    pub static_uid: Option<Text>,
+    /// Name.
+    pub name: Text,
+    /// Namespace.
+    pub namespace: Text,
+    /// Service account.
+    pub service_account: Text,
+    /// Labels.
+    pub labels: Labels,
+    /// What its status annotation says.
+    pub said: Option<Text>,
+    /// Whether it has a sidecar.
+    pub has_sidecar: bool,
+    /// Whether its sidecar counts on an istio-cni that has not redirected it: the container that looks for that has failed.
+    pub is_not_redirected: bool,
+    /// Its own settings.
+    pub settings: Settings,
+    /// What of its annotations is not understood, and counts as absent: at most one for each.
+    pub faults: Vec<Fault>,
+    /// What its containers may do to its own network.
+    pub powers: Powers,
+    /// Whether it is in the host's network namespace.
+    pub host_network: bool,
+    /// Whether its containers have ended for good.
+    pub ended: bool,
+    /// Whether it takes part in services.
+    pub ready: bool,
+    /// Its addresses, where it has them yet.
+    pub ips: Vec<IpAddr>,
+    /// Ids of its containers.
+    pub containers: Vec<Text>,
+}
+
+impl PodFacts {
+    /// What is looked at of a pod of the API; `None` for one without uid or name, which the API never sends.
+    pub fn of(pod: Pod) -> Option<Self> {
+        let text = |text: Option<String>| text.map(|text| Text::from(text.as_str()));
+        let (metadata, spec, status) = (pod.metadata, pod.spec.unwrap_or_default(), pod.status.unwrap_or_default());
+        let one = status.pod_ip.into_iter();
+        let ips: BTreeSet<IpAddr> =
+            one.chain(status.pod_ips.into_iter().flatten().map(|ip| ip.ip)).filter_map(|ip| ip.parse().ok()).collect();
+        let validation = status.init_container_statuses.iter().flatten().find(|status| status.name == VALIDATION);
+        let is_not_redirected = validation.is_some_and(has_failed);
+        let all = [status.container_statuses, status.init_container_statuses, status.ephemeral_container_statuses];
+        let ready = status.conditions.iter().flatten().any(|told| told.type_ == "Ready" && told.status == "True");
+        let ids = all.into_iter().flatten().flatten().filter_map(|container| container.container_id);
+        let annotations = metadata.annotations.unwrap_or_default();
+        let (settings, faults) = settings(&annotations);
+        let powers = powers(&spec);
+        let said = annotations.get(STATUS).map(|said| abbreviated(said).as_str().into());
+        let account = spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".into());
+        Some(Self {
+            uid: text(metadata.uid)?,
+            static_uid: static_uid(&annotations),
+            name: text(metadata.name)?,
+            namespace: text(metadata.namespace)?,
+            service_account: account.as_str().into(),
+            labels: metadata.labels.unwrap_or_default(),
+            said,
+            is_not_redirected: is_not_redirected && annotations.contains_key(SIDECAR),
+            has_sidecar: annotations.contains_key(SIDECAR),
+            settings,
+            faults,
+            powers,
+            host_network: spec.host_network.unwrap_or(false),
+            ended: status.phase.is_some_and(|phase| phase == "Succeeded" || phase == "Failed"),
+            ready,
+            ips: ips.into_iter().collect(),
+            containers: ids.map(|id| id.split_once("://").map_or(id.as_str(), |(_, id)| id).into()).collect(),
+        })
+    }
+
+    /// What its status annotation says.
+    pub fn said(&self) -> Option<&str> {
+        self.said.as_deref()
+    }
+}
+
+/// Whether a container has ended without success, and has not succeeded since.
+fn has_failed(container: &ContainerStatus) -> bool {
+    let ended = |state: &Option<ContainerState>| Some(state.as_ref()?.terminated.as_ref()?.exit_code);
+    match ended(&container.state) {
+        Some(code) => code != 0,
+        None => ended(&container.last_state).is_some_and(|code| code != 0),
+    }
+}
+
+/// The uid of a static pod, of which the API shows the mirror. Only the kubelet makes mirrors; on any other pod it is the
+/// owner's own word.
+fn static_uid(annotations: &Labels) -> Option<Text> {
+    let is_static = annotations.get(SOURCE).is_some_and(|source| STATIC_SOURCES.contains(&source.as_str()));
+    let uid = annotations.get(STATIC_UID).filter(|_| is_static && annotations.contains_key(MIRROR))?;
+    Some(uid.as_str().into())
+}
+
+/// A pod's own settings, and what of them is not understood.
+fn settings(annotations: &Labels) -> (Settings, Vec<Fault>) {
+    let mut faults = Vec::new();
+    let mut boolean = |name: &'static str| {
+        let said = annotations.get(name)?;
+        let read = go_bool(said);
+        if read.is_none() {
+            faults.push((name, abbreviated(said)));
+        }
+        read
+    };
+    let (dns, bypass_inbound) = (boolean(DNS_CAPTURE), boolean(BYPASS_INBOUND).unwrap_or(false));
+    let names = annotations.get(VIRTUAL_INTERFACES).map(String::as_str).unwrap_or_default();
+    let (mut seen, mut virtual_interfaces) = (BTreeSet::new(), Vec::new());
+    let (mut odd, mut more) = (Vec::new(), 0_usize);
+    for name in names.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        match Interface::new(name) {
+            Some(interface) if seen.contains(name) => drop(interface),
+            Some(interface) if virtual_interfaces.len() < INTERFACES_MAX => {
+                seen.insert(name);
+                virtual_interfaces.push(interface);
+            }
+            None if odd.len() < NAMES_MAX => odd.push(format!("{:?}", abbreviated(name))),
+            _ => more += 1,
+        }
+    }
+    if more > 0 {
+        odd.push(format!("{more} more (at most {INTERFACES_MAX} are taken)"));
+    }
+    if !odd.is_empty() {
+        faults.push((VIRTUAL_INTERFACES, odd.join(", ")));
+    }
+    (Settings { dns, bypass_inbound, virtual_interfaces }, faults)
+}
+
+fn abbreviated(text: &str) -> String {
+    match text.char_indices().nth(NAMED_MAX) {
+        Some((end, _)) => format!("{}… ({} bytes)", text.get(..end).unwrap_or_default(), text.len()),
+        None => text.to_owned(),
+    }
+}
+
+/// What the containers of a pod may do, as far as its object says. Most runtimes give NET_RAW to whom it is not taken from.
+fn powers(spec: &PodSpec) -> Powers {
+    let init = spec.init_containers.iter().flatten();
+    let ephemeral = spec.ephemeral_containers.iter().flatten().map(|container| container.security_context.as_ref());
+    let contexts = spec.containers.iter().chain(init).map(|container| container.security_context.as_ref());
+    let mut powers = Powers::default();
+    for context in contexts.chain(ephemeral) {
+        let holds = |name: &str, by_default: bool| holds(context, name, by_default);
+        powers.net_admin |= holds("NET_ADMIN", false);
+        powers.net_raw |= holds("NET_RAW", true);
+    }
+    powers
+}
+
+fn holds(context: Option<&SecurityContext>, capability: &str, by_default: bool) -> bool {
+    let Some(context) = context else { return by_default };
+    let named = |list: Option<&Vec<String>>| {
+        let same = |name: &String| {
+            let name = name.strip_prefix("CAP_").unwrap_or(name);
+            name.eq_ignore_ascii_case(capability) || name.eq_ignore_ascii_case("ALL")
+        };
+        list.is_some_and(|names| names.iter().any(same))
+    };
+    let capabilities = context.capabilities.as_ref();
+    let (added, dropped) =
+        (named(capabilities.and_then(|c| c.add.as_ref())), named(capabilities.and_then(|c| c.drop.as_ref())));
+    context.privileged == Some(true) || added || (by_default && !dropped)
+}
+
+/// As Go's `strconv.ParseBool`, which Istio reads its annotations with.
+fn go_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),
+        "0" | "f" | "F" | "FALSE" | "false" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn labels(pairs: &[(&str, &str)]) -> Labels {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn a_sidecar_that_counts_on_istio_cni_is_known_by_its_failed_validation() {
+        let pod = |annotation: &str, container: &str, state: serde_json::Value| {
+            let mut status = state;
+            for (key, value) in [("name", container), ("image", "i"), ("imageID", "i")] {
+                status[key] = value.into();
+            }
+            (status["ready"], status["restartCount"]) = (false.into(), 1.into());
+            let pod = serde_json::json!({"metadata": {"name": "a", "namespace": "n", "uid": "u", "annotations": {annotation: "{}"}},
+                "status": {"initContainerStatuses": [status]}});
+            PodFacts::of(serde_json::from_value(pod).unwrap()).unwrap().is_not_redirected
+        };
+        let ended = |code: i32| serde_json::json!({"state": {"terminated": {"exitCode": code}}});
+        let waits = serde_json::json!({"state": {"waiting": {}}, "lastState": {"terminated": {"exitCode": 126}}});
+        assert!(pod(SIDECAR, VALIDATION, ended(126)) && pod(SIDECAR, VALIDATION, waits.clone()));
+        assert!(!pod(SIDECAR, VALIDATION, ended(0)), "somebody has redirected it");
+        assert!(!pod(SIDECAR, VALIDATION, serde_json::json!({"state": {"running": {}}})), "it still looks");
+        assert!(!pod(SIDECAR, "istio-init", ended(1)) && !pod("other", VALIDATION, waits));
+    }
+
+    #[test]
+    fn own_settings_are_read_as_go_reads_them() {
+        let pairs =
+            [(DNS_CAPTURE, "F"), (BYPASS_INBOUND, "yes"), (VIRTUAL_INTERFACES, "br0, \"; flush ruleset,tun-1,br0")];
+        let (settings, faults) = settings(&labels(&pairs));
+        assert_eq!(settings.dns, Some(false));
+        assert!(!settings.bypass_inbound);
+        assert_eq!(settings.virtual_interfaces, [Interface::new("br0").unwrap(), Interface::new("tun-1").unwrap()]);
+        assert_eq!(faults, [(BYPASS_INBOUND, "yes".into()), (VIRTUAL_INTERFACES, r#""\"; flush ruleset""#.into())]);
+    }
+
+    #[test]
+    fn whatever_an_owner_writes_little_is_kept_of_it() {
+        let many: Vec<String> = (0..20_000).map(|n| format!("if{n}")).collect();
+        let odd: Vec<String> = (0..50_000).map(|n| format!("{n}!{}", "x".repeat(n % 300))).collect();
+        for (names, taken) in [(many.join(","), INTERFACES_MAX), (odd.join(","), 0), (["eth0"; 60_000].join(","), 1)] {
+            let said = [(VIRTUAL_INTERFACES, names.as_str()), (DNS_CAPTURE, names.as_str()), (STATUS, names.as_str())];
+            let (settings, faults) = settings(&labels(&said));
+            assert_eq!(settings.virtual_interfaces.len(), taken);
+            assert!(faults.len() <= 2 && faults.iter().all(|(_, text)| text.len() < 1000), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn the_uid_of_a_file_counts_on_mirrors_alone() {
+        let hash = "0123456789abcdef0123456789abcdef";
+        let uid = |pairs: &[(&str, &str)]| {
+            static_uid(&labels(&[&[(STATIC_UID, hash)], pairs].concat())).map(|uid| uid.to_string())
+        };
+        assert_eq!(uid(&[(MIRROR, hash), (SOURCE, "file")]).as_deref(), Some(hash));
+        for not in [&[][..], &[(MIRROR, hash)], &[(SOURCE, "file")], &[(MIRROR, hash), (SOURCE, "api")]] {
+            assert_eq!(uid(not), None, "{not:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_pod_may_do_to_itself_is_read_from_its_containers() {
+        let powers = |contexts: serde_json::Value| {
+            let containers: Vec<_> = contexts
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|context| serde_json::json!({"name": "a", "securityContext": context}))
+                .collect();
+            let powers = powers(&serde_json::from_value(serde_json::json!({"containers": containers})).unwrap());
+            (powers.net_admin, powers.net_raw)
+        };
+        let json = |text: &str| serde_json::from_str(text).unwrap();
+        for (contexts, expected) in [
+            ("[{}]", (false, true)),
+            (r#"[{"capabilities": {"drop": ["ALL"]}}]"#, (false, false)),
+            (r#"[{"capabilities": {"drop": ["NET_RAW"]}}]"#, (false, false)),
+            (r#"[{"capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}}]"#, (true, false)),
+            (
+                r#"[{"capabilities": {"drop": ["ALL"]}}, {"capabilities": {"drop": ["ALL"], "add": ["CAP_NET_RAW"]}}]"#,
+                (false, true),
+            ),
+            (r#"[{"privileged": true, "capabilities": {"drop": ["ALL"]}}]"#, (true, true)),
+        ] {
+            assert_eq!(powers(json(contexts)), expected, "{contexts}");
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The loop of enrolment by Kubernetes: takes what the API, the scans, the CNI plugin and the pods' states say, compares
+//! what is done with what should be, and makes good the difference.
+
+use super::annotate::{self, Annotator};
+use super::facts::{Fault, PodFacts};
+use super::plugin;
+use super::ready_before_enabled::{self, Late};
+use super::saved::Memory;
+use super::state::{Running, Search, Source, described, spec};
+use super::watch::{self, Told};
+use crate::mesh::Text;
+use crate::node::selectors::Labels;
+use crate::node::spec::{NetnsRef, PodSpec};
+use crate::node::status::State;
+use crate::task::{Group, Signal};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+
+/// What may be told and not yet be heard.
+const QUEUE: usize = 256;
+/// Time between looks at whether the processes that led to namespaces are still there.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The shortest time between two complaints about the annotations of one pod.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+
+/// What is said of a pod whose sidecar nobody redirects.
+const NOT_REDIRECTED: &str = "its sidecar counts on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
+     that: have the sidecar injected with istio-init (pilot.cni.enabled: false in istiod's values), or take it out and label the pod \
+     istio.io/dataplane-mode=ambient";
+
+impl Source {
+    /// Follows the API until the process ends.
+    pub async fn run(mut self, drain: Signal) {
+        let (tell, mut told) = mpsc::channel(QUEUE);
+        let tasks = Group::default();
+        tasks.spawn(watch::pods(
+            self.client.clone(),
+            self.config.node_name.clone(),
+            tell.clone(),
+            self.metrics.clone(),
+        ));
+        tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
+        tasks.spawn(self.own_set.clone().follow(self.client.clone(), self.config.clone()));
+        let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
+        let mut states = self.board.subscribe();
+        let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
+        let memory = Memory::read(self.config.memory.clone(), &self.config.node_name).await;
+        let mut running = Running {
+            source: self,
+            pods: None,
+            namespaces: None,
+            places: HashMap::new(),
+            nowhere: HashMap::new(),
+            annotator,
+            scan: Search::default(),
+            ready,
+            asked: Vec::new(),
+            cleaned: HashMap::new(),
+            clean_from: Instant::now(),
+            complained: HashMap::new(),
+            late: Late::default(),
+            memory,
+            tasks: tasks.clone(),
+        };
+        let mut turns = running.source.capturer.turn.subscribe();
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let sought = running.scan.running.is_none() && running.is_seeking();
+            let asks = async {
+                match &mut plugin {
+                    Some(plugin) => plugin.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = drain.gentle() => break,
+                Some(first) = told.recv() => {
+                    running.take(first);
+                    while let Ok(more) = told.try_recv() {
+                        running.take(more);
+                    }
+                }
+                Some(found) = running.scan.results.1.recv() => running.found(found),
+                outcome = running.annotator.outcome() => running.annotator.ended(outcome),
+                result = running.memory.outcome() => running.memory.ended(result),
+                Ok(()) = states.changed() => {}
+                Ok(()) = turns.changed() => running.turn_changed(),
+                Some(asked) = asks => running.ask(asked),
+                _ = looks.tick() => running.look(),
+                () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
+            }
+            running.reconcile();
+        }
+        // Nobody answers them any more: the runtime asks again.
+        drop(plugin);
+        running.asked.clear();
+        running.leave(&drain).await;
+        tasks.cut();
+        tasks.finished().await;
+    }
+}
+
+impl Running {
+    fn take(&mut self, told: Told) {
+        self.scan.soon();
+        let enablement = &self.source.config.enablement;
+        let of_pod = |mut pod: PodFacts| {
+            enablement.prune(&mut pod.labels);
+            (pod.uid.clone(), pod)
+        };
+        let of_namespace = |(name, mut labels): (Text, Labels)| {
+            enablement.prune(&mut labels);
+            (name, labels)
+        };
+        match told {
+            Told::AllPods(all) => self.pods = Some(all.into_iter().map(of_pod).collect()),
+            Told::Pod(pod) => self.pods.get_or_insert_default().extend([of_pod(pod)]),
+            Told::NoPod(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
+            Told::AllNamespaces(all) => self.namespaces = Some(all.into_iter().map(of_namespace).collect()),
+            Told::Namespace(name, labels) => {
+                self.namespaces.get_or_insert_default().extend([of_namespace((name, labels))]);
+            }
+            Told::NoNamespace(name) => drop(self.namespaces.as_mut().map(|all| all.remove(&name))),
+        }
+    }
+
+    /// Makes what is done what it should be.
+    fn reconcile(&mut self) {
+        let Some(wanted) = self.wanted() else {
+            self.go_on_by_memory();
+            self.answer();
+            return;
+        };
+        let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
+        self.end_of_memory();
+        if self.source.capturer.mesh.load().told.missing().is_none() {
+            self.source.capturer.turn.becomes_able();
+        }
+        let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
+        self.places.retain(|uid, _| uids.contains(uid));
+        self.nowhere.retain(|uid, _| uids.contains(uid));
+        self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
+        let (mut specs, mut shown) = (Vec::new(), Vec::new());
+        for pod in &wanted {
+            complain(&mut self.complained, pod);
+            // Once it is in it may leave its rules behind.
+            self.cleaned.remove(&pod.uid);
+            match self.places.get(&pod.uid) {
+                Some(place) => {
+                    let mut spec = spec(pod, place.netns.clone());
+                    if place.path.is_none() && !place.ips.is_empty() {
+                        spec.ips.clone_from(&place.ips);
+                    }
+                    specs.push(spec);
+                }
+                None => {
+                    let why = match pod.ips.is_empty() {
+                        true => State::Pending("it has no address yet: its sandbox is not there".into()),
+                        false => self
+                            .nowhere
+                            .get(&pod.uid)
+                            .cloned()
+                            .unwrap_or_else(|| State::Pending("its network namespace is sought".into())),
+                    };
+                    let netns = NetnsRef::Path(PathBuf::new());
+                    shown.push((PodSpec { netns, ..described(pod) }, why));
+                }
+            }
+        }
+        shown.extend(self.not_redirected());
+        // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
+        let sought_all = self.scan.running.is_none()
+            && wanted.iter().all(|pod| {
+                pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
+            });
+        self.source.pods.apply(specs, self.ready.as_ref());
+        self.source.pods.show(shown);
+        if sought_all {
+            self.ready = None;
+        }
+        self.annotate(&wanted);
+        self.remember(&wanted);
+        // What the plugin has handed over becomes a pod, and what it asks may be answered then.
+        if self.answer() {
+            self.reconcile();
+        }
+    }
+
+    /// Pods that nobody redirects, and that are refused by name.
+    fn not_redirected(&self) -> Vec<(PodSpec, State)> {
+        let all = self.pods.iter().flat_map(HashMap::values).filter(|pod| pod.is_not_redirected && !pod.ended);
+        all.map(|pod| (described(pod), State::Failed(NOT_REDIRECTED.into()))).collect()
+    }
+
+    fn annotate(&mut self, wanted: &[PodFacts]) {
+        if !self.source.capturer.turn.is_ours() {
+            return;
+        }
+        let Some(pods) = &self.pods else { return };
+        let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
+        let states: BTreeMap<Text, _> =
+            self.source.board.list().into_iter().map(|status| (status.spec.uid.clone(), status)).collect();
+        for pod in pods.values() {
+            match uids.contains(&pod.uid) {
+                true => {
+                    let status = states.get(&pod.uid);
+                    let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.question, pod));
+                    let unborn = awaited || pod.ips.is_empty();
+                    if let Ok(value) = annotate::wanted(status, pod.said(), unborn) {
+                        self.annotator.see_to(pod, Some(value), awaited);
+                    }
+                    let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
+                    let told = self.annotator.has_enabled(pod).is_ok();
+                    let news = self.late.look(pod, captured, told, ready_before_enabled::room);
+                    if news.count {
+                        self.source.metrics.late();
+                    }
+                    if news.name {
+                        ready_before_enabled::name(pod);
+                    }
+                }
+                // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
+                false if pod.said().is_some() && !pod.ended => self.annotator.see_to(pod, None, false),
+                false => {}
+            }
+        }
+        self.late.retain(|uid| uids.contains(uid));
+        self.annotator.retain(|uid| pods.contains_key(uid));
+        self.cleaned.retain(|uid, _| pods.contains_key(uid));
+        self.complained.retain(|uid, _| pods.contains_key(uid));
+    }
+}
+
+/// Names what of a pod's annotations is not understood: once, and once more where that has changed, but not all the time.
+fn complain(complained: &mut HashMap<Text, (Vec<Fault>, Instant)>, pod: &PodFacts) {
+    let said = complained.get(&pod.uid);
+    let is_said = |fault: &&Fault| said.is_some_and(|(said, _)| said.contains(fault));
+    let news: Vec<&Fault> = pod.faults.iter().filter(|fault| !is_said(fault)).collect();
+    if news.is_empty() || said.is_some_and(|(_, at)| at.elapsed() < COMPLAIN_EVERY) {
+        return;
+    }
+    for (annotation, value) in news {
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        tracing::warn!(namespace, name, annotation, value, "the pod's annotation is not understood, and left out");
+    }
+    complained.insert(pod.uid.clone(), (pod.faults.clone(), Instant::now()));
+}

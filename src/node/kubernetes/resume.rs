@@ -1,0 +1,73 @@
+//! Going on with the pods that an earlier daemon had enrolled, until the Kubernetes API says which pods are; and keeping the file
+//! of them.
+
+use super::facts::PodFacts;
+use super::saved::Enrolled;
+use super::scan::Sought;
+use super::state::{Running, spec};
+use crate::mesh::Text;
+use crate::sys::netns::Netns;
+use std::path::PathBuf;
+use tokio::time::Instant;
+
+impl Running {
+    /// Remembered pods whose namespace is not known, while the API has told of none.
+    pub(super) fn sought_by_memory(&self) -> Vec<Sought> {
+        let has_no_place = |pod: &&PodFacts| self.places.get(&pod.uid).is_none_or(|place| place.path.is_none());
+        self.remembered().into_iter().filter(has_no_place).map(Sought::from).collect()
+    }
+
+    fn remembered(&self) -> Vec<&PodFacts> {
+        // One that the API has told nothing of, where it has told of the others, is no more.
+        let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
+        self.memory.all().filter(may_be).collect()
+    }
+
+    /// Takes a namespace that was found of a remembered pod, which is that pod's only if it is the one that was captured.
+    pub(super) fn found_by_memory(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
+        match self.memory.netns(&uid) {
+            Some(id) if id == netns.id() => self.place(uid, netns, path, began),
+            Some(_) => self.forget(&uid, "its processes are in another network namespace now"),
+            None => {}
+        }
+    }
+
+    /// Forgets a remembered pod: it waits for the API. One that is captured stays so: to let go of it would pass its traffic.
+    pub(super) fn forget(&mut self, uid: &Text, why: &str) {
+        if self.places.contains_key(uid) {
+            return;
+        }
+        let Some(pod) = self.memory.remove(uid) else { return };
+        let (namespace, name) = (&*pod.namespace, &*pod.name);
+        tracing::warn!(
+            namespace,
+            name,
+            why,
+            "a pod that was captured is not captured again before the Kubernetes API answers"
+        );
+    }
+
+    /// Captures what an earlier daemon had captured, until the API says who is in.
+    pub(super) fn go_on_by_memory(&mut self) {
+        let here = |pod: &PodFacts| self.places.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
+        let specs = self.remembered().into_iter().filter_map(here).collect();
+        self.source.pods.apply(specs, None);
+    }
+
+    /// The API has told of pods and namespaces: what was remembered is forgotten, and its places are as good as any.
+    pub(super) fn end_of_memory(&mut self) {
+        for uid in self.memory.clear() {
+            self.keep_if_its_own(&uid);
+        }
+    }
+
+    /// Keeps the file what is enrolled now.
+    pub(super) fn remember(&mut self, wanted: &[PodFacts]) {
+        if !self.memory.is_due() {
+            return;
+        }
+        let here = |pod: &PodFacts| Some(Enrolled::of(pod, &self.places.get(&pod.uid)?.netns, self.ips(pod)));
+        let pods: Vec<Enrolled> = wanted.iter().filter_map(here).collect();
+        self.memory.save(pods.into_iter(), &self.tasks);
+    }
+}
