@@ -12,7 +12,7 @@ use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancing
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
 use crate::mesh::{GatewayRef, Policy, Protocol, Service, Snapshot, Text, Workload};
 use crate::node::spec::NetnsRef;
-use crate::node::status::{PodStatus, State};
+use crate::node::status::{CaptureState, PodStatus};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};
 use std::sync::atomic::Ordering;
@@ -83,14 +83,14 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "reason": pod.state.reason(),
             "since": time(pod.since),
             "listening": pod.listening,
-            "redirected": pod.held,
-            "uncapturedConnections": pod.earlier,
+            "redirected": pod.redirected,
+            "uncapturedConnections": pod.preexisting,
             "bypassInboundCapture": pod.spec.settings.bypass_inbound,
             "dns": dns(parts, &pod.spec.uid),
-            "otherRules": pod.noted.other_rules,
-            "rulesUnread": pod.noted.unread,
-            "inboundUnverified": pod.noted.inbound_unverified,
-            "probeConnections": pod.noted.probe_connections,
+            "otherRules": pod.observations.other_rules,
+            "rulesUnread": pod.observations.unread,
+            "inboundUnverified": pod.observations.inbound_unverified,
+            "probeConnections": pod.observations.probe_connections,
             "mayBypass": pod.spec.powers.map(|powers| {
                 let held = [("NET_ADMIN", powers.net_admin), ("NET_RAW", powers.net_raw)];
                 held.into_iter().filter(|(_, held)| *held).map(|(name, _)| name).collect::<Vec<_>>()
@@ -133,7 +133,7 @@ fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -
         all.map(one).collect::<Vec<Value>>()
     };
     json!({
-        "state": if pod.state == State::Captured { "Up" } else { "Pending" },
+        "state": if pod.state == CaptureState::Captured { "Up" } else { "Pending" },
         "reason": pod.state.reason(),
         "info": {
             "name": &*pod.spec.name,

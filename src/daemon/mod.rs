@@ -23,7 +23,7 @@ use crate::config::settings;
 use crate::config::{CaSource, Config, Faults, MeshSource};
 use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
-use crate::node::Source;
+use crate::node::PodSource;
 use crate::{control, node, sys};
 use crate::{demo, doctor};
 use std::io::Write;
@@ -170,9 +170,9 @@ fn sources(config: &Config) -> String {
         MeshSource::Xds(xds) => format!("the mesh from {} (not asked)", xds.rpc.address),
     };
     let pods = match &config.node.source {
-        Source::File(path) => format!("pods from {}", path.display()),
-        Source::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
-        Source::Kubernetes(kubernetes) => {
+        PodSource::File(path) => format!("pods from {}", path.display()),
+        PodSource::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
+        PodSource::Kubernetes(kubernetes) => {
             format!("pods of node {} from the Kubernetes API (not asked)", kubernetes.node_name)
         }
     };

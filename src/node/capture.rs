@@ -2,10 +2,10 @@
 //! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
 //! and no connection is carried before the pod is known to be who it should be.
 
-use super::active_daemon::Turn;
-use super::config::{Config, Source};
+use super::active_daemon::ActiveRole;
+use super::config::{Config, PodSource};
 use super::error::CaptureError;
-use super::preexisting::{Connections, Uncaptured};
+use super::preexisting::{Preexisting, Uncaptured};
 use super::spec::PodSpec;
 use super::{capture_check, legs, nft, redirect};
 use crate::connection::dial::direct::SocketConfig;
@@ -18,7 +18,7 @@ use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group, thread};
-use crate::{identity, mesh, ports};
+use crate::{identity, mesh};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ use tokio::time::Instant;
 
 /// Listeners of a pod, and how a connection came to them.
 const LISTENERS: [(u16, Entrance); 3] =
-    [(ports::OUTBOUND, Entrance::Outbound), (ports::PLAINTEXT, Entrance::Plaintext), (ports::HBONE, Entrance::Tunnel)];
+    [(15001, Entrance::Outbound), (15006, Entrance::Plaintext), (15008, Entrance::Tunnel)];
 
 /// Addresses of a pod's interfaces, beside those of its workload, that count as its own.
 const ADDRESSES_MAX: usize = 1024;
@@ -57,9 +57,9 @@ pub struct Capturer {
     /// Which namespaces belong to which pod.
     pub claims: Claims,
     /// Whether this daemon writes, or another one of the node.
-    pub turn: Turn,
+    pub role: ActiveRole,
     /// Whose node this is.
-    pub whose: String,
+    pub node_tag: String,
 }
 
 /// A pod in whose namespace we listen.
@@ -72,15 +72,15 @@ pub struct Listening {
     /// Whether IPv6 is used.
     pub ipv6: bool,
     /// The pod's DNS, where that is taken.
-    pub names: OnceLock<dns::Serving>,
+    pub dns: OnceLock<dns::Serving>,
     claim: Option<Claim>,
 }
 
 impl Listening {
     /// Lets a successor listen in the namespace while connections that are open end; the accept loops have ended.
     pub async fn make_room(&mut self) {
-        if let Some(names) = self.names.take() {
-            names.end().await;
+        if let Some(dns) = self.dns.take() {
+            dns.end().await;
         }
         self.claim = None;
     }
@@ -130,7 +130,7 @@ impl Capturer {
     /// Listens in a pod's namespace. What comes waits until the pod is approved.
     pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
-        self.not_ours(&netns)?;
+        self.refuse_host(&netns)?;
         let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         if let Some(missing) = spec.ips.first().filter(|_| !spec.ips.iter().any(|ip| held.contains(ip))) {
             return Err(not_the_pod(&netns, *missing, &held));
@@ -161,29 +161,29 @@ impl Capturer {
         for (listener, entrance) in listeners {
             self.workers.serve(&pod, listener, entrance, &accepting);
         }
-        let listening = Listening { pod, accepting, ipv6, names: OnceLock::new(), claim: Some(claim) };
-        self.take_dns(spec, &listening);
+        let listening = Listening { pod, accepting, ipv6, dns: OnceLock::new(), claim: Some(claim) };
+        self.serve_dns(spec, &listening);
         Ok(listening)
     }
 
     /// Takes the pod's DNS where that is wanted and not done; whether it has been done now. A pod whose DNS cannot be taken
     /// goes on with its own, where no agent redirects it, and its traffic is captured all the same.
-    pub fn take_dns(&self, spec: &PodSpec, listening: &Listening) -> bool {
-        if !self.wants_dns(spec) || listening.names.get().is_some() {
+    pub fn serve_dns(&self, spec: &PodSpec, listening: &Listening) -> bool {
+        if !self.wants_dns(spec) || listening.dns.get().is_some() {
             return false;
         }
         let pod = &listening.pod;
         let bound = dns::Listeners::bind(&pod.netns, listening.ipv6, self.config.mark, self.config.reuse_port);
         let bound = bound
             .map_err(CaptureError::from)
-            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: ports::DNS, source }));
+            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: dns::PORT, source }));
         match bound {
             Ok(listeners) => {
                 pod.dns.store(true, Ordering::Relaxed);
                 let asker = Box::new(PodAsker { pod: pod.clone(), mesh: self.mesh.clone() });
                 let label = format!("{}/{}", spec.namespace, spec.name);
                 let serving = self.dns.serve(&spec.uid, label, pod.resolver.clone(), asker, listeners);
-                listening.names.set(serving).is_ok()
+                listening.dns.set(serving).is_ok()
             }
             Err(error) => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
@@ -205,12 +205,12 @@ impl Capturer {
     /// wanted from then on.
     pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
         // Nobody has told of a policy: that counts as none only when somebody has told of all.
-        if let Some(missing) = self.mesh.load().synced.missing() {
-            return Err(CaptureError::NotTold(missing));
+        if let Some(missing) = self.mesh.load().told.missing() {
+            return Err(CaptureError::FactsIncomplete(missing));
         }
-        let workload = self.known(spec)?;
+        let workload = self.workload(spec)?;
         let identity = workload.identity()?;
-        let held = holds(&listening.pod.netns, &workload)?;
+        let held = all_addresses(&listening.pod.netns, &workload)?;
         listening.pod.addresses.store(Arc::new(held));
         let certificate = Certificate::want(identity.clone(), &self.identities);
         let approved = Approved { certificate, pod: listening.pod.clone() };
@@ -220,14 +220,14 @@ impl Capturer {
 
     /// Wants the certificate of a pod that is captured before the mesh has told of it, by what whoever enrolled it says, so
     /// that the facts need not wait for it. Who the pod is, is for the facts to say: nothing is carried by this.
-    pub fn foresee(&self, spec: &PodSpec) -> Option<Certificate> {
+    pub fn prefetch_certificate(&self, spec: &PodSpec) -> Option<Certificate> {
         let identity = SpiffeName::new(&self.config.trust_domain, &spec.namespace, &spec.service_account).ok()?;
         (!spec.ips.is_empty()).then(|| Certificate::want(identity, &self.identities))
     }
 
     /// Whether the facts still say what the pod was approved by.
-    pub fn still(&self, spec: &PodSpec, approved: &Approved) -> Result<(), CaptureError> {
-        let workload = self.known(spec)?;
+    pub fn recheck(&self, spec: &PodSpec, approved: &Approved) -> Result<(), CaptureError> {
+        let workload = self.workload(spec)?;
         let identity = &approved.certificate.identity;
         if !workload.has_identity(identity) {
             return Err(CaptureError::IdentityChanged(identity.clone(), workload.identity()?));
@@ -236,12 +236,12 @@ impl Capturer {
         let known = pod.addresses.load();
         if workload.ips.iter().any(|ip| !known.contains(ip)) {
             // An address may have been added to the pod since.
-            pod.addresses.store(Arc::new(holds(&pod.netns, &workload)?));
+            pod.addresses.store(Arc::new(all_addresses(&pod.netns, &workload)?));
         }
         Ok(())
     }
 
-    fn known(&self, spec: &PodSpec) -> Result<Arc<Workload>, CaptureError> {
+    fn workload(&self, spec: &PodSpec) -> Result<Arc<Workload>, CaptureError> {
         let snapshot = self.mesh.load();
         let found = snapshot.workload_of_pod(&spec.namespace, &spec.name);
         let workload = found.ok_or_else(|| {
@@ -276,26 +276,26 @@ impl Capturer {
         spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
         ahead: bool,
-    ) -> Result<redirect::Written, CaptureError> {
-        let rules = redirect::Rules { spared, ahead, ..self.rules(spec, listening) };
-        let _permit = self.turn.permit().ok_or(redirect::RedirectError::NotOurTurn)?;
+    ) -> Result<redirect::Installed, CaptureError> {
+        let rules = redirect::Redirection { spared, ahead, ..self.rules(spec, listening) };
+        let _permit = self.role.permit().ok_or(redirect::RedirectError::OnStandby)?;
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
 
     /// Whether the node's own connections to pods come from the address of probes.
-    pub fn gives_probes_an_address(&self) -> bool {
-        matches!(self.config.source, Source::Kubernetes(_))
+    pub fn marks_kubelet_probes(&self) -> bool {
+        matches!(self.config.source, PodSource::Kubernetes(_))
     }
 
-    fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Rules {
-        redirect::Rules {
-            whose: self.whose.clone(),
+    fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Redirection {
+        redirect::Redirection {
+            node_tag: self.node_tag.clone(),
             mark: self.config.mark,
             ipv6: listening.ipv6,
-            dns: self.wants_dns(spec) && listening.names.get().is_some(),
+            dns: self.wants_dns(spec) && listening.dns.get().is_some(),
             bypass_inbound: spec.settings.bypass_inbound,
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
-            probes: self.gives_probes_an_address(),
+            probes: self.marks_kubelet_probes(),
             addresses: listening.pod.addresses.load().iter().copied().filter(|ip| !is_link_local(*ip)).collect(),
             ahead: false,
             spared: Vec::new(),
@@ -303,10 +303,10 @@ impl Capturer {
     }
 
     /// Learns the namespace's addresses anew, as many as are looked at. Where that is not possible now, what was known stays.
-    pub async fn look_at_addresses(&self, listening: &Listening) {
+    pub async fn refresh_addresses(&self, listening: &Listening) {
         let netns = listening.pod.netns.clone();
         // Beside the others: a pod may give itself as many as it likes.
-        if let Some(Ok(held)) = thread::run_blocking(move || netns.addresses()).await {
+        if let Some(Ok(held)) = thread::beside(move || netns.addresses()).await {
             let own = listening.pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone()).unwrap_or_default();
             let mut held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
             held.sort_by_key(|ip| !own.contains(ip));
@@ -316,50 +316,50 @@ impl Capturer {
     }
 
     /// Makes sure that what the pod sends comes to us, and what is sent to it; gives why the latter is not known, where it is not.
-    pub async fn verify(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
+    pub async fn check(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
         let pod = &listening.pod;
-        capture_check::verify(pod, listening.ipv6).await?;
+        capture_check::check_outbound(pod, listening.ipv6).await?;
         let known = pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone());
         let mut ips = known.unwrap_or_else(|| spec.ips.clone());
         ips.retain(|ip| ip.is_ipv4() || listening.ipv6);
-        Ok(capture_check::verify_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.sides()).await?)
+        Ok(capture_check::check_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.vantage_points()).await?)
     }
 
     /// From where a pod can be called as others call it: from the node, and from where the daemon is.
-    fn sides(&self) -> Vec<capture_check::Side> {
+    fn vantage_points(&self) -> Vec<capture_check::VantagePoint> {
         let own = Netns::open(Path::new("/proc/self/ns/net")).ok();
         let host = Netns::open(&self.config.host_netns).ok();
         let is_host = own.is_some() && own == host;
-        let side = |name, netns, is_sure| capture_check::Side { name, netns, is_sure };
-        let from_host = host.map(|netns| side("the node", netns, self.gives_probes_an_address()));
+        let side = |name, netns, is_sure| capture_check::VantagePoint { name, netns, is_sure };
+        let from_host = host.map(|netns| side("the node", netns, self.marks_kubelet_probes()));
         let from_own = own.filter(|_| !is_host).map(|netns| side("the daemon", netns, self.config.redirect));
         match self.config.source {
-            Source::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
+            PodSource::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
             // The agent gives the node's own connections the probes' address.
-            Source::Agent(_) => from_own.into_iter().collect(),
-            Source::File(_) => from_own.into_iter().chain(from_host).collect(),
+            PodSource::Agent(_) => from_own.into_iter().collect(),
+            PodSource::File(_) => from_own.into_iter().chain(from_host).collect(),
         }
     }
 
     /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
     /// unless the namespace is another pod's.
-    pub async fn clean(&self, spec: &PodSpec) {
-        self.clean_of(spec, true).await;
+    pub async fn remove_rules(&self, spec: &PodSpec) {
+        self.clean_up(spec, true).await;
     }
 
-    /// As [`Self::clean`], but what open connections need stays.
-    pub async fn let_pass(&self, spec: &PodSpec) {
-        self.clean_of(spec, false).await;
+    /// As [`Self::remove_rules`], but what open connections need stays.
+    pub async fn stop_redirecting(&self, spec: &PodSpec) {
+        self.clean_up(spec, false).await;
     }
 
-    async fn clean_of(&self, spec: &PodSpec, all: bool) {
-        let Some(_permit) = self.turn.permit().filter(|_| self.config.redirect) else { return };
+    async fn clean_up(&self, spec: &PodSpec, all: bool) {
+        let Some(_permit) = self.role.permit().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Rules of others, with the same routes, are theirs.
         let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
-        if !is_there || self.not_ours(&netns).is_err() {
+        if !is_there || self.refuse_host(&netns).is_err() {
             return;
         }
         let removed = match all {
@@ -372,25 +372,25 @@ impl Capturer {
     }
 
     /// The daemon's own namespace and that of the host are nobody's pod, whatever addresses they hold.
-    fn not_ours(&self, netns: &Netns) -> Result<(), CaptureError> {
+    fn refuse_host(&self, netns: &Netns) -> Result<(), CaptureError> {
         let hosts = [Path::new("/proc/self/ns/net"), Path::new("/proc/1/ns/net"), &self.config.host_netns];
         let same = |path: &Path| Netns::open(path).is_ok_and(|host| host.id() == netns.id());
-        if hosts.into_iter().any(same) { Err(CaptureError::Host(netns.path().to_owned())) } else { Ok(()) }
+        if hosts.into_iter().any(same) { Err(CaptureError::HostNetns(netns.path().to_owned())) } else { Ok(()) }
     }
 
     /// Begins to end the capture of a pod: new traffic is no longer redirected, then the listeners end. What brings the replies
     /// of open connections back stays, and is for the caller to remove. Gives what is not captured from now on.
     pub async fn stop_capturing(&self, spec: &PodSpec, listening: &Listening) -> Uncaptured {
         let pod = &listening.pod;
-        let mut older = Connections::default();
+        let mut older = Preexisting::default();
         if self.config.redirect
             && let Ok(table) = nft::table(&pod.netns, "inet", redirect::TABLE).await
         {
-            older = Connections::spared_by(pod, &table);
+            older = Preexisting::spared_by(pod, &table);
         }
         // Looked at before: what is opened in plaintext is never taken for what was captured.
-        let uncaptured = older.until_captured_again(pod);
-        if let Some(_permit) = self.turn.permit().filter(|_| self.config.redirect) {
+        let uncaptured = older.at_release(pod);
+        if let Some(_permit) = self.role.permit().filter(|_| self.config.redirect) {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
             };
@@ -437,7 +437,7 @@ impl dns::Asker for PodAsker {
 }
 
 /// The addresses of the namespace, if it holds all of the workload's.
-fn holds(netns: &Netns, workload: &Workload) -> Result<Vec<IpAddr>, CaptureError> {
+fn all_addresses(netns: &Netns, workload: &Workload) -> Result<Vec<IpAddr>, CaptureError> {
     if workload.ips.is_empty() || workload.network_mode == NetworkMode::HostNetwork {
         return Err(CaptureError::NoOwnAddress(workload.uid.to_string()));
     }
@@ -473,7 +473,7 @@ impl Claims {
     fn claim(&self, netns: &Netns, spec: &PodSpec) -> Result<Claim, CaptureError> {
         let mut taken = self.taken.lock();
         if let Some(other) = taken.get(&netns.id()) {
-            return Err(CaptureError::Taken(netns.path().to_owned(), other.clone()));
+            return Err(CaptureError::NetnsTaken(netns.path().to_owned(), other.clone()));
         }
         taken.insert(netns.id(), format!("{}/{}", spec.namespace, spec.name));
         Ok(Claim { claims: self.clone(), id: netns.id() })

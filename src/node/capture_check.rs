@@ -5,8 +5,8 @@ use super::redirect;
 use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
 use crate::mesh::address::is_link_local;
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::{Netns, NetnsError};
-use crate::sys::nftables::{self, Family};
 use crate::sys::socket::{ordinary, reset_on_close, start_connect};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -19,11 +19,11 @@ use tokio::sync::Notify;
 
 /// Ports that probes go to, one each. There are several because during an upgrade two daemons listen, and the kernel
 /// gives each connection to either.
-const PROBE_PORTS: std::ops::Range<u16> = 15091..15099;
+const CHECK_PORTS: std::ops::Range<u16> = 15091..15099;
 
-pub use crate::ports::INBOUND_CHECK as INBOUND_PORT;
+pub use super::redirect::CHECK_PORT;
 /// Port on which tunnels are taken.
-pub const TUNNELS: u16 = 15008;
+pub const TUNNEL_PORT: u16 = 15008;
 /// How many probes are sent into the pod at once, and how long they may take to arrive.
 const INBOUND_ROUNDS: [(usize, Duration); 2] = [(1, Duration::from_millis(300)), (8, Duration::from_millis(500))];
 
@@ -32,7 +32,7 @@ const DEADLINE: Duration = Duration::from_secs(2);
 
 /// Why capture could not be verified.
 #[derive(Debug, thiserror::Error)]
-pub enum VerifyError {
+pub enum CaptureCheckError {
     /// The namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
@@ -58,24 +58,26 @@ pub enum VerifyError {
 }
 
 /// Probes each IP family that is redirected and in which the pod has an address.
-pub async fn verify(pod: &Pod, ipv6: bool) -> Result<(), VerifyError> {
+pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckError> {
     for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
         let own =
             pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
         match one_family(pod, probe).await {
             // A pod without a default route still reaches its neighbours.
-            Err(VerifyError::Send { source, .. }) if unreachable(&source) => one_family(pod, neighbour(own)).await?,
+            Err(CaptureCheckError::Send { source, .. }) if unreachable(&source) => {
+                one_family(pod, neighbour(own)).await?
+            }
             other => other?,
         }
     }
     Ok(())
 }
 
-async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
-    let targets: Vec<SocketAddr> = PROBE_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
+async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
+    let targets: Vec<SocketAddr> = CHECK_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
     let arrived = pod.probes.expect(&targets);
-    let _forget = Forget(pod);
+    let _forget = StopExpecting(pod);
     // The sockets live until a probe has arrived.
     let probes = pod.netns.enter(|| {
         let send = |to: &SocketAddr| {
@@ -84,18 +86,18 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), VerifyError> {
                 reset_on_close(&socket);
                 start_connect(&socket, *to).map(|()| socket)
             });
-            started.map_err(|source| VerifyError::Send { to: *to, source })
+            started.map_err(|source| CaptureCheckError::Send { to: *to, source })
         };
         targets.iter().map(send).collect::<Result<Vec<_>, _>>()
     })?;
     let _sockets = probes?;
     let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
-    arrival.map_err(|_| VerifyError::NotCaptured(ip))
+    arrival.map_err(|_| CaptureCheckError::NotCaptured(ip))
 }
 
 /// A namespace from which the pod can be called as others call it.
 #[derive(Debug)]
-pub struct Side {
+pub struct VantagePoint {
     /// What it is called.
     pub name: &'static str,
     /// The namespace.
@@ -107,7 +109,7 @@ pub struct Side {
 
 /// What became of a probe into the pod.
 enum Inbound {
-    Ours,
+    Arrived,
     /// Somebody else has answered, or refused.
     Answered,
     /// Nobody has answered, or it could not be sent.
@@ -116,14 +118,14 @@ enum Inbound {
 
 /// Calls the pod at `ips` as others would: in plaintext, unless that is left alone, and at the port for tunnels. Both must come
 /// to us. Gives why that is not known, where nobody answers at all: the network may keep the node from the pod.
-pub async fn verify_inbound(
+pub async fn check_inbound(
     pod: &Pod,
     ips: &[IpAddr],
     plaintext: bool,
-    sides: &[Side],
-) -> Result<Option<String>, VerifyError> {
+    sides: &[VantagePoint],
+) -> Result<Option<String>, CaptureCheckError> {
     let own = |v4| ips.iter().copied().find(|ip| ip.is_ipv4() == v4 && !is_link_local(*ip));
-    let ports = [INBOUND_PORT, TUNNELS].into_iter().filter(|port| plaintext || *port == TUNNELS);
+    let ports = [CHECK_PORT, TUNNEL_PORT].into_iter().filter(|port| plaintext || *port == TUNNEL_PORT);
     let targets = ports.flat_map(|port| [own(true), own(false)].into_iter().flatten().map(move |ip| (ip, port)));
     let all = targets.map(|target| one_target(pod, SocketAddr::from(target), sides));
     let mut all: FuturesUnordered<_> = all.collect();
@@ -134,14 +136,14 @@ pub async fn verify_inbound(
     Ok(unknown)
 }
 
-async fn one_target(pod: &Pod, to: SocketAddr, sides: &[Side]) -> Result<Option<String>, VerifyError> {
-    let from = |side: &Side| side.name;
+async fn one_target(pod: &Pod, to: SocketAddr, sides: &[VantagePoint]) -> Result<Option<String>, CaptureCheckError> {
+    let from = |side: &VantagePoint| side.name;
     let mut tries: FuturesUnordered<_> =
-        sides.iter().map(|side| async move { (side.is_sure, from_side(pod, side, to).await) }).collect();
+        sides.iter().map(|side| async move { (side.is_sure, check_from(pod, side, to).await) }).collect();
     while let Some((is_sure, result)) = tries.next().await {
         match result? {
-            Inbound::Ours => return Ok(None),
-            Inbound::Answered if is_sure => return Err(VerifyError::NotOurs(to)),
+            Inbound::Arrived => return Ok(None),
+            Inbound::Answered if is_sure => return Err(CaptureCheckError::NotOurs(to)),
             Inbound::Answered | Inbound::Lost => {}
         }
     }
@@ -153,15 +155,15 @@ async fn one_target(pod: &Pod, to: SocketAddr, sides: &[Side]) -> Result<Option<
     )))
 }
 
-async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, VerifyError> {
+async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<Inbound, CaptureCheckError> {
     // Several, because during an upgrade two daemons listen; but mostly one does.
     for (attempts, wait) in INBOUND_ROUNDS {
         let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         let packets = |name| {
-            let counted = pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, name));
+            let counted = pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, name));
             counted.ok().and_then(Result::ok)
         };
-        let (before, reached) = (packets(redirect::PROBED), packets(redirect::ARRIVED));
+        let (before, reached) = (packets(redirect::PROBE_COUNTER), packets(redirect::CHECK_COUNTER));
         let arrived = Arc::<Notify>::default();
         let any: SocketAddr =
             if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
@@ -178,21 +180,21 @@ async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, Ve
         let Ok(sockets) = opened else { return Ok(Inbound::Lost) };
         let ports: Vec<u16> = sockets.iter().map(|(_, port)| *port).collect();
         pod.probes.expect_inbound(&ports, &own, &arrived);
-        let _forget = ForgetInbound(pod, &ports);
+        let _forget = StopExpectingInbound(pod, &ports);
         // From where there is no way it is lost, as where something drops it.
         let sent = side.netns.enter(|| sockets.iter().all(|(socket, _)| start_connect(socket, to).is_ok()))?;
         if sent && tokio::time::timeout(wait, arrived.notified()).await.is_ok() {
-            return Ok(Inbound::Ours);
+            return Ok(Inbound::Arrived);
         }
         // A firewall on the way refuses as an application would; but then nothing has come as far as the pod.
-        let stopped = reached.is_some() && packets(redirect::ARRIVED) == reached;
+        let stopped = reached.is_some() && packets(redirect::CHECK_COUNTER) == reached;
         let answered = |(socket, _): &(Socket, u16)| match socket.take_error() {
             Ok(Some(error)) => !stopped && error.kind() == io::ErrorKind::ConnectionRefused,
             Ok(None) => socket.peer_addr().is_ok(),
             Err(_) => false,
         };
         // Somebody has given it the address of the kubelet's probes, which the pod's rules leave alone.
-        let exempt = packets(redirect::PROBED) != before;
+        let exempt = packets(redirect::PROBE_COUNTER) != before;
         if attempts > 1 && sent && !exempt && sockets.iter().any(answered) {
             return Ok(Inbound::Answered);
         }
@@ -201,18 +203,18 @@ async fn from_side(pod: &Pod, side: &Side, to: SocketAddr) -> Result<Inbound, Ve
 }
 
 /// Ends the expectation of probes into the pod.
-struct ForgetInbound<'a>(&'a Pod, &'a [u16]);
+struct StopExpectingInbound<'a>(&'a Pod, &'a [u16]);
 
-impl Drop for ForgetInbound<'_> {
+impl Drop for StopExpectingInbound<'_> {
     fn drop(&mut self) {
         self.0.probes.forget_inbound(self.1);
     }
 }
 
 /// Ends the expectation of probes, also when the verification is given up.
-struct Forget<'a>(&'a Pod);
+struct StopExpecting<'a>(&'a Pod);
 
-impl Drop for Forget<'_> {
+impl Drop for StopExpecting<'_> {
     fn drop(&mut self) {
         self.0.probes.forget();
     }

@@ -17,13 +17,13 @@ const NAMED: [&str; 2] = ["1/root/run/netns", "1/root/var/run/netns"];
 const AT_ONCE: usize = 8;
 
 /// What has become of one thing: whether it was there, or why it could not be removed.
-pub type Outcome = (String, Result<bool, String>);
+pub type CleanupOutcome = (String, Result<bool, String>);
 
 /// A node, as its daemon sees it.
 #[derive(Clone, Debug)]
-pub struct Node {
+pub struct NodeCleanup {
     /// Whose it is, as its tables say.
-    pub whose: String,
+    pub tag: String,
     /// The host's procfs.
     pub proc: PathBuf,
     /// The host's network namespace.
@@ -34,7 +34,7 @@ pub struct Node {
 #[derive(Debug, Default)]
 pub struct Removed {
     /// What was ours.
-    pub ours: Vec<Outcome>,
+    pub ours: Vec<CleanupOutcome>,
     /// Namespaces whose rules are another node's, or do not say whose they are.
     pub others: usize,
     /// Namespaces whose rules are too many to be read, so that nobody can tell whose they are.
@@ -42,7 +42,7 @@ pub struct Removed {
 }
 
 /// What was in a namespace.
-enum Found {
+enum RulesFound {
     Nothing,
     Ours,
     Others,
@@ -51,12 +51,12 @@ enum Found {
 
 impl Config {
     /// The node, for whoever looks for what has been left on it.
-    pub fn remains(&self) -> Node {
-        Node { whose: self.whose(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
+    pub fn cleanup(&self) -> NodeCleanup {
+        NodeCleanup { tag: self.node_tag(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
     }
 }
 
-impl Node {
+impl NodeCleanup {
     /// Removes our rules from every namespace of the node that this node's daemon has captured, or, with `all`, any daemon.
     pub async fn remove_rules(&self, all: bool) -> Removed {
         let own = self.clone();
@@ -66,10 +66,10 @@ impl Node {
         let mut each = std::pin::pin!(each.buffer_unordered(AT_ONCE));
         while let Some((netns, outcome)) = each.next().await {
             match outcome {
-                Ok(Found::Others) => removed.others += 1,
-                Ok(Found::Unreadable) => removed.unreadable += 1,
-                Ok(Found::Nothing) => {}
-                Ok(Found::Ours) => removed.ours.push((format!("rules in {}", netns.path().display()), Ok(true))),
+                Ok(RulesFound::Others) => removed.others += 1,
+                Ok(RulesFound::Unreadable) => removed.unreadable += 1,
+                Ok(RulesFound::Nothing) => {}
+                Ok(RulesFound::Ours) => removed.ours.push((format!("rules in {}", netns.path().display()), Ok(true))),
                 Err(error) => removed.ours.push((format!("rules in {}", netns.path().display()), Err(error))),
             }
         }
@@ -77,16 +77,16 @@ impl Node {
     }
 
     /// Removes what is ours; gives what there was.
-    async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<Found, String>) {
+    async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<RulesFound, String>) {
         let outcome = async {
             let mut there = Vec::new();
             for table in [redirect::TABLE, legs::TABLE] {
                 match nft::table(&netns, "inet", table).await {
                     Ok(listed) if listed.is_null() => {}
-                    Ok(listed) if all || table_owner::whose(&listed) == Some(&*self.whose) => there.push(table),
+                    Ok(listed) if all || table_owner::owner(&listed) == Some(&*self.tag) => there.push(table),
                     Err(NftError::Unreadable(_)) if all => there.push(table),
-                    Err(NftError::Unreadable(_)) => return Ok(Found::Unreadable),
-                    Ok(_) => return Ok(Found::Others),
+                    Err(NftError::Unreadable(_)) => return Ok(RulesFound::Unreadable),
+                    Ok(_) => return Ok(RulesFound::Others),
                     Err(error) => return Err(error.to_string()),
                 }
             }
@@ -94,17 +94,17 @@ impl Node {
             match there.contains(&redirect::TABLE) {
                 true => redirect::remove(&netns, true).await,
                 false if !there.is_empty() => legs::remove(&netns).await.map_err(Into::into),
-                false => return Ok(Found::Nothing),
+                false => return Ok(RulesFound::Nothing),
             }
             .map_err(|error| error.to_string())?;
-            Ok(Found::Ours)
+            Ok(RulesFound::Ours)
         };
         let outcome = outcome.await;
         (netns, outcome)
     }
 
     /// Removes the host's tables for probes.
-    pub async fn remove_probes(&self) -> Vec<Outcome> {
+    pub async fn remove_probe_rules(&self) -> Vec<CleanupOutcome> {
         let mut outcomes = Vec::new();
         for family in ["inet", "bridge"] {
             let removed = match Netns::open(&self.host_netns) {
@@ -146,7 +146,7 @@ async fn remove_table(netns: &Netns, family: &str, name: &str) -> Result<bool, S
 }
 
 /// Removes a file; one that is not there is removed already.
-pub fn remove_file(path: &Path) -> Outcome {
+pub fn remove_file(path: &Path) -> CleanupOutcome {
     let removed = was_there(std::fs::remove_file(path)).map_err(|error| error.to_string());
     (path.display().to_string(), removed)
 }

@@ -14,7 +14,7 @@ const NAME_MAX: usize = 64;
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where this node's pods come from.
-    pub source: Source,
+    pub source: PodSource,
     /// Whether we write the rules that redirect, or an agent does.
     pub redirect: bool,
     /// The host's procfs.
@@ -22,7 +22,7 @@ pub struct Config {
     /// Network namespace of the host, which is nobody's pod.
     pub host_netns: PathBuf,
     /// Whether connections that were open before a pod's capture are ended.
-    pub end_earlier: bool,
+    pub end_preexisting: bool,
     /// Name of this node, where it has been said.
     pub node_name: String,
     /// Cluster of this node, for the uids of its pods in the mesh.
@@ -42,11 +42,11 @@ pub struct Config {
 impl Config {
     /// Whose node this is, as it stands in what is written: a daemon and whoever cleans up after it say the same, two nodes on one
     /// machine do not. With an agent nobody knows the host's network namespace.
-    pub fn whose(&self) -> String {
+    pub fn node_tag(&self) -> String {
         let of = match &self.source {
-            Source::Kubernetes(_) => id_at(&self.host_netns),
-            Source::File(_) => id_at(Path::new("/proc/self/ns/net")),
-            Source::Agent(_) => None,
+            PodSource::Kubernetes(_) => id_at(&self.host_netns),
+            PodSource::File(_) => id_at(Path::new("/proc/self/ns/net")),
+            PodSource::Agent(_) => None,
         };
         let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' };
         let name: String = self.node_name.chars().take(NAME_MAX).map(plain).collect();
@@ -57,7 +57,7 @@ impl Config {
 
 /// Where a node's pods come from.
 #[derive(Clone, Debug)]
-pub enum Source {
+pub enum PodSource {
     /// A file names them.
     File(PathBuf),
     /// An agent hands them over, on this socket.
@@ -89,7 +89,7 @@ pub struct KubernetesConfig {
 
 impl KubernetesConfig {
     /// The folder by which the daemons of a node agree on whose turn it is to write.
-    pub fn turns(&self, whose: &str) -> PathBuf {
-        self.cni_socket.with_file_name(format!("{}{whose}", active_daemon::FOLDER))
+    pub fn daemons_folder(&self, node_tag: &str) -> PathBuf {
+        self.cni_socket.with_file_name(format!("{}{node_tag}", active_daemon::FOLDER))
     }
 }

@@ -1,6 +1,6 @@
 //! Why a pod is not captured.
 
-use super::capture_check::VerifyError;
+use super::capture_check::CaptureCheckError;
 use super::redirect::RedirectError;
 use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
@@ -19,7 +19,7 @@ pub enum CaptureError {
     NoFacts(String),
     /// Some facts have not been told at all yet.
     #[error("the control plane has not told of {0} yet; until it has, the pod's connections wait and are then refused")]
-    NotTold(&'static str),
+    FactsIncomplete(&'static str),
     /// The facts say that the pod has another service account.
     #[error("the pod's service account is {own:?}, the mesh facts say {facts:?}; make them agree")]
     ServiceAccount {
@@ -54,13 +54,13 @@ pub enum CaptureError {
     NoOwnAddress(String),
     /// The namespace is that of the daemon or the host.
     #[error("the namespace {0} is the host's or the daemon's own; capturing it would cut the node off")]
-    Host(PathBuf),
+    HostNetns(PathBuf),
     /// The facts give the pod another identity than it was captured with.
     #[error("the pod's identity has changed from {0} to {1}; capturing it anew")]
     IdentityChanged(SpiffeName, SpiffeName),
     /// Another pod has this namespace.
     #[error("the namespace {0} is that of pod {1} already; a namespace belongs to one pod")]
-    Taken(PathBuf, String),
+    NetnsTaken(PathBuf, String),
     /// A port cannot be bound in the namespace.
     #[error("port {port} cannot be bound in the pod's namespace: {source}; {}", port_hint(source))]
     Port {
@@ -74,10 +74,10 @@ pub enum CaptureError {
     Redirect(#[from] RedirectError),
     /// A probe from inside was not captured.
     #[error(transparent)]
-    Verify(#[from] VerifyError),
+    CheckFailed(#[from] CaptureCheckError),
     /// Changes inside the namespace cannot be heard of.
     #[error("changes inside the pod's namespace cannot be heard of: {0}; they are found within 30 s")]
-    Deaf(io::Error),
+    ChangesUnavailable(io::Error),
     /// The namespace was there, and is no more.
     #[error("the namespace {0} has gone (the pod has ended?)")]
     Vanished(PathBuf),
@@ -96,20 +96,20 @@ impl CaptureError {
     pub fn word(&self) -> &'static str {
         match self {
             Self::NoFacts(_) => "no_facts",
-            Self::NotTold(_) => "not_told",
+            Self::FactsIncomplete(_) => "not_told",
             Self::ServiceAccount { .. } => "service_account",
             Self::Identity(_) => "identity",
             Self::Netns(_) => "netns",
             Self::NotThePod { .. } => "not_the_pod",
             Self::NoNetwork(_) => "no_network",
             Self::NoOwnAddress(_) => "no_own_address",
-            Self::Host(_) => "host_netns",
+            Self::HostNetns(_) => "host_netns",
             Self::IdentityChanged(..) => "identity_changed",
-            Self::Taken(..) => "netns_taken",
+            Self::NetnsTaken(..) => "netns_taken",
             Self::Port { .. } => "port",
             Self::Redirect(_) => "redirect",
-            Self::Verify(_) => "verify",
-            Self::Deaf(_) => "deaf",
+            Self::CheckFailed(_) => "verify",
+            Self::ChangesUnavailable(_) => "deaf",
             Self::Vanished(_) => "vanished",
         }
     }

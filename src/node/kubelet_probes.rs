@@ -5,8 +5,8 @@
 //! The same table drops what comes to the host from anywhere with that source: nobody else has it. What a bridge passes on between
 //! pods does not come to the host, so that a table of the bridge's own drops it there.
 
-use super::active_daemon::Turn;
-use super::capture_check::{INBOUND_PORT, TUNNELS};
+use super::active_daemon::ActiveRole;
+use super::capture_check::{CHECK_PORT, TUNNEL_PORT};
 use super::nft::{self, Listing, NftError};
 use super::redirect::{PROBE_V4, PROBE_V6};
 use crate::mesh::Text;
@@ -30,7 +30,7 @@ pub const TABLE: &str = "culvert-probes";
 
 /// Port of a pod to which `culvert doctor` sends what it tries with the probes' address: dropped as well, and nobody's attempt to get
 /// past policies. Nobody need listen there.
-pub const TRIED: u16 = 15092;
+pub const DOCTOR_PORT: u16 = 15092;
 /// Counts what has been dropped.
 const SPOOFED: &str = "spoofed";
 
@@ -44,20 +44,20 @@ const LOOK: Duration = Duration::from_secs(10);
 
 /// Whose probes are let through: pods with their addresses, and pods whose address is not visible just now.
 #[derive(Clone, Debug)]
-pub struct Probed {
+pub struct ProbedPods {
     pods: Arc<watch::Sender<Option<ByPod>>>,
 }
 
 /// Addresses by pod.
 type ByPod = BTreeMap<Text, Vec<IpAddr>>;
 
-impl Default for Probed {
+impl Default for ProbedPods {
     fn default() -> Self {
         Self { pods: Arc::new(watch::Sender::new(None)) }
     }
 }
 
-impl Probed {
+impl ProbedPods {
     /// Says whose. Before it is said for the first time the host's table stays as an earlier daemon left it.
     pub fn set(&self, pods: ByPod) {
         self.pods.send_if_modified(|known| {
@@ -70,7 +70,7 @@ impl Probed {
 
 /// Keeps the host's table.
 #[derive(Debug)]
-pub struct HostProbes {
+pub struct HostProbeRules {
     /// The host's network namespace.
     pub host: PathBuf,
     /// Whether IPv6 is used.
@@ -81,7 +81,7 @@ pub struct HostProbes {
     pub spoofed: Counter,
 }
 
-impl HostProbes {
+impl HostProbeRules {
     /// Registers its metric.
     pub fn register(&self, registry: &mut Registry) {
         let help = "1 while the host's rules for kubelet probes are in place, else 0. Alert on 0";
@@ -92,8 +92,8 @@ impl HostProbes {
     }
 
     /// Keeps the table what `probed` says while it is this daemon's turn, until it is told to end: what another one knows by then is newer.
-    pub async fn keep(self, probed: Probed, turn: Turn, drain: Signal) {
-        let (mut pods, mut turns) = (probed.pods.subscribe(), turn.subscribe());
+    pub async fn keep(self, probed: ProbedPods, role: ActiveRole, drain: Signal) {
+        let (mut pods, mut role_changes) = (probed.pods.subscribe(), role.subscribe());
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
         let changes = Netns::open(&self.host).and_then(|host| host.enter(NetnsWatch::open));
@@ -112,7 +112,7 @@ impl HostProbes {
                 changed = pods.changed() => if changed.is_err() { return },
                 () = heard => {}
                 // What another daemon has written meanwhile is looked at anew.
-                changed = turns.changed() => {
+                changed = role_changes.changed() => {
                     if changed.is_err() { return }
                     (known, written) = (None, (None, None));
                 }
@@ -121,9 +121,9 @@ impl HostProbes {
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };
             self.count(&mut counted);
-            let Some(_permit) = turn.permit() else { continue };
-            let result = self.see_to(&wanted, &mut known, &mut written.0).await;
-            let on_bridges = self.see_to_bridges(&mut written.1).await.err().map(|error| error.to_string());
+            let Some(_permit) = role.permit() else { continue };
+            let result = self.maintain(&wanted, &mut known, &mut written.0).await;
+            let on_bridges = self.maintain_bridges(&mut written.1).await.err().map(|error| error.to_string());
             if let Some(error) = on_bridges.as_ref().filter(|error| bridges.as_ref() != Some(error)) {
                 tracing::warn!(
                     error,
@@ -142,7 +142,7 @@ impl HostProbes {
     }
 
     /// Drops on bridges what has the probes' address: what the host itself sends does not come in there.
-    async fn see_to_bridges(&self, written: &mut Option<Listing>) -> Result<(), NftError> {
+    async fn maintain_bridges(&self, written: &mut Option<Listing>) -> Result<(), NftError> {
         const FAMILY: &str = "bridge";
         let host = Netns::open(&self.host)?;
         if written.is_some() && nft::listing(&host, FAMILY, TABLE).await.ok() == *written {
@@ -173,7 +173,7 @@ impl HostProbes {
         }
     }
 
-    async fn see_to(
+    async fn maintain(
         &self,
         wanted: &ByPod,
         known: &mut Option<BTreeMap<IpAddr, Text>>,
@@ -214,7 +214,7 @@ impl HostProbes {
             // What verifies that others' connections come to us must come as others' do.
             // Without a socket there is no uid, and the rule does not match: what is forwarded is never let through.
             script += &format!(
-                "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {TUNNELS}, {INBOUND_PORT} }} \
+                "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {TUNNEL_PORT}, {CHECK_PORT} }} \
                  meta skuid != 4294967295 snat {family} to {source}\n"
             );
         }
@@ -239,7 +239,7 @@ fn drops(family: &str) -> String {
     }
     for (protocol, source) in [("ip", PROBE_V4), ("ip6", PROBE_V6)] {
         let drops = format!("add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source}");
-        script += &format!("{drops} tcp dport {TRIED} drop\n{drops} counter name {SPOOFED} drop\n");
+        script += &format!("{drops} tcp dport {DOCTOR_PORT} drop\n{drops} counter name {SPOOFED} drop\n");
     }
     script
 }

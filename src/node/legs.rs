@@ -17,11 +17,11 @@ pub const TABLE: &str = "culvert_legs";
 const ZONE: u16 = 2;
 
 /// Writes the table; `whose` is the node it is for, `mark` the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
-pub async fn write(netns: &Netns, whose: &str, mark: u32, dns: bool) -> bool {
-    let Err(first) = nft::apply(netns, &table(whose, mark, dns, true)).await else { return true };
+pub async fn write(netns: &Netns, node_tag: &str, mark: u32, dns: bool) -> bool {
+    let Err(first) = nft::apply(netns, &table(node_tag, mark, dns, true)).await else { return true };
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
     let (netns_path, suppressed) = (netns.path().display(), LIMIT.allow());
-    if let Err(error) = nft::apply(netns, &table(whose, mark, dns, false)).await {
+    if let Err(error) = nft::apply(netns, &table(node_tag, mark, dns, false)).await {
         if let Some(suppressed) = suppressed {
             tracing::warn!(
                 netns = %netns_path,
@@ -48,9 +48,9 @@ pub async fn remove(netns: &Netns) -> Result<(), NftError> {
     nft::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
 
-fn table(whose: &str, mark: u32, dns: bool, tproxy: bool) -> String {
+fn table(node_tag: &str, mark: u32, dns: bool, tproxy: bool) -> String {
     let mut chains = legs(mark) + &no_loop(mark, dns) + &if tproxy { same_ports() } else { String::new() };
-    chains += &table_owner::chain(whose);
+    chains += &table_owner::chain(node_tag);
     format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
 }
 

@@ -26,5 +26,5 @@ pub mod takeover;
 pub mod upkeep;
 pub mod zds;
 
-pub use config::{Config, Source};
+pub use config::{Config, PodSource};
 pub use pods::Pods;

@@ -12,8 +12,8 @@ use super::capture::{Approved, Capturer, Certificate, Listening};
 use super::error::CaptureError;
 use super::preexisting::Uncaptured;
 use super::spec::PodSpec;
-use super::status::{Board, State};
-use super::upkeep::Rules;
+use super::status::{Board, CaptureState};
+use super::upkeep::Upkeep;
 use super::{legs, redirect};
 use crate::mesh::Wanted;
 use crate::sys::netns::{Netns, NetnsError};
@@ -35,13 +35,13 @@ const LOOK: Duration = Duration::from_secs(1);
 /// How long changing facts are let settle before they are looked at.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long a pod is listened for whose namespace is not what the facts say: they may be of its earlier life.
-const OLD_FACTS: Duration = Duration::from_secs(10);
+const STALE_FACTS: Duration = Duration::from_secs(10);
 
 /// What is said of a pod that has come while this daemon does not write.
-const ELSEWHERE: &str = "another daemon of this node writes the pod's rules, and verifies them";
+const ON_STANDBY: &str = "another daemon of this node writes the pod's rules, and verifies them";
 
 /// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
-pub type Question = oneshot::Sender<Result<(), String>>;
+pub type Waiter = oneshot::Sender<Result<(), String>>;
 
 /// What a task that releases its pod and the next one of the same pod tell each other.
 #[derive(Clone, Debug, Default)]
@@ -65,7 +65,7 @@ impl HandOver {
 }
 
 /// Why a pod is held no longer.
-enum End {
+enum TaskEnd {
     /// It is no longer wanted: released in order.
     Removed,
     /// Another entry has its namespace now: given up without touching the rules.
@@ -77,7 +77,7 @@ enum End {
 }
 
 /// What a pod's task works with.
-pub struct Task {
+pub struct PodTask {
     /// Captures.
     pub capturer: Arc<Capturer>,
     /// Where its state is shown.
@@ -89,53 +89,53 @@ pub struct Task {
     /// Gently: let go of it in order. At once: another entry has its namespace, or the namespace is gone.
     pub removed: Signal,
     /// Questions of whoever handed the pod over.
-    pub questions: mpsc::Receiver<Question>,
+    pub waiters: mpsc::Receiver<Waiter>,
     /// What it tells the next task of this pod.
     pub hand_over: HandOver,
     /// Earlier tasks of this pod, whose last connections need the rules as well, and what they hand over.
-    pub earlier: Vec<(Group, HandOver)>,
+    pub predecessors: Vec<(Group, HandOver)>,
     /// Given up after the first attempt to capture.
     pub first_attempt: Option<Arc<Pending>>,
     /// Questions that the next attempt answers.
-    asked: Vec<Question>,
+    waiting: Vec<Waiter>,
     /// Who the pod has been found to be; kept while its last connections end.
     approved: Option<Approved>,
     /// The certificate that it will probably need; kept until it is known.
-    foreseen: Option<Certificate>,
+    prefetched: Option<Certificate>,
     /// When the pod was handed over.
     begun: Instant,
 }
 
-impl Task {
+impl PodTask {
     /// A task that has not begun.
     pub fn new(
         capturer: Arc<Capturer>,
         board: Arc<Board>,
         changes: watch::Receiver<PodSpec>,
         removed: Signal,
-        questions: mpsc::Receiver<Question>,
+        waiters: mpsc::Receiver<Waiter>,
     ) -> Self {
-        let (asked, begun, spec) = (Vec::new(), Instant::now(), changes.borrow().clone());
+        let (waiting, begun, spec) = (Vec::new(), Instant::now(), changes.borrow().clone());
         Self {
             capturer,
             board,
             spec,
             changes,
             removed,
-            questions,
+            waiters,
             hand_over: HandOver::default(),
-            earlier: Vec::new(),
+            predecessors: Vec::new(),
             first_attempt: None,
-            asked,
+            waiting,
             approved: None,
-            foreseen: None,
+            prefetched: None,
             begun,
         }
     }
 }
 
 /// Keeps a pod captured until it is removed, replaced, or the process ends.
-pub async fn keep(mut task: Task) {
+pub async fn run(mut task: PodTask) {
     let mut facts = task.capturer.mesh.subscribe();
     let process = task.capturer.drain.signal();
     loop {
@@ -143,35 +143,35 @@ pub async fn keep(mut task: Task) {
         task.spec = task.changes.borrow_and_update().clone();
         let mut listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
-                task.board.listening(&task.spec.uid, true);
+                task.board.set_listening(&task.spec.uid, true);
                 // Who it is need not be known for that: the facts may be those of its earlier life.
                 task.answer(&Ok(()));
                 listening
             }
             Err(error) => match task.wait_after(&error, &mut facts).await {
                 None => continue,
-                Some(End::Process) => return,
+                Some(TaskEnd::Process) => return,
                 Some(_) => break,
             },
         };
         let removed = task.removed.clone();
         let end = tokio::select! {
             biased;
-            () = removed.now() => End::Replaced,
-            () = removed.gentle() => End::Removed,
-            () = process.gentle() => End::Process,
-            lost = task.carry(&listening, &mut facts) => End::Lost(lost),
+            () = removed.now() => TaskEnd::Replaced,
+            () = removed.gentle() => TaskEnd::Removed,
+            () = process.gentle() => TaskEnd::Process,
+            lost = task.carry(&listening, &mut facts) => TaskEnd::Lost(lost),
         };
         match end {
             // The rules stay: until the next daemon is there, the pod's traffic is refused and not passed in plaintext.
-            End::Process => {
+            TaskEnd::Process => {
                 listening.accepting.finished().await;
                 // What was accepted last still needs the pod's certificate.
                 process.now().await;
                 return;
             }
-            End::Removed => {
-                task.board.set(&task.spec, State::Releasing);
+            TaskEnd::Removed => {
+                task.board.set(&task.spec, CaptureState::Releasing);
                 tokio::select! {
                     wanted_again = task.release(&mut listening) => match wanted_again {
                         // What is shown of the pod is its next task's affair.
@@ -179,7 +179,7 @@ pub async fn keep(mut task: Task) {
                         false => break,
                     },
                     () = removed.now() => {
-                        give_up(listening).await;
+                        end_listening(listening).await;
                         // What is shown of a pod that was handed over is its next task's affair.
                         if task.hand_over.free.is_cancelled() {
                             return;
@@ -189,25 +189,25 @@ pub async fn keep(mut task: Task) {
                     () = process.now() => return,
                 }
             }
-            End::Replaced => {
-                give_up(listening).await;
+            TaskEnd::Replaced => {
+                end_listening(listening).await;
                 break;
             }
-            End::Lost(error @ CaptureError::IdentityChanged(..)) => {
+            TaskEnd::Lost(error @ CaptureError::IdentityChanged(..)) => {
                 task.approved = None;
-                task.board.listening(&task.spec.uid, false);
-                task.board.held(&task.spec.uid, false);
-                give_up(listening).await;
+                task.board.set_listening(&task.spec.uid, false);
+                task.board.set_redirected(&task.spec.uid, false);
+                end_listening(listening).await;
                 task.report(&error);
             }
-            End::Lost(error) => {
+            TaskEnd::Lost(error) => {
                 task.approved = None;
-                task.board.listening(&task.spec.uid, false);
-                task.board.held(&task.spec.uid, false);
-                give_up(listening).await;
+                task.board.set_listening(&task.spec.uid, false);
+                task.board.set_redirected(&task.spec.uid, false);
+                end_listening(listening).await;
                 match task.wait_after(&error, &mut facts).await {
                     None => {}
-                    Some(End::Process) => return,
+                    Some(TaskEnd::Process) => return,
                     Some(_) => break,
                 }
             }
@@ -218,28 +218,28 @@ pub async fn keep(mut task: Task) {
     tracing::info!(namespace, name, uid, "pod released");
 }
 
-impl Task {
+impl PodTask {
     /// Reports a failed attempt and waits for the next one: `None` when it is time.
-    async fn wait_after(&mut self, error: &CaptureError, facts: &mut watch::Receiver<u64>) -> Option<End> {
+    async fn wait_after(&mut self, error: &CaptureError, facts: &mut watch::Receiver<u64>) -> Option<TaskEnd> {
         self.report(error);
         self.first_attempt = None;
         self.answer(&Err(error.to_string()));
         let (removed, process) = (self.removed.clone(), self.capturer.drain.signal());
         tokio::select! {
-            () = process.gentle() => Some(End::Process),
-            () = removed.now() => Some(End::Replaced),
+            () = process.gentle() => Some(TaskEnd::Process),
+            () = removed.now() => Some(TaskEnd::Replaced),
             () = removed.gentle() => {
                 tokio::select! {
-                    () = self.earlier_ended() => self.capturer.clean(&self.spec).await,
+                    () = self.predecessors_ended() => self.capturer.remove_rules(&self.spec).await,
                     () = self.hand_over.wanted.cancelled() => {}
                     () = removed.now() => {}
                 }
-                Some(End::Removed)
+                Some(TaskEnd::Removed)
             }
-            () = tokio::time::sleep(if matches!(error, CaptureError::Taken(..)) { RETRY_TAKEN } else { RETRY }) => None,
-            () = hopeful(facts, error) => None,
-            Some(question) = self.questions.recv() => {
-                self.asked.push(question);
+            () = tokio::time::sleep(if matches!(error, CaptureError::NetnsTaken(..)) { RETRY_TAKEN } else { RETRY }) => None,
+            () = facts_may_help(facts, error) => None,
+            Some(waiter) = self.waiters.recv() => {
+                self.waiting.push(waiter);
                 None
             }
         }
@@ -247,15 +247,15 @@ impl Task {
 
     /// Answers every question there is by now.
     fn answer(&mut self, answer: &Result<(), String>) {
-        let come_since = std::iter::from_fn(|| self.questions.try_recv().ok());
-        for question in self.asked.drain(..).chain(come_since) {
+        let come_since = std::iter::from_fn(|| self.waiters.try_recv().ok());
+        for waiter in self.waiting.drain(..).chain(come_since) {
             // Whoever asked has gone where this fails.
-            let _ = question.send(answer.clone());
+            let _ = waiter.send(answer.clone());
         }
     }
 
     fn report(&self, error: &CaptureError) {
-        self.board.failed(error);
+        self.board.count_failure(error);
         self.board.set(&self.spec, state_of(error));
     }
 
@@ -263,50 +263,52 @@ impl Task {
     /// anew. One that cannot be verified keeps its connections and is reported, because what a probe meets need not have
     /// met them; rules that are an agent's affair are no reason to stop listening.
     async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
-        let mut rules = Rules::new(&self.capturer, listening);
+        let mut upkeep = Upkeep::new(&self.capturer, listening);
         // The last one knows what those before it have told.
-        if let Some(between) = self.earlier.iter().rev().find_map(|(_, handed)| handed.uncaptured.get()) {
-            rules.spare(between.clone());
+        if let Some(between) = self.predecessors.iter().rev().find_map(|(_, handed)| handed.uncaptured.get()) {
+            upkeep.keep_uncaptured(between.clone());
         }
         // Ticks on whatever else happens, so that changing facts cannot put off looking.
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut turn = self.capturer.turn.subscribe();
+        let mut role = self.capturer.role.subscribe();
         loop {
             facts.mark_unchanged();
-            let waiting = match self.know(listening) {
+            let waiting = match self.identify(listening) {
                 Ok(()) => None,
-                Err(error @ (CaptureError::NoFacts(_) | CaptureError::NotTold(_))) => Some(error),
+                Err(error @ (CaptureError::NoFacts(_) | CaptureError::FactsIncomplete(_))) => Some(error),
                 // The facts may be those of the pod's earlier life, for a moment.
-                Err(error) if self.approved.is_none() && self.begun.elapsed() < OLD_FACTS => Some(error),
+                Err(error) if self.approved.is_none() && self.begun.elapsed() < STALE_FACTS => Some(error),
                 Err(error) => return error,
             };
             let ours = waiting.is_none() || !self.spec.ips.is_empty();
             // Where whoever enrolled the pod has vouched for the namespace, its traffic is held until it is known who it is.
-            let our_turn = *turn.borrow_and_update();
-            let seen_to = match ours && our_turn {
-                true => rules.see_to(&self.capturer, &self.board, &self.spec, listening).await,
+            let is_active = *role.borrow_and_update();
+            let seen_to = match ours && is_active {
+                true => upkeep.maintain(&self.capturer, &self.board, &self.spec, listening).await,
                 false => Ok(false),
             };
-            self.board.held(&self.spec.uid, rules.verified());
-            self.board.note(&self.spec.uid, rules.noted(&self.capturer, listening));
+            self.board.set_redirected(&self.spec.uid, upkeep.verified());
+            self.board.set_observations(&self.spec.uid, upkeep.observations(&self.capturer, listening));
             match (waiting, seen_to) {
                 (_, Err(error)) => self.report(&error),
-                (None, Ok(verified)) if verified || rules.verified() => self.board.set(&self.spec, State::Captured),
+                (None, Ok(verified)) if verified || upkeep.verified() => {
+                    self.board.set(&self.spec, CaptureState::Captured)
+                }
                 // Of what has been captured before that is still true.
-                (None, Ok(_)) if !our_turn && !rules.verified() => {
-                    self.board.set(&self.spec, State::Pending(ELSEWHERE.into()));
+                (None, Ok(_)) if !is_active && !upkeep.verified() => {
+                    self.board.set(&self.spec, CaptureState::Pending(ON_STANDBY.into()));
                 }
                 (None, Ok(_)) => {}
                 (Some(error), Ok(_)) => {
                     self.board.set(&self.spec, state_of(&error));
                     if !ours {
                         // Verified as soon as it is known.
-                        rules.verify_soon();
+                        upkeep.check_soon();
                     }
                 }
             }
-            if self.capturer.turn.is_ours() {
+            if self.capturer.role.is_active() {
                 self.first_attempt = None;
             }
             // Where facts are told only when asked for, this asks.
@@ -322,25 +324,25 @@ impl Task {
             loop {
                 tokio::select! {
                     _ = &mut ask, if asking => asking = false,
-                    Some(question) = self.questions.recv() => drop(question.send(Ok(()))),
+                    Some(waiter) = self.waiters.recv() => drop(waiter.send(Ok(()))),
                     () = settled(facts) => break,
                     _ = looks.tick() => match vanished(&listening.pod.netns) {
                         Some(gone) => return gone,
                         None => break,
                     },
-                    () = tokio::time::sleep_until(rules.due()), if ours && self.capturer.turn.is_ours() => break,
-                    Ok(()) = turn.changed() => {
+                    () = tokio::time::sleep_until(upkeep.due()), if ours && self.capturer.role.is_active() => break,
+                    Ok(()) = role.changed() => {
                         // What another daemon has written may be another's rules, or another version's.
-                        rules.change_soon();
+                        upkeep.rewrite_soon();
                         break;
                     }
-                    () = rules.changes() => {
-                        rules.heed(&self.capturer, listening).await;
+                    () = upkeep.changes() => {
+                        upkeep.handle_changes(&self.capturer, listening).await;
                         break;
                     }
                     Ok(()) = self.changes.changed() => {
                         self.spec = self.changes.borrow_and_update().clone();
-                        rules.change_soon();
+                        upkeep.rewrite_soon();
                         break;
                     }
                 }
@@ -349,15 +351,15 @@ impl Task {
     }
 
     /// Finds out who the pod is, or whether that is still so.
-    fn know(&mut self, listening: &Listening) -> Result<(), CaptureError> {
+    fn identify(&mut self, listening: &Listening) -> Result<(), CaptureError> {
         match &self.approved {
-            Some(approved) => self.capturer.still(&self.spec, approved),
+            Some(approved) => self.capturer.recheck(&self.spec, approved),
             None => {
-                if self.foreseen.is_none() {
-                    self.foreseen = self.capturer.foresee(&self.spec);
+                if self.prefetched.is_none() {
+                    self.prefetched = self.capturer.prefetch_certificate(&self.spec);
                 }
                 self.approved = Some(self.capturer.approve(&self.spec, listening)?);
-                self.foreseen = None;
+                self.prefetched = None;
                 Ok(())
             }
         }
@@ -371,7 +373,7 @@ impl Task {
         let deadline = Instant::now() + self.capturer.config.release_deadline;
         let ended = async {
             self.capturer.end_by(deadline, listening).await;
-            self.earlier_ended().await;
+            self.predecessors_ended().await;
         };
         let wanted_again = tokio::select! {
             biased;
@@ -396,7 +398,7 @@ impl Task {
         // The redirection that an agent has written is the agent's to remove.
         loop {
             // Another daemon of the node that has the turn has let go of the pod as well, or wants it still.
-            let Some(permit) = self.capturer.turn.permit() else { return true };
+            let Some(permit) = self.capturer.role.permit() else { return true };
             let removed = if ours {
                 redirect::remove(netns, listening.ipv6).await
             } else {
@@ -408,7 +410,7 @@ impl Task {
                 return true;
             }
             let reason = format!("released, but its rules could not be removed: {error}");
-            self.board.set(&self.spec, State::Failed(reason));
+            self.board.set(&self.spec, CaptureState::Failed(reason));
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
                 () = self.hand_over.wanted.cancelled() => return false,
@@ -417,19 +419,19 @@ impl Task {
     }
 
     /// Waits for the last connections of earlier tasks of this pod; each has a deadline.
-    async fn earlier_ended(&self) {
-        for (earlier, _) in &self.earlier {
+    async fn predecessors_ended(&self) {
+        for (earlier, _) in &self.predecessors {
             earlier.finished().await;
         }
     }
 }
 
-fn state_of(error: &CaptureError) -> State {
+fn state_of(error: &CaptureError) -> CaptureState {
     match error {
-        CaptureError::NoFacts(_) | CaptureError::NotTold(_) | CaptureError::NoNetwork(_) => {
-            State::Pending(error.to_string())
+        CaptureError::NoFacts(_) | CaptureError::FactsIncomplete(_) | CaptureError::NoNetwork(_) => {
+            CaptureState::Pending(error.to_string())
         }
-        _ => State::Failed(error.to_string()),
+        _ => CaptureState::Failed(error.to_string()),
     }
 }
 
@@ -443,13 +445,13 @@ async fn settled(facts: &mut watch::Receiver<u64>) {
 
 /// Completes when facts have changed and an attempt that failed for want of others may succeed; not for what has nothing
 /// to do with facts, and never at once.
-async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
+async fn facts_may_help(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
     use CaptureError::{
-        Identity, IdentityChanged, NoFacts, NoNetwork, NoOwnAddress, NotThePod, NotTold, ServiceAccount,
+        FactsIncomplete, Identity, IdentityChanged, NoFacts, NoNetwork, NoOwnAddress, NotThePod, ServiceAccount,
     };
     match error {
         NoFacts(_)
-        | NotTold(_)
+        | FactsIncomplete(_)
         | NotThePod { .. }
         | NoNetwork(_)
         | NoOwnAddress(_)
@@ -464,11 +466,11 @@ async fn hopeful(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
 }
 
 /// Ends the pod's connections and listeners; the rules stay.
-async fn give_up(mut listening: Listening) {
+async fn end_listening(mut listening: Listening) {
     listening.pod.drain.at_once();
     listening.accepting.finished().await;
-    if let Some(names) = listening.names.take() {
-        names.end().await;
+    if let Some(dns) = listening.dns.take() {
+        dns.end().await;
     }
 }
 

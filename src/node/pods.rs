@@ -1,9 +1,9 @@
 //! The set of pods of this node: one task per pod, so that no pod waits for another.
 
 use super::capture::Capturer;
-use super::pod::{self, HandOver, Question, Task};
+use super::pod::{self, HandOver, PodTask, Waiter};
 use super::spec::{NetnsRef, PodSpec, Settings};
-use super::status::{Board, Noted, State};
+use super::status::{Board, CaptureState, Observations};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use crate::task::ready::Pending;
@@ -14,14 +14,14 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Questions about one pod that may wait.
-const QUESTIONS: usize = 4;
+const WAITERS: usize = 4;
 
 /// Keeps one task per pod.
 #[derive(Debug)]
 pub struct Pods {
     capturer: Arc<Capturer>,
     board: Arc<Board>,
-    kept: HashMap<Text, Kept>,
+    kept: HashMap<Text, PodEntry>,
     /// Uids of pods that should be there, cannot be captured yet, and are shown.
     shown: Vec<Text>,
     /// Pods that were let go and have not ended yet. Not the namespaces themselves: those must be able to go.
@@ -31,7 +31,7 @@ pub struct Pods {
 #[derive(Debug)]
 struct Leaving {
     spec: PodSpec,
-    netns: Place,
+    netns: NetnsKey,
     /// Whether its connections have time to end.
     gently: bool,
     remove: Drain,
@@ -40,13 +40,13 @@ struct Leaving {
 }
 
 #[derive(Debug)]
-struct Kept {
+struct PodEntry {
     spec: watch::Sender<PodSpec>,
     /// The namespace behind the path: the same one may go by several names.
-    netns: Place,
+    netns: NetnsKey,
     remove: Drain,
     hand_over: HandOver,
-    questions: mpsc::Sender<Question>,
+    waiters: mpsc::Sender<Waiter>,
     task: Group,
 }
 
@@ -58,14 +58,14 @@ impl Pods {
 
     /// Makes the set what `specs` say. `ready` is held until each pod has had one attempt.
     pub fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
-        let stays = |kept: &Kept| specs.iter().any(|spec| spec.is_same_pod(&kept.spec.borrow()));
+        let stays = |kept: &PodEntry| specs.iter().any(|spec| spec.is_same_pod(&kept.spec.borrow()));
         let unwanted: Vec<Text> =
             self.kept.iter().filter(|(_, kept)| !stays(kept)).map(|(uid, _)| uid.clone()).collect();
         // Where the namespace stays wanted under another entry its rules must not go, not even for a moment.
-        let places: Vec<Place> = specs.iter().map(Place::of).collect();
+        let wanted_netns: Vec<NetnsKey> = specs.iter().map(NetnsKey::of).collect();
         for uid in unwanted {
-            let elsewhere = self.kept.get(&uid).is_some_and(|kept| places.contains(&kept.netns));
-            self.let_go(&uid, elsewhere);
+            let elsewhere = self.kept.get(&uid).is_some_and(|kept| wanted_netns.contains(&kept.netns));
+            self.release(&uid, elsewhere);
         }
         for spec in specs {
             match self.kept.get(&spec.uid) {
@@ -78,10 +78,10 @@ impl Pods {
     /// Adds a pod, or finds that it is there already; the answer comes when it is listened for, or cannot be.
     pub fn add(&mut self, spec: PodSpec) -> oneshot::Receiver<Result<(), String>> {
         let uid = spec.uid.clone();
-        let stays = |kept: &Kept| kept.spec.borrow().is_same_pod(&spec) && kept.task.len() > 0;
+        let stays = |kept: &PodEntry| kept.spec.borrow().is_same_pod(&spec) && kept.task.len() > 0;
         if self.kept.get(&uid).is_some_and(|kept| !stays(kept)) {
             // Its namespace, or who it is, has changed: what there was has no meaning any more. Nor has a task that died.
-            self.let_go(&uid, true);
+            self.release(&uid, true);
         }
         match self.kept.get(&uid) {
             Some(kept) => kept.take(spec),
@@ -90,14 +90,14 @@ impl Pods {
         let (answer, answered) = oneshot::channel();
         if let Some(kept) = self.kept.get(&uid) {
             // Where it cannot be asked the answer never comes, and whoever waits has a deadline.
-            let _ = kept.questions.try_send(answer);
+            let _ = kept.waiters.try_send(answer);
         }
         answered
     }
 
     /// Lets a pod go; one that is not there is gone already.
     pub fn remove(&mut self, uid: &Text) {
-        self.let_go(uid, false);
+        self.release(uid, false);
     }
 
     /// Lets all pods go but these, and says which of these are not there.
@@ -105,7 +105,7 @@ impl Pods {
         let others: Vec<Text> = self.kept.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
         for uid in others {
             tracing::info!(uid = &*uid, "pod is no longer among those of this node");
-            self.let_go(&uid, false);
+            self.release(&uid, false);
         }
         named.iter().filter(|uid| !self.kept.contains_key(*uid)).cloned().collect()
     }
@@ -126,7 +126,7 @@ impl Pods {
                 settings: Settings::default(),
                 powers: None,
             };
-            (spec, State::Failed(
+            (spec, CaptureState::Failed(
                 "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \
                  restart the pod".into(),
             ))
@@ -135,7 +135,7 @@ impl Pods {
     }
 
     /// Shows pods that should be captured and cannot be yet, with the reason; those shown before are shown no longer.
-    pub fn show(&mut self, pods: Vec<(PodSpec, State)>) {
+    pub fn show(&mut self, pods: Vec<(PodSpec, CaptureState)>) {
         let now: Vec<Text> = pods.iter().map(|(spec, _)| spec.uid.clone()).collect();
         // One that is still leaving shows that, and is removed when it has left.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
@@ -150,27 +150,27 @@ impl Pods {
         self.shown = now;
     }
 
-    fn let_go(&mut self, uid: &Text, at_once: bool) {
+    fn release(&mut self, uid: &Text, at_once: bool) {
         if let Some(at) = self.shown.iter().position(|shown| shown == uid) {
             self.board.remove(&self.shown.swap_remove(at));
         }
         let Some(kept) = self.kept.remove(uid) else { return };
         // What was so of its namespace is not so of a later one.
-        self.board.held(uid, false);
-        self.board.listening(uid, false);
-        self.board.note(uid, &Noted::default());
+        self.board.set_redirected(uid, false);
+        self.board.set_listening(uid, false);
+        self.board.set_observations(uid, &Observations::default());
         if at_once {
             kept.remove.at_once();
         } else {
             kept.remove.gently();
         }
-        let Kept { spec, netns, remove, hand_over, task, .. } = kept;
+        let PodEntry { spec, netns, remove, hand_over, task, .. } = kept;
         let spec = spec.borrow().clone();
         self.leaving.push(Leaving { spec, netns, gently: !at_once, remove, hand_over, task });
     }
 
     fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
-        let netns = Place::of(&spec);
+        let netns = NetnsKey::of(&spec);
         // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again. Where it is the same
         // pod, its connections go on for the time that they have, and only the namespace has to be free.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
@@ -185,12 +185,12 @@ impl Pods {
             }
             before.push((leaving.task.clone(), leaving.hand_over.clone()));
         }
-        let (remove, task, (questions, asked)) = (Drain::default(), Group::default(), mpsc::channel(QUESTIONS));
+        let (remove, task, (waiters, asked)) = (Drain::default(), Group::default(), mpsc::channel(WAITERS));
         let (said, hears) = watch::channel(spec.clone());
-        let mut work = Task::new(self.capturer.clone(), self.board.clone(), hears, remove.signal(), asked);
-        (work.first_attempt, work.earlier) = (ready, earlier);
+        let mut work = PodTask::new(self.capturer.clone(), self.board.clone(), hears, remove.signal(), asked);
+        (work.first_attempt, work.predecessors) = (ready, earlier);
         let (board, uid, hand_over) = (self.board.clone(), spec.uid.clone(), work.hand_over.clone());
-        self.kept.insert(uid, Kept { spec: said, netns, remove, hand_over, questions, task: task.clone() });
+        self.kept.insert(uid, PodEntry { spec: said, netns, remove, hand_over, waiters, task: task.clone() });
         task.spawn(async move {
             for (task, hand_over) in before {
                 tokio::select! {
@@ -198,13 +198,13 @@ impl Pods {
                     () = hand_over.is_free() => {}
                 }
             }
-            board.set(&spec, State::Pending("being captured".into()));
-            pod::keep(work).await;
+            board.set(&spec, CaptureState::Pending("being captured".into()));
+            pod::run(work).await;
         });
     }
 }
 
-impl Kept {
+impl PodEntry {
     /// Takes what is said of the pod now; who it is has not changed.
     fn take(&self, spec: PodSpec) {
         self.spec.send_if_modified(|known| {
@@ -217,12 +217,12 @@ impl Kept {
 
 /// A namespace by what it is, or where it cannot be opened, by its path.
 #[derive(Debug, PartialEq, Eq)]
-enum Place {
+enum NetnsKey {
     Id((u64, u64)),
     Path(PathBuf),
 }
 
-impl Place {
+impl NetnsKey {
     fn of(spec: &PodSpec) -> Self {
         match &spec.netns {
             NetnsRef::Path(path) => Netns::open(path).map_or_else(|_| Self::Path(path.clone()), |n| Self::Id(n.id())),

@@ -1,4 +1,4 @@
-//! Connections that were open before a pod was captured: they go on as they began, are counted until they end, or are ended.
+//! Preexisting that were open before a pod was captured: they go on as they began, are counted until they end, or are ended.
 //!
 //! The kernel does not track connections in a namespace that has no rules. From the first rule on it does, and takes the next
 //! packet of an open connection for the first one, which would be redirected, and the connection reset. So the rules know
@@ -11,16 +11,16 @@ use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-/// Connections that rules can name at most; more are not spared.
+/// Preexisting that rules can name at most; more are not spared.
 const MAX: usize = 10_000;
 
-/// Connections of one pod that are older than its rules, by their cookies: own address and peer.
+/// Preexisting of one pod that are older than its rules, by their cookies: own address and peer.
 #[derive(Clone, Debug, Default)]
-pub struct Connections {
+pub struct Preexisting {
     open: HashMap<u64, (SocketAddr, SocketAddr)>,
 }
 
-impl Connections {
+impl Preexisting {
     /// Those that are open now, when the first rules are about to be written.
     pub fn open_now(pod: &Pod) -> Self {
         let (namespace, name) = (&*pod.namespace, &*pod.name);
@@ -61,7 +61,7 @@ impl Connections {
     }
 
     /// Of those that a pod has when it is captured no more: these, and what it opens from then on.
-    pub fn until_captured_again(self, pod: &Pod) -> Uncaptured {
+    pub fn at_release(self, pod: &Pod) -> Uncaptured {
         let cookies = |all: Vec<TcpSocket>| all.iter().map(|socket| socket.cookie).collect();
         Uncaptured { older: self, captured: sockets(pod).map(cookies).ok() }
     }
@@ -95,7 +95,7 @@ impl Connections {
     }
 
     /// How many of them are still open.
-    pub fn left(&mut self, pod: &Pod) -> usize {
+    pub fn count_open(&mut self, pod: &Pod) -> usize {
         if !self.open.is_empty()
             && let Ok(now) = sockets(pod)
         {
@@ -110,7 +110,7 @@ impl Connections {
 #[derive(Debug, Default)]
 pub struct Uncaptured {
     /// Older than the capture that has ended.
-    older: Connections,
+    older: Preexisting,
     /// What was open at its end, where that could be seen.
     captured: Option<HashSet<u64>>,
 }
@@ -118,12 +118,12 @@ pub struct Uncaptured {
 impl Uncaptured {
     /// Those that the next capture of the pod must leave alone: looked for at the last moment before its rules, because the
     /// kernel never gives those rules a connection that it knows.
-    pub fn now(&self, pod: &Pod) -> Connections {
+    pub fn now(&self, pod: &Pod) -> Preexisting {
         // What was captured is never taken for plaintext.
         let (Some(captured), Ok(open)) = (&self.captured, sockets(pod)) else { return self.older.clone() };
         let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !captured.contains(cookie);
         let open = open.into_iter().filter(|socket| goes_on(&socket.cookie));
-        Connections { open: open.take(MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
+        Preexisting { open: open.take(MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
     }
 }
 

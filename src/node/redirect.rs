@@ -1,7 +1,7 @@
 //! The redirection inside a pod: one nftables table of our own, replaced in one transaction, and the rule and route by
 //! which replies to foreign source addresses come back to us. IPv4 and IPv6; no IPv6 where the namespace has none.
 //!
-//! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS to 15053,
+//! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS_PORT to 15053,
 //! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
 
 use super::legs;
@@ -9,7 +9,7 @@ use super::nft::{self, Listing, NftError, within};
 use super::routes::{self, MASK, RETURN_MARK};
 use super::spec::Interface;
 use super::table_owner;
-use super::takeover::{self, Foreign};
+use super::takeover::{self, IstioRules};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{changes, iptables};
 use std::io;
@@ -20,14 +20,14 @@ pub const TABLE: &str = "culvert";
 
 /// What the rules are to do.
 #[derive(Clone, Debug)]
-pub struct Rules {
+pub struct Redirection {
     /// Whose node they are written for.
-    pub whose: String,
+    pub node_tag: String,
     /// `SO_MARK` of our own packets.
     pub mark: u32,
     /// Whether IPv6 is used in the namespace.
     pub ipv6: bool,
-    /// Whether DNS is taken.
+    /// Whether DNS_PORT is taken.
     pub dns: bool,
     /// Plaintext that comes in is left alone.
     pub bypass_inbound: bool,
@@ -44,21 +44,21 @@ pub struct Rules {
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
 
-/// Port on which DNS is taken.
-const DNS: u16 = crate::dns::PORT;
-/// Conntrack zone of our own DNS.
+/// Port on which DNS_PORT is taken.
+const DNS_PORT: u16 = crate::dns::PORT;
+/// Conntrack zone of our own DNS_PORT.
 const DNS_ZONE: u16 = 1;
 /// Source address of kubelet probes, which are not captured.
 pub const PROBE_V4: &str = "169.254.7.127";
 /// Its IPv6 twin.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew, but where the chains are as well
-/// ([`Rules::ahead`]).
-pub const PROBED: &str = "probed";
+/// ([`Redirection::ahead`]).
+pub const PROBE_COUNTER: &str = "probed";
 /// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
-pub const INBOUND_PORT: u16 = 15091;
+pub const CHECK_PORT: u16 = 15091;
 /// Counts what begins a connection to the ports that are tried from outside: whether it has come as far as the pod.
-pub const ARRIVED: &str = "arrived";
+pub const CHECK_COUNTER: &str = "arrived";
 /// Why rules could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
@@ -70,17 +70,17 @@ pub enum RedirectError {
     Netns(#[from] NetnsError),
     /// Tables cannot be looked into.
     #[error("cannot look into the pod's tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
-    NoLook(io::Error),
+    Inspect(io::Error),
     /// The rule or route could not be set.
     #[error(transparent)]
     Route(#[from] routes::RouteError),
-    /// Rules of somebody else take the pod's traffic, and cannot be removed by us.
+    /// Redirection of somebody else take the pod's traffic, and cannot be removed by us.
     #[error(
         "istio-cni's legacy iptables rules ({0}) are in the pod, and its traffic does not come to us; restart the pod, or remove \
          them with iptables-legacy"
     )]
     Legacy(String),
-    /// Rules of somebody else came back after they had been removed.
+    /// Redirection of somebody else came back after they had been removed.
     #[error(
         "{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node"
     )]
@@ -89,23 +89,23 @@ pub enum RedirectError {
     #[error(
         "something in the pod's nftables looks like istio-cni's and has the name {0:?}; restart the pod, or remove it"
     )]
-    Odd(String),
+    UnsafeName(String),
     /// Another daemon of the node writes them now.
     #[error("another daemon of this node writes the pod's rules")]
-    NotOurTurn,
+    OnStandby,
     /// Somebody else has changed the pod's rules meanwhile.
     #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
-    Raced,
+    ConcurrentChange,
 }
 
 /// What has been written, and what was seen of others meanwhile.
 #[derive(Debug)]
-pub struct Written {
+pub struct Installed {
     /// What istio-cni had left, and is gone.
-    pub foreign: Foreign,
+    pub istio: IstioRules,
     /// Our rules as the kernel lists them.
     pub listing: Listing,
-    /// Rules of others that may come before ours.
+    /// Redirection of others that may come before ours.
     pub hooks: Vec<String>,
     /// What could not be read; ours were written all the same.
     pub unread: Option<String>,
@@ -115,9 +115,9 @@ pub struct Written {
 /// same transaction, and is named; where `taken_over` it had gone before, and is refused now. Where the pod's rules cannot be
 /// read, because there are too many of them, ours are written without looking. Where ours have been there before they are
 /// written in any case: nothing that is found in a pod lets its traffic pass.
-pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<Written, RedirectError> {
+pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Result<Installed, RedirectError> {
     within(async {
-        let Others { foreign, hooks, mut unread } = match acceptable(others(netns).await, taken_over) {
+        let OtherRules { istio, hooks, mut unread } = match acceptable(others(netns).await, taken_over) {
             Ok(others) => others,
             Err(error) if taken_over => {
                 routes::set(netns, rules.ipv6, true).await?;
@@ -127,11 +127,11 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
             Err(error) => return Err(error),
         };
         routes::set(netns, rules.ipv6, true).await?;
-        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::NoLook);
+        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::Inspect);
         let mut before = generation()?;
         let anew =
             if rules.ahead { format!("add table inet {TABLE}\ndelete table inet {TABLE}\n") } else { String::new() };
-        nft::write(netns, &(foreign.removal.clone() + &anew + &ruleset(rules, true))).await?;
+        nft::write(netns, &(istio.removal.clone() + &anew + &ruleset(rules, true))).await?;
         let listing = match nft::listing(netns, "inet", TABLE).await {
             // Somebody has put so much into our own table that it cannot be seen whether anything else is there.
             Err(NftError::Unreadable(why)) => {
@@ -144,47 +144,47 @@ pub async fn install(netns: &Netns, rules: &Rules, taken_over: bool) -> Result<W
         };
         // Else what was listed need not be what was written.
         if generation()? != before.wrapping_add(1) {
-            return Err(RedirectError::Raced);
+            return Err(RedirectError::ConcurrentChange);
         }
-        Ok(Written { foreign, listing, hooks, unread })
+        Ok(Installed { istio, listing, hooks, unread })
     })
     .await
 }
 
 /// Refuses what we cannot take over, by name.
-fn acceptable(others: Result<Others, RedirectError>, taken_over: bool) -> Result<Others, RedirectError> {
+fn acceptable(others: Result<OtherRules, RedirectError>, taken_over: bool) -> Result<OtherRules, RedirectError> {
     let others = others?;
-    if let Some(odd) = &others.foreign.odd {
-        return Err(RedirectError::Odd(odd.clone()));
+    if let Some(name) = &others.istio.unsafe_name {
+        return Err(RedirectError::UnsafeName(name.clone()));
     }
-    if taken_over && !others.foreign.names.is_empty() {
-        return Err(RedirectError::Contested(others.foreign.names.into_iter().collect::<Vec<_>>().join(", ")));
+    if taken_over && !others.istio.names.is_empty() {
+        return Err(RedirectError::Contested(others.istio.names.into_iter().collect::<Vec<_>>().join(", ")));
     }
     Ok(others)
 }
 
 /// What others have in a pod.
 #[derive(Debug, Default)]
-pub struct Others {
+pub struct OtherRules {
     /// What istio-cni has left.
-    pub foreign: Foreign,
-    /// Rules that may come before ours.
+    pub istio: IstioRules,
+    /// Redirection that may come before ours.
     pub hooks: Vec<String>,
     /// What could not be read.
     pub unread: Option<String>,
 }
 
-async fn others(netns: &Netns) -> Result<Others, RedirectError> {
-    let mut others = Others::default();
+async fn others(netns: &Netns) -> Result<OtherRules, RedirectError> {
+    let mut others = OtherRules::default();
     match netns.enter(|| iptables::tables_with(takeover::CHAINS))? {
         // Those of istio-cni lead to our ports, as ours do: whether the pod is captured, its probes say.
         Ok(legacy) => others.hooks = legacy_hooks(&legacy),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::NoLook(error)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::Inspect(error)),
         Err(error) => others.unread = Some(error.to_string()),
     }
     match nft::ruleset(netns).await {
         Ok(all) => {
-            others.foreign = takeover::find(&all);
+            others.istio = takeover::find(&all);
             others.hooks.extend(takeover::hooks(&all, &[TABLE, legs::TABLE]));
         }
         Err(NftError::Unreadable(why)) => others.unread = Some(why),
@@ -212,17 +212,17 @@ pub fn legacy_tables(netns: &Netns) -> Option<Vec<String>> {
 
 /// Whether our rules are still as `written`, and nobody else's capture the pod beside them, as far as that can be seen; and
 /// what others have. Errors where our own cannot be seen.
-pub async fn is_alone_with(netns: &Netns, written: &Listing) -> Result<(bool, Others), RedirectError> {
+pub async fn unchanged_since(netns: &Netns, written: &Listing) -> Result<(bool, OtherRules), RedirectError> {
     within(async {
         let same = nft::listing(netns, "inet", TABLE).await? == *written;
         let others = others(netns).await?;
-        Ok((same && others.foreign.names.is_empty(), others))
+        Ok((same && others.istio.names.is_empty(), others))
     })
     .await
 }
 
 /// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
-pub async fn stop_capturing(netns: &Netns, rules: &Rules) -> Result<(), RedirectError> {
+pub async fn stop_capturing(netns: &Netns, rules: &Redirection) -> Result<(), RedirectError> {
     Ok(nft::apply(netns, &ruleset(rules, false)).await?)
 }
 
@@ -249,9 +249,19 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
 /// What is captured keeps its own address where it has one here: a translation to the loopback address or to the interface's
 /// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
 /// addresses, without a word.
-fn ruleset(rules: &Rules, capture: bool) -> String {
-    let Rules { whose, mark, ipv6, dns, bypass_inbound, virtual_interfaces, probes, addresses, spared, ahead: _ } =
-        rules;
+fn ruleset(rules: &Redirection, capture: bool) -> String {
+    let Redirection {
+        node_tag,
+        mark,
+        ipv6,
+        dns,
+        bypass_inbound,
+        virtual_interfaces,
+        probes,
+        addresses,
+        spared,
+        ahead: _,
+    } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
@@ -260,13 +270,13 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     let families = ["ip", "ip6"].into_iter().zip(not_loopback);
     let mut inbound = String::new();
     let mut outbound = String::new();
-    let mut sets = table_owner::chain(whose);
+    let mut sets = table_owner::chain(node_tag);
     if capture {
         sets += &spare(spared, &mut inbound, &mut outbound);
         inbound += &reroute(virtual_interfaces, addresses);
         if *probes {
-            inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBED} accept\n");
-            inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} counter name {PROBED} accept\n");
+            inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBE_COUNTER} accept\n");
+            inbound += &format!("    meta l4proto tcp ip6 saddr {PROBE_V6} counter name {PROBE_COUNTER} accept\n");
             outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
             outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
         }
@@ -278,15 +288,16 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
             }
         }
         if dns {
-            // Where we do not listen on IPv6, DNS over it is left alone.
+            // Where we do not listen on IPv6, DNS_PORT over it is left alone.
             for (family, outside) in families.clone().take(if *ipv6 { 2 } else { 1 }) {
                 let protocol = if family == "ip" { "ipv4" } else { "ipv6" };
                 for taken in [
                     format!("meta nfproto {protocol} oifname != lo udp dport 53 {others}"),
                     format!("{outside} tcp dport 53 {others}"),
                 ] {
-                    outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{DNS}\n");
-                    outbound += &format!("    {taken} redirect to :{DNS}\n");
+                    outbound +=
+                        &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{DNS_PORT}\n");
+                    outbound += &format!("    {taken} redirect to :{DNS_PORT}\n");
                 }
             }
         }
@@ -312,18 +323,18 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     // Answers to a link-local address go by its link, and are lost on any other route.
     let return_bits = !MASK;
     // What we ask of resolvers may come from the very port that the application asks from. The answers come without the zone:
-    // a question to the pod's own DNS server, from port 53, looks the same.
+    // a question to the pod's own DNS_PORT server, from port 53, looks the same.
     let questions = match dns {
         true => format!("    udp dport 53 {ours} ct original zone set {DNS_ZONE}\n"),
         false => String::new(),
     };
     format!(
-        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBED} {{ }}\n  counter {ARRIVED} {{ }}\n{sets}\
+        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBE_COUNTER} {{ }}\n  counter {CHECK_COUNTER} {{ }}\n{sets}\
          \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
-         \x20   tcp dport {{ 15008, {INBOUND_PORT} }} tcp flags & (syn | ack) == syn counter name {ARRIVED}\n  }}\n\
+         \x20   tcp dport {{ 15008, {CHECK_PORT} }} tcp flags & (syn | ack) == syn counter name {CHECK_COUNTER}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
@@ -331,7 +342,7 @@ fn ruleset(rules: &Rules, capture: bool) -> String {
     )
 }
 
-/// Rules that take what comes in by a guest's interface as if the pod had sent it.
+/// Redirection that take what comes in by a guest's interface as if the pod had sent it.
 fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     let own = [
         addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}")),
@@ -348,7 +359,7 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     rules
 }
 
-/// Rules that leave connections alone which are older than the rules; gives the sets that they look into.
+/// Redirection that leave connections alone which are older than the rules; gives the sets that they look into.
 fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &mut String) -> String {
     // A connection from before never begins with a SYN of its own; one that does is a new one of the same addresses.
     let going_on = "tcp flags & (fin | syn | rst | ack) != syn";

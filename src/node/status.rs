@@ -13,9 +13,9 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 use tokio::sync::watch;
 
-/// State of a pod.
+/// CaptureState of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum CaptureState {
     /// Being captured, or waiting for facts; with the reason.
     Pending(String),
     /// Captured, and verified from inside.
@@ -26,7 +26,7 @@ pub enum State {
     Releasing,
 }
 
-impl State {
+impl CaptureState {
     /// The word on the admin port and in metrics.
     pub fn word(&self) -> &'static str {
         match self {
@@ -48,7 +48,7 @@ impl State {
 
 /// What is known of a pod beside its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Noted {
+pub struct Observations {
     /// Rules of others in its namespace that may take its traffic before ours do.
     pub other_rules: Vec<String>,
     /// Why the rules of others are not known.
@@ -65,17 +65,17 @@ pub struct PodStatus {
     /// The pod.
     pub spec: PodSpec,
     /// Its state.
-    pub state: State,
+    pub state: CaptureState,
     /// Since when.
     pub since: SystemTime,
     /// Whether the daemon takes its connections, whatever the state of its rules.
     pub listening: bool,
     /// Whether its rules are in place and verified, whatever is known of the pod: what it sends is carried or waits.
-    pub held: bool,
+    pub redirected: bool,
     /// Connections that were open before its capture and still are: they go on as they began, in plaintext.
-    pub earlier: usize,
+    pub preexisting: usize,
     /// What else is known of it.
-    pub noted: Noted,
+    pub observations: Observations,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -135,7 +135,7 @@ impl Board {
     }
 
     /// Sets a pod's state, and logs a change of it.
-    pub fn set(&self, spec: &PodSpec, state: State) {
+    pub fn set(&self, spec: &PodSpec, state: CaptureState) {
         let mut pods = self.pods.lock();
         let before = pods.get(&spec.uid).map(|status| status.state.clone());
         if before.as_ref() == Some(&state) {
@@ -143,41 +143,46 @@ impl Board {
         }
         let (namespace, name, uid) = (&*spec.namespace, &*spec.name, &*spec.uid);
         match &state {
-            State::Captured => {
+            CaptureState::Captured => {
                 self.started.inc();
                 tracing::info!(namespace, name, uid, "pod captured");
             }
-            State::Failed(reason) => tracing::error!(namespace, name, uid, reason, "pod not captured; trying again"),
-            State::Pending(reason) => tracing::info!(namespace, name, uid, reason, "pod pending"),
-            State::Releasing => tracing::info!(namespace, name, uid, "pod releasing"),
+            CaptureState::Failed(reason) => {
+                tracing::error!(namespace, name, uid, reason, "pod not captured; trying again")
+            }
+            CaptureState::Pending(reason) => tracing::info!(namespace, name, uid, reason, "pod pending"),
+            CaptureState::Releasing => tracing::info!(namespace, name, uid, "pod releasing"),
         }
-        if before == Some(State::Captured) {
+        if before == Some(CaptureState::Captured) {
             self.stopped.inc();
         }
         let before = pods.get(&spec.uid);
-        let (listening, held, earlier, noted) = before.map_or_else(Default::default, |status| {
-            (status.listening, status.held, status.earlier, status.noted.clone())
+        let (listening, redirected, preexisting, observations) = before.map_or_else(Default::default, |status| {
+            (status.listening, status.redirected, status.preexisting, status.observations.clone())
         });
         let since = SystemTime::now();
-        pods.insert(spec.uid.clone(), PodStatus { spec: spec.clone(), state, since, listening, held, earlier, noted });
+        pods.insert(
+            spec.uid.clone(),
+            PodStatus { spec: spec.clone(), state, since, listening, redirected, preexisting, observations },
+        );
         self.count(&pods);
         self.changed.send_modify(|n| *n += 1);
     }
 
     /// Counts a failed attempt.
-    pub fn failed(&self, error: &CaptureError) {
+    pub fn count_failure(&self, error: &CaptureError) {
         self.failures.get_or_create(&ReasonLabel { reason: error.word() }).inc();
     }
 
     /// Counts a writing of a pod's rules that was not its first.
-    pub fn written(&self, again: bool) {
+    pub fn count_rewrite(&self, again: bool) {
         if again {
             self.repairs.inc();
         }
     }
 
     /// Says whether a pod is listened for.
-    pub fn listening(&self, uid: &Text, listening: bool) {
+    pub fn set_listening(&self, uid: &Text, listening: bool) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.listening != listening) {
             status.listening = listening;
@@ -186,28 +191,28 @@ impl Board {
     }
 
     /// Says whether a pod's rules are in place.
-    pub fn held(&self, uid: &Text, held: bool) {
+    pub fn set_redirected(&self, uid: &Text, redirected: bool) {
         let mut pods = self.pods.lock();
-        if let Some(status) = pods.get_mut(uid).filter(|status| status.held != held) {
-            status.held = held;
+        if let Some(status) = pods.get_mut(uid).filter(|status| status.redirected != redirected) {
+            status.redirected = redirected;
             self.changed.send_modify(|n| *n += 1);
         }
     }
 
     /// Says how many connections of a pod are older than its capture.
-    pub fn earlier(&self, uid: &Text, earlier: usize) {
+    pub fn set_preexisting(&self, uid: &Text, preexisting: usize) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid) {
-            status.earlier = earlier;
+            status.preexisting = preexisting;
         }
         self.count(&pods);
     }
 
     /// Says what else is known of a pod.
-    pub fn note(&self, uid: &Text, noted: &Noted) {
+    pub fn set_observations(&self, uid: &Text, observations: &Observations) {
         let mut pods = self.pods.lock();
-        if let Some(status) = pods.get_mut(uid).filter(|status| status.noted != *noted) {
-            status.noted = noted.clone();
+        if let Some(status) = pods.get_mut(uid).filter(|status| status.observations != *observations) {
+            status.observations = observations.clone();
         }
     }
 
@@ -241,8 +246,8 @@ impl Board {
             self.by_state.get_or_create(&StateLabel { state }).set(count);
             count
         };
-        let earlier: usize = pods.values().map(|status| status.earlier).sum();
-        self.uncaptured.set(i64::try_from(earlier).unwrap_or(i64::MAX));
+        let preexisting: usize = pods.values().map(|status| status.preexisting).sum();
+        self.uncaptured.set(i64::try_from(preexisting).unwrap_or(i64::MAX));
         self.active.set(count("captured") + count("releasing"));
         self.pending.set(count("pending") + count("failed"));
     }

@@ -7,12 +7,12 @@ use serde_json::Value;
 const CHAIN: &str = "written_for";
 
 /// The chain, as part of a table. `whose` is plain letters.
-pub fn chain(whose: &str) -> String {
-    format!("  chain {CHAIN} {{\n    return comment \"{whose}\"\n  }}\n")
+pub fn chain(node_tag: &str) -> String {
+    format!("  chain {CHAIN} {{\n    return comment \"{node_tag}\"\n  }}\n")
 }
 
 /// Whose a table is, by what `nft` prints of it; `None` where it does not say.
-pub fn whose(table: &Value) -> Option<&str> {
+pub fn owner(table: &Value) -> Option<&str> {
     let objects = table.get("nftables").and_then(Value::as_array)?;
     let says = |object: &'_ Value| object.pointer("/rule/chain").is_some_and(|chain| chain == CHAIN);
     objects.iter().find(|object| says(object))?.pointer("/rule/comment")?.as_str()
@@ -27,11 +27,11 @@ mod tests {
     fn a_table_says_whose_it_is_or_nothing() {
         let rule = |chain: &str| json!({"rule": {"chain": chain, "comment": "n1-7", "expr": [{"return": null}]}});
         let metainfo = json!({"metainfo": {}});
-        assert_eq!(whose(&json!({"nftables": [metainfo, rule("other"), rule(CHAIN)]})), Some("n1-7"));
+        assert_eq!(owner(&json!({"nftables": [metainfo, rule("other"), rule(CHAIN)]})), Some("n1-7"));
         for none in
             [json!({"nftables": [rule("other")]}), json!({"nftables": [{"rule": {"chain": CHAIN}}]}), Value::Null]
         {
-            assert_eq!(whose(&none), None, "{none}");
+            assert_eq!(owner(&none), None, "{none}");
         }
         assert!(chain("n1-7").contains("return comment \"n1-7\""));
     }

@@ -11,24 +11,24 @@ const TABLES: &str = "istio-ambient-";
 
 /// What is not ours in a pod and captures it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Foreign {
+pub struct IstioRules {
     /// Names, for the log.
     pub names: BTreeSet<String>,
     /// nft commands that remove it.
     pub removal: String,
     /// A name that no agent gives, and that the pod itself may have chosen: it is not written into any script.
-    pub odd: Option<String>,
+    pub unsafe_name: Option<String>,
 }
 
 /// Looks through what `nft -j list ruleset` has printed.
-pub fn find(listing: &Value) -> Foreign {
+pub fn find(listing: &Value) -> IstioRules {
     let plain = |name: &str| {
         let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
         name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && name.bytes().all(fine)
     };
     let objects = listing["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
     let text = |object: &Value, key: &str| object[key].as_str().unwrap_or_default().to_owned();
-    let mut found = Foreign::default();
+    let mut found = IstioRules::default();
     let (mut rules, mut flushes, mut chains) = (String::new(), String::new(), String::new());
     for object in objects {
         let table = &object["table"];
@@ -38,8 +38,8 @@ pub fn find(listing: &Value) -> Foreign {
             || (!text(rule, "chain").starts_with(CHAINS) && jumps(&rule["expr"]));
         let names =
             [text(table, "name"), text(chain, "table"), text(chain, "name"), text(rule, "table"), text(rule, "chain")];
-        if let Some(odd) = names.iter().find(|name| concerns && !name.is_empty() && !plain(name)) {
-            found.odd = Some(odd.clone());
+        if let Some(name) = names.iter().find(|name| concerns && !name.is_empty() && !plain(name)) {
+            found.unsafe_name = Some(name.clone());
             continue;
         }
         if text(table, "name").starts_with(TABLES) {
@@ -158,10 +158,10 @@ mod tests {
         assert_eq!(found.names.len(), 2);
         for evil in ["istio-ambient-x\ninclude \"/etc/shadow\"", "istio-ambient-; flush ruleset"] {
             let found = find(&json!({"nftables": [{"table": {"family": "inet", "name": evil}}]}));
-            assert_eq!((found.removal.as_str(), found.odd.as_deref()), ("", Some(evil)));
+            assert_eq!((found.removal.as_str(), found.unsafe_name.as_deref()), ("", Some(evil)));
         }
         for nothing in [json!({}), json!({"nftables": []}), json!({"nftables": [{"rule": 7}, 5, null]})] {
-            assert_eq!(find(&nothing), Foreign::default());
+            assert_eq!(find(&nothing), IstioRules::default());
         }
     }
 

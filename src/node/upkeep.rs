@@ -4,10 +4,10 @@
 use super::capture::{Capturer, Listening};
 use super::error::CaptureError;
 use super::nft::{self, Listing};
-use super::preexisting::{Connections, Uncaptured};
+use super::preexisting::{Preexisting, Uncaptured};
 use super::redirect;
 use super::spec::PodSpec;
-use super::status::{Board, Noted};
+use super::status::{Board, Observations};
 use super::{legs, routes};
 use crate::sys::changes::{Changes, Seen};
 use crate::sys::counter::{self, Family};
@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Time between verifications of a captured pod.
-const VERIFY_EVERY: Duration = Duration::from_secs(30);
+const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// Time between rewritings of the rules: a probe does not see every rule.
 const REWRITE_EVERY: Duration = Duration::from_secs(300);
 /// Time between attempts that fail.
@@ -42,23 +42,23 @@ const QUIET: Duration = Duration::from_secs(60);
 
 /// The state of a pod's rules.
 #[derive(Debug)]
-pub struct Rules {
+pub struct Upkeep {
     changes: Option<Changes>,
     /// What has been heard and not been heeded.
-    heard: Mutex<Seen>,
+    recorded: Mutex<Seen>,
     /// A repair is due already.
     repairing: bool,
     /// A look at the tables is worth it again.
-    look_at: Instant,
+    next_look: Instant,
     write_at: Instant,
-    verify_at: Instant,
+    check_at: Instant,
     /// What the kernel listed after our last writing.
     written: Option<Listing>,
     verified: bool,
-    /// Connections from before the rules are still to be ended.
-    end_earlier: bool,
-    /// Connections from before the rules.
-    earlier: Connections,
+    /// Preexisting from before the rules are still to be ended.
+    end_preexisting: bool,
+    /// Preexisting from before the rules.
+    preexisting: Preexisting,
     /// What an earlier task of the pod knows of the time between, until it is in rules.
     between: Option<Arc<Uncaptured>>,
     /// Whether the rules for what we open ourselves are there.
@@ -73,19 +73,19 @@ pub struct Rules {
     hold_off: Instant,
     repairs: Backoff,
     repaired: Instant,
-    noted: Noted,
+    observations: Observations,
     counted_at: Option<Instant>,
     /// When rules of others were logged last.
     said_at: Option<Instant>,
 }
 
 /// Completes when our rules are no longer as they were written.
-async fn foreign_change(rules: &Rules, netns: &Netns) {
-    if let (Some(changes), Some(written)) = (&rules.changes, &rules.written) {
+async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
+    if let (Some(changes), Some(written)) = (&upkeep.changes, &upkeep.written) {
         loop {
             let seen = changes.seen().await;
-            rules.hear(seen);
-            if seen.tables && !redirect::is_alone_with(netns, written).await.is_ok_and(|(alone, _)| alone) {
+            upkeep.record(seen);
+            if seen.tables && !redirect::unchanged_since(netns, written).await.is_ok_and(|(alone, _)| alone) {
                 return;
             }
             tokio::time::sleep(SETTLE).await;
@@ -94,12 +94,12 @@ async fn foreign_change(rules: &Rules, netns: &Netns) {
     std::future::pending().await
 }
 
-impl Rules {
+impl Upkeep {
     /// Nothing written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
         let netns = &listening.pod.netns;
         let opened = netns.enter(Changes::open).map_err(CaptureError::from);
-        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::Deaf));
+        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::ChangesUnavailable));
         if let Err(error) = &changes {
             let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
             tracing::warn!(namespace, name, %error, "the pod is looked at every 30 s only");
@@ -108,15 +108,15 @@ impl Rules {
         let write_at = if capturer.config.redirect { now } else { now + REWRITE_EVERY };
         Self {
             changes: changes.ok(),
-            heard: Mutex::default(),
+            recorded: Mutex::default(),
             repairing: false,
-            look_at: now,
+            next_look: now,
             write_at,
-            verify_at: now,
+            check_at: now,
             written: None,
             verified: false,
-            end_earlier: false,
-            earlier: Connections::default(),
+            end_preexisting: false,
+            preexisting: Preexisting::default(),
             between: None,
             legs: false,
             taken_over: false,
@@ -125,14 +125,14 @@ impl Rules {
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
             repaired: now,
-            noted: Noted::default(),
+            observations: Observations::default(),
             counted_at: None,
             said_at: None,
         }
     }
 
     /// Leaves connections alone that were opened while the pod was not captured.
-    pub fn spare(&mut self, between: Arc<Uncaptured>) {
+    pub fn keep_uncaptured(&mut self, between: Arc<Uncaptured>) {
         self.between = Some(between);
     }
 
@@ -140,23 +140,23 @@ impl Rules {
     /// also where nobody waits any more.
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
-        if self.heard() == Seen::default() {
-            self.hear(changes.seen().await);
+        if self.recorded() == Seen::default() {
+            self.record(changes.seen().await);
         }
         tokio::time::sleep(SETTLE).await;
         for _ in 0..MORE_MAX {
             let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
-            self.hear(more);
+            self.record(more);
         }
-        tokio::time::sleep_until(self.look_at).await;
+        tokio::time::sleep_until(self.next_look).await;
     }
 
-    fn heard(&self) -> Seen {
-        *self.heard.lock()
+    fn recorded(&self) -> Seen {
+        *self.recorded.lock()
     }
 
-    fn hear(&self, more: Seen) {
-        let mut heard = self.heard.lock();
+    fn record(&self, more: Seen) {
+        let mut heard = self.recorded.lock();
         *heard = Seen {
             tables: heard.tables || more.tables,
             routes: heard.routes || more.routes,
@@ -165,34 +165,34 @@ impl Rules {
     }
 
     /// Does what a change asks for: addresses are learned anew, rules that are not as we left them are due.
-    pub async fn heed(&mut self, capturer: &Capturer, listening: &Listening) {
-        let seen = std::mem::take(&mut *self.heard.lock());
+    pub async fn handle_changes(&mut self, capturer: &Capturer, listening: &Listening) {
+        let seen = std::mem::take(&mut *self.recorded.lock());
         if seen.addresses {
             let before = listening.pod.addresses.load_full();
-            capturer.look_at_addresses(listening).await;
+            capturer.refresh_addresses(listening).await;
             // What guests of the pod open is translated to one of its addresses, which may be the one that has gone.
             if capturer.config.redirect && *listening.pod.addresses.load_full() != *before {
                 self.write_at = Instant::now().max(self.hold_off);
                 self.hold_off = self.write_at + RETRY;
             }
         }
-        if !capturer.turn.is_ours() {
+        if !capturer.role.is_active() {
             return;
         }
         if !capturer.config.redirect {
-            self.verify_at = Instant::now().max(self.hold_off);
+            self.check_at = Instant::now().max(self.hold_off);
             self.hold_off = Instant::now() + RETRY;
             return;
         }
         let Some(written) = self.written.as_ref().filter(|_| !self.repairing) else { return };
-        self.look_at = Instant::now() + LOOK_AGAIN;
+        self.next_look = Instant::now() + LOOK_AGAIN;
         let netns = &listening.pod.netns;
         // What cannot be listed is written anew; so is what somebody else's rules have joined, who is then named.
         let whole = match seen.tables {
-            true => match redirect::is_alone_with(netns, written).await {
+            true => match redirect::unchanged_since(netns, written).await {
                 Ok((alone, others)) => {
-                    if others.hooks != self.noted.other_rules {
-                        self.verify_at = Instant::now();
+                    if others.hooks != self.observations.other_rules {
+                        self.check_at = Instant::now();
                     }
                     self.note(listening, others.hooks, others.unread);
                     alone
@@ -221,15 +221,15 @@ impl Rules {
 
     /// Takes note of what others have in the pod.
     fn note(&mut self, listening: &Listening, other_rules: Vec<String>, unread: Option<String>) {
-        let news = !other_rules.is_empty() && other_rules != self.noted.other_rules
-            || unread.is_some() && unread != self.noted.unread;
-        (self.noted.other_rules, self.noted.unread) = (other_rules, unread);
+        let news = !other_rules.is_empty() && other_rules != self.observations.other_rules
+            || unread.is_some() && unread != self.observations.unread;
+        (self.observations.other_rules, self.observations.unread) = (other_rules, unread);
         if !news || self.said_at.is_some_and(|at| at.elapsed() < SAY_EVERY) {
             return;
         }
         self.said_at = Some(Instant::now());
         let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
-        match &self.noted.unread {
+        match &self.observations.unread {
             Some(why) => tracing::warn!(
                 namespace,
                 name,
@@ -237,34 +237,34 @@ impl Rules {
                 "what other rules the pod has cannot be read; ours are written, and whether others come before them is not known"
             ),
             None => {
-                let rules = self.noted.other_rules.join("; ");
+                let rules = self.observations.other_rules.join("; ");
                 tracing::warn!(namespace, name, rules, "other rules in the pod may take traffic before ours do");
             }
         }
     }
 
     /// What is known of the pod beside its state.
-    pub fn noted(&mut self, capturer: &Capturer, listening: &Listening) -> &Noted {
-        if capturer.gives_probes_an_address() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+    pub fn observations(&mut self, capturer: &Capturer, listening: &Listening) -> &Observations {
+        if capturer.marks_kubelet_probes() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
-            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBED);
+            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBE_COUNTER);
             if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
-                self.noted.probe_connections = packets;
+                self.observations.probe_connections = packets;
             }
         }
-        &self.noted
+        &self.observations
     }
 
     /// What the rules should be has changed: they are written and verified at the next occasion.
-    pub fn change_soon(&mut self) {
+    pub fn rewrite_soon(&mut self) {
         self.write_at = Instant::now();
-        self.verify_at = self.write_at;
+        self.check_at = self.write_at;
     }
 
     /// A verification is due at the next occasion.
-    pub fn verify_soon(&mut self) {
+    pub fn check_soon(&mut self) {
         self.verified = false;
-        self.verify_at = Instant::now();
+        self.check_at = Instant::now();
     }
 
     /// Whether the last look found everything in place.
@@ -274,11 +274,11 @@ impl Rules {
 
     /// When something is due.
     pub fn due(&self) -> Instant {
-        self.write_at.min(self.verify_at)
+        self.write_at.min(self.check_at)
     }
 
     /// Does what is due; whether the pod has been verified now.
-    pub async fn see_to(
+    pub async fn maintain(
         &mut self,
         capturer: &Capturer,
         board: &Board,
@@ -286,53 +286,53 @@ impl Rules {
         listening: &Listening,
     ) -> Result<bool, CaptureError> {
         if capturer.config.redirect {
-            self.look_for_legacy(&listening.pod.netns);
+            self.watch_legacy_tables(&listening.pod.netns);
         }
         let now = Instant::now();
-        if now >= self.verify_at && capturer.take_dns(spec, listening) {
+        if now >= self.check_at && capturer.serve_dns(spec, listening) {
             self.write_at = now;
             self.legs = false;
         }
         if now < self.due() {
             return Ok(false);
         }
-        let mut result = self.write_and_verify(capturer, board, spec, listening).await;
-        if result.is_err() && !capturer.turn.is_ours() {
+        let mut result = self.write_and_check(capturer, board, spec, listening).await;
+        if result.is_err() && !capturer.role.is_active() {
             // Another daemon of the node writes the rules, and verifies them.
             return Ok(false);
         }
-        if let Err(CaptureError::Verify(_)) = result {
+        if let Err(CaptureError::CheckFailed(_)) = result {
             let legacy = redirect::legacy_of_istio(&listening.pod.netns);
             if !legacy.is_empty() {
                 result = Err(redirect::RedirectError::Legacy(legacy.join(", ")).into());
             }
         }
         self.verified = result.is_ok();
-        board.earlier(&spec.uid, self.earlier.left(&listening.pod));
-        let raced = matches!(&result, Err(CaptureError::Redirect(redirect::RedirectError::Raced)));
-        self.verify_at = Instant::now()
+        board.set_preexisting(&spec.uid, self.preexisting.count_open(&listening.pod));
+        let raced = matches!(&result, Err(CaptureError::Redirect(redirect::RedirectError::ConcurrentChange)));
+        self.check_at = Instant::now()
             + match &result {
-                Ok(()) => VERIFY_EVERY,
+                Ok(()) => CHECK_EVERY,
                 Err(_) if raced => self.repairs.next(),
                 Err(_) => RETRY,
             };
         if raced {
-            self.write_at = self.verify_at;
+            self.write_at = self.check_at;
         }
         result.map(|()| true)
     }
 
-    /// Rules are due again where a legacy table has come: it is asked before ours until ours are written anew.
-    fn look_for_legacy(&mut self, netns: &Netns) {
+    /// Upkeep are due again where a legacy table has come: it is asked before ours until ours are written anew.
+    fn watch_legacy_tables(&mut self, netns: &Netns) {
         let Some(now) = redirect::legacy_tables(netns) else { return };
         if self.legacy.as_ref().is_some_and(|before| now.iter().any(|table| !before.contains(table))) {
             self.ahead = true;
-            self.change_soon();
+            self.rewrite_soon();
         }
         self.legacy = Some(now);
     }
 
-    async fn write_and_verify(
+    async fn write_and_check(
         &mut self,
         capturer: &Capturer,
         board: &Board,
@@ -344,27 +344,27 @@ impl Rules {
             self.write(capturer, board, spec, listening).await?;
         }
         if rewrite || !self.legs {
-            let _permit = capturer.turn.permit().ok_or(redirect::RedirectError::NotOurTurn)?;
-            let dns = listening.names.get().is_some();
-            self.legs = legs::write(&listening.pod.netns, &capturer.whose, capturer.config.mark, dns).await;
+            let _permit = capturer.role.permit().ok_or(redirect::RedirectError::OnStandby)?;
+            let dns = listening.dns.get().is_some();
+            self.legs = legs::write(&listening.pod.netns, &capturer.node_tag, capturer.config.mark, dns).await;
         }
         let verified = tokio::select! {
-            verified = capturer.verify(spec, listening) => verified,
+            verified = capturer.check(spec, listening) => verified,
             // A probe that is lost takes two seconds; somebody changes the rules now.
-            () = foreign_change(self, &listening.pod.netns) => {
-                Err(redirect::RedirectError::Raced.into())
+            () = redirection_changed(self, &listening.pod.netns) => {
+                Err(redirect::RedirectError::ConcurrentChange.into())
             }
         };
         match verified {
-            Err(error) if capturer.config.redirect && capturer.turn.is_ours() => {
+            Err(error) if capturer.config.redirect && capturer.role.is_active() => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
                 tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
                 // A legacy table may have come while nobody looked. Without one the chains stay: what they count is not lost.
                 self.ahead = self.legacy.as_ref().is_some_and(|tables| !tables.is_empty());
                 self.write(capturer, board, spec, listening).await?;
-                self.noted.inbound_unverified = capturer.verify(spec, listening).await?;
+                self.observations.inbound_unverified = capturer.check(spec, listening).await?;
             }
-            verified => self.noted.inbound_unverified = verified?,
+            verified => self.observations.inbound_unverified = verified?,
         }
         Ok(())
     }
@@ -391,36 +391,36 @@ impl Rules {
         let first = table.as_ref().is_some_and(Value::is_null);
         match &table {
             Some(table) if !first => {
-                self.earlier = Connections::spared_by(pod, table);
+                self.preexisting = Preexisting::spared_by(pod, table);
                 if let Some(between) = &self.between {
                     let between = between.now(pod);
-                    self.end_earlier |= capturer.config.end_earlier && between.spared().next().is_some();
-                    self.earlier.extend(between);
+                    self.end_preexisting |= capturer.config.end_preexisting && between.spared().next().is_some();
+                    self.preexisting.extend(between);
                 }
             }
-            Some(_) => self.earlier = Connections::open_now(pod),
+            Some(_) => self.preexisting = Preexisting::open_now(pod),
             None => {}
         }
-        self.end_earlier |= first && capturer.config.end_earlier;
-        let spared = if capturer.config.end_earlier { Vec::new() } else { self.earlier.spared().collect() };
+        self.end_preexisting |= first && capturer.config.end_preexisting;
+        let spared = if capturer.config.end_preexisting { Vec::new() } else { self.preexisting.spared().collect() };
         let written =
             capturer.redirect(spec, listening, spared, self.taken_over, std::mem::take(&mut self.ahead)).await?;
-        let redirect::Written { foreign, listing, hooks, unread } = written;
+        let redirect::Installed { istio, listing, hooks, unread } = written;
         self.between = None;
         self.note(listening, hooks, unread);
-        if std::mem::take(&mut self.end_earlier) {
-            self.earlier.end(pod);
+        if std::mem::take(&mut self.end_preexisting) {
+            self.preexisting.end(pod);
         }
-        if !foreign.names.is_empty() {
+        if !istio.names.is_empty() {
             let (namespace, name) = (&*spec.namespace, &*spec.name);
-            let names = foreign.names.into_iter().collect::<Vec<_>>().join(", ");
+            let names = istio.names.into_iter().collect::<Vec<_>>().join(", ");
             tracing::info!(namespace, name, removed = names, "the pod was captured by istio-cni; taken over");
         }
         self.taken_over = true;
         self.written = Some(listing);
         self.write_at = Instant::now() + REWRITE_EVERY;
         self.repairing = false;
-        board.written(again);
+        board.count_rewrite(again);
         Ok(())
     }
 }

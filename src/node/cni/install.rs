@@ -2,7 +2,7 @@
 //! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
 //! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
 
-use crate::node::active_daemon::Turn;
+use crate::node::active_daemon::ActiveRole;
 use crate::task::Signal;
 use crate::task::files::{FolderWatch, Stamp, remove_leftovers, stamp, temporary_name, was_there};
 use prometheus_client::metrics::gauge::Gauge;
@@ -159,14 +159,14 @@ impl Config {
     }
 
     /// Keeps it installed while it is this daemon's turn, for as long as it is awaited; `in_place` says whether it is.
-    pub async fn keep(self, in_place: Gauge, turn: Turn, drain: Signal) {
+    pub async fn keep(self, in_place: Gauge, role: ActiveRole, drain: Signal) {
         let (mut said, mut known) = (None::<String>, None);
-        let (mut folder, mut turns) = (FolderWatch::new(&self.conf_dir), turn.subscribe());
+        let (mut folder, mut role_changes) = (FolderWatch::new(&self.conf_dir), role.subscribe());
         loop {
-            let Some(permit) = turn.permit() else {
+            let Some(permit) = role.permit() else {
                 tokio::select! {
                     () = drain.gentle() => return,
-                    changed = turns.changed() => if changed.is_err() { return },
+                    changed = role_changes.changed() => if changed.is_err() { return },
                 }
                 continue;
             };
@@ -193,7 +193,7 @@ impl Config {
             tokio::select! {
                 biased;
                 () = drain.gentle() => return,
-                changed = turns.changed() => if changed.is_err() { return },
+                changed = role_changes.changed() => if changed.is_err() { return },
                 () = folder.changed() => {}
             }
         }

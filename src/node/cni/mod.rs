@@ -5,12 +5,12 @@
 
 pub mod install;
 
-use crate::node::active_daemon::Turn;
+use crate::node::active_daemon::ActiveRole;
 use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Listener, Seqpacket};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
-use crate::task::files::{remove_leftovers, temporary_name, was_there};
+use crate::task::files::{beside, remove_leftovers, was_there};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
@@ -21,11 +21,11 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
 /// Bytes of a packet at most.
-const PACKET: usize = 64 * 1024;
+const PACKET_BYTES_MAX: usize = 64 * 1024;
 /// How long a plugin may take to say what it wants.
-const QUESTION: Duration = Duration::from_secs(5);
+const QUESTION_WITHIN: Duration = Duration::from_secs(5);
 /// How long the daemon may take to answer; runtimes give a plugin minutes, but one at a time for each pod.
-pub const ANSWER: Duration = Duration::from_secs(10);
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// How often the daemon says that it is there.
 const SEEN_EVERY: Duration = Duration::from_secs(5);
 /// Waits after the socket could not be made.
@@ -77,7 +77,7 @@ pub struct Answer {
 
 /// A question that waits for its answer.
 #[derive(Debug)]
-pub struct Asked {
+pub struct PendingQuestion {
     /// The question.
     pub question: Question,
     /// The pod's namespace.
@@ -88,9 +88,9 @@ pub struct Asked {
 
 /// Takes questions at `socket` while it is this daemon's turn, for as long as the group lives. Questions that another daemon's
 /// turn comes in between are answered all the same.
-pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Receiver<Asked>> {
-    let mut turns = turn.subscribe();
-    let mut listener = match *turns.borrow_and_update() {
+pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mpsc::Receiver<PendingQuestion>> {
+    let mut role_changes = role.subscribe();
+    let mut listener = match *role_changes.borrow_and_update() {
         true => Some(bind(socket)?),
         false => None,
     };
@@ -106,7 +106,7 @@ pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Rec
                     None => std::future::pending().await,
                 }
             };
-            let ours = *turns.borrow();
+            let ours = *role_changes.borrow();
             tokio::select! {
                 accepted = accepted => match accepted {
                     Ok(connection) => group.spawn(serve(connection, send.clone())),
@@ -115,11 +115,11 @@ pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Rec
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 },
-                changed = turns.changed() => {
+                changed = role_changes.changed() => {
                     if changed.is_err() {
                         return;
                     }
-                    let ours = *turns.borrow_and_update();
+                    let ours = *role_changes.borrow_and_update();
                     if ours {
                         // Whoever had the turn meanwhile has taken the path.
                         listener = bind_again(&socket).await;
@@ -131,7 +131,7 @@ pub fn listen(socket: &Path, turn: &Turn, tasks: &Group) -> io::Result<mpsc::Rec
                         tracing::warn!(socket = %socket.display(), "the CNI plugin's socket is not ours any more; made anew");
                         listener = bind_again(&socket).await;
                     }
-                    seen(&socket);
+                    write_last_seen(&socket);
                 }
             }
         }
@@ -147,8 +147,8 @@ fn bind(socket: &Path) -> io::Result<Bound> {
     let (Some(folder), Some(name)) = (folder, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
     std::fs::create_dir_all(folder)?;
     remove_leftovers(folder, name);
-    let listener = Listener::bind(socket, &folder.join(temporary_name(name)))?;
-    seen(socket);
+    let listener = Listener::bind(socket, &folder.join(beside(name)))?;
+    write_last_seen(socket);
     Ok((listener, id(socket)))
 }
 
@@ -178,7 +178,7 @@ fn seen_at(socket: &Path) -> PathBuf {
 }
 
 /// Says that the daemon is there.
-fn seen(socket: &Path) {
+fn write_last_seen(socket: &Path) {
     // Only whoever reads why a pod does not start misses it.
     let _ = std::fs::write(seen_at(socket), "The time of writing is when culvert was last here.\n");
 }
@@ -198,8 +198,8 @@ pub fn last_seen(socket: &Path) -> Option<(SystemTime, Duration)> {
     Some((at, at.elapsed().unwrap_or_default()))
 }
 
-async fn serve(connection: Seqpacket, asked: mpsc::Sender<Asked>) {
-    let result = match tokio::time::timeout(QUESTION, connection.receive(PACKET)).await {
+async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingQuestion>) {
+    let result = match tokio::time::timeout(QUESTION_WITHIN, connection.receive(PACKET_BYTES_MAX)).await {
         Ok(Ok(mut packet)) => match (serde_json::from_slice::<Question>(&packet.bytes), packet.truncated) {
             (Ok(question), false) => {
                 let netns = packet.descriptors.pop().and_then(|descriptor| {
@@ -219,18 +219,18 @@ async fn serve(connection: Seqpacket, asked: mpsc::Sender<Asked>) {
     }
 }
 
-async fn answer(question: Question, netns: Option<Netns>, asked: &mpsc::Sender<Asked>) -> Result<(), String> {
+async fn answer(question: Question, netns: Option<Netns>, asked: &mpsc::Sender<PendingQuestion>) -> Result<(), String> {
     if question.verb == Verb::Add && netns.is_none() {
         return Err("the plugin has sent no network namespace".into());
     }
     let (answer, answered) = oneshot::channel();
     let ask = async {
         let gone = || "the daemon is ending; try again".to_owned();
-        asked.send(Asked { question, netns, answer }).await.map_err(|_| gone())?;
+        asked.send(PendingQuestion { question, netns, answer }).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     };
-    let late = || format!("no answer within {} s", ANSWER.as_secs());
-    tokio::time::timeout(ANSWER, ask).await.unwrap_or_else(|_| Err(late()))
+    let late = || format!("no answer within {} s", ANSWER_WITHIN.as_secs());
+    tokio::time::timeout(ANSWER_WITHIN, ask).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// Why a question has no good answer.
@@ -256,7 +256,7 @@ pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::Fil
             None => connection.send(&bytes).await,
         }
         .map_err(away)?;
-        let packet = connection.receive(PACKET).await.map_err(away)?;
+        let packet = connection.receive(PACKET_BYTES_MAX).await.map_err(away)?;
         if packet.bytes.is_empty() {
             return Err(AskError::Away(format!("has ended and does not answer at {path} any more")));
         }
@@ -264,8 +264,10 @@ pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::Fil
             .map_err(|error| AskError::Refused(format!("the daemon's answer is not understood: {error}")))?;
         answer.error.map_or(Ok(()), |why| Err(AskError::Refused(why)))
     };
-    let late = || AskError::Away(format!("does not answer at {path} within {} s", (ANSWER + QUESTION).as_secs()));
-    tokio::time::timeout(ANSWER + QUESTION, work).await.unwrap_or_else(|_| Err(late()))
+    let late = || {
+        AskError::Away(format!("does not answer at {path} within {} s", (ANSWER_WITHIN + QUESTION_WITHIN).as_secs()))
+    };
+    tokio::time::timeout(ANSWER_WITHIN + QUESTION_WITHIN, work).await.unwrap_or_else(|_| Err(late()))
 }
 
 #[cfg(test)]
@@ -277,8 +279,8 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("culvert-cni-socket-{}", std::process::id()));
         let socket = folder.join("cni.sock");
         let tasks = Group::default();
-        let turn = Turn::alone();
-        let _asked = listen(&socket, &turn, &tasks).unwrap();
+        let role = ActiveRole::sole();
+        let _asked = listen(&socket, &role, &tasks).unwrap();
         remove_socket(&socket).unwrap();
         tokio::time::sleep(SEEN_EVERY * 2).await;
         assert!(Seqpacket::connect(&socket).is_ok(), "the daemon cannot be asked any more");

@@ -4,7 +4,7 @@
 use super::facts::{PodFacts, STATUS};
 use super::watch::Metrics;
 use crate::mesh::Text;
-use crate::node::status::{PodStatus, State};
+use crate::node::status::{CaptureState, PodStatus};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
 use crate::telemetry::limit::LogLimit;
@@ -47,16 +47,18 @@ pub const PENDING: &str = "pending";
 /// what peers send until then waits. A pod that was enabled before the daemon started stays so until it is known to fail.
 pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> Result<&'static str, ()> {
     match status {
-        Some(PodStatus { state: State::Captured, .. } | PodStatus { held: true, listening: true, .. }) => Ok(ENABLED),
+        Some(PodStatus { state: CaptureState::Captured, .. } | PodStatus { redirected: true, listening: true, .. }) => {
+            Ok(ENABLED)
+        }
         _ if unborn && said.is_none() => Err(()),
-        Some(PodStatus { state: State::Failed(_), listening: false, .. }) => Ok(PENDING),
+        Some(PodStatus { state: CaptureState::Failed(_), listening: false, .. }) => Ok(PENDING),
         _ if said.is_none() => Ok(PENDING),
         _ => Err(()),
     }
 }
 
 /// Its name.
-pub const WORD: &str = STATUS;
+pub const ANNOTATION: &str = STATUS;
 
 /// Removes the annotation of all pods of a node.
 pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
@@ -82,11 +84,11 @@ pub struct Annotator {
     metrics: Arc<Metrics>,
     complaints: LogLimit,
     tasks: Group,
-    on_the_way: HashMap<Text, Sent>,
-    results: (mpsc::Sender<Outcome>, mpsc::Receiver<Outcome>),
+    on_the_way: HashMap<Text, PatchState>,
+    results: (mpsc::Sender<PatchOutcome>, mpsc::Receiver<PatchOutcome>),
 }
 
-struct Sent {
+struct PatchState {
     value: Option<&'static str>,
     again_at: Option<Instant>,
     backoff: Backoff,
@@ -96,21 +98,21 @@ struct Sent {
 
 /// How a patch has ended.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct PatchOutcome {
     uid: Text,
-    result: Result<(), Failure>,
+    result: Result<(), PatchFailure>,
 }
 
 /// Why a patch was not taken.
 #[derive(Debug)]
-enum Failure {
+enum PatchFailure {
     /// Gone, or another pod of its name: nobody needs it any more.
     Gone,
     /// Anything else.
     Other(String),
 }
 
-impl Failure {
+impl PatchFailure {
     fn of(error: &kube::Error) -> Self {
         // In the words of the API server; another conflict, or what a webhook says, may end.
         let of_uid = |text: &str| OTHER_UID.iter().any(|words| text.contains(words));
@@ -136,8 +138,8 @@ impl Annotator {
     }
 
     /// Sees to a pod whose annotation is to be `value`; its start may be `awaited` for that.
-    pub fn see_to(&mut self, pod: &PodFacts, value: Option<&'static str>, awaited: bool) {
-        if pod.said() == value {
+    pub fn ensure(&mut self, pod: &PodFacts, value: Option<&'static str>, awaited: bool) {
+        if pod.annotation() == value {
             self.on_the_way.remove(&pod.uid);
             return;
         }
@@ -145,13 +147,13 @@ impl Annotator {
         match self.on_the_way.get(&pod.uid) {
             Some(sent) if sent.value == value && sent.again_at.is_none_or(|at| now < at) => return,
             // One at a time, so that the last one wins.
-            Some(Sent { again_at: None, .. }) => return,
+            Some(PatchState { again_at: None, .. }) => return,
             _ => {}
         }
         if self.sent().count() >= if awaited { AT_ONCE_AWAITED } else { AT_ONCE } {
             return;
         }
-        let sent = self.on_the_way.entry(pod.uid.clone()).or_insert_with(|| Sent {
+        let sent = self.on_the_way.entry(pod.uid.clone()).or_insert_with(|| PatchState {
             value,
             again_at: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
@@ -169,21 +171,21 @@ impl Annotator {
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
             let result = match tokio::time::timeout(DEADLINE, api.patch_status(&name, &params, &patch)).await {
                 Ok(Ok(_)) => Ok(()),
-                Ok(Err(error)) => Err(Failure::of(&error)),
-                Err(_) => Err(Failure::Other(format!("no answer within {} s", DEADLINE.as_secs()))),
+                Ok(Err(error)) => Err(PatchFailure::of(&error)),
+                Err(_) => Err(PatchFailure::Other(format!("no answer within {} s", DEADLINE.as_secs()))),
             };
             // The source has ended where this fails.
-            let _ = results.send(Outcome { uid, result }).await;
+            let _ = results.send(PatchOutcome { uid, result }).await;
         });
     }
 
     /// What is on its way now.
-    fn sent(&self) -> impl Iterator<Item = &Sent> {
+    fn sent(&self) -> impl Iterator<Item = &PatchState> {
         self.on_the_way.values().filter(|sent| sent.again_at.is_none())
     }
 
     /// The next patch that has ended; hand it to [`Self::ended`].
-    pub async fn outcome(&mut self) -> Outcome {
+    pub async fn outcome(&mut self) -> PatchOutcome {
         match self.results.1.recv().await {
             Some(outcome) => outcome,
             None => std::future::pending().await,
@@ -191,18 +193,18 @@ impl Annotator {
     }
 
     /// Takes note of how a patch has ended.
-    pub fn ended(&mut self, Outcome { uid, result }: Outcome) {
+    pub fn ended(&mut self, PatchOutcome { uid, result }: PatchOutcome) {
         let Some(sent) = self.on_the_way.get_mut(&uid) else { return };
         let wait = match result {
             Ok(()) => {
                 sent.result = Ok(());
                 ECHO
             }
-            Err(Failure::Gone) => {
+            Err(PatchFailure::Gone) => {
                 sent.result = Err("the Kubernetes API says that the pod is gone, or is another one of its name".into());
                 ECHO
             }
-            Err(Failure::Other(error)) => {
+            Err(PatchFailure::Other(error)) => {
                 self.metrics.patch_failed();
                 let wait = sent.backoff.next();
                 // With the API away each pod's fails, again and again; the watches say that.
@@ -224,12 +226,12 @@ impl Annotator {
 
     /// Whether the API has been told that a pod is captured; else why not, as far as that is known.
     pub fn has_enabled(&self, pod: &PodFacts) -> Result<(), String> {
-        if pod.said() == Some(ENABLED) {
+        if pod.annotation() == Some(ENABLED) {
             return Ok(());
         }
         let result = match self.on_the_way.get(&pod.uid) {
             Some(sent) if sent.value == Some(ENABLED) => sent.result.clone(),
-            Some(Sent { again_at: None, .. }) => Err("another value is being written first".into()),
+            Some(PatchState { again_at: None, .. }) => Err("another value is being written first".into()),
             _ => match self.sent().count() {
                 0 => Err("it is about to be written".into()),
                 others => Err(format!("{others} other annotations are being written first")),
@@ -248,7 +250,7 @@ impl Annotator {
 mod tests {
     use super::*;
     use crate::node::spec::{NetnsRef, PodSpec, Settings};
-    use crate::node::status::Noted;
+    use crate::node::status::Observations;
     use std::time::SystemTime;
 
     #[test]
@@ -267,25 +269,25 @@ mod tests {
             state,
             since: SystemTime::now(),
             listening,
-            held: false,
-            earlier: 0,
-            noted: Noted::default(),
+            redirected: false,
+            preexisting: 0,
+            observations: Observations::default(),
         };
-        let failed = || State::Failed("why".into());
-        let pending = || State::Pending("why".into());
+        let failed = || CaptureState::Failed("why".into());
+        let pending = || CaptureState::Pending("why".into());
         for (what, said, unborn, expected) in [
-            (Some(status(State::Captured, true)), None, false, Ok(ENABLED)),
-            (Some(status(State::Captured, true)), Some(PENDING), false, Ok(ENABLED)),
+            (Some(status(CaptureState::Captured, true)), None, false, Ok(ENABLED)),
+            (Some(status(CaptureState::Captured, true)), Some(PENDING), false, Ok(ENABLED)),
             (Some(status(pending(), false)), None, false, Ok(PENDING)),
-            (Some(PodStatus { held: true, ..status(pending(), true) }), Some(PENDING), false, Ok(ENABLED)),
-            (Some(PodStatus { held: true, ..status(pending(), false) }), Some(PENDING), false, Err(())),
+            (Some(PodStatus { redirected: true, ..status(pending(), true) }), Some(PENDING), false, Ok(ENABLED)),
+            (Some(PodStatus { redirected: true, ..status(pending(), false) }), Some(PENDING), false, Err(())),
             (Some(status(pending(), true)), Some(PENDING), false, Err(())),
             (Some(status(pending(), true)), Some(ENABLED), false, Err(())),
             (Some(status(failed(), true)), Some(ENABLED), false, Err(())),
             (Some(status(failed(), false)), Some(ENABLED), false, Ok(PENDING)),
             (None, None, false, Ok(PENDING)),
             (None, Some(ENABLED), false, Err(())),
-            (Some(status(State::Captured, true)), None, true, Ok(ENABLED)),
+            (Some(status(CaptureState::Captured, true)), None, true, Ok(ENABLED)),
             (Some(status(pending(), false)), None, true, Err(())),
             (Some(status(failed(), false)), None, true, Err(())),
             (Some(status(failed(), false)), Some(ENABLED), true, Ok(PENDING)),
@@ -309,8 +311,8 @@ mod tests {
             (403, "", false),
         ] {
             let status = kube::core::Status { code, message: message.into(), ..Default::default() };
-            let failure = Failure::of(&kube::Error::Api(Box::new(status)));
-            assert_eq!(matches!(failure, Failure::Gone), gone, "{code} {message}: {failure:?}");
+            let failure = PatchFailure::of(&kube::Error::Api(Box::new(status)));
+            assert_eq!(matches!(failure, PatchFailure::Gone), gone, "{code} {message}: {failure:?}");
         }
     }
 
@@ -322,16 +324,16 @@ mod tests {
         let pod = |n: usize| PodFacts { uid: n.to_string().as_str().into(), ..PodFacts::default() };
         let why = |annotator: &Annotator, pod: &PodFacts| annotator.has_enabled(pod).unwrap_err();
         assert!(why(&annotator, &pod(0)).ends_with("it is about to be written"));
-        (0..100).for_each(|n| annotator.see_to(&pod(n), Some(PENDING), false));
+        (0..100).for_each(|n| annotator.ensure(&pod(n), Some(PENDING), false));
         assert_eq!(annotator.sent().count(), AT_ONCE);
         let (first, last) = (pod(0), pod(99));
-        annotator.see_to(&last, Some(ENABLED), false);
+        annotator.ensure(&last, Some(ENABLED), false);
         assert!(why(&annotator, &last).ends_with("16 other annotations are being written first"));
-        annotator.see_to(&last, Some(ENABLED), true);
+        annotator.ensure(&last, Some(ENABLED), true);
         assert!(why(&annotator, &last).ends_with("has not taken it yet"));
-        annotator.see_to(&first, Some(ENABLED), true);
+        annotator.ensure(&first, Some(ENABLED), true);
         assert!(why(&annotator, &first).ends_with("another value is being written first"));
-        (100..200).for_each(|n| annotator.see_to(&pod(n), Some(ENABLED), true));
+        (100..200).for_each(|n| annotator.ensure(&pod(n), Some(ENABLED), true));
         assert_eq!(annotator.sent().count(), AT_ONCE_AWAITED, "many are bounded too");
     }
 }

@@ -11,7 +11,7 @@ pub enum Owner {
 
 /// What a process's cgroups say.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Said {
+pub struct CgroupOwner {
     /// Whose it is: the outermost, which the node's runtime has made.
     pub owner: Owner,
     /// Another one that is named further inside. A pod that may write its own cgroup can name there whom it likes.
@@ -20,24 +20,24 @@ pub struct Said {
 
 /// Reads `/proc/PID/cgroup`; `node` is that of the node's first process, because the node may itself be a container of a pod.
 /// Nothing where nobody is named, or different ones are in different hierarchies.
-pub fn said(text: &str, node: &str) -> Option<Said> {
-    let all: Vec<Said> = text.lines().filter_map(|line| below(line, node)).filter_map(of_path).collect();
+pub fn owner_of(text: &str, node: &str) -> Option<CgroupOwner> {
+    let all: Vec<CgroupOwner> = text.lines().filter_map(|line| below(line, node)).filter_map(of_path).collect();
     // A hierarchy that names the pod says more than one that names a container alone.
-    let is_pod = |said: &&Said| matches!(said.owner, Owner::Pod(_));
+    let is_pod = |said: &&CgroupOwner| matches!(said.owner, Owner::Pod(_));
     let owner = all.iter().find(is_pod).or(all.first())?.owner.clone();
     let kind = std::mem::discriminant(&owner);
     let agreed = all.iter().filter(|said| std::mem::discriminant(&said.owner) == kind).all(|said| said.owner == owner);
     let inside = all.into_iter().find_map(|said| said.inside);
-    agreed.then_some(Said { owner, inside })
+    agreed.then_some(CgroupOwner { owner, inside })
 }
 
-fn of_path(path: &str) -> Option<Said> {
+fn of_path(path: &str) -> Option<CgroupOwner> {
     let mut named = path.split(['/', ':']).filter_map(named);
     let owner = named.next()?;
     // Containers of a pod are named inside of it.
     let other = named.find(|inner| *inner != owner && !matches!((&owner, inner), (Owner::Pod(_), Owner::Container(_))));
     let inside = other.map(|(Owner::Pod(id) | Owner::Container(id))| id);
-    Some(Said { owner, inside })
+    Some(CgroupOwner { owner, inside })
 }
 
 fn named(part: &str) -> Option<Owner> {
@@ -98,7 +98,7 @@ mod tests {
     const ID: &str = "4f2a0c9b8d7e6f5a4b3c2d1e0f9a8b7c6d5e4f3a2b1c0d9e8f7a6b5c4d3e2f1a";
 
     fn owner(text: &str) -> Option<Owner> {
-        let said = said(text, "0::/init.scope\n")?;
+        let said = owner_of(text, "0::/init.scope\n")?;
         assert_eq!(said.inside, None, "{text}");
         Some(said.owner)
     }
@@ -136,11 +136,11 @@ mod tests {
         let node = format!("/kubelet/kubepods/pod{}/{ID}", UID.replace('d', "0"));
         for first in ["/init.scope", "", "/"] {
             let found =
-                said(&format!("0::{node}/kubelet.slice/kubepods/pod{UID}/{ID}"), &format!("0::{node}{first}\n"));
-            assert_eq!(found, Some(Said { owner: Owner::Pod(UID.into()), inside: None }));
+                owner_of(&format!("0::{node}/kubelet.slice/kubepods/pod{UID}/{ID}"), &format!("0::{node}{first}\n"));
+            assert_eq!(found, Some(CgroupOwner { owner: Owner::Pod(UID.into()), inside: None }));
         }
-        let found = said(&format!("0::{node}/system.slice/crio-{ID}.scope"), &format!("0::{node}/init.scope"));
-        assert_eq!(found, Some(Said { owner: Owner::Container(ID.into()), inside: None }));
+        let found = owner_of(&format!("0::{node}/system.slice/crio-{ID}.scope"), &format!("0::{node}/init.scope"));
+        assert_eq!(found, Some(CgroupOwner { owner: Owner::Container(ID.into()), inside: None }));
     }
 
     #[test]
@@ -158,11 +158,11 @@ mod tests {
             (format!("0::/system.slice/crio-{ID}.scope/crio-{other}.scope"), Owner::Container(ID.into()), &other),
             (format!("0::/system.slice/crio-{ID}.scope/{other}"), Owner::Container(ID.into()), &other),
         ] {
-            assert_eq!(said(&text, "0::/\n"), Some(Said { owner, inside: Some(named.clone()) }), "{text}");
+            assert_eq!(owner_of(&text, "0::/\n"), Some(CgroupOwner { owner, inside: Some(named.clone()) }), "{text}");
         }
         // A container that names a pod inside is of no pod that anybody could know.
-        let named = said(&format!("0::/system.slice/crio-{ID}.scope/pod{victim}"), "0::/init.scope\n");
-        assert_eq!(named, Some(Said { owner: Owner::Container(ID.into()), inside: Some(victim) }));
+        let named = owner_of(&format!("0::/system.slice/crio-{ID}.scope/pod{victim}"), "0::/init.scope\n");
+        assert_eq!(named, Some(CgroupOwner { owner: Owner::Container(ID.into()), inside: Some(victim) }));
     }
 
     #[test]
@@ -183,8 +183,8 @@ mod tests {
     proptest! {
         #[test]
         fn reading_is_total(text in "\\PC{0,200}", tail in "[a-z0-9/_.:-]{0,120}") {
-            let _ = said(&text, &tail);
-            let _ = said(&format!("0::/kubepods/pod{tail}"), &text);
+            let _ = owner_of(&text, &tail);
+            let _ = owner_of(&format!("0::/kubepods/pod{tail}"), &text);
         }
     }
 }

@@ -21,7 +21,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_se
 
 /// What is known of our DaemonSet. It may be deleted at the same moment as our rights to ask for it.
 #[derive(Debug, Default)]
-pub struct OwnSet {
+pub struct OwnDaemonSet {
     /// It has been there, and could be asked for.
     existed: AtomicBool,
     /// The API has told that it is gone, or goes.
@@ -34,7 +34,7 @@ pub struct OwnSet {
 
 /// What follows from what the API says at the end.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum ShutdownPlan {
     /// Another daemon follows, or nobody can tell.
     Stays,
     /// The next daemon does without the plugin: nobody would answer it.
@@ -45,7 +45,7 @@ pub(super) enum End {
     Gone(&'static str),
 }
 
-impl OwnSet {
+impl OwnDaemonSet {
     /// Whether nothing of ours is to stay on the node, as far as that has been found out.
     pub fn nothing_stays(&self) -> bool {
         self.nothing_stays.load(Ordering::Relaxed)
@@ -61,7 +61,7 @@ impl OwnSet {
         self.gone.load(Ordering::Relaxed) && self.watched.load(Ordering::Relaxed)
     }
 
-    fn told(&self, gone: bool) {
+    fn record(&self, gone: bool) {
         self.existed.store(true, Ordering::Relaxed);
         if self.gone.swap(gone, Ordering::Relaxed) != gone {
             match gone {
@@ -77,7 +77,7 @@ impl OwnSet {
     pub(super) async fn follow(self: Arc<Self>, client: Client, config: KubernetesConfig) {
         let api: Api<DaemonSet> = Api::namespaced(client, &config.enablement.own_namespace);
         if let Ok(Ok(Some(set))) = tokio::time::timeout(ASK, api.get_opt(&config.daemonset)).await {
-            self.told(set.metadata.deletion_timestamp.is_some());
+            self.record(set.metadata.deletion_timestamp.is_some());
         }
         let params =
             WatchParams::default().fields(&format!("metadata.name={}", config.daemonset)).timeout(WATCH_SECONDS);
@@ -90,9 +90,9 @@ impl OwnSet {
                 while let Some(Ok(event)) = events.next().await {
                     match event {
                         WatchEvent::Added(set) | WatchEvent::Modified(set) => {
-                            self.told(set.metadata.deletion_timestamp.is_some());
+                            self.record(set.metadata.deletion_timestamp.is_some());
                         }
-                        WatchEvent::Deleted(_) => self.told(true),
+                        WatchEvent::Deleted(_) => self.record(true),
                         WatchEvent::Bookmark(_) => {}
                         WatchEvent::Error(_) => break,
                     }
@@ -107,29 +107,31 @@ impl OwnSet {
     }
 
     /// What follows from an answer of the API; none came within its time where there is none.
-    pub(super) fn end(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> End {
+    pub(super) fn plan(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> ShutdownPlan {
         let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
         match asked {
-            Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => End::Gone("is being deleted"),
-            Some(Ok(Some(set))) if !asks_for_plugin(set) => End::PluginGoes,
-            Some(Ok(Some(_))) => End::Stays,
+            Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => ShutdownPlan::Gone("is being deleted"),
+            Some(Ok(Some(set))) if !asks_for_plugin(set) => ShutdownPlan::PluginGoes,
+            Some(Ok(Some(_))) => ShutdownPlan::Stays,
             // One of another name would not be found either.
-            Some(Ok(None)) if existed => End::Gone("does not exist any more"),
-            Some(Ok(None)) => End::WithoutPlugin("does not exist"),
-            Some(Err(_)) | None if told => End::Gone("has been deleted"),
+            Some(Ok(None)) if existed => ShutdownPlan::Gone("does not exist any more"),
+            Some(Ok(None)) => ShutdownPlan::WithoutPlugin("does not exist"),
+            Some(Err(_)) | None if told => ShutdownPlan::Gone("has been deleted"),
             // Its account, or its rights, have been deleted before it; or keys and rights have changed.
-            Some(Err(kube::Error::Api(status))) if status.code == 401 => End::WithoutPlugin("has lost its account"),
+            Some(Err(kube::Error::Api(status))) if status.code == 401 => {
+                ShutdownPlan::WithoutPlugin("has lost its account")
+            }
             Some(Err(kube::Error::Api(status))) if status.code == 403 && existed => {
-                End::WithoutPlugin("has lost its rights")
+                ShutdownPlan::WithoutPlugin("has lost its rights")
             }
             // Whoever cannot tell leaves everything: pods that should be captured wait, rather than start without.
             Some(Err(error)) => {
                 tracing::warn!(error = with_causes(error), "everything stays on the node: DaemonSet not readable");
-                End::Stays
+                ShutdownPlan::Stays
             }
             None => {
                 tracing::warn!("everything stays on the node: the Kubernetes API does not answer");
-                End::Stays
+                ShutdownPlan::Stays
             }
         }
     }
@@ -159,10 +161,10 @@ mod tests {
 
     #[test]
     fn the_plugin_goes_where_the_next_daemon_does_not_answer_it() {
-        let own = OwnSet::default();
-        assert_eq!(own.end(Some(&Ok(Some(asking(CNI_CONF_DIR))))), End::Stays);
-        assert_eq!(own.end(Some(&Ok(Some(asking("CULVERT_CNI_SOCKET"))))), End::PluginGoes);
-        assert_eq!(own.end(Some(&Ok(Some(DaemonSet::default())))), End::PluginGoes);
+        let own = OwnDaemonSet::default();
+        assert_eq!(own.plan(Some(&Ok(Some(asking(CNI_CONF_DIR))))), ShutdownPlan::Stays);
+        assert_eq!(own.plan(Some(&Ok(Some(asking("CULVERT_CNI_SOCKET"))))), ShutdownPlan::PluginGoes);
+        assert_eq!(own.plan(Some(&Ok(Some(DaemonSet::default())))), ShutdownPlan::PluginGoes);
     }
 
     #[test]
@@ -174,30 +176,30 @@ mod tests {
             Some(Ok(Some(set)))
         };
         for (what, existed, told, asked, expected) in [
-            ("an upgrade", true, false, there(false), End::Stays),
-            ("deleted and made anew", true, true, there(false), End::Stays),
-            ("being deleted", false, false, there(true), End::Gone("is being deleted")),
-            ("deleted", true, false, Some(Ok(None)), End::Gone("does not exist any more")),
-            ("another name", false, false, Some(Ok(None)), End::WithoutPlugin("does not exist")),
-            ("rights gone with it", true, true, refused(403), End::Gone("has been deleted")),
-            ("account gone with it", true, true, refused(401), End::Gone("has been deleted")),
-            ("the API goes too", true, true, None, End::Gone("has been deleted")),
-            ("keys changed", true, false, refused(401), End::WithoutPlugin("has lost its account")),
-            ("rights changed", true, false, refused(403), End::WithoutPlugin("has lost its rights")),
-            ("never had rights", false, false, refused(403), End::Stays),
-            ("an API in trouble", true, false, refused(500), End::Stays),
-            ("an API that is away", true, false, None, End::Stays),
+            ("an upgrade", true, false, there(false), ShutdownPlan::Stays),
+            ("deleted and made anew", true, true, there(false), ShutdownPlan::Stays),
+            ("being deleted", false, false, there(true), ShutdownPlan::Gone("is being deleted")),
+            ("deleted", true, false, Some(Ok(None)), ShutdownPlan::Gone("does not exist any more")),
+            ("another name", false, false, Some(Ok(None)), ShutdownPlan::WithoutPlugin("does not exist")),
+            ("rights gone with it", true, true, refused(403), ShutdownPlan::Gone("has been deleted")),
+            ("account gone with it", true, true, refused(401), ShutdownPlan::Gone("has been deleted")),
+            ("the API goes too", true, true, None, ShutdownPlan::Gone("has been deleted")),
+            ("keys changed", true, false, refused(401), ShutdownPlan::WithoutPlugin("has lost its account")),
+            ("rights changed", true, false, refused(403), ShutdownPlan::WithoutPlugin("has lost its rights")),
+            ("never had rights", false, false, refused(403), ShutdownPlan::Stays),
+            ("an API in trouble", true, false, refused(500), ShutdownPlan::Stays),
+            ("an API that is away", true, false, None, ShutdownPlan::Stays),
         ] {
-            let own = OwnSet::default();
+            let own = OwnDaemonSet::default();
             own.existed.store(existed, Ordering::Relaxed);
             own.gone.store(told, Ordering::Relaxed);
             own.watched.store(true, Ordering::Relaxed);
-            assert_eq!(own.end(asked.as_ref()), expected, "{what}");
+            assert_eq!(own.plan(asked.as_ref()), expected, "{what}");
         }
         // It has been told, and the watch has ended: it may have been made again.
-        let own = OwnSet::default();
-        own.told(true);
-        assert_eq!(own.end(None), End::Stays);
-        assert_eq!(own.end(refused(403).as_ref()), End::WithoutPlugin("has lost its rights"));
+        let own = OwnDaemonSet::default();
+        own.record(true);
+        assert_eq!(own.plan(None), ShutdownPlan::Stays);
+        assert_eq!(own.plan(refused(403).as_ref()), ShutdownPlan::WithoutPlugin("has lost its rights"));
     }
 }

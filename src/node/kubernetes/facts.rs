@@ -30,7 +30,7 @@ const NAMED_MAX: usize = 100;
 const NAMES_MAX: usize = 4;
 
 /// An annotation that is not understood, and what of it is not.
-pub type Fault = (&'static str, String);
+pub type AnnotationFault = (&'static str, String);
 
 /// What is looked at of a pod. What its owner writes is kept only as far as it means something.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub struct PodFacts {
     /// Labels.
     pub labels: Labels,
     /// What its status annotation says.
-    pub said: Option<Text>,
+    pub status_annotation: Option<Text>,
     /// Whether it has a sidecar.
     pub has_sidecar: bool,
     /// Whether its sidecar counts on an istio-cni that has not redirected it: the container that looks for that has failed.
@@ -56,7 +56,7 @@ pub struct PodFacts {
     /// Its own settings.
     pub settings: Settings,
     /// What of its annotations is not understood, and counts as absent: at most one for each.
-    pub faults: Vec<Fault>,
+    pub faults: Vec<AnnotationFault>,
     /// What its containers may do to its own network.
     pub powers: Powers,
     /// Whether it is in the host's network namespace.
@@ -87,7 +87,7 @@ impl PodFacts {
         let annotations = metadata.annotations.unwrap_or_default();
         let (settings, faults) = settings(&annotations);
         let powers = powers(&spec);
-        let said = annotations.get(STATUS).map(|said| abbreviated(said).as_str().into());
+        let status_annotation = annotations.get(STATUS).map(|said| abbreviated(said).as_str().into());
         let account = spec.service_account_name.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".into());
         Some(Self {
             uid: text(metadata.uid)?,
@@ -96,7 +96,7 @@ impl PodFacts {
             namespace: text(metadata.namespace)?,
             service_account: account.as_str().into(),
             labels: metadata.labels.unwrap_or_default(),
-            said,
+            status_annotation,
             is_not_redirected: is_not_redirected && annotations.contains_key(SIDECAR),
             has_sidecar: annotations.contains_key(SIDECAR),
             settings,
@@ -111,8 +111,8 @@ impl PodFacts {
     }
 
     /// What its status annotation says.
-    pub fn said(&self) -> Option<&str> {
-        self.said.as_deref()
+    pub fn annotation(&self) -> Option<&str> {
+        self.status_annotation.as_deref()
     }
 }
 
@@ -134,7 +134,7 @@ fn static_uid(annotations: &Labels) -> Option<Text> {
 }
 
 /// A pod's own settings, and what of them is not understood.
-fn settings(annotations: &Labels) -> (Settings, Vec<Fault>) {
+fn settings(annotations: &Labels) -> (Settings, Vec<AnnotationFault>) {
     let mut faults = Vec::new();
     let mut boolean = |name: &'static str| {
         let said = annotations.get(name)?;

@@ -24,4 +24,4 @@ pub mod watch;
 
 pub use super::config::KubernetesConfig as Config;
 pub use client::client;
-pub use state::Source;
+pub use state::Enrolment;

@@ -1,10 +1,10 @@
 //! The questions of the CNI plugin, answered from what is known of pods.
 
 use super::facts::PodFacts;
-use super::pod_netns::Place;
+use super::pod_netns::PodNetns;
 use super::state::Running;
 use crate::mesh::Text;
-use crate::node::cni::{Asked, Question, Verb};
+use crate::node::cni::{PendingQuestion, Question, Verb};
 use crate::node::spec::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
@@ -43,14 +43,14 @@ pub(super) fn starts(question: &Question, pod: &PodFacts) -> bool {
 
 impl Running {
     /// Takes a question of the CNI plugin.
-    pub(super) fn ask(&mut self, asked: Asked) {
+    pub(super) fn ask(&mut self, asked: PendingQuestion) {
         let Question { verb, name, namespace, .. } = &asked.question;
         match verb {
             Verb::Status => drop(asked.answer.send(Ok(()))),
             Verb::Del => {
                 // Without its namespace it is of a sandbox that has gone long since; the pod's present one is another's.
                 if let Some(netns) = &asked.netns {
-                    self.places.retain(|_, place| place.netns != *netns);
+                    self.netns_of.retain(|_, place| place.netns != *netns);
                 }
                 drop(asked.answer.send(Ok(())));
             }
@@ -81,12 +81,12 @@ impl Running {
             if let Some((uid, netns)) = verdict.place {
                 let ips = asked.question.ips.clone();
                 handed_over = true;
-                self.places.insert(uid, Place { handed_over: true, ips, ..Place::new(netns) });
+                self.netns_of.insert(uid, PodNetns { handed_over: true, ips, ..PodNetns::new(netns) });
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),
                 // It waits for what is the other one's now: the runtime finds that one when it asks again.
-                None if !self.source.capturer.turn.is_ours() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
+                None if !self.source.capturer.role.is_active() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
                 None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
                 None => self.asked.push((asked, deadline)),
             }
@@ -94,7 +94,7 @@ impl Running {
         handed_over
     }
 
-    fn verdict(&self, asked: &Asked) -> Verdict {
+    fn verdict(&self, asked: &PendingQuestion) -> Verdict {
         let Question { verb, name, namespace, .. } = &asked.question;
         let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
         let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
@@ -113,7 +113,7 @@ impl Running {
             };
         }
         let status = self.source.board.get(&pod.uid);
-        let ours = |netns: &Netns| self.places.get(&pod.uid).is_some_and(|place| place.netns == *netns);
+        let ours = |netns: &Netns| self.netns_of.get(&pod.uid).is_some_and(|place| place.netns == *netns);
         if let (Verb::Add, Some(netns)) = (verb, asked.netns.as_ref().filter(|netns| !ours(netns))) {
             let place = Some((pod.uid.clone(), netns.clone()));
             return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
@@ -123,7 +123,7 @@ impl Running {
             None => true,
         };
         match status {
-            Some(status) if status.held && there(&status) => match (verb, self.annotator.has_enabled(pod)) {
+            Some(status) if status.redirected && there(&status) => match (verb, self.annotator.has_enabled(pod)) {
                 // Its peers must know before it runs; they hear of its address from the API, and of this with it.
                 (Verb::Add, Err(why)) => later(why),
                 _ => now(Ok(())),

@@ -15,12 +15,12 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// What is known of the pods that are in.
 #[derive(Debug, Default)]
-pub(super) struct Late {
-    seen: HashMap<Text, Seen>,
+pub(super) struct ReadyBeforeEnabled {
+    seen: HashMap<Text, PodRecord>,
 }
 
 #[derive(Debug)]
-struct Seen {
+struct PodRecord {
     /// Whether it was Ready when it was seen first.
     was_ready: bool,
     captured_since: Option<Instant>,
@@ -30,18 +30,18 @@ struct Seen {
 
 /// What is to be done about a pod now.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct News {
+pub(super) struct Finding {
     /// It is to be counted.
     pub(super) count: bool,
     /// It is to be named.
     pub(super) name: bool,
 }
 
-impl Late {
+impl ReadyBeforeEnabled {
     /// Looks at a pod that is in, of which the API has been `told` that it is captured, or has not. `room` says whether
     /// the log takes a line now; one that finds none is named at a later look, whatever has become of the pod by then.
-    pub(super) fn look(&mut self, pod: &PodFacts, captured: bool, told: bool, room: impl FnOnce() -> bool) -> News {
-        let begun = || Seen { was_ready: pod.ready, captured_since: None, counted: false, named: false };
+    pub(super) fn check(&mut self, pod: &PodFacts, captured: bool, told: bool, room: impl FnOnce() -> bool) -> Finding {
+        let begun = || PodRecord { was_ready: pod.ready, captured_since: None, counted: false, named: false };
         let seen = self.seen.entry(pod.uid.clone()).or_insert_with(begun);
         seen.captured_since = captured.then(|| seen.captured_since.unwrap_or_else(Instant::now));
         let grace = if seen.was_ready { GRACE } else { Duration::ZERO };
@@ -50,7 +50,7 @@ impl Late {
         seen.counted |= count;
         let name = seen.counted && !seen.named && room();
         seen.named |= name;
-        News { count, name }
+        Finding { count, name }
     }
 
     /// Forgets pods that are not in any more.
@@ -82,8 +82,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_pod_that_is_ready_first_is_named_once_and_one_that_is_labelled_late_has_a_grace() {
         let pod = |uid: &str, ready| PodFacts { uid: uid.into(), ready, ..PodFacts::default() };
-        let mut all = Late::default();
-        let mut is_late = |pod: &PodFacts, captured, told| all.look(pod, captured, told, || true) != News::default();
+        let mut all = ReadyBeforeEnabled::default();
+        let mut is_late =
+            |pod: &PodFacts, captured, told| all.check(pod, captured, told, || true) != Finding::default();
         assert!(!is_late(&pod("new", false), false, false));
         assert!(!is_late(&pod("new", false), true, false), "it is not Ready");
         assert!(is_late(&pod("new", true), true, false));
@@ -98,21 +99,21 @@ mod tests {
         tokio::time::advance(GRACE).await;
         assert!(is_late(&pod("labelled", true), true, false), "nobody writes it");
         all.retain(|uid| &**uid != "labelled");
-        assert_eq!(all.look(&pod("labelled", true), true, false, || true), News::default(), "it is labelled anew");
+        assert_eq!(all.check(&pod("labelled", true), true, false, || true), Finding::default(), "it is labelled anew");
     }
 
     #[test]
     fn who_finds_no_room_in_the_log_is_counted_at_once_and_named_later() {
         let pod = |ready| PodFacts { uid: "a".into(), ready, ..PodFacts::default() };
-        let mut late = Late::default();
-        assert_eq!(late.look(&pod(false), true, false, || true), News::default());
-        assert_eq!(late.look(&pod(true), true, false, || false), News { count: true, name: false });
-        assert_eq!(late.look(&pod(true), true, false, || false), News::default());
+        let mut late = ReadyBeforeEnabled::default();
+        assert_eq!(late.check(&pod(false), true, false, || true), Finding::default());
+        assert_eq!(late.check(&pod(true), true, false, || false), Finding { count: true, name: false });
+        assert_eq!(late.check(&pod(true), true, false, || false), Finding::default());
         assert_eq!(
-            late.look(&pod(true), true, true, || true),
-            News { count: false, name: true },
+            late.check(&pod(true), true, true, || true),
+            Finding { count: false, name: true },
             "though it is told now"
         );
-        assert_eq!(late.look(&pod(true), true, false, || true), News::default(), "once");
+        assert_eq!(late.check(&pod(true), true, false, || true), Finding::default(), "once");
     }
 }

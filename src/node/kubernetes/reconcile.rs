@@ -2,16 +2,16 @@
 //! what is done with what should be, and makes good the difference.
 
 use super::annotate::{self, Annotator};
-use super::facts::{Fault, PodFacts};
+use super::facts::{AnnotationFault, PodFacts};
 use super::plugin;
-use super::ready_before_enabled::{self, Late};
-use super::saved::Memory;
-use super::state::{Running, Search, Source, described, spec};
-use super::watch::{self, Told};
+use super::ready_before_enabled::{self, ReadyBeforeEnabled};
+use super::saved::SavedPods;
+use super::state::{Enrolment, Running, ScanSchedule, described, spec};
+use super::watch::{self, ApiEvent};
 use crate::mesh::Text;
 use crate::node::selectors::Labels;
 use crate::node::spec::{NetnsRef, PodSpec};
-use crate::node::status::State;
+use crate::node::status::CaptureState;
 use crate::task::{Group, Signal};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ const NOT_REDIRECTED: &str = "its sidecar counts on istio-cni to redirect it (co
      that: have the sidecar injected with istio-init (pilot.cni.enabled: false in istiod's values), or take it out and label the pod \
      istio.io/dataplane-mode=ambient";
 
-impl Source {
+impl Enrolment {
     /// Follows the API until the process ends.
     pub async fn run(mut self, drain: Signal) {
         let (tell, mut told) = mpsc::channel(QUEUE);
@@ -49,25 +49,25 @@ impl Source {
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
-        let memory = Memory::read(self.config.memory.clone(), &self.config.node_name).await;
+        let saved = SavedPods::read(self.config.memory.clone(), &self.config.node_name).await;
         let mut running = Running {
             source: self,
             pods: None,
             namespaces: None,
-            places: HashMap::new(),
-            nowhere: HashMap::new(),
+            netns_of: HashMap::new(),
+            unlocated: HashMap::new(),
             annotator,
-            scan: Search::default(),
+            scan: ScanSchedule::default(),
             ready,
             asked: Vec::new(),
             cleaned: HashMap::new(),
             clean_from: Instant::now(),
             complained: HashMap::new(),
-            late: Late::default(),
-            memory,
+            ready_before_enabled: ReadyBeforeEnabled::default(),
+            saved,
             tasks: tasks.clone(),
         };
-        let mut turns = running.source.capturer.turn.subscribe();
+        let mut role_changes = running.source.capturer.role.subscribe();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -88,11 +88,11 @@ impl Source {
                 }
                 Some(found) = running.scan.results.1.recv() => running.found(found),
                 outcome = running.annotator.outcome() => running.annotator.ended(outcome),
-                result = running.memory.outcome() => running.memory.ended(result),
+                result = running.saved.outcome() => running.saved.ended(result),
                 Ok(()) = states.changed() => {}
-                Ok(()) = turns.changed() => running.turn_changed(),
+                Ok(()) = role_changes.changed() => running.role_changed(),
                 Some(asked) = asks => running.ask(asked),
-                _ = looks.tick() => running.look(),
+                _ = looks.tick() => running.check_netns(),
                 () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
             }
             running.reconcile();
@@ -107,7 +107,7 @@ impl Source {
 }
 
 impl Running {
-    fn take(&mut self, told: Told) {
+    fn take(&mut self, told: ApiEvent) {
         self.scan.soon();
         let enablement = &self.source.config.enablement;
         let of_pod = |mut pod: PodFacts| {
@@ -119,39 +119,39 @@ impl Running {
             (name, labels)
         };
         match told {
-            Told::AllPods(all) => self.pods = Some(all.into_iter().map(of_pod).collect()),
-            Told::Pod(pod) => self.pods.get_or_insert_default().extend([of_pod(pod)]),
-            Told::NoPod(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
-            Told::AllNamespaces(all) => self.namespaces = Some(all.into_iter().map(of_namespace).collect()),
-            Told::Namespace(name, labels) => {
+            ApiEvent::AllPods(all) => self.pods = Some(all.into_iter().map(of_pod).collect()),
+            ApiEvent::Pod(pod) => self.pods.get_or_insert_default().extend([of_pod(pod)]),
+            ApiEvent::PodGone(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
+            ApiEvent::AllNamespaces(all) => self.namespaces = Some(all.into_iter().map(of_namespace).collect()),
+            ApiEvent::Namespace(name, labels) => {
                 self.namespaces.get_or_insert_default().extend([of_namespace((name, labels))]);
             }
-            Told::NoNamespace(name) => drop(self.namespaces.as_mut().map(|all| all.remove(&name))),
+            ApiEvent::NamespaceGone(name) => drop(self.namespaces.as_mut().map(|all| all.remove(&name))),
         }
     }
 
     /// Makes what is done what it should be.
     fn reconcile(&mut self) {
         let Some(wanted) = self.wanted() else {
-            self.go_on_by_memory();
+            self.apply_saved();
             self.answer();
             return;
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
-        self.end_of_memory();
+        self.end_of_saved();
         if self.source.capturer.mesh.load().told.missing().is_none() {
-            self.source.capturer.turn.becomes_able();
+            self.source.capturer.role.set_ready();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
-        self.places.retain(|uid, _| uids.contains(uid));
-        self.nowhere.retain(|uid, _| uids.contains(uid));
+        self.netns_of.retain(|uid, _| uids.contains(uid));
+        self.unlocated.retain(|uid, _| uids.contains(uid));
         self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
         let (mut specs, mut shown) = (Vec::new(), Vec::new());
         for pod in &wanted {
             complain(&mut self.complained, pod);
             // Once it is in it may leave its rules behind.
             self.cleaned.remove(&pod.uid);
-            match self.places.get(&pod.uid) {
+            match self.netns_of.get(&pod.uid) {
                 Some(place) => {
                     let mut spec = spec(pod, place.netns.clone());
                     if place.path.is_none() && !place.ips.is_empty() {
@@ -161,12 +161,12 @@ impl Running {
                 }
                 None => {
                     let why = match pod.ips.is_empty() {
-                        true => State::Pending("it has no address yet: its sandbox is not there".into()),
+                        true => CaptureState::Pending("it has no address yet: its sandbox is not there".into()),
                         false => self
-                            .nowhere
+                            .unlocated
                             .get(&pod.uid)
                             .cloned()
-                            .unwrap_or_else(|| State::Pending("its network namespace is sought".into())),
+                            .unwrap_or_else(|| CaptureState::Pending("its network namespace is sought".into())),
                     };
                     let netns = NetnsRef::Path(PathBuf::new());
                     shown.push((PodSpec { netns, ..described(pod) }, why));
@@ -177,7 +177,7 @@ impl Running {
         // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
         let sought_all = self.scan.running.is_none()
             && wanted.iter().all(|pod| {
-                pod.ips.is_empty() || self.places.contains_key(&pod.uid) || self.nowhere.contains_key(&pod.uid)
+                pod.ips.is_empty() || self.netns_of.contains_key(&pod.uid) || self.unlocated.contains_key(&pod.uid)
             });
         self.source.pods.apply(specs, self.ready.as_ref());
         self.source.pods.show(shown);
@@ -185,7 +185,7 @@ impl Running {
             self.ready = None;
         }
         self.annotate(&wanted);
-        self.remember(&wanted);
+        self.save(&wanted);
         // What the plugin has handed over becomes a pod, and what it asks may be answered then.
         if self.answer() {
             self.reconcile();
@@ -193,13 +193,13 @@ impl Running {
     }
 
     /// Pods that nobody redirects, and that are refused by name.
-    fn not_redirected(&self) -> Vec<(PodSpec, State)> {
+    fn not_redirected(&self) -> Vec<(PodSpec, CaptureState)> {
         let all = self.pods.iter().flat_map(HashMap::values).filter(|pod| pod.is_not_redirected && !pod.ended);
-        all.map(|pod| (described(pod), State::Failed(NOT_REDIRECTED.into()))).collect()
+        all.map(|pod| (described(pod), CaptureState::Failed(NOT_REDIRECTED.into()))).collect()
     }
 
     fn annotate(&mut self, wanted: &[PodFacts]) {
-        if !self.source.capturer.turn.is_ours() {
+        if !self.source.capturer.role.is_active() {
             return;
         }
         let Some(pods) = &self.pods else { return };
@@ -212,12 +212,13 @@ impl Running {
                     let status = states.get(&pod.uid);
                     let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.question, pod));
                     let unborn = awaited || pod.ips.is_empty();
-                    if let Ok(value) = annotate::wanted(status, pod.said(), unborn) {
-                        self.annotator.see_to(pod, Some(value), awaited);
+                    if let Ok(value) = annotate::wanted(status, pod.annotation(), unborn) {
+                        self.annotator.ensure(pod, Some(value), awaited);
                     }
-                    let captured = status.is_some_and(|status| status.held || status.state == State::Captured);
+                    let captured =
+                        status.is_some_and(|status| status.redirected || status.state == CaptureState::Captured);
                     let told = self.annotator.has_enabled(pod).is_ok();
-                    let news = self.late.look(pod, captured, told, ready_before_enabled::room);
+                    let news = self.ready_before_enabled.check(pod, captured, told, ready_before_enabled::room);
                     if news.count {
                         self.source.metrics.late();
                     }
@@ -226,11 +227,11 @@ impl Running {
                     }
                 }
                 // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
-                false if pod.said().is_some() && !pod.ended => self.annotator.see_to(pod, None, false),
+                false if pod.annotation().is_some() && !pod.ended => self.annotator.ensure(pod, None, false),
                 false => {}
             }
         }
-        self.late.retain(|uid| uids.contains(uid));
+        self.ready_before_enabled.retain(|uid| uids.contains(uid));
         self.annotator.retain(|uid| pods.contains_key(uid));
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
         self.complained.retain(|uid, _| pods.contains_key(uid));
@@ -238,10 +239,10 @@ impl Running {
 }
 
 /// Names what of a pod's annotations is not understood: once, and once more where that has changed, but not all the time.
-fn complain(complained: &mut HashMap<Text, (Vec<Fault>, Instant)>, pod: &PodFacts) {
+fn complain(complained: &mut HashMap<Text, (Vec<AnnotationFault>, Instant)>, pod: &PodFacts) {
     let said = complained.get(&pod.uid);
-    let is_said = |fault: &&Fault| said.is_some_and(|(said, _)| said.contains(fault));
-    let news: Vec<&Fault> = pod.faults.iter().filter(|fault| !is_said(fault)).collect();
+    let is_said = |fault: &&AnnotationFault| said.is_some_and(|(said, _)| said.contains(fault));
+    let news: Vec<&AnnotationFault> = pod.faults.iter().filter(|fault| !is_said(fault)).collect();
     if news.is_empty() || said.is_some_and(|(_, at)| at.elapsed() < COMPLAIN_EVERY) {
         return;
     }

@@ -2,8 +2,8 @@
 //! of them.
 
 use super::facts::PodFacts;
-use super::saved::Enrolled;
-use super::scan::Sought;
+use super::saved::SavedPod;
+use super::scan::SoughtPod;
 use super::state::{Running, spec};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
@@ -12,20 +12,20 @@ use tokio::time::Instant;
 
 impl Running {
     /// Remembered pods whose namespace is not known, while the API has told of none.
-    pub(super) fn sought_by_memory(&self) -> Vec<Sought> {
-        let has_no_place = |pod: &&PodFacts| self.places.get(&pod.uid).is_none_or(|place| place.path.is_none());
-        self.remembered().into_iter().filter(has_no_place).map(Sought::from).collect()
+    pub(super) fn sought_saved(&self) -> Vec<SoughtPod> {
+        let has_no_place = |pod: &&PodFacts| self.netns_of.get(&pod.uid).is_none_or(|place| place.path.is_none());
+        self.remembered().into_iter().filter(has_no_place).map(SoughtPod::from).collect()
     }
 
     fn remembered(&self) -> Vec<&PodFacts> {
         // One that the API has told nothing of, where it has told of the others, is no more.
         let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
-        self.memory.all().filter(may_be).collect()
+        self.saved.all().filter(may_be).collect()
     }
 
     /// Takes a namespace that was found of a remembered pod, which is that pod's only if it is the one that was captured.
-    pub(super) fn found_by_memory(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
-        match self.memory.netns(&uid) {
+    pub(super) fn found_saved(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
+        match self.saved.netns(&uid) {
             Some(id) if id == netns.id() => self.place(uid, netns, path, began),
             Some(_) => self.forget(&uid, "its processes are in another network namespace now"),
             None => {}
@@ -34,10 +34,10 @@ impl Running {
 
     /// Forgets a remembered pod: it waits for the API. One that is captured stays so: to let go of it would pass its traffic.
     pub(super) fn forget(&mut self, uid: &Text, why: &str) {
-        if self.places.contains_key(uid) {
+        if self.netns_of.contains_key(uid) {
             return;
         }
-        let Some(pod) = self.memory.remove(uid) else { return };
+        let Some(pod) = self.saved.remove(uid) else { return };
         let (namespace, name) = (&*pod.namespace, &*pod.name);
         tracing::warn!(
             namespace,
@@ -48,26 +48,26 @@ impl Running {
     }
 
     /// Captures what an earlier daemon had captured, until the API says who is in.
-    pub(super) fn go_on_by_memory(&mut self) {
-        let here = |pod: &PodFacts| self.places.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
+    pub(super) fn apply_saved(&mut self) {
+        let here = |pod: &PodFacts| self.netns_of.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
         let specs = self.remembered().into_iter().filter_map(here).collect();
         self.source.pods.apply(specs, None);
     }
 
     /// The API has told of pods and namespaces: what was remembered is forgotten, and its places are as good as any.
-    pub(super) fn end_of_memory(&mut self) {
-        for uid in self.memory.clear() {
-            self.keep_if_its_own(&uid);
+    pub(super) fn end_of_saved(&mut self) {
+        for uid in self.saved.clear() {
+            self.drop_if_address_gone(&uid);
         }
     }
 
     /// Keeps the file what is enrolled now.
-    pub(super) fn remember(&mut self, wanted: &[PodFacts]) {
-        if !self.memory.is_due() {
+    pub(super) fn save(&mut self, wanted: &[PodFacts]) {
+        if !self.saved.is_due() {
             return;
         }
-        let here = |pod: &PodFacts| Some(Enrolled::of(pod, &self.places.get(&pod.uid)?.netns, self.ips(pod)));
-        let pods: Vec<Enrolled> = wanted.iter().filter_map(here).collect();
-        self.memory.save(pods.into_iter(), &self.tasks);
+        let here = |pod: &PodFacts| Some(SavedPod::of(pod, &self.netns_of.get(&pod.uid)?.netns, self.ips(pod)));
+        let pods: Vec<SavedPod> = wanted.iter().filter_map(here).collect();
+        self.saved.save(pods.into_iter(), &self.tasks);
     }
 }

@@ -34,13 +34,13 @@ struct File {
     format: u32,
     node: String,
     boot: String,
-    pods: Vec<Enrolled>,
+    pods: Vec<SavedPod>,
 }
 
 /// One pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Enrolled {
+pub(super) struct SavedPod {
     uid: String,
     static_uid: Option<String>,
     name: String,
@@ -57,7 +57,7 @@ pub(super) struct Enrolled {
     net_raw: bool,
 }
 
-impl Enrolled {
+impl SavedPod {
     pub(super) fn of(pod: &PodFacts, netns: &Netns, ips: Vec<IpAddr>) -> Self {
         let Settings { dns, bypass_inbound, virtual_interfaces } = &pod.settings;
         Self {
@@ -105,7 +105,7 @@ impl Enrolled {
 }
 
 /// Reads the file; nothing where there is none, or it is of an earlier start of the machine.
-fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<Enrolled>, String> {
+fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<SavedPod>, String> {
     let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
         return Ok(Vec::new());
     };
@@ -125,20 +125,20 @@ fn write(path: &Path, file: &File) -> io::Result<()> {
 
 /// What is remembered, and what is written of that.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct SavedPods {
     /// `None` where nothing is to be kept.
     path: Option<PathBuf>,
     node: String,
     boot: String,
     /// What an earlier daemon had enrolled, until the API tells of pods and namespaces.
     pods: HashMap<Text, (PodFacts, (u64, u64))>,
-    written: Option<Vec<Enrolled>>,
-    writing: Option<Vec<Enrolled>>,
+    written: Option<Vec<SavedPod>>,
+    writing: Option<Vec<SavedPod>>,
     next: Instant,
     results: (mpsc::Sender<io::Result<()>>, mpsc::Receiver<io::Result<()>>),
 }
 
-impl Memory {
+impl SavedPods {
     /// What the file says. One that cannot be used is named, and left out.
     pub(super) async fn read(path: Option<PathBuf>, node: &str) -> Self {
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
@@ -194,9 +194,9 @@ impl Memory {
     }
 
     /// Writes the pods that are enrolled now in the background, if they differ from what was written last.
-    pub(super) fn save(&mut self, pods: impl Iterator<Item = Enrolled>, tasks: &Group) {
+    pub(super) fn save(&mut self, pods: impl Iterator<Item = SavedPod>, tasks: &Group) {
         let Some(path) = self.path.clone() else { return };
-        let mut pods: Vec<Enrolled> = pods.take(PODS_MAX).collect();
+        let mut pods: Vec<SavedPod> = pods.take(PODS_MAX).collect();
         pods.sort_by(|a, b| a.uid.cmp(&b.uid));
         if self.written.as_ref() == Some(&pods) {
             return;
@@ -270,7 +270,7 @@ mod tests {
         };
         let netns = Netns::open(Path::new("/proc/self/ns/net")).unwrap();
         let id = netns.id();
-        let enrolled = Enrolled::of(&pod, &netns, pod.ips.clone());
+        let enrolled = SavedPod::of(&pod, &netns, pod.ips.clone());
         assert_eq!((enrolled.facts(), enrolled.netns), (pod, id));
         let file = |pods| File { format: FORMAT, node: "n".into(), boot: "b".into(), pods };
         write(&path, &file(vec![enrolled.clone()])).unwrap();
@@ -280,7 +280,7 @@ mod tests {
         write(&path, &file(vec![enrolled.clone(); PODS_MAX + 1])).unwrap();
         assert!(read(&path, "n", "b").unwrap_err().contains("more than"));
         // A name that must not stand in a script does not come in this way.
-        let odd = Enrolled { virtual_interfaces: vec!["\"; flush ruleset".into()], ..enrolled };
+        let odd = SavedPod { virtual_interfaces: vec!["\"; flush ruleset".into()], ..enrolled };
         assert_eq!(odd.facts().settings.virtual_interfaces, []);
         let long = std::fs::File::create(&path).unwrap();
         long.set_len(BYTES_MAX + 1).unwrap();

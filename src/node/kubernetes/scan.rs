@@ -2,7 +2,7 @@
 //! namespace that holds the pod's address. Who has only entered the namespace of another pod does not have its address; where
 //! two namespaces hold it, nobody can tell which is the pod's.
 
-use super::cgroup::{Owner, Said, said};
+use super::cgroup::{CgroupOwner, Owner, owner_of};
 use super::facts::PodFacts;
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, id_at};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 /// A pod that is looked for.
 #[derive(Clone, Debug)]
-pub struct Sought {
+pub struct SoughtPod {
     /// Uid.
     pub uid: Text,
     /// Uid that its cgroups name, where that is another.
@@ -23,7 +23,7 @@ pub struct Sought {
     pub ips: Vec<IpAddr>,
 }
 
-impl From<&PodFacts> for Sought {
+impl From<&PodFacts> for SoughtPod {
     fn from(pod: &PodFacts) -> Self {
         Self {
             uid: pod.uid.clone(),
@@ -36,7 +36,7 @@ impl From<&PodFacts> for Sought {
 
 /// What was found of a pod.
 #[derive(Clone, Debug)]
-pub enum Found {
+pub enum ScanResult {
     /// Its namespace, open, and the path that leads to it as long as the process lives.
     Namespace(Netns, PathBuf),
     /// Processes of it, in namespaces that are not its own; says why.
@@ -67,15 +67,15 @@ struct Candidate {
 }
 
 /// Looks for pods below `proc`, the host's procfs. Takes as long as the node has processes.
-pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found> {
-    let mut by_uid: HashMap<&str, Vec<&Sought>> = HashMap::new();
+pub fn scan(proc: &Path, host: &Path, sought: &[SoughtPod]) -> HashMap<Text, ScanResult> {
+    let mut by_uid: HashMap<&str, Vec<&SoughtPod>> = HashMap::new();
     // Anybody may claim the uid of a file on the node; the address decides between those who do.
     for (uid, pod) in sought.iter().filter_map(|pod| Some((pod.static_uid.as_deref()?, pod))) {
         by_uid.entry(uid).or_default().push(pod);
     }
     // A real uid is that pod's, whoever claims it.
     by_uid.extend(sought.iter().map(|pod| (&*pod.uid, vec![pod])));
-    let by_container: HashMap<&str, Vec<&Sought>> =
+    let by_container: HashMap<&str, Vec<&SoughtPod>> =
         sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, vec![pod]))).collect();
     let node = std::fs::read_to_string(proc.join("1/cgroup")).unwrap_or_default();
     let not_pods: HashSet<(u64, u64)> = [proc.join("1/ns/net"), PathBuf::from("/proc/self/ns/net"), host.to_owned()]
@@ -89,7 +89,7 @@ pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found>
         // A process may end at any of these.
         let Some(netns) = id_at(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
         let Ok(cgroups) = std::fs::read_to_string(folder.join("cgroup")) else { continue };
-        let Some(Said { owner, inside }) = said(&cgroups, &node) else { continue };
+        let Some(CgroupOwner { owner, inside }) = owner_of(&cgroups, &node) else { continue };
         let (Owner::Pod(id) | Owner::Container(id)) = &owner;
         let owners = if matches!(owner, Owner::Pod(_)) { &by_uid } else { &by_container };
         let (Some(pods), Some(started)) = (owners.get(id.as_str()), started(&folder)) else { continue };
@@ -107,15 +107,15 @@ pub fn scan(proc: &Path, host: &Path, sought: &[Sought]) -> HashMap<Text, Found>
             }
         }
     }
-    let mut pick = |pod: &Sought| match candidates.remove(&pod.uid) {
+    let mut pick = |pod: &SoughtPod| match candidates.remove(&pod.uid) {
         Some(candidates) => choose(proc, pod, candidates),
-        None => Found::Nothing,
+        None => ScanResult::Nothing,
     };
     sought.iter().map(|pod| (pod.uid.clone(), pick(pod))).collect()
 }
 
 /// The one namespace that holds the pod's address.
-fn choose(proc: &Path, pod: &Sought, Candidates { by_netns, mut refused }: Candidates) -> Found {
+fn choose(proc: &Path, pod: &SoughtPod, Candidates { by_netns, mut refused }: Candidates) -> ScanResult {
     let mut candidates: Vec<((u64, u64), Candidate)> = by_netns.into_iter().collect();
     candidates.sort_by_key(|(_, candidate)| (candidate.started, candidate.pid));
     let mut found = Vec::new();
@@ -138,13 +138,13 @@ fn choose(proc: &Path, pod: &Sought, Candidates { by_netns, mut refused }: Candi
     }
     let (all, own) = (refused.join("; "), list(&pod.ips));
     match (found.pop(), found.pop()) {
-        (Some((_, netns, path)), None) => Found::Namespace(netns.without_path(), path),
-        (Some((one, ..)), Some((other, ..))) => Found::Refused(format!(
+        (Some((_, netns, path)), None) => ScanResult::Namespace(netns.kept(), path),
+        (Some((one, ..)), Some((other, ..))) => ScanResult::Refused(format!(
             "two namespaces hold its address {own}, of the processes {other} and {one}: which is the pod's cannot be told; \
              restart the pod"
         )),
-        (None, _) if refused.is_empty() => Found::Nothing,
-        (None, _) => Found::Refused(format!("no namespace of its processes holds its address {own}: {all}")),
+        (None, _) if refused.is_empty() => ScanResult::Nothing,
+        (None, _) => ScanResult::Refused(format!("no namespace of its processes holds its address {own}: {all}")),
     }
 }
 
@@ -196,8 +196,8 @@ mod tests {
         }
     }
 
-    fn sought(ip: &str) -> Sought {
-        Sought { uid: UID.into(), static_uid: None, containers: Vec::new(), ips: vec![ip.parse().unwrap()] }
+    fn sought(ip: &str) -> SoughtPod {
+        SoughtPod { uid: UID.into(), static_uid: None, containers: Vec::new(), ips: vec![ip.parse().unwrap()] }
     }
 
     /// Makes a namespace with an address; it lives as long as the descriptor, which has a path.
@@ -229,10 +229,10 @@ mod tests {
         let found = |ip: &str| scan(&proc.0, Path::new("/nonexistent"), &[sought(ip)]).remove(UID).unwrap();
         let id = |path: &str| id_at(Path::new(path)).unwrap();
         assert!(
-            matches!(found("10.9.0.1"), Found::Namespace(netns, path) if netns.id() == id(&own) && path.ends_with("50/ns/net"))
+            matches!(found("10.9.0.1"), ScanResult::Namespace(netns, path) if netns.id() == id(&own) && path.ends_with("50/ns/net"))
         );
-        assert!(matches!(found("10.9.0.2"), Found::Namespace(netns, _) if netns.id() == id(&foreign)));
-        let Found::Refused(why) = found("10.9.0.3") else { panic!("nobody has it") };
+        assert!(matches!(found("10.9.0.2"), ScanResult::Namespace(netns, _) if netns.id() == id(&foreign)));
+        let ScanResult::Refused(why) = found("10.9.0.3") else { panic!("nobody has it") };
         assert!(why.contains("10.9.0.3") && why.contains("10.9.0.2") && why.contains("process 40"), "{why}");
         let open = || fs::read_dir("/proc/self/fd").unwrap().count();
         let before = open();
@@ -243,7 +243,7 @@ mod tests {
         assert!(open() < before + 200, "{before} became {}", open());
         assert!(matches!(
             scan(Path::new("/nonexistent"), Path::new("/"), &[sought("10.9.0.1")]).remove(UID),
-            Some(Found::Nothing)
+            Some(ScanResult::Nothing)
         ));
     }
 
@@ -256,30 +256,35 @@ mod tests {
         let (ours, theirs) = (format!("/kubepods/burstable/pod{UID}/x"), format!("/kubepods/burstable/pod{other}/x"));
         proc.process(30, &format!("{theirs}/pod{UID}/y"), 10, &claims);
         let victim = sought("10.9.1.1");
-        let scan = |sought: &[Sought]| super::scan(&proc.0, Path::new("/nonexistent"), sought);
+        let scan = |sought: &[SoughtPod]| super::scan(&proc.0, Path::new("/nonexistent"), sought);
         assert!(
-            matches!(scan(std::slice::from_ref(&victim))[UID], Found::Nothing),
+            matches!(scan(std::slice::from_ref(&victim))[UID], ScanResult::Nothing),
             "a name inside of another's cgroup"
         );
-        let attacker = Sought { uid: other.as_str().into(), ..sought("10.9.1.2") };
-        let Found::Refused(why) = &scan(std::slice::from_ref(&attacker))[other.as_str()] else {
+        let attacker = SoughtPod { uid: other.as_str().into(), ..sought("10.9.1.2") };
+        let ScanResult::Refused(why) = &scan(std::slice::from_ref(&attacker))[other.as_str()] else {
             panic!("it is refused")
         };
         assert!(why.contains("process 30") && why.contains(UID), "{why}");
         // Its own processes elsewhere are no reason to doubt the victim's.
         proc.process(40, &ours, 50, &own);
         let all = scan(&[victim.clone(), attacker.clone()]);
-        assert!(matches!(&all[UID], Found::Namespace(_, path) if path.ends_with("40/ns/net")));
+        assert!(matches!(&all[UID], ScanResult::Namespace(_, path) if path.ends_with("40/ns/net")));
         // A uid that is claimed as that of a file: the pod that has it wins; between two, the address decides.
-        let claimed = Sought { static_uid: Some(UID.into()), ..attacker.clone() };
+        let claimed = SoughtPod { static_uid: Some(UID.into()), ..attacker.clone() };
         let all = scan(&[victim.clone(), claimed.clone()]);
-        assert!(matches!(all[UID], Found::Namespace(..)) && !matches!(all[other.as_str()], Found::Namespace(..)));
-        let mirror = Sought { uid: "mirror".into(), static_uid: Some(UID.into()), ..victim.clone() };
+        assert!(
+            matches!(all[UID], ScanResult::Namespace(..)) && !matches!(all[other.as_str()], ScanResult::Namespace(..))
+        );
+        let mirror = SoughtPod { uid: "mirror".into(), static_uid: Some(UID.into()), ..victim.clone() };
         let all = scan(&[mirror, claimed]);
-        assert!(matches!(all["mirror"], Found::Namespace(..)) && !matches!(all[other.as_str()], Found::Namespace(..)));
+        assert!(
+            matches!(all["mirror"], ScanResult::Namespace(..))
+                && !matches!(all[other.as_str()], ScanResult::Namespace(..))
+        );
         // Two of its own with its address.
         proc.process(50, &ours, 60, &claims);
-        let Found::Refused(why) = &scan(&[victim])[UID] else { panic!("both are refused") };
+        let ScanResult::Refused(why) = &scan(&[victim])[UID] else { panic!("both are refused") };
         assert!(why.contains("processes 40 and 50") && why.contains("10.9.1.1"), "{why}");
     }
 }

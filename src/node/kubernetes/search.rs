@@ -2,10 +2,10 @@
 //! which an earlier daemon may have left its rules.
 
 use super::facts::PodFacts;
-use super::scan::{Found, Sought, scan};
+use super::scan::{ScanResult, SoughtPod, scan};
 use super::state::{Running, SCAN_EVERY, Scanned, spec};
 use crate::mesh::Text;
-use crate::node::status::State;
+use crate::node::status::CaptureState;
 use crate::task::thread;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -19,16 +19,16 @@ const CLEAN_TIMES: u32 = 10;
 
 impl Running {
     /// Pods whose namespace is not known.
-    fn sought(&self) -> Vec<Sought> {
-        let has_place = |uid: &Text| self.places.get(uid).is_some_and(|place| place.path.is_some());
+    fn sought(&self) -> Vec<SoughtPod> {
+        let has_place = |uid: &Text| self.netns_of.get(uid).is_some_and(|place| place.path.is_some());
         let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
         // A real uid is that pod's alone, sought or not.
         let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
         let sought = |pod: &&PodFacts| {
-            let sought = Sought::from(*pod);
-            Sought { static_uid: sought.static_uid.filter(|uid| !is_real(uid)), ..sought }
+            let sought = SoughtPod::from(*pod);
+            SoughtPod { static_uid: sought.static_uid.filter(|uid| !is_real(uid)), ..sought }
         };
-        let Some(wanted) = self.wanted() else { return self.sought_by_memory() };
+        let Some(wanted) = self.wanted() else { return self.sought_saved() };
         let others = self.leftovers();
         wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
     }
@@ -40,7 +40,7 @@ impl Running {
 
     /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
     fn leftovers(&self) -> Vec<&PodFacts> {
-        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.turn.is_ours()) else { return Vec::new() };
+        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.role.is_active()) else { return Vec::new() };
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
         let left = |pod: &&PodFacts| {
             let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
@@ -50,9 +50,9 @@ impl Running {
     }
 
     /// What another daemon has left is looked for anew. It may be letting go of a pod: its connections have their time.
-    pub(super) fn turn_changed(&mut self) {
+    pub(super) fn role_changed(&mut self) {
         self.cleaned.clear();
-        if self.source.capturer.turn.is_ours() {
+        if self.source.capturer.role.is_active() {
             self.clean_from = Instant::now() + self.source.capturer.config.release_deadline;
         }
     }
@@ -60,7 +60,7 @@ impl Running {
     /// Looks for them among the node's processes.
     pub(super) fn start_scan(&mut self) {
         let sought = self.sought();
-        (self.scan.running, self.scan.by_memory) = (Some(Instant::now()), self.wanted().is_none());
+        (self.scan.running, self.scan.from_saved) = (Some(Instant::now()), self.wanted().is_none());
         let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
@@ -74,7 +74,7 @@ impl Running {
     pub(super) fn found(&mut self, found: Scanned) {
         let began = self.scan.running.take();
         let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
-        if wanted.is_some() && self.scan.by_memory {
+        if wanted.is_some() && self.scan.from_saved {
             // It was looked for by addresses that may be old.
             self.scan.next = Instant::now();
             return;
@@ -83,9 +83,9 @@ impl Running {
         for (uid, found) in found {
             let Some(wanted) = &wanted else {
                 match found {
-                    Found::Namespace(netns, path) => self.found_by_memory(uid, netns, path, began),
-                    Found::Refused(why) => self.forget(&uid, &why),
-                    Found::Nothing => all = false,
+                    ScanResult::Namespace(netns, path) => self.found_saved(uid, netns, path, began),
+                    ScanResult::Refused(why) => self.forget(&uid, &why),
+                    ScanResult::Nothing => all = false,
                 }
                 continue;
             };
@@ -94,17 +94,17 @@ impl Running {
                 continue;
             }
             match found {
-                Found::Namespace(netns, path) => {
-                    self.nowhere.remove(&uid);
+                ScanResult::Namespace(netns, path) => {
+                    self.unlocated.remove(&uid);
                     self.place(uid, netns, path, began);
                     continue;
                 }
                 // Without a process the place stays as long as it holds the pod's address: containers come and go.
-                _ if self.places.contains_key(&uid) => self.keep_if_its_own(&uid),
-                Found::Refused(why) => drop(self.nowhere.insert(uid, State::Failed(why))),
-                Found::Nothing => {
+                _ if self.netns_of.contains_key(&uid) => self.drop_if_address_gone(&uid),
+                ScanResult::Refused(why) => drop(self.unlocated.insert(uid, CaptureState::Failed(why))),
+                ScanResult::Nothing => {
                     let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
-                    self.nowhere.insert(uid, State::Pending(why.into()));
+                    self.unlocated.insert(uid, CaptureState::Pending(why.into()));
                 }
             }
             all = false;
@@ -114,22 +114,22 @@ impl Running {
     }
 
     /// Removes what an earlier daemon has left in a pod that is not in.
-    fn clean(&mut self, uid: &Text, found: Found) {
+    fn clean(&mut self, uid: &Text, found: ScanResult) {
         let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
         let times = self.cleaned.entry(uid.clone()).or_default();
         // One whose processes are just being started is looked for again.
-        *times = if matches!(found, Found::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
-        if let Found::Namespace(netns, _) = found
+        *times = if matches!(found, ScanResult::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
+        if let ScanResult::Namespace(netns, _) = found
             && self.source.board.get(uid).is_none()
         {
             let spec = spec(pod, netns);
             let (capturer, from) = (self.source.capturer.clone(), self.clean_from);
             self.tasks.spawn(async move {
                 if Instant::now() < from {
-                    capturer.let_pass(&spec).await;
+                    capturer.stop_redirecting(&spec).await;
                     tokio::time::sleep_until(from).await;
                 }
-                capturer.clean(&spec).await;
+                capturer.remove_rules(&spec).await;
             });
         }
     }

@@ -2,22 +2,22 @@
 //! and how to tell whether these are still the right ones.
 
 use super::annotate::Annotator;
-use super::daemonset::OwnSet;
-use super::facts::{Fault, PodFacts};
-use super::pod_netns::Place;
-use super::ready_before_enabled::Late;
-use super::saved::Memory;
-use super::scan::Found;
+use super::daemonset::OwnDaemonSet;
+use super::facts::{AnnotationFault, PodFacts};
+use super::pod_netns::PodNetns;
+use super::ready_before_enabled::ReadyBeforeEnabled;
+use super::saved::SavedPods;
+use super::scan::ScanResult;
 use super::watch::Metrics;
 use crate::mesh::Text;
 use crate::node::capture::Capturer;
-use crate::node::cni::Asked;
+use crate::node::cni::PendingQuestion;
 use crate::node::config::KubernetesConfig;
-use crate::node::kubelet_probes::Probed;
+use crate::node::kubelet_probes::ProbedPods;
 use crate::node::pods::Pods;
 use crate::node::selectors::Labels;
 use crate::node::spec::{NetnsRef, PodSpec};
-use crate::node::status::{Board, State};
+use crate::node::status::{Board, CaptureState};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::Group;
 use crate::task::ready::Pending;
@@ -36,7 +36,7 @@ const ADDRESS_GONE: Duration = Duration::from_secs(3);
 pub(super) const SCAN_EVERY: Duration = Duration::from_millis(500);
 
 /// What the source works with.
-pub struct Source {
+pub struct Enrolment {
     /// Settings.
     pub config: KubernetesConfig,
     /// The API.
@@ -47,64 +47,64 @@ pub struct Source {
     pub board: Arc<Board>,
     /// Cleans up what is not captured any more.
     pub capturer: Arc<Capturer>,
-    /// Told whose kubelet probes are to be let through.
-    pub probed: Probed,
+    /// ApiEvent whose kubelet probes are to be let through.
+    pub probed: ProbedPods,
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// Questions of the CNI plugin, where there is one.
-    pub plugin: Option<mpsc::Receiver<Asked>>,
+    pub plugin: Option<mpsc::Receiver<PendingQuestion>>,
     /// Given up when each pod of the first list has had one attempt.
     pub ready: Option<Pending>,
     /// What is known of our DaemonSet.
-    pub own_set: Arc<OwnSet>,
+    pub own_set: Arc<OwnDaemonSet>,
 }
 
 pub(super) struct Running {
-    pub(super) source: Source,
+    pub(super) source: Enrolment,
     /// `None` until the first list.
     pub(super) pods: Option<HashMap<Text, PodFacts>>,
     pub(super) namespaces: Option<HashMap<Text, Labels>>,
-    pub(super) places: HashMap<Text, Place>,
+    pub(super) netns_of: HashMap<Text, PodNetns>,
     /// Why a pod has no place, as far as that is known.
-    pub(super) nowhere: HashMap<Text, State>,
+    pub(super) unlocated: HashMap<Text, CaptureState>,
     pub(super) annotator: Annotator,
-    pub(super) scan: Search,
+    pub(super) scan: ScanSchedule,
     pub(super) ready: Option<Arc<Pending>>,
     /// Questions of the CNI plugin that wait for the API, or for the capture.
-    pub(super) asked: Vec<(Asked, Instant)>,
+    pub(super) asked: Vec<(PendingQuestion, Instant)>,
     /// Pods whose leftovers have been looked for, and how often.
     pub(super) cleaned: HashMap<Text, u32>,
     /// Until when connections in them have their time: another daemon may be letting go of them.
     pub(super) clean_from: Instant,
     /// What has been said of pods' annotations, and when.
-    pub(super) complained: HashMap<Text, (Vec<Fault>, Instant)>,
+    pub(super) complained: HashMap<Text, (Vec<AnnotationFault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
-    pub(super) late: Late,
-    pub(super) memory: Memory,
+    pub(super) ready_before_enabled: ReadyBeforeEnabled,
+    pub(super) saved: SavedPods,
     pub(super) tasks: Group,
 }
 
 /// What was found of each pod.
-pub(super) type Scanned = HashMap<Text, Found>;
+pub(super) type Scanned = HashMap<Text, ScanResult>;
 
 /// Where the search is.
-pub(super) struct Search {
+pub(super) struct ScanSchedule {
     pub(super) results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
     /// When the scan that runs began.
     pub(super) running: Option<Instant>,
     /// Whether it looks for what is remembered.
-    pub(super) by_memory: bool,
+    pub(super) from_saved: bool,
     pub(super) next: Instant,
     pub(super) wait: Duration,
 }
 
-impl Default for Search {
+impl Default for ScanSchedule {
     fn default() -> Self {
-        Self { results: mpsc::channel(1), running: None, by_memory: false, next: Instant::now(), wait: SCAN_EVERY }
+        Self { results: mpsc::channel(1), running: None, from_saved: false, next: Instant::now(), wait: SCAN_EVERY }
     }
 }
 
-impl Search {
+impl ScanSchedule {
     /// There is news: what is sought may be found now.
     pub(super) fn soon(&mut self) {
         self.wait = SCAN_EVERY;
@@ -126,7 +126,7 @@ impl Running {
 
     /// The addresses of a pod, by whoever knows of its present sandbox.
     pub(super) fn ips(&self, pod: &PodFacts) -> Vec<IpAddr> {
-        match self.places.get(&pod.uid) {
+        match self.netns_of.get(&pod.uid) {
             Some(place) if place.path.is_none() && !place.ips.is_empty() => place.ips.clone(),
             _ => pod.ips.clone(),
         }
@@ -134,10 +134,10 @@ impl Running {
 
     /// Takes a namespace that a scan has found, which `began` before.
     pub(super) fn place(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
-        let is_own = self.is_its_own(&uid);
-        match self.places.get_mut(&uid) {
+        let is_own = self.holds_pod_address(&uid);
+        match self.netns_of.get_mut(&uid) {
             Some(place) if place.netns == netns => {
-                (place.path, place.bare_since) = (Some(path), None);
+                (place.path, place.address_missing_since) = (Some(path), None);
                 place.ips.clear();
             }
             // A later one than the scan knows of.
@@ -153,22 +153,22 @@ impl Running {
                 }
             }
             _ => {
-                self.places.insert(uid, Place { path: Some(path), ..Place::new(netns) });
+                self.netns_of.insert(uid, PodNetns { path: Some(path), ..PodNetns::new(netns) });
             }
         }
     }
 
     /// Gives up the place of a pod whose address it does not hold any more: the sandbox has ended.
-    pub(super) fn keep_if_its_own(&mut self, uid: &Text) {
-        if self.is_its_own(uid) == Some(false) {
-            self.places.remove(uid);
+    pub(super) fn drop_if_address_gone(&mut self, uid: &Text) {
+        if self.holds_pod_address(uid) == Some(false) {
+            self.netns_of.remove(uid);
         }
     }
 
     /// Whether the place of a pod holds an address of the pod; `None` where that cannot be said now.
-    pub(super) fn is_its_own(&self, uid: &Text) -> Option<bool> {
+    pub(super) fn holds_pod_address(&self, uid: &Text) -> Option<bool> {
         let told = self.pods.as_ref().and_then(|pods| pods.get(uid));
-        let (place, pod) = (self.places.get(uid)?, told.or_else(|| self.memory.get(uid))?);
+        let (place, pod) = (self.netns_of.get(uid)?, told.or_else(|| self.saved.get(uid))?);
         let mut known = pod.ips.iter().chain(&place.ips).peekable();
         known.peek()?;
         // What cannot be looked at now is no sign of an end.
@@ -177,8 +177,8 @@ impl Running {
     }
 
     /// Looks at whether what led to the namespaces still does.
-    pub(super) fn look(&mut self) {
-        for place in self.places.values_mut() {
+    pub(super) fn check_netns(&mut self) {
+        for place in self.netns_of.values_mut() {
             // That it cannot be looked at now (no descriptors left, say) is no sign of an end.
             let lost = place.path.as_ref().is_some_and(|path| match Netns::open(path) {
                 Ok(now) => now != place.netns,
@@ -192,16 +192,16 @@ impl Running {
             }
         }
         // No process leads there: when the pod's address goes, so has the sandbox.
-        let unled = self.places.iter().filter(|(_, place)| place.path.is_none()).map(|(uid, _)| uid.clone());
+        let unled = self.netns_of.iter().filter(|(_, place)| place.path.is_none()).map(|(uid, _)| uid.clone());
         for uid in unled.collect::<Vec<_>>() {
-            let bare = self.is_its_own(&uid) == Some(false);
-            let Some(place) = self.places.get_mut(&uid) else { continue };
-            let since = bare.then(|| place.bare_since.unwrap_or_else(Instant::now));
-            place.bare_since = since;
+            let bare = self.holds_pod_address(&uid) == Some(false);
+            let Some(place) = self.netns_of.get_mut(&uid) else { continue };
+            let since = bare.then(|| place.address_missing_since.unwrap_or_else(Instant::now));
+            place.address_missing_since = since;
             if since.is_some_and(|since| since.elapsed() >= ADDRESS_GONE) {
                 let netns = place.netns.path().display().to_string();
                 tracing::info!(uid = &*uid, netns, "the pod's address has gone from its namespace; it is let go");
-                self.places.remove(&uid);
+                self.netns_of.remove(&uid);
             }
         }
     }

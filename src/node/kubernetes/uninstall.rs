@@ -3,7 +3,7 @@
 //! our account or rights have gone, so that new pods start.
 
 use super::annotate;
-use super::daemonset::{ASK, End};
+use super::daemonset::{ASK, ShutdownPlan};
 use super::state::Running;
 use crate::node::config::KubernetesConfig;
 use crate::node::{active_daemon, cleanup, cni, redirect};
@@ -33,14 +33,14 @@ impl Running {
         // Where the API has said it already there are better things to do in the time that is left.
         let within = if self.source.own_set.is_told_gone() { ASK / 3 } else { ASK };
         let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
-        let (gone, certain) = match self.source.own_set.end(asked.as_ref()) {
-            End::Stays => return,
-            End::PluginGoes => return self.remove_plugin("goes on without it"),
-            End::WithoutPlugin(gone) => (gone, false),
-            End::Gone(gone) => (gone, true),
+        let (gone, certain) = match self.source.own_set.plan(asked.as_ref()) {
+            ShutdownPlan::Stays => return,
+            ShutdownPlan::PluginGoes => return self.remove_plugin("goes on without it"),
+            ShutdownPlan::WithoutPlugin(gone) => (gone, false),
+            ShutdownPlan::Gone(gone) => (gone, true),
         };
         let followed = async {
-            while !self.is_followed() {
+            while !self.has_successor() {
                 tokio::time::sleep(LOOK).await;
             }
         };
@@ -81,32 +81,32 @@ impl Running {
         }
     }
 
-    fn is_followed(&self) -> bool {
+    fn has_successor(&self) -> bool {
         let capturer = &self.source.capturer;
-        capturer.turn.is_followed(&self.source.config.turns(&capturer.whose))
+        capturer.role.has_successor(&self.source.config.daemons_folder(&capturer.node_tag))
     }
 
     /// Lets all pods go: new connections at once, then, when those that are open have had their time, the rest.
     async fn uninstall(&self, drain: &Signal) {
-        let places: Vec<_> = self.places.values().map(|place| place.netns.clone()).collect();
+        let netns_of: Vec<_> = self.netns_of.values().map(|place| place.netns.clone()).collect();
         let pass = async |netns| match redirect::let_pass(&netns).await {
             Ok(()) => {}
             // One that was not captured has no rules to be emptied.
             Err(error) => tracing::debug!(netns = %netns.path().display(), %error, "nothing to be emptied"),
         };
-        stream::iter(places).for_each_concurrent(AT_ONCE, pass).await;
+        stream::iter(netns_of).for_each_concurrent(AT_ONCE, pass).await;
         let forget = annotate::forget_all(self.source.client.clone(), &self.source.config.node_name);
         let annotations = async {
             let forgotten = tokio::time::timeout(FORGET, forget).await;
             if let Err(error) = forgotten.unwrap_or_else(|_| Err("no answer in time".into())) {
-                let word = annotate::WORD;
+                let word = annotate::ANNOTATION;
                 tracing::warn!(error, "the annotation {word} of this node's pods stays: peers send HBONE to them");
             }
         };
-        let node = self.source.capturer.config.remains();
+        let node = self.source.capturer.config.cleanup();
         let rules = async {
             drain.now().await;
-            if self.is_followed() {
+            if self.has_successor() {
                 return tracing::info!("another daemon of this node has begun: the rest stays");
             }
             let removed = node.remove_rules(false).await;
@@ -118,7 +118,7 @@ impl Running {
                 );
             }
             let mut outcomes = removed.ours;
-            outcomes.extend(node.remove_probes().await);
+            outcomes.extend(node.remove_probe_rules().await);
             self.source.own_set.nothing_is_to_stay();
             report(outcomes);
         };
@@ -129,18 +129,18 @@ impl Running {
 
 impl KubernetesConfig {
     /// Removes what daemons and the CNI plugin of a node have met at; when no daemon uses it any more.
-    pub fn remove_meeting_places(&self, whose: &str) -> [cleanup::Outcome; 2] {
-        let (socket, turns) = (&self.cni_socket, self.turns(whose));
+    pub fn remove_shared_files(&self, node_tag: &str) -> [cleanup::CleanupOutcome; 2] {
+        let (socket, folder) = (&self.cni_socket, self.daemons_folder(node_tag));
         let said = |error: std::io::Error| error.to_string();
         [
             (socket.display().to_string(), cni::remove_socket(socket).map_err(said)),
-            (turns.display().to_string(), active_daemon::forget(&turns).map_err(said)),
+            (folder.display().to_string(), active_daemon::remove_folder(&folder).map_err(said)),
         ]
     }
 }
 
 /// Says what has been removed, and what could not be.
-pub fn report(outcomes: Vec<cleanup::Outcome>) {
+pub fn report(outcomes: Vec<cleanup::CleanupOutcome>) {
     let mut removed = 0;
     for (what, outcome) in outcomes {
         match outcome {

@@ -36,19 +36,19 @@ const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// What is told.
 #[derive(Debug)]
-pub enum Told {
+pub enum ApiEvent {
     /// All pods of this node.
     AllPods(Vec<PodFacts>),
     /// A pod has come or changed.
     Pod(PodFacts),
     /// A pod has gone.
-    NoPod(Text),
+    PodGone(Text),
     /// All namespaces.
     AllNamespaces(Vec<(Text, Labels)>),
     /// A namespace has come or changed.
     Namespace(Text, Labels),
     /// A namespace has gone.
-    NoNamespace(Text),
+    NamespaceGone(Text),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -105,45 +105,45 @@ impl Metrics {
 type Events<K> = Pin<Box<dyn Stream<Item = Result<Event<K>, Error>> + Send>>;
 
 /// Follows the pods of `node`.
-pub async fn pods(client: Client, node: String, told: mpsc::Sender<Told>, metrics: Arc<Metrics>) {
+pub async fn pods(client: Client, node: String, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<Pod> = Api::all(client);
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).timeout(WATCH_SECONDS);
     let events = |config| -> Events<Pod> { Box::pin(watcher::watcher(api.clone(), config)) };
-    let meaning = Meaning {
+    let mapping = EventMapping {
         resource: "pods",
         read: PodFacts::of,
-        all: Told::AllPods,
-        one: Told::Pod,
-        gone: |pod: PodFacts| Told::NoPod(pod.uid),
+        all: ApiEvent::AllPods,
+        one: ApiEvent::Pod,
+        gone: |pod: PodFacts| ApiEvent::PodGone(pod.uid),
     };
-    follow(config, events, meaning, told, &metrics).await;
+    follow(config, events, mapping, told, &metrics).await;
 }
 
 /// Follows all namespaces.
-pub async fn namespaces(client: Client, told: mpsc::Sender<Told>, metrics: Arc<Metrics>) {
+pub async fn namespaces(client: Client, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<PartialObjectMeta<Namespace>> = Api::all(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let events = |config| -> Events<PartialObjectMeta<Namespace>> { Box::pin(watcher::watcher(api.clone(), config)) };
-    let meaning = Meaning {
+    let mapping = EventMapping {
         resource: "namespaces",
         read: |namespace: PartialObjectMeta<Namespace>| {
             let metadata = namespace.metadata;
             Some((Text::from(metadata.name?.as_str()), metadata.labels.unwrap_or_default()))
         },
-        all: Told::AllNamespaces,
-        one: |(name, labels)| Told::Namespace(name, labels),
-        gone: |(name, _)| Told::NoNamespace(name),
+        all: ApiEvent::AllNamespaces,
+        one: |(name, labels)| ApiEvent::Namespace(name, labels),
+        gone: |(name, _)| ApiEvent::NamespaceGone(name),
     };
-    follow(config, events, meaning, told, &metrics).await;
+    follow(config, events, mapping, told, &metrics).await;
 }
 
 /// What the events of one kind of object mean.
-struct Meaning<K, T> {
+struct EventMapping<K, T> {
     resource: &'static str,
     read: fn(K) -> Option<T>,
-    all: fn(Vec<T>) -> Told,
-    one: fn(T) -> Told,
-    gone: fn(T) -> Told,
+    all: fn(Vec<T>) -> ApiEvent,
+    one: fn(T) -> ApiEvent,
+    gone: fn(T) -> ApiEvent,
 }
 
 /// One watch, and what is known of it.
@@ -238,13 +238,13 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
 async fn follow<K: Send + 'static, T>(
     config: watcher::Config,
     events: impl Fn(watcher::Config) -> Events<K>,
-    meaning: Meaning<K, T>,
-    told: mpsc::Sender<Told>,
+    mapping: EventMapping<K, T>,
+    told: mpsc::Sender<ApiEvent>,
     metrics: &Metrics,
 ) {
-    let label = Resource { resource: meaning.resource };
+    let label = Resource { resource: mapping.resource };
     let mut watch = Watch {
-        resource: meaning.resource,
+        resource: mapping.resource,
         stream: events(config.clone().streaming_lists()),
         config,
         events,
@@ -266,15 +266,15 @@ async fn follow<K: Send + 'static, T>(
                 None
             }
             Event::InitApply(object) => {
-                all.extend((meaning.read)(object));
+                all.extend((mapping.read)(object));
                 None
             }
             Event::InitDone => {
                 watch.listed = true;
-                Some((meaning.all)(std::mem::take(&mut all)))
+                Some((mapping.all)(std::mem::take(&mut all)))
             }
-            Event::Apply(object) => (meaning.read)(object).map(meaning.one),
-            Event::Delete(object) => (meaning.read)(object).map(meaning.gone),
+            Event::Apply(object) => (mapping.read)(object).map(mapping.one),
+            Event::Delete(object) => (mapping.read)(object).map(mapping.gone),
         };
         let Some(news) = news else { continue };
         watch.is_there();
