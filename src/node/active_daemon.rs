@@ -1,10 +1,13 @@
-//! Whose turn it is to write: during an upgrade two daemons run on a node, and share its CNI folders, the rules in its pods, the
-//! host's table of probes, and the annotations of its pods. One of them writes; the other serves what it has.
+//! Decides which daemon of a node is active. During an upgrade two daemons run on a node and share its CNI folders, the
+//! rules in its pods, the host's table for kubelet probes and the annotations of its pods. The active daemon writes
+//! them. The one on standby goes on serving the connections it has.
 //!
-//! Each has a file in a folder that both see, and holds a lock on it (flock) for as long as it lives, however it ends. The file's name
-//! says whether its daemon could take over by now, and when it began, by a clock that nobody sets. Of those that are locked the last
-//! name has the turn: the daemon that began last, whatever its version, or an earlier one again where that has died. It begins when
-//! the one before has let go of a second lock, which is when that one writes nothing any more.
+//! Each daemon has a file in a folder that all of them see, and holds a lock (flock) on it for as long as it lives; the
+//! kernel releases the lock however the process ends. The file's name says whether its daemon is ready to take over and
+//! when it began, by the clock since the machine's start, which nobody sets. The daemon with the last of the locked
+//! names becomes active: the one that began last, whatever its version, or an earlier one again if that one has died.
+//! It starts writing once the previous active daemon has released a second lock, and that one releases it after its
+//! last write.
 
 use crate::sys::clock;
 use crate::task::Signal;
@@ -18,27 +21,27 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Beginning of the folder's name; what follows says whose node it is.
+/// Prefix of the folder's name; the node's tag follows.
 pub const FOLDER: &str = "turn-";
-/// The lock of whoever writes.
+/// File whose lock the active daemon holds.
 const LOCK: &str = "lock";
-/// Time between looks at whose turn it is: that a process has died is told by nobody.
+/// Time between checks of which daemon is active. Nothing announces the death of a process.
 const CHECK_EVERY: Duration = Duration::from_millis(250);
-/// How long whoever had the turn may go on writing. One that hangs must not keep the node.
+/// How long the previous active daemon may go on writing. A daemon that hangs must not block the node.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Whether this daemon may write.
+/// Whether this daemon is the active one.
 #[derive(Clone, Debug)]
 pub struct ActiveRole {
     active: Arc<watch::Sender<bool>>,
-    /// How much is being written now.
+    /// Number of writes in progress.
     writing: Arc<watch::Sender<usize>>,
     ready: Arc<watch::Sender<bool>>,
-    /// How this daemon is called among those of its node.
+    /// Name of this daemon among those of its node.
     name: Arc<str>,
 }
 
-/// Something is being written; the turn is not handed on before it is dropped.
+/// Permission for one write. The daemon does not go on standby before it is dropped.
 #[derive(Debug)]
 pub struct Permit {
     writing: Arc<watch::Sender<usize>>,
@@ -51,7 +54,7 @@ impl Drop for Permit {
 }
 
 impl ActiveRole {
-    /// Where no other daemon writes what this one does.
+    /// The role of a daemon that shares nothing with another one: always active.
     pub fn sole() -> Self {
         Self::new(true, "")
     }
@@ -61,35 +64,36 @@ impl ActiveRole {
         Self { active, writing: Arc::default(), ready: Arc::default(), name: name.into() }
     }
 
-    /// Whether it is this daemon's turn.
+    /// Whether this daemon is the active one.
     pub fn is_active(&self) -> bool {
         *self.active.borrow()
     }
 
-    /// Leave to write, where it is this daemon's turn.
+    /// Permission to write, if this daemon is active.
     pub fn permit(&self) -> Option<Permit> {
-        // First counted, then looked: whoever hands the turn on does it the other way round.
+        // Count the write first and then check the role: a daemon that goes on standby does these in the opposite
+        // order.
         self.writing.send_modify(|writing| *writing += 1);
         let permit = Permit { writing: self.writing.clone() };
         self.is_active().then_some(permit)
     }
 
-    /// Tells of changes.
+    /// A receiver that sees every change of the role.
     pub fn subscribe(&self) -> watch::Receiver<bool> {
         self.active.subscribe()
     }
 
-    /// This daemon knows enough to take over from an earlier one. Before that it has the turn only where nobody else is there.
+    /// This daemon knows enough to take over from an earlier one. Before that it becomes active only if it is alone.
     pub fn set_ready(&self) {
         self.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
     }
 
-    /// Whether another daemon of the node lives in `folder` that has not been told to end.
+    /// Whether another daemon that has not begun to end lives in `folder`.
     pub fn has_successor(&self, folder: &Path) -> bool {
         any_daemon(folder, |name| !name.ends_with(&*self.name))
     }
 
-    /// Joins the daemons of a node in `folder`. Where no other one lives it is this one's turn at once.
+    /// Joins the daemons of a node in `folder`. A daemon that is alone there is active at once.
     pub fn join(folder: &Path) -> (Self, Membership) {
         let began = clock::since_start().unwrap_or_default().as_nanos();
         let name = format!("{began:020}-{:016x}", rand::random::<u64>());
@@ -110,26 +114,26 @@ impl ActiveRole {
     }
 }
 
-/// A daemon among those of its node.
+/// Membership of this daemon among those of its node.
 #[derive(Debug)]
 pub struct Membership {
     role: ActiveRole,
     folder: PathBuf,
     name: String,
     ready: bool,
-    /// Our file, locked.
+    /// This daemon's own file, locked.
     own: Option<File>,
-    /// The lock of whoever writes.
+    /// The lock of the active daemon, while this daemon holds it.
     lock: Option<File>,
     waiting_since: Option<Instant>,
-    /// What has been said of a folder that cannot be used.
+    /// The last error of the folder that was logged.
     said: Option<String>,
-    /// Nothing has been seen yet.
+    /// Whether the folder has not been read yet.
     is_first_check: bool,
 }
 
 impl Membership {
-    /// Takes turns until the process is told to end; then another one may begin.
+    /// Keeps the role up to date until the process is told to end; then another daemon may become active.
     pub async fn keep(mut self, drain: Signal) {
         let mut ready = self.role.ready.subscribe();
         loop {
@@ -142,7 +146,8 @@ impl Membership {
                 self.stand_by().await;
             }
         }
-        // Others need not wait for us from now on. That the file stays where it cannot be removed hurts nobody.
+        // Other daemons need not wait for this one from now on. If the file cannot be removed, its lock still ends with
+        // the process.
         let _ = std::fs::remove_file(self.file());
         self.release().await;
     }
@@ -151,7 +156,8 @@ impl Membership {
         self.folder.join(format!("{}-{}", u8::from(self.ready), self.name))
     }
 
-    /// Looks at whose turn it is, and takes it where it is ours; whether it is.
+    /// Checks which daemon is active, and becomes active if it is this daemon's turn. Returns whether this daemon is
+    /// the newest.
     fn check(&mut self) -> bool {
         let newest = self.announce().and_then(|()| self.is_newest());
         let newest = match newest {
@@ -159,12 +165,13 @@ impl Membership {
                 (self.said, self.is_first_check) = (None, false);
                 newest
             }
-            // At first nobody can be seen, and so nobody can be waited for. Later what was seen counts.
+            // On the first check no other daemon is known, so there is none to wait for. Later the last known role
+            // stays.
             Err(error) => {
                 let (folder, error) = (self.folder.display(), error.to_string());
                 if self.said.as_ref() != Some(&error) {
                     let writes = self.is_first_check || self.role.is_active();
-                    tracing::error!(%folder, error, writes, "whether another daemon of this node writes cannot be seen");
+                    tracing::error!(%folder, error, writes, "cannot read which daemons of this node are running");
                 }
                 self.said = Some(error);
                 if self.is_first_check {
@@ -186,7 +193,7 @@ impl Membership {
         } else if !self.role.is_active() {
             let since = *self.waiting_since.get_or_insert_with(Instant::now);
             if since.elapsed() >= PATIENCE {
-                tracing::warn!("the daemon before this one does not let go of the node; going on without it");
+                tracing::warn!("the previous daemon did not hand over in time; taking over without it");
                 self.activate();
             }
         }
@@ -196,43 +203,43 @@ impl Membership {
     fn activate(&mut self) {
         self.waiting_since = None;
         if self.role.active.send_if_modified(|active| !std::mem::replace(active, true)) {
-            tracing::info!("this daemon writes what belongs to the node");
+            tracing::info!("this daemon is active: it writes rules, annotations and CNI files");
         }
     }
 
-    /// Writes nothing any more, and lets the next one begin.
+    /// Goes on standby: stops writing, and lets the next daemon begin.
     async fn stand_by(&mut self) {
         tracing::info!(
-            "another daemon of this node takes over: this one writes nothing any more, and serves what it has"
+            "another daemon of this node takes over: this one is on standby and serves the connections it has"
         );
         self.release().await;
     }
 
-    /// Ends all writing, and then lets go of the lock.
+    /// Ends all writing and then releases the lock.
     async fn release(&mut self) {
         self.role.active.send_replace(false);
         let mut writing = self.role.writing.subscribe();
         let done = writing.wait_for(|writing| *writing == 0);
         if tokio::time::timeout(PATIENCE, done).await.is_err() {
-            tracing::warn!("something is still being written while another daemon takes over");
+            tracing::warn!("a write is still in progress while another daemon takes over");
         }
         self.lock = None;
     }
 
-    /// Makes sure that others see us, by the right name.
+    /// Makes sure that this daemon's file exists under the right name.
     fn announce(&mut self) -> io::Result<()> {
         let before = self.file();
         self.ready |= *self.role.ready.borrow();
         let file = self.file();
         if self.own.is_some() && before != file {
-            // Where it has gone it is made anew.
+            // If the file has been removed, it is created again below.
             let _ = std::fs::rename(before, &file);
         }
         if self.own.is_some() && file.exists() {
             return Ok(());
         }
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.folder)?;
-        // Not to be seen before it is locked: what is not locked is removed by whoever sees it.
+        // The file appears only once it is locked: any daemon removes a file that is not.
         let hidden = self.folder.join(format!(".{}", self.name));
         let own = lock_file(&hidden)?.ok_or(io::ErrorKind::WouldBlock)?;
         std::fs::rename(hidden, file)?;
@@ -240,7 +247,7 @@ impl Membership {
         Ok(())
     }
 
-    /// Whether no living daemon has a later name. Files of dead ones are removed.
+    /// Whether no living daemon has a later name. Removes the files of dead ones.
     fn is_newest(&self) -> io::Result<bool> {
         let own = self.file();
         let mut newest = true;
@@ -255,7 +262,7 @@ impl Membership {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            // Shared: two that look at the same moment do not take each other for the dead one.
+            // A shared lock, so that two daemons that check at the same moment do not block each other.
             match other.try_lock_shared() {
                 Ok(()) => drop(std::fs::remove_file(entry.path())),
                 Err(TryLockError::WouldBlock) => newest &= own.file_name() > Some(&name),
@@ -266,12 +273,12 @@ impl Membership {
     }
 }
 
-/// Whether a daemon lives in `folder` that has not been told to end.
+/// Whether a daemon that has not begun to end lives in `folder`.
 pub fn has_daemon(folder: &Path) -> bool {
     any_daemon(folder, |_| true)
 }
 
-/// Whether one of those that `counts` lives in `folder`.
+/// Whether a daemon whose file name `counts` lives in `folder`.
 fn any_daemon(folder: &Path, counts: impl Fn(&str) -> bool) -> bool {
     let is_one = |entry: std::fs::DirEntry| {
         let name = entry.file_name();
@@ -281,13 +288,13 @@ fn any_daemon(folder: &Path, counts: impl Fn(&str) -> bool) -> bool {
     std::fs::read_dir(folder).into_iter().flatten().flatten().any(is_one)
 }
 
-/// Whether somebody holds a file's lock.
+/// Whether another process holds a file's lock.
 fn is_locked(file: &File) -> bool {
-    // Shared: two that look at the same moment do not take each other for its holder.
+    // A shared lock, so that two daemons that check at the same moment do not take each other for its holder.
     matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
-/// Whether a file's name is a daemon's.
+/// Whether a file name is that of a daemon.
 fn is_daemon_file(name: &str) -> bool {
     let mut parts = name.split('-');
     let mut part = |length, fine: fn(&u8) -> bool| {
@@ -299,7 +306,7 @@ fn is_daemon_file(name: &str) -> bool {
         && parts.next().is_none()
 }
 
-/// A file with its lock; `None` where somebody else holds it.
+/// Opens a file and locks it; `None` if another process holds its lock.
 fn lock_file(path: &Path) -> io::Result<Option<File>> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     match file.try_lock() {
@@ -309,7 +316,7 @@ fn lock_file(path: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Removes what is in `folder`, where no daemon lives any more; whether there was something.
+/// Removes `folder`, once no daemon lives in it. Returns whether it existed.
 pub fn remove_folder(folder: &Path) -> io::Result<bool> {
     was_there(std::fs::remove_dir_all(folder))
 }
@@ -329,27 +336,27 @@ mod tests {
     fn the_newest_that_is_able_and_lives_has_the_turn() {
         let folder = folder("newest");
         let (first, mut one) = ActiveRole::join(&folder);
-        assert!(first.is_active() && !first.has_successor(&folder) && has_daemon(&folder), "nobody else is there");
+        assert!(first.is_active() && !first.has_successor(&folder) && has_daemon(&folder), "it is alone");
         let (second, mut two) = ActiveRole::join(&folder);
         assert!(first.has_successor(&folder) && second.has_successor(&folder));
         assert!(!second.is_active());
         first.set_ready();
-        assert!(one.check() && !two.check(), "the second knows nothing yet");
+        assert!(one.check() && !two.check(), "the second is not ready yet");
         second.set_ready();
-        assert!(two.check() && !second.is_active(), "it is its turn, and the first has not let go");
-        assert!(!one.check(), "which sees it");
+        assert!(two.check() && !second.is_active(), "it is the newest, and the first has not released the lock");
+        assert!(!one.check(), "the first sees the newer one");
         one.role.active.send_replace(false);
         one.lock = None;
         assert!(two.check() && second.is_active() && first.permit().is_none());
-        // The second dies, without a word: its lock goes with it, the file stays.
+        // The second dies without cleaning up: its lock ends with it, its file stays.
         let left = two.file();
         drop(two);
         assert!(left.exists() && !first.has_successor(&folder) && has_daemon(&folder));
         assert!(one.check() && first.is_active() && !left.exists());
-        // Somebody clears the folder.
+        // Another program empties the folder.
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(one.check() && one.file().exists());
-        // Two that began in the same moment agree on one.
+        // Two that began at the same moment agree on one.
         let (_, mut a) = ActiveRole::join(&folder);
         let (_, mut b) = ActiveRole::join(&folder);
         for (member, id) in [(&mut a, 7), (&mut b, 8)] {
@@ -385,7 +392,7 @@ mod tests {
         second_ends.gently();
         two.finished().await;
         of_first.wait_for(|active| *active).await.unwrap();
-        // One that is told to end writes nothing any more either, and what it writes just then is waited for.
+        // A daemon that is told to end stops writing too, and waits for the write in progress.
         let permit = first.permit().unwrap();
         ends.gently();
         let write = async {
@@ -395,10 +402,10 @@ mod tests {
         };
         tokio::select! {
             () = write => one.finished().await,
-            () = one.finished() => panic!("the end waits for nothing"),
+            () = one.finished() => panic!("it ends without waiting for the write"),
         }
         assert!(first.permit().is_none() && lock_file(&folder.join(LOCK)).unwrap().is_some());
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "the lock alone is left");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "only the lock file is left");
         assert!(!has_daemon(&folder));
         std::fs::remove_dir_all(&folder).unwrap();
     }
@@ -407,7 +414,7 @@ mod tests {
     fn who_cannot_see_others_writes() {
         let (role, mut member) = ActiveRole::join(Path::new("/proc/nowhere"));
         assert!(role.is_active() && member.check() && role.permit().is_some());
-        // One that has handed the turn on does not write again because it sees nothing just then.
+        // A daemon on standby does not write again just because it cannot read the folder for a moment.
         let folder = folder("unseen");
         let (role, mut member) = ActiveRole::join(&folder);
         role.active.send_replace(false);

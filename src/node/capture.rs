@@ -1,6 +1,6 @@
-//! Capturing one pod, in steps: listen in its namespace; find out who it is, by facts and by the addresses that the
-//! namespace holds; redirect (unless an agent does); verify. Nothing is ever redirected to a port where nobody listens,
-//! and no connection is carried before the pod is known to be who it should be.
+//! Captures one pod, step by step: listen in its network namespace; identify the pod by the mesh facts and the
+//! addresses in the namespace; redirect its traffic (unless an agent does); check the result. Traffic is never
+//! redirected to a port without a listener, and no connection is carried before the pod is identified.
 
 use super::active_daemon::ActiveRole;
 use super::config::{Config, PodSource};
@@ -30,21 +30,21 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Listeners of a pod, and how a connection came to them.
+/// Ports of a pod's listeners, and how connections come to them.
 const LISTENERS: [(u16, Entrance); 3] =
     [(15001, Entrance::Outbound), (15006, Entrance::Plaintext), (15008, Entrance::Tunnel)];
 
-/// Addresses of a pod's interfaces, beside those of its workload, that count as its own.
+/// Addresses of a pod's interfaces that are kept beside those of its workload.
 const ADDRESSES_MAX: usize = 1024;
 
-/// What capturing needs.
+/// Everything that capturing a pod needs.
 #[derive(Debug)]
 pub struct Capturer {
     /// Settings.
     pub config: Config,
-    /// How pods' sockets are made.
+    /// Settings of the pods' sockets.
     pub sockets: SocketConfig,
-    /// Facts.
+    /// Mesh facts.
     pub mesh: Arc<mesh::Store>,
     /// Certificates.
     pub identities: Arc<identity::Store>,
@@ -52,32 +52,33 @@ pub struct Capturer {
     pub dns: Arc<Dns>,
     /// Workers that carry the connections.
     pub workers: Arc<Workers>,
-    /// The end of the process; pods' drains are below it.
+    /// Ends with the process; the pods' drains are children of it.
     pub drain: Drain,
-    /// Which namespaces belong to which pod.
+    /// Which network namespace belongs to which pod.
     pub claims: Claims,
-    /// Whether this daemon writes, or another one of the node.
+    /// Whether this daemon is active.
     pub role: ActiveRole,
-    /// Whose node this is.
+    /// Tag of this node in tables and file names; see [`Config::node_tag`].
     pub node_tag: String,
 }
 
-/// A pod in whose namespace we listen.
+/// A pod in whose network namespace the daemon listens.
 #[derive(Debug)]
 pub struct Listening {
-    /// What its connections know of it.
+    /// The pod as its connections see it.
     pub pod: Arc<Pod>,
     /// Its accept loops.
     pub accepting: Group,
-    /// Whether IPv6 is used.
+    /// Whether IPv6 is used in the namespace.
     pub ipv6: bool,
-    /// The pod's DNS, where that is taken.
+    /// The pod's DNS server, if its DNS is captured.
     pub dns: OnceLock<dns::Serving>,
     claim: Option<Claim>,
 }
 
 impl Listening {
-    /// Lets a successor listen in the namespace while connections that are open end; the accept loops have ended.
+    /// Makes room for the pod's next task to listen in the namespace while open connections end. The accept loops have
+    /// ended before.
     pub async fn make_room(&mut self) {
         if let Some(dns) = self.dns.take() {
             dns.end().await;
@@ -88,12 +89,12 @@ impl Listening {
 
 impl Drop for Listening {
     fn drop(&mut self) {
-        // Accept loops end by their pod's drain alone.
+        // Accept loops end only by their pod's drain.
         self.pod.drain.at_once();
     }
 }
 
-/// Keeps a certificate wanted.
+/// Keeps a certificate requested for as long as it lives.
 #[derive(Debug)]
 pub struct Certificate {
     identity: SpiffeName,
@@ -113,7 +114,7 @@ impl Drop for Certificate {
     }
 }
 
-/// Holds a pod's certificate for as long as the pod is who it was found to be.
+/// An identified pod. Holds its certificate for as long as the identification stands.
 #[derive(Debug)]
 pub struct Approved {
     certificate: Certificate,
@@ -127,7 +128,7 @@ impl Drop for Approved {
 }
 
 impl Capturer {
-    /// Listens in a pod's namespace. What comes waits until the pod is approved.
+    /// Listens in a pod's network namespace. Connections wait until the pod is approved.
     pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
         self.refuse_host(&netns)?;
@@ -166,8 +167,9 @@ impl Capturer {
         Ok(listening)
     }
 
-    /// Takes the pod's DNS where that is wanted and not done; whether it has been done now. A pod whose DNS cannot be taken
-    /// goes on with its own, where no agent redirects it, and its traffic is captured all the same.
+    /// Serves the pod's DNS if that is wanted and not done yet. Returns whether it has begun now. A pod whose DNS
+    /// cannot be served keeps its own resolvers, unless an agent redirects its DNS; the rest of its traffic is captured
+    /// all the same.
     pub fn serve_dns(&self, spec: &PodSpec, listening: &Listening) -> bool {
         if !self.wants_dns(spec) || listening.dns.get().is_some() {
             return false;
@@ -187,7 +189,7 @@ impl Capturer {
             }
             Err(error) => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
-                tracing::error!(namespace, name, %error, "the pod's DNS cannot be taken; trying again");
+                tracing::error!(namespace, name, %error, "cannot serve the pod's DNS; trying again");
                 false
             }
         }
@@ -201,10 +203,10 @@ impl Capturer {
         LISTENERS.into_iter().map(bind).collect()
     }
 
-    /// Finds out who a pod is: its workload, if the namespace holds all of the workload's addresses. Its certificate is
-    /// wanted from then on.
+    /// Identifies a pod: finds its workload, and requires that the namespace holds all of the workload's addresses.
+    /// From then on the pod's certificate is requested.
     pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
-        // Nobody has told of a policy: that counts as none only when somebody has told of all.
+        // A missing policy means that there is none only once all policies have been announced.
         if let Some(missing) = self.mesh.load().told.missing() {
             return Err(CaptureError::FactsIncomplete(missing));
         }
@@ -218,14 +220,14 @@ impl Capturer {
         Ok(approved)
     }
 
-    /// Wants the certificate of a pod that is captured before the mesh has told of it, by what whoever enrolled it says, so
-    /// that the facts need not wait for it. Who the pod is, is for the facts to say: nothing is carried by this.
+    /// Requests the certificate of a pod that the mesh does not know yet, by what its enrolment says, so that it is
+    /// there when the facts arrive. It carries no traffic: only the facts identify a pod.
     pub fn prefetch_certificate(&self, spec: &PodSpec) -> Option<Certificate> {
         let identity = SpiffeName::new(&self.config.trust_domain, &spec.namespace, &spec.service_account).ok()?;
         (!spec.ips.is_empty()).then(|| Certificate::want(identity, &self.identities))
     }
 
-    /// Whether the facts still say what the pod was approved by.
+    /// Checks that the facts still agree with the pod's approval.
     pub fn recheck(&self, spec: &PodSpec, approved: &Approved) -> Result<(), CaptureError> {
         let workload = self.workload(spec)?;
         let identity = &approved.certificate.identity;
@@ -268,7 +270,7 @@ impl Capturer {
         spec.settings.dns.unwrap_or(self.dns.captures())
     }
 
-    /// Writes the rules; gives what of an earlier agent has been removed, and what else is there.
+    /// Writes the redirection. Returns what istio-cni had left and was removed, and which other rules there are.
     pub async fn redirect(
         &self,
         spec: &PodSpec,
@@ -282,7 +284,7 @@ impl Capturer {
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
 
-    /// Whether the node's own connections to pods come from the address of probes.
+    /// Whether the node's own connections to pods get the source address of kubelet probes.
     pub fn marks_kubelet_probes(&self) -> bool {
         matches!(self.config.source, PodSource::Kubernetes(_))
     }
@@ -302,10 +304,10 @@ impl Capturer {
         }
     }
 
-    /// Learns the namespace's addresses anew, as many as are looked at. Where that is not possible now, what was known stays.
+    /// Reads the namespace's addresses again, up to a limit. If that fails, the known ones stay.
     pub async fn refresh_addresses(&self, listening: &Listening) {
         let netns = listening.pod.netns.clone();
-        // Beside the others: a pod may give itself as many as it likes.
+        // On a helper thread: a pod may give itself any number of addresses.
         if let Some(Ok(held)) = thread::beside(move || netns.addresses()).await {
             let own = listening.pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone()).unwrap_or_default();
             let mut held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
@@ -315,7 +317,8 @@ impl Capturer {
         }
     }
 
-    /// Makes sure that what the pod sends comes to us, and what is sent to it; gives why the latter is not known, where it is not.
+    /// Checks that the pod's outbound and inbound connections arrive at the daemon. Returns why the inbound direction
+    /// could not be verified, if so.
     pub async fn check(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
         let pod = &listening.pod;
         capture_check::check_outbound(pod, listening.ipv6).await?;
@@ -325,7 +328,7 @@ impl Capturer {
         Ok(capture_check::check_inbound(pod, &ips, !spec.settings.bypass_inbound, &self.vantage_points()).await?)
     }
 
-    /// From where a pod can be called as others call it: from the node, and from where the daemon is.
+    /// Namespaces from which the pod can be called as its clients call it: the node's and the daemon's own.
     fn vantage_points(&self) -> Vec<capture_check::VantagePoint> {
         let own = Netns::open(Path::new("/proc/self/ns/net")).ok();
         let host = Netns::open(&self.config.host_netns).ok();
@@ -335,19 +338,19 @@ impl Capturer {
         let from_own = own.filter(|_| !is_host).map(|netns| side("the daemon", netns, self.config.redirect));
         match self.config.source {
             PodSource::Kubernetes(_) => from_host.into_iter().chain(from_own).collect(),
-            // The agent gives the node's own connections the probes' address.
+            // The agent gives the node's own connections the address of kubelet probes.
             PodSource::Agent(_) => from_own.into_iter().collect(),
             PodSource::File(_) => from_own.into_iter().chain(from_host).collect(),
         }
     }
 
-    /// Removes rules that an attempt, or an earlier daemon, has left in the namespace of a pod that is wanted no more,
-    /// unless the namespace is another pod's.
+    /// Removes the rules that a failed attempt or an earlier daemon has left in a pod that is not enrolled any more,
+    /// unless another pod has the namespace.
     pub async fn remove_rules(&self, spec: &PodSpec) {
         self.clean_up(spec, true).await;
     }
 
-    /// As [`Self::remove_rules`], but what open connections need stays.
+    /// Like [`Self::remove_rules`], but keeps what open connections need.
     pub async fn stop_redirecting(&self, spec: &PodSpec) {
         self.clean_up(spec, false).await;
     }
@@ -356,7 +359,7 @@ impl Capturer {
         let Some(_permit) = self.role.permit().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
-        // Rules of others, with the same routes, are theirs.
+        // Without our tables, equal routes belong to another program.
         let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
         if !is_there || self.refuse_host(&netns).is_err() {
@@ -367,19 +370,20 @@ impl Capturer {
             false => redirect::let_pass(&netns).await,
         };
         if let Err(error) = removed {
-            tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "rules not removed");
+            tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "cannot remove the pod's rules");
         }
     }
 
-    /// The daemon's own namespace and that of the host are nobody's pod, whatever addresses they hold.
+    /// Refuses the network namespaces of the daemon and of the host, whatever addresses they hold.
     fn refuse_host(&self, netns: &Netns) -> Result<(), CaptureError> {
         let hosts = [Path::new("/proc/self/ns/net"), Path::new("/proc/1/ns/net"), &self.config.host_netns];
         let same = |path: &Path| Netns::open(path).is_ok_and(|host| host.id() == netns.id());
         if hosts.into_iter().any(same) { Err(CaptureError::HostNetns(netns.path().to_owned())) } else { Ok(()) }
     }
 
-    /// Begins to end the capture of a pod: new traffic is no longer redirected, then the listeners end. What brings the replies
-    /// of open connections back stays, and is for the caller to remove. Gives what is not captured from now on.
+    /// Begins to end the capture of a pod: stops redirecting new traffic, then ends the listeners. The rules that bring
+    /// back the replies of open connections stay; the caller removes them. Returns which connections are not captured
+    /// from now on.
     pub async fn stop_capturing(&self, spec: &PodSpec, listening: &Listening) -> Uncaptured {
         let pod = &listening.pod;
         let mut older = Preexisting::default();
@@ -388,11 +392,11 @@ impl Capturer {
         {
             older = Preexisting::spared_by(pod, &table);
         }
-        // Looked at before: what is opened in plaintext is never taken for what was captured.
+        // Listed before the rules go, so that a connection opened in plaintext is never taken for a captured one.
         let uncaptured = older.at_release(pod);
         if let Some(_permit) = self.role.permit().filter(|_| self.config.redirect) {
             let complain = |error: redirect::RedirectError| {
-                tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "rules not removed");
+                tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "cannot remove the pod's rules");
             };
             redirect::stop_capturing(&pod.netns, &self.rules(spec, listening)).await.unwrap_or_else(complain);
         }
@@ -401,7 +405,7 @@ impl Capturer {
         uncaptured
     }
 
-    /// Waits for the last connections of a pod that is captured no more, until `deadline`; then they are cut.
+    /// Waits until `deadline` for the last connections of a released pod, then cuts them.
     pub async fn end_by(&self, deadline: Instant, listening: &Listening) {
         let pod = &listening.pod;
         pod.active.close();
@@ -411,7 +415,7 @@ impl Capturer {
                 namespace = &*pod.namespace,
                 name = &*pod.name,
                 cut,
-                "connections cut: the pod was released"
+                "connections were cut at the release deadline of the pod"
             );
         }
         pod.drain.at_once();
@@ -419,7 +423,7 @@ impl Capturer {
     }
 }
 
-/// A pod as its DNS sees it.
+/// A pod as its DNS server sees it.
 #[derive(Debug)]
 struct PodAsker {
     pod: Arc<Pod>,
@@ -457,7 +461,7 @@ fn not_the_pod(netns: &Netns, missing: IpAddr, held: &[IpAddr]) -> CaptureError 
     CaptureError::NotThePod { path, missing, held: held.join(", ") }
 }
 
-/// Which namespaces belong to which pod: one each.
+/// Which network namespace belongs to which pod; each belongs to one at most.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
     taken: Arc<Mutex<HashMap<(u64, u64), String>>>,

@@ -1,5 +1,6 @@
-//! Verifying capture in both directions: an ordinary connection from inside the pod, as the application would open it, and ones
-//! from the node to the pod's address, as its clients would, must arrive at our listeners.
+//! The capture check: verifies the redirection of a pod in both directions. A connection from inside the pod, opened as
+//! the application would open it, and connections from the node to the pod's address, opened as its clients would, must
+//! arrive at the daemon's listeners.
 
 use super::redirect;
 use crate::connection::Pod;
@@ -17,54 +18,56 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// Ports that probes go to, one each. There are several because during an upgrade two daemons listen, and the kernel
-/// gives each connection to either.
+/// Ports of the outbound check, one connection each. There are several because during an upgrade two daemons listen,
+/// and the kernel gives each connection to either.
 const CHECK_PORTS: std::ops::Range<u16> = 15091..15099;
 
 pub use super::redirect::CHECK_PORT;
-/// Port on which tunnels are taken.
+/// Port of the tunnel listener.
 pub const TUNNEL_PORT: u16 = 15008;
-/// How many probes are sent into the pod at once, and how long they may take to arrive.
+/// Rounds of the inbound check: how many connections are opened at once, and how long they may take to arrive.
 const INBOUND_ROUNDS: [(usize, Duration); 2] = [(1, Duration::from_millis(300)), (8, Duration::from_millis(500))];
 
-/// How long a probe may take to arrive.
+/// Time between two checks of a captured pod.
+pub const CHECK_EVERY: Duration = Duration::from_secs(30);
+/// How long the outbound check may take to arrive.
 const DEADLINE: Duration = Duration::from_secs(2);
 
-/// Why capture could not be verified.
+/// Why the capture check failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureCheckError {
-    /// The namespace cannot be entered.
+    /// The network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The probe could not be sent.
-    #[error("a probe to {to} could not be sent from inside the pod: {source}")]
+    /// The connection could not be opened.
+    #[error("cannot open a check connection from inside the pod to {to}: {source}")]
     Send {
-        /// Where to.
+        /// Its destination.
         to: SocketAddr,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Something else than we answers for the pod.
+    /// Another program answers for the pod.
     #[error(
-        "a connection from the node to {0} was answered, and not by us: other rules in the pod come before ours, or somebody else has \
-         its address; what goes there passes the pod's policies"
+        "a connection from the node to {0} was answered, and not by culvert: other rules in the pod precede ours, or another pod \
+         has its address; traffic to it bypasses the pod's policies"
     )]
     NotOurs(SocketAddr),
-    /// The probe did not arrive at the listener.
+    /// The connection did not arrive at the daemon's listener.
     #[error(
-        "a probe to {0} from inside the pod was not captured: other rules in the pod come before ours, or a filter drops what ours redirect (nft list ruleset in the pod shows them)"
+        "a check connection to {0} from inside the pod was not captured: other rules in the pod precede ours, or a filter drops the redirected traffic (nft list ruleset in the pod shows them)"
     )]
     NotCaptured(IpAddr),
 }
 
-/// Probes each IP family that is redirected and in which the pod has an address.
+/// Checks the outbound direction for each IP family that is redirected and in which the pod has an address.
 pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckError> {
     for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
         let own =
             pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
         match one_family(pod, probe).await {
-            // A pod without a default route still reaches its neighbours.
+            // A pod without a default route can still reach its neighbours.
             Err(CaptureCheckError::Send { source, .. }) if unreachable(&source) => {
                 one_family(pod, neighbour(own)).await?
             }
@@ -78,11 +81,11 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
     let targets: Vec<SocketAddr> = CHECK_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
     let arrived = pod.probes.expect(&targets);
     let _forget = StopExpecting(pod);
-    // The sockets live until a probe has arrived.
+    // The sockets stay open until one connection has arrived.
     let probes = pod.netns.enter(|| {
         let send = |to: &SocketAddr| {
             let started = ordinary(*to).and_then(|socket| {
-                // Its port is free again at once: an application may want to listen there.
+                // Closing frees the port at once: an application may want to listen on it.
                 reset_on_close(&socket);
                 start_connect(&socket, *to).map(|()| socket)
             });
@@ -95,29 +98,30 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
     arrival.map_err(|_| CaptureCheckError::NotCaptured(ip))
 }
 
-/// A namespace from which the pod can be called as others call it.
+/// A network namespace from which the pod can be called as its clients call it.
 #[derive(Debug)]
 pub struct VantagePoint {
-    /// What it is called.
+    /// Its name in messages.
     pub name: &'static str,
     /// The namespace.
     pub netns: Netns,
-    /// Whether an answer that is not ours means that the pod is not captured. Where somebody gives the node's own connections the
-    /// probes' address, it does not.
+    /// Whether an answer from another program proves that the pod is not captured. It proves nothing where the node's
+    /// own connections get the address of kubelet probes.
     pub is_sure: bool,
 }
 
-/// What became of a probe into the pod.
+/// Result of one inbound check.
 enum Inbound {
     Arrived,
-    /// Somebody else has answered, or refused.
+    /// Another program has answered or refused.
     Answered,
-    /// Nobody has answered, or it could not be sent.
+    /// There was no answer, or the connection could not be opened.
     Lost,
 }
 
-/// Calls the pod at `ips` as others would: in plaintext, unless that is left alone, and at the port for tunnels. Both must come
-/// to us. Gives why that is not known, where nobody answers at all: the network may keep the node from the pod.
+/// Calls the pod at `ips` as its clients would: in plaintext, unless inbound plaintext is not redirected, and at the
+/// tunnel port. Both must arrive at the daemon. Returns why the result is unknown if nothing answers at all: the
+/// network may separate the node from the pod.
 pub async fn check_inbound(
     pod: &Pod,
     ips: &[IpAddr],
@@ -150,13 +154,13 @@ async fn one_target(pod: &Pod, to: SocketAddr, sides: &[VantagePoint]) -> Result
     let tried: Vec<&str> = sides.iter().map(from).collect();
     let tried = if tried.is_empty() { "nowhere".into() } else { tried.join(" and ") };
     Ok(Some(format!(
-        "whether what comes to the pod comes to us is not known: a connection to {to} from {tried} did not arrive; does a \
-         NetworkPolicy keep the node from its pods, or a rule in the pod?"
+        "cannot verify the inbound redirection: a connection to {to} from {tried} did not arrive; does a NetworkPolicy, or a rule \
+         in the pod, block connections from the node?"
     )))
 }
 
 async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<Inbound, CaptureCheckError> {
-    // Several, because during an upgrade two daemons listen; but mostly one does.
+    // Usually one daemon listens. During an upgrade there are two, so a second round opens several connections.
     for (attempts, wait) in INBOUND_ROUNDS {
         let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         let packets = |name| {
@@ -181,19 +185,19 @@ async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<In
         let ports: Vec<u16> = sockets.iter().map(|(_, port)| *port).collect();
         pod.probes.expect_inbound(&ports, &own, &arrived);
         let _forget = StopExpectingInbound(pod, &ports);
-        // From where there is no way it is lost, as where something drops it.
+        // Without a route the connection is lost, as it is when a rule drops it.
         let sent = side.netns.enter(|| sockets.iter().all(|(socket, _)| start_connect(socket, to).is_ok()))?;
         if sent && tokio::time::timeout(wait, arrived.notified()).await.is_ok() {
             return Ok(Inbound::Arrived);
         }
-        // A firewall on the way refuses as an application would; but then nothing has come as far as the pod.
+        // A firewall on the way refuses as an application would, but then nothing has arrived at the pod.
         let stopped = reached.is_some() && packets(redirect::CHECK_COUNTER) == reached;
         let answered = |(socket, _): &(Socket, u16)| match socket.take_error() {
             Ok(Some(error)) => !stopped && error.kind() == io::ErrorKind::ConnectionRefused,
             Ok(None) => socket.peer_addr().is_ok(),
             Err(_) => false,
         };
-        // Somebody has given it the address of the kubelet's probes, which the pod's rules leave alone.
+        // The node gave the connection the source address of kubelet probes, which the pod's rules let through.
         let exempt = packets(redirect::PROBE_COUNTER) != before;
         if attempts > 1 && sent && !exempt && sockets.iter().any(answered) {
             return Ok(Inbound::Answered);
@@ -202,7 +206,7 @@ async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<In
     Ok(Inbound::Lost)
 }
 
-/// Ends the expectation of probes into the pod.
+/// Stops expecting inbound checks.
 struct StopExpectingInbound<'a>(&'a Pod, &'a [u16]);
 
 impl Drop for StopExpectingInbound<'_> {
@@ -211,7 +215,7 @@ impl Drop for StopExpectingInbound<'_> {
     }
 }
 
-/// Ends the expectation of probes, also when the verification is given up.
+/// Stops expecting outbound checks, also when the check is cancelled.
 struct StopExpecting<'a>(&'a Pod);
 
 impl Drop for StopExpecting<'_> {
@@ -224,7 +228,7 @@ fn unreachable(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable)
 }
 
-/// Another address in the smallest network around `ip`.
+/// Another address in the smallest network that contains `ip`.
 fn neighbour(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V4(v4) => IpAddr::V4(Ipv4Addr::from(u32::from(v4) ^ 1)),

@@ -1,4 +1,5 @@
-//! What of culvert is on a node: found, and removed. By whoever cleans up a node, and by a daemon after which none comes.
+//! Finds and removes what culvert has left on a node. `culvert cleanup` does this, and a daemon that no other one
+//! follows.
 
 use super::config::Config;
 use super::nft::{self, NftError};
@@ -10,19 +11,19 @@ use futures_util::{StreamExt, stream};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-/// Where named namespaces are, as the node's first process sees it.
+/// Folders of named network namespaces, as the node's first process sees them.
 const NAMED: [&str; 2] = ["1/root/run/netns", "1/root/var/run/netns"];
 
-/// Namespaces that are looked into at once.
+/// Network namespaces that are cleaned up at once.
 const AT_ONCE: usize = 8;
 
-/// What has become of one thing: whether it was there, or why it could not be removed.
+/// Name of one thing to remove, and whether it existed, or why it could not be removed.
 pub type CleanupOutcome = (String, Result<bool, String>);
 
-/// A node, as its daemon sees it.
+/// A node that is cleaned up.
 #[derive(Clone, Debug)]
 pub struct NodeCleanup {
-    /// Whose it is, as its tables say.
+    /// Tag of the node in its tables.
     pub tag: String,
     /// The host's procfs.
     pub proc: PathBuf,
@@ -30,18 +31,18 @@ pub struct NodeCleanup {
     pub host_netns: PathBuf,
 }
 
-/// What was found in network namespaces.
+/// Result of cleaning up network namespaces.
 #[derive(Debug, Default)]
 pub struct Removed {
-    /// What was ours.
+    /// Rules of this node, removed or not.
     pub ours: Vec<CleanupOutcome>,
-    /// Namespaces whose rules are another node's, or do not say whose they are.
+    /// Number of namespaces with rules of another node, or of an unknown one.
     pub others: usize,
-    /// Namespaces whose rules are too many to be read, so that nobody can tell whose they are.
+    /// Number of namespaces with too many rules to read, so that their node is unknown.
     pub unreadable: usize,
 }
 
-/// What was in a namespace.
+/// What a network namespace contained.
 enum RulesFound {
     Nothing,
     Ours,
@@ -50,14 +51,15 @@ enum RulesFound {
 }
 
 impl Config {
-    /// The node, for whoever looks for what has been left on it.
+    /// This node, for cleaning it up.
     pub fn cleanup(&self) -> NodeCleanup {
         NodeCleanup { tag: self.node_tag(), proc: self.proc.clone(), host_netns: self.host_netns.clone() }
     }
 }
 
 impl NodeCleanup {
-    /// Removes our rules from every namespace of the node that this node's daemon has captured, or, with `all`, any daemon.
+    /// Removes our rules from every network namespace that this node's daemons have captured, or with `all`, any
+    /// daemon.
     pub async fn remove_rules(&self, all: bool) -> Removed {
         let own = self.clone();
         let found = thread::run_blocking(move || own.namespaces()).await.unwrap_or_default();
@@ -76,7 +78,7 @@ impl NodeCleanup {
         removed
     }
 
-    /// Removes what is ours; gives what there was.
+    /// Removes our rules from one network namespace. Returns what it contained.
     async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<RulesFound, String>) {
         let outcome = async {
             let mut there = Vec::new();
@@ -103,7 +105,7 @@ impl NodeCleanup {
         (netns, outcome)
     }
 
-    /// Removes the host's tables for probes.
+    /// Removes the host's tables for kubelet probes.
     pub async fn remove_probe_rules(&self) -> Vec<CleanupOutcome> {
         let mut outcomes = Vec::new();
         for family in ["inet", "bridge"] {
@@ -111,12 +113,12 @@ impl NodeCleanup {
                 Ok(host) => remove_table(&host, family, kubelet_probes::TABLE).await,
                 Err(error) => Err(error.to_string()),
             };
-            outcomes.push((format!("the host's rules for probes ({family})"), removed));
+            outcomes.push((format!("the host's rules for kubelet probes ({family})"), removed));
         }
         outcomes
     }
 
-    /// Every network namespace of the node but the host's and our own: of all processes, and all that have a name.
+    /// All network namespaces of the node, of every process and by every name, except the host's and the daemon's own.
     fn namespaces(&self) -> HashMap<(u64, u64), Netns> {
         let mut found = HashMap::new();
         let folders = NAMED.map(|folder| self.proc.join(folder)).into_iter().chain([self.proc.clone()]);
@@ -145,7 +147,7 @@ async fn remove_table(netns: &Netns, family: &str, name: &str) -> Result<bool, S
     removed.map(|()| true).map_err(|error| error.to_string())
 }
 
-/// Removes a file; one that is not there is removed already.
+/// Removes a file. A file that does not exist counts as removed.
 pub fn remove_file(path: &Path) -> CleanupOutcome {
     let removed = was_there(std::fs::remove_file(path)).map_err(|error| error.to_string());
     (path.display().to_string(), removed)

@@ -1,4 +1,4 @@
-//! Settings of capture and of enrolment.
+//! Settings of enrolment and capture.
 
 use super::active_daemon;
 use super::cni::install;
@@ -7,7 +7,7 @@ use crate::sys::netns::id_at;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Letters of a node's name that are written.
+/// Longest part of a node's name that is used in its tag.
 const NAME_MAX: usize = 64;
 
 /// Settings of capture.
@@ -15,19 +15,19 @@ const NAME_MAX: usize = 64;
 pub struct Config {
     /// Where this node's pods come from.
     pub source: PodSource,
-    /// Whether we write the rules that redirect, or an agent does.
+    /// Whether the daemon writes the redirection; otherwise an agent does.
     pub redirect: bool,
     /// The host's procfs.
     pub proc: PathBuf,
-    /// Network namespace of the host, which is nobody's pod.
+    /// Network namespace of the host, which is never captured.
     pub host_netns: PathBuf,
-    /// Whether connections that were open before a pod's capture are ended.
+    /// Whether pre-existing connections are ended when a pod is captured.
     pub end_preexisting: bool,
-    /// Name of this node, where it has been said.
+    /// Name of this node; empty if it is not set.
     pub node_name: String,
-    /// Cluster of this node, for the uids of its pods in the mesh.
+    /// Cluster of this node; part of the uids of its pods in the mesh facts.
     pub cluster_id: String,
-    /// Trust domain of pods of which the mesh has not told yet: their certificates are asked for in it.
+    /// Trust domain of pods that the mesh does not know yet; their certificates are requested in it.
     pub trust_domain: String,
     /// `SO_MARK` of the daemon's sockets.
     pub mark: u32,
@@ -35,13 +35,14 @@ pub struct Config {
     pub reuse_port: bool,
     /// Whether IPv6 is used at all.
     pub ipv6: bool,
-    /// How long a released pod's connections may take to finish.
+    /// How long the connections of a released pod may take to end.
     pub release_deadline: Duration,
 }
 
 impl Config {
-    /// Whose node this is, as it stands in what is written: a daemon and whoever cleans up after it say the same, two nodes on one
-    /// machine do not. With an agent nobody knows the host's network namespace.
+    /// Tag of this node in tables and file names. A daemon and the tool that cleans up after it use the same tag; two
+    /// nodes on one machine have different ones, by the inode of their host network namespace. With an agent that
+    /// namespace is not known.
     pub fn node_tag(&self) -> String {
         let of = match &self.source {
             PodSource::Kubernetes(_) => id_at(&self.host_netns),
@@ -58,37 +59,37 @@ impl Config {
 /// Where a node's pods come from.
 #[derive(Clone, Debug)]
 pub enum PodSource {
-    /// A file names them.
+    /// The pods file.
     File(PathBuf),
-    /// An agent hands them over, on this socket.
+    /// An agent, on this socket.
     Agent(PathBuf),
-    /// Labels say so, in the Kubernetes API.
+    /// Labels in the Kubernetes API.
     Kubernetes(Box<KubernetesConfig>),
 }
 
-/// Settings of enrolment by Kubernetes.
+/// Settings of enrolment by the Kubernetes API.
 #[derive(Clone, Debug)]
 pub struct KubernetesConfig {
     /// Name of this node.
     pub node_name: String,
     /// Name of the daemon's own DaemonSet.
     pub daemonset: String,
-    /// Who is in.
+    /// Which pods are enrolled.
     pub enablement: Enablement,
     /// The host's procfs.
     pub proc: PathBuf,
-    /// How the API is reached; `None`: as a pod of the cluster.
+    /// Kubeconfig for the API; `None`: the account of the daemon's own pod.
     pub kubeconfig: Option<PathBuf>,
-    /// The CNI plugin, where it is wanted.
+    /// The CNI plugin, if it is to be installed.
     pub cni: Option<install::Config>,
-    /// The daemon's own socket for the plugin.
+    /// The daemon's socket for the CNI plugin.
     pub cni_socket: PathBuf,
-    /// Where the pods that are enrolled are kept, for a start without the API.
-    pub memory: Option<PathBuf>,
+    /// File of the enrolled pods, for a start without the API.
+    pub saved_pods: Option<PathBuf>,
 }
 
 impl KubernetesConfig {
-    /// The folder by which the daemons of a node agree on whose turn it is to write.
+    /// Folder in which the daemons of a node agree on the active one.
     pub fn daemons_folder(&self, node_tag: &str) -> PathBuf {
         self.cni_socket.with_file_name(format!("{}{node_tag}", active_daemon::FOLDER))
     }

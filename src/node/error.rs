@@ -1,6 +1,6 @@
-//! Why a pod is not captured.
+//! Errors of capture: why a pod is not captured.
 
-use super::capture_check::CaptureCheckError;
+use super::capture_check::{CHECK_EVERY, CaptureCheckError};
 use super::redirect::RedirectError;
 use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
@@ -9,90 +9,88 @@ use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-/// Why a pod is not captured. Each names the thing, the reason and what to do.
+/// Why a pod is not captured. Each message names the thing, the reason and what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
-    /// Nothing is known about the pod yet.
-    #[error(
-        "no workload {0} in the mesh facts yet; until there is, what is captured of the pod waits and is then refused"
-    )]
+    /// The mesh facts do not contain the pod yet.
+    #[error("no workload {0} in the mesh facts yet; until there is, the pod's connections wait and are then refused")]
     NoFacts(String),
-    /// Some facts have not been told at all yet.
-    #[error("the control plane has not told of {0} yet; until it has, the pod's connections wait and are then refused")]
+    /// The control plane has not sent all facts of one type yet.
+    #[error("the control plane has not sent {0} yet; until it has, the pod's connections wait and are then refused")]
     FactsIncomplete(&'static str),
-    /// The facts say that the pod has another service account.
+    /// The mesh facts give the pod another service account.
     #[error("the pod's service account is {own:?}, the mesh facts say {facts:?}; make them agree")]
     ServiceAccount {
-        /// What enrolment says.
+        /// Service account by enrolment.
         own: String,
-        /// What the facts say.
+        /// Service account by the mesh facts.
         facts: String,
     },
-    /// The facts do not give a valid identity.
+    /// The mesh facts do not give a valid identity.
     #[error("the workload's identity is not valid: {0}")]
     Identity(#[from] NameError),
-    /// The namespace cannot be used.
+    /// The network namespace cannot be used.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The namespace does not hold the pod's address: it is another pod's.
+    /// The network namespace does not hold the pod's address, so it is another pod's.
     #[error(
         "the namespace {path} does not hold the workload's address {missing} (it holds: {held}); check the netns path"
     )]
     NotThePod {
         /// The namespace.
         path: PathBuf,
-        /// Which address is missing.
+        /// The address that is missing.
         missing: IpAddr,
-        /// Which are there.
+        /// The addresses that it holds.
         held: String,
     },
-    /// The namespace holds no address at all: it is being set up, or taken down with its pod.
+    /// The network namespace holds no address at all: it is being set up, or removed with its pod.
     #[error("the namespace {0} holds no address: the pod's network is not set up yet, or is being taken down")]
     NoNetwork(PathBuf),
-    /// The facts give the pod no address of its own, so its namespace cannot be told from another.
+    /// The mesh facts give the pod no address of its own, so its namespace cannot be verified.
     #[error("workload {0} has no address of its own in the mesh facts (no workloadIps, or networkMode HostNetwork)")]
     NoOwnAddress(String),
-    /// The namespace is that of the daemon or the host.
+    /// The network namespace is the daemon's or the host's.
     #[error("the namespace {0} is the host's or the daemon's own; capturing it would cut the node off")]
     HostNetns(PathBuf),
-    /// The facts give the pod another identity than it was captured with.
-    #[error("the pod's identity has changed from {0} to {1}; capturing it anew")]
+    /// The mesh facts now give the pod another identity than it was captured with.
+    #[error("the pod's identity has changed from {0} to {1}; capturing it again")]
     IdentityChanged(SpiffeName, SpiffeName),
-    /// Another pod has this namespace.
-    #[error("the namespace {0} is that of pod {1} already; a namespace belongs to one pod")]
+    /// Another pod has this network namespace.
+    #[error("the namespace {0} already belongs to pod {1}; a namespace belongs to one pod")]
     NetnsTaken(PathBuf, String),
-    /// A port cannot be bound in the namespace.
+    /// A port cannot be bound in the network namespace.
     #[error("port {port} cannot be bound in the pod's namespace: {source}; {}", port_hint(source))]
     Port {
         /// The port.
         port: u16,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The rules cannot be written.
+    /// The redirection cannot be written.
     #[error(transparent)]
     Redirect(#[from] RedirectError),
-    /// A probe from inside was not captured.
+    /// The capture check failed.
     #[error(transparent)]
     CheckFailed(#[from] CaptureCheckError),
-    /// Changes inside the namespace cannot be heard of.
-    #[error("changes inside the pod's namespace cannot be heard of: {0}; they are found within 30 s")]
+    /// Changes in the network namespace are not announced to the daemon.
+    #[error("cannot watch the pod's network namespace: {0}; falling back to a check every {every} s", every = CHECK_EVERY.as_secs())]
     ChangesUnavailable(io::Error),
-    /// The namespace was there, and is no more.
-    #[error("the namespace {0} has gone (the pod has ended?)")]
+    /// The network namespace no longer exists.
+    #[error("the namespace {0} has gone (has the pod ended?)")]
     Vanished(PathBuf),
 }
 
 fn port_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied => "the daemon needs CAP_NET_ADMIN",
-        io::ErrorKind::AddrInUse => "something else listens there",
+        io::ErrorKind::AddrInUse => "something else listens on it",
         _ => "see the kernel's reason",
     }
 }
 
 impl CaptureError {
-    /// The word in `culvert_capture_failures_total{reason}`.
+    /// The value of `reason` in `culvert_capture_failures_total`.
     pub fn word(&self) -> &'static str {
         match self {
             Self::NoFacts(_) => "no_facts",

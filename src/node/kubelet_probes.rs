@@ -1,18 +1,19 @@
-//! The kubelet's probes: what the node's own processes send to a captured pod gets a source address that the pod's rules
-//! leave alone, because under a STRICT policy plaintext from the node would be refused. One table in the host's network
-//! namespace, a set of addresses in it; forwarded traffic has no local socket and does not match.
+//! Lets kubelet probes through. Connections from the node's own processes to a captured pod get a source address that
+//! the pod's rules do not redirect, because a STRICT policy would refuse plaintext from the node. This takes one table
+//! in the host's network namespace with a set of pod addresses. Forwarded traffic has no local socket and does not
+//! match.
 //!
-//! The same table drops what comes to the host from anywhere with that source: nobody else has it. What a bridge passes on between
-//! pods does not come to the host, so that a table of the bridge's own drops it there.
+//! The same table drops packets that arrive at the host with that source address: no other machine has it. Packets that
+//! a bridge forwards between pods do not reach the host, so a table of the bridge family drops them there.
 
 use super::active_daemon::ActiveRole;
 use super::capture_check::{CHECK_PORT, TUNNEL_PORT};
 use super::nft::{self, Listing, NftError};
 use super::redirect::{PROBE_V4, PROBE_V6};
 use crate::mesh::Text;
+use crate::sys::changes::Changes;
+use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
-use crate::sys::netns_watch::NetnsWatch;
-use crate::sys::nftables::{self, Family};
 use crate::task::Signal;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -25,30 +26,32 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Name of our table on the host.
+/// Name of our tables on the host.
 pub const TABLE: &str = "culvert-probes";
 
-/// Port of a pod to which `culvert doctor` sends what it tries with the probes' address: dropped as well, and nobody's attempt to get
-/// past policies. Nobody need listen there.
+/// Port of a pod to which `culvert doctor` sends packets with the probes' address, to see that they are dropped. They
+/// are not counted as spoofed. Nothing needs to listen on it.
 pub const DOCTOR_PORT: u16 = 15092;
-/// Counts what has been dropped.
+/// Name of the counter of dropped packets.
 const SPOOFED: &str = "spoofed";
 
-/// Packets with the probes' address are dropped before anything else looks at them. In a family of bridges, too.
+/// Priority of the chain that drops packets with the probes' address, before all other chains; also in the bridge
+/// family.
 const DROPS: i32 = -300;
 
-/// How long a change is let settle: at a start sixty pods come at once.
+/// How long to wait for further changes: at a start, sixty pods may come at once.
 const SETTLE: Duration = Duration::from_millis(100);
-/// The table is looked at this often, whatever is heard.
+/// The table is checked this often, even without a notification.
 const LOOK: Duration = Duration::from_secs(10);
 
-/// Whose probes are let through: pods with their addresses, and pods whose address is not visible just now.
+/// The pods whose kubelet probes are let through, with their addresses. A pod whose address is not visible right now
+/// has none.
 #[derive(Clone, Debug)]
 pub struct ProbedPods {
     pods: Arc<watch::Sender<Option<ByPod>>>,
 }
 
-/// Addresses by pod.
+/// Addresses by pod uid.
 type ByPod = BTreeMap<Text, Vec<IpAddr>>;
 
 impl Default for ProbedPods {
@@ -58,7 +61,7 @@ impl Default for ProbedPods {
 }
 
 impl ProbedPods {
-    /// Says whose. Before it is said for the first time the host's table stays as an earlier daemon left it.
+    /// Sets the pods. Before the first call, the host's table stays as an earlier daemon left it.
     pub fn set(&self, pods: ByPod) {
         self.pods.send_if_modified(|known| {
             let other = known.as_ref() != Some(&pods);
@@ -68,42 +71,42 @@ impl ProbedPods {
     }
 }
 
-/// Keeps the host's table.
+/// Maintains the host's tables.
 #[derive(Debug)]
 pub struct HostProbeRules {
     /// The host's network namespace.
     pub host: PathBuf,
     /// Whether IPv6 is used.
     pub ipv6: bool,
-    /// 1 while the table is as it should be.
+    /// 1 while the tables are as they should be.
     pub in_place: Gauge,
-    /// Packets that came with the probes' address and not from this host.
+    /// Number of packets with the probes' address that did not come from this host.
     pub spoofed: Counter,
 }
 
 impl HostProbeRules {
-    /// Registers its metric.
+    /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let help = "1 while the host's rules for kubelet probes are in place, else 0. Alert on 0";
+        let help = "1 while the host's rules for the kubelet's probes are in place, else 0";
         registry.register("culvert_probe_rules_in_place", help, self.in_place.clone());
-        let help = "Packets dropped because they reached the host with the source address of kubelet probes. Above 0, something tries to bypass \
-                    policies. Alert above 0";
+        let help = "Packets that came to the host with the source address of the kubelet's probes, and were dropped";
         registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 
-    /// Keeps the table what `probed` says while it is this daemon's turn, until it is told to end: what another one knows by then is newer.
+    /// Keeps the tables in accordance with `probed` while this daemon is active, until the process begins to end. After
+    /// that, a newer daemon knows better.
     pub async fn keep(self, probed: ProbedPods, role: ActiveRole, drain: Signal) {
         let (mut pods, mut role_changes) = (probed.pods.subscribe(), role.subscribe());
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
-        let changes = Netns::open(&self.host).and_then(|host| host.enter(NetnsWatch::open));
-        let changes = changes.ok().and_then(|opened| opened.and_then(NetnsWatch::new).ok());
-        // What is in force, by address. An address belongs to one pod.
+        let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
+        let changes = changes.ok().and_then(|opened| opened.and_then(Changes::new).ok());
+        // The entries in force, by address. An address belongs to one pod.
         let mut known: Option<BTreeMap<IpAddr, Text>> = None;
         loop {
             let heard = async {
                 match &changes {
-                    Some(changes) => while !changes.changed().await.tables {},
+                    Some(changes) => while !changes.seen().await.tables {},
                     None => std::future::pending().await,
                 }
             };
@@ -111,7 +114,7 @@ impl HostProbeRules {
                 () = drain.gentle() => return,
                 changed = pods.changed() => if changed.is_err() { return },
                 () = heard => {}
-                // What another daemon has written meanwhile is looked at anew.
+                // Another daemon may have changed the tables in the meantime.
                 changed = role_changes.changed() => {
                     if changed.is_err() { return }
                     (known, written) = (None, (None, None));
@@ -127,7 +130,7 @@ impl HostProbeRules {
             if let Some(error) = on_bridges.as_ref().filter(|error| bridges.as_ref() != Some(error)) {
                 tracing::warn!(
                     error,
-                    "pods on one bridge of this node can pose as the kubelet's probes: the kernel lacks nf_tables_bridge; load it, or \
+                    "pods on one bridge of this node can pretend to be the kubelet: the kernel lacks nf_tables_bridge; load it, or \
                      br_netfilter with net.bridge.bridge-nf-call-iptables=1"
                 );
             }
@@ -135,13 +138,16 @@ impl HostProbeRules {
             self.in_place.set(i64::from(result.is_ok() && bridges.is_none()));
             let error = result.err().map(|error| error.to_string());
             if let Some(error) = error.as_ref().filter(|error| said.as_ref() != Some(error)) {
-                tracing::error!(error, "kubelet probes of captured pods may fail: the host's rules cannot be written");
+                tracing::error!(
+                    error,
+                    "cannot write the host's rules for kubelet probes: probes of captured pods may fail"
+                );
             }
             said = error;
         }
     }
 
-    /// Drops on bridges what has the probes' address: what the host itself sends does not come in there.
+    /// Drops packets with the probes' address on bridges. The host's own packets do not come in there.
     async fn maintain_bridges(&self, written: &mut Option<Listing>) -> Result<(), NftError> {
         const FAMILY: &str = "bridge";
         let host = Netns::open(&self.host)?;
@@ -154,20 +160,21 @@ impl HostProbeRules {
         Ok(())
     }
 
-    /// Counts what has been dropped since the last time.
+    /// Counts the packets that were dropped since the last call.
     fn count(&self, counted: &mut [Option<u64>; 2]) {
         let Ok(host) = Netns::open(&self.host) else { return };
         for (family, before) in [Family::Inet, Family::Bridge].into_iter().zip(counted) {
-            let Ok(Ok(now)) = host.enter(|| nftables::packets(family, TABLE, SPOOFED)) else { continue };
-            // What an earlier daemon has counted is its own; what somebody has removed with the table begins anew.
+            let Ok(Ok(now)) = host.enter(|| counter::packets(family, TABLE, SPOOFED)) else { continue };
+            // The count of an earlier daemon is its own. A counter that went down was removed with its table, and began
+            // anew.
             let news = before.map_or(0, |before| now.checked_sub(before).unwrap_or(now));
             *before = Some(now);
             if news > 0 {
                 self.spoofed.inc_by(news);
                 tracing::warn!(
                     packets = news,
-                    "packets came with the source address of the kubelet's probes ({PROBE_V4}, {PROBE_V6}) and not from this host; \
-                     dropped: somebody on this node's network tries to get past policies"
+                    "dropped packets with the source address of kubelet probes ({PROBE_V4}, {PROBE_V6}) that were not from this host: \
+                     a machine or pod on this node's network tries to bypass policies"
                 );
             }
         }
@@ -197,11 +204,11 @@ impl HostProbeRules {
         Ok(())
     }
 
-    /// The whole table, as one transaction that takes no chain away for a moment.
+    /// The whole table as one transaction, in which no chain is missing at any moment.
     fn table(&self, entries: &BTreeMap<IpAddr, Text>) -> String {
         let mut script = drops("inet");
         let families = [("v4", "ipv4_addr", "ip", PROBE_V4, true), ("v6", "ipv6_addr", "ip6", PROBE_V6, self.ipv6)];
-        // Before masquerading of other CNIs, at 100: the first translation of a connection stays.
+        // Before the masquerading of other CNI plugins, at priority 100: the first translation of a connection stays.
         script += &format!(
             "add chain inet {TABLE} postrouting {{ type nat hook postrouting priority 90; policy accept; }}\n\
              flush chain inet {TABLE} postrouting\n"
@@ -211,8 +218,8 @@ impl HostProbeRules {
             for (ip, uid) in entries.iter().filter(|(ip, _)| ip.is_ipv4() == (set == "v4")) {
                 script += &format!("add element inet {TABLE} {set} {{ {ip} comment \"{uid}\" }}\n");
             }
-            // What verifies that others' connections come to us must come as others' do.
-            // Without a socket there is no uid, and the rule does not match: what is forwarded is never let through.
+            // Capture checks must arrive with the source address that clients have, so their ports are left out. A
+            // packet without a socket has no uid, and the rule does not match: forwarded packets are never let through.
             script += &format!(
                 "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {TUNNEL_PORT}, {CHECK_PORT} }} \
                  meta skuid != 4294967295 snat {family} to {source}\n"
@@ -222,7 +229,7 @@ impl HostProbeRules {
     }
 }
 
-/// The part of a table that drops what comes in with the probes' address.
+/// The part of a table that drops packets with the probes' address.
 fn drops(family: &str) -> String {
     let from_elsewhere = if family == "inet" { "iifname != lo " } else { "" };
     let mut script = format!(
@@ -232,7 +239,7 @@ fn drops(family: &str) -> String {
     );
     if family == "bridge" {
         // A bridge looks behind one VLAN tag. The pod's kernel looks behind any number of tags with id 0 (IEEE 802.1Q
-        // priority tags); more than one of them has no use but to hide what is behind.
+        // priority tags). The only use of a second one is to hide the packet from this rule.
         script += &format!(
             "add rule bridge {TABLE} drops meta protocol {{ 8021q, 8021ad }} @nh,4,12 0 counter name {SPOOFED} drop\n"
         );
@@ -244,18 +251,18 @@ fn drops(family: &str) -> String {
     script
 }
 
-/// What should be in the sets. A pod whose address is not visible just now (as after a reboot of its kubelet) keeps what it
-/// had, unless another pod has that now.
+/// The entries that the sets should have. A pod whose address is not visible right now (as after a restart of its
+/// kubelet) keeps its entries, unless another pod has the address now.
 fn merged(wanted: &ByPod, before: &BTreeMap<IpAddr, Text>) -> BTreeMap<IpAddr, Text> {
     let unseen: BTreeSet<&Text> = wanted.iter().filter(|(_, ips)| ips.is_empty()).map(|(uid, _)| uid).collect();
     let kept = before.iter().filter(|(_, uid)| unseen.contains(uid)).map(|(ip, uid)| (*ip, uid.clone()));
     let seen = wanted.iter().flat_map(|(uid, ips)| ips.iter().map(move |ip| (*ip, uid.clone())));
-    // Uids stand in comments of an nft script; those of Kubernetes are letters, digits and dashes.
+    // Uids are written into comments of an nft script. Those of Kubernetes consist of letters, digits and dashes.
     let plain = |uid: &Text| uid.len() <= 64 && uid.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     kept.chain(seen).filter(|(_, uid)| plain(uid)).collect()
 }
 
-/// What an earlier daemon has left in the sets.
+/// The entries that an earlier daemon has left in the sets.
 fn entries(listing: &Value) -> BTreeMap<IpAddr, Text> {
     let sets = listing["nftables"]
         .as_array()

@@ -1,5 +1,6 @@
-//! Rules for what the daemon itself opens and accepts in a pod: a table beside the redirection, the same whoever writes that. It
-//! captures nothing. Without it pods work as well, but for the cases that are named at each chain.
+//! Rules for the connections that the daemon itself opens and accepts in a pod. They are a table beside the
+//! redirection, and the same whichever program writes that. This table captures nothing; pods work without it, except
+//! in the cases described at each chain.
 
 use super::nft::{self, NftError};
 use super::routes::{MASK, RETURN_MARK};
@@ -13,10 +14,11 @@ use std::sync::LazyLock;
 /// Name of the table.
 pub const TABLE: &str = "culvert_legs";
 
-/// Conntrack zone of connections in a client's name.
+/// Conntrack zone of connections that the daemon opens with a client's address.
 const ZONE: u16 = 2;
 
-/// Writes the table; `whose` is the node it is for, `mark` the one of our packets, `dns` whether the pod's DNS is taken. A pod is captured also where that fails: it is logged.
+/// Writes the table, with the node's tag, the mark of our packets, and whether the pod's DNS is captured. Returns
+/// whether it was written. A failure is logged, and the pod is captured all the same.
 pub async fn write(netns: &Netns, node_tag: &str, mark: u32, dns: bool) -> bool {
     let Err(first) = nft::apply(netns, &table(node_tag, mark, dns, true)).await else { return true };
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
@@ -27,7 +29,7 @@ pub async fn write(netns: &Netns, node_tag: &str, mark: u32, dns: bool) -> bool 
                 netns = %netns_path,
                 %error,
                 suppressed,
-                "connections of one client to the pod may get into each other's way, and the pod's own NAT may lose them"
+                "cannot write the rules for the daemon's own connections: connections of one client to the pod may collide, and the pod's own NAT may lose them"
             );
         }
         return false;
@@ -37,13 +39,13 @@ pub async fn write(netns: &Netns, node_tag: &str, mark: u32, dns: bool) -> bool 
             netns = %netns_path,
             error = %first,
             suppressed,
-            "without nft_tproxy in the kernel, a client that uses one port of its own for two connections to the pod may hang"
+            "the kernel lacks nft_tproxy: a client that opens two connections to the pod from the same port may hang"
         );
     }
     true
 }
 
-/// Removes it.
+/// Removes the table.
 pub async fn remove(netns: &Netns) -> Result<(), NftError> {
     nft::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
 }
@@ -58,9 +60,9 @@ fn chain(name: &str, hook: &str, priority: i32, rules: &str) -> String {
     format!("  chain {name} {{\n    type filter hook {hook} priority {priority}; policy accept;\n{rules}  }}\n")
 }
 
-/// Connections that we open in a client's name. They have a conntrack zone of their own, else one of the client's with the same port
-/// would be taken for them, and be broken. Their answers come to us also from behind the pod's own NAT (a guest, a nested
-/// container), whatever route leads to the client.
+/// Connections that the daemon opens with a client's address. They have their own conntrack zone, because the client
+/// may have a connection with the same ports, and the two would be taken for one. Their replies return to the daemon
+/// whatever route leads to the client, also from behind the pod's own NAT (a guest, a nested container).
 fn legs(mark: u32) -> String {
     let leg = format!("meta mark & {:#x} == {:#x}", MASK | LEG_BIT, mark | LEG_BIT);
     let marked = format!("ct mark & {LEG_BIT:#x} == {LEG_BIT:#x}");
@@ -74,24 +76,25 @@ fn legs(mark: u32) -> String {
         )
 }
 
-/// What we have sent never comes to a listener of ours again, by whatever address or translation, but for tunnels. The pod's DNS
-/// takes nothing in the pod's name that comes from outside.
+/// Packets of the daemon never reach a listener of the daemon again, whatever address or translation they take, except
+/// at the tunnel port. The pod's DNS server ignores packets from outside that claim the pod's own address.
 fn no_loop(mark: u32, dns: bool) -> String {
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let mut rules = format!("    {ours} tcp dport {{ {OUTBOUND}, {PLAINTEXT} }} reject with tcp reset\n");
     if dns {
         rules += &format!("    {ours} tcp dport {DNS} reject with tcp reset\n    {ours} udp dport {DNS} reject\n");
-        // Whoever asks us in the pod's name from outside: the kernel drops that for IPv4 alone. The interface that our socket is
-        // told of is, for IPv6, the one that has the address, also where it came by the loopback.
+        // Packets from outside with the pod's own source address: the kernel drops them for IPv4 only. For IPv6, the
+        // interface that our socket reports is the one that has the address, even for packets from the loopback
+        // interface, so the server cannot tell them apart.
         rules += &format!("    iifname != lo fib saddr type local meta l4proto {{ tcp, udp }} th dport {DNS} drop\n");
     }
     chain("no_loop", "input", -160, &rules)
 }
 
-/// Connections from one address and port to several ports of the pod. Translated to one port of ours, they would be the same; so
-/// the kernel gives the later ones another source port, but only after it has looked for their socket by the old one (early
-/// demultiplexing), and has found the first connection's. So a SYN is given its listener here, and other packets have the new
-/// port already when their socket is looked for.
+/// Connections from one client address and port to several ports of the pod. Once translated to one listener port, they
+/// would have equal addresses, so the kernel gives the later ones another source port. But it looks up the socket by
+/// the old port before that (early demultiplexing), and finds the first connection's. So this chain assigns a SYN to
+/// its listener, and sets the new port of other packets before the lookup.
 fn same_ports() -> String {
     let first = "tcp flags & (fin | syn | rst | ack) == syn";
     let taken = |ports: &str| format!("iifname != lo tcp dport {ports} ct direction original ct status dnat");
@@ -99,7 +102,7 @@ fn same_ports() -> String {
     for port in [OUTBOUND, PLAINTEXT] {
         for (protocol, family) in [("ipv4", "ip"), ("ipv6", "ip6")] {
             let taken = taken(&port.to_string());
-            // No connection comes from port 0, so that the listener is found and nothing else.
+            // No connection comes from port 0, so the lookup finds the listener and nothing else.
             rules +=
                 &format!("    meta nfproto {protocol} {taken} {first} tcp sport set 0 tproxy {family} to :{port}\n");
         }

@@ -1,4 +1,5 @@
-//! The pods of this node and their capture: enter a pod's network namespace, listen, redirect, verify; and the way back.
+//! The pods of this node and their capture: which pods there are (pods file, agent, Kubernetes API), entering a pod's
+//! network namespace, listening in it, redirecting its traffic, checking the result, and releasing the pod again.
 
 pub mod active_daemon;
 pub mod capture;

@@ -1,5 +1,5 @@
-//! Running the `nft` program inside a namespace. What is there a pod may have written, as much as it likes: reading it has
-//! bounds in time, length and memory.
+//! Runs the `nft` program inside a network namespace. A pod may have written any number of rules there, so reading them
+//! is bounded in time, length and memory.
 
 use crate::sys::limits;
 use crate::sys::netns::{Netns, NetnsError};
@@ -11,16 +11,16 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
-/// How long `nft` may take to list something. It takes a few milliseconds where nobody means ill.
+/// How long `nft` may take to list rules. It takes a few milliseconds unless a pod floods it.
 const READING: Duration = Duration::from_secs(2);
-/// Bytes of a listing that are read: some ten thousand rules.
+/// Most bytes of a listing that are read: some ten thousand rules.
 const LISTING_MAX: u64 = 2 << 20;
-/// Memory that `nft` may use; it is charged to us.
+/// Most memory that `nft` may use; it counts towards the daemon's limit.
 const MEMORY_MAX: u64 = 256 << 20;
-/// Bytes of what `nft` says on standard error that are read.
+/// Most bytes of standard error that are read.
 const ERROR_MAX: u64 = 4096;
 
-/// What `nft` says of a table that is not there (ENOENT).
+/// Message of `nft` for a table that does not exist (ENOENT).
 const NOT_THERE: &str = "No such file or directory";
 
 /// How long `nft` or the kernel may take to write rules.
@@ -29,7 +29,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Why rules could not be listed or written.
 #[derive(Debug, thiserror::Error)]
 pub enum NftError {
-    /// The namespace cannot be entered.
+    /// The network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// `nft` cannot be run.
@@ -38,10 +38,10 @@ pub enum NftError {
     /// `nft` refused the rules.
     #[error("nft refused the rules: {0}; {hint}", hint = hint(_0))]
     Failed(String),
-    /// The rules in the namespace cannot be listed.
+    /// The rules in the network namespace cannot be listed.
     #[error("the pod's nftables cannot be read: {0}")]
     Unreadable(String),
-    /// Too slow.
+    /// Writing took too long.
     #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
     Deadline,
 }
@@ -54,36 +54,36 @@ fn hint(said: &str) -> &'static str {
     }
 }
 
-/// Our rules as the kernel lists them, to see whether they are still the same. Only ever compared with another listing.
+/// One of our tables as the kernel lists it. It is only ever compared with another listing, to detect changes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Listing(Value);
 
-/// Bounds the time of a piece of work that writes rules.
+/// Applies the deadline of writing to `work`.
 pub async fn within<T, E: From<NftError>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     tokio::time::timeout(DEADLINE, work).await.unwrap_or_else(|_| Err(NftError::Deadline.into()))
 }
 
-/// Runs an `nft` script in a namespace as one transaction, with a deadline.
+/// Runs an `nft` script in a network namespace as one transaction, with a deadline.
 pub async fn apply(netns: &Netns, script: &str) -> Result<(), NftError> {
     within(write(netns, script)).await
 }
 
-/// One of our tables as the namespace has it now.
+/// Lists one of our tables.
 pub async fn listing(netns: &Netns, family: &str, name: &str) -> Result<Listing, NftError> {
     Ok(ours(&table(netns, family, name).await?))
 }
 
-/// Runs a script in a namespace, as one transaction.
+/// Runs an `nft` script in a network namespace as one transaction, without a deadline.
 pub async fn write(netns: &Netns, script: &str) -> Result<(), NftError> {
     run(netns, &["-f", "-"], script).await.map(drop)
 }
 
-/// Everything in a namespace but the elements of sets, of which there may be millions.
+/// Lists all rules of a network namespace, without the elements of sets, of which there may be millions.
 pub async fn ruleset(netns: &Netns) -> Result<Value, NftError> {
     list(netns, &["-t", "-j", "list", "ruleset"]).await
 }
 
-/// One table as `nft` prints it; null where there is none.
+/// Lists one table as `nft` prints it; null if it does not exist.
 pub async fn table(netns: &Netns, family: &str, name: &str) -> Result<Value, NftError> {
     match list(netns, &["-j", "list", "table", family, name]).await {
         Err(NftError::Failed(said)) if said.contains(NOT_THERE) => Ok(Value::Null),
@@ -91,7 +91,7 @@ pub async fn table(netns: &Netns, family: &str, name: &str) -> Result<Value, Nft
     }
 }
 
-/// Our table among what is listed. Counters say nothing of the rules.
+/// Extracts the rules of our table from a listing. Counters are left out: they change without a change of rules.
 fn ours(all: &Value) -> Listing {
     let is_rule = |object: &&Value| ["table", "chain", "rule", "set"].iter().any(|kind| object.get(kind).is_some());
     let objects = all.get("nftables").and_then(Value::as_array).into_iter().flatten();
@@ -100,7 +100,7 @@ fn ours(all: &Value) -> Listing {
     Listing(table)
 }
 
-/// Handles are given anew with each writing, and say nothing.
+/// Removes handles, which every write assigns anew.
 fn without_handles(value: &mut Value) {
     match value {
         Value::Object(map) => {
@@ -114,26 +114,25 @@ fn without_handles(value: &mut Value) {
 
 async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, NftError> {
     let listed = tokio::time::timeout(READING, run(netns, arguments, "")).await;
-    let slow = || NftError::Unreadable(format!("listing them takes longer than {} s", READING.as_secs()));
-    // What a pod has written may be too odd for the program that lists it; that it is not allowed to is our own lack.
-    let printed = listed.map_err(|_| slow())?.map_err(|error| match error {
+    let too_slow = || NftError::Unreadable(format!("listing them takes longer than {} s", READING.as_secs()));
+    // A pod can write rules that `nft` fails to list. A missing permission is our own fault instead.
+    let printed = listed.map_err(|_| too_slow())?.map_err(|error| match error {
         NftError::Failed(said) if !said.contains(NOT_THERE) && !said.contains("not permitted") => {
             NftError::Unreadable(format!("nft fails to list them: {said}"))
         }
         error => error,
     })?;
-    // Beside the others: it may be long.
-    let parsed =
-        thread::run_blocking(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
-    let parsed = parsed.unwrap_or_else(|| Err("it could not be read".into()));
-    parsed.map_err(|error| NftError::Unreadable(format!("their list is not JSON: {error}")))
+    // On a helper thread: the listing may be long.
+    let parsed = thread::beside(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
+    let parsed = parsed.unwrap_or_else(|| Err("the helper thread failed".into()));
+    parsed.map_err(|error| NftError::Unreadable(format!("the list is not JSON: {error}")))
 }
 
-/// Runs `nft` inside a namespace and gives what it prints.
+/// Runs `nft` inside a network namespace and returns what it prints.
 async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>, NftError> {
     let mut command = Command::new("nft");
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    // The child inherits the namespace that the thread is in when it is started.
+    // The child inherits the network namespace that the thread is in when it starts.
     let mut child = netns.enter(|| command.spawn())?.map_err(NftError::NotRun)?;
     if let Some(pid) = child.id() {
         limits::bound_memory(pid, MEMORY_MAX);
@@ -141,7 +140,7 @@ async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>,
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let give = async {
         if let Some(mut stdin) = stdin {
-            // If nft ends before it has read all, it says why on standard error.
+            // If `nft` ends before it has read everything, it says why on standard error.
             let _ = stdin.write_all(script.as_bytes()).await;
         }
     };
@@ -158,10 +157,10 @@ async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>,
         }
         Ok::<_, io::Error>(())
     };
-    // The end of its output is closed on it where that is too long, and it ends.
+    // If the output is too long, this end of the pipe is closed, and `nft` ends.
     let ((), too_long, heard) = tokio::join!(give, read, hear);
     if too_long.map_err(NftError::NotRun)? {
-        return Err(NftError::Unreadable(format!("their list is longer than {} MiB", LISTING_MAX >> 20)));
+        return Err(NftError::Unreadable(format!("the list is longer than {} MiB", LISTING_MAX >> 20)));
     }
     heard.map_err(NftError::NotRun)?;
     if child.wait().await.map_err(NftError::NotRun)?.success() {

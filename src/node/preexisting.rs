@@ -1,8 +1,10 @@
-//! Preexisting that were open before a pod was captured: they go on as they began, are counted until they end, or are ended.
+//! Pre-existing connections: those that were open before a pod was captured. They continue as they began and are
+//! counted until they end, or are ended at the capture.
 //!
-//! The kernel does not track connections in a namespace that has no rules. From the first rule on it does, and takes the next
-//! packet of an open connection for the first one, which would be redirected, and the connection reset. So the rules know
-//! these connections by their addresses and ports, and nothing else is spared: a stray packet is not passed in plaintext.
+//! The kernel does not track connections in a network namespace without rules. Once there are rules it does, and takes
+//! the next packet of an open connection for its first one; it would be redirected, and the connection reset. So the
+//! rules list these connections by addresses and ports. Nothing else is let through: a stray packet is never passed in
+//! plaintext.
 
 use super::routes::MASK;
 use crate::connection::Pod;
@@ -11,35 +13,41 @@ use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
-/// Preexisting that rules can name at most; more are not spared.
+/// Most connections that the rules can list; further ones are not let through.
 const MAX: usize = 10_000;
 
-/// Preexisting of one pod that are older than its rules, by their cookies: own address and peer.
+/// Pre-existing connections of one pod: own address and peer, by socket cookie.
 #[derive(Clone, Debug, Default)]
 pub struct Preexisting {
     open: HashMap<u64, (SocketAddr, SocketAddr)>,
 }
 
 impl Preexisting {
-    /// Those that are open now, when the first rules are about to be written.
+    /// The connections that are open now, before the first rules are written.
     pub fn open_now(pod: &Pod) -> Self {
         let (namespace, name) = (&*pod.namespace, &*pod.name);
         match sockets(pod) {
             Ok(found) => {
                 if !found.is_empty() {
-                    tracing::warn!(namespace, name, open = found.len(), "connections are older than the pod's capture");
+                    tracing::warn!(
+                        namespace,
+                        name,
+                        open = found.len(),
+                        "the pod has pre-existing connections: they continue as they began, without the mesh"
+                    );
                 }
                 let pair = |socket: TcpSocket| (socket.cookie, (socket.local, socket.peer));
                 Self { open: found.into_iter().take(MAX).map(pair).collect() }
             }
             Err(error) => {
-                tracing::warn!(namespace, name, error, "connections from before the capture cannot be counted");
+                tracing::warn!(namespace, name, error, "cannot list the pod's pre-existing connections");
                 Self::default()
             }
         }
     }
 
-    /// Those that an earlier daemon's rules spare, by what `nft` prints of them, and that are still open.
+    /// The connections that an earlier daemon's rules let through, by what `nft` prints of them, as far as they are
+    /// still open.
     pub fn spared_by(pod: &Pod, listing: &Value) -> Self {
         let sets = listing.get("nftables").and_then(Value::as_array).into_iter().flatten();
         let elements = sets.filter_map(|object| object.get("set")?.get("elem")?.as_array()).flatten();
@@ -60,23 +68,24 @@ impl Preexisting {
         Self { open: open.filter(|(_, pair)| spared.contains(pair)).collect() }
     }
 
-    /// Of those that a pod has when it is captured no more: these, and what it opens from then on.
+    /// Called when the capture ends: these connections, and the ones that the pod opens from now on, must not be
+    /// captured later.
     pub fn at_release(self, pod: &Pod) -> Uncaptured {
         let cookies = |all: Vec<TcpSocket>| all.iter().map(|socket| socket.cookie).collect();
         Uncaptured { older: self, captured: sockets(pod).map(cookies).ok() }
     }
 
-    /// Adds others.
+    /// Adds further connections.
     pub fn extend(&mut self, others: Self) {
         self.open.extend(others.open);
     }
 
-    /// Their addresses, own and peer, for rules that spare them.
+    /// Addresses of the connections, own and peer, for the rules that let them through.
     pub fn spared(&self) -> impl Iterator<Item = (SocketAddr, SocketAddr)> {
         self.open.values().copied()
     }
 
-    /// Ends them.
+    /// Ends the connections.
     pub fn end(&mut self, pod: &Pod) {
         let found = if self.open.is_empty() { Vec::new() } else { sockets(pod).unwrap_or_default() };
         let ours = found.iter().filter(|socket| self.open.contains_key(&socket.cookie));
@@ -88,13 +97,13 @@ impl Preexisting {
                 namespace,
                 name,
                 left,
-                "connections from before the capture could not be ended, or had ended"
+                "some pre-existing connections could not be ended, or had ended already"
             );
         }
-        tracing::info!(namespace, name, ended, "connections from before the capture ended");
+        tracing::info!(namespace, name, ended, "pre-existing connections ended");
     }
 
-    /// How many of them are still open.
+    /// Number of the connections that are still open.
     pub fn count_open(&mut self, pod: &Pod) -> usize {
         if !self.open.is_empty()
             && let Ok(now) = sockets(pod)
@@ -106,20 +115,20 @@ impl Preexisting {
     }
 }
 
-/// The connections of a pod whose capture has ended, while what was captured ends.
+/// Connections of a pod whose capture has ended, while the last captured connections end.
 #[derive(Debug, Default)]
 pub struct Uncaptured {
-    /// Older than the capture that has ended.
+    /// Pre-existing connections of the capture that has ended.
     older: Preexisting,
-    /// What was open at its end, where that could be seen.
+    /// Connections that were captured when it ended; `None` if they could not be listed.
     captured: Option<HashSet<u64>>,
 }
 
 impl Uncaptured {
-    /// Those that the next capture of the pod must leave alone: looked for at the last moment before its rules, because the
-    /// kernel never gives those rules a connection that it knows.
+    /// The connections that the next capture must not redirect. Call this at the last moment before the rules are
+    /// written, because a connection that the kernel tracks already never reaches the new rules.
     pub fn now(&self, pod: &Pod) -> Preexisting {
-        // What was captured is never taken for plaintext.
+        // Captured connections are never taken for plaintext.
         let (Some(captured), Ok(open)) = (&self.captured, sockets(pod)) else { return self.older.clone() };
         let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !captured.contains(cookie);
         let open = open.into_iter().filter(|socket| goes_on(&socket.cookie));
@@ -127,8 +136,8 @@ impl Uncaptured {
     }
 }
 
-/// The pod's connections with others; what it says to itself is never captured. Those of a daemon are left out, of one that has ended
-/// too: what it has sent and nobody has acknowledged stays in the kernel for a while, and is no plaintext.
+/// The pod's connections with others; its connections with itself are never captured. The daemon's sockets are left
+/// out, also those of an ended daemon: the kernel keeps unacknowledged data for a while, and it is not plaintext.
 fn sockets(pod: &Pod) -> Result<Vec<TcpSocket>, String> {
     let all = pod.netns.enter(tcp_sockets::open).map_err(|error| error.to_string())?;
     let mut all = all.map_err(|error| error.to_string())?;

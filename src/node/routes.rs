@@ -1,4 +1,4 @@
-//! The ip rule and route by which replies to foreign source addresses come back to us, for IPv4 and IPv6.
+//! The ip rule and route that bring replies to foreign source addresses back to the daemon, for IPv4 and IPv6.
 
 use crate::sys::netns::{Netns, NetnsError};
 use rtnetlink::packet_route::route::RouteType;
@@ -7,31 +7,31 @@ use rtnetlink::{Handle, RouteMessageBuilder};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
-/// Mark bits that are looked at.
+/// Bits of a packet mark that are compared.
 pub const MASK: u32 = 0xfff;
-/// Mark of connections whose replies must come back to us.
+/// Mark of connections whose replies must come back to the daemon.
 pub const RETURN_MARK: u32 = 0x111;
 /// Priority of the ip rule.
 const RULE_PRIORITY: u32 = 32764;
 /// Routing table of the ip rule.
 const ROUTE_TABLE: u32 = 100;
-/// How long the kernel may take.
+/// How long the kernel may take to restore them.
 const DEADLINE: Duration = Duration::from_secs(10);
-/// The loopback interface, always the first of a namespace (Linux, `LOOPBACK_IFINDEX`).
+/// Index of the loopback interface, always the first of a network namespace (Linux, `LOOPBACK_IFINDEX`).
 const LOOPBACK: u32 = 1;
 
 /// Why a rule or route could not be set.
 #[derive(Debug, thiserror::Error)]
 pub enum RouteError {
-    /// The namespace cannot be entered.
+    /// The network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// The kernel, or the library, refused.
+    /// The kernel, or the library, returned an error.
     #[error("cannot set the {what}: {source}; {hint}", hint = hint(source))]
     Set {
-        /// Which.
+        /// What was being set.
         what: &'static str,
-        /// What the library said.
+        /// The error of the library.
         source: rtnetlink::Error,
     },
 }
@@ -45,13 +45,14 @@ fn hint(error: &rtnetlink::Error) -> &'static str {
     }
 }
 
-/// Sets the ip rules and routes that are missing, within a deadline. Whether all were in place; an error also means that they are not.
+/// Sets missing ip rules and routes. Returns whether all of them were in place; after an error, assume that they were
+/// not.
 pub async fn restore(netns: &Netns, ipv6: bool) -> Result<bool, RouteError> {
     let late = |_| RouteError::Set { what: "ip rule and route", source: rtnetlink::Error::RequestFailed };
     tokio::time::timeout(DEADLINE, set(netns, ipv6, true)).await.map_err(late)?
 }
 
-/// Sets or removes rules and routes; whether all were as wanted before.
+/// Sets or removes the ip rules and routes. Returns whether all of them were as wanted before.
 pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, RouteError> {
     let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RouteError::Set {
         what: "netlink socket",
@@ -70,7 +71,7 @@ pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, Route
     }
 }
 
-/// Brings the loopback interface of a new namespace up, without which no route can be set there.
+/// Brings up the loopback interface of a new network namespace; without it no route can be set there.
 pub async fn loopback_up(netns: &Netns) -> Result<(), RouteError> {
     let failed = |source| RouteError::Set { what: "loopback interface", source };
     let (connection, handle, _) = netns
@@ -113,7 +114,7 @@ async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, R
     ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ESRCH }, "route")
 }
 
-/// A state that is as wanted already is no error; whether it was.
+/// Returns whether the state was as wanted already, which the kernel reports as the error `code`.
 fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, RouteError> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(true),

@@ -1,4 +1,4 @@
-//! What enrolment says of a pod, as plain types: who it is, where its network namespace is, and its own settings.
+//! What enrolment says about a pod, as plain types: its identity, its network namespace and its own settings.
 
 use crate::mesh::Text;
 use crate::sys::netns::{Netns, NetnsError};
@@ -11,12 +11,12 @@ use std::path::PathBuf;
 pub enum NetnsRef {
     /// Behind a path.
     Path(PathBuf),
-    /// In our hands.
+    /// An open descriptor.
     Handle(Netns),
 }
 
 impl NetnsRef {
-    /// The namespace, as of now.
+    /// Opens the namespace.
     pub fn open(&self) -> Result<Netns, NetnsError> {
         match self {
             Self::Path(path) => Netns::open(path),
@@ -37,59 +37,59 @@ impl fmt::Display for NetnsRef {
 /// A pod of this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodSpec {
-    /// Pod name.
+    /// Name of the pod.
     pub name: Text,
-    /// Namespace.
+    /// Its Kubernetes namespace.
     pub namespace: Text,
-    /// Service account.
+    /// Its service account.
     pub service_account: Text,
-    /// Uid; unique on the node.
+    /// Its uid, unique on the node.
     pub uid: Text,
     /// Its network namespace.
     pub netns: NetnsRef,
-    /// Addresses that whoever enrols the pod says it has. Where there are any the namespace must hold one of them, and is
-    /// captured before the mesh knows who the pod is: what it sends waits, and is not passed in plaintext.
+    /// The pod's addresses, if the enrolment source supplied them. The network namespace must then hold one of them,
+    /// and the pod is redirected before its workload is known; its connections wait, and are not passed in plaintext.
     pub ips: Vec<IpAddr>,
-    /// What may change while the pod lives.
+    /// Settings, which may change while the pod lives.
     pub settings: Settings,
-    /// What it may do to its own network, where that is known.
+    /// Capabilities over its own network, if they are known.
     pub powers: Option<Powers>,
 }
 
 impl PodSpec {
-    /// Whether both speak of the same pod in the same namespace, with whatever settings.
+    /// Whether both describe the same pod in the same network namespace, whatever their settings.
     pub fn is_same_pod(&self, other: &Self) -> bool {
         let who = |spec: &Self| (spec.name.clone(), spec.namespace.clone(), spec.service_account.clone());
         self.uid == other.uid && self.netns == other.netns && who(self) == who(other)
     }
 }
 
-/// What a pod may do inside its own network namespace, which nobody outside of it can prevent: with either it can mark its
-/// packets as ours are, or send frames past its rules, and is then not captured.
+/// Capabilities of a pod inside its own network namespace, which nothing outside can prevent. With either, a pod can
+/// mark its packets as the daemon's, or send frames past its rules; that traffic is not captured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Powers {
-    /// Whether it may change its rules, and mark packets.
+    /// CAP_NET_ADMIN: it may change its rules, and mark packets.
     pub net_admin: bool,
-    /// Whether it may send whatever frames it likes, and mark packets.
+    /// CAP_NET_RAW: it may send arbitrary frames, and mark packets.
     pub net_raw: bool,
 }
 
-/// A pod's own settings (Istio's annotations); they take effect on a live pod.
+/// A pod's own settings (Istio's annotations). Changes take effect on a running pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// Whether its DNS is taken; `None`: as the node is set.
+    /// Whether its DNS is captured; `None`: the node's default.
     pub dns: Option<bool>,
-    /// Plaintext that comes in is left alone ("ingress mode"). Policy is not enforced on it.
+    /// Whether inbound plaintext is not redirected ("ingress mode"). Policy is not enforced on it.
     pub bypass_inbound: bool,
-    /// TCP that comes in through these interfaces is treated as the pod's own outbound traffic.
+    /// Inbound TCP on these interfaces is treated as the pod's own outbound traffic.
     pub virtual_interfaces: Vec<Interface>,
 }
 
-/// Name of a network interface that may stand in a rule.
+/// Name of a network interface that is safe to write into an nft rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface(Text);
 
-/// Interfaces that one pod may have named.
+/// Most virtual interfaces that one pod may name.
 pub const INTERFACES_MAX: usize = 64;
 
 impl fmt::Display for Interface {
@@ -99,7 +99,7 @@ impl fmt::Display for Interface {
 }
 
 impl Interface {
-    /// Checks a name: the kernel takes others, nothing that an nft script could misread.
+    /// Checks a name. The kernel allows other names as well; these contain nothing that an nft script could misread.
     pub fn new(name: &str) -> Option<Self> {
         let fine = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_');
         ((1..=15).contains(&name.len()) && name.bytes().all(fine)).then(|| Self(name.into()))

@@ -1,17 +1,17 @@
-//! Whose rules are in a pod: each of our tables says for which node it has been written, in a chain that nothing leads to. Several
-//! nodes may be on one machine, and none cleans up another one's pods.
+//! Which node a table in a pod belongs to: each of our tables contains a chain that nothing jumps to, with the node's
+//! tag in a comment. Several nodes may run on one machine, and none cleans up the pods of another one.
 
 use serde_json::Value;
 
 /// Name of the chain.
 const CHAIN: &str = "written_for";
 
-/// The chain, as part of a table. `whose` is plain letters.
+/// The chain, as part of a table. The tag consists of letters, digits, dots, dashes and underscores.
 pub fn chain(node_tag: &str) -> String {
     format!("  chain {CHAIN} {{\n    return comment \"{node_tag}\"\n  }}\n")
 }
 
-/// Whose a table is, by what `nft` prints of it; `None` where it does not say.
+/// The tag in a table as `nft` prints it; `None` if it has none.
 pub fn owner(table: &Value) -> Option<&str> {
     let objects = table.get("nftables").and_then(Value::as_array)?;
     let says = |object: &'_ Value| object.pointer("/rule/chain").is_some_and(|chain| chain == CHAIN);

@@ -1,26 +1,27 @@
-//! The rules of an earlier istio-cni in a pod: found, and removed in the very transaction that writes ours, so that the pod
-//! is captured once at any moment. What cannot be removed is refused by name.
+//! Takeover: finds the rules that istio-cni has left in a pod. They are removed in the same transaction that writes
+//! ours, so that exactly one redirection is in force at any moment. A rule that cannot be removed is refused, with its
+//! name. Pure.
 
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-/// Beginning of the names of istio-cni's iptables chains.
+/// Prefix of istio-cni's iptables chains.
 pub const CHAINS: &str = "ISTIO_";
-/// Beginning of the names of its nftables tables.
+/// Prefix of istio-cni's nftables tables.
 const TABLES: &str = "istio-ambient-";
 
-/// What is not ours in a pod and captures it.
+/// Rules of istio-cni that capture a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IstioRules {
-    /// Names, for the log.
+    /// Their names, for the log.
     pub names: BTreeSet<String>,
-    /// nft commands that remove it.
+    /// nft commands that remove them.
     pub removal: String,
-    /// A name that no agent gives, and that the pod itself may have chosen: it is not written into any script.
+    /// A name that no agent chooses, so the pod itself may have chosen it. It is never written into a script.
     pub unsafe_name: Option<String>,
 }
 
-/// Looks through what `nft -j list ruleset` has printed.
+/// Finds istio-cni's rules in the output of `nft -j list ruleset`.
 pub fn find(listing: &Value) -> IstioRules {
     let plain = |name: &str| {
         let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
@@ -50,7 +51,7 @@ pub fn find(listing: &Value) -> IstioRules {
         if text(chain, "name").starts_with(CHAINS) && !text(chain, "table").starts_with(TABLES) {
             let table = format!("{} {}", text(chain, "family"), text(chain, "table"));
             let name = text(chain, "name");
-            // Chains may jump to each other: all are emptied before the first one goes.
+            // Chains may jump to each other, so all are emptied before the first one is deleted.
             flushes += &format!("flush chain {table} {name}\n");
             chains += &format!("delete chain {table} {name}\n");
             found.names.insert(format!("iptables chain {name} in {table}"));
@@ -65,16 +66,16 @@ pub fn find(listing: &Value) -> IstioRules {
     found
 }
 
-/// Rules of others that are named of one pod.
+/// Most chains and rules of other programs that are named for one pod.
 const HOOKS_MAX: usize = 8;
-/// Letters of a name that are shown; a pod chooses its own.
+/// Longest part of a name that is shown; a pod chooses its own names.
 const NAME_MAX: usize = 40;
-/// Filter chains before this see packets before connections are tracked, or change them before they are translated
-/// (linux/netfilter_ipv4.h: mangle; nat comes at -100).
+/// Filter chains up to this priority see packets before connections are tracked, or change packets before they are
+/// translated (linux/netfilter_ipv4.h: mangle is -150, nat -100).
 const BEFORE_TRANSLATION: i64 = -150;
 
-/// Chains of others that may take the pod's traffic before our own, which are the tables `own` of family inet, or beside it: translation,
-/// routing, early filters, and rules that switch off the tracking of connections.
+/// Names what may take the pod's traffic before our tables `own` of family inet, or beside them: chains of other
+/// programs for translation, routing or early filtering, and rules that switch off connection tracking.
 pub fn hooks(listing: &Value, own: &[&str]) -> Vec<String> {
     let objects = listing["nftables"].as_array().map(Vec::as_slice).unwrap_or_default();
     let name = |value: &Value| {
@@ -113,7 +114,7 @@ pub fn hooks(listing: &Value, own: &[&str]) -> Vec<String> {
     named
 }
 
-/// Whether a rule leads into one of the chains.
+/// Whether a rule jumps to a chain of istio-cni.
 fn jumps(expressions: &Value) -> bool {
     let leads = |expression: &Value| {
         let target =

@@ -2,6 +2,7 @@
 //! kernel tells of a change in the namespace.
 
 use super::capture::{Capturer, Listening};
+use super::capture_check::CHECK_EVERY;
 use super::error::CaptureError;
 use super::nft::{self, Listing};
 use super::preexisting::{Preexisting, Uncaptured};
@@ -19,8 +20,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Time between verifications of a captured pod.
-const CHECK_EVERY: Duration = Duration::from_secs(30);
 /// Time between rewritings of the rules: a probe does not see every rule.
 const REWRITE_EVERY: Duration = Duration::from_secs(300);
 /// Time between attempts that fail.

@@ -120,7 +120,7 @@ fn nothing_is_decided_before_each_kind_of_facts_has_been_told() {
         eventually("it waits, and says for what", || {
             let (state, why) = w.state(1, pod);
             assert_ne!(state, "captured", "{pod} by facts that are not complete");
-            state == "pending" && why.contains(&format!("has not told of {missing} yet"))
+            state == "pending" && why.contains(&format!("has not sent {missing} yet"))
         });
     };
     for source in ["kubernetes", "file"] {

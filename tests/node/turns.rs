@@ -128,7 +128,7 @@ fn a_newer_daemon_that_knows_nothing_yet_takes_nothing_over() {
     eventually("it runs", || fs::read_to_string(&log).is_ok_and(|text| text.contains("is running")));
     let pods =
         || inside(&u.own.netns, || http(15000, "GET", "/pods", "localhost")).map(|(_, body)| body).unwrap_or_default();
-    eventually("it has heard of the pod", || pods().contains("has not told of"));
+    eventually("it has heard of the pod", || pods().contains("has not sent"));
     assert!(u.plugin_is(&subject()), "nothing is written by it");
     fs::remove_file(u.cni.conf.join("00-culvert.conflist")).unwrap();
     eventually("the older one writes", || u.excluded() == r#"["first","kube-system"]"#);

@@ -49,7 +49,7 @@ impl Enrolment {
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
-        let saved = SavedPods::read(self.config.memory.clone(), &self.config.node_name).await;
+        let saved = SavedPods::read(self.config.saved_pods.clone(), &self.config.node_name).await;
         let mut running = Running {
             source: self,
             pods: None,
