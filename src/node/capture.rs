@@ -277,9 +277,9 @@ impl Capturer {
         listening: &Listening,
         spared: Vec<(SocketAddr, SocketAddr)>,
         taken_over: bool,
-        ahead: bool,
+        recreate_chains: bool,
     ) -> Result<redirect::Installed, CaptureError> {
-        let rules = redirect::Redirection { spared, ahead, ..self.rules(spec, listening) };
+        let rules = redirect::Redirection { spared, recreate_chains, ..self.rules(spec, listening) };
         let _permit = self.role.permit().ok_or(redirect::RedirectError::OnStandby)?;
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
@@ -299,7 +299,7 @@ impl Capturer {
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
             probes: self.marks_kubelet_probes(),
             addresses: listening.pod.addresses.load().iter().copied().filter(|ip| !is_link_local(*ip)).collect(),
-            ahead: false,
+            recreate_chains: false,
             spared: Vec::new(),
         }
     }

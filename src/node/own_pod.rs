@@ -1,12 +1,11 @@
-//! The daemon's own pod: a listener for tunnels in its own namespace, so that its metrics can be read through the mesh
-//! under its identity, by whom policy lets.
+//! The daemon's own pod: listens for tunnels in its own network namespace, so that peers which policy allows can read
+//! its metrics through the mesh, under its identity.
 
 use super::capture::Capturer;
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod};
 use crate::mesh::workload::pod_uid;
 use crate::mesh::{SpiffeName, Text};
-use crate::ports::HBONE;
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::Group;
@@ -16,10 +15,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
+/// Port of the tunnel listener.
+const PORT: u16 = 15008;
+
 /// Time between attempts to listen.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Serves tunnels to our own pod until the process ends. That it cannot be served is no reason not to serve others.
+/// Serves tunnels to the daemon's own pod until the process ends. Failing to listen does not affect other pods.
 pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
     let drain = capturer.drain.signal();
     let mut said = false;
@@ -27,7 +29,7 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
         match listen(&capturer, &name, &identity) {
             Ok(accepting) => break accepting,
             Err(error) if !said => {
-                tracing::error!(port = HBONE, %error, "the daemon's own metrics cannot be reached through the mesh; trying again");
+                tracing::error!(port = PORT, %error, "cannot listen for tunnels to the daemon's own pod: its metrics are not reachable through the mesh; trying again");
                 said = true;
             }
             Err(_) => {}
@@ -46,7 +48,7 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
 fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result<Group> {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).map_err(io::Error::other)?;
     let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
-    let listener = bind_capture(HBONE, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
+    let listener = bind_capture(PORT, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
     capturer.identities.want(identity);
     let mesh_uid = pod_uid(&capturer.config.cluster_id, &identity.namespace, name);
     let pod = Arc::new(Pod {
@@ -57,7 +59,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         mesh_uid,
         resolver: capturer.dns.resolver(&identity.namespace, &netns),
         netns,
-        // Nothing is redirected here: replies to a foreign source would not come back.
+        // There is no redirection here, so replies to a foreign source address would not come back.
         sockets: SocketConfig { keep_source: false, ..capturer.sockets },
         dns: Default::default(),
         legs: Default::default(),

@@ -1,12 +1,13 @@
-//! The life of one pod on this node, as one task: listen, find out who it is, capture it, hold it, and let go of it.
+//! The life of one pod on this node, as one task: listen, identify, capture, keep captured, release.
 //!
 //! ```text
-//!   pending ──listening, approved, verified──► captured ──removed──► releasing ──► (gone)
+//!   pending ──listening, approved, checked───► captured ──removed──► releasing ──► (gone)
 //!      ▲  └──error──► failed ─┐                    │
-//!      └───── tried again ────┴────────────────────┘ namespace vanished, or the identity is another one now
+//!      └───── tried again ────┴────────────────────┘ namespace gone, or identity changed
 //! ```
-//! As long as a pod is wanted its rules stay, whatever fails: its traffic is captured or refused, never passed. One that is wanted
-//! again while it is being released is captured by a task of its own at once; what is open keeps the time that it had.
+//! As long as a pod is enrolled, its rules stay, whatever fails: its traffic is captured or refused, never passed in
+//! plaintext. A pod that is enrolled again while it is being released gets a new task, which captures it at once; its open
+//! connections keep their time to end.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
 use super::error::CaptureError;
@@ -26,83 +27,85 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-/// Time between attempts to capture, where nothing that matters changes before.
+/// Time between attempts to capture, unless a relevant fact changes earlier.
 const RETRY: Duration = Duration::from_secs(5);
-/// The same where somebody else still has the namespace: mostly one who is about to leave it.
+/// The same if another pod still has the network namespace: usually it is about to be released.
 const RETRY_TAKEN: Duration = Duration::from_millis(250);
-/// Time between looks at whether the namespace is still there.
+/// Time between checks that the network namespace still exists.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long changing facts are let settle before they are looked at.
+/// How long to wait for further changes of facts.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How long a pod is listened for whose namespace is not what the facts say: they may be of its earlier life.
+/// How long the daemon listens in a pod whose network namespace contradicts the mesh facts: they may describe the pod
+/// before its restart.
 const STALE_FACTS: Duration = Duration::from_secs(10);
 
-/// What is said of a pod that has come while this daemon does not write.
-const ON_STANDBY: &str = "another daemon of this node writes the pod's rules, and verifies them";
+/// Reason of a new pod's state while this daemon is on standby.
+const ON_STANDBY: &str = "another daemon of this node is active: it writes and checks the pod's rules";
 
-/// Asks whether the pod is listened for; answered at once where it is, else after the next attempt.
+/// A caller that waits until the daemon listens in the pod. It is answered at once if it does, otherwise after the next
+/// attempt.
 pub type Waiter = oneshot::Sender<Result<(), String>>;
 
-/// What a task that releases its pod and the next one of the same pod tell each other.
+/// Signals between a task that releases its pod and the next task of the same pod.
 #[derive(Clone, Debug, Default)]
 pub struct HandOver {
     wanted: CancellationToken,
     free: CancellationToken,
-    /// How what the pod has opened meanwhile is told from what was captured.
+    /// Tells the connections that the pod opened in the meantime from captured ones.
     uncaptured: Arc<OnceLock<Arc<Uncaptured>>>,
 }
 
 impl HandOver {
-    /// The pod is wanted again.
+    /// The pod is enrolled again.
     pub fn want(&self) {
         self.wanted.cancel();
     }
 
-    /// Completes when the namespace is free for the next one, though connections of the last one may be open still.
+    /// Completes when the network namespace is free for the next task; connections of this one may still be open.
     pub async fn is_free(&self) {
         self.free.cancelled().await;
     }
 }
 
-/// Why a pod is held no longer.
+/// Why a pod is no longer carried.
 enum TaskEnd {
-    /// It is no longer wanted: released in order.
+    /// It is no longer enrolled: release it in order.
     Removed,
-    /// Another entry has its namespace now: given up without touching the rules.
+    /// Another entry has its network namespace: leave at once, and keep the rules.
     Replaced,
     /// The process ends.
     Process,
-    /// It must be captured anew.
+    /// It must be captured again.
     Lost(CaptureError),
 }
 
-/// What a pod's task works with.
+/// The task of one pod.
 pub struct PodTask {
-    /// Captures.
+    /// Captures the pod.
     pub capturer: Arc<Capturer>,
-    /// Where its state is shown.
+    /// Shows the pod's state.
     pub board: Arc<Board>,
     /// The pod.
     pub spec: PodSpec,
-    /// What is said of it now.
+    /// Changes of the pod's settings.
     changes: watch::Receiver<PodSpec>,
-    /// Gently: let go of it in order. At once: another entry has its namespace, or the namespace is gone.
+    /// Gentle: release the pod in order. At once: another entry has its network namespace, or the namespace has gone.
     pub removed: Signal,
-    /// Questions of whoever handed the pod over.
+    /// Callers that wait until the daemon listens in the pod.
     pub waiters: mpsc::Receiver<Waiter>,
-    /// What it tells the next task of this pod.
+    /// Signals to the next task of this pod.
     pub hand_over: HandOver,
-    /// Earlier tasks of this pod, whose last connections need the rules as well, and what they hand over.
+    /// Earlier tasks of this pod, whose last connections also need the rules, and the signals from them.
     pub predecessors: Vec<(Group, HandOver)>,
-    /// Given up after the first attempt to capture.
+    /// Held until the first attempt to capture has ended.
     pub first_attempt: Option<Arc<Pending>>,
-    /// Questions that the next attempt answers.
+    /// Callers that the next attempt answers.
     waiting: Vec<Waiter>,
-    /// Who the pod has been found to be; kept while its last connections end.
+    /// The identified pod; kept while its last connections end.
     approved: Option<Approved>,
-    /// The certificate that it will probably need; kept until it is known.
+    /// The certificate that the pod will probably need; kept until it is identified.
     prefetched: Option<Certificate>,
-    /// When the pod was handed over.
+    /// When the task began.
     begun: Instant,
 }
 
@@ -134,7 +137,7 @@ impl PodTask {
     }
 }
 
-/// Keeps a pod captured until it is removed, replaced, or the process ends.
+/// Keeps a pod captured until it is removed or replaced, or the process ends.
 pub async fn run(mut task: PodTask) {
     let mut facts = task.capturer.mesh.subscribe();
     let process = task.capturer.drain.signal();
@@ -144,7 +147,7 @@ pub async fn run(mut task: PodTask) {
         let mut listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
                 task.board.set_listening(&task.spec.uid, true);
-                // Who it is need not be known for that: the facts may be those of its earlier life.
+                // The pod need not be identified for that: the facts may describe it before its restart.
                 task.answer(&Ok(()));
                 listening
             }
@@ -163,10 +166,10 @@ pub async fn run(mut task: PodTask) {
             lost = task.carry(&listening, &mut facts) => TaskEnd::Lost(lost),
         };
         match end {
-            // The rules stay: until the next daemon is there, the pod's traffic is refused and not passed in plaintext.
+            // The rules stay: until the next daemon starts, the pod's traffic is refused, not passed in plaintext.
             TaskEnd::Process => {
                 listening.accepting.finished().await;
-                // What was accepted last still needs the pod's certificate.
+                // The last accepted connections still need the pod's certificate.
                 process.now().await;
                 return;
             }
@@ -174,13 +177,13 @@ pub async fn run(mut task: PodTask) {
                 task.board.set(&task.spec, CaptureState::Releasing);
                 tokio::select! {
                     wanted_again = task.release(&mut listening) => match wanted_again {
-                        // What is shown of the pod is its next task's affair.
+                        // The next task shows the pod's state.
                         true => return,
                         false => break,
                     },
                     () = removed.now() => {
                         end_listening(listening).await;
-                        // What is shown of a pod that was handed over is its next task's affair.
+                        // The next task shows the pod's state.
                         if task.hand_over.free.is_cancelled() {
                             return;
                         }
@@ -219,7 +222,8 @@ pub async fn run(mut task: PodTask) {
 }
 
 impl PodTask {
-    /// Reports a failed attempt and waits for the next one: `None` when it is time.
+    /// Reports a failed attempt and waits for the next one. Returns `None` when it is time, otherwise why the task must
+    /// end.
     async fn wait_after(&mut self, error: &CaptureError, facts: &mut watch::Receiver<u64>) -> Option<TaskEnd> {
         self.report(error);
         self.first_attempt = None;
@@ -245,11 +249,11 @@ impl PodTask {
         }
     }
 
-    /// Answers every question there is by now.
+    /// Answers all callers that wait now.
     fn answer(&mut self, answer: &Result<(), String>) {
         let come_since = std::iter::from_fn(|| self.waiters.try_recv().ok());
         for waiter in self.waiting.drain(..).chain(come_since) {
-            // Whoever asked has gone where this fails.
+            // If this fails, the caller no longer waits.
             let _ = waiter.send(answer.clone());
         }
     }
@@ -259,16 +263,16 @@ impl PodTask {
         self.board.set(&self.spec, state_of(error));
     }
 
-    /// Carries the pod's traffic: finds out who it is, captures it, and watches over both. Returns when it must be captured
-    /// anew. One that cannot be verified keeps its connections and is reported, because what a probe meets need not have
-    /// met them; rules that are an agent's affair are no reason to stop listening.
+    /// Carries the pod's traffic: identifies the pod, captures it, and keeps checking both. Returns when it must be
+    /// captured again. If a check fails, the pod keeps its connections and is reported, because the fault need not
+    /// affect them. Faults in an agent's rules are no reason to stop listening.
     async fn carry(&mut self, listening: &Listening, facts: &mut watch::Receiver<u64>) -> CaptureError {
         let mut upkeep = Upkeep::new(&self.capturer, listening);
-        // The last one knows what those before it have told.
+        // The last task also knows the connections of those before it.
         if let Some(between) = self.predecessors.iter().rev().find_map(|(_, handed)| handed.uncaptured.get()) {
             upkeep.keep_uncaptured(between.clone());
         }
-        // Ticks on whatever else happens, so that changing facts cannot put off looking.
+        // This timer ticks whatever else happens, so that frequent changes of facts cannot delay the check.
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut role = self.capturer.role.subscribe();
@@ -277,12 +281,13 @@ impl PodTask {
             let waiting = match self.identify(listening) {
                 Ok(()) => None,
                 Err(error @ (CaptureError::NoFacts(_) | CaptureError::FactsIncomplete(_))) => Some(error),
-                // The facts may be those of the pod's earlier life, for a moment.
+                // For a moment, the facts may describe the pod before its restart.
                 Err(error) if self.approved.is_none() && self.begun.elapsed() < STALE_FACTS => Some(error),
                 Err(error) => return error,
             };
             let ours = waiting.is_none() || !self.spec.ips.is_empty();
-            // Where whoever enrolled the pod has vouched for the namespace, its traffic is held until it is known who it is.
+            // If the enrolment source supplied the pod's addresses, it is redirected now; its connections wait until it
+            // is identified.
             let is_active = *role.borrow_and_update();
             let seen_to = match ours && is_active {
                 true => upkeep.maintain(&self.capturer, &self.board, &self.spec, listening).await,
@@ -295,7 +300,7 @@ impl PodTask {
                 (None, Ok(verified)) if verified || upkeep.verified() => {
                     self.board.set(&self.spec, CaptureState::Captured)
                 }
-                // Of what has been captured before that is still true.
+                // A pod that was captured before stays so: its rules are in place.
                 (None, Ok(_)) if !is_active && !upkeep.verified() => {
                     self.board.set(&self.spec, CaptureState::Pending(ON_STANDBY.into()));
                 }
@@ -303,7 +308,7 @@ impl PodTask {
                 (Some(error), Ok(_)) => {
                     self.board.set(&self.spec, state_of(&error));
                     if !ours {
-                        // Verified as soon as it is known.
+                        // Check as soon as the pod is identified.
                         upkeep.check_soon();
                     }
                 }
@@ -311,7 +316,7 @@ impl PodTask {
             if self.capturer.role.is_active() {
                 self.first_attempt = None;
             }
-            // Where facts are told only when asked for, this asks.
+            // An on-demand control plane announces the workload only when it is asked.
             let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
                 match unknown {
@@ -332,7 +337,7 @@ impl PodTask {
                     },
                     () = tokio::time::sleep_until(upkeep.due()), if ours && self.capturer.role.is_active() => break,
                     Ok(()) = role.changed() => {
-                        // What another daemon has written may be another's rules, or another version's.
+                        // The other daemon may have written rules of other settings, or of another version.
                         upkeep.rewrite_soon();
                         break;
                     }
@@ -350,7 +355,7 @@ impl PodTask {
         }
     }
 
-    /// Finds out who the pod is, or whether that is still so.
+    /// Identifies the pod, or checks that its identification still stands.
     fn identify(&mut self, listening: &Listening) -> Result<(), CaptureError> {
         match &self.approved {
             Some(approved) => self.capturer.recheck(&self.spec, approved),
@@ -365,9 +370,9 @@ impl PodTask {
         }
     }
 
-    /// Lets go of a pod, and removes the rules, again and again where that fails: with rules and without listeners the
-    /// pod is cut off, and must stay on the list until it is not. Whether the pod is wanted again meanwhile: then the rules
-    /// are its next task's, which listens while the last connections of this one end.
+    /// Releases the pod and removes its rules. If removing fails, it is repeated: rules without listeners cut the pod
+    /// off, so it stays listed until they are gone. Returns whether the pod is enrolled again in the meantime; its next
+    /// task then owns the rules, and listens while the last connections of this one end.
     async fn release(&self, listening: &mut Listening) -> bool {
         let uncaptured = Arc::new(self.capturer.stop_capturing(&self.spec, listening).await);
         let deadline = Instant::now() + self.capturer.config.release_deadline;
@@ -382,7 +387,7 @@ impl PodTask {
         };
         if wanted_again {
             listening.make_room().await;
-            // Set once: a task releases its pod once.
+            // This cannot be set already: a task releases its pod once.
             let _ = self.hand_over.uncaptured.set(uncaptured);
             self.hand_over.free.cancel();
             self.capturer.end_by(deadline, listening).await;
@@ -390,14 +395,14 @@ impl PodTask {
         wanted_again
     }
 
-    /// Removes the rules, again and again; whether they are gone, or another's to remove. Not so where the pod is wanted again
-    /// before that.
+    /// Removes the rules, and repeats it until they are gone or belong to another daemon. Returns false if the pod is
+    /// enrolled again before that.
     async fn remove_rules(&self, listening: &Listening) -> bool {
         let netns = &listening.pod.netns;
         let ours = self.capturer.config.redirect;
         // The redirection that an agent has written is the agent's to remove.
         loop {
-            // Another daemon of the node that has the turn has let go of the pod as well, or wants it still.
+            // The active daemon of the node has released the pod as well, or still needs the rules.
             let Some(permit) = self.capturer.role.permit() else { return true };
             let removed = if ours {
                 redirect::remove(netns, listening.ipv6).await
@@ -409,7 +414,7 @@ impl PodTask {
             if vanished(netns).is_some() {
                 return true;
             }
-            let reason = format!("released, but its rules could not be removed: {error}");
+            let reason = format!("released, but its rules cannot be removed: {error}");
             self.board.set(&self.spec, CaptureState::Failed(reason));
             tokio::select! {
                 () = tokio::time::sleep(RETRY) => {}
@@ -435,7 +440,7 @@ fn state_of(error: &CaptureError) -> CaptureState {
     }
 }
 
-/// Completes a moment after facts have changed: they may do so a thousand times a second, for each of a hundred pods.
+/// Completes a moment after facts have changed: they may change a thousand times a second, for each of a hundred pods.
 async fn settled(facts: &mut watch::Receiver<u64>) {
     if facts.changed().await.is_err() {
         std::future::pending::<()>().await;
@@ -443,8 +448,8 @@ async fn settled(facts: &mut watch::Receiver<u64>) {
     tokio::time::sleep(SETTLE).await;
 }
 
-/// Completes when facts have changed and an attempt that failed for want of others may succeed; not for what has nothing
-/// to do with facts, and never at once.
+/// Completes when facts have changed and might make a failed attempt succeed. Never completes for errors that have
+/// nothing to do with facts, and never at once.
 async fn facts_may_help(facts: &mut watch::Receiver<u64>, error: &CaptureError) {
     use CaptureError::{
         FactsIncomplete, Identity, IdentityChanged, NoFacts, NoNetwork, NoOwnAddress, NotThePod, ServiceAccount,
@@ -474,8 +479,8 @@ async fn end_listening(mut listening: Listening) {
     }
 }
 
-/// Whether the namespace is no longer where it was. That it cannot be looked at now (no descriptors left, say) is no
-/// sign of that; and of one that was handed over, whoever handed it over says when it is gone.
+/// Whether the network namespace no longer exists at its path. An error such as too few file descriptors does not mean
+/// that. For a namespace that an agent has handed over, the agent says when it is gone.
 fn vanished(netns: &Netns) -> Option<CaptureError> {
     if !netns.has_path() {
         return None;

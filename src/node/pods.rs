@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// Questions about one pod that may wait.
+/// Callers of [`Pods::add`] that may wait for one pod.
 const WAITERS: usize = 4;
 
 /// Keeps one task per pod.
@@ -22,9 +22,9 @@ pub struct Pods {
     capturer: Arc<Capturer>,
     board: Arc<Board>,
     kept: HashMap<Text, PodEntry>,
-    /// Uids of pods that should be there, cannot be captured yet, and are shown.
+    /// Uids of pods that are shown although there is no task for them: they cannot be captured yet.
     shown: Vec<Text>,
-    /// Pods that were let go and have not ended yet. Not the namespaces themselves: those must be able to go.
+    /// Released pods whose tasks have not ended. Their network namespaces are not kept open: those must be able to go.
     leaving: Vec<Leaving>,
 }
 
@@ -42,7 +42,7 @@ struct Leaving {
 #[derive(Debug)]
 struct PodEntry {
     spec: watch::Sender<PodSpec>,
-    /// The namespace behind the path: the same one may go by several names.
+    /// The network namespace itself: the same one may have several paths.
     netns: NetnsKey,
     remove: Drain,
     hand_over: HandOver,
@@ -51,17 +51,17 @@ struct PodEntry {
 }
 
 impl Pods {
-    /// No pods yet.
+    /// An empty set.
     pub fn new(capturer: Arc<Capturer>, board: Arc<Board>) -> Self {
         Self { capturer, board, kept: HashMap::new(), shown: Vec::new(), leaving: Vec::new() }
     }
 
-    /// Makes the set what `specs` say. `ready` is held until each pod has had one attempt.
+    /// Makes the set equal to `specs`. `ready` is held until each pod has had one attempt.
     pub fn apply(&mut self, specs: Vec<PodSpec>, ready: Option<&Arc<Pending>>) {
         let stays = |kept: &PodEntry| specs.iter().any(|spec| spec.is_same_pod(&kept.spec.borrow()));
         let unwanted: Vec<Text> =
             self.kept.iter().filter(|(_, kept)| !stays(kept)).map(|(uid, _)| uid.clone()).collect();
-        // Where the namespace stays wanted under another entry its rules must not go, not even for a moment.
+        // If the network namespace is wanted by another entry, its rules must stay, without any gap.
         let wanted_netns: Vec<NetnsKey> = specs.iter().map(NetnsKey::of).collect();
         for uid in unwanted {
             let elsewhere = self.kept.get(&uid).is_some_and(|kept| wanted_netns.contains(&kept.netns));
@@ -75,12 +75,12 @@ impl Pods {
         }
     }
 
-    /// Adds a pod, or finds that it is there already; the answer comes when it is listened for, or cannot be.
+    /// Adds a pod, or finds it. The answer comes once the daemon listens in it, or cannot.
     pub fn add(&mut self, spec: PodSpec) -> oneshot::Receiver<Result<(), String>> {
         let uid = spec.uid.clone();
         let stays = |kept: &PodEntry| kept.spec.borrow().is_same_pod(&spec) && kept.task.len() > 0;
         if self.kept.get(&uid).is_some_and(|kept| !stays(kept)) {
-            // Its namespace, or who it is, has changed: what there was has no meaning any more. Nor has a task that died.
+            // The pod's network namespace or identity has changed, or its task has died: start again.
             self.release(&uid, true);
         }
         match self.kept.get(&uid) {
@@ -89,28 +89,28 @@ impl Pods {
         }
         let (answer, answered) = oneshot::channel();
         if let Some(kept) = self.kept.get(&uid) {
-            // Where it cannot be asked the answer never comes, and whoever waits has a deadline.
+            // If the task takes no more callers, the answer never comes, and the caller reaches its deadline.
             let _ = kept.waiters.try_send(answer);
         }
         answered
     }
 
-    /// Lets a pod go; one that is not there is gone already.
+    /// Releases a pod. A pod that is not in the set is ignored.
     pub fn remove(&mut self, uid: &Text) {
         self.release(uid, false);
     }
 
-    /// Lets all pods go but these, and says which of these are not there.
+    /// Releases all pods except `named`. Returns which of those are not in the set.
     pub fn retain(&mut self, named: &HashSet<Text>) -> Vec<Text> {
         let others: Vec<Text> = self.kept.keys().filter(|uid| !named.contains(*uid)).cloned().collect();
         for uid in others {
-            tracing::info!(uid = &*uid, "pod is no longer among those of this node");
+            tracing::info!(uid = &*uid, "the pod is no longer on this node");
             self.release(&uid, false);
         }
         named.iter().filter(|uid| !self.kept.contains_key(*uid)).cloned().collect()
     }
 
-    /// Shows pods that should be captured and of which nothing but the uid is known.
+    /// Shows pods that should be captured but of which only the uid is known.
     pub fn show_unknown(&mut self, uids: Vec<Text>) {
         let unknown = |uid| {
             let name: Text = "(unknown)".into();
@@ -127,17 +127,17 @@ impl Pods {
                 powers: None,
             };
             (spec, CaptureState::Failed(
-                "the agent keeps this pod and has no namespace for it, and this daemon has not had it: its traffic is refused; \
+                "the agent reports this pod without a network namespace, and this daemon never received one: its traffic is refused; \
                  restart the pod".into(),
             ))
         };
         self.show(uids.into_iter().map(unknown).collect());
     }
 
-    /// Shows pods that should be captured and cannot be yet, with the reason; those shown before are shown no longer.
+    /// Shows pods that should be captured and cannot be yet, with the reason. Replaces the pods shown before.
     pub fn show(&mut self, pods: Vec<(PodSpec, CaptureState)>) {
         let now: Vec<Text> = pods.iter().map(|(spec, _)| spec.uid.clone()).collect();
-        // One that is still leaving shows that, and is removed when it has left.
+        // A pod that is still being released shows that state, and is removed afterwards.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
         let others: HashSet<&Text> =
             self.kept.keys().chain(self.leaving.iter().map(|leaving| &leaving.spec.uid)).collect();
@@ -155,7 +155,7 @@ impl Pods {
             self.board.remove(&self.shown.swap_remove(at));
         }
         let Some(kept) = self.kept.remove(uid) else { return };
-        // What was so of its namespace is not so of a later one.
+        // Facts about the old network namespace do not apply to a later one.
         self.board.set_redirected(uid, false);
         self.board.set_listening(uid, false);
         self.board.set_observations(uid, &Observations::default());
@@ -171,8 +171,8 @@ impl Pods {
 
     fn start(&mut self, spec: PodSpec, ready: Option<Arc<Pending>>) {
         let netns = NetnsKey::of(&spec);
-        // Whoever had the uid or the namespace has to be out of it first, and at once: it is wanted again. Where it is the same
-        // pod, its connections go on for the time that they have, and only the namespace has to be free.
+        // Earlier tasks with this uid or network namespace must leave the namespace first. If one has the same pod, its
+        // connections keep their time to end and it only frees the namespace; otherwise it ends at once.
         self.leaving.retain(|leaving| leaving.task.len() > 0);
         let had_it = |leaving: &&Leaving| leaving.spec.uid == spec.uid || leaving.netns == netns;
         let (mut before, mut earlier) = (Vec::new(), Vec::new());
@@ -205,7 +205,7 @@ impl Pods {
 }
 
 impl PodEntry {
-    /// Takes what is said of the pod now; who it is has not changed.
+    /// Updates the settings of the pod; its identity is unchanged.
     fn take(&self, spec: PodSpec) {
         self.spec.send_if_modified(|known| {
             let other = *known != spec;
@@ -215,7 +215,7 @@ impl PodEntry {
     }
 }
 
-/// A namespace by what it is, or where it cannot be opened, by its path.
+/// Identifies a network namespace by device and inode, or by its path if it cannot be opened.
 #[derive(Debug, PartialEq, Eq)]
 enum NetnsKey {
     Id((u64, u64)),

@@ -1,4 +1,4 @@
-//! The pods file: a YAML list of this node's pods, followed as it changes.
+//! Enrolment by the pods file: a YAML list of this node's pods, read again whenever it changes.
 
 use super::pods::Pods;
 use super::spec::{INTERFACES_MAX, Interface, NetnsRef, PodSpec, Settings};
@@ -14,7 +14,7 @@ pub enum PodsFileError {
     /// It cannot be read.
     #[error("pods file {0}: {1}")]
     Read(PathBuf, std::io::Error),
-    /// It cannot be understood.
+    /// It is not valid.
     #[error("pods file {0}: {1}")]
     Content(PathBuf, String),
 }
@@ -41,7 +41,7 @@ struct FilePod {
     reroute_virtual_interfaces: Vec<String>,
 }
 
-/// Reads and checks a pods file.
+/// Reads and checks a pods file. The error names every fault.
 pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
     let content = |reason: String| PodsFileError::Content(path.to_owned(), reason);
     let text = std::fs::read_to_string(path).map_err(|error| PodsFileError::Read(path.to_owned(), error))?;
@@ -56,10 +56,10 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
             continue;
         }
         if let Some(other) = specs.iter().find(|s| *s.uid == *pod.uid) {
-            faults.push(format!("pod {label}: has the uid {} of pod {}/{}", pod.uid, other.namespace, other.name));
+            faults.push(format!("pod {label}: has the same uid {} as pod {}/{}", pod.uid, other.namespace, other.name));
         }
         if specs.iter().any(|s| *s.name == *pod.name && *s.namespace == *pod.namespace) {
-            faults.push(format!("pod {label} is there twice"));
+            faults.push(format!("pod {label}: is listed twice"));
         }
         let mut virtual_interfaces = Vec::new();
         for name in &pod.reroute_virtual_interfaces {
@@ -70,7 +70,7 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
                     faults.push(format!("pod {label}: more than {INTERFACES_MAX} virtual interfaces"));
                     break;
                 }
-                None => faults.push(format!("pod {label}: {name:?} is no name of an interface")),
+                None => faults.push(format!("pod {label}: {name:?} is not a valid interface name")),
             }
         }
         let settings =
@@ -89,8 +89,8 @@ pub fn read(path: &Path) -> Result<Vec<PodSpec>, PodsFileError> {
     if faults.is_empty() { Ok(specs) } else { Err(content(faults.join("; "))) }
 }
 
-/// Follows the pods file for as long as it is awaited; `ready` is given up when each pod of the first reading has had one
-/// attempt, however that ended.
+/// Follows the pods file until cancelled. `ready` is held until each pod of the first version has had one attempt,
+/// successful or not.
 pub async fn follow(mut pods: Pods, path: PathBuf, ready: Pending) {
     let mut watch = FileWatch::new(&path);
     let mut ready = Some(Arc::new(ready));
@@ -101,7 +101,7 @@ pub async fn follow(mut pods: Pods, path: PathBuf, ready: Pending) {
                 pods.apply(specs, ready.as_ref());
                 ready = None;
             }
-            Err(error) => tracing::error!(%error, "pods file refused; the pods before stay as they are"),
+            Err(error) => tracing::error!(%error, "pods file refused; the previous pods stay"),
         }
         watch.changed().await;
     }

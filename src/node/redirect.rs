@@ -1,8 +1,10 @@
-//! The redirection inside a pod: one nftables table of our own, replaced in one transaction, and the rule and route by
-//! which replies to foreign source addresses come back to us. IPv4 and IPv6; no IPv6 where the namespace has none.
+//! The redirection inside a pod: one nftables table, replaced in one transaction, and the ip rule and route that bring
+//! replies to foreign source addresses back to the daemon. It covers IPv4 and IPv6; IPv6 is left out where the network
+//! namespace has none.
 //!
-//! The meaning of each rule is Istio ambient's in-pod redirection. What the application sends goes to 15001, its DNS_PORT to 15053,
-//! what comes in plaintext to 15006; what carries our mark, and what the kubelet probes, is left alone.
+//! The rules mean the same as Istio ambient's in-pod redirection. Connections that the application opens go to 15001,
+//! its DNS to 15053, inbound plaintext to 15006. Packets with the daemon's mark, and kubelet probes, are not
+//! redirected.
 
 use super::legs;
 use super::nft::{self, Listing, NftError, within};
@@ -15,106 +17,109 @@ use crate::sys::{changes, iptables};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-/// Name of our table.
+/// Name of the table.
 pub const TABLE: &str = "culvert";
 
-/// What the rules are to do.
+/// What the redirection is to do.
 #[derive(Clone, Debug)]
 pub struct Redirection {
-    /// Whose node they are written for.
+    /// Tag of the node that writes it.
     pub node_tag: String,
-    /// `SO_MARK` of our own packets.
+    /// `SO_MARK` of the daemon's own packets.
     pub mark: u32,
-    /// Whether IPv6 is used in the namespace.
+    /// Whether IPv6 is used in the network namespace.
     pub ipv6: bool,
-    /// Whether DNS_PORT is taken.
+    /// Whether DNS is captured.
     pub dns: bool,
-    /// Plaintext that comes in is left alone.
+    /// Whether inbound plaintext is not redirected.
     pub bypass_inbound: bool,
-    /// What comes in through these interfaces is taken as outbound.
+    /// Inbound connections on these interfaces are redirected as outbound ones.
     pub virtual_interfaces: Vec<Interface>,
-    /// Whether the kubelet's probes are left alone: where nobody gives them their address, nobody has it.
+    /// Whether the source address of kubelet probes is let through. Only where the daemon assigns that address to
+    /// probes does nobody else have it.
     pub probes: bool,
-    /// Addresses of the pod, of which the first of each family takes what comes in through these.
+    /// Addresses of the pod. Connections on virtual interfaces are redirected to the first one of each family.
     pub addresses: Vec<IpAddr>,
-    /// Whether the chains are made anew, and not only what is in them: of several of one priority, the kernel asks the one first
-    /// that came last.
-    pub ahead: bool,
-    /// Connections that are left alone: the pod's own address, and the peer's.
+    /// Whether the chains are deleted and created again, rather than only filled again. Of several chains with the same
+    /// priority, the kernel calls the newest one first.
+    pub recreate_chains: bool,
+    /// Pre-existing connections, which are let through: the pod's own address and the peer's.
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
 
-/// Port on which DNS_PORT is taken.
+/// Port of the pod's DNS server.
 const DNS_PORT: u16 = crate::dns::PORT;
-/// Conntrack zone of our own DNS_PORT.
+/// Conntrack zone of the daemon's own DNS questions.
 const DNS_ZONE: u16 = 1;
-/// Source address of kubelet probes, which are not captured.
+/// IPv4 source address of kubelet probes, which are not captured.
 pub const PROBE_V4: &str = "169.254.7.127";
-/// Its IPv6 twin.
+/// IPv6 source address of kubelet probes.
 pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
-/// Counts the connections from that address, which no policy has judged. It stays when the rules are written anew, but where the chains are as well
-/// ([`Redirection::ahead`]).
+/// Name of the counter of connections from that address, which no policy applies to. Its value survives a rewrite of
+/// the rules, unless the chains are created again ([`Redirection::recreate_chains`]).
 pub const PROBE_COUNTER: &str = "probed";
-/// Port of the pod that plaintext probes into it go to; the host gives connections to it and to 15008 no other address.
+/// Destination port of plaintext capture checks from outside. The host does not give connections to it and to 15008 the
+/// address of kubelet probes.
 pub const CHECK_PORT: u16 = 15091;
-/// Counts what begins a connection to the ports that are tried from outside: whether it has come as far as the pod.
+/// Name of the counter of connections to the ports of capture checks from outside: it tells whether a check has reached
+/// the pod.
 pub const CHECK_COUNTER: &str = "arrived";
-/// Why rules could not be written.
+/// Why the redirection could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
     /// `nft` failed.
     #[error(transparent)]
     Nft(#[from] NftError),
-    /// The namespace cannot be entered.
+    /// The network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// Tables cannot be looked into.
-    #[error("cannot look into the pod's tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
+    /// The tables cannot be read.
+    #[error("cannot read the pod's tables: {0}; the daemon needs CAP_NET_ADMIN and CAP_NET_RAW")]
     Inspect(io::Error),
-    /// The rule or route could not be set.
+    /// The ip rule or route could not be set.
     #[error(transparent)]
     Route(#[from] routes::RouteError),
-    /// Redirection of somebody else take the pod's traffic, and cannot be removed by us.
+    /// Legacy iptables rules of istio-cni capture the pod, and the daemon cannot remove them.
     #[error(
-        "istio-cni's legacy iptables rules ({0}) are in the pod, and its traffic does not come to us; restart the pod, or remove \
+        "legacy iptables rules of istio-cni ({0}) in the pod keep its traffic from culvert; restart the pod, or remove \
          them with iptables-legacy"
     )]
     Legacy(String),
-    /// Redirection of somebody else came back after they had been removed.
+    /// Rules of another agent came back after they had been removed.
     #[error(
         "{0} came back after it was taken over: another agent (istio-cni) captures this pod too; stop it on this node"
     )]
     Contested(String),
-    /// What looks like istio-cni's has a name that must not stand in a script.
+    /// What looks like a rule of istio-cni has a name that is not safe to write into a script.
     #[error(
         "something in the pod's nftables looks like istio-cni's and has the name {0:?}; restart the pod, or remove it"
     )]
     UnsafeName(String),
-    /// Another daemon of the node writes them now.
+    /// Another daemon of the node is active now.
     #[error("another daemon of this node writes the pod's rules")]
     OnStandby,
-    /// Somebody else has changed the pod's rules meanwhile.
-    #[error("somebody else has changed the pod's nftables at the same moment; they are written again")]
+    /// Another program changed the pod's rules during the write.
+    #[error("another program changed the pod's nftables during the write; writing them again")]
     ConcurrentChange,
 }
 
-/// What has been written, and what was seen of others meanwhile.
+/// What has been written, and which other rules were found.
 #[derive(Debug)]
 pub struct Installed {
-    /// What istio-cni had left, and is gone.
+    /// Rules of istio-cni that were there and have been removed.
     pub istio: IstioRules,
-    /// Our rules as the kernel lists them.
+    /// Our table as the kernel lists it.
     pub listing: Listing,
-    /// Redirection of others that may come before ours.
+    /// Other rules that may precede ours.
     pub hooks: Vec<String>,
-    /// What could not be read; ours were written all the same.
+    /// Why the other rules are unknown, if they could not be read.
     pub unread: Option<String>,
 }
 
-/// Installs the redirection; a repetition replaces it, nothing is doubled. What istio-cni has left in the pod goes in the
-/// same transaction, and is named; where `taken_over` it had gone before, and is refused now. Where the pod's rules cannot be
-/// read, because there are too many of them, ours are written without looking. Where ours have been there before they are
-/// written in any case: nothing that is found in a pod lets its traffic pass.
+/// Installs the redirection; installing it again replaces it. Rules of istio-cni are removed in the same transaction,
+/// and returned. With `taken_over` they have been removed before, so finding them again is an error. If there are too
+/// many rules to read, ours are written without knowing the others. With `taken_over`, ours are written even if this
+/// returns an error: nothing in a pod may let its traffic bypass the daemon.
 pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Result<Installed, RedirectError> {
     within(async {
         let OtherRules { istio, hooks, mut unread } = match acceptable(others(netns).await, taken_over) {
@@ -129,11 +134,14 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
         routes::set(netns, rules.ipv6, true).await?;
         let generation = || netns.enter(changes::generation)?.map_err(RedirectError::Inspect);
         let mut before = generation()?;
-        let anew =
-            if rules.ahead { format!("add table inet {TABLE}\ndelete table inet {TABLE}\n") } else { String::new() };
+        let anew = if rules.recreate_chains {
+            format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")
+        } else {
+            String::new()
+        };
         nft::write(netns, &(istio.removal.clone() + &anew + &ruleset(rules, true))).await?;
         let listing = match nft::listing(netns, "inet", TABLE).await {
-            // Somebody has put so much into our own table that it cannot be seen whether anything else is there.
+            // Our own table contains so much that it cannot be read: replace it as a whole.
             Err(NftError::Unreadable(why)) => {
                 unread = Some(why);
                 before = generation()?;
@@ -142,7 +150,7 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
             }
             listed => listed?,
         };
-        // Else what was listed need not be what was written.
+        // Another write came in between, so the listing need not be of what was written.
         if generation()? != before.wrapping_add(1) {
             return Err(RedirectError::ConcurrentChange);
         }
@@ -151,7 +159,7 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
     .await
 }
 
-/// Refuses what we cannot take over, by name.
+/// Refuses rules that cannot be taken over, with their names.
 fn acceptable(others: Result<OtherRules, RedirectError>, taken_over: bool) -> Result<OtherRules, RedirectError> {
     let others = others?;
     if let Some(name) = &others.istio.unsafe_name {
@@ -163,21 +171,21 @@ fn acceptable(others: Result<OtherRules, RedirectError>, taken_over: bool) -> Re
     Ok(others)
 }
 
-/// What others have in a pod.
+/// Rules of other programs in a pod.
 #[derive(Debug, Default)]
 pub struct OtherRules {
-    /// What istio-cni has left.
+    /// Rules of istio-cni.
     pub istio: IstioRules,
-    /// Redirection that may come before ours.
+    /// Rules that may precede ours.
     pub hooks: Vec<String>,
-    /// What could not be read.
+    /// Why they are unknown, if they could not be read.
     pub unread: Option<String>,
 }
 
 async fn others(netns: &Netns) -> Result<OtherRules, RedirectError> {
     let mut others = OtherRules::default();
     match netns.enter(|| iptables::tables_with(takeover::CHAINS))? {
-        // Those of istio-cni lead to our ports, as ours do: whether the pod is captured, its probes say.
+        // Legacy rules of istio-cni lead to our ports, as ours do. The capture check tells whether the pod is captured.
         Ok(legacy) => others.hooks = legacy_hooks(&legacy),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(RedirectError::Inspect(error)),
         Err(error) => others.unread = Some(error.to_string()),
@@ -199,19 +207,19 @@ fn legacy_hooks(legacy: &iptables::Legacy) -> Vec<String> {
     istios.chain(others.map(|name| format!("legacy iptables table {name}"))).collect()
 }
 
-/// Legacy tables that have rules of istio-cni's, as far as that can be seen.
+/// Names the legacy iptables tables that contain rules of istio-cni, as far as they can be read.
 pub fn legacy_of_istio(netns: &Netns) -> Vec<String> {
     let found = netns.enter(|| iptables::tables_with(takeover::CHAINS)).map(Result::unwrap_or_default);
     found.map(|found| found.with).unwrap_or_default()
 }
 
-/// Names of the legacy tables that there are. The kernel tells nobody when one comes, and asks it before those that were there.
+/// Names the legacy iptables tables. The kernel does not announce new ones, and calls them before the older tables.
 pub fn legacy_tables(netns: &Netns) -> Option<Vec<String>> {
     netns.enter(iptables::names).ok()
 }
 
-/// Whether our rules are still as `written`, and nobody else's capture the pod beside them, as far as that can be seen; and
-/// what others have. Errors where our own cannot be seen.
+/// Whether our table is still as `written` and no rules of istio-cni are beside it; and the other rules. An error means
+/// that our own table cannot be read.
 pub async fn unchanged_since(netns: &Netns, written: &Listing) -> Result<(bool, OtherRules), RedirectError> {
     within(async {
         let same = nft::listing(netns, "inet", TABLE).await? == *written;
@@ -221,18 +229,18 @@ pub async fn unchanged_since(netns: &Netns, written: &Listing) -> Result<(bool, 
     .await
 }
 
-/// Captures nothing new; connections that are open keep their addresses translated and their replies returned.
+/// Stops redirecting new connections. Open ones keep their address translation, and their replies still come back.
 pub async fn stop_capturing(netns: &Netns, rules: &Redirection) -> Result<(), RedirectError> {
     Ok(nft::apply(netns, &ruleset(rules, false)).await?)
 }
 
-/// Lets a pod's new connections go as they would without us; what is open stays translated. For a pod whose settings are not at hand.
+/// Stops redirecting new connections of a pod whose settings are unknown. Open ones keep their address translation.
 pub async fn let_pass(netns: &Netns) -> Result<(), RedirectError> {
     let chains = ["pre_nat", "out_nat"].map(|chain| format!("flush chain inet {TABLE} {chain}\n"));
     Ok(nft::apply(netns, &chains.concat()).await?)
 }
 
-/// Removes every trace.
+/// Removes all tables, ip rules and routes of ours.
 pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     within(async {
         let all = [TABLE, legs::TABLE].map(|table| format!("add table inet {table}\ndelete table inet {table}\n"));
@@ -243,12 +251,12 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     .await
 }
 
-/// The table as an nft script. Without `capture` the NAT chains are empty but there, because without any the kernel
+/// The table as an nft script. Without `capture` the NAT chains exist but are empty: without NAT chains the kernel
 /// would stop translating the connections that are open.
 ///
-/// What is captured keeps its own address where it has one here: a translation to the loopback address or to the interface's
-/// (`redirect`) loses packets of sockets that are bound to a device, of interfaces without an address, and of link-local
-/// addresses, without a word.
+/// The translation keeps the pod's own address where the packet has one of this namespace. Translating to the loopback
+/// address or to the interface's address (`redirect`) silently loses packets of sockets bound to a device, of
+/// interfaces without an address, and of link-local addresses.
 fn ruleset(rules: &Redirection, capture: bool) -> String {
     let Redirection {
         node_tag,
@@ -260,7 +268,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         probes,
         addresses,
         spared,
-        ahead: _,
+        recreate_chains: _,
     } = rules;
     let (dns, bypass_inbound) = (*dns, *bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
@@ -288,7 +296,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
             }
         }
         if dns {
-            // Where we do not listen on IPv6, DNS_PORT over it is left alone.
+            // Where the daemon does not listen on IPv6, DNS over it is not redirected.
             for (family, outside) in families.clone().take(if *ipv6 { 2 } else { 1 }) {
                 let protocol = if family == "ip" { "ipv4" } else { "ipv6" };
                 for taken in [
@@ -303,7 +311,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         }
         outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");
         for outside in not_loopback {
-            // A pod that calls its own address is not captured.
+            // Connections of a pod to its own address are not captured.
             outbound += &format!("    oifname lo {outside} accept\n");
         }
         for (family, outside) in families {
@@ -312,7 +320,8 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
             outbound += &format!("    {taken} redirect to :15001\n");
         }
     }
-    // A set that is in use no longer goes with the rules that used it; made first, because only what is there can go.
+    // Sets that are no longer used do not go with the rules that used them. Each is created first, because only an
+    // existing set can be deleted.
     let old_sets = [("ip", "ipv4_addr"), ("ip6", "ipv6_addr")].map(|(family, kind)| {
         format!(
             "add set inet {TABLE} spared_{family} {{ type {kind} . inet_service . {kind} . inet_service; }}\n\
@@ -320,10 +329,11 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         )
     });
     let old_sets = old_sets.concat();
-    // Answers to a link-local address go by its link, and are lost on any other route.
+    // Replies to a link-local address must leave by its link; the route would lose them.
     let return_bits = !MASK;
-    // What we ask of resolvers may come from the very port that the application asks from. The answers come without the zone:
-    // a question to the pod's own DNS_PORT server, from port 53, looks the same.
+    // The daemon's questions to resolvers may use the port that the application asks from, so they get their own
+    // conntrack zone. Answers are not put into it: a question to the pod's own DNS server, from port 53, looks the
+    // same.
     let questions = match dns {
         true => format!("    udp dport 53 {ours} ct original zone set {DNS_ZONE}\n"),
         false => String::new(),
@@ -342,7 +352,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
     )
 }
 
-/// Redirection that take what comes in by a guest's interface as if the pod had sent it.
+/// Rules that redirect inbound connections on virtual interfaces as if the pod had opened them.
 fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     let own = [
         addresses.iter().find(|ip| ip.is_ipv4()).map(|ip| format!("ip to {ip}")),
@@ -359,9 +369,9 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     rules
 }
 
-/// Redirection that leave connections alone which are older than the rules; gives the sets that they look into.
+/// Rules that let pre-existing connections through. Returns the sets that they refer to.
 fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &mut String) -> String {
-    // A connection from before never begins with a SYN of its own; one that does is a new one of the same addresses.
+    // A pre-existing connection sends no SYN. A SYN begins a new connection of the same addresses.
     let going_on = "tcp flags & (fin | syn | rst | ack) != syn";
     let mut sets = String::new();
     for (family, kind, is_v4) in [("ip", "ipv4_addr", true), ("ip6", "ipv6_addr", false)] {

@@ -1,4 +1,4 @@
-//! What state each pod is in, for the admin port and metrics. Every pod is in exactly one.
+//! The state of each pod, for the admin port and metrics. Every pod is in exactly one state.
 
 use super::error::CaptureError;
 use super::spec::PodSpec;
@@ -13,21 +13,21 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 use tokio::sync::watch;
 
-/// CaptureState of a pod.
+/// State of a pod's capture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CaptureState {
-    /// Being captured, or waiting for facts; with the reason.
+    /// Enrolled, and not captured yet; with the reason.
     Pending(String),
-    /// Captured, and verified from inside.
+    /// Redirected and verified in both directions.
     Captured,
-    /// Not captured, with the reason; tried again.
+    /// The last attempt failed, with the reason; the daemon tries again.
     Failed(String),
-    /// Removed; its connections are finishing.
+    /// No longer enrolled; its open connections have time to end.
     Releasing,
 }
 
 impl CaptureState {
-    /// The word on the admin port and in metrics.
+    /// The word for the state on the admin port and in metrics.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Pending(_) => "pending",
@@ -37,7 +37,7 @@ impl CaptureState {
         }
     }
 
-    /// The reason, where there is one.
+    /// The reason, if the state has one.
     pub fn reason(&self) -> Option<&str> {
         match self {
             Self::Pending(reason) | Self::Failed(reason) => Some(reason),
@@ -46,35 +46,36 @@ impl CaptureState {
     }
 }
 
-/// What is known of a pod beside its state.
+/// What is known about a pod beside its state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observations {
-    /// Rules of others in its namespace that may take its traffic before ours do.
+    /// Other rules in its network namespace that may take its traffic before ours.
     pub other_rules: Vec<String>,
-    /// Why the rules of others are not known.
+    /// Why the other rules are unknown.
     pub unread: Option<String>,
-    /// Why it is not known that what comes to the pod comes to us.
+    /// Why the inbound redirection could not be verified.
     pub inbound_unverified: Option<String>,
-    /// Connections that have come from the address of the kubelet's probes, past its policies.
+    /// Number of connections from the address of kubelet probes, which no policy applied to.
     pub probe_connections: u64,
 }
 
-/// One pod and its state.
+/// A pod and its state.
 #[derive(Clone, Debug)]
 pub struct PodStatus {
     /// The pod.
     pub spec: PodSpec,
     /// Its state.
     pub state: CaptureState,
-    /// Since when.
+    /// Since when it has this state.
     pub since: SystemTime,
-    /// Whether the daemon takes its connections, whatever the state of its rules.
+    /// Whether the daemon listens in it, whatever the state of its rules.
     pub listening: bool,
-    /// Whether its rules are in place and verified, whatever is known of the pod: what it sends is carried or waits.
+    /// Whether its redirection is in place and verified, even if its workload is not known yet: its connections are
+    /// carried, or wait.
     pub redirected: bool,
-    /// Connections that were open before its capture and still are: they go on as they began, in plaintext.
+    /// Number of open pre-existing connections; they continue in plaintext.
     pub preexisting: usize,
-    /// What else is known of it.
+    /// What else is known about it.
     pub observations: Observations,
 }
 
@@ -134,7 +135,7 @@ impl Board {
         self.count(&BTreeMap::new());
     }
 
-    /// Sets a pod's state, and logs a change of it.
+    /// Sets a pod's state, and logs it if it changes.
     pub fn set(&self, spec: &PodSpec, state: CaptureState) {
         let mut pods = self.pods.lock();
         let before = pods.get(&spec.uid).map(|status| status.state.clone());
@@ -174,14 +175,14 @@ impl Board {
         self.failures.get_or_create(&ReasonLabel { reason: error.word() }).inc();
     }
 
-    /// Counts a writing of a pod's rules that was not its first.
+    /// Counts a write of a pod's rules, if it was not the first.
     pub fn count_rewrite(&self, again: bool) {
         if again {
             self.repairs.inc();
         }
     }
 
-    /// Says whether a pod is listened for.
+    /// Sets whether the daemon listens in a pod.
     pub fn set_listening(&self, uid: &Text, listening: bool) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.listening != listening) {
@@ -190,7 +191,7 @@ impl Board {
         }
     }
 
-    /// Says whether a pod's rules are in place.
+    /// Sets whether a pod's redirection is in place.
     pub fn set_redirected(&self, uid: &Text, redirected: bool) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.redirected != redirected) {
@@ -199,7 +200,7 @@ impl Board {
         }
     }
 
-    /// Says how many connections of a pod are older than its capture.
+    /// Sets the number of a pod's open pre-existing connections.
     pub fn set_preexisting(&self, uid: &Text, preexisting: usize) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid) {
@@ -208,7 +209,7 @@ impl Board {
         self.count(&pods);
     }
 
-    /// Says what else is known of a pod.
+    /// Sets what else is known about a pod.
     pub fn set_observations(&self, uid: &Text, observations: &Observations) {
         let mut pods = self.pods.lock();
         if let Some(status) = pods.get_mut(uid).filter(|status| status.observations != *observations) {
@@ -216,12 +217,12 @@ impl Board {
         }
     }
 
-    /// Tells of changes.
+    /// A receiver that sees every change.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// Forgets a pod.
+    /// Removes a pod.
     pub fn remove(&self, uid: &Text) {
         let mut pods = self.pods.lock();
         pods.remove(uid);

@@ -1,5 +1,5 @@
-//! Keeping a pod's rules in place: written, verified from inside, verified again every 30 s, and looked at whenever the
-//! kernel tells of a change in the namespace.
+//! Keeps a pod's redirection in place: writes it, checks it regularly, and repairs it when the kernel announces that
+//! another program has changed the rules, routes or addresses in the pod.
 
 use super::capture::{Capturer, Listening};
 use super::capture_check::CHECK_EVERY;
@@ -20,65 +20,65 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Time between rewritings of the rules: a probe does not see every rule.
+/// Time between rewrites of the rules: a capture check does not depend on every rule.
 const REWRITE_EVERY: Duration = Duration::from_secs(300);
-/// Time between attempts that fail.
+/// Time between failed attempts.
 const RETRY: Duration = Duration::from_secs(5);
-/// How long what changes is let settle before it is looked at: transactions come in bursts.
+/// How long to wait for further changes: transactions come in bursts.
 const SETTLE: Duration = Duration::from_millis(100);
-/// How often more is heard before what was heard is heeded: a pod may make changes without end.
+/// How many further changes are collected before they are handled: a pod may make changes without end.
 const MORE_MAX: usize = 16;
-/// Waits between repairs where somebody undoes them again and again.
+/// First and longest wait between repairs, if another program undoes them again and again.
 const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
-/// Time between looks that found nothing: others may change their own rules all the time.
+/// Time between comparisons that found no change: other programs may change their own rules all the time.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
-/// Time between looks at how many connections have come from the address of probes.
+/// Time between reads of the counter of kubelet probes.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
-/// The shortest time between two lines about rules of others in a pod.
-const SAY_EVERY: Duration = Duration::from_secs(60);
-/// Quiet after which the next repair is made at once again.
+/// Shortest time between two log lines about other rules in one pod.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// Time without a repair after which the next one is made at once.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// The state of a pod's rules.
+/// State of a pod's redirection.
 #[derive(Debug)]
 pub struct Upkeep {
     changes: Option<Changes>,
-    /// What has been heard and not been heeded.
+    /// Changes that have been announced and not handled yet.
     recorded: Mutex<Seen>,
-    /// A repair is due already.
+    /// A repair is scheduled.
     repairing: bool,
-    /// A look at the tables is worth it again.
+    /// No comparison of the tables before this.
     next_look: Instant,
     write_at: Instant,
     check_at: Instant,
-    /// What the kernel listed after our last writing.
+    /// The table as the kernel listed it after the last write.
     written: Option<Listing>,
     verified: bool,
-    /// Preexisting from before the rules are still to be ended.
+    /// Pre-existing connections are still to be ended.
     end_preexisting: bool,
-    /// Preexisting from before the rules.
+    /// Pre-existing connections.
     preexisting: Preexisting,
-    /// What an earlier task of the pod knows of the time between, until it is in rules.
-    between: Option<Arc<Uncaptured>>,
-    /// Whether the rules for what we open ourselves are there.
+    /// Connections that an earlier task of the pod released, until they are in the rules.
+    uncaptured: Option<Arc<Uncaptured>>,
+    /// Whether the table for the daemon's own connections has been written.
     legs: bool,
-    /// Whether what an earlier agent left has been removed, or was not there.
+    /// Whether the rules of an earlier istio-cni have been removed, or there were none.
     taken_over: bool,
-    /// Legacy tables that were there at the last look.
+    /// Legacy iptables tables at the last check.
     legacy: Option<Vec<String>>,
-    /// Something of the same priority may have come before ours: they are to come before it.
-    ahead: bool,
+    /// A chain of the same priority may precede ours, so the next write creates ours again.
+    recreate_chains: bool,
     /// No repair before this.
     hold_off: Instant,
     repairs: Backoff,
     repaired: Instant,
     observations: Observations,
     counted_at: Option<Instant>,
-    /// When rules of others were logged last.
-    said_at: Option<Instant>,
+    /// When other rules were logged last.
+    logged_at: Option<Instant>,
 }
 
-/// Completes when our rules are no longer as they were written.
+/// Completes when our table is no longer as it was written.
 async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
     if let (Some(changes), Some(written)) = (&upkeep.changes, &upkeep.written) {
         loop {
@@ -94,14 +94,14 @@ async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
 }
 
 impl Upkeep {
-    /// Nothing written yet.
+    /// A redirection that has not been written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
         let netns = &listening.pod.netns;
         let opened = netns.enter(Changes::open).map_err(CaptureError::from);
         let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::ChangesUnavailable));
         if let Err(error) = &changes {
             let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
-            tracing::warn!(namespace, name, %error, "the pod is looked at every 30 s only");
+            tracing::warn!(namespace, name, %error, "changes in the pod's network namespace are not detected at once");
         }
         let now = Instant::now();
         let write_at = if capturer.config.redirect { now } else { now + REWRITE_EVERY };
@@ -116,27 +116,27 @@ impl Upkeep {
             verified: false,
             end_preexisting: false,
             preexisting: Preexisting::default(),
-            between: None,
+            uncaptured: None,
             legs: false,
             taken_over: false,
             legacy: None,
-            ahead: false,
+            recreate_chains: false,
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
             repaired: now,
             observations: Observations::default(),
             counted_at: None,
-            said_at: None,
+            logged_at: None,
         }
     }
 
-    /// Leaves connections alone that were opened while the pod was not captured.
-    pub fn keep_uncaptured(&mut self, between: Arc<Uncaptured>) {
-        self.between = Some(between);
+    /// Lets connections through that were opened while the pod was not captured.
+    pub fn keep_uncaptured(&mut self, uncaptured: Arc<Uncaptured>) {
+        self.uncaptured = Some(uncaptured);
     }
 
-    /// Completes when something has changed in the namespace, and has settled. What was heard is kept until it is heeded,
-    /// also where nobody waits any more.
+    /// Completes when something in the network namespace has changed and no further change follows. The change stays
+    /// recorded until [`Self::handle_changes`], also if this is cancelled.
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
         if self.recorded() == Seen::default() {
@@ -163,13 +163,15 @@ impl Upkeep {
         };
     }
 
-    /// Does what a change asks for: addresses are learned anew, rules that are not as we left them are due.
+    /// Handles the recorded changes: reads the addresses again, and schedules a repair if the rules or routes are not
+    /// as they were written.
     pub async fn handle_changes(&mut self, capturer: &Capturer, listening: &Listening) {
         let seen = std::mem::take(&mut *self.recorded.lock());
         if seen.addresses {
             let before = listening.pod.addresses.load_full();
             capturer.refresh_addresses(listening).await;
-            // What guests of the pod open is translated to one of its addresses, which may be the one that has gone.
+            // Connections from virtual interfaces are translated to one of the pod's addresses, which may be the one
+            // that has gone.
             if capturer.config.redirect && *listening.pod.addresses.load_full() != *before {
                 self.write_at = Instant::now().max(self.hold_off);
                 self.hold_off = self.write_at + RETRY;
@@ -186,14 +188,15 @@ impl Upkeep {
         let Some(written) = self.written.as_ref().filter(|_| !self.repairing) else { return };
         self.next_look = Instant::now() + LOOK_AGAIN;
         let netns = &listening.pod.netns;
-        // What cannot be listed is written anew; so is what somebody else's rules have joined, who is then named.
+        // A table that cannot be listed is written again. So is ours if rules of another agent are beside it; the write
+        // then reports that agent.
         let whole = match seen.tables {
             true => match redirect::unchanged_since(netns, written).await {
                 Ok((alone, others)) => {
                     if others.hooks != self.observations.other_rules {
                         self.check_at = Instant::now();
                     }
-                    self.note(listening, others.hooks, others.unread);
+                    self.record_other_rules(listening, others.hooks, others.unread);
                     alone
                 }
                 Err(_) => false,
@@ -215,34 +218,39 @@ impl Upkeep {
         self.repaired = now;
         let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
         let in_ms = self.write_at.duration_since(now).as_millis();
-        tracing::warn!(namespace, name, in_ms, "somebody has changed the pod's redirection; it is written again");
+        tracing::warn!(
+            namespace,
+            name,
+            in_ms,
+            "the pod's redirection was changed by another program; writing it again"
+        );
     }
 
-    /// Takes note of what others have in the pod.
-    fn note(&mut self, listening: &Listening, other_rules: Vec<String>, unread: Option<String>) {
+    /// Records the other rules in the pod, and logs them if they are new.
+    fn record_other_rules(&mut self, listening: &Listening, other_rules: Vec<String>, unread: Option<String>) {
         let news = !other_rules.is_empty() && other_rules != self.observations.other_rules
             || unread.is_some() && unread != self.observations.unread;
         (self.observations.other_rules, self.observations.unread) = (other_rules, unread);
-        if !news || self.said_at.is_some_and(|at| at.elapsed() < SAY_EVERY) {
+        if !news || self.logged_at.is_some_and(|at| at.elapsed() < LOG_EVERY) {
             return;
         }
-        self.said_at = Some(Instant::now());
+        self.logged_at = Some(Instant::now());
         let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
         match &self.observations.unread {
             Some(why) => tracing::warn!(
                 namespace,
                 name,
                 why,
-                "what other rules the pod has cannot be read; ours are written, and whether others come before them is not known"
+                "other rules in the pod cannot be read; ours are written, but others may precede them"
             ),
             None => {
                 let rules = self.observations.other_rules.join("; ");
-                tracing::warn!(namespace, name, rules, "other rules in the pod may take traffic before ours do");
+                tracing::warn!(namespace, name, rules, "other rules in the pod may take traffic before ours");
             }
         }
     }
 
-    /// What is known of the pod beside its state.
+    /// What is known about the pod beside its state.
     pub fn observations(&mut self, capturer: &Capturer, listening: &Listening) -> &Observations {
         if capturer.marks_kubelet_probes() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
@@ -254,29 +262,29 @@ impl Upkeep {
         &self.observations
     }
 
-    /// What the rules should be has changed: they are written and verified at the next occasion.
+    /// Schedules a rewrite and a check at the next call of [`Self::maintain`], because the redirection should change.
     pub fn rewrite_soon(&mut self) {
         self.write_at = Instant::now();
         self.check_at = self.write_at;
     }
 
-    /// A verification is due at the next occasion.
+    /// Schedules a check at the next call of [`Self::maintain`].
     pub fn check_soon(&mut self) {
         self.verified = false;
         self.check_at = Instant::now();
     }
 
-    /// Whether the last look found everything in place.
+    /// Whether the last check succeeded.
     pub fn verified(&self) -> bool {
         self.verified
     }
 
-    /// When something is due.
+    /// When the next work is due.
     pub fn due(&self) -> Instant {
         self.write_at.min(self.check_at)
     }
 
-    /// Does what is due; whether the pod has been verified now.
+    /// Does the work that is due. Returns whether the pod has been checked now.
     pub async fn maintain(
         &mut self,
         capturer: &Capturer,
@@ -297,7 +305,7 @@ impl Upkeep {
         }
         let mut result = self.write_and_check(capturer, board, spec, listening).await;
         if result.is_err() && !capturer.role.is_active() {
-            // Another daemon of the node writes the rules, and verifies them.
+            // Another daemon of the node writes the rules and checks them.
             return Ok(false);
         }
         if let Err(CaptureError::CheckFailed(_)) = result {
@@ -321,11 +329,12 @@ impl Upkeep {
         result.map(|()| true)
     }
 
-    /// Upkeep are due again where a legacy table has come: it is asked before ours until ours are written anew.
+    /// Schedules a rewrite if a legacy iptables table has appeared: the kernel calls it before ours until ours is
+    /// created again.
     fn watch_legacy_tables(&mut self, netns: &Netns) {
         let Some(now) = redirect::legacy_tables(netns) else { return };
         if self.legacy.as_ref().is_some_and(|before| now.iter().any(|table| !before.contains(table))) {
-            self.ahead = true;
+            self.recreate_chains = true;
             self.rewrite_soon();
         }
         self.legacy = Some(now);
@@ -349,7 +358,7 @@ impl Upkeep {
         }
         let verified = tokio::select! {
             verified = capturer.check(spec, listening) => verified,
-            // A probe that is lost takes two seconds; somebody changes the rules now.
+            // A lost check connection takes two seconds; this notices a change of the rules at once.
             () = redirection_changed(self, &listening.pod.netns) => {
                 Err(redirect::RedirectError::ConcurrentChange.into())
             }
@@ -357,9 +366,9 @@ impl Upkeep {
         match verified {
             Err(error) if capturer.config.redirect && capturer.role.is_active() => {
                 let (namespace, name) = (&*spec.namespace, &*spec.name);
-                tracing::warn!(namespace, name, %error, "a probe was lost; writing the rules again");
-                // A legacy table may have come while nobody looked. Without one the chains stay: what they count is not lost.
-                self.ahead = self.legacy.as_ref().is_some_and(|tables| !tables.is_empty());
+                tracing::warn!(namespace, name, %error, "the capture check failed; writing the rules again");
+                // A legacy table may have come in between. Without one the chains stay, and their counters with them.
+                self.recreate_chains = self.legacy.as_ref().is_some_and(|tables| !tables.is_empty());
                 self.write(capturer, board, spec, listening).await?;
                 self.observations.inbound_unverified = capturer.check(spec, listening).await?;
             }
@@ -382,7 +391,7 @@ impl Upkeep {
         let table = match self.taken_over {
             true => None,
             false => match nft::table(&pod.netns, "inet", redirect::TABLE).await {
-                // There is one, and what it spares cannot be read: nothing is spared.
+                // There is a table, but its pre-existing connections cannot be read: none are let through.
                 Err(nft::NftError::Unreadable(_)) => Some(Value::Array(Vec::new())),
                 listed => Some(listed.map_err(redirect::RedirectError::from)?),
             },
@@ -391,10 +400,10 @@ impl Upkeep {
         match &table {
             Some(table) if !first => {
                 self.preexisting = Preexisting::spared_by(pod, table);
-                if let Some(between) = &self.between {
-                    let between = between.now(pod);
-                    self.end_preexisting |= capturer.config.end_preexisting && between.spared().next().is_some();
-                    self.preexisting.extend(between);
+                if let Some(uncaptured) = &self.uncaptured {
+                    let uncaptured = uncaptured.now(pod);
+                    self.end_preexisting |= capturer.config.end_preexisting && uncaptured.spared().next().is_some();
+                    self.preexisting.extend(uncaptured);
                 }
             }
             Some(_) => self.preexisting = Preexisting::open_now(pod),
@@ -402,18 +411,19 @@ impl Upkeep {
         }
         self.end_preexisting |= first && capturer.config.end_preexisting;
         let spared = if capturer.config.end_preexisting { Vec::new() } else { self.preexisting.spared().collect() };
-        let written =
-            capturer.redirect(spec, listening, spared, self.taken_over, std::mem::take(&mut self.ahead)).await?;
+        let written = capturer
+            .redirect(spec, listening, spared, self.taken_over, std::mem::take(&mut self.recreate_chains))
+            .await?;
         let redirect::Installed { istio, listing, hooks, unread } = written;
-        self.between = None;
-        self.note(listening, hooks, unread);
+        self.uncaptured = None;
+        self.record_other_rules(listening, hooks, unread);
         if std::mem::take(&mut self.end_preexisting) {
             self.preexisting.end(pod);
         }
         if !istio.names.is_empty() {
             let (namespace, name) = (&*spec.namespace, &*spec.name);
             let names = istio.names.into_iter().collect::<Vec<_>>().join(", ");
-            tracing::info!(namespace, name, removed = names, "the pod was captured by istio-cni; taken over");
+            tracing::info!(namespace, name, removed = names, "took over the pod from istio-cni");
         }
         self.taken_over = true;
         self.written = Some(listing);

@@ -110,8 +110,7 @@ fn a_bad_new_version_of_a_file_keeps_the_old_one_and_says_why() {
     eventually("good again", || w.metric(1, "culvert_mesh_file_stale", &[]) == 0.0);
 
     replace(&w.pods_file(1), "pods: [{name: client}]");
-    let line =
-        w.log_line(1, "pods file refused", |l| l["message"] == "pods file refused; the pods before stay as they are");
+    let line = w.log_line(1, "pods file refused", |l| l["message"] == "pods file refused; the previous pods stay");
     assert!(line["error"].as_str().unwrap().contains("line 1"), "{line}");
     assert_eq!(w.state(1, "client").0, "captured");
     std::fs::remove_file(w.mesh_file(1)).unwrap();

@@ -388,7 +388,7 @@ fn what_a_pods_owner_writes_costs_little_and_is_complained_about_once() {
     let mark = c.apis[0].mark(1);
     eventually("all has been heard", || !c.state(&mark).is_empty());
     let about =
-        |line: &Value| line["message"].as_str().is_some_and(|text| text.contains("annotation is not understood"));
+        |line: &Value| line["message"].as_str().is_some_and(|text| text.contains("annotation has an invalid value"));
     let lines: Vec<Value> = c.w.log(1).into_iter().filter(about).collect();
     assert_eq!(lines.len(), 2, "one for each annotation: {lines:?}");
     assert!(lines.iter().all(|line| line.to_string().len() < 2000), "{lines:?}");
@@ -558,8 +558,8 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
 
     // A file that is damaged or belongs to another node is reported and ignored.
     for (bad, why) in [
-        (String::new(), "not understood"),
-        (kept[..kept.len() / 2].to_owned(), "not understood"),
+        (String::new(), "it is not valid"),
+        (kept[..kept.len() / 2].to_owned(), "it is not valid"),
         (kept.replace("\"format\":1", "\"format\":9"), "format 9"),
         (kept.replace("\"node\":\"n1\"", "\"node\":\"n2\""), "node"),
     ] {
@@ -568,7 +568,7 @@ fn a_daemon_that_starts_without_the_api_goes_on_with_what_was_captured_and_with_
         std::fs::write(&file, &bad).unwrap();
         c.w.start_kube_node(1, &c.apis[0], &settings);
         c.w.log_line(1, "it is named", |line| {
-            line["message"].as_str().is_some_and(|text| text.contains("file of captured pods is not used"))
+            line["message"].as_str().is_some_and(|text| text.contains("cannot use the file of enrolled pods"))
                 && line["error"].as_str().is_some_and(|error| error.contains(why))
         });
         assert_eq!(c.w.states(1), []);
@@ -596,7 +596,8 @@ fn while_the_api_is_away_the_log_says_so_once_and_in_words() {
     let lines = c.w.log(1);
     let of = |resource: &str| {
         let says = |l: &&Value| {
-            l["resource"] == resource && l["message"].as_str().is_some_and(|m| m.contains("does not tell of changes"))
+            l["resource"] == resource
+                && l["message"].as_str().is_some_and(|m| m.contains("watch of the Kubernetes API is interrupted"))
         };
         lines.iter().filter(says).count()
     };
@@ -605,7 +606,7 @@ fn while_the_api_is_away_the_log_says_so_once_and_in_words() {
         lines.iter().filter(|l| l["scope"].as_str().is_some_and(|scope| scope.starts_with("kube"))).collect();
     assert!(raw.is_empty(), "what a library says: {raw:?}");
     c.apis[0].away(false);
-    c.w.log_line(1, "it is back", |l| l["message"] == "the Kubernetes API is there again" && l["away"].is_string());
+    c.w.log_line(1, "it is back", |l| l["message"] == "connected to the Kubernetes API again" && l["away"].is_string());
 }
 
 #[test]
@@ -1180,7 +1181,7 @@ fn with_the_cni_plugin_no_pod_starts_before_it_is_captured() {
     eventually("it starts", || cni.call("ADD", pod, &plain.netns, &[plain.v4.to_string()]).0);
     assert!(!has_rules(&plain));
     let (ok, error) = cni.call("ADD", ("ns", "nobody"), &plain.netns, &[]);
-    assert!(!ok && error["msg"].as_str().unwrap().contains("has not told of pod ns/nobody"), "{error}");
+    assert!(!ok && error["msg"].as_str().unwrap().contains("has not sent pod ns/nobody"), "{error}");
     c.w.take_node(1).kill();
     let (_, error) = cni.call("ADD", client, netns, &ips);
     for words in ["it was last seen at 20", " ago. New pods of the node wait", "spec.nodeName=n1"] {
@@ -1817,7 +1818,7 @@ fn a_sidecar_that_nobody_redirects_is_refused_by_name() {
     c.start_one(&[]);
     eventually("it is named", || {
         let (state, why) = c.w.state(1, "lost");
-        state == "failed" && why.contains("counts on istio-cni") && why.contains("istio-init")
+        state == "failed" && why.contains("depends on istio-cni") && why.contains("istio-init")
     });
     eventually("others are captured", || c.state("client") == "captured");
     assert_eq!(c.apis[0].said("lost"), None);

@@ -61,7 +61,7 @@ impl Upgrade {
     fn complaints(&self) -> usize {
         let logs =
             ["node1.log", "beside.log"].map(|name| fs::read_to_string(self.c.w.dir.join(name)).unwrap_or_default());
-        logs.concat().matches("somebody has changed").count()
+        logs.concat().matches("redirection was changed by another program").count()
     }
 }
 

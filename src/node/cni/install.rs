@@ -1,10 +1,11 @@
-//! Installing the plugin on the node, and removing it: the binary in the folder of CNI plugins, and a configuration of our
-//! own that repeats the one in force with our plugin at its end. Nobody else's file is ever changed, so removing ours brings
-//! back what was there; and because ours sorts first, a node that starts again does not run pods without it.
+//! Installs the CNI plugin on the node, and removes it: the binary in the folder of CNI plugins, and a configuration
+//! that repeats the node's own one with our plugin at its end. Files of other programs are never changed, so removing
+//! ours restores the previous state. Our configuration sorts first, so a node that starts again runs no pods without
+//! the plugin.
 
 use crate::node::active_daemon::ActiveRole;
 use crate::task::Signal;
-use crate::task::files::{FolderWatch, Stamp, remove_leftovers, stamp, temporary_name, was_there};
+use crate::task::files::{FolderWatch, Stamp, beside, remove_leftovers, stamp, was_there};
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 use std::fs::Permissions;
@@ -14,28 +15,28 @@ use std::path::{Path, PathBuf};
 
 /// Name of the binary, which is also the plugin's type.
 pub const PLUGIN: &str = "culvert-cni";
-/// Name of our configuration: before all others.
+/// Name of our configuration; it sorts before all others.
 pub const OURS: &str = "00-culvert.conflist";
 
 /// Bytes that are compared at once.
 const PIECE: usize = 64 * 1024;
 
-/// Where and what to install.
+/// What to install, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Folder of plugins.
+    /// Folder of CNI plugins.
     pub bin_dir: PathBuf,
-    /// Folder of configurations.
+    /// Folder of CNI configurations.
     pub conf_dir: PathBuf,
-    /// The daemon's socket, as the plugin reaches it on the host.
+    /// The daemon's socket, by its path on the host.
     pub socket: PathBuf,
-    /// Namespaces of which no pod waits for the daemon.
+    /// Namespaces whose pods do not wait for the daemon.
     pub excluded: Vec<String>,
     /// Namespace of the daemon's own pods.
     pub own_namespace: String,
     /// Name of the daemon's own DaemonSet.
     pub own_name: String,
-    /// Name of the node, for whoever reads why a pod does not start.
+    /// Name of the node, for messages about pods that do not start.
     pub node: String,
 }
 
@@ -45,28 +46,28 @@ pub enum InstallError {
     /// A file cannot be read or written.
     #[error("{0}: {1}")]
     File(PathBuf, io::Error),
-    /// There is nothing to put the plugin behind.
-    #[error("{0}: no CNI configuration is there (yet) that can be used{1}")]
+    /// There is no CNI configuration to add the plugin to.
+    #[error("{0}: contains no usable CNI configuration yet{1}")]
     NoPrimary(PathBuf, String),
 }
 
 impl Config {
-    /// Installs the binary that runs now, and the configuration.
+    /// Installs the running binary and the configuration. Returns whether the configuration was written.
     fn install(&self, known: &mut Stamp) -> Result<bool, InstallError> {
         self.install_binary(known)?;
         self.install_configuration()
     }
 
     fn install_binary(&self, known: &mut Stamp) -> Result<(), InstallError> {
-        // One that hung may still write while another has the turn: never into the same file.
-        let new = self.bin_dir.join(temporary_name(PLUGIN));
+        // A daemon that hangs may still write although another one is active, so each writes to its own file.
+        let new = self.bin_dir.join(beside(PLUGIN));
         let target = self.bin_dir.join(PLUGIN);
         let own = Path::new("/proc/self/exe");
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |error| InstallError::File(path, error)
         };
-        // Read only where the file is another than the last time: both are large.
+        // Compare the contents only if the file has changed since the last time: both are large.
         let stamp = stamp(&target);
         if stamp.is_some() && stamp == *known {
             return Ok(());
@@ -77,7 +78,7 @@ impl Config {
             return Ok(());
         }
         remove_leftovers(&self.bin_dir, PLUGIN);
-        // Never half a binary, and never in the place of one that runs.
+        // The new file replaces the old one as a whole, so a running plugin is not affected.
         let write = || {
             std::fs::copy(own, &new).map_err(failed(&new))?;
             std::fs::set_permissions(&new, Permissions::from_mode(0o755)).map_err(failed(&new))?;
@@ -86,7 +87,7 @@ impl Config {
         whole(&new, write())
     }
 
-    /// Writes our configuration where it is not what it should be; whether it was written.
+    /// Writes our configuration if it is not up to date. Returns whether it was written.
     fn install_configuration(&self) -> Result<bool, InstallError> {
         let primary = self.primary()?;
         let path = self.conf_dir.join(OURS);
@@ -95,7 +96,7 @@ impl Config {
             return Ok(false);
         }
         remove_leftovers(&self.conf_dir, OURS);
-        let new = self.conf_dir.join(temporary_name(OURS));
+        let new = self.conf_dir.join(beside(OURS));
         let write = || {
             std::fs::write(&new, &text)?;
             std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;
@@ -105,7 +106,7 @@ impl Config {
         Ok(true)
     }
 
-    /// The configuration that runtimes would use without us: the first by name that is one.
+    /// The configuration that runtimes would use without ours: the first valid one by name.
     fn primary(&self) -> Result<Map<String, Value>, InstallError> {
         let entries = std::fs::read_dir(&self.conf_dir).map_err(|e| InstallError::File(self.conf_dir.clone(), e))?;
         let mut names: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -120,7 +121,7 @@ impl Config {
             let read = std::fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
             match read.and_then(list) {
                 Some(list) => return Ok(list),
-                None => why += &format!("; {} is not one", path.display()),
+                None => why += &format!("; {} is not valid", path.display()),
             }
         }
         Err(InstallError::NoPrimary(self.conf_dir.clone(), why))
@@ -142,12 +143,12 @@ impl Config {
         Value::Object(primary)
     }
 
-    /// Where both are.
+    /// The folders of the configuration and the binary, for messages.
     pub fn place(&self) -> String {
         format!("{} and {}", self.conf_dir.display(), self.bin_dir.display())
     }
 
-    /// Removes both, the configuration first; what is not there is removed already.
+    /// Removes the configuration and then the binary, if they exist. Returns what was removed.
     pub fn remove(&self) -> Result<Vec<PathBuf>, InstallError> {
         let mut removed = Vec::new();
         for path in [self.conf_dir.join(OURS), self.bin_dir.join(PLUGIN)] {
@@ -158,7 +159,8 @@ impl Config {
         Ok(removed)
     }
 
-    /// Keeps it installed while it is this daemon's turn, for as long as it is awaited; `in_place` says whether it is.
+    /// Keeps the plugin installed while this daemon is active, until cancelled or the process begins to end. `in_place`
+    /// shows whether it is installed.
     pub async fn keep(self, in_place: Gauge, role: ActiveRole, drain: Signal) {
         let (mut said, mut known) = (None::<String>, None);
         let (mut folder, mut role_changes) = (FolderWatch::new(&self.conf_dir), role.subscribe());
@@ -189,7 +191,7 @@ impl Config {
                     said = Some(error);
                 }
             }
-            // The end decides whether it stays; nobody writes it again then.
+            // When the process ends, the uninstallation decides whether the plugin stays, so it is not written again.
             tokio::select! {
                 biased;
                 () = drain.gentle() => return,
@@ -200,7 +202,8 @@ impl Config {
     }
 }
 
-/// Whether two files have the same content. Read in pieces: a binary in memory, and twice, is more than the daemon needs at rest.
+/// Whether two files have the same content. They are read in pieces, because holding two binaries in memory takes more
+/// than the idle daemon needs.
 fn same(one: &Path, other: &Path) -> io::Result<bool> {
     let (mut one, mut other) = (std::fs::File::open(one)?, std::fs::File::open(other)?);
     let (mut left, mut right) = (vec![0; PIECE], vec![0; PIECE]);
@@ -219,16 +222,16 @@ fn same(one: &Path, other: &Path) -> io::Result<bool> {
     }
 }
 
-/// Leaves nothing half written behind.
+/// Removes the new file if it could not be written completely.
 fn whole<E>(new: &Path, written: Result<(), E>) -> Result<(), E> {
     if written.is_err() {
-        // That it cannot be removed adds nothing to why it could not be written.
+        // A failure to remove it says no more than the failure to write it.
         let _ = std::fs::remove_file(new);
     }
     written
 }
 
-/// A configuration as a list of plugins; one that has no list is a plugin itself.
+/// Reads a configuration as a list of plugins; a configuration without a list is itself one plugin.
 fn list(configuration: Value) -> Option<Map<String, Value>> {
     let Value::Object(mut map) = configuration else { return None };
     if map.get("plugins").is_some() {
@@ -283,7 +286,7 @@ mod tests {
         assert_eq!(ours()["plugins"][1]["type"], PLUGIN);
         let mode = std::fs::metadata(dir.join(OURS)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        // The first one goes: the next is repeated, as a list.
+        // The first one is removed, so the next one is repeated, as a list.
         std::fs::remove_file(dir.join("10-a.conflist")).unwrap();
         assert!(config.install_configuration().unwrap());
         assert_eq!((&ours()["name"], &ours()["plugins"][0]["type"]), (&json!("other"), &json!("ptp")));

@@ -1,7 +1,8 @@
-//! The daemon's side of its CNI plugin: a pod's first process starts when its capture is in place, or not at all.
+//! The daemon's side of its CNI plugin: a pod's first process starts once the pod is captured, or not at all.
 //!
-//! The plugin (`culvert cni`, run by the container runtime) sends one packet to the daemon's socket, with the pod's network
-//! namespace beside it, and waits for one answer. Both are the same binary; fields may be added, never changed.
+//! The plugin (`culvert cni`, run by the container runtime) sends one packet to the daemon's socket, with the pod's
+//! network namespace as a descriptor, and waits for one answer. Both sides may be of different versions: fields may be
+//! added, but never changed.
 
 pub mod install;
 
@@ -20,57 +21,57 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-/// Bytes of a packet at most.
+/// Most bytes of a packet.
 const PACKET_BYTES_MAX: usize = 64 * 1024;
-/// How long a plugin may take to say what it wants.
+/// How long a plugin may take to send its question.
 const QUESTION_WITHIN: Duration = Duration::from_secs(5);
-/// How long the daemon may take to answer; runtimes give a plugin minutes, but one at a time for each pod.
+/// How long the daemon may take to answer. Runtimes give a plugin minutes, but run one at a time for each pod.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-/// How often the daemon says that it is there.
+/// Time between updates of the file that says when the daemon was last running.
 const SEEN_EVERY: Duration = Duration::from_secs(5);
-/// Waits after the socket could not be made.
+/// First and longest wait after the socket could not be bound.
 const BIND_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// Questions that may wait.
 const QUEUE: usize = 64;
 
-/// What is asked for.
+/// What a question asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Verb {
-    /// A pod's namespace is ready; its processes start after the answer.
+    /// A pod's network namespace is ready; the pod's processes start after the answer.
     Add,
-    /// A pod's namespace goes.
+    /// A pod's network namespace is being removed.
     Del,
-    /// Is the pod still captured, if it is to be?
+    /// Is the pod still captured, if it is enrolled?
     Check,
-    /// Is the daemon there?
+    /// Is the daemon running?
     Status,
 }
 
-/// One question.
+/// A question of the plugin.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Question {
-    /// What is asked for.
+    /// What it asks.
     pub verb: Verb,
     /// Name of the pod.
     #[serde(default)]
     pub name: String,
-    /// Its namespace.
+    /// Namespace of the pod.
     #[serde(default)]
     pub namespace: String,
-    /// Its uid, where the runtime says it.
+    /// Uid of the pod, if the runtime gives it.
     #[serde(default)]
     pub uid: Option<String>,
-    /// The addresses that earlier plugins have given it.
+    /// Addresses that earlier plugins have assigned to the pod.
     #[serde(default)]
     pub ips: Vec<IpAddr>,
 }
 
-/// The answer: nothing, or why not.
+/// The answer to a question.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// Why not.
+    /// Why not; `None` means yes.
     #[serde(default)]
     pub error: Option<String>,
 }
@@ -80,14 +81,14 @@ pub struct Answer {
 pub struct PendingQuestion {
     /// The question.
     pub question: Question,
-    /// The pod's namespace.
+    /// The pod's network namespace.
     pub netns: Option<Netns>,
     /// Where the answer goes.
     pub answer: oneshot::Sender<Result<(), String>>,
 }
 
-/// Takes questions at `socket` while it is this daemon's turn, for as long as the group lives. Questions that another daemon's
-/// turn comes in between are answered all the same.
+/// Accepts questions at `socket` while this daemon is active, for as long as the group lives. Questions that were
+/// accepted before the daemon goes on standby are answered too.
 pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mpsc::Receiver<PendingQuestion>> {
     let mut role_changes = role.subscribe();
     let mut listener = match *role_changes.borrow_and_update() {
@@ -111,7 +112,7 @@ pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mps
                 accepted = accepted => match accepted {
                     Ok(connection) => group.spawn(serve(connection, send.clone())),
                     Err(error) => {
-                        tracing::warn!(%error, "a connection of the CNI plugin could not be taken");
+                        tracing::warn!(%error, "cannot accept a connection of the CNI plugin");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 },
@@ -121,14 +122,14 @@ pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mps
                     }
                     let ours = *role_changes.borrow_and_update();
                     if ours {
-                        // Whoever had the turn meanwhile has taken the path.
+                        // Another daemon was active in between, and has bound the path.
                         listener = bind_again(&socket).await;
                     }
                 }
                 _ = ticks.tick(), if ours => {
-                    // A daemon that ended, or whoever cleans up, may have removed it.
+                    // An ending daemon, or `culvert cleanup`, may have removed the socket.
                     if id(&socket) != listener.as_ref().and_then(|(_, bound)| *bound) {
-                        tracing::warn!(socket = %socket.display(), "the CNI plugin's socket is not ours any more; made anew");
+                        tracing::warn!(socket = %socket.display(), "the CNI plugin's socket was removed or replaced; binding it again");
                         listener = bind_again(&socket).await;
                     }
                     write_last_seen(&socket);
@@ -139,7 +140,7 @@ pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mps
     Ok(asked)
 }
 
-/// A listener, and which file its path was when it was bound.
+/// A listener, and device and inode of its socket when it was bound.
 type Bound = (Listener, Option<(u64, u64)>);
 
 fn bind(socket: &Path) -> io::Result<Bound> {
@@ -152,7 +153,7 @@ fn bind(socket: &Path) -> io::Result<Bound> {
     Ok((listener, id(socket)))
 }
 
-/// Which file a path is.
+/// Device and inode of a file.
 fn id(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
@@ -170,20 +171,20 @@ async fn bind_again(socket: &Path) -> Option<Bound> {
     }
 }
 
-/// The file beside the daemon's socket whose time of writing says when a daemon was last there.
+/// The file beside the daemon's socket whose modification time says when a daemon was last running.
 fn seen_at(socket: &Path) -> PathBuf {
     let mut name = socket.file_name().unwrap_or_default().to_owned();
     name.push(".seen");
     socket.with_file_name(name)
 }
 
-/// Says that the daemon is there.
+/// Records that the daemon is running.
 fn write_last_seen(socket: &Path) {
-    // Only whoever reads why a pod does not start misses it.
-    let _ = std::fs::write(seen_at(socket), "The time of writing is when culvert was last here.\n");
+    // The file only helps to explain why a pod does not start.
+    let _ = std::fs::write(seen_at(socket), "The modification time of this file is when culvert was last running.\n");
 }
 
-/// Removes the socket and what is beside it; what is not there is removed already.
+/// Removes the socket and the file beside it, if they exist. Returns whether either did.
 pub fn remove_socket(socket: &Path) -> io::Result<bool> {
     let mut removed = false;
     for path in [socket, &seen_at(socket)] {
@@ -192,7 +193,7 @@ pub fn remove_socket(socket: &Path) -> io::Result<bool> {
     Ok(removed)
 }
 
-/// When a daemon was last there, and how long ago that is; `None` where that is not known.
+/// When a daemon was last running, and how long ago that is; `None` if that is not known.
 pub fn last_seen(socket: &Path) -> Option<(SystemTime, Duration)> {
     let at = std::fs::metadata(seen_at(socket)).and_then(|metadata| metadata.modified()).ok()?;
     Some((at, at.elapsed().unwrap_or_default()))
@@ -207,14 +208,14 @@ async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingQuestion>) {
                 });
                 answer(question, netns, &asked).await
             }
-            (Err(error), false) => Err(format!("the daemon does not understand the plugin: {error}")),
+            (Err(error), false) => Err(format!("invalid question from the plugin: {error}")),
             (_, true) => Err("the plugin's question is too long".into()),
         },
-        // Whoever connected has nothing to say.
+        // The client has sent nothing.
         Ok(Err(_)) | Err(_) => return,
     };
     if let Ok(bytes) = serde_json::to_vec(&Answer { error: result.err() }) {
-        // The plugin has been killed where this fails; the runtime asks again.
+        // If this fails, the plugin has been killed; the runtime asks again.
         let _ = connection.send(&bytes).await;
     }
 }
@@ -233,10 +234,10 @@ async fn answer(question: Question, netns: Option<Netns>, asked: &mpsc::Sender<P
     tokio::time::timeout(ANSWER_WITHIN, ask).await.unwrap_or_else(|_| Err(late()))
 }
 
-/// Why a question has no good answer.
+/// Why a question was not answered with yes.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// The daemon is not there, or does not answer.
+    /// The daemon is not running, or does not answer.
     #[error("{0}")]
     Away(String),
     /// The daemon says no, or not yet.
@@ -258,10 +259,10 @@ pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::Fil
         .map_err(away)?;
         let packet = connection.receive(PACKET_BYTES_MAX).await.map_err(away)?;
         if packet.bytes.is_empty() {
-            return Err(AskError::Away(format!("has ended and does not answer at {path} any more")));
+            return Err(AskError::Away(format!("ended before it answered at {path}")));
         }
         let answer: Answer = serde_json::from_slice(&packet.bytes)
-            .map_err(|error| AskError::Refused(format!("the daemon's answer is not understood: {error}")))?;
+            .map_err(|error| AskError::Refused(format!("invalid answer from the daemon: {error}")))?;
         answer.error.map_or(Ok(()), |why| Err(AskError::Refused(why)))
     };
     let late = || {
@@ -283,10 +284,10 @@ mod tests {
         let _asked = listen(&socket, &role, &tasks).unwrap();
         remove_socket(&socket).unwrap();
         tokio::time::sleep(SEEN_EVERY * 2).await;
-        assert!(Seqpacket::connect(&socket).is_ok(), "the daemon cannot be asked any more");
+        assert!(Seqpacket::connect(&socket).is_ok(), "nothing listens on the socket");
         let before = id(&socket);
         tokio::time::sleep(SEEN_EVERY * 3).await;
-        assert_eq!(id(&socket), before, "one that is there stays");
+        assert_eq!(id(&socket), before, "an intact socket stays");
         tasks.cut();
         tasks.finished().await;
         std::fs::remove_dir_all(&folder).unwrap();

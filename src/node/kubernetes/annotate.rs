@@ -1,5 +1,5 @@
-//! The status annotation of pods: told to the API when it is another than it should be. The API's own pods say what has
-//! been told, so nothing is remembered but what is on its way.
+//! Writes the status annotation of pods to the API when it differs from what it should be. The API returns the
+//! annotation with the pods, so only the patches in flight are remembered.
 
 use super::facts::{PodFacts, STATUS};
 use super::watch::Metrics;
@@ -20,31 +20,34 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// How long one patch may take: less than the CNI plugin's question for the same pod may wait, so that another one has time.
+/// Deadline of one patch. It is shorter than the CNI plugin's wait for the same pod, so that there is time for a second
+/// patch.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Patches on their way at once.
+/// Most patches in flight.
 const AT_ONCE: usize = 16;
-/// The same for pods whose start waits for theirs: others leave them room.
+/// The same for pods whose start waits for the patch: the other pods leave them room.
 const AT_ONCE_AWAITED: usize = 2 * AT_ONCE;
-/// Waits after failures.
+/// First and longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
-/// How long the API may take to tell us of what it took from us, before it is told again.
+/// How long to wait for the API to return a value that it has accepted, before it is sent again.
 const ECHO: Duration = Duration::from_secs(10);
-/// What the API server says where the pod of a name has another uid, or none: of the patch, and of what it leads to.
+/// Phrases of the API server for a pod that has another uid, or none: about the patch itself, and about its effect.
 const OTHER_UID: [&str; 3] = ["metadata.uid", "uid mismatch", "UID in precondition"];
 
-/// What the annotation is to be.
+/// Value of a captured pod.
 pub const ENABLED: &str = "enabled";
-/// Captured soon, or not any more.
+/// Value of a pod that will be captured, or no longer is.
 pub const PENDING: &str = "pending";
 
-/// What the annotation of a pod should be; `Err` where it should stay as it is.
+/// The value that a pod's annotation should have; `Err` if it should stay as it is.
 ///
-/// Of a pod that nobody can call yet (`unborn`) nothing is said before `enabled`: that would only have to wait for it.
+/// A pod that cannot be called yet (`unborn`) gets no value before `enabled`: an earlier patch would only delay that
+/// one.
 ///
-/// `enabled` from the first capture on, for as long as the daemon takes the pod's connections: peers then send HBONE, and
-/// would send plaintext if it went. The mesh need not have told of the pod: it does so only when the pod has its address, and
-/// what peers send until then waits. A pod that was enabled before the daemon started stays so until it is known to fail.
+/// A pod is `enabled` from its first capture on, for as long as the daemon accepts its connections. Peers then send
+/// HBONE, and would send plaintext if the value went. The mesh need not know the pod yet: it learns of the pod only
+/// when the pod has its address, and until then connections from peers wait. A pod that was enabled before the daemon
+/// started stays so until its capture is known to fail.
 pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> Result<&'static str, ()> {
     match status {
         Some(PodStatus { state: CaptureState::Captured, .. } | PodStatus { redirected: true, listening: true, .. }) => {
@@ -57,10 +60,10 @@ pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> R
     }
 }
 
-/// Its name.
+/// Name of the annotation.
 pub const ANNOTATION: &str = STATUS;
 
-/// Removes the annotation of all pods of a node.
+/// Removes the annotation from all pods of a node.
 pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
     let all: Api<Pod> = Api::all(client.clone());
     let params = ListParams::default().fields(&format!("spec.nodeName={node}"));
@@ -78,7 +81,7 @@ pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
     each.buffer_unordered(AT_ONCE).fold(Ok(()), async |before: Result<(), String>, one| before.and(one)).await
 }
 
-/// Writes annotations.
+/// Writes the annotations.
 pub struct Annotator {
     client: Client,
     metrics: Arc<Metrics>,
@@ -92,29 +95,29 @@ struct PatchState {
     value: Option<&'static str>,
     again_at: Option<Instant>,
     backoff: Backoff,
-    /// Why it could not be written; nothing where the API has taken it.
+    /// Why the value could not be written; `Ok` once the API has accepted it.
     result: Result<(), String>,
 }
 
-/// How a patch has ended.
+/// Result of a patch.
 #[derive(Debug)]
 pub struct PatchOutcome {
     uid: Text,
     result: Result<(), PatchFailure>,
 }
 
-/// Why a patch was not taken.
+/// Why a patch was not accepted.
 #[derive(Debug)]
 enum PatchFailure {
-    /// Gone, or another pod of its name: nobody needs it any more.
+    /// The pod is gone, or is another one with the same name: the patch is no longer needed.
     Gone,
-    /// Anything else.
+    /// Any other error.
     Other(String),
 }
 
 impl PatchFailure {
     fn of(error: &kube::Error) -> Self {
-        // In the words of the API server; another conflict, or what a webhook says, may end.
+        // These are the API server's phrases. Other conflicts, and what a webhook says, may pass.
         let of_uid = |text: &str| OTHER_UID.iter().any(|words| text.contains(words));
         match error {
             kube::Error::Api(status) if status.code == 404 => Self::Gone,
@@ -125,7 +128,7 @@ impl PatchFailure {
 }
 
 impl Annotator {
-    /// Nothing on its way.
+    /// No patches in flight.
     pub fn new(client: Client, metrics: Arc<Metrics>, tasks: Group) -> Self {
         Self {
             client,
@@ -137,7 +140,7 @@ impl Annotator {
         }
     }
 
-    /// Sees to a pod whose annotation is to be `value`; its start may be `awaited` for that.
+    /// Makes sure that a pod's annotation becomes `value`. `awaited`: the pod's start waits for it.
     pub fn ensure(&mut self, pod: &PodFacts, value: Option<&'static str>, awaited: bool) {
         if pod.annotation() == value {
             self.on_the_way.remove(&pod.uid);
@@ -146,7 +149,7 @@ impl Annotator {
         let now = Instant::now();
         match self.on_the_way.get(&pod.uid) {
             Some(sent) if sent.value == value && sent.again_at.is_none_or(|at| now < at) => return,
-            // One at a time, so that the last one wins.
+            // One patch per pod at a time, so that the last value wins.
             Some(PatchState { again_at: None, .. }) => return,
             _ => {}
         }
@@ -160,12 +163,12 @@ impl Annotator {
             result: Ok(()),
         });
         if sent.value != value || sent.result.is_ok() {
-            sent.result = Err("the Kubernetes API has not taken it yet".into());
+            sent.result = Err("the Kubernetes API has not accepted it yet".into());
         }
         (sent.value, sent.again_at) = (value, None);
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         let (uid, name, results) = (pod.uid.clone(), pod.name.clone(), self.results.0.clone());
-        // The uid makes sure that it is this pod and not a later one of its name.
+        // With the uid, the patch cannot hit a later pod of the same name.
         let patch = json!({"metadata": {"uid": &*uid, "annotations": {STATUS: value}}});
         self.tasks.spawn(async move {
             let (params, patch) = (PatchParams::default(), Patch::Merge(patch));
@@ -174,17 +177,17 @@ impl Annotator {
                 Ok(Err(error)) => Err(PatchFailure::of(&error)),
                 Err(_) => Err(PatchFailure::Other(format!("no answer within {} s", DEADLINE.as_secs()))),
             };
-            // The source has ended where this fails.
+            // If this fails, the enrolment loop has ended.
             let _ = results.send(PatchOutcome { uid, result }).await;
         });
     }
 
-    /// What is on its way now.
+    /// The patches in flight.
     fn sent(&self) -> impl Iterator<Item = &PatchState> {
         self.on_the_way.values().filter(|sent| sent.again_at.is_none())
     }
 
-    /// The next patch that has ended; hand it to [`Self::ended`].
+    /// Waits for the next patch to end; pass the result to [`Self::ended`].
     pub async fn outcome(&mut self) -> PatchOutcome {
         match self.results.1.recv().await {
             Some(outcome) => outcome,
@@ -192,7 +195,7 @@ impl Annotator {
         }
     }
 
-    /// Takes note of how a patch has ended.
+    /// Records the result of a patch.
     pub fn ended(&mut self, PatchOutcome { uid, result }: PatchOutcome) {
         let Some(sent) = self.on_the_way.get_mut(&uid) else { return };
         let wait = match result {
@@ -201,20 +204,21 @@ impl Annotator {
                 ECHO
             }
             Err(PatchFailure::Gone) => {
-                sent.result = Err("the Kubernetes API says that the pod is gone, or is another one of its name".into());
+                sent.result =
+                    Err("the Kubernetes API says that the pod is gone, or is another one with the same name".into());
                 ECHO
             }
             Err(PatchFailure::Other(error)) => {
                 self.metrics.patch_failed();
                 let wait = sent.backoff.next();
-                // With the API away each pod's fails, again and again; the watches say that.
+                // While the API is away, every patch fails, again and again; the watches report that.
                 if self.metrics.is_connected("pods")
                     && let Some(suppressed) = self.complaints.allow()
                 {
                     let retry = brief(wait);
                     tracing::warn!(
                         uid = &*uid, error, %retry, suppressed,
-                        "the pod's status annotation could not be written; peers may not know yet that it is in the mesh"
+                        "cannot write the pod's status annotation; peers may not know yet that the pod is in the mesh"
                     );
                 }
                 sent.result = Err(error);
@@ -224,7 +228,7 @@ impl Annotator {
         sent.again_at = Some(Instant::now() + wait);
     }
 
-    /// Whether the API has been told that a pod is captured; else why not, as far as that is known.
+    /// Whether the API says that a pod is captured; the error says why not, as far as that is known.
     pub fn has_enabled(&self, pod: &PodFacts) -> Result<(), String> {
         if pod.annotation() == Some(ENABLED) {
             return Ok(());
@@ -237,10 +241,11 @@ impl Annotator {
                 others => Err(format!("{others} other annotations are being written first")),
             },
         };
-        result.map_err(|why| format!("the pod is captured, and its status annotation {STATUS} is not written: {why}"))
+        result
+            .map_err(|why| format!("the pod is captured, but its status annotation {STATUS} is not written yet: {why}"))
     }
 
-    /// Forgets pods that are no more.
+    /// Forgets pods that no longer exist.
     pub fn retain(&mut self, is_there: impl Fn(&Text) -> bool) {
         self.on_the_way.retain(|uid, _| is_there(uid));
     }
@@ -318,7 +323,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_pod_whose_start_waits_finds_room_and_another_one_hears_what_it_waits_for() {
-        // Nothing is sent before this test waits for anything.
+        // Nothing is sent before this test awaits anything.
         let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
         let mut annotator = Annotator::new(client, Arc::default(), Group::default());
         let pod = |n: usize| PodFacts { uid: n.to_string().as_str().into(), ..PodFacts::default() };
@@ -330,7 +335,7 @@ mod tests {
         annotator.ensure(&last, Some(ENABLED), false);
         assert!(why(&annotator, &last).ends_with("16 other annotations are being written first"));
         annotator.ensure(&last, Some(ENABLED), true);
-        assert!(why(&annotator, &last).ends_with("has not taken it yet"));
+        assert!(why(&annotator, &last).ends_with("has not accepted it yet"));
         annotator.ensure(&first, Some(ENABLED), true);
         assert!(why(&annotator, &first).ends_with("another value is being written first"));
         (100..200).for_each(|n| annotator.ensure(&pod(n), Some(ENABLED), true));

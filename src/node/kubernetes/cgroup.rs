@@ -1,28 +1,29 @@
-//! Whose a process is, by its cgroups: the forms that kubelet and container runtimes write.
+//! Tells which pod or container a process belongs to, by its cgroups, in the forms that the kubelet and container
+//! runtimes write. Pure.
 
-/// Whose a process is.
+/// Owner of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// The uid of a pod, with dashes (a static pod's is 32 digits without).
+    /// Uid of a pod, with dashes (the uid of a static pod is 32 digits without).
     Pod(String),
-    /// The id of a container; its pod is not named.
+    /// Id of a container, where the path does not name its pod.
     Container(String),
 }
 
-/// What a process's cgroups say.
+/// What the cgroups of a process say.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupOwner {
-    /// Whose it is: the outermost, which the node's runtime has made.
+    /// The owner: the outermost name, which the node's runtime has created.
     pub owner: Owner,
-    /// Another one that is named further inside. A pod that may write its own cgroup can name there whom it likes.
+    /// Another name further inside. A pod that may write its own cgroup can put any name there.
     pub inside: Option<String>,
 }
 
-/// Reads `/proc/PID/cgroup`; `node` is that of the node's first process, because the node may itself be a container of a pod.
-/// Nothing where nobody is named, or different ones are in different hierarchies.
+/// Reads `/proc/PID/cgroup`. `node` is the same file of the node's first process, because the node may itself be a
+/// container of a pod. Returns `None` if no owner is named, or hierarchies disagree.
 pub fn owner_of(text: &str, node: &str) -> Option<CgroupOwner> {
     let all: Vec<CgroupOwner> = text.lines().filter_map(|line| below(line, node)).filter_map(of_path).collect();
-    // A hierarchy that names the pod says more than one that names a container alone.
+    // A hierarchy that names the pod says more than one that names only a container.
     let is_pod = |said: &&CgroupOwner| matches!(said.owner, Owner::Pod(_));
     let owner = all.iter().find(is_pod).or(all.first())?.owner.clone();
     let kind = std::mem::discriminant(&owner);
@@ -34,7 +35,7 @@ pub fn owner_of(text: &str, node: &str) -> Option<CgroupOwner> {
 fn of_path(path: &str) -> Option<CgroupOwner> {
     let mut named = path.split(['/', ':']).filter_map(named);
     let owner = named.next()?;
-    // Containers of a pod are named inside of it.
+    // Containers of a pod are named inside it.
     let other = named.find(|inner| *inner != owner && !matches!((&owner, inner), (Owner::Pod(_), Owner::Container(_))));
     let inside = other.map(|(Owner::Pod(id) | Owner::Container(id))| id);
     Some(CgroupOwner { owner, inside })
@@ -44,9 +45,9 @@ fn named(part: &str) -> Option<Owner> {
     pod_uid(part).map(Owner::Pod).or_else(|| container_id(part).map(Owner::Container))
 }
 
-/// The path of a line, without what all of the node's processes have in common.
+/// The path of a line, without the prefix that all processes of the node share.
 fn below<'a>(line: &'a str, node: &str) -> Option<&'a str> {
-    // The path itself may hold colons; the number and the controllers before it hold none.
+    // The path may contain colons; the number and the controllers before it contain none.
     let mut fields = line.splitn(3, ':');
     let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
     let head = format!("{number}:{controllers}:");
@@ -55,11 +56,10 @@ fn below<'a>(line: &'a str, node: &str) -> Option<&'a str> {
     Some(path.strip_prefix(of_node).filter(|rest| rest.starts_with('/')).unwrap_or(path))
 }
 
-/// The uid in a part of a path: `podUID` of cgroupfs, or `kubepods-burstable-podUID.slice` with `_` in the place of `-` where
-/// systemd has made the path.
+/// The uid in a part of a path: `podUID` by cgroupfs, or `kubepods-burstable-podUID.slice` with `_` for `-` by systemd.
 fn pod_uid(part: &str) -> Option<String> {
     let at = part.rfind("pod")?;
-    // `kubepods` has none behind it.
+    // In `kubepods`, no uid follows.
     let before = part.get(..at).and_then(|before| before.chars().next_back());
     if before.is_some_and(|c| c.is_ascii_alphanumeric()) {
         return None;
@@ -67,7 +67,7 @@ fn pod_uid(part: &str) -> Option<String> {
     uuid(part.get(at + 3..)?)
 }
 
-/// A UUID with any punctuation between its groups, or none at all.
+/// A UUID with any punctuation between its groups, or none.
 fn uuid(text: &str) -> Option<String> {
     let text = text.strip_suffix(".slice").unwrap_or(text);
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
@@ -132,7 +132,7 @@ mod tests {
         for inner in ["", "/container", "/a/b"] {
             assert_eq!(owner(&format!("0::/system.slice/crio-{ID}.scope{inner}")), Some(Owner::Container(ID.into())));
         }
-        // kind: the node is a container of a pod itself.
+        // kind: the node itself is a container of a pod.
         let node = format!("/kubelet/kubepods/pod{}/{ID}", UID.replace('d', "0"));
         for first in ["/init.scope", "", "/"] {
             let found =
@@ -160,7 +160,7 @@ mod tests {
         ] {
             assert_eq!(owner_of(&text, "0::/\n"), Some(CgroupOwner { owner, inside: Some(named.clone()) }), "{text}");
         }
-        // A container that names a pod inside is of no pod that anybody could know.
+        // The pod of a container cannot be verified by a name inside the container.
         let named = owner_of(&format!("0::/system.slice/crio-{ID}.scope/pod{victim}"), "0::/init.scope\n");
         assert_eq!(named, Some(CgroupOwner { owner: Owner::Container(ID.into()), inside: Some(victim) }));
     }

@@ -5,7 +5,7 @@ use crate::node::config::KubernetesConfig;
 use crate::telemetry::log::with_causes;
 use std::time::Duration;
 
-/// Makes the client of the API.
+/// Makes the client, from the kubeconfig or from the account of the daemon's own pod. The error names the setting.
 pub async fn client(config: &KubernetesConfig) -> Result<kube::Client, String> {
     let mut settings = match &config.kubeconfig {
         Some(path) => {
@@ -22,7 +22,7 @@ pub async fn client(config: &KubernetesConfig) -> Result<kube::Client, String> {
         })?,
     };
     settings.connect_timeout = Some(Duration::from_secs(5));
-    // Longer than any watch; whoever accepts and says nothing is given up.
+    // Longer than any watch. It ends connections to a server that accepts them and sends nothing.
     settings.read_timeout = Some(Duration::from_secs(u64::from(WATCH_SECONDS) + 10));
     kube::Client::try_from(settings).map_err(|error| with_causes(&error))
 }

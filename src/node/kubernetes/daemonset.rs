@@ -1,4 +1,4 @@
-//! What is known of the daemon's own DaemonSet, and what follows from that when the daemon ends.
+//! What is known of the daemon's own DaemonSet, and which parts of culvert stay on the node when the daemon ends.
 
 use super::watch::WATCH_SECONDS;
 use crate::node::config::KubernetesConfig;
@@ -12,51 +12,52 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// The variable by which a DaemonSet asks for the plugin.
+/// Environment variable in a DaemonSet that enables the CNI plugin.
 const CNI_CONF_DIR: &str = "CULVERT_CNI_CONF_DIR";
-/// How long the API may take to say whether our DaemonSet is there.
+/// How long the API may take to answer whether the DaemonSet exists.
 pub(super) const ASK: Duration = Duration::from_secs(3);
-/// Waits between watches.
+/// First and longest wait between watches.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// What is known of our DaemonSet. It may be deleted at the same moment as our rights to ask for it.
+/// What is known of the daemon's own DaemonSet. It may be deleted at the same moment as the daemon's permission to read
+/// it.
 #[derive(Debug, Default)]
 pub struct OwnDaemonSet {
-    /// It has been there, and could be asked for.
+    /// It has existed, and could be read.
     existed: AtomicBool,
-    /// The API has told that it is gone, or goes.
+    /// The API has said that it is deleted, or is being deleted.
     gone: AtomicBool,
-    /// It is being watched: what has been told is true still.
+    /// A watch is open, so what the API has said still holds.
     watched: AtomicBool,
-    /// Nothing of ours is to stay on the node.
+    /// Everything of culvert is to be removed from the node.
     nothing_stays: AtomicBool,
 }
 
-/// What follows from what the API says at the end.
+/// What to remove from the node when the daemon ends.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum ShutdownPlan {
-    /// Another daemon follows, or nobody can tell.
+    /// Nothing: another daemon follows, or it is not known whether one does.
     Stays,
-    /// The next daemon does without the plugin: nobody would answer it.
+    /// The CNI plugin: the next daemon runs without it, and would not answer it.
     PluginGoes,
-    /// No pod waits for a daemon any more; whether pods may be let go is not certain.
+    /// The CNI plugin, so that no pod waits for a daemon. It is not certain that the captured pods may be released.
     WithoutPlugin(&'static str),
-    /// Certainly none follows.
+    /// Everything: certainly no daemon follows.
     Gone(&'static str),
 }
 
 impl OwnDaemonSet {
-    /// Whether nothing of ours is to stay on the node, as far as that has been found out.
+    /// Whether everything of culvert is to be removed from the node, as far as that is known.
     pub fn nothing_stays(&self) -> bool {
         self.nothing_stays.load(Ordering::Relaxed)
     }
 
-    /// Says that nothing of ours is to stay on the node.
+    /// Records that everything of culvert is to be removed from the node.
     pub(super) fn nothing_is_to_stay(&self) {
         self.nothing_stays.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it is gone by what the API tells.
+    /// Whether the API has said that the DaemonSet is deleted, and still says so.
     pub(super) fn is_told_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed) && self.watched.load(Ordering::Relaxed)
     }
@@ -66,14 +67,17 @@ impl OwnDaemonSet {
         if self.gone.swap(gone, Ordering::Relaxed) != gone {
             match gone {
                 true => {
-                    tracing::info!("our DaemonSet is deleted: when this daemon ends nothing of it stays on the node")
+                    tracing::info!(
+                        "the DaemonSet is deleted: when this daemon ends, it removes everything of culvert from the node"
+                    )
                 }
-                false => tracing::info!("our DaemonSet is there again"),
+                false => tracing::info!("the DaemonSet exists again"),
             }
         }
     }
 
-    /// Follows the DaemonSet until the process ends. Who may not watch it knows less at the end, and does less.
+    /// Follows the DaemonSet until the process ends. Without permission to watch it, less is known at the end, and less
+    /// is removed.
     pub(super) async fn follow(self: Arc<Self>, client: Client, config: KubernetesConfig) {
         let api: Api<DaemonSet> = Api::namespaced(client, &config.enablement.own_namespace);
         if let Ok(Ok(Some(set))) = tokio::time::timeout(ASK, api.get_opt(&config.daemonset)).await {
@@ -106,38 +110,43 @@ impl OwnDaemonSet {
         }
     }
 
-    /// What follows from an answer of the API; none came within its time where there is none.
+    /// What to remove, by the answer of the API; `None` if none came in time.
     pub(super) fn plan(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> ShutdownPlan {
         let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
         match asked {
             Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => ShutdownPlan::Gone("is being deleted"),
             Some(Ok(Some(set))) if !asks_for_plugin(set) => ShutdownPlan::PluginGoes,
             Some(Ok(Some(_))) => ShutdownPlan::Stays,
-            // One of another name would not be found either.
+            // A DaemonSet with another name would not be found either.
             Some(Ok(None)) if existed => ShutdownPlan::Gone("does not exist any more"),
             Some(Ok(None)) => ShutdownPlan::WithoutPlugin("does not exist"),
             Some(Err(_)) | None if told => ShutdownPlan::Gone("has been deleted"),
-            // Its account, or its rights, have been deleted before it; or keys and rights have changed.
+            // The account, or its permissions, may have been deleted before the DaemonSet; or keys and permissions have
+            // changed.
             Some(Err(kube::Error::Api(status))) if status.code == 401 => {
                 ShutdownPlan::WithoutPlugin("has lost its account")
             }
             Some(Err(kube::Error::Api(status))) if status.code == 403 && existed => {
                 ShutdownPlan::WithoutPlugin("has lost its rights")
             }
-            // Whoever cannot tell leaves everything: pods that should be captured wait, rather than start without.
+            // If it is not known, everything stays: pods that should be captured wait, rather than start without
+            // capture.
             Some(Err(error)) => {
-                tracing::warn!(error = with_causes(error), "everything stays on the node: DaemonSet not readable");
+                tracing::warn!(
+                    error = with_causes(error),
+                    "cannot read the DaemonSet: everything of culvert stays on the node"
+                );
                 ShutdownPlan::Stays
             }
             None => {
-                tracing::warn!("everything stays on the node: the Kubernetes API does not answer");
+                tracing::warn!("the Kubernetes API does not answer: everything of culvert stays on the node");
                 ShutdownPlan::Stays
             }
         }
     }
 }
 
-/// Whether the daemons of a DaemonSet install the plugin, and answer it.
+/// Whether the daemons of a DaemonSet install the CNI plugin, and answer it.
 fn asks_for_plugin(set: &DaemonSet) -> bool {
     let pod = set.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
     let variables =
@@ -196,7 +205,7 @@ mod tests {
             own.watched.store(true, Ordering::Relaxed);
             assert_eq!(own.plan(asked.as_ref()), expected, "{what}");
         }
-        // It has been told, and the watch has ended: it may have been made again.
+        // The API has said so, but the watch has ended: the DaemonSet may have been created again.
         let own = OwnDaemonSet::default();
         own.record(true);
         assert_eq!(own.plan(None), ShutdownPlan::Stays);

@@ -1,4 +1,4 @@
-//! What the API says of a pod, reduced to what its enrolment and capture depend on. Pure.
+//! What the API says about a pod, reduced to what its enrolment and capture depend on. Pure.
 
 use crate::mesh::Text;
 use crate::node::selectors::Labels;
@@ -7,72 +7,72 @@ use k8s_openapi::api::core::v1::{ContainerState, ContainerStatus, Pod, PodSpec, 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-/// Status annotation of a pod that is in.
+/// Status annotation of a captured pod.
 pub const STATUS: &str = "ambient.istio.io/redirection";
 /// Annotation of a pod with a sidecar.
 const SIDECAR: &str = "sidecar.istio.io/status";
-/// Init container of a sidecar that istio-cni is to redirect (in the place of istio-init): it fails where nobody has.
+/// Init container of a sidecar that istio-cni redirects (instead of istio-init). It fails if the pod is not redirected.
 const VALIDATION: &str = "istio-validation";
 const BYPASS_INBOUND: &str = "ambient.istio.io/bypass-inbound-capture";
 const DNS_CAPTURE: &str = "ambient.istio.io/dns-capture";
 const VIRTUAL_INTERFACES: &str = "istio.io/reroute-virtual-interfaces";
-/// The uid that a static pod's processes run under, where the API shows its mirror.
+/// Annotation with the uid that a static pod's processes run under; the API shows a mirror pod for it.
 const STATIC_UID: &str = "kubernetes.io/config.hash";
-/// Marks such a mirror, and says where the kubelet has the pod from.
+/// Annotations of a mirror pod: the mark, and where the kubelet got the pod from.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 const SOURCE: &str = "kubernetes.io/config.source";
 /// Sources of static pods (source: the kubelet's `types.FileSource` and `HTTPSource`).
 const STATIC_SOURCES: [&str; 2] = ["file", "http"];
 
-/// Letters of a value that are named where it is not understood.
+/// Longest part of an invalid value that is shown.
 const NAMED_MAX: usize = 100;
-/// Names that are named.
+/// Most invalid interface names that are shown.
 const NAMES_MAX: usize = 4;
 
-/// An annotation that is not understood, and what of it is not.
+/// An annotation with an invalid value, and the invalid part of it.
 pub type AnnotationFault = (&'static str, String);
 
-/// What is looked at of a pod. What its owner writes is kept only as far as it means something.
+/// What is known of a pod. Values that its owner writes are kept only as far as they have a meaning.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodFacts {
-    /// Uid.
+    /// Its uid.
     pub uid: Text,
-    /// Uid that its processes' cgroups name, where that is another one.
+    /// The uid that the cgroups of its processes name, if it differs.
     pub static_uid: Option<Text>,
-    /// Name.
+    /// Its name.
     pub name: Text,
-    /// Namespace.
+    /// Its namespace.
     pub namespace: Text,
-    /// Service account.
+    /// Its service account.
     pub service_account: Text,
-    /// Labels.
+    /// Its labels.
     pub labels: Labels,
-    /// What its status annotation says.
+    /// Its status annotation.
     pub status_annotation: Option<Text>,
     /// Whether it has a sidecar.
     pub has_sidecar: bool,
-    /// Whether its sidecar counts on an istio-cni that has not redirected it: the container that looks for that has failed.
+    /// Whether it has a sidecar that depends on istio-cni and was not redirected: its validation container has failed.
     pub is_not_redirected: bool,
     /// Its own settings.
     pub settings: Settings,
-    /// What of its annotations is not understood, and counts as absent: at most one for each.
+    /// Invalid annotations, which are ignored; at most one fault for each annotation.
     pub faults: Vec<AnnotationFault>,
-    /// What its containers may do to its own network.
+    /// Capabilities of its containers over its own network.
     pub powers: Powers,
-    /// Whether it is in the host's network namespace.
+    /// Whether it uses the host's network namespace.
     pub host_network: bool,
     /// Whether its containers have ended for good.
     pub ended: bool,
-    /// Whether it takes part in services.
+    /// Whether it is Ready.
     pub ready: bool,
-    /// Its addresses, where it has them yet.
+    /// Its addresses; none before it has any.
     pub ips: Vec<IpAddr>,
     /// Ids of its containers.
     pub containers: Vec<Text>,
 }
 
 impl PodFacts {
-    /// What is looked at of a pod of the API; `None` for one without uid or name, which the API never sends.
+    /// Reads a pod of the API; `None` for one without uid or name, which the API never sends.
     pub fn of(pod: Pod) -> Option<Self> {
         let text = |text: Option<String>| text.map(|text| Text::from(text.as_str()));
         let (metadata, spec, status) = (pod.metadata, pod.spec.unwrap_or_default(), pod.status.unwrap_or_default());
@@ -110,13 +110,13 @@ impl PodFacts {
         })
     }
 
-    /// What its status annotation says.
+    /// Its status annotation.
     pub fn annotation(&self) -> Option<&str> {
         self.status_annotation.as_deref()
     }
 }
 
-/// Whether a container has ended without success, and has not succeeded since.
+/// Whether a container has failed, and has not succeeded since.
 fn has_failed(container: &ContainerStatus) -> bool {
     let ended = |state: &Option<ContainerState>| Some(state.as_ref()?.terminated.as_ref()?.exit_code);
     match ended(&container.state) {
@@ -125,15 +125,15 @@ fn has_failed(container: &ContainerStatus) -> bool {
     }
 }
 
-/// The uid of a static pod, of which the API shows the mirror. Only the kubelet makes mirrors; on any other pod it is the
-/// owner's own word.
+/// The uid of a static pod, whose mirror the API shows. Only the kubelet creates mirrors; on any other pod the
+/// annotation is the owner's own claim.
 fn static_uid(annotations: &Labels) -> Option<Text> {
     let is_static = annotations.get(SOURCE).is_some_and(|source| STATIC_SOURCES.contains(&source.as_str()));
     let uid = annotations.get(STATIC_UID).filter(|_| is_static && annotations.contains_key(MIRROR))?;
     Some(uid.as_str().into())
 }
 
-/// A pod's own settings, and what of them is not understood.
+/// Reads a pod's own settings, and returns the invalid annotations.
 fn settings(annotations: &Labels) -> (Settings, Vec<AnnotationFault>) {
     let mut faults = Vec::new();
     let mut boolean = |name: &'static str| {
@@ -175,7 +175,7 @@ fn abbreviated(text: &str) -> String {
     }
 }
 
-/// What the containers of a pod may do, as far as its object says. Most runtimes give NET_RAW to whom it is not taken from.
+/// Capabilities of a pod's containers, by its specification. Most runtimes grant NET_RAW unless it is dropped.
 fn powers(spec: &PodSpec) -> Powers {
     let init = spec.init_containers.iter().flatten();
     let ephemeral = spec.ephemeral_containers.iter().flatten().map(|container| container.security_context.as_ref());
@@ -204,7 +204,7 @@ fn holds(context: Option<&SecurityContext>, capability: &str, by_default: bool) 
     context.privileged == Some(true) || added || (by_default && !dropped)
 }
 
-/// As Go's `strconv.ParseBool`, which Istio reads its annotations with.
+/// Parses as Go's `strconv.ParseBool`, with which Istio reads its annotations.
 fn go_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),

@@ -1,8 +1,8 @@
-//! Enrolment by the Kubernetes API, without an agent: labels say which pods are enrolled, the node's processes lead to their
-//! network namespaces, and each pod's status annotation tells the mesh when it is captured.
+//! Enrolment by the Kubernetes API, without an agent. Labels say which pods are enrolled, the node's processes lead to
+//! their network namespaces, and each pod's status annotation tells the mesh that it is captured.
 //!
-//! Everything is level-triggered: [`reconcile`] compares what the API and the node say now with what is done, and makes good
-//! the difference. While the API is away, enrolled pods stay captured and verified.
+//! Everything is level-triggered: the loop in `reconcile.rs` compares the present state with the desired one and makes
+//! up the difference. While the API is away, enrolled pods stay captured and verified.
 
 pub mod annotate;
 pub mod cgroup;

@@ -1,4 +1,4 @@
-//! The questions of the CNI plugin, answered from what is known of pods.
+//! Answers the questions of the CNI plugin from what is known about pods.
 
 use super::facts::PodFacts;
 use super::pod_netns::PodNetns;
@@ -11,24 +11,24 @@ use crate::sys::netns::Netns;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a question of the CNI plugin may wait; the plugin waits longer, and so hears why.
+/// How long a question may wait. The plugin waits longer, so it receives the reason.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
-/// What is said to whoever waits for a daemon that has not the turn any more.
+/// Answer to plugins that wait for a daemon that is no longer active.
 const TAKEN_OVER: &str = "this daemon is ending, or another daemon of this node has taken over; try again";
 
-/// What can be said to a question by now.
+/// What can be answered to a question now.
 struct Verdict {
     answer: Option<Result<(), String>>,
-    /// What it waits for, where there is no answer yet.
+    /// What the answer waits for, if there is none yet.
     waits_for: String,
-    /// A namespace that was handed over and not known.
+    /// A pod's network namespace that came with the question and is not known yet.
     place: Option<(Text, Netns)>,
 }
 
 /// Whether a question is about this pod.
 fn is_about(Question { name, namespace, uid, .. }: &Question, pod: &PodFacts) -> bool {
-    // Without a uid the one of this name that has not ended is meant.
+    // Without a uid, the question is about the pod of this name that has not ended.
     let same = match uid {
         Some(uid) => *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid),
         None => !pod.ended,
@@ -48,7 +48,8 @@ impl Running {
         match verb {
             Verb::Status => drop(asked.answer.send(Ok(()))),
             Verb::Del => {
-                // Without its namespace it is of a sandbox that has gone long since; the pod's present one is another's.
+                // Without a network namespace, the question is about a sandbox that went long ago. The pod's present
+                // sandbox is another one.
                 if let Some(netns) = &asked.netns {
                     self.netns_of.retain(|_, place| place.netns != *netns);
                 }
@@ -62,15 +63,15 @@ impl Running {
                     std::mem::take(&mut self.asked).into_iter().partition(|(other, _)| same(&other.question));
                 self.asked = rest;
                 for (earlier, _) in earlier {
-                    drop(earlier.answer.send(Err("the runtime has asked again for this pod".into())));
+                    drop(earlier.answer.send(Err("the runtime has sent a newer question for this pod".into())));
                 }
                 self.asked.push((asked, Instant::now() + ANSWER_WITHIN));
             }
         }
     }
 
-    /// Answers those questions that can be answered by now, and those whose time is over; whether a namespace has come with
-    /// one that was not known.
+    /// Answers the questions that can be answered now, and those that have waited too long. Returns whether a question
+    /// brought a network namespace that was not known.
     pub(super) fn answer(&mut self) -> bool {
         let mut handed_over = false;
         for (asked, deadline) in std::mem::take(&mut self.asked) {
@@ -85,7 +86,7 @@ impl Running {
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),
-                // It waits for what is the other one's now: the runtime finds that one when it asks again.
+                // It waits for the other daemon now. The runtime reaches that one when it asks again.
                 None if !self.source.capturer.role.is_active() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
                 None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
                 None => self.asked.push((asked, deadline)),
@@ -99,17 +100,20 @@ impl Running {
         let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
         let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
         let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
-            return later("the Kubernetes API has not told of this node's pods yet".into());
+            return later("the Kubernetes API has not sent this node's pods yet".into());
         };
         let pod = pods.values().find(|pod| is_about(&asked.question, pod));
         let (Some(pod), Some(labels)) = (pod, namespaces.get(namespace.as_str())) else {
-            return later(format!("the Kubernetes API has not told of pod {namespace}/{name} yet"));
+            return later(format!("the Kubernetes API has not sent pod {namespace}/{name} yet"));
         };
         if self.source.config.enablement.enrols(pod, labels).is_err() {
-            // Labels of a namespace that may be old are no reason to let a pod start without us.
+            // Labels of a namespace that may be out of date are no reason to start a pod without capture.
             return match self.source.metrics.is_connected("namespaces") {
                 true => now(Ok(())),
-                false => later("the Kubernetes API does not tell of namespaces' labels just now".into()),
+                false => later(
+                    "the watch of namespaces in the Kubernetes API is interrupted, so their labels may be out of date"
+                        .into(),
+                ),
             };
         }
         let status = self.source.board.get(&pod.uid);
@@ -124,7 +128,8 @@ impl Running {
         };
         match status {
             Some(status) if status.redirected && there(&status) => match (verb, self.annotator.has_enabled(pod)) {
-                // Its peers must know before it runs; they hear of its address from the API, and of this with it.
+                // The pod's peers must know that it takes tunnels before it runs. The API announces its address
+                // together with this annotation.
                 (Verb::Add, Err(why)) => later(why),
                 _ => now(Ok(())),
             },

@@ -1,30 +1,30 @@
-//! A pod's network namespace, how it was found, and since when it is known.
+//! A pod's network namespace, and how it was found.
 
 use crate::sys::netns::Netns;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use tokio::time::Instant;
 
-/// A pod's namespace, and where it was found.
+/// A pod's network namespace, and how it was found.
 pub(super) struct PodNetns {
     pub(super) netns: Netns,
-    /// Not known: the CNI plugin has handed it over, or the process that led there has ended. It is sought again; until
-    /// another one is found the pod stays captured where it is.
+    /// Path that leads to it. `None` if the CNI plugin has handed it over, or the process behind the path has ended. It
+    /// is then searched for again; until another one is found, the pod stays captured in this one.
     pub(super) path: Option<PathBuf>,
-    /// Whether the CNI plugin has handed it over: no scan knows better as long as it holds the pod's address.
+    /// Whether the CNI plugin has handed it over. No scan replaces it while it holds the pod's address.
     pub(super) handed_over: bool,
-    /// Addresses that the CNI plugin has told of; the API does so later, and of an earlier sandbox's until then.
+    /// Addresses from the CNI plugin. The API sends them later, and until then may send those of an earlier sandbox.
     pub(super) ips: Vec<IpAddr>,
-    /// Since when it holds none of the pod's addresses.
+    /// Since when it has held none of the pod's addresses.
     pub(super) address_missing_since: Option<Instant>,
-    /// Whether another namespace of the pod's processes has been named that holds its address as well.
+    /// Whether another network namespace of the pod's processes that holds its address as well has been logged.
     pub(super) contested: bool,
-    /// When it became known. A scan that began before that knows nothing of it.
+    /// When it became known. Scans that began earlier do not know it.
     pub(super) since: Instant,
 }
 
 impl PodNetns {
-    /// One that has just become known.
+    /// A network namespace that has just become known.
     pub(super) fn new(netns: Netns) -> Self {
         let (path, handed_over, ips) = (None, false, Vec::new());
         Self { netns, path, handed_over, ips, address_missing_since: None, contested: false, since: Instant::now() }

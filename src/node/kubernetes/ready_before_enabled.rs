@@ -1,5 +1,5 @@
-//! The daemon's check of itself: a captured pod is Ready only when its status annotation says so, or its peers call it in
-//! plaintext. Each pod is counted once, and named once, as soon as the log has room for it.
+//! Detects pods that are Ready before their status annotation says that they are captured: peers that call such a pod
+//! send plaintext. Each pod is counted once, and logged once, as soon as the log's rate limit allows.
 
 use super::facts::PodFacts;
 use crate::mesh::Text;
@@ -9,11 +9,11 @@ use std::sync::LazyLock;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a pod that was Ready before it was in may be captured without the annotation: it is labelled late, or this daemon
-/// has just started.
+/// How long a pod that was Ready before it was enrolled may be captured without the annotation. It was labelled late,
+/// or this daemon has just started.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// What is known of the pods that are in.
+/// The enrolled pods, as far as they have been checked.
 #[derive(Debug, Default)]
 pub(super) struct ReadyBeforeEnabled {
     seen: HashMap<Text, PodRecord>,
@@ -21,25 +21,25 @@ pub(super) struct ReadyBeforeEnabled {
 
 #[derive(Debug)]
 struct PodRecord {
-    /// Whether it was Ready when it was seen first.
+    /// Whether the pod was Ready when it was first seen.
     was_ready: bool,
     captured_since: Option<Instant>,
     counted: bool,
     named: bool,
 }
 
-/// What is to be done about a pod now.
+/// What to do about a pod now.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Finding {
-    /// It is to be counted.
+    /// Count it.
     pub(super) count: bool,
-    /// It is to be named.
+    /// Log it.
     pub(super) name: bool,
 }
 
 impl ReadyBeforeEnabled {
-    /// Looks at a pod that is in, of which the API has been `told` that it is captured, or has not. `room` says whether
-    /// the log takes a line now; one that finds none is named at a later look, whatever has become of the pod by then.
+    /// Checks an enrolled pod. `told`: the API says that it is captured. `room`: whether the log takes a line now; if
+    /// not, the pod is logged at a later check, whatever its state by then.
     pub(super) fn check(&mut self, pod: &PodFacts, captured: bool, told: bool, room: impl FnOnce() -> bool) -> Finding {
         let begun = || PodRecord { was_ready: pod.ready, captured_since: None, counted: false, named: false };
         let seen = self.seen.entry(pod.uid.clone()).or_insert_with(begun);
@@ -53,25 +53,25 @@ impl ReadyBeforeEnabled {
         Finding { count, name }
     }
 
-    /// Forgets pods that are not in any more.
+    /// Forgets pods that are not enrolled any more.
     pub(super) fn retain(&mut self, is_in: impl Fn(&Text) -> bool) {
         self.seen.retain(|uid, _| is_in(uid));
     }
 }
 
-/// Whether the log has room for one more.
+/// Whether the log's rate limit allows another line.
 pub(super) fn room() -> bool {
     static LIMIT: LazyLock<LogLimit> = LazyLock::new(LogLimit::default);
     LIMIT.allow().is_some()
 }
 
-/// Names one.
+/// Logs a pod.
 pub(super) fn name(pod: &PodFacts) {
     let (namespace, name) = (&*pod.namespace, &*pod.name);
     tracing::warn!(
         namespace,
         name,
-        "the pod was Ready before its status annotation said enabled: peers that called it by then may have sent plaintext"
+        "the pod was Ready before its status annotation said enabled: peers that called it until then may have sent plaintext"
     );
 }
 
@@ -91,7 +91,7 @@ mod tests {
         assert!(!is_late(&pod("new", true), true, false), "once");
         assert!(!is_late(&pod("good", false), true, true));
         assert!(!is_late(&pod("good", true), true, true));
-        // Ready first, captured then: what its peers sent meanwhile was plaintext.
+        // It was Ready first and captured afterwards: its peers sent plaintext in between.
         assert!(!is_late(&pod("slow", false), false, false));
         assert!(!is_late(&pod("slow", true), false, false), "one that is not captured is another matter");
         assert!(is_late(&pod("slow", true), true, false));

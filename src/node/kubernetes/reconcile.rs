@@ -1,5 +1,5 @@
-//! The loop of enrolment by Kubernetes: takes what the API, the scans, the CNI plugin and the pods' states say, compares
-//! what is done with what should be, and makes good the difference.
+//! The loop of enrolment by the Kubernetes API. It takes what the API, the scans, the CNI plugin and the pods' states
+//! say, compares the present state with the desired one, and makes up the difference.
 
 use super::annotate::{self, Annotator};
 use super::facts::{AnnotationFault, PodFacts};
@@ -20,16 +20,16 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior};
 
-/// What may be told and not yet be heard.
+/// Events of the API that may wait.
 const QUEUE: usize = 256;
-/// Time between looks at whether the processes that led to namespaces are still there.
+/// Time between checks of the paths that lead to network namespaces.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// The shortest time between two complaints about the annotations of one pod.
+/// Shortest time between two log lines about the annotations of one pod.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
-/// What is said of a pod whose sidecar nobody redirects.
-const NOT_REDIRECTED: &str = "its sidecar counts on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
+/// Reason of the state of a pod whose sidecar is not redirected.
+const NOT_REDIRECTED: &str = "its sidecar depends on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
      that: have the sidecar injected with istio-init (pilot.cni.enabled: false in istiod's values), or take it out and label the pod \
      istio.io/dataplane-mode=ambient";
 
@@ -97,7 +97,7 @@ impl Enrolment {
             }
             running.reconcile();
         }
-        // Nobody answers them any more: the runtime asks again.
+        // These questions are not answered any more; the runtime asks again.
         drop(plugin);
         running.asked.clear();
         running.leave(&drain).await;
@@ -130,7 +130,7 @@ impl Running {
         }
     }
 
-    /// Makes what is done what it should be.
+    /// Makes the present state equal to the desired one.
     fn reconcile(&mut self) {
         let Some(wanted) = self.wanted() else {
             self.apply_saved();
@@ -149,7 +149,7 @@ impl Running {
         let (mut specs, mut shown) = (Vec::new(), Vec::new());
         for pod in &wanted {
             complain(&mut self.complained, pod);
-            // Once it is in it may leave its rules behind.
+            // From now on the pod may leave rules behind again.
             self.cleaned.remove(&pod.uid);
             match self.netns_of.get(&pod.uid) {
                 Some(place) => {
@@ -161,12 +161,10 @@ impl Running {
                 }
                 None => {
                     let why = match pod.ips.is_empty() {
-                        true => CaptureState::Pending("it has no address yet: its sandbox is not there".into()),
-                        false => self
-                            .unlocated
-                            .get(&pod.uid)
-                            .cloned()
-                            .unwrap_or_else(|| CaptureState::Pending("its network namespace is sought".into())),
+                        true => CaptureState::Pending("it has no address yet: its sandbox does not exist".into()),
+                        false => self.unlocated.get(&pod.uid).cloned().unwrap_or_else(|| {
+                            CaptureState::Pending("its network namespace has not been found yet".into())
+                        }),
                     };
                     let netns = NetnsRef::Path(PathBuf::new());
                     shown.push((PodSpec { netns, ..described(pod) }, why));
@@ -174,7 +172,7 @@ impl Running {
             }
         }
         shown.extend(self.not_redirected());
-        // Ready when every pod of the first list has been looked for, and each that was found has had its attempt.
+        // Ready once each pod of the first list has been searched for, and each that was found has had its attempt.
         let sought_all = self.scan.running.is_none()
             && wanted.iter().all(|pod| {
                 pod.ips.is_empty() || self.netns_of.contains_key(&pod.uid) || self.unlocated.contains_key(&pod.uid)
@@ -186,13 +184,13 @@ impl Running {
         }
         self.annotate(&wanted);
         self.save(&wanted);
-        // What the plugin has handed over becomes a pod, and what it asks may be answered then.
+        // A network namespace from the plugin has become a pod, whose questions may be answered now.
         if self.answer() {
             self.reconcile();
         }
     }
 
-    /// Pods that nobody redirects, and that are refused by name.
+    /// Pods whose sidecar is not redirected; they are shown as failed.
     fn not_redirected(&self) -> Vec<(PodSpec, CaptureState)> {
         let all = self.pods.iter().flat_map(HashMap::values).filter(|pod| pod.is_not_redirected && !pod.ended);
         all.map(|pod| (described(pod), CaptureState::Failed(NOT_REDIRECTED.into()))).collect()
@@ -226,7 +224,8 @@ impl Running {
                         ready_before_enabled::name(pod);
                     }
                 }
-                // Of one that is not in no more is said; a pod that has ended keeps what it had, nobody asks it any more.
+                // A pod that is no longer enrolled loses its annotation. A pod that has ended keeps it: nothing calls
+                // it any more.
                 false if pod.annotation().is_some() && !pod.ended => self.annotator.ensure(pod, None, false),
                 false => {}
             }
@@ -238,7 +237,7 @@ impl Running {
     }
 }
 
-/// Names what of a pod's annotations is not understood: once, and once more where that has changed, but not all the time.
+/// Logs invalid annotations of a pod: once, and again if they change, but not too often.
 fn complain(complained: &mut HashMap<Text, (Vec<AnnotationFault>, Instant)>, pod: &PodFacts) {
     let said = complained.get(&pod.uid);
     let is_said = |fault: &&AnnotationFault| said.is_some_and(|(said, _)| said.contains(fault));
@@ -248,7 +247,7 @@ fn complain(complained: &mut HashMap<Text, (Vec<AnnotationFault>, Instant)>, pod
     }
     for (annotation, value) in news {
         let (namespace, name) = (&*pod.namespace, &*pod.name);
-        tracing::warn!(namespace, name, annotation, value, "the pod's annotation is not understood, and left out");
+        tracing::warn!(namespace, name, annotation, value, "the pod's annotation has an invalid value and is ignored");
     }
     complained.insert(pod.uid.clone(), (pod.faults.clone(), Instant::now()));
 }

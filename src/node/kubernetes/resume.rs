@@ -1,5 +1,5 @@
-//! Going on with the pods that an earlier daemon had enrolled, until the Kubernetes API says which pods are; and keeping the file
-//! of them.
+//! Keeps the pods captured that an earlier daemon had enrolled, until the Kubernetes API says which pods are enrolled;
+//! and saves the enrolled pods.
 
 use super::facts::PodFacts;
 use super::saved::SavedPod;
@@ -11,28 +11,29 @@ use std::path::PathBuf;
 use tokio::time::Instant;
 
 impl Running {
-    /// Remembered pods whose namespace is not known, while the API has told of none.
+    /// Saved pods whose network namespace is not known, while the API has sent none.
     pub(super) fn sought_saved(&self) -> Vec<SoughtPod> {
         let has_no_place = |pod: &&PodFacts| self.netns_of.get(&pod.uid).is_none_or(|place| place.path.is_none());
         self.remembered().into_iter().filter(has_no_place).map(SoughtPod::from).collect()
     }
 
     fn remembered(&self) -> Vec<&PodFacts> {
-        // One that the API has told nothing of, where it has told of the others, is no more.
+        // If the API has sent the other pods and not this one, it no longer exists.
         let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
         self.saved.all().filter(may_be).collect()
     }
 
-    /// Takes a namespace that was found of a remembered pod, which is that pod's only if it is the one that was captured.
+    /// Takes a network namespace that was found for a saved pod. It counts only if it is the one that was captured.
     pub(super) fn found_saved(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
         match self.saved.netns(&uid) {
             Some(id) if id == netns.id() => self.place(uid, netns, path, began),
-            Some(_) => self.forget(&uid, "its processes are in another network namespace now"),
+            Some(_) => self.forget(&uid, "its processes are in a different network namespace now"),
             None => {}
         }
     }
 
-    /// Forgets a remembered pod: it waits for the API. One that is captured stays so: to let go of it would pass its traffic.
+    /// Forgets a saved pod, which then waits for the API. If it is captured it stays so: releasing it would pass its
+    /// traffic.
     pub(super) fn forget(&mut self, uid: &Text, why: &str) {
         if self.netns_of.contains_key(uid) {
             return;
@@ -43,25 +44,26 @@ impl Running {
             namespace,
             name,
             why,
-            "a pod that was captured is not captured again before the Kubernetes API answers"
+            "a pod that was captured before the start is not captured again before the Kubernetes API answers"
         );
     }
 
-    /// Captures what an earlier daemon had captured, until the API says who is in.
+    /// Captures the saved pods, until the API says which pods are enrolled.
     pub(super) fn apply_saved(&mut self) {
         let here = |pod: &PodFacts| self.netns_of.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
         let specs = self.remembered().into_iter().filter_map(here).collect();
         self.source.pods.apply(specs, None);
     }
 
-    /// The API has told of pods and namespaces: what was remembered is forgotten, and its places are as good as any.
+    /// Forgets the saved pods, because the API has sent pods and namespaces. Network namespaces stay if they hold their
+    /// pod's address.
     pub(super) fn end_of_saved(&mut self) {
         for uid in self.saved.clear() {
             self.drop_if_address_gone(&uid);
         }
     }
 
-    /// Keeps the file what is enrolled now.
+    /// Saves the pods that are enrolled now.
     pub(super) fn save(&mut self, wanted: &[PodFacts]) {
         if !self.saved.is_due() {
             return;

@@ -1,6 +1,6 @@
-//! The pods that are enrolled, kept in a file: a daemon that starts while the Kubernetes API is away goes on with them. One counts
-//! only where a process of the pod is in the very namespace that was captured, and that holds the pod's address. What the
-//! API says wins as soon as it has told of pods and namespaces.
+//! The file of enrolled pods. A daemon that starts while the Kubernetes API is away captures them again. A saved pod
+//! counts only if one of its processes is in the network namespace that was captured, and that still holds the pod's
+//! address. The API replaces the saved pods as soon as it has sent pods and namespaces.
 
 use super::facts::PodFacts;
 use crate::mesh::Text;
@@ -16,17 +16,17 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// Version of the format.
+/// Version of the file format.
 const FORMAT: u32 = 1;
-/// Bytes of the file at most.
+/// Most bytes of the file.
 const BYTES_MAX: u64 = 16 << 20;
-/// Pods that are kept at most.
+/// Most pods in the file.
 const PODS_MAX: usize = 4096;
-/// Time between two writings.
+/// Shortest time between two writes.
 const WRITE_EVERY: Duration = Duration::from_secs(1);
-/// The same after one that failed.
+/// The same after a failed write.
 const RETRY: Duration = Duration::from_secs(30);
-/// Tells this start of the machine from others: namespaces of another one mean nothing.
+/// File that identifies this start of the machine. Network namespaces of an earlier start mean nothing.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -77,7 +77,7 @@ impl SavedPod {
         }
     }
 
-    /// What the API would say of it, as far as that matters for its capture.
+    /// The facts about the pod, as far as its capture depends on them.
     fn facts(&self) -> PodFacts {
         let text = |text: &String| Text::from(text.as_str());
         PodFacts {
@@ -104,15 +104,17 @@ impl SavedPod {
     }
 }
 
-/// Reads the file; nothing where there is none, or it is of an earlier start of the machine.
+/// Reads the file. Returns no pods if there is no file, or it is from an earlier start of the machine.
 fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<SavedPod>, String> {
     let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
         return Ok(Vec::new());
     };
-    let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not understood: {error}"))?;
+    let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not valid: {error}"))?;
     match file {
         File { format, .. } if format != FORMAT => Err(format!("it has format {format}, this version knows {FORMAT}")),
-        File { node: other, .. } if other != node => Err(format!("it is of node {other:?}, and this is {node:?}")),
+        File { node: other, .. } if other != node => {
+            Err(format!("it belongs to node {other:?}, and this is node {node:?}"))
+        }
         File { pods, .. } if pods.len() > PODS_MAX => Err(format!("it has more than {PODS_MAX} pods")),
         File { boot: earlier, .. } if earlier != boot => Ok(Vec::new()),
         File { pods, .. } => Ok(pods),
@@ -123,14 +125,14 @@ fn write(path: &Path, file: &File) -> io::Result<()> {
     files::write_whole(path, &serde_json::to_vec(file)?)
 }
 
-/// What is remembered, and what is written of that.
+/// The saved pods, and the writes of the file.
 #[derive(Debug)]
 pub(super) struct SavedPods {
-    /// `None` where nothing is to be kept.
+    /// `None` if pods are not saved.
     path: Option<PathBuf>,
     node: String,
     boot: String,
-    /// What an earlier daemon had enrolled, until the API tells of pods and namespaces.
+    /// Pods that an earlier daemon had enrolled, until the API has sent pods and namespaces.
     pods: HashMap<Text, (PodFacts, (u64, u64))>,
     written: Option<Vec<SavedPod>>,
     writing: Option<Vec<SavedPod>>,
@@ -139,17 +141,17 @@ pub(super) struct SavedPods {
 }
 
 impl SavedPods {
-    /// What the file says. One that cannot be used is named, and left out.
+    /// Reads the file. A file that cannot be used is logged and ignored.
     pub(super) async fn read(path: Option<PathBuf>, node: &str) -> Self {
         let boot = std::fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned();
         let read_all = {
             let (path, node, boot) = (path.clone(), node.to_owned(), boot.clone());
             move || path.map_or_else(|| Ok(Vec::new()), |path| read(&path, &node, &boot))
         };
-        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("it could not be read".into()));
+        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("the helper thread failed".into()));
         let enrolled = read.unwrap_or_else(|error| {
             let path = path.as_ref().map(|path| path.display().to_string());
-            tracing::warn!(path, error, "the file of captured pods is not used; they wait for the Kubernetes API");
+            tracing::warn!(path, error, "cannot use the file of enrolled pods; they wait for the Kubernetes API");
             Vec::new()
         });
         let pods =
@@ -168,7 +170,7 @@ impl SavedPods {
         }
     }
 
-    /// The pods that an earlier daemon had enrolled, while they count.
+    /// All saved pods.
     pub(super) fn all(&self) -> impl Iterator<Item = &PodFacts> {
         self.pods.values().map(|(pod, _)| pod)
     }
@@ -183,7 +185,7 @@ impl SavedPods {
         self.pods.remove(uid).map(|(pod, _)| pod)
     }
 
-    /// Forgets all pods; gives their uids.
+    /// Forgets all pods; returns their uids.
     pub(super) fn clear(&mut self) -> Vec<Text> {
         self.pods.drain().map(|(uid, _)| uid).collect()
     }
@@ -193,7 +195,7 @@ impl SavedPods {
         self.path.is_some() && self.writing.is_none() && Instant::now() >= self.next
     }
 
-    /// Writes the pods that are enrolled now in the background, if they differ from what was written last.
+    /// Writes the pods that are enrolled now in the background, if they differ from those written last.
     pub(super) fn save(&mut self, pods: impl Iterator<Item = SavedPod>, tasks: &Group) {
         let Some(path) = self.path.clone() else { return };
         let mut pods: Vec<SavedPod> = pods.take(PODS_MAX).collect();
@@ -206,17 +208,17 @@ impl SavedPods {
         let results = self.results.0.clone();
         tasks.spawn(async move {
             let written = thread::beside(move || write(&path, &file)).await;
-            // The source has ended where this fails.
+            // If this fails, the enrolment loop has ended.
             let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
         });
     }
 
-    /// What is remembered of a pod.
+    /// A saved pod.
     pub(super) fn get(&self, uid: &Text) -> Option<&PodFacts> {
         self.pods.get(uid).map(|(pod, _)| pod)
     }
 
-    /// The next writing that has ended; hand it to [`Self::ended`].
+    /// Waits for the next write to end; pass the result to [`Self::ended`].
     pub(super) async fn outcome(&mut self) -> io::Result<()> {
         match self.results.1.recv().await {
             Some(result) => result,
@@ -224,7 +226,7 @@ impl SavedPods {
         }
     }
 
-    /// Takes note of how a writing has ended.
+    /// Records the result of a write.
     pub(super) fn ended(&mut self, result: io::Result<()>) {
         let writing = self.writing.take();
         self.next = Instant::now() + if result.is_ok() { WRITE_EVERY } else { RETRY };
@@ -232,7 +234,7 @@ impl SavedPods {
             Ok(()) => self.written = writing,
             Err(error) => {
                 let path = self.path.as_ref().map(|path| path.display().to_string());
-                tracing::warn!(path, %error, "the file of captured pods cannot be written; trying again");
+                tracing::warn!(path, %error, "cannot write the file of enrolled pods; trying again");
             }
         }
     }
@@ -276,10 +278,10 @@ mod tests {
         write(&path, &file(vec![enrolled.clone()])).unwrap();
         assert_eq!(read(&path, "n", "b"), Ok(vec![enrolled.clone()]));
         assert_eq!(read(&path, "n", "another start"), Ok(Vec::new()), "its namespaces are no more");
-        assert!(read(&path, "m", "b").unwrap_err().contains("of node"));
+        assert!(read(&path, "m", "b").unwrap_err().contains("belongs to node"));
         write(&path, &file(vec![enrolled.clone(); PODS_MAX + 1])).unwrap();
         assert!(read(&path, "n", "b").unwrap_err().contains("more than"));
-        // A name that must not stand in a script does not come in this way.
+        // A name that is not safe to write into a script is not read from the file either.
         let odd = SavedPod { virtual_interfaces: vec!["\"; flush ruleset".into()], ..enrolled };
         assert_eq!(odd.facts().settings.virtual_interfaces, []);
         let long = std::fs::File::create(&path).unwrap();

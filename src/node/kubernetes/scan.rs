@@ -1,6 +1,6 @@
-//! Finding the network namespace of a pod among the processes of the node: the oldest process that the pod owns, in a
-//! namespace that holds the pod's address. Who has only entered the namespace of another pod does not have its address; where
-//! two namespaces hold it, nobody can tell which is the pod's.
+//! Finds the network namespace of a pod among the processes of the node: that of the pod's oldest process in a
+//! namespace that holds the pod's address. A process that has only entered another pod's namespace does not count,
+//! because that one lacks the address. If two namespaces hold the address, the pod is refused.
 
 use super::cgroup::{CgroupOwner, Owner, owner_of};
 use super::facts::PodFacts;
@@ -10,12 +10,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-/// A pod that is looked for.
+/// A pod that is searched for.
 #[derive(Clone, Debug)]
 pub struct SoughtPod {
-    /// Uid.
+    /// Its uid.
     pub uid: Text,
-    /// Uid that its cgroups name, where that is another.
+    /// The uid that its cgroups name, if it differs.
     pub static_uid: Option<Text>,
     /// Ids of its containers.
     pub containers: Vec<Text>,
@@ -34,46 +34,46 @@ impl From<&PodFacts> for SoughtPod {
     }
 }
 
-/// What was found of a pod.
+/// What was found for a pod.
 #[derive(Clone, Debug)]
 pub enum ScanResult {
-    /// Its namespace, open, and the path that leads to it as long as the process lives.
+    /// Its network namespace, and the path that leads to it while the process lives.
     Namespace(Netns, PathBuf),
-    /// Processes of it, in namespaces that are not its own; says why.
+    /// Only processes whose network namespace is not the pod's, or not certainly; with the reason.
     Refused(String),
     /// No process.
     Nothing,
 }
 
-/// Namespaces of one pod that are looked at; it may make as many as it likes.
+/// Most network namespaces of one pod that are opened; a pod may make any number of them.
 const LOOKED_AT_MAX: usize = 64;
-/// Processes that are named where none is the pod's.
+/// Most processes that are named in a reason.
 const REFUSED_MAX: usize = 4;
-/// Addresses that are named of one namespace.
+/// Most addresses of one network namespace that are named.
 const NAMED_MAX: usize = 8;
 
-/// In which namespaces a pod has processes.
+/// The network namespaces in which a pod has processes.
 #[derive(Default)]
 struct Candidates {
     by_netns: BTreeMap<(u64, u64), Candidate>,
-    /// Why others are none.
+    /// Why other processes do not count.
     refused: Vec<String>,
 }
 
-/// One namespace in which a pod has processes, by the oldest of these.
+/// A network namespace in which a pod has processes, by the oldest of them.
 struct Candidate {
     started: u64,
     pid: u32,
 }
 
-/// Looks for pods below `proc`, the host's procfs. Takes as long as the node has processes.
+/// Searches for pods below `proc`, the host's procfs. The time grows with the number of processes.
 pub fn scan(proc: &Path, host: &Path, sought: &[SoughtPod]) -> HashMap<Text, ScanResult> {
     let mut by_uid: HashMap<&str, Vec<&SoughtPod>> = HashMap::new();
-    // Anybody may claim the uid of a file on the node; the address decides between those who do.
+    // Any pod may claim the uid of a static pod; the address decides between them.
     for (uid, pod) in sought.iter().filter_map(|pod| Some((pod.static_uid.as_deref()?, pod))) {
         by_uid.entry(uid).or_default().push(pod);
     }
-    // A real uid is that pod's, whoever claims it.
+    // A uid of the API belongs to that pod, whichever pod claims it.
     by_uid.extend(sought.iter().map(|pod| (&*pod.uid, vec![pod])));
     let by_container: HashMap<&str, Vec<&SoughtPod>> =
         sought.iter().flat_map(|pod| pod.containers.iter().map(move |id| (&**id, vec![pod]))).collect();
@@ -86,7 +86,7 @@ pub fn scan(proc: &Path, host: &Path, sought: &[SoughtPod]) -> HashMap<Text, Sca
     let entries = std::fs::read_dir(proc).into_iter().flatten().flatten();
     for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
         let folder = proc.join(pid.to_string());
-        // A process may end at any of these.
+        // The process may end at any of these steps.
         let Some(netns) = id_at(&folder.join("ns/net")).filter(|id| !not_pods.contains(id)) else { continue };
         let Ok(cgroups) = std::fs::read_to_string(folder.join("cgroup")) else { continue };
         let Some(CgroupOwner { owner, inside }) = owner_of(&cgroups, &node) else { continue };
@@ -96,9 +96,9 @@ pub fn scan(proc: &Path, host: &Path, sought: &[SoughtPod]) -> HashMap<Text, Sca
         for pod in pods {
             let known = candidates.entry(pod.uid.clone()).or_default();
             match &inside {
-                Some(other) if known.refused.len() < REFUSED_MAX => known.refused.push(format!(
-                    "process {pid} is in a cgroup of this pod that names {other} as well, and is left out"
-                )),
+                Some(other) if known.refused.len() < REFUSED_MAX => known
+                    .refused
+                    .push(format!("process {pid} is ignored: it is in a cgroup of this pod that also names {other}")),
                 Some(_) => {}
                 None if known.by_netns.get(&netns).is_none_or(|other| (started, pid) < (other.started, other.pid)) => {
                     known.by_netns.insert(netns, Candidate { started, pid });
@@ -114,7 +114,7 @@ pub fn scan(proc: &Path, host: &Path, sought: &[SoughtPod]) -> HashMap<Text, Sca
     sought.iter().map(|pod| (pod.uid.clone(), pick(pod))).collect()
 }
 
-/// The one namespace that holds the pod's address.
+/// The one network namespace that holds the pod's address.
 fn choose(proc: &Path, pod: &SoughtPod, Candidates { by_netns, mut refused }: Candidates) -> ScanResult {
     let mut candidates: Vec<((u64, u64), Candidate)> = by_netns.into_iter().collect();
     candidates.sort_by_key(|(_, candidate)| (candidate.started, candidate.pid));
@@ -122,14 +122,14 @@ fn choose(proc: &Path, pod: &SoughtPod, Candidates { by_netns, mut refused }: Ca
     for (id, Candidate { pid, .. }) in candidates.into_iter().take(LOOKED_AT_MAX) {
         let path = proc.join(pid.to_string()).join("ns/net");
         match Netns::open(&path).and_then(|netns| Ok((netns.addresses()?, netns))) {
-            // Another process has the number now.
+            // Another process has the pid now.
             Ok((_, netns)) if netns.id() != id => {}
             Ok((held, netns)) => {
                 let held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
                 if pod.ips.iter().any(|ip| held.contains(ip)) {
                     found.push((pid, netns, path));
                 } else if refused.len() < REFUSED_MAX {
-                    refused.push(format!("process {pid} is in one with {}", list(&held)));
+                    refused.push(format!("process {pid} is in a namespace with {}", list(&held)));
                 }
             }
             Err(error) if refused.len() < REFUSED_MAX => refused.push(format!("process {pid}: {error}")),
@@ -140,7 +140,7 @@ fn choose(proc: &Path, pod: &SoughtPod, Candidates { by_netns, mut refused }: Ca
     match (found.pop(), found.pop()) {
         (Some((_, netns, path)), None) => ScanResult::Namespace(netns.kept(), path),
         (Some((one, ..)), Some((other, ..))) => ScanResult::Refused(format!(
-            "two namespaces hold its address {own}, of the processes {other} and {one}: which is the pod's cannot be told; \
+            "two namespaces hold its address {own}, those of processes {other} and {one}, so the pod's own is not certain; \
              restart the pod"
         )),
         (None, _) if refused.is_empty() => ScanResult::Nothing,
@@ -154,8 +154,8 @@ fn list(ips: &[IpAddr]) -> String {
     if names.is_empty() { "no address".into() } else { names.join(", ") + &more }
 }
 
-/// When a process began, in ticks since the start of the machine: field 22 of `stat`, counted behind the last `)`, because
-/// the name before that may hold anything (proc_pid_stat(5)).
+/// When a process started, in ticks since the start of the machine: field 22 of `stat`, counted after the last `)`,
+/// because the name before that may contain anything (proc_pid_stat(5)).
 fn started(folder: &Path) -> Option<u64> {
     let stat = std::fs::read(folder.join("stat")).ok()?;
     let text = String::from_utf8_lossy(&stat);
@@ -169,7 +169,7 @@ mod tests {
 
     const UID: &str = "d5b2c5a2-6a7e-4a8c-9a7b-1f2e3d4c5b6a";
 
-    /// A procfs of our own making; `ns/net` leads to the namespace of a thread that waits until it is dropped.
+    /// A procfs for tests.
     struct Proc(PathBuf);
 
     impl Proc {
@@ -200,7 +200,7 @@ mod tests {
         SoughtPod { uid: UID.into(), static_uid: None, containers: Vec::new(), ips: vec![ip.parse().unwrap()] }
     }
 
-    /// Makes a namespace with an address; it lives as long as the descriptor, which has a path.
+    /// Makes a network namespace with an address. It lives as long as the descriptor, which has a path.
     fn namespace(ip: &str) -> (fs::File, String) {
         let ip = ip.to_owned();
         let made = std::thread::spawn(move || {
@@ -239,7 +239,7 @@ mod tests {
         for _ in 0..10_000 {
             let _ = found("10.9.0.3");
         }
-        // Other tests of this process open and close theirs.
+        // Other tests in this process open and close descriptors too.
         assert!(open() < before + 200, "{before} became {}", open());
         assert!(matches!(
             scan(Path::new("/nonexistent"), Path::new("/"), &[sought("10.9.0.1")]).remove(UID),
@@ -266,11 +266,11 @@ mod tests {
             panic!("it is refused")
         };
         assert!(why.contains("process 30") && why.contains(UID), "{why}");
-        // Its own processes elsewhere are no reason to doubt the victim's.
+        // An attacker's processes elsewhere cast no doubt on the victim's.
         proc.process(40, &ours, 50, &own);
         let all = scan(&[victim.clone(), attacker.clone()]);
         assert!(matches!(&all[UID], ScanResult::Namespace(_, path) if path.ends_with("40/ns/net")));
-        // A uid that is claimed as that of a file: the pod that has it wins; between two, the address decides.
+        // A claimed static uid: the pod whose uid it is wins; between two claims, the address decides.
         let claimed = SoughtPod { static_uid: Some(UID.into()), ..attacker.clone() };
         let all = scan(&[victim.clone(), claimed.clone()]);
         assert!(
@@ -282,7 +282,7 @@ mod tests {
             matches!(all["mirror"], ScanResult::Namespace(..))
                 && !matches!(all[other.as_str()], ScanResult::Namespace(..))
         );
-        // Two of its own with its address.
+        // The pod's processes are in two network namespaces with its address.
         proc.process(50, &ours, 60, &claims);
         let ScanResult::Refused(why) = &scan(&[victim])[UID] else { panic!("both are refused") };
         assert!(why.contains("processes 40 and 50") && why.contains("10.9.1.1"), "{why}");

@@ -1,5 +1,5 @@
-//! The search for the namespaces of pods among the node's processes: of those that are in, of those that are remembered, and of those in
-//! which an earlier daemon may have left its rules.
+//! Searches the node's processes for the network namespaces of pods: enrolled ones, saved ones, and others in which an
+//! earlier daemon may have left rules.
 
 use super::facts::PodFacts;
 use super::scan::{ScanResult, SoughtPod, scan};
@@ -11,18 +11,18 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// The longest time between them, for a pod that is long in coming.
+/// Longest time between scans, for a pod that takes long to start.
 const SCAN_MAX: Duration = Duration::from_secs(5);
 
-/// How often leftovers are looked for in a pod that is not in, and whose processes are not to be seen.
+/// How often a pod that is not enrolled and has no visible processes is searched for rules of an earlier daemon.
 const CLEAN_TIMES: u32 = 10;
 
 impl Running {
-    /// Pods whose namespace is not known.
+    /// Pods whose network namespace is not known.
     fn sought(&self) -> Vec<SoughtPod> {
         let has_place = |uid: &Text| self.netns_of.get(uid).is_some_and(|place| place.path.is_some());
         let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
-        // A real uid is that pod's alone, sought or not.
+        // A uid of the API belongs to that pod alone, whether it is searched for or not.
         let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
         let sought = |pod: &&PodFacts| {
             let sought = SoughtPod::from(*pod);
@@ -33,12 +33,12 @@ impl Running {
         wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
     }
 
-    /// Whether any is sought.
+    /// Whether any pod is to be searched for.
     pub(super) fn is_seeking(&self) -> bool {
         !self.sought().is_empty()
     }
 
-    /// Pods that are not in, and in which an earlier daemon may have left its rules: each until it has been looked at.
+    /// Pods that are not enrolled and may contain rules of an earlier daemon; each until it has been cleaned up.
     fn leftovers(&self) -> Vec<&PodFacts> {
         let Some(wanted) = self.wanted().filter(|_| self.source.capturer.role.is_active()) else { return Vec::new() };
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
@@ -49,7 +49,7 @@ impl Running {
         self.pods.iter().flat_map(HashMap::values).filter(left).collect()
     }
 
-    /// What another daemon has left is looked for anew. It may be letting go of a pod: its connections have their time.
+    /// Searches again for rules of another daemon. That one may be releasing a pod, whose connections have time to end.
     pub(super) fn role_changed(&mut self) {
         self.cleaned.clear();
         if self.source.capturer.role.is_active() {
@@ -57,25 +57,25 @@ impl Running {
         }
     }
 
-    /// Looks for them among the node's processes.
+    /// Starts a scan of the node's processes.
     pub(super) fn start_scan(&mut self) {
         let sought = self.sought();
         (self.scan.running, self.scan.from_saved) = (Some(Instant::now()), self.wanted().is_none());
         let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
-            let scanned = thread::run_blocking(move || scan(&proc, &host, &sought)).await;
-            // The source has ended where this fails.
+            let scanned = thread::beside(move || scan(&proc, &host, &sought)).await;
+            // If this fails, the enrolment loop has ended.
             let _ = results.send(scanned.unwrap_or_default()).await;
         });
     }
 
-    /// Takes what a scan has found.
+    /// Takes the results of a scan.
     pub(super) fn found(&mut self, found: Scanned) {
         let began = self.scan.running.take();
         let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
         if wanted.is_some() && self.scan.from_saved {
-            // It was looked for by addresses that may be old.
+            // The addresses it searched for may be out of date.
             self.scan.next = Instant::now();
             return;
         }
@@ -99,11 +99,12 @@ impl Running {
                     self.place(uid, netns, path, began);
                     continue;
                 }
-                // Without a process the place stays as long as it holds the pod's address: containers come and go.
+                // Without a process, the network namespace stays for as long as it holds the pod's address: containers
+                // come and go.
                 _ if self.netns_of.contains_key(&uid) => self.drop_if_address_gone(&uid),
                 ScanResult::Refused(why) => drop(self.unlocated.insert(uid, CaptureState::Failed(why))),
                 ScanResult::Nothing => {
-                    let why = "no process of the pod is there (yet), or the host's /proc cannot be seen";
+                    let why = "no process of the pod is running yet, or the host's /proc is not visible";
                     self.unlocated.insert(uid, CaptureState::Pending(why.into()));
                 }
             }
@@ -113,11 +114,11 @@ impl Running {
         self.scan.next = Instant::now() + self.scan.wait;
     }
 
-    /// Removes what an earlier daemon has left in a pod that is not in.
+    /// Removes the rules that an earlier daemon has left in a pod that is not enrolled.
     fn clean(&mut self, uid: &Text, found: ScanResult) {
         let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
         let times = self.cleaned.entry(uid.clone()).or_default();
-        // One whose processes are just being started is looked for again.
+        // If its processes are just starting, it is searched for again.
         *times = if matches!(found, ScanResult::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
         if let ScanResult::Namespace(netns, _) = found
             && self.source.board.get(uid).is_none()

@@ -1,4 +1,5 @@
-//! Which pods are enrolled: Istio ambient's rules, as a function of a pod, the labels of its namespace, and the settings. Pure.
+//! Decides which pods are enrolled: Istio ambient's rules, as a function of a pod, the labels of its namespace, and the
+//! settings. Pure.
 
 use super::facts::PodFacts;
 use crate::node::selectors::{Enablement, Labels, NAMES};

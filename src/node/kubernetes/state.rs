@@ -1,5 +1,5 @@
-//! What enrolment by Kubernetes works with and knows: the pods and namespaces of the API, the network namespaces of the pods,
-//! and how to tell whether these are still the right ones.
+//! The state of enrolment by the Kubernetes API: the pods and namespaces, the pods' network namespaces, and whether
+//! these are still the right ones.
 
 use super::annotate::Annotator;
 use super::daemonset::OwnDaemonSet;
@@ -29,13 +29,13 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// How long a namespace that has no process may be without the pod's address before it is given up.
+/// How long a network namespace without a process may lack the pod's address before it is given up.
 const ADDRESS_GONE: Duration = Duration::from_secs(3);
 
-/// Time between scans while a pod is sought whose processes are not there (yet).
+/// Time between scans while the processes of a pod have not been found.
 pub(super) const SCAN_EVERY: Duration = Duration::from_millis(500);
 
-/// What the source works with.
+/// Enrolment by the Kubernetes API, and what it works with.
 pub struct Enrolment {
     /// Settings.
     pub config: KubernetesConfig,
@@ -43,40 +43,40 @@ pub struct Enrolment {
     pub client: kube::Client,
     /// The set of pods.
     pub pods: Pods,
-    /// Their states.
+    /// The pods' states.
     pub board: Arc<Board>,
-    /// Cleans up what is not captured any more.
+    /// Removes rules from pods that are not enrolled any more.
     pub capturer: Arc<Capturer>,
-    /// ApiEvent whose kubelet probes are to be let through.
+    /// Receives the pods whose kubelet probes are let through.
     pub probed: ProbedPods,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Questions of the CNI plugin, where there is one.
+    /// Questions of the CNI plugin, if it is installed.
     pub plugin: Option<mpsc::Receiver<PendingQuestion>>,
-    /// Given up when each pod of the first list has had one attempt.
+    /// Held until each pod of the first list has had one attempt.
     pub ready: Option<Pending>,
-    /// What is known of our DaemonSet.
+    /// What is known of the daemon's own DaemonSet.
     pub own_set: Arc<OwnDaemonSet>,
 }
 
 pub(super) struct Running {
     pub(super) source: Enrolment,
-    /// `None` until the first list.
+    /// `None` before the first list.
     pub(super) pods: Option<HashMap<Text, PodFacts>>,
     pub(super) namespaces: Option<HashMap<Text, Labels>>,
     pub(super) netns_of: HashMap<Text, PodNetns>,
-    /// Why a pod has no place, as far as that is known.
+    /// Why a pod's network namespace is not known.
     pub(super) unlocated: HashMap<Text, CaptureState>,
     pub(super) annotator: Annotator,
     pub(super) scan: ScanSchedule,
     pub(super) ready: Option<Arc<Pending>>,
-    /// Questions of the CNI plugin that wait for the API, or for the capture.
+    /// Questions of the CNI plugin that wait for the API or for the capture, with their deadlines.
     pub(super) asked: Vec<(PendingQuestion, Instant)>,
-    /// Pods whose leftovers have been looked for, and how often.
+    /// How often each pod that is not enrolled has been searched for rules of an earlier daemon.
     pub(super) cleaned: HashMap<Text, u32>,
-    /// Until when connections in them have their time: another daemon may be letting go of them.
+    /// Connections in such pods have time to end until then: another daemon may be releasing the pods.
     pub(super) clean_from: Instant,
-    /// What has been said of pods' annotations, and when.
+    /// Invalid annotations that have been logged, and when.
     pub(super) complained: HashMap<Text, (Vec<AnnotationFault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
     pub(super) ready_before_enabled: ReadyBeforeEnabled,
@@ -84,15 +84,15 @@ pub(super) struct Running {
     pub(super) tasks: Group,
 }
 
-/// What was found of each pod.
+/// What a scan has found for each pod.
 pub(super) type Scanned = HashMap<Text, ScanResult>;
 
-/// Where the search is.
+/// The schedule of scans.
 pub(super) struct ScanSchedule {
     pub(super) results: (mpsc::Sender<Scanned>, mpsc::Receiver<Scanned>),
-    /// When the scan that runs began.
+    /// When the running scan began.
     pub(super) running: Option<Instant>,
-    /// Whether it looks for what is remembered.
+    /// Whether the running scan searches for saved pods.
     pub(super) from_saved: bool,
     pub(super) next: Instant,
     pub(super) wait: Duration,
@@ -105,7 +105,7 @@ impl Default for ScanSchedule {
 }
 
 impl ScanSchedule {
-    /// There is news: what is sought may be found now.
+    /// Scans soon, because news has come.
     pub(super) fn soon(&mut self) {
         self.wait = SCAN_EVERY;
         self.next = self.next.min(Instant::now() + SCAN_EVERY / 10);
@@ -113,7 +113,7 @@ impl ScanSchedule {
 }
 
 impl Running {
-    /// Pods that are in; nothing before both lists are there.
+    /// The enrolled pods; `None` before both lists have come.
     pub(super) fn wanted(&self) -> Option<Vec<&PodFacts>> {
         let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
         let none = Labels::new();
@@ -124,7 +124,7 @@ impl Running {
         Some(pods.values().filter(is_in).collect())
     }
 
-    /// The addresses of a pod, by whoever knows of its present sandbox.
+    /// The addresses of a pod's present sandbox.
     pub(super) fn ips(&self, pod: &PodFacts) -> Vec<IpAddr> {
         match self.netns_of.get(&pod.uid) {
             Some(place) if place.path.is_none() && !place.ips.is_empty() => place.ips.clone(),
@@ -132,7 +132,7 @@ impl Running {
         }
     }
 
-    /// Takes a namespace that a scan has found, which `began` before.
+    /// Takes a network namespace that was found by the scan that `began` at this time.
     pub(super) fn place(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
         let is_own = self.holds_pod_address(&uid);
         match self.netns_of.get_mut(&uid) {
@@ -140,15 +140,15 @@ impl Running {
                 (place.path, place.address_missing_since) = (Some(path), None);
                 place.ips.clear();
             }
-            // A later one than the scan knows of.
+            // It became known after the scan began.
             Some(place) if began.is_none_or(|began| place.since > began) => {}
-            // What led to it has been told by the runtime; what leads elsewhere, the pod may have made itself.
+            // The runtime has handed this one over; the pod itself may have made the other one.
             Some(place) if place.handed_over && is_own != Some(false) => {
                 if !std::mem::replace(&mut place.contested, true) {
                     tracing::warn!(
                         uid = &*uid, captured = %place.netns.path().display(), other = %path.display(),
-                        "a process of the pod is in another namespace that holds its address as well; the one that the CNI \
-                         plugin handed over stays captured"
+                        "a process of the pod is in another network namespace that also holds its address; the one that the CNI plugin \
+                         handed over stays captured"
                     );
                 }
             }
@@ -158,40 +158,40 @@ impl Running {
         }
     }
 
-    /// Gives up the place of a pod whose address it does not hold any more: the sandbox has ended.
+    /// Drops the network namespace of a pod if it does not hold the pod's address any more: the sandbox has ended.
     pub(super) fn drop_if_address_gone(&mut self, uid: &Text) {
         if self.holds_pod_address(uid) == Some(false) {
             self.netns_of.remove(uid);
         }
     }
 
-    /// Whether the place of a pod holds an address of the pod; `None` where that cannot be said now.
+    /// Whether a pod's network namespace holds one of the pod's addresses; `None` if that cannot be checked now.
     pub(super) fn holds_pod_address(&self, uid: &Text) -> Option<bool> {
         let told = self.pods.as_ref().and_then(|pods| pods.get(uid));
         let (place, pod) = (self.netns_of.get(uid)?, told.or_else(|| self.saved.get(uid))?);
         let mut known = pod.ips.iter().chain(&place.ips).peekable();
         known.peek()?;
-        // What cannot be looked at now is no sign of an end.
+        // An error now does not mean that the sandbox has ended.
         let held = place.netns.addresses().ok()?;
         Some(known.any(|ip| held.iter().any(|(held, _)| held == ip)))
     }
 
-    /// Looks at whether what led to the namespaces still does.
+    /// Checks whether the paths still lead to the network namespaces.
     pub(super) fn check_netns(&mut self) {
         for place in self.netns_of.values_mut() {
-            // That it cannot be looked at now (no descriptors left, say) is no sign of an end.
+            // An error such as too few file descriptors does not mean that the sandbox has ended.
             let lost = place.path.as_ref().is_some_and(|path| match Netns::open(path) {
                 Ok(now) => now != place.netns,
                 Err(NetnsError::Open { source, .. }) => source.kind() == std::io::ErrorKind::NotFound,
                 Err(_) => false,
             });
             if lost {
-                // Its oldest process has ended: another one may still be there, or a new sandbox comes.
+                // The oldest process has ended. Another one may still run, or a new sandbox may come.
                 place.path = None;
                 self.scan.next = Instant::now();
             }
         }
-        // No process leads there: when the pod's address goes, so has the sandbox.
+        // No process leads there: when the pod's address has gone, the sandbox has ended.
         let unled = self.netns_of.iter().filter(|(_, place)| place.path.is_none()).map(|(uid, _)| uid.clone());
         for uid in unled.collect::<Vec<_>>() {
             let bare = self.holds_pod_address(&uid) == Some(false);
@@ -200,7 +200,11 @@ impl Running {
             place.address_missing_since = since;
             if since.is_some_and(|since| since.elapsed() >= ADDRESS_GONE) {
                 let netns = place.netns.path().display().to_string();
-                tracing::info!(uid = &*uid, netns, "the pod's address has gone from its namespace; it is let go");
+                tracing::info!(
+                    uid = &*uid,
+                    netns,
+                    "the pod's address has gone from its network namespace; giving it up"
+                );
                 self.netns_of.remove(&uid);
             }
         }

@@ -1,6 +1,7 @@
-//! The end of a daemon after which none comes: its DaemonSet is gone, or goes. Then nothing of it stays on the node, and the pods go on
-//! without the mesh. Where that is not certain its rules stay: pods are refused rather than passed in plaintext. The plugin goes where
-//! our account or rights have gone, so that new pods start.
+//! The end of a daemon that no other one follows, because its DaemonSet is deleted: everything of culvert is removed
+//! from the node, and the pods go on without the mesh. If that is not certain, the rules stay: pods are refused rather
+//! than passed in plaintext. If the daemon's account or permissions are gone, the CNI plugin is removed, so that new
+//! pods can start.
 
 use super::annotate;
 use super::daemonset::{ASK, ShutdownPlan};
@@ -14,23 +15,23 @@ use k8s_openapi::api::apps::v1::DaemonSet;
 use kube::Api;
 use std::time::Duration;
 
-/// How long a daemon that takes our place may take to begin, and at most half of the time to end: a DaemonSet that gets another name, or
-/// is deleted and made again, begins it when this one ends. Meanwhile pods are refused.
+/// How long a successor may take to begin, at most half of the time that this daemon has to end. A DaemonSet that is
+/// renamed, or deleted and created again, starts its daemon when this one ends. In between, pods are refused.
 const SURE: Duration = Duration::from_secs(10);
-/// Time between looks at whether it has.
+/// Time between checks for a successor.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long the API may take to forget the annotations of the node's pods.
+/// How long the API may take to remove the annotations of the node's pods.
 const FORGET: Duration = Duration::from_secs(3);
-/// Pods that are seen to at once.
+/// Pods that are released at once.
 const AT_ONCE: usize = 8;
 
 impl Running {
-    /// Removes what would keep pods waiting, or all there is, where no daemon follows this one. An upgrade leaves everything.
+    /// Removes what would keep pods waiting, or everything, if no daemon follows. After an upgrade everything stays.
     pub(super) async fn leave(&self, drain: &Signal) {
         let config = &self.source.config;
         let (name, namespace) = (&config.daemonset, &config.enablement.own_namespace);
         let api: Api<DaemonSet> = Api::namespaced(self.source.client.clone(), namespace);
-        // Where the API has said it already there are better things to do in the time that is left.
+        // If the API has said so already, the time is better spent on the rest.
         let within = if self.source.own_set.is_told_gone() { ASK / 3 } else { ASK };
         let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
         let (gone, certain) = match self.source.own_set.plan(asked.as_ref()) {
@@ -45,16 +46,16 @@ impl Running {
             }
         };
         let sure = SURE.min(self.source.capturer.config.release_deadline / 2);
-        tracing::info!(daemonset = name, gone, within = %brief(sure), "waiting for a daemon that may take this one's place");
-        // Of a DaemonSet of another name, or one that ends after this one.
+        tracing::info!(daemonset = name, gone, within = %brief(sure), "waiting for a daemon that may replace this one");
+        // A daemon of a DaemonSet with another name, or one that ends after this one.
         if tokio::time::timeout(sure, followed).await.is_ok() {
-            return tracing::info!(daemonset = name, gone, "another daemon of this node goes on: everything stays");
+            return tracing::info!(daemonset = name, gone, "another daemon of this node is running: everything stays");
         }
         let again = tokio::time::timeout(ASK / 3, api.get_opt(name)).await;
         if let Ok(Ok(Some(set))) = again
             && set.metadata.deletion_timestamp.is_none()
         {
-            return tracing::info!(daemonset = name, "the DaemonSet is there again: everything stays");
+            return tracing::info!(daemonset = name, "the DaemonSet exists again: everything stays");
         }
         self.remove_plugin(gone);
         if certain {
@@ -64,7 +65,7 @@ impl Running {
             tracing::warn!(
                 daemonset = name,
                 gone,
-                "rules in pods stay: where no daemon follows, run `culvert cleanup` on the node"
+                "rules in pods stay: if no daemon follows, run `culvert cleanup` on the node"
             );
         }
     }
@@ -75,9 +76,9 @@ impl Running {
         match cni.remove() {
             Ok(removed) => {
                 let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-                tracing::info!(daemonset, gone, removed = files.join(", "), "the CNI plugin is removed");
+                tracing::info!(daemonset, gone, removed = files.join(", "), "removed the CNI plugin");
             }
-            Err(error) => tracing::error!(%error, "the CNI plugin could not be removed: new pods wait for a daemon"),
+            Err(error) => tracing::error!(%error, "cannot remove the CNI plugin: new pods wait for a daemon"),
         }
     }
 
@@ -86,13 +87,13 @@ impl Running {
         capturer.role.has_successor(&self.source.config.daemons_folder(&capturer.node_tag))
     }
 
-    /// Lets all pods go: new connections at once, then, when those that are open have had their time, the rest.
+    /// Releases all pods: new connections at once, the rest when open connections have had their time.
     async fn uninstall(&self, drain: &Signal) {
         let netns_of: Vec<_> = self.netns_of.values().map(|place| place.netns.clone()).collect();
         let pass = async |netns| match redirect::let_pass(&netns).await {
             Ok(()) => {}
-            // One that was not captured has no rules to be emptied.
-            Err(error) => tracing::debug!(netns = %netns.path().display(), %error, "nothing to be emptied"),
+            // A pod that was not captured has no chains to empty.
+            Err(error) => tracing::debug!(netns = %netns.path().display(), %error, "no rules to empty"),
         };
         stream::iter(netns_of).for_each_concurrent(AT_ONCE, pass).await;
         let forget = annotate::forget_all(self.source.client.clone(), &self.source.config.node_name);
@@ -100,21 +101,24 @@ impl Running {
             let forgotten = tokio::time::timeout(FORGET, forget).await;
             if let Err(error) = forgotten.unwrap_or_else(|_| Err("no answer in time".into())) {
                 let word = annotate::ANNOTATION;
-                tracing::warn!(error, "the annotation {word} of this node's pods stays: peers send HBONE to them");
+                tracing::warn!(
+                    error,
+                    "cannot remove the annotation {word} of this node's pods: peers go on sending HBONE to them"
+                );
             }
         };
         let node = self.source.capturer.config.cleanup();
         let rules = async {
             drain.now().await;
             if self.has_successor() {
-                return tracing::info!("another daemon of this node has begun: the rest stays");
+                return tracing::info!("another daemon of this node has started: the rest stays");
             }
             let removed = node.remove_rules(false).await;
             if removed.unreadable > 0 {
                 let namespaces = removed.unreadable;
                 tracing::warn!(
                     namespaces,
-                    "rules too many to be read are not removed: `culvert cleanup --all` does it"
+                    "some pods have too many rules to read, and keep them: `culvert cleanup --all` removes them"
                 );
             }
             let mut outcomes = removed.ours;
@@ -122,13 +126,14 @@ impl Running {
             self.source.own_set.nothing_is_to_stay();
             report(outcomes);
         };
-        // An API that is silent takes none of the time that the rules need.
+        // The rules do not wait for an API that does not answer.
         tokio::join!(annotations, rules);
     }
 }
 
 impl KubernetesConfig {
-    /// Removes what daemons and the CNI plugin of a node have met at; when no daemon uses it any more.
+    /// Removes the socket, and the folder in which the daemons of the node agree on the active one, once no daemon uses
+    /// them.
     pub fn remove_shared_files(&self, node_tag: &str) -> [cleanup::CleanupOutcome; 2] {
         let (socket, folder) = (&self.cni_socket, self.daemons_folder(node_tag));
         let said = |error: std::io::Error| error.to_string();
@@ -139,14 +144,14 @@ impl KubernetesConfig {
     }
 }
 
-/// Says what has been removed, and what could not be.
+/// Logs what has been removed, and what could not be.
 pub fn report(outcomes: Vec<cleanup::CleanupOutcome>) {
     let mut removed = 0;
     for (what, outcome) in outcomes {
         match outcome {
             Ok(there) => removed += usize::from(there),
-            Err(error) => tracing::error!(what, error, "could not be removed: run `culvert cleanup` on the node"),
+            Err(error) => tracing::error!(what, error, "cannot remove this: run `culvert cleanup` on the node"),
         }
     }
-    tracing::info!(removed, "removed from the node");
+    tracing::info!(removed, "removed culvert from the node");
 }

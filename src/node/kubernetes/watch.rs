@@ -1,5 +1,5 @@
-//! Hearing of this node's pods and of all namespaces (their metadata alone) from the Kubernetes API, for as long as the
-//! daemon runs. What was heard stays known while the API is away.
+//! Watches this node's pods and all namespaces (only their metadata) in the Kubernetes API, for as long as the daemon
+//! runs. What is known stays known while the API is away.
 
 use super::facts::PodFacts;
 use crate::mesh::Text;
@@ -22,32 +22,33 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// Waits after failures.
+/// First and longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
-/// How long a watch runs before it is begun anew; a connection that is silently dead is noticed after that.
+/// How long a watch runs before it is started again. A connection that is silently dead is noticed then.
 pub const WATCH_SECONDS: u32 = 120;
-/// A server that does not know the streaming of lists begins to tell and never says that this was all.
+/// How long a streamed list may take. A server that does not support streamed lists sends events and never says that
+/// the list is complete.
 const STREAMING: Duration = Duration::from_secs(15);
-/// A watch that has not failed for this long is there, also when nothing is told.
+/// A watch that has not failed for this long counts as connected, even without events.
 const SETTLED: Duration = Duration::from_secs(8);
 
-/// That the API is still away is logged again this often.
+/// Time between log lines while the API stays away.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
-/// What is told.
+/// An event of the API.
 #[derive(Debug)]
 pub enum ApiEvent {
-    /// All pods of this node.
+    /// The complete list of this node's pods.
     AllPods(Vec<PodFacts>),
-    /// A pod has come or changed.
+    /// A pod has been created or changed.
     Pod(PodFacts),
-    /// A pod has gone.
+    /// A pod has been deleted.
     PodGone(Text),
-    /// All namespaces.
+    /// The complete list of namespaces.
     AllNamespaces(Vec<(Text, Labels)>),
-    /// A namespace has come or changed.
+    /// A namespace has been created or changed.
     Namespace(Text, Labels),
-    /// A namespace has gone.
+    /// A namespace has been deleted.
     NamespaceGone(Text),
 }
 
@@ -66,27 +67,19 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Adds one series to each family, so that the document of all metrics can show its labels.
-    pub fn fill_example(&self) {
-        drop(self.failures.get_or_create(&Resource { resource: "pods" }));
-        drop(self.connected.get_or_create(&Resource { resource: "pods" }));
-    }
-
-    /// Registers them.
+    /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let failures = "Lists and watches of the Kubernetes API that failed or were interrupted";
+        let failures = "Lists and watches of the Kubernetes API that failed or were cut";
         registry.register("culvert_kubernetes_watch_failures", failures, self.failures.clone());
-        let connected =
-            "1 while the Kubernetes API announces changes of the resource, else 0. Alert on 0 for ten minutes";
+        let connected = "1 while the Kubernetes API tells of changes, else 0";
         registry.register("culvert_kubernetes_connected", connected, self.connected.clone());
         let failed = "Status annotations that could not be written";
         registry.register("culvert_kubernetes_patch_failures", failed, self.patches_failed.clone());
-        let late = "Captured pods that were Ready before their status annotation said enabled; their peers may have sent plaintext until then. Alert \
-                    on a rise where the CNI plugin is installed";
+        let late = "Captured pods that were Ready before their status annotation said enabled";
         registry.register("culvert_pods_ready_before_enabled", late, self.late.clone());
     }
 
-    /// Whether the API tells of changes of a resource now.
+    /// Whether the watch of a resource is connected.
     pub fn is_connected(&self, resource: &'static str) -> bool {
         self.connected.get_or_create(&Resource { resource }).get() == 1
     }
@@ -104,7 +97,7 @@ impl Metrics {
 
 type Events<K> = Pin<Box<dyn Stream<Item = Result<Event<K>, Error>> + Send>>;
 
-/// Follows the pods of `node`.
+/// Watches the pods of `node`.
 pub async fn pods(client: Client, node: String, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<Pod> = Api::all(client);
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).timeout(WATCH_SECONDS);
@@ -119,7 +112,7 @@ pub async fn pods(client: Client, node: String, told: mpsc::Sender<ApiEvent>, me
     follow(config, events, mapping, told, &metrics).await;
 }
 
-/// Follows all namespaces.
+/// Watches all namespaces.
 pub async fn namespaces(client: Client, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<PartialObjectMeta<Namespace>> = Api::all(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
@@ -137,7 +130,7 @@ pub async fn namespaces(client: Client, told: mpsc::Sender<ApiEvent>, metrics: A
     follow(config, events, mapping, told, &metrics).await;
 }
 
-/// What the events of one kind of object mean.
+/// How the events of one kind of object are translated.
 struct EventMapping<K, T> {
     resource: &'static str,
     read: fn(K) -> Option<T>,
@@ -146,27 +139,27 @@ struct EventMapping<K, T> {
     gone: fn(T) -> ApiEvent,
 }
 
-/// One watch, and what is known of it.
+/// One watch and its state.
 struct Watch<'a, K, F> {
     resource: &'static str,
     config: watcher::Config,
     events: F,
     stream: Events<K>,
-    /// Whether lists are asked for as streams.
+    /// Whether lists are requested as streams.
     streaming: bool,
     listed: bool,
     begun: Instant,
     backoff: Backoff,
-    /// Since when the API is away, and when that was logged last.
+    /// Since when the API has been away, and when that was logged last.
     away: Option<(Instant, Instant)>,
     connected: Gauge,
     failures: &'a Counter,
 }
 
 impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
-    /// Begins anew, with lists that are asked for as such.
+    /// Starts again with ordinary lists.
     fn without_streaming(&mut self, why: &str) {
-        tracing::info!(resource = self.resource, why, "lists are asked for, not streamed");
+        tracing::info!(resource = self.resource, why, "requesting ordinary lists instead of streamed ones");
         self.streaming = false;
         self.stream = (self.events)(self.config.clone());
     }
@@ -176,7 +169,7 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         self.backoff.reset();
         if let Some((since, _)) = self.away.take() {
             let away = brief(since.elapsed());
-            tracing::info!(resource = self.resource, %away, "the Kubernetes API is there again");
+            tracing::info!(resource = self.resource, %away, "connected to the Kubernetes API again");
         }
     }
 
@@ -184,12 +177,12 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         self.failures.inc();
         self.connected.set(0);
         if self.streaming && !self.listed && refuses_streaming(error) {
-            return self.without_streaming("the Kubernetes API refuses to");
+            return self.without_streaming("the Kubernetes API refuses streamed lists");
         }
         let (resource, error, now) = (self.resource, with_causes(error), Instant::now());
         match &mut self.away {
             Some((_, said)) if said.elapsed() < SAY_AGAIN => {
-                tracing::debug!(resource, error, "the Kubernetes API does not tell of changes");
+                tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted");
             }
             away => {
                 let since = away.map_or(now, |(since, _)| since);
@@ -199,8 +192,8 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
                     resource,
                     error,
                     %away,
-                    "the Kubernetes API does not tell of changes; what is enrolled stays captured, and its traffic goes on; what is \
-                     new, and what is relabelled, waits"
+                    "the watch of the Kubernetes API is interrupted; enrolled pods stay captured and their traffic goes on; new and \
+                     relabelled pods wait"
                 );
             }
         }
@@ -208,7 +201,7 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         self.begun = Instant::now();
     }
 
-    /// The next event; nothing where there was none, and something else has been seen to.
+    /// The next event; `None` if there was none because something else had to be done.
     async fn next(&mut self) -> Option<Event<K>> {
         let next = tokio::select! {
             next = self.stream.next() => next,
@@ -224,7 +217,7 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         match next {
             Some(Ok(event)) => return Some(event),
             Some(Err(error)) => self.failed(&error).await,
-            // The library's stream never ends; if it does, it is begun anew.
+            // The library's stream never ends. If it does, it is started again.
             None => {
                 let config = self.config.clone();
                 self.stream = (self.events)(if self.streaming { config.streaming_lists() } else { config });
@@ -284,7 +277,7 @@ async fn follow<K: Send + 'static, T>(
     }
 }
 
-/// Whether a server has refused the initial list by watch: it says that the request is invalid.
+/// Whether the server has refused a streamed list: it says that the request is invalid.
 fn refuses_streaming(error: &Error) -> bool {
     matches!(error, Error::WatchStartFailed(kube::Error::Api(status)) if matches!(status.code, 400 | 422))
 }

@@ -1,64 +1,65 @@
-//! One packet of the agent: bytes and how many descriptors → a request; an answer → bytes. Pure and total.
+//! The messages of the agent: decodes a packet and its number of descriptors into a request, and encodes an answer.
+//! Pure, and never fails by panicking.
 
 use crate::proto::istio::workload::zds;
 use prost::Message;
 
-/// Largest packet that is read, and that the agent reads (source: both sides' buffers).
+/// Largest packet that is read, and that the agent reads (source: the buffers of both sides).
 pub const PACKET_BYTES_MAX: usize = 1024;
 
 /// Longest error in an answer: with the rest of the message it must stay well below what the agent reads.
 const ERROR_BYTES_MAX: usize = 800;
 
-/// What the agent asks.
+/// A request of the agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Capture a pod whose namespace comes with the packet.
+    /// Capture a pod whose network namespace comes with the packet.
     Add {
-        /// Its uid.
+        /// The pod's uid.
         uid: String,
-        /// Its name.
+        /// The pod's name.
         name: String,
-        /// Its namespace.
+        /// The pod's namespace.
         namespace: String,
-        /// Its service account.
+        /// The pod's service account.
         service_account: String,
     },
-    /// Leave a pod as it is.
+    /// Keep a pod as it is.
     Keep(String),
-    /// Let a pod go.
+    /// Release a pod.
     Del(String),
     /// All pods have been named.
     SnapshotSent,
 }
 
-/// Why a packet is no request.
+/// Why a packet is not a valid request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// It did not fit.
-    #[error("the packet is longer than {PACKET_BYTES_MAX} bytes, or brings more descriptors than fit")]
+    /// It did not fit into the buffer.
+    #[error("the packet is longer than {PACKET_BYTES_MAX} bytes, or has too many descriptors")]
     Truncated,
     /// It cannot be decoded.
     #[error("the packet cannot be decoded: {0}")]
     Decode(#[from] prost::DecodeError),
-    /// It asks nothing that is known.
-    #[error("the packet holds no request that is known")]
+    /// It contains no known request.
+    #[error("the packet contains no known request")]
     Unknown,
-    /// Who or what is to be captured is missing.
+    /// A field of the pod to add is missing.
     #[error("the request to add a pod has no {0}")]
     Missing(&'static str),
-    /// There must be exactly one descriptor with a pod to add, and none with anything else.
+    /// A request to add a pod needs exactly one descriptor, other requests none.
     #[error("{descriptors} descriptors came with a request to {what}; {expected} expected")]
     Descriptors {
-        /// How many came.
+        /// Number of descriptors that came.
         descriptors: usize,
-        /// With what.
+        /// The request.
         what: &'static str,
-        /// How many should.
+        /// Number of descriptors that it needs.
         expected: usize,
     },
 }
 
-/// Reads one packet.
+/// Decodes one packet.
 pub fn decode(bytes: &[u8], descriptors: usize, truncated: bool) -> Result<Request, MessageError> {
     use zds::workload_request::Payload;
     if truncated {
@@ -100,12 +101,12 @@ pub fn decode(bytes: &[u8], descriptors: usize, truncated: bool) -> Result<Reque
     }
 }
 
-/// The first packet.
+/// Encodes the first packet.
 pub fn hello() -> Vec<u8> {
     zds::ZdsHello { version: zds::Version::V1.into() }.encode_to_vec()
 }
 
-/// The answer to one request; an error is cut to what the agent can read.
+/// Encodes the answer to a request. An error is shortened to what the agent can read.
 pub fn ack(result: &Result<(), String>) -> Vec<u8> {
     let mut error = result.as_ref().err().cloned().unwrap_or_default();
     if error.len() > ERROR_BYTES_MAX {

@@ -1,7 +1,8 @@
-//! Pods from the node's agent (istio-cni), over ZDS: a unix socket on which it hands over the pods' network namespaces.
+//! Enrolment by the node's agent (istio-cni) over ZDS: a unix socket on which the agent hands over the pods' network
+//! namespaces.
 //!
-//! Each message gets exactly one answer, in time, whatever the pod's start takes; nothing is sent unasked. When the
-//! connection ends, pods stay as they are, and the snapshot of the next one says which of them to let go.
+//! Each message gets exactly one answer, in time, however long the pod's start takes; nothing is sent unasked. When the
+//! connection ends, pods stay as they are, and the snapshot of the next connection says which of them to release.
 
 pub mod message;
 pub mod session;
@@ -29,11 +30,11 @@ use std::time::Duration;
 
 /// How long a pod's start may take before its request is answered: the agent waits 5 s.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(4);
-/// How long sending may take.
+/// How long sending an answer may take.
 const SEND_DEADLINE: Duration = Duration::from_secs(5);
 /// Shortest wait before another connection.
 const RETRY_MIN: Duration = Duration::from_millis(20);
-/// Longest wait before another connection; the agent takes at most five a second.
+/// Longest wait before another connection; the agent accepts at most five a second.
 const RETRY_MAX: Duration = Duration::from_secs(15);
 
 /// Why a connection to the agent ended.
@@ -41,15 +42,15 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 enum ZdsError {
     #[error("cannot connect to the agent: {0}")]
     Connect(io::Error),
-    #[error("the connection to the agent has failed: {0}")]
+    #[error("the connection to the agent failed: {0}")]
     Io(#[from] io::Error),
-    #[error("the agent does not read what it is sent")]
+    #[error("the agent does not read its socket")]
     Stuck,
-    #[error("the agent has closed the connection")]
+    #[error("the agent closed the connection")]
     Closed,
-    #[error("the agent has sent something that is not understood: {0}")]
+    #[error("invalid message from the agent: {0}")]
     Message(#[from] MessageError),
-    #[error("the agent does not keep to the protocol: {0}")]
+    #[error("the agent violated the protocol: {0}")]
     Session(#[from] SessionError),
 }
 
@@ -70,7 +71,7 @@ impl Metrics {
     }
 }
 
-/// The client.
+/// The client of the agent.
 #[derive(Debug)]
 pub struct Client {
     /// The agent's socket.
@@ -79,17 +80,19 @@ pub struct Client {
     pub pods: Pods,
     /// Metrics.
     pub metrics: Arc<Metrics>,
-    /// Given up at the end of the first snapshot.
+    /// Held until the end of the first snapshot.
     pub ready: Option<Pending>,
-    /// What was said last of why there is no connection.
+    /// The last reason for having no connection that was logged.
     pub said: Option<String>,
 }
 
 impl Client {
-    /// Follows the agent, once there are `facts`, until told to stop. Whoever replaces us is told of new pods from then on.
+    /// Follows the agent once `facts` completes, until told to stop. From then on the agent announces new pods to the
+    /// next daemon.
     pub async fn run(mut self, facts: impl Future<Output = ()>, stop: Signal) {
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
-        // Before that a pod could be listened for and not served, and whoever serves it now would get half of its traffic.
+        // Earlier than that, the daemon could listen in a pod without serving it, and would take half of the traffic
+        // from the daemon that serves it now.
         tokio::select! {
             () = facts => {}
             () = stop.gentle() => return,
@@ -132,7 +135,7 @@ impl Client {
         }
     }
 
-    /// Does what a packet asks: the answer, and why the connection must end if it must.
+    /// Handles a packet. Returns the answer, and why the connection must end, if so.
     async fn take(
         &mut self,
         session: &mut Session,
@@ -178,7 +181,7 @@ impl Client {
             service_account: service_account.into(),
             uid: uid.into(),
             netns: NetnsRef::Handle(netns),
-            // Which pods' DNS is redirected is the agent's affair.
+            // The agent decides which pods' DNS is redirected.
             ips: Vec::new(),
             settings: Settings::default(),
             powers: None,
@@ -186,8 +189,10 @@ impl Client {
         let answer = self.pods.add(spec);
         match tokio::time::timeout(ANSWER_DEADLINE, answer).await {
             Ok(Ok(answer)) => answer.map_err(failed),
-            // It goes on behind this answer; the agent asks again, and finds it there.
-            Ok(Err(_)) | Err(_) => Err(failed("it is not listened for yet; still being started".into())),
+            // The start goes on after this answer; the agent asks again, and finds the pod.
+            Ok(Err(_)) | Err(_) => {
+                Err(failed("the daemon does not listen in the pod yet; it is still starting to".into()))
+            }
         }
     }
 }

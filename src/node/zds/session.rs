@@ -1,9 +1,9 @@
-//! The rules of one connection to the agent: what may come when, and what follows from it. Pure.
+//! The protocol of one connection to the agent: which requests are valid when, and what follows from them. Pure.
 //!
 //! ```text
 //!   snapshot: add · keep · del ──snapshot_sent──► steady: add · del
 //! ```
-//! A pod that the snapshot does not name is let go at its end. (Source: the agent's protocol, ZDS.)
+//! Pods that the snapshot does not name are released at its end. (Source: the agent's protocol, ZDS.)
 
 use super::message::Request;
 use std::collections::HashSet;
@@ -13,26 +13,26 @@ use std::collections::HashSet;
 pub enum Step {
     /// Capture this pod.
     Add(Request),
-    /// Nothing: what there is of the pod stays.
+    /// Nothing: the pod stays as it is.
     Keep,
-    /// Let this pod go.
+    /// Release this pod.
     Del(String),
-    /// Let all pods go but these.
+    /// Release all pods except these.
     Retain(HashSet<String>),
 }
 
-/// Why a request cannot come now.
+/// Why a request is not valid now.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SessionError {
-    /// The snapshot is over.
-    #[error("a pod cannot be kept after the end of the snapshot: {0}")]
+    /// The snapshot is complete.
+    #[error("request to keep pod {0} after the end of the snapshot")]
     LateKeep(String),
-    /// There is one snapshot for each connection.
-    #[error("the end of the snapshot has come twice")]
+    /// A connection has one snapshot.
+    #[error("the snapshot ended twice")]
     SecondSnapshot,
 }
 
-/// One connection.
+/// The state of one connection.
 #[derive(Debug, Default)]
 pub struct Session {
     named: HashSet<String>,
