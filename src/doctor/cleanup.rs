@@ -112,7 +112,7 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
 async fn remove_annotations(config: &kubernetes::Config) -> Result<(), String> {
     let removing = async {
         let client = kubernetes::client(config).await?;
-        annotate::forget_all(client, &config.node_name).await
+        annotate::remove_all(client, &config.node_name).await
     };
     let late = || Err(format!("the Kubernetes API has not answered within {} s", ANNOTATIONS_DEADLINE.as_secs()));
     tokio::time::timeout(ANNOTATIONS_DEADLINE, removing).await.unwrap_or_else(|_| late())

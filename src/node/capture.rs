@@ -367,7 +367,7 @@ impl Capturer {
         }
         let removed = match all {
             true => redirect::remove(&netns, true).await,
-            false => redirect::let_pass(&netns).await,
+            false => redirect::stop_redirecting(&netns).await,
         };
         if let Err(error) = removed {
             tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "cannot remove the pod's rules");

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
 /// How long `nft` may take to list rules. It takes a few milliseconds unless a pod floods it.
-const READING: Duration = Duration::from_secs(2);
+const LIST_DEADLINE: Duration = Duration::from_secs(2);
 /// Most bytes of a listing that are read: some ten thousand rules.
 const LISTING_MAX: u64 = 2 << 20;
 /// Most memory that `nft` may use; it counts towards the daemon's limit.
@@ -24,7 +24,7 @@ const ERROR_MAX: u64 = 4096;
 const NOT_THERE: &str = "No such file or directory";
 
 /// How long `nft` or the kernel may take to write rules.
-const DEADLINE: Duration = Duration::from_secs(10);
+const WRITE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why rules could not be listed or written.
 #[derive(Debug, thiserror::Error)]
@@ -42,7 +42,7 @@ pub enum NftError {
     #[error("the pod's nftables cannot be read: {0}")]
     Unreadable(String),
     /// Writing took too long.
-    #[error("writing the rules took longer than {} s", DEADLINE.as_secs())]
+    #[error("writing the rules took longer than {} s", WRITE_DEADLINE.as_secs())]
     Deadline,
 }
 
@@ -60,7 +60,7 @@ pub struct Listing(Value);
 
 /// Applies the deadline of writing to `work`.
 pub async fn within<T, E: From<NftError>>(work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-    tokio::time::timeout(DEADLINE, work).await.unwrap_or_else(|_| Err(NftError::Deadline.into()))
+    tokio::time::timeout(WRITE_DEADLINE, work).await.unwrap_or_else(|_| Err(NftError::Deadline.into()))
 }
 
 /// Runs an `nft` script in a network namespace as one transaction, with a deadline.
@@ -113,8 +113,8 @@ fn without_handles(value: &mut Value) {
 }
 
 async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, NftError> {
-    let listed = tokio::time::timeout(READING, run(netns, arguments, "")).await;
-    let too_slow = || NftError::Unreadable(format!("listing them takes longer than {} s", READING.as_secs()));
+    let listed = tokio::time::timeout(LIST_DEADLINE, run(netns, arguments, "")).await;
+    let too_slow = || NftError::Unreadable(format!("listing them takes longer than {} s", LIST_DEADLINE.as_secs()));
     // A pod can write rules that `nft` fails to list. A missing permission is our own fault instead.
     let printed = listed.map_err(|_| too_slow())?.map_err(|error| match error {
         NftError::Failed(said) if !said.contains(NOT_THERE) && !said.contains("not permitted") => {
@@ -138,7 +138,7 @@ async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>,
         limits::bound_memory(pid, MEMORY_MAX);
     }
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let give = async {
+    let write_script = async {
         if let Some(mut stdin) = stdin {
             // If `nft` ends before it has read everything, it says why on standard error.
             let _ = stdin.write_all(script.as_bytes()).await;
@@ -151,18 +151,18 @@ async fn run(netns: &Netns, arguments: &[&str], script: &str) -> Result<Vec<u8>,
         }
         Ok::<_, io::Error>(printed.len() as u64 > LISTING_MAX)
     };
-    let hear = async {
+    let read_error = async {
         if let Some(stderr) = stderr {
             stderr.take(ERROR_MAX).read_to_end(&mut said).await?;
         }
         Ok::<_, io::Error>(())
     };
     // If the output is too long, this end of the pipe is closed, and `nft` ends.
-    let ((), too_long, heard) = tokio::join!(give, read, hear);
+    let ((), too_long, error_read) = tokio::join!(write_script, read, read_error);
     if too_long.map_err(NftError::NotRun)? {
         return Err(NftError::Unreadable(format!("the list is longer than {} MiB", LISTING_MAX >> 20)));
     }
-    heard.map_err(NftError::NotRun)?;
+    error_read.map_err(NftError::NotRun)?;
     if child.wait().await.map_err(NftError::NotRun)?.success() {
         return Ok(printed);
     }

@@ -122,7 +122,7 @@ pub struct Installed {
 /// returns an error: nothing in a pod may let its traffic bypass the daemon.
 pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Result<Installed, RedirectError> {
     within(async {
-        let OtherRules { istio, hooks, mut unread } = match acceptable(others(netns).await, taken_over) {
+        let OtherRules { istio, hooks, mut unread } = match refuse_foreign(other_rules(netns).await, taken_over) {
             Ok(others) => others,
             Err(error) if taken_over => {
                 routes::set(netns, rules.ipv6, true).await?;
@@ -160,7 +160,7 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
 }
 
 /// Refuses rules that cannot be taken over, with their names.
-fn acceptable(others: Result<OtherRules, RedirectError>, taken_over: bool) -> Result<OtherRules, RedirectError> {
+fn refuse_foreign(others: Result<OtherRules, RedirectError>, taken_over: bool) -> Result<OtherRules, RedirectError> {
     let others = others?;
     if let Some(name) = &others.istio.unsafe_name {
         return Err(RedirectError::UnsafeName(name.clone()));
@@ -182,7 +182,7 @@ pub struct OtherRules {
     pub unread: Option<String>,
 }
 
-async fn others(netns: &Netns) -> Result<OtherRules, RedirectError> {
+async fn other_rules(netns: &Netns) -> Result<OtherRules, RedirectError> {
     let mut others = OtherRules::default();
     match netns.enter(|| iptables::tables_with(takeover::CHAINS))? {
         // Legacy rules of istio-cni lead to our ports, as ours do. The capture check tells whether the pod is captured.
@@ -223,7 +223,7 @@ pub fn legacy_tables(netns: &Netns) -> Option<Vec<String>> {
 pub async fn unchanged_since(netns: &Netns, written: &Listing) -> Result<(bool, OtherRules), RedirectError> {
     within(async {
         let same = nft::listing(netns, "inet", TABLE).await? == *written;
-        let others = others(netns).await?;
+        let others = other_rules(netns).await?;
         Ok((same && others.istio.names.is_empty(), others))
     })
     .await
@@ -235,7 +235,7 @@ pub async fn stop_capturing(netns: &Netns, rules: &Redirection) -> Result<(), Re
 }
 
 /// Stops redirecting new connections of a pod whose settings are unknown. Open ones keep their address translation.
-pub async fn let_pass(netns: &Netns) -> Result<(), RedirectError> {
+pub async fn stop_redirecting(netns: &Netns) -> Result<(), RedirectError> {
     let chains = ["pre_nat", "out_nat"].map(|chain| format!("flush chain inet {TABLE} {chain}\n"));
     Ok(nft::apply(netns, &chains.concat()).await?)
 }
@@ -258,19 +258,8 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
 /// address or to the interface's address (`redirect`) silently loses packets of sockets bound to a device, of
 /// interfaces without an address, and of link-local addresses.
 fn ruleset(rules: &Redirection, capture: bool) -> String {
-    let Redirection {
-        node_tag,
-        mark,
-        ipv6,
-        dns,
-        bypass_inbound,
-        virtual_interfaces,
-        probes,
-        addresses,
-        spared,
-        recreate_chains: _,
-    } = rules;
-    let (dns, bypass_inbound) = (*dns, *bypass_inbound);
+    let Redirection { node_tag, mark, ipv6, virtual_interfaces, probes, addresses, spared, .. } = rules;
+    let (dns, bypass_inbound) = (rules.dns, rules.bypass_inbound);
     let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
     let others = format!("meta mark & {MASK:#x} != {mark:#x}");
     let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
@@ -280,7 +269,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
     let mut outbound = String::new();
     let mut sets = table_owner::chain(node_tag);
     if capture {
-        sets += &spare(spared, &mut inbound, &mut outbound);
+        sets += &let_preexisting_through(spared, &mut inbound, &mut outbound);
         inbound += &reroute(virtual_interfaces, addresses);
         if *probes {
             inbound += &format!("    meta l4proto tcp ip saddr {PROBE_V4} counter name {PROBE_COUNTER} accept\n");
@@ -370,7 +359,7 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
 }
 
 /// Rules that let pre-existing connections through. Returns the sets that they refer to.
-fn spare(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &mut String) -> String {
+fn let_preexisting_through(spared: &[(SocketAddr, SocketAddr)], inbound: &mut String, outbound: &mut String) -> String {
     // A pre-existing connection sends no SYN. A SYN begins a new connection of the same addresses.
     let going_on = "tcp flags & (fin | syn | rst | ack) != syn";
     let mut sets = String::new();

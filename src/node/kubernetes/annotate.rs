@@ -41,19 +41,19 @@ pub const PENDING: &str = "pending";
 
 /// The value that a pod's annotation should have; `Err` if it should stay as it is.
 ///
-/// A pod that cannot be called yet (`unborn`) gets no value before `enabled`: an earlier patch would only delay that
+/// A pod that cannot be called yet (`unreachable`) gets no value before `enabled`: an earlier patch would only delay that
 /// one.
 ///
 /// A pod is `enabled` from its first capture on, for as long as the daemon accepts its connections. Peers then send
 /// HBONE, and would send plaintext if the value went. The mesh need not know the pod yet: it learns of the pod only
 /// when the pod has its address, and until then connections from peers wait. A pod that was enabled before the daemon
 /// started stays so until its capture is known to fail.
-pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> Result<&'static str, ()> {
+pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unreachable: bool) -> Result<&'static str, ()> {
     match status {
         Some(PodStatus { state: CaptureState::Captured, .. } | PodStatus { redirected: true, listening: true, .. }) => {
             Ok(ENABLED)
         }
-        _ if unborn && said.is_none() => Err(()),
+        _ if unreachable && said.is_none() => Err(()),
         Some(PodStatus { state: CaptureState::Failed(_), listening: false, .. }) => Ok(PENDING),
         _ if said.is_none() => Ok(PENDING),
         _ => Err(()),
@@ -64,7 +64,7 @@ pub fn wanted(status: Option<&PodStatus>, said: Option<&str>, unborn: bool) -> R
 pub const ANNOTATION: &str = STATUS;
 
 /// Removes the annotation from all pods of a node.
-pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
+pub async fn remove_all(client: Client, node: &str) -> Result<(), String> {
     let all: Api<Pod> = Api::all(client.clone());
     let params = ListParams::default().fields(&format!("spec.nodeName={node}"));
     let listed = all.list(&params).await.map_err(|error| with_causes(&error))?;
@@ -85,9 +85,9 @@ pub async fn forget_all(client: Client, node: &str) -> Result<(), String> {
 pub struct Annotator {
     client: Client,
     metrics: Arc<Metrics>,
-    complaints: LogLimit,
+    log_limit: LogLimit,
     tasks: Group,
-    on_the_way: HashMap<Text, PatchState>,
+    in_flight: HashMap<Text, PatchState>,
     results: (mpsc::Sender<PatchOutcome>, mpsc::Receiver<PatchOutcome>),
 }
 
@@ -134,8 +134,8 @@ impl Annotator {
             client,
             metrics,
             tasks,
-            on_the_way: HashMap::new(),
-            complaints: LogLimit::default(),
+            in_flight: HashMap::new(),
+            log_limit: LogLimit::default(),
             results: mpsc::channel(AT_ONCE),
         }
     }
@@ -143,20 +143,20 @@ impl Annotator {
     /// Makes sure that a pod's annotation becomes `value`. `awaited`: the pod's start waits for it.
     pub fn ensure(&mut self, pod: &PodFacts, value: Option<&'static str>, awaited: bool) {
         if pod.annotation() == value {
-            self.on_the_way.remove(&pod.uid);
+            self.in_flight.remove(&pod.uid);
             return;
         }
         let now = Instant::now();
-        match self.on_the_way.get(&pod.uid) {
+        match self.in_flight.get(&pod.uid) {
             Some(sent) if sent.value == value && sent.again_at.is_none_or(|at| now < at) => return,
             // One patch per pod at a time, so that the last value wins.
             Some(PatchState { again_at: None, .. }) => return,
             _ => {}
         }
-        if self.sent().count() >= if awaited { AT_ONCE_AWAITED } else { AT_ONCE } {
+        if self.patches_in_flight().count() >= if awaited { AT_ONCE_AWAITED } else { AT_ONCE } {
             return;
         }
-        let sent = self.on_the_way.entry(pod.uid.clone()).or_insert_with(|| PatchState {
+        let sent = self.in_flight.entry(pod.uid.clone()).or_insert_with(|| PatchState {
             value,
             again_at: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
@@ -183,8 +183,8 @@ impl Annotator {
     }
 
     /// The patches in flight.
-    fn sent(&self) -> impl Iterator<Item = &PatchState> {
-        self.on_the_way.values().filter(|sent| sent.again_at.is_none())
+    fn patches_in_flight(&self) -> impl Iterator<Item = &PatchState> {
+        self.in_flight.values().filter(|sent| sent.again_at.is_none())
     }
 
     /// Waits for the next patch to end; pass the result to [`Self::ended`].
@@ -197,7 +197,7 @@ impl Annotator {
 
     /// Records the result of a patch.
     pub fn ended(&mut self, PatchOutcome { uid, result }: PatchOutcome) {
-        let Some(sent) = self.on_the_way.get_mut(&uid) else { return };
+        let Some(sent) = self.in_flight.get_mut(&uid) else { return };
         let wait = match result {
             Ok(()) => {
                 sent.result = Ok(());
@@ -213,7 +213,7 @@ impl Annotator {
                 let wait = sent.backoff.next();
                 // While the API is away, every patch fails, again and again; the watches report that.
                 if self.metrics.is_connected("pods")
-                    && let Some(suppressed) = self.complaints.allow()
+                    && let Some(suppressed) = self.log_limit.allow()
                 {
                     let retry = brief(wait);
                     tracing::warn!(
@@ -229,14 +229,14 @@ impl Annotator {
     }
 
     /// Whether the API says that a pod is captured; the error says why not, as far as that is known.
-    pub fn has_enabled(&self, pod: &PodFacts) -> Result<(), String> {
+    pub fn is_enabled_in_api(&self, pod: &PodFacts) -> Result<(), String> {
         if pod.annotation() == Some(ENABLED) {
             return Ok(());
         }
-        let result = match self.on_the_way.get(&pod.uid) {
+        let result = match self.in_flight.get(&pod.uid) {
             Some(sent) if sent.value == Some(ENABLED) => sent.result.clone(),
             Some(PatchState { again_at: None, .. }) => Err("another value is being written first".into()),
-            _ => match self.sent().count() {
+            _ => match self.patches_in_flight().count() {
                 0 => Err("it is about to be written".into()),
                 others => Err(format!("{others} other annotations are being written first")),
             },
@@ -247,7 +247,7 @@ impl Annotator {
 
     /// Forgets pods that no longer exist.
     pub fn retain(&mut self, is_there: impl Fn(&Text) -> bool) {
-        self.on_the_way.retain(|uid, _| is_there(uid));
+        self.in_flight.retain(|uid, _| is_there(uid));
     }
 }
 
@@ -280,7 +280,7 @@ mod tests {
         };
         let failed = || CaptureState::Failed("why".into());
         let pending = || CaptureState::Pending("why".into());
-        for (what, said, unborn, expected) in [
+        for (what, said, unreachable, expected) in [
             (Some(status(CaptureState::Captured, true)), None, false, Ok(ENABLED)),
             (Some(status(CaptureState::Captured, true)), Some(PENDING), false, Ok(ENABLED)),
             (Some(status(pending(), false)), None, false, Ok(PENDING)),
@@ -298,7 +298,7 @@ mod tests {
             (Some(status(failed(), false)), Some(ENABLED), true, Ok(PENDING)),
             (None, None, true, Err(())),
         ] {
-            assert_eq!(wanted(what.as_ref(), said, unborn), expected, "{what:?} {said:?} {unborn}");
+            assert_eq!(wanted(what.as_ref(), said, unreachable), expected, "{what:?} {said:?} {unreachable}");
         }
     }
 
@@ -327,10 +327,10 @@ mod tests {
         let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
         let mut annotator = Annotator::new(client, Arc::default(), Group::default());
         let pod = |n: usize| PodFacts { uid: n.to_string().as_str().into(), ..PodFacts::default() };
-        let why = |annotator: &Annotator, pod: &PodFacts| annotator.has_enabled(pod).unwrap_err();
+        let why = |annotator: &Annotator, pod: &PodFacts| annotator.is_enabled_in_api(pod).unwrap_err();
         assert!(why(&annotator, &pod(0)).ends_with("it is about to be written"));
         (0..100).for_each(|n| annotator.ensure(&pod(n), Some(PENDING), false));
-        assert_eq!(annotator.sent().count(), AT_ONCE);
+        assert_eq!(annotator.patches_in_flight().count(), AT_ONCE);
         let (first, last) = (pod(0), pod(99));
         annotator.ensure(&last, Some(ENABLED), false);
         assert!(why(&annotator, &last).ends_with("16 other annotations are being written first"));
@@ -339,6 +339,6 @@ mod tests {
         annotator.ensure(&first, Some(ENABLED), true);
         assert!(why(&annotator, &first).ends_with("another value is being written first"));
         (100..200).for_each(|n| annotator.ensure(&pod(n), Some(ENABLED), true));
-        assert_eq!(annotator.sent().count(), AT_ONCE_AWAITED, "many are bounded too");
+        assert_eq!(annotator.patches_in_flight().count(), AT_ONCE_AWAITED, "many are bounded too");
     }
 }

@@ -58,7 +58,7 @@ impl OwnDaemonSet {
     }
 
     /// Whether the API has said that the DaemonSet is deleted, and still says so.
-    pub(super) fn is_told_gone(&self) -> bool {
+    pub(super) fn is_reported_deleted(&self) -> bool {
         self.gone.load(Ordering::Relaxed) && self.watched.load(Ordering::Relaxed)
     }
 
@@ -112,7 +112,7 @@ impl OwnDaemonSet {
 
     /// What to remove, by the answer of the API; `None` if none came in time.
     pub(super) fn plan(&self, asked: Option<&Result<Option<DaemonSet>, kube::Error>>) -> ShutdownPlan {
-        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_told_gone());
+        let (existed, told) = (self.existed.load(Ordering::Relaxed), self.is_reported_deleted());
         match asked {
             Some(Ok(Some(set))) if set.metadata.deletion_timestamp.is_some() => ShutdownPlan::Gone("is being deleted"),
             Some(Ok(Some(set))) if !asks_for_plugin(set) => ShutdownPlan::PluginGoes,

@@ -2,7 +2,7 @@
 
 use super::facts::PodFacts;
 use super::pod_netns::PodNetns;
-use super::state::Running;
+use super::state::EnrolmentLoop;
 use crate::mesh::Text;
 use crate::node::cni::{PendingQuestion, Question, Verb};
 use crate::node::spec::NetnsRef;
@@ -23,7 +23,7 @@ struct Verdict {
     /// What the answer waits for, if there is none yet.
     waits_for: String,
     /// A pod's network namespace that came with the question and is not known yet.
-    place: Option<(Text, Netns)>,
+    new_netns: Option<(Text, Netns)>,
 }
 
 /// Whether a question is about this pod.
@@ -41,7 +41,7 @@ pub(super) fn starts(question: &Question, pod: &PodFacts) -> bool {
     question.verb == Verb::Add && is_about(question, pod)
 }
 
-impl Running {
+impl EnrolmentLoop {
     /// Takes a question of the CNI plugin.
     pub(super) fn ask(&mut self, asked: PendingQuestion) {
         let Question { verb, name, namespace, .. } = &asked.question;
@@ -51,7 +51,7 @@ impl Running {
                 // Without a network namespace, the question is about a sandbox that went long ago. The pod's present
                 // sandbox is another one.
                 if let Some(netns) = &asked.netns {
-                    self.netns_of.retain(|_, place| place.netns != *netns);
+                    self.netns_by_pod.retain(|_, known| known.netns != *netns);
                 }
                 drop(asked.answer.send(Ok(())));
             }
@@ -79,15 +79,15 @@ impl Running {
                 continue;
             }
             let verdict = self.verdict(&asked);
-            if let Some((uid, netns)) = verdict.place {
+            if let Some((uid, netns)) = verdict.new_netns {
                 let ips = asked.question.ips.clone();
                 handed_over = true;
-                self.netns_of.insert(uid, PodNetns { handed_over: true, ips, ..PodNetns::new(netns) });
+                self.netns_by_pod.insert(uid, PodNetns { handed_over: true, ips, ..PodNetns::new(netns) });
             }
             match verdict.answer {
                 Some(answer) => drop(asked.answer.send(answer)),
                 // It waits for the other daemon now. The runtime reaches that one when it asks again.
-                None if !self.source.capturer.role.is_active() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
+                None if !self.enrolment.capturer.role.is_active() => drop(asked.answer.send(Err(TAKEN_OVER.into()))),
                 None if Instant::now() >= deadline => drop(asked.answer.send(Err(verdict.waits_for))),
                 None => self.asked.push((asked, deadline)),
             }
@@ -97,8 +97,8 @@ impl Running {
 
     fn verdict(&self, asked: &PendingQuestion) -> Verdict {
         let Question { verb, name, namespace, .. } = &asked.question;
-        let later = |waits_for: String| Verdict { answer: None, waits_for, place: None };
-        let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), place: None };
+        let later = |waits_for: String| Verdict { answer: None, waits_for, new_netns: None };
+        let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), new_netns: None };
         let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
             return later("the Kubernetes API has not sent this node's pods yet".into());
         };
@@ -106,9 +106,9 @@ impl Running {
         let (Some(pod), Some(labels)) = (pod, namespaces.get(namespace.as_str())) else {
             return later(format!("the Kubernetes API has not sent pod {namespace}/{name} yet"));
         };
-        if self.source.config.enablement.enrols(pod, labels).is_err() {
+        if self.enrolment.config.enablement.enrols(pod, labels).is_err() {
             // Labels of a namespace that may be out of date are no reason to start a pod without capture.
-            return match self.source.metrics.is_connected("namespaces") {
+            return match self.enrolment.metrics.is_connected("namespaces") {
                 true => now(Ok(())),
                 false => later(
                     "the watch of namespaces in the Kubernetes API is interrupted, so their labels may be out of date"
@@ -116,23 +116,25 @@ impl Running {
                 ),
             };
         }
-        let status = self.source.board.get(&pod.uid);
-        let ours = |netns: &Netns| self.netns_of.get(&pod.uid).is_some_and(|place| place.netns == *netns);
+        let status = self.enrolment.board.get(&pod.uid);
+        let ours = |netns: &Netns| self.netns_by_pod.get(&pod.uid).is_some_and(|known| known.netns == *netns);
         if let (Verb::Add, Some(netns)) = (verb, asked.netns.as_ref().filter(|netns| !ours(netns))) {
-            let place = Some((pod.uid.clone(), netns.clone()));
-            return Verdict { answer: None, waits_for: "the pod is being captured".into(), place };
+            let new_netns = Some((pod.uid.clone(), netns.clone()));
+            return Verdict { answer: None, waits_for: "the pod is being captured".into(), new_netns };
         }
         let there = |status: &PodStatus| match &asked.netns {
             Some(netns) => status.spec.netns == NetnsRef::Handle(netns.clone()),
             None => true,
         };
         match status {
-            Some(status) if status.redirected && there(&status) => match (verb, self.annotator.has_enabled(pod)) {
-                // The pod's peers must know that it takes tunnels before it runs. The API announces its address
-                // together with this annotation.
-                (Verb::Add, Err(why)) => later(why),
-                _ => now(Ok(())),
-            },
+            Some(status) if status.redirected && there(&status) => {
+                match (verb, self.annotator.is_enabled_in_api(pod)) {
+                    // The pod's peers must know that it takes tunnels before it runs. The API announces its address
+                    // together with this annotation.
+                    (Verb::Add, Err(why)) => later(why),
+                    _ => now(Ok(())),
+                }
+            }
             Some(status) => later(status.state.reason().unwrap_or("the pod is being captured").to_owned()),
             None => later("the pod is being captured".into()),
         }

@@ -6,7 +6,7 @@ use super::facts::{AnnotationFault, PodFacts};
 use super::plugin;
 use super::ready_before_enabled::{self, ReadyBeforeEnabled};
 use super::saved::SavedPods;
-use super::state::{Enrolment, Running, ScanSchedule, described, spec};
+use super::state::{Enrolment, EnrolmentLoop, ScanSchedule, described, spec};
 use super::watch::{self, ApiEvent};
 use crate::mesh::Text;
 use crate::node::selectors::Labels;
@@ -26,7 +26,7 @@ const QUEUE: usize = 256;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Shortest time between two log lines about the annotations of one pod.
-const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
+const LOG_FAULTS_EVERY: Duration = Duration::from_secs(10);
 
 /// Reason of the state of a pod whose sidecar is not redirected.
 const NOT_REDIRECTED: &str = "its sidecar depends on istio-cni to redirect it (container istio-validation has failed), and culvert does not do \
@@ -36,25 +36,25 @@ const NOT_REDIRECTED: &str = "its sidecar depends on istio-cni to redirect it (c
 impl Enrolment {
     /// Follows the API until the process ends.
     pub async fn run(mut self, drain: Signal) {
-        let (tell, mut told) = mpsc::channel(QUEUE);
+        let (send_event, mut events) = mpsc::channel(QUEUE);
         let tasks = Group::default();
         tasks.spawn(watch::pods(
             self.client.clone(),
             self.config.node_name.clone(),
-            tell.clone(),
+            send_event.clone(),
             self.metrics.clone(),
         ));
-        tasks.spawn(watch::namespaces(self.client.clone(), tell, self.metrics.clone()));
+        tasks.spawn(watch::namespaces(self.client.clone(), send_event, self.metrics.clone()));
         tasks.spawn(self.own_set.clone().follow(self.client.clone(), self.config.clone()));
         let annotator = Annotator::new(self.client.clone(), self.metrics.clone(), tasks.clone());
         let mut states = self.board.subscribe();
         let (ready, mut plugin) = (self.ready.take().map(Arc::new), self.plugin.take());
         let saved = SavedPods::read(self.config.saved_pods.clone(), &self.config.node_name).await;
-        let mut running = Running {
-            source: self,
+        let mut running = EnrolmentLoop {
+            enrolment: self,
             pods: None,
             namespaces: None,
-            netns_of: HashMap::new(),
+            netns_by_pod: HashMap::new(),
             unlocated: HashMap::new(),
             annotator,
             scan: ScanSchedule::default(),
@@ -62,12 +62,12 @@ impl Enrolment {
             asked: Vec::new(),
             cleaned: HashMap::new(),
             clean_from: Instant::now(),
-            complained: HashMap::new(),
+            logged_faults: HashMap::new(),
             ready_before_enabled: ReadyBeforeEnabled::default(),
             saved,
             tasks: tasks.clone(),
         };
-        let mut role_changes = running.source.capturer.role.subscribe();
+        let mut role_changes = running.enrolment.capturer.role.subscribe();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -80,9 +80,9 @@ impl Enrolment {
             };
             tokio::select! {
                 () = drain.gentle() => break,
-                Some(first) = told.recv() => {
+                Some(first) = events.recv() => {
                     running.take(first);
-                    while let Ok(more) = told.try_recv() {
+                    while let Ok(more) = events.try_recv() {
                         running.take(more);
                     }
                 }
@@ -106,10 +106,10 @@ impl Enrolment {
     }
 }
 
-impl Running {
-    fn take(&mut self, told: ApiEvent) {
+impl EnrolmentLoop {
+    fn take(&mut self, event: ApiEvent) {
         self.scan.soon();
-        let enablement = &self.source.config.enablement;
+        let enablement = &self.enrolment.config.enablement;
         let of_pod = |mut pod: PodFacts| {
             enablement.prune(&mut pod.labels);
             (pod.uid.clone(), pod)
@@ -118,7 +118,7 @@ impl Running {
             enablement.prune(&mut labels);
             (name, labels)
         };
-        match told {
+        match event {
             ApiEvent::AllPods(all) => self.pods = Some(all.into_iter().map(of_pod).collect()),
             ApiEvent::Pod(pod) => self.pods.get_or_insert_default().extend([of_pod(pod)]),
             ApiEvent::PodGone(uid) => drop(self.pods.as_mut().map(|pods| pods.remove(&uid))),
@@ -139,23 +139,23 @@ impl Running {
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         self.end_of_saved();
-        if self.source.capturer.mesh.load().told.missing().is_none() {
-            self.source.capturer.role.set_ready();
+        if self.enrolment.capturer.mesh.load().told.missing().is_none() {
+            self.enrolment.capturer.role.set_ready();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
-        self.netns_of.retain(|uid, _| uids.contains(uid));
+        self.netns_by_pod.retain(|uid, _| uids.contains(uid));
         self.unlocated.retain(|uid, _| uids.contains(uid));
-        self.source.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
+        self.enrolment.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
         let (mut specs, mut shown) = (Vec::new(), Vec::new());
         for pod in &wanted {
-            complain(&mut self.complained, pod);
+            log_faults(&mut self.logged_faults, pod);
             // From now on the pod may leave rules behind again.
             self.cleaned.remove(&pod.uid);
-            match self.netns_of.get(&pod.uid) {
-                Some(place) => {
-                    let mut spec = spec(pod, place.netns.clone());
-                    if place.path.is_none() && !place.ips.is_empty() {
-                        spec.ips.clone_from(&place.ips);
+            match self.netns_by_pod.get(&pod.uid) {
+                Some(known) => {
+                    let mut spec = spec(pod, known.netns.clone());
+                    if known.path.is_none() && !known.ips.is_empty() {
+                        spec.ips.clone_from(&known.ips);
                     }
                     specs.push(spec);
                 }
@@ -173,13 +173,13 @@ impl Running {
         }
         shown.extend(self.not_redirected());
         // Ready once each pod of the first list has been searched for, and each that was found has had its attempt.
-        let sought_all = self.scan.running.is_none()
+        let all_searched = self.scan.running.is_none()
             && wanted.iter().all(|pod| {
-                pod.ips.is_empty() || self.netns_of.contains_key(&pod.uid) || self.unlocated.contains_key(&pod.uid)
+                pod.ips.is_empty() || self.netns_by_pod.contains_key(&pod.uid) || self.unlocated.contains_key(&pod.uid)
             });
-        self.source.pods.apply(specs, self.ready.as_ref());
-        self.source.pods.show(shown);
-        if sought_all {
+        self.enrolment.pods.apply(specs, self.ready.as_ref());
+        self.enrolment.pods.show(shown);
+        if all_searched {
             self.ready = None;
         }
         self.annotate(&wanted);
@@ -197,28 +197,28 @@ impl Running {
     }
 
     fn annotate(&mut self, wanted: &[PodFacts]) {
-        if !self.source.capturer.role.is_active() {
+        if !self.enrolment.capturer.role.is_active() {
             return;
         }
         let Some(pods) = &self.pods else { return };
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
         let states: BTreeMap<Text, _> =
-            self.source.board.list().into_iter().map(|status| (status.spec.uid.clone(), status)).collect();
+            self.enrolment.board.list().into_iter().map(|status| (status.spec.uid.clone(), status)).collect();
         for pod in pods.values() {
             match uids.contains(&pod.uid) {
                 true => {
                     let status = states.get(&pod.uid);
                     let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.question, pod));
-                    let unborn = awaited || pod.ips.is_empty();
-                    if let Ok(value) = annotate::wanted(status, pod.annotation(), unborn) {
+                    let unreachable = awaited || pod.ips.is_empty();
+                    if let Ok(value) = annotate::wanted(status, pod.annotation(), unreachable) {
                         self.annotator.ensure(pod, Some(value), awaited);
                     }
                     let captured =
                         status.is_some_and(|status| status.redirected || status.state == CaptureState::Captured);
-                    let told = self.annotator.has_enabled(pod).is_ok();
+                    let told = self.annotator.is_enabled_in_api(pod).is_ok();
                     let news = self.ready_before_enabled.check(pod, captured, told, ready_before_enabled::room);
                     if news.count {
-                        self.source.metrics.late();
+                        self.enrolment.metrics.late();
                     }
                     if news.name {
                         ready_before_enabled::name(pod);
@@ -233,21 +233,21 @@ impl Running {
         self.ready_before_enabled.retain(|uid| uids.contains(uid));
         self.annotator.retain(|uid| pods.contains_key(uid));
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
-        self.complained.retain(|uid, _| pods.contains_key(uid));
+        self.logged_faults.retain(|uid, _| pods.contains_key(uid));
     }
 }
 
 /// Logs invalid annotations of a pod: once, and again if they change, but not too often.
-fn complain(complained: &mut HashMap<Text, (Vec<AnnotationFault>, Instant)>, pod: &PodFacts) {
-    let said = complained.get(&pod.uid);
+fn log_faults(logged_faults: &mut HashMap<Text, (Vec<AnnotationFault>, Instant)>, pod: &PodFacts) {
+    let said = logged_faults.get(&pod.uid);
     let is_said = |fault: &&AnnotationFault| said.is_some_and(|(said, _)| said.contains(fault));
     let news: Vec<&AnnotationFault> = pod.faults.iter().filter(|fault| !is_said(fault)).collect();
-    if news.is_empty() || said.is_some_and(|(_, at)| at.elapsed() < COMPLAIN_EVERY) {
+    if news.is_empty() || said.is_some_and(|(_, at)| at.elapsed() < LOG_FAULTS_EVERY) {
         return;
     }
     for (annotation, value) in news {
         let (namespace, name) = (&*pod.namespace, &*pod.name);
         tracing::warn!(namespace, name, annotation, value, "the pod's annotation has an invalid value and is ignored");
     }
-    complained.insert(pod.uid.clone(), (pod.faults.clone(), Instant::now()));
+    logged_faults.insert(pod.uid.clone(), (pod.faults.clone(), Instant::now()));
 }

@@ -4,17 +4,17 @@
 use super::facts::PodFacts;
 use super::saved::SavedPod;
 use super::scan::SoughtPod;
-use super::state::{Running, spec};
+use super::state::{EnrolmentLoop, spec};
 use crate::mesh::Text;
 use crate::sys::netns::Netns;
 use std::path::PathBuf;
 use tokio::time::Instant;
 
-impl Running {
+impl EnrolmentLoop {
     /// Saved pods whose network namespace is not known, while the API has sent none.
     pub(super) fn sought_saved(&self) -> Vec<SoughtPod> {
-        let has_no_place = |pod: &&PodFacts| self.netns_of.get(&pod.uid).is_none_or(|place| place.path.is_none());
-        self.remembered().into_iter().filter(has_no_place).map(SoughtPod::from).collect()
+        let is_unlocated = |pod: &&PodFacts| self.netns_by_pod.get(&pod.uid).is_none_or(|known| known.path.is_none());
+        self.remembered().into_iter().filter(is_unlocated).map(SoughtPod::from).collect()
     }
 
     fn remembered(&self) -> Vec<&PodFacts> {
@@ -26,7 +26,7 @@ impl Running {
     /// Takes a network namespace that was found for a saved pod. It counts only if it is the one that was captured.
     pub(super) fn found_saved(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
         match self.saved.netns(&uid) {
-            Some(id) if id == netns.id() => self.place(uid, netns, path, began),
+            Some(id) if id == netns.id() => self.take_netns(uid, netns, path, began),
             Some(_) => self.forget(&uid, "its processes are in a different network namespace now"),
             None => {}
         }
@@ -35,7 +35,7 @@ impl Running {
     /// Forgets a saved pod, which then waits for the API. If it is captured it stays so: releasing it would pass its
     /// traffic.
     pub(super) fn forget(&mut self, uid: &Text, why: &str) {
-        if self.netns_of.contains_key(uid) {
+        if self.netns_by_pod.contains_key(uid) {
             return;
         }
         let Some(pod) = self.saved.remove(uid) else { return };
@@ -50,9 +50,9 @@ impl Running {
 
     /// Captures the saved pods, until the API says which pods are enrolled.
     pub(super) fn apply_saved(&mut self) {
-        let here = |pod: &PodFacts| self.netns_of.get(&pod.uid).map(|place| spec(pod, place.netns.clone()));
+        let here = |pod: &PodFacts| self.netns_by_pod.get(&pod.uid).map(|known| spec(pod, known.netns.clone()));
         let specs = self.remembered().into_iter().filter_map(here).collect();
-        self.source.pods.apply(specs, None);
+        self.enrolment.pods.apply(specs, None);
     }
 
     /// Forgets the saved pods, because the API has sent pods and namespaces. Network namespaces stay if they hold their
@@ -68,7 +68,7 @@ impl Running {
         if !self.saved.is_due() {
             return;
         }
-        let here = |pod: &PodFacts| Some(SavedPod::of(pod, &self.netns_of.get(&pod.uid)?.netns, self.ips(pod)));
+        let here = |pod: &PodFacts| Some(SavedPod::of(pod, &self.netns_by_pod.get(&pod.uid)?.netns, self.ips(pod)));
         let pods: Vec<SavedPod> = wanted.iter().filter_map(here).collect();
         self.saved.save(pods.into_iter(), &self.tasks);
     }

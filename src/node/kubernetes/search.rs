@@ -3,7 +3,7 @@
 
 use super::facts::PodFacts;
 use super::scan::{ScanResult, SoughtPod, scan};
-use super::state::{Running, SCAN_EVERY, Scanned, spec};
+use super::state::{EnrolmentLoop, SCAN_EVERY, Scanned, spec};
 use crate::mesh::Text;
 use crate::node::status::CaptureState;
 use crate::task::thread;
@@ -17,11 +17,11 @@ const SCAN_MAX: Duration = Duration::from_secs(5);
 /// How often a pod that is not enrolled and has no visible processes is searched for rules of an earlier daemon.
 const CLEAN_TIMES: u32 = 10;
 
-impl Running {
+impl EnrolmentLoop {
     /// Pods whose network namespace is not known.
     fn sought(&self) -> Vec<SoughtPod> {
-        let has_place = |uid: &Text| self.netns_of.get(uid).is_some_and(|place| place.path.is_some());
-        let has_no_place = |pod: &&&PodFacts| !pod.ips.is_empty() && !has_place(&pod.uid);
+        let is_located = |uid: &Text| self.netns_by_pod.get(uid).is_some_and(|known| known.path.is_some());
+        let is_unlocated = |pod: &&&PodFacts| !pod.ips.is_empty() && !is_located(&pod.uid);
         // A uid of the API belongs to that pod alone, whether it is searched for or not.
         let is_real = |uid: &Text| self.pods.as_ref().is_some_and(|pods| pods.contains_key(uid));
         let sought = |pod: &&PodFacts| {
@@ -30,7 +30,7 @@ impl Running {
         };
         let Some(wanted) = self.wanted() else { return self.sought_saved() };
         let others = self.leftovers();
-        wanted.iter().filter(has_no_place).chain(others.iter()).map(sought).collect()
+        wanted.iter().filter(is_unlocated).chain(others.iter()).map(sought).collect()
     }
 
     /// Whether any pod is to be searched for.
@@ -40,7 +40,9 @@ impl Running {
 
     /// Pods that are not enrolled and may contain rules of an earlier daemon; each until it has been cleaned up.
     fn leftovers(&self) -> Vec<&PodFacts> {
-        let Some(wanted) = self.wanted().filter(|_| self.source.capturer.role.is_active()) else { return Vec::new() };
+        let Some(wanted) = self.wanted().filter(|_| self.enrolment.capturer.role.is_active()) else {
+            return Vec::new();
+        };
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
         let left = |pod: &&PodFacts| {
             let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
@@ -52,16 +54,16 @@ impl Running {
     /// Searches again for rules of another daemon. That one may be releasing a pod, whose connections have time to end.
     pub(super) fn role_changed(&mut self) {
         self.cleaned.clear();
-        if self.source.capturer.role.is_active() {
-            self.clean_from = Instant::now() + self.source.capturer.config.release_deadline;
+        if self.enrolment.capturer.role.is_active() {
+            self.clean_from = Instant::now() + self.enrolment.capturer.config.release_deadline;
         }
     }
 
     /// Starts a scan of the node's processes.
     pub(super) fn start_scan(&mut self) {
         let sought = self.sought();
-        (self.scan.running, self.scan.from_saved) = (Some(Instant::now()), self.wanted().is_none());
-        let (proc, host) = (self.source.config.proc.clone(), self.source.capturer.config.host_netns.clone());
+        (self.scan.running, self.scan.for_saved) = (Some(Instant::now()), self.wanted().is_none());
+        let (proc, host) = (self.enrolment.config.proc.clone(), self.enrolment.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
             let scanned = thread::beside(move || scan(&proc, &host, &sought)).await;
@@ -74,7 +76,7 @@ impl Running {
     pub(super) fn found(&mut self, found: Scanned) {
         let began = self.scan.running.take();
         let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
-        if wanted.is_some() && self.scan.from_saved {
+        if wanted.is_some() && self.scan.for_saved {
             // The addresses it searched for may be out of date.
             self.scan.next = Instant::now();
             return;
@@ -96,12 +98,12 @@ impl Running {
             match found {
                 ScanResult::Namespace(netns, path) => {
                     self.unlocated.remove(&uid);
-                    self.place(uid, netns, path, began);
+                    self.take_netns(uid, netns, path, began);
                     continue;
                 }
                 // Without a process, the network namespace stays for as long as it holds the pod's address: containers
                 // come and go.
-                _ if self.netns_of.contains_key(&uid) => self.drop_if_address_gone(&uid),
+                _ if self.netns_by_pod.contains_key(&uid) => self.drop_if_address_gone(&uid),
                 ScanResult::Refused(why) => drop(self.unlocated.insert(uid, CaptureState::Failed(why))),
                 ScanResult::Nothing => {
                     let why = "no process of the pod is running yet, or the host's /proc is not visible";
@@ -121,10 +123,10 @@ impl Running {
         // If its processes are just starting, it is searched for again.
         *times = if matches!(found, ScanResult::Namespace(..)) { CLEAN_TIMES } else { *times + 1 };
         if let ScanResult::Namespace(netns, _) = found
-            && self.source.board.get(uid).is_none()
+            && self.enrolment.board.get(uid).is_none()
         {
             let spec = spec(pod, netns);
-            let (capturer, from) = (self.source.capturer.clone(), self.clean_from);
+            let (capturer, from) = (self.enrolment.capturer.clone(), self.clean_from);
             self.tasks.spawn(async move {
                 if Instant::now() < from {
                     capturer.stop_redirecting(&spec).await;

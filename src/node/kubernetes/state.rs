@@ -59,12 +59,13 @@ pub struct Enrolment {
     pub own_set: Arc<OwnDaemonSet>,
 }
 
-pub(super) struct Running {
-    pub(super) source: Enrolment,
+/// The loop of enrolment and everything it knows.
+pub(super) struct EnrolmentLoop {
+    pub(super) enrolment: Enrolment,
     /// `None` before the first list.
     pub(super) pods: Option<HashMap<Text, PodFacts>>,
     pub(super) namespaces: Option<HashMap<Text, Labels>>,
-    pub(super) netns_of: HashMap<Text, PodNetns>,
+    pub(super) netns_by_pod: HashMap<Text, PodNetns>,
     /// Why a pod's network namespace is not known.
     pub(super) unlocated: HashMap<Text, CaptureState>,
     pub(super) annotator: Annotator,
@@ -77,7 +78,7 @@ pub(super) struct Running {
     /// Connections in such pods have time to end until then: another daemon may be releasing the pods.
     pub(super) clean_from: Instant,
     /// Invalid annotations that have been logged, and when.
-    pub(super) complained: HashMap<Text, (Vec<AnnotationFault>, Instant)>,
+    pub(super) logged_faults: HashMap<Text, (Vec<AnnotationFault>, Instant)>,
     /// Pods that are Ready before their peers know that they take tunnels.
     pub(super) ready_before_enabled: ReadyBeforeEnabled,
     pub(super) saved: SavedPods,
@@ -93,14 +94,14 @@ pub(super) struct ScanSchedule {
     /// When the running scan began.
     pub(super) running: Option<Instant>,
     /// Whether the running scan searches for saved pods.
-    pub(super) from_saved: bool,
+    pub(super) for_saved: bool,
     pub(super) next: Instant,
     pub(super) wait: Duration,
 }
 
 impl Default for ScanSchedule {
     fn default() -> Self {
-        Self { results: mpsc::channel(1), running: None, from_saved: false, next: Instant::now(), wait: SCAN_EVERY }
+        Self { results: mpsc::channel(1), running: None, for_saved: false, next: Instant::now(), wait: SCAN_EVERY }
     }
 }
 
@@ -112,48 +113,48 @@ impl ScanSchedule {
     }
 }
 
-impl Running {
+impl EnrolmentLoop {
     /// The enrolled pods; `None` before both lists have come.
     pub(super) fn wanted(&self) -> Option<Vec<&PodFacts>> {
         let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
         let none = Labels::new();
         let is_in = |pod: &&PodFacts| {
             let labels = namespaces.get(&pod.namespace).unwrap_or(&none);
-            self.source.config.enablement.enrols(pod, labels).is_ok()
+            self.enrolment.config.enablement.enrols(pod, labels).is_ok()
         };
         Some(pods.values().filter(is_in).collect())
     }
 
     /// The addresses of a pod's present sandbox.
     pub(super) fn ips(&self, pod: &PodFacts) -> Vec<IpAddr> {
-        match self.netns_of.get(&pod.uid) {
-            Some(place) if place.path.is_none() && !place.ips.is_empty() => place.ips.clone(),
+        match self.netns_by_pod.get(&pod.uid) {
+            Some(known) if known.path.is_none() && !known.ips.is_empty() => known.ips.clone(),
             _ => pod.ips.clone(),
         }
     }
 
     /// Takes a network namespace that was found by the scan that `began` at this time.
-    pub(super) fn place(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
+    pub(super) fn take_netns(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
         let is_own = self.holds_pod_address(&uid);
-        match self.netns_of.get_mut(&uid) {
-            Some(place) if place.netns == netns => {
-                (place.path, place.address_missing_since) = (Some(path), None);
-                place.ips.clear();
+        match self.netns_by_pod.get_mut(&uid) {
+            Some(known) if known.netns == netns => {
+                (known.path, known.address_missing_since) = (Some(path), None);
+                known.ips.clear();
             }
             // It became known after the scan began.
-            Some(place) if began.is_none_or(|began| place.since > began) => {}
+            Some(known) if began.is_none_or(|began| known.since > began) => {}
             // The runtime has handed this one over; the pod itself may have made the other one.
-            Some(place) if place.handed_over && is_own != Some(false) => {
-                if !std::mem::replace(&mut place.contested, true) {
+            Some(known) if known.handed_over && is_own != Some(false) => {
+                if !std::mem::replace(&mut known.contested, true) {
                     tracing::warn!(
-                        uid = &*uid, captured = %place.netns.path().display(), other = %path.display(),
+                        uid = &*uid, captured = %known.netns.path().display(), other = %path.display(),
                         "a process of the pod is in another network namespace that also holds its address; the one that the CNI plugin \
                          handed over stays captured"
                     );
                 }
             }
             _ => {
-                self.netns_of.insert(uid, PodNetns { path: Some(path), ..PodNetns::new(netns) });
+                self.netns_by_pod.insert(uid, PodNetns { path: Some(path), ..PodNetns::new(netns) });
             }
         }
     }
@@ -161,60 +162,63 @@ impl Running {
     /// Drops the network namespace of a pod if it does not hold the pod's address any more: the sandbox has ended.
     pub(super) fn drop_if_address_gone(&mut self, uid: &Text) {
         if self.holds_pod_address(uid) == Some(false) {
-            self.netns_of.remove(uid);
+            self.netns_by_pod.remove(uid);
         }
     }
 
     /// Whether a pod's network namespace holds one of the pod's addresses; `None` if that cannot be checked now.
     pub(super) fn holds_pod_address(&self, uid: &Text) -> Option<bool> {
-        let told = self.pods.as_ref().and_then(|pods| pods.get(uid));
-        let (place, pod) = (self.netns_of.get(uid)?, told.or_else(|| self.saved.get(uid))?);
-        let mut known = pod.ips.iter().chain(&place.ips).peekable();
-        known.peek()?;
+        let of_api = self.pods.as_ref().and_then(|pods| pods.get(uid));
+        let (known, pod) = (self.netns_by_pod.get(uid)?, of_api.or_else(|| self.saved.get(uid))?);
+        let mut own = pod.ips.iter().chain(&known.ips).peekable();
+        own.peek()?;
         // An error now does not mean that the sandbox has ended.
-        let held = place.netns.addresses().ok()?;
-        Some(known.any(|ip| held.iter().any(|(held, _)| held == ip)))
+        let held = known.netns.addresses().ok()?;
+        Some(own.any(|ip| held.iter().any(|(held, _)| held == ip)))
     }
 
     /// Checks whether the paths still lead to the network namespaces.
     pub(super) fn check_netns(&mut self) {
-        for place in self.netns_of.values_mut() {
+        for known in self.netns_by_pod.values_mut() {
             // An error such as too few file descriptors does not mean that the sandbox has ended.
-            let lost = place.path.as_ref().is_some_and(|path| match Netns::open(path) {
-                Ok(now) => now != place.netns,
+            let lost = known.path.as_ref().is_some_and(|path| match Netns::open(path) {
+                Ok(now) => now != known.netns,
                 Err(NetnsError::Open { source, .. }) => source.kind() == std::io::ErrorKind::NotFound,
                 Err(_) => false,
             });
             if lost {
                 // The oldest process has ended. Another one may still run, or a new sandbox may come.
-                place.path = None;
+                known.path = None;
                 self.scan.next = Instant::now();
             }
         }
         // No process leads there: when the pod's address has gone, the sandbox has ended.
-        let unled = self.netns_of.iter().filter(|(_, place)| place.path.is_none()).map(|(uid, _)| uid.clone());
-        for uid in unled.collect::<Vec<_>>() {
-            let bare = self.holds_pod_address(&uid) == Some(false);
-            let Some(place) = self.netns_of.get_mut(&uid) else { continue };
-            let since = bare.then(|| place.address_missing_since.unwrap_or_else(Instant::now));
-            place.address_missing_since = since;
+        let without_path =
+            self.netns_by_pod.iter().filter(|(_, known)| known.path.is_none()).map(|(uid, _)| uid.clone());
+        for uid in without_path.collect::<Vec<_>>() {
+            let address_missing = self.holds_pod_address(&uid) == Some(false);
+            let Some(known) = self.netns_by_pod.get_mut(&uid) else { continue };
+            let since = address_missing.then(|| known.address_missing_since.unwrap_or_else(Instant::now));
+            known.address_missing_since = since;
             if since.is_some_and(|since| since.elapsed() >= ADDRESS_GONE) {
-                let netns = place.netns.path().display().to_string();
+                let netns = known.netns.path().display().to_string();
                 tracing::info!(
                     uid = &*uid,
                     netns,
                     "the pod's address has gone from its network namespace; giving it up"
                 );
-                self.netns_of.remove(&uid);
+                self.netns_by_pod.remove(&uid);
             }
         }
     }
 }
 
+/// What capture needs to know about a pod in this network namespace.
 pub(super) fn spec(pod: &PodFacts, netns: Netns) -> PodSpec {
     PodSpec { netns: NetnsRef::Handle(netns), ..described(pod) }
 }
 
+/// What is shown of a pod whose network namespace is not known.
 pub(super) fn described(pod: &PodFacts) -> PodSpec {
     PodSpec {
         name: pod.name.clone(),

@@ -5,7 +5,7 @@
 
 use super::annotate;
 use super::daemonset::{ASK, ShutdownPlan};
-use super::state::Running;
+use super::state::EnrolmentLoop;
 use crate::node::config::KubernetesConfig;
 use crate::node::{active_daemon, cleanup, cni, redirect};
 use crate::task::Signal;
@@ -17,24 +17,24 @@ use std::time::Duration;
 
 /// How long a successor may take to begin, at most half of the time that this daemon has to end. A DaemonSet that is
 /// renamed, or deleted and created again, starts its daemon when this one ends. In between, pods are refused.
-const SURE: Duration = Duration::from_secs(10);
+const WAIT_FOR_SUCCESSOR: Duration = Duration::from_secs(10);
 /// Time between checks for a successor.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long the API may take to remove the annotations of the node's pods.
-const FORGET: Duration = Duration::from_secs(3);
+const REMOVE_ANNOTATIONS: Duration = Duration::from_secs(3);
 /// Pods that are released at once.
 const AT_ONCE: usize = 8;
 
-impl Running {
+impl EnrolmentLoop {
     /// Removes what would keep pods waiting, or everything, if no daemon follows. After an upgrade everything stays.
     pub(super) async fn leave(&self, drain: &Signal) {
-        let config = &self.source.config;
+        let config = &self.enrolment.config;
         let (name, namespace) = (&config.daemonset, &config.enablement.own_namespace);
-        let api: Api<DaemonSet> = Api::namespaced(self.source.client.clone(), namespace);
+        let api: Api<DaemonSet> = Api::namespaced(self.enrolment.client.clone(), namespace);
         // If the API has said so already, the time is better spent on the rest.
-        let within = if self.source.own_set.is_told_gone() { ASK / 3 } else { ASK };
+        let within = if self.enrolment.own_set.is_reported_deleted() { ASK / 3 } else { ASK };
         let asked = tokio::time::timeout(within, api.get_opt(name)).await.ok();
-        let (gone, certain) = match self.source.own_set.plan(asked.as_ref()) {
+        let (gone, certain) = match self.enrolment.own_set.plan(asked.as_ref()) {
             ShutdownPlan::Stays => return,
             ShutdownPlan::PluginGoes => return self.remove_plugin("goes on without it"),
             ShutdownPlan::WithoutPlugin(gone) => (gone, false),
@@ -45,7 +45,7 @@ impl Running {
                 tokio::time::sleep(LOOK).await;
             }
         };
-        let sure = SURE.min(self.source.capturer.config.release_deadline / 2);
+        let sure = WAIT_FOR_SUCCESSOR.min(self.enrolment.capturer.config.release_deadline / 2);
         tracing::info!(daemonset = name, gone, within = %brief(sure), "waiting for a daemon that may replace this one");
         // A daemon of a DaemonSet with another name, or one that ends after this one.
         if tokio::time::timeout(sure, followed).await.is_ok() {
@@ -71,8 +71,8 @@ impl Running {
     }
 
     fn remove_plugin(&self, gone: &str) {
-        let Some(cni) = &self.source.config.cni else { return };
-        let daemonset = &self.source.config.daemonset;
+        let Some(cni) = &self.enrolment.config.cni else { return };
+        let daemonset = &self.enrolment.config.daemonset;
         match cni.remove() {
             Ok(removed) => {
                 let files: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
@@ -83,22 +83,22 @@ impl Running {
     }
 
     fn has_successor(&self) -> bool {
-        let capturer = &self.source.capturer;
-        capturer.role.has_successor(&self.source.config.daemons_folder(&capturer.node_tag))
+        let capturer = &self.enrolment.capturer;
+        capturer.role.has_successor(&self.enrolment.config.daemons_folder(&capturer.node_tag))
     }
 
     /// Releases all pods: new connections at once, the rest when open connections have had their time.
     async fn uninstall(&self, drain: &Signal) {
-        let netns_of: Vec<_> = self.netns_of.values().map(|place| place.netns.clone()).collect();
-        let pass = async |netns| match redirect::let_pass(&netns).await {
+        let netns_by_pod: Vec<_> = self.netns_by_pod.values().map(|known| known.netns.clone()).collect();
+        let pass = async |netns| match redirect::stop_redirecting(&netns).await {
             Ok(()) => {}
             // A pod that was not captured has no chains to empty.
             Err(error) => tracing::debug!(netns = %netns.path().display(), %error, "no rules to empty"),
         };
-        stream::iter(netns_of).for_each_concurrent(AT_ONCE, pass).await;
-        let forget = annotate::forget_all(self.source.client.clone(), &self.source.config.node_name);
+        stream::iter(netns_by_pod).for_each_concurrent(AT_ONCE, pass).await;
+        let forget = annotate::remove_all(self.enrolment.client.clone(), &self.enrolment.config.node_name);
         let annotations = async {
-            let forgotten = tokio::time::timeout(FORGET, forget).await;
+            let forgotten = tokio::time::timeout(REMOVE_ANNOTATIONS, forget).await;
             if let Err(error) = forgotten.unwrap_or_else(|_| Err("no answer in time".into())) {
                 let word = annotate::ANNOTATION;
                 tracing::warn!(
@@ -107,7 +107,7 @@ impl Running {
                 );
             }
         };
-        let node = self.source.capturer.config.cleanup();
+        let node = self.enrolment.capturer.config.cleanup();
         let rules = async {
             drain.now().await;
             if self.has_successor() {
@@ -123,7 +123,7 @@ impl Running {
             }
             let mut outcomes = removed.ours;
             outcomes.extend(node.remove_probe_rules().await);
-            self.source.own_set.nothing_is_to_stay();
+            self.enrolment.own_set.nothing_is_to_stay();
             report(outcomes);
         };
         // The rules do not wait for an API that does not answer.

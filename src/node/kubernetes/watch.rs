@@ -98,7 +98,7 @@ impl Metrics {
 type Events<K> = Pin<Box<dyn Stream<Item = Result<Event<K>, Error>> + Send>>;
 
 /// Watches the pods of `node`.
-pub async fn pods(client: Client, node: String, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
+pub async fn pods(client: Client, node: String, events_out: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<Pod> = Api::all(client);
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node}")).timeout(WATCH_SECONDS);
     let events = |config| -> Events<Pod> { Box::pin(watcher::watcher(api.clone(), config)) };
@@ -109,11 +109,11 @@ pub async fn pods(client: Client, node: String, told: mpsc::Sender<ApiEvent>, me
         one: ApiEvent::Pod,
         gone: |pod: PodFacts| ApiEvent::PodGone(pod.uid),
     };
-    follow(config, events, mapping, told, &metrics).await;
+    follow(config, events, mapping, events_out, &metrics).await;
 }
 
 /// Watches all namespaces.
-pub async fn namespaces(client: Client, told: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
+pub async fn namespaces(client: Client, events_out: mpsc::Sender<ApiEvent>, metrics: Arc<Metrics>) {
     let api: Api<PartialObjectMeta<Namespace>> = Api::all(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let events = |config| -> Events<PartialObjectMeta<Namespace>> { Box::pin(watcher::watcher(api.clone(), config)) };
@@ -127,7 +127,7 @@ pub async fn namespaces(client: Client, told: mpsc::Sender<ApiEvent>, metrics: A
         one: |(name, labels)| ApiEvent::Namespace(name, labels),
         gone: |(name, _)| ApiEvent::NamespaceGone(name),
     };
-    follow(config, events, mapping, told, &metrics).await;
+    follow(config, events, mapping, events_out, &metrics).await;
 }
 
 /// How the events of one kind of object are translated.
@@ -232,7 +232,7 @@ async fn follow<K: Send + 'static, T>(
     config: watcher::Config,
     events: impl Fn(watcher::Config) -> Events<K>,
     mapping: EventMapping<K, T>,
-    told: mpsc::Sender<ApiEvent>,
+    events_out: mpsc::Sender<ApiEvent>,
     metrics: &Metrics,
 ) {
     let label = Resource { resource: mapping.resource };
@@ -271,7 +271,7 @@ async fn follow<K: Send + 'static, T>(
         };
         let Some(news) = news else { continue };
         watch.is_there();
-        if told.send(news).await.is_err() {
+        if events_out.send(news).await.is_err() {
             return;
         }
     }
