@@ -918,7 +918,7 @@ fn captured_means_that_what_comes_to_a_pod_comes_to_us_too() {
         load(rules);
         eventually(what, || {
             let (state, why) = c.w.state(1, "client");
-            state == "failed" && why.contains("was answered, and not by us") && why.contains(&format!(":{port}"))
+            state == "failed" && why.contains("was answered, and not by culvert") && why.contains(&format!(":{port}"))
         });
         assert_eq!(passes(), opens, "{what}");
         assert!(pod(&c)["otherRules"].to_string().contains("of table inet theirs at hook prerouting"), "{}", pod(&c));
