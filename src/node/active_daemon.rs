@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_that_is_able_and_lives_has_the_turn() {
+    fn the_newest_ready_and_living_daemon_is_active() {
         let folder = folder("newest");
         let (first, mut one) = ActiveRole::join(&folder);
         assert!(first.is_active() && !first.has_successor(&folder) && has_daemon(&folder), "it is alone");
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_next_begins_when_nothing_is_written_any_more_and_the_end_lets_go() {
+    async fn the_next_daemon_begins_after_the_last_write_of_the_previous_one() {
         let folder = folder("next");
         let (first, member) = ActiveRole::join(&folder);
         first.set_ready();
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[test]
-    fn who_cannot_see_others_writes() {
+    fn a_daemon_that_cannot_read_the_folder_is_active() {
         let (role, mut member) = ActiveRole::join(Path::new("/proc/nowhere"));
         assert!(role.is_active() && member.check() && role.permit().is_some());
         // A daemon on standby does not write again just because it cannot read the folder for a moment.

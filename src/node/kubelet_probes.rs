@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_without_visible_address_keeps_its_own_and_no_other() {
+    fn a_pod_without_a_visible_address_keeps_its_entries() {
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         let listing = serde_json::json!({"nftables": [{"set": {"name": "v4", "elem": [
             {"elem": {"val": "10.0.0.1", "comment": "a"}},

@@ -146,7 +146,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn selectors_are_kubernetes_own() {
+    fn selectors_work_as_in_kubernetes() {
         let labels = |pairs: &[(&str, &str)]| -> Labels {
             pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
         };

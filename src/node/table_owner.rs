@@ -24,7 +24,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_table_says_whose_it_is_or_nothing() {
+    fn a_table_has_the_tag_of_its_node_or_none() {
         let rule = |chain: &str| json!({"rule": {"chain": chain, "comment": "n1-7", "expr": [{"return": null}]}});
         let metainfo = json!({"metainfo": {}});
         assert_eq!(owner(&json!({"nftables": [metainfo, rule("other"), rule(CHAIN)]})), Some("n1-7"));

@@ -130,7 +130,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn what_is_istios_is_found_and_nothing_else() {
+    fn only_the_rules_of_istio_cni_are_found() {
         let listing = json!({"nftables": [
             {"metainfo": {"version": "1.0.6"}},
             {"table": {"family": "inet", "name": "istio-ambient-nat", "handle": 1}},
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_before_ours_is_named_and_the_list_is_short() {
+    fn rules_that_may_precede_ours_are_named_in_a_short_list() {
         let chain = |table: &str, name: &str, kind: &str, hook: &str, prio: i64| json!({"chain": {"family": "inet", "table": table, "name": name, "type": kind, "hook": hook, "prio": prio}});
         let listing = json!({"nftables": [
             chain("culvert", "pre_nat", "nat", "prerouting", -100),

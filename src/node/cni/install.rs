@@ -253,7 +253,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn our_configuration_repeats_the_first_one_and_changes_none() {
+    fn our_configuration_repeats_the_first_one_and_changes_no_file() {
         let dir = std::env::temp_dir().join(format!("culvert-cni-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let config = Config {

@@ -276,7 +276,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_socket_that_somebody_has_removed_is_made_anew() {
+    async fn a_removed_socket_is_bound_again() {
         let folder = std::env::temp_dir().join(format!("culvert-cni-socket-{}", std::process::id()));
         let socket = folder.join("cni.sock");
         let tasks = Group::default();

@@ -259,7 +259,7 @@ mod tests {
     use std::time::SystemTime;
 
     #[test]
-    fn enabled_is_said_when_it_is_so_and_not_taken_back_lightly() {
+    fn a_captured_pod_is_enabled_and_stays_so_until_its_capture_fails() {
         let status = |state, listening| PodStatus {
             spec: PodSpec {
                 name: "a".into(),
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_is_gone_when_the_api_says_so_and_not_by_any_conflict() {
+    fn only_some_answers_of_the_api_mean_that_a_pod_is_gone() {
         for (code, message, gone) in [
             (404, "pods \"a\" not found", true),
             (409, "uid mismatch: the provided object specified uid 1, and no existing object was found", true),
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_pod_whose_start_waits_finds_room_and_another_one_hears_what_it_waits_for() {
+    async fn a_pod_whose_start_waits_has_room_for_its_patch_and_the_reason_is_known() {
         // Nothing is sent before this test awaits anything.
         let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
         let mut annotator = Annotator::new(client, Arc::default(), Group::default());
@@ -339,6 +339,6 @@ mod tests {
         annotator.ensure(&first, Some(ENABLED), true);
         assert!(why(&annotator, &first).ends_with("another value is being written first"));
         (100..200).for_each(|n| annotator.ensure(&pod(n), Some(ENABLED), true));
-        assert_eq!(annotator.patches_in_flight().count(), AT_ONCE_AWAITED, "many are bounded too");
+        assert_eq!(annotator.patches_in_flight().count(), AT_ONCE_AWAITED, "these are limited too");
     }
 }

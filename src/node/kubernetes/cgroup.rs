@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_gives_the_pod() {
+    fn every_form_of_path_leads_to_the_pod() {
         let underscored = UID.replace('-', "_");
         for text in [
             format!("0::/kubepods/burstable/pod{UID}/{ID}\n"),
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn the_outermost_counts_and_what_is_named_inside_of_it_is_said() {
+    fn the_outermost_name_is_the_owner_and_an_inner_one_is_reported() {
         let (victim, other) = (UID.replace('d', "e"), ID.replace('4', "5"));
         let inside = victim.replace('-', "_");
         for (text, owner, named) in [
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_pod_or_two_gives_none() {
+    fn paths_that_name_no_pod_or_two_have_no_owner() {
         let other = UID.replace('d', "e");
         for text in [
             String::new(),

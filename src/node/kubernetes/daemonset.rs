@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_plugin_goes_where_the_next_daemon_does_not_answer_it() {
+    fn the_plugin_is_removed_if_the_next_daemon_does_not_answer_it() {
         let own = OwnDaemonSet::default();
         assert_eq!(own.plan(Some(&Ok(Some(asking(CNI_CONF_DIR))))), ShutdownPlan::Stays);
         assert_eq!(own.plan(Some(&Ok(Some(asking("CULVERT_CNI_SOCKET"))))), ShutdownPlan::PluginGoes);
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_are_let_go_only_where_it_is_certain() {
+    fn pods_are_released_only_if_certainly_no_daemon_follows() {
         let refused = |code: u16| Some(Err(kube::Error::Api(Box::new(Status { code, ..Status::default() }))));
         let there = |going: bool| {
             let mut set = asking(CNI_CONF_DIR);
@@ -186,7 +186,7 @@ mod tests {
         };
         for (what, existed, told, asked, expected) in [
             ("an upgrade", true, false, there(false), ShutdownPlan::Stays),
-            ("deleted and made anew", true, true, there(false), ShutdownPlan::Stays),
+            ("deleted and created again", true, true, there(false), ShutdownPlan::Stays),
             ("being deleted", false, false, there(true), ShutdownPlan::Gone("is being deleted")),
             ("deleted", true, false, Some(Ok(None)), ShutdownPlan::Gone("does not exist any more")),
             ("another name", false, false, Some(Ok(None)), ShutdownPlan::WithoutPlugin("does not exist")),

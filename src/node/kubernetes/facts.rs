@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sidecar_that_counts_on_istio_cni_is_known_by_its_failed_validation() {
+    fn a_sidecar_that_depends_on_istio_cni_is_recognized_by_its_failed_validation() {
         let pod = |annotation: &str, container: &str, state: serde_json::Value| {
             let mut status = state;
             for (key, value) in [("name", container), ("image", "i"), ("imageID", "i")] {
@@ -236,13 +236,16 @@ mod tests {
         let ended = |code: i32| serde_json::json!({"state": {"terminated": {"exitCode": code}}});
         let waits = serde_json::json!({"state": {"waiting": {}}, "lastState": {"terminated": {"exitCode": 126}}});
         assert!(pod(SIDECAR, VALIDATION, ended(126)) && pod(SIDECAR, VALIDATION, waits.clone()));
-        assert!(!pod(SIDECAR, VALIDATION, ended(0)), "somebody has redirected it");
-        assert!(!pod(SIDECAR, VALIDATION, serde_json::json!({"state": {"running": {}}})), "it still looks");
+        assert!(!pod(SIDECAR, VALIDATION, ended(0)), "it is redirected");
+        assert!(
+            !pod(SIDECAR, VALIDATION, serde_json::json!({"state": {"running": {}}})),
+            "validation is still running"
+        );
         assert!(!pod(SIDECAR, "istio-init", ended(1)) && !pod("other", VALIDATION, waits));
     }
 
     #[test]
-    fn own_settings_are_read_as_go_reads_them() {
+    fn annotations_are_parsed_as_go_parses_them() {
         let pairs =
             [(DNS_CAPTURE, "F"), (BYPASS_INBOUND, "yes"), (VIRTUAL_INTERFACES, "br0, \"; flush ruleset,tun-1,br0")];
         let (settings, faults) = settings(&labels(&pairs));
@@ -253,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_an_owner_writes_little_is_kept_of_it() {
+    fn however_much_an_owner_writes_little_of_it_is_kept() {
         let many: Vec<String> = (0..20_000).map(|n| format!("if{n}")).collect();
         let odd: Vec<String> = (0..50_000).map(|n| format!("{n}!{}", "x".repeat(n % 300))).collect();
         for (names, taken) in [(many.join(","), INTERFACES_MAX), (odd.join(","), 0), (["eth0"; 60_000].join(","), 1)] {
@@ -265,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn the_uid_of_a_file_counts_on_mirrors_alone() {
+    fn a_static_uid_counts_only_on_mirror_pods() {
         let hash = "0123456789abcdef0123456789abcdef";
         let uid = |pairs: &[(&str, &str)]| {
             static_uid(&labels(&[&[(STATIC_UID, hash)], pairs].concat())).map(|uid| uid.to_string())
@@ -277,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_pod_may_do_to_itself_is_read_from_its_containers() {
+    fn capabilities_are_read_from_all_containers() {
         let powers = |contexts: serde_json::Value| {
             let containers: Vec<_> = contexts
                 .as_array()

@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_pod_that_is_ready_first_is_named_once_and_one_that_is_labelled_late_has_a_grace() {
+    async fn a_pod_that_is_ready_first_is_logged_once_and_one_that_is_labelled_late_has_a_grace_period() {
         let pod = |uid: &str, ready| PodFacts { uid: uid.into(), ready, ..PodFacts::default() };
         let mut all = ReadyBeforeEnabled::default();
         let mut is_late =
@@ -93,17 +93,21 @@ mod tests {
         assert!(!is_late(&pod("good", true), true, true));
         // It was Ready first and captured afterwards: its peers sent plaintext in between.
         assert!(!is_late(&pod("slow", false), false, false));
-        assert!(!is_late(&pod("slow", true), false, false), "one that is not captured is another matter");
+        assert!(!is_late(&pod("slow", true), false, false), "it is not captured yet");
         assert!(is_late(&pod("slow", true), true, false));
         assert!(!is_late(&pod("labelled", true), true, false));
         tokio::time::advance(GRACE).await;
-        assert!(is_late(&pod("labelled", true), true, false), "nobody writes it");
+        assert!(is_late(&pod("labelled", true), true, false), "the annotation is still missing");
         all.retain(|uid| &**uid != "labelled");
-        assert_eq!(all.check(&pod("labelled", true), true, false, || true), Finding::default(), "it is labelled anew");
+        assert_eq!(
+            all.check(&pod("labelled", true), true, false, || true),
+            Finding::default(),
+            "it has been labelled again"
+        );
     }
 
     #[test]
-    fn who_finds_no_room_in_the_log_is_counted_at_once_and_named_later() {
+    fn a_pod_is_counted_at_once_and_logged_when_the_rate_limit_allows() {
         let pod = |ready| PodFacts { uid: "a".into(), ready, ..PodFacts::default() };
         let mut late = ReadyBeforeEnabled::default();
         assert_eq!(late.check(&pod(false), true, false, || true), Finding::default());
@@ -112,7 +116,7 @@ mod tests {
         assert_eq!(
             late.check(&pod(true), true, true, || true),
             Finding { count: false, name: true },
-            "though it is told now"
+            "although the API has it now"
         );
         assert_eq!(late.check(&pod(true), true, false, || true), Finding::default(), "once");
     }

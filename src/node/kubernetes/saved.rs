@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_again_and_nothing_else_is() {
+    fn only_a_file_of_this_node_and_start_is_read_again() {
         let path = path("whole");
         assert_eq!(read(&path, "n", "b"), Ok(Vec::new()), "there is none yet");
         let settings = Settings {
@@ -277,7 +277,7 @@ mod tests {
         let file = |pods| File { format: FORMAT, node: "n".into(), boot: "b".into(), pods };
         write(&path, &file(vec![enrolled.clone()])).unwrap();
         assert_eq!(read(&path, "n", "b"), Ok(vec![enrolled.clone()]));
-        assert_eq!(read(&path, "n", "another start"), Ok(Vec::new()), "its namespaces are no more");
+        assert_eq!(read(&path, "n", "another start"), Ok(Vec::new()), "its namespaces no longer exist");
         assert!(read(&path, "m", "b").unwrap_err().contains("belongs to node"));
         write(&path, &file(vec![enrolled.clone(); PODS_MAX + 1])).unwrap();
         assert!(read(&path, "n", "b").unwrap_err().contains("more than"));

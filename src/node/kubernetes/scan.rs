@@ -232,7 +232,7 @@ mod tests {
             matches!(found("10.9.0.1"), ScanResult::Namespace(netns, path) if netns.id() == id(&own) && path.ends_with("50/ns/net"))
         );
         assert!(matches!(found("10.9.0.2"), ScanResult::Namespace(netns, _) if netns.id() == id(&foreign)));
-        let ScanResult::Refused(why) = found("10.9.0.3") else { panic!("nobody has it") };
+        let ScanResult::Refused(why) = found("10.9.0.3") else { panic!("no namespace has the address") };
         assert!(why.contains("10.9.0.3") && why.contains("10.9.0.2") && why.contains("process 40"), "{why}");
         let open = || fs::read_dir("/proc/self/fd").unwrap().count();
         let before = open();
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_takes_a_pods_place_by_names_or_addresses() {
+    fn no_pod_takes_over_another_ones_namespace_by_names_or_addresses() {
         let (_a, own) = namespace("10.9.1.1/32");
         let (_b, claims) = namespace("10.9.1.1/32");
         let proc = Proc::new("claims");
@@ -259,7 +259,7 @@ mod tests {
         let scan = |sought: &[SoughtPod]| super::scan(&proc.0, Path::new("/nonexistent"), sought);
         assert!(
             matches!(scan(std::slice::from_ref(&victim))[UID], ScanResult::Nothing),
-            "a name inside of another's cgroup"
+            "a name inside another pod's cgroup"
         );
         let attacker = SoughtPod { uid: other.as_str().into(), ..sought("10.9.1.2") };
         let ScanResult::Refused(why) = &scan(std::slice::from_ref(&attacker))[other.as_str()] else {

@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn istios_rules_as_a_table() {
+    fn labels_enrol_as_in_istio() {
         let rules = enablement(default_selectors());
         type Pairs = &'static [(&'static str, &'static str)];
         let cases: [(Pairs, Pairs, bool); 9] = [
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_excluded_stays_out_whatever_its_labels() {
+    fn excluded_pods_are_not_enrolled_whatever_their_labels() {
         let rules = enablement(vec![EnablementSelector::default()]);
         let base = || PodFacts { namespace: "a".into(), ..PodFacts::default() };
         assert_eq!(rules.enrols(&base(), &Labels::new()), Ok(()), "empty selectors take everything");
@@ -87,7 +87,11 @@ mod tests {
             assert!(rules.enrols(&pod, &Labels::new()).is_err_and(|why| why.contains(word)), "{word}");
         }
         let elsewhere = PodFacts { labels: labels(&[("app", "ztunnel")]), ..base() };
-        assert_eq!(rules.enrols(&elsewhere, &Labels::new()), Ok(()), "the label alone is nobody's privilege");
+        assert_eq!(
+            rules.enrols(&elsewhere, &Labels::new()),
+            Ok(()),
+            "the label counts only in the daemon's own namespace"
+        );
     }
 
     #[test]

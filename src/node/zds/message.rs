@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_add_brings_a_descriptor_and_it_brings_one() {
+    fn only_an_add_has_a_descriptor_and_exactly_one() {
         let packet = |payload| zds::WorkloadRequest { payload: Some(payload) }.encode_to_vec();
         let sent = || Payload::SnapshotSent(zds::SnapshotSent {});
         for (payload, descriptors, expected) in [

@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_snapshot_names_what_stays() {
+    fn pods_that_the_snapshot_names_stay() {
         let mut session = Session::default();
         assert!(matches!(session.take(add("a")), Ok(Step::Add(_))));
         assert!(matches!(session.take(add("b")), Ok(Step::Add(_))));
