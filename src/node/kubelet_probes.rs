@@ -42,7 +42,7 @@ const DROPS: i32 = -300;
 /// How long to wait for further changes: at a start, sixty pods may come at once.
 const SETTLE: Duration = Duration::from_millis(100);
 /// The table is checked this often, even without a notification.
-const LOOK: Duration = Duration::from_secs(10);
+const CHECK_EVERY: Duration = Duration::from_secs(10);
 
 /// The pods whose kubelet probes are let through, with their addresses. A pod whose address is not visible right now
 /// has none.
@@ -119,7 +119,7 @@ impl HostProbeRules {
                     if changed.is_err() { return }
                     (known, written) = (None, (None, None));
                 }
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(CHECK_EVERY) => {}
             }
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };

@@ -32,7 +32,7 @@ const RETRY: Duration = Duration::from_secs(5);
 /// The same if another pod still has the network namespace: usually it is about to be released.
 const RETRY_TAKEN: Duration = Duration::from_millis(250);
 /// Time between checks that the network namespace still exists.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// How long to wait for further changes of facts.
 const SETTLE: Duration = Duration::from_millis(50);
 /// How long the daemon listens in a pod whose network namespace contradicts the mesh facts: they may describe the pod
@@ -273,8 +273,8 @@ impl PodTask {
             upkeep.keep_uncaptured(between.clone());
         }
         // This timer ticks whatever else happens, so that frequent changes of facts cannot delay the check.
-        let mut looks = tokio::time::interval(LOOK);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut checks = tokio::time::interval(CHECK_EVERY);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut role = self.capturer.role.subscribe();
         loop {
             facts.mark_unchanged();
@@ -331,7 +331,7 @@ impl PodTask {
                     _ = &mut ask, if asking => asking = false,
                     Some(waiter) = self.waiters.recv() => drop(waiter.send(Ok(()))),
                     () = settled(facts) => break,
-                    _ = looks.tick() => match vanished(&listening.pod.netns) {
+                    _ = checks.tick() => match vanished(&listening.pod.netns) {
                         Some(gone) => return gone,
                         None => break,
                     },
@@ -463,7 +463,7 @@ async fn facts_may_help(facts: &mut watch::Receiver<u64>, error: &CaptureError) 
         | ServiceAccount { .. }
         | Identity(_)
         | IdentityChanged(..) => {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_EVERY).await;
             settled(facts).await;
         }
         _ => std::future::pending().await,

@@ -14,7 +14,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
 /// Most connections that the rules can list; further ones are not let through.
-const MAX: usize = 10_000;
+const LISTED_MAX: usize = 10_000;
 
 /// Pre-existing connections of one pod: own address and peer, by socket cookie.
 #[derive(Clone, Debug, Default)]
@@ -37,7 +37,7 @@ impl Preexisting {
                     );
                 }
                 let pair = |socket: TcpSocket| (socket.cookie, (socket.local, socket.peer));
-                Self { open: found.into_iter().take(MAX).map(pair).collect() }
+                Self { open: found.into_iter().take(LISTED_MAX).map(pair).collect() }
             }
             Err(error) => {
                 tracing::warn!(namespace, name, error, "cannot list the pod's pre-existing connections");
@@ -59,7 +59,7 @@ impl Preexisting {
             };
             Some((address(0)?, address(2)?))
         };
-        let spared: HashSet<(SocketAddr, SocketAddr)> = elements.filter_map(pair).take(MAX).collect();
+        let spared: HashSet<(SocketAddr, SocketAddr)> = elements.filter_map(pair).take(LISTED_MAX).collect();
         if spared.is_empty() {
             return Self::default();
         }
@@ -132,7 +132,7 @@ impl Uncaptured {
         let (Some(captured), Ok(open)) = (&self.captured, sockets(pod)) else { return self.older.clone() };
         let goes_on = |cookie: &u64| self.older.open.contains_key(cookie) || !captured.contains(cookie);
         let open = open.into_iter().filter(|socket| goes_on(&socket.cookie));
-        Preexisting { open: open.take(MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
+        Preexisting { open: open.take(LISTED_MAX).map(|socket| (socket.cookie, (socket.local, socket.peer))).collect() }
     }
 }
 

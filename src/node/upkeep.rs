@@ -31,7 +31,7 @@ const MORE_MAX: usize = 16;
 /// First and longest wait between repairs, if another program undoes them again and again.
 const REPAIRS: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// Time between comparisons that found no change: other programs may change their own rules all the time.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+const COMPARE_AGAIN: Duration = Duration::from_millis(500);
 /// Time between reads of the counter of kubelet probes.
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 /// Shortest time between two log lines about other rules in one pod.
@@ -48,7 +48,7 @@ pub struct Upkeep {
     /// A repair is scheduled.
     repairing: bool,
     /// No comparison of the tables before this.
-    next_look: Instant,
+    next_comparison: Instant,
     write_at: Instant,
     check_at: Instant,
     /// The table as the kernel listed it after the last write.
@@ -84,7 +84,7 @@ async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
         loop {
             let seen = changes.seen().await;
             upkeep.record(seen);
-            if seen.tables && !redirect::unchanged_since(netns, written).await.is_ok_and(|(alone, _)| alone) {
+            if seen.tables && !redirect::unchanged_since(netns, written).await.is_ok_and(|(unchanged, _)| unchanged) {
                 return;
             }
             tokio::time::sleep(SETTLE).await;
@@ -109,7 +109,7 @@ impl Upkeep {
             changes: changes.ok(),
             recorded: Mutex::default(),
             repairing: false,
-            next_look: now,
+            next_comparison: now,
             write_at,
             check_at: now,
             written: None,
@@ -147,7 +147,7 @@ impl Upkeep {
             let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
             self.record(more);
         }
-        tokio::time::sleep_until(self.next_look).await;
+        tokio::time::sleep_until(self.next_comparison).await;
     }
 
     fn recorded(&self) -> Seen {
@@ -155,11 +155,11 @@ impl Upkeep {
     }
 
     fn record(&self, more: Seen) {
-        let mut heard = self.recorded.lock();
-        *heard = Seen {
-            tables: heard.tables || more.tables,
-            routes: heard.routes || more.routes,
-            addresses: heard.addresses || more.addresses,
+        let mut recorded = self.recorded.lock();
+        *recorded = Seen {
+            tables: recorded.tables || more.tables,
+            routes: recorded.routes || more.routes,
+            addresses: recorded.addresses || more.addresses,
         };
     }
 
@@ -186,25 +186,25 @@ impl Upkeep {
             return;
         }
         let Some(written) = self.written.as_ref().filter(|_| !self.repairing) else { return };
-        self.next_look = Instant::now() + LOOK_AGAIN;
+        self.next_comparison = Instant::now() + COMPARE_AGAIN;
         let netns = &listening.pod.netns;
         // A table that cannot be listed is written again. So is ours if rules of another agent are beside it; the write
         // then reports that agent.
-        let whole = match seen.tables {
+        let tables_intact = match seen.tables {
             true => match redirect::unchanged_since(netns, written).await {
-                Ok((alone, others)) => {
+                Ok((unchanged, others)) => {
                     if others.hooks != self.observations.other_rules {
                         self.check_at = Instant::now();
                     }
                     self.record_other_rules(listening, others.hooks, others.unread);
-                    alone
+                    unchanged
                 }
                 Err(_) => false,
             },
             false => true,
         };
-        let routed = !seen.routes || routes::restore(netns, listening.ipv6).await.unwrap_or(false);
-        if whole && routed {
+        let routes_intact = !seen.routes || routes::restore(netns, listening.ipv6).await.unwrap_or(false);
+        if tables_intact && routes_intact {
             return;
         }
         self.repairing = true;

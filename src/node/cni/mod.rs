@@ -172,7 +172,7 @@ async fn bind_again(socket: &Path) -> Option<Bound> {
 }
 
 /// The file beside the daemon's socket whose modification time says when a daemon was last running.
-fn seen_at(socket: &Path) -> PathBuf {
+fn last_seen_file(socket: &Path) -> PathBuf {
     let mut name = socket.file_name().unwrap_or_default().to_owned();
     name.push(".seen");
     socket.with_file_name(name)
@@ -181,13 +181,16 @@ fn seen_at(socket: &Path) -> PathBuf {
 /// Records that the daemon is running.
 fn write_last_seen(socket: &Path) {
     // The file only helps to explain why a pod does not start.
-    let _ = std::fs::write(seen_at(socket), "The modification time of this file is when culvert was last running.\n");
+    let _ = std::fs::write(
+        last_seen_file(socket),
+        "The modification time of this file is when culvert was last running.\n",
+    );
 }
 
 /// Removes the socket and the file beside it, if they exist. Returns whether either did.
 pub fn remove_socket(socket: &Path) -> io::Result<bool> {
     let mut removed = false;
-    for path in [socket, &seen_at(socket)] {
+    for path in [socket, &last_seen_file(socket)] {
         removed |= was_there(std::fs::remove_file(path))?;
     }
     Ok(removed)
@@ -195,7 +198,7 @@ pub fn remove_socket(socket: &Path) -> io::Result<bool> {
 
 /// When a daemon was last running, and how long ago that is; `None` if that is not known.
 pub fn last_seen(socket: &Path) -> Option<(SystemTime, Duration)> {
-    let at = std::fs::metadata(seen_at(socket)).and_then(|metadata| metadata.modified()).ok()?;
+    let at = std::fs::metadata(last_seen_file(socket)).and_then(|metadata| metadata.modified()).ok()?;
     Some((at, at.elapsed().unwrap_or_default()))
 }
 

@@ -209,7 +209,7 @@ impl Annotator {
                 ECHO
             }
             Err(PatchFailure::Other(error)) => {
-                self.metrics.patch_failed();
+                self.metrics.count_patch_failure();
                 let wait = sent.backoff.next();
                 // While the API is away, every patch fails, again and again; the watches report that.
                 if self.metrics.is_connected("pods")

@@ -43,7 +43,7 @@ pub(super) fn starts(question: &Question, pod: &PodFacts) -> bool {
 
 impl EnrolmentLoop {
     /// Takes a question of the CNI plugin.
-    pub(super) fn ask(&mut self, asked: PendingQuestion) {
+    pub(super) fn take_question(&mut self, asked: PendingQuestion) {
         let Question { verb, name, namespace, .. } = &asked.question;
         match verb {
             Verb::Status => drop(asked.answer.send(Ok(()))),
@@ -72,7 +72,7 @@ impl EnrolmentLoop {
 
     /// Answers the questions that can be answered now, and those that have waited too long. Returns whether a question
     /// brought a network namespace that was not known.
-    pub(super) fn answer(&mut self) -> bool {
+    pub(super) fn answer_questions(&mut self) -> bool {
         let mut handed_over = false;
         for (asked, deadline) in std::mem::take(&mut self.asked) {
             if asked.answer.is_closed() {

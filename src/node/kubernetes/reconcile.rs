@@ -23,7 +23,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 /// Events of the API that may wait.
 const QUEUE: usize = 256;
 /// Time between checks of the paths that lead to network namespaces.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// Shortest time between two log lines about the annotations of one pod.
 const LOG_FAULTS_EVERY: Duration = Duration::from_secs(10);
@@ -68,8 +68,8 @@ impl Enrolment {
             tasks: tasks.clone(),
         };
         let mut role_changes = running.enrolment.capturer.role.subscribe();
-        let mut looks = tokio::time::interval(LOOK);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut checks = tokio::time::interval(CHECK_EVERY);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let sought = running.scan.running.is_none() && running.is_seeking();
             let asks = async {
@@ -86,13 +86,13 @@ impl Enrolment {
                         running.take(more);
                     }
                 }
-                Some(found) = running.scan.results.1.recv() => running.found(found),
+                Some(found) = running.scan.results.1.recv() => running.take_scan_results(found),
                 outcome = running.annotator.outcome() => running.annotator.ended(outcome),
                 result = running.saved.outcome() => running.saved.ended(result),
                 Ok(()) = states.changed() => {}
                 Ok(()) = role_changes.changed() => running.role_changed(),
-                Some(asked) = asks => running.ask(asked),
-                _ = looks.tick() => running.check_netns(),
+                Some(asked) = asks => running.take_question(asked),
+                _ = checks.tick() => running.check_netns(),
                 () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
             }
             running.reconcile();
@@ -100,7 +100,7 @@ impl Enrolment {
         // These questions are not answered any more; the runtime asks again.
         drop(plugin);
         running.asked.clear();
-        running.leave(&drain).await;
+        running.clean_up_at_end(&drain).await;
         tasks.cut();
         tasks.finished().await;
     }
@@ -134,11 +134,11 @@ impl EnrolmentLoop {
     fn reconcile(&mut self) {
         let Some(wanted) = self.wanted() else {
             self.apply_saved();
-            self.answer();
+            self.answer_questions();
             return;
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
-        self.end_of_saved();
+        self.drop_saved();
         if self.enrolment.capturer.mesh.load().told.missing().is_none() {
             self.enrolment.capturer.role.set_ready();
         }
@@ -185,7 +185,7 @@ impl EnrolmentLoop {
         self.annotate(&wanted);
         self.save(&wanted);
         // A network namespace from the plugin has become a pod, whose questions may be answered now.
-        if self.answer() {
+        if self.answer_questions() {
             self.reconcile();
         }
     }
@@ -218,7 +218,7 @@ impl EnrolmentLoop {
                     let told = self.annotator.is_enabled_in_api(pod).is_ok();
                     let news = self.ready_before_enabled.check(pod, captured, told, ready_before_enabled::room);
                     if news.count {
-                        self.enrolment.metrics.late();
+                        self.enrolment.metrics.count_ready_before_enabled();
                     }
                     if news.name {
                         ready_before_enabled::name(pod);

@@ -27,14 +27,14 @@ impl EnrolmentLoop {
     pub(super) fn found_saved(&mut self, uid: Text, netns: Netns, path: PathBuf, began: Option<Instant>) {
         match self.saved.netns(&uid) {
             Some(id) if id == netns.id() => self.take_netns(uid, netns, path, began),
-            Some(_) => self.forget(&uid, "its processes are in a different network namespace now"),
+            Some(_) => self.forget_saved(&uid, "its processes are in a different network namespace now"),
             None => {}
         }
     }
 
     /// Forgets a saved pod, which then waits for the API. If it is captured it stays so: releasing it would pass its
     /// traffic.
-    pub(super) fn forget(&mut self, uid: &Text, why: &str) {
+    pub(super) fn forget_saved(&mut self, uid: &Text, why: &str) {
         if self.netns_by_pod.contains_key(uid) {
             return;
         }
@@ -57,7 +57,7 @@ impl EnrolmentLoop {
 
     /// Forgets the saved pods, because the API has sent pods and namespaces. Network namespaces stay if they hold their
     /// pod's address.
-    pub(super) fn end_of_saved(&mut self) {
+    pub(super) fn drop_saved(&mut self) {
         for uid in self.saved.clear() {
             self.drop_if_address_gone(&uid);
         }

@@ -73,7 +73,7 @@ impl EnrolmentLoop {
     }
 
     /// Takes the results of a scan.
-    pub(super) fn found(&mut self, found: Scanned) {
+    pub(super) fn take_scan_results(&mut self, found: Scanned) {
         let began = self.scan.running.take();
         let wanted = self.wanted().map(|all| all.into_iter().map(|pod| pod.uid.clone()).collect::<HashSet<Text>>());
         if wanted.is_some() && self.scan.for_saved {
@@ -86,13 +86,13 @@ impl EnrolmentLoop {
             let Some(wanted) = &wanted else {
                 match found {
                     ScanResult::Namespace(netns, path) => self.found_saved(uid, netns, path, began),
-                    ScanResult::Refused(why) => self.forget(&uid, &why),
+                    ScanResult::Refused(why) => self.forget_saved(&uid, &why),
                     ScanResult::Nothing => all = false,
                 }
                 continue;
             };
             if !wanted.contains(&uid) {
-                self.clean(&uid, found);
+                self.remove_leftovers(&uid, found);
                 continue;
             }
             match found {
@@ -117,7 +117,7 @@ impl EnrolmentLoop {
     }
 
     /// Removes the rules that an earlier daemon has left in a pod that is not enrolled.
-    fn clean(&mut self, uid: &Text, found: ScanResult) {
+    fn remove_leftovers(&mut self, uid: &Text, found: ScanResult) {
         let Some(pod) = self.pods.as_ref().and_then(|pods| pods.get(uid)) else { return };
         let times = self.cleaned.entry(uid.clone()).or_default();
         // If its processes are just starting, it is searched for again.

@@ -19,7 +19,7 @@ use std::time::Duration;
 /// renamed, or deleted and created again, starts its daemon when this one ends. In between, pods are refused.
 const WAIT_FOR_SUCCESSOR: Duration = Duration::from_secs(10);
 /// Time between checks for a successor.
-const LOOK: Duration = Duration::from_millis(100);
+const CHECK_EVERY: Duration = Duration::from_millis(100);
 /// How long the API may take to remove the annotations of the node's pods.
 const REMOVE_ANNOTATIONS: Duration = Duration::from_secs(3);
 /// Pods that are released at once.
@@ -27,7 +27,7 @@ const AT_ONCE: usize = 8;
 
 impl EnrolmentLoop {
     /// Removes what would keep pods waiting, or everything, if no daemon follows. After an upgrade everything stays.
-    pub(super) async fn leave(&self, drain: &Signal) {
+    pub(super) async fn clean_up_at_end(&self, drain: &Signal) {
         let config = &self.enrolment.config;
         let (name, namespace) = (&config.daemonset, &config.enablement.own_namespace);
         let api: Api<DaemonSet> = Api::namespaced(self.enrolment.client.clone(), namespace);
@@ -42,7 +42,7 @@ impl EnrolmentLoop {
         };
         let followed = async {
             while !self.has_successor() {
-                tokio::time::sleep(LOOK).await;
+                tokio::time::sleep(CHECK_EVERY).await;
             }
         };
         let sure = WAIT_FOR_SUCCESSOR.min(self.enrolment.capturer.config.release_deadline / 2);

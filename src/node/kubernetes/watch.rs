@@ -85,12 +85,12 @@ impl Metrics {
     }
 
     /// Counts a captured pod that was Ready before its peers could know that it takes tunnels.
-    pub fn late(&self) {
+    pub fn count_ready_before_enabled(&self) {
         self.late.inc();
     }
 
     /// Counts a status annotation that could not be written.
-    pub fn patch_failed(&self) {
+    pub fn count_patch_failure(&self) {
         self.patches_failed.inc();
     }
 }
