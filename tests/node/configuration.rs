@@ -65,7 +65,7 @@ fn check_names_what_is_wrong_with_each_file_and_starts_nothing() {
         "line 5",
         "servces",
         "pods.yaml",
-        "has the uid u of pod b/a",
+        "has the same uid u as pod b/a",
         "/nonexistent/ca.key",
         "culvert ca init",
     ] {
