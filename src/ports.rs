@@ -27,6 +27,10 @@ pub const CAPTURE_CHECKS: Range<u16> = 15091..15099;
 /// Capture checks from the node go to this port of the pod in plaintext.
 pub const INBOUND_CHECK: u16 = CAPTURE_CHECKS.start;
 
+/// Port of a pod to which `culvert doctor` sends packets with the address of kubelet probes, to see that they are
+/// dropped. They are not counted as spoofed. Nothing needs to listen on it.
+pub const DOCTOR_SPOOF: u16 = INBOUND_CHECK + 1;
+
 /// The daemon's own connections inside a pod come from these ports where they are free. They lie above the range that
 /// Linux chooses from by itself (`net.ipv4.ip_local_port_range` ends at 60999), because an application cannot listen on
 /// a port that the daemon holds.

@@ -10,7 +10,7 @@ use super::settings::{certificates, connections, mesh, node as node_settings, po
 use super::{CaSource, Config, Faults, MeshSource, kubernetes};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
-use crate::node::Source;
+use crate::node::PodSource;
 use crate::sys::socket::{Keepalive, LegOptions};
 use crate::{admin, connection, hbone, node, ports, telemetry};
 use std::collections::BTreeMap;
@@ -127,7 +127,7 @@ fn node_config(c: &mut Checker<'_>, environment: &Environment, shared: Shared, t
     let proc = istio::host_proc(c, environment);
     let source = kubernetes::pods_source(c, &proc);
     node::Config {
-        redirect: !matches!(source, Source::Agent(_)),
+        redirect: !matches!(source, PodSource::Agent(_)),
         source,
         node_name: c.text(&node_settings::NODE_NAME).unwrap_or_default().to_owned(),
         host_netns: c.path(&pods::HOST_NETNS).unwrap_or_else(|| proc.join("1/ns/net")),
@@ -139,7 +139,7 @@ fn node_config(c: &mut Checker<'_>, environment: &Environment, shared: Shared, t
         },
         trust_domain,
         mark: shared.mark,
-        end_earlier: c.read(&pods::END_EARLIER_CONNECTIONS),
+        end_preexisting: c.read(&pods::END_EARLIER_CONNECTIONS),
         reuse_port: c.read(&pods::PORT_REUSE),
         ipv6: shared.ipv6,
         release_deadline: shared.drain_deadline,
@@ -354,7 +354,7 @@ mod tests {
         assert_eq!((xds.rpc.headers.len(), xds.rpc.cluster_id.as_str()), (1, "c1"));
         assert!(!format!("{xds:?}").contains("secret"));
         assert!(matches!(&config.ca, CaSource::Istio(rpc) if rpc.address == xds.rpc.address && rpc.headers.is_empty()));
-        assert!(matches!(&config.node.source, Source::Agent(path) if path.ends_with("ztunnel.sock")));
+        assert!(matches!(&config.node.source, PodSource::Agent(path) if path.ends_with("ztunnel.sock")));
         assert_eq!((config.node.redirect, config.connection.workers), (false, 3));
         assert!(config.own_pod.is_some());
         // The settings that it shows lead to the same configuration, without the environment.
@@ -365,7 +365,7 @@ mod tests {
         let again = check(&NodeArgs::of(&shown), &Environment::default(), MACHINE).unwrap();
         assert_eq!(again.admin.admin_port, 1234);
         assert!(matches!(&again.mesh, MeshSource::Xds(again) if again.rpc.address == xds.rpc.address));
-        assert!(matches!(&again.node.source, Source::Agent(path) if path.ends_with("ztunnel.sock")));
+        assert!(matches!(&again.node.source, PodSource::Agent(path) if path.ends_with("ztunnel.sock")));
         assert_eq!(again.settings, shown);
     }
 }

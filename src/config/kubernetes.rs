@@ -3,10 +3,10 @@
 use super::checker::Checker;
 use super::settings::pods::PodsWord;
 use super::settings::{mesh, node, pods};
-use crate::node::Source;
+use crate::node::PodSource;
 use crate::node::cni::install;
 use crate::node::kubernetes;
-use crate::node::kubernetes::select::{Enablement, default_selectors};
+use crate::node::selectors::{Enablement, default_selectors};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 const OWN_NAMESPACE: &str = "istio-system";
 
 /// Reads where pods come from.
-pub(super) fn pods_source(c: &mut Checker<'_>, proc: &Path) -> Source {
+pub(super) fn pods_source(c: &mut Checker<'_>, proc: &Path) -> PodSource {
     let file = c.path(&pods::PODS_FILE);
     let default = if file.is_some() { PodsWord::File } else { PodsWord::Agent };
     let word = c.read_or(&pods::PODS, default);
@@ -22,13 +22,13 @@ pub(super) fn pods_source(c: &mut Checker<'_>, proc: &Path) -> Source {
         c.fault(&pods::PODS_FILE.about, "is set, but CULVERT_PODS names another source of pods");
     }
     match (word, file) {
-        (PodsWord::File, Some(path)) => Source::File(path),
+        (PodsWord::File, Some(path)) => PodSource::File(path),
         (PodsWord::File, None) => {
             c.fault(&pods::PODS_FILE.about, "is not set, but CULVERT_PODS is file");
-            Source::File(PathBuf::new())
+            PodSource::File(PathBuf::new())
         }
-        (PodsWord::Agent, _) => Source::Agent(c.path(&pods::AGENT_SOCKET).unwrap_or_default()),
-        (PodsWord::Kubernetes, _) => Source::Kubernetes(Box::new(enrolment(c, proc))),
+        (PodsWord::Agent, _) => PodSource::Agent(c.path(&pods::AGENT_SOCKET).unwrap_or_default()),
+        (PodsWord::Kubernetes, _) => PodSource::Kubernetes(Box::new(enrolment(c, proc))),
     }
 }
 
@@ -77,7 +77,7 @@ fn enrolment(c: &mut Checker<'_>, proc: &Path) -> kubernetes::Config {
         enablement: Enablement { selectors, excluded, own_namespace },
         proc: proc.to_owned(),
         kubeconfig: c.path(&pods::KUBECONFIG),
-        memory: c.path(&mesh::STATE_FILE).map(|file| pods_state_file(&file)),
+        saved_pods: c.path(&mesh::STATE_FILE).map(|file| pods_state_file(&file)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::kind::{Custom, number};
 use crate::mesh::SpiffeName;
-use crate::node::kubernetes::select::{Selector, read_selectors};
+use crate::node::selectors::{EnablementSelector, read_selectors};
 use crate::rpc::{Token, tls::Roots};
 use http::Uri;
 use serde_json::Value;
@@ -58,9 +58,9 @@ fn domain(text: &str) -> Result<String, String> {
 }
 
 /// Selectors of pods and namespaces.
-pub const SELECTORS: Custom<Vec<Selector>> = Custom { expected: "a YAML list of selectors", read: selectors };
+pub const SELECTORS: Custom<Vec<EnablementSelector>> = Custom { expected: "a YAML list of selectors", read: selectors };
 
-fn selectors(text: &str) -> Result<Vec<Selector>, String> {
+fn selectors(text: &str) -> Result<Vec<EnablementSelector>, String> {
     read_selectors(text).map_err(|error| format!("a list of selectors: {error}"))
 }
 

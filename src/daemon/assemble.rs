@@ -133,16 +133,16 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
 
 /// Removes what is left on the node when nothing uses it any more.
 fn remove_leftovers(config: &Config, capturer: &Capturer) {
-    if let node::Source::Kubernetes(kubernetes) = &config.node.source
-        && capturer.turn.is_followed(&kubernetes.turns(&capturer.whose))
+    if let node::PodSource::Kubernetes(kubernetes) = &config.node.source
+        && capturer.role.has_successor(&kubernetes.daemons_folder(&capturer.node_tag))
     {
         return tracing::info!("another daemon of this node has started: its files stay");
     }
-    let mut outcomes: Vec<_> = config.state_files.iter().map(|file| node::remains::remove_file(file)).collect();
-    if let node::Source::Kubernetes(kubernetes) = &config.node.source {
-        outcomes.extend(kubernetes.remove_meeting_places(&config.node.whose()));
+    let mut outcomes: Vec<_> = config.state_files.iter().map(|file| node::cleanup::remove_file(file)).collect();
+    if let node::PodSource::Kubernetes(kubernetes) = &config.node.source {
+        outcomes.extend(kubernetes.remove_shared_files(&config.node.node_tag()));
     }
-    node::kubernetes::leave::report(outcomes);
+    node::kubernetes::uninstall::report(outcomes);
 }
 
 /// What captures pods.
@@ -156,8 +156,8 @@ fn capturer(parts: &Parts, workers: &Arc<Workers>, drain: &Drain, background: &G
         workers: workers.clone(),
         drain: drain.clone(),
         claims: Default::default(),
-        turn: pods::turn(&parts.config, drain, background),
-        whose: parts.config.node.whose(),
+        role: pods::turn(&parts.config, drain, background),
+        node_tag: parts.config.node.node_tag(),
     })
 }
 
@@ -228,7 +228,7 @@ fn own_pod(config: &Config, capturer: &Arc<Capturer>, ready: &Ready, background:
     let identity = SpiffeName::new(&config.trust_domain, &own.namespace, &own.service_account);
     let identity = identity.context("the daemon's own identity is not valid")?;
     let (facts, serve) =
-        (ready.clone().until(FACTS), node::own::serve(capturer.clone(), own.name.as_str().into(), identity));
+        (ready.clone().until(FACTS), node::own_pod::serve(capturer.clone(), own.name.as_str().into(), identity));
     background.spawn(async move {
         facts.await;
         serve.await;

@@ -3,9 +3,9 @@
 
 use crate::config::{Config, MeshSource};
 use crate::connection::report::Reporter;
-use crate::node::probes::HostProbes;
+use crate::node::kubelet_probes::HostProbeRules;
 use crate::node::status::Board;
-use crate::node::{Source, kubernetes, zds};
+use crate::node::{PodSource, kubernetes, zds};
 use crate::{control, dns, identity, sys, telemetry};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -28,7 +28,7 @@ pub(super) struct Metrics {
     pub(super) dns: Arc<dns::Metrics>,
     pub(super) agent: Arc<zds::Metrics>,
     pub(super) kubernetes: Arc<kubernetes::watch::Metrics>,
-    pub(super) probes: HostProbes,
+    pub(super) probes: HostProbeRules,
     pub(super) plugin_in_place: Gauge,
 }
 
@@ -46,7 +46,7 @@ pub(super) const GROUPS: [Group; 10] = [
     Group { title: "Pods", is_needed: |_| true, register: |m, r| m.board.register(r) },
     Group {
         title: "Enrolment by labels",
-        is_needed: |c| matches!(c.node.source, Source::Kubernetes(_)),
+        is_needed: |c| matches!(c.node.source, PodSource::Kubernetes(_)),
         register: |m, r| {
             m.kubernetes.register(r);
             m.probes.register(r);
@@ -54,7 +54,7 @@ pub(super) const GROUPS: [Group; 10] = [
     },
     Group {
         title: "The CNI plugin",
-        is_needed: |c| matches!(&c.node.source, Source::Kubernetes(kubernetes) if kubernetes.cni.is_some()),
+        is_needed: |c| matches!(&c.node.source, PodSource::Kubernetes(kubernetes) if kubernetes.cni.is_some()),
         register: |m, r| {
             let help = "1 while the CNI plugin is installed on the node, else 0. Alert on 0";
             r.register("culvert_cni_plugin_in_place", help, m.plugin_in_place.clone());
@@ -62,7 +62,7 @@ pub(super) const GROUPS: [Group; 10] = [
     },
     Group {
         title: "Enrolment by the agent",
-        is_needed: |c| matches!(c.node.source, Source::Agent(_)),
+        is_needed: |c| matches!(c.node.source, PodSource::Agent(_)),
         register: |m, r| m.agent.register(r),
     },
     Group {
@@ -83,7 +83,8 @@ pub(super) const GROUPS: [Group; 10] = [
 impl Metrics {
     /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there.
     pub(super) fn new(host_netns: PathBuf, ipv6: bool) -> Self {
-        let probes = HostProbes { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
+        let probes =
+            HostProbeRules { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
         Self {
             reporter: Arc::default(),
             board: Arc::default(),

@@ -142,7 +142,7 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     if let Some(Err(error)) = path(&settings::mesh::MESH_FILE).map(|path| control::file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(Err(error)) = path(&settings::pods::PODS_FILE).map(|path| node::file::read(&path)) {
+    if let Some(Err(error)) = path(&settings::pods::PODS_FILE).map(|path| node::pods_file::read(&path)) {
         faults.push(error.to_string());
     }
     if let Some(dir) = path(&settings::certificates::CA_DIR)

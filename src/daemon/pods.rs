@@ -2,12 +2,12 @@
 
 use super::metrics::Metrics;
 use crate::config::Config;
+use crate::node::active_daemon::ActiveRole;
 use crate::node::capture::Capturer;
-use crate::node::kubernetes::leave::OwnSet;
-use crate::node::probes::Probed;
+use crate::node::kubelet_probes::ProbedPods;
+use crate::node::kubernetes::daemonset::OwnDaemonSet;
 use crate::node::status::Board;
-use crate::node::turn::Turn;
-use crate::node::{self, Pods, Source, kubernetes, zds};
+use crate::node::{self, PodSource, Pods, kubernetes, zds};
 use crate::task::ready::Pending;
 use crate::task::{Drain, Group, Ready};
 use anyhow::{Context, anyhow};
@@ -19,14 +19,14 @@ pub(super) struct Last {
     /// Tasks that need a moment then.
     pub(super) tasks: Group,
     /// What is known of the daemon's own DaemonSet, which decides whether anything stays on the node.
-    pub(super) own_set: Arc<OwnSet>,
+    pub(super) own_set: Arc<OwnDaemonSet>,
 }
 
 /// Joins the daemons of this node, one of which is active. Under an agent there is nothing to agree on, because each
 /// daemon writes only what every pod gets once; a pods file belongs to one daemon.
-pub(super) fn turn(config: &Config, drain: &Drain, background: &Group) -> Turn {
-    let Source::Kubernetes(kubernetes) = &config.node.source else { return Turn::alone() };
-    let (turn, member) = Turn::join(&kubernetes.turns(&config.node.whose()));
+pub(super) fn turn(config: &Config, drain: &Drain, background: &Group) -> ActiveRole {
+    let PodSource::Kubernetes(kubernetes) = &config.node.source else { return ActiveRole::sole() };
+    let (turn, member) = ActiveRole::join(&kubernetes.daemons_folder(&config.node.node_tag()));
     background.spawn(member.keep(drain.signal()));
     turn
 }
@@ -50,28 +50,28 @@ impl Enrolment<'_> {
         let pods = Pods::new(capturer.clone(), board.clone());
         let drain = capturer.drain.signal();
         match config.node.source.clone() {
-            Source::File(path) => background.spawn(node::file::follow(pods, path, pending)),
-            Source::Agent(path) => {
+            PodSource::File(path) => background.spawn(node::pods_file::follow(pods, path, pending)),
+            PodSource::Agent(path) => {
                 let client = zds::Client { path, pods, metrics: metrics.agent, ready: Some(pending), said: None };
                 background.spawn(client.run(ready.clone().until(facts), drain));
             }
-            Source::Kubernetes(config) => {
+            PodSource::Kubernetes(config) => {
                 let client = kubernetes::client(&config).await.map_err(|error| anyhow!(error));
                 let client = client.context("cannot reach the Kubernetes API")?;
-                let probed = Probed::default();
+                let probed = ProbedPods::default();
                 let plugin = match &config.cni {
                     Some(cni) => {
                         let socket = config.cni_socket.display();
-                        let asked = node::cni::listen(&config.cni_socket, &capturer.turn, background);
+                        let asked = node::cni::listen(&config.cni_socket, &capturer.role, background);
                         let asked = asked.with_context(|| format!("cannot listen for the CNI plugin at {socket}"))?;
-                        let (in_place, turn) = (metrics.plugin_in_place.clone(), capturer.turn.clone());
+                        let (in_place, turn) = (metrics.plugin_in_place.clone(), capturer.role.clone());
                         background.spawn(cni.clone().keep(in_place, turn, drain.clone()));
                         Some(asked)
                     }
                     None => None,
                 };
-                background.spawn(metrics.probes.keep(probed.clone(), capturer.turn.clone(), drain.clone()));
-                let source = kubernetes::Source {
+                background.spawn(metrics.probes.keep(probed.clone(), capturer.role.clone(), drain.clone()));
+                let source = kubernetes::Enrolment {
                     config: *config,
                     client,
                     pods,

@@ -5,10 +5,10 @@
 
 use super::daemon::get;
 use crate::config::Config;
+use crate::node::cleanup::{self, CleanupOutcome};
 use crate::node::cni::install;
 use crate::node::kubernetes::annotate;
-use crate::node::remains::{self, Outcome};
-use crate::node::{Source, kubernetes, turn};
+use crate::node::{PodSource, active_daemon, kubernetes};
 use crate::sys::seqpacket::Seqpacket;
 use serde_json::Value;
 use std::time::Duration;
@@ -34,13 +34,13 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
         say("FAIL  a daemon is running on this node and would write everything again; stop it first");
         return Cleaned::InUse;
     }
-    if matches!(config.node.source, Source::Agent(_)) && !all {
+    if matches!(config.node.source, PodSource::Agent(_)) && !all {
         say("FAIL  with an agent as the source of pods, it is unknown whether a daemon is running on this node;");
         say("      if none is, use --all to remove the rules of such daemons");
         return Cleaned::InUse;
     }
     let mut fine = true;
-    let mut done = |(what, result): Outcome| match result {
+    let mut done = |(what, result): CleanupOutcome| match result {
         Ok(true) => say(&format!("removed  {what}")),
         Ok(false) => {}
         Err(error) => {
@@ -48,13 +48,13 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
             say(&format!("FAIL  {what}: {error}"));
         }
     };
-    let node = config.node.remains();
-    node.remove_probes().await.into_iter().for_each(&mut done);
+    let node = config.node.cleanup();
+    node.remove_probe_rules().await.into_iter().for_each(&mut done);
     let rules = node.remove_rules(all).await;
     rules.ours.into_iter().for_each(&mut done);
     let mut no_plugin = None;
     let mut annotations = Some("there are no settings for the Kubernetes API".to_owned());
-    if let Source::Kubernetes(kubernetes) = &config.node.source
+    if let PodSource::Kubernetes(kubernetes) = &config.node.source
         && let Some(cni) = &kubernetes.cni
     {
         match cni.remove() {
@@ -70,11 +70,11 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
             Err("a daemon has started in the meantime; stop it, and run the cleanup again".into()),
         ));
     } else {
-        if let Source::Kubernetes(kubernetes) = &config.node.source {
-            kubernetes.remove_meeting_places(&node.whose).into_iter().for_each(&mut done);
+        if let PodSource::Kubernetes(kubernetes) = &config.node.source {
+            kubernetes.remove_shared_files(&node.tag).into_iter().for_each(&mut done);
             annotations = remove_annotations(kubernetes).await.err();
         }
-        config.state_files.iter().map(|file| remains::remove_file(file)).for_each(&mut done);
+        config.state_files.iter().map(|file| cleanup::remove_file(file)).for_each(&mut done);
     }
     if rules.others > 0 {
         say(&format!(
@@ -126,6 +126,7 @@ fn is_in_use(config: &Config) -> bool {
     if pods.is_ok_and(|(status, body)| status == 200 && serde_json::from_str::<Vec<Value>>(&body).is_ok()) {
         return true;
     }
-    let Source::Kubernetes(kubernetes) = &config.node.source else { return false };
-    Seqpacket::connect(&kubernetes.cni_socket).is_ok() || turn::is_lived_in(&kubernetes.turns(&config.node.whose()))
+    let PodSource::Kubernetes(kubernetes) = &config.node.source else { return false };
+    Seqpacket::connect(&kubernetes.cni_socket).is_ok()
+        || active_daemon::has_daemon(&kubernetes.daemons_folder(&config.node.node_tag()))
 }

@@ -16,7 +16,7 @@ use self::daemon::Daemon;
 pub use self::daemon::settings;
 use self::finding::{Finding, Verdict, fail, note, ok};
 use crate::config::Config;
-use crate::node::Source;
+use crate::node::PodSource;
 use crate::task::thread;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,7 +49,7 @@ pub async fn run(config: &Config, from_daemon: Result<(), String>, mut say: impl
     let own = config.clone();
     report(blocking_step("sysctls", move || requirements::sysctls(&own)).await);
     report(step("network", network::reachable(&config)).await);
-    if let Source::Kubernetes(kubernetes) = &config.node.source {
+    if let PodSource::Kubernetes(kubernetes) = &config.node.source {
         report(step("kubernetes", requirements::api(kubernetes)).await);
         report(step("host rules", requirements::host_rules(&config)).await);
         let own = kubernetes.clone();

@@ -5,7 +5,7 @@ use super::daemon;
 use super::finding::{DEADLINE, Finding, Verdict, fail, note, ok};
 use super::pod_table::since;
 use crate::config::Config;
-use crate::node::{Source, probes, redirect};
+use crate::node::{PodSource, redirect};
 use crate::ports::HBONE;
 use crate::sys::netns::{Netns, id_at};
 use crate::sys::nftables::{self, Family};
@@ -76,7 +76,7 @@ pub(super) async fn all(config: &Config, pods: &[Value]) -> Vec<Finding> {
         lines.push(note("pod", "no pod of this node is enrolled"));
     }
     let mark = config.node.mark;
-    let probes = matches!(config.node.source, Source::Kubernetes(_)).then(|| config.node.host_netns.clone());
+    let probes = matches!(config.node.source, PodSource::Kubernetes(_)).then(|| config.node.host_netns.clone());
     let port = config.admin.admin_port;
     let tried = thread::run_blocking(move || {
         let tried = try_all(&found, mark, probes.as_deref());
@@ -365,7 +365,7 @@ fn probes_address(pod: &Pod) -> &'static str {
 
 /// The number of connections from the probes' address that have arrived in the pod.
 fn probed(pod: &Pod) -> Option<u64> {
-    pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBED)).ok()?.ok()
+    pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBE_COUNTER)).ok()?.ok()
 }
 
 /// Starts a connection to a pod from its neighbour, with the probes' address as its source. Returns the number of such
@@ -374,7 +374,7 @@ fn spoof(pods: &[Pod], at: usize, mark: u32) -> Option<(u64, Option<TcpStream>)>
     let (pod, from) = (pods.get(at)?, another(pods, at)?);
     let source = probes_address(pod).parse::<IpAddr>().ok()?;
     let before = probed(pod)?;
-    let to = SocketAddr::new(pod.ip, probes::TRIED);
+    let to = SocketAddr::new(pod.ip, crate::ports::DOCTOR_SPOOF);
     let open = || {
         let source = Bind { address: SocketAddr::new(source, 0), foreign: true };
         let socket = outgoing(to, Some(source), mark, &LegOptions { keepalive: None, notsent_lowat: None })?;

@@ -4,7 +4,7 @@
 use super::finding::{DEADLINE, Finding, fail, note, ok};
 use crate::config::Config;
 use crate::node::cni::install::PLUGIN;
-use crate::node::{Source, kubernetes, probes, redirect, routes};
+use crate::node::{PodSource, kubelet_probes, kubernetes, nft, redirect, routes};
 use crate::sys::limits;
 use crate::sys::netns::Netns;
 use crate::task::thread;
@@ -23,7 +23,7 @@ pub(super) fn privileges(config: &Config) -> Finding {
     let Some(held) = limits::capabilities() else {
         return fail("rights", "the capabilities are unknown, because /proc/self/status cannot be read");
     };
-    let finds = matches!(config.node.source, Source::Kubernetes(_));
+    let finds = matches!(config.node.source, PodSource::Kubernetes(_));
     let needed = NEEDED.iter().chain(NEEDED_TO_FIND.iter().filter(|_| finds));
     let missing: Vec<&str> = needed.filter(|(number, _)| held >> number & 1 == 0).map(|(_, name)| *name).collect();
     match missing.is_empty() {
@@ -70,8 +70,8 @@ async fn rules(config: &Config) -> Finding {
         _ => return fail("kernel", "cannot make a network namespace"),
     };
     let ipv6 = config.node.ipv6 && netns.has_ipv6().unwrap_or(false);
-    let rules = redirect::Rules {
-        whose: config.node.whose(),
+    let rules = redirect::Redirection {
+        node_tag: config.node.node_tag(),
         mark: config.node.mark,
         ipv6,
         dns: true,
@@ -79,7 +79,7 @@ async fn rules(config: &Config) -> Finding {
         virtual_interfaces: Vec::new(),
         probes: true,
         addresses: Vec::new(),
-        ahead: false,
+        recreate_chains: false,
         spared: Vec::new(),
     };
     let tried = async {
@@ -159,7 +159,7 @@ pub(super) async fn api(config: &kubernetes::Config) -> Vec<Finding> {
 
 pub(super) async fn host_rules(config: &Config) -> Vec<Finding> {
     let table = match Netns::open(&config.node.host_netns) {
-        Ok(host) => redirect::list_table(&host, probes::TABLE).await.map_err(|error| error.to_string()),
+        Ok(host) => nft::table(&host, "inet", kubelet_probes::TABLE).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
     let line = match table {
@@ -170,7 +170,7 @@ pub(super) async fn host_rules(config: &Config) -> Vec<Finding> {
             "host rules",
             format!(
                 "table {} is missing on the host, so kubelet probes of pods under a STRICT policy fail; see the daemon's log",
-                probes::TABLE
+                kubelet_probes::TABLE
             ),
         ),
         Err(error) => fail("host rules", format!("the host's rules for kubelet probes cannot be read: {error}")),

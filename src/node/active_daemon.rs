@@ -95,7 +95,7 @@ impl ActiveRole {
 
     /// Joins the daemons of a node in `folder`. A daemon that is alone there is active at once.
     pub fn join(folder: &Path) -> (Self, Membership) {
-        let began = clock::since_start().unwrap_or_default().as_nanos();
+        let began = clock::since_boot().unwrap_or_default().as_nanos();
         let name = format!("{began:020}-{:016x}", rand::random::<u64>());
         let role = Self::new(false, &name);
         let mut membership = Membership {

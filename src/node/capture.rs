@@ -18,7 +18,7 @@ use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group, thread};
-use crate::{identity, mesh};
+use crate::{identity, mesh, ports};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ use tokio::time::Instant;
 
 /// Ports of a pod's listeners, and how connections come to them.
 const LISTENERS: [(u16, Entrance); 3] =
-    [(15001, Entrance::Outbound), (15006, Entrance::Plaintext), (15008, Entrance::Tunnel)];
+    [(ports::OUTBOUND, Entrance::Outbound), (ports::PLAINTEXT, Entrance::Plaintext), (ports::HBONE, Entrance::Tunnel)];
 
 /// Addresses of a pod's interfaces that are kept beside those of its workload.
 const ADDRESSES_MAX: usize = 1024;
@@ -178,7 +178,7 @@ impl Capturer {
         let bound = dns::Listeners::bind(&pod.netns, listening.ipv6, self.config.mark, self.config.reuse_port);
         let bound = bound
             .map_err(CaptureError::from)
-            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: dns::PORT, source }));
+            .and_then(|bound| bound.map_err(|source| CaptureError::Port { port: ports::DNS, source }));
         match bound {
             Ok(listeners) => {
                 pod.dns.store(true, Ordering::Relaxed);
@@ -207,7 +207,7 @@ impl Capturer {
     /// From then on the pod's certificate is requested.
     pub fn approve(&self, spec: &PodSpec, listening: &Listening) -> Result<Approved, CaptureError> {
         // A missing policy means that there is none only once all policies have been announced.
-        if let Some(missing) = self.mesh.load().told.missing() {
+        if let Some(missing) = self.mesh.load().synced.missing() {
             return Err(CaptureError::FactsIncomplete(missing));
         }
         let workload = self.workload(spec)?;
@@ -308,7 +308,7 @@ impl Capturer {
     pub async fn refresh_addresses(&self, listening: &Listening) {
         let netns = listening.pod.netns.clone();
         // On a helper thread: a pod may give itself any number of addresses.
-        if let Some(Ok(held)) = thread::beside(move || netns.addresses()).await {
+        if let Some(Ok(held)) = thread::run_blocking(move || netns.addresses()).await {
             let own = listening.pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone()).unwrap_or_default();
             let mut held: Vec<IpAddr> = held.into_iter().map(|(ip, _)| ip).collect();
             held.sort_by_key(|ip| !own.contains(ip));

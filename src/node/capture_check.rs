@@ -6,8 +6,9 @@ use super::redirect;
 use crate::connection::Pod;
 use crate::connection::pod::PROBE_IPS;
 use crate::mesh::address::is_link_local;
-use crate::sys::counter::{self, Family};
+use crate::ports::{CAPTURE_CHECKS, HBONE, INBOUND_CHECK};
 use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::nftables::{self, Family};
 use crate::sys::socket::{ordinary, reset_on_close, start_connect};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -18,13 +19,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// Ports of the outbound check, one connection each. There are several because during an upgrade two daemons listen,
-/// and the kernel gives each connection to either.
-const CHECK_PORTS: std::ops::Range<u16> = 15091..15099;
-
-pub use super::redirect::CHECK_PORT;
-/// Port of the tunnel listener.
-pub const TUNNEL_PORT: u16 = 15008;
 /// Rounds of the inbound check: how many connections are opened at once, and how long they may take to arrive.
 const INBOUND_ROUNDS: [(usize, Duration); 2] = [(1, Duration::from_millis(300)), (8, Duration::from_millis(500))];
 
@@ -78,7 +72,7 @@ pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckErr
 }
 
 async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
-    let targets: Vec<SocketAddr> = CHECK_PORTS.map(|port| SocketAddr::new(ip, port)).collect();
+    let targets: Vec<SocketAddr> = CAPTURE_CHECKS.map(|port| SocketAddr::new(ip, port)).collect();
     let arrived = pod.probes.expect(&targets);
     let _forget = StopExpecting(pod);
     // The sockets stay open until one connection has arrived.
@@ -129,7 +123,7 @@ pub async fn check_inbound(
     sides: &[VantagePoint],
 ) -> Result<Option<String>, CaptureCheckError> {
     let own = |v4| ips.iter().copied().find(|ip| ip.is_ipv4() == v4 && !is_link_local(*ip));
-    let ports = [CHECK_PORT, TUNNEL_PORT].into_iter().filter(|port| plaintext || *port == TUNNEL_PORT);
+    let ports = [INBOUND_CHECK, HBONE].into_iter().filter(|port| plaintext || *port == HBONE);
     let targets = ports.flat_map(|port| [own(true), own(false)].into_iter().flatten().map(move |ip| (ip, port)));
     let all = targets.map(|target| one_target(pod, SocketAddr::from(target), sides));
     let mut all: FuturesUnordered<_> = all.collect();
@@ -164,7 +158,7 @@ async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<In
     for (attempts, wait) in INBOUND_ROUNDS {
         let own: Vec<IpAddr> = side.netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         let packets = |name| {
-            let counted = pod.netns.enter(|| counter::packets(Family::Inet, redirect::TABLE, name));
+            let counted = pod.netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, name));
             counted.ok().and_then(Result::ok)
         };
         let (before, reached) = (packets(redirect::PROBE_COUNTER), packets(redirect::CHECK_COUNTER));

@@ -7,13 +7,13 @@
 //! a bridge forwards between pods do not reach the host, so a table of the bridge family drops them there.
 
 use super::active_daemon::ActiveRole;
-use super::capture_check::{CHECK_PORT, TUNNEL_PORT};
 use super::nft::{self, Listing, NftError};
 use super::redirect::{PROBE_V4, PROBE_V6};
 use crate::mesh::Text;
-use crate::sys::changes::Changes;
-use crate::sys::counter::{self, Family};
+use crate::ports::{DOCTOR_SPOOF, HBONE, INBOUND_CHECK};
 use crate::sys::netns::Netns;
+use crate::sys::netns_watch::NetnsWatch;
+use crate::sys::nftables::{self, Family};
 use crate::task::Signal;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -29,9 +29,6 @@ use tokio::sync::watch;
 /// Name of our tables on the host.
 pub const TABLE: &str = "culvert-probes";
 
-/// Port of a pod to which `culvert doctor` sends packets with the probes' address, to see that they are dropped. They
-/// are not counted as spoofed. Nothing needs to listen on it.
-pub const DOCTOR_PORT: u16 = 15092;
 /// Name of the counter of dropped packets.
 const SPOOFED: &str = "spoofed";
 
@@ -87,9 +84,10 @@ pub struct HostProbeRules {
 impl HostProbeRules {
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let help = "1 while the host's rules for the kubelet's probes are in place, else 0";
+        let help = "1 while the host's rules for kubelet probes are in place, else 0. Alert on 0";
         registry.register("culvert_probe_rules_in_place", help, self.in_place.clone());
-        let help = "Packets that came to the host with the source address of the kubelet's probes, and were dropped";
+        let help = "Packets dropped because they reached the host with the source address of kubelet probes. Above 0, something \
+                    tries to bypass policies. Alert above 0";
         registry.register("culvert_probe_spoofs_dropped", help, self.spoofed.clone());
     }
 
@@ -99,14 +97,14 @@ impl HostProbeRules {
         let (mut pods, mut role_changes) = (probed.pods.subscribe(), role.subscribe());
         let (mut written, mut said) = ((None::<Listing>, None::<Listing>), None::<String>);
         let (mut bridges, mut counted) = (None::<String>, [None; 2]);
-        let changes = Netns::open(&self.host).and_then(|host| host.enter(Changes::open));
-        let changes = changes.ok().and_then(|opened| opened.and_then(Changes::new).ok());
+        let changes = Netns::open(&self.host).and_then(|host| host.enter(NetnsWatch::open));
+        let changes = changes.ok().and_then(|opened| opened.and_then(NetnsWatch::new).ok());
         // The entries in force, by address. An address belongs to one pod.
         let mut known: Option<BTreeMap<IpAddr, Text>> = None;
         loop {
             let heard = async {
                 match &changes {
-                    Some(changes) => while !changes.seen().await.tables {},
+                    Some(changes) => while !changes.changed().await.tables {},
                     None => std::future::pending().await,
                 }
             };
@@ -164,7 +162,7 @@ impl HostProbeRules {
     fn count(&self, counted: &mut [Option<u64>; 2]) {
         let Ok(host) = Netns::open(&self.host) else { return };
         for (family, before) in [Family::Inet, Family::Bridge].into_iter().zip(counted) {
-            let Ok(Ok(now)) = host.enter(|| counter::packets(family, TABLE, SPOOFED)) else { continue };
+            let Ok(Ok(now)) = host.enter(|| nftables::packets(family, TABLE, SPOOFED)) else { continue };
             // The count of an earlier daemon is its own. A counter that went down was removed with its table, and began
             // anew.
             let news = before.map_or(0, |before| now.checked_sub(before).unwrap_or(now));
@@ -221,7 +219,7 @@ impl HostProbeRules {
             // Capture checks must arrive with the source address that clients have, so their ports are left out. A
             // packet without a socket has no uid, and the rule does not match: forwarded packets are never let through.
             script += &format!(
-                "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {TUNNEL_PORT}, {CHECK_PORT} }} \
+                "add rule inet {TABLE} postrouting {family} daddr @{set} tcp dport != {{ {HBONE}, {INBOUND_CHECK} }} \
                  meta skuid != 4294967295 snat {family} to {source}\n"
             );
         }
@@ -246,7 +244,7 @@ fn drops(family: &str) -> String {
     }
     for (protocol, source) in [("ip", PROBE_V4), ("ip6", PROBE_V6)] {
         let drops = format!("add rule {family} {TABLE} drops {from_elsewhere}{protocol} saddr {source}");
-        script += &format!("{drops} tcp dport {DOCTOR_PORT} drop\n{drops} counter name {SPOOFED} drop\n");
+        script += &format!("{drops} tcp dport {DOCTOR_SPOOF} drop\n{drops} counter name {SPOOFED} drop\n");
     }
     script
 }

@@ -123,7 +123,8 @@ async fn list(netns: &Netns, arguments: &[&str]) -> Result<Value, NftError> {
         error => error,
     })?;
     // On a helper thread: the listing may be long.
-    let parsed = thread::beside(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
+    let parsed =
+        thread::run_blocking(move || serde_json::from_slice(&printed).map_err(|error| error.to_string())).await;
     let parsed = parsed.unwrap_or_else(|| Err("the helper thread failed".into()));
     parsed.map_err(|error| NftError::Unreadable(format!("the list is not JSON: {error}")))
 }

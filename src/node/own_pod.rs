@@ -6,6 +6,7 @@ use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod};
 use crate::mesh::workload::pod_uid;
 use crate::mesh::{SpiffeName, Text};
+use crate::ports::HBONE;
 use crate::sys::netns::Netns;
 use crate::sys::socket::bind_capture;
 use crate::task::Group;
@@ -14,9 +15,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-
-/// Port of the tunnel listener.
-const PORT: u16 = 15008;
 
 /// Time between attempts to listen.
 const RETRY: Duration = Duration::from_secs(5);
@@ -29,7 +27,7 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
         match listen(&capturer, &name, &identity) {
             Ok(accepting) => break accepting,
             Err(error) if !said => {
-                tracing::error!(port = PORT, %error, "cannot listen for tunnels to the daemon's own pod: its metrics are not reachable through the mesh; trying again");
+                tracing::error!(port = HBONE, %error, "cannot listen for tunnels to the daemon's own pod: its metrics are not reachable through the mesh; trying again");
                 said = true;
             }
             Err(_) => {}
@@ -48,7 +46,7 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
 fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result<Group> {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).map_err(io::Error::other)?;
     let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
-    let listener = bind_capture(PORT, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
+    let listener = bind_capture(HBONE, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
     capturer.identities.want(identity);
     let mesh_uid = pod_uid(&capturer.config.cluster_id, &identity.namespace, name);
     let pod = Arc::new(Pod {

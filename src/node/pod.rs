@@ -16,7 +16,7 @@ use super::spec::PodSpec;
 use super::status::{Board, CaptureState};
 use super::upkeep::Upkeep;
 use super::{legs, redirect};
-use crate::mesh::Wanted;
+use crate::mesh::FactKey;
 use crate::sys::netns::{Netns, NetnsError};
 use crate::task::ready::Pending;
 use crate::task::{Group, Signal};
@@ -87,7 +87,7 @@ pub struct PodTask {
     pub board: Arc<Board>,
     /// The pod.
     pub spec: PodSpec,
-    /// Changes of the pod's settings.
+    /// NetnsWatch of the pod's settings.
     changes: watch::Receiver<PodSpec>,
     /// Gentle: release the pod in order. At once: another entry has its network namespace, or the namespace has gone.
     pub removed: Signal,
@@ -317,7 +317,7 @@ impl PodTask {
                 self.first_attempt = None;
             }
             // An on-demand control plane announces the workload only when it is asked.
-            let unknown = self.approved.is_none().then(|| Wanted::Workload(listening.pod.mesh_uid.clone()));
+            let unknown = self.approved.is_none().then(|| FactKey::Workload(listening.pod.mesh_uid.clone()));
             let ask = async {
                 match unknown {
                     Some(wanted) => drop(self.capturer.mesh.ask(&listening.pod.uid, wanted).await),

@@ -12,8 +12,9 @@ use super::routes::{self, MASK, RETURN_MARK};
 use super::spec::Interface;
 use super::table_owner;
 use super::takeover::{self, IstioRules};
+use crate::ports::{DNS, HBONE, INBOUND_CHECK, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::{Netns, NetnsError};
-use crate::sys::{changes, iptables};
+use crate::sys::{iptables, nftables};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
@@ -47,8 +48,6 @@ pub struct Redirection {
     pub spared: Vec<(SocketAddr, SocketAddr)>,
 }
 
-/// Port of the pod's DNS server.
-const DNS_PORT: u16 = crate::dns::PORT;
 /// Conntrack zone of the daemon's own DNS questions.
 const DNS_ZONE: u16 = 1;
 /// IPv4 source address of kubelet probes, which are not captured.
@@ -58,9 +57,6 @@ pub const PROBE_V6: &str = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff";
 /// Name of the counter of connections from that address, which no policy applies to. Its value survives a rewrite of
 /// the rules, unless the chains are created again ([`Redirection::recreate_chains`]).
 pub const PROBE_COUNTER: &str = "probed";
-/// Destination port of plaintext capture checks from outside. The host does not give connections to it and to 15008 the
-/// address of kubelet probes.
-pub const CHECK_PORT: u16 = 15091;
 /// Name of the counter of connections to the ports of capture checks from outside: it tells whether a check has reached
 /// the pod.
 pub const CHECK_COUNTER: &str = "arrived";
@@ -132,7 +128,7 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
             Err(error) => return Err(error),
         };
         routes::set(netns, rules.ipv6, true).await?;
-        let generation = || netns.enter(changes::generation)?.map_err(RedirectError::Inspect);
+        let generation = || netns.enter(nftables::generation)?.map_err(RedirectError::Inspect);
         let mut before = generation()?;
         let anew = if rules.recreate_chains {
             format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")
@@ -279,9 +275,9 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         }
         if !bypass_inbound {
             for (family, outside) in families.clone() {
-                let taken = format!("{outside} tcp dport != 15008 {others}");
-                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:15006\n");
-                inbound += &format!("    {taken} redirect to :15006\n");
+                let taken = format!("{outside} tcp dport != {HBONE} {others}");
+                inbound += &format!("    {taken} fib daddr type local dnat {family} to {family} daddr:{PLAINTEXT}\n");
+                inbound += &format!("    {taken} redirect to :{PLAINTEXT}\n");
             }
         }
         if dns {
@@ -292,9 +288,8 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
                     format!("meta nfproto {protocol} oifname != lo udp dport 53 {others}"),
                     format!("{outside} tcp dport 53 {others}"),
                 ] {
-                    outbound +=
-                        &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{DNS_PORT}\n");
-                    outbound += &format!("    {taken} redirect to :{DNS_PORT}\n");
+                    outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{DNS}\n");
+                    outbound += &format!("    {taken} redirect to :{DNS}\n");
                 }
             }
         }
@@ -305,8 +300,8 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         }
         for (family, outside) in families {
             let taken = format!("meta l4proto tcp {outside} {others}");
-            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:15001\n");
-            outbound += &format!("    {taken} redirect to :15001\n");
+            outbound += &format!("    {taken} fib saddr type local dnat {family} to {family} saddr:{OUTBOUND}\n");
+            outbound += &format!("    {taken} redirect to :{OUTBOUND}\n");
         }
     }
     // Sets that are no longer used do not go with the rules that used them. Each is created first, because only an
@@ -333,7 +328,7 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
-         \x20   tcp dport {{ 15008, {CHECK_PORT} }} tcp flags & (syn | ack) == syn counter name {CHECK_COUNTER}\n  }}\n\
+         \x20   tcp dport {{ {HBONE}, {INBOUND_CHECK} }} tcp flags & (syn | ack) == syn counter name {CHECK_COUNTER}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
          \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
          \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
@@ -351,9 +346,9 @@ fn reroute(interfaces: &[Interface], addresses: &[IpAddr]) -> String {
     for name in interfaces {
         let taken = format!("iifname \"{name}\" meta l4proto tcp");
         for own in own.iter().flatten() {
-            rules += &format!("    {taken} dnat {own}:15001\n");
+            rules += &format!("    {taken} dnat {own}:{OUTBOUND}\n");
         }
-        rules += &format!("    {taken} redirect to :15001\n");
+        rules += &format!("    {taken} redirect to :{OUTBOUND}\n");
     }
     rules
 }

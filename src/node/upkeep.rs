@@ -10,9 +10,9 @@ use super::redirect;
 use super::spec::PodSpec;
 use super::status::{Board, Observations};
 use super::{legs, routes};
-use crate::sys::changes::{Changes, Seen};
-use crate::sys::counter::{self, Family};
 use crate::sys::netns::Netns;
+use crate::sys::netns_watch::{NetnsChange, NetnsWatch};
+use crate::sys::nftables::{self, Family};
 use crate::task::backoff::Backoff;
 use parking_lot::Mutex;
 use serde_json::Value;
@@ -42,9 +42,9 @@ const QUIET: Duration = Duration::from_secs(60);
 /// State of a pod's redirection.
 #[derive(Debug)]
 pub struct Upkeep {
-    changes: Option<Changes>,
-    /// Changes that have been announced and not handled yet.
-    recorded: Mutex<Seen>,
+    changes: Option<NetnsWatch>,
+    /// NetnsWatch that have been announced and not handled yet.
+    recorded: Mutex<NetnsChange>,
     /// A repair is scheduled.
     repairing: bool,
     /// No comparison of the tables before this.
@@ -82,7 +82,7 @@ pub struct Upkeep {
 async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
     if let (Some(changes), Some(written)) = (&upkeep.changes, &upkeep.written) {
         loop {
-            let seen = changes.seen().await;
+            let seen = changes.changed().await;
             upkeep.record(seen);
             if seen.tables && !redirect::unchanged_since(netns, written).await.is_ok_and(|(unchanged, _)| unchanged) {
                 return;
@@ -97,8 +97,9 @@ impl Upkeep {
     /// A redirection that has not been written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
         let netns = &listening.pod.netns;
-        let opened = netns.enter(Changes::open).map_err(CaptureError::from);
-        let changes = opened.and_then(|opened| opened.and_then(Changes::new).map_err(CaptureError::ChangesUnavailable));
+        let opened = netns.enter(NetnsWatch::open).map_err(CaptureError::from);
+        let changes =
+            opened.and_then(|opened| opened.and_then(NetnsWatch::new).map_err(CaptureError::ChangesUnavailable));
         if let Err(error) = &changes {
             let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
             tracing::warn!(namespace, name, %error, "changes in the pod's network namespace are not detected at once");
@@ -139,24 +140,24 @@ impl Upkeep {
     /// recorded until [`Self::handle_changes`], also if this is cancelled.
     pub async fn changes(&self) {
         let Some(changes) = &self.changes else { return std::future::pending().await };
-        if self.recorded() == Seen::default() {
-            self.record(changes.seen().await);
+        if self.recorded() == NetnsChange::default() {
+            self.record(changes.changed().await);
         }
         tokio::time::sleep(SETTLE).await;
         for _ in 0..MORE_MAX {
-            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.seen()).await else { break };
+            let Ok(more) = tokio::time::timeout(Duration::ZERO, changes.changed()).await else { break };
             self.record(more);
         }
         tokio::time::sleep_until(self.next_comparison).await;
     }
 
-    fn recorded(&self) -> Seen {
+    fn recorded(&self) -> NetnsChange {
         *self.recorded.lock()
     }
 
-    fn record(&self, more: Seen) {
+    fn record(&self, more: NetnsChange) {
         let mut recorded = self.recorded.lock();
-        *recorded = Seen {
+        *recorded = NetnsChange {
             tables: recorded.tables || more.tables,
             routes: recorded.routes || more.routes,
             addresses: recorded.addresses || more.addresses,
@@ -254,7 +255,7 @@ impl Upkeep {
     pub fn observations(&mut self, capturer: &Capturer, listening: &Listening) -> &Observations {
         if capturer.marks_kubelet_probes() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
-            let count = || counter::packets(Family::Inet, redirect::TABLE, redirect::PROBE_COUNTER);
+            let count = || nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBE_COUNTER);
             if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
                 self.observations.probe_connections = packets;
             }

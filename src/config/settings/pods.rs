@@ -3,8 +3,8 @@
 use crate::config::kind::{Custom, File, Switch, Text, Words};
 use crate::config::parse;
 use crate::config::setting::{Described, Setting};
-use crate::node::Source;
-use crate::node::kubernetes::select::Selector;
+use crate::node::PodSource;
+use crate::node::selectors::EnablementSelector;
 use serde_json::{Value, json};
 
 /// What enrols the node's pods.
@@ -27,27 +27,27 @@ settings! {
         .or_else("`file` if a pods file is set, `agent` otherwise")
         .help("What enrols this node's pods: `kubernetes` (labels), `agent` (istio-cni) or `file` (the pods file).")
         .shown("pods", |c| match &c.node.source {
-            Source::File(_) => json!("file"),
-            Source::Agent(_) => json!("agent"),
-            Source::Kubernetes(_) => json!("kubernetes"),
+            PodSource::File(_) => json!("file"),
+            PodSource::Agent(_) => json!("agent"),
+            PodSource::Kubernetes(_) => json!("kubernetes"),
         });
     PODS_FILE: File = Setting::new("pods-file", "CULVERT_PODS_FILE", File)
         .help("YAML file of this node's pods. The daemon follows its changes, and redirects the pods itself.")
         .shown("podsFile", |c| match &c.node.source {
-            Source::File(path) => json!(path.display().to_string()),
-            Source::Agent(_) | Source::Kubernetes(_) => Value::Null,
+            PodSource::File(path) => json!(path.display().to_string()),
+            PodSource::Agent(_) | PodSource::Kubernetes(_) => Value::Null,
         });
     AGENT_SOCKET: File = Setting::new("agent-socket", "INPOD_UDS", File)
         .or("/var/run/ztunnel/ztunnel.sock")
         .help("Socket of the node's agent (istio-cni).")
         .shown("inpodUds", |c| match &c.node.source {
-            Source::Agent(path) => json!(path.display().to_string()),
-            Source::File(_) | Source::Kubernetes(_) => Value::Null,
+            PodSource::Agent(path) => json!(path.display().to_string()),
+            PodSource::File(_) | PodSource::Kubernetes(_) => Value::Null,
         });
     KUBECONFIG: File = Setting::new("kubeconfig", "KUBECONFIG", File)
         .or_else("as a pod of the cluster")
         .help("File that says how to reach the Kubernetes API.");
-    SELECTORS: Custom<Vec<Selector>> =
+    SELECTORS: Custom<Vec<EnablementSelector>> =
         Setting::new("enablement-selectors", "AMBIENT_ENABLEMENT_SELECTOR", parse::SELECTORS)
             .or_else("Istio's label `istio.io/dataplane-mode: ambient`, of the pod or its namespace")
             .help("Which pods are enrolled: a YAML list of `podSelector` and `namespaceSelector`. A pod is enrolled if any entry selects it.");

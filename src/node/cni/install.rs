@@ -5,7 +5,7 @@
 
 use crate::node::active_daemon::ActiveRole;
 use crate::task::Signal;
-use crate::task::files::{FolderWatch, Stamp, beside, remove_leftovers, stamp, was_there};
+use crate::task::files::{FolderWatch, Stamp, remove_leftovers, stamp, temporary_name, was_there};
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value, json};
 use std::fs::Permissions;
@@ -60,7 +60,7 @@ impl Config {
 
     fn install_binary(&self, known: &mut Stamp) -> Result<(), InstallError> {
         // A daemon that hangs may still write although another one is active, so each writes to its own file.
-        let new = self.bin_dir.join(beside(PLUGIN));
+        let new = self.bin_dir.join(temporary_name(PLUGIN));
         let target = self.bin_dir.join(PLUGIN);
         let own = Path::new("/proc/self/exe");
         let failed = |path: &Path| {
@@ -96,7 +96,7 @@ impl Config {
             return Ok(false);
         }
         remove_leftovers(&self.conf_dir, OURS);
-        let new = self.conf_dir.join(beside(OURS));
+        let new = self.conf_dir.join(temporary_name(OURS));
         let write = || {
             std::fs::write(&new, &text)?;
             std::fs::set_permissions(&new, Permissions::from_mode(0o600))?;

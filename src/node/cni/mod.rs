@@ -11,7 +11,7 @@ use crate::sys::netns::Netns;
 use crate::sys::seqpacket::{Listener, Seqpacket};
 use crate::task::Group;
 use crate::task::backoff::Backoff;
-use crate::task::files::{beside, remove_leftovers, was_there};
+use crate::task::files::{remove_leftovers, temporary_name, was_there};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;
@@ -148,7 +148,7 @@ fn bind(socket: &Path) -> io::Result<Bound> {
     let (Some(folder), Some(name)) = (folder, name) else { return Err(io::ErrorKind::InvalidInput.into()) };
     std::fs::create_dir_all(folder)?;
     remove_leftovers(folder, name);
-    let listener = Listener::bind(socket, &folder.join(beside(name)))?;
+    let listener = Listener::bind(socket, &folder.join(temporary_name(name)))?;
     write_last_seen(socket);
     Ok((listener, id(socket)))
 }

@@ -139,7 +139,7 @@ impl EnrolmentLoop {
         };
         let wanted: Vec<PodFacts> = wanted.into_iter().cloned().collect();
         self.drop_saved();
-        if self.enrolment.capturer.mesh.load().told.missing().is_none() {
+        if self.enrolment.capturer.mesh.load().synced.missing().is_none() {
             self.enrolment.capturer.role.set_ready();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();

@@ -106,7 +106,7 @@ impl SavedPod {
 
 /// Reads the file. Returns no pods if there is no file, or it is from an earlier start of the machine.
 fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<SavedPod>, String> {
-    let Some(bytes) = files::read_whole(path, BYTES_MAX).map_err(|error| error.to_string())? else {
+    let Some(bytes) = files::read_bounded(path, BYTES_MAX).map_err(|error| error.to_string())? else {
         return Ok(Vec::new());
     };
     let file: File = serde_json::from_slice(&bytes).map_err(|error| format!("it is not valid: {error}"))?;
@@ -122,7 +122,7 @@ fn read(path: &Path, node: &str, boot: &str) -> Result<Vec<SavedPod>, String> {
 }
 
 fn write(path: &Path, file: &File) -> io::Result<()> {
-    files::write_whole(path, &serde_json::to_vec(file)?)
+    files::write_atomically(path, &serde_json::to_vec(file)?)
 }
 
 /// The saved pods, and the writes of the file.
@@ -148,7 +148,7 @@ impl SavedPods {
             let (path, node, boot) = (path.clone(), node.to_owned(), boot.clone());
             move || path.map_or_else(|| Ok(Vec::new()), |path| read(&path, &node, &boot))
         };
-        let read = thread::beside(read_all).await.unwrap_or_else(|| Err("the helper thread failed".into()));
+        let read = thread::run_blocking(read_all).await.unwrap_or_else(|| Err("the helper thread failed".into()));
         let enrolled = read.unwrap_or_else(|error| {
             let path = path.as_ref().map(|path| path.display().to_string());
             tracing::warn!(path, error, "cannot use the file of enrolled pods; they wait for the Kubernetes API");
@@ -207,7 +207,7 @@ impl SavedPods {
         let file = File { format: FORMAT, node: self.node.clone(), boot: self.boot.clone(), pods };
         let results = self.results.0.clone();
         tasks.spawn(async move {
-            let written = thread::beside(move || write(&path, &file)).await;
+            let written = thread::run_blocking(move || write(&path, &file)).await;
             // If this fails, the enrolment loop has ended.
             let _ = results.send(written.unwrap_or_else(|| Err(io::Error::other("the writing has failed")))).await;
         });

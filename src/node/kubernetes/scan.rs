@@ -138,7 +138,7 @@ fn choose(proc: &Path, pod: &SoughtPod, Candidates { by_netns, mut refused }: Ca
     }
     let (all, own) = (refused.join("; "), list(&pod.ips));
     match (found.pop(), found.pop()) {
-        (Some((_, netns, path)), None) => ScanResult::Namespace(netns.kept(), path),
+        (Some((_, netns, path)), None) => ScanResult::Namespace(netns.without_path(), path),
         (Some((one, ..)), Some((other, ..))) => ScanResult::Refused(format!(
             "two namespaces hold its address {own}, those of processes {other} and {one}, so the pod's own is not certain; \
              restart the pod"

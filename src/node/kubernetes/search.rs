@@ -66,7 +66,7 @@ impl EnrolmentLoop {
         let (proc, host) = (self.enrolment.config.proc.clone(), self.enrolment.capturer.config.host_netns.clone());
         let results = self.scan.results.0.clone();
         self.tasks.spawn(async move {
-            let scanned = thread::beside(move || scan(&proc, &host, &sought)).await;
+            let scanned = thread::run_blocking(move || scan(&proc, &host, &sought)).await;
             // If this fails, the enrolment loop has ended.
             let _ = results.send(scanned.unwrap_or_default()).await;
         });

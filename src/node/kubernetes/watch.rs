@@ -69,14 +69,22 @@ pub struct Metrics {
 impl Metrics {
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        let failures = "Lists and watches of the Kubernetes API that failed or were cut";
+        let failures = "Lists and watches of the Kubernetes API that failed or were interrupted";
         registry.register("culvert_kubernetes_watch_failures", failures, self.failures.clone());
-        let connected = "1 while the Kubernetes API tells of changes, else 0";
+        let connected =
+            "1 while the Kubernetes API announces changes of the resource, else 0. Alert on 0 for ten minutes";
         registry.register("culvert_kubernetes_connected", connected, self.connected.clone());
         let failed = "Status annotations that could not be written";
         registry.register("culvert_kubernetes_patch_failures", failed, self.patches_failed.clone());
-        let late = "Captured pods that were Ready before their status annotation said enabled";
+        let late = "Captured pods that were Ready before their status annotation said enabled; their peers may have sent \
+                    plaintext until then. Alert on a rise where the CNI plugin is installed";
         registry.register("culvert_pods_ready_before_enabled", late, self.late.clone());
+    }
+
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        drop(self.failures.get_or_create(&Resource { resource: "pods" }));
+        drop(self.connected.get_or_create(&Resource { resource: "pods" }));
     }
 
     /// Whether the watch of a resource is connected.
