@@ -12,7 +12,7 @@ use crate::identity::{istio_ca, revoked, verify};
 use crate::mesh::SpiffeName;
 use crate::node::zds::message;
 use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
-use crate::{control, rpc};
+use crate::{control, crypto};
 use prost::Message;
 use rustls::pki_types::CertificateDer;
 
@@ -68,7 +68,7 @@ pub fn connect_request(data: &[u8]) {
 /// A certificate, a chain in PEM as a CA returns it, and a SPIFFE name.
 pub fn certificate(data: &[u8]) {
     let _ = verify::peer_name(&CertificateDer::from(data));
-    let _ = rpc::tls::from_pem(data);
+    let _ = crypto::certificates_from_pem(data);
     let text = String::from_utf8_lossy(data);
     if let Ok(name) = SpiffeName::parse(&text) {
         assert_eq!(name.to_string(), text, "an accepted name survives a round trip");

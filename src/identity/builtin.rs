@@ -4,8 +4,8 @@
 //! so replacing the directory's files rotates the CA without a restart.
 
 use super::authority::Signed;
+use crate::crypto::certificates_from_pem;
 use crate::mesh::SpiffeName;
-use crate::rpc::tls::from_pem;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType, string::Ia5String,
@@ -121,7 +121,8 @@ impl Builtin {
             return Err(content(&key_path, reason));
         }
         let ca_key = KeyPair::from_pem(&read(&key_path)?).map_err(|e| content(&key_path, e.to_string()))?;
-        let roots = from_pem(read(&root_path)?.as_bytes()).map_err(|reason| content(&root_path, reason))?;
+        let roots =
+            certificates_from_pem(read(&root_path)?.as_bytes()).map_err(|reason| content(&root_path, reason))?;
         let first = roots.first().ok_or_else(|| content(&root_path, "holds no certificate".into()))?;
         let issuer = Issuer::from_ca_cert_der(first, ca_key).map_err(|e| content(&root_path, e.to_string()))?;
 

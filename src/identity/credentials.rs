@@ -6,8 +6,8 @@
 use super::authority::Signed;
 use super::revoked::{Chain, List, Revocations};
 use super::verify::{ClientVerifier, ServerVerifier, Vouch};
+use crate::crypto::{ALPN_H2, is_about_time, provider};
 use crate::mesh::{SpiffeName, Text};
-use crate::rpc::tls::{is_about_time, provider};
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
@@ -17,9 +17,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
-
-/// Protocol name of HTTP/2 in TLS.
-const ALPN_H2: &[u8] = b"h2";
 
 /// Bytes that TLS may hold encrypted and unsent: a whole frame at once, or it goes out in pieces.
 pub const TLS_BUFFER_BYTES: usize = 512 * 1024;

@@ -3,10 +3,11 @@
 
 use super::authority::Signed;
 use super::verify::{PeerError, peer_name};
+use crate::crypto::certificates_from_pem;
 use crate::mesh::SpiffeName;
 use crate::proto::istio::v1::auth::IstioCertificateRequest;
 use crate::proto::istio::v1::auth::istio_certificate_service_client::IstioCertificateServiceClient;
-use crate::rpc::{self, Connection, tls::from_pem};
+use crate::rpc::{self, Connection};
 use parking_lot::Mutex;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType, string::Ia5String};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -141,7 +142,7 @@ fn impersonate(identity: &SpiffeName) -> prost_types::Struct {
 /// certificates (istiod before 1.25).
 fn signed(identity: &SpiffeName, key: PrivateKeyDer<'static>, elements: &[String]) -> Result<Signed, IstioCaError> {
     let bad = |reason: &str| IstioCaError::Answer(reason.to_owned());
-    let parse = |element: &String| from_pem(element.as_bytes()).map_err(IstioCaError::Answer);
+    let parse = |element: &String| certificates_from_pem(element.as_bytes()).map_err(IstioCaError::Answer);
     let (last, first) = elements.split_last().ok_or_else(|| bad("it holds no certificate"))?;
     if first.is_empty() {
         return Err(bad("it holds no root certificate"));

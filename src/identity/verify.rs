@@ -1,14 +1,13 @@
 //! Verifying a peer: the chain by webpki, the name by us. A peer is who its one SPIFFE URI SAN says, exactly.
 
 use super::revoked::Revocations;
+use crate::crypto::{delegate_signatures, with_clock_reason};
 use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
-pub use crate::rpc::tls::clock;
-use crate::rpc::tls::with_clock;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, SignatureScheme};
+use rustls::{CertificateError, DistinguishedName, Error, OtherError};
 use std::io;
 use std::sync::Arc;
 use tokio::sync::Notify;
@@ -58,7 +57,7 @@ pub fn tls_reason(error: &io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
     match inner {
         Some(Error::InvalidCertificate(CertificateError::Other(other))) => other.0.to_string(),
-        _ => with_clock(error),
+        _ => with_clock_reason(error),
     }
 }
 
@@ -159,27 +158,7 @@ impl ServerCertVerifier for ServerVerifier {
         Err(PeerError::Unexpected { peer, expected }.into())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.vouch.chain.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.vouch.chain.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.vouch.chain.supported_verify_schemes()
-    }
+    delegate_signatures!(vouch.chain);
 }
 
 /// Verifies clients: chain under our roots, trust domain among the accepted ones.
@@ -211,27 +190,7 @@ impl ClientCertVerifier for ClientVerifier {
         Err(PeerError::TrustDomain { peer, accepted }.into())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.vouch.chain.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.vouch.chain.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.vouch.chain.supported_verify_schemes()
-    }
+    delegate_signatures!(vouch.chain);
 }
 
 fn join<T: ToString>(names: impl Iterator<Item = T>) -> String {

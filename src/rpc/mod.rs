@@ -5,6 +5,7 @@
 
 pub mod tls;
 
+use crate::crypto::with_clock_reason;
 use crate::task::Group;
 use http::header::{AUTHORIZATION, HeaderName};
 use http::{HeaderValue, Request, Response, Uri};
@@ -101,7 +102,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// TLS.
-    #[error("{host} is not who it must be: {}", tls::with_clock(.source))]
+    #[error("{host} is not who it must be: {}", with_clock_reason(.source))]
     Tls {
         /// The name.
         host: String,
@@ -290,5 +291,18 @@ impl tower_service::Service<Request<Body>> for Connection {
         }
         let answer = self.send.send_request(request);
         Box::pin(async move { answer.await.map_err(Into::into) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustls::{CertificateError, Error};
+
+    #[test]
+    fn a_certificate_that_is_not_valid_now_is_explained() {
+        let source = io::Error::other(Error::InvalidCertificate(CertificateError::Expired));
+        let said = ConnectError::Tls { host: "istiod".into(), source }.to_string();
+        assert!(said.starts_with("istiod is not who it must be: ") && said.contains("one of the two clocks"), "{said}");
     }
 }
