@@ -4,13 +4,13 @@
 
 pub mod authority;
 pub mod builtin;
+mod ca_queue;
 pub mod credentials;
-mod fresh;
 pub mod istio_ca;
+mod renewal;
 pub mod revoked;
 mod roots;
 pub mod store;
-mod turns;
 pub mod verify;
 
 pub use authority::Authority;

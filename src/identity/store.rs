@@ -1,14 +1,14 @@
 //! Certificates by identity: wanted by pods, fetched when first wanted, kept while valid whatever fails.
 //!
-//! One task per identity (`fresh.rs`) does the asking, eight ask at once, the most urgent first; readers only wait for the
+//! One task per identity (`renewal.rs`) does the asking, eight ask at once, the most urgent first; readers only wait for the
 //! first answer, and never longer than a deadline.
 
 use super::authority::Authority;
+use super::ca_queue::{CaQueue, Urgency};
 use super::credentials::{Credentials, Trust};
-use super::fresh::Fresh;
+use super::renewal::Renewal;
 use super::revoked::Revocations;
 use super::roots::Roots;
-use super::turns::{Turns, Urgency};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::Group;
 use parking_lot::Mutex;
@@ -132,7 +132,7 @@ pub struct Store {
     /// Told when an identity becomes wanted.
     wanted: Notify,
     pub(super) roots: Roots,
-    pub(super) turns: Arc<Turns>,
+    pub(super) queue: Arc<CaQueue>,
     tasks: Group,
     pub(super) metrics: Arc<Metrics>,
 }
@@ -154,7 +154,7 @@ impl Store {
             entries: Mutex::default(),
             wanted: Notify::new(),
             roots: Roots::default(),
-            turns: Turns::new(AT_ONCE),
+            queue: CaQueue::new(AT_ONCE),
             tasks,
             metrics,
         })
@@ -177,7 +177,7 @@ impl Store {
         let entry = Entry { holders: 1, came: 1, state: state.clone(), urgency: urgency.clone(), stop: stop.clone() };
         entries.insert(identity.clone(), entry);
         self.wanted.notify_waiters();
-        let fresh = Fresh { store: self.clone(), identity: identity.clone(), out: state, urgency };
+        let fresh = Renewal { store: self.clone(), identity: identity.clone(), out: state, urgency };
         self.tasks.spawn(async move {
             tokio::select! { () = stop.cancelled() => {}, () = fresh.keep() => {} }
         });
@@ -436,7 +436,7 @@ mod tests {
         store.get(&identity).await.unwrap();
         let out = store.entries.lock()[&identity].state.clone();
         let fresh =
-            Fresh { store: store.clone(), identity: identity.clone(), out: out.clone(), urgency: Arc::default() };
+            Renewal { store: store.clone(), identity: identity.clone(), out: out.clone(), urgency: Arc::default() };
         let signed = store.authority.sign(&identity).await.unwrap();
         let built = Credentials::build(identity.clone(), 7, signed, store.known_trust(&identity)).unwrap();
         store.revocations.put(Default::default());

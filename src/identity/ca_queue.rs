@@ -1,4 +1,4 @@
-//! Turns at the CA: few requests at once, the most urgent first. Urgency may rise while a request waits.
+//! CaQueue at the CA: few requests at once, the most urgent first. Urgency may rise while a request waits.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -27,14 +27,14 @@ impl Urgency {
     }
 }
 
-/// Gives turns.
+/// Gives queue.
 #[derive(Debug)]
-pub struct Turns {
-    state: Mutex<State>,
+pub struct CaQueue {
+    state: Mutex<QueueState>,
 }
 
 #[derive(Debug)]
-struct State {
+struct QueueState {
     free: usize,
     /// In the order of their coming.
     queue: Vec<Waiter>,
@@ -44,35 +44,35 @@ struct State {
 struct Waiter {
     urgency: Arc<Urgency>,
     /// The turn goes with the call: should the waiter leave at that moment, it comes back.
-    call: oneshot::Sender<Turn>,
+    call: oneshot::Sender<Slot>,
 }
 
 /// One turn; given back when dropped.
 #[derive(Debug)]
-pub struct Turn {
-    turns: Arc<Turns>,
+pub struct Slot {
+    queue: Arc<CaQueue>,
 }
 
-impl Drop for Turn {
+impl Drop for Slot {
     fn drop(&mut self) {
-        self.turns.pass_on();
+        self.queue.pass_on();
     }
 }
 
-impl Turns {
-    /// As many turns at once.
+impl CaQueue {
+    /// As many queue at once.
     pub fn new(at_once: usize) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State { free: at_once, queue: Vec::new() }) })
+        Arc::new(Self { state: Mutex::new(QueueState { free: at_once, queue: Vec::new() }) })
     }
 
     /// Waits for a turn.
-    pub async fn take(self: &Arc<Self>, urgency: &Arc<Urgency>) -> Turn {
+    pub async fn enter(self: &Arc<Self>, urgency: &Arc<Urgency>) -> Slot {
         loop {
             let called = {
                 let mut state = self.state.lock();
                 if state.free > 0 {
                     state.free -= 1;
-                    return Turn { turns: self.clone() };
+                    return Slot { queue: self.clone() };
                 }
                 let (call, called) = oneshot::channel();
                 state.queue.push(Waiter { urgency: urgency.clone(), call });
@@ -94,7 +94,7 @@ impl Turns {
                 state.free += 1;
                 return;
             };
-            match state.queue.remove(next).call.send(Turn { turns: self.clone() }) {
+            match state.queue.remove(next).call.send(Slot { queue: self.clone() }) {
                 Ok(()) => return,
                 // Who does not wait any more is passed over; the turn is still ours to give.
                 Err(turn) => std::mem::forget(turn),
@@ -109,16 +109,16 @@ mod tests {
 
     #[tokio::test]
     async fn the_most_urgent_goes_first_and_who_left_is_passed_over() {
-        let turns = Turns::new(1);
+        let queue = CaQueue::new(1);
         let urgency = |waiting, held| {
             Arc::new(Urgency { waiting: AtomicUsize::new(waiting), held: AtomicBool::new(held), ..Urgency::default() })
         };
-        let first = turns.take(&urgency(0, true)).await;
+        let first = queue.enter(&urgency(0, true)).await;
         let order = Arc::new(Mutex::new(Vec::new()));
         let wait = |name: &'static str, urgency: Arc<Urgency>| {
-            let (turns, order) = (turns.clone(), order.clone());
+            let (queue, order) = (queue.clone(), order.clone());
             async move {
-                let _turn = turns.take(&urgency).await;
+                let _turn = queue.enter(&urgency).await;
                 order.lock().push(name);
             }
         };

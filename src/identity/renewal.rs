@@ -9,9 +9,9 @@
 //! Peers renew at half life, so they know a root that is new before anybody presents a certificate of it.
 
 use super::authority::AuthorityError;
+use super::ca_queue::Urgency;
 use super::credentials::{Credentials, CredentialsError};
 use super::store::{State, Store};
-use super::turns::Urgency;
 use crate::mesh::SpiffeName;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::brief;
@@ -52,7 +52,7 @@ pub(super) enum FetchError {
 }
 
 /// One identity.
-pub(super) struct Fresh {
+pub(super) struct Renewal {
     pub(super) store: Arc<Store>,
     pub(super) identity: SpiffeName,
     pub(super) out: watch::Sender<State>,
@@ -76,7 +76,7 @@ enum Why {
     Came,
 }
 
-impl Fresh {
+impl Renewal {
     /// Runs until dropped.
     pub(super) async fn keep(self) {
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
@@ -85,9 +85,9 @@ impl Fresh {
         let mut next = None;
         loop {
             self.urgency.held.store(self.valid().is_some(), Ordering::Relaxed);
-            let turn = self.store.turns.take(&self.urgency).await;
+            let slot = self.store.queue.enter(&self.urgency).await;
             let fetched = self.fetch().await;
-            drop(turn);
+            drop(slot);
             let wait = match fetched {
                 Ok((new, renewal, news)) => {
                     backoff.reset();
