@@ -3,7 +3,8 @@
 //! For one machine, tests and small estates; several nodes may share the directory. The key is read for each signing,
 //! so replacing the directory's files rotates the CA without a restart.
 
-use super::authority::Signed;
+use super::credentials::Credentials;
+use super::signed::SignedCertificate;
 use crate::crypto::certificates_from_pem;
 use crate::mesh::SpiffeName;
 use rcgen::{
@@ -98,11 +99,11 @@ impl Builtin {
         let content = |reason: String| BuiltinError::Content { path: self.folder.join("ca.key"), reason };
         let identity = SpiffeName::new("cluster.local", "culvert", "check").map_err(|e| content(e.to_string()))?;
         let signed = self.sign(&identity)?;
-        super::Credentials::alone(identity, signed).map(drop).map_err(|e| content(e.to_string()))
+        Credentials::alone(identity, signed).map(drop).map_err(|e| content(e.to_string()))
     }
 
     /// Signs a fresh P-256 key for `identity`, as exactly one critical SPIFFE URI SAN and an empty subject.
-    pub fn sign(&self, identity: &SpiffeName) -> Result<Signed, BuiltinError> {
+    pub fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, BuiltinError> {
         let key_path = self.folder.join("ca.key");
         let root_path = self.folder.join("ca.pem");
         let read = |path: &PathBuf| {
@@ -127,7 +128,7 @@ impl Builtin {
         let issuer = Issuer::from_ca_cert_der(first, ca_key).map_err(|e| content(&root_path, e.to_string()))?;
 
         let issued = SystemTime::now();
-        let sign = || -> Result<Signed, rcgen::Error> {
+        let sign = || -> Result<SignedCertificate, rcgen::Error> {
             let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
             let mut params = CertificateParams::default();
             params.distinguished_name = DistinguishedName::new();
@@ -137,7 +138,7 @@ impl Builtin {
             params.not_before = OffsetDateTime::from(issued - BACKDATE);
             params.not_after = OffsetDateTime::from(issued + self.leaf_life);
             let leaf = params.signed_by(&key, &issuer)?;
-            Ok(Signed {
+            Ok(SignedCertificate {
                 key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
                 chain: vec![leaf.der().clone()],
                 roots: roots.clone(),

@@ -3,8 +3,8 @@
 //! TLS 1.3 only, AES-GCM, X25519MLKEM768 first; ALPN `h2`; no SNI, no resumption, no tickets: a session resumed at
 //! another workload would skip the verification of who it is.
 
-use super::authority::Signed;
 use super::revoked::{Chain, List, Revocations};
+use super::signed::SignedCertificate;
 use super::verify::{ClientVerifier, ServerVerifier, Vouch};
 use crate::crypto::{ALPN_H2, is_about_time, provider};
 use crate::mesh::{SpiffeName, Text};
@@ -68,7 +68,7 @@ pub struct Credentials {
     /// When it ends.
     pub not_after: SystemTime,
     /// As it came.
-    pub(super) signed: Signed,
+    pub(super) signed: SignedCertificate,
     pub(super) trust: Trust,
     server: Arc<ServerConfig>,
     client: ClientConfig,
@@ -89,7 +89,7 @@ impl Credentials {
     pub fn build(
         identity: SpiffeName,
         generation: u64,
-        signed: Signed,
+        signed: SignedCertificate,
         trust: Trust,
     ) -> Result<Self, CredentialsError> {
         let (provider, revoked) = (Arc::new(provider()), trust.revocations.current());
@@ -133,7 +133,7 @@ impl Credentials {
     }
 
     /// Builds settings that trust nobody but the roots that came with the certificate.
-    pub fn alone(identity: SpiffeName, signed: Signed) -> Result<Self, CredentialsError> {
+    pub fn alone(identity: SpiffeName, signed: SignedCertificate) -> Result<Self, CredentialsError> {
         let trust_domains = vec![identity.trust_domain.clone()];
         let trust = Trust {
             roots: signed.roots.clone(),
@@ -218,7 +218,7 @@ impl Credentials {
 }
 
 /// Checks a new certificate by the roots that are to vouch for it.
-fn own(chain: &dyn ClientCertVerifier, signed: &Signed) -> Result<(), CredentialsError> {
+fn own(chain: &dyn ClientCertVerifier, signed: &SignedCertificate) -> Result<(), CredentialsError> {
     let Some((leaf, intermediates)) = signed.chain.split_first() else {
         return Err(CredentialsError::Roots("the certificate is missing".into()));
     };

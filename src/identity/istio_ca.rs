@@ -1,7 +1,7 @@
 //! Istio's CA, by `CreateCertificate`: a fresh P-256 key and request for each certificate, impersonating the identity of
 //! a pod of this node. (Source: istiod's CA and its node authorizer.)
 
-use super::authority::Signed;
+use super::signed::SignedCertificate;
 use super::verify::{PeerError, peer_name};
 use crate::crypto::certificates_from_pem;
 use crate::mesh::SpiffeName;
@@ -76,7 +76,7 @@ impl IstioCa {
     }
 
     /// Signs a fresh key for `identity`.
-    pub async fn sign(&self, identity: &SpiffeName) -> Result<Signed, IstioCaError> {
+    pub async fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, IstioCaError> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let request = IstioCertificateRequest {
             csr: signing_request(identity, &key)?,
@@ -140,7 +140,11 @@ fn impersonate(identity: &SpiffeName) -> prost_types::Struct {
 
 /// Reads an answer: leaf first, roots in the last element, what is between are intermediates. An element may hold several
 /// certificates (istiod before 1.25).
-fn signed(identity: &SpiffeName, key: PrivateKeyDer<'static>, elements: &[String]) -> Result<Signed, IstioCaError> {
+fn signed(
+    identity: &SpiffeName,
+    key: PrivateKeyDer<'static>,
+    elements: &[String],
+) -> Result<SignedCertificate, IstioCaError> {
     let bad = |reason: &str| IstioCaError::Answer(reason.to_owned());
     let parse = |element: &String| certificates_from_pem(element.as_bytes()).map_err(IstioCaError::Answer);
     let (last, first) = elements.split_last().ok_or_else(|| bad("it holds no certificate"))?;
@@ -164,7 +168,7 @@ fn signed(identity: &SpiffeName, key: PrivateKeyDer<'static>, elements: &[String
         return Err(IstioCaError::Another { signed: name, asked: identity.clone() });
     }
     let (not_before, not_after, life) = validity(leaf).ok_or_else(|| bad("its dates make no sense"))?;
-    Ok(Signed { key, chain, roots, not_before, not_after, life })
+    Ok(SignedCertificate { key, chain, roots, not_before, not_after, life })
 }
 
 /// Reads an answer as [`IstioCa::sign`] does, for any identity.

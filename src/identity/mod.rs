@@ -10,6 +10,7 @@ pub mod istio_ca;
 mod renewal;
 pub mod revoked;
 mod roots;
+mod signed;
 pub mod store;
 pub mod verify;
 
