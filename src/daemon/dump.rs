@@ -316,7 +316,7 @@ fn lists<T>(attribute: &Attribute<T>, show: impl Fn(&T) -> Value) -> (Vec<Value>
 }
 
 fn certificates(parts: &Parts) -> Value {
-    let one = |held: crate::identity::store::Held| {
+    let one = |held: crate::identity::store::HeldCertificate| {
         let state = match (&held.credentials, &held.error) {
             (Some(held), _) if held.not_after > SystemTime::now() => "Available".to_owned(),
             (Some(_), error) => format!("Unavailable: expired; {}", error.as_deref().unwrap_or("renewal is under way")),

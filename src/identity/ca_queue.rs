@@ -1,25 +1,27 @@
-//! CaQueue at the CA: few requests at once, the most urgent first. Urgency may rise while a request waits.
+//! The queue of signing requests at the CA: a few at once, the most urgent first. A request may become more urgent while it
+//! waits.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::sync::{Notify, oneshot};
 
-/// How urgent an identity's certificate is.
+/// How urgently an identity needs a certificate.
 #[derive(Debug, Default)]
 pub struct Urgency {
-    /// Connections that wait for it.
-    pub waiting: AtomicUsize,
-    /// Whether there is one already.
-    pub held: AtomicBool,
-    /// Told when a pod comes for which there is none: what failed before it came is no reason to wait any more.
-    pub came: Notify,
+    /// Connections that wait for the certificate.
+    pub waiting_connections: AtomicUsize,
+    /// Whether there is a valid certificate already.
+    pub has_certificate: AtomicBool,
+    /// Notified when a pod comes that has no valid certificate. The renewal task then asks again soon, however long it
+    /// would wait after earlier failures.
+    pub pod_arrived: Notify,
 }
 
 impl Urgency {
-    /// Lower is sooner: connections wait; a pod has none yet; renewal.
+    /// Lower is sooner: first identities that connections wait for, then those without a certificate, then renewals.
     fn class(&self) -> u8 {
-        match (self.waiting.load(Ordering::Relaxed), self.held.load(Ordering::Relaxed)) {
+        match (self.waiting_connections.load(Ordering::Relaxed), self.has_certificate.load(Ordering::Relaxed)) {
             (1.., false) => 0,
             (0, false) => 1,
             (_, true) => 2,
@@ -27,7 +29,7 @@ impl Urgency {
     }
 }
 
-/// Gives queue.
+/// Hands out slots for requests at the CA.
 #[derive(Debug)]
 pub struct CaQueue {
     state: Mutex<QueueState>,
@@ -36,18 +38,18 @@ pub struct CaQueue {
 #[derive(Debug)]
 struct QueueState {
     free: usize,
-    /// In the order of their coming.
-    queue: Vec<Waiter>,
+    /// In order of arrival.
+    waiters: Vec<Waiter>,
 }
 
 #[derive(Debug)]
 struct Waiter {
     urgency: Arc<Urgency>,
-    /// The turn goes with the call: should the waiter leave at that moment, it comes back.
+    /// Carries the slot itself: if the waiter leaves at this moment, the slot is dropped and so comes back to the queue.
     call: oneshot::Sender<Slot>,
 }
 
-/// One turn; given back when dropped.
+/// Permission for one request; dropping it passes it on to the most urgent waiter.
 #[derive(Debug)]
 pub struct Slot {
     queue: Arc<CaQueue>,
@@ -60,12 +62,12 @@ impl Drop for Slot {
 }
 
 impl CaQueue {
-    /// As many queue at once.
-    pub fn new(at_once: usize) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(QueueState { free: at_once, queue: Vec::new() }) })
+    /// A queue with this many slots.
+    pub fn new(slots: usize) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(QueueState { free: slots, waiters: Vec::new() }) })
     }
 
-    /// Waits for a turn.
+    /// Waits for a slot.
     pub async fn enter(self: &Arc<Self>, urgency: &Arc<Urgency>) -> Slot {
         loop {
             let called = {
@@ -75,12 +77,12 @@ impl CaQueue {
                     return Slot { queue: self.clone() };
                 }
                 let (call, called) = oneshot::channel();
-                state.queue.push(Waiter { urgency: urgency.clone(), call });
+                state.waiters.push(Waiter { urgency: urgency.clone(), call });
                 called
             };
-            // A queue never loses a waiter that it has not called; should it, the waiter queues again.
-            if let Ok(turn) = called.await {
-                return turn;
+            // A waiter leaves the list only when it is called. Should the call be lost all the same, it queues again.
+            if let Ok(slot) = called.await {
+                return slot;
             }
         }
     }
@@ -88,16 +90,15 @@ impl CaQueue {
     fn pass_on(self: &Arc<Self>) {
         let mut state = self.state.lock();
         loop {
-            let next =
-                state.queue.iter().enumerate().min_by_key(|(_, waiter)| waiter.urgency.class()).map(|(at, _)| at);
-            let Some(next) = next else {
+            let waiters = state.waiters.iter().enumerate();
+            let Some(next) = waiters.min_by_key(|(_, waiter)| waiter.urgency.class()).map(|(at, _)| at) else {
                 state.free += 1;
                 return;
             };
-            match state.queue.remove(next).call.send(Slot { queue: self.clone() }) {
+            match state.waiters.remove(next).call.send(Slot { queue: self.clone() }) {
                 Ok(()) => return,
-                // Who does not wait any more is passed over; the turn is still ours to give.
-                Err(turn) => std::mem::forget(turn),
+                // This waiter has left. Dropping the slot would pass it on once more, so it is forgotten and the loop goes on.
+                Err(slot) => std::mem::forget(slot),
             }
         }
     }
@@ -106,19 +107,24 @@ impl CaQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures_util::FutureExt;
 
     #[tokio::test]
-    async fn the_most_urgent_goes_first_and_who_left_is_passed_over() {
+    async fn the_most_urgent_request_goes_first_and_one_that_left_is_skipped() {
         let queue = CaQueue::new(1);
-        let urgency = |waiting, held| {
-            Arc::new(Urgency { waiting: AtomicUsize::new(waiting), held: AtomicBool::new(held), ..Urgency::default() })
+        let urgency = |waiting, has_certificate| {
+            Arc::new(Urgency {
+                waiting_connections: AtomicUsize::new(waiting),
+                has_certificate: AtomicBool::new(has_certificate),
+                ..Urgency::default()
+            })
         };
         let first = queue.enter(&urgency(0, true)).await;
         let order = Arc::new(Mutex::new(Vec::new()));
         let wait = |name: &'static str, urgency: Arc<Urgency>| {
             let (queue, order) = (queue.clone(), order.clone());
             async move {
-                let _turn = queue.enter(&urgency).await;
+                let _slot = queue.enter(&urgency).await;
                 order.lock().push(name);
             }
         };
@@ -132,22 +138,14 @@ mod tests {
                 wait("connection", urgency(1, false)),
                 async {
                     tokio::task::yield_now().await;
-                    rising.waiting.store(1, Ordering::Relaxed);
+                    rising.waiting_connections.store(1, Ordering::Relaxed);
                     drop(first);
                 }
             )
         };
-        assert!(futures_poll_once(&mut left).await.is_none());
+        assert!((&mut left).now_or_never().is_none());
         drop(left);
         all.await;
         assert_eq!(*order.lock(), ["rising", "connection", "warm-up", "renewal"]);
-    }
-
-    async fn futures_poll_once<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
-        std::future::poll_fn(|cx| match std::pin::Pin::new(&mut *future).poll(cx) {
-            std::task::Poll::Ready(value) => std::task::Poll::Ready(Some(value)),
-            std::task::Poll::Pending => std::task::Poll::Ready(None),
-        })
-        .await
     }
 }

@@ -145,7 +145,7 @@ impl Credentials {
     }
 
     /// The same certificate with other trust. Tunnels that use it go on: it is the same generation.
-    pub fn trusting(&self, trust: Trust) -> Result<Self, CredentialsError> {
+    pub fn with_trust(&self, trust: Trust) -> Result<Self, CredentialsError> {
         let trust = Trust { unknown_root: self.trust.unknown_root.clone(), ..trust };
         Self::build(self.identity.clone(), self.generation, self.signed.clone(), trust)
     }

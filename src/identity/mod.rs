@@ -5,8 +5,10 @@
 pub mod authority;
 pub mod builtin;
 mod ca_queue;
+mod certificates;
 pub mod credentials;
 pub mod istio_ca;
+pub mod metrics;
 mod renewal;
 pub mod revoked;
 mod roots;

@@ -1,17 +1,19 @@
-//! Keeping one identity's certificate fresh: when to ask the CA, and what to present meanwhile.
+//! Renews one identity's certificate: when to ask the CA, and which certificate to present meanwhile.
 //!
 //! ```text
-//!   ask ──signed──► present, wait for renewal ──► ask …
-//!    │ ▲       └──by a root that is new──► present what is held until shortly before its end, then this
-//!    │ └── wait: longer and longer, but sooner towards the end of what is held
+//!   ask ──signed──────────────► present it, wait for renewal ──► ask …
+//!    │ ▲  └──by a new root────► present the old certificate until shortly before its end, then the new one
+//!    │ └── wait: longer after each failure, but shorter as the held certificate nears its end
 //!    └──error──┘
 //! ```
-//! Peers renew at half life, so they know a root that is new before anybody presents a certificate of it.
+//! During a CA rotation peers must know the new root before anyone presents a certificate signed by it. Every node renews
+//! at about half of the certificate's life and learns the roots then, so a certificate of a new root is held back until the
+//! old one is nearly over. A valid certificate is never given up because a renewal failed.
 
 use super::authority::AuthorityError;
 use super::ca_queue::Urgency;
+use super::certificates::{CertificateState, Certificates};
 use super::credentials::{Credentials, CredentialsError};
-use super::store::{State, Store};
 use crate::mesh::SpiffeName;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::brief;
@@ -22,25 +24,26 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// First wait after a failed fetch; doubles up to [`RETRY_MAX`].
+/// First wait after a failed request; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_secs(1);
-/// Longest wait after a failed fetch.
+/// Longest wait after a failed request.
 const RETRY_MAX: Duration = Duration::from_secs(150);
-/// How often the clock is looked at while waiting: it may be set, and the machine may have slept.
-const CLOCK_LOOK: Duration = Duration::from_secs(10);
-/// How far the clock may go otherwise than time does before everything is looked at again.
+/// How often the clock is checked while waiting: somebody may set it, or the machine may have slept.
+const CLOCK_CHECK: Duration = Duration::from_secs(10);
+/// Difference between the clock and elapsed time beyond which the clock counts as set, and the CA is asked at once.
 const CLOCK_JUMP: Duration = Duration::from_secs(20);
-/// How long a CA may refuse a new identity before that is worth a warning: it hears of pods a moment after we do.
-const NEW_FOR: Duration = Duration::from_secs(20);
-/// How long before its end, as a part of its life, a certificate is given up for one of a root that is new.
+/// For how long a CA may refuse a new identity before that is logged as a warning. CAs learn of a pod a little later than
+/// this node does.
+const NEW_IDENTITY: Duration = Duration::from_secs(20);
+/// How long before its end the old certificate is replaced by one of a new root, as a fraction of its life.
 const SWITCH_BEFORE_END: f64 = 0.04;
-/// When a certificate is renewed, as a part of half its life: at random between these. The later end leaves who renews
-/// last in a rotation time to do so before anybody presents a certificate of the new root.
+/// When a certificate is renewed, as a fraction of half its life; chosen at random from this range. The upper end leaves
+/// the last node to renew in a rotation enough time before anyone presents a certificate of the new root.
 const RENEWAL: std::ops::Range<f64> = 0.8..0.92;
-/// Shortest time between renewals for the sake of a peer whose root we do not know; doubles while they bring nothing new.
-const ROOTS_MIN: Duration = Duration::from_secs(30);
-/// Longest such time: a stranger must not make us ask the CA for ever.
-const ROOTS_MAX: Duration = Duration::from_secs(3600);
+/// Shortest time between renewals caused by a peer whose root is unknown. It doubles while they bring no new root.
+const ROOTS_RETRY_MIN: Duration = Duration::from_secs(30);
+/// Longest such time, so that a stranger cannot make this node ask the CA again and again.
+const ROOTS_RETRY_MAX: Duration = Duration::from_secs(3600);
 
 /// Why there is no new certificate.
 #[derive(Debug, thiserror::Error)]
@@ -51,163 +54,201 @@ pub(super) enum FetchError {
     Credentials(#[from] CredentialsError),
 }
 
-/// One identity.
+/// The renewal of one identity's certificate.
 pub(super) struct Renewal {
-    pub(super) store: Arc<Store>,
+    pub(super) certificates: Arc<Certificates>,
     pub(super) identity: SpiffeName,
-    pub(super) out: watch::Sender<State>,
+    pub(super) state: watch::Sender<CertificateState>,
     pub(super) urgency: Arc<Urgency>,
 }
 
-/// Until when nothing needs to be done.
+/// A certificate that the CA has just signed.
+struct Fetched {
+    credentials: Credentials,
+    /// Time until it should be renewed.
+    renew_in: Duration,
+    /// Whether it brought a root of its trust domain that was not known before.
+    has_new_roots: bool,
+}
+
+/// A certificate of a new root, held back until peers know that root.
+struct Successor {
+    credentials: Credentials,
+    present_at: Instant,
+}
+
+/// How long to wait before the CA is asked again.
 struct Wait {
     until: Instant,
-    /// A peer's root that is not known is a reason to ask, but not before this.
+    /// When an unknown root of a peer, or a revocation of our own certificate, is reason enough to ask earlier. `None` while
+    /// the last request has failed.
     roots_at: Option<Instant>,
 }
 
 /// Why a wait is over.
-#[derive(PartialEq, Eq)]
-enum Why {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    /// The time has come, or the clock was set.
     Time,
-    /// A peer's root is not known, or our own certificate has been revoked.
+    /// A peer's root is unknown, or our own certificate is revoked.
     Trust,
-    /// A pod has come, and there is no certificate for it.
-    Came,
+    /// A pod has come that has no valid certificate.
+    PodArrived,
 }
 
 impl Renewal {
-    /// Runs until dropped.
-    pub(super) async fn keep(self) {
+    /// Runs until it is dropped.
+    pub(super) async fn run(self) {
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
-        let (begun, mut roots_wait, mut why) = (Instant::now(), ROOTS_MIN, Why::Time);
-        // A certificate of a root that is new, and when it is presented.
-        let mut next = None;
+        let (started, mut roots_wait, mut wake) = (Instant::now(), ROOTS_RETRY_MIN, Wake::Time);
+        let mut successor = None;
         loop {
-            self.urgency.held.store(self.valid().is_some(), Ordering::Relaxed);
-            let slot = self.store.queue.enter(&self.urgency).await;
+            self.urgency.has_certificate.store(self.valid().is_some(), Ordering::Relaxed);
+            let slot = self.certificates.queue.enter(&self.urgency).await;
             let fetched = self.fetch().await;
             drop(slot);
             let wait = match fetched {
-                Ok((new, renewal, news)) => {
+                Ok(fetched) => {
                     backoff.reset();
-                    self.store.metrics.fetched.inc();
-                    roots_wait = if why == Why::Trust && !news { (roots_wait * 2).min(ROOTS_MAX) } else { ROOTS_MIN };
-                    let until = Instant::now() + renewal;
-                    next = self.present(new);
+                    self.certificates.metrics.fetched.inc();
+                    roots_wait = match wake {
+                        Wake::Trust if !fetched.has_new_roots => (roots_wait * 2).min(ROOTS_RETRY_MAX),
+                        _ => ROOTS_RETRY_MIN,
+                    };
+                    let until = Instant::now() + fetched.renew_in;
+                    successor = self.present(fetched.credentials);
                     Wait { until, roots_at: Some(Instant::now() + roots_wait) }
                 }
                 Err(error) => {
-                    // One that came while the CA was asked counts as well.
-                    if why == Why::Came || self.urgency.came.notified().now_or_never().is_some() {
+                    // A pod that came during the request counts as well.
+                    if wake == Wake::PodArrived || self.urgency.pod_arrived.notified().now_or_never().is_some() {
                         backoff.reset();
                     }
-                    // Sooner and sooner towards the end of what is held.
+                    // The closer the held certificate is to its end, the shorter the wait.
                     let left = self.valid().map(|held| held.time_left() / 4);
                     let wait = backoff.next().min(left.unwrap_or(RETRY_MAX)).max(RETRY_MIN / 2);
-                    self.failed(&error, wait, begun.elapsed() < NEW_FOR);
+                    self.report_failure(&error, wait, started.elapsed() < NEW_IDENTITY);
                     let (text, retry_at) = (error.to_string(), Instant::now() + wait);
-                    self.out.send_modify(|state| (state.error, state.retry_at) = (Some(text), Some(retry_at)));
+                    self.state.send_modify(|state| (state.error, state.retry_at) = (Some(text), Some(retry_at)));
                     Wait { until: retry_at, roots_at: None }
                 }
             };
-            why = self.wait(&wait, &mut next).await;
+            wake = self.wait(&wait, &mut successor).await;
         }
     }
 
     fn valid(&self) -> Option<Arc<Credentials>> {
-        self.out.borrow().valid()
+        self.state.borrow().valid()
     }
 
-    /// Asks the CA: the certificate, time until it is to be renewed, and whether it brought a root that was not known.
-    async fn fetch(&self) -> Result<(Credentials, Duration, bool), FetchError> {
-        let signed = self.store.authority.sign(&self.identity).await?;
+    /// Asks the CA for a certificate.
+    async fn fetch(&self) -> Result<Fetched, FetchError> {
+        let certificates = &self.certificates;
+        let signed = certificates.authority.sign(&self.identity).await?;
         let life = signed.life;
-        // Judged by its own roots alone first: what others brought must not vouch for it.
-        let trust = self.store.trust(&self.identity, &signed.roots);
-        let credentials = Credentials::build(self.identity.clone(), self.store.next_generation(), signed, trust)?;
-        let changed = self.store.roots.learn(&credentials);
-        let news = changed.contains(&self.identity.trust_domain);
-        self.store.rebuild(|identity| changed.contains(&identity.trust_domain));
-        let credentials = credentials.trusting(self.store.known_trust(&self.identity))?;
-        // By the length of its life, whatever the clocks say; but not beyond its end by ours.
+        // First verified by the roots in the same answer alone: roots from other answers must not vouch for it.
+        let trust = certificates.trust_in(&self.identity, &signed.roots);
+        let credentials = Credentials::build(self.identity.clone(), certificates.next_generation(), signed, trust)?;
+        let changed = certificates.roots.learn(&credentials);
+        let has_new_roots = changed.contains(&self.identity.trust_domain);
+        certificates.rebuild(|identity| changed.contains(&identity.trust_domain));
+        let credentials = credentials.with_trust(certificates.current_trust(&self.identity))?;
+        // Derived from the length of its life, whatever the clocks say, but never beyond its end by this node's clock.
         let renewal = renewal_wait(life, rand::random_range(RENEWAL)).min(credentials.time_left() / 2);
-        Ok((credentials, renewal.max(Duration::from_secs(1)), news))
+        Ok(Fetched { credentials, renew_in: renewal.max(Duration::from_secs(1)), has_new_roots })
     }
 
-    /// Presents new credentials; or gives them back with the time to do so, where they are of a root that peers may not
-    /// know yet and what is held is still good.
-    fn present(&self, new: Credentials) -> Option<(Credentials, Instant)> {
-        let good = |held: &Arc<Credentials>| !self.store.revocations.lists(held.chain()) && !held.would_vouch_for(&new);
-        let Some(held) = self.valid().filter(good) else {
+    /// Presents a new certificate. If its root is new to peers and the held certificate is still good, the new one is
+    /// returned as the successor instead.
+    fn present(&self, new: Credentials) -> Option<Successor> {
+        let certificates = &self.certificates;
+        let is_good =
+            |held: &Arc<Credentials>| !certificates.revocations.lists(held.chain()) && !held.would_vouch_for(&new);
+        let Some(held) = self.valid().filter(is_good) else {
             self.publish(new);
             return None;
         };
         let wait = held.time_left().saturating_sub(held.life().mul_f64(SWITCH_BEFORE_END));
-        tracing::info!(identity = %self.identity, wait = %brief(wait), "the CA's root is a new one; presenting the certificate of the old one so long");
-        match held.trusting(self.store.known_trust(&self.identity)) {
-            Ok(trusting) => self.publish(trusting),
-            Err(error) => tracing::warn!(identity = %self.identity, %error, "the new root cannot be used yet"),
+        tracing::info!(
+            identity = %self.identity, wait = %brief(wait),
+            "CA root rotated; keeping the old-root certificate until the switch"
+        );
+        match held.with_trust(certificates.current_trust(&self.identity)) {
+            Ok(updated) => self.publish(updated),
+            Err(error) => tracing::warn!(identity = %self.identity, %error, "the new root cannot be trusted yet"),
         }
-        Some((new, Instant::now() + wait))
+        Some(Successor { credentials: new, present_at: Instant::now() + wait })
     }
 
+    /// Makes this certificate the one in use.
     pub(super) fn publish(&self, credentials: Credentials) {
-        let ends = credentials.not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        self.store.metrics.end_of(&self.identity).set(ends.as_secs().cast_signed());
+        self.certificates.metrics.set_expiry(&self.identity, credentials.not_after);
         let credentials = Arc::new(credentials);
-        self.out.send_replace(State { credentials: Some(credentials.clone()), error: None, retry_at: None });
-        // Whoever made all settings anew for another list of revoked certificates did not see these.
+        self.state.send_replace(CertificateState {
+            credentials: Some(credentials.clone()),
+            error: None,
+            retry_at: None,
+        });
+        // If the revocation list changed while these were built, the rebuild for that change did not include them.
         if !credentials.is_current() {
-            self.store.rebuild(|identity| *identity == self.identity);
+            self.certificates.rebuild(|identity| *identity == self.identity);
         }
     }
 
-    /// Counts and says that there is no new certificate. That a CA refuses a pod it has not heard of yet, or does not have
-    /// any more, is no news.
-    fn failed(&self, error: &FetchError, retry: Duration, new: bool) {
-        self.store.metrics.failures.inc();
-        let refused = matches!(error, FetchError::Authority(error) if error.is_refusal());
-        let fresh = new && self.out.borrow().credentials.is_none();
-        if refused && (fresh || !self.store.is_wanted(&self.identity)) {
+    /// Counts and logs a failed request. A CA refuses identities of pods that it has not learned of yet, or no longer has;
+    /// that is not worth a warning.
+    fn report_failure(&self, error: &FetchError, retry: Duration, is_new_identity: bool) {
+        self.certificates.metrics.failures.inc();
+        let is_refused = matches!(error, FetchError::Authority(error) if error.is_refusal());
+        let is_first = is_new_identity && self.state.borrow().credentials.is_none();
+        if is_refused && (is_first || !self.certificates.is_wanted(&self.identity)) {
             tracing::debug!(identity = %self.identity, %error, retry = %brief(retry), "the CA does not know the pod");
         } else {
-            tracing::warn!(identity = %self.identity, %error, retry = %brief(retry), "no new certificate; what is held stays in use");
+            tracing::warn!(
+                identity = %self.identity, %error, retry = %brief(retry),
+                "certificate request failed; a certificate that is held stays in use"
+            );
         }
     }
 
-    /// Waits until the CA is to be asked again.
-    async fn wait(&self, wait: &Wait, next: &mut Option<(Credentials, Instant)>) -> Why {
-        let (begun, mut came) = (Instant::now(), false);
-        let (mut time, mut clock, mut distrust) = (begun, SystemTime::now(), false);
+    /// Waits until the CA should be asked again. Presents the successor when its time comes.
+    async fn wait(&self, wait: &Wait, successor: &mut Option<Successor>) -> Wake {
+        let (started, mut pod_arrived) = (Instant::now(), false);
+        let (mut time, mut clock, mut distrust) = (started, SystemTime::now(), false);
         loop {
             let now = Instant::now();
-            if let Some((next, _)) = next.take_if(|(_, at)| *at <= now || self.valid().is_none()) {
-                match next.trusting(self.store.known_trust(&self.identity)) {
-                    Ok(next) => self.publish(next),
-                    // It has ended before it was presented: another one is needed now.
-                    Err(_) => return Why::Time,
+            let due = successor.take_if(|successor| successor.present_at <= now || self.valid().is_none());
+            if let Some(Successor { credentials, .. }) = due {
+                match credentials.with_trust(self.certificates.current_trust(&self.identity)) {
+                    Ok(credentials) => self.publish(credentials),
+                    // It expired before it was presented, so another one is needed now.
+                    Err(_) => return Wake::Time,
                 }
             }
-            let went_off = clock_jump(time.elapsed(), clock);
-            let held = self.out.borrow().credentials.clone();
-            let ended = held.as_ref().is_some_and(|held| !held.is_valid()) && wait.roots_at.is_some();
-            if wait.until <= now || ended || went_off {
-                return if came { Why::Came } else { Why::Time };
+            let clock_was_set = clock_jumped(time.elapsed(), clock);
+            let held = self.state.borrow().credentials.clone();
+            let has_ended = held.as_ref().is_some_and(|held| !held.is_valid()) && wait.roots_at.is_some();
+            if wait.until <= now || has_ended || clock_was_set {
+                return if pod_arrived { Wake::PodArrived } else { Wake::Time };
             }
-            if came && begun + RETRY_MIN <= now {
-                return Why::Came;
+            if pod_arrived && started + RETRY_MIN <= now {
+                return Wake::PodArrived;
             }
             (time, clock) = (now, SystemTime::now());
-            let step = (wait.until - now).min(CLOCK_LOOK);
-            let mut step = next.as_ref().map_or(step, |(_, at)| step.min(at.saturating_duration_since(now)));
-            if came {
-                step = step.min(begun + RETRY_MIN - now);
+            let mut step = (wait.until - now).min(CLOCK_CHECK);
+            if let Some(Successor { present_at, .. }) = successor {
+                step = step.min(present_at.saturating_duration_since(now));
+            }
+            if pod_arrived {
+                step = step.min(started + RETRY_MIN - now);
             }
             if let Some(at) = wait.roots_at.filter(|_| distrust) {
                 if at <= now {
-                    tracing::info!(identity = %self.identity, "a peer's root is not known, or our certificate is revoked; renewing");
-                    return Why::Trust;
+                    tracing::info!(
+                        identity = %self.identity,
+                        "a peer's root is unknown, or this certificate is revoked; renewing early"
+                    );
+                    return Wake::Trust;
                 }
                 step = step.min(at - now);
             }
@@ -220,20 +261,20 @@ impl Renewal {
             tokio::select! {
                 () = tokio::time::sleep(step) => {}
                 () = distrusted, if !distrust => distrust = true,
-                // Not at once, so that many pods that come do not ask the CA as often.
-                () = self.urgency.came.notified(), if !came && self.valid().is_none() => {
-                    came = true;
-                    self.out.send_modify(|state| state.retry_at = None);
+                // With a short delay, so that many pods that come together cause one request.
+                () = self.urgency.pod_arrived.notified(), if !pod_arrived && self.valid().is_none() => {
+                    pod_arrived = true;
+                    self.state.send_modify(|state| state.retry_at = None);
                 }
             }
         }
     }
 }
 
-/// Whether the clock has gone otherwise than time.
-fn clock_jump(passed: Duration, since: SystemTime) -> bool {
+/// Whether the clock has moved differently from elapsed time: somebody set it, or the machine slept.
+fn clock_jumped(elapsed: Duration, since: SystemTime) -> bool {
     match since.elapsed() {
-        Ok(by_clock) => by_clock.abs_diff(passed) > CLOCK_JUMP,
+        Ok(by_clock) => by_clock.abs_diff(elapsed) > CLOCK_JUMP,
         Err(backwards) => backwards.duration() > CLOCK_JUMP,
     }
 }
