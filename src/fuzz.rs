@@ -4,7 +4,7 @@
 //! so that a bug that was found once stays found.
 
 use crate::control::xds::{decode, delta, policy, saved};
-use crate::dns::lookup::{Answer, Record};
+use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
 use crate::dns::resolv_conf::ResolvConf;
 use crate::hbone::{Authority, ConnectRequest};
@@ -89,8 +89,8 @@ pub fn mesh_file(data: &[u8]) {
 
 /// A DNS request of a pod, and a pod's `resolv.conf`.
 pub fn dns_request(data: &[u8]) {
-    let records = vec![Record::Address([10, 0, 0, 1].into()), Record::Address([0; 16].into())];
-    let answer = Answer { alias: Some("other.example".into()), records, zone: "example".into() };
+    let records = vec![MeshRecord::Address([10, 0, 0, 1].into()), MeshRecord::Address([0; 16].into())];
+    let answer = MeshAnswer { alias: Some("other.example".into()), records, zone: "example".into() };
     if let dns::Request::Question(question) = dns::read(data) {
         for (datagram, limit) in [(true, question.datagram_limit()), (false, u16::MAX)] {
             if let Some(reply) = dns::reply(&question, &answer, 30, datagram) {
@@ -105,13 +105,18 @@ pub fn dns_request(data: &[u8]) {
 
 /// A resolver's answer: taken as its own question, and as the answer to another question.
 pub fn dns_answer(data: &[u8]) {
-    let _ = (dns::outcome(data, data), dns::outcome(&[0; 12], data), dns::addresses(data), dns::is_cut(data));
+    let _ = (
+        dns::response_kind(data, data),
+        dns::response_kind(&[0; 12], data),
+        dns::addresses(data),
+        dns::is_truncated(data),
+    );
     if let Some((life, places)) = dns::lifetime(data) {
         assert_eq!(dns::aged(data.to_vec(), &places, life / 2).len(), data.len());
     }
     if let Some((end, _)) = dns::dangling_alias(data) {
-        let answer = Answer { alias: None, records: Vec::new(), zone: end.clone() };
-        let _ = dns::completed(data, &end, &answer, 30, 512);
+        let answer = MeshAnswer { alias: None, records: Vec::new(), zone: end.clone() };
+        let _ = dns::with_alias_target(data, &end, &answer, 30, 512);
     }
 }
 

@@ -116,7 +116,7 @@ fn dns(parts: &Parts, uid: &Text) -> Value {
         "requests": requests,
         "resolvers": used.as_ref().map(|used| used.servers.iter().map(ToString::to_string).collect::<Vec<_>>()),
         "search": used.as_ref().map(|used| used.search.iter().map(|search| &search.domain).collect::<Vec<_>>()),
-        "from": used.map(|used| if used.by_pod { "the pod's resolv.conf" } else { "the daemon's resolv.conf" }),
+        "from": used.map(|used| if used.from_pod { "the pod's resolv.conf" } else { "the daemon's resolv.conf" }),
     })
 }
 

@@ -21,20 +21,20 @@ pub struct Cache {
     entries: Mutex<Entries>,
 }
 
-type Key = Arc<(Option<SocketAddr>, Vec<u8>)>;
+type QuestionKey = Arc<(Option<SocketAddr>, Vec<u8>)>;
 
 #[derive(Debug, Default)]
 struct Entries {
-    by_question: HashMap<Key, Entry>,
-    by_age: VecDeque<Key>,
+    by_question: HashMap<QuestionKey, CachedAnswer>,
+    by_age: VecDeque<QuestionKey>,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct CachedAnswer {
     answer: Vec<u8>,
-    places: Vec<usize>,
+    ttl_offsets: Vec<usize>,
     since: Instant,
-    until: Instant,
+    expires: Instant,
 }
 
 impl Cache {
@@ -47,9 +47,9 @@ impl Cache {
     pub fn get(&self, asked: Option<SocketAddr>, question: &[u8]) -> Option<Vec<u8>> {
         let (now, key) = (Instant::now(), (asked, question.get(2..)?.to_vec()));
         let entries = self.entries.lock();
-        let entry = entries.by_question.get(&key).filter(|entry| now < entry.until)?;
+        let entry = entries.by_question.get(&key).filter(|entry| now < entry.expires)?;
         let age = u32::try_from(now.duration_since(entry.since).as_secs()).unwrap_or(u32::MAX);
-        Some(message::with_id(message::aged(entry.answer.clone(), &entry.places, age), message::id(question)))
+        Some(message::with_id(message::aged(entry.answer.clone(), &entry.ttl_offsets, age), message::id(question)))
     }
 
     /// Keeps an answer for as long as it says itself that it may be kept.
@@ -58,11 +58,15 @@ impl Cache {
         let Some(key) = question.get(2..).filter(|_| self.entries_max > 0 && small) else {
             return;
         };
-        let Some((life, places)) = message::lifetime(answer) else { return };
-        let (key, since): (Key, Instant) = (Arc::new((asked, key.to_vec())), Instant::now());
-        let until = since + Duration::from_secs(u64::from(life));
+        let Some((life, ttl_offsets)) = message::lifetime(answer) else { return };
+        let (key, since): (QuestionKey, Instant) = (Arc::new((asked, key.to_vec())), Instant::now());
+        let expires = since + Duration::from_secs(u64::from(life));
         let mut entries = self.entries.lock();
-        if entries.by_question.insert(key.clone(), Entry { answer: answer.to_vec(), places, since, until }).is_none() {
+        if entries
+            .by_question
+            .insert(key.clone(), CachedAnswer { answer: answer.to_vec(), ttl_offsets, since, expires })
+            .is_none()
+        {
             entries.by_age.push_back(key);
         }
         while entries.by_age.len() > self.entries_max {

@@ -1,6 +1,6 @@
 //! The sockets of a pod's DNS, in its namespace.
 
-use crate::ports::DNS;
+use super::config::PORT;
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram;
 use crate::sys::netns::{Netns, NetnsError};
@@ -24,8 +24,8 @@ impl Listeners {
             let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
             for v4 in [true, false].into_iter().take(if ipv6 { 2 } else { 1 }) {
                 // Unmarked: what answers needs no exemption, and a mark would make the kernel route each answer twice.
-                all.datagrams.push(datagram::bind(DNS, v4, reuse_port)?);
-                all.streams.push(bind_stream(DNS, v4, mark, reuse_port)?);
+                all.datagrams.push(datagram::bind(PORT, v4, reuse_port)?);
+                all.streams.push(bind_stream(PORT, v4, mark, reuse_port)?);
             }
             Ok(all)
         })

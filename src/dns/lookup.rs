@@ -4,8 +4,8 @@
 //! becomes a name of the mesh by guessing at what was left out of it. Such a name may exist elsewhere, so the pod's own
 //! resolver is asked first, and the mesh answers where that one denies the name. All else is none of our business.
 
-use super::message::Kind;
-use crate::mesh::{FactKey, Service, ServiceKey, Snapshot, Workload};
+use super::answer::{MeshAnswer, MeshRecord, QueryKind};
+use crate::mesh::{Service, ServiceKey, Snapshot, Wanted, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -23,13 +23,13 @@ pub const WANTED_MAX: usize = 2;
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
-pub struct Asker<'a> {
+pub struct LookupContext<'a> {
     /// The facts.
     pub snapshot: &'a Snapshot,
     /// The pod's workload.
     pub workload: &'a Workload,
-    /// Search domains of the pod.
-    pub search: &'a [Search],
+    /// SearchDomain domains of the pod.
+    pub search: &'a [SearchDomain],
     /// Domain of the cluster as set.
     pub cluster_domain: &'a str,
     /// Namespace that is preferred where several services have a name and none is the pod's own or canonical.
@@ -40,14 +40,14 @@ pub struct Asker<'a> {
 
 /// A search domain of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Search {
+pub struct SearchDomain {
     /// The domain, lower case, without dots around it.
     pub domain: String,
     /// Whether it is one of the cluster.
     pub of_cluster: bool,
 }
 
-impl Search {
+impl SearchDomain {
     /// Those of a pod of `namespace`. Of the cluster is its domain as set, and what the pod's own list shows to be it.
     pub fn list(domains: &[String], namespace: &str, cluster_domain: &str) -> Vec<Self> {
         let own = format!("{namespace}.svc.");
@@ -64,42 +64,15 @@ pub enum Plan {
     /// Ask the pod's resolvers.
     Forward,
     /// Answer.
-    Answer(Answer),
+    Answer(MeshAnswer),
     /// Ask the pod's resolvers; where they deny the name, give this answer, also where they do not answer and this one has
     /// records.
-    ForwardOr(Answer),
-}
-
-/// An answer of our own. Without records it says that the name exists and has none of that type.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// What the name asked for is another name of, where the records are told under that one.
-    pub alias: Option<String>,
-    /// The records.
-    pub records: Vec<Record>,
-    /// The zone whose authority says so.
-    pub zone: String,
-}
-
-/// One record.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Record {
-    /// An address: A or AAAA.
-    Address(IpAddr),
-    /// A port of an endpoint: SRV.
-    Service {
-        /// The port.
-        port: u16,
-        /// Host name of the endpoint.
-        target: String,
-        /// Its addresses, told beside it.
-        addresses: Vec<IpAddr>,
-    },
+    ForwardOr(MeshAnswer),
 }
 
 /// What a name has been found to be.
 #[derive(Clone, Debug)]
-struct Found {
+struct NameMatch {
     service: Arc<Service>,
     /// One pod behind it, where the name is the pod's.
     pod: Option<Arc<Workload>>,
@@ -107,26 +80,28 @@ struct Found {
 }
 
 /// Decides about the question for `name` (lower case, without the dot at its end).
-pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
-    if kind == Kind::Srv && name.starts_with('_') {
-        return ports(asker, name).map_or(Plan::Forward, Plan::Answer);
+pub fn decide(context: &LookupContext<'_>, name: &str, kind: QueryKind) -> Plan {
+    if kind == QueryKind::Srv && name.starts_with('_') {
+        return ports(context, name).map_or(Plan::Forward, Plan::Answer);
     }
-    let Some((found, alias, sure)) = find(asker, name) else { return Plan::Forward };
-    let kubernetes = is_kubernetes(asker, &found.service);
+    let Some((found, alias, sure)) = find(context, name) else { return Plan::Forward };
+    let kubernetes = is_kubernetes(context, &found.service);
     let records = match kind {
-        Kind::A | Kind::Aaaa | Kind::Any => addresses(asker, &found, kind).into_iter().map(Record::Address).collect(),
+        QueryKind::A | QueryKind::Aaaa | QueryKind::Any => {
+            addresses(context, &found, kind).into_iter().map(MeshRecord::Address).collect()
+        }
         _ => Vec::new(),
     };
     let zone = zone(&found.service, kubernetes, alias.as_deref().unwrap_or(name));
-    let answer = Answer { alias: alias.filter(|_| !found.wildcard), records, zone };
+    let answer = MeshAnswer { alias: alias.filter(|_| !found.wildcard), records, zone };
     match kind {
         // Of new endpoints nobody tells who tells only when asked.
-        _ if found.service.vips.is_empty() && !asker.snapshot.is_told_all() => Plan::ForwardOr(answer),
-        Kind::A | Kind::Aaaa | Kind::Any if sure => Plan::Answer(answer),
+        _ if found.service.vips.is_empty() && !context.snapshot.is_told_all() => Plan::ForwardOr(answer),
+        QueryKind::A | QueryKind::Aaaa | QueryKind::Any if sure => Plan::Answer(answer),
         // These carry addresses too, which would lead around the ones of the mesh.
-        Kind::Https if sure => Plan::Answer(answer),
+        QueryKind::Https if sure => Plan::Answer(answer),
         // A cluster's services have no other records than addresses and ports, and the names of ports are known there.
-        Kind::Other if sure && kubernetes => Plan::Answer(answer),
+        QueryKind::Other if sure && kubernetes => Plan::Answer(answer),
         // Mail exchangers and the like of a host that somebody else serves.
         _ => Plan::ForwardOr(answer),
     }
@@ -134,8 +109,8 @@ pub fn decide(asker: &Asker<'_>, name: &str, kind: Kind) -> Plan {
 
 /// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon; there may be
 /// more when that has been answered, up to [`WANTED_MAX`] in all.
-pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<FactKey> {
-    if asker.snapshot.is_told_all() {
+pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
+    if context.snapshot.is_told_all() {
         return None;
     }
     // `service.namespace.svc.domain`, perhaps with a pod in front.
@@ -145,34 +120,34 @@ pub fn wanted(asker: &Asker<'_>, name: &str) -> Option<FactKey> {
         Some(ServiceKey { namespace: (*labels.get(at - 1)?).into(), hostname: hostname.into() })
     });
     // A host of a ServiceEntry, perhaps completed by the pod's resolver: those of the pod's own namespace can be asked for.
-    let bare = asker.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
+    let bare = context.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
-    let of_host = is_host.then(|| ServiceKey { namespace: asker.workload.namespace.clone(), hostname: bare.into() });
-    let unasked = |key| asker.snapshot.unasked(FactKey::Service(key));
+    let of_host = is_host.then(|| ServiceKey { namespace: context.workload.namespace.clone(), hostname: bare.into() });
+    let unasked = |key| context.snapshot.unasked(Wanted::Service(key));
     of_cluster.into_iter().chain(of_host).find_map(unasked)
 }
 
 /// The service or pod behind a name, with the name that was meant where it is not the one asked for, and whether that is
 /// sure.
-fn find(asker: &Asker<'_>, name: &str) -> Option<(Found, Option<String>, bool)> {
-    if let Some(found) = exact(asker, name).or_else(|| wildcard(asker, name)) {
+fn find(context: &LookupContext<'_>, name: &str) -> Option<(NameMatch, Option<String>, bool)> {
+    if let Some(found) = exact(context, name).or_else(|| wildcard(context, name)) {
         return Some((found, None, true));
     }
-    if let Some(found) = completed(asker, name) {
+    if let Some(found) = completed(context, name) {
         // Neither a name without dots nor one below `svc` is anybody else's.
         let sure = !name.contains('.') || name.ends_with(".svc");
         return Some((found, None, sure));
     }
-    for Search { domain, of_cluster } in asker.search {
+    for SearchDomain { domain, of_cluster } in context.search {
         let (Some(bare), of_cluster) = (strip(name, domain), *of_cluster) else { continue };
-        let found = exact(asker, bare).or_else(|| wildcard(asker, bare));
+        let found = exact(context, bare).or_else(|| wildcard(context, bare));
         match found {
             // What is in the cluster's own domain and no service or pod of it was completed by the pod's resolver.
             Some(found) if of_cluster => return Some((found, Some(bare.to_owned()), true)),
             Some(found) if bare.contains('.') => return Some((found, Some(bare.to_owned()), false)),
             _ => {}
         }
-        if of_cluster && let Some(found) = completed(asker, bare) {
+        if of_cluster && let Some(found) = completed(context, bare) {
             return Some((found, Some(bare.to_owned()), false));
         }
     }
@@ -184,23 +159,23 @@ fn strip<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
 }
 
 /// A service by its host name, or a pod behind a headless service by its own.
-fn exact(asker: &Asker<'_>, name: &str) -> Option<Found> {
-    if let Some(service) = service(asker, name) {
-        return Some(Found { service, pod: None, wildcard: false });
+fn exact(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
+    if let Some(service) = service(context, name) {
+        return Some(NameMatch { service, pod: None, wildcard: false });
     }
     let (pod, rest) = name.split_once('.')?;
-    let service = service(asker, rest).filter(|service| service.vips.is_empty())?;
-    let pod = endpoints(asker, &service).into_iter().find(|workload| &*workload.name == pod)?;
-    Some(Found { service: service.clone(), pod: Some(pod), wildcard: false })
+    let service = service(context, rest).filter(|service| service.vips.is_empty())?;
+    let pod = endpoints(context, &service).into_iter().find(|workload| &*workload.name == pod)?;
+    Some(NameMatch { service: service.clone(), pod: Some(pod), wildcard: false })
 }
 
 /// The service with the longest wildcard around a name.
-fn wildcard(asker: &Asker<'_>, name: &str) -> Option<Found> {
+fn wildcard(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
     let mut rest = name;
     for _ in 0..WILDCARDS_MAX {
         let (_, parent) = rest.split_once('.')?;
-        if let Some(service) = service(asker, &format!("*.{parent}")) {
-            return Some(Found { service, pod: None, wildcard: true });
+        if let Some(service) = service(context, &format!("*.{parent}")) {
+            return Some(NameMatch { service, pod: None, wildcard: true });
         }
         rest = parent;
     }
@@ -208,34 +183,34 @@ fn wildcard(asker: &Asker<'_>, name: &str) -> Option<Found> {
 }
 
 /// A service of the cluster whose name becomes whole by one of the pod's search domains.
-fn completed(asker: &Asker<'_>, name: &str) -> Option<Found> {
+fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
     if name.split('.').count() > SHORT_LABELS {
         return None;
     }
-    let domains = asker.search.iter().filter(|search| search.of_cluster);
-    domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(asker, &whole))
+    let domains = context.search.iter().filter(|search| search.of_cluster);
+    domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(context, &whole))
 }
 
 /// The service with this host name that the pod sees: of its own namespace, else a canonical one, else of the preferred
 /// namespace, else the first. One without address is not ours unless it is Kubernetes': others tell its endpoints.
-fn service(asker: &Asker<'_>, hostname: &str) -> Option<Arc<Service>> {
-    let namespace = &*asker.workload.namespace;
-    let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(asker, service);
-    let claims = asker.snapshot.services_by_hostname(hostname).iter();
+fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> {
+    let namespace = &*context.workload.namespace;
+    let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(context, service);
+    let claims = context.snapshot.services_by_hostname(hostname).iter();
     let visible = claims.filter(|s| s.visible_to(namespace)).filter(has_records);
     let of = |wanted: &str| visible.clone().find(|service| &*service.key.namespace == wanted);
     let canonical = || visible.clone().find(|service| service.canonical);
-    let preferred = || of(asker.preferred_namespace);
+    let preferred = || of(context.preferred_namespace);
     of(namespace).or_else(canonical).or_else(preferred).or_else(|| visible.clone().next()).cloned()
 }
 
 /// Whether a service is one of Kubernetes, by its host name, whatever the domain of its cluster.
-fn is_kubernetes(asker: &Asker<'_>, service: &Service) -> bool {
+fn is_kubernetes(context: &LookupContext<'_>, service: &Service) -> bool {
     let host = &*service.key.hostname;
     let below = |zone: &str| strip(host, zone).is_some_and(|rest| rest.ends_with(".svc"));
     let rest = host.strip_prefix(&*service.name).and_then(|rest| rest.strip_prefix('.'));
     let rest = rest.and_then(|rest| rest.strip_prefix(&*service.key.namespace));
-    rest.is_some_and(|rest| rest.starts_with(".svc.")) || below(asker.cluster_domain)
+    rest.is_some_and(|rest| rest.starts_with(".svc.")) || below(context.cluster_domain)
 }
 
 /// The zone in whose name it is said that there is no record; always around the name.
@@ -249,15 +224,15 @@ fn zone(service: &Service, kubernetes: bool, name: &str) -> String {
 }
 
 /// Endpoints of a headless service that its clients may be told: in their network, healthy unless that does not count.
-fn endpoints(asker: &Asker<'_>, service: &Service) -> Vec<Arc<Workload>> {
-    let told = |workload: &Workload| workload.network == asker.workload.network && service.may_use(workload);
-    let all = asker.snapshot.endpoints(&service.key).map(|endpoint| endpoint.workload);
+fn endpoints(context: &LookupContext<'_>, service: &Service) -> Vec<Arc<Workload>> {
+    let told = |workload: &Workload| workload.network == context.workload.network && service.may_use(workload);
+    let all = context.snapshot.endpoints(&service.key).map(|endpoint| endpoint.workload);
     all.filter(|workload| told(workload)).cloned().collect()
 }
 
-fn addresses(asker: &Asker<'_>, found: &Found, kind: Kind) -> Vec<IpAddr> {
+fn addresses(context: &LookupContext<'_>, found: &NameMatch, kind: QueryKind) -> Vec<IpAddr> {
     let wanted = |ip: &IpAddr| {
-        let asked = if ip.is_ipv4() { kind != Kind::Aaaa } else { kind != Kind::A && asker.ipv6 };
+        let asked = if ip.is_ipv4() { kind != QueryKind::Aaaa } else { kind != QueryKind::A && context.ipv6 };
         asked && found.service.is_offered_in(*ip) && !ip.is_unspecified()
     };
     // The first address of each family of a workload, as clients of a headless service would otherwise see one endpoint
@@ -269,11 +244,11 @@ fn addresses(asker: &Asker<'_>, found: &Found, kind: Kind) -> Vec<IpAddr> {
     match &found.pod {
         Some(pod) => of_workload(pod),
         None if found.service.vips.is_empty() => {
-            let all = endpoints(asker, &found.service);
+            let all = endpoints(context, &found.service);
             all.iter().flat_map(|workload| of_workload(workload)).take(ADDRESSES_MAX).collect()
         }
         None => {
-            let own = found.service.vips.iter().filter(|vip| vip.network == asker.workload.network);
+            let own = found.service.vips.iter().filter(|vip| vip.network == context.workload.network);
             own.map(|vip| vip.ip).filter(wanted).collect()
         }
     }
@@ -281,31 +256,31 @@ fn addresses(asker: &Asker<'_>, found: &Found, kind: Kind) -> Vec<IpAddr> {
 
 /// `_port._tcp.service`: the port of each endpoint of a headless service, or that of the service itself. Names of ports
 /// are not in what a control plane tells; those that are not known are for the pod's resolvers.
-fn ports(asker: &Asker<'_>, name: &str) -> Option<Answer> {
+fn ports(context: &LookupContext<'_>, name: &str) -> Option<MeshAnswer> {
     let (port, rest) = name.strip_prefix('_')?.split_once("._tcp.")?;
-    let service = service(asker, rest)?;
+    let service = service(context, rest)?;
     let number = *service.port_names.get(port)?;
-    let found = |pod: Option<Arc<Workload>>| Found { service: service.clone(), pod, wildcard: false };
+    let found = |pod: Option<Arc<Workload>>| NameMatch { service: service.clone(), pod, wildcard: false };
     let records = if service.vips.is_empty() {
-        let record = |workload: Arc<Workload>| Record::Service {
+        let record = |workload: Arc<Workload>| MeshRecord::Service {
             port: service.target_port(workload.services.get(&service.key), number).unwrap_or(number),
             target: format!("{}.{rest}", workload.name),
-            addresses: addresses(asker, &found(Some(workload)), Kind::Any),
+            addresses: addresses(context, &found(Some(workload)), QueryKind::Any),
         };
-        endpoints(asker, &service).into_iter().take(ADDRESSES_MAX).map(record).collect()
+        endpoints(context, &service).into_iter().take(ADDRESSES_MAX).map(record).collect()
     } else {
-        let addresses = addresses(asker, &found(None), Kind::Any);
-        vec![Record::Service { port: number, target: rest.to_owned(), addresses }]
+        let addresses = addresses(context, &found(None), QueryKind::Any);
+        vec![MeshRecord::Service { port: number, target: rest.to_owned(), addresses }]
     };
-    let zone = zone(&service, is_kubernetes(asker, &service), rest);
-    Some(Answer { alias: None, records, zone })
+    let zone = zone(&service, is_kubernetes(context, &service), rest);
+    Some(MeshAnswer { alias: None, records, zone })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::mesh::address::{parse_network_address, parse_network_cidr};
-    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, Visibility};
+    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Visibility};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, Store};
@@ -341,7 +316,7 @@ mod tests {
         let any = Service {
             load_balancer: Some(LoadBalancer {
                 preferences: vec![],
-                mode: LoadBalancingMode::Standard,
+                mode: Mode::Standard,
                 health_policy: HealthPolicy::AllowAll,
             }),
             ..any
@@ -398,12 +373,12 @@ mod tests {
 
     /// What is planned, in short: `a | b` for addresses, `none` for a denial of records, in brackets where the resolver is
     /// asked first; `alias > …` where there is one.
-    fn plan(search: &[&str], name: &str, kind: Kind) -> String {
+    fn plan(search: &[&str], name: &str, kind: QueryKind) -> String {
         let store = mesh();
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
         let search: Vec<String> = search.iter().map(|domain| (*domain).to_owned()).collect();
-        let search = Search::list(&search, "ns1", "cluster.local");
-        let asker = Asker {
+        let search = SearchDomain::list(&search, "ns1", "cluster.local");
+        let context = LookupContext {
             snapshot: &snapshot,
             workload: &asks,
             search: &search,
@@ -411,17 +386,17 @@ mod tests {
             preferred_namespace: "ns5",
             ipv6: true,
         };
-        let text = |answer: Answer| {
-            let word = |record: &Record| match record {
-                Record::Address(ip) => ip.to_string(),
-                Record::Service { port, target, addresses } => format!("{port} {target} {}", addresses.len()),
+        let text = |answer: MeshAnswer| {
+            let word = |record: &MeshRecord| match record {
+                MeshRecord::Address(ip) => ip.to_string(),
+                MeshRecord::Service { port, target, addresses } => format!("{port} {target} {}", addresses.len()),
             };
             let mut all: Vec<String> = answer.records.iter().map(word).collect();
             all.sort();
             let records = if all.is_empty() { format!("none of {}", answer.zone) } else { all.join(" | ") };
             answer.alias.map_or_else(String::new, |alias| format!("{alias} > ")) + &records
         };
-        match decide(&asker, name, kind) {
+        match decide(&context, name, kind) {
             Plan::Forward => "forward".into(),
             Plan::Answer(answer) => text(answer),
             Plan::ForwardOr(answer) => format!("[{}]", text(answer)),
@@ -486,7 +461,7 @@ mod tests {
             ("v6.ns1.svc.cluster.local", "none of cluster.local"),
         ];
         for (name, expected) in table {
-            assert_eq!(plan(&SEARCH, name, Kind::A), expected, "{name}");
+            assert_eq!(plan(&SEARCH, name, QueryKind::A), expected, "{name}");
         }
     }
 
@@ -494,32 +469,32 @@ mod tests {
     fn types_that_there_are_no_records_of() {
         let web = "web.ns1.svc.cluster.local";
         let table = [
-            (web, Kind::Aaaa, "fd00::1"),
-            (web, Kind::Any, "10.0.0.1 | fd00::1"),
-            (web, Kind::Other, "none of cluster.local"),
-            (web, Kind::Https, "none of cluster.local"),
-            (web, Kind::Srv, "[none of cluster.local]"),
-            ("web", Kind::Other, "none of web"),
-            ("v6.ns1.svc.cluster.local", Kind::Aaaa, "fd00::9"),
-            ("web.ns2.svc.cluster.local", Kind::Aaaa, "none of cluster.local"),
-            ("db.ns1.svc.cluster.local", Kind::Aaaa, "fd00:1::1"),
-            ("db-1.db.ns1.svc.cluster.local", Kind::Aaaa, "none of cluster.local"),
-            ("www.google.com", Kind::Aaaa, "none of www.google.com"),
-            ("www.google.com", Kind::Https, "none of www.google.com"),
-            ("www.google.com", Kind::Other, "[none of www.google.com]"),
-            ("a.b.wild.com", Kind::Aaaa, "none of wild.com"),
-            ("remote.ns1.svc.other.domain", Kind::Other, "none of other.domain"),
-            ("_http._tcp.web.ns1.svc.cluster.local", Kind::Srv, "80 web.ns1.svc.cluster.local 2"),
+            (web, QueryKind::Aaaa, "fd00::1"),
+            (web, QueryKind::Any, "10.0.0.1 | fd00::1"),
+            (web, QueryKind::Other, "none of cluster.local"),
+            (web, QueryKind::Https, "none of cluster.local"),
+            (web, QueryKind::Srv, "[none of cluster.local]"),
+            ("web", QueryKind::Other, "none of web"),
+            ("v6.ns1.svc.cluster.local", QueryKind::Aaaa, "fd00::9"),
+            ("web.ns2.svc.cluster.local", QueryKind::Aaaa, "none of cluster.local"),
+            ("db.ns1.svc.cluster.local", QueryKind::Aaaa, "fd00:1::1"),
+            ("db-1.db.ns1.svc.cluster.local", QueryKind::Aaaa, "none of cluster.local"),
+            ("www.google.com", QueryKind::Aaaa, "none of www.google.com"),
+            ("www.google.com", QueryKind::Https, "none of www.google.com"),
+            ("www.google.com", QueryKind::Other, "[none of www.google.com]"),
+            ("a.b.wild.com", QueryKind::Aaaa, "none of wild.com"),
+            ("remote.ns1.svc.other.domain", QueryKind::Other, "none of other.domain"),
+            ("_http._tcp.web.ns1.svc.cluster.local", QueryKind::Srv, "80 web.ns1.svc.cluster.local 2"),
             (
                 "_sql._tcp.db.ns1.svc.cluster.local",
-                Kind::Srv,
+                QueryKind::Srv,
                 "8081 db-0.db.ns1.svc.cluster.local 2 | 8081 db-1.db.ns1.svc.cluster.local 1",
             ),
-            ("_other._tcp.db.ns1.svc.cluster.local", Kind::Srv, "forward"),
-            ("_sql._udp.db.ns1.svc.cluster.local", Kind::Srv, "forward"),
-            ("_sql._tcp.db.ns1.svc.cluster.local", Kind::A, "forward"),
-            ("google.com", Kind::Other, "[none of google.com]"),
-            ("elsewhere.net", Kind::Other, "forward"),
+            ("_other._tcp.db.ns1.svc.cluster.local", QueryKind::Srv, "forward"),
+            ("_sql._udp.db.ns1.svc.cluster.local", QueryKind::Srv, "forward"),
+            ("_sql._tcp.db.ns1.svc.cluster.local", QueryKind::A, "forward"),
+            ("google.com", QueryKind::Other, "[none of google.com]"),
+            ("elsewhere.net", QueryKind::Other, "forward"),
         ];
         for (name, kind, expected) in table {
             assert_eq!(plan(&SEARCH, name, kind), expected, "{name} {kind:?}");
@@ -530,14 +505,14 @@ mod tests {
     fn a_pod_with_its_own_search_domains_is_asked_for_nothing_else() {
         // `dnsPolicy: Default` or `None`: no domain of the cluster, so nothing is completed by one.
         for name in ["web", "web.ns1", "web.ns1.svc", "google.com"] {
-            assert_eq!(plan(&["corp.example"], name, Kind::A), "forward", "{name}");
+            assert_eq!(plan(&["corp.example"], name, QueryKind::A), "forward", "{name}");
         }
-        assert_eq!(plan(&[], "web.ns1.svc.cluster.local", Kind::A), "10.0.0.1");
+        assert_eq!(plan(&[], "web.ns1.svc.cluster.local", QueryKind::A), "10.0.0.1");
         // A cluster whose domain nobody has set is known by the pod's own search domains.
         let other = ["ns1.svc.other.domain", "svc.other.domain", "other.domain"];
-        assert_eq!(plan(&other, "remote", Kind::A), "10.0.0.30");
-        assert_eq!(plan(&other, "www.google.com.other.domain", Kind::A), "www.google.com > 240.0.0.4");
-        assert_eq!(plan(&["ns2.svc.cluster.local"], "web", Kind::A), "10.0.0.2", "another namespace first");
+        assert_eq!(plan(&other, "remote", QueryKind::A), "10.0.0.30");
+        assert_eq!(plan(&other, "www.google.com.other.domain", QueryKind::A), "www.google.com > 240.0.0.4");
+        assert_eq!(plan(&["ns2.svc.cluster.local"], "web", QueryKind::A), "10.0.0.2", "another namespace first");
     }
 
     #[test]
@@ -545,8 +520,8 @@ mod tests {
         let store = Store::new("".into(), "".into(), true);
         store.replace(Facts { services: vec![service("ns1", "web", "10.0.0.1", &[])], ..Facts::default() });
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
-        let search = Search::list(&SEARCH.map(str::to_owned), "ns1", "cluster.local");
-        let asker = Asker {
+        let search = SearchDomain::list(&SEARCH.map(str::to_owned), "ns1", "cluster.local");
+        let context = LookupContext {
             snapshot: &snapshot,
             workload: &asks,
             search: &search,
@@ -554,7 +529,7 @@ mod tests {
             preferred_namespace: "",
             ipv6: true,
         };
-        let asked = |name: &str| wanted(&asker, name).map(|wanted| wanted.to_string()).unwrap_or_default();
+        let asked = |name: &str| wanted(&context, name).map(|wanted| wanted.to_string()).unwrap_or_default();
         assert_eq!(asked("web.ns1.svc.cluster.local"), "", "it is known");
         assert!(asked("api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));
         assert!(asked("pod-0.api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));

@@ -1,7 +1,7 @@
 //! DNS messages, by hickory's decoder and encoder: what is asked, our own answers, and what has to be known of the answers
 //! of others, which themselves are passed on as the bytes they came in. Pure; every function is total.
 
-use super::lookup::{Answer, Record as Told};
+use super::answer::{MeshAnswer, MeshRecord, QueryKind};
 use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode};
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
@@ -24,30 +24,13 @@ const ALIASES_MAX: usize = 16;
 /// Longest time that a record is kept (RFC 8767 recommends a cap of days; the pod's resolver need not be asked less).
 const TTL_MAX: u32 = 86_400;
 
-/// What is asked for, as far as it makes a difference.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// IPv4 addresses.
-    A,
-    /// IPv6 addresses.
-    Aaaa,
-    /// Everything.
-    Any,
-    /// Ports.
-    Srv,
-    /// HTTPS and SVCB, which carry addresses.
-    Https,
-    /// Anything else.
-    Other,
-}
-
 /// A question that the mesh may know the answer of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
     /// The name, lower case, without the dot at its end.
     pub name: String,
     /// What is asked for.
-    pub kind: Kind,
+    pub kind: QueryKind,
     /// The record type asked for, as a word.
     pub type_word: &'static str,
     message: Message,
@@ -57,9 +40,9 @@ pub struct Question {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// Not a request: an answer, or too short for anything. Not to be replied to.
-    Nothing,
+    Invalid,
     /// Something that only the pod's resolvers can know about.
-    Other,
+    NotForMesh,
     /// A question.
     Question(Question),
 }
@@ -67,12 +50,12 @@ pub enum Request {
 /// Reads what a pod sends. A request that cannot be read is for the pod's resolvers to refuse.
 pub fn read(bytes: &[u8]) -> Request {
     let mut decoder = BinDecoder::new(bytes);
-    let Ok(header) = Header::read(&mut decoder) else { return Request::Nothing };
+    let Ok(header) = Header::read(&mut decoder) else { return Request::Invalid };
     if header.metadata.message_type != MessageType::Query {
-        return Request::Nothing;
+        return Request::Invalid;
     }
     if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
-        return Request::Other;
+        return Request::NotForMesh;
     }
     // One that is not whole, or of another version of EDNS, is not for us to answer; nor is one that no client sends, whose
     // reading may take long: names can lead through thousands of others.
@@ -83,7 +66,7 @@ pub fn read(bytes: &[u8]) -> Request {
     let asked = ours.as_ref().and_then(|message| message.queries.first()).filter(|q| q.query_class == DNSClass::IN);
     match asked.map(|query| (text(&query.name), kind(query.query_type), type_word(query.query_type))).zip(ours) {
         Some(((name, kind, type_word), message)) => Request::Question(Question { name, kind, type_word, message }),
-        None => Request::Other,
+        None => Request::NotForMesh,
     }
 }
 
@@ -107,14 +90,14 @@ fn type_word(of: RecordType) -> &'static str {
     }
 }
 
-fn kind(of: RecordType) -> Kind {
+fn kind(of: RecordType) -> QueryKind {
     match of {
-        RecordType::A => Kind::A,
-        RecordType::AAAA => Kind::Aaaa,
-        RecordType::ANY => Kind::Any,
-        RecordType::SRV => Kind::Srv,
-        RecordType::HTTPS | RecordType::SVCB => Kind::Https,
-        _ => Kind::Other,
+        RecordType::A => QueryKind::A,
+        RecordType::AAAA => QueryKind::Aaaa,
+        RecordType::ANY => QueryKind::Any,
+        RecordType::SRV => QueryKind::Srv,
+        RecordType::HTTPS | RecordType::SVCB => QueryKind::Https,
+        _ => QueryKind::Other,
     }
 }
 
@@ -130,7 +113,7 @@ fn text(name: &Name) -> String {
 /// Our answer to a question; `None` if it cannot be put into a message.
 ///
 /// `datagram`: the answer must fit into what the client can take; else it is cut, and says so.
-pub fn reply(question: &Question, answer: &Answer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
+pub fn reply(question: &Question, answer: &MeshAnswer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
     let request = &question.message;
     let query = request.queries.first()?;
     let mut reply = answer_to(request);
@@ -161,11 +144,11 @@ fn answer_to(request: &Message) -> Message {
     reply
 }
 
-fn add_records(reply: &mut Message, owner: &Name, answer: &Answer, ttl: u32) -> Option<()> {
+fn add_records(reply: &mut Message, owner: &Name, answer: &MeshAnswer, ttl: u32) -> Option<()> {
     for record in &answer.records {
         match record {
-            Told::Address(ip) => reply.answers.push(address(owner, ttl, *ip)),
-            Told::Service { port, target, addresses } => {
+            MeshRecord::Address(ip) => reply.answers.push(address(owner, ttl, *ip)),
+            MeshRecord::Service { port, target, addresses } => {
                 let target = Name::from_ascii(format!("{target}.")).ok()?;
                 let data = RData::SRV(SRV::new(0, 100, *port, target.clone()));
                 reply.answers.push(Record::from_rdata(owner.clone(), ttl, data));
@@ -250,19 +233,19 @@ pub fn id(bytes: &[u8]) -> [u8; 2] {
 
 /// What an answer says, in short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum ResponseKind {
     /// There is such a name.
     Exists,
     /// There is, and it has no such record.
-    Empty,
+    NoData,
     /// There is none.
-    Denied,
+    NoSuchName,
     /// The server cannot or will not say.
-    Refused,
+    Failure,
 }
 
 /// What `answer` says in reply to `query`; `None` if it is none: another id, another question, or no answer at all.
-pub fn outcome(query: &[u8], answer: &[u8]) -> Option<Outcome> {
+pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
     let mut decoder = BinDecoder::new(answer);
     let header = Header::read(&mut decoder).ok()?;
     if id(query) != id(answer) || header.metadata.message_type != MessageType::Response {
@@ -276,10 +259,10 @@ pub fn outcome(query: &[u8], answer: &[u8]) -> Option<Outcome> {
         return None;
     }
     Some(match code {
-        ResponseCode::NXDomain => Outcome::Denied,
-        ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp => Outcome::Refused,
-        ResponseCode::NoError if header.counts.answers == 0 => Outcome::Empty,
-        _ => Outcome::Exists,
+        ResponseCode::NXDomain => ResponseKind::NoSuchName,
+        ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp => ResponseKind::Failure,
+        ResponseCode::NoError if header.counts.answers == 0 => ResponseKind::NoData,
+        _ => ResponseKind::Exists,
     })
 }
 
@@ -306,13 +289,13 @@ fn bounded(answer: &[u8]) -> Option<Header> {
 }
 
 /// The name at which a chain of aliases ends without an address of the family that was asked for, and that family.
-pub fn dangling_alias(answer: &[u8]) -> Option<(String, Kind)> {
+pub fn dangling_alias(answer: &[u8]) -> Option<(String, QueryKind)> {
     bounded(answer).filter(|header| header.counts.answers > 0)?;
     let answer = Message::from_vec(answer).ok()?;
     let query = answer.queries.first()?;
     let unknown = matches!(answer.metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
     let asked = kind(query.query_type);
-    if !unknown || answer.metadata.truncation || !matches!(asked, Kind::A | Kind::Aaaa) {
+    if !unknown || answer.metadata.truncation || !matches!(asked, QueryKind::A | QueryKind::Aaaa) {
         return None;
     }
     if answer.answers.iter().any(|record| record.record_type() == query.query_type) {
@@ -333,7 +316,7 @@ pub fn dangling_alias(answer: &[u8]) -> Option<(String, Kind)> {
 }
 
 /// The answer of others with what its chain of aliases leads to in the mesh: `end`, the name that [`dangling_alias`] found.
-pub fn completed(answer: &[u8], end: &str, ours: &Answer, ttl: u32, limit: u16) -> Option<Vec<u8>> {
+pub fn with_alias_target(answer: &[u8], end: &str, ours: &MeshAnswer, ttl: u32, limit: u16) -> Option<Vec<u8>> {
     let mut message = Message::from_vec(answer).ok()?;
     message.metadata.response_code = ResponseCode::NoError;
     message.metadata.authentic_data = false;
@@ -355,7 +338,7 @@ pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
         return None;
     }
     Message::read_queries(&mut decoder, 1).ok()?;
-    let (mut life, mut places) = (TTL_MAX, Vec::new());
+    let (mut life, mut ttl_offsets) = (TTL_MAX, Vec::new());
     let (mut told, mut vouched) = (false, false);
     for at in 0..usize::from(counts.answers) + usize::from(counts.authorities) + usize::from(counts.additionals) {
         Name::read(&mut decoder).ok()?;
@@ -368,7 +351,7 @@ pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
         if of == RecordType::OPT {
             continue;
         }
-        places.push(place);
+        ttl_offsets.push(place);
         life = life.min(ttl);
         told |= at < usize::from(counts.answers);
         if of == RecordType::SOA {
@@ -378,12 +361,12 @@ pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
             life = life.min(minimum.map_or(0, u32::from_be_bytes));
         }
     }
-    (life > 0 && ((told && metadata.response_code == ResponseCode::NoError) || vouched)).then_some((life, places))
+    (life > 0 && ((told && metadata.response_code == ResponseCode::NoError) || vouched)).then_some((life, ttl_offsets))
 }
 
 /// The answer as it is `seconds` later: that much less time to live.
-pub fn aged(mut answer: Vec<u8>, places: &[usize], seconds: u32) -> Vec<u8> {
-    for place in places {
+pub fn aged(mut answer: Vec<u8>, ttl_offsets: &[usize], seconds: u32) -> Vec<u8> {
+    for place in ttl_offsets {
         let Some(bytes) = answer.get_mut(*place..place.saturating_add(4)) else { continue };
         if let Ok(ttl) = <[u8; 4]>::try_from(&*bytes) {
             bytes.copy_from_slice(&u32::from_be_bytes(ttl).saturating_sub(seconds).to_be_bytes());
@@ -393,7 +376,7 @@ pub fn aged(mut answer: Vec<u8>, places: &[usize], seconds: u32) -> Vec<u8> {
 }
 
 /// A question of our own for the addresses of a host.
-pub fn question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
+pub fn address_question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
     let name = Name::from_ascii(format!("{}.", host.trim_end_matches('.'))).ok()?;
     let mut message = Message::new(u16::from_be_bytes(id), MessageType::Query, OpCode::Query);
     message.metadata.recursion_desired = true;
@@ -414,7 +397,7 @@ pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
 }
 
 /// Whether an answer is cut and must be asked for again over TCP.
-pub fn is_cut(answer: &[u8]) -> bool {
+pub fn is_truncated(answer: &[u8]) -> bool {
     Header::read(&mut BinDecoder::new(answer)).is_ok_and(|header| header.metadata.truncation)
 }
 
@@ -440,22 +423,22 @@ mod tests {
         question
     }
 
-    fn addresses_of(count: u32) -> Answer {
-        let records = (0..count).map(|n| Told::Address(IpAddr::from(n.to_be_bytes()))).collect();
-        Answer { alias: None, records, zone: "cluster.local".into() }
+    fn addresses_of(count: u32) -> MeshAnswer {
+        let records = (0..count).map(|n| MeshRecord::Address(IpAddr::from(n.to_be_bytes()))).collect();
+        MeshAnswer { alias: None, records, zone: "cluster.local".into() }
     }
 
     #[test]
     fn a_reply_keeps_letter_case_mirrors_edns_and_says_when_it_is_cut() {
         let question = asked("ShOp.ns.SVC.cluster.local.", RecordType::A, Some(4096));
         let read_back = parsed(&question);
-        assert_eq!((read_back.name.as_str(), read_back.kind), ("shop.ns.svc.cluster.local", Kind::A));
+        assert_eq!((read_back.name.as_str(), read_back.kind), ("shop.ns.svc.cluster.local", QueryKind::A));
         let bytes = reply(&read_back, &addresses_of(3), 30, true).unwrap();
         let message = Message::from_vec(&bytes).unwrap();
         assert_eq!(message.answers[0].name.to_ascii(), "ShOp.ns.SVC.cluster.local.");
         assert_eq!((message.answers.len(), message.answers[0].ttl), (3, 30));
         assert!(message.edns.as_ref().unwrap().flags().dnssec_ok && !message.metadata.truncation);
-        assert_eq!(outcome(&question, &bytes), Some(Outcome::Exists));
+        assert_eq!(response_kind(&question, &bytes), Some(ResponseKind::Exists));
         for (payload, limit) in [(None, 512), (Some(100), 512), (Some(1232), 1232)] {
             let question = parsed(&asked("many.example.", RecordType::A, payload));
             let cut = reply(&question, &addresses_of(1500), 30, true).unwrap();
@@ -470,7 +453,7 @@ mod tests {
         let message = Message::from_vec(&none).unwrap();
         assert_eq!(message.authorities[0].record_type(), RecordType::SOA);
         assert_eq!(message.authorities[0].name.to_ascii(), "cluster.local.");
-        assert_eq!(lifetime(&none).map(|(life, places)| (life, places.len())), Some((30, 1)));
+        assert_eq!(lifetime(&none).map(|(life, ttl_offsets)| (life, ttl_offsets.len())), Some((30, 1)));
     }
 
     #[test]
@@ -478,9 +461,9 @@ mod tests {
         let question = asked("a.example.", RecordType::A, Some(1232));
         let whole = parsed(&question);
         let bytes = reply(&whole, &addresses_of(2), 300, true).unwrap();
-        let (life, places) = lifetime(&bytes).unwrap();
-        assert_eq!((life, places.len()), (300, 2));
-        let later = Message::from_vec(&aged(bytes.clone(), &places, 100)).unwrap();
+        let (life, ttl_offsets) = lifetime(&bytes).unwrap();
+        assert_eq!((life, ttl_offsets.len()), (300, 2));
+        let later = Message::from_vec(&aged(bytes.clone(), &ttl_offsets, 100)).unwrap();
         assert!(later.answers.iter().all(|record| record.ttl == 200));
         assert!(later.edns.unwrap().flags().dnssec_ok, "what looks like the life of an OPT record is not touched");
         assert_eq!(lifetime(&failure(&question, Some(&whole), ResponseCode::ServFail).unwrap()), None);
@@ -506,8 +489,8 @@ mod tests {
         message.metadata.response_code = ResponseCode::NXDomain;
         let bytes = message.to_vec().unwrap();
         let (end, kind) = dangling_alias(&bytes).unwrap();
-        assert_eq!((end.as_str(), kind), ("three.example", Kind::A));
-        let whole = completed(&bytes, &end, &addresses_of(1), 30, 512).unwrap();
+        assert_eq!((end.as_str(), kind), ("three.example", QueryKind::A));
+        let whole = with_alias_target(&bytes, &end, &addresses_of(1), 30, 512).unwrap();
         let read_back = Message::from_vec(&whole).unwrap();
         assert_eq!((read_back.answers.len(), read_back.metadata.response_code), (3, ResponseCode::NoError));
         assert_eq!(dangling_alias(&whole), None);
@@ -527,19 +510,19 @@ mod tests {
             reply(&parsed(&asked("a.example.", RecordType::AAAA, None)), &addresses_of(1), 30, true).unwrap();
         for (wrong, what) in [(&other_id, "id"), (&other_name, "name"), (&other_type, "type"), (&question, "question")]
         {
-            assert_eq!(outcome(&question, wrong), None, "{what}");
+            assert_eq!(response_kind(&question, wrong), None, "{what}");
         }
-        assert_eq!(outcome(&question, &right), Some(Outcome::Exists));
+        assert_eq!(response_kind(&question, &right), Some(ResponseKind::Exists));
         assert_eq!(
-            outcome(&question, &failure(&question, None, ResponseCode::Refused).unwrap()),
-            Some(Outcome::Refused)
+            response_kind(&question, &failure(&question, None, ResponseCode::Refused).unwrap()),
+            Some(ResponseKind::Failure)
         );
         assert_eq!(
-            outcome(&question, &failure(&question, Some(&parsed(&question)), ResponseCode::NXDomain).unwrap()),
-            Some(Outcome::Denied)
+            response_kind(&question, &failure(&question, Some(&parsed(&question)), ResponseCode::NXDomain).unwrap()),
+            Some(ResponseKind::NoSuchName)
         );
         let bare = [&question[..2], &[0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0]].concat();
-        assert_eq!(outcome(&question, &bare), Some(Outcome::Exists), "a format error without the question");
+        assert_eq!(response_kind(&question, &bare), Some(ResponseKind::Exists), "a format error without the question");
     }
 
     fn anything(bytes: &[u8]) {
@@ -567,12 +550,12 @@ mod tests {
         chain[6] = 0x0b;
         let mut answer = chain.clone();
         answer[2] |= 0x80;
-        assert_eq!(read(&chain), Request::Other);
+        assert_eq!(read(&chain), Request::NotForMesh);
         assert_eq!((dangling_alias(&answer), lifetime(&answer), addresses(&answer).len()), (None, None, 0));
-        assert_eq!(outcome(&chain, &answer), Some(Outcome::Exists), "its question alone is read");
+        assert_eq!(response_kind(&chain, &answer), Some(ResponseKind::Exists), "its question alone is read");
         let mut questions = [0, 0, 0x81, 0x80, 0xff, 0xff, 0, 0, 0, 0, 0, 0].to_vec();
         questions.extend(chain);
-        assert_eq!(outcome(&asked("a.example.", RecordType::A, None), &questions), None);
+        assert_eq!(response_kind(&asked("a.example.", RecordType::A, None), &questions), None);
     }
 
     proptest! {

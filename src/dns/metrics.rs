@@ -88,9 +88,9 @@ impl Labels for OnDemandLabels {
     }
 }
 
-/// Requests of one label set.
+/// RequestMetrics of one label set.
 #[derive(Debug)]
-pub struct Requests {
+pub struct RequestMetrics {
     /// All.
     pub all: Counter,
     upstream: Counter,
@@ -98,15 +98,15 @@ pub struct Requests {
     upstream_seconds: Histogram,
 }
 
-impl Default for Requests {
+impl Default for RequestMetrics {
     fn default() -> Self {
         let (all, upstream, upstream_failures) = Default::default();
         Self { all, upstream, upstream_failures, upstream_seconds: Histogram::new(BUCKETS) }
     }
 }
 
-impl Requests {
-    /// Counts what was passed on, with how long the answer took; `None`: there was none.
+impl RequestMetrics {
+    /// OutcomeCounts what was passed on, with how long the answer took; `None`: there was none.
     pub fn upstream(&self, seconds: Option<f64>) {
         self.upstream.inc();
         match seconds {
@@ -125,7 +125,7 @@ struct OutcomeLabel {
 
 /// How a request of a pod has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RequestOutcome {
     /// Answered from the facts of the mesh.
     Mesh,
     /// Answered from the facts: the name is there, and has no such record.
@@ -146,7 +146,7 @@ pub enum Outcome {
     Ignored,
 }
 
-impl Outcome {
+impl RequestOutcome {
     /// All of them.
     pub const ALL: [Self; 9] = [
         Self::Mesh,
@@ -179,8 +179,8 @@ impl Outcome {
 /// Metrics of all pods together.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Requests by type, and who asks.
-    pub requests: Series<RequestLabels, Requests>,
+    /// RequestMetrics by type, and who asks.
+    pub requests: Series<RequestLabels, RequestMetrics>,
     on_demand: Series<OnDemandLabels, Counter>,
     outcomes: Family<OutcomeLabel, Counter>,
     /// Bounds the log lines about requests that nobody answers, of all pods together.
@@ -205,18 +205,21 @@ impl Metrics {
                     failed_open and failed";
         registry.register("culvert_dns_requests", help, self.outcomes.clone());
         // An alarm on these must be able to see them at zero.
-        for outcome in Outcome::ALL {
+        for outcome in RequestOutcome::ALL {
             drop(self.outcomes.get_or_create(&OutcomeLabel { outcome: outcome.word() }));
         }
     }
 
     /// Counters of a pod's requests.
-    pub fn counts(&self) -> Counts {
-        let of_all = |outcome: &Outcome| self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() });
-        Counts(Outcome::ALL.iter().map(|outcome| (*outcome, AtomicU64::new(0), of_all(outcome))).collect())
+    pub fn counts(&self) -> OutcomeCounts {
+        let of_all =
+            |outcome: &RequestOutcome| self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() });
+        OutcomeCounts(
+            RequestOutcome::ALL.iter().map(|outcome| (*outcome, AtomicU64::new(0), of_all(outcome))).collect(),
+        )
     }
 
-    /// Counts a host name resolved for a connection of `source`.
+    /// OutcomeCounts a host name resolved for a connection of `source`.
     pub fn on_demand(&self, source: &Workload, hostname: &str) {
         let principal = source.identity().map(|identity| identity.to_string()).unwrap_or_default();
         let labels = OnDemandLabels {
@@ -237,13 +240,13 @@ impl Metrics {
 /// Writes those whose labels come from outside.
 #[derive(Debug)]
 struct RequestCollector {
-    requests: Series<RequestLabels, Requests>,
+    requests: Series<RequestLabels, RequestMetrics>,
     on_demand: Series<OnDemandLabels, Counter>,
 }
 
 impl Collector for RequestCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        type Counted = fn(&Requests) -> Option<&dyn EncodeMetric>;
+        type Counted = fn(&RequestMetrics) -> Option<&dyn EncodeMetric>;
         let put = |name, help, kind, counted: Counted| (name, help, kind, counted);
         let help = ["DNS requests of pods (unstable)", "DNS requests forwarded to pods' resolvers (unstable)"];
         let failures = "DNS requests that no resolver of the pod answered (unstable)";
@@ -286,13 +289,13 @@ impl Collector for RequestCollector {
     }
 }
 
-/// Requests of one pod by how they ended, each counted for all pods as well.
+/// RequestMetrics of one pod by how they ended, each counted for all pods as well.
 #[derive(Debug)]
-pub struct Counts(Vec<(Outcome, AtomicU64, Counter)>);
+pub struct OutcomeCounts(Vec<(RequestOutcome, AtomicU64, Counter)>);
 
-impl Counts {
-    /// Counts one.
-    pub fn add(&self, outcome: Outcome) {
+impl OutcomeCounts {
+    /// OutcomeCounts one.
+    pub fn add(&self, outcome: RequestOutcome) {
         if let Some((_, of_pod, of_all)) = self.0.iter().find(|(one, ..)| *one == outcome) {
             of_pod.fetch_add(1, Ordering::Relaxed);
             of_all.inc();

@@ -1,11 +1,12 @@
 //! A pod's own resolvers: which they are, as the pod itself sees it, and what they answer.
 
 use super::cache::Cache;
-use super::lookup::Search;
+use super::config::Config;
+use super::lookup::SearchDomain;
 use super::message;
+use super::metrics::Metrics;
 use super::resolv_conf::ResolvConf;
-use super::upstream::{Answered, Carrier, Servers, Upstream, UpstreamError};
-use super::{Config, Metrics};
+use super::upstream::{Carrier, Servers, Upstream, UpstreamAnswer, UpstreamError};
 use crate::mesh::{Text, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::process::read_file_in_netns;
@@ -50,13 +51,13 @@ pub enum ResolveError {
 
 /// Name servers and search domains that a pod uses, and where they are from.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Used {
+pub struct PodResolvers {
     /// Name servers that can be asked.
     pub servers: Vec<SocketAddr>,
-    /// Search domains.
-    pub search: Vec<Search>,
+    /// SearchDomain domains.
+    pub search: Vec<SearchDomain>,
     /// Whether the servers are those of the pod's own file.
-    pub by_pod: bool,
+    pub from_pod: bool,
 }
 
 /// Asks the resolvers of one pod.
@@ -68,37 +69,37 @@ pub struct Resolver {
     pub metrics: Arc<Metrics>,
     upstream: Upstream,
     cache: Cache,
-    reader: Arc<Reader>,
+    reader: Arc<ResolvConfReader>,
     resolving: Semaphore,
 }
 
 /// Reads the pod's file, and keeps what it says.
 #[derive(Debug)]
-struct Reader {
+struct ResolvConfReader {
     config: Arc<Config>,
     namespace: Text,
     netns: (u64, u64),
-    read: Mutex<Option<Read>>,
+    read: Mutex<Option<Reading>>,
     /// Held while the file is read, and until what it says is kept.
     reading: Arc<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Clone, Debug)]
-struct Read {
-    used: Arc<Used>,
+struct Reading {
+    used: Arc<PodResolvers>,
     process: Option<u32>,
     at: Instant,
     old: bool,
 }
 
-impl Used {
+impl PodResolvers {
     /// Whom to ask: first the one that the pod has asked, then the others that it uses.
     pub fn in_order(&self, asked: Option<SocketAddr>) -> Servers {
         // What is asked on the pod's loopback is not redirected to us: we were asked directly.
         let asked = asked.filter(|server| elsewhere(*server));
         let others = self.servers.iter().copied().filter(|server| Some(*server) != asked);
-        let stranger = asked.is_some_and(|asked| !self.servers.contains(&asked));
-        Servers { list: asked.into_iter().chain(others).collect(), stranger }
+        let first_is_foreign = asked.is_some_and(|asked| !self.servers.contains(&asked));
+        Servers { list: asked.into_iter().chain(others).collect(), first_is_foreign }
     }
 }
 
@@ -113,37 +114,37 @@ impl Resolver {
     /// Of a pod of `namespace` in `netns`.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, namespace: Text, netns: Netns) -> Self {
         let (read, reading) = (Mutex::default(), Arc::default());
-        let reader = Arc::new(Reader { config: config.clone(), namespace, netns: netns.id(), read, reading });
+        let reader = Arc::new(ResolvConfReader { config: config.clone(), namespace, netns: netns.id(), read, reading });
         let (upstream, cache) = (Upstream::new(netns, config.mark), Cache::new(config.cache_entries));
         let resolving = Semaphore::new(RESOLVING_MAX);
         Self { config, metrics, upstream, cache, reader, resolving }
     }
 
     /// What the pod uses, if that is known and not old.
-    pub fn used_now(&self) -> Option<Arc<Used>> {
+    pub fn current(&self) -> Option<Arc<PodResolvers>> {
         self.reader.now()
     }
 
     /// What the pod used when that was looked at last.
-    pub fn used_last(&self) -> Option<Arc<Used>> {
+    pub fn last_known(&self) -> Option<Arc<PodResolvers>> {
         self.reader.last().map(|read| read.used)
     }
 
     /// What the pod uses; read where it is not known, or old.
-    pub async fn used(&self) -> Arc<Used> {
-        if let Some(used) = self.used_now() {
+    pub async fn resolvers(&self) -> Arc<PodResolvers> {
+        if let Some(used) = self.current() {
             return used;
         }
         let deadline = Instant::now() + READ_WAIT;
         // One reading serves all who ask; what was read before does meanwhile.
-        let reading = match (self.reader.reading.clone().try_lock_owned(), self.used_last()) {
+        let reading = match (self.reader.reading.clone().try_lock_owned(), self.last_known()) {
             (Ok(reading), _) => Some(reading),
             (Err(_), Some(used)) => return used,
             (Err(_), None) => timeout_at(deadline, self.reader.reading.clone().lock_owned()).await.ok(),
         };
         if let Some(reading) = reading {
             let reader = self.reader.clone();
-            let work = thread::run_blocking(move || {
+            let work = thread::beside(move || {
                 let used = reader.now().unwrap_or_else(|| reader.read());
                 // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again. And until
                 // its result is kept, or who comes next would find nothing.
@@ -154,12 +155,12 @@ impl Resolver {
                 return used;
             }
         }
-        if let Some(used) = self.used_last() {
+        if let Some(used) = self.last_known() {
             return used;
         }
         // It hangs, and keeps its result when it is there. Nothing is kept of this.
         let reader = self.reader.clone();
-        thread::run_blocking(move || Arc::new(reader.used_of(None, &own()))).await.unwrap_or_default()
+        thread::beside(move || Arc::new(reader.used_of(None, &daemon_resolv_conf()))).await.unwrap_or_default()
     }
 
     /// What the resolver that was asked (or whichever there is) has answered to this before, and still holds.
@@ -173,7 +174,12 @@ impl Resolver {
     }
 
     /// What they answer.
-    pub async fn ask(&self, carrier: Carrier, servers: &Servers, request: &[u8]) -> Result<Answered, UpstreamError> {
+    pub async fn ask(
+        &self,
+        carrier: Carrier,
+        servers: &Servers,
+        request: &[u8],
+    ) -> Result<UpstreamAnswer, UpstreamError> {
         self.upstream.ask(carrier, servers, request).await.inspect_err(|_| self.read_again())
     }
 
@@ -189,7 +195,7 @@ impl Resolver {
         self.metrics.on_demand(source, host);
         let waiting = tokio::time::timeout(READ_WAIT, self.resolving.acquire()).await;
         let Ok(Ok(_resolving)) = waiting else { return Err(ResolveError::TooMany(host.to_owned())) };
-        let used = self.used().await;
+        let used = self.resolvers().await;
         let (first, second) = tokio::join!(self.family(&used, host, v4), async {
             if v4 && !self.config.ipv6 { Ok(Vec::new()) } else { self.family(&used, host, !v4).await }
         });
@@ -201,9 +207,9 @@ impl Resolver {
         }
     }
 
-    async fn family(&self, used: &Used, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
+    async fn family(&self, used: &PodResolvers, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
         let question =
-            message::question(host, v4, rand::random()).ok_or_else(|| ResolveError::Name(host.to_owned()))?;
+            message::address_question(host, v4, rand::random()).ok_or_else(|| ResolveError::Name(host.to_owned()))?;
         let failed = |error: UpstreamError| ResolveError::Upstream(host.to_owned(), error.to_string());
         if let Some(answer) = self.cached(None, &question) {
             return Ok(message::addresses(&answer));
@@ -211,60 +217,64 @@ impl Resolver {
         let servers = used.in_order(None);
         let mut answer = self.ask(Carrier::Datagram, &servers, &question).await.map_err(failed)?;
         self.keep_answer(None, &question, &answer.bytes);
-        if message::is_cut(&answer.bytes) {
+        if message::is_truncated(&answer.bytes) {
             answer = self.ask(Carrier::Stream, &servers, &question).await.map_err(failed)?;
         }
-        match answer.outcome {
-            message::Outcome::Refused => Err(ResolveError::Refused(host.to_owned())),
+        match answer.kind {
+            message::ResponseKind::Failure => Err(ResolveError::Refused(host.to_owned())),
             _ => Ok(message::addresses(&answer.bytes)),
         }
     }
 }
 
-impl Reader {
-    fn last(&self) -> Option<Read> {
+impl ResolvConfReader {
+    fn last(&self) -> Option<Reading> {
         self.read.lock().clone()
     }
 
-    fn now(&self) -> Option<Arc<Used>> {
+    fn now(&self) -> Option<Arc<PodResolvers>> {
         self.last().filter(|read| !read.old && read.at.elapsed() < READ_EVERY).map(|read| read.used)
     }
 
     /// Reads it and keeps what it says.
-    fn read(&self) -> Arc<Used> {
+    fn read(&self) -> Arc<PodResolvers> {
         let last = self.last();
         let process = last.as_ref().and_then(|read| read.process);
         let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
         let of_pod = read_file_in_netns(&self.config.proc, self.netns, PATH, process, has_servers);
         // No process was to be seen this time: what one said before still holds.
-        if let (None, Some(read)) = (&of_pod, last.filter(|read| read.used.by_pod)) {
+        if let (None, Some(read)) = (&of_pod, last.filter(|read| read.used.from_pod)) {
             return self.keep(read.used, read.process);
         }
         let process = of_pod.as_ref().map(|(process, _)| *process);
-        self.keep(Arc::new(self.used_of(of_pod.map(|(_, conf)| conf), &own())), process)
+        self.keep(Arc::new(self.used_of(of_pod.map(|(_, conf)| conf), &daemon_resolv_conf())), process)
     }
 
-    fn keep(&self, used: Arc<Used>, process: Option<u32>) -> Arc<Used> {
-        let read = Read { used: used.clone(), process, at: Instant::now(), old: false };
+    fn keep(&self, used: Arc<PodResolvers>, process: Option<u32>) -> Arc<PodResolvers> {
+        let read = Reading { used: used.clone(), process, at: Instant::now(), old: false };
         *self.read.lock() = Some(read);
         used
     }
 
     /// The pod's own servers and search domains; else the daemon's servers and what Kubernetes gives by default.
-    fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> Used {
-        let by_pod = of_pod.is_some();
+    fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> PodResolvers {
+        let from_pod = of_pod.is_some();
         let pod = of_pod.unwrap_or_default();
         let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| elsewhere(*s)).collect::<Vec<_>>();
         let of_pod = usable(&pod.servers);
         let servers = if of_pod.is_empty() { usable(&own.servers) } else { of_pod.clone() };
         let domain = &self.config.cluster_domain;
-        let search = if by_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
-        Used { servers, search: Search::list(&search, &self.namespace, domain), by_pod: !of_pod.is_empty() }
+        let search = if from_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
+        PodResolvers {
+            servers,
+            search: SearchDomain::list(&search, &self.namespace, domain),
+            from_pod: !of_pod.is_empty(),
+        }
     }
 }
 
 /// What the daemon's own file says.
-fn own() -> ResolvConf {
+fn daemon_resolv_conf() -> ResolvConf {
     std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text)).unwrap_or_default()
 }
 
@@ -312,11 +322,11 @@ mod tests {
                 let mut asked = tokio::task::JoinSet::new();
                 for _ in 0..askers {
                     let resolver = resolver.clone();
-                    asked.spawn(async move { resolver.used().await });
+                    asked.spawn(async move { resolver.resolvers().await });
                 }
                 while let Some(used) = asked.join_next().await {
                     let used = used.unwrap();
-                    assert!(used.by_pod && used.search.len() == 1, "round {round} of {askers}: {used:?}");
+                    assert!(used.from_pod && used.search.len() == 1, "round {round} of {askers}: {used:?}");
                     assert_eq!(used.servers, ["203.0.113.53:53".parse().unwrap()], "round {round} of {askers}");
                 }
             }
@@ -324,11 +334,11 @@ mod tests {
         // Who leaves before the file is read leaves its reading to the others.
         let resolver = resolver(&proc);
         let reading = resolver.reader.reading.clone().lock_owned().await;
-        let (left, stays) = (Box::pin(resolver.used()), resolver.used());
+        let (left, stays) = (Box::pin(resolver.resolvers()), resolver.resolvers());
         let left = tokio::time::timeout(Duration::ZERO, left).await;
         assert!(left.is_err(), "the reading is not free");
         let (used, ()) = tokio::join!(stays, async { drop(reading) });
-        assert!(used.by_pod);
+        assert!(used.from_pod);
         std::fs::remove_dir_all(&proc).unwrap();
     }
 
@@ -339,12 +349,12 @@ mod tests {
         let resolver = resolver(&proc);
         let hangs = resolver.reader.reading.clone().lock_owned().await;
         let begun = Instant::now();
-        let stand_in = resolver.used().await;
-        assert!(!stand_in.by_pod && stand_in.search.len() == 3, "{stand_in:?}");
-        assert_eq!(stand_in.servers, resolver.reader.used_of(None, &own()).servers, "the daemon's own");
+        let stand_in = resolver.resolvers().await;
+        assert!(!stand_in.from_pod && stand_in.search.len() == 3, "{stand_in:?}");
+        assert_eq!(stand_in.servers, resolver.reader.used_of(None, &daemon_resolv_conf()).servers, "the daemon's own");
         assert_eq!(begun.elapsed(), READ_WAIT);
         drop(hangs);
-        assert!(resolver.used().await.by_pod);
+        assert!(resolver.resolvers().await.from_pod);
         std::fs::remove_dir_all(&proc).unwrap();
     }
 }

@@ -3,21 +3,23 @@
 //! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
 //! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
 
+use super::answer::MeshAnswer;
+use super::config::PORT;
+use super::framing::{read_message, relay_transfer, write_message};
 use super::listeners::{Listeners, is_the_pod, on_the_link_of};
-use super::lookup::{self, Answer, Plan};
+use super::lookup::{self, Plan};
 use super::message::{self, Question, Request};
-use super::metrics::{self, Counts, Outcome, RequestLabels};
-use super::resolver::{Resolver, Used};
-use super::upstream::{Answered, Carrier, UpstreamError, read_message, with_buffer, write_message};
+use super::metrics::{self, OutcomeCounts, RequestLabels, RequestOutcome};
+use super::resolver::{PodResolvers, Resolver};
+use super::upstream::{Carrier, UpstreamAnswer, UpstreamError, with_buffer};
 use crate::mesh::{Snapshot, Store, Workload};
-use crate::ports::DNS;
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram::{self, Client};
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::SeriesHandle;
+use crate::telemetry::series::Held;
 use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
@@ -53,14 +55,14 @@ const FACTS_WAIT: Duration = Duration::from_secs(1);
 const ASKED_MAX: usize = 16;
 
 /// The facts of now and who asks, if that is known.
-pub type Known = Option<(Arc<Snapshot>, Arc<Workload>)>;
+pub type KnownClient = Option<(Arc<Snapshot>, Arc<Workload>)>;
 
 /// Says who asks.
-pub trait Asker: Send + Sync + fmt::Debug {
+pub trait ClientFacts: Send + Sync + fmt::Debug {
     /// As far as it is known now.
-    fn now(&self) -> Known;
+    fn now(&self) -> KnownClient;
     /// Waits, for a bounded time, until it is known.
-    fn soon(&self) -> Pin<Box<dyn Future<Output = Known> + Send + '_>>;
+    fn soon(&self) -> Pin<Box<dyn Future<Output = KnownClient> + Send + '_>>;
 }
 
 /// The server of one pod.
@@ -71,38 +73,32 @@ pub struct Server {
     /// The pod's resolvers.
     pub resolver: Arc<Resolver>,
     /// Who asks.
-    pub asker: Box<dyn Asker>,
+    pub client: Box<dyn ClientFacts>,
     /// Facts, for questions to whoever knows them.
     pub mesh: Arc<Store>,
     /// Requests by outcome.
-    pub counts: Counts,
+    pub counts: OutcomeCounts,
     /// Whether each request is logged.
     pub logged: AtomicBool,
     waiting: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     asking: Semaphore,
     /// By record type and protocol.
-    requests: Mutex<Vec<((&'static str, &'static str), Requests)>>,
+    requests: Mutex<Vec<((&'static str, &'static str), TypeMetrics)>>,
     complaints: LogLimit,
 }
 
 /// Metrics of requests of one type.
-type Requests = Arc<SeriesHandle<RequestLabels, metrics::Requests>>;
-
-impl Carrier {
-    fn word(self) -> &'static str {
-        if self == Self::Datagram { "udp" } else { "tcp" }
-    }
-}
+type TypeMetrics = Arc<Held<RequestLabels, metrics::RequestMetrics>>;
 
 impl Server {
     /// A server for the pod with this label.
-    pub fn new(label: String, resolver: Arc<Resolver>, asker: Box<dyn Asker>, mesh: Arc<Store>) -> Self {
+    pub fn new(label: String, resolver: Arc<Resolver>, client: Box<dyn ClientFacts>, mesh: Arc<Store>) -> Self {
         Self {
             counts: resolver.metrics.counts(),
             label,
             resolver,
-            asker,
+            client,
             mesh,
             logged: AtomicBool::new(false),
             waiting: Arc::new(Semaphore::new(WAITING_MAX)),
@@ -130,7 +126,7 @@ impl Server {
         let made = UdpSocket::from_std(socket).map(Arc::new);
         let Ok(socket) = made.inspect_err(|error| self.broken(error)) else { return };
         let whom = |client: Client| {
-            let ours = SocketAddr::new(client.local, DNS);
+            let ours = SocketAddr::new(client.local, PORT);
             let asked = conntrack.as_ref()?.original_destination(client.address, ours).ok()??;
             Some(on_the_link_of(client.address, asked))
         };
@@ -168,16 +164,16 @@ impl Server {
         with_buffer(|buffer| {
             let (length, client) = socket.try_io(Interest::READABLE, || datagram::receive(&**socket, buffer))?;
             if !is_the_pod(client.address.ip(), client.local) {
-                self.counts.add(Outcome::Ignored);
+                self.counts.add(RequestOutcome::Ignored);
                 return Ok(());
             }
             let request = buffer.get(..length).unwrap_or_default();
             let question = match message::read(request) {
-                Request::Nothing => {
-                    self.counts.add(Outcome::Ignored);
+                Request::Invalid => {
+                    self.counts.add(RequestOutcome::Ignored);
                     return Ok(());
                 }
-                Request::Other => None,
+                Request::NotForMesh => None,
                 Request::Question(question) => Some(question),
             };
             // Only what the mesh does not answer needs to know whom the pod has asked.
@@ -189,18 +185,19 @@ impl Server {
                 return try_send(socket, &reply, client);
             }
             let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
-                self.finish(Carrier::Datagram, question.as_ref(), Outcome::Limited);
+                self.finish(Carrier::Datagram, question.as_ref(), RequestOutcome::Limited);
                 let reply = message::server_failure(request, question.as_ref()).unwrap_or_default();
                 return try_send(socket, &reply, client);
             };
             let (server, socket, asked) = (self.clone(), socket.clone(), asked());
-            let request = Asked { of: asked, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
+            let request =
+                PendingRequest { resolver: asked, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
             tasks.spawn(async move { server.later(&socket, client, &request, permit).await });
             Ok(())
         })
     }
 
-    async fn later(&self, socket: &UdpSocket, client: Client, request: &Asked, _permit: OwnedSemaphorePermit) {
+    async fn later(&self, socket: &UdpSocket, client: Client, request: &PendingRequest, _permit: OwnedSemaphorePermit) {
         let reply = Box::pin(self.answer(request)).await;
         if let Some(Reply { bytes, .. }) = reply
             && let Err(error) = timeout(IDLE, send(socket, &bytes, client)).await.unwrap_or(Ok(()))
@@ -216,26 +213,30 @@ impl Server {
         request: &[u8],
         question: Option<&Question>,
         asked: &dyn Fn() -> Option<SocketAddr>,
-    ) -> Option<(Vec<u8>, Outcome)> {
-        let used = self.resolver.used_now()?;
+    ) -> Option<(Vec<u8>, RequestOutcome)> {
+        let used = self.resolver.current()?;
         if let Some(question) = question {
-            let known = self.asker.now()?;
-            let asker = self.asker(&known, &used);
-            if lookup::wanted(&asker, &question.name).is_some() {
+            let known = self.client.now()?;
+            let context = self.context(&known, &used);
+            if lookup::wanted(&context, &question.name).is_some() {
                 return None;
             }
-            match lookup::decide(&asker, &question.name, question.kind) {
+            match lookup::decide(&context, &question.name, question.kind) {
                 Plan::Answer(answer) => return self.ours(question, answer, true),
                 Plan::ForwardOr(_) => return None,
                 Plan::Forward => {}
             }
         }
-        Some((self.resolver.cached(asked(), request)?, Outcome::Cached))
+        Some((self.resolver.cached(asked(), request)?, RequestOutcome::Cached))
     }
 
-    fn asker<'a>(&'a self, known: &'a (Arc<Snapshot>, Arc<Workload>), used: &'a Used) -> lookup::Asker<'a> {
+    fn context<'a>(
+        &'a self,
+        known: &'a (Arc<Snapshot>, Arc<Workload>),
+        used: &'a PodResolvers,
+    ) -> lookup::LookupContext<'a> {
         let config = &self.resolver.config;
-        lookup::Asker {
+        lookup::LookupContext {
             snapshot: &known.0,
             workload: &known.1,
             search: &used.search,
@@ -246,9 +247,9 @@ impl Server {
     }
 
     /// Our answer to a question. Its records come in another order each time, which spreads those who take the first.
-    fn ours(&self, question: &Question, mut answer: Answer, datagram: bool) -> Option<(Vec<u8>, Outcome)> {
+    fn ours(&self, question: &Question, mut answer: MeshAnswer, datagram: bool) -> Option<(Vec<u8>, RequestOutcome)> {
         answer.records.shuffle(&mut rand::rng());
-        let outcome = if answer.records.is_empty() { Outcome::NoRecords } else { Outcome::Mesh };
+        let outcome = if answer.records.is_empty() { RequestOutcome::NoRecords } else { RequestOutcome::Mesh };
         Some((message::reply(question, &answer, self.ttl(), datagram)?, outcome))
     }
 
@@ -257,15 +258,15 @@ impl Server {
     }
 
     /// The answer to any request; `None` where none can be made of it.
-    async fn answer(&self, asked: &Asked) -> Option<Reply> {
+    async fn answer(&self, asked: &PendingRequest) -> Option<Reply> {
         let (request, question, datagram) =
             (&*asked.bytes, asked.question.as_ref(), asked.carrier == Carrier::Datagram);
-        let used = self.resolver.used().await;
+        let used = self.resolver.resolvers().await;
         let plan = match question {
             None => Some(Plan::Forward),
             Some(question) => self.plan(&used, question).await,
         };
-        let outcome = if plan.is_some() { Outcome::Forwarded } else { Outcome::FailedOpen };
+        let outcome = if plan.is_some() { RequestOutcome::Forwarded } else { RequestOutcome::FailedOpen };
         let fallback = match plan.unwrap_or(Plan::Forward) {
             Plan::Answer(answer) => {
                 if let Some((bytes, outcome)) = question.and_then(|question| self.ours(question, answer, datagram)) {
@@ -278,26 +279,26 @@ impl Server {
         };
         let forwarded = self.forward(asked, &used).await;
         let ours = fallback.filter(|ours| match &forwarded {
-            Ok(answered) => match answered.outcome {
-                message::Outcome::Denied => true,
+            Ok(answered) => match answered.kind {
+                message::ResponseKind::NoSuchName => true,
                 // That there is no such record is not known where nobody could say.
-                message::Outcome::Refused => !ours.records.is_empty(),
-                message::Outcome::Exists | message::Outcome::Empty => false,
+                message::ResponseKind::Failure => !ours.records.is_empty(),
+                message::ResponseKind::Exists | message::ResponseKind::NoData => false,
             },
-            Err(UpstreamError::None) => true,
+            Err(UpstreamError::NoResolver) => true,
             Err(_) => !ours.records.is_empty(),
         });
         let ours = question.zip(ours).and_then(|(question, ours)| self.ours(question, ours, datagram));
         if let Some((bytes, _)) = ours {
-            return Some(self.done(asked, Outcome::Completed, bytes));
+            return Some(self.done(asked, RequestOutcome::Completed, bytes));
         }
         match forwarded {
-            Ok(Answered { bytes, stream, .. }) => {
+            Ok(UpstreamAnswer { bytes, stream, .. }) => {
                 if let Some(bytes) = self.complete(asked, &used, &bytes) {
-                    return Some(self.done(asked, Outcome::Completed, bytes));
+                    return Some(self.done(asked, RequestOutcome::Completed, bytes));
                 }
                 if datagram {
-                    self.resolver.keep_answer(asked.of, request, &bytes);
+                    self.resolver.keep_answer(asked.resolver, request, &bytes);
                 }
                 let rest = stream.filter(|_| question.is_some_and(Question::is_transfer));
                 Some(Reply { rest, ..self.done(asked, outcome, bytes) })
@@ -307,35 +308,35 @@ impl Server {
                     let name = question.map(|question| &*question.name);
                     tracing::warn!(target: "dns", pod = self.label, query = name, %error, suppressed, "DNS request not answered");
                 }
-                message::server_failure(request, question).map(|bytes| self.done(asked, Outcome::Failed, bytes))
+                message::server_failure(request, question).map(|bytes| self.done(asked, RequestOutcome::Failed, bytes))
             }
         }
     }
 
-    fn done(&self, asked: &Asked, outcome: Outcome, bytes: Vec<u8>) -> Reply {
+    fn done(&self, asked: &PendingRequest, outcome: RequestOutcome, bytes: Vec<u8>) -> Reply {
         self.finish(asked.carrier, asked.question.as_ref(), outcome);
         Reply { bytes, rest: None }
     }
 
     /// What is to be done with a question; `None` where the mesh cannot say.
-    async fn plan(&self, used: &Used, question: &Question) -> Option<Plan> {
-        let mut known = match self.asker.now() {
+    async fn plan(&self, used: &PodResolvers, question: &Question) -> Option<Plan> {
+        let mut known = match self.client.now() {
             Some(known) => known,
-            None => timeout(FACTS_WAIT, self.asker.soon()).await.ok().flatten()?,
+            None => timeout(FACTS_WAIT, self.client.soon()).await.ok().flatten()?,
         };
         for _ in 0..lookup::WANTED_MAX {
-            let Some(wanted) = lookup::wanted(&self.asker(&known, used), &question.name) else { break };
+            let Some(wanted) = lookup::wanted(&self.context(&known, used), &question.name) else { break };
             let _asking = timeout(FACTS_WAIT, self.asking.acquire()).await.ok()?.ok()?;
             timeout(FACTS_WAIT, self.mesh.ask(&known.1.uid, wanted)).await.ok()?.ok()?;
-            known = self.asker.now()?;
+            known = self.client.now()?;
         }
-        Some(lookup::decide(&self.asker(&known, used), &question.name, question.kind))
+        Some(lookup::decide(&self.context(&known, used), &question.name, question.kind))
     }
 
-    async fn forward(&self, asked: &Asked, used: &Used) -> Result<Answered, UpstreamError> {
+    async fn forward(&self, asked: &PendingRequest, used: &PodResolvers) -> Result<UpstreamAnswer, UpstreamError> {
         let (requests, begun) = (self.counted(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
-        let mut servers = used.in_order(asked.of);
-        if asked.of.is_some() && asked.question.is_none() {
+        let mut servers = used.in_order(asked.resolver);
+        if asked.resolver.is_some() && asked.question.is_none() {
             // A change of a zone, say, is for the one that it was sent to.
             servers.list.truncate(1);
         }
@@ -346,17 +347,17 @@ impl Server {
     }
 
     /// An alias of the pod's resolvers may lead to a name that only the mesh knows.
-    fn complete(&self, asked: &Asked, used: &Used, answer: &[u8]) -> Option<Vec<u8>> {
+    fn complete(&self, asked: &PendingRequest, used: &PodResolvers, answer: &[u8]) -> Option<Vec<u8>> {
         let (end, kind) = message::dangling_alias(answer)?;
-        let known = self.asker.now()?;
-        let plan = lookup::decide(&self.asker(&known, used), &end, kind);
+        let known = self.client.now()?;
+        let plan = lookup::decide(&self.context(&known, used), &end, kind);
         let Plan::Answer(mut ours) = plan else { return None };
         ours.records.shuffle(&mut rand::rng());
         let limit = match (asked.carrier, &asked.question) {
             (Carrier::Datagram, Some(question)) => question.datagram_limit(),
             _ => u16::MAX,
         };
-        message::completed(answer, &end, &ours, self.ttl(), limit)
+        message::with_alias_target(answer, &end, &ours, self.ttl(), limit)
     }
 
     async fn streams(self: Arc<Self>, listener: std::net::TcpListener, tasks: &Group) {
@@ -387,20 +388,20 @@ impl Server {
     async fn stream(&self, mut stream: TcpStream, client: SocketAddr, _permit: OwnedSemaphorePermit) {
         // Only speeds it up.
         let _ = stream.set_nodelay(true);
-        let of = original_dst(&stream, client).ok();
+        let resolver = original_dst(&stream, client).ok();
         while let Ok(Ok(bytes)) = timeout(IDLE, read_message(&mut stream)).await {
             let question = match message::read(&bytes) {
-                Request::Nothing => return self.counts.add(Outcome::Ignored),
-                Request::Other => None,
+                Request::Invalid => return self.counts.add(RequestOutcome::Ignored),
+                Request::NotForMesh => None,
                 Request::Question(question) => Some(question),
             };
-            let asked = Asked { of, question, bytes, carrier: Carrier::Stream };
+            let asked = PendingRequest { resolver, question, bytes, carrier: Carrier::Stream };
             let Some(Reply { bytes, rest }) = Box::pin(self.answer(&asked)).await else { return };
             if !matches!(timeout(IDLE, write_message(&mut stream, &bytes)).await, Ok(Ok(()))) {
                 return;
             }
             if let Some(rest) = rest
-                && timeout(TRANSFER, transfer(rest, &mut stream)).await.is_err()
+                && timeout(TRANSFER, relay_transfer(rest, &mut stream, IDLE)).await.is_err()
             {
                 return;
             }
@@ -409,8 +410,8 @@ impl Server {
         }
     }
 
-    /// Counts a request and tells of it where that is wanted.
-    fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: Outcome) {
+    /// OutcomeCounts a request and tells of it where that is wanted.
+    fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: RequestOutcome) {
         self.counts.add(outcome);
         let query_type = type_word(question);
         self.counted(carrier, query_type).all.inc();
@@ -424,13 +425,13 @@ impl Server {
     }
 
     /// Metrics of requests of one type: kept from when it is known who asks.
-    fn counted(&self, carrier: Carrier, query_type: &'static str) -> Requests {
+    fn counted(&self, carrier: Carrier, query_type: &'static str) -> TypeMetrics {
         let key = (query_type, carrier.word());
         let mut requests = self.requests.lock();
         if let Some((_, kept)) = requests.iter().find(|(kept, _)| *kept == key) {
             return kept.clone();
         }
-        let known = self.asker.now();
+        let known = self.client.now();
         let labels = RequestLabels::new(key.0, key.1, known.as_ref().map(|(_, workload)| &**workload));
         let made = Arc::new(self.resolver.metrics.requests.of(&labels));
         if known.is_some() {
@@ -454,31 +455,15 @@ async fn send(socket: &UdpSocket, bytes: &[u8], to: Client) -> io::Result<()> {
     }
 }
 
-/// The other messages of a zone's transfer, for as long as they keep coming and the client asks for nothing else.
-async fn transfer(mut rest: TcpStream, client: &mut TcpStream) {
-    loop {
-        let mut next = [0];
-        let more = tokio::select! {
-            more = timeout(IDLE, read_message(&mut rest)) => more,
-            _ = client.peek(&mut next) => return,
-        };
-        let Ok(Ok(more)) = more else { return };
-        if !matches!(timeout(IDLE, write_message(client, &more)).await, Ok(Ok(()))) {
-            return;
-        }
-        tokio::task::yield_now().await;
-    }
-}
-
 fn type_word(question: Option<&Question>) -> &'static str {
     question.map_or(message::UNKNOWN, |question| question.type_word)
 }
 
 /// A request that has to wait for others.
 #[derive(Debug)]
-struct Asked {
+struct PendingRequest {
     /// Whom the pod has asked, where that is known.
-    of: Option<SocketAddr>,
+    resolver: Option<SocketAddr>,
     question: Option<Question>,
     bytes: Vec<u8>,
     carrier: Carrier,

@@ -1,35 +1,34 @@
-//! Asking a pod's resolvers: from the pod's namespace, marked, byte for byte.
+//! Asks a pod's resolvers: from the pod's namespace, with marked sockets, byte for byte.
 //!
-//! A question goes to the first resolver; when that one is silent for a while, fails or refuses, to the next as well, and
-//! the first good answer counts. Each question has a socket of its own, hence a port that nobody can guess, and as a
-//! datagram an id of our own; what does not come from the resolver that was asked, or answers another question, is not looked at further.
+//! A question goes to the first resolver. If that one is silent for a while or fails, the next one is asked as well, and the
+//! first usable answer wins. Each question has its own socket, and so a port that nobody can guess, and as a datagram a
+//! random id. Whatever does not come from the resolver that was asked, or answers another question, is ignored.
 
-use super::message::{self, Outcome};
+use super::framing::{read_message, write_message};
+use super::message::{self, ResponseKind};
 use crate::sys::netns::Netns;
 use crate::sys::socket::{LegOptions, outgoing, outgoing_datagram, start_connect};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use std::cell::RefCell;
-use std::collections::HashMap;
-use std::future::{Future, poll_fn};
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::task::Poll;
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 
-/// How long a question may take. Clients ask again after 5 s.
+/// How long a question may take in all. Clients ask again after 5 s.
 pub const DEADLINE: Duration = Duration::from_millis(4800);
 /// Silence after which the next resolver is asked as well.
 const PATIENCE: Duration = Duration::from_millis(1200);
-/// How often a resolver may be silent for that long before it counts as slow: one answer that took its time is no reason to
-/// ask others first, who may not know the same names.
+/// How often a resolver may be silent for [`PATIENCE`] before it counts as slow. One slow answer is no reason to prefer
+/// other resolvers, which may not know the same names.
 const STRIKES: u32 = 3;
-/// For how long a resolver that is slow or broken is asked after the others.
+/// For how long a slow or broken resolver is asked after the others.
 const SLOW_FOR: Duration = Duration::from_secs(10);
-/// Datagrams that are no answers which one question may meet before it is given up.
+/// Datagrams that are not the answer which one question may receive before it fails.
 const FORGED_MAX: usize = 64;
 /// Longest message.
 const MESSAGE_MAX: usize = u16::MAX as usize;
@@ -37,16 +36,19 @@ const MESSAGE_MAX: usize = u16::MAX as usize;
 /// Why no resolver has answered.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// The pod has no resolver that could be asked.
+    /// The pod has no usable resolver.
     #[error("the pod has no name server that could be asked")]
-    None,
-    /// Nobody has answered in time.
-    #[error("no answer from {0} within 4.8 s")]
-    Silent(String),
-    /// They cannot be reached.
+    NoResolver,
+    /// No resolver answered in time.
+    #[error("no answer from {servers} within {} s", DEADLINE.as_secs_f64())]
+    Silent {
+        /// Their addresses, joined.
+        servers: String,
+    },
+    /// The resolver cannot be reached.
     #[error("{0}: {1}")]
     Io(SocketAddr, io::Error),
-    /// Too much that was no answer came instead of one.
+    /// The resolver's address sent too many messages that do not answer the question.
     #[error("{0}: forged answers")]
     Forged(SocketAddr),
 }
@@ -54,42 +56,58 @@ pub enum UpstreamError {
 /// How a request is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Carrier {
-    /// By datagrams.
+    /// By UDP.
     Datagram,
-    /// Over a connection.
+    /// By TCP.
     Stream,
 }
 
-/// Whom to ask.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Servers {
-    /// In this order.
-    pub list: Vec<SocketAddr>,
-    /// Whether the first is none of those that the pod uses: what it says counts, the others only stand in where it is
-    /// silent.
-    pub stranger: bool,
+impl Carrier {
+    /// The word in metrics and the log.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Datagram => "udp",
+            Self::Stream => "tcp",
+        }
+    }
 }
 
-/// An answer, and the connection on which more may follow.
+/// The resolvers for one question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Servers {
+    /// In the order in which they should be asked.
+    pub list: Vec<SocketAddr>,
+    /// Whether the pod asked the first one although its `resolv.conf` names others. Then the answer of that one is final,
+    /// and the others only step in if it does not answer.
+    pub first_is_foreign: bool,
+}
+
+/// An answer of a resolver.
 #[derive(Debug)]
-pub struct Answered {
-    /// The answer.
+pub struct UpstreamAnswer {
+    /// The message, with the id of the request.
     pub bytes: Vec<u8>,
     /// What it says.
-    pub outcome: Outcome,
-    /// Where it came from, if that was a connection.
+    pub kind: ResponseKind,
+    /// The connection that it came over, if it was TCP: further messages may follow there.
     pub stream: Option<TcpStream>,
 }
 
-/// How a pod's sockets towards its resolvers are made, and which of the resolvers are slow.
+/// How often a resolver has been silent since its last answer.
+#[derive(Debug)]
+struct Strikes {
+    count: u32,
+    last: Instant,
+}
+
+/// Makes a pod's sockets towards its resolvers, and remembers which resolvers are slow.
 #[derive(Debug)]
 pub struct Upstream {
     /// The pod's namespace.
     pub netns: Netns,
     /// `SO_MARK` of the sockets.
     pub mark: u32,
-    /// How often each has been silent since it last answered, and when.
-    strikes: Mutex<HashMap<SocketAddr, (u32, Instant)>>,
+    strikes: Mutex<HashMap<SocketAddr, Strikes>>,
 }
 
 impl Upstream {
@@ -98,13 +116,12 @@ impl Upstream {
         Self { netns, mark, strikes: Mutex::default() }
     }
 
-    /// The resolvers in the order in which they are asked: those that did not answer a moment ago come last, but whom the pod
-    /// has asked although it uses others comes first.
+    /// The resolvers in the order in which they are asked: slow ones come last, but a foreign one stays first.
     fn in_order(&self, servers: &Servers) -> Vec<SocketAddr> {
         let mut strikes = self.strikes.lock();
-        strikes.retain(|_, (_, last)| last.elapsed() < SLOW_FOR);
-        let is_slow = |server: &SocketAddr| strikes.get(server).is_some_and(|(count, _)| *count >= STRIKES);
-        let (first, others) = servers.list.split_at(usize::from(servers.stranger).min(servers.list.len()));
+        strikes.retain(|_, strikes| strikes.last.elapsed() < SLOW_FOR);
+        let is_slow = |server: &SocketAddr| strikes.get(server).is_some_and(|strikes| strikes.count >= STRIKES);
+        let (first, others) = servers.list.split_at(usize::from(servers.first_is_foreign).min(servers.list.len()));
         let (last, next): (Vec<_>, Vec<_>) = others.iter().partition(|server| is_slow(server));
         first.iter().copied().chain(next).chain(last).collect()
     }
@@ -115,53 +132,72 @@ impl Upstream {
 
     fn strike(&self, server: SocketAddr, by: u32) {
         let mut strikes = self.strikes.lock();
-        let (count, last) = strikes.entry(server).or_insert((0, Instant::now()));
-        (*count, *last) = (count.saturating_add(by), Instant::now());
+        let now = Instant::now();
+        let strikes = strikes.entry(server).or_insert(Strikes { count: 0, last: now });
+        (strikes.count, strikes.last) = (strikes.count.saturating_add(by), now);
     }
 
-    /// Asks one after the other, without giving up those that were asked before. What a name has counts at once; that it does
-    /// not exist only when nobody who comes earlier in the list may still say otherwise.
-    pub async fn ask(&self, carrier: Carrier, servers: &Servers, request: &[u8]) -> Result<Answered, UpstreamError> {
-        let client = message::id(request);
-        // Over a connection nobody can guess anything, and further messages come with the id of the request.
+    /// Asks one resolver after the other; earlier ones may still answer when later ones have been asked. A positive answer
+    /// is used at once. A negative answer is used only once every resolver ahead of it has answered or failed, or at the
+    /// deadline.
+    pub async fn ask(
+        &self,
+        carrier: Carrier,
+        servers: &Servers,
+        request: &[u8],
+    ) -> Result<UpstreamAnswer, UpstreamError> {
+        let client_id = message::id(request);
+        // Nobody can inject an answer into a connection, and further messages on it carry the id of the request.
         let request = match carrier {
             Carrier::Datagram => message::with_id(request.to_vec(), rand::random()),
             Carrier::Stream => request.to_vec(),
         };
         let deadline = Instant::now() + DEADLINE;
         let mut waiting = self.in_order(servers).into_iter().enumerate();
-        let (mut running, mut kept, mut error) = (Running::default(), Kept::default(), UpstreamError::None);
-        let restored = |answered: Answered| Answered { bytes: message::with_id(answered.bytes, client), ..answered };
+        let mut attempts = FuturesUnordered::new();
+        // The resolvers that are being asked, by their position in the order.
+        let mut running = BTreeMap::new();
+        let (mut fallback, mut error) = (Fallback::default(), UpstreamError::NoResolver);
+        let with_client_id =
+            |answer: UpstreamAnswer| UpstreamAnswer { bytes: message::with_id(answer.bytes, client_id), ..answer };
         loop {
-            let started = waiting.next();
-            if let Some((at, server)) = started {
-                running.0.push((at, server, self.attempt(carrier, server, &request)));
+            if let Some((position, server)) = waiting.next() {
+                running.insert(position, server);
+                let attempt = self.attempt(carrier, server, &request);
+                attempts.push(async move { (position, attempt.await) });
             }
-            if let Some(denial) = kept.denial.take_if(|(at, _)| running.0.iter().all(|(other, ..)| *other > *at)) {
-                return Ok(restored(denial.1));
+            let first_running = running.keys().next().copied();
+            if let Some(answer) = fallback.settled(first_running) {
+                return Ok(with_client_id(answer));
             }
-            if running.0.is_empty() {
-                return kept.best().map(restored).ok_or(error);
+            if running.is_empty() {
+                return fallback.best().map(with_client_id).ok_or(error);
             }
             let until = if waiting.len() > 0 { Instant::now() + PATIENCE } else { deadline };
-            let Ok((at, server, result)) = timeout_at(until.min(deadline), running.first()).await else {
+            let Ok(ended) = timeout_at(until.min(deadline), attempts.next()).await else {
                 if Instant::now() < deadline {
-                    running.0.iter().for_each(|(_, server, _)| self.strike(*server, 1));
+                    running.values().for_each(|server| self.strike(*server, 1));
                     continue;
                 }
-                running.0.iter().for_each(|(_, server, _)| self.strike(*server, STRIKES));
-                let names: Vec<String> = running.0.iter().map(|(_, server, _)| server.to_string()).collect();
-                return kept.best().map(restored).ok_or_else(|| UpstreamError::Silent(names.join(", ")));
+                running.values().for_each(|server| self.strike(*server, STRIKES));
+                let names: Vec<String> = running.values().map(SocketAddr::to_string).collect();
+                return fallback
+                    .best()
+                    .map(with_client_id)
+                    .ok_or_else(|| UpstreamError::Silent { servers: names.join(", ") });
             };
+            // There is one result for each running resolver.
+            let Some((position, result)) = ended else { continue };
+            let Some(server) = running.remove(&position) else { continue };
             match result {
-                Ok(answered) => {
+                Ok(answer) => {
                     self.has_answered(server);
-                    match answered.outcome {
-                        Outcome::Exists => return Ok(restored(answered)),
-                        // Who was asked although the pod uses others has said it.
-                        _ if servers.stranger && at == 0 => return Ok(restored(answered)),
-                        Outcome::Denied | Outcome::Empty => kept.denies(at, answered),
-                        Outcome::Refused => kept.refusal = Some(answered),
+                    match answer.kind {
+                        ResponseKind::Exists => return Ok(with_client_id(answer)),
+                        // The answer of a foreign resolver is final, whatever it says.
+                        _ if servers.first_is_foreign && position == 0 => return Ok(with_client_id(answer)),
+                        ResponseKind::NoSuchName | ResponseKind::NoData => fallback.add_negative(position, answer),
+                        ResponseKind::Failure => fallback.failure = Some(answer),
                     }
                 }
                 Err(failed) => {
@@ -172,18 +208,23 @@ impl Upstream {
         }
     }
 
-    fn attempt<'a>(&'a self, carrier: Carrier, server: SocketAddr, request: &'a [u8]) -> Attempt<'a> {
+    async fn attempt(
+        &self,
+        carrier: Carrier,
+        server: SocketAddr,
+        request: &[u8],
+    ) -> Result<UpstreamAnswer, UpstreamError> {
         match carrier {
-            Carrier::Datagram => Box::pin(self.datagram(server, request)),
-            Carrier::Stream => Box::pin(self.stream(server, request)),
+            Carrier::Datagram => self.ask_by_datagram(server, request).await,
+            Carrier::Stream => self.ask_by_stream(server, request).await,
         }
     }
 
-    async fn datagram(&self, server: SocketAddr, request: &[u8]) -> Result<Answered, UpstreamError> {
+    async fn ask_by_datagram(&self, server: SocketAddr, request: &[u8]) -> Result<UpstreamAnswer, UpstreamError> {
         let failed = |error| UpstreamError::Io(server, error);
         let made = self.netns.enter(|| outgoing_datagram(server, self.mark)).map_err(io::Error::other);
         let socket = made.and_then(|socket| socket).map_err(failed)?;
-        // A new socket has room for a datagram.
+        // A new socket always has room for one datagram.
         socket.send(request).map_err(failed)?;
         let socket = UdpSocket::from_std(socket).map_err(failed)?;
         for _ in 0..FORGED_MAX {
@@ -198,17 +239,17 @@ impl Upstream {
                     received => break received.map_err(failed)?,
                 }
             };
-            if let Some(outcome) = message::outcome(request, &bytes) {
-                return Ok(Answered { bytes, outcome, stream: None });
+            if let Some(kind) = message::response_kind(request, &bytes) {
+                return Ok(UpstreamAnswer { bytes, kind, stream: None });
             }
         }
         Err(UpstreamError::Forged(server))
     }
 
-    async fn stream(&self, server: SocketAddr, request: &[u8]) -> Result<Answered, UpstreamError> {
+    async fn ask_by_stream(&self, server: SocketAddr, request: &[u8]) -> Result<UpstreamAnswer, UpstreamError> {
         let (stream, bytes) = self.exchange(server, request).await.map_err(|error| UpstreamError::Io(server, error))?;
-        let outcome = message::outcome(request, &bytes).ok_or(UpstreamError::Forged(server))?;
-        Ok(Answered { bytes, outcome, stream: Some(stream) })
+        let kind = message::response_kind(request, &bytes).ok_or(UpstreamError::Forged(server))?;
+        Ok(UpstreamAnswer { bytes, kind, stream: Some(stream) })
     }
 
     async fn exchange(&self, server: SocketAddr, request: &[u8]) -> io::Result<(TcpStream, Vec<u8>)> {
@@ -226,72 +267,43 @@ impl Upstream {
     }
 }
 
-type Attempt<'a> = Pin<Box<dyn Future<Output = Result<Answered, UpstreamError>> + Send + 'a>>;
-
-/// The resolvers that are being asked, with their places in the list.
+/// Answers that are used only if no resolver has a better one.
 #[derive(Default)]
-struct Running<'a>(Vec<(usize, SocketAddr, Attempt<'a>)>);
-
-impl Running<'_> {
-    /// The first that ends, taken out.
-    async fn first(&mut self) -> (usize, SocketAddr, Result<Answered, UpstreamError>) {
-        poll_fn(|context| {
-            let ended = self.0.iter_mut().enumerate().find_map(|(index, (_, _, attempt))| {
-                match attempt.as_mut().poll(context) {
-                    Poll::Ready(result) => Some((index, result)),
-                    Poll::Pending => None,
-                }
-            });
-            match ended {
-                Some((index, result)) => {
-                    let (at, server, _) = self.0.remove(index);
-                    Poll::Ready((at, server, result))
-                }
-                None => Poll::Pending,
-            }
-        })
-        .await
-    }
+struct Fallback {
+    negative: Option<NegativeAnswer>,
+    failure: Option<UpstreamAnswer>,
 }
 
-/// Answers that count where nobody has a better one.
-#[derive(Default)]
-struct Kept {
-    denial: Option<(usize, Answered)>,
-    refusal: Option<Answered>,
+/// A negative answer, and the position of its resolver.
+struct NegativeAnswer {
+    position: usize,
+    answer: UpstreamAnswer,
 }
 
-impl Kept {
-    /// The denial of the one that comes first in the list.
-    fn denies(&mut self, at: usize, answered: Answered) {
-        if self.denial.as_ref().is_none_or(|(other, _)| at < *other) {
-            self.denial = Some((at, answered));
+impl Fallback {
+    /// Keeps the negative answer of the resolver that comes first in the order.
+    fn add_negative(&mut self, position: usize, answer: UpstreamAnswer) {
+        if self.negative.as_ref().is_none_or(|kept| position < kept.position) {
+            self.negative = Some(NegativeAnswer { position, answer });
         }
     }
 
-    fn best(self) -> Option<Answered> {
-        self.denial.map(|(_, answered)| answered).or(self.refusal)
+    /// The negative answer, if no resolver ahead of it is still being asked.
+    fn settled(&mut self, first_running: Option<usize>) -> Option<UpstreamAnswer> {
+        let is_settled = |kept: &mut NegativeAnswer| first_running.is_none_or(|first| first > kept.position);
+        self.negative.take_if(is_settled).map(|kept| kept.answer)
+    }
+
+    fn best(self) -> Option<UpstreamAnswer> {
+        self.negative.map(|kept| kept.answer).or(self.failure)
     }
 }
 
-/// Lends room for the longest message for a moment: what waits owns none. `work` must not ask for it again.
+/// Lends a buffer for the longest message. It is shared by all requests of the thread, so that one that waits owns no
+/// memory. `work` must not call this function again.
 pub fn with_buffer<T>(work: impl FnOnce(&mut [u8]) -> T) -> T {
     thread_local! {
         static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MESSAGE_MAX]);
     }
     BUFFER.with_borrow_mut(|buffer| work(buffer))
-}
-
-/// Reads one message with its length in front (RFC 1035, 4.2.2).
-pub async fn read_message(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let length = stream.read_u16().await?;
-    let mut message = vec![0; usize::from(length)];
-    stream.read_exact(&mut message).await?;
-    Ok(message)
-}
-
-/// Writes one message with its length in front, in one piece: some clients expect no less.
-pub async fn write_message(stream: &mut TcpStream, message: &[u8]) -> io::Result<()> {
-    let length = u16::try_from(message.len()).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-    stream.write_all(&[&length.to_be_bytes(), message].concat()).await
 }

@@ -10,7 +10,7 @@ use super::spec::PodSpec;
 use super::{capture_check, legs, nft, redirect};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Entrance, Pod, Workers};
-use crate::dns::server::Known;
+use crate::dns::server::KnownClient;
 use crate::dns::{self, Dns};
 use crate::mesh::address::is_link_local;
 use crate::mesh::workload::{NetworkMode, pod_uid};
@@ -430,12 +430,12 @@ struct PodAsker {
     mesh: Arc<mesh::Store>,
 }
 
-impl dns::Asker for PodAsker {
-    fn now(&self) -> Known {
+impl dns::ClientFacts for PodAsker {
+    fn now(&self) -> KnownClient {
         self.pod.facts_now(&self.mesh)
     }
 
-    fn soon(&self) -> Pin<Box<dyn Future<Output = Known> + Send + '_>> {
+    fn soon(&self) -> Pin<Box<dyn Future<Output = KnownClient> + Send + '_>> {
         Box::pin(self.pod.facts(&self.mesh))
     }
 }

@@ -45,6 +45,7 @@ const PURE: [&str; 29] = [
     "node/foreign.rs",
     "node/kubernetes/cgroup.rs",
     "node/kubernetes/select.rs",
+    "dns/answer.rs",
     "dns/lookup.rs",
     "dns/message.rs",
     "dns/resolv_conf.rs",
