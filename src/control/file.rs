@@ -1,15 +1,18 @@
-//! Keeps the store in step with a mesh file. A bad new version changes nothing and says why.
+//! Keeps the store in step with the mesh file: reads it at the start and at every change. A version that cannot be used
+//! changes nothing, and the log says what is wrong with it.
 
-use super::Metrics;
 use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
-use crate::task::thread::run_blocking;
+use crate::task::thread::beside;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Why a mesh file was not taken.
+/// Why a mesh file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It cannot be read.
@@ -17,10 +20,10 @@ pub enum FileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// It cannot be understood.
+    /// Its content is not valid.
     #[error("mesh file {path}: {source}")]
     Decode {
         /// The file.
@@ -28,6 +31,29 @@ pub enum FileError {
         /// What is wrong with it.
         source: DecodeError,
     },
+}
+
+/// Metrics of the mesh file.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    /// Versions of the file that were applied.
+    pub applied: Counter,
+    /// Versions of the file that were refused.
+    pub refused: Counter,
+    /// 1 while the file on disk is refused and older facts are in force.
+    pub stale: Gauge,
+}
+
+impl Metrics {
+    /// Registers the metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        let applied = "Versions of the mesh file that were applied";
+        registry.register("culvert_mesh_file_applied", applied, self.applied.clone());
+        let refused = "Versions of the mesh file that were refused; the facts before stayed in force";
+        registry.register("culvert_mesh_file_refused", refused, self.refused.clone());
+        let stale = "1 while the mesh file on disk is refused and older facts are in force";
+        registry.register("culvert_mesh_file_stale", stale, self.stale.clone());
+    }
 }
 
 /// Reads and checks a mesh file.
@@ -39,11 +65,11 @@ pub fn read(path: &Path) -> Result<Facts, FileError> {
 /// Watches the file and applies every new version, for as long as it is awaited.
 pub async fn follow(path: PathBuf, store: Arc<Store>, metrics: Arc<Metrics>) {
     let mut watch = FileWatch::new(&path);
-    // What changed between the first reading and the watch is seen here.
+    // The file is read once more at the start, in case it changed between the first reading and the watch.
     loop {
-        // Beside the runtime: a large file takes a while to understand.
+        // On another thread, because parsing a large file takes a while.
         let file = path.clone();
-        if let Some(facts) = run_blocking(move || read(&file)).await {
+        if let Some(facts) = beside(move || read(&file)).await {
             apply(facts, &store, &metrics);
         }
         watch.changed().await;
@@ -62,7 +88,7 @@ fn apply(facts: Result<Facts, FileError>, store: &Store, metrics: &Metrics) {
         Err(error) => {
             metrics.refused.inc();
             metrics.stale.set(1);
-            tracing::error!(%error, "mesh file refused; the facts before stay in force");
+            tracing::error!(%error, "mesh file refused; the previous mesh facts stay in force");
         }
     }
 }

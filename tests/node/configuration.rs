@@ -100,7 +100,7 @@ fn a_bad_new_version_of_a_file_keeps_the_old_one_and_says_why() {
         replace(&w.mesh_file(1), &bad);
         refused(n);
         w.log_line(1, word, |l| {
-            l["message"] == "mesh file refused; the facts before stay in force"
+            l["message"] == "mesh file refused; the previous mesh facts stay in force"
                 && l["error"].as_str().unwrap().contains(word)
         });
         assert_eq!(w.metric(1, "culvert_mesh_file_stale", &[]), 1.0);

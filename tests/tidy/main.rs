@@ -41,7 +41,7 @@ const NEVER: [(&str, &[&str]); 6] = [
 const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
 
 /// Files that decide and do nothing else.
-const PURE: [&str; 29] = [
+const PURE: [&str; 30] = [
     "node/foreign.rs",
     "node/kubernetes/cgroup.rs",
     "node/kubernetes/select.rs",
@@ -66,6 +66,7 @@ const PURE: [&str; 29] = [
     "control/xds/decode.rs",
     "control/xds/policy.rs",
     "control/xds/delta.rs",
+    "control/xds/resources.rs",
     "connection/authorize/decide.rs",
     "connection/authorize/matcher.rs",
     "connection/choose/destination.rs",

@@ -5,12 +5,13 @@
 //! refused is reported in no version, so that it comes again. A request beyond the server's limit is sent without versions;
 //! the complete list that follows says what is gone.
 
-use super::decode::{self, Decoded, Names};
+use super::decode::{self, Names};
 use super::policy;
-use crate::mesh::address::{NetworkAddress, NetworkCidr, is_asked_for};
-use crate::mesh::snapshot::Synced;
+use super::resources::{Accepted, ResourceSet};
+use crate::mesh::address::{NetworkAddress, NetworkCidr, is_looked_for};
+use crate::mesh::snapshot::Told;
 use crate::mesh::workload::NetworkMode;
-use crate::mesh::{FactKey, Service, ServiceKey, Text, Update, Workload};
+use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
 use crate::proto::culvert::state::SavedType;
 use crate::proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status,
@@ -38,42 +39,23 @@ const RANGES_TICKS: u32 = 6;
 /// Names that may be subscribed to on demand; beyond it some are given up.
 const ASKED_MAX: usize = 65_536;
 
-/// What is held of one type.
-#[derive(Debug, Default)]
-struct Kind {
-    /// By name: the version, and the resource itself where it is kept for the state file.
-    held: HashMap<Text, Held>,
-    /// Whether the first response of this stream has come.
-    answered: bool,
-    /// Whether the first response of this stream is the complete list of what exists.
-    complete: bool,
-    /// Whether any response has ever come.
-    synced: bool,
-}
-
-#[derive(Debug)]
-struct Held {
-    version: Text,
-    resource: Option<Resource>,
-}
-
 /// The state machine.
 #[derive(Debug)]
 pub struct Delta {
-    address: Kind,
-    authorization: Kind,
+    address: ResourceSet,
+    authorization: ResourceSet,
     on_demand: bool,
     /// Whether resources are kept as they came, for the state file.
     keep: bool,
     /// What was asked for on demand, by name, and in which order.
-    asked: HashMap<String, FactKey>,
+    asked: HashMap<String, Wanted>,
     asked_order: VecDeque<String>,
     /// Names told of on this stream: the server counts them as asked for.
     delivered: HashSet<String>,
     /// What was found not to exist, since the last call of [`Delta::expire`] and before.
-    absent: [HashSet<FactKey>; 2],
+    absent: [HashSet<Wanted>; 2],
     /// About which ranges there has been an answer: likewise, and longer, as each address outside of the mesh needs many.
-    ranges: [HashSet<FactKey>; 2],
+    ranges: [HashSet<Wanted>; 2],
     /// Calls of [`Delta::expire`] since the last after which such an answer became an older one.
     ticks: u32,
     /// Names that were asked for and that nobody has.
@@ -86,7 +68,7 @@ pub struct Delta {
     /// Ranges that are never looked for, by service; likewise, and not said yet.
     unfound: Vec<String>,
     /// What has been said of which facts are complete.
-    told: Synced,
+    told: Told,
 }
 
 /// What a response led to.
@@ -104,12 +86,30 @@ pub struct Received {
     pub bytes: usize,
 }
 
+/// What the content of a state file leads to.
+#[derive(Debug)]
+pub struct Restored {
+    /// The change of the facts.
+    pub update: Update,
+    /// What this version does not understand, by name.
+    pub faults: Vec<String>,
+    /// As in [`Received`].
+    pub notes: Vec<String>,
+}
+
+/// What is to be reported of the resources of one response.
+#[derive(Default)]
+struct Findings {
+    faults: Vec<String>,
+    notes: Vec<String>,
+}
+
 impl Delta {
     /// With nothing held.
     pub fn new(on_demand: bool, keep: bool) -> Self {
         Self {
-            address: Kind::default(),
-            authorization: Kind::default(),
+            address: ResourceSet::default(),
+            authorization: ResourceSet::default(),
             on_demand,
             keep,
             asked: HashMap::new(),
@@ -123,13 +123,13 @@ impl Delta {
             names: Names::default(),
             noted: HashMap::new(),
             unfound: Vec::new(),
-            told: Synced::default(),
+            told: Told::default(),
         }
     }
 
     /// The first requests of a stream, one for each type. `without_versions`: the server has refused them with versions.
     pub fn open(&mut self, node: &Node, without_versions: bool) -> [DeltaDiscoveryRequest; 2] {
-        let first = |kind: &mut Kind, type_url: &str| {
+        let first = |kind: &mut ResourceSet, type_url: &str| {
             let versions = kind.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
             kind.answered = false;
             kind.complete = false;
@@ -160,7 +160,7 @@ impl Delta {
 
     /// Requests for what is wanted on demand. Who asks again for what is subscribed gets no answer, so that is given up
     /// first; and who asks for nothing is told by istiod that everything is gone, so a name that nobody has goes with it.
-    pub fn ask(&mut self, wanted: Vec<FactKey>) -> (Vec<DeltaDiscoveryRequest>, Update) {
+    pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
         let mut once = HashSet::new();
         for wanted in wanted {
@@ -219,22 +219,21 @@ impl Delta {
     /// Takes a response: good resources are applied, bad ones named.
     pub fn receive(&mut self, response: DeltaDiscoveryResponse) -> Received {
         let DeltaDiscoveryResponse { resources, type_url, nonce, removed_resources, .. } = response;
-        let (mut update, mut faults, mut notes) = (Update::default(), Vec::new(), Vec::new());
+        let (mut update, mut findings) = (Update::default(), Findings::default());
         let bytes = resources.iter().map(|r| r.resource.as_ref().map_or(0, |any| any.value.len())).sum();
         match type_url.as_str() {
-            ADDRESS => self.addresses(resources, removed_resources, &mut update, &mut faults),
-            AUTHORIZATION => {
-                self.policies(resources, removed_resources, &mut update, (&mut faults, &mut notes));
-            }
-            other => faults.push(format!("{other:?} was not asked for")),
+            ADDRESS => self.addresses(resources, removed_resources, &mut update, &mut findings),
+            AUTHORIZATION => self.policies(resources, removed_resources, &mut update, &mut findings),
+            other => findings.faults.push(format!("{other:?} was not asked for")),
         }
         // Of each stream anew: what came into being while nobody told us comes by one type first, and is not to be judged
         // without the other.
-        let told = Synced { addresses: self.address.answered, policies: self.authorization.answered };
+        let told = Told { addresses: self.address.answered, policies: self.authorization.answered };
         if self.told != told {
             self.told = told;
-            update.synced = Some(told);
+            update.told = Some(told);
         }
+        let Findings { faults, notes } = findings;
         let error_detail = (!faults.is_empty()).then(|| Status {
             // INVALID_ARGUMENT of google.rpc.Code.
             code: 3,
@@ -266,14 +265,18 @@ impl Delta {
         resources: Vec<Resource>,
         removed: Vec<String>,
         update: &mut Update,
-        faults: &mut Vec<String>,
+        findings: &mut Findings,
     ) {
         let mut seen = HashSet::new();
         for resource in resources {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
             let decode = |bytes: &[u8]| decode::address(&name, bytes, &mut self.names);
-            let Some((address, _)) = self.address.take(resource, self.keep, faults, decode) else { continue };
+            let Some(Accepted { value: address, .. }) =
+                self.address.accept(resource, self.keep, &mut findings.faults, decode)
+            else {
+                continue;
+            };
             match address {
                 decode::Address::Workload(workload) => {
                     self.note_workload(&workload, update);
@@ -289,7 +292,7 @@ impl Delta {
                 self.delivered.insert(name.to_string());
             }
         }
-        let gone = self.address.gone(&seen, removed);
+        let gone = self.address.remove_gone(&seen, removed);
         for name in gone {
             if let Some(wanted) = self.asked.get(&name) {
                 same_name(wanted.clone()).into_iter().for_each(|wanted| self.answered_absent(wanted, update));
@@ -308,18 +311,22 @@ impl Delta {
         resources: Vec<Resource>,
         removed: Vec<String>,
         update: &mut Update,
-        (faults, notes): (&mut Vec<String>, &mut Vec<String>),
+        findings: &mut Findings,
     ) {
         let mut seen = HashSet::new();
         for resource in resources {
             let name = Text::from(resource.name.as_str());
             seen.insert(name.clone());
             let decode = |bytes: &[u8]| policy::policy(&name, bytes);
-            let Some((policy, noted)) = self.authorization.take(resource, self.keep, faults, decode) else { continue };
+            let Some(Accepted { value: policy, notes: found }) =
+                self.authorization.accept(resource, self.keep, &mut findings.faults, decode)
+            else {
+                continue;
+            };
             update.policies.push(policy);
-            notes.extend(self.note(&name, noted));
+            findings.notes.extend(self.new_notes(&name, found));
         }
-        let gone = self.authorization.gone(&seen, removed);
+        let gone = self.authorization.remove_gone(&seen, removed);
         for name in &gone {
             self.noted.remove(name.as_str());
         }
@@ -327,7 +334,7 @@ impl Delta {
     }
 
     /// Those of these notes on a policy that have not been made before.
-    fn note(&mut self, name: &Text, found: Vec<String>) -> Vec<String> {
+    fn new_notes(&mut self, name: &Text, found: Vec<String>) -> Vec<String> {
         if self.noted.len() >= NOTES_MAX {
             self.noted.clear();
         }
@@ -354,11 +361,11 @@ impl Delta {
     /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
     /// knows of other addresses in it, it says by their own names.
     fn note_service(&mut self, service: &Service, update: &mut Update) {
-        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_asked_for(&cidr.range));
+        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_looked_for(&cidr.range));
         let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
         if !unfound.is_empty() {
             // No policy has a blank in its name.
-            let new = self.note(&format!("service {}", service.key).into(), unfound);
+            let new = self.new_notes(&format!("service {}", service.key).into(), unfound);
             self.unfound.extend(new);
         }
         for vip in &service.vips {
@@ -375,13 +382,13 @@ impl Delta {
             return;
         }
         if nobodys {
-            self.answered_absent(FactKey::Address(at.clone()), update);
+            self.answered_absent(Wanted::Address(at.clone()), update);
         }
-        self.answered_absent(FactKey::Range(at), update);
+        self.answered_absent(Wanted::Range(at), update);
     }
 
-    fn answered_absent(&mut self, wanted: FactKey, update: &mut Update) {
-        let [newer, _] = if matches!(wanted, FactKey::Range(_)) { &mut self.ranges } else { &mut self.absent };
+    fn answered_absent(&mut self, wanted: Wanted, update: &mut Update) {
+        let [newer, _] = if matches!(wanted, Wanted::Range(_)) { &mut self.ranges } else { &mut self.absent };
         newer.insert(wanted.clone());
         update.absent.push(wanted);
     }
@@ -389,8 +396,8 @@ impl Delta {
     /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
     /// never by the address that was asked for, so that must be asked again.
     pub fn expire(&mut self) -> Update {
-        let older = |[newer, older]: &mut [HashSet<FactKey>; 2]| std::mem::replace(older, std::mem::take(newer));
-        let mut forgotten: Vec<FactKey> = older(&mut self.absent).into_iter().collect();
+        let older = |[newer, older]: &mut [HashSet<Wanted>; 2]| std::mem::replace(older, std::mem::take(newer));
+        let mut forgotten: Vec<Wanted> = older(&mut self.absent).into_iter().collect();
         self.ticks += 1;
         if self.ticks >= RANGES_TICKS {
             self.ticks = 0;
@@ -401,22 +408,20 @@ impl Delta {
 
     /// What is held, as it came, for the state file.
     pub fn saved(&self) -> Vec<SavedType> {
-        let kind = |type_url: &str, kind: &Kind| SavedType {
+        let kind = |type_url: &str, kind: &ResourceSet| SavedType {
             type_url: type_url.to_owned(),
             resources: kind.held.values().filter_map(|held| held.resource.clone()).collect(),
         };
         vec![kind(ADDRESS, &self.address), kind(AUTHORIZATION, &self.authorization)]
     }
 
-    /// Takes what a state file holds, as if it had just come; with its faults and notes.
-    pub fn restore(&mut self, types: Vec<SavedType>) -> (Update, Vec<String>, Vec<String>) {
-        let (mut update, mut faults, mut notes) = (Update::default(), Vec::new(), Vec::new());
+    /// Takes the content of a state file as if it had just come from the server.
+    pub fn restore(&mut self, types: Vec<SavedType>) -> Restored {
+        let (mut update, mut findings) = (Update::default(), Findings::default());
         for saved in types {
             match saved.type_url.as_str() {
-                ADDRESS => self.addresses(saved.resources, Vec::new(), &mut update, &mut faults),
-                AUTHORIZATION => {
-                    self.policies(saved.resources, Vec::new(), &mut update, (&mut faults, &mut notes));
-                }
+                ADDRESS => self.addresses(saved.resources, Vec::new(), &mut update, &mut findings),
+                AUTHORIZATION => self.policies(saved.resources, Vec::new(), &mut update, &mut findings),
                 _ => {}
             }
         }
@@ -424,63 +429,17 @@ impl Delta {
             (kind.answered, kind.synced) = (false, false);
         }
         // It is only ever written when it is complete.
-        self.told = Synced::ALL;
-        update.synced = Some(self.told);
-        (update, faults, notes)
-    }
-}
-
-impl Kind {
-    /// Takes one resource: what `decode` makes of it is held and returned with its notes, whatever is wrong with it is named in `faults`.
-    /// What was held before stays so where it is refused, that its removal is heard of, but in no version, so that it comes
-    /// again.
-    fn take<T>(
-        &mut self,
-        mut resource: Resource,
-        keep: bool,
-        faults: &mut Vec<String>,
-        decode: impl FnOnce(&[u8]) -> Result<Decoded<T>, String>,
-    ) -> Option<(T, Vec<String>)> {
-        let name = resource.name.clone();
-        let bytes = resource.resource.as_ref().map(|any| any.value.as_slice());
-        let (value, found) = match bytes.ok_or_else(|| "is empty".to_owned()).and_then(decode) {
-            Ok(Decoded { value, faults, notes }) => {
-                let version = std::mem::take(&mut resource.version).into();
-                let held = Held { version, resource: keep.then_some(resource) };
-                self.held.insert(name.as_str().into(), held);
-                (Some((value, notes)), faults)
-            }
-            Err(fault) => (None, vec![fault]),
-        };
-        if !found.is_empty()
-            && let Some(held) = self.held.get_mut(name.as_str())
-        {
-            held.version = "".into();
-        }
-        faults.extend(found.into_iter().map(|fault| format!("{name}: {fault}")));
-        value
-    }
-
-    /// What is gone by this response: what it names, and where it is a complete list, what it lacks.
-    fn gone(&mut self, seen: &HashSet<Text>, removed: Vec<String>) -> Vec<String> {
-        let complete = self.complete && !self.answered;
-        (self.answered, self.synced) = (true, true);
-        let mut gone: Vec<String> = removed.into_iter().filter(|name| !seen.contains(name.as_str())).collect();
-        if complete {
-            gone.extend(self.held.keys().filter(|name| !seen.contains(*name)).map(ToString::to_string));
-        }
-        for name in &gone {
-            self.held.remove(name.as_str());
-        }
-        gone
+        self.told = Told::ALL;
+        update.told = Some(self.told);
+        Restored { update, faults: findings.faults, notes: findings.notes }
     }
 }
 
 /// All that goes by the name of this.
-fn same_name(wanted: FactKey) -> Vec<FactKey> {
+fn same_name(wanted: Wanted) -> Vec<Wanted> {
     match wanted {
-        FactKey::Address(at) | FactKey::Range(at) => vec![FactKey::Address(at.clone()), FactKey::Range(at)],
-        FactKey::Service(_) | FactKey::Workload(_) => vec![wanted],
+        Wanted::Address(at) | Wanted::Range(at) => vec![Wanted::Address(at.clone()), Wanted::Range(at)],
+        Wanted::Service(_) | Wanted::Workload(_) => vec![wanted],
     }
 }
 
@@ -509,7 +468,7 @@ mod tests {
 
     #[test]
     fn on_demand_the_range_around_an_address_is_the_answer() {
-        let at = |ip: &str| FactKey::Address(crate::mesh::address::parse_network_address(ip).unwrap());
+        let at = |ip: &str| Wanted::Address(crate::mesh::address::parse_network_address(ip).unwrap());
         let (first, inside, outside) = (at("/10.97.0.0"), at("/10.97.3.4"), at("/10.98.0.1"));
         let service = wire::Service {
             name: "wide".into(),
@@ -531,14 +490,14 @@ mod tests {
             }
             let update = delta.receive(answer.clone()).update;
             // Of others in the range istiod says so itself: one may be a workload whose answer is under way.
-            let FactKey::Address(begins) = first.clone() else { unreachable!() };
-            let answered = vec![first.clone(), FactKey::Range(begins)];
+            let Wanted::Address(begins) = first.clone() else { unreachable!() };
+            let answered = vec![first.clone(), Wanted::Range(begins)];
             assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });
             delta.receive(answer.clone());
             delta.expire();
             assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is told");
             if on_demand {
-                let later: Vec<FactKey> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
+                let later: Vec<Wanted> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
                 assert_eq!(later, answered[1..], "an answer about ranges is good for longer");
             }
             let store = Store::new("".into(), "".into(), on_demand);
@@ -669,7 +628,7 @@ mod tests {
     #[test]
     fn who_asks_again_gives_up_first_and_the_oldest_question_makes_room() {
         let mut delta = Delta::new(true, false);
-        let wanted = |n: usize| FactKey::Workload(format!("u{n}").into());
+        let wanted = |n: usize| Wanted::Workload(format!("u{n}").into());
         let (requests, _) = delta.ask(vec![wanted(0)]);
         assert_eq!(requests.len(), 1);
         let received = delta.receive(response(ADDRESS, vec![], &["u0", "never-asked"]));
@@ -683,7 +642,7 @@ mod tests {
         assert_eq!(delta.expire().forgotten, [wanted(0)], "what was absent is asked again some time");
         // What came with something else counts as asked for at the server.
         delta.receive(response(ADDRESS, vec![workload("w", 1, "1")], &[]));
-        let (requests, _) = delta.ask(vec![FactKey::Workload("c1//Pod/a/w".into())]);
+        let (requests, _) = delta.ask(vec![Wanted::Workload("c1//Pod/a/w".into())]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["c1//Pod/a/w"]);
         let (requests, update) = delta.ask((1..ASKED_MAX).map(wanted).collect());
         assert_eq!(
@@ -691,7 +650,7 @@ mod tests {
             (&["u0".to_owned()][..], vec![wanted(0)])
         );
         // A host that nobody has makes room before what is there, or may be.
-        let host = FactKey::Service(ServiceKey::parse("a/host.example").unwrap());
+        let host = Wanted::Service(ServiceKey::parse("a/host.example").unwrap());
         delta.ask(vec![host.clone()]);
         delta.receive(response(ADDRESS, vec![], &["a/host.example"]));
         let (requests, update) = delta.ask(vec![wanted(70_000)]);
@@ -766,7 +725,7 @@ mod tests {
             prop_assert_eq!(&held, &expected);
             // The state file gives the same facts.
             let restored = Store::default();
-            restored.update(Delta::new(false, true).restore(delta.saved()).0);
+            restored.update(Delta::new(false, true).restore(delta.saved()).update);
             let again: BTreeMap<String, String> = restored.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
             prop_assert_eq!(again, expected);
         }

@@ -1,8 +1,12 @@
 //! The stream to the control plane: connecting, reading, answering, and when to try again.
 
-use super::delta::{ADDRESS, AUTHORIZATION, Delta};
-use super::{Config, Freshness, Metrics, ReasonLabel, UrlLabel, saved};
-use crate::mesh::{FactKey, ServiceKey, Store};
+use super::config::Config;
+use super::delta::{ADDRESS, AUTHORIZATION, Delta, Restored};
+use super::error::{FIRST_RESPONSE, StreamError};
+use super::freshness::Freshness;
+use super::metrics::{Metrics, ReasonLabel, UrlLabel};
+use super::saved;
+use crate::mesh::{ServiceKey, Store, Wanted};
 use crate::proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use crate::rpc::{self, MESSAGE_BYTES_MAX};
@@ -17,7 +21,6 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Status};
 use tracing::field::display;
 
 /// Shortest wait before another attempt.
@@ -26,8 +29,6 @@ const RETRY_MIN: Duration = Duration::from_millis(20);
 const RETRY_MAX: Duration = Duration::from_secs(15);
 /// A stream that lived this long was healthy: the waits begin anew.
 const HEALTHY: Duration = Duration::from_secs(10);
-/// How long the first response of each type may take.
-const FIRST_RESPONSE: Duration = Duration::from_secs(60);
 /// How long the control plane may take to read a request.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
 /// Requests that may wait to be sent.
@@ -39,75 +40,6 @@ const TICK: Duration = Duration::from_secs(5);
 const SAVE_AGAIN: Duration = Duration::from_secs(600);
 /// A reason that stays the same is logged again this often.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
-
-/// Why a stream ended, or never began.
-#[derive(Debug, thiserror::Error)]
-enum StreamError {
-    #[error(transparent)]
-    Connect(#[from] rpc::ConnectError),
-    #[error("the control plane refused the stream: {}: {}", .0.code(), .0.message())]
-    Refused(Box<Status>),
-    #[error("the stream has failed: {}: {}", .0.code(), .0.message())]
-    Failed(Box<Status>),
-    #[error("the control plane has ended the stream")]
-    Complete,
-    #[error("no first response within {} s", FIRST_RESPONSE.as_secs())]
-    Silent,
-    #[error("the control plane does not read what it is sent")]
-    Stuck,
-}
-
-impl StreamError {
-    /// The word in `istio_xds_connection_terminations_total{reason}` (source: the reference).
-    fn word(&self) -> &'static str {
-        match self {
-            Self::Connect(_) | Self::Refused(_) => "ConnectionError",
-            Self::Complete => "Complete",
-            Self::Failed(status) if is_recycled(status) => "Reconnect",
-            Self::Failed(_) | Self::Silent | Self::Stuck => "Error",
-        }
-    }
-
-    /// Whether the server has ended the stream in order, as it does with each after a while. One that is killed says nothing:
-    /// the connection breaks.
-    fn is_in_order(&self) -> bool {
-        match self {
-            Self::Complete => true,
-            Self::Failed(status) => is_recycled(status) && !is_broken(status),
-            Self::Connect(_) | Self::Refused(_) | Self::Silent | Self::Stuck => false,
-        }
-    }
-
-    /// Whether the server found a message too large.
-    fn is_too_large(&self) -> bool {
-        // The same code says that we ask too often; only the text tells them apart (source: gRPC's server).
-        let too_large =
-            |status: &Status| status.code() == Code::ResourceExhausted && status.message().contains("larger than max");
-        matches!(self, Self::Refused(status) | Self::Failed(status) if too_large(status))
-    }
-}
-
-/// Whether a server that has had us long enough, or is going away in order, ends a stream like this.
-fn is_recycled(status: &Status) -> bool {
-    match status.code() {
-        Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => true,
-        Code::Unavailable => ["transport is closing", "goaway"].iter().any(|text| status.message().contains(text)),
-        _ => false,
-    }
-}
-
-/// Whether the connection below a stream has broken.
-fn is_broken(status: &Status) -> bool {
-    let mut next = std::error::Error::source(status);
-    while let Some(error) = next {
-        let broken = |error: &h2::Error| error.is_io();
-        if error.is::<std::io::Error>() || error.downcast_ref::<h2::Error>().is_some_and(broken) {
-            return true;
-        }
-        next = error.source();
-    }
-    false
-}
 
 /// Notes on policies in one line of the log; more are counted.
 const NOTES_SHOWN: usize = 20;
@@ -199,7 +131,7 @@ impl Client {
     fn say(&mut self, error: &StreamError, was_live: bool, wait: Duration) {
         let text = error.to_string();
         let control_plane = self.config.rpc.address.to_string();
-        if was_live && error.is_in_order() {
+        if was_live && error.is_orderly() {
             tracing::info!(control_plane, reason = text, "the control plane has recycled the stream; connecting again");
             return;
         }
@@ -284,7 +216,7 @@ impl Client {
         }
     }
 
-    fn ask(&mut self, wanted: Vec<FactKey>) -> Vec<DeltaDiscoveryRequest> {
+    fn ask(&mut self, wanted: Vec<Wanted>) -> Vec<DeltaDiscoveryRequest> {
         let (requests, update) = self.delta.ask(wanted);
         if !update.is_empty() {
             self.store.update(update);
@@ -294,14 +226,14 @@ impl Client {
 
     /// Services that lose endpoints by these removals. On demand istiod tells of endpoints that go and not of those that come,
     /// so the service has to be asked for again.
-    fn losing_endpoints(&self, removed: &[String]) -> Vec<FactKey> {
+    fn losing_endpoints(&self, removed: &[String]) -> Vec<Wanted> {
         if !self.config.on_demand {
             return Vec::new();
         }
         let snapshot = self.store.load();
         let gone = removed.iter().filter_map(|name| snapshot.workload(name));
         let keys: BTreeSet<&ServiceKey> = gone.flat_map(|workload| workload.services.keys()).collect();
-        keys.into_iter().map(|key| FactKey::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
+        keys.into_iter().map(|key| Wanted::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
     }
 
     /// Applies a response and gives the answer to it, and what must be asked because of it.
@@ -369,7 +301,7 @@ impl Client {
                 );
             }
             Ok(Some(state)) => {
-                let (update, faults, notes) = self.delta.restore(state.types);
+                let Restored { update, faults, notes } = self.delta.restore(state.types);
                 say_notes(&notes);
                 say_unfound(&self.delta.unfound());
                 self.store.update(update);

@@ -1,0 +1,47 @@
+//! Metrics of the connection to the control plane.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Metrics of the client.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    pub(super) terminations: Family<ReasonLabel, Counter>,
+    pub(super) messages: Family<UrlLabel, Counter>,
+    pub(super) bytes: Family<UrlLabel, Counter>,
+    pub(super) refused: Family<UrlLabel, Counter>,
+    pub(super) resources: Family<UrlLabel, Gauge>,
+    pub(super) saved: Counter,
+    pub(super) save_failures: Counter,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ReasonLabel {
+    pub(super) reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct UrlLabel {
+    pub(super) url: &'static str,
+}
+
+impl Metrics {
+    /// Registers the metrics.
+    pub fn register(&self, registry: &mut Registry) {
+        let help = "Streams to the control plane that ended, by reason (unstable)";
+        registry.register("istio_xds_connection_terminations", help, self.terminations.clone());
+        let help = "Responses of the control plane (unstable)";
+        registry.register("istio_xds_message", help, self.messages.clone());
+        let help = "Bytes of resources that the control plane sent (unstable)";
+        registry.register("istio_xds_message_bytes", help, self.bytes.clone());
+        let help = "Resources of the control plane that were refused, or understood only in part";
+        registry.register("culvert_xds_resources_refused", help, self.refused.clone());
+        registry.register("culvert_mesh_objects", "Objects of the mesh that are known", self.resources.clone());
+        registry.register("culvert_state_file_written", "Times that the state file was written", self.saved.clone());
+        let help = "Times that the state file could not be written";
+        registry.register("culvert_state_file_failures", help, self.save_failures.clone());
+    }
+}
