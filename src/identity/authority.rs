@@ -1,4 +1,4 @@
-//! Who signs certificates: the built-in CA, or one that speaks Istio's protocol.
+//! The CA that signs certificates: the built-in one, or one that speaks Istio's protocol.
 
 use super::builtin::{Builtin, BuiltinError};
 use super::istio_ca::{IstioCa, IstioCaError};
@@ -8,25 +8,25 @@ use crate::mesh::SpiffeName;
 /// A certificate authority.
 #[derive(Debug)]
 pub enum Authority {
-    /// A directory.
+    /// The built-in CA, in a directory.
     Builtin(Builtin),
     /// Istio's CA.
     Istio(Box<IstioCa>),
 }
 
-/// Why there is no certificate.
+/// Why the CA has not signed.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthorityError {
-    /// The built-in CA.
+    /// The built-in CA failed.
     #[error(transparent)]
     Builtin(#[from] BuiltinError),
-    /// Istio's CA.
+    /// Istio's CA failed, or could not be asked.
     #[error(transparent)]
     Istio(#[from] IstioCaError),
 }
 
 impl Authority {
-    /// Signs a fresh key for `identity`; takes as long as the CA's deadline at most.
+    /// Generates a key for `identity` and has it signed. The CA has its own deadline.
     pub async fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, AuthorityError> {
         match self {
             Self::Builtin(ca) => Ok(ca.sign(identity)?),
@@ -36,7 +36,7 @@ impl Authority {
 }
 
 impl AuthorityError {
-    /// Whether a CA says this of a pod that it has not heard of yet.
+    /// Whether this may only mean that the CA does not know the pod yet.
     pub fn is_refusal(&self) -> bool {
         matches!(self, Self::Istio(error) if error.is_refusal())
     }

@@ -1,7 +1,7 @@
-//! The built-in CA: a directory with `ca.pem` (root certificates, ours first) and `ca.key` (mode 0600).
+//! The built-in CA: a directory with `ca.pem` (root certificates, the signing one first) and `ca.key` (mode 0600).
 //!
-//! For one machine, tests and small estates; several nodes may share the directory. The key is read for each signing,
-//! so replacing the directory's files rotates the CA without a restart.
+//! It is meant for one machine, for tests and for small installations; several nodes may share the directory. Key and roots
+//! are read for each signing, so replacing the files rotates the CA without a restart. An existing CA is never overwritten.
 
 use super::credentials::Credentials;
 use super::signed::SignedCertificate;
@@ -19,13 +19,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 use time::OffsetDateTime;
 
-/// How far a leaf's validity begins in the past, for nodes whose clocks differ.
+/// How far in the past the validity of a leaf starts, because the clocks of nodes differ.
 const BACKDATE: Duration = Duration::from_secs(60);
 
-/// Life of a root made by [`Builtin::init`].
+/// Validity of a root made by [`Builtin::init`].
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
-/// Why the CA directory could not be used.
+/// Why the CA directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BuiltinError {
     /// A file cannot be read or written.
@@ -33,10 +33,10 @@ pub enum BuiltinError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A file is there but is not what it should be.
+    /// A file exists, but its content or mode is wrong.
     #[error("CA directory: {path}: {reason}")]
     Content {
         /// The file.
@@ -47,9 +47,9 @@ pub enum BuiltinError {
     /// Signing failed.
     #[error("cannot sign a certificate for {identity}: {source}")]
     Sign {
-        /// For whom.
+        /// The identity that the certificate is for.
         identity: SpiffeName,
-        /// What the library said.
+        /// The library's error.
         source: rcgen::Error,
     },
 }
@@ -67,7 +67,7 @@ impl Builtin {
         Self { folder: folder.to_owned(), leaf_life }
     }
 
-    /// Makes a new CA in `folder`: P-256 key (mode 0600) and self-signed root. An existing one is never overwritten.
+    /// Creates a CA in `folder`: a P-256 key (mode 0600) and a self-signed root. Fails if there is one already.
     pub fn init(folder: &Path) -> Result<(), BuiltinError> {
         let key_path = folder.join("ca.key");
         let file = |path: &Path| {
@@ -80,9 +80,9 @@ impl Builtin {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, "culvert built-in CA");
-        // A name of its own, so that old and new root are told apart during a rotation.
-        let own_name = format!("{:032x}", rand::random::<u128>());
-        params.distinguished_name.push(DnType::CommonName, own_name);
+        // A unique name, so that the old and the new root can be distinguished during a rotation.
+        let unique_name = format!("{:032x}", rand::random::<u128>());
+        params.distinguished_name.push(DnType::CommonName, unique_name);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let now = SystemTime::now();
@@ -94,7 +94,7 @@ impl Builtin {
         write_new(&root_path, root.pem().as_bytes(), 0o644).map_err(file(&root_path))
     }
 
-    /// Checks that the directory holds a usable CA, by signing a leaf that nobody will see.
+    /// Checks that the directory holds a usable CA, by signing a leaf that is then dropped.
     pub fn check(&self) -> Result<(), BuiltinError> {
         let content = |reason: String| BuiltinError::Content { path: self.folder.join("ca.key"), reason };
         let identity = SpiffeName::new("cluster.local", "culvert", "check").map_err(|e| content(e.to_string()))?;
@@ -102,7 +102,8 @@ impl Builtin {
         Credentials::alone(identity, signed).map(drop).map_err(|e| content(e.to_string()))
     }
 
-    /// Signs a fresh P-256 key for `identity`, as exactly one critical SPIFFE URI SAN and an empty subject.
+    /// Generates a P-256 key for `identity` and signs it. The certificate has an empty subject and exactly one URI SAN, the
+    /// SPIFFE name, which is critical.
     pub fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, BuiltinError> {
         let key_path = self.folder.join("ca.key");
         let root_path = self.folder.join("ca.pem");
@@ -116,7 +117,7 @@ impl Builtin {
             .mode();
         if mode & 0o077 != 0 {
             let reason = format!(
-                "others may read the key (mode {:o}); chmod 600 it, or, where it is of a Secret's volume, say `defaultMode: 0400` there",
+                "others may read the key (mode {:o}); run chmod 600 on it, or set `defaultMode: 0400` if it comes from a Secret volume",
                 mode & 0o777
             );
             return Err(content(&key_path, reason));
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leaf_proves_its_identity_under_the_root_and_the_key_is_private() {
+    fn a_leaf_proves_its_identity_and_the_key_is_private() {
         let folder = folder("leaf");
         Builtin::init(&folder).unwrap();
         let mode = std::fs::metadata(folder.join("ca.key")).unwrap().permissions().mode();

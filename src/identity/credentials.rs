@@ -1,11 +1,12 @@
-//! The TLS settings of one identity, built once per certificate generation and shared by every connection.
+//! The TLS settings of one identity, built once for each certificate and again when trust changes, and shared by every
+//! connection.
 //!
-//! TLS 1.3 only, AES-GCM, X25519MLKEM768 first; ALPN `h2`; no SNI, no resumption, no tickets: a session resumed at
-//! another workload would skip the verification of who it is.
+//! TLS 1.3 only, with AES-GCM, X25519MLKEM768 preferred, and ALPN `h2`. There is no SNI, and there are no tickets and no
+//! session resumption: a session that is resumed at another workload would skip the verification of its identity.
 
-use super::revoked::{Chain, List, Revocations};
+use super::revoked::{Chain, RevocationList, Revocations};
 use super::signed::SignedCertificate;
-use super::verify::{ClientVerifier, ServerVerifier, Vouch};
+use super::verify::{ChainVerifier, ClientVerifier, ServerVerifier};
 use crate::crypto::{ALPN_H2, is_about_time, provider};
 use crate::mesh::{SpiffeName, Text};
 use rustls::pki_types::{CertificateDer, UnixTime};
@@ -18,63 +19,63 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 
-/// Bytes that TLS may hold encrypted and unsent: a whole frame at once, or it goes out in pieces.
+/// Bytes that TLS may hold encrypted and unsent. A whole frame must fit, or it is sent in pieces.
 pub const TLS_BUFFER_BYTES: usize = 512 * 1024;
 
-/// Buffer under TLS of each tunnel: without it TLS reads a few KiB per system call.
+/// Size of the read buffer below TLS, per tunnel. Without it TLS reads a few KiB per system call.
 pub const READ_BUFFER_BYTES: usize = 128 * 1024;
 
-/// Why TLS settings cannot be made of a certificate.
+/// Why TLS settings cannot be built from a certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
-    /// No usable root certificate.
+    /// There is no usable root certificate.
     #[error("no usable root certificate: {0}")]
     Roots(String),
     /// The certificate does not chain to the roots that came with it.
     #[error(
-        "the new certificate is not vouched for by the roots that came with it ({0}): the CA's key and root do not belong together"
+        "the roots that came with the new certificate do not verify it ({0}): the CA's key and root do not belong together"
     )]
     NotOurs(#[source] rustls::Error),
-    /// It begins in the future, or has ended, by our clock.
+    /// By this node's clock, its validity has not begun yet or has ended.
     #[error("the new certificate is not valid now ({0}): the clocks of the CA and of this node differ")]
     Clock(#[source] rustls::Error),
-    /// The certificate is for another key.
-    #[error("the new certificate is not for the key that was made for it")]
+    /// The certificate was issued for another key.
+    #[error("the new certificate does not belong to the key in its request")]
     OtherKey,
-    /// Key or chain are not usable.
+    /// Key or chain cannot be used.
     #[error("key or certificate cannot be used: {0}")]
     Tls(#[from] rustls::Error),
 }
 
-/// Whom an identity trusts.
+/// Which peers an identity trusts.
 #[derive(Clone, Debug)]
 pub struct Trust {
-    /// Roots by which peers are verified.
+    /// Roots that verify peers.
     pub roots: Vec<CertificateDer<'static>>,
-    /// Trust domains that peers may be of: its own first.
+    /// Trust domains of acceptable peers, its own first.
     pub trust_domains: Vec<Text>,
-    /// Certificates that have been revoked.
+    /// Revoked certificates.
     pub revocations: Arc<Revocations>,
-    /// Told when a peer comes whose root is not among these.
+    /// Notified when a peer presents a certificate of an unknown root.
     pub unknown_root: Arc<Notify>,
 }
 
 /// Key, certificate and TLS settings of one identity.
 pub struct Credentials {
-    /// Who this proves.
+    /// The identity that the certificate proves.
     pub identity: SpiffeName,
     /// Differs between any two certificates of one process.
     pub generation: u64,
-    /// When it ends.
+    /// When the certificate expires.
     pub not_after: SystemTime,
-    /// As it came.
+    /// The answer of the CA.
     pub(super) signed: SignedCertificate,
     pub(super) trust: Trust,
     server: Arc<ServerConfig>,
     client: ClientConfig,
-    vouch: Vouch,
-    /// The revoked certificates by which they were built.
-    revoked: Arc<List>,
+    chain: ChainVerifier,
+    /// The revocation list at the time of building.
+    revoked: Arc<RevocationList>,
 }
 
 impl fmt::Debug for Credentials {
@@ -84,8 +85,8 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Builds the settings. The certificate must be vouched for by the roots of `trust`: one that is not would replace one
-    /// that works.
+    /// Builds the settings. Fails if the roots of `trust` do not verify the certificate, because it would replace one that
+    /// works.
     pub fn build(
         identity: SpiffeName,
         generation: u64,
@@ -94,21 +95,22 @@ impl Credentials {
     ) -> Result<Self, CredentialsError> {
         let (provider, revoked) = (Arc::new(provider()), trust.revocations.current());
         let mut roots = RootCertStore::empty();
-        // A root, or what the CA calls one, may have been revoked like any other certificate.
-        for root in trust.roots.iter().filter(|root| !trust.revocations.lists(std::slice::from_ref(*root))) {
+        // The CA may name an intermediate as a root, and a CRL may list it like any other certificate.
+        for root in trust.roots.iter().filter(|root| !trust.revocations.is_revoked(std::slice::from_ref(*root))) {
             roots.add(root.clone()).map_err(|error| CredentialsError::Roots(error.to_string()))?;
         }
-        let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        let webpki = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .build()
             .map_err(|error| CredentialsError::Roots(error.to_string()))?;
-        own(&*chain, &signed)?;
+        verify_own(&*webpki, &signed)?;
         let key = provider.key_provider.load_private_key(signed.key.clone_key())?;
         let certified = CertifiedKey::new(signed.chain.clone(), key);
         certified.keys_match().map_err(|_| CredentialsError::OtherKey)?;
         let certified = Arc::new(SingleCertAndKey::from(certified));
 
-        let vouch = Vouch { chain, revocations: trust.revocations.clone(), unknown_root: trust.unknown_root.clone() };
-        let verifier = ClientVerifier { vouch: vouch.clone(), trust_domains: trust.trust_domains.clone() };
+        let chain =
+            ChainVerifier { webpki, revocations: trust.revocations.clone(), unknown_root: trust.unknown_root.clone() };
+        let verifier = ClientVerifier { chain: chain.clone(), trust_domains: trust.trust_domains.clone() };
         let mut server = ServerConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(Arc::new(verifier))
@@ -118,7 +120,7 @@ impl Credentials {
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
 
         let trust_domains = trust.trust_domains.clone();
-        let nobody = Arc::new(ServerVerifier { vouch: vouch.clone(), trust_domains, expected: Vec::new() });
+        let nobody = Arc::new(ServerVerifier { chain: chain.clone(), trust_domains, expected: Vec::new() });
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
@@ -129,10 +131,10 @@ impl Credentials {
         client.resumption = rustls::client::Resumption::disabled();
 
         let not_after = signed.not_after;
-        Ok(Self { identity, generation, not_after, signed, trust, server: Arc::new(server), client, vouch, revoked })
+        Ok(Self { identity, generation, not_after, signed, trust, server: Arc::new(server), client, chain, revoked })
     }
 
-    /// Builds settings that trust nobody but the roots that came with the certificate.
+    /// Builds settings that trust only the roots that came with the certificate.
     pub fn alone(identity: SpiffeName, signed: SignedCertificate) -> Result<Self, CredentialsError> {
         let trust_domains = vec![identity.trust_domain.clone()];
         let trust = Trust {
@@ -144,40 +146,40 @@ impl Credentials {
         Self::build(identity, 0, signed, trust)
     }
 
-    /// The same certificate with other trust. Tunnels that use it go on: it is the same generation.
+    /// The same certificate with other trust. The generation stays the same, so tunnels that use it continue.
     pub fn with_trust(&self, trust: Trust) -> Result<Self, CredentialsError> {
         let trust = Trust { unknown_root: self.trust.unknown_root.clone(), ..trust };
         Self::build(self.identity.clone(), self.generation, self.signed.clone(), trust)
     }
 
-    /// Whether the roots that came with this certificate vouch for another one.
-    pub(super) fn would_vouch_for(&self, other: &Self) -> bool {
+    /// Whether the roots that came with this certificate verify another one.
+    pub(super) fn own_roots_verify(&self, other: &Self) -> bool {
         let trust = Trust { roots: self.signed.roots.clone(), ..self.trust.clone() };
         Self::build(other.identity.clone(), other.generation, other.signed.clone(), trust).is_ok()
     }
 
-    /// Whether the list of revoked certificates is still the one by which they were built.
+    /// Whether the revocation list is still the one that these were built with.
     pub(super) fn is_current(&self) -> bool {
         Arc::ptr_eq(&self.revoked, &self.trust.revocations.current())
     }
 
-    /// Whether it has begun and not ended, by our clock.
+    /// Whether the certificate is valid now, by this node's clock.
     pub(super) fn is_valid(&self) -> bool {
         let now = SystemTime::now();
         self.signed.not_before <= now && now < self.not_after
     }
 
-    /// Resolves when this certificate, or one that vouches for it, is revoked.
+    /// Resolves when this certificate, or one in its chain, is revoked.
     pub(super) async fn own_revoked(&self) {
         self.watch(self.chain()).revoked().await;
     }
 
-    /// Time until it ends.
+    /// Time until the certificate expires.
     pub(super) fn time_left(&self) -> Duration {
         self.not_after.duration_since(SystemTime::now()).unwrap_or_default()
     }
 
-    /// Its length.
+    /// Length of the certificate's validity.
     pub(super) fn life(&self) -> Duration {
         self.signed.life
     }
@@ -187,17 +189,17 @@ impl Credentials {
         &self.signed.chain
     }
 
-    /// Roots by which peers are verified.
+    /// Roots that verify peers.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.trust.roots
     }
 
-    /// Resolves when a peer has come whose root is not known.
+    /// Resolves when a peer has presented a certificate of an unknown root.
     pub async fn unknown_root(&self) {
         self.trust.unknown_root.notified().await;
     }
 
-    /// What is needed to hear that a peer of ours is revoked later.
+    /// A handle that reports when a peer's chain is revoked or expires.
     pub fn watch(&self, peer: &[CertificateDer<'_>]) -> Chain {
         self.trust.revocations.watch(peer)
     }
@@ -207,29 +209,29 @@ impl Credentials {
         self.server.clone()
     }
 
-    /// Settings for a connection to a server that must prove one of `expected`.
+    /// Settings for a connection to a server that must have one of the `expected` identities.
     pub fn client(&self, expected: &[SpiffeName]) -> Arc<ClientConfig> {
         let mut config = self.client.clone();
-        let (vouch, trust_domains) = (self.vouch.clone(), self.trust.trust_domains.clone());
-        let verifier = ServerVerifier { vouch, trust_domains, expected: expected.to_vec() };
+        let (chain, trust_domains) = (self.chain.clone(), self.trust.trust_domains.clone());
+        let verifier = ServerVerifier { chain, trust_domains, expected: expected.to_vec() };
         config.dangerous().set_certificate_verifier(Arc::new(verifier));
         Arc::new(config)
     }
 }
 
-/// Checks a new certificate by the roots that are to vouch for it.
-fn own(chain: &dyn ClientCertVerifier, signed: &SignedCertificate) -> Result<(), CredentialsError> {
+/// Verifies a new certificate of our own by the trusted roots.
+fn verify_own(webpki: &dyn ClientCertVerifier, signed: &SignedCertificate) -> Result<(), CredentialsError> {
     let Some((leaf, intermediates)) = signed.chain.split_first() else {
         return Err(CredentialsError::Roots("the certificate is missing".into()));
     };
-    match chain.verify_client_cert(leaf, intermediates, UnixTime::now()) {
+    match webpki.verify_client_cert(leaf, intermediates, UnixTime::now()) {
         Ok(_) => Ok(()),
         Err(error) if is_about_time(&error) => Err(CredentialsError::Clock(error)),
         Err(error) => Err(CredentialsError::NotOurs(error)),
     }
 }
 
-/// What a finished handshake agreed on, for display.
+/// What a finished handshake agreed on, for the admin port and the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TlsFacts {
     /// `TLSv1_3`.
@@ -241,7 +243,7 @@ pub struct TlsFacts {
 }
 
 impl TlsFacts {
-    /// Reads them off a connection; unknown before its handshake is done.
+    /// Reads them from a connection. Before the handshake is done they are `unknown`.
     pub fn of(connection: &rustls::CommonState) -> Self {
         let name = |text: Option<&'static str>| text.unwrap_or("unknown");
         Self {

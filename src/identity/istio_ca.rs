@@ -1,5 +1,5 @@
-//! Istio's CA, by `CreateCertificate`: a fresh P-256 key and request for each certificate, impersonating the identity of
-//! a pod of this node. (Source: istiod's CA and its node authorizer.)
+//! Istio's CA, asked by `CreateCertificate`. Each certificate has a new P-256 key and its own request, in which the daemon
+//! impersonates the identity of a pod of this node. (Source: istiod's CA and its node authorizer.)
 
 use super::signed::SignedCertificate;
 use super::verify::{PeerError, peer_name};
@@ -15,67 +15,67 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tonic::{Code, Status};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// How long one signing may take, connecting not counted.
+/// How long one request may take, without connecting.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Certificates that an answer may hold.
+/// How many certificates an answer may contain.
 const CERTIFICATES_MAX: usize = 64;
 
-/// Why Istio's CA gave no certificate.
+/// Why Istio's CA has not issued a certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum IstioCaError {
-    /// No connection.
+    /// There is no connection to it.
     #[error("the CA cannot be asked: {0}")]
     Connect(#[from] rpc::ConnectError),
-    /// It said no.
+    /// It refused.
     #[error("the CA refused: {}: {}", .0.code(), .0.message())]
     Refused(Box<Status>),
-    /// It said nothing.
+    /// It did not answer in time.
     #[error("the CA has not answered within {} s", CALL_DEADLINE.as_secs())]
     Deadline,
-    /// The request could not be made.
-    #[error("a signing request could not be made: {0}")]
+    /// The signing request could not be built.
+    #[error("the signing request could not be built: {0}")]
     Request(#[from] rcgen::Error),
-    /// It answered something that cannot be used.
+    /// Its answer is malformed.
     #[error("the CA's answer cannot be used: {0}")]
     Answer(String),
-    /// It answered for somebody else.
-    #[error("the CA has signed for {signed}, {asked} was asked for")]
-    Another {
-        /// For whom it signed.
+    /// It signed for another identity.
+    #[error("the CA has signed for {signed}, but the request was for {asked}")]
+    OtherIdentity {
+        /// The identity in the certificate.
         signed: SpiffeName,
-        /// For whom it was asked.
+        /// The identity in the request.
         asked: SpiffeName,
     },
-    /// The certificate names nobody that we can be.
+    /// The certificate holds no valid identity.
     #[error("the CA's certificate cannot be used: {0}")]
     Name(#[from] PeerError),
 }
 
 impl IstioCaError {
-    /// Whether the CA says this of a pod that it has not heard of yet, among other things.
+    /// Whether this may only mean that the CA does not know the pod yet.
     pub fn is_refusal(&self) -> bool {
         let code = |status: &Status| matches!(status.code(), Code::Unauthenticated | Code::PermissionDenied);
         matches!(self, Self::Refused(status) if code(status))
     }
 }
 
-/// The CA.
+/// A client of Istio's CA.
 #[derive(Debug)]
 pub struct IstioCa {
     rpc: rpc::Config,
     life: Duration,
-    /// Used again while it lasts.
+    /// Reused while it is open.
     connection: Mutex<Option<Connection>>,
 }
 
 impl IstioCa {
-    /// The CA at `rpc`, asked for certificates that live `life`.
+    /// A client of the CA at `rpc` that asks for certificates with this validity.
     pub fn new(rpc: rpc::Config, life: Duration) -> Self {
         Self { rpc, life, connection: Mutex::default() }
     }
 
-    /// Signs a fresh key for `identity`.
+    /// Generates a key for `identity` and has it signed.
     pub async fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, IstioCaError> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let request = IstioCertificateRequest {
@@ -88,7 +88,7 @@ impl IstioCa {
         let answer = match tokio::time::timeout(CALL_DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => answer.into_inner(),
             Ok(Err(status)) => {
-                // Another replica may know better; and whoever refuses us should not be asked until the connection ends.
+                // Another replica may know the pod, so the next request should not go to this one again.
                 self.disconnect(&connection);
                 return Err(IstioCaError::Refused(Box::new(status)));
             }
@@ -101,14 +101,14 @@ impl IstioCa {
         signed(identity, key, &answer.cert_chain)
     }
 
-    /// The connection in use, or a new one, with token and roots as they are now.
+    /// The open connection, or a new one, made with the current token and roots.
     async fn connection(&self) -> Result<Connection, rpc::ConnectError> {
         let open = self.connection.lock().clone();
         if let Some(open) = open.filter(|open| !open.is_closed()) {
             return Ok(open);
         }
         let new = rpc::connect(&self.rpc).await?;
-        // Another request may have connected meanwhile: all use the one that was there first, and ours ends.
+        // If another request has connected meanwhile, its connection is used and this one is closed.
         let mut kept = self.connection.lock();
         if let Some(open) = kept.as_ref().filter(|open| !open.is_closed()) {
             return Ok(open.clone());
@@ -117,14 +117,14 @@ impl IstioCa {
         Ok(new)
     }
 
-    /// Forgets a connection: the next request makes another. One that has been made since stays.
+    /// Drops a connection, so that the next request makes a new one. A connection that another request has made since stays.
     fn disconnect(&self, failed: &Connection) {
         let mut kept = self.connection.lock();
         kept.take_if(|kept| kept.is_same(failed));
     }
 }
 
-/// A request in PEM; what counts of it is the key, but the name is the one that is meant.
+/// A signing request in PEM. The CA uses only its key; it contains the identity all the same.
 fn signing_request(identity: &SpiffeName, key: &KeyPair) -> Result<String, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
@@ -138,8 +138,8 @@ fn impersonate(identity: &SpiffeName) -> prost_types::Struct {
     prost_types::Struct { fields: fields.into() }
 }
 
-/// Reads an answer: leaf first, roots in the last element, what is between are intermediates. An element may hold several
-/// certificates (istiod before 1.25).
+/// Reads an answer. The leaf comes first, the roots are in the last element, and everything between them is an intermediate.
+/// One element may contain several certificates (istiod before 1.25).
 fn signed(
     identity: &SpiffeName,
     key: PrivateKeyDer<'static>,
@@ -165,13 +165,14 @@ fn signed(
     }
     let name = peer_name(leaf)?;
     if name != *identity {
-        return Err(IstioCaError::Another { signed: name, asked: identity.clone() });
+        return Err(IstioCaError::OtherIdentity { signed: name, asked: identity.clone() });
     }
-    let (not_before, not_after, life) = validity(leaf).ok_or_else(|| bad("its dates make no sense"))?;
+    let (not_before, not_after, life) =
+        validity(leaf).ok_or_else(|| bad("the dates of its certificate are impossible"))?;
     Ok(SignedCertificate { key, chain, roots, not_before, not_after, life })
 }
 
-/// Reads an answer as [`IstioCa::sign`] does, for any identity.
+/// Reads an answer as [`IstioCa::sign`] does, for fuzzing.
 #[cfg(any(fuzzing, test))]
 pub fn read_answer(elements: &[String]) {
     if let Ok(identity) = SpiffeName::new("cluster.local", "a", "b") {
@@ -180,7 +181,7 @@ pub fn read_answer(elements: &[String]) {
     }
 }
 
-/// Begin, end and length of a certificate's validity.
+/// Start, end and length of a certificate's validity; `None` if they are impossible.
 fn validity(leaf: &CertificateDer<'_>) -> Option<(SystemTime, SystemTime, Duration)> {
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
     let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).ok();
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_is_taken_apart_as_istiod_puts_it_together() {
+    fn an_answer_is_read_as_istiod_builds_it() {
         let folder = std::env::temp_dir().join(format!("culvert-answer-{}", std::process::id()));
         drop(std::fs::remove_dir_all(&folder));
         Builtin::init(&folder).unwrap();
@@ -229,6 +230,6 @@ mod tests {
         }
         let other = SpiffeName::new("cluster.local", "a", "c").unwrap();
         let error = signed(&other, made.key.clone_key(), &[leaf, root]).unwrap_err();
-        assert!(matches!(error, IstioCaError::Another { .. }));
+        assert!(matches!(error, IstioCaError::OtherIdentity { .. }));
     }
 }

@@ -1,6 +1,8 @@
-//! Who we are and how we prove it: certificates by identity, kept fresh, and the TLS settings made of them.
+//! Certificates of this node's identities: requesting, renewing and revoking them, the TLS settings built from them, and
+//! the verification of peers.
 //!
-//! It knows names, not pods; who needs a certificate asks the [`Store`] for the identity's current [`Credentials`].
+//! This module knows identities, not pods. A caller that needs a certificate asks the [`Store`] for the current
+//! [`Credentials`] of an identity.
 
 pub mod authority;
 pub mod builtin;

@@ -162,8 +162,9 @@ impl Renewal {
     /// returned as the successor instead.
     fn present(&self, new: Credentials) -> Option<Successor> {
         let certificates = &self.certificates;
-        let is_good =
-            |held: &Arc<Credentials>| !certificates.revocations.lists(held.chain()) && !held.would_vouch_for(&new);
+        let is_good = |held: &Arc<Credentials>| {
+            !certificates.revocations.is_revoked(held.chain()) && !held.own_roots_verify(&new)
+        };
         let Some(held) = self.valid().filter(is_good) else {
             self.publish(new);
             return None;

@@ -1,8 +1,8 @@
-//! Certificates that have been revoked: by issuer and serial, from all lists of the CRL file together.
+//! Revoked certificates, by issuer and serial number, from all revocation lists in the CRL file together.
 //!
-//! A list that is one part of several (by an issuing distribution point) says nothing of what it does not name; neither do
-//! we: who is listed anywhere is revoked, who is listed nowhere is not. The whole chain of a peer is looked at, at the
-//! handshake and again for live tunnels when the file changes. A file that cannot be read keeps the last one in force.
+//! A certificate is revoked if any list names it, and not otherwise. This also holds for lists that are one part of several
+//! (with an issuing distribution point). The whole chain of a peer is checked: at the handshake, and again for open tunnels
+//! when the file changes. If the file cannot be read, the last usable one stays in force.
 
 use crate::task::files::FileWatch;
 use crate::task::thread::run_blocking;
@@ -23,37 +23,34 @@ use x509_parser::x509::ReasonCode;
 /// Largest file that is read.
 const BYTES_MAX: u64 = 256 << 20;
 
-/// How long what is open with a peer goes on after its certificate has ended, for short requests to finish: who renews in
-/// time moves to a new tunnel at the end, and loses nothing.
+/// How long connections with a peer may continue after its certificate has expired. A peer that renews in time has moved to
+/// a new tunnel by then, so this only lets short requests finish.
 const EXPIRY_GRACE: Duration = Duration::from_secs(5);
 
-/// Time between looks at the clock for certificates that end later.
-const LOOK_AT_CLOCK: Duration = Duration::from_secs(30);
+/// Longest time between checks of the clock while waiting for a certificate to expire.
+const CLOCK_CHECK: Duration = Duration::from_secs(30);
 
-/// A certificate, by who has issued it and its number there.
+/// The identity of a certificate in revocation lists: its issuer's name and its serial number.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Id {
+pub struct CertificateId {
     issuer: Box<[u8]>,
     serial: Box<[u8]>,
 }
 
-impl Id {
+impl CertificateId {
     fn new(issuer: &[u8], serial: &[u8]) -> Self {
         let zeros = serial.iter().take_while(|byte| **byte == 0).count();
         Self { issuer: issuer.into(), serial: serial.get(zeros..).unwrap_or_default().into() }
     }
 }
 
-/// The listed certificates.
-pub type List = HashSet<RevokedId>;
+/// The revoked certificates.
+pub type RevocationList = HashSet<CertificateId>;
 
-/// One listed certificate.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct RevokedId(Id);
-
-/// Reads a CRL file: PEM (several lists, other items left out) or one list in DER; an empty file lists nothing.
-pub fn parse(bytes: &[u8]) -> Result<List, String> {
-    let mut listed = List::new();
+/// Reads a CRL file: PEM with any number of lists (other items are skipped), or one list in DER. An empty file is a list
+/// without entries.
+pub fn parse(bytes: &[u8]) -> Result<RevocationList, String> {
+    let mut listed = RevocationList::new();
     if bytes.iter().all(u8::is_ascii_whitespace) {
         return Ok(listed);
     }
@@ -65,18 +62,18 @@ pub fn parse(bytes: &[u8]) -> Result<List, String> {
         vec![bytes.to_vec().into()]
     };
     if lists.is_empty() {
-        return Err("holds no revocation list".into());
+        return Err("contains no revocation list".into());
     }
     for list in &lists {
         let (rest, list) = CertificateRevocationList::from_der(list).map_err(|error| format!("not a CRL: {error}"))?;
         if !rest.is_empty() {
-            return Err("holds something behind a revocation list".into());
+            return Err("has unexpected bytes after a revocation list".into());
         }
         let issuer = list.issuer().as_raw();
         for revoked in list.iter_revoked_certificates() {
             let again_valid = revoked.reason_code().is_some_and(|(_, code)| code == ReasonCode::RemoveFromCRL);
             if !again_valid {
-                listed.insert(RevokedId(Id::new(issuer, revoked.raw_serial())));
+                listed.insert(CertificateId::new(issuer, revoked.raw_serial()));
             }
         }
     }
@@ -102,10 +99,10 @@ impl Metrics {
     }
 }
 
-/// The list in force.
+/// The revocation list in force.
 #[derive(Debug)]
 pub struct Revocations {
-    current: watch::Sender<Arc<List>>,
+    current: watch::Sender<Arc<RevocationList>>,
     error: Mutex<Option<String>>,
 }
 
@@ -116,11 +113,11 @@ impl Default for Revocations {
 }
 
 impl Revocations {
-    /// Reads the file, and again at every change, for as long as it is awaited.
+    /// Reads the file now and at every change, for as long as it is awaited.
     pub async fn follow(self: Arc<Self>, path: PathBuf, metrics: Arc<Metrics>) {
         let mut watch = FileWatch::new(&path);
         loop {
-            // Beside the thread that enforces: a large list takes a while to read.
+            // On another thread, because reading a large list would delay enforcement on this one.
             let file = path.clone();
             let read = run_blocking(move || read(&file)).await.unwrap_or_else(|| Err("reading it failed".into()));
             match read {
@@ -139,7 +136,7 @@ impl Revocations {
                     *self.error.lock() = Some(reason.clone());
                     tracing::error!(
                         path = %path.display(), reason, entries,
-                        "revocation list cannot be used; the one before stays in force"
+                        "revocation list cannot be used; the previous one stays in force"
                     );
                 }
             }
@@ -147,40 +144,40 @@ impl Revocations {
         }
     }
 
-    /// A receiver that sees every later list.
-    pub(super) fn changes(&self) -> watch::Receiver<Arc<List>> {
+    /// A receiver that is notified of every later list.
+    pub(super) fn changes(&self) -> watch::Receiver<Arc<RevocationList>> {
         self.current.subscribe()
     }
 
-    /// The list in force, to tell later whether it still is.
-    pub(super) fn current(&self) -> Arc<List> {
+    /// The list in force. Comparing the pointer later shows whether it still is.
+    pub(super) fn current(&self) -> Arc<RevocationList> {
         self.current.borrow().clone()
     }
 
-    /// Puts another list in force.
+    /// Replaces the list in force.
     #[cfg(test)]
-    pub(super) fn put(&self, list: List) {
+    pub(super) fn put(&self, list: RevocationList) {
         self.current.send_replace(Arc::new(list));
     }
 
-    /// Why the file on disk is not the list in force, if it is not.
+    /// Why the file on disk could not be used; `None` if it is in force.
     pub fn error(&self) -> Option<String> {
         self.error.lock().clone()
     }
 
-    /// Whether a certificate of this chain is revoked. One that cannot be parsed is refused elsewhere.
-    pub fn lists(&self, chain: &[CertificateDer<'_>]) -> bool {
+    /// Whether a certificate of this chain is revoked. Certificates that cannot be parsed are refused elsewhere.
+    pub fn is_revoked(&self, chain: &[CertificateDer<'_>]) -> bool {
         let current = self.current.borrow().clone();
-        !current.is_empty() && ids(chain).iter().any(|id| current.contains(id))
+        !current.is_empty() && certificate_ids(chain).iter().any(|id| current.contains(id))
     }
 
-    /// What is needed to hear later that this chain is revoked, or over.
+    /// A handle that reports when this chain is revoked or expires.
     pub fn watch(&self, chain: &[CertificateDer<'_>]) -> Chain {
-        Chain { ids: ids(chain).into(), ends: ends(chain), lists: self.current.subscribe() }
+        Chain { ids: certificate_ids(chain).into(), expires: first_expiry(chain), lists: self.current.subscribe() }
     }
 }
 
-fn read(path: &PathBuf) -> Result<List, String> {
+fn read(path: &PathBuf) -> Result<RevocationList, String> {
     let size = std::fs::metadata(path).map_err(|error| error.to_string())?.len();
     if size > BYTES_MAX {
         return Err(format!("has {size} bytes, {BYTES_MAX} at most"));
@@ -188,51 +185,52 @@ fn read(path: &PathBuf) -> Result<List, String> {
     parse(&std::fs::read(path).map_err(|error| error.to_string())?)
 }
 
-fn ids(chain: &[CertificateDer<'_>]) -> Vec<RevokedId> {
+fn certificate_ids(chain: &[CertificateDer<'_>]) -> Vec<CertificateId> {
     let id = |der: &CertificateDer<'_>| {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
-        Some(RevokedId(Id::new(parsed.issuer().as_raw(), parsed.raw_serial())))
+        Some(CertificateId::new(parsed.issuer().as_raw(), parsed.raw_serial()))
     };
     chain.iter().filter_map(id).collect()
 }
 
-/// When the first of these certificates ends. One that cannot be parsed is refused elsewhere; one that has ended already is
-/// not needed, or the handshake would have failed.
-fn ends(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
+/// When the first of these certificates expires. Those that cannot be parsed are refused elsewhere. Those that have expired
+/// already are not part of the verified path, or the handshake would have failed, so they are ignored.
+fn first_expiry(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
     let now = SystemTime::now();
     let end = |der: &CertificateDer<'_>| {
         let (_, parsed) = X509Certificate::from_der(der).ok()?;
-        // The second that it names is its last one (RFC 5280 section 4.1.2.5), and TLS takes it then.
+        // The certificate is still valid in the second that it names (RFC 5280 section 4.1.2.5).
         let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0).saturating_add(1);
         SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
     };
     chain.iter().filter_map(end).filter(|end| *end > now).min()
 }
 
-/// Why a peer that was trusted at its handshake is not any more.
+/// Why a peer that passed its handshake is no longer trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Distrust {
-    /// One of its certificates has been revoked.
+    /// A certificate of its chain is revoked.
     Revoked,
-    /// One of its certificates has ended.
+    /// A certificate of its chain has expired.
     Expired,
 }
 
-/// The certificates of a live tunnel's peer.
+/// The certificate chain of an open tunnel's peer.
 #[derive(Clone, Debug)]
 pub struct Chain {
-    ids: Arc<[RevokedId]>,
-    ends: Option<SystemTime>,
-    lists: watch::Receiver<Arc<List>>,
+    ids: Arc<[CertificateId]>,
+    expires: Option<SystemTime>,
+    lists: watch::Receiver<Arc<RevocationList>>,
 }
 
 impl Chain {
-    /// Resolves once nothing new is to be begun with the peer: it is revoked, or one of its certificates has ended.
+    /// Resolves once no new stream may be opened: a certificate of the chain is revoked or has expired.
     pub async fn ending(&self) {
         tokio::select! { () = self.revoked() => {}, () = self.expired(Duration::ZERO) => {} }
     }
 
-    /// Resolves once the peer is not to be trusted any more, and what is open with it is to end.
+    /// Resolves once the open streams must end too: a certificate of the chain is revoked, or has been expired for
+    /// [`EXPIRY_GRACE`].
     pub async fn distrusted(&self) -> Distrust {
         tokio::select! {
             biased;
@@ -241,23 +239,23 @@ impl Chain {
         }
     }
 
-    /// Resolves so long after one of them has ended.
+    /// Resolves this long after the first certificate has expired.
     async fn expired(&self, after: Duration) {
-        let Some(ends) = self.ends.and_then(|ends| ends.checked_add(after)) else {
+        let Some(ends) = self.expires.and_then(|ends| ends.checked_add(after)) else {
             return std::future::pending().await;
         };
         while let Ok(left) = ends.duration_since(SystemTime::now()) {
-            // The clock may be set meanwhile.
-            tokio::time::sleep((left + Duration::from_millis(1)).min(LOOK_AT_CLOCK)).await;
+            // In steps, because somebody may set the clock meanwhile.
+            tokio::time::sleep((left + Duration::from_millis(1)).min(CLOCK_CHECK)).await;
         }
     }
 
-    /// Resolves once one of them is revoked.
+    /// Resolves once a certificate of the chain is revoked.
     pub async fn revoked(&self) {
         let mut lists = self.lists.clone();
-        let listed = |list: &Arc<List>| self.ids.iter().any(|id| list.contains(id));
+        let listed = |list: &Arc<RevocationList>| self.ids.iter().any(|id| list.contains(id));
         if lists.wait_for(listed).await.is_err() {
-            // Nobody reads lists any more.
+            // The list does not change any more.
             std::future::pending::<()>().await;
         }
     }
@@ -314,15 +312,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_is_listed_in_any_part_is_revoked_and_nobody_else() {
+    async fn certificates_in_any_part_of_a_list_are_revoked_and_no_others() {
         let (one, other) = (ca("one"), ca("other"));
-        // Two parts of one issuer's list, and another issuer's; the second part alone names 300.
+        // Two parts of one issuer's list, and the list of another issuer. Only the second part names 300.
         let file =
             one.crl(&[7, 128], Some("http://a/1")) + &one.crl(&[300], Some("http://a/2")) + &other.crl(&[9], None);
         let revocations = Revocations::default();
         let live = revocations.watch(&[one.leaf(300), one.leaf(1)]);
         let unconcerned = revocations.watch(&[one.leaf(9), other.leaf(7)]);
-        assert!(!revocations.lists(&[one.leaf(7)]));
+        assert!(!revocations.is_revoked(&[one.leaf(7)]));
         revocations.current.send_replace(Arc::new(parse(file.as_bytes()).unwrap()));
         for (certificate, revoked) in [
             (one.leaf(7), true),
@@ -332,15 +330,15 @@ mod tests {
             (other.leaf(9), true),
             (other.leaf(7), false),
         ] {
-            assert_eq!(revocations.lists(&[certificate]), revoked);
+            assert_eq!(revocations.is_revoked(&[certificate]), revoked);
         }
-        assert!(revocations.lists(&[other.leaf(1), one.leaf(7)]), "an intermediate");
+        assert!(revocations.is_revoked(&[other.leaf(1), one.leaf(7)]), "an intermediate");
         live.revoked().await;
         tokio::select! { biased; () = unconcerned.revoked() => panic!("is not listed"), () = std::future::ready(()) => {} }
     }
 
     #[test]
-    fn a_file_is_read_whole_or_not_at_all() {
+    fn a_file_with_a_damaged_list_is_refused_as_a_whole() {
         let ca = ca("one");
         assert!(parse(b" \n").unwrap().is_empty());
         assert_eq!(parse(ca.crl(&[1], None).as_bytes()).unwrap().len(), 1);

@@ -1,5 +1,8 @@
-//! Roots that the CA has told of, by trust domain, and how long they are trusted. One that the CA no longer tells of is
-//! trusted for as long as a certificate that it signed last may live. In a rotation old and new are both among them.
+//! The known roots of each trust domain, and how long they are trusted.
+//!
+//! Every root that an answer of the CA brings is trusted. A root that the CA no longer names stays trusted for the life of a
+//! certificate, because one may have been signed by it just before. So during a rotation both the old and the new root are
+//! trusted.
 
 use super::credentials::Credentials;
 use crate::mesh::Text;
@@ -8,24 +11,26 @@ use rustls::pki_types::CertificateDer;
 use std::collections::BTreeSet;
 use std::time::SystemTime;
 
+/// A known root.
 #[derive(Debug)]
 struct Root {
     trust_domain: Text,
     der: CertificateDer<'static>,
+    /// When it is dropped.
     until: SystemTime,
-    /// Whether the CA no longer tells of it.
+    /// Whether the CA no longer names it.
     retired: bool,
 }
 
-/// The roots that are known.
+/// The known roots.
 #[derive(Debug, Default)]
 pub struct Roots {
     all: Mutex<Vec<Root>>,
 }
 
 impl Roots {
-    /// Remembers the roots that came with a certificate, and forgets those whose time is over: the trust domains whose
-    /// roots are others now.
+    /// Adds the roots that came with a certificate, and drops those whose time is over. Returns the trust domains whose
+    /// roots have changed.
     pub fn learn(&self, new: &Credentials) -> BTreeSet<Text> {
         let mut all = self.all.lock();
         let (now, trust_domain) = (SystemTime::now(), &new.identity.trust_domain);
@@ -37,7 +42,7 @@ impl Roots {
             if new.signed.roots.contains(&root.der) {
                 (root.until, root.retired) = (root.until.max(new.not_after + life), false);
             } else if !root.retired {
-                // Somebody may have got a certificate of it just before.
+                // Another workload may have received a certificate of this root just before.
                 (root.until, root.retired) = (now + life, true);
             }
         }

@@ -1,9 +1,11 @@
-//! Verifying a peer: the chain by webpki, the name by us. A peer is who its one SPIFFE URI SAN says, exactly.
+//! Verifies peers. webpki verifies the certificate chain; this file verifies revocation, trust domain and identity.
+//!
+//! The identity of a peer is its only URI SAN, which must be a SPIFFE name in its exact form.
 
 use super::revoked::Revocations;
 use crate::crypto::{delegate_signatures, with_clock_reason};
-use crate::mesh::SpiffeName;
 use crate::mesh::name::NameError;
+use crate::mesh::{SpiffeName, Text};
 use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
@@ -13,35 +15,35 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
 
-/// Why a certificate that may be valid is still not the peer we talk to.
+/// Why a peer is refused although its chain may be valid.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PeerError {
     /// The certificate cannot be parsed.
     #[error("the peer's certificate cannot be parsed: {0}")]
     Unparsable(String),
-    /// Not exactly one URI among the subject alternative names.
+    /// It does not have exactly one URI among its subject alternative names.
     #[error("the peer's certificate has {0} URI names, exactly one is needed")]
     NotOneUri(usize),
     /// The URI is not a SPIFFE name.
     #[error("the peer's URI name is not a workload identity: {0}")]
     Name(#[from] NameError),
-    /// The peer's certificate, or one that vouches for it, has been revoked.
+    /// The certificate, or one in its chain, is revoked.
     #[error("the peer's certificate is revoked by CRL")]
     Revoked,
-    /// The peer is of a trust domain that is not ours.
+    /// The peer belongs to a trust domain that is not accepted.
     #[error("the peer {peer} is of a foreign trust domain (accepted: {accepted})")]
     TrustDomain {
-        /// Who the peer is.
+        /// The identity of the peer.
         peer: SpiffeName,
-        /// Whom we accept, joined.
+        /// The accepted trust domains, joined.
         accepted: String,
     },
-    /// The peer is somebody else.
+    /// The peer has another identity than the expected ones.
     #[error("the peer is {peer}, expected {expected}")]
     Unexpected {
-        /// Who the peer is.
+        /// The identity of the peer.
         peer: SpiffeName,
-        /// Whom we expected, joined.
+        /// The expected identities, joined.
         expected: String,
     },
 }
@@ -52,7 +54,7 @@ impl From<PeerError> for Error {
     }
 }
 
-/// What a failed handshake is to say: our own reason where we refused the peer's certificate, else the library's.
+/// The reason of a failed handshake: our own if this file refused the peer's certificate, otherwise the library's.
 pub fn tls_reason(error: &io::Error) -> String {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>());
     match inner {
@@ -61,7 +63,7 @@ pub fn tls_reason(error: &io::Error) -> String {
     }
 }
 
-/// The identity in a certificate: exactly one URI SAN, and that a SPIFFE name in its exact form.
+/// The identity in a certificate, which must have exactly one URI SAN: a SPIFFE name in its exact form.
 pub fn peer_name(certificate: &CertificateDer<'_>) -> Result<SpiffeName, PeerError> {
     let unparsable = |error: &dyn std::fmt::Display| PeerError::Unparsable(error.to_string());
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| unparsable(&e))?;
@@ -87,50 +89,52 @@ pub fn is_revoked(error: &io::Error) -> bool {
     matches!(other.0.downcast_ref::<PeerError>(), Some(PeerError::Revoked))
 }
 
-/// Vouches for a peer's chain: by our roots, and by no list of revoked certificates.
+/// Verifies a peer's chain: signed by a known root, and not revoked.
 #[derive(Clone, Debug)]
-pub struct Vouch {
-    /// webpki's, for client certificates: it checks no DNS name, which SPIFFE leaves have none of.
-    pub chain: Arc<dyn ClientCertVerifier>,
-    /// What is revoked.
+pub struct ChainVerifier {
+    /// The verifier for client certificates, also used for servers: it checks no DNS name, and SPIFFE leaves have none.
+    pub webpki: Arc<dyn ClientCertVerifier>,
+    /// The revoked certificates.
     pub revocations: Arc<Revocations>,
-    /// Told when a chain ends at a root that is not ours.
+    /// Notified when a chain ends at an unknown root.
     pub unknown_root: Arc<Notify>,
 }
 
-impl Vouch {
+impl ChainVerifier {
     fn check(
         &self,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<SpiffeName, Error> {
-        if let Err(error) = self.chain.verify_client_cert(end_entity, intermediates, now) {
-            // The signature says so too where an old and a new root have the same name.
+        if let Err(error) = self.webpki.verify_client_cert(end_entity, intermediates, now) {
+            // If an old and a new root have the same name, an unknown root shows as a bad signature.
             let unknown = CertificateError::UnknownIssuer;
             if matches!(&error, Error::InvalidCertificate(e) if *e == unknown || *e == CertificateError::BadSignature) {
                 self.unknown_root.notify_one();
             }
             return Err(error);
         }
-        let revoked = self.revocations.lists(&[end_entity.as_ref().into()]) || self.revocations.lists(intermediates);
+        let revoked =
+            self.revocations.is_revoked(&[end_entity.as_ref().into()]) || self.revocations.is_revoked(intermediates);
         if revoked { Err(PeerError::Revoked.into()) } else { Ok(peer_name(end_entity)?) }
     }
 }
 
-/// Verifies servers: chain under our roots, identity among the expected ones.
+/// Verifies servers: a valid chain, and one of the expected identities.
 #[derive(Debug)]
 pub struct ServerVerifier {
     /// Verifies the chain.
-    pub vouch: Vouch,
-    /// Trust domains that are one: our own and its aliases.
-    pub trust_domains: Vec<crate::mesh::Text>,
-    /// Who the server may be. Empty means nobody.
+    pub chain: ChainVerifier,
+    /// Trust domains that count as the same: our own and its aliases.
+    pub trust_domains: Vec<Text>,
+    /// Identities that the server may have. If empty, every server is refused.
     pub expected: Vec<SpiffeName>,
 }
 
 impl ServerVerifier {
-    /// Whether a peer is one of those expected: the same name, or the same but for a trust domain that is one with it.
+    /// Whether a peer has an expected identity, or the same namespace and service account in a trust domain that counts as the
+    /// same.
     fn is_expected(&self, peer: &SpiffeName) -> bool {
         let ours = |domain| self.trust_domains.contains(domain);
         self.expected.iter().any(|expected| {
@@ -150,7 +154,7 @@ impl ServerCertVerifier for ServerVerifier {
         _: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        let peer = self.vouch.check(end_entity, intermediates, now)?;
+        let peer = self.chain.check(end_entity, intermediates, now)?;
         if self.is_expected(&peer) {
             return Ok(ServerCertVerified::assertion());
         }
@@ -158,21 +162,21 @@ impl ServerCertVerifier for ServerVerifier {
         Err(PeerError::Unexpected { peer, expected }.into())
     }
 
-    delegate_signatures!(vouch.chain);
+    delegate_signatures!(chain.webpki);
 }
 
-/// Verifies clients: chain under our roots, trust domain among the accepted ones.
+/// Verifies clients: a valid chain, and an accepted trust domain.
 #[derive(Debug)]
 pub struct ClientVerifier {
     /// Verifies the chain.
-    pub vouch: Vouch,
+    pub chain: ChainVerifier,
     /// Our trust domain and its aliases.
-    pub trust_domains: Vec<crate::mesh::Text>,
+    pub trust_domains: Vec<Text>,
 }
 
 impl ClientCertVerifier for ClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        // Names of our roots would help nobody: every peer of the mesh has one certificate.
+        // Peers of the mesh have one certificate each, so they do not need the names of our roots to choose one.
         &[]
     }
 
@@ -182,7 +186,7 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let peer = self.vouch.check(end_entity, intermediates, now)?;
+        let peer = self.chain.check(end_entity, intermediates, now)?;
         if self.trust_domains.contains(&peer.trust_domain) {
             return Ok(ClientCertVerified::assertion());
         }
@@ -190,7 +194,7 @@ impl ClientCertVerifier for ClientVerifier {
         Err(PeerError::TrustDomain { peer, accepted }.into())
     }
 
-    delegate_signatures!(vouch.chain);
+    delegate_signatures!(chain.webpki);
 }
 
 fn join<T: ToString>(names: impl Iterator<Item = T>) -> String {
