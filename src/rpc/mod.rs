@@ -1,7 +1,7 @@
-//! gRPC to the control plane: one HTTP/2 connection over TLS, with the caller's token and headers on every request.
+//! gRPC to the control plane: one HTTP/2 connection over TLS, with the configured token and headers on every request.
 //!
-//! Roots and token are files that may appear late and change: they are read at each connection, the token also at each
-//! request. Neither they nor the extra headers are ever shown.
+//! Roots and token are files that may appear late and change. Both are read for each connection, the token also for each
+//! request. The token and the extra headers never appear in logs or on the admin port.
 
 pub mod tls;
 
@@ -25,29 +25,29 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tonic::body::Body;
 
-/// How long each part of connecting may take: the name, TCP, TLS, HTTP/2.
+/// How long each step of connecting may take: name resolution, TCP, TLS, HTTP/2.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-/// Silence after which the control plane is asked for a sign of life.
+/// Silence after which the control plane is pinged.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
-/// How long that sign may take.
+/// How long the answer to a ping may take.
 const PING_DEADLINE: Duration = Duration::from_secs(10);
-/// HTTP/2 windows: a whole mesh comes in one message.
+/// Size of the HTTP/2 stream window. It is large because a whole mesh arrives in one message.
 const WINDOW_BYTES: u32 = 4 << 20;
-/// Largest message that is read (the reference's value).
+/// Largest message that is accepted (the same as in ztunnel).
 pub const MESSAGE_BYTES_MAX: usize = 200 << 20;
 
-/// A control plane's address and what is needed to talk to it.
+/// A control plane's address and the credentials for it.
 #[derive(Clone)]
 pub struct Config {
-    /// `https` and host and port.
+    /// `https`, host and port.
     pub address: Uri,
-    /// Certificates that vouch for it.
+    /// Roots that verify its certificate.
     pub roots: tls::Roots,
-    /// Another name that its certificate may have.
+    /// Another name that its certificate may have instead of the host.
     pub alt_host: Option<String>,
-    /// What proves who we are.
+    /// The bearer token that authenticates this node.
     pub token: Token,
-    /// Sent as `clusterid`.
+    /// Sent in the `clusterid` header.
     pub cluster_id: String,
     /// Sent with every request.
     pub headers: Vec<(HeaderName, HeaderValue)>,
@@ -62,71 +62,71 @@ impl fmt::Debug for Config {
 /// A bearer token.
 #[derive(Clone)]
 pub enum Token {
-    /// In a file that is rotated.
+    /// In a file, which may be rotated.
     File(PathBuf),
-    /// Given once.
+    /// Given in the settings.
     Literal(String),
 }
 
 /// Why there is no connection to the control plane.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// The token is not there (yet).
+    /// The token file does not exist yet, or cannot be read.
     #[error("the token {path} cannot be read: {source}; waiting for it")]
     Token {
-        /// Its file.
+        /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The token file holds nothing that can be sent.
-    #[error("the token {0} is empty or not a token; waiting for another")]
+    /// The content of the token file is not a token.
+    #[error("the file {0} is empty or does not contain a token; waiting for it to change")]
     BadToken(PathBuf),
-    /// The roots are not there (yet), or not usable.
+    /// The roots do not exist yet, or are not usable.
     #[error(transparent)]
     Roots(#[from] tls::RootsError),
-    /// The name has no address.
+    /// The name cannot be resolved.
     #[error("{host} cannot be resolved: {source}")]
     Resolve {
-        /// The name.
+        /// The host name.
         host: String,
-        /// What the resolver said.
+        /// The resolver's error.
         source: io::Error,
     },
-    /// TCP.
+    /// The TCP connection failed.
     #[error("cannot connect to {address}: {source}")]
     Connect {
-        /// Where to.
+        /// The address.
         address: SocketAddr,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// TLS.
-    #[error("{host} is not who it must be: {}", with_clock_reason(.source))]
+    /// The TLS handshake failed.
+    #[error("TLS handshake with {host} failed: {}", with_clock_reason(.source))]
     Tls {
-        /// The name.
+        /// The host name.
         host: String,
-        /// What the library said.
+        /// The library's error.
         source: io::Error,
     },
-    /// HTTP/2.
+    /// The HTTP/2 handshake failed.
     #[error("{host} does not speak HTTP/2: {source}")]
     Http2 {
-        /// The name.
+        /// The host name.
         host: String,
-        /// What the library said.
+        /// The library's error.
         source: hyper::Error,
     },
-    /// Too slow.
-    #[error("{what} took longer than {} s", CONNECT_DEADLINE.as_secs())]
+    /// A step took too long.
+    #[error("{step} took longer than {} s", CONNECT_DEADLINE.as_secs())]
     Deadline {
-        /// Which part.
-        what: String,
+        /// The step.
+        step: String,
     },
 }
 
 impl Token {
-    /// The value of the `authorization` header, as of now.
+    /// The current value of the `authorization` header.
     fn header(&self) -> Result<HeaderValue, ConnectError> {
         let (text, path) = match self {
             Self::Literal(text) => (text.clone(), PathBuf::from("(given literally)")),
@@ -143,7 +143,7 @@ impl Token {
     }
 }
 
-/// An open connection: a service for generated clients. Closed when dropped.
+/// A handle of an open connection, used by the generated clients. The connection is closed with its last handle.
 pub struct Connection {
     send: http2::SendRequest<Body>,
     token: Token,
@@ -152,7 +152,7 @@ pub struct Connection {
     tasks: Arc<Tasks>,
 }
 
-/// The tasks behind a connection; they end with its last handle.
+/// The tasks of a connection. They end with its last handle.
 struct Tasks(Group);
 
 impl Drop for Tasks {
@@ -186,7 +186,7 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// Spawns hyper's tasks where they have an owner.
+/// Spawns hyper's tasks in the connection's group.
 #[derive(Clone)]
 struct Executor(Group);
 
@@ -198,7 +198,7 @@ impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Executor {
     }
 }
 
-/// Connects; each part has a deadline of 5 s.
+/// Connects. Each step has a deadline of [`CONNECT_DEADLINE`].
 pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     config.token.header()?;
     let host = config.address.host().unwrap_or_default();
@@ -208,7 +208,7 @@ pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     let resolved = within("resolving the control plane's name", tokio::net::lookup_host((bare_host.clone(), port)));
     let addresses: Vec<SocketAddr> =
         resolved.await?.map_err(|source| ConnectError::Resolve { host: bare_host.clone(), source })?.collect();
-    let tcp = first_that_answers(&bare_host, &addresses).await?;
+    let tcp = connect_to_any(&bare_host, &addresses).await?;
     let connector = TlsConnector::from(tls.config);
     let stream = within("the TLS handshake with the control plane", connector.connect(tls.name, tcp)).await?;
     let stream = stream.map_err(|source| ConnectError::Tls { host: bare_host.clone(), source })?;
@@ -226,7 +226,7 @@ pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
         handshake.await?.map_err(|source| ConnectError::Http2 { host: bare_host.clone(), source })?;
     tasks.spawn(async move {
         if let Err(error) = connection.await {
-            tracing::debug!(%error, "the connection to the control plane has ended");
+            tracing::debug!(%error, "the connection to the control plane ended with an error");
         }
     });
     let cluster_id = HeaderValue::try_from(&config.cluster_id).unwrap_or_else(|_| HeaderValue::from_static(""));
@@ -234,12 +234,12 @@ pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     Ok(Connection { send, token, cluster_id, headers, tasks: Arc::new(Tasks(tasks)) })
 }
 
-async fn within<T>(what: &str, work: impl Future<Output = T>) -> Result<T, ConnectError> {
-    let late = |_| ConnectError::Deadline { what: what.to_owned() };
+async fn within<T>(step: &str, work: impl Future<Output = T>) -> Result<T, ConnectError> {
+    let late = |_| ConnectError::Deadline { step: step.to_owned() };
     tokio::time::timeout(CONNECT_DEADLINE, work).await.map_err(late)
 }
 
-async fn first_that_answers(host: &str, addresses: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
+async fn connect_to_any(host: &str, addresses: &[SocketAddr]) -> Result<TcpStream, ConnectError> {
     let mut last = ConnectError::Resolve { host: host.to_owned(), source: io::Error::other("it has no address") };
     for address in addresses {
         match within(&format!("connecting to {address}"), TcpStream::connect(address)).await {
@@ -263,7 +263,7 @@ async fn first_that_answers(host: &str, addresses: &[SocketAddr]) -> Result<TcpS
 }
 
 impl Connection {
-    /// Whether the connection can take no more requests.
+    /// Whether the connection accepts no more requests.
     pub fn is_closed(&self) -> bool {
         self.send.is_closed()
     }
@@ -303,6 +303,6 @@ mod tests {
     fn a_certificate_that_is_not_valid_now_is_explained() {
         let source = io::Error::other(Error::InvalidCertificate(CertificateError::Expired));
         let said = ConnectError::Tls { host: "istiod".into(), source }.to_string();
-        assert!(said.starts_with("istiod is not who it must be: ") && said.contains("one of the two clocks"), "{said}");
+        assert!(said.starts_with("TLS handshake with istiod failed: ") && said.contains("one of the two clocks"), "{said}");
     }
 }

@@ -1,4 +1,4 @@
-//! TLS towards the control plane: TLS 1.3 and `h2`, verified by configured roots and by name.
+//! TLS towards the control plane: TLS 1.3 with `h2`. The server is verified by the configured roots and by its name.
 
 use crate::crypto::{ALPN_H2, certificates_from_pem, delegate_signatures, provider};
 use rustls::client::WebPkiServerVerifier;
@@ -8,12 +8,12 @@ use rustls::{ClientConfig, Error, RootCertStore};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Where the certificates come from that vouch for the control plane.
+/// The source of the roots that verify the control plane.
 #[derive(Clone, Debug)]
 pub enum Roots {
     /// A file, which may appear late and change.
     File(PathBuf),
-    /// What the system trusts.
+    /// The roots of the operating system.
     System,
     /// PEM text.
     Inline(String),
@@ -27,14 +27,14 @@ pub enum RootsError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// There is nothing usable in them.
+    /// They contain no usable certificate.
     #[error("the control plane's root certificates ({0}) hold no usable certificate: {1}")]
     Content(String, String),
-    /// The control plane's name cannot be one.
-    #[error("{0:?} is no name that a certificate can have")]
+    /// The control plane's name is not a valid one.
+    #[error("{0:?} is not a name that a certificate can have")]
     Name(String),
 }
 
@@ -44,7 +44,7 @@ pub(super) struct Client {
     pub(super) name: ServerName<'static>,
 }
 
-/// Reads the roots and makes the settings: TLS 1.3, `h2`, the server's name or the other one.
+/// Reads the roots and builds the settings for a server named `host` or `alt_host`.
 pub(super) fn client(roots: &Roots, host: &str, alt_host: Option<&str>) -> Result<Client, RootsError> {
     let name = |text: &str| ServerName::try_from(text.to_owned()).map_err(|_| RootsError::Name(text.to_owned()));
     let (host, alt) = (name(host)?, alt_host.map(name).transpose()?);
@@ -87,7 +87,7 @@ impl Roots {
     }
 }
 
-/// Verifies a server by its name, or by another that it may have as well.
+/// Verifies a server by its name, or by an alternative one.
 #[derive(Debug)]
 struct EitherName {
     chain: Arc<WebPkiServerVerifier>,
