@@ -1,32 +1,32 @@
-//! Questions and answers as the mesh sees them, without the wire format.
+//! Questions and answers as the mesh sees them, without the wire format. Pure.
 
 use std::net::IpAddr;
 
-/// What is asked for, as far as it makes a difference.
+/// The record type of a question, as far as it makes a difference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum QueryKind {
     /// IPv4 addresses.
     A,
     /// IPv6 addresses.
     Aaaa,
-    /// Everything.
+    /// All records.
     Any,
     /// Ports.
     Srv,
     /// HTTPS and SVCB, which carry addresses.
     Https,
-    /// Anything else.
+    /// Any other type.
     Other,
 }
 
-/// An answer of our own. Without records it says that the name exists and has none of that type.
+/// An answer from the mesh facts. Without records it says that the name exists and has no record of that type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeshAnswer {
-    /// What the name asked for is another name of, where the records are told under that one.
+    /// The canonical name that the records belong to, if the name in the question is an alias of it.
     pub alias: Option<String>,
     /// The records.
     pub records: Vec<MeshRecord>,
-    /// The zone whose authority says so.
+    /// The zone that a negative answer is given for.
     pub zone: String,
 }
 
@@ -41,7 +41,7 @@ pub enum MeshRecord {
         port: u16,
         /// Host name of the endpoint.
         target: String,
-        /// Its addresses, told beside it.
+        /// Its addresses, sent as additional records.
         addresses: Vec<IpAddr>,
     },
 }

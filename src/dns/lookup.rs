@@ -1,114 +1,125 @@
-//! What a name means to the pod that asks: pure, from the facts of one moment.
+//! What a name means to the pod that asks, decided from the mesh facts of one moment. Pure.
 //!
-//! A name is *ours* when a service of the mesh has it, or a pod behind a headless one; it is *perhaps ours* when it only
-//! becomes a name of the mesh by guessing at what was left out of it. Such a name may exist elsewhere, so the pod's own
-//! resolver is asked first, and the mesh answers where that one denies the name. All else is none of our business.
+//! A name is *ours* if a service of the mesh has it, or a pod behind a headless service. It is *perhaps ours* if it only
+//! becomes a mesh name by completing parts that were left out. Such a name may exist elsewhere, so the pod's resolver is
+//! asked first, and the mesh answers only if that one says that the name does not exist. Every other name is forwarded.
 
 use super::answer::{MeshAnswer, MeshRecord, QueryKind};
 use crate::mesh::{Service, ServiceKey, Snapshot, Wanted, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Addresses in one answer: those of more endpoints would not fit into any message.
+/// Most addresses in one answer; more would not fit into any message.
 const ADDRESSES_MAX: usize = 800;
 
-/// Labels that are taken off a name, one after the other, to find a wildcard around it.
+/// How many labels are removed from a name, one after the other, to find a wildcard that matches it.
 const WILDCARDS_MAX: usize = 16;
 
 /// Labels of the longest name that may be a Kubernetes name with parts left out: `pod.service.namespace.svc`.
 const SHORT_LABELS: usize = 4;
 
-/// What one name can make necessary to ask for.
+/// How many things at most must be requested from an on-demand control plane for one name.
 pub const WANTED_MAX: usize = 2;
 
-/// Who asks.
+/// The pod that asks, and what its answer depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct LookupContext<'a> {
-    /// The facts.
+    /// The mesh facts.
     pub snapshot: &'a Snapshot,
     /// The pod's workload.
     pub workload: &'a Workload,
-    /// SearchDomain domains of the pod.
+    /// Search domains of the pod.
     pub search: &'a [SearchDomain],
-    /// Domain of the cluster as set.
+    /// The configured domain of the cluster.
     pub cluster_domain: &'a str,
-    /// Namespace that is preferred where several services have a name and none is the pod's own or canonical.
+    /// Namespace that is preferred if several services have a name and none is in the pod's own namespace or canonical.
     pub preferred_namespace: &'a str,
-    /// Whether IPv6 addresses are told.
+    /// Whether answers contain IPv6 addresses.
     pub ipv6: bool,
 }
 
 /// A search domain of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SearchDomain {
-    /// The domain, lower case, without dots around it.
+    /// The domain, in lower case, without leading or trailing dots.
     pub domain: String,
-    /// Whether it is one of the cluster.
+    /// Whether it belongs to the cluster.
     pub of_cluster: bool,
 }
 
 impl SearchDomain {
-    /// Those of a pod of `namespace`. Of the cluster is its domain as set, and what the pod's own list shows to be it.
+    /// The search domains of a pod of `namespace`. Those at or below the configured cluster domain belong to the cluster,
+    /// and so do those at or below a domain `x` if the list contains `<namespace>.svc.x`.
     pub fn list(domains: &[String], namespace: &str, cluster_domain: &str) -> Vec<Self> {
-        let own = format!("{namespace}.svc.");
-        let shown: Vec<&str> = domains.iter().filter_map(|domain| domain.strip_prefix(&own)).collect();
-        let below = |domain: &str, zone: &str| domain == zone || strip(domain, zone).is_some();
-        let of_cluster = |domain: &str| below(domain, cluster_domain) || shown.iter().any(|zone| below(domain, zone));
+        let own_prefix = format!("{namespace}.svc.");
+        let inferred: Vec<&str> = domains.iter().filter_map(|domain| domain.strip_prefix(&own_prefix)).collect();
+        let is_below = |domain: &str, zone: &str| domain == zone || strip(domain, zone).is_some();
+        let of_cluster =
+            |domain: &str| is_below(domain, cluster_domain) || inferred.iter().any(|zone| is_below(domain, zone));
         domains.iter().map(|domain| Self { domain: domain.clone(), of_cluster: of_cluster(domain) }).collect()
     }
 }
 
-/// What is to be done with a question.
+/// What to do with a question.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Plan {
     /// Ask the pod's resolvers.
     Forward,
-    /// Answer.
+    /// Give this answer.
     Answer(MeshAnswer),
-    /// Ask the pod's resolvers; where they deny the name, give this answer, also where they do not answer and this one has
-    /// records.
+    /// Ask the pod's resolvers. Give this answer if they say that the name does not exist, and also if they do not answer
+    /// and it has records.
     ForwardOr(MeshAnswer),
 }
 
-/// What a name has been found to be.
+/// The service or pod that a name stands for.
 #[derive(Clone, Debug)]
-struct NameMatch {
+struct NameOwner {
     service: Arc<Service>,
-    /// One pod behind it, where the name is the pod's.
+    /// One pod behind the service, if the name is the pod's.
     pod: Option<Arc<Workload>>,
-    wildcard: bool,
+    is_wildcard: bool,
 }
 
-/// Decides about the question for `name` (lower case, without the dot at its end).
+/// The result of looking up a name.
+struct NameMatch {
+    owner: NameOwner,
+    /// The name that was meant, if a resolver has appended a search domain to it.
+    alias: Option<String>,
+    /// Whether the name cannot exist outside the mesh.
+    is_sure: bool,
+}
+
+/// Decides about a question for `name` (in lower case, without the final dot).
 pub fn decide(context: &LookupContext<'_>, name: &str, kind: QueryKind) -> Plan {
     if kind == QueryKind::Srv && name.starts_with('_') {
         return ports(context, name).map_or(Plan::Forward, Plan::Answer);
     }
-    let Some((found, alias, sure)) = find(context, name) else { return Plan::Forward };
-    let kubernetes = is_kubernetes(context, &found.service);
+    let Some(NameMatch { owner, alias, is_sure }) = find(context, name) else { return Plan::Forward };
+    let is_kubernetes = is_kubernetes(context, &owner.service);
     let records = match kind {
         QueryKind::A | QueryKind::Aaaa | QueryKind::Any => {
-            addresses(context, &found, kind).into_iter().map(MeshRecord::Address).collect()
+            addresses(context, &owner, kind).into_iter().map(MeshRecord::Address).collect()
         }
         _ => Vec::new(),
     };
-    let zone = zone(&found.service, kubernetes, alias.as_deref().unwrap_or(name));
-    let answer = MeshAnswer { alias: alias.filter(|_| !found.wildcard), records, zone };
+    let zone = zone(&owner.service, is_kubernetes, alias.as_deref().unwrap_or(name));
+    let answer = MeshAnswer { alias: alias.filter(|_| !owner.is_wildcard), records, zone };
     match kind {
-        // Of new endpoints nobody tells who tells only when asked.
-        _ if found.service.vips.is_empty() && !context.snapshot.is_told_all() => Plan::ForwardOr(answer),
-        QueryKind::A | QueryKind::Aaaa | QueryKind::Any if sure => Plan::Answer(answer),
-        // These carry addresses too, which would lead around the ones of the mesh.
-        QueryKind::Https if sure => Plan::Answer(answer),
-        // A cluster's services have no other records than addresses and ports, and the names of ports are known there.
-        QueryKind::Other if sure && kubernetes => Plan::Answer(answer),
-        // Mail exchangers and the like of a host that somebody else serves.
+        // On-demand control planes do not announce new endpoints: ask the resolver first.
+        _ if owner.service.vips.is_empty() && !context.snapshot.is_told_all() => Plan::ForwardOr(answer),
+        QueryKind::A | QueryKind::Aaaa | QueryKind::Any if is_sure => Plan::Answer(answer),
+        // These records contain addresses too, which would bypass those of the mesh.
+        QueryKind::Https if is_sure => Plan::Answer(answer),
+        // Services of a cluster have only address and port records, and the cluster's DNS knows the port names.
+        QueryKind::Other if is_sure && is_kubernetes => Plan::Answer(answer),
+        // For example the mail exchangers of an external host.
         _ => Plan::ForwardOr(answer),
     }
 }
 
-/// What has to be asked of a control plane that tells only when asked before [`decide`] can be relied upon; there may be
-/// more when that has been answered, up to [`WANTED_MAX`] in all.
+/// What must be requested from an on-demand control plane before [`decide`] can be relied upon. When that has been answered
+/// there may be more, up to [`WANTED_MAX`] in all.
 pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
     if context.snapshot.is_told_all() {
         return None;
@@ -119,7 +130,8 @@ pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
         let hostname = labels.get(at - 2..)?.join(".");
         Some(ServiceKey { namespace: (*labels.get(at - 1)?).into(), hostname: hostname.into() })
     });
-    // A host of a ServiceEntry, perhaps completed by the pod's resolver: those of the pod's own namespace can be asked for.
+    // The host of a ServiceEntry, perhaps with a search domain appended by the pod's resolver. Only those of the pod's own
+    // namespace can be requested.
     let bare = context.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
     let of_host = is_host.then(|| ServiceKey { namespace: context.workload.namespace.clone(), hostname: bare.into() });
@@ -127,63 +139,63 @@ pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
     of_cluster.into_iter().chain(of_host).find_map(unasked)
 }
 
-/// The service or pod behind a name, with the name that was meant where it is not the one asked for, and whether that is
-/// sure.
-fn find(context: &LookupContext<'_>, name: &str) -> Option<(NameMatch, Option<String>, bool)> {
-    if let Some(found) = exact(context, name).or_else(|| wildcard(context, name)) {
-        return Some((found, None, true));
+/// Finds the service or pod that a name stands for.
+fn find(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
+    if let Some(owner) = exact(context, name).or_else(|| wildcard(context, name)) {
+        return Some(NameMatch { owner, alias: None, is_sure: true });
     }
-    if let Some(found) = completed(context, name) {
-        // Neither a name without dots nor one below `svc` is anybody else's.
-        let sure = !name.contains('.') || name.ends_with(".svc");
-        return Some((found, None, sure));
+    if let Some(owner) = completed(context, name) {
+        // Names without dots and names below `svc` do not exist outside the cluster.
+        let is_sure = !name.contains('.') || name.ends_with(".svc");
+        return Some(NameMatch { owner, alias: None, is_sure });
     }
     for SearchDomain { domain, of_cluster } in context.search {
         let (Some(bare), of_cluster) = (strip(name, domain), *of_cluster) else { continue };
-        let found = exact(context, bare).or_else(|| wildcard(context, bare));
-        match found {
-            // What is in the cluster's own domain and no service or pod of it was completed by the pod's resolver.
-            Some(found) if of_cluster => return Some((found, Some(bare.to_owned()), true)),
-            Some(found) if bare.contains('.') => return Some((found, Some(bare.to_owned()), false)),
+        let matching = |owner, is_sure| Some(NameMatch { owner, alias: Some(bare.to_owned()), is_sure });
+        match exact(context, bare).or_else(|| wildcard(context, bare)) {
+            // A name in the cluster's domain that is not a service or pod there was completed by the pod's resolver.
+            Some(owner) if of_cluster => return matching(owner, true),
+            Some(owner) if bare.contains('.') => return matching(owner, false),
             _ => {}
         }
-        if of_cluster && let Some(found) = completed(context, bare) {
-            return Some((found, Some(bare.to_owned()), false));
+        if of_cluster && let Some(owner) = completed(context, bare) {
+            return matching(owner, false);
         }
     }
     None
 }
 
+/// The name without this domain at its end; `None` if it does not end so, or nothing is left.
 fn strip<'a>(name: &'a str, domain: &str) -> Option<&'a str> {
     name.strip_suffix(domain)?.strip_suffix('.').filter(|bare| !bare.is_empty())
 }
 
-/// A service by its host name, or a pod behind a headless service by its own.
-fn exact(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
+/// The service with this host name, or the pod behind a headless service with this name.
+fn exact(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
     if let Some(service) = service(context, name) {
-        return Some(NameMatch { service, pod: None, wildcard: false });
+        return Some(NameOwner { service, pod: None, is_wildcard: false });
     }
     let (pod, rest) = name.split_once('.')?;
     let service = service(context, rest).filter(|service| service.vips.is_empty())?;
     let pod = endpoints(context, &service).into_iter().find(|workload| &*workload.name == pod)?;
-    Some(NameMatch { service: service.clone(), pod: Some(pod), wildcard: false })
+    Some(NameOwner { service: service.clone(), pod: Some(pod), is_wildcard: false })
 }
 
-/// The service with the longest wildcard around a name.
-fn wildcard(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
+/// The service with the longest wildcard that matches a name.
+fn wildcard(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
     let mut rest = name;
     for _ in 0..WILDCARDS_MAX {
         let (_, parent) = rest.split_once('.')?;
         if let Some(service) = service(context, &format!("*.{parent}")) {
-            return Some(NameMatch { service, pod: None, wildcard: true });
+            return Some(NameOwner { service, pod: None, is_wildcard: true });
         }
         rest = parent;
     }
     None
 }
 
-/// A service of the cluster whose name becomes whole by one of the pod's search domains.
-fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
+/// The service or pod of the cluster that a short name becomes with one of the pod's search domains.
+fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
     if name.split('.').count() > SHORT_LABELS {
         return None;
     }
@@ -191,8 +203,9 @@ fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameMatch> {
     domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(context, &whole))
 }
 
-/// The service with this host name that the pod sees: of its own namespace, else a canonical one, else of the preferred
-/// namespace, else the first. One without address is not ours unless it is Kubernetes': others tell its endpoints.
+/// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then the preferred
+/// namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of other ones are
+/// announced by somebody else's DNS.
 fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> {
     let namespace = &*context.workload.namespace;
     let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(context, service);
@@ -204,7 +217,7 @@ fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> 
     of(namespace).or_else(canonical).or_else(preferred).or_else(|| visible.clone().next()).cloned()
 }
 
-/// Whether a service is one of Kubernetes, by its host name, whatever the domain of its cluster.
+/// Whether a service is a Kubernetes service, by its host name, whatever the domain of its cluster.
 fn is_kubernetes(context: &LookupContext<'_>, service: &Service) -> bool {
     let host = &*service.key.hostname;
     let below = |zone: &str| strip(host, zone).is_some_and(|rest| rest.ends_with(".svc"));
@@ -213,63 +226,64 @@ fn is_kubernetes(context: &LookupContext<'_>, service: &Service) -> bool {
     rest.is_some_and(|rest| rest.starts_with(".svc.")) || below(context.cluster_domain)
 }
 
-/// The zone in whose name it is said that there is no record; always around the name.
-fn zone(service: &Service, kubernetes: bool, name: &str) -> String {
+/// The zone of a negative answer. It always contains the name.
+fn zone(service: &Service, is_kubernetes: bool, name: &str) -> String {
     let host = &*service.key.hostname;
     let zone = match host.split_once(".svc.") {
-        Some((_, domain)) if kubernetes => domain,
+        Some((_, domain)) if is_kubernetes => domain,
         _ => host.strip_prefix("*.").unwrap_or(host),
     };
     if name == zone || strip(name, zone).is_some() { zone.to_owned() } else { name.to_owned() }
 }
 
-/// Endpoints of a headless service that its clients may be told: in their network, healthy unless that does not count.
+/// The endpoints of a headless service that its clients may see: in their network, and healthy unless the service includes
+/// unhealthy ones.
 fn endpoints(context: &LookupContext<'_>, service: &Service) -> Vec<Arc<Workload>> {
-    let told = |workload: &Workload| workload.network == context.workload.network && service.may_use(workload);
+    let is_offered = |workload: &Workload| workload.network == context.workload.network && service.may_use(workload);
     let all = context.snapshot.endpoints(&service.key).map(|endpoint| endpoint.workload);
-    all.filter(|workload| told(workload)).cloned().collect()
+    all.filter(|workload| is_offered(workload)).cloned().collect()
 }
 
-fn addresses(context: &LookupContext<'_>, found: &NameMatch, kind: QueryKind) -> Vec<IpAddr> {
-    let wanted = |ip: &IpAddr| {
+/// The addresses in the answer to an address question.
+fn addresses(context: &LookupContext<'_>, owner: &NameOwner, kind: QueryKind) -> Vec<IpAddr> {
+    let is_wanted = |ip: &IpAddr| {
         let asked = if ip.is_ipv4() { kind != QueryKind::Aaaa } else { kind != QueryKind::A && context.ipv6 };
-        asked && found.service.is_offered_in(*ip) && !ip.is_unspecified()
+        asked && owner.service.is_offered_in(*ip) && !ip.is_unspecified()
     };
-    // The first address of each family of a workload, as clients of a headless service would otherwise see one endpoint
-    // several times.
+    // Only the first address of each family, or clients of a headless service would see one endpoint several times.
     let of_workload = |workload: &Workload| {
-        let first = |v4: bool| workload.ips.iter().copied().filter(&wanted).find(|ip| ip.is_ipv4() == v4);
+        let first = |v4: bool| workload.ips.iter().copied().filter(&is_wanted).find(|ip| ip.is_ipv4() == v4);
         [first(true), first(false)].into_iter().flatten().collect::<Vec<_>>()
     };
-    match &found.pod {
+    match &owner.pod {
         Some(pod) => of_workload(pod),
-        None if found.service.vips.is_empty() => {
-            let all = endpoints(context, &found.service);
+        None if owner.service.vips.is_empty() => {
+            let all = endpoints(context, &owner.service);
             all.iter().flat_map(|workload| of_workload(workload)).take(ADDRESSES_MAX).collect()
         }
         None => {
-            let own = found.service.vips.iter().filter(|vip| vip.network == context.workload.network);
-            own.map(|vip| vip.ip).filter(wanted).collect()
+            let own = owner.service.vips.iter().filter(|vip| vip.network == context.workload.network);
+            own.map(|vip| vip.ip).filter(is_wanted).collect()
         }
     }
 }
 
-/// `_port._tcp.service`: the port of each endpoint of a headless service, or that of the service itself. Names of ports
-/// are not in what a control plane tells; those that are not known are for the pod's resolvers.
+/// The answer for `_port._tcp.service`: the port of each endpoint of a headless service, or the port of the service itself.
+/// Control planes do not announce the names of ports; questions for unknown names are forwarded.
 fn ports(context: &LookupContext<'_>, name: &str) -> Option<MeshAnswer> {
     let (port, rest) = name.strip_prefix('_')?.split_once("._tcp.")?;
     let service = service(context, rest)?;
     let number = *service.port_names.get(port)?;
-    let found = |pod: Option<Arc<Workload>>| NameMatch { service: service.clone(), pod, wildcard: false };
+    let owner = |pod: Option<Arc<Workload>>| NameOwner { service: service.clone(), pod, is_wildcard: false };
     let records = if service.vips.is_empty() {
         let record = |workload: Arc<Workload>| MeshRecord::Service {
             port: service.target_port(workload.services.get(&service.key), number).unwrap_or(number),
             target: format!("{}.{rest}", workload.name),
-            addresses: addresses(context, &found(Some(workload)), QueryKind::Any),
+            addresses: addresses(context, &owner(Some(workload)), QueryKind::Any),
         };
         endpoints(context, &service).into_iter().take(ADDRESSES_MAX).map(record).collect()
     } else {
-        let addresses = addresses(context, &found(None), QueryKind::Any);
+        let addresses = addresses(context, &owner(None), QueryKind::Any);
         vec![MeshRecord::Service { port: number, target: rest.to_owned(), addresses }]
     };
     let zone = zone(&service, is_kubernetes(context, &service), rest);
@@ -303,7 +317,7 @@ mod tests {
         made
     }
 
-    /// A mesh with one of everything, asked by a pod of `ns1`.
+    /// A mesh with one service of each kind, used by a pod of `ns1`.
     fn mesh() -> Store {
         let mut visible_in_ns2 = entry("ns2", "secret.com", &["/240.0.0.7"]);
         visible_in_ns2.visibility = Visibility::Namespace;
@@ -371,8 +385,8 @@ mod tests {
         store
     }
 
-    /// What is planned, in short: `a | b` for addresses, `none` for a denial of records, in brackets where the resolver is
-    /// asked first; `alias > …` where there is one.
+    /// The plan in short: `a | b` for addresses, `none` for a negative answer, brackets if the resolver is asked first,
+    /// `alias > …` if there is an alias.
     fn plan(search: &[&str], name: &str, kind: QueryKind) -> String {
         let store = mesh();
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
@@ -408,7 +422,7 @@ mod tests {
     #[test]
     fn names_mean_what_they_mean_to_the_pod() {
         let table = [
-            // Services, whole and short.
+            // Services by full and short names.
             ("web.ns1.svc.cluster.local", "10.0.0.1"),
             ("web.ns2.svc.cluster.local", "10.0.0.2"),
             ("web", "10.0.0.1"),
@@ -418,10 +432,10 @@ mod tests {
             ("web.ns2", "[10.0.0.2]"),
             ("nothing", "forward"),
             ("nothing.ns1.svc.cluster.local", "forward"),
-            // What exists elsewhere is not taken for a short name; a completed one is asked for as such.
+            // A name that may exist elsewhere is not taken for a short name, but its completed form is ours.
             ("google.com", "[10.0.0.66]"),
             ("google.com.svc.cluster.local", "10.0.0.66"),
-            // Hosts of service entries, also completed by the pod's resolver.
+            // Hosts of ServiceEntries, also with a search domain appended.
             ("www.google.com", "240.0.0.4"),
             ("www.google.com.ns1.svc.cluster.local", "www.google.com > 240.0.0.4"),
             ("www.google.com.svc.cluster.local", "www.google.com > 240.0.0.4"),
@@ -430,22 +444,22 @@ mod tests {
             ("www.google.com.ns2.svc.cluster.local", "forward"),
             ("web.corp.example", "forward"),
             ("web.ns2.ns1.svc.cluster.local", "[web.ns2 > 10.0.0.2]"),
-            // Wildcards: the longest, at any depth, without alias, and not the name below which they are.
+            // Wildcards: the longest one, at any depth, without an alias. The parent itself does not match.
             ("a.wild.com", "240.0.0.5"),
             ("a.b.wild.com", "240.0.0.5"),
             ("a.deep.wild.com", "240.0.0.6"),
             ("wild.com", "forward"),
             ("a.wild.com.ns1.svc.cluster.local", "240.0.0.5"),
-            // Who has a name: the own namespace, a canonical one, the preferred one; never one that is not visible.
+            // Several services of one name: own namespace, canonical, preferred namespace; never one that is not visible.
             ("own.com", "240.0.0.11"),
             ("both.com", "240.0.0.9"),
             ("tied.com", "240.0.0.15"),
             ("secret.com", "forward"),
-            // Addresses of other networks are none; ranges and endpoints of what is external are not told.
+            // Addresses of other networks are left out, and so are ranges and endpoints of external services.
             ("abroad.com", "none of abroad.com"),
             ("ranges.com", "forward"),
             ("nowhere.com", "forward"),
-            // Headless services and their pods: in the network, healthy, the first address of each.
+            // Headless services and their pods: in the same network, healthy, the first address of each.
             ("db.ns1.svc.cluster.local", "10.1.0.1 | 10.1.0.2"),
             ("db", "10.1.0.1 | 10.1.0.2"),
             ("any.ns1.svc.cluster.local", "10.1.0.4"),
@@ -466,7 +480,7 @@ mod tests {
     }
 
     #[test]
-    fn types_that_there_are_no_records_of() {
+    fn record_types_without_records_get_negative_answers() {
         let web = "web.ns1.svc.cluster.local";
         let table = [
             (web, QueryKind::Aaaa, "fd00::1"),
@@ -502,13 +516,13 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_with_its_own_search_domains_is_asked_for_nothing_else() {
-        // `dnsPolicy: Default` or `None`: no domain of the cluster, so nothing is completed by one.
+    fn only_the_pods_own_search_domains_complete_names() {
+        // `dnsPolicy: Default` or `None`: no search domain of the cluster, so no name is completed with one.
         for name in ["web", "web.ns1", "web.ns1.svc", "google.com"] {
             assert_eq!(plan(&["corp.example"], name, QueryKind::A), "forward", "{name}");
         }
         assert_eq!(plan(&[], "web.ns1.svc.cluster.local", QueryKind::A), "10.0.0.1");
-        // A cluster whose domain nobody has set is known by the pod's own search domains.
+        // The domain of a cluster that is not configured is inferred from the pod's search domains.
         let other = ["ns1.svc.other.domain", "svc.other.domain", "other.domain"];
         assert_eq!(plan(&other, "remote", QueryKind::A), "10.0.0.30");
         assert_eq!(plan(&other, "www.google.com.other.domain", QueryKind::A), "www.google.com > 240.0.0.4");
@@ -516,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_of_a_control_plane_that_tells_only_when_asked() {
+    fn what_is_requested_from_an_on_demand_control_plane() {
         let store = Store::new("".into(), "".into(), true);
         store.replace(Facts { services: vec![service("ns1", "web", "10.0.0.1", &[])], ..Facts::default() });
         let (snapshot, asks) = (store.load(), workload("ns1", "client", "10.9.9.9"));
@@ -534,7 +548,7 @@ mod tests {
         assert!(asked("api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));
         assert!(asked("pod-0.api.ns2.svc.cluster.local").contains("ns2/api.ns2.svc.cluster.local"));
         assert!(asked("host.example").contains("ns1/host.example"));
-        // It may be a pod of a service, or a host that the pod's resolver has completed.
+        // This may be a pod of a service, or a host with a search domain appended.
         assert!(asked("host.example.ns1.svc.cluster.local").contains("ns1/example.ns1.svc.cluster.local"));
         assert!(asked("www.host.example.ns1.svc.cluster.local").contains("ns1/www.host.example"));
         assert_eq!(asked("localhost"), "");

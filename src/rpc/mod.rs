@@ -303,6 +303,9 @@ mod tests {
     fn a_certificate_that_is_not_valid_now_is_explained() {
         let source = io::Error::other(Error::InvalidCertificate(CertificateError::Expired));
         let said = ConnectError::Tls { host: "istiod".into(), source }.to_string();
-        assert!(said.starts_with("TLS handshake with istiod failed: ") && said.contains("one of the two clocks"), "{said}");
+        assert!(
+            said.starts_with("TLS handshake with istiod failed: ") && said.contains("one of the two clocks"),
+            "{said}"
+        );
     }
 }
