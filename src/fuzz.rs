@@ -111,10 +111,11 @@ pub fn dns_answer(data: &[u8]) {
         dns::addresses(data),
         dns::is_truncated(data),
     );
-    if let Some((life, places)) = dns::lifetime(data) {
-        assert_eq!(dns::aged(data.to_vec(), &places, life / 2).len(), data.len());
+    if let Some(lifetime) = dns::lifetime(data) {
+        let aged = dns::aged(data.to_vec(), &lifetime.ttl_offsets, lifetime.seconds / 2);
+        assert_eq!(aged.len(), data.len());
     }
-    if let Some((end, _)) = dns::dangling_alias(data) {
+    if let Some(dns::DanglingAlias { end, .. }) = dns::dangling_alias(data) {
         let answer = MeshAnswer { alias: None, records: Vec::new(), zone: end.clone() };
         let _ = dns::with_alias_target(data, &end, &answer, 30, 512);
     }

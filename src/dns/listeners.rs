@@ -1,4 +1,4 @@
-//! The sockets of a pod's DNS, in its namespace.
+//! The sockets of a pod's DNS server, in the pod's namespace, and the check that a request comes from that pod.
 
 use super::config::PORT;
 use crate::sys::conntrack::Conntrack;
@@ -8,22 +8,23 @@ use crate::sys::socket::bind_stream;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
-/// Sockets of a pod's server, bound and not yet served.
+/// Bound sockets of a pod's server that nobody serves yet.
 #[derive(Debug, Default)]
 pub struct Listeners {
     pub(super) datagrams: Vec<std::net::UdpSocket>,
     pub(super) streams: Vec<std::net::TcpListener>,
-    /// Says which resolver a pod has asked, where the kernel tells.
+    /// Finds out which resolver the pod asked; `None` if the kernel does not support it.
     pub(super) conntrack: Option<Conntrack>,
 }
 
 impl Listeners {
-    /// Binds in a pod's namespace.
+    /// Binds the sockets in a pod's namespace.
     pub fn bind(netns: &Netns, ipv6: bool, mark: u32, reuse_port: bool) -> Result<io::Result<Self>, NetnsError> {
         netns.enter(|| {
             let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
             for v4 in [true, false].into_iter().take(if ipv6 { 2 } else { 1 }) {
-                // Unmarked: what answers needs no exemption, and a mark would make the kernel route each answer twice.
+                // Without a mark: answers need no exemption from the redirection, and a mark would make the kernel route
+                // each of them twice.
                 all.datagrams.push(datagram::bind(PORT, v4, reuse_port)?);
                 all.streams.push(bind_stream(PORT, v4, mark, reuse_port)?);
             }
@@ -32,13 +33,14 @@ impl Listeners {
     }
 }
 
-/// Whether a request comes from the pod: to a loopback address, or, redirected, to the address that it came from. Nobody else
-/// is answered. That nobody outside takes the pod's address is for the kernel and the pod's rules (`node/legs.rs`) to see to.
+/// Whether a request comes from the pod itself: it was sent to a loopback address, or was redirected and so arrives on the
+/// address that it came from. Other requests are not answered. The kernel and the pod's rules (`node/legs.rs`) prevent that
+/// somebody outside uses the pod's address.
 pub(super) fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
     local.is_loopback() || client == local
 }
 
-/// A link-local resolver is on the link that the client asked by.
+/// The resolver's address with the client's interface, if the address is link-local.
 pub(super) fn on_the_link_of(client: SocketAddr, asked: SocketAddr) -> SocketAddr {
     match (client, asked) {
         (SocketAddr::V6(client), SocketAddr::V6(asked)) if asked.ip().is_unicast_link_local() => {

@@ -1,5 +1,7 @@
-//! DNS messages, by hickory's decoder and encoder: what is asked, our own answers, and what has to be known of the answers
-//! of others, which themselves are passed on as the bytes they came in. Pure; every function is total.
+//! Reads and writes DNS messages, with hickory's decoder and encoder. Pure; every function accepts any bytes.
+//!
+//! Answers of resolvers are not decoded and encoded again: they are passed on as the bytes that arrived, and this file only
+//! finds out what they say.
 
 use super::answer::{MeshAnswer, MeshRecord, QueryKind};
 use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode};
@@ -10,44 +12,46 @@ use std::net::IpAddr;
 
 /// Length of a message's header (RFC 1035, 4.1.1).
 const HEADER: usize = 12;
-/// The largest datagram that we say we take: what fits into every network's packets (DNS flag day 2020).
+/// The largest datagram that our answers offer to accept; it fits into the packets of every network (DNS flag day 2020).
 const PAYLOAD: u16 = 1232;
-/// Longest request that may be ours to answer.
+/// Longest request that is decoded, in bytes.
 const REQUEST_MAX: usize = 4096;
-/// Longest answer, and most records, that are looked into. A name costs up to half as many steps as there are bytes before it.
+/// Longest answer that is decoded, in bytes. Decoding a compressed name may take half as many steps as there are bytes before
+/// it, so long answers would be expensive.
 const ANSWER_MAX: usize = 4096;
+/// Most records in an answer that is decoded.
 const RECORDS_MAX: usize = 128;
-/// The word for a record type that has none, and for what is no question.
+/// The word for record types without a name, and for requests that are not a question.
 pub const UNKNOWN: &str = "unknown";
 /// Aliases that are followed in one answer.
 const ALIASES_MAX: usize = 16;
-/// Longest time that a record is kept (RFC 8767 recommends a cap of days; the pod's resolver need not be asked less).
+/// Longest time that a record is cached, in seconds. RFC 8767 recommends a limit of days.
 const TTL_MAX: u32 = 86_400;
 
-/// A question that the mesh may know the answer of.
+/// A question that the mesh may be able to answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// The name, lower case, without the dot at its end.
+    /// The name, in lower case, without the final dot.
     pub name: String,
-    /// What is asked for.
+    /// The record type, as far as it makes a difference.
     pub kind: QueryKind,
-    /// The record type asked for, as a word.
+    /// The record type, as a word.
     pub type_word: &'static str,
     message: Message,
 }
 
-/// What a pod sends.
+/// What a pod has sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Not a request: an answer, or too short for anything. Not to be replied to.
+    /// An answer, or too short for a header. It gets no reply.
     Invalid,
-    /// Something that only the pod's resolvers can know about.
+    /// A request that only the pod's resolvers can answer.
     NotForMesh,
     /// A question.
     Question(Question),
 }
 
-/// Reads what a pod sends. A request that cannot be read is for the pod's resolvers to refuse.
+/// Reads what a pod has sent. Malformed requests are left to the pod's resolvers, which refuse them.
 pub fn read(bytes: &[u8]) -> Request {
     let mut decoder = BinDecoder::new(bytes);
     let Ok(header) = Header::read(&mut decoder) else { return Request::Invalid };
@@ -57,8 +61,8 @@ pub fn read(bytes: &[u8]) -> Request {
     if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
         return Request::NotForMesh;
     }
-    // One that is not whole, or of another version of EDNS, is not for us to answer; nor is one that no client sends, whose
-    // reading may take long: names can lead through thousands of others.
+    // Truncated requests and other versions of EDNS are forwarded. So are requests with more records than any client sends,
+    // because decoding them may take long: one name may lead through thousands of others.
     let counts = header.counts;
     let plain = bytes.len() <= REQUEST_MAX && counts.answers == 0 && counts.authorities <= 1 && counts.additionals <= 2;
     let message = plain.then(|| Message::from_vec(bytes).ok()).flatten();
@@ -71,18 +75,18 @@ pub fn read(bytes: &[u8]) -> Request {
 }
 
 impl Question {
-    /// The largest datagram that who asks can take.
+    /// The largest datagram that the client accepts.
     pub fn datagram_limit(&self) -> u16 {
         self.message.max_payload()
     }
 
-    /// Whether the answer comes in several messages, as a transfer of a zone does.
+    /// Whether the answer may come in several messages, as in a zone transfer.
     pub fn is_transfer(&self) -> bool {
         matches!(self.type_word, "AXFR" | "IXFR")
     }
 }
 
-/// A word for metrics; the many types that nobody has given a name are one.
+/// The word for a record type in metrics. All types without a name share one word.
 fn type_word(of: RecordType) -> &'static str {
     match of {
         RecordType::Unknown(_) => UNKNOWN,
@@ -110,13 +114,13 @@ fn text(name: &Name) -> String {
     text
 }
 
-/// Our answer to a question; `None` if it cannot be put into a message.
+/// Encodes our answer to a question; `None` if that is not possible.
 ///
-/// `datagram`: the answer must fit into what the client can take; else it is cut, and says so.
+/// With `datagram` set, an answer that is larger than the client accepts is truncated and marked so.
 pub fn reply(question: &Question, answer: &MeshAnswer, ttl: u32, datagram: bool) -> Option<Vec<u8>> {
     let request = &question.message;
     let query = request.queries.first()?;
-    let mut reply = answer_to(request);
+    let mut reply = empty_reply(request);
     reply.metadata.authoritative = true;
     let owner = match &answer.alias {
         Some(alias) => {
@@ -130,8 +134,8 @@ pub fn reply(question: &Question, answer: &MeshAnswer, ttl: u32, datagram: bool)
     encode(reply, usize::from(if datagram { question.datagram_limit() } else { u16::MAX }))
 }
 
-/// A reply with nothing in it yet.
-fn answer_to(request: &Message) -> Message {
+/// A reply without records.
+fn empty_reply(request: &Message) -> Message {
     let mut reply = Message::response(request.metadata.id, request.metadata.op_code);
     reply.metadata = Metadata::response_from_request(&request.metadata);
     reply.metadata.recursion_available = true;
@@ -170,14 +174,14 @@ fn address(owner: &Name, ttl: u32, ip: IpAddr) -> Record {
     Record::from_rdata(owner.clone(), ttl, data)
 }
 
-/// Says who vouches for that there is nothing, and for how long (RFC 2308).
+/// The SOA record of a negative answer, which says how long it may be cached (RFC 2308).
 fn authority(zone: &str, ttl: u32) -> Option<Record> {
     let name = |prefix: &str| Name::from_ascii(format!("{prefix}{zone}.")).ok();
     let data = SOA::new(name("ns.dns.")?, name("hostmaster.")?, 1, 7200, 1800, 86400, ttl);
     Some(Record::from_rdata(name("")?, ttl, RData::SOA(data)))
 }
 
-/// Encodes a message; what does not fit is left out from the end, and the message says that it is cut.
+/// Encodes a message. If it is too long, records are removed from its end and it is marked as truncated.
 fn encode(mut message: Message, limit: usize) -> Option<Vec<u8>> {
     loop {
         let mut bytes = Vec::with_capacity(512);
@@ -187,20 +191,20 @@ fn encode(mut message: Message, limit: usize) -> Option<Vec<u8>> {
         if message.additionals.is_empty() {
             message.metadata.truncation = true;
             let count = message.answers.len();
-            // As many as fit if all are of the same size, and one less each time that this was too many.
+            // An estimate that assumes records of equal size, and at least one record less each time.
             let fitting = count * limit / bytes.len().max(1);
             message.answers.truncate(fitting.min(count.checked_sub(1)?));
         } else {
-            // These can be asked for; that they are missing is no loss.
+            // Clients can ask for additional records, so their absence needs no mark.
             message.additionals.clear();
         }
     }
 }
 
-/// A reply that only says what went wrong.
+/// A reply with an error code and no records.
 fn failure(request: &[u8], question: Option<&Question>, code: ResponseCode) -> Option<Vec<u8>> {
     let mut reply = match question {
-        Some(question) => answer_to(&question.message),
+        Some(question) => empty_reply(&question.message),
         None => {
             let header = Header::read(&mut BinDecoder::new(request)).ok()?;
             let mut reply = Message::response(header.metadata.id, header.metadata.op_code);
@@ -213,15 +217,15 @@ fn failure(request: &[u8], question: Option<&Question>, code: ResponseCode) -> O
     encode(reply, usize::from(u16::MAX))
 }
 
-/// That the request could not be served.
+/// A SERVFAIL reply.
 pub fn server_failure(request: &[u8], question: Option<&Question>) -> Option<Vec<u8>> {
     failure(request, question, ResponseCode::ServFail)
 }
 
-/// The message with another id: that of the client is its own affair, and easily guessed.
+/// The message with another id. Clients' ids are easy to guess, so they are not sent to resolvers.
 pub fn with_id(mut bytes: Vec<u8>, id: [u8; 2]) -> Vec<u8> {
-    if let Some(place) = bytes.get_mut(..2) {
-        place.copy_from_slice(&id);
+    if let Some(field) = bytes.get_mut(..2) {
+        field.copy_from_slice(&id);
     }
     bytes
 }
@@ -231,20 +235,21 @@ pub fn id(bytes: &[u8]) -> [u8; 2] {
     bytes.get(..2).and_then(|id| id.try_into().ok()).unwrap_or_default()
 }
 
-/// What an answer says, in short.
+/// What a response says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResponseKind {
-    /// There is such a name.
+    /// The name exists and has such a record.
     Exists,
-    /// There is, and it has no such record.
+    /// The name exists and has no such record (NODATA).
     NoData,
-    /// There is none.
+    /// The name does not exist (NXDOMAIN).
     NoSuchName,
-    /// The server cannot or will not say.
+    /// The server cannot or will not answer.
     Failure,
 }
 
-/// What `answer` says in reply to `query`; `None` if it is none: another id, another question, or no answer at all.
+/// What `answer` says in reply to `query`; `None` if it does not answer it: its id or its question differs, or it is not a
+/// response.
 pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
     let mut decoder = BinDecoder::new(answer);
     let header = Header::read(&mut decoder).ok()?;
@@ -252,7 +257,7 @@ pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
         return None;
     }
     let code = header.metadata.response_code;
-    // A server that could not read the question may leave it out, and so may one that answers another operation.
+    // A server may leave out a question that it could not read, and the question of another operation.
     let may_lack = code != ResponseCode::NoError || header.metadata.op_code != OpCode::Query;
     let lacks = may_lack && header.counts.queries == 0;
     if !lacks && !same_question(query, answer) {
@@ -266,8 +271,8 @@ pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
     })
 }
 
-/// Whether both have the same question, letter case aside; where the query has not exactly one that can be read, any will
-/// do.
+/// Whether both have the same question, ignoring letter case. If the query does not have exactly one readable question, this
+/// is true for any answer.
 fn same_question(query: &[u8], answer: &[u8]) -> bool {
     let Some(asked) = question_bytes(query) else { return true };
     question_bytes(answer).is_some_and(|answered| asked.eq_ignore_ascii_case(answered))
@@ -280,7 +285,7 @@ fn question_bytes(message: &[u8]) -> Option<&[u8]> {
     message.get(HEADER..decoder.index())
 }
 
-/// The header of an answer that can be looked into at little cost.
+/// The header of an answer that can be decoded at little cost; `None` for longer ones.
 fn bounded(answer: &[u8]) -> Option<Header> {
     let header = Header::read(&mut BinDecoder::new(answer)).ok()?;
     let counts = header.counts;
@@ -288,8 +293,17 @@ fn bounded(answer: &[u8]) -> Option<Header> {
     (answer.len() <= ANSWER_MAX && all.iter().sum::<usize>() <= RECORDS_MAX).then_some(header)
 }
 
-/// The name at which a chain of aliases ends without an address of the family that was asked for, and that family.
-pub fn dangling_alias(answer: &[u8]) -> Option<(String, QueryKind)> {
+/// The end of a chain of aliases that leads to no address of the requested family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DanglingAlias {
+    /// The name at the end of the chain.
+    pub end: String,
+    /// The requested family.
+    pub kind: QueryKind,
+}
+
+/// Finds the end of the aliases in an answer; `None` if there are none, or they lead to an address.
+pub fn dangling_alias(answer: &[u8]) -> Option<DanglingAlias> {
     bounded(answer).filter(|header| header.counts.answers > 0)?;
     let answer = Message::from_vec(answer).ok()?;
     let query = answer.queries.first()?;
@@ -312,10 +326,10 @@ pub fn dangling_alias(answer: &[u8]) -> Option<(String, QueryKind)> {
             None => break,
         }
     }
-    (*end != query.name).then(|| (text(end), asked))
+    (*end != query.name).then(|| DanglingAlias { end: text(end), kind: asked })
 }
 
-/// The answer of others with what its chain of aliases leads to in the mesh: `end`, the name that [`dangling_alias`] found.
+/// A resolver's answer with the mesh's records for `end` added, the name that [`dangling_alias`] found.
 pub fn with_alias_target(answer: &[u8], end: &str, ours: &MeshAnswer, ttl: u32, limit: u16) -> Option<Vec<u8>> {
     let mut message = Message::from_vec(answer).ok()?;
     message.metadata.response_code = ResponseCode::NoError;
@@ -326,48 +340,58 @@ pub fn with_alias_target(answer: &[u8], end: &str, ours: &MeshAnswer, ttl: u32, 
     encode(message, usize::from(limit))
 }
 
-/// For how long an answer may be kept, in seconds, and where in it the times to live of its records are; `None` if it is not
-/// to be kept at all: cut, a failure, or a denial that nobody vouches for.
-pub fn lifetime(answer: &[u8]) -> Option<(u32, Vec<usize>)> {
+/// How long an answer may be cached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lifetime {
+    /// The time in seconds.
+    pub seconds: u32,
+    /// Where in the message the times to live of its records are.
+    pub ttl_offsets: Vec<usize>,
+}
+
+/// How long an answer may be cached; `None` if it must not be cached: a truncated one, a failure, or a negative answer
+/// without an SOA record.
+pub fn lifetime(answer: &[u8]) -> Option<Lifetime> {
     bounded(answer)?;
     let mut decoder = BinDecoder::new(answer);
     let header = Header::read(&mut decoder).ok()?;
     let (metadata, counts) = (header.metadata, header.counts);
-    let keepable = matches!(metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
-    if !keepable || metadata.truncation || metadata.op_code != OpCode::Query || counts.queries != 1 {
+    let is_cacheable = matches!(metadata.response_code, ResponseCode::NoError | ResponseCode::NXDomain);
+    if !is_cacheable || metadata.truncation || metadata.op_code != OpCode::Query || counts.queries != 1 {
         return None;
     }
     Message::read_queries(&mut decoder, 1).ok()?;
-    let (mut life, mut ttl_offsets) = (TTL_MAX, Vec::new());
-    let (mut told, mut vouched) = (false, false);
+    let (mut seconds, mut ttl_offsets) = (TTL_MAX, Vec::new());
+    let (mut has_answer, mut has_soa) = (false, false);
     for at in 0..usize::from(counts.answers) + usize::from(counts.authorities) + usize::from(counts.additionals) {
         Name::read(&mut decoder).ok()?;
         let of = RecordType::read(&mut decoder).ok()?;
         decoder.read_u16().ok()?;
-        let place = decoder.index();
+        let offset = decoder.index();
         let ttl = decoder.read_u32().ok()?.unverified();
         let length = decoder.read_u16().ok()?.unverified();
         let data = decoder.read_slice(usize::from(length)).ok()?.unverified();
         if of == RecordType::OPT {
             continue;
         }
-        ttl_offsets.push(place);
-        life = life.min(ttl);
-        told |= at < usize::from(counts.answers);
+        ttl_offsets.push(offset);
+        seconds = seconds.min(ttl);
+        has_answer |= at < usize::from(counts.answers);
         if of == RecordType::SOA {
-            vouched = true;
-            // Its last field says how long a denial may be kept (RFC 2308, 5).
+            has_soa = true;
+            // Its last field limits how long a negative answer may be cached (RFC 2308, 5).
             let minimum = data.len().checked_sub(4).and_then(|start| data.get(start..)?.try_into().ok());
-            life = life.min(minimum.map_or(0, u32::from_be_bytes));
+            seconds = seconds.min(minimum.map_or(0, u32::from_be_bytes));
         }
     }
-    (life > 0 && ((told && metadata.response_code == ResponseCode::NoError) || vouched)).then_some((life, ttl_offsets))
+    let is_positive = has_answer && metadata.response_code == ResponseCode::NoError;
+    (seconds > 0 && (is_positive || has_soa)).then_some(Lifetime { seconds, ttl_offsets })
 }
 
-/// The answer as it is `seconds` later: that much less time to live.
+/// The answer with its times to live reduced by `seconds`.
 pub fn aged(mut answer: Vec<u8>, ttl_offsets: &[usize], seconds: u32) -> Vec<u8> {
-    for place in ttl_offsets {
-        let Some(bytes) = answer.get_mut(*place..place.saturating_add(4)) else { continue };
+    for offset in ttl_offsets {
+        let Some(bytes) = answer.get_mut(*offset..offset.saturating_add(4)) else { continue };
         if let Ok(ttl) = <[u8; 4]>::try_from(&*bytes) {
             bytes.copy_from_slice(&u32::from_be_bytes(ttl).saturating_sub(seconds).to_be_bytes());
         }
@@ -375,7 +399,7 @@ pub fn aged(mut answer: Vec<u8>, ttl_offsets: &[usize], seconds: u32) -> Vec<u8>
     answer
 }
 
-/// A question of our own for the addresses of a host.
+/// Encodes a question for the addresses of a host.
 pub fn address_question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
     let name = Name::from_ascii(format!("{}.", host.trim_end_matches('.'))).ok()?;
     let mut message = Message::new(u16::from_be_bytes(id), MessageType::Query, OpCode::Query);
@@ -385,7 +409,7 @@ pub fn address_question(host: &str, v4: bool, id: [u8; 2]) -> Option<Vec<u8>> {
     message.to_vec().ok()
 }
 
-/// The addresses in an answer.
+/// All addresses in an answer.
 pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
     let answers = bounded(answer).and_then(|_| Message::from_vec(answer).ok()).map(|message| message.answers);
     let address = |record: Record| match record.data {
@@ -396,7 +420,7 @@ pub fn addresses(answer: &[u8]) -> Vec<IpAddr> {
     answers.into_iter().flatten().filter_map(address).collect()
 }
 
-/// Whether an answer is cut and must be asked for again over TCP.
+/// Whether an answer is truncated, so that the question must be repeated over TCP.
 pub fn is_truncated(answer: &[u8]) -> bool {
     Header::read(&mut BinDecoder::new(answer)).is_ok_and(|header| header.metadata.truncation)
 }
@@ -429,7 +453,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_keeps_letter_case_mirrors_edns_and_says_when_it_is_cut() {
+    fn a_reply_keeps_letter_case_mirrors_edns_and_marks_truncation() {
         let question = asked("ShOp.ns.SVC.cluster.local.", RecordType::A, Some(4096));
         let read_back = parsed(&question);
         assert_eq!((read_back.name.as_str(), read_back.kind), ("shop.ns.svc.cluster.local", QueryKind::A));
@@ -444,7 +468,7 @@ mod tests {
             let cut = reply(&question, &addresses_of(1500), 30, true).unwrap();
             let message = Message::from_vec(&cut).unwrap();
             assert!(cut.len() <= limit && message.metadata.truncation, "{} {payload:?}", cut.len());
-            assert!(cut.len() > limit / 2, "as many as fit, or nearly: {}", cut.len());
+            assert!(cut.len() > limit / 2, "nearly as many as fit: {}", cut.len());
             assert_eq!(message.edns.is_some(), payload.is_some());
             let whole = reply(&question, &addresses_of(1500), 30, false).unwrap();
             assert_eq!(Message::from_vec(&whole).unwrap().answers.len(), 1500);
@@ -453,33 +477,36 @@ mod tests {
         let message = Message::from_vec(&none).unwrap();
         assert_eq!(message.authorities[0].record_type(), RecordType::SOA);
         assert_eq!(message.authorities[0].name.to_ascii(), "cluster.local.");
-        assert_eq!(lifetime(&none).map(|(life, ttl_offsets)| (life, ttl_offsets.len())), Some((30, 1)));
+        assert_eq!(lifetime(&none).map(|lifetime| (lifetime.seconds, lifetime.ttl_offsets.len())), Some((30, 1)));
     }
 
     #[test]
-    fn an_answer_is_kept_as_long_as_its_shortest_record_and_ages() {
+    fn an_answer_is_cached_as_long_as_its_shortest_record_and_ages() {
         let question = asked("a.example.", RecordType::A, Some(1232));
         let whole = parsed(&question);
         let bytes = reply(&whole, &addresses_of(2), 300, true).unwrap();
-        let (life, ttl_offsets) = lifetime(&bytes).unwrap();
-        assert_eq!((life, ttl_offsets.len()), (300, 2));
+        let Lifetime { seconds, ttl_offsets } = lifetime(&bytes).unwrap();
+        assert_eq!((seconds, ttl_offsets.len()), (300, 2));
         let later = Message::from_vec(&aged(bytes.clone(), &ttl_offsets, 100)).unwrap();
         assert!(later.answers.iter().all(|record| record.ttl == 200));
-        assert!(later.edns.unwrap().flags().dnssec_ok, "what looks like the life of an OPT record is not touched");
+        assert!(
+            later.edns.unwrap().flags().dnssec_ok,
+            "the flags of an OPT record, which stand in place of a time to live, are not touched"
+        );
         assert_eq!(lifetime(&failure(&question, Some(&whole), ResponseCode::ServFail).unwrap()), None);
         assert_eq!(
             lifetime(&failure(&question, Some(&whole), ResponseCode::NXDomain).unwrap()),
             None,
-            "nobody vouches for it"
+            "it has no SOA record"
         );
         assert_eq!(lifetime(&reply(&whole, &addresses_of(2), 0, true).unwrap()), None);
-        assert_eq!(lifetime(&reply(&whole, &addresses_of(2000), 30, true).unwrap()), None, "cut");
+        assert_eq!(lifetime(&reply(&whole, &addresses_of(2000), 30, true).unwrap()), None, "truncated");
     }
 
     #[test]
     fn an_alias_is_followed_to_where_it_dangles() {
         let question = asked("external.ns.svc.cluster.local.", RecordType::A, None);
-        let mut message = answer_to(&Message::from_vec(&question).unwrap());
+        let mut message = empty_reply(&Message::from_vec(&question).unwrap());
         let alias = |from: &str, to: &str| {
             let name = |text: &str| Name::from_ascii(text).unwrap();
             Record::from_rdata(name(from), 30, RData::CNAME(CNAME(name(to))))
@@ -488,19 +515,19 @@ mod tests {
         message.answers.push(alias("External.ns.svc.cluster.local.", "two.example."));
         message.metadata.response_code = ResponseCode::NXDomain;
         let bytes = message.to_vec().unwrap();
-        let (end, kind) = dangling_alias(&bytes).unwrap();
+        let DanglingAlias { end, kind } = dangling_alias(&bytes).unwrap();
         assert_eq!((end.as_str(), kind), ("three.example", QueryKind::A));
         let whole = with_alias_target(&bytes, &end, &addresses_of(1), 30, 512).unwrap();
         let read_back = Message::from_vec(&whole).unwrap();
         assert_eq!((read_back.answers.len(), read_back.metadata.response_code), (3, ResponseCode::NoError));
         assert_eq!(dangling_alias(&whole), None);
-        // An alias of itself has no end, and costs no time.
+        // A loop of aliases does not end; following it stops after a few steps.
         message.answers.push(alias("three.example.", "external.ns.svc.cluster.local."));
         let _ = dangling_alias(&message.to_vec().unwrap());
     }
 
     #[test]
-    fn what_is_no_answer_to_the_question_is_none() {
+    fn messages_that_do_not_answer_the_question_are_rejected() {
         let question = asked("a.example.", RecordType::A, None);
         let right = reply(&parsed(&question), &addresses_of(1), 30, true).unwrap();
         let mut other_id = right.clone();
@@ -522,7 +549,7 @@ mod tests {
             Some(ResponseKind::NoSuchName)
         );
         let bare = [&question[..2], &[0x81, 0x81, 0, 0, 0, 0, 0, 0, 0, 0]].concat();
-        assert_eq!(response_kind(&question, &bare), Some(ResponseKind::Exists), "a format error without the question");
+        assert_eq!(response_kind(&question, &bare), Some(ResponseKind::Exists), "a format error may lack the question");
     }
 
     fn anything(bytes: &[u8]) {
@@ -530,11 +557,12 @@ mod tests {
         crate::fuzz::dns_answer(bytes);
     }
 
-    /// Names that lead through thousands of others are not followed, in requests or in answers.
+    /// Names that lead through thousands of others are not followed, neither in requests nor in answers.
     #[test]
-    fn a_bomb_of_compressed_names_is_left_alone() {
+    fn a_bomb_of_compressed_names_is_not_decoded() {
         let mut chain = asked("shop.ns.svc.cluster.local.", RecordType::A, None);
-        // One record of type NULL, full of pointers each to the one before it; then records whose names begin at its end.
+        // One record of type NULL that consists of pointers, each to the one before it; then records whose names start at
+        // its last pointer.
         chain.extend([0, 0, 10, 0, 1, 0, 0, 0, 0]);
         let first = u16::try_from(chain.len() + 2).unwrap();
         chain.extend(16_000u16.to_be_bytes());
@@ -552,7 +580,7 @@ mod tests {
         answer[2] |= 0x80;
         assert_eq!(read(&chain), Request::NotForMesh);
         assert_eq!((dangling_alias(&answer), lifetime(&answer), addresses(&answer).len()), (None, None, 0));
-        assert_eq!(response_kind(&chain, &answer), Some(ResponseKind::Exists), "its question alone is read");
+        assert_eq!(response_kind(&chain, &answer), Some(ResponseKind::Exists), "only its question is read");
         let mut questions = [0, 0, 0x81, 0x80, 0xff, 0xff, 0, 0, 0, 0, 0, 0].to_vec();
         questions.extend(chain);
         assert_eq!(response_kind(&asked("a.example.", RecordType::A, None), &questions), None);

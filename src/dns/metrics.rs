@@ -1,4 +1,4 @@
-//! What is counted: by the names and labels of the reference for all pods, and by outcome for each pod.
+//! Metrics of DNS: those of ztunnel, with its names and labels, for all pods; and requests by outcome, also for each pod.
 
 use crate::mesh::Workload;
 use crate::telemetry::limit::LogLimit;
@@ -14,24 +14,24 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Upper bounds of the histogram's buckets, in seconds (those of the reference).
+/// Upper bounds of the histogram's buckets, in seconds (the same as in ztunnel).
 const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
 
 /// Labels of a request.
-#[derive(Clone, Default, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
-    /// Record type asked for.
+    /// Record type of the question.
     pub request_query_type: &'static str,
     /// `udp` or `tcp`.
     pub request_protocol: &'static str,
-    /// Canonical name of the pod that asks.
+    /// Canonical name of the pod that sent the request.
     pub source_canonical_service: String,
     /// Its canonical revision.
     pub source_canonical_revision: String,
 }
 
 impl RequestLabels {
-    /// Of a request of this type by a pod, if it is known by now who it is.
+    /// Labels of a request by `source`, or by a pod whose workload is not known yet.
     pub fn new(query_type: &'static str, protocol: &'static str, source: Option<&Workload>) -> Self {
         Self {
             request_query_type: query_type,
@@ -48,16 +48,16 @@ impl Labels for RequestLabels {
     }
 }
 
-/// Value of all labels from outside, beyond the bound on label sets.
+/// Value of labels that come from outside once there are too many label sets.
 const OTHER: &str = "other";
 
-/// What is not known has a word for it.
+/// The text, or `unknown` if it is empty.
 fn known(text: &str) -> String {
     if text.is_empty() { "unknown".to_owned() } else { text.to_owned() }
 }
 
-/// Labels of a host name resolved for a connection.
-#[derive(Clone, Default, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+/// Labels of a host name that was resolved for a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[allow(missing_docs, reason = "each field is the label of the same name")]
 pub struct OnDemandLabels {
     pub source_workload: String,
@@ -88,10 +88,10 @@ impl Labels for OnDemandLabels {
     }
 }
 
-/// RequestMetrics of one label set.
+/// Metrics of the requests of one label set.
 #[derive(Debug)]
 pub struct RequestMetrics {
-    /// All.
+    /// All requests.
     pub all: Counter,
     upstream: Counter,
     upstream_failures: Counter,
@@ -106,7 +106,7 @@ impl Default for RequestMetrics {
 }
 
 impl RequestMetrics {
-    /// OutcomeCounts what was passed on, with how long the answer took; `None`: there was none.
+    /// Counts a forwarded request. `seconds` is the time until the answer, or `None` if there was none.
     pub fn upstream(&self, seconds: Option<f64>) {
         self.upstream.inc();
         match seconds {
@@ -123,31 +123,31 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
-/// How a request of a pod has ended.
+/// How a request of a pod ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestOutcome {
-    /// Answered from the facts of the mesh.
+    /// Answered with records from the mesh facts.
     Mesh,
-    /// Answered from the facts: the name is there, and has no such record.
+    /// Answered from the mesh facts: the name exists and has no such record.
     NoRecords,
-    /// The pod's resolvers denied the name or did not answer, and the mesh knew it.
+    /// Answered from the mesh facts after the pod's resolvers gave a negative answer or none.
     Completed,
     /// Answered by the pod's resolvers.
     Forwarded,
-    /// Answered by what they had answered before.
+    /// Answered from the cache of the resolvers' answers.
     Cached,
-    /// The mesh could not say whether the name is one of its own: the pod's resolvers were asked.
+    /// The mesh facts were not available, so the pod's resolvers were asked.
     FailedOpen,
     /// None of the pod's resolvers answered.
     Failed,
-    /// Refused: too many requests of the pod were open.
+    /// Refused, because too many requests of the pod were open.
     Limited,
-    /// No request at all.
+    /// Not answered: it is not a request, or does not come from the pod.
     Ignored,
 }
 
 impl RequestOutcome {
-    /// All of them.
+    /// All outcomes.
     pub const ALL: [Self; 9] = [
         Self::Mesh,
         Self::NoRecords,
@@ -179,38 +179,28 @@ impl RequestOutcome {
 /// Metrics of all pods together.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// RequestMetrics by type, and who asks.
+    /// Requests by type and source.
     pub requests: Series<RequestLabels, RequestMetrics>,
     on_demand: Series<OnDemandLabels, Counter>,
     outcomes: Family<OutcomeLabel, Counter>,
-    /// Bounds the log lines about requests that nobody answers, of all pods together.
+    /// Limits the log lines about requests that no resolver answers, for all pods together.
     pub complaints: LogLimit,
 }
 
 impl Metrics {
-    /// Adds one series to each family, so that the document of all metrics can show its labels.
-    pub fn fill_example(&self) {
-        let requests = self.requests.of(&RequestLabels::default());
-        requests.all.inc();
-        requests.upstream.inc();
-        requests.upstream_failures.inc();
-        self.on_demand.of(&OnDemandLabels::default()).inc();
-    }
-
-    /// Registers them.
+    /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         let (requests, on_demand) = (self.requests.clone(), self.on_demand.clone());
         registry.register_collector(Box::new(RequestCollector { requests, on_demand }));
-        let help = "DNS requests of pods by outcome: mesh, no_records, completed, forwarded, cached, failed_open, failed, limited or ignored. Alert on \
-                    failed_open and failed";
+        let help = "DNS requests of pods by how they ended";
         registry.register("culvert_dns_requests", help, self.outcomes.clone());
-        // An alarm on these must be able to see them at zero.
+        // All outcomes appear from the start, so that alerts can rely on a zero.
         for outcome in RequestOutcome::ALL {
             drop(self.outcomes.get_or_create(&OutcomeLabel { outcome: outcome.word() }));
         }
     }
 
-    /// Counters of a pod's requests.
+    /// The counters of one pod's requests.
     pub fn counts(&self) -> OutcomeCounts {
         let of_all =
             |outcome: &RequestOutcome| self.outcomes.get_or_create_owned(&OutcomeLabel { outcome: outcome.word() });
@@ -219,7 +209,7 @@ impl Metrics {
         )
     }
 
-    /// OutcomeCounts a host name resolved for a connection of `source`.
+    /// Counts a host name that was resolved for a connection of `source`.
     pub fn on_demand(&self, source: &Workload, hostname: &str) {
         let principal = source.identity().map(|identity| identity.to_string()).unwrap_or_default();
         let labels = OnDemandLabels {
@@ -237,7 +227,7 @@ impl Metrics {
     }
 }
 
-/// Writes those whose labels come from outside.
+/// Exports the metrics whose labels come from outside.
 #[derive(Debug)]
 struct RequestCollector {
     requests: Series<RequestLabels, RequestMetrics>,
@@ -248,9 +238,9 @@ impl Collector for RequestCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Counted = fn(&RequestMetrics) -> Option<&dyn EncodeMetric>;
         let put = |name, help, kind, counted: Counted| (name, help, kind, counted);
-        let help = ["DNS requests of pods (unstable)", "DNS requests forwarded to pods' resolvers (unstable)"];
+        let help = ["DNS requests of pods (unstable)", "DNS requests passed on to pods' resolvers (unstable)"];
         let failures = "DNS requests that no resolver of the pod answered (unstable)";
-        let seconds = "Seconds until a pod's resolver answered (unstable)";
+        let seconds = "Time until a pod's resolver answered (unstable)";
         let families = [
             put("istio_dns_requests", help[0], MetricType::Counter, |of| Some(&of.all)),
             put("istio_dns_upstream_requests", help[1], MetricType::Counter, |of| {
@@ -289,12 +279,12 @@ impl Collector for RequestCollector {
     }
 }
 
-/// RequestMetrics of one pod by how they ended, each counted for all pods as well.
+/// One pod's requests by outcome. Each is counted for all pods as well.
 #[derive(Debug)]
 pub struct OutcomeCounts(Vec<(RequestOutcome, AtomicU64, Counter)>);
 
 impl OutcomeCounts {
-    /// OutcomeCounts one.
+    /// Counts a request.
     pub fn add(&self, outcome: RequestOutcome) {
         if let Some((_, of_pod, of_all)) = self.0.iter().find(|(one, ..)| *one == outcome) {
             of_pod.fetch_add(1, Ordering::Relaxed);
@@ -302,7 +292,7 @@ impl OutcomeCounts {
         }
     }
 
-    /// Those that are not zero, by their words.
+    /// The counters that are not zero, by outcome.
     pub fn list(&self) -> BTreeMap<&'static str, u64> {
         let all = self.0.iter().map(|(outcome, count, _)| (outcome.word(), count.load(Ordering::Relaxed)));
         all.filter(|(_, count)| *count > 0).collect()

@@ -1,10 +1,10 @@
-//! The part of a `resolv.conf` that matters here: name servers and search domains. Pure.
+//! Reads name servers and search domains from a `resolv.conf`. Pure.
 
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
-/// Name servers that the C library looks at (`MAXNS`).
+/// How many name servers are used, as in the C library (`MAXNS`).
 const SERVERS_MAX: usize = 3;
-/// Search domains that are looked at; Kubernetes allows 32.
+/// How many search domains are used; Kubernetes allows 32.
 const SEARCH_MAX: usize = 32;
 /// Longest domain name.
 const NAME_MAX: usize = 253;
@@ -14,18 +14,18 @@ const PORT: u16 = 53;
 /// Name servers and search domains.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ResolvConf {
-    /// Name servers, in their order.
+    /// Name servers, in the order of the file.
     pub servers: Vec<SocketAddr>,
-    /// Search domains, lower case, without dots around them.
+    /// Search domains, in lower case, without leading or trailing dots.
     pub search: Vec<String>,
 }
 
 impl ResolvConf {
-    /// Reads one. What cannot be understood is left out, as the C library does (source: resolv.conf(5)).
+    /// Reads a file. Invalid parts are skipped, as the C library does (source: resolv.conf(5)).
     pub fn parse(text: &str) -> Self {
         let mut read = Self::default();
         for line in text.lines() {
-            // Comments begin a line, or follow a blank.
+            // A comment starts at the beginning of a line or after a blank.
             let line = if line.starts_with(['#', ';']) { "" } else { line };
             let mut words = line.split_whitespace().take_while(|word| !word.starts_with(['#', ';']));
             match words.next() {
@@ -33,7 +33,7 @@ impl ResolvConf {
                     let server = words.next().and_then(server).filter(|_| read.servers.len() < SERVERS_MAX);
                     read.servers.extend(server);
                 }
-                // The last of these lines counts.
+                // The last `search` or `domain` line counts.
                 Some("search") => {
                     read.search.clear();
                     for domain in words.filter_map(domain) {
@@ -49,7 +49,7 @@ impl ResolvConf {
         read
     }
 
-    /// Search domains of a pod by Kubernetes' default policy.
+    /// Search domains of a pod under Kubernetes' default DNS policy.
     pub fn kubernetes_search(namespace: &str, cluster_domain: &str) -> Vec<String> {
         vec![format!("{namespace}.svc.{cluster_domain}"), format!("svc.{cluster_domain}"), cluster_domain.to_owned()]
     }

@@ -1,4 +1,4 @@
-//! A pod's own resolvers: which they are, as the pod itself sees it, and what they answer.
+//! A pod's own resolvers: which they are, from the pod's `resolv.conf`, and what they answer.
 
 use super::cache::Cache;
 use super::config::Config;
@@ -18,45 +18,45 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 
-/// Where a process finds its resolvers, below its root.
+/// Path of the resolver configuration, below a process's root.
 const PATH: &str = "etc/resolv.conf";
-/// How long what a pod's file says is believed before it is read again.
+/// How long the content of a pod's file is used before the file is read again.
 const READ_EVERY: Duration = Duration::from_secs(30);
-/// Host names that are resolved at the same time for connections of one pod.
-const RESOLVING_MAX: usize = 32;
-/// How soon it is read again where none of the pod's resolvers answers.
+/// How soon the file is read again if none of the pod's resolvers answers.
 const READ_AGAIN: Duration = Duration::from_secs(2);
-/// How long the first reading may take before the daemon's own resolvers are used.
+/// How long the first reading may take before the daemon's own resolvers are used instead.
 const READ_WAIT: Duration = Duration::from_secs(2);
+/// How many host names are resolved at the same time for connections of one pod.
+const RESOLVING_MAX: usize = 32;
 
 /// Why a host name could not be resolved for a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
-    /// It is no host name.
-    #[error("{0:?} is no host name")]
+    /// It is not a host name.
+    #[error("{0:?} is not a host name")]
     Name(String),
     /// No resolver has answered.
     #[error("{0} cannot be resolved: {1}")]
     Upstream(String, String),
-    /// The resolvers cannot say.
+    /// The resolvers answered with an error.
     #[error("{0} cannot be resolved: the pod's resolvers fail, or refuse")]
     Refused(String),
-    /// Too many others are being resolved.
-    #[error("{0} is not resolved: too many names of this pod are")]
+    /// Too many other names are being resolved.
+    #[error("{0} cannot be resolved: too many other names of this pod are being resolved")]
     TooMany(String),
     /// It has no address.
     #[error("{0} has no address")]
     NoAddress(String),
 }
 
-/// Name servers and search domains that a pod uses, and where they are from.
+/// The name servers and search domains of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodResolvers {
-    /// Name servers that can be asked.
+    /// Usable name servers.
     pub servers: Vec<SocketAddr>,
-    /// SearchDomain domains.
+    /// Search domains.
     pub search: Vec<SearchDomain>,
-    /// Whether the servers are those of the pod's own file.
+    /// Whether the servers come from the pod's own file.
     pub from_pod: bool,
 }
 
@@ -73,131 +73,128 @@ pub struct Resolver {
     resolving: Semaphore,
 }
 
-/// Reads the pod's file, and keeps what it says.
+/// Reads the pod's file and remembers its content.
 #[derive(Debug)]
 struct ResolvConfReader {
     config: Arc<Config>,
     namespace: Text,
     netns: (u64, u64),
-    read: Mutex<Option<Reading>>,
-    /// Held while the file is read, and until what it says is kept.
-    reading: Arc<tokio::sync::Mutex<()>>,
+    last: Mutex<Option<Reading>>,
+    /// Held while the file is read, until its content is in `last`.
+    lock: Arc<tokio::sync::Mutex<()>>,
 }
 
+/// The result of reading the file.
 #[derive(Clone, Debug)]
 struct Reading {
-    used: Arc<PodResolvers>,
+    resolvers: Arc<PodResolvers>,
+    /// The process in whose root the file was found.
     process: Option<u32>,
     at: Instant,
-    old: bool,
+    /// Whether the file must be read again before the time.
+    is_outdated: bool,
 }
 
 impl PodResolvers {
-    /// Whom to ask: first the one that the pod has asked, then the others that it uses.
+    /// The resolvers for one question: the one that the pod asked, if it is known, then the others.
     pub fn in_order(&self, asked: Option<SocketAddr>) -> Servers {
-        // What is asked on the pod's loopback is not redirected to us: we were asked directly.
-        let asked = asked.filter(|server| elsewhere(*server));
+        // Questions to the pod's loopback are not redirected, so in that case the pod has asked us directly.
+        let asked = asked.filter(|server| is_outside(*server));
         let others = self.servers.iter().copied().filter(|server| Some(*server) != asked);
         let first_is_foreign = asked.is_some_and(|asked| !self.servers.contains(&asked));
         Servers { list: asked.into_iter().chain(others).collect(), first_is_foreign }
     }
 }
 
-/// Whether a resolver is outside of the pod. One on its loopback has sent us the question, if there is one: asking it would go
-/// on for ever.
-fn elsewhere(server: SocketAddr) -> bool {
+/// Whether a resolver is outside the pod. A resolver on the pod's loopback may have forwarded the question to us; asking it
+/// would cause a loop.
+fn is_outside(server: SocketAddr) -> bool {
     let ip = server.ip().to_canonical();
     !ip.is_loopback() && !ip.is_unspecified()
 }
 
 impl Resolver {
-    /// Of a pod of `namespace` in `netns`.
+    /// The resolver of a pod of `namespace` in `netns`.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, namespace: Text, netns: Netns) -> Self {
-        let (read, reading) = (Mutex::default(), Arc::default());
-        let reader = Arc::new(ResolvConfReader { config: config.clone(), namespace, netns: netns.id(), read, reading });
+        let (last, lock) = (Mutex::default(), Arc::default());
+        let reader = Arc::new(ResolvConfReader { config: config.clone(), namespace, netns: netns.id(), last, lock });
         let (upstream, cache) = (Upstream::new(netns, config.mark), Cache::new(config.cache_entries));
         let resolving = Semaphore::new(RESOLVING_MAX);
         Self { config, metrics, upstream, cache, reader, resolving }
     }
 
-    /// What the pod uses, if that is known and not old.
+    /// The pod's resolvers, if they have been read recently.
     pub fn current(&self) -> Option<Arc<PodResolvers>> {
-        self.reader.now()
+        self.reader.current()
     }
 
-    /// What the pod used when that was looked at last.
+    /// The pod's resolvers as of the last reading.
     pub fn last_known(&self) -> Option<Arc<PodResolvers>> {
-        self.reader.last().map(|read| read.used)
+        self.reader.last().map(|reading| reading.resolvers)
     }
 
-    /// What the pod uses; read where it is not known, or old.
+    /// The pod's resolvers. Reads the file if it has not been read recently.
     pub async fn resolvers(&self) -> Arc<PodResolvers> {
-        if let Some(used) = self.current() {
-            return used;
+        if let Some(resolvers) = self.current() {
+            return resolvers;
         }
         let deadline = Instant::now() + READ_WAIT;
-        // One reading serves all who ask; what was read before does meanwhile.
-        let reading = match (self.reader.reading.clone().try_lock_owned(), self.last_known()) {
+        // Only one task reads. The others use the previous content meanwhile, or wait if there is none.
+        let reading = match (self.reader.lock.clone().try_lock_owned(), self.last_known()) {
             (Ok(reading), _) => Some(reading),
-            (Err(_), Some(used)) => return used,
-            (Err(_), None) => timeout_at(deadline, self.reader.reading.clone().lock_owned()).await.ok(),
+            (Err(_), Some(resolvers)) => return resolvers,
+            (Err(_), None) => timeout_at(deadline, self.reader.lock.clone().lock_owned()).await.ok(),
         };
         if let Some(reading) = reading {
             let reader = self.reader.clone();
             let work = thread::beside(move || {
-                let used = reader.now().unwrap_or_else(|| reader.read());
-                // Held to the end of the reading, not of the waiting: one that hangs must not be begun again and again. And until
-                // its result is kept, or who comes next would find nothing.
+                let resolvers = reader.current().unwrap_or_else(|| reader.read());
+                // The lock is held until the reading ends, not until the caller stops waiting, so that a reading that hangs
+                // is not started again and again. It is released only after the result is stored, so that the next task
+                // finds it.
                 drop(reading);
-                used
+                resolvers
             });
-            if let Ok(Some(used)) = timeout_at(deadline, work).await {
-                return used;
+            if let Ok(Some(resolvers)) = timeout_at(deadline, work).await {
+                return resolvers;
             }
         }
-        if let Some(used) = self.last_known() {
-            return used;
+        if let Some(resolvers) = self.last_known() {
+            return resolvers;
         }
-        // It hangs, and keeps its result when it is there. Nothing is kept of this.
+        // The reading hangs; it stores its result when it ends. This substitute is not stored.
         let reader = self.reader.clone();
-        thread::beside(move || Arc::new(reader.used_of(None, &daemon_resolv_conf()))).await.unwrap_or_default()
+        thread::beside(move || Arc::new(reader.merge(None, &daemon_resolv_conf()))).await.unwrap_or_default()
     }
 
-    /// What the resolver that was asked (or whichever there is) has answered to this before, and still holds.
+    /// The cached answer of the resolver that the pod asked, or of any if that is not known.
     pub fn cached(&self, asked: Option<SocketAddr>, request: &[u8]) -> Option<Vec<u8>> {
         self.cache.get(asked, request)
     }
 
-    /// Keeps what they have answered by datagrams, for as long as it says.
+    /// Caches an answer that came by datagram, for as long as it may be cached.
     pub fn keep_answer(&self, asked: Option<SocketAddr>, request: &[u8], answer: &[u8]) {
         self.cache.put(asked, request, answer);
     }
 
-    /// What they answer.
+    /// Asks these resolvers.
     pub async fn ask(
         &self,
         carrier: Carrier,
         servers: &Servers,
         request: &[u8],
     ) -> Result<UpstreamAnswer, UpstreamError> {
-        self.upstream.ask(carrier, servers, request).await.inspect_err(|_| self.read_again())
+        self.upstream.ask(carrier, servers, request).await.inspect_err(|_| self.reader.mark_outdated())
     }
 
-    /// They may have been replaced by others where none of them answers.
-    fn read_again(&self) {
-        if let Some(read) = &mut *self.reader.read.lock() {
-            read.old = read.at.elapsed() >= READ_AGAIN;
-        }
-    }
-
-    /// The addresses of a host, as the pod's resolvers know it; of the wanted family where there are any.
+    /// The addresses of a host according to the pod's resolvers. Those of the wanted family are preferred.
     pub async fn addresses(&self, source: &Workload, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
         self.metrics.on_demand(source, host);
         let waiting = tokio::time::timeout(READ_WAIT, self.resolving.acquire()).await;
         let Ok(Ok(_resolving)) = waiting else { return Err(ResolveError::TooMany(host.to_owned())) };
-        let used = self.resolvers().await;
-        let (first, second) = tokio::join!(self.family(&used, host, v4), async {
-            if v4 && !self.config.ipv6 { Ok(Vec::new()) } else { self.family(&used, host, !v4).await }
+        let resolvers = self.resolvers().await;
+        let (first, second) = tokio::join!(self.addresses_of_family(&resolvers, host, v4), async {
+            if v4 && !self.config.ipv6 { Ok(Vec::new()) } else { self.addresses_of_family(&resolvers, host, !v4).await }
         });
         match (first, second) {
             (Ok(first), _) if !first.is_empty() => Ok(first),
@@ -207,14 +204,19 @@ impl Resolver {
         }
     }
 
-    async fn family(&self, used: &PodResolvers, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
+    async fn addresses_of_family(
+        &self,
+        resolvers: &PodResolvers,
+        host: &str,
+        v4: bool,
+    ) -> Result<Vec<IpAddr>, ResolveError> {
         let question =
             message::address_question(host, v4, rand::random()).ok_or_else(|| ResolveError::Name(host.to_owned()))?;
         let failed = |error: UpstreamError| ResolveError::Upstream(host.to_owned(), error.to_string());
         if let Some(answer) = self.cached(None, &question) {
             return Ok(message::addresses(&answer));
         }
-        let servers = used.in_order(None);
+        let servers = resolvers.in_order(None);
         let mut answer = self.ask(Carrier::Datagram, &servers, &question).await.map_err(failed)?;
         self.keep_answer(None, &question, &answer.bytes);
         if message::is_truncated(&answer.bytes) {
@@ -229,51 +231,57 @@ impl Resolver {
 
 impl ResolvConfReader {
     fn last(&self) -> Option<Reading> {
-        self.read.lock().clone()
+        self.last.lock().clone()
     }
 
-    fn now(&self) -> Option<Arc<PodResolvers>> {
-        self.last().filter(|read| !read.old && read.at.elapsed() < READ_EVERY).map(|read| read.used)
+    fn current(&self) -> Option<Arc<PodResolvers>> {
+        let is_current = |reading: &Reading| !reading.is_outdated && reading.at.elapsed() < READ_EVERY;
+        self.last().filter(is_current).map(|reading| reading.resolvers)
     }
 
-    /// Reads it and keeps what it says.
+    /// Has the file read again soon. Called when none of the resolvers answers, because they may have been replaced.
+    fn mark_outdated(&self) {
+        if let Some(reading) = &mut *self.last.lock() {
+            reading.is_outdated = reading.at.elapsed() >= READ_AGAIN;
+        }
+    }
+
+    /// Reads the file and stores its content.
     fn read(&self) -> Arc<PodResolvers> {
         let last = self.last();
-        let process = last.as_ref().and_then(|read| read.process);
+        let process = last.as_ref().and_then(|reading| reading.process);
         let has_servers = |text: &str| Some(ResolvConf::parse(text)).filter(|conf| !conf.servers.is_empty());
         let of_pod = read_file_in_netns(&self.config.proc, self.netns, PATH, process, has_servers);
-        // No process was to be seen this time: what one said before still holds.
-        if let (None, Some(read)) = (&of_pod, last.filter(|read| read.used.from_pod)) {
-            return self.keep(read.used, read.process);
+        // If no process of the pod is visible this time, the content found earlier is still valid.
+        if let (None, Some(reading)) = (&of_pod, last.filter(|reading| reading.resolvers.from_pod)) {
+            return self.store(reading.resolvers, reading.process);
         }
         let process = of_pod.as_ref().map(|(process, _)| *process);
-        self.keep(Arc::new(self.used_of(of_pod.map(|(_, conf)| conf), &daemon_resolv_conf())), process)
+        self.store(Arc::new(self.merge(of_pod.map(|(_, conf)| conf), &daemon_resolv_conf())), process)
     }
 
-    fn keep(&self, used: Arc<PodResolvers>, process: Option<u32>) -> Arc<PodResolvers> {
-        let read = Reading { used: used.clone(), process, at: Instant::now(), old: false };
-        *self.read.lock() = Some(read);
-        used
+    fn store(&self, resolvers: Arc<PodResolvers>, process: Option<u32>) -> Arc<PodResolvers> {
+        let reading = Reading { resolvers: resolvers.clone(), process, at: Instant::now(), is_outdated: false };
+        *self.last.lock() = Some(reading);
+        resolvers
     }
 
-    /// The pod's own servers and search domains; else the daemon's servers and what Kubernetes gives by default.
-    fn used_of(&self, of_pod: Option<ResolvConf>, own: &ResolvConf) -> PodResolvers {
-        let from_pod = of_pod.is_some();
+    /// The pod's own servers and search domains. Without usable servers of the pod, the daemon's are used; without a file of
+    /// the pod, the search domains are Kubernetes' defaults.
+    fn merge(&self, of_pod: Option<ResolvConf>, of_daemon: &ResolvConf) -> PodResolvers {
+        let has_file = of_pod.is_some();
         let pod = of_pod.unwrap_or_default();
-        let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| elsewhere(*s)).collect::<Vec<_>>();
+        let usable = |servers: &[SocketAddr]| servers.iter().copied().filter(|s| is_outside(*s)).collect::<Vec<_>>();
         let of_pod = usable(&pod.servers);
-        let servers = if of_pod.is_empty() { usable(&own.servers) } else { of_pod.clone() };
+        let servers = if of_pod.is_empty() { usable(&of_daemon.servers) } else { of_pod.clone() };
         let domain = &self.config.cluster_domain;
-        let search = if from_pod { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
-        PodResolvers {
-            servers,
-            search: SearchDomain::list(&search, &self.namespace, domain),
-            from_pod: !of_pod.is_empty(),
-        }
+        let search = if has_file { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
+        let search = SearchDomain::list(&search, &self.namespace, domain);
+        PodResolvers { servers, search, from_pod: !of_pod.is_empty() }
     }
 }
 
-/// What the daemon's own file says.
+/// The daemon's own `resolv.conf`.
 fn daemon_resolv_conf() -> ResolvConf {
     std::fs::read_to_string(format!("/{PATH}")).map(|text| ResolvConf::parse(&text)).unwrap_or_default()
 }
@@ -283,7 +291,7 @@ mod tests {
     use super::*;
     use std::path::{Path, PathBuf};
 
-    /// A `/proc` with one process of our own network namespace, whose file says this.
+    /// A `/proc` with one process in our own network namespace, whose file has this content.
     fn proc_of(name: &str, conf: &str) -> PathBuf {
         let folder = std::env::temp_dir().join(format!("culvert-resolver-{name}-{}", std::process::id()));
         drop(std::fs::remove_dir_all(&folder));
@@ -314,7 +322,7 @@ mod tests {
 
     /// The first lookup of a pod asks for A and AAAA at once, as `getaddrinfo` does.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn all_who_ask_first_and_at_once_are_told_what_the_file_says() {
+    async fn concurrent_first_lookups_all_get_the_content_of_the_file() {
         let proc = proc_of("first", "nameserver 203.0.113.53\nsearch of.the.pod\n");
         for round in 0..20 {
             for askers in [1, 2, 32] {
@@ -331,27 +339,27 @@ mod tests {
                 }
             }
         }
-        // Who leaves before the file is read leaves its reading to the others.
+        // A task that stops waiting before the file is read leaves the reading to the others.
         let resolver = resolver(&proc);
-        let reading = resolver.reader.reading.clone().lock_owned().await;
+        let reading = resolver.reader.lock.clone().lock_owned().await;
         let (left, stays) = (Box::pin(resolver.resolvers()), resolver.resolvers());
         let left = tokio::time::timeout(Duration::ZERO, left).await;
-        assert!(left.is_err(), "the reading is not free");
+        assert!(left.is_err(), "another task holds the lock");
         let (used, ()) = tokio::join!(stays, async { drop(reading) });
         assert!(used.from_pod);
         std::fs::remove_dir_all(&proc).unwrap();
     }
 
-    /// A reading that hangs: the daemon's own servers are used, and forgotten again.
+    /// While a reading hangs, the daemon's own servers are used, but not stored.
     #[tokio::test(start_paused = true)]
-    async fn what_stands_in_for_a_reading_that_hangs_is_not_kept() {
+    async fn the_substitute_for_a_reading_that_hangs_is_not_stored() {
         let proc = proc_of("hangs", "nameserver 203.0.113.53\n");
         let resolver = resolver(&proc);
-        let hangs = resolver.reader.reading.clone().lock_owned().await;
+        let hangs = resolver.reader.lock.clone().lock_owned().await;
         let begun = Instant::now();
-        let stand_in = resolver.resolvers().await;
-        assert!(!stand_in.from_pod && stand_in.search.len() == 3, "{stand_in:?}");
-        assert_eq!(stand_in.servers, resolver.reader.used_of(None, &daemon_resolv_conf()).servers, "the daemon's own");
+        let substitute = resolver.resolvers().await;
+        assert!(!substitute.from_pod && substitute.search.len() == 3, "{substitute:?}");
+        assert_eq!(substitute.servers, resolver.reader.merge(None, &daemon_resolv_conf()).servers, "the daemon's own");
         assert_eq!(begun.elapsed(), READ_WAIT);
         drop(hangs);
         assert!(resolver.resolvers().await.from_pod);

@@ -8,7 +8,7 @@ use super::config::PORT;
 use super::framing::{read_message, relay_transfer, write_message};
 use super::listeners::{Listeners, is_the_pod, on_the_link_of};
 use super::lookup::{self, Plan};
-use super::message::{self, Question, Request};
+use super::message::{self, DanglingAlias, Question, Request};
 use super::metrics::{self, OutcomeCounts, RequestLabels, RequestOutcome};
 use super::resolver::{PodResolvers, Resolver};
 use super::upstream::{Carrier, UpstreamAnswer, UpstreamError, with_buffer};
@@ -348,7 +348,7 @@ impl Server {
 
     /// An alias of the pod's resolvers may lead to a name that only the mesh knows.
     fn complete(&self, asked: &PendingRequest, used: &PodResolvers, answer: &[u8]) -> Option<Vec<u8>> {
-        let (end, kind) = message::dangling_alias(answer)?;
+        let DanglingAlias { end, kind } = message::dangling_alias(answer)?;
         let known = self.client.now()?;
         let plan = lookup::decide(&self.context(&known, used), &end, kind);
         let Plan::Answer(mut ours) = plan else { return None };
@@ -410,7 +410,7 @@ impl Server {
         }
     }
 
-    /// OutcomeCounts a request and tells of it where that is wanted.
+    /// Counts a request and tells of it where that is wanted.
     fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: RequestOutcome) {
         self.counts.add(outcome);
         let query_type = type_word(question);
