@@ -7,6 +7,7 @@
 
 pub mod answer;
 pub mod cache;
+pub mod client;
 pub mod config;
 pub mod framing;
 pub mod listeners;
@@ -19,9 +20,9 @@ pub mod resolver;
 pub mod server;
 pub mod upstream;
 
+pub use client::{ClientFacts, KnownClient};
 pub use config::{Config, PORT};
 pub use listeners::Listeners;
 pub use metrics::Metrics;
 pub use pods::{Dns, Serving};
 pub use resolver::{ResolveError, Resolver};
-pub use server::ClientFacts;

@@ -1,10 +1,11 @@
 //! DNS of all pods: one thread, with one server per pod on it. Traffic of workers never waits for this thread.
 
+use super::client::ClientFacts;
 use super::config::Config;
 use super::listeners::Listeners;
 use super::metrics::Metrics;
 use super::resolver::{PodResolvers, Resolver};
-use super::server::{ClientFacts, Server};
+use super::server::Server;
 use crate::mesh::{Store, Text};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Group, thread};

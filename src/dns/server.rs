@@ -1,9 +1,10 @@
-//! The DNS server of one pod, in its namespace, for the pod alone.
+//! The DNS server of one pod. It listens in the pod's namespace and answers that pod only.
 //!
-//! What the mesh can answer is answered at once, in turns of a bounded number of datagrams, so that no pod holds up another.
-//! What has to wait for others becomes a task of the pod, of which each pod has a bounded number.
+//! Requests that the mesh facts or the cache can answer are answered at once, in turns of a bounded number of datagrams, so
+//! that no pod delays another. Each request that must wait becomes a task; the number of tasks per pod is bounded.
 
 use super::answer::MeshAnswer;
+use super::client::ClientFacts;
 use super::config::PORT;
 use super::framing::{read_message, relay_transfer, write_message};
 use super::listeners::{Listeners, is_the_pod, on_the_link_of};
@@ -23,11 +24,8 @@ use crate::telemetry::series::Held;
 use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
-use std::fmt;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -37,33 +35,22 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
-/// Datagrams of one pod that are served before other pods have their turn.
-const PER_TURN: usize = 32;
-/// How long that may take.
-const TURN: Duration = Duration::from_micros(300);
-/// Requests of one pod that may wait for others.
+/// How many datagrams of one pod are served in one turn; then other pods are served.
+const DATAGRAMS_PER_TURN: usize = 32;
+/// How long a turn may take.
+const TURN_TIME: Duration = Duration::from_micros(300);
+/// How many requests of one pod may wait for resolvers or facts.
 const WAITING_MAX: usize = 256;
-/// Connections of one pod.
+/// How many TCP connections of one pod are served at the same time.
 const CONNECTIONS_MAX: usize = 64;
-/// How long a connection may be silent.
+/// How long a TCP connection may be silent.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long the transfer of a zone may take.
+/// How long a zone transfer may take.
 const TRANSFER: Duration = Duration::from_secs(120);
-/// How long facts are waited for before DNS does without them.
+/// How long a request waits for mesh facts before it is answered without them.
 const FACTS_WAIT: Duration = Duration::from_secs(1);
-/// Questions of one pod that a control plane is asked at the same time, where it tells only when asked.
-const ASKED_MAX: usize = 16;
-
-/// The facts of now and who asks, if that is known.
-pub type KnownClient = Option<(Arc<Snapshot>, Arc<Workload>)>;
-
-/// Says who asks.
-pub trait ClientFacts: Send + Sync + fmt::Debug {
-    /// As far as it is known now.
-    fn now(&self) -> KnownClient;
-    /// Waits, for a bounded time, until it is known.
-    fn soon(&self) -> Pin<Box<dyn Future<Output = KnownClient> + Send + '_>>;
-}
+/// How many requests to an on-demand control plane one pod may cause at the same time.
+const ON_DEMAND_MAX: usize = 16;
 
 /// The server of one pod.
 #[derive(Debug)]
@@ -72,9 +59,9 @@ pub struct Server {
     pub label: String,
     /// The pod's resolvers.
     pub resolver: Arc<Resolver>,
-    /// Who asks.
+    /// The pod's workload.
     pub client: Box<dyn ClientFacts>,
-    /// Facts, for questions to whoever knows them.
+    /// The mesh facts, for requests to an on-demand control plane.
     pub mesh: Arc<Store>,
     /// Requests by outcome.
     pub counts: OutcomeCounts,
@@ -82,17 +69,17 @@ pub struct Server {
     pub logged: AtomicBool,
     waiting: Arc<Semaphore>,
     connections: Arc<Semaphore>,
-    asking: Semaphore,
-    /// By record type and protocol.
+    on_demand: Semaphore,
+    /// Metrics by record type and protocol.
     requests: Mutex<Vec<((&'static str, &'static str), TypeMetrics)>>,
     complaints: LogLimit,
 }
 
-/// Metrics of requests of one type.
+/// Metrics of the requests of one record type and protocol.
 type TypeMetrics = Arc<Held<RequestLabels, metrics::RequestMetrics>>;
 
 impl Server {
-    /// A server for the pod with this label.
+    /// A server for the pod with this label (`namespace/name`).
     pub fn new(label: String, resolver: Arc<Resolver>, client: Box<dyn ClientFacts>, mesh: Arc<Store>) -> Self {
         Self {
             counts: resolver.metrics.counts(),
@@ -103,7 +90,7 @@ impl Server {
             logged: AtomicBool::new(false),
             waiting: Arc::new(Semaphore::new(WAITING_MAX)),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-            asking: Semaphore::new(ASKED_MAX),
+            on_demand: Semaphore::new(ON_DEMAND_MAX),
             requests: Mutex::default(),
             complaints: LogLimit::default(),
         }
@@ -124,25 +111,25 @@ impl Server {
 
     async fn datagrams(self: Arc<Self>, socket: std::net::UdpSocket, conntrack: Option<Arc<Conntrack>>, tasks: &Group) {
         let made = UdpSocket::from_std(socket).map(Arc::new);
-        let Ok(socket) = made.inspect_err(|error| self.broken(error)) else { return };
-        let whom = |client: Client| {
+        let Ok(socket) = made.inspect_err(|error| self.report_broken(error)) else { return };
+        let resolver_of = |client: Client| {
             let ours = SocketAddr::new(client.local, PORT);
             let asked = conntrack.as_ref()?.original_destination(client.address, ours).ok()??;
             Some(on_the_link_of(client.address, asked))
         };
         loop {
             if let Err(error) = socket.readable().await {
-                return self.broken(&error);
+                return self.report_broken(&error);
             }
             let turn = Instant::now();
-            for _ in 0..PER_TURN {
-                match self.next_datagram(&socket, &whom, tasks) {
+            for _ in 0..DATAGRAMS_PER_TURN {
+                match self.next_datagram(&socket, &resolver_of, tasks) {
                     Ok(()) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    // What the kernel has to say of an answer that nobody took is no reason to stop.
+                    // The kernel reports answers that could not be delivered here. That is no reason to stop.
                     Err(_) => {}
                 }
-                if turn.elapsed() > TURN {
+                if turn.elapsed() > TURN_TIME {
                     break;
                 }
             }
@@ -150,15 +137,15 @@ impl Server {
         }
     }
 
-    fn broken(&self, error: &io::Error) {
-        tracing::error!(pod = self.label, %error, "DNS of the pod cannot be served");
+    fn report_broken(&self, error: &io::Error) {
+        tracing::error!(pod = self.label, %error, "cannot serve the pod's DNS");
     }
 
-    /// Receives one request and answers it, or has it answered.
+    /// Receives one request and answers it, or starts a task for it.
     fn next_datagram(
         self: &Arc<Self>,
         socket: &Arc<UdpSocket>,
-        whom: &impl Fn(Client) -> Option<SocketAddr>,
+        resolver_of: &impl Fn(Client) -> Option<SocketAddr>,
         tasks: &Group,
     ) -> io::Result<()> {
         with_buffer(|buffer| {
@@ -176,28 +163,33 @@ impl Server {
                 Request::NotForMesh => None,
                 Request::Question(question) => Some(question),
             };
-            // Only what the mesh does not answer needs to know whom the pod has asked.
-            let asked = OnceCell::new();
-            let asked = || *asked.get_or_init(|| whom(client));
-            if let Some((reply, outcome)) = self.at_once(request, question.as_ref(), &asked) {
-                self.finish(Carrier::Datagram, question.as_ref(), outcome);
-                // An answer for which there is no room is lost like any other datagram; the client asks again.
+            // Which resolver the pod asked matters only if the mesh facts do not answer.
+            let asked_resolver = OnceCell::new();
+            let asked_resolver = || *asked_resolver.get_or_init(|| resolver_of(client));
+            if let Some((reply, outcome)) = self.answer_at_once(request, question.as_ref(), &asked_resolver) {
+                self.record(Carrier::Datagram, question.as_ref(), outcome);
+                // If the socket has no room the answer is lost, like any other datagram; the client asks again.
                 return try_send(socket, &reply, client);
             }
             let Ok(permit) = self.waiting.clone().try_acquire_owned() else {
-                self.finish(Carrier::Datagram, question.as_ref(), RequestOutcome::Limited);
+                self.record(Carrier::Datagram, question.as_ref(), RequestOutcome::Limited);
                 let reply = message::server_failure(request, question.as_ref()).unwrap_or_default();
                 return try_send(socket, &reply, client);
             };
-            let (server, socket, asked) = (self.clone(), socket.clone(), asked());
-            let request =
-                PendingRequest { resolver: asked, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
-            tasks.spawn(async move { server.later(&socket, client, &request, permit).await });
+            let (server, socket, resolver) = (self.clone(), socket.clone(), asked_resolver());
+            let request = PendingRequest { resolver, question, bytes: request.to_vec(), carrier: Carrier::Datagram };
+            tasks.spawn(async move { server.answer_later(&socket, client, &request, permit).await });
             Ok(())
         })
     }
 
-    async fn later(&self, socket: &UdpSocket, client: Client, request: &PendingRequest, _permit: OwnedSemaphorePermit) {
+    async fn answer_later(
+        &self,
+        socket: &UdpSocket,
+        client: Client,
+        request: &PendingRequest,
+        _permit: OwnedSemaphorePermit,
+    ) {
         let reply = Box::pin(self.answer(request)).await;
         if let Some(Reply { bytes, .. }) = reply
             && let Err(error) = timeout(IDLE, send(socket, &bytes, client)).await.unwrap_or(Ok(()))
@@ -207,47 +199,47 @@ impl Server {
         }
     }
 
-    /// The answer to what can be answered without waiting.
-    fn at_once(
+    /// The answer, if it can be given without waiting.
+    fn answer_at_once(
         &self,
         request: &[u8],
         question: Option<&Question>,
-        asked: &dyn Fn() -> Option<SocketAddr>,
+        asked_resolver: &dyn Fn() -> Option<SocketAddr>,
     ) -> Option<(Vec<u8>, RequestOutcome)> {
-        let used = self.resolver.current()?;
+        let resolvers = self.resolver.current()?;
         if let Some(question) = question {
             let known = self.client.now()?;
-            let context = self.context(&known, &used);
+            let context = self.context(&known, &resolvers);
             if lookup::wanted(&context, &question.name).is_some() {
                 return None;
             }
             match lookup::decide(&context, &question.name, question.kind) {
-                Plan::Answer(answer) => return self.ours(question, answer, true),
+                Plan::Answer(answer) => return self.encode(question, answer, true),
                 Plan::ForwardOr(_) => return None,
                 Plan::Forward => {}
             }
         }
-        Some((self.resolver.cached(asked(), request)?, RequestOutcome::Cached))
+        Some((self.resolver.cached(asked_resolver(), request)?, RequestOutcome::Cached))
     }
 
     fn context<'a>(
         &'a self,
         known: &'a (Arc<Snapshot>, Arc<Workload>),
-        used: &'a PodResolvers,
+        resolvers: &'a PodResolvers,
     ) -> lookup::LookupContext<'a> {
         let config = &self.resolver.config;
         lookup::LookupContext {
             snapshot: &known.0,
             workload: &known.1,
-            search: &used.search,
+            search: &resolvers.search,
             cluster_domain: &config.cluster_domain,
             preferred_namespace: &config.preferred_namespace,
             ipv6: config.ipv6,
         }
     }
 
-    /// Our answer to a question. Its records come in another order each time, which spreads those who take the first.
-    fn ours(&self, question: &Question, mut answer: MeshAnswer, datagram: bool) -> Option<(Vec<u8>, RequestOutcome)> {
+    /// Our answer to a question. Its records are shuffled each time, because many clients use the first one.
+    fn encode(&self, question: &Question, mut answer: MeshAnswer, datagram: bool) -> Option<(Vec<u8>, RequestOutcome)> {
         answer.records.shuffle(&mut rand::rng());
         let outcome = if answer.records.is_empty() { RequestOutcome::NoRecords } else { RequestOutcome::Mesh };
         Some((message::reply(question, &answer, self.ttl(), datagram)?, outcome))
@@ -257,103 +249,109 @@ impl Server {
         u32::try_from(self.resolver.config.ttl.as_secs()).unwrap_or(u32::MAX)
     }
 
-    /// The answer to any request; `None` where none can be made of it.
-    async fn answer(&self, asked: &PendingRequest) -> Option<Reply> {
+    /// The answer to any request, after waiting; `None` if the request is too malformed for a reply.
+    async fn answer(&self, pending: &PendingRequest) -> Option<Reply> {
         let (request, question, datagram) =
-            (&*asked.bytes, asked.question.as_ref(), asked.carrier == Carrier::Datagram);
-        let used = self.resolver.resolvers().await;
+            (&*pending.bytes, pending.question.as_ref(), pending.carrier == Carrier::Datagram);
+        let resolvers = self.resolver.resolvers().await;
         let plan = match question {
             None => Some(Plan::Forward),
-            Some(question) => self.plan(&used, question).await,
+            Some(question) => self.plan(&resolvers, question).await,
         };
         let outcome = if plan.is_some() { RequestOutcome::Forwarded } else { RequestOutcome::FailedOpen };
         let fallback = match plan.unwrap_or(Plan::Forward) {
             Plan::Answer(answer) => {
-                if let Some((bytes, outcome)) = question.and_then(|question| self.ours(question, answer, datagram)) {
-                    return Some(self.done(asked, outcome, bytes));
+                if let Some((bytes, outcome)) = question.and_then(|question| self.encode(question, answer, datagram)) {
+                    return Some(self.finished(pending, outcome, bytes));
                 }
                 None
             }
             Plan::ForwardOr(answer) => Some(answer),
             Plan::Forward => None,
         };
-        let forwarded = self.forward(asked, &used).await;
+        let forwarded = self.forward(pending, &resolvers).await;
         let ours = fallback.filter(|ours| match &forwarded {
             Ok(answered) => match answered.kind {
                 message::ResponseKind::NoSuchName => true,
-                // That there is no such record is not known where nobody could say.
+                // A negative answer of ours cannot stand in for a resolver that failed.
                 message::ResponseKind::Failure => !ours.records.is_empty(),
                 message::ResponseKind::Exists | message::ResponseKind::NoData => false,
             },
             Err(UpstreamError::NoResolver) => true,
             Err(_) => !ours.records.is_empty(),
         });
-        let ours = question.zip(ours).and_then(|(question, ours)| self.ours(question, ours, datagram));
+        let ours = question.zip(ours).and_then(|(question, ours)| self.encode(question, ours, datagram));
         if let Some((bytes, _)) = ours {
-            return Some(self.done(asked, RequestOutcome::Completed, bytes));
+            return Some(self.finished(pending, RequestOutcome::Completed, bytes));
         }
         match forwarded {
             Ok(UpstreamAnswer { bytes, stream, .. }) => {
-                if let Some(bytes) = self.complete(asked, &used, &bytes) {
-                    return Some(self.done(asked, RequestOutcome::Completed, bytes));
+                if let Some(bytes) = self.complete(pending, &resolvers, &bytes) {
+                    return Some(self.finished(pending, RequestOutcome::Completed, bytes));
                 }
                 if datagram {
-                    self.resolver.keep_answer(asked.resolver, request, &bytes);
+                    self.resolver.keep_answer(pending.resolver, request, &bytes);
                 }
                 let rest = stream.filter(|_| question.is_some_and(Question::is_transfer));
-                Some(Reply { rest, ..self.done(asked, outcome, bytes) })
+                Some(Reply { rest, ..self.finished(pending, outcome, bytes) })
             }
             Err(error) => {
                 if let Some(suppressed) = self.resolver.metrics.complaints.allow() {
                     let name = question.map(|question| &*question.name);
-                    tracing::warn!(target: "dns", pod = self.label, query = name, %error, suppressed, "DNS request not answered");
+                    tracing::warn!(target: "dns", pod = self.label, query = name, %error, suppressed, "no resolver answered a DNS request");
                 }
-                message::server_failure(request, question).map(|bytes| self.done(asked, RequestOutcome::Failed, bytes))
+                message::server_failure(request, question)
+                    .map(|bytes| self.finished(pending, RequestOutcome::Failed, bytes))
             }
         }
     }
 
-    fn done(&self, asked: &PendingRequest, outcome: RequestOutcome, bytes: Vec<u8>) -> Reply {
-        self.finish(asked.carrier, asked.question.as_ref(), outcome);
+    fn finished(&self, pending: &PendingRequest, outcome: RequestOutcome, bytes: Vec<u8>) -> Reply {
+        self.record(pending.carrier, pending.question.as_ref(), outcome);
         Reply { bytes, rest: None }
     }
 
-    /// What is to be done with a question; `None` where the mesh cannot say.
-    async fn plan(&self, used: &PodResolvers, question: &Question) -> Option<Plan> {
+    /// What to do with a question; `None` if the mesh facts are not available.
+    async fn plan(&self, resolvers: &PodResolvers, question: &Question) -> Option<Plan> {
         let mut known = match self.client.now() {
             Some(known) => known,
             None => timeout(FACTS_WAIT, self.client.soon()).await.ok().flatten()?,
         };
         for _ in 0..lookup::WANTED_MAX {
-            let Some(wanted) = lookup::wanted(&self.context(&known, used), &question.name) else { break };
-            let _asking = timeout(FACTS_WAIT, self.asking.acquire()).await.ok()?.ok()?;
+            let Some(wanted) = lookup::wanted(&self.context(&known, resolvers), &question.name) else { break };
+            let _permit = timeout(FACTS_WAIT, self.on_demand.acquire()).await.ok()?.ok()?;
             timeout(FACTS_WAIT, self.mesh.ask(&known.1.uid, wanted)).await.ok()?.ok()?;
             known = self.client.now()?;
         }
-        Some(lookup::decide(&self.context(&known, used), &question.name, question.kind))
+        Some(lookup::decide(&self.context(&known, resolvers), &question.name, question.kind))
     }
 
-    async fn forward(&self, asked: &PendingRequest, used: &PodResolvers) -> Result<UpstreamAnswer, UpstreamError> {
-        let (requests, begun) = (self.counted(asked.carrier, type_word(asked.question.as_ref())), Instant::now());
-        let mut servers = used.in_order(asked.resolver);
-        if asked.resolver.is_some() && asked.question.is_none() {
-            // A change of a zone, say, is for the one that it was sent to.
+    async fn forward(
+        &self,
+        pending: &PendingRequest,
+        resolvers: &PodResolvers,
+    ) -> Result<UpstreamAnswer, UpstreamError> {
+        let (requests, begun) =
+            (self.type_metrics(pending.carrier, type_word(pending.question.as_ref())), Instant::now());
+        let mut servers = resolvers.in_order(pending.resolver);
+        if pending.resolver.is_some() && pending.question.is_none() {
+            // Requests that are not plain questions, such as zone updates, go only to the resolver that they were sent to.
             servers.list.truncate(1);
         }
-        let answered = self.resolver.ask(asked.carrier, &servers, &asked.bytes).await;
+        let answered = self.resolver.ask(pending.carrier, &servers, &pending.bytes).await;
         let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
         requests.upstream(seconds);
         answered
     }
 
-    /// An alias of the pod's resolvers may lead to a name that only the mesh knows.
-    fn complete(&self, asked: &PendingRequest, used: &PodResolvers, answer: &[u8]) -> Option<Vec<u8>> {
+    /// Completes an answer of the resolvers whose alias leads to a name that only the mesh knows.
+    fn complete(&self, pending: &PendingRequest, resolvers: &PodResolvers, answer: &[u8]) -> Option<Vec<u8>> {
         let DanglingAlias { end, kind } = message::dangling_alias(answer)?;
         let known = self.client.now()?;
-        let plan = lookup::decide(&self.context(&known, used), &end, kind);
+        let plan = lookup::decide(&self.context(&known, resolvers), &end, kind);
         let Plan::Answer(mut ours) = plan else { return None };
         ours.records.shuffle(&mut rand::rng());
-        let limit = match (asked.carrier, &asked.question) {
+        let limit = match (pending.carrier, &pending.question) {
             (Carrier::Datagram, Some(question)) => question.datagram_limit(),
             _ => u16::MAX,
         };
@@ -361,9 +359,11 @@ impl Server {
     }
 
     async fn streams(self: Arc<Self>, listener: std::net::TcpListener, tasks: &Group) {
-        let Ok(listener) = TcpListener::from_std(listener).inspect_err(|error| self.broken(error)) else { return };
+        let Ok(listener) = TcpListener::from_std(listener).inspect_err(|error| self.report_broken(error)) else {
+            return;
+        };
         loop {
-            // Further ones wait in the listener's queue until one has ended.
+            // Further connections wait in the listener's queue.
             let Ok(permit) = self.connections.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, client)) => {
@@ -384,9 +384,9 @@ impl Server {
         }
     }
 
-    /// One connection: requests one after the other, until the client ends it or is silent.
+    /// Serves one connection: its requests one after the other, until the client closes it or is silent.
     async fn stream(&self, mut stream: TcpStream, client: SocketAddr, _permit: OwnedSemaphorePermit) {
-        // Only speeds it up.
+        // A failure only costs speed.
         let _ = stream.set_nodelay(true);
         let resolver = original_dst(&stream, client).ok();
         while let Ok(Ok(bytes)) = timeout(IDLE, read_message(&mut stream)).await {
@@ -395,8 +395,8 @@ impl Server {
                 Request::NotForMesh => None,
                 Request::Question(question) => Some(question),
             };
-            let asked = PendingRequest { resolver, question, bytes, carrier: Carrier::Stream };
-            let Some(Reply { bytes, rest }) = Box::pin(self.answer(&asked)).await else { return };
+            let pending = PendingRequest { resolver, question, bytes, carrier: Carrier::Stream };
+            let Some(Reply { bytes, rest }) = Box::pin(self.answer(&pending)).await else { return };
             if !matches!(timeout(IDLE, write_message(&mut stream, &bytes)).await, Ok(Ok(()))) {
                 return;
             }
@@ -405,16 +405,16 @@ impl Server {
             {
                 return;
             }
-            // Other pods have their turn.
+            // Lets other pods be served.
             tokio::task::yield_now().await;
         }
     }
 
-    /// Counts a request and tells of it where that is wanted.
-    fn finish(&self, carrier: Carrier, question: Option<&Question>, outcome: RequestOutcome) {
+    /// Counts a request, and logs it if the pod's requests are logged.
+    fn record(&self, carrier: Carrier, question: Option<&Question>, outcome: RequestOutcome) {
         self.counts.add(outcome);
         let query_type = type_word(question);
-        self.counted(carrier, query_type).all.inc();
+        self.type_metrics(carrier, query_type).all.inc();
         let name = question.map_or("", |question| &*question.name);
         let (pod, outcome, protocol) = (&*self.label, outcome.word(), carrier.word());
         if self.logged.load(Ordering::Relaxed) {
@@ -424,8 +424,8 @@ impl Server {
         }
     }
 
-    /// Metrics of requests of one type: kept from when it is known who asks.
-    fn counted(&self, carrier: Carrier, query_type: &'static str) -> TypeMetrics {
+    /// The metrics of one record type and protocol. They are kept once the pod's workload, and so its labels, are known.
+    fn type_metrics(&self, carrier: Carrier, query_type: &'static str) -> TypeMetrics {
         let key = (query_type, carrier.word());
         let mut requests = self.requests.lock();
         if let Some((_, kept)) = requests.iter().find(|(kept, _)| *kept == key) {
@@ -459,19 +459,20 @@ fn type_word(question: Option<&Question>) -> &'static str {
     question.map_or(message::UNKNOWN, |question| question.type_word)
 }
 
-/// A request that has to wait for others.
+/// A request that cannot be answered at once.
 #[derive(Debug)]
 struct PendingRequest {
-    /// Whom the pod has asked, where that is known.
+    /// The resolver that the pod asked, if it is known.
     resolver: Option<SocketAddr>,
     question: Option<Question>,
     bytes: Vec<u8>,
     carrier: Carrier,
 }
 
-/// A reply, and where more of it comes from.
+/// A reply.
 #[derive(Debug)]
 struct Reply {
     bytes: Vec<u8>,
+    /// The resolver's connection, if more messages follow (zone transfer).
     rest: Option<TcpStream>,
 }
