@@ -1,8 +1,9 @@
-//! The mesh file: YAML text → facts. Pure and total; unknown keys and values are errors with line and name.
+//! Parses the mesh file: YAML text into mesh facts. Pure; accepts any text. Unknown keys and values are errors that name the
+//! line and the key.
 //!
-//! The format is that of the reference's local configuration (workloads, services, policies). Beyond it: `trustDomain`
-//! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an
-//! IP without prefix length is taken where a CIDR is asked for.
+//! The format is that of ztunnel's local configuration (workloads, services, policies), with these additions: `trustDomain`
+//! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an IP
+//! address without prefix length is accepted as a CIDR.
 
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
@@ -15,18 +16,18 @@ use serde::Deserialize;
 use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
-/// Why a mesh file is refused.
+/// Why a mesh file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
-    /// Not YAML of this form; names line, column and key.
+    /// It is not YAML, or has an unknown key. The text names line, column and key.
     #[error("{0}")]
     Yaml(String),
-    /// Well-formed, but a value means nothing; names the object.
+    /// A value is invalid. The text names the object.
     #[error("{0}")]
     Values(String),
 }
 
-/// Reads a mesh file. All faults of values are reported together.
+/// Parses a mesh file. All invalid values are reported together.
 pub fn facts(text: &str) -> Result<Facts, DecodeError> {
     let file: File = from_yaml(text).map_err(DecodeError::Yaml)?;
     let mut faults = Vec::new();
@@ -35,11 +36,11 @@ pub fn facts(text: &str) -> Result<Facts, DecodeError> {
         services: file.services.into_iter().filter_map(|s| keep(s.check(), &mut faults)).collect(),
         policies: file.policies.into_iter().filter_map(|p| keep(p.check(), &mut faults)).collect(),
     };
-    twice("workload", facts.workloads.iter().map(|w| w.uid.to_string()), &mut faults);
+    report_duplicates("workload", facts.workloads.iter().map(|w| w.uid.to_string()), &mut faults);
     let pods = facts.workloads.iter().filter(|w| !w.name.is_empty());
-    twice("workload", pods.map(|w| format!("{}/{}", w.namespace, w.name)), &mut faults);
-    twice("service", facts.services.iter().map(|s| s.key.to_string()), &mut faults);
-    twice("policy", facts.policies.iter().map(|p| p.key.to_string()), &mut faults);
+    report_duplicates("workload", pods.map(|w| format!("{}/{}", w.namespace, w.name)), &mut faults);
+    report_duplicates("service", facts.services.iter().map(|s| s.key.to_string()), &mut faults);
+    report_duplicates("policy", facts.policies.iter().map(|p| p.key.to_string()), &mut faults);
     if faults.is_empty() { Ok(facts) } else { Err(DecodeError::Values(faults.join("; "))) }
 }
 
@@ -47,11 +48,11 @@ fn keep<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
     result.map_err(|fault| faults.push(fault)).ok()
 }
 
-fn twice(kind: &str, keys: impl Iterator<Item = String>, faults: &mut Vec<String>) {
+fn report_duplicates(kind: &str, keys: impl Iterator<Item = String>, faults: &mut Vec<String>) {
     let mut seen = HashSet::new();
     for key in keys {
         if !seen.insert(key.clone()) {
-            faults.push(format!("{kind} {key} is there twice"));
+            faults.push(format!("{kind} {key} occurs twice"));
         }
     }
 }
@@ -207,9 +208,9 @@ impl FileWorkload {
             return Err(fault("one of uid and name is needed".into()));
         }
         let Some(workload_ips) = self.workload_ips else {
-            return Err(fault("workloadIps is missing; write `workloadIps: []` where it has only a host name".into()));
+            return Err(fault("workloadIps is missing; write `workloadIps: []` if it has only a host name".into()));
         };
-        // One that is behind no service need not say so.
+        // A workload without services may omit the key.
         let mut services = BTreeMap::new();
         for (key, ports) in self.services.unwrap_or_default() {
             services.insert(ServiceKey::parse(&key).map_err(|e| fault(e.to_string()))?, ports);
@@ -353,17 +354,17 @@ impl FileService {
         let key = ServiceKey::parse(&label).map_err(|e| fault(e.to_string()))?;
         if !is_host(&self.hostname) {
             let hint = "a '*' stands for the first label, in front of a domain, as in *.example.com";
-            return Err(fault(format!("hostname {:?} is no name: {hint}", self.hostname)));
+            return Err(fault(format!("hostname {:?} is not a name: {hint}", self.hostname)));
         }
         let Some(vips) = self.vips else {
-            return Err(fault("vips is missing; write `vips: []` where it has none".into()));
+            return Err(fault("vips is missing; write `vips: []` if it has none".into()));
         };
         let Some(ports) = self.ports else {
             return Err(fault(
                 "ports is missing; write `ports: {80: 8080}`, from the service's port to the workload's".into(),
             ));
         };
-        let vip = |v: &String| parse_network_address(v).ok_or_else(|| fault(no_vip(v)));
+        let vip = |v: &String| parse_network_address(v).ok_or_else(|| fault(invalid_vip(v)));
         let cidr = |v: &String| {
             let hint = "network/ip/length; the network may be empty, as in \"/10.0.0.0/8\"";
             parse_network_cidr(v).ok_or_else(|| fault(format!("cidrVip {v:?} is not of the form {hint}")))
@@ -393,25 +394,25 @@ impl FileService {
     }
 }
 
-/// Whether a service can have this host name: a wildcard stands for the first label of a domain.
+/// Whether a service may have this host name. A wildcard may replace the first label of a domain.
 fn is_host(hostname: &str) -> bool {
     let domain = hostname.strip_prefix("*.").unwrap_or(hostname);
     !domain.contains('*') && domain.split('.').any(|label| !label.is_empty())
 }
 
-/// Why this is no virtual address.
-fn no_vip(text: &str) -> String {
-    let behind = text.split_once('/').map_or(text, |(_, behind)| behind);
-    if [text, behind].iter().any(|text| text.parse::<IpNet>().is_ok()) {
+/// Why a text is not a virtual address.
+fn invalid_vip(text: &str) -> String {
+    let address = text.split_once('/').map_or(text, |(_, address)| address);
+    if [text, address].iter().any(|text| text.parse::<IpNet>().is_ok()) {
         return format!("vip {text:?} is a range; ranges go into cidrVips, as network/ip/length");
     }
     if text.parse::<IpAddr>().is_ok() {
-        return format!("vip {text:?} is not of the form network/ip; where the network has no name, write \"/{text}\"");
+        return format!("vip {text:?} is not of the form network/ip; if the network has no name, write \"/{text}\"");
     }
     format!("vip {text:?} is not of the form network/ip; the network may be empty, as in \"/10.96.0.7\"")
 }
 
-/// Names as they are asked for, each of a port that is there.
+/// The names in lower case, as questions are looked up. Each must belong to an existing port.
 fn port_names(names: BTreeMap<String, u16>, ports: &BTreeMap<u16, u16>) -> Result<BTreeMap<Text, u16>, String> {
     let one = |(name, port): (String, u16)| {
         let known = ports.contains_key(&port).then(|| (Text::from(name.to_ascii_lowercase()), port));
@@ -485,7 +486,7 @@ policies:
 "#;
 
     #[test]
-    fn the_format_of_the_reference_is_read() {
+    fn the_format_of_ztunnel_is_read() {
         let facts = facts(FULL).unwrap();
         assert_eq!(facts.workloads[0].identity().unwrap().to_string(), "spiffe://cluster.local/ns/retail/sa/shop");
         assert_eq!(facts.services[0].vips.len(), 2);
@@ -493,7 +494,7 @@ policies:
         assert_eq!((test.principals.any_of.len(), test.source_ips.none_of.len()), (3, 2));
         assert_eq!(test.destination_ports.any_of, [8080]);
         assert_eq!(super::facts("workloads: []").unwrap(), Facts::default());
-        assert!(super::facts(" \n").is_err(), "a file that is being written is empty at first");
+        assert!(super::facts(" \n").is_err(), "a file that is being written may be empty at first");
     }
 
     #[test]
@@ -531,11 +532,11 @@ policies:
         let twice = format!(
             "{FULL}- {{name: only-front, namespace: retail, scope: Global, action: Deny, dryRun: true, rules: []}}\n"
         );
-        assert!(facts(&twice).unwrap_err().to_string().contains("policy retail/only-front is there twice"));
+        assert!(facts(&twice).unwrap_err().to_string().contains("policy retail/only-front occurs twice"));
     }
 
     #[test]
-    fn principals_are_taken_in_both_spellings_and_what_can_never_match_is_refused() {
+    fn principals_are_accepted_in_both_spellings_and_values_that_can_never_match_are_refused() {
         let policy = |part: &str| {
             let rest = "scope: Global, action: Deny, dryRun: false";
             facts(&format!("policies:\n- {{name: p, namespace: a, {rest}, rules: [[[{{{part}}}]]]}}\n"))
@@ -546,7 +547,7 @@ policies:
             read("principals: [{Exact: \"spiffe://td/ns/a/sa/b\"}], notPrincipals: [{Prefix: \"spiffe://td/\"}]"),
             plain
         );
-        // Connections of IPv4 are never seen as IPv6.
+        // Addresses of IPv4 connections never appear as IPv6 addresses.
         assert_eq!(read("sourceIps: [\"::ffff:10.0.0.0/104\"]"), read("sourceIps: [10.0.0.0/8]"));
         assert_eq!(read("sourceIps: [\"::ffff:10.0.0.1\"]"), read("sourceIps: [10.0.0.1]"));
         for (part, word) in [

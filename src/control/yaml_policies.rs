@@ -1,4 +1,5 @@
-//! The policies of the mesh file: what their YAML looks like, and what it means. Pure and total.
+//! Policies in the mesh file: their YAML form, and the conversion into mesh facts. Pure. A policy with a value that can never
+//! match is refused by name.
 
 use crate::mesh::Policy;
 use crate::mesh::policy::{self, Action, Attribute, Match, PolicyScope, Rule, ServiceAccountMatch};
@@ -29,7 +30,7 @@ enum FileString {
     Presence(IgnoredAny),
 }
 
-/// A string match; presence may be written as a bare word or, as the reference's dump does, as `{Presence: []}`.
+/// A string match. Presence may be written as a bare word or, as in ztunnel's dump, as `{Presence: []}`.
 struct FileMatchText(FileString);
 
 impl<'de> Deserialize<'de> for FileMatchText {
@@ -81,7 +82,7 @@ impl From<FileAccount> for ServiceAccountMatch {
     }
 }
 
-/// A CIDR, or an address that stands for itself alone.
+/// A CIDR, or a single address.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
 struct FileNet(IpNet);
@@ -95,7 +96,7 @@ impl TryFrom<String> for FileNet {
     }
 }
 
-/// A range of IPv4-mapped IPv6 addresses as the range of IPv4 addresses that it is: connections have these.
+/// Converts a range of IPv4-mapped IPv6 addresses into the IPv4 range, because connections have IPv4 addresses.
 fn unmapped(net: IpNet) -> IpNet {
     let IpNet::V6(v6) = net else { return net };
     let (v4, length) = (v6.addr().to_ipv4_mapped(), v6.prefix_len().checked_sub(96));
@@ -130,7 +131,7 @@ fn attribute<F, T: From<F>>(any_of: Vec<F>, none_of: Vec<F>) -> Attribute<T> {
     Attribute { any_of: all(any_of), none_of: all(none_of) }
 }
 
-/// Principals may be written as they are in policies, and as certificates and logs show them, with `spiffe://`.
+/// Principals may be written as in policies, or with `spiffe://`, as certificates and logs show them.
 fn principals(any_of: Vec<FileMatchText>, none_of: Vec<FileMatchText>) -> Attribute<policy::StringMatch> {
     let all = |list: Vec<FileMatchText>| {
         list.into_iter().map(|text| policy::StringMatch::from(text).without_scheme()).collect()
@@ -166,7 +167,7 @@ impl FilePolicy {
     pub(super) fn check(self) -> Result<Policy, String> {
         if self.name.is_empty() || self.namespace.is_empty() || self.name.contains('/') {
             return Err(format!(
-                "policy {}/{}: name and namespace are needed, without slash",
+                "policy {}/{}: name and namespace are required, and the name must not contain a slash",
                 self.namespace, self.name
             ));
         }

@@ -129,10 +129,10 @@ fn a_control_plane_that_dies_stalls_and_comes_back_costs_no_connection() {
     let said = |words: &str| {
         istio.w.log(2).iter().filter(|l| l["message"].as_str().is_some_and(|said| said.contains(words))).count()
     };
-    eventually("that is in order", || (said("has recycled the stream"), said("was lost")) == (1, 0));
+    eventually("that is in order", || (said("closed the stream in an orderly way"), said("was lost")) == (1, 0));
     istio.plane.cut();
     eventually("and again", || istio.plane.first_requests(ADDRESS).len() >= 6);
-    eventually("that is not", || (said("has recycled the stream"), said("was lost")) == (1, 1));
+    eventually("that is not", || (said("closed the stream in an orderly way"), said("was lost")) == (1, 1));
     load.more(10);
     istio.plane.down();
     eventually("it is seen to be away", || {
@@ -189,7 +189,7 @@ fn lies_do_no_harm() {
     istio.plane.inject(response(ADDRESS, vec![Resource { name: "empty".into(), ..Default::default() }], &[]));
     eventually("they are refused by name", || {
         let refusals = istio.plane.refusals().join("\n");
-        ["was not asked for", "c1//Pod/ns/other: is named otherwise", "empty: is empty"]
+        ["was not asked for", "c1//Pod/ns/other: contains a resource of another name", "empty: is empty"]
             .iter()
             .all(|text| refusals.contains(text))
     });

@@ -1,12 +1,14 @@
-//! Workloads and services: wire → facts. Pure and total. A value that is not understood (an address of three bytes, a
-//! gateway of a newer kind) is left out and reported, the rest is taken: whoever is not known at all would be sent plain TCP.
-//! A gateway that is not understood stays as one that cannot be found. A newer value of an enumeration is no fault.
+//! Decodes workloads and services into mesh facts. Pure; accepts any bytes.
 //!
-//! Defaults of the protocol (source: istiod and the reference): trust domain `cluster.local`, service account `default`,
+//! A value that is not understood, such as an address of three bytes or a gateway of a newer kind, is reported and left out,
+//! and the rest is used: connections to a workload that is not known at all would be sent as plaintext. A gateway that is not
+//! understood is kept as one that cannot be found. An unknown value of an enumeration is not a fault.
+//!
+//! Defaults of the protocol (source: istiod and ztunnel): trust domain `cluster.local`, service account `default`,
 //! cluster `Kubernetes`, capacity 1.
 
 use crate::mesh::address::{NetworkAddress, NetworkCidr};
-use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, Ports, WorkloadType};
 use crate::mesh::{GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::proto::istio::workload as wire;
@@ -15,10 +17,10 @@ use prost::Message;
 use std::collections::HashSet;
 use std::net::IpAddr;
 
-/// Names that are remembered for sharing; beyond it sharing begins anew.
+/// How many names are remembered for sharing. When there are more, all are forgotten and sharing starts again.
 const NAMES_MAX: usize = 200_000;
 
-/// Texts that were seen before, so that fifty thousand workloads of ten namespaces hold ten names.
+/// Shared texts, so that fifty thousand workloads in ten namespaces need ten namespace names.
 #[derive(Debug, Default)]
 pub struct Names(HashSet<Text>);
 
@@ -40,7 +42,7 @@ impl Names {
     }
 }
 
-/// A resource of type `Address`.
+/// A decoded resource of type `Address`.
 #[derive(Debug)]
 pub enum Address {
     /// A workload.
@@ -49,18 +51,18 @@ pub enum Address {
     Service(Box<Service>),
 }
 
-/// What could be read, and what could not.
+/// A decoded resource, and what was not understood in it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Decoded<T> {
-    /// The resource, without what was not understood or with that made safe.
+    /// The resource. Parts that were not understood are left out or replaced by safe ones.
     pub value: T,
     /// What was not understood.
     pub faults: Vec<String>,
-    /// What was understood and is taken as it is, and does not do what its author may believe.
+    /// Values that are valid and used, but may not do what their author believes.
     pub notes: Vec<String>,
 }
 
-/// Reads a resource named `name`, which must be the name of what is in it.
+/// Decodes the resource named `name`. The content must have that name too.
 pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded<Address>, String> {
     let resource = wire::Address::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
     let mut faults = Vec::new();
@@ -78,12 +80,12 @@ pub fn address(name: &str, bytes: &[u8], names: &mut Names) -> Result<Decoded<Ad
         None => return Err("is neither a workload nor a service".into()),
     };
     if key != name {
-        return Err(format!("is named otherwise inside: {key}"));
+        return Err(format!("contains a resource of another name: {key}"));
     }
     Ok(Decoded { value: address, faults, notes: Vec::new() })
 }
 
-/// A value, or a fault.
+/// The value; an error is added to the faults.
 fn keep<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
     result.map_err(|fault| faults.push(fault)).ok()
 }
@@ -108,7 +110,7 @@ fn workload(w: wire::Workload, names: &mut Names, faults: &mut Vec<String>) -> R
         network_gateway: w.network_gateway.map(|g| gateway(&g, names, faults)),
         application_tunnel: w.application_tunnel.map(|tunnel| application_tunnel(&tunnel, faults)),
         protocol: match wire::TunnelProtocol::try_from(w.tunnel_protocol) {
-            // A sidecar's own TLS is its affair; what we send it is plain TCP, as the reference does.
+            // A sidecar terminates its own TLS. What we send it is plaintext, as ztunnel does.
             Ok(wire::TunnelProtocol::None | wire::TunnelProtocol::LegacyIstioMtls) => Protocol::Tcp,
             Ok(wire::TunnelProtocol::Hbone) => Protocol::Hbone,
             Err(_) => Protocol::Unsupported,
@@ -123,7 +125,7 @@ fn workload(w: wire::Workload, names: &mut Names, faults: &mut Vec<String>) -> R
             Ok(wire::WorkloadType::Job) => WorkloadType::Job,
             Ok(wire::WorkloadType::Pod) | Err(_) => WorkloadType::Pod,
         },
-        // A state that we do not know is not one to send traffic to.
+        // A workload in an unknown state receives no traffic.
         health: match wire::WorkloadStatus::try_from(w.status) {
             Ok(wire::WorkloadStatus::Healthy) => Health::Healthy,
             Ok(wire::WorkloadStatus::Unhealthy) | Err(_) => Health::Unhealthy,
@@ -187,7 +189,7 @@ fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Res
         vips,
         cidrs,
         ports: ports(&s.ports, faults),
-        // The protocol has no field for them.
+        // The protocol does not carry port names.
         port_names: Default::default(),
         waypoint: s.waypoint.map(|g| gateway(&g, names, faults)),
         weighted_waypoints,
@@ -211,22 +213,22 @@ fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Res
 fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
     use wire::load_balancing::{HealthPolicy as WirePolicy, Mode as WireMode, Scope as WireScope};
     let scope = |scope: &i32| match WireScope::try_from(*scope) {
-        Ok(WireScope::Region) => RoutingScope::Region,
-        Ok(WireScope::Zone) => RoutingScope::Zone,
-        Ok(WireScope::Subzone) => RoutingScope::Subzone,
-        Ok(WireScope::Node) => RoutingScope::Node,
-        Ok(WireScope::Cluster) => RoutingScope::Cluster,
-        Ok(WireScope::Network) => RoutingScope::Network,
-        // Never left out: whoever asks for strictness would get more than was asked for.
-        Ok(WireScope::UnspecifiedScope) | Err(_) => RoutingScope::Unknown,
+        Ok(WireScope::Region) => Scope::Region,
+        Ok(WireScope::Zone) => Scope::Zone,
+        Ok(WireScope::Subzone) => Scope::Subzone,
+        Ok(WireScope::Node) => Scope::Node,
+        Ok(WireScope::Cluster) => Scope::Cluster,
+        Ok(WireScope::Network) => Scope::Network,
+        // Unknown scopes are kept: without them a strict load balancer would use endpoints that it must not use.
+        Ok(WireScope::UnspecifiedScope) | Err(_) => Scope::Unknown,
     };
     LoadBalancer {
         preferences: lb.routing_preference.iter().map(scope).collect(),
         mode: match WireMode::try_from(lb.mode) {
-            Ok(WireMode::UnspecifiedMode) | Err(_) => LoadBalancingMode::Standard,
-            Ok(WireMode::Strict) => LoadBalancingMode::Strict,
-            Ok(WireMode::Failover) => LoadBalancingMode::Failover,
-            Ok(WireMode::Passthrough) => LoadBalancingMode::Passthrough,
+            Ok(WireMode::UnspecifiedMode) | Err(_) => Mode::Standard,
+            Ok(WireMode::Strict) => Mode::Strict,
+            Ok(WireMode::Failover) => Mode::Failover,
+            Ok(WireMode::Passthrough) => Mode::Passthrough,
         },
         health_policy: match WirePolicy::try_from(lb.health_policy) {
             Ok(WirePolicy::AllowAll) => HealthPolicy::AllowAll,
@@ -235,7 +237,7 @@ fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
     }
 }
 
-/// A gateway; one that is not understood is one that nobody can find, never none.
+/// Decodes a gateway. One that is not understood becomes one that cannot be found, rather than none.
 fn gateway(gateway: &wire::GatewayAddress, names: &mut Names, faults: &mut Vec<String>) -> GatewayRef {
     let understood = (|| Ok((gateway_target(gateway, names)?, port(gateway.hbone_mtls_port)?)))();
     let unknown = || {
@@ -261,7 +263,7 @@ fn gateway_target(gateway: &wire::GatewayAddress, names: &mut Names) -> Result<G
     }
 }
 
-/// The ports of a service or endpoint. The same number may come twice (53 by UDP and by TCP); a named target wins.
+/// The ports of a service or endpoint. A number may occur twice, such as 53 for UDP and TCP; a target other than 0 wins.
 fn ports(list: &[wire::Port], faults: &mut Vec<String>) -> Ports {
     let mut ports = Ports::new();
     for entry in list {
@@ -276,7 +278,7 @@ fn ports(list: &[wire::Port], faults: &mut Vec<String>) -> Ports {
 }
 
 fn port(number: u32) -> Result<u16, String> {
-    u16::try_from(number).map_err(|_| format!("{number} is no port"))
+    u16::try_from(number).map_err(|_| format!("{number} is not a port"))
 }
 
 /// An address of 4 or 16 bytes.
@@ -288,10 +290,10 @@ pub(super) fn ip(bytes: &[u8]) -> Result<IpAddr, String> {
     v6.map(|v6| IpAddr::from(v6).to_canonical()).map_err(|_| format!("an address has {} bytes", bytes.len()))
 }
 
-/// A range; host bits may be set.
+/// An address range; host bits may be set.
 pub(super) fn range(ip: IpAddr, length: u32) -> Result<IpNet, String> {
     let net = u8::try_from(length).ok().and_then(|length| IpNet::new(ip, length).ok());
-    net.ok_or_else(|| format!("{ip}/{length} is no range of addresses"))
+    net.ok_or_else(|| format!("{ip}/{length} is not an address range"))
 }
 
 #[cfg(test)]
@@ -347,7 +349,7 @@ mod tests {
         let lb = s.load_balancer.unwrap();
         assert_eq!(
             (lb.mode, lb.preferences, s.visibility),
-            (LoadBalancingMode::Standard, vec![RoutingScope::Unknown, RoutingScope::Zone], Visibility::Public)
+            (Mode::Standard, vec![Scope::Unknown, Scope::Zone], Visibility::Public)
         );
         for (change, word) in [
             (
@@ -356,7 +358,7 @@ mod tests {
             ),
             (Box::new(|w: &mut wire::Workload| w.waypoint = Some(Default::default())), "no destination"),
             (Box::new(|w: &mut wire::Workload| drop(w.services.insert("x".into(), Default::default()))), "service"),
-            (Box::new(|w: &mut wire::Workload| w.uid = "other".into()), "named otherwise"),
+            (Box::new(|w: &mut wire::Workload| w.uid = "other".into()), "another name"),
             (Box::new(|w: &mut wire::Workload| w.uid.clear()), "no uid"),
         ] {
             let mut bad = pod();
@@ -367,12 +369,12 @@ mod tests {
     }
 
     #[test]
-    fn a_waypoint_that_is_not_understood_is_not_none() {
+    fn a_waypoint_that_is_not_understood_is_kept_as_one_that_cannot_be_found() {
         let odd = wire::Workload { waypoint: Some(Default::default()), ..pod() };
         let bytes = wire::Address { r#type: Some(wire::address::Type::Workload(odd)) }.encode_to_vec();
         let decoded = address("c1//Pod/a/w", &bytes, &mut Names::default()).unwrap();
         let Address::Workload(w) = decoded.value else { panic!() };
-        assert!(w.waypoint.is_some() && !w.ips.is_empty(), "known, and behind a waypoint that cannot be found");
+        assert!(w.waypoint.is_some() && !w.ips.is_empty(), "the workload is known and has a waypoint");
         assert_eq!(decoded.faults.len(), 1);
     }
 

@@ -1,9 +1,10 @@
-//! The delta protocol as a state machine: what is held, what is asked for, what is answered. Pure: messages in, messages
-//! and an update of the facts out.
+//! The delta xDS protocol as a state machine: which resources are held, which are requested, and how responses are
+//! answered. Pure: it turns messages into messages and into changes of the mesh facts.
 //!
-//! One stream carries both types. Everything is told (wildcard), or for addresses, what was asked for (on demand). What was
-//! refused is reported in no version, so that it comes again. A request beyond the server's limit is sent without versions;
-//! the complete list that follows says what is gone.
+//! One stream carries both types. Either the control plane announces everything (wildcard), or it announces addresses only
+//! when they are requested (on-demand). A refused resource is reported without a version on the next stream, so that the
+//! server sends it again. First requests that would exceed the server's limit are sent without versions; the complete list
+//! that follows shows what has been removed.
 
 use super::decode::{self, Names};
 use super::policy;
@@ -19,85 +20,85 @@ use crate::proto::envoy::service::discovery::v3::{
 use prost::Message;
 use std::collections::{HashMap, HashSet, VecDeque};
 
-/// Workloads and services.
+/// Type of workloads and services.
 pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
-/// Policies.
+/// Type of policies.
 pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
 
-/// Requests above this would be refused by istiod, which reads 4 MiB.
+/// Largest request that is sent. istiod accepts 4 MiB.
 const REQUEST_BYTES_MAX: usize = (4 << 20) - (64 << 10);
-/// Faults named in one refusal; more are counted.
+/// How many faults one refusal names; the others are only counted.
 const FAULTS_NAMED: usize = 20;
-/// Bytes of each fault that are named.
-const FAULT_BYTES: usize = 300;
-/// Notes that are remembered, so that each is made once; beyond it they begin anew.
+/// Characters of each fault that a refusal contains.
+const FAULT_CHARS: usize = 300;
+/// For how many resources notes are remembered, so that each is logged once. When there are more, all are forgotten.
 const NOTES_MAX: usize = 10_000;
-/// How many names that nobody has are given up at once.
+/// How many names of nonexistent resources are unsubscribed at once when there are too many.
 const EVICTED: usize = 1024;
-/// Calls of [`Delta::expire`] after which an answer about ranges is one that is older. It is good for up to twice as many.
-const RANGES_TICKS: u32 = 6;
-/// Names that may be subscribed to on demand; beyond it some are given up.
-const ASKED_MAX: usize = 65_536;
+/// Answers about address ranges are used for between one and two times this many calls of [`Delta::expire`].
+const RANGE_TICKS: u32 = 6;
+/// How many names may be subscribed to on demand; when there are more, some are unsubscribed.
+const REQUESTED_MAX: usize = 65_536;
 
-/// The state machine.
+/// The state machine of the protocol.
 #[derive(Debug)]
 pub struct Delta {
     address: ResourceSet,
     authorization: ResourceSet,
     on_demand: bool,
-    /// Whether resources are kept as they came, for the state file.
+    /// Whether the encoded resources are kept for the state file.
     keep: bool,
-    /// What was asked for on demand, by name, and in which order.
-    asked: HashMap<String, Wanted>,
-    asked_order: VecDeque<String>,
-    /// Names told of on this stream: the server counts them as asked for.
+    /// What was requested on demand, by name, and the order of the requests.
+    requested: HashMap<String, Wanted>,
+    request_order: VecDeque<String>,
+    /// Names that came on this stream. The server treats them as subscribed.
     delivered: HashSet<String>,
-    /// What was found not to exist, since the last call of [`Delta::expire`] and before.
+    /// What does not exist according to answers since the last call of [`Delta::expire`], and according to earlier ones.
     absent: [HashSet<Wanted>; 2],
-    /// About which ranges there has been an answer: likewise, and longer, as each address outside of the mesh needs many.
+    /// The same for answers about address ranges. They are kept longer, because each address outside the mesh needs many.
     ranges: [HashSet<Wanted>; 2],
-    /// Calls of [`Delta::expire`] since the last after which such an answer became an older one.
+    /// Calls of [`Delta::expire`] since `ranges` was last aged.
     ticks: u32,
-    /// Names that were asked for and that nobody has.
-    nobodys: HashSet<String>,
-    /// Counts names that nobody has, see [`Delta::ask`].
-    nobody: u64,
+    /// Requested names that do not exist.
+    nonexistent: HashSet<String>,
+    /// How many placeholder names have been used, see [`Delta::ask`].
+    placeholders: u64,
     names: Names,
-    /// What has been noted of policies, and of ranges: by name.
+    /// The notes that have been returned, by the name of the policy or of the service with ranges.
     noted: HashMap<Text, HashSet<String>>,
-    /// Ranges that are never looked for, by service; likewise, and not said yet.
-    unfound: Vec<String>,
-    /// What has been said of which facts are complete.
+    /// Ranges of services that are never searched for, and have not been returned yet.
+    unsearched: Vec<String>,
+    /// Which types of facts have been declared complete to the store.
     told: Told,
 }
 
-/// What a response led to.
+/// The result of a response.
 #[derive(Debug)]
 pub struct Received {
-    /// The change of the facts.
+    /// The change of the mesh facts.
     pub update: Update,
     /// The answer: an acknowledgement, or a refusal of some resources by name.
     pub answer: DeltaDiscoveryRequest,
-    /// What was refused, by name.
+    /// Faults of refused resources, with their names.
     pub faults: Vec<String>,
-    /// What was taken as it is and may not do what its author believes, by name; each once.
+    /// Notes on values that are used but may not do what their author believes. Each is returned once.
     pub notes: Vec<String>,
-    /// Bytes of the resources.
+    /// Size of the resources in bytes.
     pub bytes: usize,
 }
 
-/// What the content of a state file leads to.
+/// The result of reading a state file.
 #[derive(Debug)]
 pub struct Restored {
-    /// The change of the facts.
+    /// The change of the mesh facts.
     pub update: Update,
-    /// What this version does not understand, by name.
+    /// Faults of resources that this version does not understand, with their names.
     pub faults: Vec<String>,
-    /// As in [`Received`].
+    /// Notes, as in [`Received`].
     pub notes: Vec<String>,
 }
 
-/// What is to be reported of the resources of one response.
+/// What to report about the resources of one message.
 #[derive(Default)]
 struct Findings {
     faults: Vec<String>,
@@ -105,29 +106,29 @@ struct Findings {
 }
 
 impl Delta {
-    /// With nothing held.
+    /// A state machine that holds nothing.
     pub fn new(on_demand: bool, keep: bool) -> Self {
         Self {
             address: ResourceSet::default(),
             authorization: ResourceSet::default(),
             on_demand,
             keep,
-            asked: HashMap::new(),
-            asked_order: VecDeque::new(),
+            requested: HashMap::new(),
+            request_order: VecDeque::new(),
             delivered: HashSet::new(),
             absent: Default::default(),
             ranges: Default::default(),
             ticks: 0,
-            nobodys: HashSet::new(),
-            nobody: 0,
+            nonexistent: HashSet::new(),
+            placeholders: 0,
             names: Names::default(),
             noted: HashMap::new(),
-            unfound: Vec::new(),
+            unsearched: Vec::new(),
             told: Told::default(),
         }
     }
 
-    /// The first requests of a stream, one for each type. `without_versions`: the server has refused them with versions.
+    /// The first requests of a stream, one for each type. `without_versions` is set if the server has found them too large.
     pub fn open(&mut self, node: &Node, without_versions: bool) -> [DeltaDiscoveryRequest; 2] {
         let first = |kind: &mut ResourceSet, type_url: &str| {
             let versions = kind.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
@@ -143,9 +144,10 @@ impl Delta {
         let mut address = first(&mut self.address, ADDRESS);
         self.delivered = address.initial_resource_versions.keys().cloned().collect();
         if self.on_demand {
-            // Both at once mean: nothing but what is named (source: how istiod reads a first request).
+            // To subscribe to the wildcard and unsubscribe from it at once means: only the named resources (source: how
+            // istiod reads a first request).
             address.resource_names_subscribe =
-                std::iter::once("*".to_owned()).chain(self.asked.keys().cloned()).collect();
+                std::iter::once("*".to_owned()).chain(self.requested.keys().cloned()).collect();
             address.resource_names_unsubscribe = vec!["*".to_owned()];
         }
         let mut authorization = first(&mut self.authorization, AUTHORIZATION);
@@ -158,44 +160,48 @@ impl Delta {
         [address, authorization]
     }
 
-    /// Requests for what is wanted on demand. Who asks again for what is subscribed gets no answer, so that is given up
-    /// first; and who asks for nothing is told by istiod that everything is gone, so a name that nobody has goes with it.
+    /// Requests for what is wanted on demand.
+    ///
+    /// istiod does not answer a request for a name that is subscribed already, so such a name is unsubscribed first. To a
+    /// subscription of nothing it answers that everything is gone, so the request that unsubscribes also subscribes to a
+    /// placeholder name that does not exist.
     pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
-        let mut once = HashSet::new();
+        let mut seen = HashSet::new();
         for wanted in wanted {
             let name = wanted.to_string();
-            if !once.insert(name.clone()) {
+            if !seen.insert(name.clone()) {
                 continue;
             }
-            let asked_before = self.asked.insert(name.clone(), wanted).is_some();
-            if !asked_before {
-                self.asked_order.push_back(name.clone());
+            let is_repeated = self.requested.insert(name.clone(), wanted).is_some();
+            if !is_repeated {
+                self.request_order.push_back(name.clone());
             }
-            if asked_before || self.delivered.remove(&name) {
+            if is_repeated || self.delivered.remove(&name) {
                 again.push(name.clone());
             }
             names.push(name);
         }
-        let excess = self.asked.len().saturating_sub(ASKED_MAX);
+        let excess = self.requested.len().saturating_sub(REQUESTED_MAX);
         if excess > 0 {
-            // Names that nobody has make room first: of what is there, changes must be heard. What is asked for now stays.
+            // Nonexistent names are unsubscribed first, because changes of existing resources must not be missed. The names
+            // in this request stay.
             let now: HashSet<&String> = names.iter().collect();
-            let nobodys = self.nobodys.iter().filter(|name| !now.contains(name)).take(excess.max(EVICTED));
-            let mut out: HashSet<String> = nobodys.cloned().collect();
-            let oldest = self.asked_order.iter().filter(|name| !now.contains(name) && !out.contains(*name));
+            let nonexistent = self.nonexistent.iter().filter(|name| !now.contains(name)).take(excess.max(EVICTED));
+            let mut out: HashSet<String> = nonexistent.cloned().collect();
+            let oldest = self.request_order.iter().filter(|name| !now.contains(name) && !out.contains(*name));
             let oldest: Vec<String> = oldest.take(excess.saturating_sub(out.len())).cloned().collect();
             out.extend(oldest);
             for name in &out {
-                update.forgotten.extend(self.asked.remove(name).into_iter().flat_map(same_name));
-                self.nobodys.remove(name);
+                update.forgotten.extend(self.requested.remove(name).into_iter().flat_map(wanted_by_name));
+                self.nonexistent.remove(name);
             }
             for wanted in &update.forgotten {
                 for known in self.absent.iter_mut().chain(&mut self.ranges) {
                     known.remove(wanted);
                 }
             }
-            self.asked_order.retain(|name| !out.contains(name));
+            self.request_order.retain(|name| !out.contains(name));
             again.extend(out);
         }
         let request = |subscribe: Vec<String>, unsubscribe: Vec<String>| DeltaDiscoveryRequest {
@@ -207,16 +213,16 @@ impl Delta {
         let mut requests = Vec::new();
         let mut given_up = Vec::new();
         if !again.is_empty() {
-            self.nobody += 1;
-            let nobody = format!("culvert/nobody-{}", self.nobody);
-            requests.push(request(vec![nobody.clone()], again));
-            given_up.push(nobody);
+            self.placeholders += 1;
+            let placeholder = format!("culvert/nobody-{}", self.placeholders);
+            requests.push(request(vec![placeholder.clone()], again));
+            given_up.push(placeholder);
         }
         requests.push(request(names, given_up));
         (requests, update)
     }
 
-    /// Takes a response: good resources are applied, bad ones named.
+    /// Processes a response. Valid resources are applied, the others are named in the answer.
     pub fn receive(&mut self, response: DeltaDiscoveryResponse) -> Received {
         let DeltaDiscoveryResponse { resources, type_url, nonce, removed_resources, .. } = response;
         let (mut update, mut findings) = (Update::default(), Findings::default());
@@ -226,8 +232,8 @@ impl Delta {
             AUTHORIZATION => self.policies(resources, removed_resources, &mut update, &mut findings),
             other => findings.faults.push(format!("{other:?} was not asked for")),
         }
-        // Of each stream anew: what came into being while nobody told us comes by one type first, and is not to be judged
-        // without the other.
+        // This starts again with each stream. Resources that were created while there was no stream arrive one type after
+        // the other, and workloads must not be used without the new policies.
         let told = Told { addresses: self.address.answered, policies: self.authorization.answered };
         if self.told != told {
             self.told = told;
@@ -245,21 +251,22 @@ impl Delta {
         Received { update, answer, faults, notes, bytes }
     }
 
-    /// Ranges that addresses are never looked for in, since the last call; each once.
-    pub fn unfound(&mut self) -> Vec<String> {
-        std::mem::take(&mut self.unfound)
+    /// Address ranges that are never searched for on demand, since the last call. Each is returned once.
+    pub fn unsearched_ranges(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.unsearched)
     }
 
-    /// Whether each type has had a response, ever.
+    /// Whether there has ever been a response of each type.
     pub fn synced(&self) -> bool {
         self.address.synced && self.authorization.synced
     }
 
-    /// Whether each type has had a response on this stream.
+    /// Whether there has been a response of each type on this stream.
     pub fn answered(&self) -> bool {
         self.address.answered && self.authorization.answered
     }
 
+    /// Applies workloads and services.
     fn addresses(
         &mut self,
         resources: Vec<Resource>,
@@ -279,26 +286,26 @@ impl Delta {
             };
             match address {
                 decode::Address::Workload(workload) => {
-                    self.note_workload(&workload, update);
+                    self.answer_by_workload(&workload, update);
                     update.workloads.push(*workload);
                 }
                 decode::Address::Service(service) => {
-                    self.note_service(&service, update);
+                    self.answer_by_service(&service, update);
                     update.services.push(*service);
                 }
             }
             if self.on_demand {
-                self.nobodys.remove(&*name);
+                self.nonexistent.remove(&*name);
                 self.delivered.insert(name.to_string());
             }
         }
         let gone = self.address.remove_gone(&seen, removed);
         for name in gone {
-            if let Some(wanted) = self.asked.get(&name) {
-                same_name(wanted.clone()).into_iter().for_each(|wanted| self.answered_absent(wanted, update));
-                self.nobodys.insert(name.clone());
+            if let Some(wanted) = self.requested.get(&name) {
+                wanted_by_name(wanted.clone()).into_iter().for_each(|wanted| self.mark_absent(wanted, update));
+                self.nonexistent.insert(name.clone());
             }
-            // A uid has slashes as well; what is neither is nobody's name.
+            // The uid of a workload contains slashes too, so the name counts as both.
             if let Ok(key) = ServiceKey::parse(&name) {
                 update.gone_services.push(key);
             }
@@ -306,6 +313,7 @@ impl Delta {
         }
     }
 
+    /// Applies policies.
     fn policies(
         &mut self,
         resources: Vec<Resource>,
@@ -333,7 +341,7 @@ impl Delta {
         update.gone_policies.extend(gone.into_iter().map(Text::from));
     }
 
-    /// Those of these notes on a policy that have not been made before.
+    /// Those notes on a resource that have not been returned before.
     fn new_notes(&mut self, name: &Text, found: Vec<String>) -> Vec<String> {
         if self.noted.len() >= NOTES_MAX {
             self.noted.clear();
@@ -349,64 +357,65 @@ impl Delta {
         new
     }
 
-    /// An address that was asked for and is that of a node names nobody: that is the answer. Nor does a range begin where a
-    /// workload is, as far as istiod tells.
-    fn note_workload(&mut self, workload: &Workload, update: &mut Update) {
-        let nobodys = workload.network_mode == NetworkMode::HostNetwork;
+    /// Treats a workload as the answer to requests for its addresses. A requested address that is a node's has no workload of
+    /// its own. No range starts at the address of a workload, as far as istiod announces.
+    fn answer_by_workload(&mut self, workload: &Workload, update: &mut Update) {
+        let has_no_owner = workload.network_mode == NetworkMode::HostNetwork;
         for ip in &workload.ips {
-            self.note_address(NetworkAddress { network: workload.network.clone(), ip: *ip }, nobodys, update);
+            self.answer_address(NetworkAddress { network: workload.network.clone(), ip: *ip }, has_no_owner, update);
         }
     }
 
-    /// An address that was asked for and begins a range of this service is nobody's own: the range is the answer. What istiod
-    /// knows of other addresses in it, it says by their own names.
-    fn note_service(&mut self, service: &Service, update: &mut Update) {
+    /// Treats a service as the answer to requests for its addresses. A requested address at the start of a range has no owner
+    /// other than the range. For other addresses in the range istiod answers by their own names.
+    fn answer_by_service(&mut self, service: &Service, update: &mut Update) {
         let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_looked_for(&cidr.range));
         let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
         if !unfound.is_empty() {
-            // No policy has a blank in its name.
+            // Names of policies contain no blank, so this key is never a policy's.
             let new = self.new_notes(&format!("service {}", service.key).into(), unfound);
-            self.unfound.extend(new);
+            self.unsearched.extend(new);
         }
         for vip in &service.vips {
-            self.note_address(vip.clone(), false, update);
+            self.answer_address(vip.clone(), false, update);
         }
         for NetworkCidr { network, range } in &service.cidrs {
-            self.note_address(NetworkAddress { network: network.clone(), ip: range.network() }, true, update);
+            self.answer_address(NetworkAddress { network: network.clone(), ip: range.network() }, true, update);
         }
     }
 
-    /// Something with this address has come: where that was asked for, it is the answer.
-    fn note_address(&mut self, at: NetworkAddress, nobodys: bool, update: &mut Update) {
-        if !self.on_demand || !self.asked.contains_key(&at.to_string()) {
+    /// Treats a received resource with this address as the answer, if the address was requested.
+    fn answer_address(&mut self, at: NetworkAddress, has_no_owner: bool, update: &mut Update) {
+        if !self.on_demand || !self.requested.contains_key(&at.to_string()) {
             return;
         }
-        if nobodys {
-            self.answered_absent(Wanted::Address(at.clone()), update);
+        if has_no_owner {
+            self.mark_absent(Wanted::Address(at.clone()), update);
         }
-        self.answered_absent(Wanted::Range(at), update);
+        self.mark_absent(Wanted::Range(at), update);
     }
 
-    fn answered_absent(&mut self, wanted: Wanted, update: &mut Update) {
+    /// Records that something that was requested does not exist.
+    fn mark_absent(&mut self, wanted: Wanted, update: &mut Update) {
         let [newer, _] = if matches!(wanted, Wanted::Range(_)) { &mut self.ranges } else { &mut self.absent };
         newer.insert(wanted.clone());
         update.absent.push(wanted);
     }
 
-    /// Forgets what was found not to exist before the last call but one: istiod tells of what comes into being by its uid,
-    /// never by the address that was asked for, so that must be asked again.
+    /// Forgets what was found not to exist before the last call but one. istiod announces new workloads by uid, never by the
+    /// address that was requested, so the address must be requested again.
     pub fn expire(&mut self) -> Update {
         let older = |[newer, older]: &mut [HashSet<Wanted>; 2]| std::mem::replace(older, std::mem::take(newer));
         let mut forgotten: Vec<Wanted> = older(&mut self.absent).into_iter().collect();
         self.ticks += 1;
-        if self.ticks >= RANGES_TICKS {
+        if self.ticks >= RANGE_TICKS {
             self.ticks = 0;
             forgotten.extend(older(&mut self.ranges));
         }
         Update { forgotten, ..Update::default() }
     }
 
-    /// What is held, as it came, for the state file.
+    /// The held resources, encoded, for the state file.
     pub fn saved(&self) -> Vec<SavedType> {
         let kind = |type_url: &str, kind: &ResourceSet| SavedType {
             type_url: type_url.to_owned(),
@@ -428,24 +437,24 @@ impl Delta {
         for kind in [&mut self.address, &mut self.authorization] {
             (kind.answered, kind.synced) = (false, false);
         }
-        // It is only ever written when it is complete.
+        // The file is only written when both types are complete.
         self.told = Told::ALL;
         update.told = Some(self.told);
         Restored { update, faults: findings.faults, notes: findings.notes }
     }
 }
 
-/// All that goes by the name of this.
-fn same_name(wanted: Wanted) -> Vec<Wanted> {
+/// Everything that is requested by the same name.
+fn wanted_by_name(wanted: Wanted) -> Vec<Wanted> {
     match wanted {
         Wanted::Address(at) | Wanted::Range(at) => vec![Wanted::Address(at.clone()), Wanted::Range(at)],
         Wanted::Service(_) | Wanted::Workload(_) => vec![wanted],
     }
 }
 
-/// The text of a refusal: some faults by name, the rest by number.
+/// The text of a refusal: the first faults, and the number of the others.
 fn refusal(faults: &[String]) -> String {
-    let cut = |fault: &String| fault.chars().take(FAULT_BYTES).collect::<String>();
+    let cut = |fault: &String| fault.chars().take(FAULT_CHARS).collect::<String>();
     let mut text = faults.iter().take(FAULTS_NAMED).map(cut).collect::<Vec<_>>().join("; ");
     if faults.len() > FAULTS_NAMED {
         text.push_str(&format!("; and {} more", faults.len() - FAULTS_NAMED));
@@ -489,16 +498,16 @@ mod tests {
                 delta.ask(vec![first.clone(), inside.clone(), outside.clone(), at("net/10.97.0.0")]);
             }
             let update = delta.receive(answer.clone()).update;
-            // Of others in the range istiod says so itself: one may be a workload whose answer is under way.
+            // For other addresses in the range istiod answers itself: one may be a workload whose answer is still to come.
             let Wanted::Address(begins) = first.clone() else { unreachable!() };
             let answered = vec![first.clone(), Wanted::Range(begins)];
             assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });
             delta.receive(answer.clone());
             delta.expire();
-            assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is told");
+            assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is announced");
             if on_demand {
-                let later: Vec<Wanted> = (2..2 * RANGES_TICKS).flat_map(|_| delta.expire().forgotten).collect();
-                assert_eq!(later, answered[1..], "an answer about ranges is good for longer");
+                let later: Vec<Wanted> = (2..2 * RANGE_TICKS).flat_map(|_| delta.expire().forgotten).collect();
+                assert_eq!(later, answered[1..], "an answer about ranges is used for longer");
             }
             let store = Store::new("".into(), "".into(), on_demand);
             store.update(update);
@@ -509,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn on_demand_a_range_that_is_never_looked_for_is_said_once() {
+    fn on_demand_a_range_that_is_never_searched_for_is_reported_once() {
         let address = |first: [u8; 4], length| wire::NetworkAddress {
             network: String::new(),
             address: first.to_vec().into(),
@@ -525,12 +534,12 @@ mod tests {
         let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) }.encode_to_vec();
         for on_demand in [true, false] {
             let mut delta = Delta::new(on_demand, false);
-            let mut said = |version: &str| {
+            let mut reported = |version: &str| {
                 delta.receive(response(ADDRESS, vec![resource("a/all.example", version, address.clone())], &[]));
-                delta.unfound()
+                delta.unsearched_ranges()
             };
-            assert_eq!(said("1"), if on_demand { vec!["service a/all.example: 0.0.0.0/0"] } else { vec![] });
-            assert!(said("2").is_empty());
+            assert_eq!(reported("1"), if on_demand { vec!["service a/all.example: 0.0.0.0/0"] } else { vec![] });
+            assert!(reported("2").is_empty());
         }
     }
 
@@ -579,13 +588,13 @@ mod tests {
         assert!(matches!(noted("1", bad, &[]).as_slice(), [one] if one.starts_with("a/p: rule[0]: principal")));
         assert!(noted("2", bad, &[]).is_empty(), "once");
         assert!(noted("3", &bad[9..], &[]).is_empty());
-        assert_eq!(noted("4", bad, &[]).len(), 1, "mended, and broken again");
+        assert_eq!(noted("4", bad, &[]).len(), 1, "corrected, and wrong again");
         delta.receive(response(AUTHORIZATION, vec![], &["a/p"]));
         assert!(delta.noted.is_empty());
     }
 
     #[test]
-    fn what_is_held_is_said_on_a_new_stream_and_what_was_refused_comes_again() {
+    fn a_new_stream_lists_held_versions_and_asks_for_refused_resources_again() {
         let mut delta = Delta::new(false, false);
         let [address, authorization] = delta.open(&Node::default(), false);
         assert!(address.initial_resource_versions.is_empty() && authorization.node.is_some());
@@ -594,20 +603,20 @@ mod tests {
         assert_eq!((received.update.workloads.len(), received.faults.len()), (1, 1));
         assert_eq!(received.answer.response_nonce, "n");
         assert!(received.answer.error_detail.is_some_and(|e| e.message.starts_with("c1//Pod/a/bad: ")));
-        assert!(!delta.synced(), "policies have not been told of yet");
+        assert!(!delta.synced(), "policies have not been announced yet");
         let received = delta.receive(response(AUTHORIZATION, vec![], &[]));
         assert!(received.answer.error_detail.is_none() && delta.synced() && delta.answered());
         let [address, _] = delta.open(&Node::default(), false);
         assert_eq!(address.initial_resource_versions, [("c1//Pod/a/w".to_owned(), "5".to_owned())].into());
         assert!(!delta.answered());
-        // A new version of it is refused: it stays known, so that its removal is heard of, but in no version.
+        // After a refused update the resource is still listed, so that its removal is noticed, but without a version.
         delta.receive(response(ADDRESS, vec![resource("c1//Pod/a/w", "6", vec![255])], &[]));
         let [address, _] = delta.open(&Node::default(), false);
         assert_eq!(address.initial_resource_versions, [("c1//Pod/a/w".to_owned(), String::new())].into());
     }
 
     #[test]
-    fn a_list_that_would_be_too_long_is_left_out_and_the_complete_answer_says_what_is_gone() {
+    fn a_list_of_versions_that_is_too_long_is_left_out_and_the_complete_answer_shows_removals() {
         let mut delta = Delta::new(false, false);
         delta.open(&Node::default(), false);
         let many = (0..60_000).map(|n| workload(&format!("{n}{}", "x".repeat(60)), 1, "1")).collect();
@@ -622,11 +631,11 @@ mod tests {
         let [address, _] = delta.open(&Node::default(), false);
         assert_eq!(address.initial_resource_versions.len(), 2);
         let [address, _] = delta.open(&Node::default(), true);
-        assert!(address.initial_resource_versions.is_empty(), "the server has said that it is too long");
+        assert!(address.initial_resource_versions.is_empty(), "the server has found it too large");
     }
 
     #[test]
-    fn who_asks_again_gives_up_first_and_the_oldest_question_makes_room() {
+    fn a_repeated_request_unsubscribes_first_and_the_oldest_one_makes_room() {
         let mut delta = Delta::new(true, false);
         let wanted = |n: usize| Wanted::Workload(format!("u{n}").into());
         let (requests, _) = delta.ask(vec![wanted(0)]);
@@ -635,21 +644,21 @@ mod tests {
         assert_eq!(received.update.absent, [wanted(0)]);
         let (requests, _) = delta.ask(vec![wanted(0)]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["u0"]);
-        assert_eq!(requests[0].resource_names_subscribe, ["culvert/nobody-1"], "never a request for nothing");
+        assert_eq!(requests[0].resource_names_subscribe, ["culvert/nobody-1"], "never a subscription to nothing");
         assert_eq!(requests[1].resource_names_subscribe, ["u0"]);
         assert_eq!(requests[1].resource_names_unsubscribe, ["culvert/nobody-1"]);
         assert!(delta.expire().forgotten.is_empty());
-        assert_eq!(delta.expire().forgotten, [wanted(0)], "what was absent is asked again some time");
-        // What came with something else counts as asked for at the server.
+        assert_eq!(delta.expire().forgotten, [wanted(0)], "what did not exist is requested again some time");
+        // The server treats what came along with something else as subscribed.
         delta.receive(response(ADDRESS, vec![workload("w", 1, "1")], &[]));
         let (requests, _) = delta.ask(vec![Wanted::Workload("c1//Pod/a/w".into())]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["c1//Pod/a/w"]);
-        let (requests, update) = delta.ask((1..ASKED_MAX).map(wanted).collect());
+        let (requests, update) = delta.ask((1..REQUESTED_MAX).map(wanted).collect());
         assert_eq!(
             (requests[0].resource_names_unsubscribe.as_slice(), update.forgotten),
             (&["u0".to_owned()][..], vec![wanted(0)])
         );
-        // A host that nobody has makes room before what is there, or may be.
+        // A nonexistent host makes room before resources that exist, or may exist.
         let host = Wanted::Service(ServiceKey::parse("a/host.example").unwrap());
         delta.ask(vec![host.clone()]);
         delta.receive(response(ADDRESS, vec![], &["a/host.example"]));
@@ -659,7 +668,7 @@ mod tests {
             (&["a/host.example".to_owned()][..], vec![host])
         );
         let [address, _] = delta.open(&Node::default(), false);
-        assert_eq!(address.resource_names_subscribe.len(), ASKED_MAX + 1);
+        assert_eq!(address.resource_names_subscribe.len(), REQUESTED_MAX + 1);
     }
 
     #[derive(Clone, Debug)]
@@ -680,7 +689,7 @@ mod tests {
     }
 
     proptest! {
-        /// A server that keeps to the protocol, with and without versions, and changes that happen while nobody listens.
+        /// A server that follows the protocol, with and without versions, and changes that happen between streams.
         #[test]
         fn whatever_happens_the_facts_are_the_servers(steps in prop::collection::vec((step(), any::<bool>()), 0..40), versions: bool) {
             let (mut delta, store) = (Delta::new(false, true), Store::default());
@@ -723,7 +732,7 @@ mod tests {
             let held: BTreeMap<String, String> = store.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
             let expected = server.iter().map(|(id, ip)| (name(*id), format!("10.0.0.{ip}"))).collect();
             prop_assert_eq!(&held, &expected);
-            // The state file gives the same facts.
+            // The state file leads to the same facts.
             let restored = Store::default();
             restored.update(Delta::new(false, true).restore(delta.saved()).update);
             let again: BTreeMap<String, String> = restored.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();

@@ -1,7 +1,8 @@
-//! Authorization policies: wire → facts. Pure and total. What cannot be understood never widens access: a match that
-//! holds such a value never matches in an ALLOW policy and always matches in a DENY policy, and the policy is reported.
-//! What is understood means what it means to the reference, also where it can never match, as a principal with `spiffe://`;
-//! that is noted.
+//! Decodes authorization policies into mesh facts. Pure; accepts any bytes.
+//!
+//! What cannot be understood never widens access: a match that contains such a value never matches in an ALLOW policy and
+//! always matches in a DENY policy, and the policy is reported. Everything else means what it means to ztunnel. That includes
+//! values that can never match, such as a principal with `spiffe://`; they are noted in the log.
 
 use super::decode::{Decoded, ip, range};
 use crate::mesh::Policy;
@@ -11,12 +12,12 @@ use ipnet::IpNet;
 use prost::Message;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Reads a policy named `name`; in it, everything that was not understood is made safe.
+/// Decodes the policy named `name`. Parts that are not understood are replaced by safe ones.
 pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
     let p = wire::Authorization::decode(bytes).map_err(|error| format!("cannot be decoded: {error}"))?;
     let key = format!("{}/{}", p.namespace, p.name);
     if key != name {
-        return Err(format!("is named otherwise inside: {key}"));
+        return Err(format!("contains a resource of another name: {key}"));
     }
     let mut faults = Vec::new();
     let scope = match wire::Scope::try_from(p.scope) {
@@ -24,7 +25,10 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
         Ok(wire::Scope::Namespace) => PolicyScope::Namespace,
         Ok(wire::Scope::WorkloadSelector) => PolicyScope::WorkloadSelector,
         Err(_) => {
-            faults.push(format!("scope {} is not known: applied to its namespace and to those that name it", p.scope));
+            faults.push(format!(
+                "scope {} is unknown: applied to its namespace and to workloads that name the policy",
+                p.scope
+            ));
             PolicyScope::Namespace
         }
     };
@@ -32,7 +36,7 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
         Ok(wire::Action::Allow) => Action::Allow,
         Ok(wire::Action::Deny) => Action::Deny,
         Err(_) => {
-            faults.push(format!("action {} is not known: taken for DENY", p.action));
+            faults.push(format!("action {} is unknown: treated as DENY", p.action));
             Action::Deny
         }
     };
@@ -58,38 +62,41 @@ pub fn policy(name: &str, bytes: &[u8]) -> Result<Decoded<Policy>, String> {
 }
 
 fn one_match(m: &wire::Match, action: Action, faults: &mut Vec<String>, notes: &mut Vec<String>) -> Match {
-    let understood = understood(m);
-    match (understood, action) {
+    let decoded = decode_match(m);
+    match (decoded, action) {
         (Ok(m), _) if m.is_empty() => {
-            notes.push("a match asks nothing that is seen below HTTP, and never matches: it needs a waypoint".into());
+            notes.push(
+                "a match has no condition that can be checked below HTTP, so it never matches: it needs a waypoint"
+                    .into(),
+            );
             m
         }
         (Ok(m), _) => {
             notes.extend(m.impossible());
             m
         }
-        // A match that asks nothing never matches.
+        // A match without conditions never matches.
         (Err(fault), Action::Allow) => {
             faults.push(format!("{fault}: this match never allows"));
             Match::default()
         }
         (Err(fault), Action::Deny) => {
             faults.push(format!("{fault}: this match always denies"));
-            everything()
+            match_all()
         }
     }
 }
 
-/// A match that every connection fulfils.
-fn everything() -> Match {
+/// A match that every connection meets.
+fn match_all() -> Match {
     let all = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
     let any_of = all.into_iter().filter_map(|ip| IpNet::new(ip, 0).ok()).collect();
     Match { source_ips: Attribute { any_of, none_of: Vec::new() }, ..Match::default() }
 }
 
-fn understood(m: &wire::Match) -> Result<Match, String> {
+fn decode_match(m: &wire::Match) -> Result<Match, String> {
     if let Some(extension) = m.extensions.first() {
-        return Err(format!("extension {:?} is not known", extension.name));
+        return Err(format!("extension {:?} is unknown", extension.name));
     }
     Ok(Match {
         namespaces: attribute(&m.namespaces, &m.not_namespaces, string)?,
@@ -113,7 +120,7 @@ fn string(m: &wire::StringMatch) -> Result<StringMatch, String> {
         Some(MatchType::Prefix(text)) => Ok(StringMatch::Prefix(text.as_str().into())),
         Some(MatchType::Suffix(text)) => Ok(StringMatch::Suffix(text.as_str().into())),
         Some(MatchType::Presence(())) => Ok(StringMatch::Presence),
-        None => Err("a text is to be compared in a way that is not known".into()),
+        None => Err("a string match is of an unknown type".into()),
     }
 }
 
@@ -127,7 +134,7 @@ fn net(address: &wire::Address) -> Result<IpNet, String> {
 }
 
 fn port(number: &u32) -> Result<u16, String> {
-    u16::try_from(*number).map_err(|_| format!("{number} is no port"))
+    u16::try_from(*number).map_err(|_| format!("{number} is not a port"))
 }
 
 #[cfg(test)]
@@ -167,13 +174,13 @@ mod tests {
             let allow = decode(m.clone(), wire::Action::Allow);
             assert_eq!(only(&allow.value.rules), Match::default(), "never: {m:?}");
             let deny = decode(m.clone(), wire::Action::Deny);
-            assert_eq!(only(&deny.value.rules), everything(), "always: {m:?}");
+            assert_eq!(only(&deny.value.rules), match_all(), "always: {m:?}");
             assert_eq!((allow.faults.len(), deny.faults.len()), (1, 1));
         }
     }
 
     #[test]
-    fn what_can_never_match_is_taken_as_it_is_and_noted() {
+    fn values_that_can_never_match_are_accepted_and_noted() {
         let exact =
             |text: &str| wire::StringMatch { match_type: Some(wire::string_match::MatchType::Exact(text.to_owned())) };
         let written = "spiffe://cluster.local/ns/a/sa/b";

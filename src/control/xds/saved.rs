@@ -1,6 +1,6 @@
-//! The state file: the last known state of the mesh, so that a start without a control plane need not begin with nothing.
+//! The state file: the last known mesh facts, for a start without a control plane.
 //!
-//! Written beside and renamed over, mode 0600; a file that cannot be understood is left out and reported.
+//! The file has mode 0600 and is replaced atomically. A file that cannot be understood is not used, and is reported.
 
 use crate::proto::culvert::state::{SavedState, SavedType};
 use crate::task::files;
@@ -15,7 +15,7 @@ const FORMAT: u32 = 1;
 /// Largest file that is read.
 const BYTES_MAX: u64 = 1 << 30;
 
-/// Why there is no saved state.
+/// Why the state file cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SavedError {
     /// It cannot be read or written.
@@ -23,31 +23,31 @@ pub enum SavedError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// It is something else.
+    /// Its content is not valid.
     #[error("state file {0}: {1}; it is not used")]
     Content(PathBuf, String),
 }
 
-/// What a state file held.
+/// The content of a state file.
 #[derive(Debug)]
 pub struct Saved {
-    /// When it was true.
+    /// When the facts were last known to be true.
     pub at: SystemTime,
     /// The resources.
     pub types: Vec<SavedType>,
 }
 
 impl Saved {
-    /// How long ago it was true, in whole seconds; zero where this node's clock is behind.
+    /// How long ago the facts were last known to be true, in whole seconds; zero if this node's clock is behind.
     pub fn age(&self) -> Duration {
         Duration::from_secs(self.at.elapsed().unwrap_or_default().as_secs())
     }
 }
 
-/// Reads a state file; `None` where there is none yet.
+/// Reads a state file; `None` if there is none.
 pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let content = |reason: String| SavedError::Content(path.to_owned(), reason);
@@ -55,7 +55,7 @@ pub fn read(path: &Path) -> Result<Option<Saved>, SavedError> {
     bytes.map(|bytes| decode(&bytes).map_err(content)).transpose()
 }
 
-/// Reads the content of a state file.
+/// Decodes the content of a state file.
 pub fn decode(bytes: &[u8]) -> Result<Saved, String> {
     let state = SavedState::decode(bytes).map_err(|error| format!("is not a state file: {error}"))?;
     if state.format != FORMAT {
@@ -65,7 +65,7 @@ pub fn decode(bytes: &[u8]) -> Result<Saved, String> {
     Ok(Saved { at, types: state.types })
 }
 
-/// Writes a state file, of what was true `at`: whole, or not at all.
+/// Writes a state file atomically. `at` is when the facts were last known to be true.
 pub fn write(path: &Path, at: SystemTime, control_plane: &str, types: Vec<SavedType>) -> Result<(), SavedError> {
     let file = |source| SavedError::File { path: path.to_owned(), source };
     let saved_at = at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -80,7 +80,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn it_is_whole_private_and_versioned() {
+    fn the_file_is_complete_private_and_versioned() {
         let folder = std::env::temp_dir().join(format!("culvert-saved-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         let path = folder.join("state");
@@ -89,7 +89,7 @@ mod tests {
         write(&path, SystemTime::now(), "istiod", types.clone()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(read(&path).unwrap().unwrap().types, types);
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "nothing is left beside it");
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
         let newer = SavedState { format: 2, ..SavedState::default() };
         std::fs::write(&path, newer.encode_to_vec()).unwrap();
         assert!(read(&path).unwrap_err().to_string().contains("format 2"));

@@ -1,4 +1,5 @@
-//! The stream to the control plane: connecting, reading, answering, and when to try again.
+//! The client of the control plane: connects, applies and answers responses, requests what is wanted on demand, and connects
+//! again when the stream ends. It also reads and writes the state file.
 
 use super::config::Config;
 use super::delta::{ADDRESS, AUTHORIZATION, Delta, Restored};
@@ -27,22 +28,28 @@ use tracing::field::display;
 const RETRY_MIN: Duration = Duration::from_millis(20);
 /// Longest wait before another attempt.
 const RETRY_MAX: Duration = Duration::from_secs(15);
-/// A stream that lived this long was healthy: the waits begin anew.
+/// A stream that lasted this long was healthy: the next wait is the shortest again.
 const HEALTHY: Duration = Duration::from_secs(10);
-/// How long the control plane may take to read a request.
+/// How long the control plane may leave a request unread.
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
-/// Requests that may wait to be sent.
+/// How many requests may wait to be sent.
 const QUEUE: usize = 16;
-/// Shortest time between two writings of the state file, and half the time for which something that was asked for is taken
-/// not to exist.
+/// Shortest time between two writes of the state file. Also half the time for which something that the control plane said
+/// does not exist is not requested again.
 const TICK: Duration = Duration::from_secs(5);
-/// The state file is written so often where nothing changes, so that its date says that this is so.
+/// How often the state file is written if nothing changes, so that its date shows that the facts are still true.
 const SAVE_AGAIN: Duration = Duration::from_secs(600);
-/// A reason that stays the same is logged again this often.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+/// How often an unchanged error is logged again.
+const LOG_AGAIN: Duration = Duration::from_secs(60);
 
-/// Notes on policies in one line of the log; more are counted.
+/// How many notes one log line shows; the others are only counted.
 const NOTES_SHOWN: usize = 20;
+
+/// An error that has been logged.
+struct LoggedError {
+    text: String,
+    at: Instant,
+}
 
 /// Keeps the store in step with the control plane.
 pub struct Client {
@@ -52,20 +59,20 @@ pub struct Client {
     metrics: Arc<Metrics>,
     freshness: Arc<Freshness>,
     delta: Delta,
-    /// Given up when there are facts to serve by.
+    /// Dropped once there are mesh facts, which makes the daemon ready.
     ready: Option<Pending>,
-    /// Whether something has changed since the state file was written.
+    /// Whether facts have changed since the state file was written.
     unsaved: bool,
     saved_at: Option<Instant>,
-    /// Whether the last request was too large with the versions of all that is held.
+    /// Whether the server found the last first request too large because of the versions in it.
     too_large: bool,
-    /// Whether the first requests of the last stream said what is held.
+    /// Whether the first requests of the last stream contained the versions of held resources.
     sent_versions: bool,
-    said: Option<(String, Instant)>,
+    last_logged: Option<LoggedError>,
 }
 
 impl Client {
-    /// A client that has not connected yet. `ready` is given up when the first facts are there.
+    /// A client that has not connected yet. `ready` is dropped when the first mesh facts are there.
     pub fn new(
         config: Config,
         store: Arc<Store>,
@@ -76,7 +83,6 @@ impl Client {
         let node =
             Node { id: config.node_id.clone(), cluster: String::new(), metadata: Some(structure(&config.metadata)) };
         let delta = Delta::new(config.on_demand, config.state_file.is_some());
-        let (ready, unsaved, too_large, sent_versions, said) = (Some(ready), false, false, false, None);
         Self {
             config,
             node,
@@ -84,21 +90,21 @@ impl Client {
             metrics,
             freshness,
             delta,
-            ready,
-            unsaved,
+            ready: Some(ready),
+            unsaved: false,
             saved_at: None,
-            too_large,
-            sent_versions,
-            said,
+            too_large: false,
+            sent_versions: false,
+            last_logged: None,
         }
     }
 
-    /// Runs until told to stop; then writes the state file.
+    /// Runs until `stop`, then writes the state file.
     pub async fn run(mut self, stop: Signal) {
         self.restore();
         let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
         loop {
-            let begun = Instant::now();
+            let started = Instant::now();
             let error = tokio::select! {
                 ended = self.session() => ended,
                 () = stop.gentle() => break,
@@ -113,12 +119,12 @@ impl Client {
                 state.live = false;
                 state.error = Some(error.to_string());
             });
-            if begun.elapsed() >= HEALTHY {
+            if started.elapsed() >= HEALTHY {
                 backoff.reset();
             }
             self.too_large = error.is_too_large() && self.sent_versions;
             let wait = backoff.next();
-            self.say(&error, was_live, wait);
+            self.log_end(&error, was_live, wait);
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = stop.gentle() => break,
@@ -127,30 +133,34 @@ impl Client {
         self.save();
     }
 
-    /// One line when a stream ends or a new reason appears; the same reason again once a minute.
-    fn say(&mut self, error: &StreamError, was_live: bool, wait: Duration) {
+    /// Logs the end of a stream. An unchanged error is logged again only after [`LOG_AGAIN`].
+    fn log_end(&mut self, error: &StreamError, was_live: bool, wait: Duration) {
         let text = error.to_string();
         let control_plane = self.config.rpc.address.to_string();
         if was_live && error.is_orderly() {
-            tracing::info!(control_plane, reason = text, "the control plane has recycled the stream; connecting again");
+            tracing::info!(
+                control_plane,
+                reason = text,
+                "the control plane closed the stream in an orderly way; connecting again"
+            );
             return;
         }
-        let known = self.said.as_ref().is_some_and(|(said, at)| *said == text && at.elapsed() < SAY_AGAIN);
-        if known {
+        let is_logged = |logged: &LoggedError| logged.text == text && logged.at.elapsed() < LOG_AGAIN;
+        if self.last_logged.as_ref().is_some_and(is_logged) {
             tracing::debug!(control_plane, %error, retry = %brief(wait), "no stream to the control plane");
             return;
         }
-        self.said = Some((text, Instant::now()));
+        self.last_logged = Some(LoggedError { text, at: Instant::now() });
         let (age, retry) = (self.freshness.report().age.map(brief).map(display), brief(wait));
         if was_live {
             tracing::warn!(
                 control_plane, %error, %retry,
-                "the connection to the control plane was lost; what is known stays in force, changes are not heard of"
+                "the connection to the control plane was lost; the known mesh facts stay in force, and changes do not arrive"
             );
         } else {
             tracing::warn!(
                 control_plane, %error, %retry, facts_age = age,
-                "no stream to the control plane; what is known stays in force"
+                "no stream to the control plane; the known mesh facts stay in force"
             );
         }
     }
@@ -173,7 +183,7 @@ impl Client {
         while send.capacity() > 0
             && let Some(request) = outgoing.pop_front()
         {
-            // There is room, and nobody else sends.
+            // There is room, and this is the only sender.
             let _ = send.try_send(request);
         }
         let first = Instant::now() + FIRST_RESPONSE;
@@ -192,9 +202,9 @@ impl Client {
                     Ok(None) => return Ok(()),
                     Err(status) => return Err(StreamError::Failed(Box::new(status))),
                 },
-                // While the server does not read, we go on reading: it may be waiting for just that.
+                // Responses are read even while the server does not read requests: it may be waiting for that.
                 room = send.reserve(), if !outgoing.is_empty() => {
-                    // A closed queue is the end of the stream, whose reason the next read gives.
+                    // If the queue is closed, the stream has ended, and the next read returns the reason.
                     if let (Ok(room), Some(request)) = (room, outgoing.pop_front()) {
                         room.send(request);
                         stuck_at = Instant::now() + SEND_DEADLINE;
@@ -224,8 +234,8 @@ impl Client {
         requests
     }
 
-    /// Services that lose endpoints by these removals. On demand istiod tells of endpoints that go and not of those that come,
-    /// so the service has to be asked for again.
+    /// Services that lose endpoints by these removals. On demand, istiod announces endpoints that go but not those that come,
+    /// so the services must be requested again.
     fn losing_endpoints(&self, removed: &[String]) -> Vec<Wanted> {
         if !self.config.on_demand {
             return Vec::new();
@@ -236,7 +246,7 @@ impl Client {
         keys.into_iter().map(|key| Wanted::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
     }
 
-    /// Applies a response and gives the answer to it, and what must be asked because of it.
+    /// Applies a response. Returns the answer to it, and the requests that it makes necessary.
     fn take(&mut self, response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
         let url = match response.type_url.as_str() {
             ADDRESS => ADDRESS,
@@ -256,11 +266,11 @@ impl Client {
                 url,
                 refused = received.faults.len(),
                 faults,
-                "resources of the control plane were refused"
+                "refused resources of the control plane; earlier versions of them stay in force"
             );
         }
-        say_notes(&received.notes);
-        say_unfound(&self.delta.unfound());
+        log_notes(&received.notes);
+        log_unsearched(&self.delta.unsearched_ranges());
         if !received.update.is_empty() {
             let version = self.store.update(received.update);
             self.unsaved = true;
@@ -276,7 +286,7 @@ impl Client {
                 (state.live, state.from_file, state.error) = (true, false, None);
                 state.confirmed = Some(SystemTime::now());
             });
-            self.said = None;
+            self.last_logged = None;
             let control_plane = self.config.rpc.address.to_string();
             tracing::info!(control_plane, workloads, services, policies, "in step with the control plane");
             self.ready = None;
@@ -297,17 +307,17 @@ impl Client {
                 let (age, max) = (humantime::format_duration(age), humantime::format_duration(max));
                 tracing::error!(
                     path, %age, %max,
-                    "the state file is too old to be used (CULVERT_STATE_FILE_MAX_AGE): nothing is known until the control plane is there"
+                    "the state file is too old to be used (CULVERT_STATE_FILE_MAX_AGE); there are no mesh facts until the control plane is reachable"
                 );
             }
             Ok(Some(state)) => {
                 let Restored { update, faults, notes } = self.delta.restore(state.types);
-                say_notes(&notes);
-                say_unfound(&self.delta.unfound());
+                log_notes(&notes);
+                log_unsearched(&self.delta.unsearched_ranges());
                 self.store.update(update);
                 if !faults.is_empty() {
                     let faults = faults.join("; ");
-                    tracing::error!(faults, "resources of the state file are not understood by this version");
+                    tracing::error!(faults, "this version does not understand some resources of the state file");
                 }
                 let (workloads, services, policies) = self.store.load().counts();
                 self.freshness.change(|fresh| (fresh.confirmed, fresh.from_file) = (Some(state.at), true));
@@ -318,11 +328,11 @@ impl Client {
                     workloads,
                     services,
                     policies,
-                    "serving by the state file until the control plane is there"
+                    "using the mesh facts of the state file until the control plane is reachable"
                 );
                 self.ready = None;
             }
-            Err(error) => tracing::error!(%error, "starting without the last known state"),
+            Err(error) => tracing::error!(%error, "starting without the state file"),
         }
     }
 
@@ -331,7 +341,7 @@ impl Client {
         let report = self.freshness.report();
         let confirmed = report.age.and_then(|age| SystemTime::now().checked_sub(age)).unwrap_or_else(SystemTime::now);
         let old = report.live && self.saved_at.is_some_and(|at| at.elapsed() >= SAVE_AGAIN);
-        // What was never complete would pass for the whole mesh at the next start.
+        // An incomplete state would pass for the whole mesh at the next start.
         if !(self.unsaved || old) || !self.delta.synced() {
             return;
         }
@@ -343,23 +353,23 @@ impl Client {
             }
             Err(error) => {
                 self.metrics.save_failures.inc();
-                tracing::error!(%error, "the last known state could not be kept");
+                tracing::error!(%error, "the state file could not be written");
             }
         }
     }
 }
 
-/// Says what in policies can never match, which is as if it were not there.
-fn say_notes(notes: &[String]) {
+/// Logs the parts of policies that can never match, and so have no effect.
+fn log_notes(notes: &[String]) {
     if notes.is_empty() {
         return;
     }
     let shown = notes.iter().take(NOTES_SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
-    tracing::warn!(notes = notes.len(), policies = shown, "parts of policies can never match: they do nothing");
+    tracing::warn!(notes = notes.len(), policies = shown, "parts of policies can never match and have no effect");
 }
 
-/// Says which ranges are not found on demand.
-fn say_unfound(ranges: &[String]) {
+/// Logs the address ranges that are not found on demand.
+fn log_unsearched(ranges: &[String]) {
     if ranges.is_empty() {
         return;
     }
@@ -367,11 +377,11 @@ fn say_unfound(ranges: &[String]) {
     tracing::warn!(
         ranges = shown,
         count = ranges.len(),
-        "on demand, ranges of these lengths are not looked for: connections to addresses in them may go as if there were no service"
+        "on demand, address ranges of these lengths are not searched for: connections to addresses in them may be handled as if there were no service"
     );
 }
 
-/// JSON in the form that xDS carries it.
+/// A JSON object as a protobuf `Struct`.
 fn structure(map: &serde_json::Map<String, Value>) -> prost_types::Struct {
     prost_types::Struct { fields: map.iter().map(|(key, value)| (key.clone(), value_of(value))).collect() }
 }
