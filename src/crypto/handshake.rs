@@ -14,8 +14,7 @@ pub fn is_about_time(error: &Error) -> bool {
 
 /// An explanation for a handshake that failed because of a clock; `None` if it failed for another reason.
 pub fn clock_reason(error: &io::Error) -> Option<&'static str> {
-    const OURS: &str =
-        "by this node's clock that certificate is not valid now: one of the two clocks is off, or nobody renews it";
+    const OURS: &str = "by this node's clock that certificate is not valid now: one of the two clocks is off, or the certificate was not renewed";
     const THEIRS: &str = "by the far end's clock our certificate is not valid now: one of the two clocks is off";
     match error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()) {
         Some(error) if is_about_time(error) => Some(OURS),

@@ -8,7 +8,7 @@ use crate::sys::socket::bind_stream;
 use std::io;
 use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 
-/// Bound sockets of a pod's server that nobody serves yet.
+/// Bound sockets of a pod's server, before it serves them.
 #[derive(Debug, Default)]
 pub struct Listeners {
     pub(super) datagrams: Vec<std::net::UdpSocket>,
@@ -34,8 +34,8 @@ impl Listeners {
 }
 
 /// Whether a request comes from the pod itself: it was sent to a loopback address, or was redirected and so arrives on the
-/// address that it came from. Other requests are not answered. The kernel and the pod's rules (`node/legs.rs`) prevent that
-/// somebody outside uses the pod's address.
+/// address that it came from. Other requests are not answered. The kernel and the pod's rules (`node/legs.rs`) prevent other
+/// hosts from using the pod's address.
 pub(super) fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
     local.is_loopback() || client == local
 }

@@ -205,7 +205,7 @@ fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
 
 /// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then the preferred
 /// namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of other ones are
-/// announced by somebody else's DNS.
+/// in external DNS.
 fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> {
     let namespace = &*context.workload.namespace;
     let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(context, service);

@@ -356,11 +356,11 @@ mod tests {
         let proc = proc_of("hangs", "nameserver 203.0.113.53\n");
         let resolver = resolver(&proc);
         let hangs = resolver.reader.lock.clone().lock_owned().await;
-        let begun = Instant::now();
+        let started = Instant::now();
         let substitute = resolver.resolvers().await;
         assert!(!substitute.from_pod && substitute.search.len() == 3, "{substitute:?}");
         assert_eq!(substitute.servers, resolver.reader.merge(None, &daemon_resolv_conf()).servers, "the daemon's own");
-        assert_eq!(begun.elapsed(), READ_WAIT);
+        assert_eq!(started.elapsed(), READ_WAIT);
         drop(hangs);
         assert!(resolver.resolvers().await.from_pod);
         std::fs::remove_dir_all(&proc).unwrap();

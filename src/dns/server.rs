@@ -331,7 +331,7 @@ impl Server {
         pending: &PendingRequest,
         resolvers: &PodResolvers,
     ) -> Result<UpstreamAnswer, UpstreamError> {
-        let (requests, begun) =
+        let (requests, started) =
             (self.type_metrics(pending.carrier, type_word(pending.question.as_ref())), Instant::now());
         let mut servers = resolvers.in_order(pending.resolver);
         if pending.resolver.is_some() && pending.question.is_none() {
@@ -339,7 +339,7 @@ impl Server {
             servers.list.truncate(1);
         }
         let answered = self.resolver.ask(pending.carrier, &servers, &pending.bytes).await;
-        let seconds = answered.is_ok().then(|| begun.elapsed().as_secs_f64());
+        let seconds = answered.is_ok().then(|| started.elapsed().as_secs_f64());
         requests.upstream(seconds);
         answered
     }

@@ -37,7 +37,7 @@ const MESSAGE_MAX: usize = u16::MAX as usize;
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
     /// The pod has no usable resolver.
-    #[error("the pod has no name server that could be asked")]
+    #[error("the pod has no usable name server")]
     NoResolver,
     /// No resolver answered in time.
     #[error("no answer from {servers} within {} s", DEADLINE.as_secs_f64())]

@@ -120,11 +120,12 @@ impl Credentials {
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
 
         let trust_domains = trust.trust_domains.clone();
-        let nobody = Arc::new(ServerVerifier { chain: chain.clone(), trust_domains, expected: Vec::new() });
+        // Refuses every server; `Credentials::client` replaces it for each connection.
+        let refuse_all = Arc::new(ServerVerifier { chain: chain.clone(), trust_domains, expected: Vec::new() });
         let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .dangerous()
-            .with_custom_certificate_verifier(nobody)
+            .with_custom_certificate_verifier(refuse_all)
             .with_client_cert_resolver(certified);
         client.alpn_protocols = vec![ALPN_H2.to_vec()];
         client.enable_sni = false;

@@ -25,7 +25,7 @@ const CERTIFICATES_MAX: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum IstioCaError {
     /// There is no connection to it.
-    #[error("the CA cannot be asked: {0}")]
+    #[error("cannot connect to the CA: {0}")]
     Connect(#[from] rpc::ConnectError),
     /// It refused.
     #[error("the CA refused: {}: {}", .0.code(), .0.message())]

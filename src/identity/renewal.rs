@@ -28,7 +28,7 @@ use tokio::time::Instant;
 const RETRY_MIN: Duration = Duration::from_secs(1);
 /// Longest wait after a failed request.
 const RETRY_MAX: Duration = Duration::from_secs(150);
-/// How often the clock is checked while waiting: somebody may set it, or the machine may have slept.
+/// How often the clock is checked while waiting: it may be set, or the machine may have slept.
 const CLOCK_CHECK: Duration = Duration::from_secs(10);
 /// Difference between the clock and elapsed time beyond which the clock counts as set, and the CA is asked at once.
 const CLOCK_JUMP: Duration = Duration::from_secs(20);
@@ -146,7 +146,7 @@ impl Renewal {
         let certificates = &self.certificates;
         let signed = certificates.authority.sign(&self.identity).await?;
         let life = signed.life;
-        // First verified by the roots in the same answer alone: roots from other answers must not vouch for it.
+        // First verified by the roots in the same answer alone: roots from other answers must not verify it.
         let trust = certificates.trust_in(&self.identity, &signed.roots);
         let credentials = Credentials::build(self.identity.clone(), certificates.next_generation(), signed, trust)?;
         let changed = certificates.roots.learn(&credentials);
@@ -272,7 +272,7 @@ impl Renewal {
     }
 }
 
-/// Whether the clock has moved differently from elapsed time: somebody set it, or the machine slept.
+/// Whether the clock has moved differently from elapsed time: it was set, or the machine slept.
 fn clock_jumped(elapsed: Duration, since: SystemTime) -> bool {
     match since.elapsed() {
         Ok(by_clock) => by_clock.abs_diff(elapsed) > CLOCK_JUMP,

@@ -245,7 +245,7 @@ impl Chain {
             return std::future::pending().await;
         };
         while let Ok(left) = ends.duration_since(SystemTime::now()) {
-            // In steps, because somebody may set the clock meanwhile.
+            // In steps, because the clock may be set meanwhile.
             tokio::time::sleep((left + Duration::from_millis(1)).min(CLOCK_CHECK)).await;
         }
     }

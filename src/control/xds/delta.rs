@@ -79,7 +79,7 @@ pub struct Received {
     pub update: Update,
     /// The answer: an acknowledgement, or a refusal of some resources by name.
     pub answer: DeltaDiscoveryRequest,
-    /// Faults of refused resources, with their names.
+    /// Faults in resources that were refused or understood only in part, with their names.
     pub faults: Vec<String>,
     /// Notes on values that are used but may not do what their author believes. Each is returned once.
     pub notes: Vec<String>,
@@ -694,13 +694,13 @@ mod tests {
         fn whatever_happens_the_facts_are_the_servers(steps in prop::collection::vec((step(), any::<bool>()), 0..40), versions: bool) {
             let (mut delta, store) = (Delta::new(false, true), Store::default());
             let mut server: BTreeMap<u8, u8> = BTreeMap::new();
-            let mut told: BTreeMap<u8, u8> = BTreeMap::new();
+            let mut announced: BTreeMap<u8, u8> = BTreeMap::new();
             let name = |id: u8| format!("w{id}");
             let full = |id: u8, ip: u8| workload(&name(id), ip, &if versions { ip.to_string() } else { String::new() });
-            let push = |delta: &mut Delta, server: &BTreeMap<u8, u8>, told: &mut BTreeMap<u8, u8>, first: Option<&DeltaDiscoveryRequest>| {
+            let push = |delta: &mut Delta, server: &BTreeMap<u8, u8>, announced: &mut BTreeMap<u8, u8>, first: Option<&DeltaDiscoveryRequest>| {
                 let known = |id: u8| match first {
                     Some(request) => request.initial_resource_versions.get(&format!("c1//Pod/a/{}", name(id))).cloned(),
-                    None => told.get(&id).map(u8::to_string),
+                    None => announced.get(&id).map(u8::to_string),
                 };
                 let changed = server.iter().filter(|(id, ip)| match (known(**id), first) {
                     (None, _) => true,
@@ -709,11 +709,11 @@ mod tests {
                 let resources = changed.map(|(id, ip)| full(*id, *ip)).collect();
                 let gone: Vec<String> = (0..6).filter(|id| known(*id).is_some() && !server.contains_key(id)).map(|id| format!("c1//Pod/a/{}", name(id))).collect();
                 let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
-                *told = server.clone();
+                *announced = server.clone();
                 store.update(delta.receive(response(ADDRESS, resources, &gone)).update);
             };
             let [request, _] = delta.open(&Node::default(), false);
-            push(&mut delta, &server, &mut told, Some(&request));
+            push(&mut delta, &server, &mut announced, Some(&request));
             for (step, tell) in steps {
                 let without = matches!(step, Step::ReconnectWithoutVersions);
                 match step {
@@ -721,14 +721,14 @@ mod tests {
                     Step::Remove(id) => drop(server.remove(&id)),
                     Step::Reconnect | Step::ReconnectWithoutVersions => {
                         let [request, _] = delta.open(&Node::default(), without);
-                        push(&mut delta, &server, &mut told, Some(&request));
+                        push(&mut delta, &server, &mut announced, Some(&request));
                     }
                 }
                 if tell {
-                    push(&mut delta, &server, &mut told, None);
+                    push(&mut delta, &server, &mut announced, None);
                 }
             }
-            push(&mut delta, &server, &mut told, None);
+            push(&mut delta, &server, &mut announced, None);
             let held: BTreeMap<String, String> = store.load().workloads().map(|w| (w.name.to_string(), w.ips[0].to_string())).collect();
             let expected = server.iter().map(|(id, ip)| (name(*id), format!("10.0.0.{ip}"))).collect();
             prop_assert_eq!(&held, &expected);

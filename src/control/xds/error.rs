@@ -20,7 +20,7 @@ pub(super) enum StreamError {
     Complete,
     #[error("no first response within {} s", FIRST_RESPONSE.as_secs())]
     Silent,
-    #[error("the control plane does not read what it is sent")]
+    #[error("the control plane does not read requests")]
     Stuck,
 }
 
@@ -47,7 +47,7 @@ impl StreamError {
 
     /// Whether the server found a message too large.
     pub(super) fn is_too_large(&self) -> bool {
-        // The code also means that we ask too often; only the text tells the two apart (source: gRPC's server).
+        // The same code means that there are too many requests; only the text distinguishes the two (source: gRPC's server).
         let too_large =
             |status: &Status| status.code() == Code::ResourceExhausted && status.message().contains("larger than max");
         matches!(self, Self::Refused(status) | Self::Failed(status) if too_large(status))

@@ -266,7 +266,7 @@ impl Client {
                 url,
                 refused = received.faults.len(),
                 faults,
-                "refused resources of the control plane; earlier versions of them stay in force"
+                "resources of the control plane were refused, or understood only in part"
             );
         }
         log_notes(&received.notes);
