@@ -1,10 +1,10 @@
 //! culvert: a per-node L4 tunnel daemon for Kubernetes that takes the place of Istio's ztunnel in ambient mode.
 //!
-//! The modules by layer. A module imports only from layers below its own, which `tests/tidy.rs` checks:
+//! The modules by layer. A module imports only from layers below its own, which `tests/tidy/` checks:
 //!
 //! | layer | modules |
 //! |--:|---|
-//! | 0 | `mesh`, `ports`, `proto`, `sys`, `task`, `telemetry` |
+//! | 0 | `crypto`, `mesh`, `ports`, `proto`, `sys`, `task`, `telemetry` |
 //! | 1 | `hbone`, `rpc` |
 //! | 2 | `dns`, `identity` |
 //! | 3 | `connection`, `control`, `admin` |
@@ -17,6 +17,7 @@ mod admin;
 mod config;
 mod connection;
 mod control;
+mod crypto;
 mod daemon;
 mod demo;
 mod dns;

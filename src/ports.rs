@@ -18,7 +18,7 @@ pub const OUTBOUND: u16 = 15001;
 pub const PLAINTEXT: u16 = 15006;
 /// Inside a pod: tunnels from peers arrive here. Also the port of a peer that tunnels are opened to.
 pub const HBONE: u16 = 15008;
-/// Inside a pod: DNS questions are redirected here.
+/// Inside a pod: DNS questions are redirected here. Answers from another port would not be translated back.
 pub const DNS: u16 = 15053;
 
 /// Capture checks from inside a pod go to these ports, one each. There are several because two daemons listen during an

@@ -4,7 +4,7 @@
 use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -49,9 +49,9 @@ impl Metrics {
     pub fn register(&self, registry: &mut Registry) {
         let applied = "Versions of the mesh file that were applied";
         registry.register("culvert_mesh_file_applied", applied, self.applied.clone());
-        let refused = "Versions of the mesh file that were refused; the facts before stayed in force";
+        let refused = "Versions of the mesh file that were refused; the previous facts stayed in force";
         registry.register("culvert_mesh_file_refused", refused, self.refused.clone());
-        let stale = "1 while the mesh file on disk is refused and older facts are in force";
+        let stale = "1 while the mesh file on disk is refused and older facts are in force, else 0";
         registry.register("culvert_mesh_file_stale", stale, self.stale.clone());
     }
 }
@@ -69,7 +69,7 @@ pub async fn follow(path: PathBuf, store: Arc<Store>, metrics: Arc<Metrics>) {
     loop {
         // On another thread, because parsing a large file takes a while.
         let file = path.clone();
-        if let Some(facts) = beside(move || read(&file)).await {
+        if let Some(facts) = run_blocking(move || read(&file)).await {
             apply(facts, &store, &metrics);
         }
         watch.changed().await;

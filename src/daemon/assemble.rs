@@ -28,7 +28,7 @@ use crate::sys::netns::Netns;
 use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl, brief};
-use crate::{admin, control, node, rpc, sys};
+use crate::{admin, control, crypto, node, sys};
 use anyhow::Context;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,7 +62,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let pods_pending = ready.wait_for("pods");
     let metrics = Metrics::new(config.node.host_netns.clone(), config.node.ipv6);
     if config.only_post_quantum {
-        rpc::tls::only_post_quantum();
+        crypto::only_post_quantum();
     }
 
     let facts = Facts::start(&config, &ready, &background, &metrics)?;

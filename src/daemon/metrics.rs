@@ -21,9 +21,9 @@ use std::time::Duration;
 pub(super) struct Metrics {
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,
-    pub(super) mesh_file: Arc<control::Metrics>,
+    pub(super) mesh_file: Arc<control::file::Metrics>,
     pub(super) xds: Arc<control::xds::Metrics>,
-    pub(super) identities: Arc<identity::store::Metrics>,
+    pub(super) identities: Arc<identity::metrics::Metrics>,
     pub(super) crl: Arc<identity::revoked::Metrics>,
     pub(super) dns: Arc<dns::Metrics>,
     pub(super) agent: Arc<zds::Metrics>,

@@ -4,10 +4,6 @@ use crate::mesh::Text;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Port on which a pod's DNS is served, on the address that the question came from or on a loopback address. Answers from
-/// another port would not be translated back. (Source: the redirection of Istio ambient.)
-pub const PORT: u16 = 15053;
-
 /// Settings of DNS.
 #[derive(Clone, Debug)]
 pub struct Config {

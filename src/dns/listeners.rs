@@ -1,6 +1,6 @@
 //! The sockets of a pod's DNS server, in the pod's namespace, and the check that a request comes from that pod.
 
-use super::config::PORT;
+use crate::ports;
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram;
 use crate::sys::netns::{Netns, NetnsError};
@@ -25,8 +25,8 @@ impl Listeners {
             for v4 in [true, false].into_iter().take(if ipv6 { 2 } else { 1 }) {
                 // Without a mark: answers need no exemption from the redirection, and a mark would make the kernel route
                 // each of them twice.
-                all.datagrams.push(datagram::bind(PORT, v4, reuse_port)?);
-                all.streams.push(bind_stream(PORT, v4, mark, reuse_port)?);
+                all.datagrams.push(datagram::bind(ports::DNS, v4, reuse_port)?);
+                all.streams.push(bind_stream(ports::DNS, v4, mark, reuse_port)?);
             }
             Ok(all)
         })

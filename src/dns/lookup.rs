@@ -5,7 +5,7 @@
 //! asked first, and the mesh answers only if that one says that the name does not exist. Every other name is forwarded.
 
 use super::answer::{MeshAnswer, MeshRecord, QueryKind};
-use crate::mesh::{Service, ServiceKey, Snapshot, Wanted, Workload};
+use crate::mesh::{FactKey, Service, ServiceKey, Snapshot, Workload};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -120,7 +120,7 @@ pub fn decide(context: &LookupContext<'_>, name: &str, kind: QueryKind) -> Plan 
 
 /// What must be requested from an on-demand control plane before [`decide`] can be relied upon. When that has been answered
 /// there may be more, up to [`WANTED_MAX`] in all.
-pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
+pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<FactKey> {
     if context.snapshot.is_told_all() {
         return None;
     }
@@ -135,7 +135,7 @@ pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<Wanted> {
     let bare = context.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
     let of_host = is_host.then(|| ServiceKey { namespace: context.workload.namespace.clone(), hostname: bare.into() });
-    let unasked = |key| context.snapshot.unasked(Wanted::Service(key));
+    let unasked = |key| context.snapshot.unasked(FactKey::Service(key));
     of_cluster.into_iter().chain(of_host).find_map(unasked)
 }
 
@@ -294,7 +294,7 @@ fn ports(context: &LookupContext<'_>, name: &str) -> Option<MeshAnswer> {
 mod tests {
     use super::*;
     use crate::mesh::address::{parse_network_address, parse_network_cidr};
-    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Visibility};
+    use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, Visibility};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, Store};
@@ -330,7 +330,7 @@ mod tests {
         let any = Service {
             load_balancer: Some(LoadBalancer {
                 preferences: vec![],
-                mode: Mode::Standard,
+                mode: LoadBalancingMode::Standard,
                 health_policy: HealthPolicy::AllowAll,
             }),
             ..any

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const BUCKETS: [f64; 6] = [0.0005, 0.001, 0.01, 0.1, 1.0, 5.0];
 
 /// Labels of a request.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct RequestLabels {
     /// Record type of the question.
     pub request_query_type: &'static str,
@@ -57,7 +57,7 @@ fn known(text: &str) -> String {
 }
 
 /// Labels of a host name that was resolved for a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[allow(missing_docs, reason = "each field is the label of the same name")]
 pub struct OnDemandLabels {
     pub source_workload: String,
@@ -188,11 +188,21 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        let requests = self.requests.of(&RequestLabels::default());
+        requests.all.inc();
+        requests.upstream.inc();
+        requests.upstream_failures.inc();
+        self.on_demand.of(&OnDemandLabels::default()).inc();
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         let (requests, on_demand) = (self.requests.clone(), self.on_demand.clone());
         registry.register_collector(Box::new(RequestCollector { requests, on_demand }));
-        let help = "DNS requests of pods by how they ended";
+        let help = "DNS requests of pods by outcome: mesh, no_records, completed, forwarded, cached, failed_open, failed, \
+                    limited or ignored. Alert on failed_open and failed";
         registry.register("culvert_dns_requests", help, self.outcomes.clone());
         // All outcomes appear from the start, so that alerts can rely on a zero.
         for outcome in RequestOutcome::ALL {
@@ -238,9 +248,9 @@ impl Collector for RequestCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         type Counted = fn(&RequestMetrics) -> Option<&dyn EncodeMetric>;
         let put = |name, help, kind, counted: Counted| (name, help, kind, counted);
-        let help = ["DNS requests of pods (unstable)", "DNS requests passed on to pods' resolvers (unstable)"];
+        let help = ["DNS requests of pods (unstable)", "DNS requests forwarded to pods' resolvers (unstable)"];
         let failures = "DNS requests that no resolver of the pod answered (unstable)";
-        let seconds = "Time until a pod's resolver answered (unstable)";
+        let seconds = "Seconds until a pod's resolver answered (unstable)";
         let families = [
             put("istio_dns_requests", help[0], MetricType::Counter, |of| Some(&of.all)),
             put("istio_dns_upstream_requests", help[1], MetricType::Counter, |of| {

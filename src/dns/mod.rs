@@ -21,7 +21,7 @@ pub mod server;
 pub mod upstream;
 
 pub use client::{ClientFacts, KnownClient};
-pub use config::{Config, PORT};
+pub use config::Config;
 pub use listeners::Listeners;
 pub use metrics::Metrics;
 pub use pods::{Dns, Serving};

@@ -147,7 +147,7 @@ impl Resolver {
         };
         if let Some(reading) = reading {
             let reader = self.reader.clone();
-            let work = thread::beside(move || {
+            let work = thread::run_blocking(move || {
                 let resolvers = reader.current().unwrap_or_else(|| reader.read());
                 // The lock is held until the reading ends, not until the caller stops waiting, so that a reading that hangs
                 // is not started again and again. It is released only after the result is stored, so that the next task
@@ -164,7 +164,7 @@ impl Resolver {
         }
         // The reading hangs; it stores its result when it ends. This substitute is not stored.
         let reader = self.reader.clone();
-        thread::beside(move || Arc::new(reader.merge(None, &daemon_resolv_conf()))).await.unwrap_or_default()
+        thread::run_blocking(move || Arc::new(reader.merge(None, &daemon_resolv_conf()))).await.unwrap_or_default()
     }
 
     /// The cached answer of the resolver that the pod asked, or of any if that is not known.

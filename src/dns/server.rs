@@ -5,7 +5,6 @@
 
 use super::answer::MeshAnswer;
 use super::client::ClientFacts;
-use super::config::PORT;
 use super::framing::{read_message, relay_transfer, write_message};
 use super::listeners::{Listeners, is_the_pod, on_the_link_of};
 use super::lookup::{self, Plan};
@@ -14,13 +13,14 @@ use super::metrics::{self, OutcomeCounts, RequestLabels, RequestOutcome};
 use super::resolver::{PodResolvers, Resolver};
 use super::upstream::{Carrier, UpstreamAnswer, UpstreamError, with_buffer};
 use crate::mesh::{Snapshot, Store, Workload};
+use crate::ports;
 use crate::sys::conntrack::Conntrack;
 use crate::sys::datagram::{self, Client};
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::Held;
+use crate::telemetry::series::SeriesHandle;
 use parking_lot::Mutex;
 use rand::seq::SliceRandom;
 use std::cell::OnceCell;
@@ -76,7 +76,7 @@ pub struct Server {
 }
 
 /// Metrics of the requests of one record type and protocol.
-type TypeMetrics = Arc<Held<RequestLabels, metrics::RequestMetrics>>;
+type TypeMetrics = Arc<SeriesHandle<RequestLabels, metrics::RequestMetrics>>;
 
 impl Server {
     /// A server for the pod with this label (`namespace/name`).
@@ -113,7 +113,7 @@ impl Server {
         let made = UdpSocket::from_std(socket).map(Arc::new);
         let Ok(socket) = made.inspect_err(|error| self.report_broken(error)) else { return };
         let resolver_of = |client: Client| {
-            let ours = SocketAddr::new(client.local, PORT);
+            let ours = SocketAddr::new(client.local, ports::DNS);
             let asked = conntrack.as_ref()?.original_destination(client.address, ours).ok()??;
             Some(on_the_link_of(client.address, asked))
         };

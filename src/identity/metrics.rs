@@ -39,11 +39,24 @@ impl Metrics {
         self.expiry.remove(&IdentityLabel::new(identity));
     }
 
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        drop(self.expiry.get_or_create(&IdentityLabel { identity: String::new() }));
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("culvert_certificates_fetched", "Certificates received", self.fetched.clone());
-        registry.register("culvert_certificate_failures", "Certificate requests that failed", self.failures.clone());
-        let help = "When the certificate in use ends, in seconds since 1970";
+        registry.register(
+            "culvert_certificates_fetched",
+            "Certificates that the CA issued to this node",
+            self.fetched.clone(),
+        );
+        registry.register(
+            "culvert_certificate_failures",
+            "Certificate requests to the CA that failed",
+            self.failures.clone(),
+        );
+        let help = "When the certificate in use expires, in seconds since 1970";
         registry.register("culvert_certificate_expiry_seconds", help, self.expiry.clone());
     }
 }

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// How long a connection waits for an identity's first certificate.
-const FIRST_WAIT: Duration = Duration::from_secs(5);
+pub const FIRST_WAIT: Duration = Duration::from_secs(5);
 /// How long a certificate is kept after its last pod has gone, so that a restarted pod finds it.
 const FORGET_AFTER: Duration = Duration::from_secs(60);
 

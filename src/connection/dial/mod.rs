@@ -6,10 +6,11 @@ pub mod pool;
 
 pub use pool::Pool;
 
+use crate::crypto::clock_reason;
 use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::{clock, tls_reason};
+use crate::identity::verify::tls_reason;
 use crate::ports::HBONE;
 use crate::sys::netns::NetnsError;
 use std::io;
@@ -59,7 +60,7 @@ pub enum DialError {
 }
 
 fn http2_reason(error: &TunnelError) -> String {
-    let clock = error.io().and_then(clock);
+    let clock = error.io().and_then(clock_reason);
     clock.map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
 }
 

@@ -8,7 +8,7 @@
 //! cluster `Kubernetes`, capacity 1.
 
 use crate::mesh::address::{NetworkAddress, NetworkCidr};
-use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, Mode, Scope, Visibility};
+use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, Ports, WorkloadType};
 use crate::mesh::{GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
 use crate::proto::istio::workload as wire;
@@ -213,22 +213,22 @@ fn service(s: wire::Service, names: &mut Names, faults: &mut Vec<String>) -> Res
 fn load_balancer(lb: &wire::LoadBalancing) -> LoadBalancer {
     use wire::load_balancing::{HealthPolicy as WirePolicy, Mode as WireMode, Scope as WireScope};
     let scope = |scope: &i32| match WireScope::try_from(*scope) {
-        Ok(WireScope::Region) => Scope::Region,
-        Ok(WireScope::Zone) => Scope::Zone,
-        Ok(WireScope::Subzone) => Scope::Subzone,
-        Ok(WireScope::Node) => Scope::Node,
-        Ok(WireScope::Cluster) => Scope::Cluster,
-        Ok(WireScope::Network) => Scope::Network,
+        Ok(WireScope::Region) => RoutingScope::Region,
+        Ok(WireScope::Zone) => RoutingScope::Zone,
+        Ok(WireScope::Subzone) => RoutingScope::Subzone,
+        Ok(WireScope::Node) => RoutingScope::Node,
+        Ok(WireScope::Cluster) => RoutingScope::Cluster,
+        Ok(WireScope::Network) => RoutingScope::Network,
         // Unknown scopes are kept: without them a strict load balancer would use endpoints that it must not use.
-        Ok(WireScope::UnspecifiedScope) | Err(_) => Scope::Unknown,
+        Ok(WireScope::UnspecifiedScope) | Err(_) => RoutingScope::Unknown,
     };
     LoadBalancer {
         preferences: lb.routing_preference.iter().map(scope).collect(),
         mode: match WireMode::try_from(lb.mode) {
-            Ok(WireMode::UnspecifiedMode) | Err(_) => Mode::Standard,
-            Ok(WireMode::Strict) => Mode::Strict,
-            Ok(WireMode::Failover) => Mode::Failover,
-            Ok(WireMode::Passthrough) => Mode::Passthrough,
+            Ok(WireMode::UnspecifiedMode) | Err(_) => LoadBalancingMode::Standard,
+            Ok(WireMode::Strict) => LoadBalancingMode::Strict,
+            Ok(WireMode::Failover) => LoadBalancingMode::Failover,
+            Ok(WireMode::Passthrough) => LoadBalancingMode::Passthrough,
         },
         health_policy: match WirePolicy::try_from(lb.health_policy) {
             Ok(WirePolicy::AllowAll) => HealthPolicy::AllowAll,
@@ -349,7 +349,7 @@ mod tests {
         let lb = s.load_balancer.unwrap();
         assert_eq!(
             (lb.mode, lb.preferences, s.visibility),
-            (Mode::Standard, vec![Scope::Unknown, Scope::Zone], Visibility::Public)
+            (LoadBalancingMode::Standard, vec![RoutingScope::Unknown, RoutingScope::Zone], Visibility::Public)
         );
         for (change, word) in [
             (

@@ -9,10 +9,10 @@
 use super::decode::{self, Names};
 use super::policy;
 use super::resources::{Accepted, ResourceSet};
-use crate::mesh::address::{NetworkAddress, NetworkCidr, is_looked_for};
-use crate::mesh::snapshot::Told;
+use crate::mesh::address::{NetworkAddress, NetworkCidr, is_asked_for};
+use crate::mesh::snapshot::Synced;
 use crate::mesh::workload::NetworkMode;
-use crate::mesh::{Service, ServiceKey, Text, Update, Wanted, Workload};
+use crate::mesh::{FactKey, Service, ServiceKey, Text, Update, Workload};
 use crate::proto::culvert::state::SavedType;
 use crate::proto::envoy::service::discovery::v3::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node, Resource, Status,
@@ -49,14 +49,14 @@ pub struct Delta {
     /// Whether the encoded resources are kept for the state file.
     keep: bool,
     /// What was requested on demand, by name, and the order of the requests.
-    requested: HashMap<String, Wanted>,
+    requested: HashMap<String, FactKey>,
     request_order: VecDeque<String>,
     /// Names that came on this stream. The server treats them as subscribed.
     delivered: HashSet<String>,
     /// What does not exist according to answers since the last call of [`Delta::expire`], and according to earlier ones.
-    absent: [HashSet<Wanted>; 2],
+    absent: [HashSet<FactKey>; 2],
     /// The same for answers about address ranges. They are kept longer, because each address outside the mesh needs many.
-    ranges: [HashSet<Wanted>; 2],
+    ranges: [HashSet<FactKey>; 2],
     /// Calls of [`Delta::expire`] since `ranges` was last aged.
     ticks: u32,
     /// Requested names that do not exist.
@@ -69,7 +69,7 @@ pub struct Delta {
     /// Ranges of services that are never searched for, and have not been returned yet.
     unsearched: Vec<String>,
     /// Which types of facts have been declared complete to the store.
-    told: Told,
+    told: Synced,
 }
 
 /// The result of a response.
@@ -124,7 +124,7 @@ impl Delta {
             names: Names::default(),
             noted: HashMap::new(),
             unsearched: Vec::new(),
-            told: Told::default(),
+            told: Synced::default(),
         }
     }
 
@@ -165,7 +165,7 @@ impl Delta {
     /// istiod does not answer a request for a name that is subscribed already, so such a name is unsubscribed first. To a
     /// subscription of nothing it answers that everything is gone, so the request that unsubscribes also subscribes to a
     /// placeholder name that does not exist.
-    pub fn ask(&mut self, wanted: Vec<Wanted>) -> (Vec<DeltaDiscoveryRequest>, Update) {
+    pub fn ask(&mut self, wanted: Vec<FactKey>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
         let mut seen = HashSet::new();
         for wanted in wanted {
@@ -234,10 +234,10 @@ impl Delta {
         }
         // This starts again with each stream. Resources that were created while there was no stream arrive one type after
         // the other, and workloads must not be used without the new policies.
-        let told = Told { addresses: self.address.answered, policies: self.authorization.answered };
+        let told = Synced { addresses: self.address.answered, policies: self.authorization.answered };
         if self.told != told {
             self.told = told;
-            update.told = Some(told);
+            update.synced = Some(told);
         }
         let Findings { faults, notes } = findings;
         let error_detail = (!faults.is_empty()).then(|| Status {
@@ -369,7 +369,7 @@ impl Delta {
     /// Treats a service as the answer to requests for its addresses. A requested address at the start of a range has no owner
     /// other than the range. For other addresses in the range istiod answers by their own names.
     fn answer_by_service(&mut self, service: &Service, update: &mut Update) {
-        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_looked_for(&cidr.range));
+        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_asked_for(&cidr.range));
         let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
         if !unfound.is_empty() {
             // Names of policies contain no blank, so this key is never a policy's.
@@ -390,14 +390,14 @@ impl Delta {
             return;
         }
         if has_no_owner {
-            self.mark_absent(Wanted::Address(at.clone()), update);
+            self.mark_absent(FactKey::Address(at.clone()), update);
         }
-        self.mark_absent(Wanted::Range(at), update);
+        self.mark_absent(FactKey::Range(at), update);
     }
 
     /// Records that something that was requested does not exist.
-    fn mark_absent(&mut self, wanted: Wanted, update: &mut Update) {
-        let [newer, _] = if matches!(wanted, Wanted::Range(_)) { &mut self.ranges } else { &mut self.absent };
+    fn mark_absent(&mut self, wanted: FactKey, update: &mut Update) {
+        let [newer, _] = if matches!(wanted, FactKey::Range(_)) { &mut self.ranges } else { &mut self.absent };
         newer.insert(wanted.clone());
         update.absent.push(wanted);
     }
@@ -405,8 +405,8 @@ impl Delta {
     /// Forgets what was found not to exist before the last call but one. istiod announces new workloads by uid, never by the
     /// address that was requested, so the address must be requested again.
     pub fn expire(&mut self) -> Update {
-        let older = |[newer, older]: &mut [HashSet<Wanted>; 2]| std::mem::replace(older, std::mem::take(newer));
-        let mut forgotten: Vec<Wanted> = older(&mut self.absent).into_iter().collect();
+        let older = |[newer, older]: &mut [HashSet<FactKey>; 2]| std::mem::replace(older, std::mem::take(newer));
+        let mut forgotten: Vec<FactKey> = older(&mut self.absent).into_iter().collect();
         self.ticks += 1;
         if self.ticks >= RANGE_TICKS {
             self.ticks = 0;
@@ -438,17 +438,17 @@ impl Delta {
             (kind.answered, kind.synced) = (false, false);
         }
         // The file is only written when both types are complete.
-        self.told = Told::ALL;
-        update.told = Some(self.told);
+        self.told = Synced::ALL;
+        update.synced = Some(self.told);
         Restored { update, faults: findings.faults, notes: findings.notes }
     }
 }
 
 /// Everything that is requested by the same name.
-fn wanted_by_name(wanted: Wanted) -> Vec<Wanted> {
+fn wanted_by_name(wanted: FactKey) -> Vec<FactKey> {
     match wanted {
-        Wanted::Address(at) | Wanted::Range(at) => vec![Wanted::Address(at.clone()), Wanted::Range(at)],
-        Wanted::Service(_) | Wanted::Workload(_) => vec![wanted],
+        FactKey::Address(at) | FactKey::Range(at) => vec![FactKey::Address(at.clone()), FactKey::Range(at)],
+        FactKey::Service(_) | FactKey::Workload(_) => vec![wanted],
     }
 }
 
@@ -477,7 +477,7 @@ mod tests {
 
     #[test]
     fn on_demand_the_range_around_an_address_is_the_answer() {
-        let at = |ip: &str| Wanted::Address(crate::mesh::address::parse_network_address(ip).unwrap());
+        let at = |ip: &str| FactKey::Address(crate::mesh::address::parse_network_address(ip).unwrap());
         let (first, inside, outside) = (at("/10.97.0.0"), at("/10.97.3.4"), at("/10.98.0.1"));
         let service = wire::Service {
             name: "wide".into(),
@@ -499,14 +499,14 @@ mod tests {
             }
             let update = delta.receive(answer.clone()).update;
             // For other addresses in the range istiod answers itself: one may be a workload whose answer is still to come.
-            let Wanted::Address(begins) = first.clone() else { unreachable!() };
-            let answered = vec![first.clone(), Wanted::Range(begins)];
+            let FactKey::Address(begins) = first.clone() else { unreachable!() };
+            let answered = vec![first.clone(), FactKey::Range(begins)];
             assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });
             delta.receive(answer.clone());
             delta.expire();
             assert_eq!(delta.expire().forgotten.len(), usize::from(on_demand), "once, however often it is announced");
             if on_demand {
-                let later: Vec<Wanted> = (2..2 * RANGE_TICKS).flat_map(|_| delta.expire().forgotten).collect();
+                let later: Vec<FactKey> = (2..2 * RANGE_TICKS).flat_map(|_| delta.expire().forgotten).collect();
                 assert_eq!(later, answered[1..], "an answer about ranges is used for longer");
             }
             let store = Store::new("".into(), "".into(), on_demand);
@@ -637,7 +637,7 @@ mod tests {
     #[test]
     fn a_repeated_request_unsubscribes_first_and_the_oldest_one_makes_room() {
         let mut delta = Delta::new(true, false);
-        let wanted = |n: usize| Wanted::Workload(format!("u{n}").into());
+        let wanted = |n: usize| FactKey::Workload(format!("u{n}").into());
         let (requests, _) = delta.ask(vec![wanted(0)]);
         assert_eq!(requests.len(), 1);
         let received = delta.receive(response(ADDRESS, vec![], &["u0", "never-asked"]));
@@ -651,7 +651,7 @@ mod tests {
         assert_eq!(delta.expire().forgotten, [wanted(0)], "what did not exist is requested again some time");
         // The server treats what came along with something else as subscribed.
         delta.receive(response(ADDRESS, vec![workload("w", 1, "1")], &[]));
-        let (requests, _) = delta.ask(vec![Wanted::Workload("c1//Pod/a/w".into())]);
+        let (requests, _) = delta.ask(vec![FactKey::Workload("c1//Pod/a/w".into())]);
         assert_eq!(requests[0].resource_names_unsubscribe, ["c1//Pod/a/w"]);
         let (requests, update) = delta.ask((1..REQUESTED_MAX).map(wanted).collect());
         assert_eq!(
@@ -659,7 +659,7 @@ mod tests {
             (&["u0".to_owned()][..], vec![wanted(0)])
         );
         // A nonexistent host makes room before resources that exist, or may exist.
-        let host = Wanted::Service(ServiceKey::parse("a/host.example").unwrap());
+        let host = FactKey::Service(ServiceKey::parse("a/host.example").unwrap());
         delta.ask(vec![host.clone()]);
         delta.receive(response(ADDRESS, vec![], &["a/host.example"]));
         let (requests, update) = delta.ask(vec![wanted(70_000)]);

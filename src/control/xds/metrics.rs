@@ -29,17 +29,30 @@ pub(super) struct UrlLabel {
 }
 
 impl Metrics {
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        drop(self.terminations.get_or_create(&ReasonLabel { reason: "" }));
+        for family in [&self.messages, &self.bytes, &self.refused] {
+            drop(family.get_or_create(&UrlLabel { url: "" }));
+        }
+        drop(self.resources.get_or_create(&UrlLabel { url: "" }));
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         let help = "Streams to the control plane that ended, by reason (unstable)";
         registry.register("istio_xds_connection_terminations", help, self.terminations.clone());
-        let help = "Responses of the control plane (unstable)";
+        let help = "Responses of the control plane, by resource type (unstable)";
         registry.register("istio_xds_message", help, self.messages.clone());
-        let help = "Bytes of resources that the control plane sent (unstable)";
+        let help = "Bytes of resources that the control plane sent, by resource type (unstable)";
         registry.register("istio_xds_message_bytes", help, self.bytes.clone());
-        let help = "Resources of the control plane that were refused, or understood only in part";
+        let help = "Resources of the control plane that were refused, or understood only in part. The log names them";
         registry.register("culvert_xds_resources_refused", help, self.refused.clone());
-        registry.register("culvert_mesh_objects", "Objects of the mesh that are known", self.resources.clone());
+        registry.register(
+            "culvert_mesh_objects",
+            "Workloads, services and policies that are known",
+            self.resources.clone(),
+        );
         registry.register("culvert_state_file_written", "Times that the state file was written", self.saved.clone());
         let help = "Times that the state file could not be written";
         registry.register("culvert_state_file_failures", help, self.save_failures.clone());

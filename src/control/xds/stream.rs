@@ -7,7 +7,7 @@ use super::error::{FIRST_RESPONSE, StreamError};
 use super::freshness::Freshness;
 use super::metrics::{Metrics, ReasonLabel, UrlLabel};
 use super::saved;
-use crate::mesh::{ServiceKey, Store, Wanted};
+use crate::mesh::{FactKey, ServiceKey, Store};
 use crate::proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
 use crate::rpc::{self, MESSAGE_BYTES_MAX};
@@ -226,7 +226,7 @@ impl Client {
         }
     }
 
-    fn ask(&mut self, wanted: Vec<Wanted>) -> Vec<DeltaDiscoveryRequest> {
+    fn ask(&mut self, wanted: Vec<FactKey>) -> Vec<DeltaDiscoveryRequest> {
         let (requests, update) = self.delta.ask(wanted);
         if !update.is_empty() {
             self.store.update(update);
@@ -236,14 +236,14 @@ impl Client {
 
     /// Services that lose endpoints by these removals. On demand, istiod announces endpoints that go but not those that come,
     /// so the services must be requested again.
-    fn losing_endpoints(&self, removed: &[String]) -> Vec<Wanted> {
+    fn losing_endpoints(&self, removed: &[String]) -> Vec<FactKey> {
         if !self.config.on_demand {
             return Vec::new();
         }
         let snapshot = self.store.load();
         let gone = removed.iter().filter_map(|name| snapshot.workload(name));
         let keys: BTreeSet<&ServiceKey> = gone.flat_map(|workload| workload.services.keys()).collect();
-        keys.into_iter().map(|key| Wanted::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
+        keys.into_iter().map(|key| FactKey::Service(key.clone())).filter(|wanted| snapshot.holds(wanted)).collect()
     }
 
     /// Applies a response. Returns the answer to it, and the requests that it makes necessary.
