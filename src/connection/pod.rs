@@ -1,7 +1,8 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
-use super::choose::own_ports;
+use super::choose::OwnSockets;
 use super::dial::direct::{OpenLegs, SocketConfig};
+use super::ports::own_ports;
 use crate::dns::Resolver;
 use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
 use crate::sys::netns::Netns;
@@ -103,9 +104,9 @@ impl Pod {
         tokio::time::timeout(FACTS_WAIT, wait).await.unwrap_or(None)
     }
 
-    /// Whether an address is one of this pod's.
-    pub fn owns(&self, workload: &Workload, ip: IpAddr) -> bool {
-        workload.ips.contains(&ip) || self.addresses.load().contains(&ip)
+    /// The addresses and ports that are this pod's own, for the time of a check.
+    pub fn with_own<T>(&self, workload: &Workload, check: impl FnOnce(OwnSockets<'_>) -> T) -> T {
+        check(OwnSockets { workload, interfaces: &self.addresses.load(), daemon_ports: self.own_ports() })
     }
 
     /// Our own ports in this pod.

@@ -189,7 +189,7 @@ fn steps_name_only_steps_before_them() {
                 wrong.push(format!("{file} names {other}"));
             }
         }
-        for knows_all in ["between", "worker"] {
+        for knows_all in ["journeys", "worker", "workers"] {
             if named.iter().any(|name| name == knows_all) {
                 wrong.push(format!("{file} names {knows_all}"));
             }

@@ -1,6 +1,6 @@
 //! A redirected connection and where it was going.
 
-use super::AcceptError;
+use super::error::AcceptError;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::{LegOptions, reset_on_close, set_leg_options};

@@ -1,6 +1,6 @@
 //! A tunnel from a peer: mutual TLS, then HTTP/2, both before one deadline.
 
-use super::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
+use super::error::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
 use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, Buffers};
 use crate::identity::verify::peer_name;

@@ -4,24 +4,12 @@
 //! ALLOW policy all is allowed; else one ALLOW must match. A policy that the workload names and nobody knows is never
 //! skipped: the answer is then [`Verdict::Unknown`].
 
-use super::matcher::{self, Seen};
+use super::matcher::{self, Seen, Subject};
 use crate::mesh::policy::Action;
-use crate::mesh::{Policy, Snapshot, SpiffeName, Text, Workload};
+use crate::mesh::{Policy, Snapshot, Text, Workload};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-
-/// What is asked: may `peer` (nobody: plaintext) reach `destination` from `source`?
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Subject {
-    /// Identity that TLS proved.
-    pub peer: Option<SpiffeName>,
-    /// Address the connection comes from.
-    pub source: IpAddr,
-    /// The application's address and port.
-    pub destination: SocketAddr,
-}
 
 /// A rule that decided: its policy, and which rule of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -255,9 +243,9 @@ fn matching_rule(policy: &Policy, seen: &Seen<'_>) -> Option<RuleName> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::Facts;
     use crate::mesh::policy::{Match, PolicyScope, StringMatch};
     use crate::mesh::snapshot::tests::workload;
+    use crate::mesh::{Facts, SpiffeName};
     use proptest::prelude::*;
 
     fn policy(name: &str, scope: PolicyScope, action: Action, who: Option<&str>) -> Policy {

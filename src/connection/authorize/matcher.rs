@@ -5,9 +5,20 @@
 //! are empty texts for namespaces, and no principal or service account ever hits. A principal hits in whichever of the
 //! trust domains that are one it is written (source: trust domain aliases of Istio's sidecars; the reference has none).
 
-use super::decide::Subject;
 use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::{SpiffeName, Text};
+use std::net::{IpAddr, SocketAddr};
+
+/// What is asked: may `peer` (nobody: plaintext) reach `destination` from `source`?
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subject {
+    /// Identity that TLS proved.
+    pub peer: Option<SpiffeName>,
+    /// Address the connection comes from.
+    pub source: IpAddr,
+    /// The application's address and port.
+    pub destination: SocketAddr,
+}
 
 /// A connection as rules see it.
 #[derive(Debug)]

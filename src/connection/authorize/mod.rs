@@ -1,63 +1,12 @@
 //! Step 2: may this peer reach this pod? Decided by facts alone ([`decide`]), enforced once per connection or stream
 //! ([`authorize`]), and decided again for live ones when facts change ([`revoke`]).
 
+mod admit;
 pub mod decide;
 pub mod matcher;
 pub mod revoke;
 
-pub use decide::{Permit, Refusal, Subject};
+pub use admit::authorize;
+pub use decide::{Permit, Refusal};
+pub use matcher::Subject;
 pub use revoke::Live;
-
-use crate::mesh;
-use crate::telemetry::limit::LogLimit;
-use decide::{Decision, Verdict};
-use std::time::Duration;
-
-/// How long a connection waits for a policy that its workload names and nobody has told us yet.
-pub const POLICY_WAIT: Duration = Duration::from_secs(5);
-
-/// Decides on a registered connection with the facts of now; while a referenced policy is unknown, waits for it up to
-/// [`POLICY_WAIT`].
-pub async fn authorize(mesh: &mesh::Store, live: &Live) -> Result<Permit, Refusal> {
-    let subject = live.subject();
-    let mut changes = mesh.subscribe();
-    let deadline = tokio::time::sleep(POLICY_WAIT);
-    tokio::pin!(deadline);
-    loop {
-        changes.mark_unchanged();
-        let snapshot = mesh.load();
-        let workload = snapshot.workload(live.uid()).ok_or(Refusal::WorkloadUnknown)?;
-        let applicable = live.applicable(&snapshot, workload);
-        let Decision { verdict, dry_run } = applicable.decide(subject);
-        let missing = match verdict {
-            Verdict::Allow(permit) => {
-                if !live.stand(snapshot.version, &applicable, &permit) {
-                    continue;
-                }
-                log_dry_run(subject, &dry_run);
-                return Ok(permit);
-            }
-            Verdict::Refuse(refusal) => {
-                log_dry_run(subject, &dry_run);
-                return Err(refusal);
-            }
-            Verdict::Unknown(policy) => policy,
-        };
-        tokio::select! {
-            // The store lives as long as the daemon; should it go, the deadline still holds.
-            Ok(()) = changes.changed() => {}
-            () = &mut deadline => return Err(Refusal::PolicyUnknown(missing)),
-        }
-    }
-}
-
-fn log_dry_run(subject: &Subject, notes: &[String]) {
-    static LIMIT: std::sync::LazyLock<LogLimit> = std::sync::LazyLock::new(LogLimit::default);
-    for note in notes {
-        if let Some(suppressed) = LIMIT.allow() {
-            let peer = subject.peer.as_ref().map(tracing::field::display);
-            tracing::event!(target: "authorize", tracing::Level::INFO, src.identity = peer, src.addr = %subject.source,
-                dst.addr = %subject.destination, suppressed, "dry-run policy: {note}");
-        }
-    }
-}

@@ -5,8 +5,8 @@
 //! none of them is looked at, else each is judged by what has changed. That is done in turns, between which whoever shares
 //! the thread goes on.
 
-use super::POLICY_WAIT;
-use super::decide::{Applicable, Changes, Permit, Refusal, RuleName, Subject, Verdict};
+use super::decide::{Applicable, Changes, Permit, Refusal, RuleName, Verdict};
+use super::matcher::Subject;
 use crate::mesh::{self, Snapshot, Text, Workload};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
@@ -15,6 +15,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+/// How long a connection waits for a policy that its workload names and nobody has told us yet.
+pub const POLICY_WAIT: Duration = Duration::from_secs(5);
 
 /// Time between two looks at live connections, however fast facts change.
 const PAUSE: Duration = Duration::from_millis(100);

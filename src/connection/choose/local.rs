@@ -1,10 +1,10 @@
 //! Inbound: the CONNECT authority → the pod's own socket. Whatever is not this pod's is refused here, with the status
 //! that the reference gives.
 
-use super::waypoint;
+use super::{RouteError, waypoint};
 use crate::hbone::Authority;
-use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::ServiceOrWorkload;
+use crate::mesh::address::{NetworkAddress, is_link_local};
+use crate::mesh::snapshot::Known;
 use crate::mesh::workload::Delivery;
 use crate::mesh::{Service, Snapshot, Text, Workload};
 use http::StatusCode;
@@ -64,6 +64,60 @@ impl LocalError {
     }
 }
 
+/// Whether an address means nothing outside of its own machine or link.
+pub fn is_local(ip: IpAddr) -> bool {
+    ip.is_loopback() || is_link_local(ip)
+}
+
+/// The addresses and ports that are the pod's own.
+#[derive(Clone, Copy, Debug)]
+pub struct OwnSockets<'a> {
+    /// The pod's workload, with its addresses.
+    pub workload: &'a Workload,
+    /// Addresses that the pod's interfaces hold.
+    pub interfaces: &'a [IpAddr],
+    /// Ports in the pod on which the daemon listens.
+    pub daemon_ports: &'a [u16],
+}
+
+impl OwnSockets<'_> {
+    /// Whether an address is one of the pod's.
+    pub fn owns(self, ip: IpAddr) -> bool {
+        self.workload.ips.contains(&ip) || self.interfaces.contains(&ip)
+    }
+
+    /// Whether a source address is one that only the pod itself can have.
+    pub fn is_the_pod(self, source: IpAddr) -> bool {
+        is_local(source) || self.owns(source)
+    }
+
+    /// Refuses a connection of the pod to a listener of the daemon in the pod itself.
+    pub fn check_outbound(self, destination: SocketAddr) -> Result<(), RouteError> {
+        if self.daemon_ports.contains(&destination.port()) && self.owns(destination.ip()) {
+            return Err(RouteError::Loop(destination));
+        }
+        Ok(())
+    }
+
+    /// Refuses the streams of a tunnel that ends at `local`, where that is not an address by which others reach the pod.
+    pub fn check_tunnel(self, local: IpAddr) -> Result<(), LocalError> {
+        if !self.owns(local) || is_local(local) { Err(self.mismatch(local)) } else { Ok(()) }
+    }
+
+    /// Refuses a plaintext connection to a listener of the daemon, and one to another pod. `is_ours`: the daemon has
+    /// opened it itself.
+    pub fn check_plaintext(self, destination: SocketAddr, is_ours: bool) -> Result<(), LocalError> {
+        if is_ours || self.daemon_ports.contains(&destination.port()) {
+            return Err(LocalError::Loop(destination));
+        }
+        if self.owns(destination.ip()) { Ok(()) } else { Err(self.mismatch(destination.ip())) }
+    }
+
+    fn mismatch(self, asked: IpAddr) -> LocalError {
+        LocalError::IpMismatch { asked, own: self.workload.ips.first().copied().unwrap_or(asked) }
+    }
+}
+
 /// Finds the target of a stream that asks for `authority` on a connection to `own` (the pod's address), but none of our own
 /// ports.
 pub fn choose(
@@ -118,10 +172,8 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
 /// Whether the address belongs to somebody who has this workload as waypoint.
 fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     match snapshot.at(&workload.network, ip, &workload.namespace) {
-        Some(ServiceOrWorkload::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
-        Some(ServiceOrWorkload::Workload(other)) => {
-            other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload))
-        }
+        Some(Known::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
+        Some(Known::Workload(other)) => other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload)),
         None => false,
     }
 }
@@ -139,7 +191,7 @@ fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workloa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::choose::own_ports;
+    use crate::connection::ports::own_ports;
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::ApplicationTunnel;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};

@@ -1,10 +1,11 @@
 //! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
 
 use super::destination::{self, Chosen};
-use super::{Chance, HBONE_PORT, Names, RouteError, waypoint};
+use super::{Chance, Names, RouteError, waypoint};
+use crate::connection::ports::HBONE_PORT;
 use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
+use crate::mesh::snapshot::Known;
+use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -79,10 +80,10 @@ impl Choice<'_> {
         }
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-            let unasked = snapshot.unasked(FactKey::Address(wanted.clone())).is_some();
+            let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
             // A range that is not heard of yet may have a waypoint, which nothing may pass by.
             if unasked || !snapshot.unasked_around(&wanted).is_empty() {
-                return Err(RouteError::Unasked(FactKey::Address(wanted)));
+                return Err(RouteError::Unasked(Wanted::Address(wanted)));
             }
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
@@ -155,7 +156,7 @@ impl Choice<'_> {
     /// Whether an address is one of the very service that led to it, as hosts are in the range of their ServiceEntry.
     fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
         let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
-        matches!((found, service), (Some(ServiceOrWorkload::Service(found)), Some(service)) if found.key == service.key)
+        matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
@@ -190,8 +191,8 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::choose::own_ports;
-    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode};
+    use crate::connection::ports::own_ports;
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, Mode};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -259,7 +260,7 @@ mod tests {
         let world = World::new().with(|f| {
             f.services[0].load_balancer = Some(LoadBalancer {
                 preferences: Vec::new(),
-                mode: LoadBalancingMode::Passthrough,
+                mode: Mode::Passthrough,
                 health_policy: HealthPolicy::OnlyHealthy,
             });
         });
@@ -320,10 +321,10 @@ mod tests {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
             choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0)
         };
-        let unasked = tell(&mut snapshot, vec![FactKey::Address(at.clone())]);
-        assert!(matches!(unasked, Err(RouteError::Unasked(FactKey::Address(wanted))) if wanted == at));
+        let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
+        assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
         let around = snapshot.unasked_around(&at);
-        assert!(around.contains(&FactKey::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
+        assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
         let direct = tell(&mut snapshot, around).unwrap().way;
         assert_eq!(direct, Way::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }

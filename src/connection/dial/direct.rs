@@ -1,6 +1,6 @@
 //! TCP from the pod's namespace, the original source kept where there is one to keep.
 
-use super::{CONNECT_DEADLINE, DialError};
+use super::error::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
 use crate::ports::OWN_CONNECTIONS;
 use crate::sys::netns::Netns;

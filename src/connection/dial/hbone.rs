@@ -1,8 +1,8 @@
 //! CONNECT through a pooled tunnel.
 
 use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
+use super::error::{ANSWER_DEADLINE, DialError, HANDSHAKE_DEADLINE, TunnelDialError};
 use super::pool::{Dialled, Key, Lease, Pool};
-use super::{ANSWER_DEADLINE, DialError, TunnelDialError};
 use crate::connection::accept::tunnel::reset_if_cut;
 use crate::connection::choose::HboneWay;
 use crate::hbone::client::{OpenError, handshake};
@@ -21,9 +21,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_rustls::TlsConnector;
-
-/// How long TLS and HTTP/2 together may take after TCP.
-const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Tunnels tried for one stream: those that are going away are found out one by one.
 const TUNNELS_MAX: u32 = 8;

@@ -6,7 +6,7 @@
 //!                                 └──failed──► (none), and every waiter gets the same error
 //! ```
 
-use super::TunnelDialError;
+use super::error::TunnelDialError;
 use crate::hbone::{Tunnel, TunnelError};
 use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};

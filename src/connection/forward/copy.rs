@@ -1,6 +1,6 @@
 //! Copying between two sockets. Only what the receiver does not take at once is ever held in memory.
 
-use super::ForwardError;
+use super::error::ForwardError;
 use crate::hbone::Meter;
 use crate::sys::leg::{LAST_BYTES, Leg};
 use crate::sys::scratch::{PassError, pass_now, write_all};

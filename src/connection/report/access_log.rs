@@ -1,8 +1,9 @@
 //! The access log: one line per connection at its end (target `access`), with the reference's field names in its order.
 
+use super::details::Details;
+use super::direction::Direction;
 use super::failure::Failure;
 use super::live::Bytes;
-use super::record::{Details, Direction};
 use crate::mesh::Workload;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;

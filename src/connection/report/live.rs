@@ -1,6 +1,6 @@
 //! The list of live connections, for the admin port.
 
-use super::record::Direction;
+use super::direction::Direction;
 use crate::identity::TlsFacts;
 use crate::mesh::{SpiffeName, Text};
 use parking_lot::Mutex;

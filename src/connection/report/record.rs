@@ -2,43 +2,18 @@
 //! by [`Record::finish`], or when dropped.
 
 use super::access_log;
+use super::details::Details;
+use super::direction::Direction;
 use super::failure::Failure;
 use super::live::{Bytes, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
 use crate::hbone::TunnelError;
-use crate::mesh::{Service, SpiffeName, Text, Workload};
+use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
-
-/// Which way a connection goes, as seen from its pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    /// From the pod.
-    Outbound,
-    /// To the pod.
-    Inbound,
-}
-
-impl Direction {
-    /// Word in the log.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-        }
-    }
-
-    /// Word in traffic metrics.
-    pub fn reporter(self) -> &'static str {
-        match self {
-            Self::Outbound => "source",
-            Self::Inbound => "destination",
-        }
-    }
-}
 
 /// What all records of a process share.
 #[derive(Debug, Default)]
@@ -66,27 +41,6 @@ impl Reporter {
             tracing::warn!(%error, reason, direction, %peer, %identity, suppressed, "tunnel cut");
         }
     }
-}
-
-/// What is known of a connection once its route is.
-#[derive(Debug)]
-pub struct Details {
-    /// Source workload.
-    pub source_workload: Option<Arc<Workload>>,
-    /// Source identity, if there is mutual TLS.
-    pub source_identity: Option<SpiffeName>,
-    /// Destination workload.
-    pub destination_workload: Option<Arc<Workload>>,
-    /// Destination identity, if there is mutual TLS: inbound our own, outbound none before it has been proven.
-    pub destination_identity: Option<SpiffeName>,
-    /// Service that was asked for.
-    pub service: Option<Arc<Service>>,
-    /// Where our leg goes (outbound), or the pod's own address (inbound).
-    pub actual: SocketAddr,
-    /// What was asked for at the tunnel's end.
-    pub authority: Option<String>,
-    /// What decided that it may go.
-    pub rule: Option<String>,
 }
 
 /// The record of one connection or stream.

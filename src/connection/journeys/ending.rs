@@ -1,0 +1,85 @@
+//! What ends a connection, other than its own two sides, and how its sockets are closed then.
+
+use crate::connection::authorize::Live;
+use crate::connection::dial::DialError;
+use crate::connection::dial::direct::{Leg, Noted};
+use crate::connection::forward::Stop;
+use crate::connection::pod::Pod;
+use crate::identity::{Chain, Distrust};
+use crate::sys::end::left_nothing;
+use crate::sys::socket::reset_on_close;
+use tokio::net::TcpStream;
+
+/// Dials for a client; gives up when the client resets meanwhile, unless it has sent something before, which is delivered.
+pub async fn unless_gone<T>(
+    client: &TcpStream,
+    dial: impl Future<Output = Result<T, DialError>>,
+) -> Result<T, DialError> {
+    tokio::select! {
+        biased;
+        dialled = dial => dialled,
+        () = left_nothing(client) => Err(DialError::Abandoned),
+    }
+}
+
+/// Resolves when a connection of the pod is to stop.
+pub async fn stop(pod: &Pod, permit: Option<&Live>, peer: Option<&Chain>) -> Stop {
+    let drain = pod.signal();
+    let revoked = async {
+        let Some(permit) = permit else { return std::future::pending().await };
+        permit.revoked().await;
+        permit.reason().map_or(Stop::Drained, Stop::Revoked)
+    };
+    let distrusted = async {
+        let Some(peer) = peer else { return std::future::pending().await };
+        match peer.distrusted().await {
+            Distrust::Revoked => Stop::CertificateRevoked,
+            Distrust::Expired => Stop::CertificateExpired,
+        }
+    };
+    tokio::select! {
+        why = revoked => why,
+        why = distrusted => why,
+        () = drain.now() => Stop::Drained,
+    }
+}
+
+/// A client's socket that is closed with RST unless its connection came to an orderly end: a client must be able to
+/// tell a refusal from an empty answer.
+pub struct ResetUnlessDone {
+    /// Of one that we have opened.
+    _noted: Option<Noted>,
+    socket: TcpStream,
+    done: bool,
+}
+
+impl ResetUnlessDone {
+    pub fn new(socket: TcpStream) -> Self {
+        Self { _noted: None, socket, done: false }
+    }
+
+    /// One that we have opened.
+    pub fn dialled(Leg { noted, socket }: Leg) -> Self {
+        Self { _noted: Some(noted), socket, done: false }
+    }
+
+    pub fn done(mut self) {
+        self.done = true;
+    }
+}
+
+impl std::ops::Deref for ResetUnlessDone {
+    type Target = TcpStream;
+
+    fn deref(&self) -> &TcpStream {
+        &self.socket
+    }
+}
+
+impl Drop for ResetUnlessDone {
+    fn drop(&mut self) {
+        if !self.done {
+            reset_on_close(&self.socket);
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! 15008: a tunnel is accepted once; each of its streams is then chosen, authorized, dialled, forwarded and reported.
+
+use super::ending::{ResetUnlessDone, stop};
+use super::lookup::{local_facts, own_credentials};
+use crate::connection::accept::{AcceptError, Peer, tunnel as tunnelled};
+use crate::connection::authorize::{self, Live, Subject};
+use crate::connection::budget::Open;
+use crate::connection::choose;
+use crate::connection::dial::{self, DialError};
+use crate::connection::forward::{self, ForwardError};
+use crate::connection::headers;
+use crate::connection::pod::Pod;
+use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
+use crate::connection::worker::Worker;
+use crate::hbone::{ConnectRequest, Incoming};
+use crate::mesh::{SpiffeName, Text, address::canonical};
+use crate::task::places::Place;
+use http::StatusCode;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+/// How long the tunnel of a peer that is not trusted any more lasts, for its streams to be reset in order.
+const DISTRUST_GRACE: Duration = Duration::from_millis(500);
+
+/// 15008: a tunnel from a peer; its streams become tasks of this worker. Until the peer has proven who it is, it has
+/// `place` and no more; then it is charged for.
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
+    let reporter = &worker.shared.reporter;
+    let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let _count = SocketCount::new(reporter, Direction::Inbound);
+    let (Peer { identity, source, local, tls, chain, tunnel: mut server }, key, _open) =
+        match shake_hands(worker, pod, socket, peer).await {
+            Ok(None) => {
+                reporter.metrics.unused.inc();
+                return record.finish(Ok(()));
+            }
+            Ok(Some(known)) => {
+                // From here on each stream has its own record.
+                record.finish(Ok(()));
+                known
+            }
+            Err(failure) => {
+                if matches!(failure, Failure::Accept(AcceptError::Deadline)) {
+                    reporter.metrics.late_handshake();
+                }
+                return record.finish(Err(failure));
+            }
+        };
+    drop(place);
+    let peer = Arc::new(PeerFacts { identity, key, source, local, tls, chain });
+    let drain = pod.signal();
+    let (mut going_away, mut end) = (false, None);
+    loop {
+        let next = tokio::select! {
+            next = server.next() => next,
+            () = drain.gentle(), if !going_away => {
+                going_away = true;
+                server.go_away();
+                continue;
+            }
+            () = peer.chain.ending(), if !going_away => {
+                going_away = true;
+                server.go_away();
+                continue;
+            }
+            () = drain.now() => return,
+            // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
+            _ = peer.chain.distrusted(), if end.is_none() => {
+                end = Some(Instant::now() + DISTRUST_GRACE);
+                server.go_away();
+                continue;
+            }
+            () = tokio::time::sleep_until(end.unwrap_or_else(Instant::now)), if end.is_some() => return,
+        };
+        match next {
+            Some(Ok(incoming)) if end.is_some() => incoming.refuse(StatusCode::FORBIDDEN),
+            Some(Ok(incoming)) => {
+                let (own, pod, peer, active) = (worker.clone(), pod.clone(), peer.clone(), pod.active.token());
+                worker.tasks.spawn(async move {
+                    stream(&own, &pod, &peer, incoming).await;
+                    drop(active);
+                });
+            }
+            Some(Err(error)) => {
+                return reporter.tunnel_ended(Direction::Inbound, peer.source, &peer.identity, &error);
+            }
+            None => return,
+        }
+    }
+}
+
+/// The peer, its identity as the budget knows it, and its place there; `None` where it has left without a word.
+async fn shake_hands(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+) -> Result<Option<(Peer, Text, Open)>, Failure> {
+    let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
+    let shared = &worker.shared;
+    let shake = async {
+        let (_, workload) = local_facts(worker, pod).await?;
+        let credentials = own_credentials(worker, &workload).await?;
+        let hbone = &shared.config.hbone;
+        Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
+    };
+    // Boxed, so that an open tunnel does not keep the room that opening it took.
+    let peer: Peer = Box::pin(tunnelled::in_time::<_, Failure>(shake)).await?;
+    let key = Text::from(peer.identity.to_string());
+    let open = shared.budget.open(&pod.open, Some(&key))?;
+    Ok(Some((peer, key, open)))
+}
+
+/// What is known of the peer of a tunnel.
+#[derive(Debug)]
+struct PeerFacts {
+    identity: SpiffeName,
+    /// The identity, as the budget knows it.
+    key: Text,
+    source: SocketAddr,
+    local: SocketAddr,
+    tls: crate::identity::TlsFacts,
+    chain: crate::identity::Chain,
+}
+
+/// One CONNECT stream of a tunnel.
+async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
+    let _open = match worker.shared.budget.open(&pod.open, Some(&peer.key)) {
+        Ok(open) => open,
+        Err(refused) => {
+            incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
+            return record.finish(Err(refused.into()));
+        }
+    };
+    let request = incoming.request.clone();
+    let admitted = tokio::select! {
+        admitted = Box::pin(admit(worker, pod, peer, request, &mut record)) => admitted,
+        () = incoming.abandoned() => Err(DialError::Abandoned.into()),
+    };
+    let result = match admitted {
+        Ok(admitted) => carry(worker, pod, peer, incoming, admitted).await,
+        Err(failure) => {
+            incoming.refuse(status(&failure));
+            Err(failure)
+        }
+    };
+    record.finish(result);
+}
+
+/// A stream that may go, and the application's socket that is open for it.
+struct Admitted {
+    app: ResetUnlessDone,
+    permit: Live,
+    live: Arc<Connection>,
+    baggage: Option<String>,
+    /// What the application is told before the stream.
+    preface: Vec<u8>,
+}
+
+async fn admit(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    peer: &PeerFacts,
+    request: Result<ConnectRequest, crate::hbone::request::RequestError>,
+    record: &mut Record,
+) -> Result<Admitted, Failure> {
+    let shared = &worker.shared;
+    let request = request?;
+    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let own = peer.local.ip();
+    pod.with_own(&workload, |sockets| sockets.check_tunnel(own))?;
+    let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
+    record.destination(peer.local);
+    let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
+    // Registered before it is asked for: no policy change can fall between the two.
+    let live_permit = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
+    // What the peer says it asked for counts only if it is a service of this workload.
+    let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
+    let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
+    let by_target = |port| snapshot.service_by_target(&workload, port).cloned();
+    let live = record.opened(Details {
+        source_workload: snapshot.workload_at(&workload.network, peer.source.ip()).cloned(),
+        source_identity: Some(peer.identity.clone()),
+        destination_workload: Some(workload.clone()),
+        destination_identity: workload.identity().ok(),
+        service: target.service.or(by_host).or_else(|| by_target(target.address.port())),
+        actual: target.address,
+        authority: Some(request.authority.to_string()),
+        rule: permit.as_ref().ok().map(ToString::to_string),
+    });
+    let _known = live.tls.set(peer.tls);
+    drop(snapshot);
+    let client = peer.source.ip();
+    let (permit, netns) = (permit?, &pod.netns);
+    let (app, preface) = match target.announce {
+        None => {
+            (dial::direct::to_app(&permit, netns, target.address, client, &pod.sockets, &pod.legs).await?, Vec::new())
+        }
+        Some(asked) => {
+            let ip = match (shared.config.localhost_app_tunnel, target.address.ip().is_ipv4()) {
+                (false, _) => target.address.ip(),
+                (true, true) => Ipv4Addr::LOCALHOST.into(),
+                (true, false) => Ipv6Addr::LOCALHOST.into(),
+            };
+            let to = SocketAddr::new(ip, target.address.port());
+            // Who the client is, is said in front of the stream; the connection itself is the daemon's.
+            let app = dial::direct::to_app(&permit, netns, to, to.ip(), &pod.sockets, &pod.legs).await?;
+            (app, headers::proxy_v2(peer.source, asked, &peer.identity))
+        }
+    };
+    let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
+    Ok(Admitted { app: ResetUnlessDone::dialled(app), permit: live_permit, live, baggage, preface })
+}
+
+async fn carry(
+    worker: &Worker,
+    pod: &Pod,
+    peer: &PeerFacts,
+    incoming: Incoming,
+    admitted: Admitted,
+) -> Result<(), Failure> {
+    let Admitted { app, permit, live, baggage, preface } = admitted;
+    tell(&app, &preface).await?;
+    let stream = incoming.accept(baggage.as_deref())?;
+    let silence = worker.shared.config.hbone.half_closed_silence;
+    let stop = stop(pod, Some(&permit), Some(&peer.chain));
+    forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
+    app.done();
+    Ok(())
+}
+
+/// Tells the application something before anything else. It fits into the socket's buffer, which is empty.
+async fn tell(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
+    let mut left = preface;
+    while !left.is_empty() {
+        app.writable().await.map_err(ForwardError::App)?;
+        match app.try_write(left) {
+            Ok(written) => left = left.get(written..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(ForwardError::App(error)),
+        }
+    }
+    Ok(())
+}
+
+/// The status with which a stream is refused (source: the reference's inbound HBONE table).
+fn status(failure: &Failure) -> StatusCode {
+    match failure {
+        Failure::Request(_) => StatusCode::BAD_REQUEST,
+        Failure::Local(error) => error.status(),
+        Failure::Refused(_) => StatusCode::UNAUTHORIZED,
+        Failure::Budget(_)
+        | Failure::Queue(_)
+        | Failure::Handshakes(_)
+        | Failure::LocalWorkload(_)
+        | Failure::Accept(_)
+        | Failure::Identity(_)
+        | Failure::Route(_)
+        | Failure::Dial(_)
+        | Failure::Answer(_)
+        | Failure::Forward(_)
+        | Failure::Abandoned => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}

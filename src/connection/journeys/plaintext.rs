@@ -1,0 +1,63 @@
+//! 15006: a connection to the pod that came in plaintext. Like a stream of a tunnel, without tunnel and without identity.
+
+use super::ending::{ResetUnlessDone, stop, unless_gone};
+use super::lookup::local_facts;
+use crate::connection::authorize::Subject;
+use crate::connection::pod::Pod;
+use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
+use crate::connection::worker::Worker;
+use crate::connection::{accept, authorize, dial, forward};
+use crate::mesh::address::canonical;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+/// 15006: a connection to the pod that came in plaintext.
+pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
+    let result = plaintext_steps(worker, pod, socket, peer, &mut record).await;
+    record.finish(result);
+}
+
+async fn plaintext_steps(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    socket: std::net::TcpStream,
+    peer: SocketAddr,
+    record: &mut Record,
+) -> Result<(), Failure> {
+    let shared = &worker.shared;
+    let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
+    record.destination(captured.destination);
+    let client = ResetUnlessDone::new(captured.app);
+    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let destination = captured.destination;
+    pod.with_own(&workload, |own| {
+        // A client may use the very port that we use in its name; nobody else uses those of the pod.
+        let is_ours = own.is_the_pod(captured.source.ip()) && pod.legs.contains(captured.source, destination);
+        own.check_plaintext(destination, is_ours)
+    })?;
+    let source = captured.source.ip();
+    let subject = Subject { peer: None, source, destination };
+    let live_permit = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
+    let live = record.opened(Details {
+        source_workload: snapshot.workload_at(&workload.network, source).cloned(),
+        source_identity: None,
+        destination_workload: Some(workload.clone()),
+        destination_identity: None,
+        service: snapshot.service_by_target(&workload, destination.port()).cloned(),
+        actual: destination,
+        authority: None,
+        rule: permit.as_ref().ok().map(ToString::to_string),
+    });
+    drop(snapshot);
+    let permit = permit?;
+    let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
+    let app = ResetUnlessDone::dialled(unless_gone(&client, app).await?);
+    let silence = shared.config.hbone.half_closed_silence;
+    forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit), None)).await?;
+    client.done();
+    app.done();
+    Ok(())
+}

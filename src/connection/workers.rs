@@ -1,0 +1,236 @@
+//! The workers: each one thread with its own runtime, its own tunnels and its own connections. A connection is given
+//! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
+
+use super::accept::listener;
+use super::budget::Open;
+use super::dial::Pool;
+use super::dial::pool::Key;
+use super::journeys;
+use super::pod::Pod;
+use super::report::{Direction, Failure, Record};
+use super::worker::{Shared, Worker};
+use crate::hbone::TunnelError;
+use crate::mesh::SpiffeName;
+use crate::mesh::address::canonical;
+use crate::sys::original_dst::original_dst;
+use crate::sys::socket::reset_on_close;
+use crate::task::places::Place;
+use crate::task::{Group, thread};
+use parking_lot::Mutex;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+/// Accepted sockets that may wait for a busy worker.
+const QUEUE: usize = 4096;
+
+/// How long connections may take to write their last line when they are cut.
+const CUT_GRACE: Duration = Duration::from_secs(1);
+
+/// By which listener a connection came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entrance {
+    /// 15001: from the pod.
+    Outbound,
+    /// 15006: to the pod, in plaintext.
+    Plaintext,
+    /// 15008: to the pod, through a tunnel.
+    Tunnel,
+}
+
+impl Entrance {
+    /// Its direction.
+    pub fn direction(self) -> Direction {
+        match self {
+            Self::Outbound => Direction::Outbound,
+            Self::Plaintext | Self::Tunnel => Direction::Inbound,
+        }
+    }
+}
+
+struct Accepted {
+    room: Room,
+    /// Counts it among its pod's connections already while it waits for its worker.
+    active: TaskTrackerToken,
+    socket: TcpStream,
+    peer: SocketAddr,
+    entrance: Entrance,
+    pod: Arc<Pod>,
+}
+
+/// What an accepted connection is counted as.
+enum Room {
+    Open(Open),
+    Handshake(Place),
+}
+
+#[derive(Debug)]
+struct Handle {
+    worker: Arc<Worker>,
+    deliver: mpsc::Sender<Accepted>,
+    runtime: tokio::runtime::Handle,
+}
+
+/// All workers of a process.
+#[derive(Debug)]
+pub struct Workers {
+    all: Arc<Vec<Handle>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Counts accept loops.
+    accepts: TaskTracker,
+    /// Which worker gets the next accept loop.
+    turn: AtomicUsize,
+    stop: CancellationToken,
+}
+
+impl Workers {
+    /// Starts `config.workers` threads.
+    pub fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+        let stop = CancellationToken::new();
+        let (mut all, mut threads) = (Vec::new(), Vec::new());
+        for index in 0..shared.config.workers.max(1) {
+            let tasks = Group::default();
+            let reporter = shared.reporter.clone();
+            let broken = move |key: &Key, peer: &SpiffeName, error: &TunnelError| {
+                reporter.tunnel_ended(Direction::Outbound, key.to, peer, error);
+            };
+            let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));
+            let worker = Arc::new(Worker { shared: shared.clone(), pool, tasks, load: AtomicUsize::new(0) });
+            let (deliver, accepted) = mpsc::channel(QUEUE);
+            let (stop, main) = (stop.clone(), worker.clone());
+            let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
+                tokio::select! { () = stop.cancelled() => {}, () = receive(&main, accepted) => {} }
+            })?;
+            all.push(Handle { worker, deliver, runtime });
+            threads.push(thread);
+        }
+        Ok(Self {
+            all: Arc::new(all),
+            threads: Mutex::new(threads),
+            accepts: TaskTracker::new(),
+            turn: AtomicUsize::new(0),
+            stop,
+        })
+    }
+
+    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker; what it accepts goes to
+    /// the least loaded.
+    pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
+        let (all, pod) = (self.all.clone(), pod.clone());
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
+        let (drain, accepts) = (pod.signal(), self.accepts.token());
+        home.worker.shared.budget.join(&pod.open);
+        let work = listener::run(listener, drain, move |socket, peer| {
+            let _accepts = &accepts;
+            hand_over(&all, &pod, socket, peer, entrance);
+        });
+        accepting.spawn_on(work, &home.runtime);
+    }
+
+    /// Connections and streams running now.
+    pub fn running(&self) -> usize {
+        self.all.iter().map(|handle| handle.worker.tasks.len()).sum()
+    }
+
+    /// Tunnels open towards peers now.
+    pub fn tunnels(&self) -> usize {
+        self.all.iter().map(|handle| handle.worker.pool.len()).sum()
+    }
+
+    /// Waits until all accept loops, and then every connection and tunnel, have ended; order them to before.
+    pub async fn finished(&self) {
+        self.accepts.close();
+        self.accepts.wait().await;
+        let idle = |h: &Handle| h.worker.tasks.len() == 0 && h.deliver.capacity() == h.deliver.max_capacity();
+        while !self.all.iter().all(idle) {
+            for handle in self.all.iter() {
+                handle.worker.tasks.finished().await;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Ends whatever is left; resets go out and the threads end.
+    pub async fn cut(&self) {
+        // Connections that hear the order write their own last line; those that do not are ended after a moment.
+        let _ = tokio::time::timeout(CUT_GRACE, self.finished()).await;
+        for handle in self.all.iter() {
+            handle.worker.tasks.cut();
+        }
+        self.finished().await;
+        self.stop.cancel();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            // A worker thread that panicked has nothing left to end.
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
+    while let Some(Accepted { room, active, socket, peer, entrance, pod }) = accepted.recv().await {
+        let worker = worker.clone();
+        worker.tasks.clone().spawn(async move {
+            let load = Load(worker.clone());
+            match (entrance, room) {
+                (Entrance::Outbound, Room::Open(_open)) => journeys::outbound(&worker, &pod, socket, peer).await,
+                (Entrance::Plaintext, Room::Open(_open)) => journeys::plaintext(&worker, &pod, socket, peer).await,
+                (_, Room::Handshake(place)) => journeys::tunnel(&worker, &pod, socket, peer, place).await,
+                (Entrance::Tunnel, Room::Open(_)) => {}
+            }
+            drop((load, active));
+        });
+    }
+}
+
+/// Gives back a connection's share of the load when it ends, however it ends.
+struct Load(Arc<Worker>);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
+    if entrance != Entrance::Outbound && pod.probes.take_inbound(canonical(peer)) {
+        return reset_on_close(&socket);
+    }
+    let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
+    let Some(handle) = least else { return };
+    let shared = &handle.worker.shared;
+    let refuse = |socket: &TcpStream, failure: Failure| {
+        let record = Record::begin(&shared.reporter, &pod.uid, entrance.direction(), canonical(peer));
+        record.finish(Err(failure));
+        reset_on_close(socket);
+    };
+    let room = match entrance {
+        Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Room::Handshake).map_err(Failure::from),
+        Entrance::Outbound | Entrance::Plaintext => {
+            shared.budget.open(&pod.open, None).map(Room::Open).map_err(Failure::from)
+        }
+    };
+    let room = match room {
+        Ok(room) => room,
+        Err(failure) => {
+            // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
+            let probe = entrance == Entrance::Outbound
+                && original_dst(&socket, peer).is_ok_and(|to| pod.probes.take(canonical(to)));
+            return if probe { reset_on_close(&socket) } else { refuse(&socket, failure) };
+        }
+    };
+    handle.worker.load.fetch_add(1, Ordering::Relaxed);
+    let accepted = Accepted { room, active: pod.active.token(), socket, peer, entrance, pod: pod.clone() };
+    if let Err(full) = handle.deliver.try_send(accepted) {
+        handle.worker.load.fetch_sub(1, Ordering::Relaxed);
+        refuse(&full.into_inner().socket, Failure::Queue(QUEUE));
+    }
+}
