@@ -2,7 +2,7 @@
 //! that they do not read. Every tunnel has an account, every account belongs to a holder (an identity), and all of them
 //! together have one limit. Before it is passed, the largest tunnel of the largest holder is cut; the others go on.
 
-use super::ping;
+use super::cut::Cut;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -16,31 +16,6 @@ const FRAME_BYTES: usize = 256;
 /// Bytes that may wait to be sent on one tunnel; its streams read no more from their applications until some have gone.
 /// The socket below has a buffer of its own, so a tunnel that moves does not miss more.
 const UNSENT_MAX: usize = 1 << 20;
-
-/// Why we end a tunnel whose peer breaks no rule of HTTP/2.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Cut {
-    /// It sends control frames without end.
-    #[error("cut: the peer sends more control frames than any use of a tunnel needs")]
-    ControlFrames,
-    /// It leaves a PING unanswered.
-    #[error("cut: the peer did not answer a PING within {} s", ping::TIMEOUT.as_secs())]
-    PingTimeout,
-    /// It makes us hold more than anybody else while the node's buffers are full.
-    #[error("cut: this node's buffers are full, and of all peers this one makes it hold most")]
-    Memory,
-}
-
-impl Cut {
-    /// The word in metrics.
-    pub fn word(self) -> &'static str {
-        match self {
-            Self::ControlFrames => "control_frames",
-            Self::PingTimeout => "ping_timeout",
-            Self::Memory => "memory",
-        }
-    }
-}
 
 /// The buffers of all tunnels of a node.
 #[derive(Debug)]

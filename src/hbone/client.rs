@@ -1,11 +1,14 @@
 //! The client end of a tunnel: open streams through it until either side says that it is going away.
 
 use super::buffers::Account;
+use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
+use super::error::TunnelError;
 use super::flow::{Place, ReceiveHalf};
 use super::guard::Guard;
+use super::ping;
 use super::request::ConnectRequest;
+use super::stream::Stream;
 use super::windows::{Adjust, Windows};
-use super::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use h2::{Ping, PingPong};

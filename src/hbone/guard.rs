@@ -1,7 +1,8 @@
 //! Stands between HTTP/2 and the byte stream below, and watches the frames that pass (RFC 9113 section 4.1): no tunnel
 //! takes more than its turn, no peer sends control frames without end, and what DATA makes us hold is accounted for.
 
-use super::buffers::{Account, Cut};
+use super::buffers::Account;
+use super::cut::Cut;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;

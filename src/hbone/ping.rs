@@ -1,24 +1,20 @@
 //! Liveness of a tunnel: a PING every 10 s, the answer within 20 s (the reference's values), on both ends.
 
-use super::Cut;
+use super::config::{PING_INTERVAL, PING_TIMEOUT};
+use super::cut::Cut;
 use h2::{Ping, PingPong};
 use std::time::Duration;
 
-/// Time between an answer and the next PING.
-pub const INTERVAL: Duration = Duration::from_secs(10);
-/// How long an answer may take.
-pub const TIMEOUT: Duration = Duration::from_secs(20);
-
 /// How long the kernel sends again what a tunnel's peer does not acknowledge: until a PING is overdue, and a little, but no longer
 /// where this process ends before that.
-pub const GONE_AFTER: Duration = INTERVAL.saturating_add(TIMEOUT).saturating_add(TIMEOUT);
+pub const GONE_AFTER: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT).saturating_add(PING_TIMEOUT);
 
 /// Pings until an answer is overdue or the connection ends.
 pub async fn watch(pings: Option<PingPong>) -> Cut {
     let Some(mut pings) = pings else { return std::future::pending().await };
     loop {
-        tokio::time::sleep(INTERVAL).await;
-        match tokio::time::timeout(TIMEOUT, pings.ping(Ping::opaque())).await {
+        tokio::time::sleep(PING_INTERVAL).await;
+        match tokio::time::timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
             Ok(Ok(_)) => {}
             // The connection itself reports why it ended; until then there is nothing more to watch.
             Ok(Err(_)) => return std::future::pending().await,
@@ -61,7 +57,7 @@ mod tests {
         let start = Instant::now();
         let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
         assert!(matches!(ended, Err(TunnelError::Cut(Cut::PingTimeout))), "{ended:?}");
-        assert_eq!(start.elapsed().as_secs(), (INTERVAL + TIMEOUT).as_secs());
+        assert_eq!(start.elapsed().as_secs(), (PING_INTERVAL + PING_TIMEOUT).as_secs());
     }
 
     #[tokio::test(start_paused = true)]
@@ -77,6 +73,6 @@ mod tests {
             () = silent(far, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") => (None, Duration::ZERO),
         };
         assert!(matches!(ended, Some(Err(TunnelError::Cut(Cut::PingTimeout)))), "{ended:?}");
-        assert_eq!(after.as_secs(), (INTERVAL + TIMEOUT).as_secs());
+        assert_eq!(after.as_secs(), (PING_INTERVAL + PING_TIMEOUT).as_secs());
     }
 }

@@ -1,11 +1,15 @@
 //! The server end of a tunnel: streams come in, each to be accepted or refused.
 
-use super::buffers::{Account, Cut};
+use super::buffers::Account;
+use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
+use super::cut::Cut;
+use super::error::TunnelError;
 use super::flow::{Place, ReceiveHalf};
 use super::guard::Guard;
+use super::ping;
 use super::request::{self, ConnectRequest, RequestError};
+use super::stream::Stream;
 use super::windows::{Adjust, Windows};
-use super::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES, Stream, TunnelError, ping};
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use http::StatusCode;

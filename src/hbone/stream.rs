@@ -1,10 +1,11 @@
 //! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
 //! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) behind what was sent before it, back-pressure by not reading.
 
-use super::TunnelError;
 use super::buffers::Account;
+use super::carry::{Meter, Silent, deliver_last_bytes, end_writing, unless_silent};
+use super::error::TunnelError;
 use super::flow::{ReceiveHalf, SendHalf};
-use crate::sys::leg::{LAST_BYTES, Leg};
+use crate::sys::end::End;
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, SendStream};
@@ -14,17 +15,6 @@ use std::io;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
-
-/// Counts bytes as they are passed on.
-pub trait Meter: Sync {
-    /// Bytes from the application to the tunnel.
-    fn up(&self, bytes: usize);
-    /// Bytes from the tunnel to the application.
-    fn down(&self, bytes: usize);
-    /// All bytes so far, in either direction.
-    fn total(&self) -> u64;
-}
 
 /// An accepted stream.
 pub struct Stream {
@@ -96,7 +86,7 @@ impl Stream {
         silence: Duration,
         stop: impl Future<Output = ()>,
     ) -> Result<(), CarryError> {
-        let (Self { send, receive }, app) = (self, Leg::new(app));
+        let (Self { send, receive }, app) = (self, End::new(app));
         let account = send.account().clone();
         let result = tokio::select! {
             biased;
@@ -138,12 +128,12 @@ impl Sender {
     }
 
     /// Resets the stream because the application's connection has broken; what that had sent before goes first.
-    async fn app_broke(mut self, app: &Leg<'_>) -> CarryError {
+    async fn app_broke(mut self, app: &End<'_>) -> CarryError {
         if let Some(mut stream) = self.stream.take() {
             // A reset would throw away what is still queued.
             tokio::select! {
                 () = stream.flushed() => {}
-                () = app.last_bytes_deadline() => {}
+                () = app.is_late() => {}
             }
             stream.send_reset(Reason::CONNECT_ERROR);
         }
@@ -160,7 +150,7 @@ impl Drop for Sender {
 }
 
 async fn both_ways(
-    app: &Leg<'_>,
+    app: &End<'_>,
     sender: Sender,
     receive: ReceiveHalf,
     meter: &impl Meter,
@@ -177,14 +167,10 @@ async fn both_ways(
         // Nobody is left to take what comes.
         Either::Up(Err(error)) if app.is_broken() => Err(error),
         Either::Up(Err(error)) => Err(after_last_bytes(app, down, error).await),
-        Either::Down(Ok(())) => loop {
-            let before = meter.total();
-            match timeout(silence, &mut up).await {
-                Ok(Ok(sender)) => return sender.ended().await,
-                Ok(Err(error)) => return Err(after_last_bytes(app, ready(()), error).await),
-                Err(_) if meter.total() == before => return Err(CarryError::HalfClosedSilence(silence)),
-                Err(_) => {}
-            }
+        Either::Down(Ok(())) => match unless_silent(meter, silence, up).await {
+            Ok(Ok(sender)) => sender.ended().await,
+            Ok(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
+            Err(Silent) => Err(CarryError::HalfClosedSilence(silence)),
         },
         // What the application had sent before it broke still goes out.
         Either::Down(Err(error)) if app.is_broken() => Err(up.await.err().unwrap_or(error)),
@@ -199,7 +185,7 @@ enum Either {
 
 /// What comes from the tunnel after the application has ended in order.
 async fn rest_of_down(
-    app: &Leg<'_>,
+    app: &End<'_>,
     mut sender: Sender,
     mut down: Pin<&mut impl Future<Output = Result<(), CarryError>>>,
     meter: &impl Meter,
@@ -207,7 +193,6 @@ async fn rest_of_down(
 ) -> Result<(), CarryError> {
     let mut wanted = true;
     loop {
-        let before = meter.total();
         let step = async {
             tokio::select! {
                 ended = &mut down => Ok(ended),
@@ -219,38 +204,31 @@ async fn rest_of_down(
                 () = app.broken() => Ok(Err(CarryError::App(app.error()))),
             }
         };
-        match timeout(silence, step).await {
+        match unless_silent(meter, silence, step).await {
             Ok(Ok(Ok(()))) => return sender.ended().await,
             Ok(Ok(Err(_))) if app.is_broken() => return Err(sender.app_broke(app).await),
             Ok(Ok(Err(error))) => return Err(after_last_bytes(app, ready(()), error).await),
             Ok(Err(Some(error))) => return Err(after_last_bytes(app, down, error).await),
             Ok(Err(None)) => wanted = false,
-            Err(_) if meter.total() == before => return Err(CarryError::HalfClosedSilence(silence)),
-            Err(_) => {}
+            Err(Silent) => return Err(CarryError::HalfClosedSilence(silence)),
         }
     }
 }
 
 /// Waits until the application has what the tunnel brought before it ended with `error`.
-async fn after_last_bytes<T>(app: &Leg<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
-    let last = async {
-        // How that ends is known.
-        let _ = rest.await;
-        app.drained().await;
-    };
-    // Whoever does not take it in this time does without.
-    let _ = timeout(LAST_BYTES, last).await;
+async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
+    deliver_last_bytes(app, rest).await;
     error
 }
 
 /// Passes on what the application sends until it ends, and then END_STREAM; gives the sender back.
-async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
+async fn app_to_tunnel(app: &End<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
         tokio::select! {
             ready = app.socket.readable() => if let Err(error) = ready {
-                app.record_error(error);
+                app.breaks(error);
                 return Err(sender.app_broke(app).await);
             },
             reason = sender.unwanted() => return finished_early(reason?, sender),
@@ -260,7 +238,7 @@ async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) ->
         while send.capacity() == 0 {
             tokio::select! {
                 biased;
-                () = app.last_bytes_deadline() => return Err(sender.app_broke(app).await),
+                () = app.is_late() => return Err(sender.app_broke(app).await),
                 granted = poll_fn(|context| send.poll_capacity(context)) => match granted {
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return Err(error.into()),
@@ -290,7 +268,7 @@ async fn app_to_tunnel(app: &Leg<'_>, mut sender: Sender, meter: &impl Meter) ->
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => send.reserve_capacity(0),
             Err(error) => {
-                app.record_error(error);
+                app.breaks(error);
                 return Err(sender.app_broke(app).await);
             }
         }
@@ -303,9 +281,9 @@ fn finished_early(reason: Reason, sender: Sender) -> Result<Sender, CarryError> 
 }
 
 /// Passes on what the tunnel brings until it ends, and then FIN. What came before a reset is still there to be read.
-async fn tunnel_to_app(app: &Leg<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
+async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
     let failed = |error: io::Error| {
-        app.record_error(error);
+        app.breaks(error);
         CarryError::App(app.error())
     };
     while let Some(chunk) = receive.data().await {
@@ -321,10 +299,5 @@ async fn tunnel_to_app(app: &Leg<'_>, mut receive: ReceiveHalf, meter: &impl Met
         receive.release(chunk.len())?;
     }
     // The other direction may still run: only our sending side ends.
-    socket2::SockRef::from(app.socket).shutdown(std::net::Shutdown::Write).or_else(unconnected).map_err(failed)
-}
-
-/// A socket whose peer has gone cannot be shut down, and need not be.
-fn unconnected(error: io::Error) -> io::Result<()> {
-    if error.kind() == io::ErrorKind::NotConnected { Ok(()) } else { Err(error) }
+    end_writing(app.socket).map_err(failed)
 }

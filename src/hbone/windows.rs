@@ -1,8 +1,8 @@
 //! The windows that a tunnel gives its peer, as far as they follow what is held: stalled streams must not use up the
 //! window of all, and while buffers are scarce each stream gets little.
 
-use super::Config;
 use super::buffers::Account;
+use super::config::Config;
 
 /// Window of a stream while buffers are scarce.
 const SCARCE_STREAM_WINDOW: u32 = 256 * 1024;

@@ -2,14 +2,13 @@
 
 use super::error::ForwardError;
 use crate::hbone::Meter;
-use crate::sys::leg::{LAST_BYTES, Leg};
+use crate::hbone::carry::{deliver_last_bytes, end_writing, unless_silent};
+use crate::sys::end::End;
 use crate::sys::scratch::{PassError, pass_now, write_all};
 use std::io;
-use std::net::Shutdown;
 use std::pin::pin;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
 
 /// Copies both ways until both have ended. After one has, the other may be silent for `silence` at most. Where one breaks, what
 /// it had sent before has arrived at the other when this returns, or 10 s have passed.
@@ -19,7 +18,7 @@ pub async fn both_ways(
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let (app, far) = (&Leg::new(app), &Leg::new(far));
+    let (app, far) = (&End::new(app), &End::new(far));
     let mut up = pin!(one_way(app, far, |n| meter.up(n)));
     let mut down = pin!(one_way(far, app, |n| meter.down(n)));
     let (mut up_ended, mut down_ended) = (false, false);
@@ -27,7 +26,6 @@ pub async fn both_ways(
         if up_ended && down_ended {
             return Ok(());
         }
-        let before = meter.total();
         let half = up_ended || down_ended;
         let step = async {
             tokio::select! {
@@ -39,36 +37,36 @@ pub async fn both_ways(
         };
         if !half {
             step.await;
-        } else if timeout(silence, step).await.is_err() && meter.total() == before {
+        } else if unless_silent(meter, silence, step).await.is_err() {
             return Err(ForwardError::HalfClosedSilence(silence));
         }
     }
     // What was received before the reset goes before it.
-    let last = async {
-        if app.is_broken() {
+    if app.is_broken() {
+        let rest = async {
             if !up_ended {
                 up.await;
             }
-            far.drained().await;
-        } else {
+        };
+        deliver_last_bytes(far, rest).await;
+    } else {
+        let rest = async {
             if !down_ended {
                 down.await;
             }
-            app.drained().await;
-        }
-    };
-    // Whoever does not take it in this time does without.
-    let _ = timeout(LAST_BYTES, last).await;
+        };
+        deliver_last_bytes(app, rest).await;
+    }
     Err(if app.is_broken() { ForwardError::App(app.error()) } else { ForwardError::Far(far.error()) })
 }
 
 /// Copies until `from` has ended, which `to` is told, or until one of them breaks, which that one notes.
-async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
+async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
         if let Err(error) = from.socket.readable().await {
-            return from.record_error(error);
+            return from.breaks(error);
         }
         match pass_now(from.socket, to.socket) {
             Ok((0, _)) => break,
@@ -76,27 +74,27 @@ async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
                 if !rest.is_empty()
                     && let Err(error) = write_all(to.socket, &rest).await
                 {
-                    return to.record_error(error);
+                    return to.breaks(error);
                 }
                 count(length);
             }
             Err(PassError::From(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(PassError::From(error)) => return from.record_error(error),
-            Err(PassError::To(error)) => return to.record_error(error),
+            Err(PassError::From(error)) => return from.breaks(error),
+            Err(PassError::To(error)) => return to.breaks(error),
         }
     }
     if from.is_broken() {
         return;
     }
-    match socket2::SockRef::from(to.socket).shutdown(Shutdown::Write) {
-        Err(error) if error.kind() != io::ErrorKind::NotConnected => to.record_error(error),
-        _ => {}
+    if let Err(error) = end_writing(to.socket) {
+        to.breaks(error);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::end::LAST_BYTES;
     use std::sync::atomic::{AtomicU64, Ordering};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
