@@ -4,6 +4,7 @@
 pub mod accept;
 pub mod authorize;
 pub mod budget;
+pub mod capture_checks;
 pub mod choose;
 pub mod config;
 pub mod dial;

@@ -1,5 +1,7 @@
 //! What the path of a connection needs to know of the pod it belongs to.
 
+use super::budget::PodUsage;
+use super::capture_checks::CaptureChecks;
 use super::choose::OwnSockets;
 use super::dial::direct::{OpenLegs, SocketConfig};
 use super::ports::own_ports;
@@ -8,13 +10,11 @@ use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
-use parking_lot::Mutex;
-use std::collections::HashMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 /// How long a connection waits for the facts about its own pod.
@@ -53,9 +53,9 @@ pub struct Pod {
     /// Counts the pod's connections, for waiting until they have ended.
     pub active: TaskTracker,
     /// Its connections and streams that are open, of the node's budget.
-    pub open: super::budget::Count,
+    pub usage: Arc<PodUsage>,
     /// Probe connections of capture verification that are expected.
-    pub probes: Probes,
+    pub capture_checks: CaptureChecks,
 }
 
 impl Pod {
@@ -117,69 +117,5 @@ impl Pod {
     /// Hears when the pod's connections are to end.
     pub fn signal(&self) -> Signal {
         self.drain.signal()
-    }
-}
-
-/// Where probes of capture go: addresses for documentation (RFC 5737, RFC 3849), which nobody has. A connection to
-/// them is answered by nobody and never passed on, also when it is another daemon's probe.
-pub const PROBE_IPS: [IpAddr; 2] =
-    [IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x77))];
-
-/// Whose probes are expected, and who hears of them.
-type Expected = (Vec<IpAddr>, Arc<Notify>);
-
-/// Probe connections that are expected: at the outbound listener by their original destination, at the others by the port that
-/// they come from, because somebody may translate their address on the way.
-#[derive(Debug, Default)]
-pub struct Probes {
-    expected: Mutex<HashMap<SocketAddr, Arc<Notify>>>,
-    inbound: Mutex<HashMap<u16, Expected>>,
-}
-
-impl Probes {
-    /// Expects connections to `destinations`; the notice comes when one of them has been captured.
-    pub fn expect(&self, destinations: &[SocketAddr]) -> Arc<Notify> {
-        let arrived = Arc::new(Notify::new());
-        let mut expected = self.expected.lock();
-        expected.clear();
-        expected.extend(destinations.iter().map(|to| (*to, arrived.clone())));
-        arrived
-    }
-
-    /// Expects connections into the pod from these ports, of whoever has `own`; the notice comes when one has been taken.
-    pub fn expect_inbound(&self, ports: &[u16], own: &[IpAddr], arrived: &Arc<Notify>) {
-        let mut inbound = self.inbound.lock();
-        inbound.extend(ports.iter().map(|port| (*port, (own.to_vec(), arrived.clone()))));
-    }
-
-    /// Expects none of these any more.
-    pub fn forget_inbound(&self, ports: &[u16]) {
-        let mut inbound = self.inbound.lock();
-        ports.iter().for_each(|port| drop(inbound.remove(port)));
-    }
-
-    /// Whether a connection into the pod is a probe of ours, and nothing more is to be done about it.
-    pub fn take_inbound(&self, source: SocketAddr) -> bool {
-        let inbound = self.inbound.lock();
-        let Some((own, arrived)) = inbound.get(&source.port()) else { return false };
-        arrived.notify_one();
-        // One with another address may be a probe that was translated, or somebody else's by chance: it goes on.
-        own.contains(&source.ip())
-    }
-
-    /// Expects none any more.
-    pub fn forget(&self) {
-        self.expected.lock().clear();
-    }
-
-    /// Whether a captured connection is a probe, ours or another daemon's.
-    pub fn take(&self, destination: SocketAddr) -> bool {
-        match self.expected.lock().remove(&destination) {
-            Some(arrived) => {
-                arrived.notify_one();
-                true
-            }
-            None => PROBE_IPS.contains(&destination.ip()),
-        }
     }
 }

@@ -2,7 +2,7 @@
 //! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
 
 use super::accept::listener;
-use super::budget::Open;
+use super::budget::Reservation;
 use super::dial::Pool;
 use super::dial::pool::Key;
 use super::journeys;
@@ -67,7 +67,7 @@ struct Accepted {
 
 /// What an accepted connection is counted as.
 enum Room {
-    Open(Open),
+    Reserved(Reservation),
     Handshake(Place),
 }
 
@@ -127,7 +127,7 @@ impl Workers {
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
         let (drain, accepts) = (pod.signal(), self.accepts.token());
-        home.worker.shared.budget.join(&pod.open);
+        home.worker.shared.budget.register(&pod.usage);
         let work = listener::run(listener, drain, move |socket, peer| {
             let _accepts = &accepts;
             hand_over(&all, &pod, socket, peer, entrance);
@@ -181,10 +181,10 @@ async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
         worker.tasks.clone().spawn(async move {
             let load = Load(worker.clone());
             match (entrance, room) {
-                (Entrance::Outbound, Room::Open(_open)) => journeys::outbound(&worker, &pod, socket, peer).await,
-                (Entrance::Plaintext, Room::Open(_open)) => journeys::plaintext(&worker, &pod, socket, peer).await,
+                (Entrance::Outbound, Room::Reserved(_open)) => journeys::outbound(&worker, &pod, socket, peer).await,
+                (Entrance::Plaintext, Room::Reserved(_open)) => journeys::plaintext(&worker, &pod, socket, peer).await,
                 (_, Room::Handshake(place)) => journeys::tunnel(&worker, &pod, socket, peer, place).await,
-                (Entrance::Tunnel, Room::Open(_)) => {}
+                (Entrance::Tunnel, Room::Reserved(_)) => {}
             }
             drop((load, active));
         });
@@ -201,7 +201,7 @@ impl Drop for Load {
 }
 
 fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
-    if entrance != Entrance::Outbound && pod.probes.take_inbound(canonical(peer)) {
+    if entrance != Entrance::Outbound && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
@@ -215,7 +215,7 @@ fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr
     let room = match entrance {
         Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Room::Handshake).map_err(Failure::from),
         Entrance::Outbound | Entrance::Plaintext => {
-            shared.budget.open(&pod.open, None).map(Room::Open).map_err(Failure::from)
+            shared.budget.reserve(&pod.usage, None).map(Room::Reserved).map_err(Failure::from)
         }
     };
     let room = match room {
@@ -223,7 +223,7 @@ fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr
         Err(failure) => {
             // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
             let probe = entrance == Entrance::Outbound
-                && original_dst(&socket, peer).is_ok_and(|to| pod.probes.take(canonical(to)));
+                && original_dst(&socket, peer).is_ok_and(|to| pod.capture_checks.take(canonical(to)));
             return if probe { reset_on_close(&socket) } else { refuse(&socket, failure) };
         }
     };

@@ -154,8 +154,8 @@ impl Capturer {
             addresses: ArcSwap::from_pointee(held),
             drain: self.drain.child(),
             active: Default::default(),
-            open: Default::default(),
-            probes: Default::default(),
+            usage: Default::default(),
+            capture_checks: Default::default(),
         });
         let accepting = Group::default();
         for (listener, entrance) in listeners {

@@ -65,8 +65,8 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         addresses: arc_swap::ArcSwap::from_pointee(held),
         drain: capturer.drain.child(),
         active: Default::default(),
-        open: Default::default(),
-        probes: Default::default(),
+        usage: Default::default(),
+        capture_checks: Default::default(),
     });
     let accepting = Group::default();
     capturer.workers.serve(&pod, listener, Entrance::Tunnel, &accepting);

@@ -4,7 +4,7 @@ use super::ending::{ResetUnlessDone, stop};
 use super::lookup::{local_facts, own_credentials};
 use crate::connection::accept::{AcceptError, Peer, tunnel as tunnelled};
 use crate::connection::authorize::{self, Live, Subject};
-use crate::connection::budget::Open;
+use crate::connection::budget::Reservation;
 use crate::connection::choose;
 use crate::connection::dial::{self, DialError};
 use crate::connection::forward::{self, ForwardError};
@@ -99,7 +99,7 @@ async fn shake_hands(
     pod: &Arc<Pod>,
     socket: std::net::TcpStream,
     peer: SocketAddr,
-) -> Result<Option<(Peer, Text, Open)>, Failure> {
+) -> Result<Option<(Peer, Text, Reservation)>, Failure> {
     let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
     let shared = &worker.shared;
     let shake = async {
@@ -111,7 +111,7 @@ async fn shake_hands(
     // Boxed, so that an open tunnel does not keep the room that opening it took.
     let peer: Peer = Box::pin(tunnelled::in_time::<_, Failure>(shake)).await?;
     let key = Text::from(peer.identity.to_string());
-    let open = shared.budget.open(&pod.open, Some(&key))?;
+    let open = shared.budget.reserve(&pod.usage, Some(&key))?;
     Ok(Some((peer, key, open)))
 }
 
@@ -130,7 +130,7 @@ struct PeerFacts {
 /// One CONNECT stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let _open = match worker.shared.budget.open(&pod.open, Some(&peer.key)) {
+    let _open = match worker.shared.budget.reserve(&pod.usage, Some(&peer.key)) {
         Ok(open) => open,
         Err(refused) => {
             incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);

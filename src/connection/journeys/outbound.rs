@@ -71,7 +71,7 @@ async fn open(
 ) -> Result<Option<Outward>, Failure> {
     let shared = &worker.shared;
     let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
-    if pod.probes.take(captured.destination) {
+    if pod.capture_checks.take(captured.destination) {
         return Ok(None);
     }
     record.destination(captured.destination);

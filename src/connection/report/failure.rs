@@ -4,7 +4,7 @@
 use super::reason::Reason;
 use crate::connection::accept::AcceptError;
 use crate::connection::authorize::Refusal;
-use crate::connection::budget::Refused;
+use crate::connection::budget::BudgetRefusal;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
@@ -21,7 +21,7 @@ use crate::task::slots::NoSlot;
 pub enum Failure {
     /// The node has no room for it.
     #[error(transparent)]
-    Budget(#[from] Refused),
+    Budget(#[from] BudgetRefusal),
     /// Accepted faster than connections can be begun.
     #[error("too many connections at once: {0} wait for a worker already")]
     Queue(usize),
@@ -89,9 +89,9 @@ impl Failure {
     /// response_flags), and whose fault it is.
     fn kind(&self) -> (Reason, &'static str, Fault) {
         match self {
-            Self::Budget(Refused::Full { .. }) | Self::Queue(_) => (Reason::Limit, "CONNECT", Fault::Us),
-            Self::Budget(Refused::Pod { .. }) => (Reason::LargestConsumer, "CONNECT", Fault::App),
-            Self::Budget(Refused::Peer { .. }) => (Reason::LargestPeer, "CONNECT", Fault::Peer),
+            Self::Budget(BudgetRefusal::Full { .. }) | Self::Queue(_) => (Reason::Limit, "CONNECT", Fault::Us),
+            Self::Budget(BudgetRefusal::LargestPod { .. }) => (Reason::LargestConsumer, "CONNECT", Fault::App),
+            Self::Budget(BudgetRefusal::LargestPeer { .. }) => (Reason::LargestPeer, "CONNECT", Fault::Peer),
             Self::Handshakes(_) => (Reason::HandshakeLimit, "CONNECT", Fault::Peer),
             Self::LocalWorkload(_) => (Reason::WorkloadUnknown, "CONNECT", Fault::Mesh),
             Self::Accept(error) => match error {
