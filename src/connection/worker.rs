@@ -1,6 +1,6 @@
 //! One worker: what its connections share with each other, and with those of all workers.
 
-use super::authorize::revoke::Registry;
+use super::authorize::revoke::Permits;
 use super::budget::Budget;
 use super::config::Config;
 use super::dial::Pool;
@@ -30,7 +30,7 @@ pub struct Shared {
     /// Metrics, live connections, log limits.
     pub reporter: Arc<Reporter>,
     /// Live permits.
-    pub permits: Arc<Registry>,
+    pub permits: Arc<Permits>,
     /// Room for connections and streams, on all workers.
     pub budget: Arc<Budget>,
     /// What peers make us hold.

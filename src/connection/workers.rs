@@ -4,7 +4,7 @@
 use super::accept::listener;
 use super::budget::Reservation;
 use super::dial::Pool;
-use super::dial::pool::Key;
+use super::dial::pool::TunnelKey;
 use super::journeys;
 use super::pod::Pod;
 use super::report::{Direction, Failure, Record};
@@ -98,7 +98,7 @@ impl Workers {
         for index in 0..shared.config.workers.max(1) {
             let tasks = Group::default();
             let reporter = shared.reporter.clone();
-            let broken = move |key: &Key, peer: &SpiffeName, error: &TunnelError| {
+            let broken = move |key: &TunnelKey, peer: &SpiffeName, error: &TunnelError| {
                 reporter.tunnel_ended(Direction::Outbound, key.to, peer, error);
             };
             let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));

@@ -13,7 +13,7 @@ use super::signals::Signals;
 use super::{pods, version};
 use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
-use crate::connection::authorize::revoke::Registry as Permits;
+use crate::connection::authorize::revoke::Permits;
 use crate::connection::budget::Budget;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;

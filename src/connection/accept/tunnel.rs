@@ -87,6 +87,6 @@ pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send
 }
 
 /// Gives a handshake its deadline.
-pub async fn in_time<T, E: From<AcceptError>>(shake: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+pub async fn with_deadline<T, E: From<AcceptError>>(shake: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await.unwrap_or(Err(AcceptError::Deadline.into()))
 }

@@ -2,26 +2,26 @@
 
 use super::decide::{Decision, Permit, Refusal, Verdict};
 use super::matcher::Subject;
-use super::revoke::{Live, POLICY_WAIT};
+use super::revoke::{POLICY_WAIT, Registration};
 use crate::mesh;
 use crate::telemetry::limit::LogLimit;
 
 /// Decides on a registered connection with the facts of now; while a referenced policy is unknown, waits for it up to
 /// [`POLICY_WAIT`].
-pub async fn authorize(mesh: &mesh::Store, live: &Live) -> Result<Permit, Refusal> {
-    let subject = live.subject();
+pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Result<Permit, Refusal> {
+    let subject = registration.subject();
     let mut changes = mesh.subscribe();
     let deadline = tokio::time::sleep(POLICY_WAIT);
     tokio::pin!(deadline);
     loop {
         changes.mark_unchanged();
         let snapshot = mesh.load();
-        let workload = snapshot.workload(live.uid()).ok_or(Refusal::WorkloadUnknown)?;
-        let applicable = live.applicable(&snapshot, workload);
+        let workload = snapshot.workload(registration.uid()).ok_or(Refusal::WorkloadUnknown)?;
+        let applicable = registration.applicable(&snapshot, workload);
         let Decision { verdict, dry_run } = applicable.decide(subject);
         let missing = match verdict {
             Verdict::Allow(permit) => {
-                if !live.stand(snapshot.version, &applicable, &permit) {
+                if !registration.take_permit(snapshot.version, &applicable, &permit) {
                     continue;
                 }
                 log_dry_run(subject, &dry_run);

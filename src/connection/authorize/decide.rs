@@ -4,7 +4,7 @@
 //! ALLOW policy all is allowed; else one ALLOW must match. A policy that the workload names and nobody knows is never
 //! skipped: the answer is then [`Verdict::Unknown`].
 
-use super::matcher::{self, Seen, Subject};
+use super::matcher::{self, MatchInput, Subject};
 use crate::mesh::policy::Action;
 use crate::mesh::{Policy, Snapshot, Text, Workload};
 use std::collections::{HashMap, HashSet};
@@ -101,7 +101,7 @@ pub struct Applicable {
 
 impl Applicable {
     /// What applies to a workload.
-    pub fn to(snapshot: &Snapshot, workload: &Workload) -> Self {
+    pub fn for_workload(snapshot: &Snapshot, workload: &Workload) -> Self {
         let mut policies: Vec<&Arc<Policy>> = snapshot.policies_for_namespace(&workload.namespace).collect();
         let mut missing = None;
         for key in &workload.policies {
@@ -133,18 +133,18 @@ impl Applicable {
 
     /// The verdict on one connection.
     pub fn verdict(&self, subject: &Subject) -> Verdict {
-        self.enforce(&self.deny, &Seen::new(subject, &self.domains))
+        self.enforce(&self.deny, &MatchInput::new(subject, &self.domains))
     }
 
     /// The verdict, and what dry-run policies would have said.
     pub fn decide(&self, subject: &Subject) -> Decision {
-        let seen = Seen::new(subject, &self.domains);
-        Decision { verdict: self.enforce(&self.deny, &seen), dry_run: notes(&self.dry_run, &seen) }
+        let input = MatchInput::new(subject, &self.domains);
+        Decision { verdict: self.enforce(&self.deny, &input), dry_run: notes(&self.dry_run, &input) }
     }
 
     /// With those DENY policies that have to be looked at.
-    fn enforce(&self, deny: &[Arc<Policy>], seen: &Seen<'_>) -> Verdict {
-        if let Some(rule) = deny.iter().find_map(|policy| matching_rule(policy, seen)) {
+    fn enforce(&self, deny: &[Arc<Policy>], input: &MatchInput<'_>) -> Verdict {
+        if let Some(rule) = deny.iter().find_map(|policy| matching_rule(policy, input)) {
             return Verdict::Refuse(Refusal::Denied(rule));
         }
         if let Some(missing) = &self.missing {
@@ -153,7 +153,7 @@ impl Applicable {
         if self.allow.is_empty() {
             return Verdict::Allow(Permit { rule: None });
         }
-        match self.allow.iter().find_map(|policy| matching_rule(policy, seen)) {
+        match self.allow.iter().find_map(|policy| matching_rule(policy, input)) {
             Some(rule) => Verdict::Allow(Permit { rule: Some(rule) }),
             None => {
                 let names: Vec<&str> = self.allow.iter().map(|policy| &*policy.key).collect();
@@ -165,7 +165,7 @@ impl Applicable {
 
 /// What has changed between two states of what applies to a workload.
 #[derive(Debug)]
-pub struct Changes {
+pub struct PolicyChanges {
     now: Arc<Applicable>,
     /// DENY policies that are new or not what they were.
     deny: Vec<Arc<Policy>>,
@@ -175,7 +175,7 @@ pub struct Changes {
     all: bool,
 }
 
-impl Changes {
+impl PolicyChanges {
     /// From `before` to `now`.
     pub fn between(before: &Applicable, now: &Arc<Applicable>) -> Self {
         let held: HashMap<&Text, &Arc<Policy>> = now.allow.iter().map(|policy| (&policy.key, policy)).collect();
@@ -187,7 +187,7 @@ impl Changes {
         Self { now: now.clone(), deny, allow, all: before.domains != now.domains }
     }
 
-    /// Policies that the verdict on a connection looks at, at most; `by` as for [`Changes::verdict`].
+    /// Policies that the verdict on a connection looks at, at most; `by` as for [`PolicyChanges::verdict`].
     pub fn cost(&self, by: Option<&RuleName>) -> usize {
         match (self.all, self.is_still_allowed(by)) {
             (true, _) => self.now.cost(),
@@ -206,11 +206,11 @@ impl Changes {
         if still_allowed && self.deny.is_empty() {
             return Verdict::Allow(Permit { rule: by.cloned() });
         }
-        let seen = Seen::new(subject, &self.now.domains);
+        let input = MatchInput::new(subject, &self.now.domains);
         if !still_allowed {
-            return self.now.enforce(&self.deny, &seen);
+            return self.now.enforce(&self.deny, &input);
         }
-        match self.deny.iter().find_map(|policy| matching_rule(policy, &seen)) {
+        match self.deny.iter().find_map(|policy| matching_rule(policy, &input)) {
             Some(rule) => Verdict::Refuse(Refusal::Denied(rule)),
             None => Verdict::Allow(Permit { rule: by.cloned() }),
         }
@@ -224,9 +224,9 @@ impl Changes {
     }
 }
 
-fn notes(policies: &[Arc<Policy>], seen: &Seen<'_>) -> Vec<String> {
+fn notes(policies: &[Arc<Policy>], input: &MatchInput<'_>) -> Vec<String> {
     let note = |policy: &Arc<Policy>| {
-        let rule = matching_rule(policy, seen)?;
+        let rule = matching_rule(policy, input)?;
         Some(match policy.action {
             Action::Deny => format!("{rule} would have denied this"),
             Action::Allow => format!("{rule} would have allowed this"),
@@ -235,8 +235,8 @@ fn notes(policies: &[Arc<Policy>], seen: &Seen<'_>) -> Vec<String> {
     policies.iter().filter_map(note).collect()
 }
 
-fn matching_rule(policy: &Policy, seen: &Seen<'_>) -> Option<RuleName> {
-    let index = policy.rules.iter().position(|rule| matcher::rule(rule, seen))?;
+fn matching_rule(policy: &Policy, input: &MatchInput<'_>) -> Option<RuleName> {
+    let index = policy.rules.iter().position(|rule| matcher::rule_matches(rule, input))?;
     Some(RuleName { policy: policy.key.clone(), index })
 }
 
@@ -265,7 +265,7 @@ mod tests {
             source: "10.0.0.1".parse().unwrap(),
             destination: "10.0.0.2:80".parse().unwrap(),
         };
-        Applicable::to(&snapshot, &server).verdict(&subject)
+        Applicable::for_workload(&snapshot, &server).verdict(&subject)
     }
 
     fn word(verdict: &Verdict) -> String {
@@ -344,7 +344,7 @@ mod tests {
         server.policies = names;
         let mut snapshot = Snapshot::build(1, Facts { policies, ..Facts::default() });
         snapshot.trust_domain_aliases = if alias { vec!["old.local".into()].into() } else { Arc::default() };
-        Arc::new(Applicable::to(&snapshot, &server))
+        Arc::new(Applicable::for_workload(&snapshot, &server))
     }
 
     proptest! {
@@ -369,7 +369,7 @@ mod tests {
                     let full = now.verdict(&subject);
                     let verdict = match &standing {
                         None => full.clone(),
-                        Some((before, permit)) => Changes::between(before, &now).verdict(&subject, permit.rule()),
+                        Some((before, permit)) => PolicyChanges::between(before, &now).verdict(&subject, permit.rule()),
                     };
                     match (&verdict, &full) {
                         // Another rule may allow it as well.

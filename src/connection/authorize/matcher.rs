@@ -22,13 +22,13 @@ pub struct Subject {
 
 /// A connection as rules see it.
 #[derive(Debug)]
-pub struct Seen<'a> {
+pub struct MatchInput<'a> {
     subject: &'a Subject,
     /// The peer's principal, in each trust domain that is one with its own: what a rule says of one holds for all.
     principals: Vec<String>,
 }
 
-impl<'a> Seen<'a> {
+impl<'a> MatchInput<'a> {
     /// `domains`: trust domains that are one.
     pub fn new(subject: &'a Subject, domains: &[Text]) -> Self {
         let mut principals = Vec::new();
@@ -44,16 +44,16 @@ impl<'a> Seen<'a> {
 }
 
 /// Whether a rule holds for a connection.
-pub fn rule(rule: &Rule, seen: &Seen<'_>) -> bool {
-    rule.iter().all(|clause| clause.is_empty() || clause.iter().any(|m| one(m, seen)))
+pub fn rule_matches(rule: &Rule, input: &MatchInput<'_>) -> bool {
+    rule.iter().all(|clause| clause.is_empty() || clause.iter().any(|m| match_holds(m, input)))
 }
 
-fn one(test: &Match, seen: &Seen<'_>) -> bool {
-    let subject = seen.subject;
+fn match_holds(test: &Match, input: &MatchInput<'_>) -> bool {
+    let subject = input.subject;
     let namespace = subject.peer.as_ref().map_or("", |peer| &*peer.namespace);
     !test.is_empty()
         && passes(&test.namespaces, |m| text(m, namespace))
-        && passes(&test.principals, |m| seen.principals.iter().any(|principal| text(m, principal)))
+        && passes(&test.principals, |m| input.principals.iter().any(|principal| text(m, principal)))
         && passes(&test.service_accounts, |m| account(m, subject))
         && passes(&test.source_ips, |range| range.contains(&subject.source))
         && passes(&test.destination_ips, |range| range.contains(&subject.destination.ip()))
@@ -94,7 +94,7 @@ mod tests {
     }
 
     fn holds(some_rule: &Rule, subject: &Subject) -> bool {
-        rule(some_rule, &Seen::new(subject, &[]))
+        rule_matches(some_rule, &MatchInput::new(subject, &[]))
     }
 
     #[test]
@@ -119,8 +119,16 @@ mod tests {
             ("old", "main/ns/ns/sa/other", false),
         ] {
             let (peer, name) = (of(peer), peer);
-            assert_eq!(rule(&with(true, written), &Seen::new(&peer, &domains)), hits, "{name} as {written}");
-            assert_eq!(rule(&with(false, written), &Seen::new(&peer, &domains)), !hits, "{name} not {written}");
+            assert_eq!(
+                rule_matches(&with(true, written), &MatchInput::new(&peer, &domains)),
+                hits,
+                "{name} as {written}"
+            );
+            assert_eq!(
+                rule_matches(&with(false, written), &MatchInput::new(&peer, &domains)),
+                !hits,
+                "{name} not {written}"
+            );
         }
     }
 

@@ -9,4 +9,4 @@ pub mod revoke;
 pub use admit::authorize;
 pub use decide::{Permit, Refusal};
 pub use matcher::Subject;
-pub use revoke::Live;
+pub use revoke::Registration;

@@ -1,11 +1,11 @@
-//! Live permits, judged again whenever facts change; who is no longer allowed is told to stop.
+//! Registration permits, judged again whenever facts change; who is no longer allowed is told to stop.
 //!
 //! A connection registers before it asks for its permit, and asks again where facts have changed meanwhile, so that no change
 //! can fall between the two. Connections of a workload share what applies to it ([`Applicable`]): where that has not changed,
-//! none of them is looked at, else each is judged by what has changed. That is done in turns, between which whoever shares
+//! none of them is stats at, else each is judged by what has changed. That is done in turns, between which whoever shares
 //! the thread goes on.
 
-use super::decide::{Applicable, Changes, Permit, Refusal, RuleName, Verdict};
+use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
 use super::matcher::Subject;
 use crate::mesh::{self, Snapshot, Text, Workload};
 use parking_lot::{Mutex, MutexGuard};
@@ -20,32 +20,32 @@ use tokio_util::sync::CancellationToken;
 pub const POLICY_WAIT: Duration = Duration::from_secs(5);
 
 /// Time between two looks at live connections, however fast facts change.
-const PAUSE: Duration = Duration::from_millis(100);
+const ROUND_PAUSE: Duration = Duration::from_millis(100);
 
-/// Policies looked at in one turn, about a tenth of a millisecond of them.
-const TURN: usize = 1024;
+/// Policies stats at in one turn, about a tenth of a millisecond of them.
+const TURN_POLICIES: usize = 1024;
 
 /// All inbound connections and streams of this node that have, or ask for, a permit.
 #[derive(Debug, Default)]
-pub struct Registry {
+pub struct Permits {
     next: AtomicU64,
-    groups: Mutex<HashMap<Text, Group>>,
+    by_workload: Mutex<HashMap<Text, WorkloadEntry>>,
 }
 
 /// Those of one workload; there is one as long as there are any.
 #[derive(Debug)]
-struct Group {
+struct WorkloadEntry {
     /// As last known, for the case that it vanishes from the facts before its connections end.
     workload: Arc<Workload>,
     /// What applies to it, as of the newest facts that anybody has asked about.
-    newest: Option<Newest>,
+    newest: Option<NewestRules>,
     /// What all that have a permit were judged by, or newer.
     judged: Option<Arc<Applicable>>,
-    live: HashMap<u64, Arc<Entry>>,
+    live: HashMap<u64, Arc<ConnectionEntry>>,
 }
 
 #[derive(Debug)]
-struct Newest {
+struct NewestRules {
     /// Version of the facts.
     version: u64,
     policies_version: u64,
@@ -54,16 +54,16 @@ struct Newest {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct ConnectionEntry {
     subject: Subject,
     stop: CancellationToken,
-    why: OnceLock<Refusal>,
+    refusal: OnceLock<Refusal>,
     /// What gave its permit, once it has one.
-    standing: Mutex<Option<Standing>>,
+    basis: Mutex<Option<PermitBasis>>,
 }
 
 #[derive(Clone, Debug)]
-struct Standing {
+struct PermitBasis {
     /// Version of the facts.
     version: u64,
     applicable: Arc<Applicable>,
@@ -72,26 +72,26 @@ struct Standing {
 
 /// One registered connection; no longer live when dropped.
 #[derive(Debug)]
-pub struct Live {
+pub struct Registration {
     id: u64,
     uid: Text,
-    registry: Arc<Registry>,
-    entry: Arc<Entry>,
+    registry: Arc<Permits>,
+    entry: Arc<ConnectionEntry>,
 }
 
-impl Drop for Live {
+impl Drop for Registration {
     fn drop(&mut self) {
-        let mut groups = self.registry.groups();
-        if let Some(group) = groups.get_mut(&self.uid) {
-            group.live.remove(&self.id);
-            if group.live.is_empty() {
-                groups.remove(&self.uid);
+        let mut by_workload = self.registry.by_workload();
+        if let Some(of_workload) = by_workload.get_mut(&self.uid) {
+            of_workload.live.remove(&self.id);
+            if of_workload.live.is_empty() {
+                by_workload.remove(&self.uid);
             }
         }
     }
 }
 
-impl Live {
+impl Registration {
     /// Resolves when the connection is no longer allowed.
     pub async fn revoked(&self) {
         self.entry.stop.cancelled().await;
@@ -99,7 +99,7 @@ impl Live {
 
     /// Why it is no longer allowed, once it is not.
     pub fn reason(&self) -> Option<Refusal> {
-        self.entry.why.get().cloned()
+        self.entry.refusal.get().cloned()
     }
 
     /// Uid of the workload that it goes to.
@@ -119,91 +119,92 @@ impl Live {
 
     /// Takes a permit that these facts have given; `false` where newer ones are known to apply, by which whoever asks has to
     /// ask again: those that had a permit have been judged by them.
-    pub(super) fn stand(&self, version: u64, applicable: &Arc<Applicable>, permit: &Permit) -> bool {
-        let groups = self.registry.groups();
-        let newest = groups.get(&self.uid).and_then(|group| group.newest.as_ref());
+    pub(super) fn take_permit(&self, version: u64, applicable: &Arc<Applicable>, permit: &Permit) -> bool {
+        let by_workload = self.registry.by_workload();
+        let newest = by_workload.get(&self.uid).and_then(|of_workload| of_workload.newest.as_ref());
         if newest.is_some_and(|newest| newest.version > version && !Arc::ptr_eq(&newest.applicable, applicable)) {
             return false;
         }
-        self.entry.stands(Some(Standing { version, applicable: applicable.clone(), by: permit.rule().cloned() }));
+        self.entry.set_basis(Some(PermitBasis { version, applicable: applicable.clone(), by: permit.rule().cloned() }));
         true
     }
 }
 
-impl Entry {
-    fn standing(&self) -> Option<Standing> {
-        self.standing.lock().clone()
+impl ConnectionEntry {
+    fn basis(&self) -> Option<PermitBasis> {
+        self.basis.lock().clone()
     }
 
-    fn stands(&self, standing: Option<Standing>) {
-        *self.standing.lock() = standing;
+    fn set_basis(&self, basis: Option<PermitBasis>) {
+        *self.basis.lock() = basis;
     }
 
     fn refuse(&self, refusal: Refusal) {
         // Set once; a second refusal of the same connection adds nothing.
-        let _ = self.why.set(refusal);
+        let _ = self.refusal.set(refusal);
         self.stop.cancel();
     }
 }
 
 /// Connections that had a permit and whose verdict hangs on a policy that nobody knows, and since when; by workload.
-type Waiting = HashMap<Text, HashMap<u64, Instant>>;
+type WaitingForPolicy = HashMap<Text, HashMap<u64, Instant>>;
 
 /// What is left of a turn.
 #[derive(Debug)]
-struct Turn {
+struct TurnBudget {
     left: usize,
-    looked: Looked,
+    stats: RoundStats,
 }
 
 /// What was done at one look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Looked {
-    /// Policies looked at.
+struct RoundStats {
+    /// Policies stats at.
     policies: usize,
     /// Connections judged.
     connections: usize,
 }
 
-impl Turn {
+impl TurnBudget {
     async fn spend(&mut self, cost: usize) {
-        self.looked.policies += cost;
+        self.stats.policies += cost;
         if cost >= self.left {
             tokio::task::yield_now().await;
-            self.left = TURN;
+            self.left = TURN_POLICIES;
         } else {
             self.left -= cost;
         }
     }
 }
 
-impl Registry {
+impl Permits {
     /// Registers a connection to the pod `workload`, before it asks for its permit.
-    pub fn register(self: &Arc<Self>, workload: &Arc<Workload>, subject: &Subject) -> Live {
-        let entry = Arc::new(Entry {
+    pub fn register(self: &Arc<Self>, workload: &Arc<Workload>, subject: &Subject) -> Registration {
+        let entry = Arc::new(ConnectionEntry {
             subject: subject.clone(),
             stop: CancellationToken::new(),
-            why: OnceLock::new(),
-            standing: Mutex::default(),
+            refusal: OnceLock::new(),
+            basis: Mutex::default(),
         });
         let (id, uid) = (self.next.fetch_add(1, Ordering::Relaxed), workload.uid.clone());
-        let group = || Group { workload: workload.clone(), newest: None, judged: None, live: HashMap::new() };
-        self.groups().entry(uid.clone()).or_insert_with(group).live.insert(id, entry.clone());
-        Live { id, uid, registry: self.clone(), entry }
+        let of_workload =
+            || WorkloadEntry { workload: workload.clone(), newest: None, judged: None, live: HashMap::new() };
+        self.by_workload().entry(uid.clone()).or_insert_with(of_workload).live.insert(id, entry.clone());
+        Registration { id, uid, registry: self.clone(), entry }
     }
 
     /// Judges live connections again when the mesh changes, for as long as it is awaited. At a thousand changes a second it
     /// looks ten times.
     pub async fn watch(&self, mesh: &mesh::Store) {
         let mut changes = mesh.subscribe();
-        let mut waiting = Waiting::new();
+        let mut waiting = WaitingForPolicy::new();
         loop {
             changes.mark_unchanged();
-            let Looked { policies, connections } = self.look(mesh, &mut waiting).await;
+            let RoundStats { policies, connections } = self.judge_all(mesh, &mut waiting).await;
             if connections > 0 {
                 tracing::debug!(connections, policies, "live connections were judged again");
             }
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(ROUND_PAUSE).await;
             let soonest = waiting.values().flat_map(HashMap::values).min().map(|since| *since + POLICY_WAIT);
             let deadline = soonest.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600));
             tokio::select! {
@@ -214,12 +215,14 @@ impl Registry {
     }
 
     /// Judges whoever has a permit by the facts of now.
-    async fn look(&self, mesh: &mesh::Store, waiting: &mut Waiting) -> Looked {
-        let uids: Vec<Text> = self.groups().keys().cloned().collect();
+    async fn judge_all(&self, mesh: &mesh::Store, waiting: &mut WaitingForPolicy) -> RoundStats {
+        let uids: Vec<Text> = self.by_workload().keys().cloned().collect();
         waiting.retain(|uid, _| uids.contains(uid));
-        let mut turn = Turn { left: TURN, looked: Looked::default() };
+        let mut turn = TurnBudget { left: TURN_POLICIES, stats: RoundStats::default() };
         for uid in uids {
-            let Some(known) = self.groups().get(&uid).map(|group| group.workload.clone()) else { continue };
+            let Some(known) = self.by_workload().get(&uid).map(|of_workload| of_workload.workload.clone()) else {
+                continue;
+            };
             let snapshot = mesh.load();
             let workload = snapshot.workload(&uid).cloned().unwrap_or(known);
             let (now, cost) = self.applicable(&uid, &snapshot, &workload);
@@ -227,15 +230,15 @@ impl Registry {
             // In this order: whoever gets a permit by older facts after these have been noted is sent to ask again, and
             // whoever has got one before is listed here.
             let live = {
-                let mut groups = self.groups();
-                let Some(group) = groups.get_mut(&uid) else { continue };
-                group.workload = workload;
-                let same = group.judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, &now));
+                let mut by_workload = self.by_workload();
+                let Some(of_workload) = by_workload.get_mut(&uid) else { continue };
+                of_workload.workload = workload;
+                let same = of_workload.judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, &now));
                 if same && !waiting.contains_key(&uid) {
                     continue;
                 }
-                group.judged = Some(now.clone());
-                group.live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
+                of_workload.judged = Some(now.clone());
+                of_workload.live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
             };
             let since = waiting.remove(&uid).unwrap_or_default();
             let still = judge(live, snapshot.version, &now, &since, &mut turn).await;
@@ -243,12 +246,12 @@ impl Registry {
                 waiting.insert(uid, still);
             }
         }
-        turn.looked
+        turn.stats
     }
 
     /// What applies to a workload by these facts, and what it cost to find out. As long as it is the same, it is the same object.
     fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> (Arc<Applicable>, usize) {
-        let is_as = |newest: &Newest| {
+        let is_as = |newest: &NewestRules| {
             let before = &newest.workload;
             newest.policies_version == snapshot.policies_version
                 && (Arc::ptr_eq(before, workload)
@@ -257,73 +260,74 @@ impl Registry {
                         && before.trust_domain == workload.trust_domain))
         };
         let last = {
-            let groups = self.groups();
-            let newest = groups.get(uid).and_then(|group| group.newest.as_ref());
+            let by_workload = self.by_workload();
+            let newest = by_workload.get(uid).and_then(|of_workload| of_workload.newest.as_ref());
             if let Some(newest) = newest.filter(|newest| newest.version <= snapshot.version && is_as(newest)) {
                 return (newest.applicable.clone(), 0);
             }
             newest.map(|newest| newest.applicable.clone())
         };
         // Not under the lock: of two thousand policies it takes a while.
-        let found = Applicable::to(snapshot, workload);
+        let found = Applicable::for_workload(snapshot, workload);
         let cost = found.cost();
         let applicable = last.filter(|last| **last == found).unwrap_or_else(|| Arc::new(found));
         let (version, policies_version, workload) = (snapshot.version, snapshot.policies_version, workload.clone());
-        let mut groups = self.groups();
-        if let Some(group) = groups.get_mut(uid)
-            && group.newest.as_ref().is_none_or(|newest| newest.version <= version)
+        let mut by_workload = self.by_workload();
+        if let Some(of_workload) = by_workload.get_mut(uid)
+            && of_workload.newest.as_ref().is_none_or(|newest| newest.version <= version)
         {
-            group.newest = Some(Newest { version, policies_version, workload, applicable: applicable.clone() });
+            of_workload.newest =
+                Some(NewestRules { version, policies_version, workload, applicable: applicable.clone() });
         }
         (applicable, cost)
     }
 
-    fn groups(&self) -> MutexGuard<'_, HashMap<Text, Group>> {
-        self.groups.lock()
+    fn by_workload(&self) -> MutexGuard<'_, HashMap<Text, WorkloadEntry>> {
+        self.by_workload.lock()
     }
 }
 
 /// Judges connections of one workload by what applies to it `now`; gives those that wait for a policy. `waiting`: those that
 /// have waited before.
 async fn judge(
-    live: Vec<(u64, Arc<Entry>)>,
+    live: Vec<(u64, Arc<ConnectionEntry>)>,
     version: u64,
     now: &Arc<Applicable>,
     waiting: &HashMap<u64, Instant>,
-    turn: &mut Turn,
+    turn: &mut TurnBudget,
 ) -> HashMap<u64, Instant> {
     // Most were judged by the same before.
-    let mut changes: Vec<(Arc<Applicable>, Changes)> = Vec::new();
+    let mut changes: Vec<(Arc<Applicable>, PolicyChanges)> = Vec::new();
     let mut still = HashMap::new();
     for (id, entry) in live {
-        // Whoever has no permit yet asks by itself; whoever has one by newer facts is judged when those are looked at; whoever
+        // Whoever has no permit yet asks by itself; whoever has one by newer facts is judged when those are stats at; whoever
         // has been refused is about to end.
-        let Some(standing) = entry.standing().filter(|standing| standing.version <= version) else { continue };
-        if entry.why.get().is_some() {
+        let Some(basis) = entry.basis().filter(|basis| basis.version <= version) else { continue };
+        if entry.refusal.get().is_some() {
             continue;
         }
         let since = waiting.get(&id);
         let verdict = if since.is_some() {
             turn.spend(now.cost()).await;
             now.verdict(&entry.subject)
-        } else if Arc::ptr_eq(&standing.applicable, now) {
+        } else if Arc::ptr_eq(&basis.applicable, now) {
             continue;
         } else {
-            let before = &standing.applicable;
+            let before = &basis.applicable;
             let known = changes.iter().position(|(known, _)| Arc::ptr_eq(known, before));
             let at = known.unwrap_or(changes.len());
             if known.is_none() {
                 turn.spend(now.cost()).await;
-                changes.push((before.clone(), Changes::between(before, now)));
+                changes.push((before.clone(), PolicyChanges::between(before, now)));
             }
             let Some((_, changes)) = changes.get(at) else { continue };
-            turn.spend(changes.cost(standing.by.as_ref()).max(1)).await;
-            changes.verdict(&entry.subject, standing.by.as_ref())
+            turn.spend(changes.cost(basis.by.as_ref()).max(1)).await;
+            changes.verdict(&entry.subject, basis.by.as_ref())
         };
-        turn.looked.connections += 1;
+        turn.stats.connections += 1;
         match verdict {
             Verdict::Allow(permit) => {
-                entry.stands(Some(Standing { version, applicable: now.clone(), by: permit.rule().cloned() }));
+                entry.set_basis(Some(PermitBasis { version, applicable: now.clone(), by: permit.rule().cloned() }));
             }
             Verdict::Refuse(refusal) => entry.refuse(refusal),
             Verdict::Unknown(policy) => {
@@ -368,7 +372,7 @@ mod tests {
     }
 
     /// A connection that has its permit.
-    async fn permitted(mesh: &Store, registry: &Arc<Registry>, server: &Workload, port: u16) -> Live {
+    async fn permitted(mesh: &Store, registry: &Arc<Permits>, server: &Workload, port: u16) -> Registration {
         let known = mesh.load().workload(&server.uid).cloned().unwrap();
         let live = registry.register(&known, &subject(server, port));
         authorize(mesh, &live).await.unwrap();
@@ -377,7 +381,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn attaching_a_policy_cuts_exactly_the_connections_it_denies() {
-        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
         let server = workload("a", "server", "10.0.0.2");
         let policies = vec![deny_port("deny", PolicyScope::WorkloadSelector, 80)];
         mesh.replace(Facts { workloads: vec![server.clone()], policies, ..Facts::default() });
@@ -397,12 +401,12 @@ mod tests {
         assert!(matches!(denied.reason(), Some(Refusal::Denied(_))));
         assert!(allowed.reason().is_none());
         drop((denied, allowed));
-        assert!(registry.groups().is_empty());
+        assert!(registry.by_workload().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_policy_that_never_becomes_known_ends_the_connection_after_the_wait() {
-        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
         let mut server = workload("a", "server", "10.0.0.2");
         mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
         let live = permitted(&mesh, &registry, &server, 80).await;
@@ -417,10 +421,10 @@ mod tests {
         assert_eq!(live.reason(), Some(Refusal::PolicyUnknown("a/late".into())));
     }
 
-    /// Whoever is about to take a permit while a change is looked at is not passed over.
+    /// Whoever is about to take a permit while a change is stats at is not passed over.
     #[tokio::test(start_paused = true)]
     async fn a_permit_by_facts_that_have_been_overtaken_is_not_taken() {
-        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
         let server = workload("a", "server", "10.0.0.2");
         mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
         let old = mesh.load();
@@ -429,24 +433,24 @@ mod tests {
         let applicable = live.applicable(&old, &known);
         let Verdict::Allow(permit) = applicable.verdict(live.subject()) else { panic!("nothing forbids it") };
         mesh.update(Update { policies: vec![deny_port("deny", PolicyScope::Global, 80)], ..Update::default() });
-        registry.look(&mesh, &mut Waiting::new()).await;
-        assert!(!live.stand(old.version, &applicable, &permit), "it has to ask again");
+        registry.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        assert!(!live.take_permit(old.version, &applicable, &permit), "it has to ask again");
         assert!(matches!(authorize(&mesh, &live).await, Err(Refusal::Denied(_))));
         // What has not changed anything that applies does not send anybody back.
         let other = permitted(&mesh, &registry, &server, 81).await;
         let (old, uid) = (mesh.load(), other.uid().clone());
         let applicable = other.applicable(&old, old.workload(&uid).unwrap());
         mesh.update(Update { workloads: vec![workload("b", "other", "10.0.0.9")], ..Update::default() });
-        registry.look(&mesh, &mut Waiting::new()).await;
-        assert!(other.stand(old.version, &applicable, &permit));
+        registry.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        assert!(other.take_permit(old.version, &applicable, &permit));
     }
 
-    /// 3,000 connections to 60 workloads, under 2,000 policies. What is counted is policies looked at for a connection, which
+    /// 3,000 connections to 60 workloads, under 2,000 policies. What is counted is policies stats at for a connection, which
     /// is what time goes into: judging all by all would be six million.
     #[tokio::test(start_paused = true)]
     async fn what_is_judged_is_what_changes_concern_in_turns_that_have_a_bound() {
         const POLICIES: usize = 2000;
-        let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
         let servers: Vec<Workload> =
             (1..=60).map(|n| workload("a", &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
         let policies: Vec<Policy> = (0..POLICIES)
@@ -459,34 +463,34 @@ mod tests {
                 live.push(permitted(&mesh, &registry, server, 1000 + port).await);
             }
         }
-        let mut waiting = Waiting::new();
-        assert_eq!(registry.look(&mesh, &mut waiting).await, Looked::default(), "all have just been judged");
+        let mut waiting = WaitingForPolicy::new();
+        assert_eq!(registry.judge_all(&mesh, &mut waiting).await, RoundStats::default(), "all have just been judged");
 
         // A workload that names another policy concerns its own 50.
         let mut one = servers[0].clone();
         one.policies = vec!["a/one".into()];
         let policy = deny_port("one", PolicyScope::WorkloadSelector, 1000);
         mesh.update(Update { workloads: vec![one], policies: vec![policy], ..Update::default() });
-        let looked = registry.look(&mesh, &mut waiting).await;
-        assert_eq!(looked.connections, 50);
-        assert!(looked.policies <= 61 * (POLICIES + 1) + 50, "{looked:?}");
+        let stats = registry.judge_all(&mesh, &mut waiting).await;
+        assert_eq!(stats.connections, 50);
+        assert!(stats.policies <= 61 * (POLICIES + 1) + 50, "{stats:?}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 1);
 
         // What changes nothing that applies concerns nobody, also where all facts are told anew.
         let mut healthy = servers[1].clone();
         healthy.node = "another".into();
         mesh.update(Update { workloads: vec![healthy], ..Update::default() });
-        assert_eq!(registry.look(&mesh, &mut waiting).await, Looked::default());
+        assert_eq!(registry.judge_all(&mesh, &mut waiting).await, RoundStats::default());
         mesh.update(Update {
             policies: vec![Policy { namespace: "b".into(), ..deny_port("b", PolicyScope::Namespace, 1) }],
             ..Update::default()
         });
-        assert_eq!(registry.look(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
+        assert_eq!(registry.judge_all(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
 
         // A policy for all concerns all; others go on in between.
         let policy = deny_port("all", PolicyScope::Global, 1001);
         mesh.update(Update { policies: vec![policy], ..Update::default() });
-        let looking = async { Some(registry.look(&mesh, &mut waiting).await) };
+        let looking = async { Some(registry.judge_all(&mesh, &mut waiting).await) };
         let mut turns = 0;
         let others = async {
             loop {
@@ -494,11 +498,11 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        let looked = tokio::select! { biased; looked = looking => looked, () = others => None }.unwrap();
+        let stats = tokio::select! { biased; stats = looking => stats, () = others => None }.unwrap();
         // One has been refused.
-        assert_eq!(looked.connections, 2999);
-        assert!(looked.policies <= 2 * 60 * (POLICIES + 2) + 3000, "{looked:?}");
-        assert!(turns >= looked.policies / (TURN + POLICIES + 2), "{turns} turns for {looked:?}");
+        assert_eq!(stats.connections, 2999);
+        assert!(stats.policies <= 2 * 60 * (POLICIES + 2) + 3000, "{stats:?}");
+        assert!(turns >= stats.policies / (TURN_POLICIES + POLICIES + 2), "{turns} turns for {stats:?}");
         assert!(turns >= 60, "{turns}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 61);
     }
@@ -512,7 +516,7 @@ mod tests {
         ) {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
             runtime.block_on(async {
-                let (mesh, registry) = (Store::default(), Arc::new(Registry::default()));
+                let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
                 let servers: Vec<Workload> =
                     (0..3).map(|n| workload(["a", "a", "b"][n], &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
                 mesh.replace(Facts { workloads: servers.clone(), ..Facts::default() });
@@ -522,7 +526,7 @@ mod tests {
                         live.push((server.uid.clone(), permitted(&mesh, &registry, server, port).await));
                     }
                 }
-                let mut waiting = Waiting::new();
+                let mut waiting = WaitingForPolicy::new();
                 for (name, port, scope, gone, named) in steps {
                     let scope = [PolicyScope::Global, PolicyScope::Namespace, PolicyScope::WorkloadSelector][scope];
                     let policy = deny_port(&format!("p{name}"), scope, port);
@@ -531,11 +535,11 @@ mod tests {
                     let mut update = Update { workloads: vec![server], ..Update::default() };
                     if gone { update.gone_policies.push(policy.key) } else { update.policies.push(policy) }
                     mesh.update(update);
-                    registry.look(&mesh, &mut waiting).await;
+                    registry.judge_all(&mesh, &mut waiting).await;
                     let snapshot = mesh.load();
                     live.retain(|(uid, live)| {
                         let server = snapshot.workload(uid).unwrap();
-                        let refused = match Applicable::to(&snapshot, server).verdict(live.subject()) {
+                        let refused = match Applicable::for_workload(&snapshot, server).verdict(live.subject()) {
                             Verdict::Refuse(refusal) => Some(refusal),
                             _ => None,
                         };

@@ -1,7 +1,7 @@
 //! The endpoint of a service: by port, address, health, preference, then by chance weighted with capacity.
 
-use super::{Chance, Names, RouteError};
-use crate::mesh::service::{LoadBalancingMode, RoutingScope};
+use super::{Chance, ResolvedNames, RouteError};
+use crate::mesh::service::{Mode, Scope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::Workload;
 use crate::mesh::{Service, Snapshot};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// A chosen workload, and the port to use on it.
 #[derive(Clone, Debug)]
-pub struct Chosen {
+pub struct ChosenEndpoint {
     /// The workload.
     pub workload: Arc<Workload>,
     /// Its port.
@@ -23,9 +23,9 @@ pub fn choose(
     source: &Workload,
     service: &Service,
     port: u16,
-    names: &Names,
+    names: &ResolvedNames,
     chance: Chance<'_>,
-) -> Result<Chosen, RouteError> {
+) -> Result<ChosenEndpoint, RouteError> {
     let target = service.ports.get(&port);
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
@@ -41,15 +41,17 @@ pub fn choose(
             true => !host.is_empty() && names.get(host).is_none_or(|ips| !ips.is_empty()),
             false => true,
         };
-        (service.may_use(endpoint.workload) && reachable).then(|| Chosen { workload: endpoint.workload.clone(), port })
+        (service.may_use(endpoint.workload) && reachable)
+            .then(|| ChosenEndpoint { workload: endpoint.workload.clone(), port })
     });
-    let mut usable: Vec<Chosen> = usable.collect();
+    let mut usable: Vec<ChosenEndpoint> = usable.collect();
     // The one that was drawn before its name was resolved.
-    let drawn = |chosen: &Chosen| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
+    let drawn =
+        |chosen: &ChosenEndpoint| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
     if usable.iter().any(drawn) {
         usable.retain(drawn);
     }
-    let candidates: Vec<Chosen> = preferred(source, service, usable);
+    let candidates: Vec<ChosenEndpoint> = preferred(source, service, usable);
     let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();
     if weights == 0 {
         let name = service.key.hostname.clone();
@@ -75,33 +77,33 @@ fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<
     service.target_port(Some(endpoint.ports), port).or(tunnel)
 }
 
-fn preferred(source: &Workload, service: &Service, all: Vec<Chosen>) -> Vec<Chosen> {
+fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> Vec<ChosenEndpoint> {
     let Some(lb) = service.load_balancer.as_ref() else { return all };
-    let rank = |chosen: &Chosen| {
-        let matching = |scope: &&RoutingScope| same(**scope, source, &chosen.workload);
+    let rank = |chosen: &ChosenEndpoint| {
+        let matching = |scope: &&Scope| same(**scope, source, &chosen.workload);
         // Where it only decides who comes first, one that we do not know decides nothing.
-        let counts = |scope: &&RoutingScope| lb.mode == LoadBalancingMode::Strict || **scope != RoutingScope::Unknown;
+        let counts = |scope: &&Scope| lb.mode == Mode::Strict || **scope != Scope::Unknown;
         lb.preferences.iter().filter(counts).take_while(matching).count()
     };
     match lb.mode {
-        LoadBalancingMode::Standard | LoadBalancingMode::Passthrough => all,
-        LoadBalancingMode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
-        LoadBalancingMode::Failover => {
+        Mode::Standard | Mode::Passthrough => all,
+        Mode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
+        Mode::Failover => {
             let best = all.iter().map(rank).max();
             all.into_iter().filter(|c| Some(rank(c)) == best).collect()
         }
     }
 }
 
-fn same(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
+fn same(scope: Scope, a: &Workload, b: &Workload) -> bool {
     match scope {
-        RoutingScope::Region => a.locality.region == b.locality.region,
-        RoutingScope::Zone => a.locality.zone == b.locality.zone,
-        RoutingScope::Subzone => a.locality.subzone == b.locality.subzone,
-        RoutingScope::Node => a.node == b.node,
-        RoutingScope::Cluster => a.cluster_id == b.cluster_id,
-        RoutingScope::Network => a.network == b.network,
-        RoutingScope::Unknown => false,
+        Scope::Region => a.locality.region == b.locality.region,
+        Scope::Zone => a.locality.zone == b.locality.zone,
+        Scope::Subzone => a.locality.subzone == b.locality.subzone,
+        Scope::Node => a.node == b.node,
+        Scope::Cluster => a.cluster_id == b.cluster_id,
+        Scope::Network => a.network == b.network,
+        Scope::Unknown => false,
     }
 }
 
@@ -111,7 +113,7 @@ pub fn address(
     workload: &Workload,
     service: Option<&Service>,
     asked: IpAddr,
-    names: &Names,
+    names: &ResolvedNames,
 ) -> Result<IpAddr, RouteError> {
     if workload.ips.contains(&asked) {
         return Ok(asked);
@@ -136,7 +138,7 @@ mod tests {
     use crate::mesh::workload::Health;
     use crate::mesh::{Store, Update, Workload};
 
-    fn lb(mode: LoadBalancingMode, preferences: &[RoutingScope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
+    fn lb(mode: Mode, preferences: &[Scope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
         Some(LoadBalancer { mode, preferences: preferences.to_vec(), health_policy })
     }
 
@@ -146,13 +148,13 @@ mod tests {
         made
     }
 
-    /// Names of the endpoints that may be chosen, whatever chance says.
+    /// ResolvedNames of the endpoints that may be chosen, whatever chance says.
     fn choices(store: &Store, of: &Service) -> Vec<String> {
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let Some(service) = snapshot.services().find(|s| s.key == of.key) else { return Vec::new() };
         let mut names: Vec<String> = (0..8)
             .filter_map(|at| {
-                choose(&snapshot, &source, service, 80, &Names::new(), &mut |below| at.min(below - 1)).ok()
+                choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut |below| at.min(below - 1)).ok()
             })
             .map(|chosen| format!("{}:{}", chosen.workload.name, chosen.port))
             .collect();
@@ -178,7 +180,7 @@ mod tests {
         one.health = Health::Unhealthy;
         update(vec![one.clone()], vec![]);
         assert!(choices(&store, &web).is_empty());
-        web.load_balancer = lb(LoadBalancingMode::Standard, &[], HealthPolicy::AllowAll);
+        web.load_balancer = lb(Mode::Standard, &[], HealthPolicy::AllowAll);
         update(vec![], vec![web.clone()]);
         assert_eq!(choices(&store, &web), ["one:8080"]);
         web.load_balancer = None;
@@ -216,19 +218,16 @@ mod tests {
             choices(&store, web)
         };
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080", "near:8080"], "not the one abroad");
-        web.load_balancer =
-            lb(LoadBalancingMode::Failover, &[RoutingScope::Network, RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Failover, &[Scope::Network, Scope::Node], HealthPolicy::OnlyHealthy);
         assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"]);
         near.health = Health::Unhealthy;
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080"]);
-        web.load_balancer = lb(LoadBalancingMode::Strict, &[RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty());
         near.health = Health::Healthy;
-        web.load_balancer =
-            lb(LoadBalancingMode::Failover, &[RoutingScope::Unknown, RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Failover, &[Scope::Unknown, Scope::Node], HealthPolicy::OnlyHealthy);
         assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"], "what is not known does not hide what is");
-        web.load_balancer =
-            lb(LoadBalancingMode::Strict, &[RoutingScope::Node, RoutingScope::Unknown], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node, Scope::Unknown], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty(), "STRICT is never less strict for want of a word");
         near.health = Health::Unhealthy;
         far.capacity = 0;
@@ -238,7 +237,7 @@ mod tests {
         set(&near, &far, &abroad, &web);
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let service = snapshot.services().next().unwrap();
-        let error = choose(&snapshot, &source, service, 80, &Names::new(), &mut |_| 0).unwrap_err();
+        let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut |_| 0).unwrap_err();
         assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
     }
 }

@@ -8,7 +8,7 @@ pub mod waypoint;
 
 pub use error::RouteError;
 pub use local::{LocalError, OwnSockets, is_local};
-pub use route::{HboneWay, Way};
+pub use route::{NextHop, TunnelHop};
 
 use crate::mesh::Text;
 use std::collections::BTreeMap;
@@ -18,4 +18,4 @@ use std::net::IpAddr;
 pub type Chance<'a> = &'a mut dyn FnMut(u64) -> u64;
 
 /// Addresses of host names that have been resolved for this connection.
-pub type Names = BTreeMap<Text, Vec<IpAddr>>;
+pub type ResolvedNames = BTreeMap<Text, Vec<IpAddr>>;

@@ -1,7 +1,7 @@
 //! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
 
-use super::destination::{self, Chosen};
-use super::{Chance, Names, RouteError, waypoint};
+use super::destination::{self, ChosenEndpoint};
+use super::{Chance, ResolvedNames, RouteError, waypoint};
 use crate::connection::ports::HBONE_PORT;
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::Known;
@@ -11,19 +11,19 @@ use std::sync::Arc;
 
 /// How the far side is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum NextHop {
     /// Plain TCP.
     Direct {
         /// Where to.
         to: SocketAddr,
     },
     /// Through a tunnel.
-    Hbone(HboneWay),
+    Tunnel(TunnelHop),
 }
 
 /// A way through a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HboneWay {
+pub struct TunnelHop {
     /// Where the tunnel goes.
     pub to: SocketAddr,
     /// What is asked for at its end.
@@ -38,7 +38,7 @@ pub struct HboneWay {
 #[derive(Clone, Debug)]
 pub struct Route {
     /// How to get there.
-    pub way: Way,
+    pub next_hop: NextHop,
     /// The workload at the far end of our leg (a waypoint, or the destination itself), if it is one we know.
     pub workload: Option<Arc<Workload>>,
     /// The service that was asked for.
@@ -52,23 +52,23 @@ pub fn choose(
     source: &Workload,
     target: SocketAddr,
     own_ports: &[u16],
-    names: &Names,
+    names: &ResolvedNames,
     chance: Chance<'_>,
 ) -> Result<Route, RouteError> {
-    Choice { snapshot, source, target, own_ports, names }.route(chance)
+    RouteChoice { snapshot, source, target, own_ports, names }.route(chance)
 }
 
 /// What a route is chosen by.
 #[derive(Clone, Copy)]
-struct Choice<'a> {
+struct RouteChoice<'a> {
     snapshot: &'a Snapshot,
     source: &'a Workload,
     target: SocketAddr,
     own_ports: &'a [u16],
-    names: &'a Names,
+    names: &'a ResolvedNames,
 }
 
-impl Choice<'_> {
+impl RouteChoice<'_> {
     fn route(self, chance: Chance<'_>) -> Result<Route, RouteError> {
         let Self { snapshot, source, target, own_ports, .. } = self;
         let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
@@ -88,7 +88,7 @@ impl Choice<'_> {
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
             }
-            return Ok(Route { way: Way::Direct { to: target }, workload: None, service: None });
+            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service: None });
         };
         if let Some(reference) = &workload.waypoint
             && !waypoint::is_behind(snapshot, reference, source)
@@ -96,7 +96,7 @@ impl Choice<'_> {
             let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
             return self.to_waypoint(found, None);
         }
-        let chosen = Chosen { workload: workload.clone(), port: target.port() };
+        let chosen = ChosenEndpoint { workload: workload.clone(), port: target.port() };
         self.to_workload(chosen, None, chance)
     }
 
@@ -111,7 +111,7 @@ impl Choice<'_> {
         if service.is_passthrough() {
             // What goes to a port that the service does not have is none of its connections.
             let service = service.ports.contains_key(&target.port()).then(|| service.clone());
-            return Ok(Route { way: Way::Direct { to: target }, workload: None, service });
+            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service });
         }
         let chosen = destination::choose(snapshot, source, service, target.port(), self.names, chance)?;
         self.to_workload(chosen, Some(service), chance)
@@ -119,38 +119,40 @@ impl Choice<'_> {
 
     fn to_workload(
         self,
-        chosen: Chosen,
+        chosen: ChosenEndpoint,
         service: Option<&Arc<Service>>,
         chance: Chance<'_>,
     ) -> Result<Route, RouteError> {
-        let Chosen { workload, port } = chosen;
+        let ChosenEndpoint { workload, port } = chosen;
         let Self { snapshot, source, target, own_ports, names } = self;
         if workload.network != source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
         let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names)?;
         let to = SocketAddr::new(ip, port);
-        let way = match workload.protocol {
+        let next_hop = match workload.protocol {
             Protocol::Tcp if workload.ips.is_empty() && !self.leads_back(ip, service) => {
                 // Its host name may be one of the mesh after all: then it is reached as the mesh says, not in plaintext.
-                let names = Names::new();
-                match (Choice { snapshot, source, target: to, own_ports, names: &names }).route(chance) {
-                    Ok(Route { way: Way::Direct { to }, workload: None, service: None }) => Way::Direct { to },
+                let names = ResolvedNames::new();
+                match (RouteChoice { snapshot, source, target: to, own_ports, names: &names }).route(chance) {
+                    Ok(Route { next_hop: NextHop::Direct { to }, workload: None, service: None }) => {
+                        NextHop::Direct { to }
+                    }
                     // A name that leads to a name that leads on has no end.
                     Err(RouteError::Unresolved(_)) => return Err(RouteError::NoAddress(workload.uid.clone())),
                     onward => return onward,
                 }
             }
-            Protocol::Tcp => Way::Direct { to },
+            Protocol::Tcp => NextHop::Direct { to },
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
-            Protocol::Hbone => Way::Hbone(HboneWay {
+            Protocol::Hbone => NextHop::Tunnel(TunnelHop {
                 to: SocketAddr::new(ip, HBONE_PORT),
                 authority: to,
                 expected: expected(&workload, service.map(|s| &**s))?,
                 uid: workload.uid.clone(),
             }),
         };
-        Ok(Route { way, workload: Some(workload), service: service.cloned() })
+        Ok(Route { next_hop, workload: Some(workload), service: service.cloned() })
     }
 
     /// Whether an address is one of the very service that led to it, as hosts are in the range of their ServiceEntry.
@@ -160,19 +162,19 @@ impl Choice<'_> {
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
-        let Chosen { workload, port } = found.chosen;
+        let ChosenEndpoint { workload, port } = found.chosen;
         if workload.network != self.source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
         let asked = self.target.ip();
         let ip = destination::address(&workload, found.service.as_deref(), asked, self.names)?;
-        let way = Way::Hbone(HboneWay {
+        let next_hop = NextHop::Tunnel(TunnelHop {
             to: SocketAddr::new(ip, port),
             authority: self.target,
             expected: expected(&workload, found.service.as_deref())?,
             uid: workload.uid.clone(),
         });
-        Ok(Route { way, workload: Some(workload), service: service.cloned() })
+        Ok(Route { next_hop, workload: Some(workload), service: service.cloned() })
     }
 }
 
@@ -224,11 +226,11 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0) {
-                Ok(Route { way: Way::Direct { to }, .. }) => format!("direct {to}"),
-                Ok(Route { way: Way::Hbone(way), .. }) => {
-                    let names: Vec<String> = way.expected.iter().map(|n| n.service_account.to_string()).collect();
-                    format!("hbone {} for {} as {}", way.to, way.authority, names.join("+"))
+            match choose(&snapshot, source, to.parse().unwrap(), own_ports(true), &ResolvedNames::new(), &mut |_| 0) {
+                Ok(Route { next_hop: NextHop::Direct { to }, .. }) => format!("direct {to}"),
+                Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
+                    let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
+                    format!("hbone {} for {} as {}", hop.to, hop.authority, names.join("+"))
                 }
                 Err(error) => error.to_string(),
             }
@@ -268,8 +270,8 @@ mod tests {
         let source = snapshot.workload_of_pod("a", "client").unwrap();
         for (to, counts) in [("10.96.0.1:80", true), ("10.96.0.1:81", false)] {
             let to: SocketAddr = to.parse().unwrap();
-            let route = choose(&snapshot, source, to, own_ports(true), &Names::new(), &mut |_| 0).unwrap();
-            assert_eq!((route.way, route.service.is_some()), (Way::Direct { to }, counts), "{to}");
+            let route = choose(&snapshot, source, to, own_ports(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
+            assert_eq!((route.next_hop, route.service.is_some()), (NextHop::Direct { to }, counts), "{to}");
         }
     }
 
@@ -319,13 +321,20 @@ mod tests {
         let at = NetworkAddress { network: source.network.clone(), ip: "10.0.0.9".parse().unwrap() };
         let tell = |snapshot: &mut Snapshot, absent| {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
-            choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), own_ports(true), &Names::new(), &mut |_| 0)
+            choose(
+                snapshot,
+                &source,
+                "10.0.0.9:80".parse().unwrap(),
+                own_ports(true),
+                &ResolvedNames::new(),
+                &mut |_| 0,
+            )
         };
         let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
         assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
         let around = snapshot.unasked_around(&at);
         assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
-        let direct = tell(&mut snapshot, around).unwrap().way;
-        assert_eq!(direct, Way::Direct { to: "10.0.0.9:80".parse().unwrap() });
+        let direct = tell(&mut snapshot, around).unwrap().next_hop;
+        assert_eq!(direct, NextHop::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }
 }

@@ -1,17 +1,17 @@
 //! Handing a connection to a waypoint: found by address or host name, never bypassed when it cannot be found, and
 //! never given its own traffic back.
 
-use super::destination::{self, Chosen};
-use super::{Chance, Names, RouteError};
-use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text, Workload};
+use super::destination::{self, ChosenEndpoint};
+use super::{Chance, ResolvedNames, RouteError};
+use crate::mesh::snapshot::Known;
+use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
 use std::sync::Arc;
 
 /// A waypoint that was found.
 #[derive(Debug)]
 pub struct Waypoint {
     /// The workload to connect to, and its HBONE port.
-    pub chosen: Chosen,
+    pub chosen: ChosenEndpoint,
     /// The service it was found through.
     pub service: Option<Arc<Service>>,
 }
@@ -30,15 +30,16 @@ pub fn resolve(
         reason,
     };
     match snapshot.gateway(waypoint, &source.namespace) {
-        Some(ServiceOrWorkload::Workload(workload)) => {
-            Ok(Waypoint { chosen: Chosen { workload, port: waypoint.hbone_port }, service: None })
+        Some(Known::Workload(workload)) => {
+            Ok(Waypoint { chosen: ChosenEndpoint { workload, port: waypoint.hbone_port }, service: None })
         }
-        Some(ServiceOrWorkload::Service(service)) => {
-            let chosen = destination::choose(snapshot, source, &service, waypoint.hbone_port, &Names::new(), chance)
-                .map_err(|error| unknown(error.to_string()))?;
+        Some(Known::Service(service)) => {
+            let chosen =
+                destination::choose(snapshot, source, &service, waypoint.hbone_port, &ResolvedNames::new(), chance)
+                    .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }
-        None => Err(match snapshot.unasked(FactKey::of_gateway(waypoint)) {
+        None => Err(match snapshot.unasked(Wanted::of_gateway(waypoint)) {
             Some(wanted) => RouteError::Unasked(wanted),
             None => unknown("neither a service nor a workload".into()),
         }),
@@ -69,8 +70,8 @@ pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
 /// Whether `workload` is (one of) the workloads behind a waypoint reference.
 pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
     match snapshot.gateway(waypoint, &workload.namespace) {
-        Some(ServiceOrWorkload::Workload(one)) => one.uid == workload.uid,
-        Some(ServiceOrWorkload::Service(service)) => workload.services.contains_key(&service.key),
+        Some(Known::Workload(one)) => one.uid == workload.uid,
+        Some(Known::Service(service)) => workload.services.contains_key(&service.key),
         None => false,
     }
 }

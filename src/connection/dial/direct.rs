@@ -48,26 +48,26 @@ impl OpenLegs {
         self.0.lock().contains(&ends(source, destination))
     }
 
-    /// Starts to connect. The port may be chosen only now, and the connection may be back at once: until it is noted, nobody
+    /// Starts to connect. The port may be chosen only now, and the connection may be back at once: until it is entry, nobody
     /// looks.
-    fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<Noted> {
+    fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<OpenLeg> {
         let mut open = self.0.lock();
         start_connect(socket, to)?;
         let own = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
         let ends = ends(own, to);
         open.insert(ends);
-        Ok(Noted { ends, open: self.clone() })
+        Ok(OpenLeg { ends, open: self.clone() })
     }
 }
 
 /// Keeps a connection among the open ones.
 #[derive(Debug)]
-pub struct Noted {
+pub struct OpenLeg {
     ends: Ends,
     open: OpenLegs,
 }
 
-impl Drop for Noted {
+impl Drop for OpenLeg {
     fn drop(&mut self) {
         self.open.0.lock().remove(&self.ends);
     }
@@ -77,7 +77,7 @@ impl Drop for Noted {
 #[derive(Debug)]
 pub struct Leg {
     /// To be dropped before the socket: after that, another may have its ends.
-    pub noted: Noted,
+    pub entry: OpenLeg,
     /// The socket.
     pub socket: TcpStream,
 }
@@ -90,7 +90,7 @@ pub async fn outbound(
     config: &SocketConfig,
     open: &OpenLegs,
 ) -> Result<Leg, DialError> {
-    connect(netns, to, source.map_or(Source::Any, Source::Own), config, open).await
+    connect(netns, to, source.map_or(SourceAddress::FromRoute, SourceAddress::Own), config, open).await
 }
 
 /// Connects to the pod's application, as the original client. Needs a permit.
@@ -106,33 +106,33 @@ pub async fn to_app(
     // which answers go by its link alone.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
-    let source = if keep { Source::Client(client) } else { Source::Any };
+    let source = if keep { SourceAddress::Client(client) } else { SourceAddress::FromRoute };
     connect(netns, to, source, config, open).await
 }
 
 /// Where a connection comes from.
 #[derive(Clone, Copy, Debug)]
-enum Source {
+enum SourceAddress {
     /// Whatever the route says.
-    Any,
+    FromRoute,
     /// An address of the pod.
     Own(IpAddr),
     /// The address of the client in whose name it is opened.
     Client(IpAddr),
 }
 
-impl Source {
+impl SourceAddress {
     /// Makes a socket and starts to connect it, in the namespace that the thread is in.
-    fn connect(self, to: SocketAddr, config: &SocketConfig, open: &OpenLegs) -> io::Result<(Noted, Socket)> {
+    fn connect(self, to: SocketAddr, config: &SocketConfig, open: &OpenLegs) -> io::Result<(OpenLeg, Socket)> {
         let (ip, foreign, mark) = match self {
-            Self::Any => (None, false, config.mark),
+            Self::FromRoute => (None, false, config.mark),
             Self::Own(ip) => (Some(ip), false, config.mark),
             Self::Client(ip) => (Some(ip), true, config.mark | LEG_BIT),
         };
         let from = |port| {
             let bind = ip.map(|ip| Bind { address: SocketAddr::new(ip, port), foreign });
             let socket = outgoing(to, bind, mark, &config.legs)?;
-            open.connect(&socket, to).map(|noted| (noted, socket))
+            open.connect(&socket, to).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
             match from(rand::random_range(OWN_CONNECTIONS)) {
@@ -159,14 +159,14 @@ impl Drop for Connecting {
 async fn connect(
     netns: &Netns,
     to: SocketAddr,
-    source: Source,
+    source: SourceAddress,
     config: &SocketConfig,
     open: &OpenLegs,
 ) -> Result<Leg, DialError> {
     let failed = |source| DialError::Connect { to, source };
     let connecting = async {
-        let (noted, socket) = netns.enter(|| source.connect(to, config, open))?.map_err(failed)?;
-        let mut leg = Connecting(Some(Leg { noted, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
+        let (entry, socket) = netns.enter(|| source.connect(to, config, open))?.map_err(failed)?;
+        let mut leg = Connecting(Some(Leg { entry, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
         if let Some(Leg { socket, .. }) = &leg.0 {
             socket.writable().await.map_err(failed)?;
             if let Some(error) = socket.take_error().map_err(failed)? {

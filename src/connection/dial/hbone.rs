@@ -2,9 +2,9 @@
 
 use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
 use super::error::{ANSWER_DEADLINE, DialError, HANDSHAKE_DEADLINE, TunnelDialError};
-use super::pool::{Dialled, Key, Lease, Pool};
+use super::pool::{DialledTunnel, Lease, Pool, TunnelKey};
 use crate::connection::accept::tunnel::reset_if_cut;
-use crate::connection::choose::HboneWay;
+use crate::connection::choose::TunnelHop;
 use crate::hbone::client::{OpenError, handshake};
 use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
@@ -23,7 +23,7 @@ use std::time::Duration;
 use tokio_rustls::TlsConnector;
 
 /// Tunnels tried for one stream: those that are going away are found out one by one.
-const TUNNELS_MAX: u32 = 8;
+const REPLACEMENTS_MAX: u32 = 8;
 
 /// Pauses before a stream that a peer refuses for now is asked for again, on the same tunnel.
 const REFUSED_PAUSES: [Duration; 4] =
@@ -54,7 +54,7 @@ pub struct Origin {
 
 /// A stream through a tunnel; the lease keeps its place.
 #[derive(Debug)]
-pub struct Opened {
+pub struct OpenedStream {
     /// The stream.
     pub stream: Stream,
     /// Its place on the tunnel.
@@ -66,31 +66,31 @@ pub struct Opened {
 pub async fn open(
     pool: &Arc<Pool>,
     origin: &Origin,
-    way: &HboneWay,
+    hop: &TunnelHop,
     request: &ConnectRequest,
-) -> Result<Opened, DialError> {
-    let key = Key {
+) -> Result<OpenedStream, DialError> {
+    let key = TunnelKey {
         pod: origin.pod.clone(),
         capture: origin.capture,
         own: origin.credentials.identity.clone(),
         generation: origin.credentials.generation,
-        expected: way.expected.clone(),
-        to: way.to,
-        uid: way.uid.clone(),
+        expected: hop.expected.clone(),
+        to: hop.to,
+        uid: hop.uid.clone(),
     };
-    let (mut gone, mut pauses) = (0, REFUSED_PAUSES.iter());
+    let (mut replaced, mut pauses) = (0, REFUSED_PAUSES.iter());
     loop {
         let dial = || {
             let origin = origin.clone();
-            dial(origin, way.expected.clone(), way.to)
+            dial(origin, hop.expected.clone(), hop.to)
         };
         let lease = pool.checkout(&key, &origin.drain, dial).await?;
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
         match answer.map_or(Err(DialError::AnswerDeadline), |opened| opened.map_err(DialError::Open)) {
-            Ok(stream) => return Ok(Opened { stream, lease }),
+            Ok(stream) => return Ok(OpenedStream { stream, lease }),
             // Each goes out of use, so that in the end a new one is dialled; who refuses even that is not asked again.
-            Err(DialError::Open(OpenError::TunnelGone(_))) if gone < TUNNELS_MAX => {
-                gone += 1;
+            Err(DialError::Open(OpenError::TunnelGone(_))) if replaced < REPLACEMENTS_MAX => {
+                replaced += 1;
                 lease.retire();
             }
             Err(error @ DialError::Open(OpenError::Refused)) => {
@@ -103,10 +103,10 @@ pub async fn open(
     }
 }
 
-async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<Dialled, TunnelDialError> {
+async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<DialledTunnel, TunnelDialError> {
     let tls = origin.credentials.client(&expected);
     let dialled = outbound(&origin.netns, to, None, &origin.sockets, &origin.legs).await;
-    let Leg { noted, socket } = dialled.map_err(|error| match error {
+    let Leg { entry, socket } = dialled.map_err(|error| match error {
         DialError::Netns(error) => TunnelDialError::Netns(error),
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
@@ -142,10 +142,10 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         })?;
         let run = async move {
             let ended = driver.run().await;
-            drop(noted);
+            drop(entry);
             ended
         };
-        Ok(Dialled { tunnel, tls: facts, peer, chain, run: Box::pin(run) })
+        Ok(DialledTunnel { tunnel, tls: facts, peer, chain, run: Box::pin(run) })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))

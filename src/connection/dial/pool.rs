@@ -25,7 +25,7 @@ use tokio::time::Instant;
 
 /// What makes two connections share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
+pub struct TunnelKey {
     /// The pod the tunnel starts in: its namespace gives the tunnel its source address.
     pub pod: Text,
     /// Which capture of the pod: what an earlier one has opened ends with it.
@@ -52,7 +52,7 @@ pub struct PoolConfig {
 }
 
 /// A dialled tunnel: the handle, and the future that moves its bytes.
-pub struct Dialled {
+pub struct DialledTunnel {
     /// Opens streams.
     pub tunnel: Tunnel,
     /// What TLS agreed on.
@@ -62,18 +62,18 @@ pub struct Dialled {
     /// By which it can be heard that the far end is revoked.
     pub chain: Chain,
     /// Runs until the tunnel ends.
-    pub run: Run,
+    pub run: TunnelRun,
 }
 
 /// Moves the bytes of a tunnel until it ends.
-pub type Run = Pin<Box<dyn Future<Output = Result<(), TunnelError>> + Send>>;
+pub type TunnelRun = Pin<Box<dyn Future<Output = Result<(), TunnelError>> + Send>>;
 
 /// Is told how a tunnel broke, and whose it was.
-pub type Broken = Box<dyn Fn(&Key, &SpiffeName, &TunnelError) + Send + Sync>;
+pub type OnTunnelBroken = Box<dyn Fn(&TunnelKey, &SpiffeName, &TunnelError) + Send + Sync>;
 
-impl fmt::Debug for Dialled {
+impl fmt::Debug for DialledTunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Dialled")
+        f.write_str("DialledTunnel")
     }
 }
 
@@ -81,8 +81,8 @@ impl fmt::Debug for Dialled {
 pub struct Pool {
     config: PoolConfig,
     tasks: Group,
-    broken: Broken,
-    slots: Mutex<HashMap<Key, Slot>>,
+    broken: OnTunnelBroken,
+    by_key: Mutex<HashMap<TunnelKey, KeyTunnels>>,
 }
 
 impl fmt::Debug for Pool {
@@ -91,16 +91,16 @@ impl fmt::Debug for Pool {
     }
 }
 
-type Outcome = Option<Result<Arc<Open>, Arc<TunnelDialError>>>;
+type DialOutcome = Option<Result<Arc<PooledTunnel>, Arc<TunnelDialError>>>;
 
 #[derive(Debug, Default)]
-struct Slot {
-    open: Vec<Arc<Open>>,
-    dialling: Option<watch::Receiver<Outcome>>,
+struct KeyTunnels {
+    open: Vec<Arc<PooledTunnel>>,
+    dialling: Option<watch::Receiver<DialOutcome>>,
 }
 
 #[derive(Debug)]
-struct Open {
+struct PooledTunnel {
     tunnel: Tunnel,
     tls: TlsFacts,
     peer: SpiffeName,
@@ -114,7 +114,7 @@ struct Open {
 /// Room for one stream on a tunnel; given back when dropped.
 #[derive(Debug)]
 pub struct Lease {
-    open: Arc<Open>,
+    open: Arc<PooledTunnel>,
 }
 
 impl Lease {
@@ -154,34 +154,34 @@ impl Drop for Lease {
 
 impl Pool {
     /// An empty pool whose tunnels run as tasks of `tasks`; `broken` hears of those that break.
-    pub fn new(config: PoolConfig, tasks: Group, broken: Broken) -> Arc<Self> {
-        Arc::new(Self { config, tasks, broken, slots: Mutex::default() })
+    pub fn new(config: PoolConfig, tasks: Group, broken: OnTunnelBroken) -> Arc<Self> {
+        Arc::new(Self { config, tasks, broken, by_key: Mutex::default() })
     }
 
     /// Room on a tunnel for `key`; opens one with `dial` where there is none, or waits for one that is being opened.
     /// The dial goes on when a waiter leaves; `drain` ends the tunnel.
     pub async fn checkout<D, F>(
         self: &Arc<Self>,
-        key: &Key,
+        key: &TunnelKey,
         drain: &Signal,
         dial: D,
     ) -> Result<Lease, Arc<TunnelDialError>>
     where
         D: Fn() -> F,
-        F: Future<Output = Result<Dialled, TunnelDialError>> + Send + 'static,
+        F: Future<Output = Result<DialledTunnel, TunnelDialError>> + Send + 'static,
     {
         loop {
             let mut outcome = {
-                let mut slots = self.slots.lock();
-                let slot = slots.entry(key.clone()).or_default();
-                if let Some(lease) = slot.open.iter().find_map(|open| self.lease(open)) {
+                let mut by_key = self.by_key.lock();
+                let tunnels = by_key.entry(key.clone()).or_default();
+                if let Some(lease) = tunnels.open.iter().find_map(|open| self.lease_unless_gone(open)) {
                     return Ok(lease);
                 }
-                if let Some(outcome) = &slot.dialling {
+                if let Some(outcome) = &tunnels.dialling {
                     outcome.clone()
                 } else {
                     let (send, outcome) = watch::channel(None);
-                    slot.dialling = Some(outcome.clone());
+                    tunnels.dialling = Some(outcome.clone());
                     self.tasks.spawn(self.clone().dial(key.clone(), drain.clone(), dial(), send));
                     outcome
                 }
@@ -194,7 +194,7 @@ impl Pool {
                 Some(Err(error)) => return Err(error),
                 // A tunnel that is leaving the pool already, because its pod drains, still serves who waited for it.
                 Some(Ok(open)) => {
-                    if let Some(lease) = self.room(&open) {
+                    if let Some(lease) = self.lease(&open) {
                         return Ok(lease);
                     }
                 }
@@ -203,11 +203,11 @@ impl Pool {
         }
     }
 
-    fn lease(&self, open: &Arc<Open>) -> Option<Lease> {
-        if open.gone.load(Ordering::Relaxed) { None } else { self.room(open) }
+    fn lease_unless_gone(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
+        if open.gone.load(Ordering::Relaxed) { None } else { self.lease(open) }
     }
 
-    fn room(&self, open: &Arc<Open>) -> Option<Lease> {
+    fn lease(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
         let limit = self.config.max_streams.min(open.tunnel.max_streams()).max(1);
         let free = open.streams.load(Ordering::Relaxed) < limit;
         free.then(|| {
@@ -218,15 +218,15 @@ impl Pool {
 
     /// How many tunnels are open.
     pub fn len(&self) -> usize {
-        self.slots.lock().values().map(|slot| slot.open.len()).sum()
+        self.by_key.lock().values().map(|tunnels| tunnels.open.len()).sum()
     }
 
-    async fn dial<F>(self: Arc<Self>, key: Key, drain: Signal, dialling: F, outcome: watch::Sender<Outcome>)
+    async fn dial<F>(self: Arc<Self>, key: TunnelKey, drain: Signal, dialling: F, outcome: watch::Sender<DialOutcome>)
     where
-        F: Future<Output = Result<Dialled, TunnelDialError>>,
+        F: Future<Output = Result<DialledTunnel, TunnelDialError>>,
     {
-        // A dial that is cut short (or panics) must not leave its slot in a state where later checkouts wait for ever.
-        let settle = Settle { pool: &self, key: &key, outcome: &outcome };
+        // A dial that is cut short (or panics) must not leave its tunnels in a state where later checkouts wait for ever.
+        let settle = DialSettlement { pool: &self, key: &key, outcome: &outcome };
         let dialled = tokio::select! {
             () = drain.now() => Err(TunnelDialError::Draining),
             dialled = dialling => dialled,
@@ -237,7 +237,7 @@ impl Pool {
                 return;
             }
             Ok(dialled) => {
-                let open = Open {
+                let open = PooledTunnel {
                     tunnel: dialled.tunnel,
                     tls: dialled.tls,
                     peer: dialled.peer,
@@ -258,18 +258,18 @@ impl Pool {
     }
 
     /// Runs a tunnel until it ends or has been idle; it leaves the pool first, and its streams finish.
-    async fn keep(&self, key: &Key, open: Arc<Open>, drain: Signal, mut run: Run) {
+    async fn keep(&self, key: &TunnelKey, open: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
         let leave = async {
             loop {
                 let last = *open.last_used.lock();
                 tokio::time::sleep_until(last + self.config.idle).await;
-                let mut slots = self.slots.lock();
+                let mut by_key = self.by_key.lock();
                 let last = *open.last_used.lock();
                 if open.streams.load(Ordering::Relaxed) == 0 && last.elapsed() >= self.config.idle {
-                    remove(&mut slots, key, &open);
+                    remove(&mut by_key, key, &open);
                     return;
                 }
-                drop(slots);
+                drop(by_key);
                 if last.elapsed() >= self.config.idle {
                     // Streams are open on it; look again later.
                     tokio::time::sleep(self.config.idle).await;
@@ -285,7 +285,7 @@ impl Pool {
             // Its streams hear of it themselves; no new one may begin.
             () = open.chain.ending() => None,
         };
-        remove(&mut self.slots.lock(), key, &open);
+        remove(&mut self.by_key.lock(), key, &open);
         let peer = open.peer.clone();
         drop(open);
         let ended = match ended {
@@ -298,39 +298,39 @@ impl Pool {
     }
 }
 
-fn remove(slots: &mut HashMap<Key, Slot>, key: &Key, open: &Arc<Open>) {
+fn remove(by_key: &mut HashMap<TunnelKey, KeyTunnels>, key: &TunnelKey, open: &Arc<PooledTunnel>) {
     open.gone.store(true, Ordering::Relaxed);
-    if let Some(slot) = slots.get_mut(key) {
-        slot.open.retain(|other| !Arc::ptr_eq(other, open));
-        if slot.open.is_empty() && slot.dialling.is_none() {
-            slots.remove(key);
+    if let Some(tunnels) = by_key.get_mut(key) {
+        tunnels.open.retain(|other| !Arc::ptr_eq(other, open));
+        if tunnels.open.is_empty() && tunnels.dialling.is_none() {
+            by_key.remove(key);
         }
     }
 }
 
 /// Settles a dial exactly once, at the latest when dropped.
-struct Settle<'a> {
+struct DialSettlement<'a> {
     pool: &'a Pool,
-    key: &'a Key,
-    outcome: &'a watch::Sender<Outcome>,
+    key: &'a TunnelKey,
+    outcome: &'a watch::Sender<DialOutcome>,
 }
 
-impl Settle<'_> {
-    fn with(&self, result: Result<Arc<Open>, Arc<TunnelDialError>>) {
-        let mut slots = self.pool.slots.lock();
-        let slot = slots.entry(self.key.clone()).or_default();
-        slot.dialling = None;
-        slot.open.retain(|open| !open.gone.load(Ordering::Relaxed));
-        slot.open.extend(result.iter().cloned());
-        if slot.open.is_empty() {
-            slots.remove(self.key);
+impl DialSettlement<'_> {
+    fn with(&self, result: Result<Arc<PooledTunnel>, Arc<TunnelDialError>>) {
+        let mut by_key = self.pool.by_key.lock();
+        let tunnels = by_key.entry(self.key.clone()).or_default();
+        tunnels.dialling = None;
+        tunnels.open.retain(|open| !open.gone.load(Ordering::Relaxed));
+        tunnels.open.extend(result.iter().cloned());
+        if tunnels.open.is_empty() {
+            by_key.remove(self.key);
         }
-        drop(slots);
+        drop(by_key);
         self.outcome.send_replace(Some(result));
     }
 }
 
-impl Drop for Settle<'_> {
+impl Drop for DialSettlement<'_> {
     fn drop(&mut self) {
         if self.outcome.borrow().is_none() {
             self.with(Err(Arc::new(TunnelDialError::Draining)));
@@ -344,8 +344,8 @@ mod tests {
     use crate::hbone;
     use crate::task::Drain;
 
-    fn key() -> Key {
-        Key {
+    fn key() -> TunnelKey {
+        TunnelKey {
             capture: 0,
             pod: "p".into(),
             own: SpiffeName::new("td", "a", "b").unwrap(),
@@ -370,7 +370,7 @@ mod tests {
     };
 
     /// A tunnel over an in-memory pipe, whose far end answers HTTP/2 and ends with `far`.
-    async fn dialled(far: Group) -> Result<Dialled, TunnelDialError> {
+    async fn dialled(far: Group) -> Result<DialledTunnel, TunnelDialError> {
         let (near, end) = tokio::io::duplex(65_536);
         far.spawn(async move {
             let account = hbone::Buffers::new(1 << 20).account("client", true);
@@ -383,7 +383,7 @@ mod tests {
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
         let chain = crate::identity::revoked::Revocations::default().watch(&[]);
-        Ok(Dialled { tunnel, tls, peer, chain, run: Box::pin(driver.run()) })
+        Ok(DialledTunnel { tunnel, tls, peer, chain, run: Box::pin(driver.run()) })
     }
 
     #[tokio::test(start_paused = true)]
@@ -409,7 +409,7 @@ mod tests {
         assert!(results.iter().all(|r| r.as_ref().is_err_and(|e| matches!(**e, TunnelDialError::Blocked(_)))));
         assert_eq!(dials.load(Ordering::Relaxed), 1);
         assert!(start.elapsed() < Duration::from_secs(11), "{:?}", start.elapsed());
-        assert!(pool.slots.lock().is_empty(), "a failed dial leaves nothing behind");
+        assert!(pool.by_key.lock().is_empty(), "a failed dial leaves nothing behind");
     }
 
     #[tokio::test(start_paused = true)]

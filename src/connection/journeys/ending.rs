@@ -1,8 +1,8 @@
 //! What ends a connection, other than its own two sides, and how its sockets are closed then.
 
-use crate::connection::authorize::Live;
+use crate::connection::authorize::Registration;
 use crate::connection::dial::DialError;
-use crate::connection::dial::direct::{Leg, Noted};
+use crate::connection::dial::direct::{Leg, OpenLeg};
 use crate::connection::forward::Stop;
 use crate::connection::pod::Pod;
 use crate::identity::{Chain, Distrust};
@@ -11,7 +11,7 @@ use crate::sys::socket::reset_on_close;
 use tokio::net::TcpStream;
 
 /// Dials for a client; gives up when the client resets meanwhile, unless it has sent something before, which is delivered.
-pub async fn unless_gone<T>(
+pub async fn unless_client_resets<T>(
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
 ) -> Result<T, DialError> {
@@ -23,7 +23,7 @@ pub async fn unless_gone<T>(
 }
 
 /// Resolves when a connection of the pod is to stop.
-pub async fn stop(pod: &Pod, permit: Option<&Live>, peer: Option<&Chain>) -> Stop {
+pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<&Chain>) -> Stop {
     let drain = pod.signal();
     let revoked = async {
         let Some(permit) = permit else { return std::future::pending().await };
@@ -48,19 +48,19 @@ pub async fn stop(pod: &Pod, permit: Option<&Live>, peer: Option<&Chain>) -> Sto
 /// tell a refusal from an empty answer.
 pub struct ResetUnlessDone {
     /// Of one that we have opened.
-    _noted: Option<Noted>,
+    _entry: Option<OpenLeg>,
     socket: TcpStream,
     done: bool,
 }
 
 impl ResetUnlessDone {
-    pub fn new(socket: TcpStream) -> Self {
-        Self { _noted: None, socket, done: false }
+    pub fn accepted(socket: TcpStream) -> Self {
+        Self { _entry: None, socket, done: false }
     }
 
     /// One that we have opened.
-    pub fn dialled(Leg { noted, socket }: Leg) -> Self {
-        Self { _noted: Some(noted), socket, done: false }
+    pub fn dialled(Leg { entry, socket }: Leg) -> Self {
+        Self { _entry: Some(entry), socket, done: false }
     }
 
     pub fn done(mut self) {

@@ -1,9 +1,9 @@
 //! 15008: a tunnel is accepted once; each of its streams is then chosen, authorized, dialled, forwarded and reported.
 
-use super::ending::{ResetUnlessDone, stop};
-use super::lookup::{local_facts, own_credentials};
+use super::ending::{ResetUnlessDone, stop_signal};
+use super::lookup::{own_credentials, own_facts};
 use crate::connection::accept::{AcceptError, Peer, tunnel as tunnelled};
-use crate::connection::authorize::{self, Live, Subject};
+use crate::connection::authorize::{self, Registration, Subject};
 use crate::connection::budget::Reservation;
 use crate::connection::choose;
 use crate::connection::dial::{self, DialError};
@@ -103,13 +103,13 @@ async fn shake_hands(
     let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
     let shared = &worker.shared;
     let shake = async {
-        let (_, workload) = local_facts(worker, pod).await?;
+        let (_, workload) = own_facts(worker, pod).await?;
         let credentials = own_credentials(worker, &workload).await?;
         let hbone = &shared.config.hbone;
         Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
     };
     // Boxed, so that an open tunnel does not keep the room that opening it took.
-    let peer: Peer = Box::pin(tunnelled::in_time::<_, Failure>(shake)).await?;
+    let peer: Peer = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
     let key = Text::from(peer.identity.to_string());
     let open = shared.budget.reserve(&pod.usage, Some(&key))?;
     Ok(Some((peer, key, open)))
@@ -153,9 +153,9 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut inco
 }
 
 /// A stream that may go, and the application's socket that is open for it.
-struct Admitted {
+struct AdmittedStream {
     app: ResetUnlessDone,
-    permit: Live,
+    permit: Registration,
     live: Arc<Connection>,
     baggage: Option<String>,
     /// What the application is told before the stream.
@@ -168,18 +168,18 @@ async fn admit(
     peer: &PeerFacts,
     request: Result<ConnectRequest, crate::hbone::request::RequestError>,
     record: &mut Record,
-) -> Result<Admitted, Failure> {
+) -> Result<AdmittedStream, Failure> {
     let shared = &worker.shared;
     let request = request?;
-    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let (snapshot, workload) = own_facts(worker, pod).await?;
     let own = peer.local.ip();
     pod.with_own(&workload, |sockets| sockets.check_tunnel(own))?;
     let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Registered before it is asked for: no policy change can fall between the two.
-    let live_permit = shared.permits.register(&workload, &subject);
-    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
+    let registration = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &registration).await;
     // What the peer says it asked for counts only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
@@ -215,7 +215,7 @@ async fn admit(
         }
     };
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
-    Ok(Admitted { app: ResetUnlessDone::dialled(app), permit: live_permit, live, baggage, preface })
+    Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
 }
 
 async fn carry(
@@ -223,13 +223,13 @@ async fn carry(
     pod: &Pod,
     peer: &PeerFacts,
     incoming: Incoming,
-    admitted: Admitted,
+    admitted: AdmittedStream,
 ) -> Result<(), Failure> {
-    let Admitted { app, permit, live, baggage, preface } = admitted;
+    let AdmittedStream { app, permit, live, baggage, preface } = admitted;
     tell(&app, &preface).await?;
     let stream = incoming.accept(baggage.as_deref())?;
     let silence = worker.shared.config.hbone.half_closed_silence;
-    let stop = stop(pod, Some(&permit), Some(&peer.chain));
+    let stop = stop_signal(pod, Some(&permit), Some(&peer.chain));
     forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
     app.done();
     Ok(())

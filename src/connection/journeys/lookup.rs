@@ -1,6 +1,6 @@
 //! What the journeys ask: the pod's own facts and certificate, and the route, which may lead to further questions.
 
-use crate::connection::choose::{self, Names, RouteError, route::Route};
+use crate::connection::choose::{self, ResolvedNames, RouteError, route::Route};
 use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
 use crate::connection::worker::Worker;
@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// The facts of now, and the pod's own workload among them.
-pub async fn local_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
+pub async fn own_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
 
@@ -34,8 +34,8 @@ pub async fn find_route(
     source: &Workload,
     target: SocketAddr,
 ) -> Result<Route, RouteError> {
-    let (own_ports, mut names, mut unresolved) = (pod.own_ports(), Names::new(), None);
-    let choose = |snapshot: &Snapshot, names: &Names| {
+    let (own_ports, mut names, mut unresolved) = (pod.own_ports(), ResolvedNames::new(), None);
+    let choose = |snapshot: &Snapshot, names: &ResolvedNames| {
         choose::route::choose(snapshot, source, target, own_ports, names, &mut |below| rand::random_range(0..below))
     };
     for _ in 0..QUESTIONS_MAX {
@@ -46,7 +46,7 @@ pub async fn find_route(
                 // Another endpoint may do where this one's name cannot be resolved.
                 let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await;
                 let addresses = addresses.map_err(|error| unresolved = Some(error)).unwrap_or_default();
-                names.insert(name, one_of(addresses, target.is_ipv4()));
+                names.insert(name, pick_address(addresses, target.is_ipv4()));
             }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::NoAddress(_))) if unresolved.is_some() => {
                 return Err(unresolved.map_or(error, RouteError::from));
@@ -67,7 +67,7 @@ pub async fn find_route(
 }
 
 /// One of a host's addresses, of the wanted family where there is one: drawn once, so that asking for it leads somewhere.
-fn one_of(mut addresses: Vec<IpAddr>, v4: bool) -> Vec<IpAddr> {
+fn pick_address(mut addresses: Vec<IpAddr>, v4: bool) -> Vec<IpAddr> {
     if addresses.iter().any(|ip| ip.is_ipv4() == v4) {
         addresses.retain(|ip| ip.is_ipv4() == v4);
     }

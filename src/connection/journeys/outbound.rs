@@ -1,10 +1,10 @@
 //! 15001: a connection that the pod opened. Accept, choose, dial, forward, report; the destination's side authorizes.
 
-use super::ending::{ResetUnlessDone, stop, unless_gone};
-use super::lookup::{find_route, local_facts, own_credentials};
+use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
+use super::lookup::{find_route, own_credentials, own_facts};
 use crate::connection::accept;
-use crate::connection::choose::{HboneWay, RouteError, Way, is_local};
-use crate::connection::dial::{self, hbone::Opened, hbone::Origin};
+use crate::connection::choose::{NextHop, RouteError, TunnelHop, is_local};
+use crate::connection::dial::{self, hbone::OpenedStream, hbone::Origin};
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use crate::connection::worker::Worker;
@@ -31,17 +31,17 @@ async fn outbound_steps(
     record: &mut Record,
 ) -> Result<(), Failure> {
     // Boxed, so that an open connection does not keep the room that opening it took.
-    let Some(Outward { app, live, far }) = Box::pin(open(worker, pod, socket, peer, record)).await? else {
+    let Some(OpenedOutbound { app, live, far }) = Box::pin(open(worker, pod, socket, peer, record)).await? else {
         return Ok(());
     };
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
-        Far::Direct(far) => {
-            forward::over_tcp(&app, &far, &live.bytes, silence, stop(pod, None, None)).await?;
+        FarSide::Direct(far) => {
+            forward::over_tcp(&app, &far, &live.bytes, silence, stop_signal(pod, None, None)).await?;
             far.done();
         }
-        Far::Tunnel(Opened { stream, lease }) => {
-            let stop = stop(pod, None, Some(lease.chain()));
+        FarSide::Tunnel(OpenedStream { stream, lease }) => {
+            let stop = stop_signal(pod, None, Some(lease.chain()));
             forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
         }
     }
@@ -50,15 +50,15 @@ async fn outbound_steps(
 }
 
 /// An outbound connection whose far side is open.
-struct Outward {
+struct OpenedOutbound {
     app: ResetUnlessDone,
     live: Arc<Connection>,
-    far: Far,
+    far: FarSide,
 }
 
-enum Far {
+enum FarSide {
     Direct(ResetUnlessDone),
-    Tunnel(Opened),
+    Tunnel(OpenedStream),
 }
 
 /// Accept, choose, dial; `None` for a probe of capture, which has arrived with that.
@@ -68,53 +68,54 @@ async fn open(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     record: &mut Record,
-) -> Result<Option<Outward>, Failure> {
+) -> Result<Option<OpenedOutbound>, Failure> {
     let shared = &worker.shared;
     let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
     if pod.capture_checks.take(captured.destination) {
         return Ok(None);
     }
     record.destination(captured.destination);
-    let app = ResetUnlessDone::new(captured.app);
+    let app = ResetUnlessDone::accepted(captured.app);
     // Passed on, it would come back to us, and so on without end.
     if !captured.redirected || pod.legs.contains(captured.source, captured.destination) {
         return Err(RouteError::Loop(captured.destination).into());
     }
-    let (snapshot, source) = local_facts(worker, pod).await?;
+    let (snapshot, source) = own_facts(worker, pod).await?;
     pod.with_own(&source, |own| own.check_outbound(captured.destination))?;
     let route = find_route(&shared.mesh, pod, snapshot, &source, captured.destination).await?;
-    let details = |way: Option<&HboneWay>, actual| Details {
-        source_identity: way.and(source.identity().ok()),
+    let details = |hop: Option<&TunnelHop>, actual| Details {
+        source_identity: hop.and(source.identity().ok()),
         destination_identity: None,
         source_workload: Some(source.clone()),
         destination_workload: route.workload.clone(),
         service: route.service.clone(),
         actual,
-        authority: way.map(|way| way.authority.to_string()),
+        authority: hop.map(|hop| hop.authority.to_string()),
         rule: None,
     };
-    match &route.way {
-        Way::Direct { to } => {
+    match &route.next_hop {
+        NextHop::Direct { to } => {
             let live = record.opened(details(None, *to));
             // A pod with several addresses has chosen one of them.
             let own = Some(captured.source.ip())
                 .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
-            let far = unless_gone(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs)).await?;
-            Ok(Some(Outward { app, live, far: Far::Direct(ResetUnlessDone::dialled(far)) }))
+            let far = unless_client_resets(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs))
+                .await?;
+            Ok(Some(OpenedOutbound { app, live, far: FarSide::Direct(ResetUnlessDone::dialled(far)) }))
         }
-        Way::Hbone(way) => {
-            let live = record.opened(details(Some(way), way.to));
+        NextHop::Tunnel(hop) => {
+            let live = record.opened(details(Some(hop), hop.to));
             let origin = origin(worker, pod, own_credentials(worker, &source).await?);
             let request = ConnectRequest {
-                authority: Authority::Address(way.authority),
+                authority: Authority::Address(hop.authority),
                 baggage: Some(headers::baggage(&source)),
                 forwarded: Some(headers::forwarded(captured.source, route.service.as_deref())),
                 traceparent: Some(headers::traceparent()),
             };
-            let opened = unless_gone(&app, dial::hbone::open(&worker.pool, &origin, way, &request)).await?;
+            let opened = unless_client_resets(&app, dial::hbone::open(&worker.pool, &origin, hop, &request)).await?;
             let _known = live.tls.set(opened.lease.tls());
             record.proven(opened.lease.peer());
-            Ok(Some(Outward { app, live, far: Far::Tunnel(opened) }))
+            Ok(Some(OpenedOutbound { app, live, far: FarSide::Tunnel(opened) }))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! 15006: a connection to the pod that came in plaintext. Like a stream of a tunnel, without tunnel and without identity.
 
-use super::ending::{ResetUnlessDone, stop, unless_gone};
-use super::lookup::local_facts;
+use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
+use super::lookup::own_facts;
 use crate::connection::authorize::Subject;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
@@ -29,8 +29,8 @@ async fn plaintext_steps(
     let shared = &worker.shared;
     let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
     record.destination(captured.destination);
-    let client = ResetUnlessDone::new(captured.app);
-    let (snapshot, workload) = local_facts(worker, pod).await?;
+    let client = ResetUnlessDone::accepted(captured.app);
+    let (snapshot, workload) = own_facts(worker, pod).await?;
     let destination = captured.destination;
     pod.with_own(&workload, |own| {
         // A client may use the very port that we use in its name; nobody else uses those of the pod.
@@ -39,8 +39,8 @@ async fn plaintext_steps(
     })?;
     let source = captured.source.ip();
     let subject = Subject { peer: None, source, destination };
-    let live_permit = shared.permits.register(&workload, &subject);
-    let permit = authorize::authorize(&shared.mesh, &live_permit).await;
+    let registration = shared.permits.register(&workload, &subject);
+    let permit = authorize::authorize(&shared.mesh, &registration).await;
     let live = record.opened(Details {
         source_workload: snapshot.workload_at(&workload.network, source).cloned(),
         source_identity: None,
@@ -54,9 +54,9 @@ async fn plaintext_steps(
     drop(snapshot);
     let permit = permit?;
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
-    let app = ResetUnlessDone::dialled(unless_gone(&client, app).await?);
+    let app = ResetUnlessDone::dialled(unless_client_resets(&client, app).await?);
     let silence = shared.config.hbone.half_closed_silence;
-    forward::over_tcp(&app, &client, &live.bytes, silence, stop(pod, Some(&live_permit), None)).await?;
+    forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration), None)).await?;
     client.done();
     app.done();
     Ok(())

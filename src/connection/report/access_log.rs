@@ -3,7 +3,7 @@
 use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
-use super::live::Bytes;
+use super::live::ByteCounts;
 use crate::mesh::Workload;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -18,8 +18,8 @@ pub struct Summary<'a> {
     pub source: SocketAddr,
     /// Where it was going.
     pub destination: Option<SocketAddr>,
-    /// Bytes carried.
-    pub bytes: &'a Bytes,
+    /// ByteCounts carried.
+    pub bytes: &'a ByteCounts,
     /// How long it lived.
     pub duration: Duration,
     /// How it ended, if badly.

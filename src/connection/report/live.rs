@@ -40,13 +40,13 @@ pub struct Connection {
     pub rule: Option<String>,
     /// When it was opened.
     pub since: Instant,
-    /// Bytes so far.
-    pub bytes: Bytes,
+    /// ByteCounts so far.
+    pub bytes: ByteCounts,
 }
 
-/// Bytes of one connection, counted here and in the metrics at once.
+/// ByteCounts of one connection, counted here and in the metrics at once.
 #[derive(Debug, Default)]
-pub struct Bytes {
+pub struct ByteCounts {
     /// Application to tunnel.
     pub up: AtomicU64,
     /// Tunnel to application.
@@ -57,7 +57,7 @@ pub struct Bytes {
     pub down_metric: Counter,
 }
 
-impl crate::hbone::Meter for Bytes {
+impl crate::hbone::Meter for ByteCounts {
     fn up(&self, bytes: usize) {
         self.up.fetch_add(bytes as u64, Ordering::Relaxed);
         self.up_metric.inc_by(bytes as u64);

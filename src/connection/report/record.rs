@@ -5,7 +5,7 @@ use super::access_log;
 use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
-use super::live::{Bytes, Connection, LiveConnections};
+use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
@@ -22,8 +22,8 @@ pub struct Reporter {
     pub metrics: Metrics,
     /// The list of live connections.
     pub live: LiveConnections,
-    /// Bound on the lines about connections that failed early, which any peer can cause.
-    pub early: LogLimit,
+    /// Bound on the lines about connections that failed early_failures, which any peer can cause.
+    pub early_failures: LogLimit,
     /// Bound on the lines about tunnels that were cut.
     pub cut: LogLimit,
 }
@@ -52,13 +52,13 @@ pub struct Record {
     source: SocketAddr,
     destination: Option<SocketAddr>,
     start: Instant,
-    opened: Option<Opened>,
+    opened: Option<OpenRecord>,
     failure: Option<Failure>,
     finished: bool,
 }
 
 #[derive(Debug)]
-struct Opened {
+struct OpenRecord {
     id: u64,
     traffic: SeriesHandle<TrafficLabels, Traffic>,
     details: Details,
@@ -110,10 +110,10 @@ impl Record {
             tls: OnceLock::new(),
             rule: details.rule.clone(),
             since: self.start,
-            bytes: Bytes { up_metric, down_metric, ..Bytes::default() },
+            bytes: ByteCounts { up_metric, down_metric, ..ByteCounts::default() },
         });
         let id = self.reporter.live.add(&connection);
-        self.opened = Some(Opened { id, traffic, details, connection: connection.clone() });
+        self.opened = Some(OpenRecord { id, traffic, details, connection: connection.clone() });
         if let Some(opened) = &self.opened {
             let (source, destination) = (self.source, self.destination);
             access_log::opened(self.direction, source, destination, &opened.details);
@@ -153,7 +153,7 @@ impl Drop for Record {
         let Some(opened) = self.opened.take() else {
             // Asked only for a failure: what ended well must not use up the lines of what did not.
             if let Some(failure) = &self.failure
-                && let Some(suppressed) = self.reporter.early.allow()
+                && let Some(suppressed) = self.reporter.early_failures.allow()
             {
                 access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
             }
