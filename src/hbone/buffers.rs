@@ -2,7 +2,7 @@
 //! that they do not read. Every tunnel has an account, every account belongs to a holder (an identity), and all of them
 //! together have one limit. Before it is passed, the largest tunnel of the largest holder is cut; the others go on.
 
-use super::cut::Cut;
+use super::cut::CutReason;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -32,16 +32,16 @@ pub struct Account {
     holder: Arc<str>,
     bytes: AtomicUsize,
     streams: Mutex<Streams>,
-    cut: OnceLock<Cut>,
+    cut: OnceLock<CutReason>,
     /// Type of the frame that came last.
     last: AtomicU8,
-    told: CancellationToken,
-    over: CancellationToken,
+    cut_token: CancellationToken,
+    ended: CancellationToken,
 }
 
 #[derive(Debug, Default)]
 struct Streams {
-    open: HashMap<u32, Held>,
+    open: HashMap<u32, StreamBytes>,
     /// Streams that have sent bytes before anybody was told of them.
     early: Vec<u32>,
     /// The newest stream that somebody was told of; none newer sends bytes on a tunnel of our own.
@@ -57,13 +57,13 @@ struct Streams {
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Held {
+struct StreamBytes {
     unread: usize,
     frames: usize,
     unsent: usize,
 }
 
-impl Held {
+impl StreamBytes {
     fn cost(self) -> usize {
         self.unread + self.frames * FRAME_BYTES + self.unsent
     }
@@ -96,8 +96,8 @@ impl Buffers {
             streams: Mutex::new(Streams { newest, ..Streams::default() }),
             cut: OnceLock::new(),
             last: AtomicU8::new(u8::MAX),
-            told: CancellationToken::new(),
-            over: CancellationToken::new(),
+            cut_token: CancellationToken::new(),
+            ended: CancellationToken::new(),
         });
         let mut accounts = self.accounts.lock();
         if accounts.len() == accounts.capacity() {
@@ -135,7 +135,7 @@ impl Buffers {
         let Some((holder, _)) = holders.into_iter().max_by_key(|(_, bytes)| *bytes) else { return };
         let of_holder = accounts.iter().filter(|account| &*account.holder == holder);
         if let Some(largest) = of_holder.max_by_key(|account| account.bytes()) {
-            largest.cut(Cut::Memory);
+            largest.cut(CutReason::Memory);
         }
     }
 }
@@ -151,9 +151,9 @@ impl Account {
     }
 
     /// Tells the tunnel to end; the first reason counts.
-    pub(super) fn cut(&self, why: Cut) {
-        let _ = self.cut.set(why);
-        self.told.cancel();
+    pub(super) fn cut(&self, reason: CutReason) {
+        let _ = self.cut.set(reason);
+        self.cut_token.cancel();
     }
 
     /// Whether the tunnel is cut: nothing that is still to be sent is waited for.
@@ -162,22 +162,22 @@ impl Account {
     }
 
     /// The tunnel is no more: nothing that is queued will be sent.
-    pub(super) fn over(&self) {
-        self.over.cancel();
+    pub(super) fn mark_ended(&self) {
+        self.ended.cancel();
     }
 
     /// Completes when the tunnel is no more.
-    pub(super) async fn is_over(&self) {
-        self.over.cancelled().await;
+    pub(super) async fn ended(&self) {
+        self.ended.cancelled().await;
     }
 
     /// Why the tunnel is to end, if it is.
-    pub fn why(&self) -> Option<Cut> {
+    pub fn cut_reason(&self) -> Option<CutReason> {
         self.cut.get().copied()
     }
 
     /// A frame of this type came.
-    pub(super) fn came(&self, kind: u8) {
+    pub(super) fn frame_received(&self, kind: u8) {
         self.last.store(kind, Ordering::Relaxed);
     }
 
@@ -192,10 +192,10 @@ impl Account {
     }
 
     /// Resolves when the tunnel is to end.
-    pub(super) async fn told(&self) -> Cut {
-        self.told.cancelled().await;
+    pub(super) async fn cut_signal(&self) -> CutReason {
+        self.cut_token.cancelled().await;
         // It was said before it was told.
-        self.why().unwrap_or(Cut::Memory)
+        self.cut_reason().unwrap_or(CutReason::Memory)
     }
 
     /// A window for all streams together that the unread bytes of stalled ones cannot fill: `base` above them.
@@ -243,7 +243,7 @@ impl Account {
     }
 
     /// A DATA frame came. `false`: for a stream that is over.
-    pub(super) fn received(&self, id: u32, payload: usize) -> bool {
+    pub(super) fn data_received(&self, id: u32, payload: usize) -> bool {
         {
             let mut streams = self.streams();
             if !streams.open.contains_key(&id) {
@@ -263,7 +263,7 @@ impl Account {
     }
 
     /// A frame has left the queue of HTTP/2.
-    pub(super) fn taken(&self, id: u32) {
+    pub(super) fn frame_taken(&self, id: u32) {
         let gone = self.streams().open.get_mut(&id).map_or(0, |held| {
             let gone = held.frames.min(1);
             held.frames -= gone;
@@ -273,7 +273,7 @@ impl Account {
     }
 
     /// Bytes were passed on.
-    pub(super) fn released(&self, id: u32, bytes: usize) {
+    pub(super) fn bytes_released(&self, id: u32, bytes: usize) {
         let gone = {
             let mut streams = self.streams();
             let gone = streams.open.get_mut(&id).map_or(0, |held| {
@@ -288,7 +288,7 @@ impl Account {
     }
 
     /// Bytes were given to HTTP/2.
-    pub(super) fn queued(&self, id: u32, bytes: usize) {
+    pub(super) fn bytes_queued(&self, id: u32, bytes: usize) {
         {
             let mut streams = self.streams();
             let Some(held) = streams.open.get_mut(&id) else { return };
@@ -300,7 +300,7 @@ impl Account {
     }
 
     /// Bytes went out.
-    pub(super) fn sent(&self, id: u32, bytes: usize) {
+    pub(super) fn bytes_sent(&self, id: u32, bytes: usize) {
         let gone = {
             let mut streams = self.streams();
             let (gone, left) = streams.open.get_mut(&id).map_or((0, 0), |held| {
@@ -319,7 +319,7 @@ impl Account {
     }
 
     /// Whether there is room to send; if not, `waker` is woken when there is.
-    pub(super) fn room(&self, waker: Option<&Waker>) -> bool {
+    pub(super) fn has_room(&self, waker: Option<&Waker>) -> bool {
         let mut streams = self.streams();
         if streams.unsent < UNSENT_MAX {
             return true;
@@ -333,7 +333,7 @@ impl Account {
     }
 
     /// Whether all of a stream has been sent; if not, `waker` is woken when it may have been.
-    pub(super) fn flushed(&self, id: u32, waker: &Waker) -> bool {
+    pub(super) fn is_flushed(&self, id: u32, waker: &Waker) -> bool {
         let mut streams = self.streams();
         if streams.open.get(&id).is_none_or(|held| held.unsent == 0) {
             return true;
@@ -386,17 +386,17 @@ mod tests {
         let buffers = Buffers::new(100_000);
         let [one, two, three] = [("a", 30_000), ("a", 40_000), ("b", 25_000)].map(|(holder, bytes)| {
             let account = buffers.account(holder, true);
-            assert!(account.received(1, bytes));
+            assert!(account.data_received(1, bytes));
             account
         });
-        assert_eq!([one.why(), two.why(), three.why()], [None; 3]);
-        assert!(three.received(3, 10_000), "which is too much for all together");
-        assert_eq!([one.why(), two.why(), three.why()], [None, Some(Cut::Memory), None]);
-        assert!(three.received(3, 10_000));
-        assert_eq!([one.why(), three.why()], [None; 2], "what was cut is about to be free");
+        assert_eq!([one.cut_reason(), two.cut_reason(), three.cut_reason()], [None; 3]);
+        assert!(three.data_received(3, 10_000), "which is too much for all together");
+        assert_eq!([one.cut_reason(), two.cut_reason(), three.cut_reason()], [None, Some(CutReason::Memory), None]);
+        assert!(three.data_received(3, 10_000));
+        assert_eq!([one.cut_reason(), three.cut_reason()], [None; 2], "what was cut is about to be free");
         drop(two);
-        assert!(three.received(3, 60_000));
-        assert_eq!([one.why(), three.why()], [None, Some(Cut::Memory)]);
+        assert!(three.data_received(3, 60_000));
+        assert_eq!([one.cut_reason(), three.cut_reason()], [None, Some(CutReason::Memory)]);
         drop((one, three));
         assert_eq!(buffers.held(), 0);
     }
@@ -405,13 +405,13 @@ mod tests {
     fn late_bytes_of_a_stream_that_is_over_are_not_held_against_anybody() {
         let buffers = Buffers::new(100_000);
         let account = buffers.account("a", true);
-        assert!(account.received(1, 10), "before it is accepted");
+        assert!(account.data_received(1, 10), "before it is accepted");
         account.open(1);
         account.close(1);
-        assert!(!account.received(1, 10), "after it is over");
-        assert!(account.received(3, 10) && account.received(5, 10));
+        assert!(!account.data_received(1, 10), "after it is over");
+        assert!(account.data_received(3, 10) && account.data_received(5, 10));
         account.open(5);
-        assert!(!account.received(3, 10), "dropped before anybody was told of it");
+        assert!(!account.data_received(3, 10), "dropped before anybody was told of it");
         account.close(5);
         assert_eq!((account.bytes(), buffers.held()), (0, 0));
     }
@@ -424,11 +424,11 @@ mod tests {
             for (step, id, bytes) in steps {
                 match step {
                     0 => account.open(id),
-                    1 => { account.received(id, bytes); }
-                    2 => account.taken(id),
-                    3 => account.released(id, bytes),
-                    4 => account.queued(id, bytes),
-                    _ => account.sent(id, bytes),
+                    1 => { account.data_received(id, bytes); }
+                    2 => account.frame_taken(id),
+                    3 => account.bytes_released(id, bytes),
+                    4 => account.bytes_queued(id, bytes),
+                    _ => account.bytes_sent(id, bytes),
                 }
                 let streams = account.streams();
                 let all: usize = streams.open.values().map(|held| held.cost()).sum();

@@ -3,12 +3,12 @@
 use super::buffers::Account;
 use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
 use super::error::TunnelError;
-use super::flow::{Place, ReceiveHalf};
+use super::flow::{ReceiveHalf, StreamAccount};
 use super::guard::Guard;
 use super::ping;
 use super::request::ConnectRequest;
 use super::stream::Stream;
-use super::windows::{Adjust, Windows};
+use super::windows::{AdjustWindows, Windows};
 use bytes::Bytes;
 use h2::client::{Connection, SendRequest};
 use h2::{Ping, PingPong};
@@ -133,7 +133,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         });
         tokio::select! {
             biased;
-            why = account.told() => Err(why.into()),
+            reason = account.cut_signal() => Err(reason.into()),
             ended = moved => ended.map_err(|error| TunnelError::of(error, &account)),
             overdue = ping::watch(pings) => {
                 account.cut(overdue);
@@ -143,7 +143,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
     }
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Adjust for Connection<IO, Bytes> {
+impl<IO: AsyncRead + AsyncWrite + Unpin> AdjustWindows for Connection<IO, Bytes> {
     fn connection_window(&mut self, bytes: u32) {
         self.set_target_window_size(bytes);
     }
@@ -165,7 +165,7 @@ impl Tunnel {
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
         // Bytes that come with the answer are accounted for from here on.
-        let place = Place::new(&self.account, response.stream_id());
+        let on_account = StreamAccount::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
             // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
             // 8.7 and 6.8).
@@ -178,6 +178,6 @@ impl Tunnel {
         if response.status() != StatusCode::OK {
             return Err(OpenError::Status(response.status()));
         }
-        Ok(Stream::new(send, ReceiveHalf::new(response.into_body(), place)))
+        Ok(Stream::new(send, ReceiveHalf::new(response.into_body(), on_account)))
     }
 }

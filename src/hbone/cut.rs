@@ -4,7 +4,7 @@ use super::config::PING_TIMEOUT;
 
 /// Why we end a tunnel whose peer breaks no rule of HTTP/2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Cut {
+pub enum CutReason {
     /// It sends control frames without end.
     #[error("cut: the peer sends more control frames than any use of a tunnel needs")]
     ControlFrames,
@@ -16,7 +16,7 @@ pub enum Cut {
     Memory,
 }
 
-impl Cut {
+impl CutReason {
     /// The word in metrics.
     pub fn word(self) -> &'static str {
         match self {

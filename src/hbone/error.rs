@@ -1,7 +1,7 @@
 //! Why a tunnel failed as a whole.
 
 use super::buffers::Account;
-use super::cut::Cut;
+use super::cut::CutReason;
 
 /// Why a tunnel failed as a whole.
 #[derive(Debug, thiserror::Error)]
@@ -11,7 +11,7 @@ pub enum TunnelError {
     Http2(h2::Error),
     /// We have ended it.
     #[error(transparent)]
-    Cut(#[from] Cut),
+    Cut(#[from] CutReason),
     /// We have ended it because the peer broke a rule of HTTP/2.
     #[error("cut: the peer broke a rule of HTTP/2 ({word}): {error}")]
     Rule {
@@ -28,7 +28,7 @@ pub enum TunnelError {
 impl TunnelError {
     /// HTTP/2 reports an error of the byte stream below by its text alone; the account knows better.
     pub(super) fn of(error: h2::Error, account: &Account) -> Self {
-        match (account.why(), broken_rule(&error, account)) {
+        match (account.cut_reason(), broken_rule(&error, account)) {
             (Some(why), _) => Self::Cut(why),
             (None, Some(word)) => Self::Rule { word, error },
             (None, None) => Self::Http2(error),

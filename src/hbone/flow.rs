@@ -14,46 +14,46 @@ use std::task::{Context, Poll};
 const SMALL_BYTES: usize = 8 * 1024;
 const TOGETHER_BYTES: usize = 16 * 1024;
 
-/// A stream's place on the account of its tunnel, from when somebody is told of the stream; both halves share it.
+/// A stream's account on the account of its tunnel, from when somebody is told of the stream; both halves share it.
 #[derive(Debug)]
-pub(super) struct Place {
-    account: Arc<Account>,
+pub(super) struct StreamAccount {
+    tunnel: Arc<Account>,
     id: u32,
 }
 
-impl Place {
+impl StreamAccount {
     pub(super) fn new(account: &Arc<Account>, id: h2::StreamId) -> Self {
         account.open(id.as_u32());
-        Self { account: account.clone(), id: id.as_u32() }
+        Self { tunnel: account.clone(), id: id.as_u32() }
     }
 }
 
-impl Drop for Place {
+impl Drop for StreamAccount {
     fn drop(&mut self) {
-        self.account.close(self.id);
+        self.tunnel.close(self.id);
     }
 }
 
 /// The sending half.
 pub(super) struct SendHalf {
     send: SendStream<Bytes>,
-    place: Arc<Place>,
+    account: Arc<StreamAccount>,
 }
 
 impl SendHalf {
     /// The tunnel's account.
     pub(super) fn account(&self) -> &Arc<Account> {
-        &self.place.account
+        &self.account.tunnel
     }
 
     /// Completes when all that was queued has gone down, or nothing of it will any more.
     pub(super) async fn flushed(&mut self) {
-        let Self { send, place } = self;
+        let Self { send, account } = self;
         let gone = poll_fn(|context| {
-            let gone = place.account.flushed(place.id, context.waker());
+            let gone = account.tunnel.is_flushed(account.id, context.waker());
             if gone || send.poll_reset(context).is_ready() { Poll::Ready(()) } else { Poll::Pending }
         });
-        tokio::select! { () = gone => {}, () = place.account.is_over() => {} }
+        tokio::select! { () = gone => {}, () = account.tunnel.ended() => {} }
     }
 
     /// See [`SendStream::reserve_capacity`].
@@ -63,12 +63,12 @@ impl SendHalf {
 
     /// Bytes that may be sent now: the peer's window and the tunnel's queue have room for them.
     pub(super) fn capacity(&self) -> usize {
-        if self.place.account.room(None) { self.send.capacity() } else { 0 }
+        if self.account.tunnel.has_room(None) { self.send.capacity() } else { 0 }
     }
 
     /// Waits for capacity; `None`: the stream takes no more.
     pub(super) fn poll_capacity(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<usize, h2::Error>>> {
-        if !self.place.account.room(Some(context.waker())) {
+        if !self.account.tunnel.has_room(Some(context.waker())) {
             return match self.send.poll_reset(context) {
                 Poll::Ready(Ok(_)) => Poll::Ready(None),
                 Poll::Ready(Err(error)) => Poll::Ready(Some(Err(error))),
@@ -85,7 +85,7 @@ impl SendHalf {
     pub(super) fn send_data(&mut self, bytes: Bytes, end: bool) -> Result<(), h2::Error> {
         let length = bytes.len();
         self.send.send_data(bytes, end)?;
-        self.place.account.queued(self.place.id, length);
+        self.account.tunnel.bytes_queued(self.account.id, length);
         Ok(())
     }
 
@@ -103,7 +103,7 @@ impl SendHalf {
 /// The receiving half.
 pub(super) struct ReceiveHalf {
     body: RecvStream,
-    place: Arc<Place>,
+    account: Arc<StreamAccount>,
     /// What has been gathered, in order: first these, then `small`.
     whole: VecDeque<Bytes>,
     small: BytesMut,
@@ -112,14 +112,14 @@ pub(super) struct ReceiveHalf {
 }
 
 impl ReceiveHalf {
-    /// The receiving half of the stream whose place this is.
-    pub(super) fn new(body: RecvStream, place: Place) -> Self {
-        Self { body, place: Arc::new(place), whole: VecDeque::new(), small: BytesMut::new(), ended: None }
+    /// The receiving half of the stream whose account this is.
+    pub(super) fn new(body: RecvStream, account: StreamAccount) -> Self {
+        Self { body, account: Arc::new(account), whole: VecDeque::new(), small: BytesMut::new(), ended: None }
     }
 
     /// The sending half that belongs to it.
     pub(super) fn sending(&self, send: SendStream<Bytes>) -> SendHalf {
-        SendHalf { send, place: self.place.clone() }
+        SendHalf { send, account: self.account.clone() }
     }
 
     /// The next bytes; small frames that are there already come together. `None` at the end of the stream.
@@ -152,7 +152,7 @@ impl ReceiveHalf {
             Poll::Ready(None) => self.ended = Some(None),
             Poll::Ready(Some(Err(error))) => self.ended = Some(Some(error)),
             Poll::Ready(Some(Ok(bytes))) => {
-                self.place.account.taken(self.place.id);
+                self.account.tunnel.frame_taken(self.account.id);
                 if bytes.len() < SMALL_BYTES && self.small.len() < TOGETHER_BYTES {
                     self.small.extend_from_slice(&bytes);
                 } else {
@@ -185,7 +185,7 @@ impl ReceiveHalf {
 
     /// Gives window back for bytes that were passed on.
     pub(super) fn release(&mut self, bytes: usize) -> Result<(), h2::Error> {
-        self.place.account.released(self.place.id, bytes);
+        self.account.tunnel.bytes_released(self.account.id, bytes);
         self.body.flow_control().release_capacity(bytes)
     }
 }

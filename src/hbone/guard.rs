@@ -2,7 +2,7 @@
 //! takes more than its turn, no peer sends control frames without end, and what DATA makes us hold is accounted for.
 
 use super::buffers::Account;
-use super::cut::Cut;
+use super::cut::CutReason;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ const PREFACE_BYTES: usize = 24;
 
 /// Heads of frames in a stream of bytes that comes in pieces.
 #[derive(Debug)]
-struct Frames {
+struct FrameParser {
     head: [u8; HEAD_BYTES],
     filled: usize,
     /// Bytes until the next head.
@@ -44,26 +44,30 @@ struct Frames {
     padded: Option<(u32, usize)>,
 }
 
-/// What has been seen.
+/// What has been event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
+enum FrameEvent {
     Head { kind: u8, id: u32, length: usize },
     Payload { id: u32, bytes: usize },
 }
 
-impl Frames {
+impl FrameParser {
     fn new(preface: usize) -> Self {
         Self { head: [0; HEAD_BYTES], filled: 0, skip: preface, data_of: None, padded: None }
     }
 
-    fn feed(&mut self, mut bytes: &[u8], mut see: impl FnMut(Seen) -> io::Result<()>) -> io::Result<()> {
+    fn feed(&mut self, mut bytes: &[u8], mut on_event: impl FnMut(FrameEvent) -> io::Result<()>) -> io::Result<()> {
         while !bytes.is_empty() {
             if let (Some((id, length)), [padding, rest @ ..]) = (self.padded, bytes) {
                 self.padded = None;
                 self.skip -= 1;
                 bytes = rest;
                 // The length of the padding stands in front of it (RFC 9113 section 6.1).
-                see(Seen::Head { kind: DATA, id, length: length.saturating_sub(1 + usize::from(*padding)) })?;
+                on_event(FrameEvent::Head {
+                    kind: DATA,
+                    id,
+                    length: length.saturating_sub(1 + usize::from(*padding)),
+                })?;
                 continue;
             }
             if self.skip > 0 {
@@ -71,7 +75,7 @@ impl Frames {
                 self.skip -= passed;
                 bytes = bytes.get(passed..).unwrap_or_default();
                 if let Some(id) = self.data_of {
-                    see(Seen::Payload { id, bytes: passed })?;
+                    on_event(FrameEvent::Payload { id, bytes: passed })?;
                 }
                 continue;
             }
@@ -88,7 +92,7 @@ impl Frames {
                 if kind == DATA && flags & PADDED != 0 && length > 0 {
                     self.padded = Some((id, length));
                 } else {
-                    see(Seen::Head { kind, id, length })?;
+                    on_event(FrameEvent::Head { kind, id, length })?;
                 }
             }
         }
@@ -125,8 +129,8 @@ impl Allowance {
 pub struct Guard<IO> {
     io: IO,
     account: Arc<Account>,
-    incoming: Frames,
-    outgoing: Frames,
+    incoming: FrameParser,
+    outgoing: FrameParser,
     allowance: Allowance,
     turn: usize,
 }
@@ -134,47 +138,47 @@ pub struct Guard<IO> {
 impl<IO> Guard<IO> {
     /// Watches the server's end of a tunnel, which the peer has opened.
     pub(super) fn server(io: IO, account: Arc<Account>) -> Self {
-        Self::new(io, account, Frames::new(PREFACE_BYTES), Frames::new(0))
+        Self::new(io, account, FrameParser::new(PREFACE_BYTES), FrameParser::new(0))
     }
 
     /// Watches the client's end.
     pub(super) fn client(io: IO, account: Arc<Account>) -> Self {
-        Self::new(io, account, Frames::new(0), Frames::new(PREFACE_BYTES))
+        Self::new(io, account, FrameParser::new(0), FrameParser::new(PREFACE_BYTES))
     }
 
-    fn new(io: IO, account: Arc<Account>, incoming: Frames, outgoing: Frames) -> Self {
+    fn new(io: IO, account: Arc<Account>, incoming: FrameParser, outgoing: FrameParser) -> Self {
         let allowance = Allowance { left: BURST, since: Instant::now() };
         Self { io, account, incoming, outgoing, allowance, turn: 0 }
     }
 
     fn read(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Self { account, allowance, incoming, .. } = self;
-        incoming.feed(bytes, |seen| {
-            let Seen::Head { kind, id, length } = seen else { return Ok(()) };
-            account.came(kind);
+        incoming.feed(bytes, |event| {
+            let FrameEvent::Head { kind, id, length } = event else { return Ok(()) };
+            account.frame_received(kind);
             // An empty frame is work for nothing. So is one for a stream that is over, but what was on its way when we ended
             // the stream is no fault: only those are counted that nobody needs so small.
-            if kind == DATA && length > 0 && (account.received(id, length) || length >= LATE_BYTES) {
+            if kind == DATA && length > 0 && (account.data_received(id, length) || length >= LATE_BYTES) {
                 return Ok(());
             }
             if allowance.take() {
                 return Ok(());
             }
-            account.cut(Cut::ControlFrames);
-            Err(io::Error::other(Cut::ControlFrames))
+            account.cut(CutReason::ControlFrames);
+            Err(io::Error::other(CutReason::ControlFrames))
         })
     }
 
     fn written(&mut self, bytes: &[u8]) -> io::Result<()> {
         let Self { account, allowance, outgoing, .. } = self;
-        outgoing.feed(bytes, |seen| {
-            match seen {
-                Seen::Payload { id, bytes } => account.sent(id, bytes),
-                Seen::Head { kind: DATA, length, .. } => {
+        outgoing.feed(bytes, |event| {
+            match event {
+                FrameEvent::Payload { id, bytes } => account.bytes_sent(id, bytes),
+                FrameEvent::Head { kind: DATA, length, .. } => {
                     allowance.earn(PER_FRAME_SENT + (length / BYTES_PER_UPDATE) as u64);
                 }
-                Seen::Head { kind: HEADERS, .. } => allowance.earn(PER_FRAME_SENT),
-                Seen::Head { .. } => {}
+                FrameEvent::Head { kind: HEADERS, .. } => allowance.earn(PER_FRAME_SENT),
+                FrameEvent::Head { .. } => {}
             }
             Ok(())
         })
@@ -183,7 +187,7 @@ impl<IO> Guard<IO> {
 
 impl<IO> Drop for Guard<IO> {
     fn drop(&mut self) {
-        self.account.over();
+        self.account.mark_ended();
     }
 }
 
@@ -260,11 +264,11 @@ mod tests {
         bytes.extend([0, 0, 8, 6, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         let expected = [(DATA, 1, 5), (DATA, 3, 4), (DATA, 5, 0), (6, 0, 8)];
         for piece in [1, 2, 3, 7, 24, 1000] {
-            let (mut frames, mut heads) = (Frames::new(PREFACE_BYTES), Vec::new());
+            let (mut frames, mut heads) = (FrameParser::new(PREFACE_BYTES), Vec::new());
             for part in bytes.chunks(piece) {
                 frames
-                    .feed(part, |seen| {
-                        if let Seen::Head { kind, id, length } = seen {
+                    .feed(part, |event| {
+                        if let FrameEvent::Head { kind, id, length } = event {
                             heads.push((kind, id, length));
                         }
                         Ok(())

@@ -1,7 +1,7 @@
 //! Liveness of a tunnel: a PING every 10 s, the answer within 20 s (the reference's values), on both ends.
 
 use super::config::{PING_INTERVAL, PING_TIMEOUT};
-use super::cut::Cut;
+use super::cut::CutReason;
 use h2::{Ping, PingPong};
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use std::time::Duration;
 pub const GONE_AFTER: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT).saturating_add(PING_TIMEOUT);
 
 /// Pings until an answer is overdue or the connection ends.
-pub async fn watch(pings: Option<PingPong>) -> Cut {
+pub async fn watch(pings: Option<PingPong>) -> CutReason {
     let Some(mut pings) = pings else { return std::future::pending().await };
     loop {
         tokio::time::sleep(PING_INTERVAL).await;
@@ -18,7 +18,7 @@ pub async fn watch(pings: Option<PingPong>) -> Cut {
             Ok(Ok(_)) => {}
             // The connection itself reports why it ended; until then there is nothing more to watch.
             Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return Cut::PingTimeout,
+            Err(_) => return CutReason::PingTimeout,
         }
     }
 }
@@ -56,7 +56,7 @@ mod tests {
         let (_tunnel, driver) = client::handshake(near, &CONFIG, &account(false)).await.unwrap();
         let start = Instant::now();
         let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
-        assert!(matches!(ended, Err(TunnelError::Cut(Cut::PingTimeout))), "{ended:?}");
+        assert!(matches!(ended, Err(TunnelError::Cut(CutReason::PingTimeout))), "{ended:?}");
         assert_eq!(start.elapsed().as_secs(), (PING_INTERVAL + PING_TIMEOUT).as_secs());
     }
 
@@ -72,7 +72,7 @@ mod tests {
             ended = serve => ended,
             () = silent(far, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") => (None, Duration::ZERO),
         };
-        assert!(matches!(ended, Some(Err(TunnelError::Cut(Cut::PingTimeout)))), "{ended:?}");
+        assert!(matches!(ended, Some(Err(TunnelError::Cut(CutReason::PingTimeout)))), "{ended:?}");
         assert_eq!(after.as_secs(), (PING_INTERVAL + PING_TIMEOUT).as_secs());
     }
 }

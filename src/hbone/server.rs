@@ -2,14 +2,14 @@
 
 use super::buffers::Account;
 use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
-use super::cut::Cut;
+use super::cut::CutReason;
 use super::error::TunnelError;
-use super::flow::{Place, ReceiveHalf};
+use super::flow::{ReceiveHalf, StreamAccount};
 use super::guard::Guard;
 use super::ping;
 use super::request::{self, ConnectRequest, RequestError};
 use super::stream::Stream;
-use super::windows::{Adjust, Windows};
+use super::windows::{AdjustWindows, Windows};
 use bytes::Bytes;
 use h2::server::{Connection, SendResponse};
 use http::StatusCode;
@@ -27,7 +27,7 @@ pub struct Server<IO> {
     connection: Connection<Guard<IO>, Bytes>,
     account: Arc<Account>,
     windows: Windows,
-    pings: Pin<Box<dyn Future<Output = Cut> + Send>>,
+    pings: Pin<Box<dyn Future<Output = CutReason> + Send>>,
 }
 
 impl<IO> fmt::Debug for Server<IO> {
@@ -78,13 +78,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
         });
         tokio::select! {
             biased;
-            why = account.told() => Some(Err(why.into())),
+            reason = account.cut_signal() => Some(Err(reason.into())),
             accepted = accept => Some(match accepted? {
                 Ok((http, respond)) => {
                     let (parts, body) = http.into_parts();
                     let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
-                    let place = Place::new(account, respond.stream_id());
-                    Ok(Incoming { request, receive: ReceiveHalf::new(body, place), respond })
+                    let on_account = StreamAccount::new(account, respond.stream_id());
+                    Ok(Incoming { request, receive: ReceiveHalf::new(body, on_account), respond })
                 }
                 Err(error) => Err(TunnelError::of(error, account)),
             }),
@@ -125,7 +125,7 @@ impl Incoming {
     }
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Adjust for Connection<IO, Bytes> {
+impl<IO: AsyncRead + AsyncWrite + Unpin> AdjustWindows for Connection<IO, Bytes> {
     fn connection_window(&mut self, bytes: u32) {
         self.set_target_window_size(bytes);
     }

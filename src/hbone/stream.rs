@@ -92,19 +92,19 @@ impl Stream {
             biased;
             () = stop => Err(CarryError::Stopped),
             // At once, whatever is still to be delivered: that is what there is no room for.
-            why = account.told() => Err(CarryError::Cut(why.into())),
-            result = both_ways(&app, Sender::new(send), receive, meter, silence) => result,
+            reason = account.cut_signal() => Err(CarryError::Cut(reason.into())),
+            result = both_ways(&app, StreamSender::new(send), receive, meter, silence) => result,
         };
         result.map_err(|error| error.ours_or_theirs(&account))
     }
 }
 
 /// The sending side of a stream, which is reset when it is dropped before it has ended.
-struct Sender {
+struct StreamSender {
     stream: Option<SendHalf>,
 }
 
-impl Sender {
+impl StreamSender {
     fn new(stream: SendHalf) -> Self {
         Self { stream: Some(stream) }
     }
@@ -141,7 +141,7 @@ impl Sender {
     }
 }
 
-impl Drop for Sender {
+impl Drop for StreamSender {
     fn drop(&mut self) {
         if let Some(stream) = &mut self.stream {
             stream.send_reset(Reason::CANCEL);
@@ -151,7 +151,7 @@ impl Drop for Sender {
 
 async fn both_ways(
     app: &End<'_>,
-    sender: Sender,
+    sender: StreamSender,
     receive: ReceiveHalf,
     meter: &impl Meter,
     silence: Duration,
@@ -159,34 +159,34 @@ async fn both_ways(
     let mut up = pin!(app_to_tunnel(app, sender, meter));
     let mut down = pin!(tunnel_to_app(app, receive, meter));
     let ended = tokio::select! {
-        up = &mut up => Either::Up(up),
-        down = &mut down => Either::Down(down),
+        up = &mut up => FirstEnded::Up(up),
+        down = &mut down => FirstEnded::Down(down),
     };
     match ended {
-        Either::Up(Ok(sender)) => rest_of_down(app, sender, down, meter, silence).await,
+        FirstEnded::Up(Ok(sender)) => rest_of_down(app, sender, down, meter, silence).await,
         // Nobody is left to take what comes.
-        Either::Up(Err(error)) if app.is_broken() => Err(error),
-        Either::Up(Err(error)) => Err(after_last_bytes(app, down, error).await),
-        Either::Down(Ok(())) => match unless_silent(meter, silence, up).await {
+        FirstEnded::Up(Err(error)) if app.is_broken() => Err(error),
+        FirstEnded::Up(Err(error)) => Err(after_last_bytes(app, down, error).await),
+        FirstEnded::Down(Ok(())) => match unless_silent(meter, silence, up).await {
             Ok(Ok(sender)) => sender.ended().await,
             Ok(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
             Err(Silent) => Err(CarryError::HalfClosedSilence(silence)),
         },
         // What the application had sent before it broke still goes out.
-        Either::Down(Err(error)) if app.is_broken() => Err(up.await.err().unwrap_or(error)),
-        Either::Down(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
+        FirstEnded::Down(Err(error)) if app.is_broken() => Err(up.await.err().unwrap_or(error)),
+        FirstEnded::Down(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
     }
 }
 
-enum Either {
-    Up(Result<Sender, CarryError>),
+enum FirstEnded {
+    Up(Result<StreamSender, CarryError>),
     Down(Result<(), CarryError>),
 }
 
 /// What comes from the tunnel after the application has ended in order.
 async fn rest_of_down(
     app: &End<'_>,
-    mut sender: Sender,
+    mut sender: StreamSender,
     mut down: Pin<&mut impl Future<Output = Result<(), CarryError>>>,
     meter: &impl Meter,
     silence: Duration,
@@ -222,7 +222,11 @@ async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error
 }
 
 /// Passes on what the application sends until it ends, and then END_STREAM; gives the sender back.
-async fn app_to_tunnel(app: &End<'_>, mut sender: Sender, meter: &impl Meter) -> Result<Sender, CarryError> {
+async fn app_to_tunnel(
+    app: &End<'_>,
+    mut sender: StreamSender,
+    meter: &impl Meter,
+) -> Result<StreamSender, CarryError> {
     loop {
         // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
         tokio::task::consume_budget().await;
@@ -276,7 +280,7 @@ async fn app_to_tunnel(app: &End<'_>, mut sender: Sender, meter: &impl Meter) ->
 }
 
 /// The peer wants no more of our bytes: NO_ERROR is an orderly end (RFC 9113 8.1), anything else a reset.
-fn finished_early(reason: Reason, sender: Sender) -> Result<Sender, CarryError> {
+fn finished_early(reason: Reason, sender: StreamSender) -> Result<StreamSender, CarryError> {
     if reason == Reason::NO_ERROR { Ok(sender) } else { Err(CarryError::Reset(reason)) }
 }
 

@@ -8,7 +8,7 @@ use super::config::Config;
 const SCARCE_STREAM_WINDOW: u32 = 256 * 1024;
 
 /// What can be adjusted on either end.
-pub(super) trait Adjust {
+pub(super) trait AdjustWindows {
     /// The window of all streams together, unread bytes included.
     fn connection_window(&mut self, bytes: u32);
     /// The window of each stream; `false` where an earlier change is still on its way.
@@ -35,7 +35,7 @@ impl Windows {
     }
 
     /// Looks at what is held and adjusts; cheap, and done in each turn.
-    pub(super) fn adjust(&mut self, account: &Account, tunnel: &mut impl Adjust) {
+    pub(super) fn adjust(&mut self, account: &Account, tunnel: &mut impl AdjustWindows) {
         let wanted = account.connection_window(self.base);
         // Each change is a frame: not for every few bytes.
         if wanted.abs_diff(self.connection) >= self.base / 4 || (wanted == self.base && wanted != self.connection) {
