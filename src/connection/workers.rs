@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// Accepted sockets that may wait for a busy worker.
+/// AcceptedSocket sockets that may wait for a busy worker.
 const QUEUE: usize = 4096;
 
 /// How long connections may take to write their last line when they are cut.
@@ -55,33 +55,34 @@ impl Entrance {
     }
 }
 
-struct Accepted {
-    room: Room,
+/// An accepted socket on its way to its worker.
+struct AcceptedSocket {
+    journey: Journey,
     /// Counts it among its pod's connections already while it waits for its worker.
     active: TaskTrackerToken,
     socket: TcpStream,
     peer: SocketAddr,
-    entrance: Entrance,
     pod: Arc<Pod>,
 }
 
-/// What an accepted connection is counted as.
-enum Room {
-    Reserved(Reservation),
-    Handshake(Place),
+/// The journey that begins, with the room that it has.
+enum Journey {
+    Outbound(Reservation),
+    Plaintext(Reservation),
+    Tunnel(Place),
 }
 
 #[derive(Debug)]
-struct Handle {
+struct WorkerHandle {
     worker: Arc<Worker>,
-    deliver: mpsc::Sender<Accepted>,
+    deliver: mpsc::Sender<AcceptedSocket>,
     runtime: tokio::runtime::Handle,
 }
 
 /// All workers of a process.
 #[derive(Debug)]
 pub struct Workers {
-    all: Arc<Vec<Handle>>,
+    all: Arc<Vec<WorkerHandle>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Counts accept loops.
     accepts: TaskTracker,
@@ -106,9 +107,9 @@ impl Workers {
             let (deliver, accepted) = mpsc::channel(QUEUE);
             let (stop, main) = (stop.clone(), worker.clone());
             let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
-                tokio::select! { () = stop.cancelled() => {}, () = receive(&main, accepted) => {} }
+                tokio::select! { () = stop.cancelled() => {}, () = run_worker(&main, accepted) => {} }
             })?;
-            all.push(Handle { worker, deliver, runtime });
+            all.push(WorkerHandle { worker, deliver, runtime });
             threads.push(thread);
         }
         Ok(Self {
@@ -130,7 +131,7 @@ impl Workers {
         home.worker.shared.budget.register(&pod.usage);
         let work = listener::run(listener, drain, move |socket, peer| {
             let _accepts = &accepts;
-            hand_over(&all, &pod, socket, peer, entrance);
+            dispatch(&all, &pod, socket, peer, entrance);
         });
         accepting.spawn_on(work, &home.runtime);
     }
@@ -149,7 +150,7 @@ impl Workers {
     pub async fn finished(&self) {
         self.accepts.close();
         self.accepts.wait().await;
-        let idle = |h: &Handle| h.worker.tasks.len() == 0 && h.deliver.capacity() == h.deliver.max_capacity();
+        let idle = |h: &WorkerHandle| h.worker.tasks.len() == 0 && h.deliver.capacity() == h.deliver.max_capacity();
         while !self.all.iter().all(idle) {
             for handle in self.all.iter() {
                 handle.worker.tasks.finished().await;
@@ -175,16 +176,15 @@ impl Workers {
     }
 }
 
-async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
-    while let Some(Accepted { room, active, socket, peer, entrance, pod }) = accepted.recv().await {
+async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedSocket>) {
+    while let Some(AcceptedSocket { journey, active, socket, peer, pod }) = accepted.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
-            let load = Load(worker.clone());
-            match (entrance, room) {
-                (Entrance::Outbound, Room::Reserved(_open)) => journeys::outbound(&worker, &pod, socket, peer).await,
-                (Entrance::Plaintext, Room::Reserved(_open)) => journeys::plaintext(&worker, &pod, socket, peer).await,
-                (_, Room::Handshake(place)) => journeys::tunnel(&worker, &pod, socket, peer, place).await,
-                (Entrance::Tunnel, Room::Reserved(_)) => {}
+            let load = LoadGuard(worker.clone());
+            match journey {
+                Journey::Outbound(_reservation) => journeys::outbound(&worker, &pod, socket, peer).await,
+                Journey::Plaintext(_reservation) => journeys::plaintext(&worker, &pod, socket, peer).await,
+                Journey::Tunnel(place) => journeys::tunnel(&worker, &pod, socket, peer, place).await,
             }
             drop((load, active));
         });
@@ -192,15 +192,15 @@ async fn receive(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<Accepted>) {
 }
 
 /// Gives back a connection's share of the load when it ends, however it ends.
-struct Load(Arc<Worker>);
+struct LoadGuard(Arc<Worker>);
 
-impl Drop for Load {
+impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.0.load.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
+fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
     if entrance != Entrance::Outbound && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
@@ -212,14 +212,14 @@ fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr
         record.finish(Err(failure));
         reset_on_close(socket);
     };
-    let room = match entrance {
-        Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Room::Handshake).map_err(Failure::from),
-        Entrance::Outbound | Entrance::Plaintext => {
-            shared.budget.reserve(&pod.usage, None).map(Room::Reserved).map_err(Failure::from)
-        }
+    let reserve = || shared.budget.reserve(&pod.usage, None);
+    let journey = match entrance {
+        Entrance::Outbound => reserve().map(Journey::Outbound).map_err(Failure::from),
+        Entrance::Plaintext => reserve().map(Journey::Plaintext).map_err(Failure::from),
+        Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Journey::Tunnel).map_err(Failure::from),
     };
-    let room = match room {
-        Ok(room) => room,
+    let journey = match journey {
+        Ok(journey) => journey,
         Err(failure) => {
             // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
             let probe = entrance == Entrance::Outbound
@@ -228,7 +228,7 @@ fn hand_over(all: &[Handle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr
         }
     };
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
-    let accepted = Accepted { room, active: pod.active.token(), socket, peer, entrance, pod: pod.clone() };
+    let accepted = AcceptedSocket { journey, active: pod.active.token(), socket, peer, pod: pod.clone() };
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
         refuse(&full.into_inner().socket, Failure::Queue(QUEUE));

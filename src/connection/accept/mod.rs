@@ -1,5 +1,5 @@
 //! Step 1: a captured socket becomes a known source: [`captured::Captured`] with its original destination, or
-//! [`tunnel::Peer`] with its proven identity.
+//! [`tunnel::AcceptedTunnel`] with its proven identity.
 
 pub mod captured;
 pub mod error;
@@ -8,4 +8,4 @@ pub mod tunnel;
 
 pub use captured::captured;
 pub use error::AcceptError;
-pub use tunnel::Peer;
+pub use tunnel::{AcceptedTunnel, TunnelPeer};

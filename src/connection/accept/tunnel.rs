@@ -5,8 +5,8 @@ use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, Buffers};
 use crate::identity::verify::peer_name;
 use crate::identity::{Chain, Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
-use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
+use crate::mesh::{SpiffeName, Text};
 use crate::sys::read_buffer::ReadBuffered;
 use crate::sys::socket::{LegOptions, give_up_after, reset_on_close, set_leg_options};
 use std::io;
@@ -16,21 +16,30 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-/// A peer that has proven who it is.
+/// A tunnel whose peer has proven its identity.
 #[derive(Debug)]
-pub struct Peer {
-    /// Its identity.
+pub struct AcceptedTunnel {
+    /// The peer.
+    pub peer: TunnelPeer,
+    /// The server end, from which its streams come.
+    pub server: hbone::Server<TlsStream<ReadBuffered<TcpStream>>>,
+}
+
+/// The peer of a tunnel.
+#[derive(Debug)]
+pub struct TunnelPeer {
+    /// The identity that TLS proved.
     pub identity: SpiffeName,
+    /// The same as text: what the peer uses of this node is accounted for under this name.
+    pub name: Text,
     /// Its address.
     pub source: SocketAddr,
     /// The pod's address that it connected to.
     pub local: SocketAddr,
     /// What TLS agreed on.
     pub tls: TlsFacts,
-    /// By which it can be heard that the peer is revoked.
+    /// Its certificate chain, which announces that it has been revoked or has expired.
     pub chain: Chain,
-    /// The tunnel.
-    pub tunnel: hbone::Server<TlsStream<ReadBuffered<TcpStream>>>,
 }
 
 /// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it. `None`: it has left
@@ -56,7 +65,7 @@ pub async fn handshake(
     credentials: &Credentials,
     config: &hbone::Config,
     buffers: &Arc<Buffers>,
-) -> Result<Peer, AcceptError> {
+) -> Result<AcceptedTunnel, AcceptError> {
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
     let socket = ReadBuffered::new(socket);
     let mut tls = TlsAcceptor::from(credentials.server())
@@ -65,15 +74,17 @@ pub async fn handshake(
         .map_err(AcceptError::Tls)?;
     tls.get_mut().0.trust(READ_BUFFER_BYTES);
     let state = tls.get_ref().1;
-    let peer = state.peer_certificates().unwrap_or_default();
-    let leaf = peer.first().ok_or(AcceptError::NoCertificate)?;
-    let chain = credentials.watch(peer);
+    let certificates = state.peer_certificates().unwrap_or_default();
+    let leaf = certificates.first().ok_or(AcceptError::NoCertificate)?;
+    let chain = credentials.watch(certificates);
     let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
     let facts = TlsFacts::of(state);
-    let account = buffers.account(&identity.to_string(), true);
-    tls.get_mut().0.before_close(reset_if_cut(&account));
-    let tunnel = hbone::Server::handshake(tls, config, &account).await?;
-    Ok(Peer { identity, source: canonical(source), local, tls: facts, chain, tunnel })
+    let name = Text::from(identity.to_string());
+    let account = buffers.account(&name, true);
+    tls.get_mut().0.at_end(reset_if_cut(&account));
+    let server = hbone::Server::handshake(tls, config, &account).await?;
+    let peer = TunnelPeer { identity, name, source: canonical(source), local, tls: facts, chain };
+    Ok(AcceptedTunnel { peer, server })
 }
 
 /// A tunnel that is cut is reset: a peer that is gone would be sent what it has not acknowledged for as long as the kernel likes.

@@ -2,7 +2,7 @@
 
 use super::ending::{ResetUnlessDone, stop_signal};
 use super::lookup::{own_credentials, own_facts};
-use crate::connection::accept::{AcceptError, Peer, tunnel as tunnelled};
+use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, tunnel as tunnelled};
 use crate::connection::authorize::{self, Registration, Subject};
 use crate::connection::budget::Reservation;
 use crate::connection::choose;
@@ -12,14 +12,15 @@ use crate::connection::headers;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use crate::connection::worker::Worker;
-use crate::hbone::{ConnectRequest, Incoming};
-use crate::mesh::{SpiffeName, Text, address::canonical};
+use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
+use crate::mesh::address::canonical;
 use crate::task::places::Place;
 use http::StatusCode;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -32,16 +33,16 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);
-    let (Peer { identity, source, local, tls, chain, tunnel: mut server }, key, _open) =
-        match shake_hands(worker, pod, socket, peer).await {
+    let ChargedTunnel { tunnel: AcceptedTunnel { peer, mut server }, reservation: _reservation } =
+        match accept_tunnel(worker, pod, socket, peer).await {
             Ok(None) => {
                 reporter.metrics.unused.inc();
                 return record.finish(Ok(()));
             }
-            Ok(Some(known)) => {
+            Ok(Some(tunnel)) => {
                 // From here on each stream has its own record.
                 record.finish(Ok(()));
-                known
+                tunnel
             }
             Err(failure) => {
                 if matches!(failure, Failure::Accept(AcceptError::Deadline)) {
@@ -51,7 +52,19 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
             }
         };
     drop(place);
-    let peer = Arc::new(PeerFacts { identity, key, source, local, tls, chain });
+    let peer = Arc::new(peer);
+    if let Err(error) = serve_streams(worker, pod, &peer, &mut server).await {
+        reporter.tunnel_ended(Direction::Inbound, peer.source, &peer.identity, &error);
+    }
+}
+
+/// Takes streams until the tunnel ends.
+async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    peer: &Arc<TunnelPeer>,
+    server: &mut hbone::Server<IO>,
+) -> Result<(), TunnelError> {
     let drain = pod.signal();
     let (mut going_away, mut end) = (false, None);
     loop {
@@ -67,14 +80,14 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 server.go_away();
                 continue;
             }
-            () = drain.now() => return,
+            () = drain.now() => return Ok(()),
             // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
             _ = peer.chain.distrusted(), if end.is_none() => {
                 end = Some(Instant::now() + DISTRUST_GRACE);
                 server.go_away();
                 continue;
             }
-            () = tokio::time::sleep_until(end.unwrap_or_else(Instant::now)), if end.is_some() => return,
+            () = tokio::time::sleep_until(end.unwrap_or_else(Instant::now)), if end.is_some() => return Ok(()),
         };
         match next {
             Some(Ok(incoming)) if end.is_some() => incoming.refuse(StatusCode::FORBIDDEN),
@@ -85,21 +98,25 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                     drop(active);
                 });
             }
-            Some(Err(error)) => {
-                return reporter.tunnel_ended(Direction::Inbound, peer.source, &peer.identity, &error);
-            }
-            None => return,
+            Some(Err(error)) => return Err(error),
+            None => return Ok(()),
         }
     }
 }
 
-/// The peer, its identity as the budget knows it, and its place there; `None` where it has left without a word.
-async fn shake_hands(
+/// A tunnel, and its reservation in the node's budget.
+struct ChargedTunnel {
+    tunnel: AcceptedTunnel,
+    reservation: Reservation,
+}
+
+/// Accepts a tunnel; `None` where the peer has left without a word.
+async fn accept_tunnel(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     socket: std::net::TcpStream,
     peer: SocketAddr,
-) -> Result<Option<(Peer, Text, Reservation)>, Failure> {
+) -> Result<Option<ChargedTunnel>, Failure> {
     let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
     let shared = &worker.shared;
     let shake = async {
@@ -109,28 +126,15 @@ async fn shake_hands(
         Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
     };
     // Boxed, so that an open tunnel does not keep the room that opening it took.
-    let peer: Peer = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
-    let key = Text::from(peer.identity.to_string());
-    let open = shared.budget.reserve(&pod.usage, Some(&key))?;
-    Ok(Some((peer, key, open)))
-}
-
-/// What is known of the peer of a tunnel.
-#[derive(Debug)]
-struct PeerFacts {
-    identity: SpiffeName,
-    /// The identity, as the budget knows it.
-    key: Text,
-    source: SocketAddr,
-    local: SocketAddr,
-    tls: crate::identity::TlsFacts,
-    chain: crate::identity::Chain,
+    let tunnel: AcceptedTunnel = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
+    let reservation = shared.budget.reserve(&pod.usage, Some(&tunnel.peer.name))?;
+    Ok(Some(ChargedTunnel { tunnel, reservation }))
 }
 
 /// One CONNECT stream of a tunnel.
-async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &PeerFacts, mut incoming: Incoming) {
+async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let _open = match worker.shared.budget.reserve(&pod.usage, Some(&peer.key)) {
+    let _open = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
         Ok(open) => open,
         Err(refused) => {
             incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
@@ -165,7 +169,7 @@ struct AdmittedStream {
 async fn admit(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
-    peer: &PeerFacts,
+    peer: &TunnelPeer,
     request: Result<ConnectRequest, crate::hbone::request::RequestError>,
     record: &mut Record,
 ) -> Result<AdmittedStream, Failure> {
@@ -221,12 +225,12 @@ async fn admit(
 async fn carry(
     worker: &Worker,
     pod: &Pod,
-    peer: &PeerFacts,
+    peer: &TunnelPeer,
     incoming: Incoming,
     admitted: AdmittedStream,
 ) -> Result<(), Failure> {
     let AdmittedStream { app, permit, live, baggage, preface } = admitted;
-    tell(&app, &preface).await?;
+    send_preface(&app, &preface).await?;
     let stream = incoming.accept(baggage.as_deref())?;
     let silence = worker.shared.config.hbone.half_closed_silence;
     let stop = stop_signal(pod, Some(&permit), Some(&peer.chain));
@@ -236,7 +240,7 @@ async fn carry(
 }
 
 /// Tells the application something before anything else. It fits into the socket's buffer, which is empty.
-async fn tell(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
+async fn send_preface(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
     let mut left = preface;
     while !left.is_empty() {
         app.writable().await.map_err(ForwardError::App)?;
