@@ -18,7 +18,7 @@ pub struct Summary<'a> {
     pub source: SocketAddr,
     /// Where it was going.
     pub destination: Option<SocketAddr>,
-    /// ByteCounts carried.
+    /// Bytes carried.
     pub bytes: &'a ByteCounts,
     /// How long it lived.
     pub duration: Duration,

@@ -40,11 +40,11 @@ pub struct Connection {
     pub rule: Option<String>,
     /// When it was opened.
     pub since: Instant,
-    /// ByteCounts so far.
+    /// Bytes so far.
     pub bytes: ByteCounts,
 }
 
-/// ByteCounts of one connection, counted here and in the metrics at once.
+/// Bytes of one connection, counted here and in the metrics at once.
 #[derive(Debug, Default)]
 pub struct ByteCounts {
     /// Application to tunnel.

@@ -90,9 +90,9 @@ pub struct Traffic {
     pub closed: Counter,
     /// Connections that have ended badly.
     pub failed: Counter,
-    /// ByteCounts from client to server.
+    /// Bytes from client to server.
     pub received: Counter,
-    /// ByteCounts from server to client.
+    /// Bytes from server to client.
     pub sent: Counter,
 }
 
@@ -205,8 +205,8 @@ impl Collector for TrafficCollector {
             put("istio_tcp_connections_failed", "TCP connections that ended with a failure (unstable)", |t| {
                 t.used(&t.failed)
             }),
-            put("istio_tcp_received_bytes", "ByteCounts from client to server", |t| t.opened(&t.received)),
-            put("istio_tcp_sent_bytes", "ByteCounts from server to client", |t| t.opened(&t.sent)),
+            put("istio_tcp_received_bytes", "Bytes from client to server", |t| t.opened(&t.received)),
+            put("istio_tcp_sent_bytes", "Bytes from server to client", |t| t.opened(&t.sent)),
         ];
         self.0.show(families, |(name, help, counted), all| {
             let mut all = all.filter_map(|(labels, traffic)| Some((labels, counted(traffic)?))).peekable();
