@@ -1,4 +1,4 @@
-//! Settings of the data plane.
+//! Settings of the data plane. This file only holds values; `config` reads them from the environment.
 
 use super::dial::direct::SocketConfig;
 use super::dial::pool::PoolConfig;
@@ -7,18 +7,19 @@ use crate::hbone;
 /// Settings of the data plane.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// Worker threads.
+    /// Number of worker threads.
     pub workers: usize,
-    /// Marks and options of sockets.
+    /// Marks and options of the daemon's sockets.
     pub sockets: SocketConfig,
-    /// HTTP/2 settings.
+    /// HTTP/2 settings of all tunnels.
     pub hbone: hbone::Config,
-    /// Tunnel pool settings.
+    /// Settings of the tunnel pool.
     pub pool: PoolConfig,
-    /// Connections that may be open at once; further ones are reset and counted.
+    /// Most connections that may be open at once. Further ones are reset and counted.
     pub max_connections: usize,
-    /// Whether streams with a PROXY protocol header go to the pod's loopback address instead of its own.
+    /// Whether a stream whose application expects a PROXY protocol header is delivered to the pod's loopback address
+    /// instead of its own address.
     pub localhost_app_tunnel: bool,
-    /// Whether the 200 of an accepted stream carries the workload's baggage.
+    /// Whether the 200 that accepts a stream carries the workload's baggage header.
     pub response_baggage: bool,
 }

@@ -1,11 +1,13 @@
-//! What a CONNECT says of its source besides its authority: baggage, forwarded, traceparent. For telemetry only.
+//! Headers that describe a connection besides the CONNECT authority: `baggage`, `forwarded` and `traceparent` of a tunnel's
+//! stream, and the PROXY protocol header for applications that expect one. Receivers use the first three for telemetry only;
+//! nothing grants access because of them.
 
 use crate::mesh::{Service, SpiffeName, Workload};
 use std::fmt::Write as _;
 use std::net::{IpAddr, SocketAddr};
 
-/// The baggage of a workload: `key=value` joined by commas, empty ones left out, values percent-encoded where they
-/// hold a character that baggage gives a meaning to (W3C Baggage).
+/// The `baggage` header of a workload: `key=value` pairs separated by commas. Empty values are left out, and characters
+/// with a meaning in baggage are percent-encoded (W3C Baggage).
 pub fn baggage(workload: &Workload) -> String {
     let kind = format!("k8s.{}.name", workload.workload_type.as_str());
     let members: [(&str, &str); 7] = [
@@ -36,7 +38,7 @@ pub fn baggage(workload: &Workload) -> String {
     text
 }
 
-/// The original client, and the service that it asked for.
+/// The `forwarded` header: the original client, and the service that it dialled, if it dialled one.
 pub fn forwarded(source: SocketAddr, service: Option<&Service>) -> String {
     match service {
         Some(service) => format!("for=\"{source}\";host={}", service.key.hostname),
@@ -44,14 +46,14 @@ pub fn forwarded(source: SocketAddr, service: Option<&Service>) -> String {
     }
 }
 
-/// A new W3C trace context that is not sampled.
+/// A new `traceparent` header (W3C Trace Context) with the sampled flag off.
 pub fn traceparent() -> String {
     format!("00-{:032x}-{:016x}-00", rand::random::<u128>().max(1), rand::random::<u64>().max(1))
 }
 
-/// A PROXY protocol header, version 2: who the client is, what it asked for, and in TLV 0xD0 the identity that it has proven
-/// (source: the PROXY protocol's specification, and Istio's waypoint binding). Where the families differ both are said as
-/// IPv6.
+/// A PROXY protocol header, version 2: the client's address, the address that it dialled, and in TLV 0xD0 the identity that
+/// TLS proved (source: the PROXY protocol specification and Istio's waypoint binding). If one address is IPv4 and the other
+/// IPv6, both are written as IPv6.
 pub fn proxy_v2(client: SocketAddr, asked: SocketAddr, identity: &SpiffeName) -> Vec<u8> {
     const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
     const VERSION_2_PROXY: u8 = 0x21;
@@ -77,7 +79,7 @@ pub fn proxy_v2(client: SocketAddr, asked: SocketAddr, identity: &SpiffeName) ->
     };
     addresses.extend(client.port().to_be_bytes().into_iter().chain(asked.port().to_be_bytes()));
     let identity = identity.to_string();
-    // A name has three parts of 253 bytes at most.
+    // The conversion cannot fail: an identity has three parts of at most 253 bytes each.
     let length = u16::try_from(identity.len()).unwrap_or(0);
     addresses.push(PEER_IDENTITY);
     addresses.extend(length.to_be_bytes());

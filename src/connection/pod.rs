@@ -1,4 +1,4 @@
-//! What the path of a connection needs to know of the pod it belongs to.
+//! What the path of a connection needs to know about the pod that the connection belongs to.
 
 use super::budget::PodUsage;
 use super::capture_checks::CaptureChecks;
@@ -6,7 +6,7 @@ use super::choose::OwnSockets;
 use super::dial::direct::{OpenLegs, SocketConfig};
 use super::ports::own_ports;
 use crate::dns::Resolver;
-use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
+use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
@@ -17,69 +17,69 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-/// How long a connection waits for the facts about its own pod.
-pub const FACTS_WAIT: Duration = Duration::from_secs(5);
+/// How long a connection waits for the facts about its own pod, before it is refused.
+const FACTS_WAIT: Duration = Duration::from_secs(5);
 
 /// A captured pod.
 #[derive(Debug)]
 pub struct Pod {
-    /// Uid as whoever enrolled the pod gave it.
+    /// Uid, as the enrolment source gave it.
     pub uid: Text,
-    /// Tells this capture of the pod from others.
+    /// Number of this capture: a pod that is released and captured again gets a new one.
     pub capture: u64,
-    /// Pod name.
+    /// Name of the pod.
     pub name: Text,
-    /// Namespace.
+    /// Kubernetes namespace of the pod.
     pub namespace: Text,
-    /// Its uid in the mesh, where it can be told before the mesh is asked.
+    /// Uid under which an on-demand control plane can be asked for the pod's workload.
     pub mesh_uid: Text,
-    /// Its network namespace, in which all its sockets are made.
+    /// Network namespace of the pod. The daemon opens all sockets for the pod in it.
     pub netns: Netns,
-    /// How they are made.
+    /// Mark and options of those sockets.
     pub sockets: SocketConfig,
-    /// Connections that we have open in it.
+    /// Connections that the daemon has opened in the namespace and that are still open.
     pub legs: OpenLegs,
-    /// Its DNS resolvers.
+    /// The pod's DNS resolvers.
     pub resolver: Arc<Resolver>,
-    /// Whether its DNS is taken: from when that is listened for.
+    /// Whether the pod's DNS is captured. Set once the daemon listens for it.
     pub dns: AtomicBool,
-    /// Who it is: set once its namespace has been found to hold the addresses that its workload has. No connection goes
-    /// before that.
+    /// Identity of the pod's workload. Set once the namespace has been verified to hold all of the workload's addresses;
+    /// until then connections wait.
     pub identity: watch::Sender<Option<SpiffeName>>,
-    /// Addresses that its interfaces held when that was looked at.
+    /// Addresses of the pod's interfaces, as of the last check.
     pub addresses: ArcSwap<Vec<IpAddr>>,
-    /// Ends the pod's connections; kept by the pod so that its connections hear of it through it.
+    /// Ends the pod's connections. Each of them holds a [`Signal`] of it.
     pub drain: Drain,
-    /// Counts the pod's connections, for waiting until they have ended.
+    /// Counts the pod's connections, so that a release can wait until all have ended.
     pub active: TaskTracker,
-    /// Its connections and streams that are open, of the node's budget.
+    /// How many connections and streams of the pod are open, for the node's budget.
     pub usage: Arc<PodUsage>,
-    /// Probe connections of capture verification that are expected.
+    /// Capture checks that are under way.
     pub capture_checks: CaptureChecks,
 }
 
 impl Pod {
-    /// The number of the next capture, of whichever pod.
+    /// The next capture number. Numbers are unique in the process, across all pods.
     pub fn next_capture() -> u64 {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         NEXT.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// The facts about this pod: its workload, by pod name, if that is who the pod has been found to be.
+    /// The pod's workload, found by the pod's name, if it has the identity that was verified for the pod.
     fn workload<'a>(&self, snapshot: &'a Snapshot) -> Option<&'a Arc<Workload>> {
         let identity = self.identity.borrow();
         let own = |w: &&Arc<Workload>| identity.as_ref().is_some_and(|identity| w.has_identity(identity));
         snapshot.workload_of_pod(&self.namespace, &self.name).filter(own)
     }
 
-    /// The facts of now and this pod's workload among them, if it is known and checked.
+    /// The current facts and the pod's workload, if the workload is known and verified.
     pub fn facts_now(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
         let snapshot = mesh.load();
         let workload = self.workload(&snapshot).cloned()?;
         Some((snapshot, workload))
     }
 
-    /// The same; waits up to 5 s for it to become known and checked.
+    /// Like [`Pod::facts_now`], but waits up to `FACTS_WAIT` for the workload to become known and verified.
     pub async fn facts(&self, mesh: &Store) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
         if let Some(known) = self.facts_now(mesh) {
             return Some(known);
@@ -92,11 +92,11 @@ impl Pod {
                 if let Some(known) = self.facts_now(mesh) {
                     return Some(known);
                 }
-                let uid = FactKey::Workload(self.mesh_uid.clone());
+                let uid = Wanted::Workload(self.mesh_uid.clone());
                 tokio::select! {
                     changed = changes.changed() => changed.ok()?,
                     changed = identity.changed() => changed.ok()?,
-                    // Asked where nobody tells us unasked; an answer is a change.
+                    // Only an on-demand control plane has to be asked. Its answer arrives as a change of the facts.
                     Err(_) = mesh.ask(&self.uid, uid) => return None,
                 }
             }
@@ -104,17 +104,17 @@ impl Pod {
         tokio::time::timeout(FACTS_WAIT, wait).await.unwrap_or(None)
     }
 
-    /// The addresses and ports that are this pod's own, for the time of a check.
+    /// Runs a check on the addresses and ports that are the pod's own.
     pub fn with_own<T>(&self, workload: &Workload, check: impl FnOnce(OwnSockets<'_>) -> T) -> T {
         check(OwnSockets { workload, interfaces: &self.addresses.load(), daemon_ports: self.own_ports() })
     }
 
-    /// Our own ports in this pod.
+    /// Ports on which the daemon listens in this pod.
     pub fn own_ports(&self) -> &'static [u16] {
         own_ports(self.dns.load(Ordering::Relaxed))
     }
 
-    /// Hears when the pod's connections are to end.
+    /// A signal that fires when the pod's connections have to end.
     pub fn signal(&self) -> Signal {
         self.drain.signal()
     }

@@ -1,4 +1,4 @@
-//! A redirected connection and where it was going.
+//! A redirected connection and its original destination.
 
 use super::error::AcceptError;
 use crate::mesh::address::canonical;
@@ -7,21 +7,21 @@ use crate::sys::socket::{LegOptions, reset_on_close, set_leg_options};
 use std::net::SocketAddr;
 use tokio::net::TcpStream;
 
-/// A connection taken from an application (outbound) or for one (plaintext inbound).
+/// A redirected connection: opened by an application of the pod (outbound), or by a client to one (plaintext).
 #[derive(Debug)]
 pub struct Captured {
     /// The accepted socket.
     pub app: TcpStream,
-    /// Who opened it.
+    /// Address that opened it.
     pub source: SocketAddr,
-    /// Where it was going before it was redirected.
+    /// The original destination: the address that was dialled, before the redirection.
     pub destination: SocketAddr,
-    /// Whether it was redirected. If not, it was opened to our own port, by whatever address.
+    /// Whether it was redirected. If not, somebody dialled the daemon's own port.
     pub redirected: bool,
 }
 
-/// Takes over an accepted socket on this worker and asks the kernel where it was going. Unknown is an error: there is
-/// no fall-back to the local address.
+/// Takes over an accepted socket on this worker and asks the kernel for its original destination. If the kernel does not
+/// know it, the socket is reset; the local address is never used instead.
 pub fn captured(socket: std::net::TcpStream, source: SocketAddr, legs: &LegOptions) -> Result<Captured, AcceptError> {
     let destination = original_dst(&socket, source).map_err(|error| {
         reset_on_close(&socket);

@@ -1,38 +1,38 @@
-//! Why an accepted socket leads to nothing, and the deadlines for those who connect.
+//! Why an accepted socket does not become a connection or a tunnel, and the deadlines that apply to a connecting peer.
 
 use crate::hbone::TunnelError;
 use crate::identity::verify::tls_reason;
 use std::io;
 use std::time::Duration;
 
-/// How long a peer may take to say anything.
+/// How long a peer may take to send its first byte.
 pub const SILENCE_DEADLINE: Duration = Duration::from_secs(2);
 
-/// How long a peer may take for TLS and HTTP/2 set-up together, our waits for facts and a certificate included.
+/// How long the TLS and HTTP/2 handshakes may take together. Our own waits for facts and a certificate count as well.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Why an accepted socket leads to nothing.
+/// Why an accepted socket does not become a connection or a tunnel.
 #[derive(Debug, thiserror::Error)]
 pub enum AcceptError {
-    /// The kernel does not know what the connection was opened to.
+    /// The kernel does not know the original destination.
     #[error("original destination unknown: {0}")]
     OriginalDestination(io::Error),
     /// The socket failed before anything was read from it.
     #[error("the accepted connection failed: {0}")]
     Socket(io::Error),
-    /// TLS failed.
+    /// The TLS handshake failed.
     #[error("tls handshake error: {}", tls_reason(.0))]
     Tls(io::Error),
-    /// The certificate that TLS took names no workload; cannot happen unless the verifier is wrong.
+    /// TLS accepted a peer without a certificate. This cannot happen unless the verifier is wrong.
     #[error("tls handshake error: the peer presented no certificate")]
     NoCertificate,
-    /// HTTP/2 failed.
+    /// The HTTP/2 handshake failed.
     #[error("http2 handshake failed: {0}")]
     Http2(#[from] TunnelError),
-    /// The peer opened a connection and said nothing.
-    #[error("the peer said nothing for {} s after it had connected", SILENCE_DEADLINE.as_secs())]
+    /// The peer connected and sent nothing.
+    #[error("the peer sent nothing within {} s after it connected", SILENCE_DEADLINE.as_secs())]
     Silent,
-    /// The peer was too slow.
+    /// The handshakes took too long.
     #[error("the handshake took longer than {} s", HANDSHAKE_DEADLINE.as_secs())]
     Deadline,
 }

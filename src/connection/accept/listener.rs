@@ -1,4 +1,4 @@
-//! The accept loop of one listener: hands each socket on and never ends because one accept failed.
+//! The accept loop of one listener. It hands every socket on and does not end because an accept failed.
 
 use crate::sys::socket::watch;
 use crate::task::Signal;
@@ -7,21 +7,22 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-/// Accepts per turn before others get theirs.
+/// Accepts in one turn, before the loop yields to the worker's other tasks.
 const ACCEPTS_PER_TURN: usize = 64;
 
-/// Accepts after the order to drain: what the queue may hold. New ones keep coming, so there must be a bound.
+/// Accepts after the drain signal, enough for a full queue. Clients keep connecting, so there must be a limit.
 const LAST_ACCEPTS: usize = 1024;
 
-/// Pause after an accept failed for want of descriptors or memory; trying again at once would only burn CPU.
+/// Pause after an accept failed for lack of file descriptors or memory. An immediate retry would only use CPU.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Accepts until told to drain. What is queued by then is still accepted: closing a listener resets its queue.
+/// Accepts until the drain signal fires. Connections that are queued by then are still accepted, because closing a
+/// listener resets its queue.
 pub async fn run(listener: TcpListener, drain: Signal, deliver: impl Fn(TcpStream, SocketAddr)) {
     let listener = match watch(listener) {
         Ok(listener) => listener,
         Err(error) => {
-            tracing::error!(%error, "a listener cannot be watched; its traffic is refused");
+            tracing::error!(%error, "cannot watch a listener; connections to it are refused");
             return;
         }
     };
@@ -43,7 +44,7 @@ pub async fn run(listener: TcpListener, drain: Signal, deliver: impl Fn(TcpStrea
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => taken += 1,
                 Err(error) => {
                     if let Some(suppressed) = failures.allow() {
-                        tracing::warn!(%error, suppressed, "cannot accept; trying again");
+                        tracing::warn!(%error, suppressed, "cannot accept a connection; retrying");
                     }
                     tokio::time::sleep(PAUSE).await;
                     break;

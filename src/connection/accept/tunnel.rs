@@ -1,4 +1,5 @@
-//! A tunnel from a peer: mutual TLS, then HTTP/2, both before one deadline.
+//! Accepting a tunnel: mutual TLS, then HTTP/2, both within one deadline. Until the peer has proven its identity it costs the
+//! node as little as possible, and no pod is charged for it.
 
 use super::error::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
 use crate::hbone::ping::GONE_AFTER;
@@ -30,20 +31,21 @@ pub struct AcceptedTunnel {
 pub struct TunnelPeer {
     /// The identity that TLS proved.
     pub identity: SpiffeName,
-    /// The same as text: what the peer uses of this node is accounted for under this name.
+    /// The identity as text. Buffers and budget account for the peer under this name.
     pub name: Text,
-    /// Its address.
+    /// Address and port that the peer connected from.
     pub source: SocketAddr,
-    /// The pod's address that it connected to.
+    /// Address and port in the pod that the peer connected to.
     pub local: SocketAddr,
-    /// What TLS agreed on.
+    /// TLS version, key exchange and cipher.
     pub tls: TlsFacts,
-    /// Its certificate chain, which announces that it has been revoked or has expired.
+    /// The peer's certificate chain; it signals when a certificate in it is revoked or expires.
     pub chain: Chain,
 }
 
-/// Waits until whoever connected to the pod's HBONE port says something. Until then nothing is held for it. `None`: it has left
-/// in order without a word. It has looked whether the port is open, as `culvert doctor` does, and nothing has failed.
+/// Waits for the first byte on a new connection to the pod's HBONE port. No TLS state is allocated before it comes. `None`
+/// means that the client closed the connection without sending anything: it only checked whether the port is open, as
+/// `culvert doctor` does, and nothing has failed.
 pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
     let set = set_leg_options(&socket, legs).and_then(|()| give_up_after(&socket, GONE_AFTER, legs));
     set.map_err(AcceptError::Socket)?;
@@ -58,7 +60,7 @@ pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Resul
     Ok(Some(socket).filter(|_| !left))
 }
 
-/// Shakes hands; what the peer makes us hold afterwards goes on an account of its own in `buffers`.
+/// Performs both handshakes. What this tunnel later makes the node buffer is booked on a separate account in `buffers`.
 pub async fn handshake(
     socket: TcpStream,
     source: SocketAddr,
@@ -87,7 +89,8 @@ pub async fn handshake(
     Ok(AcceptedTunnel { peer, server })
 }
 
-/// A tunnel that is cut is reset: a peer that is gone would be sent what it has not acknowledged for as long as the kernel likes.
+/// The action for the end of a tunnel's socket: a tunnel that was cut is reset. After an orderly close the kernel would go on
+/// retransmitting unacknowledged data to a peer that may be gone.
 pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send + Sync + 'static {
     let account = account.clone();
     move |socket| {
@@ -97,7 +100,7 @@ pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send
     }
 }
 
-/// Gives a handshake its deadline.
+/// Fails with [`AcceptError::Deadline`] if the handshake takes longer than [`HANDSHAKE_DEADLINE`].
 pub async fn with_deadline<T, E: From<AcceptError>>(shake: impl Future<Output = Result<T, E>>) -> Result<T, E> {
     tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await.unwrap_or(Err(AcceptError::Deadline.into()))
 }

@@ -1,4 +1,4 @@
-//! The first decision on a connection.
+//! Authorizing a new connection.
 
 use super::decide::{Decision, Permit, Refusal, Verdict};
 use super::matcher::Subject;
@@ -6,8 +6,8 @@ use super::revoke::{POLICY_WAIT, Registration};
 use crate::mesh;
 use crate::telemetry::limit::LogLimit;
 
-/// Decides on a registered connection with the facts of now; while a referenced policy is unknown, waits for it up to
-/// [`POLICY_WAIT`].
+/// Decides on a registered connection by the current facts. If the workload names a policy that is not known yet, waits up
+/// to [`POLICY_WAIT`] for it.
 pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Result<Permit, Refusal> {
     let subject = registration.subject();
     let mut changes = mesh.subscribe();
@@ -21,6 +21,7 @@ pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Resul
         let Decision { verdict, dry_run } = applicable.decide(subject);
         let missing = match verdict {
             Verdict::Allow(permit) => {
+                // False: the facts have changed meanwhile, so decide again.
                 if !registration.take_permit(snapshot.version, &applicable, &permit) {
                     continue;
                 }
@@ -34,7 +35,7 @@ pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Resul
             Verdict::Unknown(policy) => policy,
         };
         tokio::select! {
-            // The store lives as long as the daemon; should it go, the deadline still holds.
+            // An error means that the store is gone, which happens only when the daemon ends; then the deadline applies.
             Ok(()) = changes.changed() => {}
             () = &mut deadline => return Err(Refusal::PolicyUnknown(missing)),
         }

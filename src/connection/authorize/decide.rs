@@ -1,8 +1,8 @@
 //! Facts and policies in, permit or refusal out. Pure: no clock, no I/O, no waiting.
 //!
-//! Order (source: the reference's L4 authorization): dry-run policies are only noted; a matching DENY refuses; with no
-//! ALLOW policy all is allowed; else one ALLOW must match. A policy that the workload names and nobody knows is never
-//! skipped: the answer is then [`Verdict::Unknown`].
+//! The order is that of ztunnel's L4 authorization. Dry-run policies are only noted. A DENY policy that matches refuses. If
+//! no ALLOW policy applies, everything is allowed; otherwise one of them must match. A policy that the workload names but that
+//! is not known is never skipped: the answer is then [`Verdict::Unknown`].
 
 use super::matcher::{self, MatchInput, Subject};
 use crate::mesh::policy::Action;
@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 
-/// A rule that decided: its policy, and which rule of it.
+/// The rule that decided, for logs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuleName {
     /// `namespace/name` of the policy.
@@ -26,14 +26,14 @@ impl fmt::Display for RuleName {
     }
 }
 
-/// Leave to connect to a pod. Only this module makes one, and dialling the pod needs one.
+/// The authorization of one connection. Only this module can make one, and dialling the pod's application requires one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Permit {
     rule: Option<RuleName>,
 }
 
 impl Permit {
-    /// The ALLOW rule that gave it; `None` where no ALLOW policy applied.
+    /// The ALLOW rule that matched; `None` if no ALLOW policy applies to the workload.
     pub fn rule(&self) -> Option<&RuleName> {
         self.rule.as_ref()
     }
@@ -48,59 +48,61 @@ impl fmt::Display for Permit {
     }
 }
 
-/// Why there is no permit.
+/// Why a connection is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// A DENY rule matched.
     #[error("explicitly denied by: {0}")]
     Denied(RuleName),
-    /// There are ALLOW policies, and none matched.
+    /// ALLOW policies apply, and none of them matched.
     #[error("allow policies exist, but none allowed (applied: {0})")]
     NotAllowed(String),
-    /// A policy that the workload names has not become known in time.
+    /// The workload names a policy that did not become known in time.
     #[error("policy {0} is attached to the workload but not known")]
     PolicyUnknown(Text),
-    /// The destination is no workload that we know.
+    /// The destination workload is not known.
     #[error("workload not found")]
     WorkloadUnknown,
 }
 
-/// What the policies say.
+/// The decision of the policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Allowed.
     Allow(Permit),
     /// Refused.
     Refuse(Refusal),
-    /// Cannot be said until this policy is known.
+    /// Cannot be decided until this policy is known.
     Unknown(Text),
 }
 
-/// A verdict, and what dry-run policies would have said.
+/// A verdict, with the notes of dry-run policies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Decision {
     /// The verdict that is enforced.
     pub verdict: Verdict,
-    /// Notes about dry-run policies, for the log.
+    /// What each matching dry-run policy would have done, for the log.
     pub dry_run: Vec<String>,
 }
 
-/// What a verdict on connections to one workload hangs on, beside the connection: the policies that apply to it, and the
-/// trust domains that are one. The same for all connections to the workload, and for as long as no fact among these changes.
+/// Everything that decides about connections to one workload, except the connection itself: the policies that apply to the
+/// workload, and the trust domains that count as the same. All connections to the workload share one value, for as long as
+/// none of these facts changes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Applicable {
-    /// By action, each list in the order of the keys: the same answer, with the same rule named, whatever order facts came in.
+    /// Policies by action, each list ordered by key, so that the verdict and the rule that it names do not depend on the
+    /// order in which facts arrived.
     deny: Vec<Arc<Policy>>,
     allow: Vec<Arc<Policy>>,
     dry_run: Vec<Arc<Policy>>,
-    /// The first policy that the workload names and nobody knows.
+    /// The first policy that the workload names and that is not known.
     missing: Option<Text>,
     /// The workload's own trust domain, and its aliases.
     domains: Vec<Text>,
 }
 
 impl Applicable {
-    /// What applies to a workload.
+    /// Collects what applies to a workload.
     pub fn for_workload(snapshot: &Snapshot, workload: &Workload) -> Self {
         let mut policies: Vec<&Arc<Policy>> = snapshot.policies_for_namespace(&workload.namespace).collect();
         let mut missing = None;
@@ -126,7 +128,7 @@ impl Applicable {
         }
     }
 
-    /// Policies that a full verdict looks at, at most.
+    /// Most policies that a full verdict evaluates. It is the unit in which `revoke` measures work.
     pub fn cost(&self) -> usize {
         self.deny.len() + self.allow.len()
     }
@@ -136,13 +138,13 @@ impl Applicable {
         self.enforce(&self.deny, &MatchInput::new(subject, &self.domains))
     }
 
-    /// The verdict, and what dry-run policies would have said.
+    /// The verdict on one connection, with the notes of dry-run policies.
     pub fn decide(&self, subject: &Subject) -> Decision {
         let input = MatchInput::new(subject, &self.domains);
         Decision { verdict: self.enforce(&self.deny, &input), dry_run: notes(&self.dry_run, &input) }
     }
 
-    /// With those DENY policies that have to be looked at.
+    /// The verdict, evaluating only these DENY policies.
     fn enforce(&self, deny: &[Arc<Policy>], input: &MatchInput<'_>) -> Verdict {
         if let Some(rule) = deny.iter().find_map(|policy| matching_rule(policy, input)) {
             return Verdict::Refuse(Refusal::Denied(rule));
@@ -163,20 +165,21 @@ impl Applicable {
     }
 }
 
-/// What has changed between two states of what applies to a workload.
+/// The difference between two [`Applicable`] values of one workload. It allows a live connection to be judged again by
+/// evaluating only the policies that changed.
 #[derive(Debug)]
 pub struct PolicyChanges {
     now: Arc<Applicable>,
-    /// DENY policies that are new or not what they were.
+    /// DENY policies that are new or changed.
     deny: Vec<Arc<Policy>>,
-    /// Keys of ALLOW policies that are gone or not what they were.
+    /// Keys of ALLOW policies that are gone or changed.
     allow: HashSet<Text>,
-    /// Whether nothing that was decided before says anything about now.
+    /// Whether earlier verdicts are no longer valid at all, because the trust domains changed.
     all: bool,
 }
 
 impl PolicyChanges {
-    /// From `before` to `now`.
+    /// The changes from `before` to `now`.
     pub fn between(before: &Applicable, now: &Arc<Applicable>) -> Self {
         let held: HashMap<&Text, &Arc<Policy>> = now.allow.iter().map(|policy| (&policy.key, policy)).collect();
         let is_other = |policy: &&Arc<Policy>| held.get(&policy.key) != Some(policy);
@@ -187,7 +190,7 @@ impl PolicyChanges {
         Self { now: now.clone(), deny, allow, all: before.domains != now.domains }
     }
 
-    /// Policies that the verdict on a connection looks at, at most; `by` as for [`PolicyChanges::verdict`].
+    /// Most policies that [`PolicyChanges::verdict`] evaluates for a connection that was allowed `by` this rule.
     pub fn cost(&self, by: Option<&RuleName>) -> usize {
         match (self.all, self.is_still_allowed(by)) {
             (true, _) => self.now.cost(),
@@ -196,8 +199,8 @@ impl PolicyChanges {
         }
     }
 
-    /// The verdict of now on a connection that what was before had allowed, `by` that rule. No DENY had matched it, so only
-    /// those that have changed can; and what had allowed it still does, unless that has changed.
+    /// The current verdict on a connection that was allowed before, `by` this rule. No DENY policy matched it then, so only
+    /// changed ones can match now; and the rule that allowed it still does, unless it has changed.
     pub fn verdict(&self, subject: &Subject, by: Option<&RuleName>) -> Verdict {
         if self.all {
             return self.now.verdict(subject);
@@ -321,7 +324,8 @@ mod tests {
     const PEERS: [&str; 3] =
         ["cluster.local/ns/a/sa/client", "old.local/ns/a/sa/client", "cluster.local/ns/a/sa/other"];
 
-    /// A state of the facts: policies (a few names, so that they change), what the workload names, and the aliases.
+    /// A state of the facts: policies (with few names, so that they replace each other), the policies that the workload
+    /// names, and whether the trust domain has an alias.
     fn states() -> impl Strategy<Value = (Vec<Policy>, Vec<Text>, bool)> {
         let one = (0..5usize, 0..3usize, any::<bool>(), prop::option::of(0..3usize), prop::bool::weighted(0.2));
         let one = one.prop_map(|(name, scope, deny, who, dry_run)| {
@@ -353,7 +357,7 @@ mod tests {
         fn judging_by_what_has_changed_is_judging_by_everything(
             mut all in prop::collection::vec(states(), 2..6), same in prop::collection::vec(any::<bool>(), 6),
         ) {
-            // Often nothing changes but the aliases.
+            // Often only the aliases change.
             for at in (1..all.len()).filter(|at| same[*at]) {
                 let (policies, names, _) = all[at - 1].clone();
                 all[at] = (policies, names, all[at].2);
@@ -362,7 +366,7 @@ mod tests {
                 let peer = SpiffeName::parse(&format!("spiffe://{peer}")).unwrap();
                 let (source, destination) = ("10.0.0.1".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
                 let subject = Subject { peer: Some(peer), source, destination };
-                // What it was allowed by, as long as it is.
+                // What the connection was allowed by, while it is allowed.
                 let mut standing: Option<(Arc<Applicable>, Permit)> = None;
                 for facts in all.clone() {
                     let now = state(facts);
@@ -372,7 +376,7 @@ mod tests {
                         Some((before, permit)) => PolicyChanges::between(before, &now).verdict(&subject, permit.rule()),
                     };
                     match (&verdict, &full) {
-                        // Another rule may allow it as well.
+                        // More than one rule may allow it; which one is named does not matter.
                         (Verdict::Allow(_), Verdict::Allow(_)) => {}
                         _ => prop_assert_eq!(&verdict, &full),
                     }

@@ -1,35 +1,38 @@
-//! One rule against one connection. Pure, no regular expressions, case-sensitive.
+//! Evaluates one policy rule for one connection. Pure, case-sensitive, without regular expressions.
 //!
-//! Rule: all clauses. Clause: any match, or no match at all. Match: every attribute, and at least one must be asked
-//! for. Attribute: any positive (if there are positives) and no negative. Without identity the namespace and principal
-//! are empty texts for namespaces, and no principal or service account ever hits. A principal hits in whichever of the
-//! trust domains that are one it is written (source: trust domain aliases of Istio's sidecars; the reference has none).
+//! A rule matches if all its clauses do. A clause matches if any of its matches does, or if it has none. A match holds if all
+//! its attributes do, and it must have at least one. An attribute holds if any of its positive values hits (or there are
+//! none) and no negative value does.
+//!
+//! A connection without an identity has an empty namespace, and no principal or service account hits it. A principal hits in
+//! each of the trust domains that count as the same (source: trust domain aliases of Istio's sidecars; ztunnel has none).
 
 use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::{SpiffeName, Text};
 use std::net::{IpAddr, SocketAddr};
 
-/// What is asked: may `peer` (nobody: plaintext) reach `destination` from `source`?
+/// The connection that is judged: may `peer` reach `destination` from `source`?
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
-    /// Identity that TLS proved.
+    /// Identity that TLS proved; `None` for plaintext.
     pub peer: Option<SpiffeName>,
-    /// Address the connection comes from.
+    /// Address that the connection comes from.
     pub source: IpAddr,
-    /// The application's address and port.
+    /// Address and port of the application.
     pub destination: SocketAddr,
 }
 
-/// A connection as rules see it.
+/// A connection, prepared for matching.
 #[derive(Debug)]
 pub struct MatchInput<'a> {
     subject: &'a Subject,
-    /// The peer's principal, in each trust domain that is one with its own: what a rule says of one holds for all.
+    /// The peer's principal, written in each trust domain that counts as the peer's own. A rule about one of them applies to
+    /// all.
     principals: Vec<String>,
 }
 
 impl<'a> MatchInput<'a> {
-    /// `domains`: trust domains that are one.
+    /// Prepares a connection; `domains` are the trust domains that count as the same.
     pub fn new(subject: &'a Subject, domains: &[Text]) -> Self {
         let mut principals = Vec::new();
         if let Some(peer) = &subject.peer {
@@ -43,7 +46,7 @@ impl<'a> MatchInput<'a> {
     }
 }
 
-/// Whether a rule holds for a connection.
+/// Whether a rule matches a connection.
 pub fn rule_matches(rule: &Rule, input: &MatchInput<'_>) -> bool {
     rule.iter().all(|clause| clause.is_empty() || clause.iter().any(|m| match_holds(m, input)))
 }
@@ -176,7 +179,7 @@ mod tests {
         assert!(holds(&vec![vec![]], &plain), "a clause without matches: everything");
     }
 
-    /// The same meaning written as slowly and plainly as possible.
+    /// The same semantics, written as plainly as possible and without regard to speed.
     fn slow_twin(rule: &Rule, s: &Subject) -> bool {
         let name = |m: &StringMatch, v: &Option<String>| match (m, v) {
             (_, None) => false,

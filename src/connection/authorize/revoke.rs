@@ -1,9 +1,9 @@
-//! Registration permits, judged again whenever facts change; who is no longer allowed is told to stop.
+//! Live permits: they are judged again whenever facts change, and a connection that is no longer allowed is told to stop.
 //!
-//! A connection registers before it asks for its permit, and asks again where facts have changed meanwhile, so that no change
-//! can fall between the two. Connections of a workload share what applies to it ([`Applicable`]): where that has not changed,
-//! none of them is stats at, else each is judged by what has changed. That is done in turns, between which whoever shares
-//! the thread goes on.
+//! A connection registers before it asks for its permit. It has to ask again if the facts change meanwhile, so no change can
+//! be missed in between. All connections to a workload share what applies to it ([`Applicable`]). As long as that stays the
+//! same, none of them is judged; when it changes, each is judged by the difference only. The work is done in turns of limited
+//! size, and other tasks of the thread run between them.
 
 use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
 use super::matcher::Subject;
@@ -16,72 +16,75 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// How long a connection waits for a policy that its workload names and nobody has told us yet.
+/// How long a connection waits for a policy that its workload names but that is not known yet.
 pub const POLICY_WAIT: Duration = Duration::from_secs(5);
 
-/// Time between two looks at live connections, however fast facts change.
+/// Pause between two rounds of judging, however fast the facts change.
 const ROUND_PAUSE: Duration = Duration::from_millis(100);
 
-/// Policies stats at in one turn, about a tenth of a millisecond of them.
+/// Policies evaluated in one turn; they take about a tenth of a millisecond.
 const TURN_POLICIES: usize = 1024;
 
-/// All inbound connections and streams of this node that have, or ask for, a permit.
+/// All inbound connections and streams of this node that have a permit or are asking for one.
 #[derive(Debug, Default)]
 pub struct Permits {
     next: AtomicU64,
     by_workload: Mutex<HashMap<Text, WorkloadEntry>>,
 }
 
-/// Those of one workload; there is one as long as there are any.
+/// The connections to one workload. The entry exists as long as there are any.
 #[derive(Debug)]
 struct WorkloadEntry {
-    /// As last known, for the case that it vanishes from the facts before its connections end.
+    /// The workload as last known. It is used if the workload disappears from the facts before its connections end.
     workload: Arc<Workload>,
-    /// What applies to it, as of the newest facts that anybody has asked about.
+    /// What applies to the workload, by the newest facts for which this was computed.
     newest: Option<NewestRules>,
-    /// What all that have a permit were judged by, or newer.
+    /// What all connections that have a permit were judged by. Some may have been judged by something newer.
     judged: Option<Arc<Applicable>>,
     live: HashMap<u64, Arc<ConnectionEntry>>,
 }
 
+/// What applies to a workload, and the facts that it was computed from.
 #[derive(Debug)]
 struct NewestRules {
-    /// Version of the facts.
+    /// Version of the snapshot.
     version: u64,
     policies_version: u64,
     workload: Arc<Workload>,
     applicable: Arc<Applicable>,
 }
 
+/// One registered connection, as the round of judging sees it.
 #[derive(Debug)]
 struct ConnectionEntry {
     subject: Subject,
     stop: CancellationToken,
     refusal: OnceLock<Refusal>,
-    /// What gave its permit, once it has one.
+    /// What its permit is based on, once it has one.
     basis: Mutex<Option<PermitBasis>>,
 }
 
+/// What a permit is based on.
 #[derive(Clone, Debug)]
 struct PermitBasis {
-    /// Version of the facts.
+    /// Version of the snapshot.
     version: u64,
     applicable: Arc<Applicable>,
     by: Option<RuleName>,
 }
 
-/// One registered connection; no longer live when dropped.
+/// The registration of one connection. Dropping it ends the registration.
 #[derive(Debug)]
 pub struct Registration {
     id: u64,
     uid: Text,
-    registry: Arc<Permits>,
+    permits: Arc<Permits>,
     entry: Arc<ConnectionEntry>,
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        let mut by_workload = self.registry.by_workload();
+        let mut by_workload = self.permits.by_workload();
         if let Some(of_workload) = by_workload.get_mut(&self.uid) {
             of_workload.live.remove(&self.id);
             if of_workload.live.is_empty() {
@@ -97,30 +100,30 @@ impl Registration {
         self.entry.stop.cancelled().await;
     }
 
-    /// Why it is no longer allowed, once it is not.
+    /// The reason why the connection is no longer allowed; `None` while it is.
     pub fn reason(&self) -> Option<Refusal> {
         self.entry.refusal.get().cloned()
     }
 
-    /// Uid of the workload that it goes to.
+    /// Uid of the destination workload.
     pub(super) fn uid(&self) -> &Text {
         &self.uid
     }
 
-    /// Who asks for what.
+    /// The connection as policies see it.
     pub(super) fn subject(&self) -> &Subject {
         &self.entry.subject
     }
 
-    /// What applies to its workload.
+    /// What applies to the destination workload, by these facts.
     pub(super) fn applicable(&self, snapshot: &Snapshot, workload: &Arc<Workload>) -> Arc<Applicable> {
-        self.registry.applicable(&self.uid, snapshot, workload).0
+        self.permits.applicable(&self.uid, snapshot, workload).0
     }
 
-    /// Takes a permit that these facts have given; `false` where newer ones are known to apply, by which whoever asks has to
-    /// ask again: those that had a permit have been judged by them.
+    /// Takes a permit that was granted by these facts. `false` means that something else applies by newer facts: the
+    /// connection has to ask again, because the round that judged the others by them did not include it.
     pub(super) fn take_permit(&self, version: u64, applicable: &Arc<Applicable>, permit: &Permit) -> bool {
-        let by_workload = self.registry.by_workload();
+        let by_workload = self.permits.by_workload();
         let newest = by_workload.get(&self.uid).and_then(|of_workload| of_workload.newest.as_ref());
         if newest.is_some_and(|newest| newest.version > version && !Arc::ptr_eq(&newest.applicable, applicable)) {
             return false;
@@ -140,26 +143,26 @@ impl ConnectionEntry {
     }
 
     fn refuse(&self, refusal: Refusal) {
-        // Set once; a second refusal of the same connection adds nothing.
+        // Fails if it was refused before; the first reason stays.
         let _ = self.refusal.set(refusal);
         self.stop.cancel();
     }
 }
 
-/// Connections that had a permit and whose verdict hangs on a policy that nobody knows, and since when; by workload.
+/// Connections with a permit whose verdict now depends on a policy that is not known, and since when; by workload.
 type WaitingForPolicy = HashMap<Text, HashMap<u64, Instant>>;
 
-/// What is left of a turn.
+/// The rest of the current turn.
 #[derive(Debug)]
 struct TurnBudget {
     left: usize,
     stats: RoundStats,
 }
 
-/// What was done at one look.
+/// The work of one round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RoundStats {
-    /// Policies stats at.
+    /// Policies evaluated.
     policies: usize,
     /// Connections judged.
     connections: usize,
@@ -178,7 +181,7 @@ impl TurnBudget {
 }
 
 impl Permits {
-    /// Registers a connection to the pod `workload`, before it asks for its permit.
+    /// Registers a connection to `workload`. Call this before asking for the connection's permit.
     pub fn register(self: &Arc<Self>, workload: &Arc<Workload>, subject: &Subject) -> Registration {
         let entry = Arc::new(ConnectionEntry {
             subject: subject.clone(),
@@ -190,11 +193,11 @@ impl Permits {
         let of_workload =
             || WorkloadEntry { workload: workload.clone(), newest: None, judged: None, live: HashMap::new() };
         self.by_workload().entry(uid.clone()).or_insert_with(of_workload).live.insert(id, entry.clone());
-        Registration { id, uid, registry: self.clone(), entry }
+        Registration { id, uid, permits: self.clone(), entry }
     }
 
-    /// Judges live connections again when the mesh changes, for as long as it is awaited. At a thousand changes a second it
-    /// looks ten times.
+    /// Judges live connections again whenever the facts change, for as long as this is awaited. However many changes there
+    /// are, there are at most ten rounds per second.
     pub async fn watch(&self, mesh: &mesh::Store) {
         let mut changes = mesh.subscribe();
         let mut waiting = WaitingForPolicy::new();
@@ -202,7 +205,7 @@ impl Permits {
             changes.mark_unchanged();
             let RoundStats { policies, connections } = self.judge_all(mesh, &mut waiting).await;
             if connections > 0 {
-                tracing::debug!(connections, policies, "live connections were judged again");
+                tracing::debug!(connections, policies, "live connections judged again");
             }
             tokio::time::sleep(ROUND_PAUSE).await;
             let soonest = waiting.values().flat_map(HashMap::values).min().map(|since| *since + POLICY_WAIT);
@@ -214,7 +217,7 @@ impl Permits {
         }
     }
 
-    /// Judges whoever has a permit by the facts of now.
+    /// One round: judges every connection that has a permit by the current facts.
     async fn judge_all(&self, mesh: &mesh::Store, waiting: &mut WaitingForPolicy) -> RoundStats {
         let uids: Vec<Text> = self.by_workload().keys().cloned().collect();
         waiting.retain(|uid, _| uids.contains(uid));
@@ -227,8 +230,8 @@ impl Permits {
             let workload = snapshot.workload(&uid).cloned().unwrap_or(known);
             let (now, cost) = self.applicable(&uid, &snapshot, &workload);
             turn.spend(cost).await;
-            // In this order: whoever gets a permit by older facts after these have been noted is sent to ask again, and
-            // whoever has got one before is listed here.
+            // The order matters. `applicable` has noted these facts already, so a connection that takes a permit by older
+            // ones from now on has to ask again; and one that took it before is in the list that is made here.
             let live = {
                 let mut by_workload = self.by_workload();
                 let Some(of_workload) = by_workload.get_mut(&uid) else { continue };
@@ -249,7 +252,8 @@ impl Permits {
         turn.stats
     }
 
-    /// What applies to a workload by these facts, and what it cost to find out. As long as it is the same, it is the same object.
+    /// What applies to a workload by these facts, and how many policies it cost to find out. As long as the value is equal,
+    /// the same object is returned, so that callers can compare pointers.
     fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> (Arc<Applicable>, usize) {
         let is_as = |newest: &NewestRules| {
             let before = &newest.workload;
@@ -267,7 +271,7 @@ impl Permits {
             }
             newest.map(|newest| newest.applicable.clone())
         };
-        // Not under the lock: of two thousand policies it takes a while.
+        // Without the lock: with two thousand policies this takes a while.
         let found = Applicable::for_workload(snapshot, workload);
         let cost = found.cost();
         let applicable = last.filter(|last| **last == found).unwrap_or_else(|| Arc::new(found));
@@ -287,8 +291,8 @@ impl Permits {
     }
 }
 
-/// Judges connections of one workload by what applies to it `now`; gives those that wait for a policy. `waiting`: those that
-/// have waited before.
+/// Judges connections of one workload by what applies `now`. `waiting` are those that were waiting for an unknown policy
+/// before; the result are those that still wait.
 async fn judge(
     live: Vec<(u64, Arc<ConnectionEntry>)>,
     version: u64,
@@ -296,12 +300,12 @@ async fn judge(
     waiting: &HashMap<u64, Instant>,
     turn: &mut TurnBudget,
 ) -> HashMap<u64, Instant> {
-    // Most were judged by the same before.
+    // Most connections were judged by the same value before, so each difference is computed once.
     let mut changes: Vec<(Arc<Applicable>, PolicyChanges)> = Vec::new();
     let mut still = HashMap::new();
     for (id, entry) in live {
-        // Whoever has no permit yet asks by itself; whoever has one by newer facts is judged when those are stats at; whoever
-        // has been refused is about to end.
+        // A connection without a permit is asking for it itself. One with a permit by newer facts is judged in the round for
+        // those. One that has been refused is about to end.
         let Some(basis) = entry.basis().filter(|basis| basis.version <= version) else { continue };
         if entry.refusal.get().is_some() {
             continue;
@@ -372,21 +376,21 @@ mod tests {
     }
 
     /// A connection that has its permit.
-    async fn permitted(mesh: &Store, registry: &Arc<Permits>, server: &Workload, port: u16) -> Registration {
+    async fn permitted(mesh: &Store, permits: &Arc<Permits>, server: &Workload, port: u16) -> Registration {
         let known = mesh.load().workload(&server.uid).cloned().unwrap();
-        let live = registry.register(&known, &subject(server, port));
+        let live = permits.register(&known, &subject(server, port));
         authorize(mesh, &live).await.unwrap();
         live
     }
 
     #[tokio::test(start_paused = true)]
     async fn attaching_a_policy_cuts_exactly_the_connections_it_denies() {
-        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
+        let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
         let server = workload("a", "server", "10.0.0.2");
         let policies = vec![deny_port("deny", PolicyScope::WorkloadSelector, 80)];
         mesh.replace(Facts { workloads: vec![server.clone()], policies, ..Facts::default() });
-        let denied = permitted(&mesh, &registry, &server, 80).await;
-        let allowed = permitted(&mesh, &registry, &server, 81).await;
+        let denied = permitted(&mesh, &permits, &server, 80).await;
+        let allowed = permitted(&mesh, &permits, &server, 81).await;
         let watch = async {
             let mut attached = server.clone();
             attached.policies = vec!["a/deny".into()];
@@ -395,62 +399,62 @@ mod tests {
             denied.revoked().await;
         };
         let both = async {
-            tokio::select! { () = registry.watch(&mesh) => {}, () = watch => {} }
+            tokio::select! { () = permits.watch(&mesh) => {}, () = watch => {} }
         };
         tokio::time::timeout(Duration::from_secs(1), both).await.unwrap();
         assert!(matches!(denied.reason(), Some(Refusal::Denied(_))));
         assert!(allowed.reason().is_none());
         drop((denied, allowed));
-        assert!(registry.by_workload().is_empty());
+        assert!(permits.by_workload().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_policy_that_never_becomes_known_ends_the_connection_after_the_wait() {
-        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
+        let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
         let mut server = workload("a", "server", "10.0.0.2");
         mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
-        let live = permitted(&mesh, &registry, &server, 80).await;
+        let live = permitted(&mesh, &permits, &server, 80).await;
         server.policies = vec!["a/late".into()];
         mesh.update(Update { workloads: vec![server], ..Update::default() });
         let start = Instant::now();
         let both = async {
-            tokio::select! { () = registry.watch(&mesh) => {}, () = live.revoked() => {} }
+            tokio::select! { () = permits.watch(&mesh) => {}, () = live.revoked() => {} }
         };
         tokio::time::timeout(2 * POLICY_WAIT, both).await.unwrap();
         assert!(start.elapsed() >= POLICY_WAIT);
         assert_eq!(live.reason(), Some(Refusal::PolicyUnknown("a/late".into())));
     }
 
-    /// Whoever is about to take a permit while a change is stats at is not passed over.
+    /// A connection that is about to take its permit during a round is not missed.
     #[tokio::test(start_paused = true)]
     async fn a_permit_by_facts_that_have_been_overtaken_is_not_taken() {
-        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
+        let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
         let server = workload("a", "server", "10.0.0.2");
         mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
         let old = mesh.load();
         let known = old.workload(&server.uid).cloned().unwrap();
-        let live = registry.register(&known, &subject(&server, 80));
+        let live = permits.register(&known, &subject(&server, 80));
         let applicable = live.applicable(&old, &known);
         let Verdict::Allow(permit) = applicable.verdict(live.subject()) else { panic!("nothing forbids it") };
         mesh.update(Update { policies: vec![deny_port("deny", PolicyScope::Global, 80)], ..Update::default() });
-        registry.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        permits.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
         assert!(!live.take_permit(old.version, &applicable, &permit), "it has to ask again");
         assert!(matches!(authorize(&mesh, &live).await, Err(Refusal::Denied(_))));
-        // What has not changed anything that applies does not send anybody back.
-        let other = permitted(&mesh, &registry, &server, 81).await;
+        // A change that does not affect what applies does not make a connection ask again.
+        let other = permitted(&mesh, &permits, &server, 81).await;
         let (old, uid) = (mesh.load(), other.uid().clone());
         let applicable = other.applicable(&old, old.workload(&uid).unwrap());
         mesh.update(Update { workloads: vec![workload("b", "other", "10.0.0.9")], ..Update::default() });
-        registry.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        permits.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
         assert!(other.take_permit(old.version, &applicable, &permit));
     }
 
-    /// 3,000 connections to 60 workloads, under 2,000 policies. What is counted is policies stats at for a connection, which
-    /// is what time goes into: judging all by all would be six million.
+    /// 3,000 connections to 60 workloads, with 2,000 policies. The test counts evaluations of a policy for a connection,
+    /// because they take the time: judging every connection by every policy would be six million.
     #[tokio::test(start_paused = true)]
     async fn what_is_judged_is_what_changes_concern_in_turns_that_have_a_bound() {
         const POLICIES: usize = 2000;
-        let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
+        let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
         let servers: Vec<Workload> =
             (1..=60).map(|n| workload("a", &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
         let policies: Vec<Policy> = (0..POLICIES)
@@ -460,37 +464,37 @@ mod tests {
         let mut live = Vec::new();
         for server in &servers {
             for port in 0..50 {
-                live.push(permitted(&mesh, &registry, server, 1000 + port).await);
+                live.push(permitted(&mesh, &permits, server, 1000 + port).await);
             }
         }
         let mut waiting = WaitingForPolicy::new();
-        assert_eq!(registry.judge_all(&mesh, &mut waiting).await, RoundStats::default(), "all have just been judged");
+        assert_eq!(permits.judge_all(&mesh, &mut waiting).await, RoundStats::default(), "all have just been judged");
 
-        // A workload that names another policy concerns its own 50.
+        // When a workload names another policy, its 50 connections are judged.
         let mut one = servers[0].clone();
         one.policies = vec!["a/one".into()];
         let policy = deny_port("one", PolicyScope::WorkloadSelector, 1000);
         mesh.update(Update { workloads: vec![one], policies: vec![policy], ..Update::default() });
-        let stats = registry.judge_all(&mesh, &mut waiting).await;
+        let stats = permits.judge_all(&mesh, &mut waiting).await;
         assert_eq!(stats.connections, 50);
         assert!(stats.policies <= 61 * (POLICIES + 1) + 50, "{stats:?}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 1);
 
-        // What changes nothing that applies concerns nobody, also where all facts are told anew.
+        // A change that does not affect what applies judges none, even if the facts are announced again.
         let mut healthy = servers[1].clone();
         healthy.node = "another".into();
         mesh.update(Update { workloads: vec![healthy], ..Update::default() });
-        assert_eq!(registry.judge_all(&mesh, &mut waiting).await, RoundStats::default());
+        assert_eq!(permits.judge_all(&mesh, &mut waiting).await, RoundStats::default());
         mesh.update(Update {
             policies: vec![Policy { namespace: "b".into(), ..deny_port("b", PolicyScope::Namespace, 1) }],
             ..Update::default()
         });
-        assert_eq!(registry.judge_all(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
+        assert_eq!(permits.judge_all(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
 
-        // A policy for all concerns all; others go on in between.
+        // A policy for the whole mesh judges all, and other tasks run in between.
         let policy = deny_port("all", PolicyScope::Global, 1001);
         mesh.update(Update { policies: vec![policy], ..Update::default() });
-        let looking = async { Some(registry.judge_all(&mesh, &mut waiting).await) };
+        let looking = async { Some(permits.judge_all(&mesh, &mut waiting).await) };
         let mut turns = 0;
         let others = async {
             loop {
@@ -499,7 +503,7 @@ mod tests {
             }
         };
         let stats = tokio::select! { biased; stats = looking => stats, () = others => None }.unwrap();
-        // One has been refused.
+        // All but the one that was refused before.
         assert_eq!(stats.connections, 2999);
         assert!(stats.policies <= 2 * 60 * (POLICIES + 2) + 3000, "{stats:?}");
         assert!(turns >= stats.policies / (TURN_POLICIES + POLICIES + 2), "{turns} turns for {stats:?}");
@@ -509,21 +513,21 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(200))]
-        /// After each change, those are cut that the facts of now do not allow, and no others.
+        /// After each change, exactly those connections are cut that the current facts do not allow.
         #[test]
         fn looking_again_is_judging_everything(
             steps in prop::collection::vec((0..3usize, 0..4u16, 0..3usize, any::<bool>(), any::<bool>()), 1..8),
         ) {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
             runtime.block_on(async {
-                let (mesh, registry) = (Store::default(), Arc::new(Permits::default()));
+                let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
                 let servers: Vec<Workload> =
                     (0..3).map(|n| workload(["a", "a", "b"][n], &format!("s{n}"), &format!("10.0.1.{n}"))).collect();
                 mesh.replace(Facts { workloads: servers.clone(), ..Facts::default() });
                 let mut live = Vec::new();
                 for server in &servers {
                     for port in 0..4 {
-                        live.push((server.uid.clone(), permitted(&mesh, &registry, server, port).await));
+                        live.push((server.uid.clone(), permitted(&mesh, &permits, server, port).await));
                     }
                 }
                 let mut waiting = WaitingForPolicy::new();
@@ -535,7 +539,7 @@ mod tests {
                     let mut update = Update { workloads: vec![server], ..Update::default() };
                     if gone { update.gone_policies.push(policy.key) } else { update.policies.push(policy) }
                     mesh.update(update);
-                    registry.judge_all(&mesh, &mut waiting).await;
+                    permits.judge_all(&mesh, &mut waiting).await;
                     let snapshot = mesh.load();
                     live.retain(|(uid, live)| {
                         let server = snapshot.workload(uid).unwrap();

@@ -1,4 +1,4 @@
-//! The endpoint of a service: by port, address, health, preference, then by chance weighted with capacity.
+//! Choosing the endpoint of a service: by port, network, health and preference, and then at random, weighted by capacity.
 
 use super::{Chance, ResolvedNames, RouteError};
 use crate::mesh::service::{Mode, Scope};
@@ -8,16 +8,16 @@ use crate::mesh::{Service, Snapshot};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// A chosen workload, and the port to use on it.
+/// A chosen workload and the port to use on it.
 #[derive(Clone, Debug)]
 pub struct ChosenEndpoint {
     /// The workload.
     pub workload: Arc<Workload>,
-    /// Its port.
+    /// Port on the workload.
     pub port: u16,
 }
 
-/// Chooses an endpoint of `service` for its `port`, as seen from `source`.
+/// Chooses an endpoint of `service` for a connection from `source` to its `port`.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
@@ -30,13 +30,13 @@ pub fn choose(
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
-        // Gateways to other networks are not spoken to: their endpoints are none as long as there are others.
+        // Gateways to other networks are not supported, so endpoints there cannot be used. They only matter for the error.
         if endpoint.workload.network != source.network {
             elsewhere = Some(endpoint.workload.uid.clone());
             return None;
         }
         let host = &endpoint.workload.hostname;
-        // One whose name could not be resolved is none.
+        // An endpoint without an address is usable unless its host name turned out not to resolve.
         let reachable = match endpoint.workload.ips.is_empty() {
             true => !host.is_empty() && names.get(host).is_none_or(|ips| !ips.is_empty()),
             false => true,
@@ -45,7 +45,8 @@ pub fn choose(
             .then(|| ChosenEndpoint { workload: endpoint.workload.clone(), port })
     });
     let mut usable: Vec<ChosenEndpoint> = usable.collect();
-    // The one that was drawn before its name was resolved.
+    // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does not
+    // lead to one more name each time.
     let drawn =
         |chosen: &ChosenEndpoint| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
     if usable.iter().any(drawn) {
@@ -71,17 +72,19 @@ pub fn choose(
     Err(RouteError::NoEndpoint(service.key.hostname.clone()))
 }
 
-/// The endpoint's own map first, then the service's target port, then the application tunnel's port.
+/// The port on an endpoint: from the endpoint's own port map, else the service's target port. An endpoint
+/// whose application tunnel has its own port takes any port.
 fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<u16> {
     let tunnel = endpoint.workload.application_tunnel.and_then(|t| t.port).map(|_| port);
     service.target_port(Some(endpoint.ports), port).or(tunnel)
 }
 
+/// The endpoints that the service's traffic distribution allows.
 fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> Vec<ChosenEndpoint> {
     let Some(lb) = service.load_balancer.as_ref() else { return all };
     let rank = |chosen: &ChosenEndpoint| {
-        let matching = |scope: &&Scope| same(**scope, source, &chosen.workload);
-        // Where it only decides who comes first, one that we do not know decides nothing.
+        let matching = |scope: &&Scope| same_locality(**scope, source, &chosen.workload);
+        // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of them.
         let counts = |scope: &&Scope| lb.mode == Mode::Strict || **scope != Scope::Unknown;
         lb.preferences.iter().filter(counts).take_while(matching).count()
     };
@@ -95,7 +98,7 @@ fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> 
     }
 }
 
-fn same(scope: Scope, a: &Workload, b: &Workload) -> bool {
+fn same_locality(scope: Scope, a: &Workload, b: &Workload) -> bool {
     match scope {
         Scope::Region => a.locality.region == b.locality.region,
         Scope::Zone => a.locality.zone == b.locality.zone,
@@ -107,8 +110,8 @@ fn same(scope: Scope, a: &Workload, b: &Workload) -> bool {
     }
 }
 
-/// The address to use of a workload: the one asked for if it is one of its own, else the first that the service's
-/// families allow, the family of `asked` preferred. One without address of its own has those of its host name.
+/// The address to use for a workload: `asked` if it is one of the workload's; otherwise its first address of a family that
+/// the service offers, preferably of the family of `asked`. A workload without addresses has those of its host name.
 pub fn address(
     workload: &Workload,
     service: Option<&Service>,
@@ -148,7 +151,7 @@ mod tests {
         made
     }
 
-    /// ResolvedNames of the endpoints that may be chosen, whatever chance says.
+    /// Names of all endpoints that chance may choose.
     fn choices(store: &Store, of: &Service) -> Vec<String> {
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let Some(service) = snapshot.services().find(|s| s.key == of.key) else { return Vec::new() };
@@ -169,14 +172,14 @@ mod tests {
         let update = |workloads: Vec<Workload>, services: Vec<Service>| {
             store.update(Update { workloads, services, ..Update::default() });
         };
-        // Staged: the endpoint is there before its service.
+        // The endpoint is announced before its service.
         let mut one = endpoint("one", "10.0.0.1", &web);
         update(vec![one.clone()], vec![]);
         assert!(choices(&store, &web).is_empty());
         assert_eq!(store.load().staged().count(), 1);
         update(vec![], vec![web.clone()]);
         assert_eq!(choices(&store, &web), ["one:8080"]);
-        // Unhealthy endpoints are kept: a change of the service's policy needs no change of theirs.
+        // Unhealthy endpoints are kept, so that a change of the service's health policy suffices.
         one.health = Health::Unhealthy;
         update(vec![one.clone()], vec![]);
         assert!(choices(&store, &web).is_empty());
@@ -186,14 +189,14 @@ mod tests {
         web.load_balancer = None;
         update(vec![], vec![web.clone()]);
         assert!(choices(&store, &web).is_empty());
-        // The service goes and comes back; its endpoints were never away.
+        // The service goes and comes back, while its endpoints stay.
         one.health = Health::Healthy;
         update(vec![one.clone()], vec![]);
         store.update(Update { gone_services: vec![web.key.clone()], ..Update::default() });
         assert!(choices(&store, &web).is_empty());
         update(vec![], vec![web.clone()]);
         assert_eq!(choices(&store, &web), ["one:8080"]);
-        // A service of a range of addresses sees endpoints that come later, as any other does.
+        // A service for a range of addresses gets endpoints that come later, like any other.
         web.cidrs = vec![parse_network_cidr("/10.97.0.0/16").unwrap()];
         update(vec![], vec![web.clone()]);
         update(vec![endpoint("two", "10.0.0.2", &web)], vec![]);

@@ -5,23 +5,24 @@ use crate::mesh::store::AskError;
 use crate::mesh::{Text, Wanted};
 use std::net::SocketAddr;
 
-/// Why an outbound connection has no route. Every one ends the connection; none is a fall-back to plaintext.
+/// Why an outbound connection has no route. None of these falls back to plaintext: they end the connection, except for the
+/// two that ask for something first.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
-    /// To one of our own listeners.
+    /// It would lead to one of the daemon's own listeners.
     #[error("attempted recursive call to ourselves ({0})")]
     Loop(SocketAddr),
-    /// The waypoint that the destination asks for cannot be resolved.
+    /// The destination has a waypoint, and the waypoint cannot be resolved.
     #[error("unknown waypoint: {waypoint} of {destination}: {reason}")]
     UnknownWaypoint {
-        /// The reference.
+        /// Address or host name of the waypoint.
         waypoint: String,
-        /// Who refers to it.
+        /// The service or workload that has it.
         destination: Text,
-        /// What is missing.
+        /// Why it cannot be resolved.
         reason: String,
     },
-    /// The service has no endpoint that may be used.
+    /// The service has no usable endpoint.
     #[error("no healthy upstream: {0}")]
     NoEndpoint(Text),
     /// The service does not have this port.
@@ -33,22 +34,22 @@ pub enum RouteError {
     /// The chosen workload is in another network.
     #[error("no valid routing destination for workload: {0} is in another network")]
     OtherNetwork(Text),
-    /// The chosen workload takes traffic in a way that we do not speak.
-    #[error("workload {0} takes traffic by a protocol that is not known here")]
+    /// The chosen workload expects a tunnel protocol that this version does not support.
+    #[error("workload {0} expects a tunnel protocol that this version does not support")]
     Protocol(Text),
-    /// Facts that must be asked for first. Never the end of a connection: it asks, and chooses again.
-    #[error("{0} has not been asked for yet")]
+    /// An on-demand control plane must be asked for these facts first. The connection asks and chooses again.
+    #[error("the control plane has not been asked for {0} yet")]
     Unasked(Wanted),
-    /// A host name that must be resolved first. Never the end of a connection, as above.
+    /// This host name must be resolved first. The connection resolves it and chooses again.
     #[error("{0} has not been resolved yet")]
     Unresolved(Text),
-    /// A host name that could not be resolved.
+    /// The workload's host name could not be resolved.
     #[error("no ip addresses were resolved for workload: {0}")]
     Resolve(#[from] ResolveError),
-    /// Facts that were asked for and did not come.
+    /// The control plane was asked for facts and did not answer.
     #[error(transparent)]
     Ask(#[from] AskError),
-    /// The chosen workload's identity is no valid name.
+    /// The chosen workload's identity is not a valid SPIFFE name.
     #[error("the identity of workload {0} is not valid: {1}")]
     Identity(Text, String),
 }

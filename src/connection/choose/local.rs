@@ -1,5 +1,6 @@
-//! Inbound: the CONNECT authority → the pod's own socket. Whatever is not this pod's is refused here, with the status
-//! that the reference gives.
+//! Inbound: from the CONNECT authority to the pod's own socket. A request for anything that is not this pod's is refused here,
+//! with the status that ztunnel gives. The checks of the pod's own addresses and ports, which every journey makes, are here
+//! too.
 
 use super::{RouteError, waypoint};
 use crate::hbone::Authority;
@@ -11,49 +12,49 @@ use http::StatusCode;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-/// Where an inbound stream goes.
+/// The destination of an inbound stream.
 #[derive(Clone, Debug)]
 pub struct LocalTarget {
-    /// The application's address: always the pod's own.
+    /// Address and port of the application. The address is always the pod's own.
     pub address: SocketAddr,
-    /// What was asked for, where the application is told so by the PROXY protocol.
+    /// The address that was dialled, if the application is told about it by the PROXY protocol.
     pub announce: Option<SocketAddr>,
-    /// The service that was asked for, where a host name was.
+    /// The service, if the authority was a host name.
     pub service: Option<Arc<Service>>,
 }
 
-/// Why an inbound stream is refused before any policy is asked.
+/// Why an inbound connection is refused before any policy is evaluated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LocalError {
-    /// The address is not this pod's, and this pod is not its waypoint.
+    /// The address is not this pod's, and this pod is not its waypoint either.
     #[error(
         "ip mismatch: {asked} != {own}; if {asked} is behind an interface in the pod, name that in the annotation istio.io/reroute-virtual-interfaces (rerouteVirtualInterfaces in the pods file)"
     )]
     IpMismatch {
-        /// What was asked for.
+        /// The address that was asked for.
         asked: IpAddr,
         /// The pod's address on this connection.
         own: IpAddr,
     },
-    /// No service of this name that this pod serves.
+    /// This pod does not serve a service with this name.
     #[error("no service or workload for hostname: {0}")]
     UnknownHost(String),
-    /// The service has no such port here.
+    /// The service does not have this port on this pod.
     #[error("requested service {0}:{1} found, but cannot resolve port")]
     UnknownPort(String, u16),
-    /// To one of our own listeners.
+    /// It would lead to one of the daemon's own listeners, or it is a connection that the daemon itself opened.
     #[error("attempted recursive call to ourselves ({0})")]
     Loop(SocketAddr),
-    /// The pod takes streams in a way that we do not know.
-    #[error("the workload's application tunnel has a protocol or port that is not known here")]
+    /// The workload's application tunnel is not supported.
+    #[error("the workload's application tunnel has a protocol or port that this version does not support")]
     Delivery,
-    /// The application is to be told an address, and the service has none.
+    /// The application expects the dialled address, and the service that was asked for by name has none.
     #[error("requested service {0} found, but has no IP addresses")]
     NoVip(String),
 }
 
 impl LocalError {
-    /// The status for the peer (source: the reference's inbound HBONE table).
+    /// The HTTP status for the peer (source: ztunnel's inbound HBONE handling).
     pub fn status(&self) -> StatusCode {
         match self {
             Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
@@ -64,19 +65,20 @@ impl LocalError {
     }
 }
 
-/// Whether an address means nothing outside of its own machine or link.
+/// Whether an address is loopback or link-local, so that it has a meaning only on its own host or link.
 pub fn is_local(ip: IpAddr) -> bool {
     ip.is_loopback() || is_link_local(ip)
 }
 
-/// The addresses and ports that are the pod's own.
+/// The addresses and ports that are the pod's own. They decide whether a connection may reach the pod at all, or would lead
+/// back to the daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct OwnSockets<'a> {
     /// The pod's workload, with its addresses.
     pub workload: &'a Workload,
-    /// Addresses that the pod's interfaces hold.
+    /// Addresses of the pod's interfaces.
     pub interfaces: &'a [IpAddr],
-    /// Ports in the pod on which the daemon listens.
+    /// Ports on which the daemon listens in the pod.
     pub daemon_ports: &'a [u16],
 }
 
@@ -86,12 +88,12 @@ impl OwnSockets<'_> {
         self.workload.ips.contains(&ip) || self.interfaces.contains(&ip)
     }
 
-    /// Whether a source address is one that only the pod itself can have.
+    /// Whether a connection from this source address can only have been opened inside the pod.
     pub fn is_the_pod(self, source: IpAddr) -> bool {
         is_local(source) || self.owns(source)
     }
 
-    /// Refuses a connection of the pod to a listener of the daemon in the pod itself.
+    /// Outbound: refuses a connection to a listener of the daemon in the pod itself.
     pub fn check_outbound(self, destination: SocketAddr) -> Result<(), RouteError> {
         if self.daemon_ports.contains(&destination.port()) && self.owns(destination.ip()) {
             return Err(RouteError::Loop(destination));
@@ -99,13 +101,13 @@ impl OwnSockets<'_> {
         Ok(())
     }
 
-    /// Refuses the streams of a tunnel that ends at `local`, where that is not an address by which others reach the pod.
+    /// Inbound: refuses the streams of a tunnel to `local`, unless that is an address by which others reach the pod.
     pub fn check_tunnel(self, local: IpAddr) -> Result<(), LocalError> {
         if !self.owns(local) || is_local(local) { Err(self.mismatch(local)) } else { Ok(()) }
     }
 
-    /// Refuses a plaintext connection to a listener of the daemon, and one to another pod. `is_ours`: the daemon has
-    /// opened it itself.
+    /// Plaintext: refuses a connection to a listener of the daemon, and one to an address that is not the pod's. `is_ours`
+    /// says that the daemon itself opened the connection, so that it has come back.
     pub fn check_plaintext(self, destination: SocketAddr, is_ours: bool) -> Result<(), LocalError> {
         if is_ours || self.daemon_ports.contains(&destination.port()) {
             return Err(LocalError::Loop(destination));
@@ -118,8 +120,8 @@ impl OwnSockets<'_> {
     }
 }
 
-/// Finds the target of a stream that asks for `authority` on a connection to `own` (the pod's address), but none of our own
-/// ports.
+/// Finds the destination of a stream for `authority`, on a tunnel to `own`, which is an address of the pod. Refuses the
+/// ports on which the daemon listens.
 pub fn choose(
     snapshot: &Snapshot,
     workload: &Workload,
@@ -169,7 +171,7 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
     Ok((target, service.clone()))
 }
 
-/// Whether the address belongs to somebody who has this workload as waypoint.
+/// Whether the address belongs to a service or workload that has this workload as its waypoint.
 fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     match snapshot.at(&workload.network, ip, &workload.namespace) {
         Some(Known::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
@@ -178,7 +180,7 @@ fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     }
 }
 
-/// The virtual address of a service that stands for it: of the workload's network, and IPv4, first.
+/// The virtual address that represents a service: preferably in the workload's network, and preferably IPv4.
 fn vip(service: &Service, network: &Text) -> Option<IpAddr> {
     let rank = |vip: &&NetworkAddress| (vip.network != *network, vip.ip.is_ipv6());
     service.vips.iter().min_by_key(rank).map(|vip| vip.ip)

@@ -1,4 +1,6 @@
-//! Step 3: where does it go, and by which way? Pure decisions on one snapshot; chance comes in as an argument.
+//! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint` and `destination`
+//! for its parts; `local` decides for inbound ones. All of it is pure: decisions on one snapshot of the facts. Random choices
+//! come in as an argument.
 
 pub mod destination;
 pub mod error;
@@ -14,8 +16,8 @@ use crate::mesh::Text;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// Gives a number below its argument; random in the daemon, chosen in tests.
+/// Returns a number below its argument: a random one in the daemon, a chosen one in tests.
 pub type Chance<'a> = &'a mut dyn FnMut(u64) -> u64;
 
-/// Addresses of host names that have been resolved for this connection.
+/// Addresses of the host names that have been resolved for this connection. A name that could not be resolved has none.
 pub type ResolvedNames = BTreeMap<Text, Vec<IpAddr>>;

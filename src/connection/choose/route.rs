@@ -1,4 +1,7 @@
-//! The route of an outbound connection. Pure: a source workload and a target address in, a way or a named error out.
+//! The route of an outbound connection. Pure: a source workload and a destination address in, a route or a named error out.
+//!
+//! The address may belong to a service, to a workload, to a range of addresses or to nothing in the mesh. A service leads to
+//! its waypoint or to one of its endpoints, a workload to its waypoint or to itself; everything else is reached directly.
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError, waypoint};
@@ -9,44 +12,44 @@ use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workloa
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-/// How the far side is reached.
+/// What the daemon connects to for a route.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NextHop {
     /// Plain TCP.
     Direct {
-        /// Where to.
+        /// Address and port to connect to.
         to: SocketAddr,
     },
     /// Through a tunnel.
     Tunnel(TunnelHop),
 }
 
-/// A way through a tunnel.
+/// The far end of a tunnel, and what to ask it for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TunnelHop {
-    /// Where the tunnel goes.
+    /// Address and HBONE port of the far end.
     pub to: SocketAddr,
-    /// What is asked for at its end.
+    /// The CONNECT authority.
     pub authority: SocketAddr,
-    /// Who its end must prove to be, one of these.
+    /// Identities that the far end may prove; one of them is required.
     pub expected: Vec<SpiffeName>,
-    /// The workload at its end: a tunnel is never used for another one that has the address later.
+    /// Uid of the workload at the far end. If the address later belongs to another workload, the tunnel is not used for it.
     pub uid: Text,
 }
 
-/// A route, with the facts it was chosen by.
+/// A route, with the facts by which it was chosen.
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// How to get there.
+    /// What the daemon connects to.
     pub next_hop: NextHop,
-    /// The workload at the far end of our leg (a waypoint, or the destination itself), if it is one we know.
+    /// The workload at the far end of the daemon's leg, if it is known: a waypoint, or the destination itself.
     pub workload: Option<Arc<Workload>>,
-    /// The service that was asked for.
+    /// The service that was dialled.
     pub service: Option<Arc<Service>>,
 }
 
-/// Finds the route from `source` to `target` (the original destination), with the host names that have been resolved. None
-/// leads to `own_ports` of the source itself.
+/// Finds the route from `source` to `target`, the original destination. `names` are the host names that have been resolved
+/// so far. A connection to `own_ports` of the source itself is refused.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
@@ -58,7 +61,7 @@ pub fn choose(
     RouteChoice { snapshot, source, target, own_ports, names }.route(chance)
 }
 
-/// What a route is chosen by.
+/// The arguments of [`choose`], except for chance.
 #[derive(Clone, Copy)]
 struct RouteChoice<'a> {
     snapshot: &'a Snapshot,
@@ -81,7 +84,7 @@ impl RouteChoice<'_> {
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
             let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
-            // A range that is not heard of yet may have a waypoint, which nothing may pass by.
+            // The address may be in a range that has not been asked for. Its waypoint must not be bypassed, so ask first.
             if unasked || !snapshot.unasked_around(&wanted).is_empty() {
                 return Err(RouteError::Unasked(Wanted::Address(wanted)));
             }
@@ -90,10 +93,10 @@ impl RouteChoice<'_> {
             }
             return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service: None });
         };
-        if let Some(reference) = &workload.waypoint
-            && !waypoint::is_behind(snapshot, reference, source)
+        if let Some(wanted) = &workload.waypoint
+            && !waypoint::is_behind(snapshot, wanted, source)
         {
-            let found = waypoint::resolve(snapshot, source, reference, &workload.uid, chance)?;
+            let found = waypoint::resolve(snapshot, source, wanted, &workload.uid, chance)?;
             return self.to_waypoint(found, None);
         }
         let chosen = ChosenEndpoint { workload: workload.clone(), port: target.port() };
@@ -102,14 +105,14 @@ impl RouteChoice<'_> {
 
     fn to_service(self, service: &Arc<Service>, chance: Chance<'_>) -> Result<Route, RouteError> {
         let Self { snapshot, source, target, .. } = self;
-        if let Some(reference) = waypoint::draw(service, chance)
-            && !waypoint::is_behind(snapshot, reference, source)
+        if let Some(wanted) = waypoint::draw(service, chance)
+            && !waypoint::is_behind(snapshot, wanted, source)
         {
-            let found = waypoint::resolve(snapshot, source, reference, &service.key.hostname, chance)?;
+            let found = waypoint::resolve(snapshot, source, wanted, &service.key.hostname, chance)?;
             return self.to_waypoint(found, Some(service));
         }
         if service.is_passthrough() {
-            // What goes to a port that the service does not have is none of its connections.
+            // A connection to a port that the service does not have is not counted as the service's.
             let service = service.ports.contains_key(&target.port()).then(|| service.clone());
             return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service });
         }
@@ -132,13 +135,13 @@ impl RouteChoice<'_> {
         let to = SocketAddr::new(ip, port);
         let next_hop = match workload.protocol {
             Protocol::Tcp if workload.ips.is_empty() && !self.leads_back(ip, service) => {
-                // Its host name may be one of the mesh after all: then it is reached as the mesh says, not in plaintext.
+                // The host name may lead to an address of the mesh. Then the mesh's route applies, not plaintext.
                 let names = ResolvedNames::new();
                 match (RouteChoice { snapshot, source, target: to, own_ports, names: &names }).route(chance) {
                     Ok(Route { next_hop: NextHop::Direct { to }, workload: None, service: None }) => {
                         NextHop::Direct { to }
                     }
-                    // A name that leads to a name that leads on has no end.
+                    // A name that leads to another name is refused, because the chain might not end.
                     Err(RouteError::Unresolved(_)) => return Err(RouteError::NoAddress(workload.uid.clone())),
                     onward => return onward,
                 }
@@ -155,7 +158,8 @@ impl RouteChoice<'_> {
         Ok(Route { next_hop, workload: Some(workload), service: service.cloned() })
     }
 
-    /// Whether an address is one of the very service that led to it, as hosts are in the range of their ServiceEntry.
+    /// Whether an address belongs to the service that led to it, as a host's address may be in the range of its own
+    /// ServiceEntry. Looking it up again would lead to the same service for ever.
     fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
         let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
         matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
@@ -178,11 +182,11 @@ impl RouteChoice<'_> {
     }
 }
 
-/// Who the far end may prove to be: the workload itself, and whoever the service names besides.
+/// The identities that the far end may prove: the workload's own, and those that the service names in addition.
 fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<SpiffeName>, RouteError> {
     let own = workload.identity().map_err(|e| RouteError::Identity(workload.uid.clone(), e.to_string()))?;
     let mut names = vec![own];
-    // A name that is not a SPIFFE name can be proven by nobody, so leaving it out widens nothing.
+    // No certificate can prove a name that is not a SPIFFE name, so leaving it out does not admit anybody.
     let others = service.into_iter().flat_map(|s| &s.subject_alt_names);
     names.extend(others.filter_map(|name| SpiffeName::parse(name).ok()));
     names.sort();
@@ -237,7 +241,7 @@ mod tests {
         }
     }
 
-    fn reference(target: &str) -> Option<GatewayRef> {
+    fn waypoint_at(target: &str) -> Option<GatewayRef> {
         Some(GatewayRef { target: GatewayTarget::parse(target).unwrap(), hbone_port: 15008 })
     }
 
@@ -287,7 +291,7 @@ mod tests {
 
     #[test]
     fn waypoints_by_address_and_name_are_used_and_never_bypassed() {
-        let by_name = || World::new().with(|f| f.services[0].waypoint = reference("a/way.a.svc.cluster.local"));
+        let by_name = || World::new().with(|f| f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local"));
         let through = "hbone 10.0.0.4:15009 for 10.96.0.1:80 as waypoint";
         assert_eq!(by_name().route("client", "10.96.0.1:80"), through);
         assert_eq!(
@@ -295,9 +299,9 @@ mod tests {
             "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server",
             "its own traffic is not sent back to it"
         );
-        let by_vip = World::new().with(|f| f.services[0].waypoint = reference("/10.96.0.2"));
+        let by_vip = World::new().with(|f| f.services[0].waypoint = waypoint_at("/10.96.0.2"));
         assert_eq!(by_vip.route("client", "10.96.0.1:80"), through);
-        let of_workload = World::new().with(|f| f.workloads[1].waypoint = reference("/10.0.0.4"));
+        let of_workload = World::new().with(|f| f.workloads[1].waypoint = waypoint_at("/10.0.0.4"));
         assert_eq!(of_workload.route("client", "10.0.0.2:80"), "hbone 10.0.0.4:15008 for 10.0.0.2:80 as waypoint");
         assert_eq!(
             of_workload.route("client", "10.96.0.1:80"),
@@ -305,7 +309,7 @@ mod tests {
             "a service-addressed connection ignores the waypoint of the workload"
         );
         for missing in ["/10.96.0.99", "a/none.a.svc.cluster.local"] {
-            let world = World::new().with(|f| f.services[0].waypoint = reference(missing));
+            let world = World::new().with(|f| f.services[0].waypoint = waypoint_at(missing));
             assert!(world.route("client", "10.96.0.1:80").starts_with("unknown waypoint"), "{missing}");
         }
         let empty = by_name().with(|f| f.workloads[3].services.clear());

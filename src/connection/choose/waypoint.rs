@@ -1,5 +1,6 @@
-//! Handing a connection to a waypoint: found by address or host name, never bypassed when it cannot be found, and
-//! never given its own traffic back.
+//! Waypoints: finding the workload behind one, by address or host name. A waypoint that cannot be found is an error and never
+//! bypassed. Whether a workload is itself behind the waypoint is answered here too, because a waypoint must not get its own
+//! traffic back.
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError};
@@ -7,16 +8,16 @@ use crate::mesh::snapshot::Known;
 use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
 use std::sync::Arc;
 
-/// A waypoint that was found.
+/// A waypoint, resolved to a workload.
 #[derive(Debug)]
 pub struct Waypoint {
-    /// The workload to connect to, and its HBONE port.
+    /// The workload to connect to and its HBONE port.
     pub chosen: ChosenEndpoint,
-    /// The service it was found through.
+    /// The waypoint's service, if it was found through one.
     pub service: Option<Arc<Service>>,
 }
 
-/// Finds the workload behind a waypoint reference of `destination`.
+/// Finds a workload for `waypoint`, which `destination` refers to.
 pub fn resolve(
     snapshot: &Snapshot,
     source: &Workload,
@@ -46,7 +47,7 @@ pub fn resolve(
     }
 }
 
-/// The waypoint of a service for one connection: drawn by weight where there are weights.
+/// The waypoint of a service for one connection: chosen at random by weight, if the service has weighted waypoints.
 pub fn draw<'a>(service: &'a Service, chance: Chance<'_>) -> Option<&'a GatewayRef> {
     let total: u64 = service.weighted_waypoints.iter().map(|(_, weight)| u64::from(*weight)).sum();
     if total == 0 {
@@ -62,12 +63,12 @@ pub fn draw<'a>(service: &'a Service, chance: Chance<'_>) -> Option<&'a GatewayR
     service.waypoint.as_ref()
 }
 
-/// All waypoints that may be drawn for a service.
+/// All waypoints that [`draw`] may return for a service.
 pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
     service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint))
 }
 
-/// Whether `workload` is (one of) the workloads behind a waypoint reference.
+/// Whether `workload` is the waypoint, or one of the workloads behind it.
 pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
     match snapshot.gateway(waypoint, &workload.namespace) {
         Some(Known::Workload(one)) => one.uid == workload.uid,

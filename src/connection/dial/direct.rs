@@ -1,8 +1,8 @@
-//! TCP from the pod's namespace, the original source kept where there is one to keep.
+//! TCP connections from the pod's network namespace. A connection to the pod's application comes from the original client's
+//! address, unless that cannot be kept.
 
 use super::error::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
-use crate::ports::OWN_CONNECTIONS;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
@@ -13,43 +13,48 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
-/// How sockets of the daemon are marked and set up.
+/// How the daemon marks and sets up its sockets.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketConfig {
-    /// `SO_MARK`, by which the pod's rules tell our packets from the application's.
+    /// `SO_MARK`. The rules in the pod use it to tell the daemon's packets from the application's.
     pub mark: u32,
-    /// Options of every leg.
+    /// Socket options of every leg.
     pub legs: LegOptions,
-    /// Whether applications see the original client's address.
+    /// Whether applications see the original client's address as the source.
     pub keep_source: bool,
 }
 
-/// Bit of `SO_MARK`, beside the bits that say that a packet is ours, of connections that are opened in a client's name.
+/// Bit of `SO_MARK` for connections that have a client's address as their source. It is set in addition to
+/// [`SocketConfig::mark`].
 pub const LEG_BIT: u32 = 0x1000;
 
-/// Ports that are tried before the kernel chooses one.
+/// Preferred source ports. They are above `net.ipv4.ip_local_port_range`, which ends at 60999: a port that the daemon uses is
+/// one on which the application cannot listen.
+const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+
+/// How many of these are tried before the kernel chooses a port.
 const TRIES: usize = 4;
 
-/// Two ends of a connection: our own address and port, and those that it was opened to.
+/// The two ends of a connection that the daemon opened: its own address and port, and those of the destination.
 type Ends = [(IpAddr, u16); 2];
 
 fn ends(own: SocketAddr, to: SocketAddr) -> Ends {
     [own, to].map(|end| (end.ip().to_canonical(), end.port()))
 }
 
-/// The connections that we have opened in one pod's namespace and that are open still. One that comes to a listener of ours has
-/// been led back there; passed on, it would come again, and so on without end.
+/// The connections that the daemon has opened in one pod's namespace and that are still open. If one of them arrives at a
+/// listener of the daemon, something has redirected it there. Carrying it would open another one, and so on without end.
 #[derive(Clone, Debug, Default)]
 pub struct OpenLegs(Arc<Mutex<HashSet<Ends>>>);
 
 impl OpenLegs {
-    /// Whether a connection from `source` to `destination` is one of them.
+    /// Whether the daemon opened the connection from `source` to `destination`.
     pub fn contains(&self, source: SocketAddr, destination: SocketAddr) -> bool {
         self.0.lock().contains(&ends(source, destination))
     }
 
-    /// Starts to connect. The port may be chosen only now, and the connection may be back at once: until it is entry, nobody
-    /// looks.
+    /// Starts to connect, and records the connection. The lock is held throughout: the kernel may choose the source port only
+    /// now, and if the connection comes back at once, [`OpenLegs::contains`] must not run before it is recorded.
     fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<OpenLeg> {
         let mut open = self.0.lock();
         start_connect(socket, to)?;
@@ -60,7 +65,7 @@ impl OpenLegs {
     }
 }
 
-/// Keeps a connection among the open ones.
+/// An entry in [`OpenLegs`]. Dropping it removes the connection.
 #[derive(Debug)]
 pub struct OpenLeg {
     ends: Ends,
@@ -73,16 +78,16 @@ impl Drop for OpenLeg {
     }
 }
 
-/// A connection that we have opened.
+/// A connection that the daemon opened.
 #[derive(Debug)]
 pub struct Leg {
-    /// To be dropped before the socket: after that, another may have its ends.
+    /// Its entry. It must be dropped before the socket, because afterwards another connection may have the same ends.
     pub entry: OpenLeg,
     /// The socket.
     pub socket: TcpStream,
 }
 
-/// Connects from the pod to somewhere else, as the pod; from `source` where that is one of its addresses.
+/// Connects from the pod to a destination outside; from `source`, which is one of the pod's addresses, if given.
 pub async fn outbound(
     netns: &Netns,
     to: SocketAddr,
@@ -93,7 +98,7 @@ pub async fn outbound(
     connect(netns, to, source.map_or(SourceAddress::FromRoute, SourceAddress::Own), config, open).await
 }
 
-/// Connects to the pod's application, as the original client. Needs a permit.
+/// Connects to the pod's application, from the address of the original client if that can be kept. Requires a permit.
 pub async fn to_app(
     _permit: &Permit,
     netns: &Netns,
@@ -102,27 +107,27 @@ pub async fn to_app(
     config: &SocketConfig,
     open: &OpenLegs,
 ) -> Result<Leg, DialError> {
-    // A pod that reaches itself has its own address already; another family cannot be kept, nor a link-local IPv6 address, to
-    // which answers go by its link alone.
+    // A pod that connects to itself has that address anyway. An address of the other family cannot be kept, and neither can a
+    // link-local IPv6 address, because the kernel sends answers to it through its own link only.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
     let source = if keep { SourceAddress::Client(client) } else { SourceAddress::FromRoute };
     connect(netns, to, source, config, open).await
 }
 
-/// Where a connection comes from.
+/// The source address of a connection.
 #[derive(Clone, Copy, Debug)]
 enum SourceAddress {
-    /// Whatever the route says.
+    /// The address that the kernel's route gives.
     FromRoute,
-    /// An address of the pod.
+    /// This address of the pod.
     Own(IpAddr),
-    /// The address of the client in whose name it is opened.
+    /// The address of the original client, which is not an address of the pod.
     Client(IpAddr),
 }
 
 impl SourceAddress {
-    /// Makes a socket and starts to connect it, in the namespace that the thread is in.
+    /// Opens a socket in the thread's current namespace and starts to connect it.
     fn connect(self, to: SocketAddr, config: &SocketConfig, open: &OpenLegs) -> io::Result<(OpenLeg, Socket)> {
         let (ip, foreign, mark) = match self {
             Self::FromRoute => (None, false, config.mark),
@@ -135,7 +140,7 @@ impl SourceAddress {
             open.connect(&socket, to).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
-            match from(rand::random_range(OWN_CONNECTIONS)) {
+            match from(rand::random_range(PORTS)) {
                 Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}
                 started => return started,
             }
@@ -144,8 +149,8 @@ impl SourceAddress {
     }
 }
 
-/// A connection that is not there yet. Given up, it is reset: whoever has accepted it already must not take it for one that
-/// ended in order.
+/// A connection that is being opened. If it is given up, it is reset: an application that has accepted it already must not
+/// take this for an orderly end.
 struct Connecting(Option<Leg>);
 
 impl Drop for Connecting {

@@ -10,50 +10,51 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long a TCP connection may take.
+/// How long TCP may take to connect.
 pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long TLS and HTTP/2 together may take after TCP.
+/// How long the TLS and HTTP/2 handshakes of a tunnel may take together, after TCP has connected.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the far end of a tunnel may take to answer a CONNECT: its own waits for facts (5 s), for a policy (5 s) and
-/// for the connection (10 s), and a little.
+/// How long the far end of a tunnel may take to answer a CONNECT request. It may wait for facts (5 s), for a policy (5 s)
+/// and for its application (10 s) itself; the rest is margin.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(25);
 
 /// Why the far side could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
-    /// The pod's namespace cannot be entered.
+    /// The pod's network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    /// TCP failed.
+    /// TCP could not connect.
     #[error("connection failed: {to}: {source}")]
     Connect {
-        /// Where to.
+        /// The destination.
         to: SocketAddr,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// TCP took too long.
+    /// TCP did not connect in time.
     #[error("connection failed: {0}: no answer within {deadline} s", deadline = CONNECT_DEADLINE.as_secs())]
     ConnectDeadline(SocketAddr),
-    /// No certificate of our own.
+    /// There is no certificate for the pod.
     #[error("identity error: {0}")]
     Identity(#[from] StoreError),
-    /// No tunnel: shared by all who waited for it.
+    /// The tunnel could not be opened. All connections that waited for it share the error.
     #[error(transparent)]
     Tunnel(#[from] Arc<TunnelDialError>),
-    /// The tunnel was there, the stream was refused or broke.
+    /// The tunnel is open, but the stream was refused or broke.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The far end did not answer.
+    /// The far end did not answer the CONNECT request in time.
     #[error("no answer to CONNECT within {} s", ANSWER_DEADLINE.as_secs())]
     AnswerDeadline,
-    /// Whoever waited for this connection has gone.
-    #[error("the client gave up before the connection was there")]
+    /// The client gave up meanwhile.
+    #[error("the client gave up before the connection was open")]
     Abandoned,
 }
 
+/// The error's text; if two clocks differ, with a hint about that.
 fn http2_reason(error: &TunnelError) -> String {
     let clock = error.io().and_then(clock);
     clock.map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
@@ -62,30 +63,30 @@ fn http2_reason(error: &TunnelError) -> String {
 /// Why a tunnel could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelDialError {
-    /// TCP to the far end timed out.
+    /// TCP to the far end did not connect in time.
     #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port 15008: {0}")]
     Blocked(SocketAddr),
-    /// TCP failed.
+    /// TCP could not connect.
     #[error("connection failed: {to}: {source}")]
     Connect {
-        /// Where to.
+        /// Address and port of the far end.
         to: SocketAddr,
-        /// What the kernel said.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The pod's namespace cannot be entered.
+    /// The pod's network namespace cannot be entered.
     #[error(transparent)]
     Netns(NetnsError),
-    /// TLS failed: the far end is not whom we expect, or does not take us.
+    /// TLS failed: the far end has not proven an expected identity, or it does not accept ours.
     #[error("tls error: {}", tls_reason(.0))]
     Tls(io::Error),
-    /// HTTP/2 failed.
+    /// The HTTP/2 handshake failed.
     #[error("http2 handshake failed: {}", http2_reason(.0))]
     Http2(TunnelError),
-    /// TLS and HTTP/2 together took too long.
+    /// The TLS and HTTP/2 handshakes did not finish in time.
     #[error("the handshake with {0} took longer than {deadline} s", deadline = HANDSHAKE_DEADLINE.as_secs())]
     HandshakeDeadline(SocketAddr),
-    /// The daemon or the pod is ending.
+    /// The daemon is ending, or the pod is being released.
     #[error("pool draining")]
     Draining,
 }

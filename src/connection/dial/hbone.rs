@@ -1,4 +1,4 @@
-//! CONNECT through a pooled tunnel.
+//! Opening a stream with CONNECT through a pooled tunnel, and dialling the tunnel if there is none.
 
 use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
 use super::error::{ANSWER_DEADLINE, DialError, HANDSHAKE_DEADLINE, TunnelDialError};
@@ -22,47 +22,49 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_rustls::TlsConnector;
 
-/// Tunnels tried for one stream: those that are going away are found out one by one.
+/// How many tunnels that turn out to be going away are replaced for one stream. The pool may hold several of them, and each
+/// is only found out when a stream is opened on it.
 const REPLACEMENTS_MAX: u32 = 8;
 
-/// Pauses before a stream that a peer refuses for now is asked for again, on the same tunnel.
+/// Pauses before a request is repeated that the peer refused with REFUSED_STREAM.
 const REFUSED_PAUSES: [Duration; 4] =
     [Duration::from_millis(10), Duration::from_millis(40), Duration::from_millis(160), Duration::from_millis(640)];
 
-/// Where a tunnel starts and how it is set up.
+/// The near end of a tunnel: the pod that it starts in, and how it is set up.
 #[derive(Clone, Debug)]
 pub struct Origin {
-    /// Uid of the pod.
+    /// Uid of the pod that the tunnel starts in.
     pub pod: crate::mesh::Text,
-    /// Which capture of it.
+    /// Number of the pod's capture.
     pub capture: u64,
-    /// Its namespace.
+    /// Network namespace of the pod.
     pub netns: Netns,
-    /// Its certificate.
+    /// The pod's certificate.
     pub credentials: Arc<Credentials>,
-    /// Ends the tunnel.
+    /// Signals when the tunnel has to end.
     pub drain: Signal,
-    /// Connections that we have open there.
+    /// The daemon's open connections in the namespace.
     pub legs: OpenLegs,
     /// Socket settings.
     pub sockets: SocketConfig,
     /// HTTP/2 settings.
     pub hbone: hbone::Config,
-    /// Where what the far end makes us hold is accounted for.
+    /// Accounts for what the far end makes the node buffer.
     pub buffers: Arc<hbone::Buffers>,
 }
 
-/// A stream through a tunnel; the lease keeps its place.
+/// A stream through a pooled tunnel.
 #[derive(Debug)]
 pub struct OpenedStream {
     /// The stream.
     pub stream: Stream,
-    /// Its place on the tunnel.
+    /// Keeps the stream's slot on the tunnel.
     pub lease: Lease,
 }
 
-/// Opens a stream. A tunnel that turns out to be going away before the request was sent is replaced; one whose peer takes
-/// no more streams for now is asked again after a pause.
+/// Opens a stream. A tunnel that turns out to be going away before the request was sent is replaced, up to
+/// `REPLACEMENTS_MAX` times. A request that the peer refuses with REFUSED_STREAM is repeated after a pause, as often as
+/// there are `REFUSED_PAUSES`. In both cases HTTP/2 guarantees that the peer has not acted on the request.
 pub async fn open(
     pool: &Arc<Pool>,
     origin: &Origin,
@@ -88,7 +90,7 @@ pub async fn open(
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
         match answer.map_or(Err(DialError::AnswerDeadline), |opened| opened.map_err(DialError::Open)) {
             Ok(stream) => return Ok(OpenedStream { stream, lease }),
-            // Each goes out of use, so that in the end a new one is dialled; who refuses even that is not asked again.
+            // Take the tunnel out of the pool, so that the next checkout finds another one or dials.
             Err(DialError::Open(OpenError::TunnelGone(_))) if replaced < REPLACEMENTS_MAX => {
                 replaced += 1;
                 lease.retire();
@@ -103,6 +105,7 @@ pub async fn open(
     }
 }
 
+/// Dials a tunnel: TCP, mutual TLS, and HTTP/2 until the peer has confirmed it.
 async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<DialledTunnel, TunnelDialError> {
     let tls = origin.credentials.client(&expected);
     let dialled = outbound(&origin.netns, to, None, &origin.sockets, &origin.legs).await;
@@ -115,7 +118,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         .map_err(|source| TunnelDialError::Connect { to, source })?;
     let socket = ReadBuffered::new(socket);
     let shake = async {
-        // The verifier checks the SPIFFE name; this name is neither sent (SNI is off) nor looked at.
+        // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor checked.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
         let mut tls = TlsConnector::from(tls)
             .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
@@ -128,11 +131,12 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let chain = origin.credentials.watch(certificates);
         let peer = certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
-        // What is held here, the pod has asked for.
+        // On the client side, the pod itself is accountable for what is buffered.
         let account = origin.buffers.account(&origin.pod, false);
         tls.get_mut().0.before_close(reset_if_cut(&account));
         let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
-        // With TLS 1.3 the far end's refusal of our certificate comes only now, and so does its stream limit.
+        // With TLS 1.3 the server checks our certificate after the client's handshake is done, so a refusal arrives only now.
+        // So does the limit on streams.
         driver.settled().await.map_err(|error| match error {
             TunnelError::Http2(error) if error.is_io() => match error.into_io() {
                 Some(error) => TunnelDialError::Tls(error),

@@ -1,4 +1,5 @@
-//! Step 4: open the far side: a socket in the pod's namespace, or a stream of a pooled tunnel.
+//! Step 4: opening the far side. `direct` opens a TCP connection in the pod's namespace. `hbone` opens a stream through a
+//! tunnel, which `pool` shares between connections.
 
 pub mod direct;
 pub mod error;

@@ -1,5 +1,5 @@
-//! Tunnels of one worker, by who we are, whom we expect, and where: one dial is shared by all who wait for it, its
-//! failure too, so that a dead destination costs one timeout and not one per waiter.
+//! The tunnels of one worker. Connections that agree in [`TunnelKey`] share a tunnel. All connections that wait for a dial
+//! share it, and its error as well, so that a dead destination costs one timeout and not one per connection.
 //!
 //! ```text
 //!   (none) ──first checkout──► dialling ──up──► open ──idle · GOAWAY · broken──► gone
@@ -23,52 +23,52 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-/// What makes two connections share a tunnel.
+/// What two connections must have in common to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
-    /// The pod the tunnel starts in: its namespace gives the tunnel its source address.
+    /// Uid of the pod that the tunnel starts in: its namespace gives the tunnel its source address.
     pub pod: Text,
-    /// Which capture of the pod: what an earlier one has opened ends with it.
+    /// Number of the pod's capture: a tunnel ends with the capture that opened it.
     pub capture: u64,
-    /// Who we are.
+    /// The pod's identity.
     pub own: SpiffeName,
-    /// Certificate we prove it with.
+    /// Generation of the certificate that proves it.
     pub generation: u64,
-    /// Who the far end may be.
+    /// Identities that the far end may prove.
     pub expected: Vec<SpiffeName>,
-    /// Where it is.
+    /// Address and port of the far end.
     pub to: SocketAddr,
-    /// Which workload it is: an address that passes to another workload gets another tunnel.
+    /// Uid of the workload there: if the address passes to another workload, that one gets another tunnel.
     pub uid: Text,
 }
 
 /// Settings of a pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolConfig {
-    /// Streams on one tunnel before another is opened.
+    /// Most streams on one tunnel; beyond it another tunnel is opened.
     pub max_streams: usize,
     /// Idle time after which a tunnel is closed.
     pub idle: Duration,
 }
 
-/// A dialled tunnel: the handle, and the future that moves its bytes.
+/// A dialled tunnel: a handle to open streams, and the future that moves its bytes.
 pub struct DialledTunnel {
     /// Opens streams.
     pub tunnel: Tunnel,
-    /// What TLS agreed on.
+    /// TLS version, key exchange and cipher.
     pub tls: TlsFacts,
-    /// Who the far end has proven to be.
+    /// Identity that the far end has proven.
     pub peer: SpiffeName,
-    /// By which it can be heard that the far end is revoked.
+    /// The far end's certificate chain; it signals when a certificate in it is revoked or expires.
     pub chain: Chain,
     /// Runs until the tunnel ends.
     pub run: TunnelRun,
 }
 
-/// Moves the bytes of a tunnel until it ends.
+/// The future that moves the bytes of a tunnel until it ends.
 pub type TunnelRun = Pin<Box<dyn Future<Output = Result<(), TunnelError>> + Send>>;
 
-/// Is told how a tunnel broke, and whose it was.
+/// Called when a tunnel breaks, with its key, the far end's identity and the error.
 pub type OnTunnelBroken = Box<dyn Fn(&TunnelKey, &SpiffeName, &TunnelError) + Send + Sync>;
 
 impl fmt::Debug for DialledTunnel {
@@ -91,27 +91,34 @@ impl fmt::Debug for Pool {
     }
 }
 
+/// The result of a dial; `None` while it is under way.
 type DialOutcome = Option<Result<Arc<PooledTunnel>, Arc<TunnelDialError>>>;
 
+/// The tunnels for one key.
 #[derive(Debug, Default)]
 struct KeyTunnels {
     open: Vec<Arc<PooledTunnel>>,
+    /// The dial that is under way.
     dialling: Option<watch::Receiver<DialOutcome>>,
 }
 
+/// An open tunnel.
 #[derive(Debug)]
 struct PooledTunnel {
     tunnel: Tunnel,
     tls: TlsFacts,
     peer: SpiffeName,
     chain: Chain,
+    /// Leases that are held.
     streams: AtomicUsize,
+    /// Whether it takes no more streams.
     gone: AtomicBool,
+    /// Notified when a lease retires it.
     retired: Notify,
     last_used: Mutex<Instant>,
 }
 
-/// Room for one stream on a tunnel; given back when dropped.
+/// A slot for one stream on a tunnel. It is free again when dropped.
 #[derive(Debug)]
 pub struct Lease {
     open: Arc<PooledTunnel>,
@@ -123,22 +130,22 @@ impl Lease {
         &self.open.tunnel
     }
 
-    /// What TLS agreed on.
+    /// TLS version, key exchange and cipher.
     pub fn tls(&self) -> TlsFacts {
         self.open.tls
     }
 
-    /// Who the far end has proven to be.
+    /// Identity that the far end has proven.
     pub fn peer(&self) -> &SpiffeName {
         &self.open.peer
     }
 
-    /// By which it can be heard that the far end is revoked.
+    /// The far end's certificate chain; it signals when a certificate in it is revoked or expires.
     pub fn chain(&self) -> &Chain {
         &self.open.chain
     }
 
-    /// Takes the tunnel out of use for others: it is going away.
+    /// Takes the tunnel out of the pool, because it is going away. Its other streams continue.
     pub fn retire(&self) {
         self.open.gone.store(true, Ordering::Relaxed);
         self.open.retired.notify_one();
@@ -153,13 +160,13 @@ impl Drop for Lease {
 }
 
 impl Pool {
-    /// An empty pool whose tunnels run as tasks of `tasks`; `broken` hears of those that break.
+    /// An empty pool. Its tunnels run as tasks of `tasks`; `broken` is called for each that breaks.
     pub fn new(config: PoolConfig, tasks: Group, broken: OnTunnelBroken) -> Arc<Self> {
         Arc::new(Self { config, tasks, broken, by_key: Mutex::default() })
     }
 
-    /// Room on a tunnel for `key`; opens one with `dial` where there is none, or waits for one that is being opened.
-    /// The dial goes on when a waiter leaves; `drain` ends the tunnel.
+    /// A slot on a tunnel for `key`. If no tunnel has a free one, waits for the dial that is under way, or starts one with
+    /// `dial`. The dial continues if its waiters leave. `drain` ends the tunnel.
     pub async fn checkout<D, F>(
         self: &Arc<Self>,
         key: &TunnelKey,
@@ -192,7 +199,7 @@ impl Pool {
             };
             match settled {
                 Some(Err(error)) => return Err(error),
-                // A tunnel that is leaving the pool already, because its pod drains, still serves who waited for it.
+                // The tunnel may be leaving the pool already, because its pod drains. It still serves those that waited for it.
                 Some(Ok(open)) => {
                     if let Some(lease) = self.lease(&open) {
                         return Ok(lease);
@@ -203,10 +210,12 @@ impl Pool {
         }
     }
 
+    /// A slot, unless the tunnel takes no more streams.
     fn lease_unless_gone(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
         if open.gone.load(Ordering::Relaxed) { None } else { self.lease(open) }
     }
 
+    /// A slot, if one is free.
     fn lease(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
         let limit = self.config.max_streams.min(open.tunnel.max_streams()).max(1);
         let free = open.streams.load(Ordering::Relaxed) < limit;
@@ -216,7 +225,7 @@ impl Pool {
         })
     }
 
-    /// How many tunnels are open.
+    /// Number of open tunnels.
     pub fn len(&self) -> usize {
         self.by_key.lock().values().map(|tunnels| tunnels.open.len()).sum()
     }
@@ -225,7 +234,7 @@ impl Pool {
     where
         F: Future<Output = Result<DialledTunnel, TunnelDialError>>,
     {
-        // A dial that is cut short (or panics) must not leave its tunnels in a state where later checkouts wait for ever.
+        // Settles the dial also if this task is cancelled or panics; otherwise later checkouts would wait for ever.
         let settle = DialSettlement { pool: &self, key: &key, outcome: &outcome };
         let dialled = tokio::select! {
             () = drain.now() => Err(TunnelDialError::Draining),
@@ -252,12 +261,13 @@ impl Pool {
         };
         settle.with(Ok(open.clone()));
         drop(settle);
-        // Its value is a handle on the tunnel, and a tunnel ends when nobody has one: who waits still sees it.
+        // The outcome holds a handle to the tunnel, which would keep the tunnel open. Waiters can still read it.
         drop(outcome);
         self.keep(&key, open, drain, run).await;
     }
 
-    /// Runs a tunnel until it ends or has been idle; it leaves the pool first, and its streams finish.
+    /// Runs a tunnel until it ends. It leaves the pool when it is idle, retired or going away, and then lasts as long as its
+    /// streams.
     async fn keep(&self, key: &TunnelKey, open: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
         let leave = async {
             loop {
@@ -271,7 +281,7 @@ impl Pool {
                 }
                 drop(by_key);
                 if last.elapsed() >= self.config.idle {
-                    // Streams are open on it; look again later.
+                    // It is in use; check again later.
                     tokio::time::sleep(self.config.idle).await;
                 }
             }
@@ -280,9 +290,10 @@ impl Pool {
             ended = &mut run => Some(ended),
             () = leave => None,
             () = drain.gentle() => None,
-            // Nobody takes it any more: it ends with its last stream.
+            // It takes no more streams, and ends with its last one.
             () = open.retired.notified() => None,
-            // Its streams hear of it themselves; no new one may begin.
+            // The far end's certificate is about to expire or is revoked. Its streams watch the chain themselves; no new one
+            // may begin.
             () = open.chain.ending() => None,
         };
         remove(&mut self.by_key.lock(), key, &open);
@@ -308,7 +319,7 @@ fn remove(by_key: &mut HashMap<TunnelKey, KeyTunnels>, key: &TunnelKey, open: &A
     }
 }
 
-/// Settles a dial exactly once, at the latest when dropped.
+/// Settles a dial: at the latest when dropped, and only once.
 struct DialSettlement<'a> {
     pool: &'a Pool,
     key: &'a TunnelKey,

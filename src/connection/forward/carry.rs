@@ -1,4 +1,4 @@
-//! Forwarding over a stream or over plain TCP, until it ends or is to stop.
+//! Forwarding over a stream of a tunnel or over plain TCP, until it ends or has to stop.
 
 use super::copy;
 use super::error::{ForwardError, Stop};
@@ -7,7 +7,7 @@ use crate::sys::socket::reset_on_close;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Carries `app` over a stream.
+/// Carries the application's connection over a stream of a tunnel. On an error, `app` is reset when it is closed.
 pub async fn over_stream(
     app: &TcpStream,
     stream: Stream,
@@ -35,7 +35,7 @@ pub async fn over_stream(
     result
 }
 
-/// Copies between `app` and a plain TCP connection.
+/// Carries the application's connection over a plain TCP connection. On an error, both are reset when they are closed.
 pub async fn over_tcp(
     app: &TcpStream,
     far: &TcpStream,

@@ -1,4 +1,4 @@
-//! Copying between two sockets. Only what the receiver does not take at once is ever held in memory.
+//! Copying between two TCP sockets. Memory is used only for what the receiver does not take at once.
 
 use super::error::ForwardError;
 use crate::hbone::Meter;
@@ -10,8 +10,10 @@ use std::pin::pin;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Copies both ways until both have ended. After one has, the other may be silent for `silence` at most. Where one breaks, what
-/// it had sent before has arrived at the other when this returns, or 10 s have passed.
+/// Copies both ways until both directions have ended. Once one has, the other may be silent for at most `silence`. If one
+/// side breaks, this returns when what it had sent before has arrived at the other side, or after [`LAST_BYTES`].
+///
+/// [`LAST_BYTES`]: crate::sys::end::LAST_BYTES
 pub async fn both_ways(
     app: &TcpStream,
     far: &TcpStream,
@@ -41,7 +43,7 @@ pub async fn both_ways(
             return Err(ForwardError::HalfClosedSilence(silence));
         }
     }
-    // What was received before the reset goes before it.
+    // Deliver what was received before the reset, before the reset is passed on.
     if app.is_broken() {
         let rest = async {
             if !up_ended {
@@ -60,10 +62,10 @@ pub async fn both_ways(
     Err(if app.is_broken() { ForwardError::App(app.error()) } else { ForwardError::Far(far.error()) })
 }
 
-/// Copies until `from` has ended, which `to` is told, or until one of them breaks, which that one notes.
+/// Copies until `from` has ended, and then sends FIN to `to`; or until one of them breaks, which is recorded in its [`End`].
 async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
     loop {
-        // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
+        // Reads that succeed at once never yield to the runtime by themselves; other tasks must get their turn.
         tokio::task::consume_budget().await;
         if let Err(error) = from.socket.readable().await {
             return from.breaks(error);
@@ -154,7 +156,7 @@ mod tests {
         assert!(matches!(ended, Err(ForwardError::HalfClosedSilence(_))), "{ended:?}");
     }
 
-    /// Much that waits for a reader, and then a reset of whoever wrote it.
+    /// The server writes more than the client reads, and then resets.
     async fn reset_behind(bytes: usize, app: &TcpStream, far: &TcpStream, mut server: TcpStream) -> ForwardError {
         let count = Count::default();
         let writes = async {

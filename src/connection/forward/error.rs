@@ -1,17 +1,17 @@
-//! Why forwarding ended otherwise than by both sides closing.
+//! Why forwarding ended before both sides had closed.
 
 use crate::connection::authorize::Refusal;
 use crate::hbone::CarryError;
 use std::io;
 use std::time::Duration;
 
-/// Why forwarding ended otherwise than by both sides closing.
+/// Why forwarding ended before both sides had closed.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
-    /// The application's connection broke: it reset, or it stopped answering.
+    /// The application's connection broke: it was reset, or it stopped answering.
     #[error("the application's connection broke: {0}")]
     App(io::Error),
-    /// The far connection broke (plain TCP).
+    /// The far side's plain TCP connection broke.
     #[error("the far connection broke: {0}")]
     Far(io::Error),
     /// The far end reset the stream.
@@ -20,18 +20,18 @@ pub enum ForwardError {
     /// The tunnel broke.
     #[error("the tunnel broke: {0}")]
     Tunnel(CarryError),
-    /// We have ended the tunnel.
-    #[error("this node has ended the tunnel: {0}")]
+    /// This node ended the tunnel because of what its peer did.
+    #[error("this node ended the tunnel: {0}")]
     Cut(CarryError),
-    /// One side closed and the other said nothing for too long.
+    /// One side had closed, and the other one sent nothing for too long.
     #[error("half-closed and silent for {0:?}")]
     HalfClosedSilence(Duration),
-    /// It was told to stop.
+    /// The connection had to stop.
     #[error("{0}")]
     Stopped(Stop),
 }
 
-/// Why a connection was told to stop.
+/// Why a connection has to stop.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stop {
     /// It is no longer allowed.
@@ -40,10 +40,12 @@ pub enum Stop {
     /// The peer's certificate has been revoked.
     #[error("connection closed: peer certificate revoked by CRL")]
     CertificateRevoked,
-    /// The peer's certificate has ended, and it has not come back with a new one.
-    #[error("connection closed: the peer's certificate has expired, and it keeps to the tunnel that it opened with it")]
+    /// The peer's certificate has expired, and the peer has not opened a tunnel with a new one.
+    #[error(
+        "connection closed: the peer's certificate has expired, and the peer still uses the tunnel that it opened with it"
+    )]
     CertificateExpired,
-    /// The daemon is ending, or the pod has been released, and the time to finish is over.
+    /// The daemon is ending, or the pod is being released, and the deadline for open connections has passed.
     #[error("connection closed due to connection drain")]
     Drained,
 }
