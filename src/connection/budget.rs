@@ -1,6 +1,9 @@
-//! How many connections a node carries, and who has to wait where it is nearly too many: above 80 % of what connections,
-//! open files or memory allow, the newest connections are refused of the peer that has most of them in the pod that has
-//! most of them. The others, the admin port and capture go on with what is left.
+//! How many connections a node carries, and which ones are refused when it is nearly full.
+//!
+//! Above 80 % of the allowed connections, open files or memory, only the largest consumer is refused: the newest connections of
+//! the peer that has the most of them, to the pod that has the most of them. Everybody else, the admin ports and captures of
+//! new pods use what is left. Above the limit of connections, or 95 % of files or memory, all new connections are refused. But
+//! scarce memory leaves each pod a few connections, because connections may not be what uses it.
 
 use crate::hbone::Buffers;
 use crate::mesh::Text;
@@ -12,23 +15,34 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// Time between looks at files and memory.
+/// Time between two checks of open files and memory.
 const CHECK_EVERY: Duration = Duration::from_millis(500);
-/// Files that a connection takes.
+
+/// Open files per connection: one for each leg.
 const FILES_PER_CONNECTION: u64 = 2;
-/// Memory that a connection takes beside what it makes us hold: what is in use less this is used by something else.
+
+/// Memory per connection in bytes, without what it makes the node buffer. Memory in use beyond that belongs to something
+/// else.
 const BYTES_PER_CONNECTION: u64 = 48 * 1024;
-/// Connections that each pod may have however scarce memory is, while it is above 80 %, and above 95 %: they are not what
-/// uses it up.
+
+/// Connections that each pod may have while memory is above [`SCARCE_PERCENT`], whatever uses it.
 const FLOOR: usize = 32;
+
+/// The same while memory is above [`FULL_PERCENT`].
 const LAST_FLOOR: usize = 8;
 
-/// What is scarce.
+/// Above this share of a resource, the largest consumer is refused.
+const SCARCE_PERCENT: usize = 80;
+
+/// Above this share of open files or memory, all new connections are refused.
+const FULL_PERCENT: u64 = 95;
+
+/// A resource that limits connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resource {
-    /// Connections, as many as are set.
+    /// The configured number of connections.
     Connections,
-    /// Files the process may open.
+    /// Files that the process may open.
     Files,
     /// Memory of the container.
     Memory,
@@ -44,46 +58,46 @@ impl std::fmt::Display for Resource {
     }
 }
 
-/// Why there is no room.
+/// Why a connection is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BudgetRefusal {
-    /// The node has as many as it may have.
-    #[error("too many connections: no more than the {all} that are open fit this node's {scarce}")]
+    /// The node has no room for any further connection.
+    #[error("too many connections: this node's {scarce} allow no more than the {all} that are open")]
     Full {
-        /// Connections of all pods.
+        /// Open connections of all pods.
         all: usize,
-        /// What there is too little of.
+        /// The resource that is scarce.
         scarce: Resource,
     },
-    /// The node is nearly full, and this pod has the most.
+    /// The node is nearly full, and this pod has the most connections.
     #[error(
-        "the node's {scarce} are above 80 %, and of its {all} connections this pod has the most, {own}: its newest are refused"
+        "the node's {scarce} are above {SCARCE_PERCENT} %, and of its {all} connections this pod has the most, {own}: its newest ones are refused"
     )]
     LargestPod {
-        /// Connections of the pod.
+        /// Open connections of the pod.
         own: usize,
-        /// Connections of all pods.
+        /// Open connections of all pods.
         all: usize,
-        /// What there is too little of.
+        /// The resource that is scarce.
         scarce: Resource,
     },
-    /// The node is nearly full, this pod has the most, and this peer has most of the pod's.
+    /// The node is nearly full, this pod has the most connections, and this peer has the most of them.
     #[error(
-        "the node's {scarce} are above 80 %, and of the {own} connections of the pod that has the most of them, {peer} has the most, {of_peer}: its newest are refused"
+        "the node's {scarce} are above {SCARCE_PERCENT} %, this pod has the most connections, and of its {own} {peer} has the most, {of_peer}: its newest ones are refused"
     )]
     LargestPeer {
         /// The peer's identity.
         peer: Text,
-        /// Connections of the peer to the pod.
+        /// Open connections of the peer to the pod.
         of_peer: usize,
-        /// Connections of the pod.
+        /// Open connections of the pod.
         own: usize,
-        /// What there is too little of.
+        /// The resource that is scarce.
         scarce: Resource,
     },
 }
 
-/// Connections of one pod that are open, and who has them.
+/// The open connections of one pod, in all and by peer.
 #[derive(Debug, Default)]
 pub struct PodUsage {
     open: AtomicUsize,
@@ -95,7 +109,6 @@ impl PodUsage {
         self.open.load(Ordering::Relaxed)
     }
 
-    /// One more of a peer.
     fn add_peer(&self, peer: &Text) {
         *self.peers.lock().entry(peer.clone()).or_default() += 1;
     }
@@ -111,7 +124,7 @@ impl PodUsage {
         }
     }
 
-    /// How many a peer has, where no other has more.
+    /// How many connections a peer has, if no other peer has more; otherwise `None`.
     fn count_if_largest(&self, peer: &Text) -> Option<usize> {
         let peers = self.peers.lock();
         let own = peers.get(peer).copied().unwrap_or(0);
@@ -120,25 +133,26 @@ impl PodUsage {
     }
 }
 
-/// The connections of a node.
+/// Counts the connections of a node and decides which ones are refused.
 #[derive(Debug)]
 pub struct Budget {
     max: usize,
     buffers: Arc<Buffers>,
     open: AtomicUsize,
-    /// From here on the largest consumer waits.
+    /// From this number of connections on, the largest consumer is refused.
     scarce_at: AtomicUsize,
+    /// The resource that set these limits.
     scarcest: AtomicU8,
-    /// From here on everybody does.
+    /// From this number on, all are refused.
     full_at: AtomicUsize,
-    /// The same but for memory: neither connections nor files allow more.
+    /// The same, by connections and files only. Not even [`Budget::floor`] exceeds it.
     hard_full_at: AtomicUsize,
-    /// As many each pod may have whatever memory says.
+    /// Connections that each pod may have, however scarce memory is.
     floor: AtomicUsize,
     pods: Mutex<Vec<Weak<PodUsage>>>,
 }
 
-/// One open connection or stream.
+/// Counts one open connection or stream until it is dropped.
 #[derive(Debug)]
 pub struct Reservation {
     budget: Arc<Budget>,
@@ -156,23 +170,23 @@ impl Drop for Reservation {
     }
 }
 
-/// What the machine says.
+/// The use of resources that the budget does not count itself.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MachineUsage {
-    /// Files that are open, and that may be.
+    /// Open files, and the limit of them; `None` if not known.
     pub files: Option<(u64, u64)>,
-    /// Memory in use, and what may be, in bytes.
+    /// Memory in use, and the limit of it, in bytes; `None` if there is no limit or it is not known.
     pub memory: Option<(u64, u64)>,
 }
 
 impl Budget {
-    /// Room for `max` connections; what their peers make us hold is in `buffers`.
+    /// A budget of `max` connections. `buffers` knows what peers make the node buffer.
     pub fn new(max: usize, buffers: Arc<Buffers>) -> Self {
         Self {
             max,
             buffers,
             open: AtomicUsize::new(0),
-            scarce_at: AtomicUsize::new(percent_of(max, 80)),
+            scarce_at: AtomicUsize::new(percent_of(max, SCARCE_PERCENT)),
             scarcest: AtomicU8::new(Resource::Connections as u8),
             full_at: AtomicUsize::new(max),
             hard_full_at: AtomicUsize::new(max),
@@ -181,7 +195,7 @@ impl Budget {
         }
     }
 
-    /// Learns of a pod that will have connections.
+    /// Adds a pod, so that it is compared with the others.
     pub fn register(&self, pod: &Arc<PodUsage>) {
         let mut pods = self.pods.lock();
         pods.retain(|known| known.strong_count() > 0);
@@ -190,8 +204,8 @@ impl Budget {
         }
     }
 
-    /// Room for one more connection or stream of a pod, for as long as the result is held; `peer` is who has proven to be
-    /// at its other end.
+    /// Reserves room for one more connection or stream of a pod, for as long as the result is held. `peer` is the identity
+    /// at its other end, if it has proven one.
     pub fn reserve(self: &Arc<Self>, pod: &Arc<PodUsage>, peer: Option<&Text>) -> Result<Reservation, BudgetRefusal> {
         let (all, own) = (self.open.fetch_add(1, Ordering::Relaxed), pod.open.fetch_add(1, Ordering::Relaxed));
         if let Some(peer) = peer {
@@ -219,7 +233,7 @@ impl Budget {
         Ok(open)
     }
 
-    /// The most connections that any other pod has.
+    /// The number of connections of the largest other pod.
     fn largest_other(&self, own: &Arc<PodUsage>) -> usize {
         let pods = self.pods.lock();
         let others = pods.iter().filter(|pod| pod.as_ptr() != Arc::as_ptr(own)).filter_map(Weak::upgrade);
@@ -234,13 +248,15 @@ impl Budget {
         }
     }
 
-    /// Takes account of the machine. Files that are no connections are other pods' listeners, tunnels and the rest; memory
-    /// that connections do not use is the mesh's facts and the rest.
+    /// Adapts the limits to the use of files and memory. Files beyond those of connections are listeners, tunnels and
+    /// others; memory beyond that of connections is used by mesh facts and others. Both are assumed to stay in use.
     pub fn update(&self, usage: MachineUsage) {
         let open = self.open.load(Ordering::Relaxed);
-        let (mut scarce_at, mut full_at, mut scarcest) = (percent_of(self.max, 80), self.max, Resource::Connections);
-        let mut floor = 0;
-        // How many connections fit into a share of `max`, where `used` of it is used now.
+        let (mut scarce_at, mut full_at, mut scarcest) =
+            (percent_of(self.max, SCARCE_PERCENT), self.max, Resource::Connections);
+        let (mut floor, scarce) = (0, SCARCE_PERCENT as u64);
+        // How many connections fit into `percent` of `max`, if each uses `each` and all together `more`, and `used` is in use
+        // now.
         let room = |used: u64, max: u64, each: u64, percent: u64, more: u64| {
             let others = used.saturating_sub(each * open as u64 + more);
             let left = (max / 100 * percent).saturating_sub(others + more);
@@ -248,19 +264,19 @@ impl Budget {
         };
         if let Some((used, max)) = usage.files {
             let room = |percent| room(used * 100, max * 100, FILES_PER_CONNECTION * 100, percent, 0);
-            full_at = full_at.min(room(95));
-            if room(80) < scarce_at {
-                (scarce_at, scarcest) = (room(80), Resource::Files);
+            full_at = full_at.min(room(FULL_PERCENT));
+            if room(scarce) < scarce_at {
+                (scarce_at, scarcest) = (room(scarce), Resource::Files);
             }
         }
         let hard_full_at = full_at;
-        if let Some((used, max)) = usage.memory.filter(|(used, max)| *used > max / 100 * 80) {
+        if let Some((used, max)) = usage.memory.filter(|(used, max)| *used > max / 100 * scarce) {
             let room = |percent| room(used, max, BYTES_PER_CONNECTION, percent, self.buffers.held() as u64);
             (floor, scarcest) = (FLOOR, Resource::Memory);
-            scarce_at = scarce_at.min(room(80));
-            if used > max / 100 * 95 {
+            scarce_at = scarce_at.min(room(scarce));
+            if used > max / 100 * FULL_PERCENT {
                 floor = LAST_FLOOR;
-                full_at = full_at.min(room(95));
+                full_at = full_at.min(room(FULL_PERCENT));
             }
         }
         self.scarcest.store(scarcest as u8, Ordering::Relaxed);
@@ -270,12 +286,12 @@ impl Budget {
         self.floor.store(floor, Ordering::Relaxed);
     }
 
-    /// Looks at files and memory again and again.
+    /// Checks open files and memory periodically. Never returns.
     pub async fn watch(&self) {
         let max_files = limits::raise_open_files();
         let memory = limits::Memory::of_process();
         loop {
-            // Beside the runtime: a hundred thousand take a while to count.
+            // On another thread: counting a hundred thousand files takes a while.
             let files = beside(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
             self.update(MachineUsage { files, memory: memory.as_ref().and_then(limits::Memory::now) });
             tokio::time::sleep(CHECK_EVERY).await;
@@ -283,6 +299,7 @@ impl Budget {
     }
 }
 
+/// `percent` of `of`, rounded up, and at least 1.
 fn percent_of(of: usize, percent: usize) -> usize {
     of.saturating_mul(percent).div_ceil(100).max(1)
 }
@@ -321,7 +338,7 @@ mod tests {
         );
         held.clear();
         assert_eq!((greedy.open(), budget.open.load(Ordering::Relaxed)), (0, 0));
-        assert!(budget.reserve(&greedy, None).is_ok(), "it recovers alone");
+        assert!(budget.reserve(&greedy, None).is_ok(), "it recovers by itself");
     }
 
     #[test]
@@ -343,7 +360,7 @@ mod tests {
         assert_eq!(refused, Some(expected));
         held.extend((0..100).map(|_| budget.reserve(&victim, Some(&modest)).unwrap()));
         held.clear();
-        assert!(victim.peers.lock().is_empty(), "nothing is kept of who has gone");
+        assert!(victim.peers.lock().is_empty(), "nothing is kept about peers that have left");
     }
 
     #[test]
@@ -353,7 +370,7 @@ mod tests {
         budget.register(&one);
         budget.register(&other);
         let held: Vec<Reservation> = (0..10).map(|_| budget.reserve(&one, None).unwrap()).collect();
-        // 800 files for all, 780 of them are others': room for 10 connections.
+        // Of the 800 files at 80 %, 780 are not for connections: there is room for 10 connections.
         budget.update(MachineUsage { files: Some((800, 1000)), memory: None });
         assert!(matches!(
             budget.reserve(&one, None).err(),
@@ -386,7 +403,7 @@ mod tests {
             Some(BudgetRefusal::LargestPod { scarce: Resource::Memory, .. })
         ));
         assert!(budget.reserve(&other, None).is_ok());
-        // However long it lasts, and whoever is the largest by then.
+        // However long this lasts, and whichever pod is the largest by then.
         held.truncate(FLOOR - 1);
         for _ in 0..10 {
             drop(budget.reserve(&one, None).unwrap());
@@ -394,7 +411,7 @@ mod tests {
         budget.update(MachineUsage { files: None, memory: Some((97 * MIB, 100 * MIB)) });
         assert!(matches!(budget.reserve(&one, None).err(), Some(BudgetRefusal::Full { scarce: Resource::Memory, .. })));
         assert!(budget.reserve(&other, None).is_ok());
-        // A floor of memory makes no files.
+        // The floor does not apply to files.
         budget.update(MachineUsage { files: Some((990, 1000)), memory: Some((85 * MIB, 100 * MIB)) });
         assert!(matches!(budget.reserve(&other, None).err(), Some(BudgetRefusal::Full { .. })));
         budget.update(MachineUsage::default());

@@ -1,4 +1,4 @@
-//! One worker: what its connections share with each other, and with those of all workers.
+//! A worker: one thread's tunnels and connections, and what all workers share.
 
 use super::authorize::revoke::Permits;
 use super::budget::Budget;
@@ -12,35 +12,38 @@ use crate::{identity, mesh};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-/// Handshakes at once on a node, and of one source address.
+/// Most handshakes under way on a node.
 const HANDSHAKES_MAX: usize = 1024;
+
+/// Most handshakes under way from one source address.
 const HANDSHAKES_OF_ONE: usize = 256;
-/// What one may hold.
+
+/// Memory that one handshake may use, in bytes.
 const HANDSHAKE_BYTES: usize = 64 * 1024;
 
-/// What all workers share; all of it read-mostly.
+/// What all workers share. It is read far more often than it is written.
 #[derive(Debug)]
 pub struct Shared {
     /// Settings.
     pub config: Config,
-    /// Facts.
+    /// Mesh facts.
     pub mesh: Arc<mesh::Store>,
     /// Certificates.
     pub identities: Arc<identity::Store>,
-    /// Metrics, live connections, log limits.
+    /// Metrics, the list of live connections, and limits of log lines.
     pub reporter: Arc<Reporter>,
     /// Live permits.
     pub permits: Arc<Permits>,
-    /// Room for connections and streams, on all workers.
+    /// Limits the connections and streams of the node.
     pub budget: Arc<Budget>,
-    /// What peers make us hold.
+    /// Accounts for what peers make the node buffer.
     pub buffers: Arc<Buffers>,
-    /// Places for connections to HBONE ports whose peer has not proven yet who it is; no pod is charged for them.
+    /// Limits connections to HBONE ports whose peer has not proven its identity yet. No pod is charged for them.
     pub handshakes: Arc<Places>,
 }
 
 impl Shared {
-    /// Places for handshakes: enough for peers that all come at once, and so few that together they hold no more than `bytes`.
+    /// The limit for handshakes: enough for many peers that connect at once, but together they use at most `bytes`.
     pub fn handshakes(bytes: usize) -> Arc<Places> {
         let max = (bytes / HANDSHAKE_BYTES).clamp(HANDSHAKES_OF_ONE / 4, HANDSHAKES_MAX);
         Places::new(max, HANDSHAKES_OF_ONE.min(max / 2))
@@ -56,6 +59,6 @@ pub struct Worker {
     pub pool: Arc<Pool>,
     /// This worker's connections and streams.
     pub tasks: Group,
-    /// Connections that it has been given and that have not ended.
+    /// Number of connections that were given to this worker and have not ended.
     pub load: AtomicUsize,
 }

@@ -1,5 +1,5 @@
-//! The workers: each one thread with its own runtime, its own tunnels and its own connections. A connection is given
-//! to a worker once, when it is accepted; nothing that belongs to it ever crosses threads afterwards.
+//! The worker threads. Each has its own runtime, tunnels and connections. A connection is given to the least loaded worker
+//! when it is accepted and stays there: nothing that belongs to it crosses threads afterwards.
 
 use super::accept::listener;
 use super::budget::Reservation;
@@ -28,25 +28,25 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
-/// AcceptedSocket sockets that may wait for a busy worker.
+/// Most accepted sockets that may wait for one worker.
 const QUEUE: usize = 4096;
 
-/// How long connections may take to write their last line when they are cut.
+/// How long connections may take to report their end when they are cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
 
-/// By which listener a connection came.
+/// The listener that accepted a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Entrance {
-    /// 15001: from the pod.
+    /// Port 15001: opened by the pod.
     Outbound,
-    /// 15006: to the pod, in plaintext.
+    /// Port 15006: to the pod, in plaintext.
     Plaintext,
-    /// 15008: to the pod, through a tunnel.
+    /// Port 15008: a tunnel to the pod.
     Tunnel,
 }
 
 impl Entrance {
-    /// Its direction.
+    /// Direction of its connections.
     pub fn direction(self) -> Direction {
         match self {
             Self::Outbound => Direction::Outbound,
@@ -58,20 +58,21 @@ impl Entrance {
 /// An accepted socket on its way to its worker.
 struct AcceptedSocket {
     journey: Journey,
-    /// Counts it among its pod's connections already while it waits for its worker.
+    /// Counts it as a connection of its pod, also while it waits for the worker.
     active: TaskTrackerToken,
     socket: TcpStream,
     peer: SocketAddr,
     pod: Arc<Pod>,
 }
 
-/// The journey that begins, with the room that it has.
+/// The journey that begins, with what counts it until it ends.
 enum Journey {
     Outbound(Reservation),
     Plaintext(Reservation),
     Tunnel(Place),
 }
 
+/// A worker, as the other threads see it.
 #[derive(Debug)]
 struct WorkerHandle {
     worker: Arc<Worker>,
@@ -84,9 +85,9 @@ struct WorkerHandle {
 pub struct Workers {
     all: Arc<Vec<WorkerHandle>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// Counts accept loops.
+    /// Counts the accept loops, so that an end can wait for them.
     accepts: TaskTracker,
-    /// Which worker gets the next accept loop.
+    /// Number of the worker that gets the next accept loop, modulo the number of workers.
     turn: AtomicUsize,
     stop: CancellationToken,
 }
@@ -121,8 +122,8 @@ impl Workers {
         })
     }
 
-    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker; what it accepts goes to
-    /// the least loaded.
+    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`. Each
+    /// socket goes to the worker with the fewest connections.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
@@ -136,17 +137,17 @@ impl Workers {
         accepting.spawn_on(work, &home.runtime);
     }
 
-    /// Connections and streams running now.
+    /// Number of tasks of connections, streams and tunnels that are running.
     pub fn running(&self) -> usize {
         self.all.iter().map(|handle| handle.worker.tasks.len()).sum()
     }
 
-    /// Tunnels open towards peers now.
+    /// Number of tunnels to peers that are open.
     pub fn tunnels(&self) -> usize {
         self.all.iter().map(|handle| handle.worker.pool.len()).sum()
     }
 
-    /// Waits until all accept loops, and then every connection and tunnel, have ended; order them to before.
+    /// Waits until all accept loops have ended, and then every connection and tunnel. They must have been told to end before.
     pub async fn finished(&self) {
         self.accepts.close();
         self.accepts.wait().await;
@@ -159,9 +160,9 @@ impl Workers {
         }
     }
 
-    /// Ends whatever is left; resets go out and the threads end.
+    /// Ends all remaining connections with resets, and then the threads.
     pub async fn cut(&self) {
-        // Connections that hear the order write their own last line; those that do not are ended after a moment.
+        // Most connections react to the drain signal and report their own end. The rest is ended after a moment.
         let _ = tokio::time::timeout(CUT_GRACE, self.finished()).await;
         for handle in self.all.iter() {
             handle.worker.tasks.cut();
@@ -170,12 +171,13 @@ impl Workers {
         self.stop.cancel();
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
-            // A worker thread that panicked has nothing left to end.
+            // An error means that the thread panicked. There is nothing left to end then.
             let _ = thread.join();
         }
     }
 }
 
+/// Begins the journeys of the sockets that are given to a worker.
 async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedSocket>) {
     while let Some(AcceptedSocket { journey, active, socket, peer, pod }) = accepted.recv().await {
         let worker = worker.clone();
@@ -191,7 +193,7 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
     }
 }
 
-/// Gives back a connection's share of the load when it ends, however it ends.
+/// Counts a connection in its worker's load; subtracts it again when it ends, in whatever way.
 struct LoadGuard(Arc<Worker>);
 
 impl Drop for LoadGuard {
@@ -200,6 +202,7 @@ impl Drop for LoadGuard {
     }
 }
 
+/// Counts a new socket in the budget and gives it to the least loaded worker, or refuses it.
 fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
     if entrance != Entrance::Outbound && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
@@ -221,7 +224,7 @@ fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: Socke
     let journey = match journey {
         Ok(journey) => journey,
         Err(failure) => {
-            // A probe of capture needs no connection: that the node is full does not mean that a pod is not captured.
+            // A capture check only has to arrive. It must succeed also on a full node: the pod is still captured.
             let probe = entrance == Entrance::Outbound
                 && original_dst(&socket, peer).is_ok_and(|to| pod.capture_checks.take(canonical(to)));
             return if probe { reset_on_close(&socket) } else { refuse(&socket, failure) };

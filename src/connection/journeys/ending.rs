@@ -1,4 +1,4 @@
-//! What ends a connection, other than its own two sides, and how its sockets are closed then.
+//! What makes a connection stop before both sides have closed, and how its sockets are closed then.
 
 use crate::connection::authorize::Registration;
 use crate::connection::dial::DialError;
@@ -10,7 +10,8 @@ use crate::sys::end::left_nothing;
 use crate::sys::socket::reset_on_close;
 use tokio::net::TcpStream;
 
-/// Dials for a client; gives up when the client resets meanwhile, unless it has sent something before, which is delivered.
+/// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to be
+/// delivered.
 pub async fn unless_client_resets<T>(
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
@@ -22,7 +23,8 @@ pub async fn unless_client_resets<T>(
     }
 }
 
-/// Resolves when a connection of the pod is to stop.
+/// Resolves when a connection of the pod has to stop: its permit is revoked, the peer's certificate is revoked or expires,
+/// or the deadline of a drain has passed.
 pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<&Chain>) -> Stop {
     let drain = pod.signal();
     let revoked = async {
@@ -44,25 +46,27 @@ pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<
     }
 }
 
-/// A client's socket that is closed with RST unless its connection came to an orderly end: a client must be able to
-/// tell a refusal from an empty answer.
+/// A socket that is closed with RST, unless its connection has ended in order: a client must be able to distinguish a
+/// refusal from an empty answer.
 pub struct ResetUnlessDone {
-    /// Of one that we have opened.
+    /// Entry of a connection that the daemon opened. Declared before the socket so that it is dropped first.
     _entry: Option<OpenLeg>,
     socket: TcpStream,
     done: bool,
 }
 
 impl ResetUnlessDone {
+    /// A socket that the daemon accepted.
     pub fn accepted(socket: TcpStream) -> Self {
         Self { _entry: None, socket, done: false }
     }
 
-    /// One that we have opened.
+    /// A socket that the daemon connected.
     pub fn dialled(Leg { entry, socket }: Leg) -> Self {
         Self { _entry: Some(entry), socket, done: false }
     }
 
+    /// Closes the socket in order: its connection has ended well.
     pub fn done(mut self) {
         self.done = true;
     }

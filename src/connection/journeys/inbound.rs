@@ -1,4 +1,5 @@
-//! 15008: a tunnel is accepted once; each of its streams is then chosen, authorized, dialled, forwarded and reported.
+//! Port 15008: a tunnel from a peer. The tunnel is accepted once. Then each of its streams takes the steps choose, authorize,
+//! dial, forward and report, as a task of the same worker.
 
 use super::ending::{ResetUnlessDone, stop_signal};
 use super::lookup::{own_credentials, own_facts};
@@ -12,6 +13,7 @@ use crate::connection::headers;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use crate::connection::worker::Worker;
+use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
 use crate::task::places::Place;
@@ -24,11 +26,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// How long the tunnel of a peer that is not trusted any more lasts, for its streams to be reset in order.
+/// How long a tunnel lasts after its peer's certificate was revoked or has expired, so that the streams can be reset first.
 const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
-/// 15008: a tunnel from a peer; its streams become tasks of this worker. Until the peer has proven who it is, it has
-/// `place` and no more; then it is charged for.
+/// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by `place`
+/// alone; afterwards it is counted in the budget, for the peer.
 pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
@@ -58,7 +60,7 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
     }
 }
 
-/// Takes streams until the tunnel ends.
+/// Takes the streams of a tunnel until it ends. The error says how it broke.
 async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
@@ -81,7 +83,7 @@ async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
                 continue;
             }
             () = drain.now() => return Ok(()),
-            // Its streams stop by themselves, each with its own line, for which the tunnel must go on for a moment.
+            // The streams watch the chain themselves and each reports its own end. Until then the tunnel must go on.
             _ = peer.chain.distrusted(), if end.is_none() => {
                 end = Some(Instant::now() + DISTRUST_GRACE);
                 server.go_away();
@@ -104,13 +106,13 @@ async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
     }
 }
 
-/// A tunnel, and its reservation in the node's budget.
+/// An accepted tunnel and its reservation in the node's budget.
 struct ChargedTunnel {
     tunnel: AcceptedTunnel,
     reservation: Reservation,
 }
 
-/// Accepts a tunnel; `None` where the peer has left without a word.
+/// Accepts a tunnel. `None` if the client closed the connection without sending anything.
 async fn accept_tunnel(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
@@ -125,13 +127,13 @@ async fn accept_tunnel(
         let hbone = &shared.config.hbone;
         Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
     };
-    // Boxed, so that an open tunnel does not keep the room that opening it took.
+    // Boxed: the handshakes need more memory than an open tunnel, which must not keep it.
     let tunnel: AcceptedTunnel = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
     let reservation = shared.budget.reserve(&pod.usage, Some(&tunnel.peer.name))?;
     Ok(Some(ChargedTunnel { tunnel, reservation }))
 }
 
-/// One CONNECT stream of a tunnel.
+/// Carries one stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
     let _open = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
@@ -156,21 +158,22 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut inc
     record.finish(result);
 }
 
-/// A stream that may go, and the application's socket that is open for it.
+/// A stream that is allowed, with the open socket to its application.
 struct AdmittedStream {
     app: ResetUnlessDone,
     permit: Registration,
     live: Arc<Connection>,
     baggage: Option<String>,
-    /// What the application is told before the stream.
+    /// What the application receives before the stream: a PROXY protocol header, or nothing.
     preface: Vec<u8>,
 }
 
+/// The steps choose, authorize and dial.
 async fn admit(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     peer: &TunnelPeer,
-    request: Result<ConnectRequest, crate::hbone::request::RequestError>,
+    request: Result<ConnectRequest, RequestError>,
     record: &mut Record,
 ) -> Result<AdmittedStream, Failure> {
     let shared = &worker.shared;
@@ -181,10 +184,10 @@ async fn admit(
     let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
-    // Registered before it is asked for: no policy change can fall between the two.
+    // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &registration).await;
-    // What the peer says it asked for counts only if it is a service of this workload.
+    // The host in the peer's `forwarded` header is used for telemetry, and only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
     let by_target = |port| snapshot.service_by_target(&workload, port).cloned();
@@ -213,7 +216,7 @@ async fn admit(
                 (true, false) => Ipv6Addr::LOCALHOST.into(),
             };
             let to = SocketAddr::new(ip, target.address.port());
-            // Who the client is, is said in front of the stream; the connection itself is the daemon's.
+            // The PROXY protocol header names the client, so the connection comes from the pod's own address.
             let app = dial::direct::to_app(&permit, netns, to, to.ip(), &pod.sockets, &pod.legs).await?;
             (app, headers::proxy_v2(peer.source, asked, &peer.identity))
         }
@@ -222,6 +225,7 @@ async fn admit(
     Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
 }
 
+/// The step forward: answers 200, now that the application's socket is open, and carries the stream.
 async fn carry(
     worker: &Worker,
     pod: &Pod,
@@ -239,7 +243,7 @@ async fn carry(
     Ok(())
 }
 
-/// Tells the application something before anything else. It fits into the socket's buffer, which is empty.
+/// Sends the application `preface` before anything else. It fits into the socket's empty send buffer.
 async fn send_preface(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
     let mut left = preface;
     while !left.is_empty() {
@@ -253,7 +257,7 @@ async fn send_preface(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardErro
     Ok(())
 }
 
-/// The status with which a stream is refused (source: the reference's inbound HBONE table).
+/// The HTTP status with which a stream is refused (source: ztunnel's inbound HBONE handling).
 fn status(failure: &Failure) -> StatusCode {
     match failure {
         Failure::Request(_) => StatusCode::BAD_REQUEST,

@@ -1,4 +1,5 @@
-//! What the journeys ask: the pod's own facts and certificate, and the route, which may lead to further questions.
+//! What the journeys ask: the pod's own facts and certificate, and the route. Finding a route may need several questions to an
+//! on-demand control plane or to the pod's resolvers.
 
 use crate::connection::choose::{self, ResolvedNames, RouteError, route::Route};
 use crate::connection::pod::Pod;
@@ -10,7 +11,7 @@ use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-/// The facts of now, and the pod's own workload among them.
+/// The current facts and the pod's own workload. Waits for the workload to become known, and fails if it does not in time.
 pub async fn own_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
@@ -22,11 +23,11 @@ pub async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc
     Ok(worker.shared.identities.get(&identity).await?)
 }
 
-/// Questions that one connection may ask: of the control plane for its destination, a waypoint, and what these lead to; of
-/// the pod's resolvers for the endpoints that have no address but a host name, of which each choice may find another.
+/// Most questions that one connection may ask. It asks the control plane for the destination, for a waypoint, and for what
+/// these lead to. It asks the pod's resolvers for endpoints that only have a host name, and may find another one each time.
 const QUESTIONS_MAX: usize = 8;
 
-/// The route to `target`; asks for facts that are told only when asked for, resolves host names, and chooses again.
+/// Finds the route to `target`. Choosing may fail for lack of facts or of a resolved name; then this asks and chooses again.
 pub async fn find_route(
     mesh: &mesh::Store,
     pod: &Pod,
@@ -43,7 +44,7 @@ pub async fn find_route(
             Err(RouteError::Unasked(Wanted::Address(at))) => mesh.ask_address(&pod.uid, &at).await?,
             Err(RouteError::Unasked(wanted)) => mesh.ask(&pod.uid, wanted).await?,
             Err(RouteError::Unresolved(name)) => {
-                // Another endpoint may do where this one's name cannot be resolved.
+                // If the name does not resolve, another endpoint may be chosen, so the error is only kept for the end.
                 let addresses = pod.resolver.addresses(source, &name, target.is_ipv4()).await;
                 let addresses = addresses.map_err(|error| unresolved = Some(error)).unwrap_or_default();
                 names.insert(name, pick_address(addresses, target.is_ipv4()));
@@ -52,6 +53,7 @@ pub async fn find_route(
                 return Err(unresolved.map_or(error, RouteError::from));
             }
             Err(error @ (RouteError::NoEndpoint(_) | RouteError::UnknownWaypoint { .. })) => {
+                // On-demand control planes do not announce new endpoints. Ask again for old facts before giving up.
                 let old = snapshot.refreshable(&source.network, target.ip(), &source.namespace);
                 if old.is_empty() {
                     return Err(error);
@@ -66,7 +68,8 @@ pub async fn find_route(
     choose(&snapshot, &names)
 }
 
-/// One of a host's addresses, of the wanted family where there is one: drawn once, so that asking for it leads somewhere.
+/// Picks one of a host's addresses at random, of the wanted family if there is one. The pick is kept for the connection, so
+/// that facts that are asked for because of it are still about the right address when the route is chosen again.
 fn pick_address(mut addresses: Vec<IpAddr>, v4: bool) -> Vec<IpAddr> {
     if addresses.iter().any(|ip| ip.is_ipv4() == v4) {
         addresses.retain(|ip| ip.is_ipv4() == v4);

@@ -1,4 +1,5 @@
-//! 15001: a connection that the pod opened. Accept, choose, dial, forward, report; the destination's side authorizes.
+//! Port 15001: a connection that the pod opened. Steps: accept, choose, dial, forward, report. The destination's node
+//! authorizes it.
 
 use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::{find_route, own_credentials, own_facts};
@@ -15,7 +16,7 @@ use crate::mesh::address::canonical;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// 15001: a connection that the pod opened.
+/// Carries one connection that the pod opened.
 pub async fn outbound(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
@@ -30,7 +31,7 @@ async fn outbound_steps(
     peer: SocketAddr,
     record: &mut Record,
 ) -> Result<(), Failure> {
-    // Boxed, so that an open connection does not keep the room that opening it took.
+    // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
     let Some(OpenedOutbound { app, live, far }) = Box::pin(open(worker, pod, socket, peer, record)).await? else {
         return Ok(());
     };
@@ -56,12 +57,13 @@ struct OpenedOutbound {
     far: FarSide,
 }
 
+/// The far side of an outbound connection.
 enum FarSide {
     Direct(ResetUnlessDone),
     Tunnel(OpenedStream),
 }
 
-/// Accept, choose, dial; `None` for a probe of capture, which has arrived with that.
+/// The steps accept, choose and dial. `None` for a capture check, which needs nothing more than to arrive.
 async fn open(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
@@ -76,7 +78,8 @@ async fn open(
     }
     record.destination(captured.destination);
     let app = ResetUnlessDone::accepted(captured.app);
-    // Passed on, it would come back to us, and so on without end.
+    // Somebody dialled the daemon's own port, or a connection of the daemon was led back to it. If it were carried, it would
+    // come back again, without end.
     if !captured.redirected || pod.legs.contains(captured.source, captured.destination) {
         return Err(RouteError::Loop(captured.destination).into());
     }
@@ -96,7 +99,7 @@ async fn open(
     match &route.next_hop {
         NextHop::Direct { to } => {
             let live = record.opened(details(None, *to));
-            // A pod with several addresses has chosen one of them.
+            // A pod with several addresses may have bound one of them; keep it as the source.
             let own = Some(captured.source.ip())
                 .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
             let far = unless_client_resets(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs))
@@ -120,7 +123,7 @@ async fn open(
     }
 }
 
-/// Where a tunnel of the pod starts.
+/// The near end for a tunnel of the pod.
 fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) -> Origin {
     Origin {
         pod: pod.uid.clone(),

@@ -1,4 +1,5 @@
-//! 15006: a connection to the pod that came in plaintext. Like a stream of a tunnel, without tunnel and without identity.
+//! Port 15006: a connection to the pod that arrived in plaintext. Steps: accept, authorize, dial, forward, report. The
+//! destination is the original destination, and the client has no identity.
 
 use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::own_facts;
@@ -11,7 +12,7 @@ use crate::mesh::address::canonical;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// 15006: a connection to the pod that came in plaintext.
+/// Carries one plaintext connection to the pod.
 pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
@@ -33,12 +34,14 @@ async fn plaintext_steps(
     let (snapshot, workload) = own_facts(worker, pod).await?;
     let destination = captured.destination;
     pod.with_own(&workload, |own| {
-        // A client may use the very port that we use in its name; nobody else uses those of the pod.
+        // A connection with the ends of one of ours is ours only if it comes from the pod. One with a client's address may be
+        // the client's own: the daemon connects to the application from that address, and may have chosen the same port.
         let is_ours = own.is_the_pod(captured.source.ip()) && pod.legs.contains(captured.source, destination);
         own.check_plaintext(destination, is_ours)
     })?;
     let source = captured.source.ip();
     let subject = Subject { peer: None, source, destination };
+    // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &registration).await;
     let live = record.opened(Details {
