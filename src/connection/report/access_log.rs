@@ -1,4 +1,4 @@
-//! The access log: one line per connection at its end (target `access`), with the reference's field names in its order.
+//! The access log: one line for each connection at its end (target `access`), with ztunnel's field names in ztunnel's order.
 
 use super::details::Details;
 use super::direction::Direction;
@@ -9,24 +9,24 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// What is known at the end of a connection besides its [`Details`].
+/// What is known at the end of a connection, besides its [`Details`].
 #[derive(Debug)]
 pub struct Summary<'a> {
-    /// Which way.
+    /// Direction of the connection.
     pub direction: Direction,
-    /// Who opened it.
+    /// Address that opened it.
     pub source: SocketAddr,
-    /// Where it was going.
+    /// The destination, if it became known.
     pub destination: Option<SocketAddr>,
     /// Bytes carried.
     pub bytes: &'a ByteCounts,
-    /// How long it lived.
+    /// How long it was open.
     pub duration: Duration,
-    /// How it ended, if badly.
+    /// Why it failed or was refused; `None` if it ended well.
     pub failure: Option<&'a Failure>,
 }
 
-/// Writes the fields common to all lines about a connection whose route is known, then the given ones.
+/// Writes a line with the fields that all lines about a connection with a known route have, and then the given fields.
 macro_rules! line {
     ($level:expr, $message:literal, $direction:expr, $source:expr, $destination:expr, $details:expr $(, $($rest:tt)*)?) => {{
         let d: &Details = $details;
@@ -54,18 +54,19 @@ macro_rules! line {
     }};
 }
 
+/// The name to show for a workload.
 fn name(workload: &Workload) -> &str {
     if workload.name.is_empty() { &workload.canonical_name } else { &workload.name }
 }
 
-/// A connection's route is known; at debug level.
+/// Writes the debug line for a connection whose route has become known.
 pub fn opened(direction: Direction, source: SocketAddr, destination: Option<SocketAddr>, details: &Details) {
     line!(tracing::Level::DEBUG, "connection opened", direction, source, destination, details);
 }
 
-/// A connection has ended.
+/// Writes the line for the end of a connection whose route was known.
 pub fn complete(summary: &Summary<'_>, details: &Details) {
-    // Outbound, "sent" is what the client sent; inbound, what the server sent: each from its own pod's viewpoint.
+    // "Sent" is what the pod of this node sent: outbound the client, inbound the server.
     let sent = summary.bytes.up.load(Ordering::Relaxed);
     let received = summary.bytes.down.load(Ordering::Relaxed);
     let duration = format!("{}ms", summary.duration.as_millis());
@@ -98,7 +99,7 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
     }
 }
 
-/// A connection failed before its route was known.
+/// Writes the line for a connection that failed before its route was known. `suppressed` such lines were left out before it.
 pub fn failed_early(
     direction: Direction,
     source: SocketAddr,

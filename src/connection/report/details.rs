@@ -1,26 +1,27 @@
-//! What is known of a connection once its route is.
+//! What is known about a connection once its route is known.
 
 use crate::mesh::{Service, SpiffeName, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// What is known of a connection once its route is.
+/// What is known about a connection once its route is known. Logs, metrics and the list of live connections show it.
 #[derive(Debug)]
 pub struct Details {
-    /// Source workload.
+    /// Source workload, if it is known.
     pub source_workload: Option<Arc<Workload>>,
-    /// Source identity, if there is mutual TLS.
+    /// Identity of the source, if the connection uses mutual TLS.
     pub source_identity: Option<SpiffeName>,
-    /// Destination workload.
+    /// Destination workload, if it is known.
     pub destination_workload: Option<Arc<Workload>>,
-    /// Destination identity, if there is mutual TLS: inbound our own, outbound none before it has been proven.
+    /// Identity of the destination, if the connection uses mutual TLS: inbound the pod's own; outbound once the far end has
+    /// proven it.
     pub destination_identity: Option<SpiffeName>,
-    /// Service that was asked for.
+    /// The service that was dialled.
     pub service: Option<Arc<Service>>,
-    /// Where our leg goes (outbound), or the pod's own address (inbound).
+    /// Outbound: the address that the daemon connects to. Inbound: the application's address.
     pub actual: SocketAddr,
-    /// What was asked for at the tunnel's end.
+    /// The CONNECT authority, for a connection through a tunnel.
     pub authority: Option<String>,
-    /// What decided that it may go.
+    /// The rule that allowed it.
     pub rule: Option<String>,
 }

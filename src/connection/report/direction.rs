@@ -1,16 +1,16 @@
-//! Which way a connection goes, in the words of the log and of metrics.
+//! The direction of a connection.
 
-/// Which way a connection goes, as seen from its pod.
+/// The direction of a connection, as seen from the pod of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
-    /// From the pod.
+    /// Opened by the pod.
     Outbound,
-    /// To the pod.
+    /// Arriving at the pod.
     Inbound,
 }
 
 impl Direction {
-    /// Word in the log.
+    /// The word in logs and in culvert's own metrics.
     pub fn word(self) -> &'static str {
         match self {
             Self::Outbound => "outbound",
@@ -18,7 +18,7 @@ impl Direction {
         }
     }
 
-    /// Word in traffic metrics.
+    /// The value of the `reporter` label of Istio's traffic metrics.
     pub fn reporter(self) -> &'static str {
         match self {
             Self::Outbound => "source",

@@ -1,5 +1,5 @@
-//! Every way a connection can end otherwise than well, in one closed list. From it follow, by exhaustive matches, the
-//! word in metrics, the response flag, whose fault it was, and whether trying again is safe.
+//! Every way in which a connection can end badly, as one closed list. Exhaustive matches give the reason word, the response
+//! flag and the fault for each, so that a new error cannot be forgotten.
 
 use super::reason::Reason;
 use crate::connection::accept::AcceptError;
@@ -8,85 +8,83 @@ use crate::connection::budget::BudgetRefusal;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
-use crate::crypto::clock_reason;
 use crate::hbone::client::OpenError;
 use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::is_revoked;
+use crate::identity::verify::{clock, is_revoked};
 use crate::mesh::Text;
-use crate::task::slots::NoSlot;
+use crate::task::places::Full;
 
-/// How a connection ended badly.
+/// Why a connection failed or was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The node has no room for it.
+    /// The node's budget has no room for it.
     #[error(transparent)]
     Budget(#[from] BudgetRefusal),
-    /// Accepted faster than connections can be begun.
-    #[error("too many connections at once: {0} wait for a worker already")]
+    /// Sockets are accepted faster than workers can take them.
+    #[error("too many connections at once: {0} are already waiting for a worker")]
     Queue(usize),
-    /// Too many that have not proven who they are.
+    /// Too many peers that have not proven their identity.
     #[error("too many handshakes at once: {0}")]
-    Handshakes(#[from] NoSlot),
-    /// Nothing is known about the pod yet.
+    Handshakes(#[from] Full),
+    /// The pod's workload is not known yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
-    /// Step 1.
+    /// The step accept failed.
     #[error(transparent)]
     Accept(#[from] AcceptError),
-    /// The pod has no certificate.
+    /// There is no certificate for the pod.
     #[error("identity error: {0}")]
     Identity(#[from] StoreError),
-    /// The request is no CONNECT that we take.
+    /// The peer's request is not a valid CONNECT request.
     #[error(transparent)]
     Request(#[from] RequestError),
-    /// Step 2.
+    /// The step authorize refused it.
     #[error("connection closed due to policy rejection: {0}")]
     Refused(#[from] Refusal),
-    /// Step 3, outbound.
+    /// The step choose found no route.
     #[error(transparent)]
     Route(#[from] RouteError),
-    /// Step 3, inbound.
+    /// The step choose refused the destination in the pod.
     #[error(transparent)]
     Local(#[from] LocalError),
-    /// Step 4.
+    /// The step dial failed.
     #[error(transparent)]
     Dial(#[from] DialError),
-    /// The peer's tunnel broke while we answered.
+    /// The peer's tunnel broke while the stream was being accepted.
     #[error("h2 failed: {0}")]
     Answer(#[from] crate::hbone::TunnelError),
-    /// Step 5.
+    /// The step forward ended early.
     #[error(transparent)]
     Forward(#[from] ForwardError),
-    /// Nobody said how it ended: the daemon was ended at once.
+    /// The connection's task was ended before it could report: the daemon ended at once.
     #[error("connection closed due to connection drain")]
     Abandoned,
 }
 
-/// The peer's certificate has been revoked.
+/// The classification of a revoked certificate of the peer.
 const REVOKED: (Reason, &str, Fault) = (Reason::CertRevoked, "CERT_REVOKED", Fault::Peer);
 
-/// Two clocks differ.
+/// The classification of a certificate that is not valid by one of the two clocks.
 const CLOCK: (Reason, &str, Fault) = (Reason::Clock, "TLS_FAILURE", Fault::Us);
 
-/// Whose fault a failure is.
+/// Whose fault a failure is, for alerts: policy refusals work as intended, and applications reset connections all the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The far end's.
+    /// The far end's, or the peer's.
     Peer,
-    /// The application's on this side.
+    /// The fault of the application in this node's pod.
     App,
-    /// A policy's: it works as intended.
+    /// A policy refused it, as intended.
     Policy,
-    /// The mesh's configuration.
+    /// The mesh's configuration or facts.
     Mesh,
-    /// Ours, or this node's.
+    /// The daemon's, or this node's.
     Us,
 }
 
 impl Failure {
-    /// Reason, which gives the word of the metric's label, response flag of the access log and traffic metrics (source: the reference's
-    /// response_flags), and whose fault it is.
+    /// The reason, the response flag of traffic metrics (source: ztunnel's response flags), and the fault.
     fn kind(&self) -> (Reason, &'static str, Fault) {
         match self {
             Self::Budget(BudgetRefusal::Full { .. }) | Self::Queue(_) => (Reason::Limit, "CONNECT", Fault::Us),
@@ -98,9 +96,9 @@ impl Failure {
                 AcceptError::OriginalDestination(_) => (Reason::OriginalDestinationUnknown, "CONNECT", Fault::Us),
                 AcceptError::Socket(_) => (Reason::Socket, "CONNECT", Fault::App),
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
-                AcceptError::Tls(error) if clock_reason(error).is_some() => CLOCK,
+                AcceptError::Tls(error) if clock(error).is_some() => CLOCK,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
-                AcceptError::Http2(error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+                AcceptError::Http2(error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
                 AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
                 AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
@@ -145,7 +143,7 @@ impl Failure {
         }
     }
 
-    /// The word in `culvert_connection_failures_total{reason}`.
+    /// The reason word in the access log and in `culvert_connection_failures_total{reason}`.
     pub fn word(&self) -> &'static str {
         self.kind().0.word()
     }
@@ -155,7 +153,7 @@ impl Failure {
         self.kind() == REVOKED
     }
 
-    /// The response flag.
+    /// The value of the `response_flags` label.
     pub fn flag(&self) -> &'static str {
         self.kind().1
     }
@@ -199,10 +197,11 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
             TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
             TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
-            TunnelDialError::Tls(ref error) if clock_reason(error).is_some() => CLOCK,
+            TunnelDialError::Tls(ref error) if clock(error).is_some() => CLOCK,
             TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
-            // In TLS 1.3 a server refuses a client's certificate when the client is done already.
-            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+            // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its refusal
+            // arrives as an HTTP/2 error.
+            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
             TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
             TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),

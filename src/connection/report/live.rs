@@ -1,4 +1,4 @@
-//! The list of live connections, for the admin port.
+//! The list of live connections, which the admin port shows.
 
 use super::direction::Direction;
 use crate::identity::TlsFacts;
@@ -11,49 +11,49 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-/// One live connection.
+/// One live connection. Bytes are counted while it is open; everything else is set once.
 #[derive(Debug)]
 pub struct Connection {
-    /// Uid of the pod it belongs to.
+    /// Uid of the pod that it belongs to.
     pub pod: Text,
-    /// Which way it goes.
+    /// Direction of the connection.
     pub direction: Direction,
-    /// `HBONE` or `TCP`: how the leg outside the pod is carried.
+    /// `HBONE` if it goes through a tunnel, else `TCP`.
     pub protocol: &'static str,
-    /// Who opened it.
+    /// Address that opened it.
     pub source: SocketAddr,
-    /// What it was opened to (outbound), or the application's address (inbound).
+    /// Outbound: the original destination. Inbound: the address in the pod that was connected to.
     pub destination: SocketAddr,
-    /// Where our leg goes.
+    /// Outbound: the address that the daemon connects to. Inbound: the application's address.
     pub actual: SocketAddr,
-    /// What was asked for at the tunnel's end.
+    /// The CONNECT authority, if it goes through a tunnel.
     pub authority: Option<String>,
-    /// Host name of the service that was asked for, where it is known.
+    /// Host name of the service that was dialled, if it is known.
     pub service: Option<Text>,
-    /// Identity of the source, proven or, outbound, our own.
+    /// Identity of the source: inbound the one that TLS proved, outbound the pod's own.
     pub source_identity: Option<SpiffeName>,
-    /// Identity of the destination: inbound our own, outbound once it has been proven.
+    /// Identity of the destination: inbound the pod's own, outbound once the far end has proven it.
     pub destination_identity: OnceLock<SpiffeName>,
-    /// What TLS agreed on, once there is a tunnel.
+    /// TLS version, key exchange and cipher, once there is a tunnel.
     pub tls: OnceLock<TlsFacts>,
-    /// The rule that let it in.
+    /// The rule that allowed it.
     pub rule: Option<String>,
-    /// When it was opened.
+    /// When it was accepted.
     pub since: Instant,
-    /// Bytes so far.
+    /// Bytes carried so far.
     pub bytes: ByteCounts,
 }
 
-/// Bytes of one connection, counted here and in the metrics at once.
+/// Bytes of one connection. Each count is added to the traffic metrics as well.
 #[derive(Debug, Default)]
 pub struct ByteCounts {
-    /// Application to tunnel.
+    /// Bytes from the application to the far side.
     pub up: AtomicU64,
-    /// Tunnel to application.
+    /// Bytes from the far side to the application.
     pub down: AtomicU64,
-    /// Metric of bytes up.
+    /// The traffic metric that `up` is added to.
     pub up_metric: Counter,
-    /// Metric of bytes down.
+    /// The traffic metric that `down` is added to.
     pub down_metric: Counter,
 }
 
@@ -81,24 +81,24 @@ pub struct LiveConnections {
 }
 
 impl LiveConnections {
-    /// Adds one; remove it with the number given.
+    /// Adds a connection and returns its number, by which it is removed.
     pub fn add(&self, connection: &Arc<Connection>) -> u64 {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         self.all.lock().insert(id, connection.clone());
         id
     }
 
-    /// Removes one.
+    /// Removes a connection.
     pub fn remove(&self, id: u64) {
         self.all.lock().remove(&id);
     }
 
-    /// How many there are.
+    /// Number of live connections.
     pub fn len(&self) -> usize {
         self.all.lock().len()
     }
 
-    /// All of now, the oldest first.
+    /// All live connections with their numbers, the oldest first.
     pub fn list(&self) -> Vec<(u64, Arc<Connection>)> {
         let all = self.all.lock();
         all.iter().map(|(id, connection)| (*id, connection.clone())).collect()

@@ -1,4 +1,4 @@
-//! Traffic metrics under the names and labels that dashboards of Istio ambient read, and our own counters of failures.
+//! Metrics of connections: traffic under the names and labels of Istio's dashboards, and culvert's own counters of failures.
 
 use crate::telemetry::series::{Labels, Series};
 use prometheus_client::collector::Collector;
@@ -10,8 +10,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::fmt;
 
-/// Traffic labels, in the order of the reference. A value that is not known is `unknown`.
-#[derive(Clone, Default, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+/// Labels of traffic metrics, in ztunnel's order. The value of what is not known is `unknown`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[allow(missing_docs, reason = "each field is the label of the same name")]
 pub struct TrafficLabels {
     pub reporter: &'static str,
@@ -78,7 +78,7 @@ impl Labels for TrafficLabels {
     }
 }
 
-/// Value of all labels from outside, beyond the bound on label sets.
+/// The value of all labels from outside once there are too many label sets.
 const OTHER: &str = "other";
 
 /// Traffic of one label set.
@@ -86,7 +86,7 @@ const OTHER: &str = "other";
 pub struct Traffic {
     /// Connections whose route is known.
     pub opened: Counter,
-    /// Connections that have ended, well or not.
+    /// Connections that have ended, whether well or badly.
     pub closed: Counter,
     /// Connections that have ended badly.
     pub failed: Counter,
@@ -97,12 +97,12 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// A counter, where it is to be shown beside that of opened connections.
+    /// `counter`, if opened connections are shown for this label set.
     fn opened<'a>(&self, counter: &'a Counter) -> Option<&'a Counter> {
         (self.opened.get() > 0).then_some(counter)
     }
 
-    /// A counter, where it has counted.
+    /// `counter`, if it has counted anything.
     fn used<'a>(&self, counter: &'a Counter) -> Option<&'a Counter> {
         (counter.get() > 0).then_some(counter)
     }
@@ -115,11 +115,11 @@ pub struct FailureLabels {
     pub direction: &'static str,
     /// A word of [`super::reason::Reason`].
     pub reason: &'static str,
-    /// Whose fault: a word of [`super::failure::Fault::word`].
+    /// A word of [`super::failure::Fault::word`].
     pub fault: &'static str,
 }
 
-/// Labels of a tunnel that we ended.
+/// Labels of a tunnel that this node ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct CutLabels {
     /// `inbound` or `outbound`.
@@ -138,37 +138,24 @@ pub struct ReporterLabel {
 /// Metrics of connections.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    /// Traffic, by whatever is known of it.
+    /// Traffic by source, destination and service.
     pub traffic: Series<TrafficLabels, Traffic>,
     /// Accepted sockets that are open.
     pub sockets: Family<ReporterLabel, Gauge>,
-    /// Connections refused or ended because the peer's certificate is revoked.
+    /// Connections that were refused or ended because the peer's certificate is revoked.
     pub revoked: Family<ReporterLabel, Counter>,
-    /// Tunnels that we ended because of what their peer did.
+    /// Tunnels that this node ended because of what their peer did.
     pub cut: Family<CutLabels, Counter>,
-    /// Connections to the port for tunnels whose peer has left without a word.
+    /// Connections to port 15008 whose client left without sending anything.
     pub unused: Counter,
-    /// Failures, early ones included.
+    /// Failures and refusals, including those before the route was known.
     pub failures: Family<FailureLabels, Counter>,
 }
 
 impl Metrics {
-    /// A peer did not finish its handshake in time, which ends its tunnel before anybody knows whose it was.
+    /// Counts a peer that did not finish its handshake in time. Its tunnel ends before its identity is known.
     pub fn late_handshake(&self) {
         self.cut.get_or_create(&CutLabels { direction: "inbound", reason: "late_handshake" }).inc();
-    }
-
-    /// Adds one series to each family, so that the document of all metrics can show its labels.
-    pub fn fill_example(&self) {
-        let traffic = self.traffic.of(&TrafficLabels::default());
-        for counter in [&traffic.opened, &traffic.closed, &traffic.failed, &traffic.received, &traffic.sent] {
-            counter.inc();
-        }
-        let (direction, reason) = ("inbound", "");
-        drop(self.sockets.get_or_create(&ReporterLabel { reporter: "source" }));
-        drop(self.revoked.get_or_create(&ReporterLabel { reporter: "source" }));
-        drop(self.cut.get_or_create(&CutLabels { direction, reason }));
-        drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault: "" }));
     }
 
     /// Registers the metrics.
@@ -178,18 +165,17 @@ impl Metrics {
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
         let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";
         registry.register("istio_crl_policy_rejections", revoked, self.revoked.clone());
-        let cut = "Tunnels that this node has cut because of what the peer did. The reasons are control_frames, memory, ping_timeout, rapid_reset, \
-                   continuation_flood, empty_frames, window_overflow, flood, bad_frame and late_handshake";
+        let cut = "Tunnels that this node has ended because of what their peer did, by reason";
         registry.register("culvert_tunnels_cut", cut, self.cut.clone());
-        let unused = "Connections to the port for tunnels that the peer closed in order before it sent anything, as port scans and floods do. \
-             culvert doctor makes one for each pod";
+        let unused =
+            "Connections to 15008 whose peer has left in order without a word: somebody looks whether the port is open";
         registry.register("culvert_tunnels_unused", unused, self.unused.clone());
-        let failures = "Connections that failed, by reason, and by whose fault it was: peer, app, policy, mesh or us";
+        let failures = "Connections that failed, by reason and whose fault it was";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
     }
 }
 
-/// Writes traffic metrics.
+/// Writes the traffic metrics of a scrape.
 #[derive(Debug)]
 struct TrafficCollector(Series<TrafficLabels, Traffic>);
 
@@ -199,9 +185,7 @@ impl Collector for TrafficCollector {
         let put = |name, help, counted: Counted| (name, help, counted);
         let families = [
             put("istio_tcp_connections_opened", "TCP connections opened", |t| t.opened(&t.opened)),
-            put("istio_tcp_connections_closed", "TCP connections closed, with or without a failure", |t| {
-                t.used(&t.closed)
-            }),
+            put("istio_tcp_connections_closed", "TCP connections closed", |t| t.used(&t.closed)),
             put("istio_tcp_connections_failed", "TCP connections that ended with a failure (unstable)", |t| {
                 t.used(&t.failed)
             }),
@@ -230,7 +214,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    /// Two scrapes after a sweep over `swept` workloads, of which one connection is still open.
+    /// Scrapes after a sweep over many workloads, with one connection still open.
     #[test]
     fn series_of_a_sweep_are_seen_once_and_go_and_an_open_connection_keeps_its_own() {
         let traffic = Series::new(10_000, Duration::ZERO);
@@ -269,7 +253,7 @@ mod tests {
         }
         assert_eq!(scrape(), ([301, 300, 100], 0));
         connection.bytes.down_metric.inc_by(7);
-        assert_eq!(scrape(), ([1, 0, 0], 7), "what is open is still counted");
+        assert_eq!(scrape(), ([1, 0, 0], 7), "open connections are still counted");
         kept.finish(Ok(()));
         assert_eq!(scrape(), ([1, 1, 0], 7));
         assert_eq!(scrape(), ([0, 0, 0], 0));

@@ -1,4 +1,5 @@
-//! Step 6: say what happened, exactly once: one access log line, the metrics, and the list of what is live.
+//! Step 6: how did it end? Each connection has one [`Record`], which is written exactly once: a line in the access log, the
+//! metrics, and the entry in the list of live connections. [`Failure`] lists every way in which a connection can end badly.
 
 pub mod access_log;
 pub mod details;

@@ -1,5 +1,5 @@
-//! The record of one connection. It begins when the socket is accepted, and whatever happens then, it is written once:
-//! by [`Record::finish`], or when dropped.
+//! The record of one connection. It begins when the socket is accepted and is written exactly once, whatever happens: by
+//! [`Record::finish`], or when it is dropped.
 
 use super::access_log;
 use super::details::Details;
@@ -15,21 +15,22 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-/// What all records of a process share.
+/// What all records of the process share.
 #[derive(Debug, Default)]
 pub struct Reporter {
-    /// Metrics.
+    /// Metrics of connections.
     pub metrics: Metrics,
     /// The list of live connections.
     pub live: LiveConnections,
-    /// Bound on the lines about connections that failed early_failures, which any peer can cause.
+    /// Limit for lines about connections that failed before their route was known, which any peer can cause.
     pub early_failures: LogLimit,
-    /// Bound on the lines about tunnels that were cut.
+    /// Limit for lines about tunnels that were cut.
     pub cut: LogLimit,
 }
 
 impl Reporter {
-    /// A tunnel broke. One that we have ended is named and counted; how others end is their own affair.
+    /// Reports the end of a tunnel. One that this node cut is counted and logged as a warning. Tunnels that end otherwise are
+    /// common and logged at debug level.
     pub fn tunnel_ended(&self, direction: Direction, peer: SocketAddr, identity: &SpiffeName, error: &TunnelError) {
         let Some(reason) = error.cut() else {
             tracing::debug!(%error, %peer, %identity, "tunnel ended");
@@ -57,6 +58,7 @@ pub struct Record {
     finished: bool,
 }
 
+/// What is added to a record once its route is known.
 #[derive(Debug)]
 struct OpenRecord {
     id: u64,
@@ -81,17 +83,17 @@ impl Record {
         }
     }
 
-    /// Says where it goes.
+    /// Sets the destination.
     pub fn destination(&mut self, destination: SocketAddr) {
         self.destination = Some(destination);
     }
 
-    /// Says that its route is known. From now on it is live and counted.
+    /// Sets the route. From now on the connection is counted and in the list of live connections.
     pub fn opened(&mut self, details: Details) -> Arc<Connection> {
         let traffic = self.reporter.metrics.traffic.of(&labels(self.direction, &details));
         traffic.opened.inc();
         let (received, sent) = (traffic.received.clone(), traffic.sent.clone());
-        // `received` counts client to server: from the application outbound, towards it inbound.
+        // The metric `received` counts from client to server: outbound from the application, inbound towards it.
         let (up_metric, down_metric) = match self.direction {
             Direction::Outbound => (received, sent),
             Direction::Inbound => (sent, received),
@@ -121,16 +123,16 @@ impl Record {
         connection
     }
 
-    /// Says who the destination has proven to be.
+    /// Sets the identity that the destination has proven.
     pub fn proven(&mut self, destination: &SpiffeName) {
         if let Some(opened) = &mut self.opened {
             opened.details.destination_identity = Some(destination.clone());
-            // Set once: a connection has one destination.
+            // Fails if it was set before; a connection has one destination.
             let _ = opened.connection.destination_identity.set(destination.clone());
         }
     }
 
-    /// Says how it ended.
+    /// Sets how the connection ended, and writes the record.
     pub fn finish(mut self, result: Result<(), Failure>) {
         self.failure = result.err();
         self.finished = true;
@@ -151,7 +153,7 @@ impl Drop for Record {
             }
         }
         let Some(opened) = self.opened.take() else {
-            // Asked only for a failure: what ended well must not use up the lines of what did not.
+            // Ask the limit only for a failure, so that connections that ended well do not use up its lines.
             if let Some(failure) = &self.failure
                 && let Some(suppressed) = self.reporter.early_failures.allow()
             {
@@ -180,7 +182,7 @@ impl Drop for Record {
     }
 }
 
-/// Counts an accepted socket for as long as it is held.
+/// Counts an accepted socket until it is dropped.
 #[derive(Debug)]
 pub struct SocketCount {
     reporter: Arc<Reporter>,
@@ -188,7 +190,7 @@ pub struct SocketCount {
 }
 
 impl SocketCount {
-    /// Counts one.
+    /// Counts one socket.
     pub fn new(reporter: &Arc<Reporter>, direction: Direction) -> Self {
         let label = ReporterLabel { reporter: direction.reporter() };
         reporter.metrics.sockets.get_or_create(&label).inc();
@@ -202,6 +204,7 @@ impl Drop for SocketCount {
     }
 }
 
+/// The labels of a connection's traffic.
 fn labels(direction: Direction, details: &Details) -> TrafficLabels {
     let known = |text: Option<&str>| match text {
         Some(text) if !text.is_empty() => text.to_owned(),
