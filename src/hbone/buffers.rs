@@ -1,6 +1,7 @@
-//! What peers make us hold: bytes that have come through tunnels and no application has taken yet, and bytes for peers
-//! that they do not read. Every tunnel has an account, every account belongs to a holder (an identity), and all of them
-//! together have one limit. Before it is passed, the largest tunnel of the largest holder is cut; the others go on.
+//! What peers make the node buffer: bytes that arrived through tunnels and that no application has read yet, and bytes for
+//! peers that do not read them. Every tunnel has an account. Every account belongs to a holder, which is an identity or a pod,
+//! and all accounts of the node share one limit. When the limit is exceeded, the largest tunnel of the largest holder is cut;
+//! the others continue.
 
 use super::cut::CutReason;
 use parking_lot::{Mutex, MutexGuard};
@@ -10,14 +11,14 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::task::Waker;
 use tokio_util::sync::CancellationToken;
 
-/// What a frame costs beside its payload while it waits in a queue.
+/// Memory of a queued frame besides its payload, in bytes.
 const FRAME_BYTES: usize = 256;
 
-/// Bytes that may wait to be sent on one tunnel; its streams read no more from their applications until some have gone.
-/// The socket below has a buffer of its own, so a tunnel that moves does not miss more.
+/// Most bytes that may wait to be sent on one tunnel. Beyond it, its streams stop reading from their applications until some
+/// have been sent. The socket below has its own buffer, so a tunnel that makes progress does not need more.
 const UNSENT_MAX: usize = 1 << 20;
 
-/// The buffers of all tunnels of a node.
+/// The accounts of all tunnels of a node, with their limit.
 #[derive(Debug)]
 pub struct Buffers {
     limit: usize,
@@ -25,7 +26,7 @@ pub struct Buffers {
     accounts: Mutex<Vec<Weak<Account>>>,
 }
 
-/// The buffers of one tunnel.
+/// The account of one tunnel.
 #[derive(Debug)]
 pub struct Account {
     node: Arc<Buffers>,
@@ -33,29 +34,32 @@ pub struct Account {
     bytes: AtomicUsize,
     streams: Mutex<Streams>,
     cut: OnceLock<CutReason>,
-    /// Type of the frame that came last.
+    /// Type of the frame that arrived last.
     last: AtomicU8,
     cut_token: CancellationToken,
     ended: CancellationToken,
 }
 
+/// The streams of a tunnel.
 #[derive(Debug, Default)]
 struct Streams {
     open: HashMap<u32, StreamBytes>,
-    /// Streams that have sent bytes before anybody was told of them.
+    /// Streams whose data arrived before HTTP/2 returned the stream.
     early: Vec<u32>,
-    /// The newest stream that somebody was told of; none newer sends bytes on a tunnel of our own.
+    /// The newest stream that HTTP/2 has returned. On a tunnel that this node opened it is the largest number, because no
+    /// data arrives there for a stream that was not returned.
     newest: u32,
-    /// Bytes received and not passed on, of all streams.
+    /// Bytes that were received and not passed on, of all streams.
     unread: usize,
-    /// Bytes given to HTTP/2 and not sent, of all streams.
+    /// Bytes that were given to HTTP/2 and not sent, of all streams.
     unsent: usize,
-    /// Who waits for room to send.
+    /// Tasks that wait for room to send.
     waiting: Vec<Waker>,
-    /// Who waits until all of a stream has been sent.
+    /// Tasks that wait until everything of a stream has been sent.
     flushing: Vec<Waker>,
 }
 
+/// What is held for one stream.
 #[derive(Clone, Copy, Debug, Default)]
 struct StreamBytes {
     unread: usize,
@@ -70,23 +74,23 @@ impl StreamBytes {
 }
 
 impl Buffers {
-    /// Buffers that hold `limit` bytes at most.
+    /// Buffers with this limit in bytes.
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { limit, total: AtomicUsize::new(0), accounts: Mutex::default() })
     }
 
-    /// Bytes held now.
+    /// Bytes that are held now.
     pub fn held(&self) -> usize {
         self.total.load(Ordering::Relaxed)
     }
 
-    /// Bytes that may be held.
+    /// Most bytes that may be held.
     pub fn limit(&self) -> usize {
         self.limit
     }
 
-    /// An account of a tunnel to or from `holder`. On a tunnel that the peer opened, streams may send bytes before
-    /// they have been accepted.
+    /// An account for a tunnel of `holder`. On a tunnel that the peer opened, data of a stream may arrive before HTTP/2 returns
+    /// the stream.
     pub fn account(self: &Arc<Self>, holder: &str, opened_by_peer: bool) -> Arc<Account> {
         let newest = if opened_by_peer { 0 } else { u32::MAX };
         let account = Arc::new(Account {
@@ -107,7 +111,7 @@ impl Buffers {
         account
     }
 
-    /// Whether peers are to be given less room: half of it is used.
+    /// Whether peers should get smaller windows: more than half of the limit is used.
     fn scarce(&self) -> bool {
         self.held() > self.limit / 2
     }
@@ -119,7 +123,7 @@ impl Buffers {
         }
     }
 
-    /// Cuts the largest tunnel of the largest holder, unless what has been cut already gives enough back.
+    /// Cuts the largest tunnel of the largest holder, unless tunnels that have been cut already will free enough.
     fn cut_largest(&self, wanted: usize) {
         let (cut, accounts): (Vec<_>, Vec<_>) = {
             let accounts = self.accounts.lock();
@@ -145,38 +149,38 @@ impl Account {
         self.streams.lock()
     }
 
-    /// Bytes held for this tunnel.
+    /// Bytes that are held for this tunnel.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }
 
-    /// Tells the tunnel to end; the first reason counts.
+    /// Tells the tunnel to end. The first reason counts.
     pub(super) fn cut(&self, reason: CutReason) {
         let _ = self.cut.set(reason);
         self.cut_token.cancel();
     }
 
-    /// Whether the tunnel is cut: nothing that is still to be sent is waited for.
+    /// Whether the tunnel has been cut. Nothing waits for unsent data then.
     pub fn is_cut(&self) -> bool {
         self.cut.get().is_some()
     }
 
-    /// The tunnel is no more: nothing that is queued will be sent.
+    /// Records that the tunnel has ended: nothing that is still queued will be sent.
     pub(super) fn mark_ended(&self) {
         self.ended.cancel();
     }
 
-    /// Completes when the tunnel is no more.
+    /// Completes when the tunnel has ended.
     pub(super) async fn ended(&self) {
         self.ended.cancelled().await;
     }
 
-    /// Why the tunnel is to end, if it is.
+    /// Why the tunnel has been cut; `None` if it has not.
     pub fn cut_reason(&self) -> Option<CutReason> {
         self.cut.get().copied()
     }
 
-    /// A frame of this type came.
+    /// Records that a frame of this type arrived.
     pub(super) fn frame_received(&self, kind: u8) {
         self.last.store(kind, Ordering::Relaxed);
     }
@@ -191,30 +195,30 @@ impl Account {
         }
     }
 
-    /// Resolves when the tunnel is to end.
+    /// Resolves when the tunnel is cut.
     pub(super) async fn cut_signal(&self) -> CutReason {
         self.cut_token.cancelled().await;
-        // It was said before it was told.
+        // The reason is set before the token is cancelled, so it is there.
         self.cut_reason().unwrap_or(CutReason::Memory)
     }
 
-    /// A window for all streams together that the unread bytes of stalled ones cannot fill: `base` above them.
+    /// The window for all streams together: `base` plus the unread bytes, so that stalled streams cannot use it up.
     pub(super) fn connection_window(&self, base: u32) -> u32 {
         let unread = u32::try_from(self.streams().unread).unwrap_or(u32::MAX);
         base.saturating_add(unread).min((1 << 31) - 1)
     }
 
-    /// Whether peers are to be given less room.
+    /// Whether peers should get smaller windows.
     pub(super) fn scarce(&self) -> bool {
         self.node.scarce()
     }
 
-    /// Whether there is plenty of room again.
+    /// Whether peers can get full windows again.
     pub(super) fn plenty(&self) -> bool {
         self.node.held() < self.node.limit / 4
     }
 
-    /// Somebody was told of a stream, and says so when it is over.
+    /// Opens the entry of a stream that HTTP/2 has returned. The caller closes it again.
     pub(super) fn open(&self, id: u32) {
         let mut gone = 0;
         {
@@ -222,7 +226,7 @@ impl Account {
             streams.open.entry(id).or_default();
             if streams.newest != u32::MAX {
                 streams.newest = streams.newest.max(id);
-                // Those in between were dropped before anybody was told of them.
+                // HTTP/2 returns streams in order, so older ones that were not returned never will be.
                 let early = std::mem::take(&mut streams.early);
                 for other in early {
                     match other.cmp(&id) {
@@ -236,13 +240,13 @@ impl Account {
         self.subtract(gone);
     }
 
-    /// A stream is over, and whatever was held for it free.
+    /// Closes the entry of a stream; what was held for it is free.
     pub(super) fn close(&self, id: u32) {
         let gone = self.streams().remove(id);
         self.subtract(gone);
     }
 
-    /// A DATA frame came. `false`: for a stream that is over.
+    /// Books a DATA frame. `false` if its stream is closed.
     pub(super) fn data_received(&self, id: u32, payload: usize) -> bool {
         {
             let mut streams = self.streams();
@@ -262,7 +266,7 @@ impl Account {
         true
     }
 
-    /// A frame has left the queue of HTTP/2.
+    /// Books that a frame was taken out of the queue of HTTP/2.
     pub(super) fn frame_taken(&self, id: u32) {
         let gone = self.streams().open.get_mut(&id).map_or(0, |held| {
             let gone = held.frames.min(1);
@@ -272,7 +276,7 @@ impl Account {
         self.subtract(gone);
     }
 
-    /// Bytes were passed on.
+    /// Books that received bytes were passed on.
     pub(super) fn bytes_released(&self, id: u32, bytes: usize) {
         let gone = {
             let mut streams = self.streams();
@@ -287,7 +291,7 @@ impl Account {
         self.subtract(gone);
     }
 
-    /// Bytes were given to HTTP/2.
+    /// Books that bytes were given to HTTP/2 to be sent.
     pub(super) fn bytes_queued(&self, id: u32, bytes: usize) {
         {
             let mut streams = self.streams();
@@ -299,7 +303,7 @@ impl Account {
         self.node.add(bytes);
     }
 
-    /// Bytes went out.
+    /// Books that bytes were written to the byte stream below.
     pub(super) fn bytes_sent(&self, id: u32, bytes: usize) {
         let gone = {
             let mut streams = self.streams();
@@ -318,7 +322,7 @@ impl Account {
         self.subtract(gone);
     }
 
-    /// Whether there is room to send; if not, `waker` is woken when there is.
+    /// Whether there is room to send. If not, `waker` is woken when there is.
     pub(super) fn has_room(&self, waker: Option<&Waker>) -> bool {
         let mut streams = self.streams();
         if streams.unsent < UNSENT_MAX {
@@ -332,7 +336,7 @@ impl Account {
         false
     }
 
-    /// Whether all of a stream has been sent; if not, `waker` is woken when it may have been.
+    /// Whether everything of a stream has been sent. If not, `waker` is woken when that may have changed.
     pub(super) fn is_flushed(&self, id: u32, waker: &Waker) -> bool {
         let mut streams = self.streams();
         if streams.open.get(&id).is_none_or(|held| held.unsent == 0) {
@@ -353,7 +357,7 @@ impl Account {
 }
 
 impl Streams {
-    /// Forgets a stream; gives what it cost.
+    /// Removes a stream and returns what was held for it.
     fn remove(&mut self, id: u32) -> usize {
         let Some(held) = self.open.remove(&id) else { return 0 };
         self.unread = self.unread.saturating_sub(held.unread);
@@ -390,10 +394,10 @@ mod tests {
             account
         });
         assert_eq!([one.cut_reason(), two.cut_reason(), three.cut_reason()], [None; 3]);
-        assert!(three.data_received(3, 10_000), "which is too much for all together");
+        assert!(three.data_received(3, 10_000), "which exceeds the limit for all together");
         assert_eq!([one.cut_reason(), two.cut_reason(), three.cut_reason()], [None, Some(CutReason::Memory), None]);
         assert!(three.data_received(3, 10_000));
-        assert_eq!([one.cut_reason(), three.cut_reason()], [None; 2], "what was cut is about to be free");
+        assert_eq!([one.cut_reason(), three.cut_reason()], [None; 2], "what was cut will be free soon");
         drop(two);
         assert!(three.data_received(3, 60_000));
         assert_eq!([one.cut_reason(), three.cut_reason()], [None, Some(CutReason::Memory)]);
@@ -411,7 +415,7 @@ mod tests {
         assert!(!account.data_received(1, 10), "after it is over");
         assert!(account.data_received(3, 10) && account.data_received(5, 10));
         account.open(5);
-        assert!(!account.data_received(3, 10), "dropped before anybody was told of it");
+        assert!(!account.data_received(3, 10), "dropped before it was returned");
         account.close(5);
         assert_eq!((account.bytes(), buffers.held()), (0, 0));
     }

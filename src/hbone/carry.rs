@@ -1,6 +1,6 @@
-//! What carrying a connection has in common, whether its far side is a stream of a tunnel or a plain TCP connection: how
-//! bytes are counted, how long a half-closed connection may be silent, how one direction ends, and that what one side had
-//! sent before it broke still arrives at the other.
+//! What carrying a connection has in common, whether its far side is a stream of a tunnel or a plain TCP connection: counting
+//! bytes, limiting the silence of a half-closed connection, ending one direction, and delivering what one side sent before it
+//! broke.
 
 use crate::sys::end::{End, LAST_BYTES};
 use std::future::Future;
@@ -13,19 +13,19 @@ use tokio::time::timeout;
 
 /// Counts bytes as they are passed on.
 pub trait Meter: Sync {
-    /// Bytes from the application to the tunnel.
+    /// Bytes from the application to the far side.
     fn up(&self, bytes: usize);
-    /// Bytes from the tunnel to the application.
+    /// Bytes from the far side to the application.
     fn down(&self, bytes: usize);
-    /// All bytes so far, in either direction.
+    /// All bytes so far, in both directions.
     fn total(&self) -> u64;
 }
 
-/// A half-closed connection carried nothing for too long.
+/// The error of a half-closed connection that carried nothing for too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Silent;
 
-/// Awaits `step` of a half-closed connection; gives it up when nothing has been carried for `silence`.
+/// Awaits `step` of a half-closed connection. Gives up when `meter` has counted nothing for `silence`.
 pub async fn unless_silent<T>(
     meter: &impl Meter,
     silence: Duration,
@@ -42,19 +42,19 @@ pub async fn unless_silent<T>(
     }
 }
 
-/// After one side has broken: awaits `rest`, which passes on what that side had sent before, until it has arrived at `to`,
-/// for [`LAST_BYTES`] at most. How `rest` ends does not matter: how the connection ends is known by then.
+/// After one side has broken: awaits `rest`, which passes on what that side had sent before, and then its arrival at `to`;
+/// both for at most [`LAST_BYTES`]. The result of `rest` is ignored, because the reason for the end is known already.
 pub async fn deliver_last_bytes<T>(to: &End<'_>, rest: impl Future<Output = T>) {
     let last = async {
         rest.await;
         to.drained().await;
     };
-    // A side that does not read in this time loses the rest.
+    // A side that does not read in time loses the rest.
     let _ = timeout(LAST_BYTES, last).await;
 }
 
-/// Sends FIN: nothing more will be written, while the other direction goes on. A socket whose peer has gone already cannot
-/// be shut down, and need not be.
+/// Sends FIN: nothing more will be written, while the other direction continues. A socket whose peer is gone cannot be shut
+/// down and does not need to be.
 pub fn end_writing(socket: &TcpStream) -> io::Result<()> {
     match socket2::SockRef::from(socket).shutdown(Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),

@@ -1,4 +1,4 @@
-//! The client end of a tunnel: open streams through it until either side says that it is going away.
+//! The client end of a tunnel: opens streams until one side says that it is going away.
 
 use super::buffers::Account;
 use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
@@ -19,10 +19,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Largest header list taken in an answer.
+/// Largest header list that is accepted in an answer, in bytes.
 const HEADER_LIST_BYTES: u32 = 16 * 1024;
 
-/// A tunnel to one peer; clones share it.
+/// A handle to a tunnel to one peer. Clones share the tunnel, and it ends when all of them are gone.
 #[derive(Clone)]
 pub struct Tunnel {
     sender: SendRequest<Bytes>,
@@ -35,7 +35,7 @@ impl fmt::Debug for Tunnel {
     }
 }
 
-/// Moves the bytes of a tunnel; somebody must await [`Driver::run`] for as long as the tunnel is used.
+/// Moves the bytes of a tunnel. The caller must await [`Driver::run`] for as long as the tunnel is used.
 pub struct Driver<IO> {
     connection: Connection<Guard<IO>, Bytes>,
     account: Arc<Account>,
@@ -52,16 +52,16 @@ impl<IO> fmt::Debug for Driver<IO> {
 /// Why a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The tunnel was gone before the request was sent: another tunnel may be tried without risk.
+    /// The tunnel was going away before the request was sent. It is safe to use another tunnel.
     #[error("the tunnel is going away: {0}")]
     TunnelGone(h2::Error),
-    /// The peer takes no more streams on this tunnel for now: it may be asked again without risk.
+    /// The peer accepts no more streams on this tunnel for now. It is safe to ask again.
     #[error("the peer refuses the stream (REFUSED_STREAM)")]
     Refused,
-    /// The peer refused the stream.
+    /// The peer answered with a status other than 200.
     #[error("http status: {}: {}", .0, meaning(.0))]
     Status(StatusCode),
-    /// The tunnel broke while the answer was awaited.
+    /// The tunnel broke while waiting for the answer.
     #[error("the tunnel broke: {0}")]
     Broken(h2::Error),
     /// The request cannot be written as HTTP.
@@ -69,26 +69,27 @@ pub enum OpenError {
     Request(#[from] http::Error),
 }
 
-/// What the far end says by a status (source: the reference's inbound HBONE table; Envoy's CONNECT for the last three).
+/// What the far end means by a status (source: ztunnel's inbound HBONE handling, and Envoy's handling of
+/// CONNECT).
 fn meaning(status: &StatusCode) -> &'static str {
     match status.as_u16() {
         400 => {
-            "the far end finds the request wrong: the address is not that pod's (facts that are old here or there), or not understood"
+            "the far end rejects the request: the address is not that pod's (outdated facts on one of the two sides), or it was not understood"
         }
         401 => "the far end's policies refuse it",
         403 => "the far end refuses it: by a waypoint's policies, or because our certificate is revoked",
-        404 => "the far end, a waypoint or gateway, has no route for it: its configuration",
-        429 => "the far end is asked too often",
-        500 => "the far end failed: its log",
-        502 | 504 => "the far end, a waypoint or gateway, does not reach the application",
+        404 => "the far end, a waypoint or gateway, has no route for it: check its configuration",
+        429 => "the far end limits the rate of requests",
+        500 => "the far end failed: see its log",
+        502 | 504 => "the far end, a waypoint or gateway, cannot reach the application",
         503 => {
-            "the far end does not reach the application (nobody listens on the port?), does not know its pod yet, or has no room"
+            "the far end cannot reach the application (does it listen on the port?), does not know its pod yet, or has no room"
         }
-        _ => "no status that HBONE peers are known to answer",
+        _ => "not a status that HBONE peers are known to answer",
     }
 }
 
-/// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.
+/// Starts HTTP/2 on `io`. What the peer makes this node buffer is booked on `account`.
 pub async fn handshake<IO>(io: IO, config: &Config, account: &Arc<Account>) -> Result<(Tunnel, Driver<IO>), TunnelError>
 where
     IO: AsyncRead + AsyncWrite + Unpin,
@@ -111,7 +112,7 @@ where
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
-    /// Completes once the far end has answered: it has taken our certificate, and its limits are known.
+    /// Completes once the far end has answered a PING: it has accepted our certificate, and its limits are known.
     pub async fn settled(&mut self) -> Result<(), TunnelError> {
         let Some(pings) = &mut self.pings else { return Ok(()) };
         tokio::select! {
@@ -123,8 +124,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
         }
     }
 
-    /// Runs the tunnel until it ends: when nobody uses it any more, when the peer closes it, when it breaks, or when it
-    /// is cut.
+    /// Runs the tunnel until it ends: because it is not used any more, the peer closes it, it breaks, or it is cut.
     pub async fn run(self) -> Result<(), TunnelError> {
         let Self { mut connection, account, mut windows, pings } = self;
         let moved = poll_fn(|context| {
@@ -154,21 +154,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AdjustWindows for Connection<IO, Bytes>
 }
 
 impl Tunnel {
-    /// Streams that the peer lets us have open at once.
+    /// Most streams that the peer allows at once.
     pub fn max_streams(&self) -> usize {
         self.sender.current_max_send_streams()
     }
 
-    /// Opens a stream and waits for the peer to accept it. No byte is sent on it before.
+    /// Opens a stream and waits for the peer to accept it. No data is sent on it before.
     pub async fn open(&self, request: &ConnectRequest) -> Result<Stream, OpenError> {
         let http = request.to_http()?;
         let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
         let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
-        // Bytes that come with the answer are accounted for from here on.
+        // Data that arrives with the answer must already be accounted for.
         let on_account = StreamAccount::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
-            // REFUSED_STREAM, and a GOAWAY that does not count this stream, promise that nothing was done (RFC 9113
-            // 8.7 and 6.8).
+            // REFUSED_STREAM, and a GOAWAY that excludes this stream, guarantee that the peer has not acted on the request
+            // (RFC 9113 sections 8.7 and 6.8).
             match (error.is_remote(), error.is_go_away()) {
                 (true, true) => OpenError::TunnelGone(error),
                 (true, false) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => OpenError::Refused,

@@ -1,30 +1,31 @@
-//! Settings of a tunnel, and bounds that are not settings.
+//! Settings of a tunnel, and fixed limits.
 
 use std::time::Duration;
 
 /// Settings of a tunnel, the same for both ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Bytes a peer may send on one stream before we have passed them on.
+    /// Flow control window of one stream: bytes that a peer may send before they have been passed on.
     pub stream_window: u32,
-    /// Bytes a peer may send on all streams together.
+    /// Flow control window of all streams of a tunnel together.
     pub connection_window: u32,
-    /// Largest frame we accept.
+    /// Largest frame that is accepted, in bytes.
     pub frame_size: u32,
-    /// Streams a peer may have open towards us on one tunnel.
+    /// Most streams that a peer may have open on one tunnel.
     pub max_streams: u32,
-    /// Silence of one direction after the other has ended, before the stream is given up.
+    /// How long one direction may be silent after the other has ended, before the connection is given up.
     pub half_closed_silence: Duration,
 }
 
-/// Unsent bytes that one stream may hold in memory.
+/// Most unsent bytes of one stream that HTTP/2 holds in memory.
 pub(super) const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
-/// HTTP/2's own bound on small frames that wait is for ever, and one slow reader reaches it; [`super::Buffers`] bounds them instead.
+/// The h2 crate limits how many small DATA frames a connection may ever queue, and a single slow reader reaches that limit.
+/// This disables it; [`super::Buffers`] limits them instead.
 pub(super) const FRAME_BUDGET: usize = 1 << 40;
 
-/// Time between an answer and the next PING.
+/// Time between the answer to a PING and the next PING.
 pub(super) const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How long an answer may take.
+/// How long the answer to a PING may take.
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);

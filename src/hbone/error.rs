@@ -6,18 +6,18 @@ use super::cut::CutReason;
 /// Why a tunnel failed as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelError {
-    /// HTTP/2 went wrong, or the byte stream below did.
+    /// HTTP/2 or the byte stream below it failed.
     #[error("HTTP/2: {0}")]
     Http2(h2::Error),
-    /// We have ended it.
+    /// This node cut it.
     #[error(transparent)]
     Cut(#[from] CutReason),
-    /// We have ended it because the peer broke a rule of HTTP/2.
+    /// This node ended it because the peer broke a rule of HTTP/2.
     #[error("cut: the peer broke a rule of HTTP/2 ({word}): {error}")]
     Rule {
-        /// Which, as a word for metrics.
+        /// The rule, as a word for metrics.
         word: &'static str,
-        /// What the library says.
+        /// The error of the h2 crate.
         error: h2::Error,
     },
     /// The peer closed the tunnel before it was ready.
@@ -26,7 +26,8 @@ pub enum TunnelError {
 }
 
 impl TunnelError {
-    /// HTTP/2 reports an error of the byte stream below by its text alone; the account knows better.
+    /// Classifies an error of the h2 crate. If this node cut the tunnel, h2 only sees that the byte stream failed; the
+    /// account knows why.
     pub(super) fn of(error: h2::Error, account: &Account) -> Self {
         match (account.cut_reason(), broken_rule(&error, account)) {
             (Some(why), _) => Self::Cut(why),
@@ -35,7 +36,7 @@ impl TunnelError {
         }
     }
 
-    /// The error of the byte stream below, where it was that.
+    /// The error of the byte stream below HTTP/2, if that was the cause.
     pub fn io(&self) -> Option<&std::io::Error> {
         match self {
             Self::Http2(error) => error.get_io(),
@@ -43,7 +44,7 @@ impl TunnelError {
         }
     }
 
-    /// Why *we* have ended the tunnel, as a word for metrics; `None` where the peer or the network did.
+    /// Why this node ended the tunnel, as a word for metrics; `None` if the peer or the network ended it.
     pub fn cut(&self) -> Option<&'static str> {
         match self {
             Self::Cut(why) => Some(why.word()),
@@ -54,7 +55,7 @@ impl TunnelError {
     }
 }
 
-/// The rule of HTTP/2 that a peer has broken, where we ended its tunnel for that.
+/// The rule of HTTP/2 that a peer has broken, as a word, if the h2 crate ended the tunnel because of it.
 fn broken_rule(error: &h2::Error, account: &Account) -> Option<&'static str> {
     if !(error.is_library() && error.is_go_away()) {
         return None;
@@ -62,7 +63,7 @@ fn broken_rule(error: &h2::Error, account: &Account) -> Option<&'static str> {
     Some(match error.reason() {
         Some(h2::Reason::NO_ERROR) => return None,
         Some(h2::Reason::FLOW_CONTROL_ERROR) => "window_overflow",
-        // Of what there was too much, the library does not tell; it came last.
+        // The library does not say which kind of frame there was too much of. It is the kind that came last.
         Some(h2::Reason::ENHANCE_YOUR_CALM) => account.flood(),
         _ => "bad_frame",
     })

@@ -1,4 +1,4 @@
-//! The two halves of a stream, with what they hold on the tunnel's account.
+//! The two halves of a stream. They book what they hold on the account of their tunnel.
 
 use super::buffers::Account;
 use bytes::{Bytes, BytesMut};
@@ -9,12 +9,13 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// Frames below this size are put together, up to [`TOGETHER_BYTES`]: each small message costs a queue's entry, and keeps the
-/// whole buffer that it was read into, of about this size.
+/// Frames smaller than this are copied together, up to [`TOGETHER_BYTES`]. Otherwise each of them costs an entry in a queue,
+/// and keeps the whole buffer that it was read into, which is about this large.
 const SMALL_BYTES: usize = 8 * 1024;
 const TOGETHER_BYTES: usize = 16 * 1024;
 
-/// A stream's account on the account of its tunnel, from when somebody is told of the stream; both halves share it.
+/// A stream's entry on the account of its tunnel. It exists from when the stream is returned by HTTP/2 until both halves are
+/// dropped.
 #[derive(Debug)]
 pub(super) struct StreamAccount {
     tunnel: Arc<Account>,
@@ -34,7 +35,7 @@ impl Drop for StreamAccount {
     }
 }
 
-/// The sending half.
+/// The sending half of a stream.
 pub(super) struct SendHalf {
     send: SendStream<Bytes>,
     account: Arc<StreamAccount>,
@@ -46,7 +47,7 @@ impl SendHalf {
         &self.account.tunnel
     }
 
-    /// Completes when all that was queued has gone down, or nothing of it will any more.
+    /// Completes when everything queued has been written to the byte stream below, or never will be.
     pub(super) async fn flushed(&mut self) {
         let Self { send, account } = self;
         let gone = poll_fn(|context| {
@@ -61,12 +62,12 @@ impl SendHalf {
         self.send.reserve_capacity(bytes);
     }
 
-    /// Bytes that may be sent now: the peer's window and the tunnel's queue have room for them.
+    /// Bytes that may be queued now, by the peer's window and the limit for the tunnel's queue.
     pub(super) fn capacity(&self) -> usize {
         if self.account.tunnel.has_room(None) { self.send.capacity() } else { 0 }
     }
 
-    /// Waits for capacity; `None`: the stream takes no more.
+    /// Waits for capacity. `None`: the stream accepts no more data.
     pub(super) fn poll_capacity(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<usize, h2::Error>>> {
         if !self.account.tunnel.has_room(Some(context.waker())) {
             return match self.send.poll_reset(context) {
@@ -81,7 +82,7 @@ impl SendHalf {
         }
     }
 
-    /// Queues bytes.
+    /// Queues bytes to be sent; `end` adds END_STREAM.
     pub(super) fn send_data(&mut self, bytes: Bytes, end: bool) -> Result<(), h2::Error> {
         let length = bytes.len();
         self.send.send_data(bytes, end)?;
@@ -100,19 +101,19 @@ impl SendHalf {
     }
 }
 
-/// The receiving half.
+/// The receiving half of a stream.
 pub(super) struct ReceiveHalf {
     body: RecvStream,
     account: Arc<StreamAccount>,
-    /// What has been gathered, in order: first these, then `small`.
+    /// Data that was taken out of the queue of HTTP/2 and not returned yet: first these pieces, then `small`.
     whole: VecDeque<Bytes>,
     small: BytesMut,
-    /// How the stream ended, once what was gathered has been given out.
+    /// How the stream ended; returned after all gathered data.
     ended: Option<Option<h2::Error>>,
 }
 
 impl ReceiveHalf {
-    /// The receiving half of the stream whose account this is.
+    /// The receiving half of the stream whose entry this is.
     pub(super) fn new(body: RecvStream, account: StreamAccount) -> Self {
         Self { body, account: Arc::new(account), whole: VecDeque::new(), small: BytesMut::new(), ended: None }
     }
@@ -122,7 +123,7 @@ impl ReceiveHalf {
         SendHalf { send, account: self.account.clone() }
     }
 
-    /// The next bytes; small frames that are there already come together. `None` at the end of the stream.
+    /// The next bytes; `None` at the end of the stream. Small frames that have already arrived are returned together.
     pub(super) async fn data(&mut self) -> Option<Result<Bytes, h2::Error>> {
         poll_fn(|context| self.poll_data(context)).await
     }
@@ -145,7 +146,7 @@ impl ReceiveHalf {
         }
     }
 
-    /// Takes one frame out of the queue of HTTP/2.
+    /// Takes one frame out of the queue of HTTP/2 and gathers it.
     fn poll_gather(&mut self, context: &mut Context<'_>) -> Poll<()> {
         match self.body.poll_data(context) {
             Poll::Pending => return Poll::Pending,
@@ -170,7 +171,7 @@ impl ReceiveHalf {
         Poll::Ready(())
     }
 
-    /// Gathers what comes while nobody takes it; never completes. The stream's window bounds it.
+    /// Gathers frames while the caller cannot use them; never completes. The stream's window limits how much this can be.
     pub(super) async fn gather(&mut self) -> Infallible {
         poll_fn(|context| {
             while self.ended.is_none() {
@@ -183,7 +184,7 @@ impl ReceiveHalf {
         .await
     }
 
-    /// Gives window back for bytes that were passed on.
+    /// Returns window to the peer for bytes that were passed on.
     pub(super) fn release(&mut self, bytes: usize) -> Result<(), h2::Error> {
         self.account.tunnel.bytes_released(self.account.id, bytes);
         self.body.flow_control().release_capacity(bytes)

@@ -1,5 +1,6 @@
-//! Stands between HTTP/2 and the byte stream below, and watches the frames that pass (RFC 9113 section 4.1): no tunnel
-//! takes more than its turn, no peer sends control frames without end, and what DATA makes us hold is accounted for.
+//! Sits between HTTP/2 and the byte stream below and watches the frames that pass (RFC 9113 section 4.1). No tunnel takes more
+//! than its turn, no peer can send control frames without limit, and what DATA frames make the node buffer is booked on the
+//! tunnel's account.
 
 use super::buffers::Account;
 use super::cut::CutReason;
@@ -10,41 +11,48 @@ use std::task::{Context, Poll, ready};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
-/// Bytes read in one turn before others have theirs.
+/// Bytes that one tunnel may read in one turn, before other tasks get theirs.
 const TURN_BYTES: usize = 128 * 1024;
 
-/// Control frames that a peer may send at once, and in each second, beyond those that our own frames call for.
+/// Control frames that a peer may send at once, beyond those that our own frames call for.
 const BURST: u64 = 20_000;
+
+/// The rate at which this allowance grows again.
 const PER_SECOND: u64 = 2_000;
 
-/// Control frames that each frame of ours calls for: window updates of stream and tunnel, or a stream's head and end.
+/// Control frames that each frame of ours may call for: window updates for stream and tunnel, or a stream's headers and end.
 const PER_FRAME_SENT: u64 = 2;
-/// DATA for a stream that is over counts as a control frame where it is smaller.
+
+/// A DATA frame for a closed stream counts as a control frame if it is smaller than this.
 const LATE_BYTES: usize = 512;
-/// A peer that gives window back in small pieces does it once for so many bytes.
+
+/// A peer that returns window in small pieces may send one window update per this many bytes.
 const BYTES_PER_UPDATE: usize = 2048;
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const PADDED: u8 = 0x8;
+
+/// Length of a frame header.
 const HEAD_BYTES: usize = 9;
-/// What a client says before its first frame (RFC 9113 section 3.4).
+
+/// Length of the client's connection preface (RFC 9113 section 3.4).
 const PREFACE_BYTES: usize = 24;
 
-/// Heads of frames in a stream of bytes that comes in pieces.
+/// Finds frame headers in a byte stream that arrives in pieces.
 #[derive(Debug)]
 struct FrameParser {
     head: [u8; HEAD_BYTES],
     filled: usize,
-    /// Bytes until the next head.
+    /// Bytes until the next frame header.
     skip: usize,
-    /// Whether `skip` are payload of a DATA frame, and of which stream.
+    /// The stream, if the next `skip` bytes are the payload of a DATA frame.
     data_of: Option<u32>,
-    /// A DATA frame whose first byte says how much of it is padding.
+    /// Stream and length of a padded DATA frame whose first byte, the length of the padding, is still to come.
     padded: Option<(u32, usize)>,
 }
 
-/// What has been event.
+/// What the parser found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum FrameEvent {
     Head { kind: u8, id: u32, length: usize },
@@ -56,13 +64,14 @@ impl FrameParser {
         Self { head: [0; HEAD_BYTES], filled: 0, skip: preface, data_of: None, padded: None }
     }
 
+    /// Parses the next piece of the byte stream.
     fn feed(&mut self, mut bytes: &[u8], mut on_event: impl FnMut(FrameEvent) -> io::Result<()>) -> io::Result<()> {
         while !bytes.is_empty() {
             if let (Some((id, length)), [padding, rest @ ..]) = (self.padded, bytes) {
                 self.padded = None;
                 self.skip -= 1;
                 bytes = rest;
-                // The length of the padding stands in front of it (RFC 9113 section 6.1).
+                // The first byte of a padded frame is the length of the padding (RFC 9113 section 6.1).
                 on_event(FrameEvent::Head {
                     kind: DATA,
                     id,
@@ -100,7 +109,7 @@ impl FrameParser {
     }
 }
 
-/// Control frames that a peer may still send.
+/// How many control frames a peer may still send.
 #[derive(Debug)]
 struct Allowance {
     left: u64,
@@ -108,10 +117,12 @@ struct Allowance {
 }
 
 impl Allowance {
+    /// Adds to the allowance.
     fn earn(&mut self, frames: u64) {
         self.left = (self.left + frames).min(BURST);
     }
 
+    /// Takes one frame off; `false` if the allowance is used up.
     fn take(&mut self) -> bool {
         if self.left == 0 {
             let passed = self.since.elapsed();
@@ -124,7 +135,7 @@ impl Allowance {
     }
 }
 
-/// A watched byte stream.
+/// The watched byte stream of a tunnel.
 #[derive(Debug)]
 pub struct Guard<IO> {
     io: IO,
@@ -136,12 +147,12 @@ pub struct Guard<IO> {
 }
 
 impl<IO> Guard<IO> {
-    /// Watches the server's end of a tunnel, which the peer has opened.
+    /// Watches the server end of a tunnel, which the peer opened.
     pub(super) fn server(io: IO, account: Arc<Account>) -> Self {
         Self::new(io, account, FrameParser::new(PREFACE_BYTES), FrameParser::new(0))
     }
 
-    /// Watches the client's end.
+    /// Watches the client end of a tunnel.
     pub(super) fn client(io: IO, account: Arc<Account>) -> Self {
         Self::new(io, account, FrameParser::new(0), FrameParser::new(PREFACE_BYTES))
     }
@@ -156,8 +167,8 @@ impl<IO> Guard<IO> {
         incoming.feed(bytes, |event| {
             let FrameEvent::Head { kind, id, length } = event else { return Ok(()) };
             account.frame_received(kind);
-            // An empty frame is work for nothing. So is one for a stream that is over, but what was on its way when we ended
-            // the stream is no fault: only those are counted that nobody needs so small.
+            // An empty DATA frame only costs work, so it counts. So does a frame for a closed stream, unless it is large: data
+            // that was on its way when this node closed the stream is not the peer's fault, and is not sent in tiny frames.
             if kind == DATA && length > 0 && (account.data_received(id, length) || length >= LATE_BYTES) {
                 return Ok(());
             }
@@ -198,7 +209,7 @@ impl<IO: AsyncRead + Unpin> AsyncRead for Guard<IO> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.turn >= TURN_BYTES {
-            // HTTP/2 takes frames until there are none: who always has more would hold the thread.
+            // HTTP/2 reads until nothing is left, so a peer that always has more data would occupy the thread.
             self.turn = 0;
             context.waker().wake_by_ref();
             return Poll::Pending;

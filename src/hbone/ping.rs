@@ -1,22 +1,22 @@
-//! Liveness of a tunnel: a PING every 10 s, the answer within 20 s (the reference's values), on both ends.
+//! Liveness of a tunnel: both ends send PINGs and expect timely answers, with ztunnel's intervals.
 
 use super::config::{PING_INTERVAL, PING_TIMEOUT};
 use super::cut::CutReason;
 use h2::{Ping, PingPong};
 use std::time::Duration;
 
-/// How long the kernel sends again what a tunnel's peer does not acknowledge: until a PING is overdue, and a little, but no longer
-/// where this process ends before that.
+/// How long the kernel retransmits what a tunnel's peer does not acknowledge: a little longer than until a PING is overdue.
+/// It limits the kernel's retransmissions also when this process ends before.
 pub const GONE_AFTER: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT).saturating_add(PING_TIMEOUT);
 
-/// Pings until an answer is overdue or the connection ends.
+/// Sends PINGs until an answer is overdue. Never completes if the connection ends before, or if `pings` is `None`.
 pub async fn watch(pings: Option<PingPong>) -> CutReason {
     let Some(mut pings) = pings else { return std::future::pending().await };
     loop {
         tokio::time::sleep(PING_INTERVAL).await;
         match tokio::time::timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
             Ok(Ok(_)) => {}
-            // The connection itself reports why it ended; until then there is nothing more to watch.
+            // The connection has ended, and reports why itself.
             Ok(Err(_)) => return std::future::pending().await,
             Err(_) => return CutReason::PingTimeout,
         }
@@ -43,7 +43,7 @@ mod tests {
         Buffers::new(1 << 20).account("peer", opened_by_peer)
     }
 
-    /// A far end that says its SETTINGS (RFC 9113 section 6.5) and then reads for ever without answering.
+    /// A far end that sends its SETTINGS (RFC 9113 section 6.5), and then reads for ever without answering.
     async fn silent(mut far: DuplexStream, opening: &[u8]) {
         far.write_all(opening).await.unwrap();
         far.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();

@@ -1,20 +1,19 @@
-//! The CONNECT request: its authority and headers, printed and parsed. Pure; parsing is total and fuzzed.
+//! The CONNECT request: writing and parsing its authority and headers. Pure. The parser accepts any input and is fuzzed.
 //!
-//! Headers are facts for telemetry only (source: spec of the reference's HBONE request). Nothing here may grant access.
+//! The headers are for telemetry only (source: ztunnel's HBONE requests). Nothing here may grant access.
 
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-/// Header names of HBONE.
 const BAGGAGE: &str = "baggage";
 const FORWARDED: &str = "forwarded";
 const TRACEPARENT: &str = "traceparent";
 
-/// Longest header value taken from a peer.
+/// Longest header value that is accepted from a peer, in bytes.
 const VALUE_MAX: usize = 4096;
 
-/// Where a stream is to go, as the peer wrote it.
+/// The destination of a stream, as the peer wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Authority {
     /// `ip:port`.
@@ -32,20 +31,20 @@ impl fmt::Display for Authority {
     }
 }
 
-/// Why a request is no HBONE request. The reason goes to the log; the peer gets 400.
+/// Why a request is not a valid HBONE request. The reason is logged; the peer gets status 400.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RequestError {
-    /// Not CONNECT.
+    /// The method is not CONNECT.
     #[error("expected method CONNECT, got {0}")]
     Method(String),
-    /// No `ip:port` or `host:port`.
+    /// The authority is not `ip:port` or `host:port`.
     #[error("no valid authority pseudo header: {0:?}")]
     Authority(String),
 }
 
 impl Authority {
-    /// Reads `ip:port`, `[ip]:port` or `host:port`. IPv6 zones, user parts, port 0 and odd host characters are refused;
-    /// an IPv4-mapped address is taken as the IPv4 address that it is.
+    /// Parses `ip:port`, `[ip]:port` or `host:port`. Refuses IPv6 zones, user parts, port 0 and characters that host names
+    /// do not have. An IPv4-mapped address becomes the IPv4 address.
     pub fn parse(text: &str) -> Result<Self, RequestError> {
         let bad = || RequestError::Authority(text.chars().take(300).collect());
         let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;
@@ -68,7 +67,7 @@ impl Authority {
                 && label.len() <= 63
                 && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
         };
-        // A host whose last label is a number would be read as an IPv4 address by some (RFC 3696 section 2).
+        // Some parsers read a host whose last label is a number as an IPv4 address (RFC 3696 section 2).
         let numeric = host.rsplit('.').next().is_some_and(|l| l.bytes().all(|b| b.is_ascii_digit()));
         if host.len() > 253 || numeric || !host.split('.').all(label) {
             return Err(bad());
@@ -80,23 +79,23 @@ impl Authority {
 /// A CONNECT request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectRequest {
-    /// Where the stream is to go.
+    /// The destination of the stream.
     pub authority: Authority,
-    /// Who the source is, for telemetry: `key=value` joined by commas.
+    /// Description of the source workload: `key=value` pairs separated by commas (W3C Baggage).
     pub baggage: Option<String>,
-    /// The original client and, for a service, the host it asked for.
+    /// The original client, and the host name of the service that it dialled, if any.
     pub forwarded: Option<String>,
-    /// W3C trace context.
+    /// Trace context (W3C Trace Context).
     pub traceparent: Option<String>,
 }
 
 impl ConnectRequest {
-    /// Reads a request; the first value of each header counts, a repeated or over-long one is as if absent.
+    /// Parses a request. A header that is repeated or too long is ignored.
     pub fn parse(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Self, RequestError> {
         if method != Method::CONNECT {
             return Err(RequestError::Method(method.as_str().chars().take(32).collect()));
         }
-        // A CONNECT has an authority and nothing else; a scheme or path would be an extended or malformed one.
+        // A CONNECT request has only an authority. With a scheme or path it is an extended CONNECT, or malformed.
         if uri.scheme().is_some() || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(RequestError::Authority(uri.to_string().chars().take(300).collect()));
         }
@@ -115,7 +114,7 @@ impl ConnectRequest {
         })
     }
 
-    /// The request as HTTP; headers whose value is not printable are left out.
+    /// The request as HTTP. Headers whose value cannot be written are left out.
     pub fn to_http(&self) -> Result<Request<()>, http::Error> {
         let mut request = Request::builder().method(Method::CONNECT).uri(self.authority.to_string()).body(())?;
         let named = [(BAGGAGE, &self.baggage), (FORWARDED, &self.forwarded), (TRACEPARENT, &self.traceparent)];
@@ -127,7 +126,7 @@ impl ConnectRequest {
         Ok(request)
     }
 
-    /// The `host=` of the `forwarded` header: the service that the client asked for.
+    /// The `host=` of the `forwarded` header: the service that the client dialled.
     pub fn forwarded_host(&self) -> Option<&str> {
         self.forwarded
             .as_deref()?
@@ -137,7 +136,7 @@ impl ConnectRequest {
     }
 }
 
-/// The 200 that accepts a stream, with the baggage of the workload that accepted it.
+/// The response that accepts a stream, with the baggage of the workload that accepts it.
 pub fn accepted(baggage: Option<&str>) -> http::Response<()> {
     let mut response = http::Response::new(());
     if let Some(value) = baggage.and_then(|b| HeaderValue::from_str(b).ok()) {
@@ -146,7 +145,7 @@ pub fn accepted(baggage: Option<&str>) -> http::Response<()> {
     response
 }
 
-/// An answer that refuses a stream.
+/// A response that refuses a stream.
 pub fn refused(status: StatusCode) -> http::Response<()> {
     let mut response = http::Response::new(());
     *response.status_mut() = status;

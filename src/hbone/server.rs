@@ -1,4 +1,4 @@
-//! The server end of a tunnel: streams come in, each to be accepted or refused.
+//! The server end of a tunnel: streams arrive, and each is accepted or refused.
 
 use super::buffers::Account;
 use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Largest header list taken in a request: CONNECT needs a fraction of it.
+/// Largest header list that is accepted in a request, in bytes. CONNECT requests are much smaller.
 const HEADER_LIST_BYTES: u32 = 64 * 1024;
 
 /// A tunnel from one peer.
@@ -36,9 +36,9 @@ impl<IO> fmt::Debug for Server<IO> {
     }
 }
 
-/// A stream that waits for an answer; without one it is reset when dropped.
+/// A stream that waits for an answer. If it is dropped without one, it is reset.
 pub struct Incoming {
-    /// What is asked for, or why it is no HBONE request.
+    /// The request, or why it is not a valid one.
     pub request: Result<ConnectRequest, RequestError>,
     receive: ReceiveHalf,
     respond: SendResponse<Bytes>,
@@ -51,7 +51,7 @@ impl fmt::Debug for Incoming {
 }
 
 impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
-    /// Starts HTTP/2 on `io`; what the peer makes us hold goes on `account`.
+    /// Starts HTTP/2 on `io`. What the peer makes this node buffer is booked on `account`.
     pub async fn handshake(io: IO, config: &Config, account: &Arc<Account>) -> Result<Self, TunnelError> {
         let mut connection = h2::server::Builder::new()
             .initial_window_size(config.stream_window)
@@ -69,7 +69,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
         Ok(Self { connection, account: account.clone(), windows: Windows::new(config), pings })
     }
 
-    /// The next stream; `None` when the tunnel has ended. Must be awaited for any stream of the tunnel to move.
+    /// The next stream; `None` when the tunnel has ended. No stream of the tunnel makes progress unless this is awaited.
     pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
         let Self { connection, account, windows, pings } = self;
         let accept = poll_fn(|context| {
@@ -95,31 +95,31 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
         }
     }
 
-    /// Sends GOAWAY: no new streams, those there are go on.
+    /// Sends GOAWAY: the peer opens no new streams, and the open ones continue.
     pub fn go_away(&mut self) {
         self.connection.graceful_shutdown();
     }
 }
 
 impl Incoming {
-    /// Answers 200; `baggage` says who accepted.
+    /// Answers 200, with the `baggage` of the workload that accepts.
     pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, TunnelError> {
         let send = self.respond.send_response(request::accepted(baggage), false).map_err(TunnelError::Http2)?;
         Ok(Stream::new(send, self.receive))
     }
 
-    /// Answers with a status that is not 200. What the peer has sent already is never looked at.
+    /// Answers with a status other than 200. What the peer has sent already is discarded.
     pub fn refuse(mut self, status: StatusCode) {
-        // Fails only when the stream is gone already, and then there is nobody to tell.
+        // Fails only if the stream is gone already; then nobody waits for the answer.
         let _ = self.respond.send_response(request::refused(status), true);
     }
 
-    /// Resolves when the peer gives the stream up before it is answered.
+    /// Resolves when the peer gives up the stream before it is answered.
     pub async fn abandoned(&mut self) {
         tokio::select! {
-            // Any outcome means that no answer is awaited any more.
+            // Any result means that the peer no longer waits for an answer.
             _ = poll_fn(|context| self.respond.poll_reset(context)) => {}
-            // What comes before the answer must not pile up in HTTP/2's queue.
+            // Data that arrives before the answer must not pile up in the queue of HTTP/2.
             never = self.receive.gather() => match never {},
         }
     }

@@ -1,5 +1,7 @@
-//! One stream, and carrying an application's socket over it: bytes both ways, half-close as END_STREAM, RST as
-//! RST_STREAM (CONNECT_ERROR, RFC 9113 section 8.5) behind what was sent before it, back-pressure by not reading.
+//! One stream, and carrying an application's socket over it.
+//!
+//! Bytes are carried both ways. Half-close is END_STREAM, a reset is RST_STREAM with CONNECT_ERROR (RFC 9113 section 8.5), and
+//! both arrive behind what was sent before them. Back-pressure comes from reading only when the other side has room.
 
 use super::buffers::Account;
 use super::carry::{Meter, Silent, deliver_last_bytes, end_writing, unless_silent};
@@ -16,7 +18,7 @@ use std::pin::{Pin, pin};
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// An accepted stream.
+/// A stream that the far end or this node has accepted.
 pub struct Stream {
     send: SendHalf,
     receive: ReceiveHalf,
@@ -28,10 +30,10 @@ impl fmt::Debug for Stream {
     }
 }
 
-/// Why carrying ended before both sides had closed in order. Whoever gets this resets the application's socket.
+/// Why carrying ended before both sides had closed in order. The caller resets the application's socket.
 #[derive(Debug, thiserror::Error)]
 pub enum CarryError {
-    /// The application's connection broke (reset, or timed out).
+    /// The application's connection broke: it was reset, or it timed out.
     #[error("the application's connection broke: {0}")]
     App(io::Error),
     /// The peer reset the stream.
@@ -40,19 +42,19 @@ pub enum CarryError {
     /// The tunnel broke.
     #[error("the tunnel broke: {0}")]
     Tunnel(h2::Error),
-    /// We have ended the tunnel because of what its peer did.
+    /// This node ended the tunnel because of what its peer did.
     #[error("{0}")]
     Cut(TunnelError),
-    /// One side had closed and the other was silent for too long.
+    /// One side had closed, and the other one was silent for too long.
     #[error("half-closed and silent for {0:?}")]
     HalfClosedSilence(Duration),
-    /// The caller's stop signal came.
+    /// The caller's stop signal fired.
     #[error("stopped")]
     Stopped,
 }
 
 impl CarryError {
-    /// Names an end of the tunnel that was ours as ours.
+    /// Turns a broken tunnel into [`CarryError::Cut`] if this node ended it.
     fn ours_or_theirs(self, account: &Account) -> Self {
         let Self::Tunnel(error) = self else { return self };
         match TunnelError::of(error, account) {
@@ -76,9 +78,11 @@ impl Stream {
         Self { send: receive.sending(send), receive }
     }
 
-    /// Carries `app` over this stream until both have closed, or until the first error or `stop`; then the stream is
-    /// reset. `silence` bounds how long one direction may be silent after the other has ended. Where one side is reset, what it
-    /// had sent before has been passed on when this returns, or 10 s have passed.
+    /// Carries `app` over this stream until both have closed. On the first error, or when `stop` resolves, the stream is
+    /// reset. Once one direction has ended, the other may be silent for at most `silence`. If one side is reset, this returns
+    /// when what it had sent before has been passed on, or after [`LAST_BYTES`].
+    ///
+    /// [`LAST_BYTES`]: crate::sys::end::LAST_BYTES
     pub async fn carry(
         self,
         app: &TcpStream,
@@ -91,7 +95,7 @@ impl Stream {
         let result = tokio::select! {
             biased;
             () = stop => Err(CarryError::Stopped),
-            // At once, whatever is still to be delivered: that is what there is no room for.
+            // Ends at once, without delivering the rest: there is no room for just that.
             reason = account.cut_signal() => Err(CarryError::Cut(reason.into())),
             result = both_ways(&app, StreamSender::new(send), receive, meter, silence) => result,
         };
@@ -99,7 +103,7 @@ impl Stream {
     }
 }
 
-/// The sending side of a stream, which is reset when it is dropped before it has ended.
+/// The sending side of a stream. The stream is reset if this is dropped before it has ended.
 struct StreamSender {
     stream: Option<SendHalf>,
 }
@@ -109,17 +113,18 @@ impl StreamSender {
         Self { stream: Some(stream) }
     }
 
+    /// The stream, or an error if it has ended.
     fn stream(&mut self) -> Result<&mut SendHalf, CarryError> {
         self.stream.as_mut().ok_or(CarryError::Reset(Reason::CANCEL))
     }
 
-    /// Resolves when the peer wants no more of our bytes.
+    /// Resolves when the peer accepts no more data.
     async fn unwanted(&mut self) -> Result<Reason, CarryError> {
         let stream = self.stream()?;
         Ok(poll_fn(|context| stream.poll_reset(context)).await?)
     }
 
-    /// The stream has ended in order, or the peer has ended it: it is over when what is still queued has gone.
+    /// Ends the stream in order: completes when everything that is still queued has been sent.
     async fn ended(mut self) -> Result<(), CarryError> {
         if let Some(mut stream) = self.stream.take() {
             stream.flushed().await;
@@ -127,10 +132,10 @@ impl StreamSender {
         Ok(())
     }
 
-    /// Resets the stream because the application's connection has broken; what that had sent before goes first.
+    /// Resets the stream because the application's connection has broken, after sending what that had sent before.
     async fn app_broke(mut self, app: &End<'_>) -> CarryError {
         if let Some(mut stream) = self.stream.take() {
-            // A reset would throw away what is still queued.
+            // A reset discards what is still queued.
             tokio::select! {
                 () = stream.flushed() => {}
                 () = app.is_late() => {}
@@ -164,7 +169,7 @@ async fn both_ways(
     };
     match ended {
         FirstEnded::Up(Ok(sender)) => rest_of_down(app, sender, down, meter, silence).await,
-        // Nobody is left to take what comes.
+        // The application is gone, so nothing more can be delivered to it.
         FirstEnded::Up(Err(error)) if app.is_broken() => Err(error),
         FirstEnded::Up(Err(error)) => Err(after_last_bytes(app, down, error).await),
         FirstEnded::Down(Ok(())) => match unless_silent(meter, silence, up).await {
@@ -172,18 +177,19 @@ async fn both_ways(
             Ok(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
             Err(Silent) => Err(CarryError::HalfClosedSilence(silence)),
         },
-        // What the application had sent before it broke still goes out.
+        // What the application had sent before it broke still has to be sent.
         FirstEnded::Down(Err(error)) if app.is_broken() => Err(up.await.err().unwrap_or(error)),
         FirstEnded::Down(Err(error)) => Err(after_last_bytes(app, ready(()), error).await),
     }
 }
 
+/// The direction that ended first, with its result.
 enum FirstEnded {
     Up(Result<StreamSender, CarryError>),
     Down(Result<(), CarryError>),
 }
 
-/// What comes from the tunnel after the application has ended in order.
+/// The direction from the tunnel to the application, after the application has ended in order.
 async fn rest_of_down(
     app: &End<'_>,
     mut sender: StreamSender,
@@ -215,20 +221,20 @@ async fn rest_of_down(
     }
 }
 
-/// Waits until the application has what the tunnel brought before it ended with `error`.
+/// Waits until the application has received what the tunnel brought before it ended with `error`; returns `error`.
 async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
     deliver_last_bytes(app, rest).await;
     error
 }
 
-/// Passes on what the application sends until it ends, and then END_STREAM; gives the sender back.
+/// Passes on what the application sends until it ends, and then sends END_STREAM. Returns the sender.
 async fn app_to_tunnel(
     app: &End<'_>,
     mut sender: StreamSender,
     meter: &impl Meter,
 ) -> Result<StreamSender, CarryError> {
     loop {
-        // Readiness and reads that succeed at once take no turn of the runtime's; others must have theirs.
+        // Reads that succeed at once never yield to the runtime by themselves; other tasks must get their turn.
         tokio::task::consume_budget().await;
         tokio::select! {
             ready = app.socket.readable() => if let Err(error) = ready {
@@ -266,7 +272,7 @@ async fn app_to_tunnel(
                 sender.stream()?.send_data(bytes, false)?;
                 meter.up(length);
                 if length < room.min(SCRATCH_BYTES) {
-                    // What an idle stream has reserved, busy ones would miss.
+                    // An idle stream must not reserve window that busy streams need.
                     sender.stream()?.reserve_capacity(0);
                 }
             }
@@ -279,12 +285,12 @@ async fn app_to_tunnel(
     }
 }
 
-/// The peer wants no more of our bytes: NO_ERROR is an orderly end (RFC 9113 8.1), anything else a reset.
+/// The peer accepts no more data: NO_ERROR is an orderly end (RFC 9113 section 8.1), anything else a reset.
 fn finished_early(reason: Reason, sender: StreamSender) -> Result<StreamSender, CarryError> {
     if reason == Reason::NO_ERROR { Ok(sender) } else { Err(CarryError::Reset(reason)) }
 }
 
-/// Passes on what the tunnel brings until it ends, and then FIN. What came before a reset is still there to be read.
+/// Passes on what the tunnel brings until it ends, and then sends FIN. After a reset, h2 still returns what came before it.
 async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
     let failed = |error: io::Error| {
         app.breaks(error);
@@ -296,12 +302,12 @@ async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Met
         tokio::select! {
             biased;
             written = write_all(app.socket, &chunk) => written.map_err(failed)?,
-            // An application that does not read must not make small frames pile up in HTTP/2's queue.
+            // Keep taking frames while the application does not read; small ones must not pile up in the queue of HTTP/2.
             never = receive.gather() => match never {},
         }
         meter.down(chunk.len());
         receive.release(chunk.len())?;
     }
-    // The other direction may still run: only our sending side ends.
+    // Only this direction ends; the other one may continue.
     end_writing(app.socket).map_err(failed)
 }

@@ -1,21 +1,21 @@
-//! The windows that a tunnel gives its peer, as far as they follow what is held: stalled streams must not use up the
-//! window of all, and while buffers are scarce each stream gets little.
+//! The flow control windows that a tunnel gives its peer. They follow what is held in memory: stalled streams must not use up
+//! the window of all streams, and while buffers are scarce each stream gets a small one.
 
 use super::buffers::Account;
 use super::config::Config;
 
-/// Window of a stream while buffers are scarce.
+/// Window of a stream while buffers are scarce, in bytes.
 const SCARCE_STREAM_WINDOW: u32 = 256 * 1024;
 
-/// What can be adjusted on either end.
+/// The windows of an HTTP/2 connection, client or server.
 pub(super) trait AdjustWindows {
-    /// The window of all streams together, unread bytes included.
+    /// Sets the window of all streams together, including bytes that are still unread.
     fn connection_window(&mut self, bytes: u32);
-    /// The window of each stream; `false` where an earlier change is still on its way.
+    /// Sets the window of each stream. `false`: an earlier change has not been acknowledged yet, so this one was not made.
     fn stream_window(&mut self, bytes: u32) -> bool;
 }
 
-/// The windows in force.
+/// The windows that the peer has been given.
 #[derive(Debug)]
 pub(super) struct Windows {
     base: u32,
@@ -34,10 +34,10 @@ impl Windows {
         }
     }
 
-    /// Looks at what is held and adjusts; cheap, and done in each turn.
+    /// Adjusts the windows to what is held. Cheap, because it runs in every turn of the tunnel.
     pub(super) fn adjust(&mut self, account: &Account, tunnel: &mut impl AdjustWindows) {
         let wanted = account.connection_window(self.base);
-        // Each change is a frame: not for every few bytes.
+        // Each change costs a frame, so small differences are ignored.
         if wanted.abs_diff(self.connection) >= self.base / 4 || (wanted == self.base && wanted != self.connection) {
             self.connection = wanted;
             tunnel.connection_window(wanted);
