@@ -1,4 +1,5 @@
-//! The words for how connections end badly, in one closed list, each with what to look at. README.md shows it as a table.
+//! The reason words for connections that failed or were refused, as one closed list, each with its meaning and what to check.
+//! README.md shows them as a table.
 
 macro_rules! reasons {
     ($($name:ident $word:literal $advice:literal;)+) => {
@@ -9,18 +10,18 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// All of them, as README.md lists them.
+            /// All reasons, in the order of the table in README.md.
             #[cfg(test)]
             const ALL: &[Self] = &[$(Self::$name,)+];
 
-            /// The word.
+            /// The reason word.
             pub fn word(self) -> &'static str {
                 match self {
                     $(Self::$name => $word,)+
                 }
             }
 
-            /// What to look at.
+            /// Meaning, and what to check.
             #[cfg(test)]
             fn advice(self) -> &'static str {
                 match self {
@@ -32,59 +33,59 @@ macro_rules! reasons {
 }
 
 reasons! {
-    Denied "denied" "the DENY policy and rule named in `error`";
-    NotAllowed "not_allowed" "the ALLOW policies named in `error`: none of them allows it";
-    PolicyChange "policy_change" "it was open, and the policy named in `error` has changed";
-    PolicyUnknown "policy_unknown" "the workload names a policy that nobody has told of";
-    PeerDenied "peer_denied" "the destination's node refused by its policies: its log names the rule";
-    PeerRefused "peer_refused" "the far end refused the stream; `error` says what its status means, and its log why";
-    PeerTls "peer_tls" "the handshake with a client failed: whom its certificate names, and which roots it has";
-    TunnelTls "tunnel_tls" "the handshake with the destination failed: whom its certificate names, and who was expected";
-    Clock "clock" "a certificate is not valid by the clock of this node, or ours by the far end's: set the clocks; `culvert doctor`";
-    CertRevoked "cert_revoked" "the peer's certificate is on the CRL";
-    CertExpired "cert_expired" "the peer's certificate has ended, and it keeps to the tunnel that it opened with it: long connections end there";
-    PeerHttp2 "peer_http2" "a client's HTTP/2 broke before its tunnel was there";
-    TunnelHttp2 "tunnel_http2" "the destination's HTTP/2 broke before the tunnel was there: is it HBONE that listens on 15008?";
-    PeerSilent "peer_silent" "a client connected to 15008 and said nothing: a port scan, or a health check of the wrong kind";
-    HandshakeLimit "handshake_limit" "too many connections to 15008 whose peer has not proven who it is: `error` names the address";
-    PeerHandshakeDeadline "peer_handshake_deadline" "a client connected to 15008 and did not finish its handshake";
-    TunnelHandshakeDeadline "tunnel_handshake_deadline" "the destination took the connection and did not finish the handshake: an overloaded or half-dead node";
-    TunnelBlocked "tunnel_blocked" "port 15008 does not answer: a NetworkPolicy, or a dead node";
-    TunnelConnect "tunnel_connect" "port 15008 cannot be reached: no route, or nobody listens there";
-    StreamRefused "stream_refused" "the destination's tunnel takes no more streams (REFUSED_STREAM), also after five attempts";
-    TunnelBroken "tunnel_broken" "the tunnel broke under the connection: the far node's log, and the network";
-    TunnelCut "tunnel_cut" "this node has ended the tunnel because of what its peer did: the line `tunnel cut`, and `culvert_tunnels_cut`";
-    Connect "connect" "the destination, or the application, refuses connections or has no route";
-    ConnectDeadline "connect_deadline" "the destination, or the application, does not answer";
-    AnswerDeadline "answer_deadline" "the far end's node took the stream and did not answer: its log";
-    WaypointUnknown "waypoint_unknown" "a waypoint is named and nobody has told of it";
-    NoEndpoint "no_endpoint" "the service has no usable endpoint: their health, and the traffic distribution";
-    NoPort "no_port" "the service has no such port";
-    NoAddress "no_address" "the workload or service has no address";
-    OtherNetwork "other_network" "the destination is in another network, to which there are no gateways yet";
-    Protocol "protocol" "the destination takes tunnels of a kind that is newer than this version";
-    ApplicationTunnel "application_tunnel" "the waypoint's application tunnel is of a kind that is not known here";
-    NameNotResolved "name_not_resolved" "the endpoint has a host name only, and the pod's resolvers do not know it";
-    NoAnswer "no_answer" "the control plane, asked for the address on demand, says nothing";
-    WorkloadUnknown "workload_unknown" "nobody has told of the pod yet, or its namespace does not hold its addresses: `/pods` says which";
-    BadIdentity "bad_identity" "the facts give a workload an identity that cannot be one";
-    Identity "identity" "there is no certificate: the CA";
-    IpMismatch "ip_mismatch" "asked for an address that is not the pod's; where it is behind an interface in the pod (KubeVirt, containers), `istio.io/reroute-virtual-interfaces` names that";
-    UnknownHost "unknown_host" "asked for a host name of which the pod serves nothing";
-    Loop "loop" "somebody connects to the daemon's own ports";
-    BadRequest "bad_request" "a peer's request is no CONNECT as HBONE has it";
-    Request "request" "a request of ours could not be written: report it";
-    LargestConsumer "largest_consumer" "the node is above 80 % of its connections, open files or memory, and this pod has the most connections: `error` says of what";
-    LargestPeer "largest_peer" "the same, and of the pod's peers the one named in `error` has the most";
-    Limit "limit" "`CULVERT_MAX_CONNECTIONS`, or the open-files limit";
-    OriginalDestinationUnknown "original_destination_unknown" "the kernel does not know where it was going: connection tracking is full, or rules in the pod were changed";
-    Socket "socket" "the connection broke before anything was read from it";
-    Netns "netns" "the pod's network namespace cannot be entered: is the pod gone? else the daemon's rights";
-    AppReset "app_reset" "the application on this side reset it";
-    PeerReset "peer_reset" "the far end reset it: its application, or its node, whose log says which";
-    HalfClosedSilence "half_closed_silence" "one side had closed, and the other was silent for `CULVERT_HALF_CLOSED_TIMEOUT`";
-    Abandoned "abandoned" "the client gave up before the connection was there";
-    Drained "drained" "the daemon ended, or the pod was released";
+    Denied "denied" "A DENY policy matched; `error` names the policy and the rule";
+    NotAllowed "not_allowed" "ALLOW policies apply and none of them matched; `error` names them";
+    PolicyChange "policy_change" "The connection was open, and the policy named in `error` no longer allows it";
+    PolicyUnknown "policy_unknown" "The workload names a policy that the control plane or mesh file has not announced: check the policy named in `error`";
+    PeerDenied "peer_denied" "The policies of the destination refused the connection: the log of the destination's node names the rule";
+    PeerRefused "peer_refused" "The far end refused the stream: `error` says what its status means, and the far end's log says why";
+    PeerTls "peer_tls" "The TLS handshake with a client failed: check the identity in its certificate and the roots that it trusts";
+    TunnelTls "tunnel_tls" "The TLS handshake with the destination failed: check the identity in its certificate and the one that was expected";
+    Clock "clock" "A certificate is not valid yet, or has expired, by the clock of this node or of the far end: synchronise the clocks; `culvert doctor` compares them";
+    CertRevoked "cert_revoked" "The peer's certificate is on the CRL";
+    CertExpired "cert_expired" "The peer's certificate has expired, and the peer still used the tunnel that it opened with it: connections that outlive the certificate end there";
+    PeerHttp2 "peer_http2" "HTTP/2 with a client broke before its tunnel was open";
+    TunnelHttp2 "tunnel_http2" "HTTP/2 with the destination broke before the tunnel was open: check that HBONE listens on port 15008 there";
+    PeerSilent "peer_silent" "A client connected to port 15008 and sent nothing: usually a port scan or an unsuitable health check";
+    HandshakeLimit "handshake_limit" "Too many connections to port 15008 whose peer has not proven its identity; if they come from one address, `error` names it";
+    PeerHandshakeDeadline "peer_handshake_deadline" "A client connected to port 15008 and did not finish its handshake in time";
+    TunnelHandshakeDeadline "tunnel_handshake_deadline" "The destination accepted the connection and did not finish the handshake in time: the node may be overloaded or failing";
+    TunnelBlocked "tunnel_blocked" "Port 15008 of the destination does not answer: a NetworkPolicy blocks it, or the node is down";
+    TunnelConnect "tunnel_connect" "Port 15008 of the destination cannot be reached: there is no route, or nothing listens there";
+    StreamRefused "stream_refused" "The destination accepts no more streams (REFUSED_STREAM), even after five attempts";
+    TunnelBroken "tunnel_broken" "The tunnel broke while the connection used it: check the log of the far node, and the network";
+    TunnelCut "tunnel_cut" "This node ended the tunnel because of what its peer did: see the log line `tunnel cut` and the metric `culvert_tunnels_cut`";
+    Connect "connect" "The destination or the application refused the connection, or there is no route to it";
+    ConnectDeadline "connect_deadline" "The destination or the application does not answer";
+    AnswerDeadline "answer_deadline" "The far end's node accepted the request and did not answer in time: check its log";
+    WaypointUnknown "waypoint_unknown" "The destination's waypoint cannot be found or has no usable endpoint: `error` names it and the reason";
+    NoEndpoint "no_endpoint" "The service has no usable endpoint: check the health of its endpoints and its traffic distribution";
+    NoPort "no_port" "The service does not have this port";
+    NoAddress "no_address" "The workload or service has no address";
+    OtherNetwork "other_network" "The destination is in another network; gateways to other networks are not supported yet";
+    Protocol "protocol" "The destination expects a tunnel protocol that this version does not support";
+    ApplicationTunnel "application_tunnel" "The waypoint's application tunnel has a protocol or port that this version does not support";
+    NameNotResolved "name_not_resolved" "The endpoint only has a host name, and the pod's resolvers cannot resolve it";
+    NoAnswer "no_answer" "The on-demand control plane does not answer the question about the address";
+    WorkloadUnknown "workload_unknown" "The pod's workload has not been announced yet, or the pod's namespace does not hold its addresses: `/pods` says which";
+    BadIdentity "bad_identity" "The mesh facts give a workload an identity that is not a valid SPIFFE name";
+    Identity "identity" "There is no certificate for the pod: check the CA";
+    IpMismatch "ip_mismatch" "A peer asked for an address that is not the pod's. If the address is behind an interface in the pod (KubeVirt, containers), name the interface in `istio.io/reroute-virtual-interfaces`";
+    UnknownHost "unknown_host" "A peer asked for a host name that the pod does not serve";
+    Loop "loop" "A connection to one of the daemon's own ports, or one that would come back to the daemon";
+    BadRequest "bad_request" "A peer sent a request that is not a valid CONNECT request";
+    Request "request" "A CONNECT request could not be written: please report this";
+    LargestConsumer "largest_consumer" "The node is above 80 % of its connections, open files or memory (`error` says which), and this pod has the most connections";
+    LargestPeer "largest_peer" "As above, and the peer named in `error` has the most connections to that pod";
+    Limit "limit" "The node has reached `CULVERT_MAX_CONNECTIONS` or a limit of open files or memory, or its workers cannot keep up: `error` says which";
+    OriginalDestinationUnknown "original_destination_unknown" "The kernel does not know the original destination: connection tracking is full, or rules in the pod were changed";
+    Socket "socket" "The connection broke before anything was read from it";
+    Netns "netns" "The pod's network namespace cannot be entered: the pod is gone, or the daemon lacks a capability";
+    AppReset "app_reset" "The application in the pod of this node reset the connection";
+    PeerReset "peer_reset" "The far end reset the connection: its application or its node; the node's log says which";
+    HalfClosedSilence "half_closed_silence" "One side had closed, and the other one was silent for `CULVERT_HALF_CLOSED_TIMEOUT`";
+    Abandoned "abandoned" "The client gave up before the connection was open";
+    Drained "drained" "The daemon ended, or the pod was released, and the deadline for open connections had passed";
 }
 
 #[cfg(test)]
