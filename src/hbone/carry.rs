@@ -6,7 +6,6 @@ use crate::sys::end::{End, LAST_BYTES};
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
-use std::pin::pin;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -26,12 +25,12 @@ pub trait Meter: Sync {
 pub struct Silent;
 
 /// Awaits `step` of a half-closed connection. Gives up when `meter` has counted nothing for `silence`.
+/// The caller pins `step`, so that an open connection does not hold it twice.
 pub async fn unless_silent<T>(
     meter: &impl Meter,
     silence: Duration,
-    step: impl Future<Output = T>,
+    mut step: impl Future<Output = T> + Unpin,
 ) -> Result<T, Silent> {
-    let mut step = pin!(step);
     loop {
         let before = meter.total();
         match timeout(silence, &mut step).await {

@@ -199,18 +199,21 @@ async fn rest_of_down(
 ) -> Result<(), CarryError> {
     let mut wanted = true;
     loop {
-        let step = async {
-            tokio::select! {
-                ended = &mut down => Ok(ended),
-                reason = sender.unwanted(), if wanted => match reason {
-                    Ok(Reason::NO_ERROR) => Err(None),
-                    Ok(reason) => Err(Some(CarryError::Reset(reason))),
-                    Err(error) => Err(Some(error)),
-                },
-                () = app.broken() => Ok(Err(CarryError::App(app.error()))),
-            }
+        let ended = {
+            let step = pin!(async {
+                tokio::select! {
+                    ended = &mut down => Ok(ended),
+                    reason = sender.unwanted(), if wanted => match reason {
+                        Ok(Reason::NO_ERROR) => Err(None),
+                        Ok(reason) => Err(Some(CarryError::Reset(reason))),
+                        Err(error) => Err(Some(error)),
+                    },
+                    () = app.broken() => Ok(Err(CarryError::App(app.error()))),
+                }
+            });
+            unless_silent(meter, silence, step).await
         };
-        match unless_silent(meter, silence, step).await {
+        match ended {
             Ok(Ok(Ok(()))) => return sender.ended().await,
             Ok(Ok(Err(_))) if app.is_broken() => return Err(sender.app_broke(app).await),
             Ok(Ok(Err(error))) => return Err(after_last_bytes(app, ready(()), error).await),

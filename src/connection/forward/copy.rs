@@ -2,9 +2,10 @@
 
 use super::error::ForwardError;
 use crate::hbone::Meter;
-use crate::hbone::carry::{deliver_last_bytes, end_writing, unless_silent};
+use crate::hbone::carry::{Silent, deliver_last_bytes, end_writing, unless_silent};
 use crate::sys::end::End;
 use crate::sys::scratch::{PassError, pass_now, write_all};
+use futures_util::future::OptionFuture;
 use std::io;
 use std::pin::pin;
 use std::time::Duration;
@@ -28,7 +29,7 @@ pub async fn both_ways(
         if up_ended && down_ended {
             return Ok(());
         }
-        let half = up_ended || down_ended;
+        let is_half_closed = up_ended || down_ended;
         let step = async {
             tokio::select! {
                 () = &mut up, if !up_ended => up_ended = true,
@@ -37,27 +38,19 @@ pub async fn both_ways(
                 () = far.broken() => {}
             }
         };
-        if !half {
+        if is_half_closed {
+            unless_silent(meter, silence, pin!(step))
+                .await
+                .map_err(|Silent| ForwardError::HalfClosedSilence(silence))?;
+        } else {
             step.await;
-        } else if unless_silent(meter, silence, step).await.is_err() {
-            return Err(ForwardError::HalfClosedSilence(silence));
         }
     }
     // Deliver what was received before the reset, before the reset is passed on.
     if app.is_broken() {
-        let rest = async {
-            if !up_ended {
-                up.await;
-            }
-        };
-        deliver_last_bytes(far, rest).await;
+        deliver_last_bytes(far, OptionFuture::from((!up_ended).then_some(up))).await;
     } else {
-        let rest = async {
-            if !down_ended {
-                down.await;
-            }
-        };
-        deliver_last_bytes(app, rest).await;
+        deliver_last_bytes(app, OptionFuture::from((!down_ended).then_some(down))).await;
     }
     Err(if app.is_broken() { ForwardError::App(app.error()) } else { ForwardError::Far(far.error()) })
 }
