@@ -21,6 +21,18 @@ pub const HBONE: u16 = 15008;
 /// Inside a pod: DNS questions are redirected here. Answers from another port would not be translated back.
 pub const DNS: u16 = 15053;
 
+/// The ports that the daemon listens on in every captured pod. The last one belongs to it only where it captures the
+/// pod's DNS; otherwise the application may use it.
+const IN_POD: [u16; 4] = [OUTBOUND, PLAINTEXT, HBONE, DNS];
+
+/// The daemon's ports in a pod; `dns` says whether the pod's DNS is captured.
+pub fn in_pod(dns: bool) -> &'static [u16] {
+    match (&IN_POD, dns) {
+        (all, true) => all,
+        ([without @ .., _], false) => without,
+    }
+}
+
 /// Capture checks from inside a pod go to these ports, one each. There are several because two daemons listen during an
 /// upgrade, and the kernel gives each connection to either of them.
 pub const CAPTURE_CHECKS: Range<u16> = 15091..15099;

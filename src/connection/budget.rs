@@ -8,7 +8,7 @@
 use crate::hbone::Buffers;
 use crate::mesh::Text;
 use crate::sys::limits;
-use crate::task::thread::beside;
+use crate::task::thread::run_blocking;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
@@ -292,7 +292,7 @@ impl Budget {
         let memory = limits::Memory::of_process();
         loop {
             // On another thread: counting a hundred thousand files takes a while.
-            let files = beside(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
+            let files = run_blocking(limits::open_files).await.flatten().map(|open| (open as u64, max_files));
             self.update(MachineUsage { files, memory: memory.as_ref().and_then(limits::Memory::now) });
             tokio::time::sleep(CHECK_EVERY).await;
         }

@@ -36,7 +36,6 @@ pub mod forward;
 pub mod headers;
 mod journeys;
 pub mod pod;
-pub mod ports;
 pub mod report;
 pub mod worker;
 pub mod workers;

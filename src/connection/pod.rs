@@ -4,9 +4,8 @@ use super::budget::PodUsage;
 use super::capture_checks::CaptureChecks;
 use super::choose::OwnSockets;
 use super::dial::direct::{OpenLegs, SocketConfig};
-use super::ports::own_ports;
 use crate::dns::Resolver;
-use crate::mesh::{Snapshot, SpiffeName, Store, Text, Wanted, Workload};
+use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
@@ -18,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 /// How long a connection waits for the facts about its own pod, before it is refused.
-const FACTS_WAIT: Duration = Duration::from_secs(5);
+pub const FACTS_WAIT: Duration = Duration::from_secs(5);
 
 /// A captured pod.
 #[derive(Debug)]
@@ -92,7 +91,7 @@ impl Pod {
                 if let Some(known) = self.facts_now(mesh) {
                     return Some(known);
                 }
-                let uid = Wanted::Workload(self.mesh_uid.clone());
+                let uid = FactKey::Workload(self.mesh_uid.clone());
                 tokio::select! {
                     changed = changes.changed() => changed.ok()?,
                     changed = identity.changed() => changed.ok()?,
@@ -111,7 +110,7 @@ impl Pod {
 
     /// Ports on which the daemon listens in this pod.
     pub fn own_ports(&self) -> &'static [u16] {
-        own_ports(self.dns.load(Ordering::Relaxed))
+        crate::ports::in_pod(self.dns.load(Ordering::Relaxed))
     }
 
     /// A signal that fires when the pod's connections have to end.

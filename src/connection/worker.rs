@@ -7,7 +7,7 @@ use super::dial::Pool;
 use super::report::Reporter;
 use crate::hbone::Buffers;
 use crate::task::Group;
-use crate::task::places::Places;
+use crate::task::slots::Slots;
 use crate::{identity, mesh};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -39,14 +39,14 @@ pub struct Shared {
     /// Accounts for what peers make the node buffer.
     pub buffers: Arc<Buffers>,
     /// Limits connections to HBONE ports whose peer has not proven its identity yet. No pod is charged for them.
-    pub handshakes: Arc<Places>,
+    pub handshakes: Arc<Slots>,
 }
 
 impl Shared {
     /// The limit for handshakes: enough for many peers that connect at once, but together they use at most `bytes`.
-    pub fn handshakes(bytes: usize) -> Arc<Places> {
+    pub fn handshakes(bytes: usize) -> Arc<Slots> {
         let max = (bytes / HANDSHAKE_BYTES).clamp(HANDSHAKES_OF_ONE / 4, HANDSHAKES_MAX);
-        Places::new(max, HANDSHAKES_OF_ONE.min(max / 2))
+        Slots::new(max, HANDSHAKES_OF_ONE.min(max / 2))
     }
 }
 

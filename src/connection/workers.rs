@@ -14,7 +14,7 @@ use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
 use crate::sys::socket::reset_on_close;
-use crate::task::places::Place;
+use crate::task::slots::Slot;
 use crate::task::{Group, thread};
 use parking_lot::Mutex;
 use std::io;
@@ -69,7 +69,7 @@ struct AcceptedSocket {
 enum Journey {
     Outbound(Reservation),
     Plaintext(Reservation),
-    Tunnel(Place),
+    Tunnel(Slot),
 }
 
 /// A worker, as the other threads see it.

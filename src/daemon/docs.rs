@@ -4,10 +4,10 @@ use super::metrics::{GROUPS, Metrics, Readings, register_process};
 use crate::config::environment::{PREFIXES, REFUSED};
 use crate::config::setting::Default as SettingDefault;
 use crate::config::settings;
-use crate::connection::authorize::POLICY_WAIT;
+use crate::connection::authorize::revoke::POLICY_WAIT;
 use crate::connection::pod::FACTS_WAIT;
 use crate::connection::{accept, dial};
-use crate::hbone::ping;
+use crate::hbone::{config, ping};
 use crate::identity::store::FIRST_WAIT;
 use crate::ports::HBONE;
 use crate::sys::leg::LAST_BYTES;
@@ -77,15 +77,15 @@ pub fn settings() -> Result<String, Error> {
 fn bounds(t: &mut String) -> Result<(), Error> {
     let first_byte = format!("First byte of a peer on port {HBONE}");
     let all: [(&str, Duration); 11] = [
-        (&first_byte, accept::SILENCE_DEADLINE),
-        ("TLS and HTTP/2 handshake of a tunnel", accept::HANDSHAKE_DEADLINE),
-        ("TCP connection to a destination", dial::CONNECT_DEADLINE),
-        ("Answer to a CONNECT", dial::ANSWER_DEADLINE),
+        (&first_byte, accept::error::SILENCE_DEADLINE),
+        ("TLS and HTTP/2 handshake of a tunnel", accept::error::HANDSHAKE_DEADLINE),
+        ("TCP connection to a destination", dial::error::CONNECT_DEADLINE),
+        ("Answer to a CONNECT", dial::error::ANSWER_DEADLINE),
         ("Mesh facts about the pod of a connection", FACTS_WAIT),
         ("A policy that a workload names and that is not known yet", POLICY_WAIT),
         ("First certificate of an identity", FIRST_WAIT),
-        ("Time between PINGs on a tunnel", ping::INTERVAL),
-        ("Answer to a PING", ping::TIMEOUT),
+        ("Time between PINGs on a tunnel", config::PING_INTERVAL),
+        ("Answer to a PING", config::PING_TIMEOUT),
         (
             "Time for which the kernel resends unacknowledged data of a tunnel, also after the daemon has ended",
             ping::GONE_AFTER,

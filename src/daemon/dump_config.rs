@@ -2,8 +2,8 @@
 //! value itself (`config/settings/`); this file adds what is fixed.
 
 use crate::config::{Config, settings};
-use crate::connection::choose::own_ports;
 use crate::ports;
+use crate::ports::in_pod;
 use serde_json::{Map, Value, json};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -36,7 +36,7 @@ fn fixed(c: &Config) -> Map<String, Value> {
         ("inboundPlaintextAddr", on(any, ports::PLAINTEXT)),
         ("outboundAddr", on(any, ports::OUTBOUND)),
         ("dnsProxyAddr", on(any, ports::DNS)),
-        ("illegalPorts", json!(own_ports(c.dns.capture))),
+        ("illegalPorts", json!(in_pod(c.dns.capture))),
         ("proxy", json!(true)),
         ("proxyMode", json!("Shared")),
         ("fakeCa", json!(false)),

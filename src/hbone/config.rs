@@ -25,7 +25,7 @@ pub(super) const SEND_BUFFER_BYTES: usize = 256 * 1024;
 pub(super) const FRAME_BUDGET: usize = 1 << 40;
 
 /// Time between the answer to a PING and the next PING.
-pub(super) const PING_INTERVAL: Duration = Duration::from_secs(10);
+pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How long the answer to a PING may take.
-pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
+pub const PING_TIMEOUT: Duration = Duration::from_secs(20);

@@ -12,7 +12,7 @@
 pub mod buffers;
 pub mod carry;
 pub mod client;
-mod config;
+pub mod config;
 mod cut;
 mod error;
 mod flow;

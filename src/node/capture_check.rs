@@ -4,7 +4,7 @@
 
 use super::redirect;
 use crate::connection::Pod;
-use crate::connection::pod::PROBE_IPS;
+use crate::connection::capture_checks::CAPTURE_CHECK_IPS;
 use crate::mesh::address::is_link_local;
 use crate::ports::{CAPTURE_CHECKS, HBONE, INBOUND_CHECK};
 use crate::sys::netns::{Netns, NetnsError};
@@ -56,7 +56,7 @@ pub enum CaptureCheckError {
 
 /// Checks the outbound direction for each IP family that is redirected and in which the pod has an address.
 pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckError> {
-    for probe in PROBE_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
+    for probe in CAPTURE_CHECK_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
         let own =
             pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
@@ -73,7 +73,7 @@ pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckErr
 
 async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
     let targets: Vec<SocketAddr> = CAPTURE_CHECKS.map(|port| SocketAddr::new(ip, port)).collect();
-    let arrived = pod.probes.expect(&targets);
+    let arrived = pod.capture_checks.expect(&targets);
     let _forget = StopExpecting(pod);
     // The sockets stay open until one connection has arrived.
     let probes = pod.netns.enter(|| {
@@ -177,7 +177,7 @@ async fn check_from(pod: &Pod, side: &VantagePoint, to: SocketAddr) -> Result<In
         })?;
         let Ok(sockets) = opened else { return Ok(Inbound::Lost) };
         let ports: Vec<u16> = sockets.iter().map(|(_, port)| *port).collect();
-        pod.probes.expect_inbound(&ports, &own, &arrived);
+        pod.capture_checks.expect_inbound(&ports, &own, &arrived);
         let _forget = StopExpectingInbound(pod, &ports);
         // Without a route the connection is lost, as it is when a rule drops it.
         let sent = side.netns.enter(|| sockets.iter().all(|(socket, _)| start_connect(socket, to).is_ok()))?;
@@ -205,7 +205,7 @@ struct StopExpectingInbound<'a>(&'a Pod, &'a [u16]);
 
 impl Drop for StopExpectingInbound<'_> {
     fn drop(&mut self) {
-        self.0.probes.forget_inbound(self.1);
+        self.0.capture_checks.forget_inbound(self.1);
     }
 }
 
@@ -214,7 +214,7 @@ struct StopExpecting<'a>(&'a Pod);
 
 impl Drop for StopExpecting<'_> {
     fn drop(&mut self) {
-        self.0.probes.forget();
+        self.0.capture_checks.forget();
     }
 }
 

@@ -83,7 +83,7 @@ pub async fn handshake(
     let facts = TlsFacts::of(state);
     let name = Text::from(identity.to_string());
     let account = buffers.account(&name, true);
-    tls.get_mut().0.at_end(reset_if_cut(&account));
+    tls.get_mut().0.before_close(reset_if_cut(&account));
     let server = hbone::Server::handshake(tls, config, &account).await?;
     let peer = TunnelPeer { identity, name, source: canonical(source), local, tls: facts, chain };
     Ok(AcceptedTunnel { peer, server })

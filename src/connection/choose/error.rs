@@ -2,7 +2,7 @@
 
 use crate::dns::ResolveError;
 use crate::mesh::store::AskError;
-use crate::mesh::{Text, Wanted};
+use crate::mesh::{FactKey, Text};
 use std::net::SocketAddr;
 
 /// Why an outbound connection has no route. None of these falls back to plaintext: they end the connection, except for the
@@ -39,7 +39,7 @@ pub enum RouteError {
     Protocol(Text),
     /// An on-demand control plane must be asked for these facts first. The connection asks and chooses again.
     #[error("the control plane has not been asked for {0} yet")]
-    Unasked(Wanted),
+    Unasked(FactKey),
     /// This host name must be resolved first. The connection resolves it and chooses again.
     #[error("{0} has not been resolved yet")]
     Unresolved(Text),

@@ -5,7 +5,7 @@
 use super::{RouteError, waypoint};
 use crate::hbone::Authority;
 use crate::mesh::address::{NetworkAddress, is_link_local};
-use crate::mesh::snapshot::Known;
+use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::workload::Delivery;
 use crate::mesh::{Service, Snapshot, Text, Workload};
 use http::StatusCode;
@@ -174,8 +174,10 @@ fn by_host(snapshot: &Snapshot, workload: &Workload, host: &str, port: u16) -> R
 /// Whether the address belongs to a service or workload that has this workload as its waypoint.
 fn is_our_client(snapshot: &Snapshot, workload: &Workload, ip: IpAddr) -> bool {
     match snapshot.at(&workload.network, ip, &workload.namespace) {
-        Some(Known::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
-        Some(Known::Workload(other)) => other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload)),
+        Some(ServiceOrWorkload::Service(service)) => serves_as_waypoint(snapshot, &service, workload),
+        Some(ServiceOrWorkload::Workload(other)) => {
+            other.waypoint.iter().any(|way| waypoint::is_behind(snapshot, way, workload))
+        }
         None => false,
     }
 }
@@ -193,10 +195,10 @@ fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workloa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::ports::own_ports;
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::ApplicationTunnel;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
+    use crate::ports::in_pod;
 
     #[test]
     fn what_an_inbound_stream_may_ask_for() {
@@ -235,7 +237,7 @@ mod tests {
         ] {
             let workload = snapshot.workload_of_pod("a", pod).unwrap();
             let asked = Authority::parse(authority).unwrap();
-            let found = choose(&snapshot, workload, own.parse().unwrap(), own_ports(true), &asked);
+            let found = choose(&snapshot, workload, own.parse().unwrap(), in_pod(true), &asked);
             match (found, expected) {
                 (Ok(target), Ok(address)) => assert_eq!(target.address.to_string(), address, "{pod} {authority}"),
                 (Err(error), Err((status, word))) => {

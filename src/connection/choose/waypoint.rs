@@ -4,8 +4,8 @@
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError};
-use crate::mesh::snapshot::Known;
-use crate::mesh::{GatewayRef, Service, Snapshot, Text, Wanted, Workload};
+use crate::mesh::snapshot::ServiceOrWorkload;
+use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text, Workload};
 use std::sync::Arc;
 
 /// A waypoint, resolved to a workload.
@@ -31,16 +31,16 @@ pub fn resolve(
         reason,
     };
     match snapshot.gateway(waypoint, &source.namespace) {
-        Some(Known::Workload(workload)) => {
+        Some(ServiceOrWorkload::Workload(workload)) => {
             Ok(Waypoint { chosen: ChosenEndpoint { workload, port: waypoint.hbone_port }, service: None })
         }
-        Some(Known::Service(service)) => {
+        Some(ServiceOrWorkload::Service(service)) => {
             let chosen =
                 destination::choose(snapshot, source, &service, waypoint.hbone_port, &ResolvedNames::new(), chance)
                     .map_err(|error| unknown(error.to_string()))?;
             Ok(Waypoint { chosen, service: Some(service) })
         }
-        None => Err(match snapshot.unasked(Wanted::of_gateway(waypoint)) {
+        None => Err(match snapshot.unasked(FactKey::of_gateway(waypoint)) {
             Some(wanted) => RouteError::Unasked(wanted),
             None => unknown("neither a service nor a workload".into()),
         }),
@@ -71,8 +71,8 @@ pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
 /// Whether `workload` is the waypoint, or one of the workloads behind it.
 pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
     match snapshot.gateway(waypoint, &workload.namespace) {
-        Some(Known::Workload(one)) => one.uid == workload.uid,
-        Some(Known::Service(service)) => workload.services.contains_key(&service.key),
+        Some(ServiceOrWorkload::Workload(one)) => one.uid == workload.uid,
+        Some(ServiceOrWorkload::Service(service)) => workload.services.contains_key(&service.key),
         None => false,
     }
 }

@@ -6,7 +6,7 @@ use crate::connection::dial::direct::{Leg, OpenLeg};
 use crate::connection::forward::Stop;
 use crate::connection::pod::Pod;
 use crate::identity::{Chain, Distrust};
-use crate::sys::end::left_nothing;
+use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
 use tokio::net::TcpStream;
 
@@ -19,7 +19,7 @@ pub async fn unless_client_resets<T>(
     tokio::select! {
         biased;
         dialled = dial => dialled,
-        () = left_nothing(client) => Err(DialError::Abandoned),
+        () = reset_without_data(client) => Err(DialError::Abandoned),
     }
 }
 

@@ -6,7 +6,7 @@ use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
 use crate::connection::worker::Worker;
 use crate::identity::Credentials;
-use crate::mesh::{self, Snapshot, Wanted, Workload};
+use crate::mesh::{self, FactKey, Snapshot, Workload};
 use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -41,7 +41,7 @@ pub async fn find_route(
     };
     for _ in 0..QUESTIONS_MAX {
         match choose(&snapshot, &names) {
-            Err(RouteError::Unasked(Wanted::Address(at))) => mesh.ask_address(&pod.uid, &at).await?,
+            Err(RouteError::Unasked(FactKey::Address(at))) => mesh.ask_address(&pod.uid, &at).await?,
             Err(RouteError::Unasked(wanted)) => mesh.ask(&pod.uid, wanted).await?,
             Err(RouteError::Unresolved(name)) => {
                 // If the name does not resolve, another endpoint may be chosen, so the error is only kept for the end.
