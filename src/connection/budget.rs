@@ -1,9 +1,10 @@
 //! How many connections a node carries, and which ones are refused when it is nearly full.
 //!
-//! Above 80 % of the allowed connections, open files or memory, only the largest consumer is refused: the newest connections of
-//! the peer that has the most of them, to the pod that has the most of them. Everybody else, the admin ports and captures of
-//! new pods use what is left. Above the limit of connections, or 95 % of files or memory, all new connections are refused. But
-//! scarce memory leaves each pod a few connections, because connections may not be what uses it.
+//! Above 80 % of the allowed connections, open files or memory, only the largest consumer is refused: the newest
+//! connections of the peer that has the most of them, to the pod that has the most of them. Everybody else, the admin
+//! ports and captures of new pods use what is left. Above the limit of connections, or 95 % of files or memory, all new
+//! connections are refused. But scarce memory leaves each pod a few connections, because connections may not be what
+//! uses it.
 
 use crate::hbone::Buffers;
 use crate::mesh::Text;
@@ -21,8 +22,8 @@ const CHECK_EVERY: Duration = Duration::from_millis(500);
 /// Open files per connection: one for each leg.
 const FILES_PER_CONNECTION: u64 = 2;
 
-/// Memory per connection in bytes, without what it makes the node buffer. Memory in use beyond that belongs to something
-/// else.
+/// Memory per connection in bytes, without what it makes the node buffer. Memory in use beyond that belongs to
+/// something else.
 const BYTES_PER_CONNECTION: u64 = 48 * 1024;
 
 /// Connections that each pod may have while memory is above [`SCARCE_PERCENT`], whatever uses it.
@@ -204,8 +205,8 @@ impl Budget {
         }
     }
 
-    /// Reserves room for one more connection or stream of a pod, for as long as the result is held. `peer` is the identity
-    /// at its other end, if it has proven one.
+    /// Reserves room for one more connection or stream of a pod, for as long as the result is held. `peer` is the
+    /// identity at its other end, if it has proven one.
     pub fn reserve(self: &Arc<Self>, pod: &Arc<PodUsage>, peer: Option<&Text>) -> Result<Reservation, BudgetRefusal> {
         let (all, own) = (self.open.fetch_add(1, Ordering::Relaxed), pod.open.fetch_add(1, Ordering::Relaxed));
         if let Some(peer) = peer {
@@ -255,8 +256,8 @@ impl Budget {
         let (mut scarce_at, mut full_at, mut scarcest) =
             (percent_of(self.max, SCARCE_PERCENT), self.max, Resource::Connections);
         let (mut floor, scarce) = (0, SCARCE_PERCENT as u64);
-        // How many connections fit into `percent` of `max`, if each uses `each` and all together `more`, and `used` is in use
-        // now.
+        // How many connections fit into `percent` of `max`, if each uses `each` and all together `more`, and `used` is
+        // in use now.
         let room = |used: u64, max: u64, each: u64, percent: u64, more: u64| {
             let others = used.saturating_sub(each * open as u64 + more);
             let left = (max / 100 * percent).saturating_sub(others + more);

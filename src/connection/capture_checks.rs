@@ -1,5 +1,5 @@
-//! Capture checks: connections that the daemon makes to verify the redirection of a pod. The node module sends them; this
-//! file recognises them when they arrive at the daemon's listeners, so that they are answered by nobody and never carried.
+//! Capture checks: connections that the daemon makes to verify the redirection of a pod. The node module sends them;
+//! this file recognises them when they arrive at the daemon's listeners, so that they are neither answered nor carried.
 
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -30,8 +30,8 @@ struct ExpectedInbound {
 }
 
 impl CaptureChecks {
-    /// Expects checks to `destinations` at the outbound listener, instead of any expected before. The result is notified
-    /// when one of them arrives.
+    /// Expects checks to `destinations` at the outbound listener, instead of any expected before. The result is
+    /// notified when one of them arrives.
     pub fn expect(&self, destinations: &[SocketAddr]) -> Arc<Notify> {
         let arrived = Arc::new(Notify::new());
         let mut expected = self.expected.lock();
@@ -59,8 +59,8 @@ impl CaptureChecks {
         let inbound = self.inbound.lock();
         let Some(expected) = inbound.get(&source.port()) else { return false };
         expected.arrived.notify_one();
-        // With another source address it is either a check that NAT has changed, or an unrelated connection that happens to
-        // use the same port. It must be handled as a connection.
+        // With another source address it is either a check that NAT has changed, or an unrelated connection that
+        // happens to use the same port. It must be handled as a connection.
         expected.own.contains(&source.ip())
     }
 

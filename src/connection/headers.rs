@@ -1,6 +1,6 @@
-//! Headers that describe a connection besides the CONNECT authority: `baggage`, `forwarded` and `traceparent` of a tunnel's
-//! stream, and the PROXY protocol header for applications that expect one. Receivers use the first three for telemetry only;
-//! nothing grants access because of them.
+//! Headers that describe a connection besides the CONNECT authority: `baggage`, `forwarded` and `traceparent` of a
+//! tunnel's stream, and the PROXY protocol header for applications that expect one. Receivers use the first three for
+//! telemetry only; nothing grants access because of them.
 
 use crate::mesh::{Service, SpiffeName, Workload};
 use std::fmt::Write as _;
@@ -51,9 +51,9 @@ pub fn traceparent() -> String {
     format!("00-{:032x}-{:016x}-00", rand::random::<u128>().max(1), rand::random::<u64>().max(1))
 }
 
-/// A PROXY protocol header, version 2: the client's address, the address that it dialled, and in TLV 0xD0 the identity that
-/// TLS proved (source: the PROXY protocol specification and Istio's waypoint binding). If one address is IPv4 and the other
-/// IPv6, both are written as IPv6.
+/// A PROXY protocol header, version 2: the client's address, the address that it dialled, and in TLV 0xD0 the identity
+/// that TLS proved (source: the PROXY protocol specification and Istio's waypoint binding). If one address is IPv4 and
+/// the other IPv6, both are written as IPv6.
 pub fn proxy_v2(client: SocketAddr, asked: SocketAddr, identity: &SpiffeName) -> Vec<u8> {
     const SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
     const VERSION_2_PROXY: u8 = 0x21;

@@ -3,14 +3,15 @@
 //! Every connection of a captured pod arrives at one of three listeners inside the pod's network namespace, and each
 //! listener begins one journey (`journeys`):
 //!
-//! - *outbound*, port 15001: the pod opened the connection. The daemon decides where it goes and carries it there, directly
-//!   or through a tunnel.
-//! - *inbound*, port 15008: a peer opened an HBONE tunnel to the pod. The tunnel is accepted once. Each of its streams then
-//!   carries one connection to the pod's application.
-//! - *plaintext*, port 15006: a client outside the mesh connected to the pod. It is handled like an inbound stream, without
-//!   a tunnel and without an identity.
+//! - *outbound*, port 15001: the pod opened the connection. The daemon decides where it goes and carries it there,
+//!   directly or through a tunnel.
+//! - *inbound*, port 15008: a peer opened an HBONE tunnel to the pod. The tunnel is accepted once. Each of its streams
+//!   then carries one connection to the pod's application.
+//! - *plaintext*, port 15006: a client connected to the pod without a tunnel. The connection is handled like an
+//!   inbound stream, but the client has no identity.
 //!
-//! A journey is a sequence of six steps. Each step has a folder, and the folders' alphabetical order is the order in time:
+//! A journey is a sequence of six steps. Each step has a folder, and the folders' alphabetical order is the order in
+//! time:
 //!
 //! | step | question |
 //! |---|---|
@@ -21,9 +22,9 @@
 //! | `forward` | Bytes both ways, until both sides have closed or the connection must stop. |
 //! | `report` | How did it end? One line in the access log, the metrics, and the list of live connections. |
 //!
-//! A step imports only from steps before it. `journeys` knows all of them. The remaining files hold what the steps share:
-//! `pod` describes a captured pod, `budget` limits how many connections a node carries, `worker` and `workers` are the
-//! threads, `ports` and `config` the settings. A connection stays on the worker that it was first given to.
+//! A step imports only from steps before it. `journeys` knows all of them. The remaining files hold what the steps
+//! share: `pod` describes a captured pod, `budget` limits how many connections a node carries, `worker` and `workers`
+//! are the threads, `ports` and `config` the settings. A connection stays on the worker that it was first given to.
 
 pub mod accept;
 pub mod authorize;

@@ -42,8 +42,8 @@ pub struct Pod {
     pub resolver: Arc<Resolver>,
     /// Whether the pod's DNS is captured. Set once the daemon listens for it.
     pub dns: AtomicBool,
-    /// Identity of the pod's workload. Set once the namespace has been verified to hold all of the workload's addresses;
-    /// until then connections wait.
+    /// Identity of the pod's workload. Set once the namespace has been verified to hold all of the workload's
+    /// addresses; until then connections wait.
     pub identity: watch::Sender<Option<SpiffeName>>,
     /// Addresses of the pod's interfaces, as of the last check.
     pub addresses: ArcSwap<Vec<IpAddr>>,

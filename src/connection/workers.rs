@@ -1,5 +1,5 @@
-//! The worker threads. Each has its own runtime, tunnels and connections. A connection is given to the least loaded worker
-//! when it is accepted and stays there: nothing that belongs to it crosses threads afterwards.
+//! The worker threads. Each has its own runtime, tunnels and connections. A connection is given to the least loaded
+//! worker when it is accepted and stays there: nothing that belongs to it crosses threads afterwards.
 
 use super::accept::listener;
 use super::budget::Reservation;
@@ -122,8 +122,8 @@ impl Workers {
         })
     }
 
-    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`. Each
-    /// socket goes to the worker with the fewest connections.
+    /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`.
+    /// Each socket goes to the worker with the fewest connections.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
@@ -147,7 +147,8 @@ impl Workers {
         self.all.iter().map(|handle| handle.worker.pool.len()).sum()
     }
 
-    /// Waits until all accept loops have ended, and then every connection and tunnel. They must have been told to end before.
+    /// Waits until all accept loops have ended, and then every connection and tunnel. The caller must have given the
+    /// order to end before.
     pub async fn finished(&self) {
         self.accepts.close();
         self.accepts.wait().await;

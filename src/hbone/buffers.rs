@@ -1,7 +1,7 @@
-//! What peers make the node buffer: bytes that arrived through tunnels and that no application has read yet, and bytes for
-//! peers that do not read them. Every tunnel has an account. Every account belongs to a holder, which is an identity or a pod,
-//! and all accounts of the node share one limit. When the limit is exceeded, the largest tunnel of the largest holder is cut;
-//! the others continue.
+//! What peers make the node buffer: bytes that arrived through tunnels and that no application has read yet, and bytes
+//! for peers that do not read them. Every tunnel has an account. Every account belongs to a holder, which is an
+//! identity or a pod, and all accounts of the node share one limit. When the limit is exceeded, the largest tunnel of
+//! the largest holder is cut; the others continue.
 
 use super::cut::CutReason;
 use parking_lot::{Mutex, MutexGuard};
@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 /// Memory of a queued frame besides its payload, in bytes.
 const FRAME_BYTES: usize = 256;
 
-/// Most bytes that may wait to be sent on one tunnel. Beyond it, its streams stop reading from their applications until some
-/// have been sent. The socket below has its own buffer, so a tunnel that makes progress does not need more.
+/// Most bytes that may wait to be sent on one tunnel. Beyond it, its streams stop reading from their applications until
+/// some have been sent. The socket below has its own buffer, so a tunnel that makes progress does not need more.
 const UNSENT_MAX: usize = 1 << 20;
 
 /// The accounts of all tunnels of a node, with their limit.
@@ -46,8 +46,8 @@ struct Streams {
     open: HashMap<u32, StreamBytes>,
     /// Streams whose data arrived before HTTP/2 returned the stream.
     early: Vec<u32>,
-    /// The newest stream that HTTP/2 has returned. On a tunnel that this node opened it is the largest number, because no
-    /// data arrives there for a stream that was not returned.
+    /// The newest stream that HTTP/2 has returned. On a tunnel that this node opened it is the largest number, because
+    /// no data arrives there for a stream that was not returned.
     newest: u32,
     /// Bytes that were received and not passed on, of all streams.
     unread: usize,
@@ -59,7 +59,7 @@ struct Streams {
     flushing: Vec<Waker>,
 }
 
-/// What is held for one stream.
+/// Bytes and frames that are held for one stream.
 #[derive(Clone, Copy, Debug, Default)]
 struct StreamBytes {
     unread: usize,
@@ -89,8 +89,8 @@ impl Buffers {
         self.limit
     }
 
-    /// An account for a tunnel of `holder`. On a tunnel that the peer opened, data of a stream may arrive before HTTP/2 returns
-    /// the stream.
+    /// An account for a tunnel of `holder`. On a tunnel that the peer opened, data of a stream may arrive before HTTP/2
+    /// returns the stream.
     pub fn account(self: &Arc<Self>, holder: &str, opened_by_peer: bool) -> Arc<Account> {
         let newest = if opened_by_peer { 0 } else { u32::MAX };
         let account = Arc::new(Account {

@@ -1,8 +1,8 @@
-//! What carrying a connection has in common, whether its far side is a stream of a tunnel or a plain TCP connection: counting
-//! bytes, limiting the silence of a half-closed connection, ending one direction, and delivering what one side sent before it
-//! broke.
+//! What carrying a connection has in common, whether its far side is a stream of a tunnel or a plain TCP connection:
+//! counting bytes, limiting the silence of a half-closed connection, ending one direction, and delivering what one side
+//! sent before it broke.
 
-use crate::sys::leg::{LAST_BYTES, Leg};
+use crate::sys::end::{End, LAST_BYTES};
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
@@ -41,9 +41,10 @@ pub async fn unless_silent<T>(
     }
 }
 
-/// After one side has broken: awaits `rest`, which passes on what that side had sent before, and then its arrival at `to`;
-/// both for at most [`LAST_BYTES`]. The result of `rest` is ignored, because the reason for the end is known already.
-pub async fn deliver_last_bytes<T>(to: &Leg<'_>, rest: impl Future<Output = T>) {
+/// After one side has broken: awaits `rest`, which passes on what that side had sent before, and then its arrival at
+/// `to`; both for at most [`LAST_BYTES`]. The result of `rest` is ignored, because the reason for the end is known
+/// already.
+pub async fn deliver_last_bytes<T>(to: &End<'_>, rest: impl Future<Output = T>) {
     let last = async {
         rest.await;
         to.drained().await;
@@ -52,8 +53,8 @@ pub async fn deliver_last_bytes<T>(to: &Leg<'_>, rest: impl Future<Output = T>) 
     let _ = timeout(LAST_BYTES, last).await;
 }
 
-/// Sends FIN: nothing more will be written, while the other direction continues. A socket whose peer is gone cannot be shut
-/// down and does not need to be.
+/// Sends FIN: nothing more will be written, while the other direction continues. A socket whose peer is gone cannot be
+/// shut down and does not need to be.
 pub fn end_writing(socket: &TcpStream) -> io::Result<()> {
     match socket2::SockRef::from(socket).shutdown(Shutdown::Write) {
         Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(error),

@@ -167,8 +167,8 @@ impl Tunnel {
         // Data that arrives with the answer must already be accounted for.
         let on_account = StreamAccount::new(&self.account, response.stream_id());
         let response = response.await.map_err(|error| {
-            // REFUSED_STREAM, and a GOAWAY that excludes this stream, guarantee that the peer has not acted on the request
-            // (RFC 9113 sections 8.7 and 6.8).
+            // REFUSED_STREAM, and a GOAWAY that excludes this stream, guarantee that the peer has not acted on the
+            // request (RFC 9113 sections 8.7 and 6.8).
             match (error.is_remote(), error.is_go_away()) {
                 (true, true) => OpenError::TunnelGone(error),
                 (true, false) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => OpenError::Refused,

@@ -20,8 +20,8 @@ pub struct Config {
 /// Most unsent bytes of one stream that HTTP/2 holds in memory.
 pub(super) const SEND_BUFFER_BYTES: usize = 256 * 1024;
 
-/// The h2 crate limits how many small DATA frames a connection may ever queue, and a single slow reader reaches that limit.
-/// This disables it; [`super::Buffers`] limits them instead.
+/// The h2 crate limits how many small DATA frames a connection may ever queue, and a single slow reader reaches that
+/// limit. This disables it; [`super::Buffers`] limits them instead.
 pub(super) const FRAME_BUDGET: usize = 1 << 40;
 
 /// Time between the answer to a PING and the next PING.

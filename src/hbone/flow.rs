@@ -9,13 +9,13 @@ use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// Frames smaller than this are copied together, up to [`TOGETHER_BYTES`]. Otherwise each of them costs an entry in a queue,
-/// and keeps the whole buffer that it was read into, which is about this large.
+/// Frames smaller than this are copied together, up to [`TOGETHER_BYTES`]. Otherwise each of them costs an entry in a
+/// queue, and keeps the whole buffer that it was read into, which is about this large.
 const SMALL_BYTES: usize = 8 * 1024;
 const TOGETHER_BYTES: usize = 16 * 1024;
 
-/// A stream's entry on the account of its tunnel. It exists from when the stream is returned by HTTP/2 until both halves are
-/// dropped.
+/// A stream's entry on the account of its tunnel. It exists from when the stream is returned by HTTP/2 until both
+/// halves are dropped.
 #[derive(Debug)]
 pub(super) struct StreamAccount {
     tunnel: Arc<Account>,
@@ -171,7 +171,8 @@ impl ReceiveHalf {
         Poll::Ready(())
     }
 
-    /// Gathers frames while the caller cannot use them; never completes. The stream's window limits how much this can be.
+    /// Gathers frames while the caller cannot use them; never completes. The stream's window limits how much this can
+    /// be.
     pub(super) async fn gather(&mut self) -> Infallible {
         poll_fn(|context| {
             while self.ended.is_none() {

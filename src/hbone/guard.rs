@@ -1,6 +1,6 @@
-//! Sits between HTTP/2 and the byte stream below and watches the frames that pass (RFC 9113 section 4.1). No tunnel takes more
-//! than its turn, no peer can send control frames without limit, and what DATA frames make the node buffer is booked on the
-//! tunnel's account.
+//! Sits between HTTP/2 and the byte stream below and watches the frames that pass (RFC 9113 section 4.1). No tunnel
+//! takes more than its turn, no peer can send control frames without limit, and what DATA frames make the node buffer
+//! is booked on the tunnel's account.
 
 use super::buffers::Account;
 use super::cut::CutReason;
@@ -20,7 +20,8 @@ const BURST: u64 = 20_000;
 /// The rate at which this allowance grows again.
 const PER_SECOND: u64 = 2_000;
 
-/// Control frames that each frame of ours may call for: window updates for stream and tunnel, or a stream's headers and end.
+/// Control frames that each frame of ours may call for: window updates for stream and tunnel, or a stream's headers and
+/// end.
 const PER_FRAME_SENT: u64 = 2;
 
 /// A DATA frame for a closed stream counts as a control frame if it is smaller than this.
@@ -167,8 +168,9 @@ impl<IO> Guard<IO> {
         incoming.feed(bytes, |event| {
             let FrameEvent::Head { kind, id, length } = event else { return Ok(()) };
             account.frame_received(kind);
-            // An empty DATA frame only costs work, so it counts. So does a frame for a closed stream, unless it is large: data
-            // that was on its way when this node closed the stream is not the peer's fault, and is not sent in tiny frames.
+            // An empty DATA frame only costs work, so it counts. So does a frame for a closed stream, unless it is
+            // large: data that was on its way when this node closed the stream is not the peer's fault, and is not sent
+            // in tiny frames.
             if kind == DATA && length > 0 && (account.data_received(id, length) || length >= LATE_BYTES) {
                 return Ok(());
             }

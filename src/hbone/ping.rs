@@ -5,8 +5,8 @@ use super::cut::CutReason;
 use h2::{Ping, PingPong};
 use std::time::Duration;
 
-/// How long the kernel retransmits what a tunnel's peer does not acknowledge: a little longer than until a PING is overdue.
-/// It limits the kernel's retransmissions also when this process ends before.
+/// How long the kernel retransmits what a tunnel's peer does not acknowledge: a little longer than until a PING is
+/// overdue. It limits the kernel's retransmissions also when this process ends before.
 pub const GONE_AFTER: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT).saturating_add(PING_TIMEOUT);
 
 /// Sends PINGs until an answer is overdue. Never completes if the connection ends before, or if `pings` is `None`.

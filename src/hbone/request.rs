@@ -1,4 +1,5 @@
-//! The CONNECT request: writing and parsing its authority and headers. Pure. The parser accepts any input and is fuzzed.
+//! The CONNECT request: writing and parsing its authority and headers. Pure. The parser accepts any input and is
+//! fuzzed.
 //!
 //! The headers are for telemetry only (source: ztunnel's HBONE requests). Nothing here may grant access.
 
@@ -43,8 +44,8 @@ pub enum RequestError {
 }
 
 impl Authority {
-    /// Parses `ip:port`, `[ip]:port` or `host:port`. Refuses IPv6 zones, user parts, port 0 and characters that host names
-    /// do not have. An IPv4-mapped address becomes the IPv4 address.
+    /// Parses `ip:port`, `[ip]:port` or `host:port`. Refuses IPv6 zones, user parts, port 0 and characters that host
+    /// names do not have. An IPv4-mapped address becomes the IPv4 address.
     pub fn parse(text: &str) -> Result<Self, RequestError> {
         let bad = || RequestError::Authority(text.chars().take(300).collect());
         let (host, port) = text.rsplit_once(':').ok_or_else(bad)?;

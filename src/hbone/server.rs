@@ -69,7 +69,8 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
         Ok(Self { connection, account: account.clone(), windows: Windows::new(config), pings })
     }
 
-    /// The next stream; `None` when the tunnel has ended. No stream of the tunnel makes progress unless this is awaited.
+    /// The next stream; `None` when the tunnel has ended. No stream of the tunnel makes progress unless this is
+    /// awaited.
     pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
         let Self { connection, account, windows, pings } = self;
         let accept = poll_fn(|context| {
@@ -110,7 +111,7 @@ impl Incoming {
 
     /// Answers with a status other than 200. What the peer has sent already is discarded.
     pub fn refuse(mut self, status: StatusCode) {
-        // Fails only if the stream is gone already; then nobody waits for the answer.
+        // Fails only if the stream is gone already; then the peer does not wait for the answer.
         let _ = self.respond.send_response(request::refused(status), true);
     }
 

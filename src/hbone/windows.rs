@@ -1,5 +1,5 @@
-//! The flow control windows that a tunnel gives its peer. They follow what is held in memory: stalled streams must not use up
-//! the window of all streams, and while buffers are scarce each stream gets a small one.
+//! The flow control windows that a tunnel gives its peer. They follow what is held in memory: stalled streams must not
+//! use up the window of all streams, and while buffers are scarce each stream gets a small one.
 
 use super::buffers::Account;
 use super::config::Config;
@@ -11,7 +11,8 @@ const SCARCE_STREAM_WINDOW: u32 = 256 * 1024;
 pub(super) trait AdjustWindows {
     /// Sets the window of all streams together, including bytes that are still unread.
     fn connection_window(&mut self, bytes: u32);
-    /// Sets the window of each stream. `false`: an earlier change has not been acknowledged yet, so this one was not made.
+    /// Sets the window of each stream. `false`: an earlier change has not been acknowledged yet, so this one was not
+    /// made.
     fn stream_window(&mut self, bytes: u32) -> bool;
 }
 

@@ -63,7 +63,7 @@ fn a_refusal_names_its_rule_in_the_log_and_in_metrics() {
     // No server listens on this port.
     assert!(ask(&w.ns("good"), (server(&w), 8081), "x").is_err());
     let out = w.log_line(1, "refused by the far end", |l| l["reason"] == "peer_refused");
-    assert!(out["error"].as_str().unwrap().contains("nobody listens on the port?"), "{out}");
+    assert!(out["error"].as_str().unwrap().contains("does it listen on the port?"), "{out}");
     let denied = ["reporter=\"destination\"", "response_flags=\"DENY\"", "source_workload=\"bad\""];
     assert_eq!(w.metric(2, "istio_tcp_connections_failed_total", &denied), 1.0);
     assert_eq!(w.metric(2, "culvert_connection_failures_total", &["reason=\"denied\"", "fault=\"policy\""]), 2.0);

@@ -16,12 +16,12 @@ pub struct Captured {
     pub source: SocketAddr,
     /// The original destination: the address that was dialled, before the redirection.
     pub destination: SocketAddr,
-    /// Whether it was redirected. If not, somebody dialled the daemon's own port.
+    /// Whether it was redirected. If not, the daemon's own port was dialled.
     pub redirected: bool,
 }
 
-/// Takes over an accepted socket on this worker and asks the kernel for its original destination. If the kernel does not
-/// know it, the socket is reset; the local address is never used instead.
+/// Takes over an accepted socket on this worker and asks the kernel for its original destination. If the kernel does
+/// not know it, the socket is reset; the local address is never used instead.
 pub fn captured(socket: std::net::TcpStream, source: SocketAddr, legs: &LegOptions) -> Result<Captured, AcceptError> {
     let destination = original_dst(&socket, source).map_err(|error| {
         reset_on_close(&socket);

@@ -1,6 +1,6 @@
 //! Step 1: who connects, and what did they dial? `listener` accepts sockets. A socket then becomes a
-//! [`captured::Captured`] connection with its original destination, or a [`tunnel::AcceptedTunnel`] whose peer has proven
-//! its identity.
+//! [`captured::Captured`] connection with its original destination, or a [`tunnel::AcceptedTunnel`] whose peer has
+//! proven its identity.
 
 pub mod captured;
 pub mod error;

@@ -1,5 +1,5 @@
-//! Accepting a tunnel: mutual TLS, then HTTP/2, both within one deadline. Until the peer has proven its identity it costs the
-//! node as little as possible, and no pod is charged for it.
+//! Accepting a tunnel: mutual TLS, then HTTP/2, both within one deadline. Until the peer has proven its identity it
+//! costs the node as little as possible, and no pod is charged for it.
 
 use super::error::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
 use crate::hbone::ping::GONE_AFTER;
@@ -43,9 +43,9 @@ pub struct TunnelPeer {
     pub chain: Chain,
 }
 
-/// Waits for the first byte on a new connection to the pod's HBONE port. No TLS state is allocated before it comes. `None`
-/// means that the client closed the connection without sending anything: it only checked whether the port is open, as
-/// `culvert doctor` does, and nothing has failed.
+/// Waits for the first byte on a new connection to the pod's HBONE port. No TLS state is allocated before it comes.
+/// `None` means that the client closed the connection without sending anything: it only checked whether the port is
+/// open, as `culvert doctor` does, and nothing has failed.
 pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
     let set = set_leg_options(&socket, legs).and_then(|()| give_up_after(&socket, GONE_AFTER, legs));
     set.map_err(AcceptError::Socket)?;
@@ -89,8 +89,8 @@ pub async fn handshake(
     Ok(AcceptedTunnel { peer, server })
 }
 
-/// The action for the end of a tunnel's socket: a tunnel that was cut is reset. After an orderly close the kernel would go on
-/// retransmitting unacknowledged data to a peer that may be gone.
+/// The action for the end of a tunnel's socket: a tunnel that was cut is reset. After an orderly close the kernel would
+/// go on retransmitting unacknowledged data to a peer that may be gone.
 pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send + Sync + 'static {
     let account = account.clone();
     move |socket| {

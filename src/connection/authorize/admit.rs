@@ -6,8 +6,8 @@ use super::revoke::{POLICY_WAIT, Registration};
 use crate::mesh;
 use crate::telemetry::limit::LogLimit;
 
-/// Decides on a registered connection by the current facts. If the workload names a policy that is not known yet, waits up
-/// to [`POLICY_WAIT`] for it.
+/// Decides on a registered connection by the current facts. If the workload names a policy that is not known yet, waits
+/// up to [`POLICY_WAIT`] for it.
 pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Result<Permit, Refusal> {
     let subject = registration.subject();
     let mut changes = mesh.subscribe();
@@ -35,7 +35,8 @@ pub async fn authorize(mesh: &mesh::Store, registration: &Registration) -> Resul
             Verdict::Unknown(policy) => policy,
         };
         tokio::select! {
-            // An error means that the store is gone, which happens only when the daemon ends; then the deadline applies.
+            // An error means that the store is gone, which happens only when the daemon ends; then the deadline
+            // applies.
             Ok(()) = changes.changed() => {}
             () = &mut deadline => return Err(Refusal::PolicyUnknown(missing)),
         }

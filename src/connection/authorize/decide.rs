@@ -1,8 +1,8 @@
 //! Facts and policies in, permit or refusal out. Pure: no clock, no I/O, no waiting.
 //!
-//! The order is that of ztunnel's L4 authorization. Dry-run policies are only noted. A DENY policy that matches refuses. If
-//! no ALLOW policy applies, everything is allowed; otherwise one of them must match. A policy that the workload names but that
-//! is not known is never skipped: the answer is then [`Verdict::Unknown`].
+//! The order is that of ztunnel's L4 authorization. Dry-run policies are only noted. A DENY policy that matches
+//! refuses. If no ALLOW policy applies, everything is allowed; otherwise one of them must match. A policy that the
+//! workload names but that is not known is never skipped: the answer is then [`Verdict::Unknown`].
 
 use super::matcher::{self, MatchInput, Subject};
 use crate::mesh::policy::Action;
@@ -85,13 +85,13 @@ pub struct Decision {
     pub dry_run: Vec<String>,
 }
 
-/// Everything that decides about connections to one workload, except the connection itself: the policies that apply to the
-/// workload, and the trust domains that count as the same. All connections to the workload share one value, for as long as
-/// none of these facts changes.
+/// Everything that decides about connections to one workload, except the connection itself: the policies that apply to
+/// the workload, and the trust domains that count as the same. All connections to the workload share one value, for as
+/// long as none of these facts changes.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Applicable {
-    /// Policies by action, each list ordered by key, so that the verdict and the rule that it names do not depend on the
-    /// order in which facts arrived.
+    /// Policies by action, each list ordered by key, so that the verdict and the rule that it names do not depend on
+    /// the order in which facts arrived.
     deny: Vec<Arc<Policy>>,
     allow: Vec<Arc<Policy>>,
     dry_run: Vec<Arc<Policy>>,
@@ -199,8 +199,8 @@ impl PolicyChanges {
         }
     }
 
-    /// The current verdict on a connection that was allowed before, `by` this rule. No DENY policy matched it then, so only
-    /// changed ones can match now; and the rule that allowed it still does, unless it has changed.
+    /// The current verdict on a connection that was allowed before, `by` this rule. No DENY policy matched it then, so
+    /// only changed ones can match now; and the rule that allowed it still does, unless it has changed.
     pub fn verdict(&self, subject: &Subject, by: Option<&RuleName>) -> Verdict {
         if self.all {
             return self.now.verdict(subject);

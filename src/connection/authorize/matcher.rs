@@ -1,11 +1,12 @@
 //! Evaluates one policy rule for one connection. Pure, case-sensitive, without regular expressions.
 //!
-//! A rule matches if all its clauses do. A clause matches if any of its matches does, or if it has none. A match holds if all
-//! its attributes do, and it must have at least one. An attribute holds if any of its positive values hits (or there are
-//! none) and no negative value does.
+//! A rule matches if all its clauses do. A clause matches if any of its matches does, or if it has none. A match holds
+//! if all its attributes do, and it must have at least one. An attribute holds if any of its positive values hits (or
+//! there are none) and no negative value does.
 //!
-//! A connection without an identity has an empty namespace, and no principal or service account hits it. A principal hits in
-//! each of the trust domains that count as the same (source: trust domain aliases of Istio's sidecars; ztunnel has none).
+//! A connection without an identity has an empty namespace, and no principal or service account hits it. A principal
+//! hits in each of the trust domains that count as the same (source: trust domain aliases of Istio's sidecars; ztunnel
+//! has none).
 
 use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMatch};
 use crate::mesh::{SpiffeName, Text};
@@ -26,8 +27,8 @@ pub struct Subject {
 #[derive(Debug)]
 pub struct MatchInput<'a> {
     subject: &'a Subject,
-    /// The peer's principal, written in each trust domain that counts as the peer's own. A rule about one of them applies to
-    /// all.
+    /// The peer's principal, written in each trust domain that counts as the peer's own. A rule about one of them
+    /// applies to all.
     principals: Vec<String>,
 }
 

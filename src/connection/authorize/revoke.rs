@@ -1,9 +1,10 @@
-//! Live permits: they are judged again whenever facts change, and a connection that is no longer allowed is told to stop.
+//! Live permits: they are judged again whenever facts change, and a connection that is no longer allowed is told to
+//! stop.
 //!
-//! A connection registers before it asks for its permit. It has to ask again if the facts change meanwhile, so no change can
-//! be missed in between. All connections to a workload share what applies to it ([`Applicable`]). As long as that stays the
-//! same, none of them is judged; when it changes, each is judged by the difference only. The work is done in turns of limited
-//! size, and other tasks of the thread run between them.
+//! A connection registers before it asks for its permit. It has to ask again if the facts change meanwhile, so no
+//! change can be missed in between. All connections to a workload share what applies to it ([`Applicable`]). As long as
+//! that stays the same, none of them is judged; when it changes, each is judged by the difference only. The work is
+//! done in turns of limited size, and other tasks of the thread run between them.
 
 use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
 use super::matcher::Subject;
@@ -196,8 +197,8 @@ impl Permits {
         Registration { id, uid, permits: self.clone(), entry }
     }
 
-    /// Judges live connections again whenever the facts change, for as long as this is awaited. However many changes there
-    /// are, there are at most ten rounds per second.
+    /// Judges live connections again whenever the facts change, for as long as this is awaited. However many changes
+    /// there are, there are at most ten rounds per second.
     pub async fn watch(&self, mesh: &mesh::Store) {
         let mut changes = mesh.subscribe();
         let mut waiting = WaitingForPolicy::new();
@@ -230,8 +231,8 @@ impl Permits {
             let workload = snapshot.workload(&uid).cloned().unwrap_or(known);
             let (now, cost) = self.applicable(&uid, &snapshot, &workload);
             turn.spend(cost).await;
-            // The order matters. `applicable` has noted these facts already, so a connection that takes a permit by older
-            // ones from now on has to ask again; and one that took it before is in the list that is made here.
+            // The order matters. `applicable` has noted these facts already, so a connection that takes a permit by
+            // older ones from now on has to ask again; and one that took it before is in the list that is made here.
             let live = {
                 let mut by_workload = self.by_workload();
                 let Some(of_workload) = by_workload.get_mut(&uid) else { continue };
@@ -252,8 +253,8 @@ impl Permits {
         turn.stats
     }
 
-    /// What applies to a workload by these facts, and how many policies it cost to find out. As long as the value is equal,
-    /// the same object is returned, so that callers can compare pointers.
+    /// What applies to a workload by these facts, and how many policies it cost to find out. As long as the value is
+    /// equal, the same object is returned, so that callers can compare pointers.
     fn applicable(&self, uid: &Text, snapshot: &Snapshot, workload: &Arc<Workload>) -> (Arc<Applicable>, usize) {
         let is_as = |newest: &NewestRules| {
             let before = &newest.workload;
@@ -291,8 +292,8 @@ impl Permits {
     }
 }
 
-/// Judges connections of one workload by what applies `now`. `waiting` are those that were waiting for an unknown policy
-/// before; the result are those that still wait.
+/// Judges connections of one workload by what applies `now`. `waiting` are those that were waiting for an unknown
+/// policy before; the result are those that still wait.
 async fn judge(
     live: Vec<(u64, Arc<ConnectionEntry>)>,
     version: u64,
@@ -304,8 +305,8 @@ async fn judge(
     let mut changes: Vec<(Arc<Applicable>, PolicyChanges)> = Vec::new();
     let mut still = HashMap::new();
     for (id, entry) in live {
-        // A connection without a permit is asking for it itself. One with a permit by newer facts is judged in the round for
-        // those. One that has been refused is about to end.
+        // A connection without a permit is asking for it itself. One with a permit by newer facts is judged in the
+        // round for those. One that has been refused is about to end.
         let Some(basis) = entry.basis().filter(|basis| basis.version <= version) else { continue };
         if entry.refusal.get().is_some() {
             continue;
@@ -449,8 +450,8 @@ mod tests {
         assert!(other.take_permit(old.version, &applicable, &permit));
     }
 
-    /// 3,000 connections to 60 workloads, with 2,000 policies. The test counts evaluations of a policy for a connection,
-    /// because they take the time: judging every connection by every policy would be six million.
+    /// 3,000 connections to 60 workloads, with 2,000 policies. The test counts evaluations of a policy for a
+    /// connection, because they take the time: judging every connection by every policy would be six million.
     #[tokio::test(start_paused = true)]
     async fn what_is_judged_is_what_changes_concern_in_turns_that_have_a_bound() {
         const POLICIES: usize = 2000;

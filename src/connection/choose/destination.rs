@@ -1,7 +1,8 @@
-//! Choosing the endpoint of a service: by port, network, health and preference, and then at random, weighted by capacity.
+//! Choosing the endpoint of a service: by port, network, health and preference, and then at random, weighted by
+//! capacity.
 
 use super::{Chance, ResolvedNames, RouteError};
-use crate::mesh::service::{LoadBalancingMode, RoutingScope};
+use crate::mesh::service::{Mode, Scope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::Workload;
 use crate::mesh::{Service, Snapshot};
@@ -30,7 +31,8 @@ pub fn choose(
     let mut elsewhere = None;
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
-        // Gateways to other networks are not supported, so endpoints there cannot be used. They only matter for the error.
+        // Gateways to other networks are not supported, so endpoints there cannot be used. They only matter for the
+        // error.
         if endpoint.workload.network != source.network {
             elsewhere = Some(endpoint.workload.uid.clone());
             return None;
@@ -45,8 +47,8 @@ pub fn choose(
             .then(|| ChosenEndpoint { workload: endpoint.workload.clone(), port })
     });
     let mut usable: Vec<ChosenEndpoint> = usable.collect();
-    // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does not
-    // lead to one more name each time.
+    // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does
+    // not lead to one more name each time.
     let drawn =
         |chosen: &ChosenEndpoint| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
     if usable.iter().any(drawn) {
@@ -83,35 +85,37 @@ fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<
 fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> Vec<ChosenEndpoint> {
     let Some(lb) = service.load_balancer.as_ref() else { return all };
     let rank = |chosen: &ChosenEndpoint| {
-        let matching = |scope: &&RoutingScope| same_locality(**scope, source, &chosen.workload);
-        // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of them.
-        let counts = |scope: &&RoutingScope| lb.mode == LoadBalancingMode::Strict || **scope != RoutingScope::Unknown;
+        let matching = |scope: &&Scope| same_locality(**scope, source, &chosen.workload);
+        // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of
+        // them.
+        let counts = |scope: &&Scope| lb.mode == Mode::Strict || **scope != Scope::Unknown;
         lb.preferences.iter().filter(counts).take_while(matching).count()
     };
     match lb.mode {
-        LoadBalancingMode::Standard | LoadBalancingMode::Passthrough => all,
-        LoadBalancingMode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
-        LoadBalancingMode::Failover => {
+        Mode::Standard | Mode::Passthrough => all,
+        Mode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
+        Mode::Failover => {
             let best = all.iter().map(rank).max();
             all.into_iter().filter(|c| Some(rank(c)) == best).collect()
         }
     }
 }
 
-fn same_locality(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
+fn same_locality(scope: Scope, a: &Workload, b: &Workload) -> bool {
     match scope {
-        RoutingScope::Region => a.locality.region == b.locality.region,
-        RoutingScope::Zone => a.locality.zone == b.locality.zone,
-        RoutingScope::Subzone => a.locality.subzone == b.locality.subzone,
-        RoutingScope::Node => a.node == b.node,
-        RoutingScope::Cluster => a.cluster_id == b.cluster_id,
-        RoutingScope::Network => a.network == b.network,
-        RoutingScope::Unknown => false,
+        Scope::Region => a.locality.region == b.locality.region,
+        Scope::Zone => a.locality.zone == b.locality.zone,
+        Scope::Subzone => a.locality.subzone == b.locality.subzone,
+        Scope::Node => a.node == b.node,
+        Scope::Cluster => a.cluster_id == b.cluster_id,
+        Scope::Network => a.network == b.network,
+        Scope::Unknown => false,
     }
 }
 
-/// The address to use for a workload: `asked` if it is one of the workload's; otherwise its first address of a family that
-/// the service offers, preferably of the family of `asked`. A workload without addresses has those of its host name.
+/// The address to use for a workload: `asked` if it is one of the workload's; otherwise its first address of a family
+/// that the service offers, preferably of the family of `asked`. A workload without addresses has those of its host
+/// name.
 pub fn address(
     workload: &Workload,
     service: Option<&Service>,
@@ -141,7 +145,7 @@ mod tests {
     use crate::mesh::workload::Health;
     use crate::mesh::{Store, Update, Workload};
 
-    fn lb(mode: LoadBalancingMode, preferences: &[RoutingScope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
+    fn lb(mode: Mode, preferences: &[Scope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
         Some(LoadBalancer { mode, preferences: preferences.to_vec(), health_policy })
     }
 
@@ -183,7 +187,7 @@ mod tests {
         one.health = Health::Unhealthy;
         update(vec![one.clone()], vec![]);
         assert!(choices(&store, &web).is_empty());
-        web.load_balancer = lb(LoadBalancingMode::Standard, &[], HealthPolicy::AllowAll);
+        web.load_balancer = lb(Mode::Standard, &[], HealthPolicy::AllowAll);
         update(vec![], vec![web.clone()]);
         assert_eq!(choices(&store, &web), ["one:8080"]);
         web.load_balancer = None;
@@ -221,19 +225,16 @@ mod tests {
             choices(&store, web)
         };
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080", "near:8080"], "not the one abroad");
-        web.load_balancer =
-            lb(LoadBalancingMode::Failover, &[RoutingScope::Network, RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Failover, &[Scope::Network, Scope::Node], HealthPolicy::OnlyHealthy);
         assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"]);
         near.health = Health::Unhealthy;
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080"]);
-        web.load_balancer = lb(LoadBalancingMode::Strict, &[RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty());
         near.health = Health::Healthy;
-        web.load_balancer =
-            lb(LoadBalancingMode::Failover, &[RoutingScope::Unknown, RoutingScope::Node], HealthPolicy::OnlyHealthy);
-        assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"], "what is not known does not hide what is");
-        web.load_balancer =
-            lb(LoadBalancingMode::Strict, &[RoutingScope::Node, RoutingScope::Unknown], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(Mode::Failover, &[Scope::Unknown, Scope::Node], HealthPolicy::OnlyHealthy);
+        assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"], "an unknown scope does not hide the known ones");
+        web.load_balancer = lb(Mode::Strict, &[Scope::Node, Scope::Unknown], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty(), "STRICT is never less strict for want of a word");
         near.health = Health::Unhealthy;
         far.capacity = 0;

@@ -5,8 +5,8 @@ use crate::mesh::store::AskError;
 use crate::mesh::{FactKey, Text};
 use std::net::SocketAddr;
 
-/// Why an outbound connection has no route. None of these falls back to plaintext: they end the connection, except for the
-/// two that ask for something first.
+/// Why an outbound connection has no route. None of these falls back to plaintext: they end the connection, except for
+/// the two that ask for something first.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RouteError {
     /// It would lead to one of the daemon's own listeners.

@@ -1,6 +1,6 @@
-//! Inbound: from the CONNECT authority to the pod's own socket. A request for anything that is not this pod's is refused here,
-//! with the status that ztunnel gives. The checks of the pod's own addresses and ports, which every journey makes, are here
-//! too.
+//! Inbound: from the CONNECT authority to the pod's own socket. A request for anything that is not this pod's is
+//! refused here, with the status that ztunnel gives. The checks of the pod's own addresses and ports, which every
+//! journey makes, are here too.
 
 use super::{RouteError, waypoint};
 use crate::hbone::Authority;
@@ -17,7 +17,7 @@ use std::sync::Arc;
 pub struct LocalTarget {
     /// Address and port of the application. The address is always the pod's own.
     pub address: SocketAddr,
-    /// The address that was dialled, if the application is told about it by the PROXY protocol.
+    /// The address that was dialled, if the application receives it in a PROXY protocol header.
     pub announce: Option<SocketAddr>,
     /// The service, if the authority was a host name.
     pub service: Option<Arc<Service>>,
@@ -70,8 +70,8 @@ pub fn is_local(ip: IpAddr) -> bool {
     ip.is_loopback() || is_link_local(ip)
 }
 
-/// The addresses and ports that are the pod's own. They decide whether a connection may reach the pod at all, or would lead
-/// back to the daemon.
+/// The addresses and ports that are the pod's own. They decide whether a connection may reach the pod at all, or would
+/// lead back to the daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct OwnSockets<'a> {
     /// The pod's workload, with its addresses.
@@ -106,8 +106,8 @@ impl OwnSockets<'_> {
         if !self.owns(local) || is_local(local) { Err(self.mismatch(local)) } else { Ok(()) }
     }
 
-    /// Plaintext: refuses a connection to a listener of the daemon, and one to an address that is not the pod's. `is_ours`
-    /// says that the daemon itself opened the connection, so that it has come back.
+    /// Plaintext: refuses a connection to a listener of the daemon, and one to an address that is not the pod's.
+    /// `is_ours` says that the daemon itself opened the connection, so that it has come back.
     pub fn check_plaintext(self, destination: SocketAddr, is_ours: bool) -> Result<(), LocalError> {
         if is_ours || self.daemon_ports.contains(&destination.port()) {
             return Err(LocalError::Loop(destination));
@@ -199,6 +199,35 @@ mod tests {
     use crate::mesh::workload::ApplicationTunnel;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
     use crate::ports::in_pod;
+
+    #[test]
+    fn connections_to_other_pods_and_back_to_the_daemon_are_refused() {
+        let server = workload("a", "server", "10.0.0.2");
+        let interfaces = ["10.0.0.2", "10.0.1.2", "127.0.0.1"].map(|ip| ip.parse().unwrap());
+        let own = OwnSockets { workload: &server, interfaces: &interfaces, daemon_ports: own_ports(true) };
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        for (address, the_pod, tunnel) in [
+            ("10.0.0.2", true, true),
+            ("10.0.1.2", true, true),
+            ("127.0.0.1", true, false),
+            ("169.254.0.1", true, false),
+            ("10.0.0.3", false, false),
+        ] {
+            assert_eq!(own.is_the_pod(ip(address)), the_pod, "{address}");
+            assert_eq!(own.check_tunnel(ip(address)).is_ok(), tunnel, "{address}");
+        }
+        for (to, outbound, plaintext) in [
+            ("10.0.0.2:80", true, true),
+            ("10.0.1.2:15008", false, false),
+            ("10.0.0.3:15008", true, false),
+            ("10.0.0.3:80", true, false),
+        ] {
+            let to = to.parse().unwrap();
+            assert_eq!(own.check_outbound(to).is_ok(), outbound, "{to}");
+            assert_eq!(own.check_plaintext(to, false).is_ok(), plaintext, "{to}");
+            assert_eq!(own.check_plaintext(to, true), Err(LocalError::Loop(to)), "{to}");
+        }
+    }
 
     #[test]
     fn what_an_inbound_stream_may_ask_for() {

@@ -1,6 +1,6 @@
-//! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint` and `destination`
-//! for its parts; `local` decides for inbound ones. All of it is pure: decisions on one snapshot of the facts. Random choices
-//! come in as an argument.
+//! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint` and
+//! `destination` for its parts; `local` decides for inbound ones. All of it is pure: decisions on one snapshot of the
+//! facts. Random choices come in as an argument.
 
 pub mod destination;
 pub mod error;

@@ -1,14 +1,16 @@
-//! The route of an outbound connection. Pure: a source workload and a destination address in, a route or a named error out.
+//! The route of an outbound connection. Pure: a source workload and a destination address in, a route or a named error
+//! out.
 //!
-//! The address may belong to a service, to a workload, to a range of addresses or to nothing in the mesh. A service leads to
-//! its waypoint or to one of its endpoints, a workload to its waypoint or to itself; everything else is reached directly.
+//! The address may belong to a service, to a workload, to a range of addresses or to nothing in the mesh. A service
+//! leads to its waypoint or to one of its endpoints, a workload to its waypoint or to itself; everything else is
+//! reached directly.
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError, waypoint};
+use crate::connection::ports::HBONE_PORT;
 use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
-use crate::ports::HBONE;
+use crate::mesh::snapshot::Known;
+use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -33,7 +35,8 @@ pub struct TunnelHop {
     pub authority: SocketAddr,
     /// Identities that the far end may prove; one of them is required.
     pub expected: Vec<SpiffeName>,
-    /// Uid of the workload at the far end. If the address later belongs to another workload, the tunnel is not used for it.
+    /// Uid of the workload at the far end. If the address later belongs to another workload, the tunnel is not used for
+    /// it.
     pub uid: Text,
 }
 
@@ -48,8 +51,8 @@ pub struct Route {
     pub service: Option<Arc<Service>>,
 }
 
-/// Finds the route from `source` to `target`, the original destination. `names` are the host names that have been resolved
-/// so far. A connection to `own_ports` of the source itself is refused.
+/// Finds the route from `source` to `target`, the original destination. `names` are the host names that have been
+/// resolved so far. A connection to `own_ports` of the source itself is refused.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
@@ -83,10 +86,11 @@ impl RouteChoice<'_> {
         }
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-            let unasked = snapshot.unasked(FactKey::Address(wanted.clone())).is_some();
-            // The address may be in a range that has not been asked for. Its waypoint must not be bypassed, so ask first.
+            let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
+            // The address may be in a range that has not been asked for. Its waypoint must not be bypassed, so ask
+            // first.
             if unasked || !snapshot.unasked_around(&wanted).is_empty() {
-                return Err(RouteError::Unasked(FactKey::Address(wanted)));
+                return Err(RouteError::Unasked(Wanted::Address(wanted)));
             }
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
@@ -149,7 +153,7 @@ impl RouteChoice<'_> {
             Protocol::Tcp => NextHop::Direct { to },
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
             Protocol::Hbone => NextHop::Tunnel(TunnelHop {
-                to: SocketAddr::new(ip, HBONE),
+                to: SocketAddr::new(ip, HBONE_PORT),
                 authority: to,
                 expected: expected(&workload, service.map(|s| &**s))?,
                 uid: workload.uid.clone(),
@@ -162,7 +166,7 @@ impl RouteChoice<'_> {
     /// ServiceEntry. Looking it up again would lead to the same service for ever.
     fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
         let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
-        matches!((found, service), (Some(ServiceOrWorkload::Service(found)), Some(service)) if found.key == service.key)
+        matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
@@ -186,7 +190,7 @@ impl RouteChoice<'_> {
 fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<SpiffeName>, RouteError> {
     let own = workload.identity().map_err(|e| RouteError::Identity(workload.uid.clone(), e.to_string()))?;
     let mut names = vec![own];
-    // No certificate can prove a name that is not a SPIFFE name, so leaving it out does not admit anybody.
+    // No certificate can prove a name that is not a SPIFFE name, so leaving it out admits no further peer.
     let others = service.into_iter().flat_map(|s| &s.subject_alt_names);
     names.extend(others.filter_map(|name| SpiffeName::parse(name).ok()));
     names.sort();
@@ -197,11 +201,11 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode};
+    use crate::connection::ports::own_ports;
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, Mode};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
-    use crate::ports::in_pod;
 
     struct World(Facts);
 
@@ -230,7 +234,7 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0) {
+            match choose(&snapshot, source, to.parse().unwrap(), own_ports(true), &ResolvedNames::new(), &mut |_| 0) {
                 Ok(Route { next_hop: NextHop::Direct { to }, .. }) => format!("direct {to}"),
                 Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
                     let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
@@ -266,7 +270,7 @@ mod tests {
         let world = World::new().with(|f| {
             f.services[0].load_balancer = Some(LoadBalancer {
                 preferences: Vec::new(),
-                mode: LoadBalancingMode::Passthrough,
+                mode: Mode::Passthrough,
                 health_policy: HealthPolicy::OnlyHealthy,
             });
         });
@@ -274,7 +278,7 @@ mod tests {
         let source = snapshot.workload_of_pod("a", "client").unwrap();
         for (to, counts) in [("10.96.0.1:80", true), ("10.96.0.1:81", false)] {
             let to: SocketAddr = to.parse().unwrap();
-            let route = choose(&snapshot, source, to, in_pod(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
+            let route = choose(&snapshot, source, to, own_ports(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
             assert_eq!((route.next_hop, route.service.is_some()), (NextHop::Direct { to }, counts), "{to}");
         }
     }
@@ -325,12 +329,19 @@ mod tests {
         let at = NetworkAddress { network: source.network.clone(), ip: "10.0.0.9".parse().unwrap() };
         let tell = |snapshot: &mut Snapshot, absent| {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
-            choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0)
+            choose(
+                snapshot,
+                &source,
+                "10.0.0.9:80".parse().unwrap(),
+                own_ports(true),
+                &ResolvedNames::new(),
+                &mut |_| 0,
+            )
         };
-        let unasked = tell(&mut snapshot, vec![FactKey::Address(at.clone())]);
-        assert!(matches!(unasked, Err(RouteError::Unasked(FactKey::Address(wanted))) if wanted == at));
+        let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
+        assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
         let around = snapshot.unasked_around(&at);
-        assert!(around.contains(&FactKey::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
+        assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
         let direct = tell(&mut snapshot, around).unwrap().next_hop;
         assert_eq!(direct, NextHop::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }

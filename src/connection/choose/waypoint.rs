@@ -1,6 +1,6 @@
-//! Waypoints: finding the workload behind one, by address or host name. A waypoint that cannot be found is an error and never
-//! bypassed. Whether a workload is itself behind the waypoint is answered here too, because a waypoint must not get its own
-//! traffic back.
+//! Waypoints: finding the workload behind one, by address or host name. A waypoint that cannot be found is an error and
+//! never bypassed. Whether a workload is itself behind the waypoint is answered here too, because a waypoint must not
+//! get its own traffic back.
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError};

@@ -1,9 +1,8 @@
-//! TCP connections from the pod's network namespace. A connection to the pod's application comes from the original client's
-//! address, unless that cannot be kept.
+//! TCP connections from the pod's network namespace. A connection to the pod's application comes from the original
+//! client's address, unless that cannot be kept.
 
 use super::error::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
-use crate::ports::OWN_CONNECTIONS;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
@@ -29,6 +28,10 @@ pub struct SocketConfig {
 /// [`SocketConfig::mark`].
 pub const LEG_BIT: u32 = 0x1000;
 
+/// Preferred source ports. They are above `net.ipv4.ip_local_port_range`, which ends at 60999: a port that the daemon
+/// uses is one on which the application cannot listen.
+const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
+
 /// How many of these are tried before the kernel chooses a port.
 const TRIES: usize = 4;
 
@@ -39,8 +42,9 @@ fn ends(own: SocketAddr, to: SocketAddr) -> Ends {
     [own, to].map(|end| (end.ip().to_canonical(), end.port()))
 }
 
-/// The connections that the daemon has opened in one pod's namespace and that are still open. If one of them arrives at a
-/// listener of the daemon, something has redirected it there. Carrying it would open another one, and so on without end.
+/// The connections that the daemon has opened in one pod's namespace and that are still open. If one of them arrives at
+/// a listener of the daemon, something has redirected it there. Carrying it would open another one, and so on without
+/// end.
 #[derive(Clone, Debug, Default)]
 pub struct OpenLegs(Arc<Mutex<HashSet<Ends>>>);
 
@@ -50,8 +54,9 @@ impl OpenLegs {
         self.0.lock().contains(&ends(source, destination))
     }
 
-    /// Starts to connect, and records the connection. The lock is held throughout: the kernel may choose the source port only
-    /// now, and if the connection comes back at once, [`OpenLegs::contains`] must not run before it is recorded.
+    /// Starts to connect, and records the connection. The lock is held throughout: the kernel may choose the source
+    /// port only now, and if the connection comes back at once, [`OpenLegs::contains`] must not run before it is
+    /// recorded.
     fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<OpenLeg> {
         let mut open = self.0.lock();
         start_connect(socket, to)?;
@@ -104,8 +109,8 @@ pub async fn to_app(
     config: &SocketConfig,
     open: &OpenLegs,
 ) -> Result<Leg, DialError> {
-    // A pod that connects to itself has that address anyway. An address of the other family cannot be kept, and neither can a
-    // link-local IPv6 address, because the kernel sends answers to it through its own link only.
+    // A pod that connects to itself has that address anyway. An address of the other family cannot be kept, and neither
+    // can a link-local IPv6 address, because the kernel sends answers to it through its own link only.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
     let source = if keep { SourceAddress::Client(client) } else { SourceAddress::FromRoute };
@@ -137,7 +142,7 @@ impl SourceAddress {
             open.connect(&socket, to).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
-            match from(rand::random_range(OWN_CONNECTIONS)) {
+            match from(rand::random_range(PORTS)) {
                 Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}
                 started => return started,
             }
@@ -146,8 +151,8 @@ impl SourceAddress {
     }
 }
 
-/// A connection that is being opened. If it is given up, it is reset: an application that has accepted it already must not
-/// take this for an orderly end.
+/// A connection that is being opened. If it is given up, it is reset: an application that has accepted it already must
+/// not take this for an orderly end.
 struct Connecting(Option<Leg>);
 
 impl Drop for Connecting {

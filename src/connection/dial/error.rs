@@ -18,8 +18,8 @@ pub const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the TLS and HTTP/2 handshakes of a tunnel may take together, after TCP has connected.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// How long the far end of a tunnel may take to answer a CONNECT request. It may wait for facts (5 s), for a policy (5 s)
-/// and for its application (10 s) itself; the rest is margin.
+/// How long the far end of a tunnel may take to answer a CONNECT request. It may wait for facts (5 s), for a policy (5
+/// s) and for its application (10 s) itself; the rest is margin.
 pub const ANSWER_DEADLINE: Duration = Duration::from_secs(25);
 
 /// Why the far side could not be opened.

@@ -22,8 +22,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio_rustls::TlsConnector;
 
-/// How many tunnels that turn out to be going away are replaced for one stream. The pool may hold several of them, and each
-/// is only found out when a stream is opened on it.
+/// How many tunnels that turn out to be going away are replaced for one stream. The pool may hold several of them, and
+/// each is only found out when a stream is opened on it.
 const REPLACEMENTS_MAX: u32 = 8;
 
 /// Pauses before a request is repeated that the peer refused with REFUSED_STREAM.
@@ -118,7 +118,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         .map_err(|source| TunnelDialError::Connect { to, source })?;
     let socket = ReadBuffered::new(socket);
     let shake = async {
-        // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor checked.
+        // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor
+        // checked.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
         let mut tls = TlsConnector::from(tls)
             .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
@@ -135,8 +136,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         let account = origin.buffers.account(&origin.pod, false);
         tls.get_mut().0.before_close(reset_if_cut(&account));
         let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
-        // With TLS 1.3 the server checks our certificate after the client's handshake is done, so a refusal arrives only now.
-        // So does the limit on streams.
+        // With TLS 1.3 the server checks our certificate after the client's handshake is done, so a refusal arrives
+        // only now. So does the limit on streams.
         driver.settled().await.map_err(|error| match error {
             TunnelError::Http2(error) if error.is_io() => match error.into_io() {
                 Some(error) => TunnelDialError::Tls(error),

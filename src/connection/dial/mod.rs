@@ -1,5 +1,5 @@
-//! Step 4: opening the far side. `direct` opens a TCP connection in the pod's namespace. `hbone` opens a stream through a
-//! tunnel, which `pool` shares between connections.
+//! Step 4: opening the far side. `direct` opens a TCP connection in the pod's namespace. `hbone` opens a stream through
+//! a tunnel, which `pool` shares between connections.
 
 pub mod direct;
 pub mod error;

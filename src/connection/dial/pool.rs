@@ -1,5 +1,5 @@
-//! The tunnels of one worker. Connections that agree in [`TunnelKey`] share a tunnel. All connections that wait for a dial
-//! share it, and its error as well, so that a dead destination costs one timeout and not one per connection.
+//! The tunnels of one worker. Connections that agree in [`TunnelKey`] share a tunnel. All connections that wait for a
+//! dial share it, and its error as well, so that a dead destination costs one timeout and not one per connection.
 //!
 //! ```text
 //!   (none) ──first checkout──► dialling ──up──► open ──idle · GOAWAY · broken──► gone
@@ -165,8 +165,8 @@ impl Pool {
         Arc::new(Self { config, tasks, broken, by_key: Mutex::default() })
     }
 
-    /// A slot on a tunnel for `key`. If no tunnel has a free one, waits for the dial that is under way, or starts one with
-    /// `dial`. The dial continues if its waiters leave. `drain` ends the tunnel.
+    /// A slot on a tunnel for `key`. If no tunnel has a free one, waits for the dial that is under way, or starts one
+    /// with `dial`. The dial continues if its waiters leave. `drain` ends the tunnel.
     pub async fn checkout<D, F>(
         self: &Arc<Self>,
         key: &TunnelKey,
@@ -199,7 +199,8 @@ impl Pool {
             };
             match settled {
                 Some(Err(error)) => return Err(error),
-                // The tunnel may be leaving the pool already, because its pod drains. It still serves those that waited for it.
+                // The tunnel may be leaving the pool already, because its pod drains. It still serves those that waited
+                // for it.
                 Some(Ok(open)) => {
                     if let Some(lease) = self.lease(&open) {
                         return Ok(lease);
@@ -266,8 +267,8 @@ impl Pool {
         self.keep(&key, open, drain, run).await;
     }
 
-    /// Runs a tunnel until it ends. It leaves the pool when it is idle, retired or going away, and then lasts as long as its
-    /// streams.
+    /// Runs a tunnel until it ends. It leaves the pool when it is idle, retired or going away, and then lasts as long
+    /// as its streams.
     async fn keep(&self, key: &TunnelKey, open: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
         let leave = async {
             loop {
@@ -292,8 +293,8 @@ impl Pool {
             () = drain.gentle() => None,
             // It takes no more streams, and ends with its last one.
             () = open.retired.notified() => None,
-            // The far end's certificate is about to expire or is revoked. Its streams watch the chain themselves; no new one
-            // may begin.
+            // The far end's certificate is about to expire or is revoked. Its streams watch the chain themselves; no
+            // new one may begin.
             () = open.chain.ending() => None,
         };
         remove(&mut self.by_key.lock(), key, &open);

@@ -1,5 +1,5 @@
-//! Step 5: bytes both ways, until both sides have closed, one of them breaks, or the connection has to stop. An error on one
-//! side becomes an error on the other: a reset is passed on as a reset, never as an orderly close.
+//! Step 5: bytes both ways, until both sides have closed, one of them breaks, or the connection has to stop. An error
+//! on one side becomes an error on the other: a reset is passed on as a reset, never as an orderly close.
 
 mod carry;
 mod copy;

@@ -10,8 +10,8 @@ use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
 use tokio::net::TcpStream;
 
-/// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to be
-/// delivered.
+/// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to
+/// be delivered.
 pub async fn unless_client_resets<T>(
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
@@ -23,8 +23,8 @@ pub async fn unless_client_resets<T>(
     }
 }
 
-/// Resolves when a connection of the pod has to stop: its permit is revoked, the peer's certificate is revoked or expires,
-/// or the deadline of a drain has passed.
+/// Resolves when a connection of the pod has to stop: its permit is revoked, the peer's certificate is revoked or
+/// expires, or the deadline of a drain has passed.
 pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<&Chain>) -> Stop {
     let drain = pod.signal();
     let revoked = async {

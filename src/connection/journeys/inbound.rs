@@ -1,5 +1,5 @@
-//! Port 15008: a tunnel from a peer. The tunnel is accepted once. Then each of its streams takes the steps choose, authorize,
-//! dial, forward and report, as a task of the same worker.
+//! Port 15008: a tunnel from a peer. The tunnel is accepted once. Then each of its streams takes the steps choose,
+//! authorize, dial, forward and report, as a task of the same worker.
 
 use super::ending::{ResetUnlessDone, stop_signal};
 use super::lookup::{own_credentials, own_facts};
@@ -16,7 +16,7 @@ use crate::connection::worker::Worker;
 use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
-use crate::task::slots::Slot;
+use crate::task::places::Place;
 use http::StatusCode;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -26,12 +26,13 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// How long a tunnel lasts after its peer's certificate was revoked or has expired, so that the streams can be reset first.
+/// How long a tunnel lasts after its peer's certificate was revoked or has expired, so that the streams can be reset
+/// first.
 const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
-/// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by `place`
-/// alone; afterwards it is counted in the budget, for the peer.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Slot) {
+/// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by
+/// `place` alone; afterwards it is counted in the budget, for the peer.
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);

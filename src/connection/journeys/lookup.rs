@@ -1,5 +1,5 @@
-//! What the journeys ask: the pod's own facts and certificate, and the route. Finding a route may need several questions to an
-//! on-demand control plane or to the pod's resolvers.
+//! What the journeys ask: the pod's own facts and certificate, and the route. Finding a route may need several
+//! questions to an on-demand control plane or to the pod's resolvers.
 
 use crate::connection::choose::{self, ResolvedNames, RouteError, route::Route};
 use crate::connection::pod::Pod;
@@ -11,7 +11,8 @@ use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-/// The current facts and the pod's own workload. Waits for the workload to become known, and fails if it does not in time.
+/// The current facts and the pod's own workload. Waits for the workload to become known, and fails if it does not in
+/// time.
 pub async fn own_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
 }
@@ -23,11 +24,13 @@ pub async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc
     Ok(worker.shared.identities.get(&identity).await?)
 }
 
-/// Most questions that one connection may ask. It asks the control plane for the destination, for a waypoint, and for what
-/// these lead to. It asks the pod's resolvers for endpoints that only have a host name, and may find another one each time.
+/// Most questions that one connection may ask. It asks the control plane for the destination, for a waypoint, and for
+/// what these lead to. It asks the pod's resolvers for endpoints that only have a host name, and may find another one
+/// each time.
 const QUESTIONS_MAX: usize = 8;
 
-/// Finds the route to `target`. Choosing may fail for lack of facts or of a resolved name; then this asks and chooses again.
+/// Finds the route to `target`. Choosing may fail for lack of facts or of a resolved name; then this asks and chooses
+/// again.
 pub async fn find_route(
     mesh: &mesh::Store,
     pod: &Pod,
@@ -68,8 +71,9 @@ pub async fn find_route(
     choose(&snapshot, &names)
 }
 
-/// Picks one of a host's addresses at random, of the wanted family if there is one. The pick is kept for the connection, so
-/// that facts that are asked for because of it are still about the right address when the route is chosen again.
+/// Picks one of a host's addresses at random, of the wanted family if there is one. The pick is kept for the
+/// connection, so that facts that are asked for because of it are still about the right address when the route is
+/// chosen again.
 fn pick_address(mut addresses: Vec<IpAddr>, v4: bool) -> Vec<IpAddr> {
     if addresses.iter().any(|ip| ip.is_ipv4() == v4) {
         addresses.retain(|ip| ip.is_ipv4() == v4);

@@ -78,8 +78,8 @@ async fn open(
     }
     record.destination(captured.destination);
     let app = ResetUnlessDone::accepted(captured.app);
-    // Somebody dialled the daemon's own port, or a connection of the daemon was led back to it. If it were carried, it would
-    // come back again, without end.
+    // The daemon's own port was dialled, or a connection of the daemon was redirected back to it. If it were carried,
+    // it would come back again, without end.
     if !captured.redirected || pod.legs.contains(captured.source, captured.destination) {
         return Err(RouteError::Loop(captured.destination).into());
     }

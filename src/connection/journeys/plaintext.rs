@@ -34,8 +34,9 @@ async fn plaintext_steps(
     let (snapshot, workload) = own_facts(worker, pod).await?;
     let destination = captured.destination;
     pod.with_own(&workload, |own| {
-        // A connection with the ends of one of ours is ours only if it comes from the pod. One with a client's address may be
-        // the client's own: the daemon connects to the application from that address, and may have chosen the same port.
+        // The daemon connects to the application from the client's address, and may choose the very port that the
+        // client uses for another connection. So only a connection from an address of the pod itself can be one of the
+        // daemon's.
         let is_ours = own.is_the_pod(captured.source.ip()) && pod.legs.contains(captured.source, destination);
         own.check_plaintext(destination, is_ours)
     })?;

@@ -1,4 +1,5 @@
-//! The access log: one line for each connection at its end (target `access`), with ztunnel's field names in ztunnel's order.
+//! The access log: one line for each connection at its end (target `access`), with ztunnel's field names in ztunnel's
+//! order.
 
 use super::details::Details;
 use super::direction::Direction;
@@ -9,7 +10,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// What is known at the end of a connection, besides its [`Details`].
+/// The data of a connection's end, in addition to its [`Details`].
 #[derive(Debug)]
 pub struct Summary<'a> {
     /// Direction of the connection.
@@ -99,7 +100,8 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
     }
 }
 
-/// Writes the line for a connection that failed before its route was known. `suppressed` such lines were left out before it.
+/// Writes the line for a connection that failed before its route was known. `suppressed` such lines were left out
+/// before it.
 pub fn failed_early(
     direction: Direction,
     source: SocketAddr,

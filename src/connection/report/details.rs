@@ -1,10 +1,10 @@
-//! What is known about a connection once its route is known.
+//! Details of a connection whose route is known.
 
 use crate::mesh::{Service, SpiffeName, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-/// What is known about a connection once its route is known. Logs, metrics and the list of live connections show it.
+/// Details of a connection whose route is known. Logs, metrics and the list of live connections show them.
 #[derive(Debug)]
 pub struct Details {
     /// Source workload, if it is known.
@@ -13,8 +13,8 @@ pub struct Details {
     pub source_identity: Option<SpiffeName>,
     /// Destination workload, if it is known.
     pub destination_workload: Option<Arc<Workload>>,
-    /// Identity of the destination, if the connection uses mutual TLS: inbound the pod's own; outbound once the far end has
-    /// proven it.
+    /// Identity of the destination, if the connection uses mutual TLS: inbound the pod's own; outbound once the far end
+    /// has proven it.
     pub destination_identity: Option<SpiffeName>,
     /// The service that was dialled.
     pub service: Option<Arc<Service>>,

@@ -1,5 +1,5 @@
-//! Every way in which a connection can end badly, as one closed list. Exhaustive matches give the reason word, the response
-//! flag and the fault for each, so that a new error cannot be forgotten.
+//! Every way in which a connection can end badly, as one closed list. Exhaustive matches give the reason word, the
+//! response flag and the fault for each, so that a new error cannot be forgotten.
 
 use super::reason::Reason;
 use crate::connection::accept::AcceptError;
@@ -8,13 +8,12 @@ use crate::connection::budget::BudgetRefusal;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
-use crate::crypto::clock_reason;
 use crate::hbone::client::OpenError;
 use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::is_revoked;
+use crate::identity::verify::{clock, is_revoked};
 use crate::mesh::Text;
-use crate::task::slots::NoSlot;
+use crate::task::places::Full;
 
 /// Why a connection failed or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +26,7 @@ pub enum Failure {
     Queue(usize),
     /// Too many peers that have not proven their identity.
     #[error("too many handshakes at once: {0}")]
-    Handshakes(#[from] NoSlot),
+    Handshakes(#[from] Full),
     /// The pod's workload is not known yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
@@ -69,7 +68,8 @@ const REVOKED: (Reason, &str, Fault) = (Reason::CertRevoked, "CERT_REVOKED", Fau
 /// The classification of a certificate that is not valid by one of the two clocks.
 const CLOCK: (Reason, &str, Fault) = (Reason::Clock, "TLS_FAILURE", Fault::Us);
 
-/// Whose fault a failure is, for alerts: policy refusals work as intended, and applications reset connections all the time.
+/// Whose fault a failure is, for alerts: policy refusals work as intended, and applications reset connections all the
+/// time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The far end's, or the peer's.
@@ -97,9 +97,9 @@ impl Failure {
                 AcceptError::OriginalDestination(_) => (Reason::OriginalDestinationUnknown, "CONNECT", Fault::Us),
                 AcceptError::Socket(_) => (Reason::Socket, "CONNECT", Fault::App),
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
-                AcceptError::Tls(error) if clock_reason(error).is_some() => CLOCK,
+                AcceptError::Tls(error) if clock(error).is_some() => CLOCK,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
-                AcceptError::Http2(error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+                AcceptError::Http2(error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
                 AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
                 AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
@@ -198,11 +198,11 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
             TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
             TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
-            TunnelDialError::Tls(ref error) if clock_reason(error).is_some() => CLOCK,
+            TunnelDialError::Tls(ref error) if clock(error).is_some() => CLOCK,
             TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
-            // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its refusal
-            // arrives as an HTTP/2 error.
-            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+            // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its
+            // refusal arrives as an HTTP/2 error.
+            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
             TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
             TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),

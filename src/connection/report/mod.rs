@@ -1,5 +1,6 @@
-//! Step 6: how did it end? Each connection has one [`Record`], which is written exactly once: a line in the access log, the
-//! metrics, and the entry in the list of live connections. [`Failure`] lists every way in which a connection can end badly.
+//! Step 6: how did it end? Each connection has one [`Record`], which is written exactly once: a line in the access log,
+//! the metrics, and the entry in the list of live connections. [`Failure`] lists every way in which a connection can
+//! end badly.
 
 pub mod access_log;
 pub mod details;

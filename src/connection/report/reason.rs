@@ -1,5 +1,5 @@
-//! The reason words for connections that failed or were refused, as one closed list, each with its meaning and what to check.
-//! docs/operate.md shows them as a table.
+//! The reason words for connections that failed or were refused, as one closed list, each with its meaning and what to
+//! check. README.md shows them as a table.
 
 macro_rules! reasons {
     ($($name:ident $word:literal $advice:literal;)+) => {
@@ -10,7 +10,7 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// All reasons, in the order of the table in docs/operate.md.
+            /// All reasons, in the order of the table in README.md.
             #[cfg(test)]
             const ALL: &[Self] = &[$(Self::$name,)+];
 
@@ -93,11 +93,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_documents_have_the_table_of_all_reasons() {
+    fn the_readme_has_the_table_of_all_reasons() {
         let rows = Reason::ALL.iter().map(|reason| format!("| `{}` | {} |\n", reason.word(), reason.advice()));
         let table = format!("| reason | what to look at |\n|---|---|\n{}\n", rows.collect::<String>());
-        let document = include_str!("../../../docs/operate.md");
-        assert!(document.contains(&table), "docs/operate.md should have this table:\n{table}");
+        let readme = include_str!("../../../README.md");
+        assert!(readme.contains(&table), "README.md should have this table:\n{table}");
         let words: std::collections::BTreeSet<&str> = Reason::ALL.iter().map(|reason| reason.word()).collect();
         assert_eq!(words.len(), Reason::ALL.len(), "one word for one thing");
     }

@@ -1,5 +1,5 @@
-//! The record of one connection. It begins when the socket is accepted and is written exactly once, whatever happens: by
-//! [`Record::finish`], or when it is dropped.
+//! The record of one connection. It begins when the socket is accepted and is written exactly once, whatever happens:
+//! by [`Record::finish`], or when it is dropped.
 
 use super::access_log;
 use super::details::Details;
@@ -29,8 +29,8 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// Reports the end of a tunnel. One that this node cut is counted and logged as a warning. Tunnels that end otherwise are
-    /// common and logged at debug level.
+    /// Reports the end of a tunnel. One that this node cut is counted and logged as a warning. Tunnels that end
+    /// otherwise are common and logged at debug level.
     pub fn tunnel_ended(&self, direction: Direction, peer: SocketAddr, identity: &SpiffeName, error: &TunnelError) {
         let Some(reason) = error.cut() else {
             tracing::debug!(%error, %peer, %identity, "tunnel ended");
@@ -58,7 +58,7 @@ pub struct Record {
     finished: bool,
 }
 
-/// What is added to a record once its route is known.
+/// The part of a record that exists once the route is known.
 #[derive(Debug)]
 struct OpenRecord {
     id: u64,
