@@ -29,7 +29,7 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Most accepted sockets that may wait for one worker.
-const QUEUE: usize = 4096;
+const QUEUE_MAX: usize = 4096;
 
 /// How long connections may take to report their end when they are cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
@@ -105,7 +105,7 @@ impl Workers {
             };
             let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));
             let worker = Arc::new(Worker { shared: shared.clone(), pool, tasks, load: AtomicUsize::new(0) });
-            let (deliver, accepted) = mpsc::channel(QUEUE);
+            let (deliver, accepted) = mpsc::channel(QUEUE_MAX);
             let (stop, main) = (stop.clone(), worker.clone());
             let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
                 tokio::select! { () = stop.cancelled() => {}, () = run_worker(&main, accepted) => {} }
@@ -226,15 +226,15 @@ fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: Socke
         Ok(journey) => journey,
         Err(failure) => {
             // A capture check only has to arrive. It must succeed also on a full node: the pod is still captured.
-            let probe = entrance == Entrance::Outbound
+            let is_check = entrance == Entrance::Outbound
                 && original_dst(&socket, peer).is_ok_and(|to| pod.capture_checks.take(canonical(to)));
-            return if probe { reset_on_close(&socket) } else { refuse(&socket, failure) };
+            return if is_check { reset_on_close(&socket) } else { refuse(&socket, failure) };
         }
     };
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
     let accepted = AcceptedSocket { journey, active: pod.active.token(), socket, peer, pod: pod.clone() };
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
-        refuse(&full.into_inner().socket, Failure::Queue(QUEUE));
+        refuse(&full.into_inner().socket, Failure::Queue(QUEUE_MAX));
     }
 }

@@ -137,8 +137,8 @@ async fn accept_tunnel(
 /// Carries one stream of a tunnel.
 async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut incoming: Incoming) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let _open = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
-        Ok(open) => open,
+    let _reservation = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
+        Ok(reservation) => reservation,
         Err(refused) => {
             incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
             return record.finish(Err(refused.into()));
