@@ -105,7 +105,7 @@ struct KeyTunnels {
 /// An open tunnel.
 #[derive(Debug)]
 struct PooledTunnel {
-    tunnel: Tunnel,
+    handle: Tunnel,
     tls: TlsFacts,
     peer: SpiffeName,
     chain: Chain,
@@ -121,41 +121,41 @@ struct PooledTunnel {
 /// A slot for one stream on a tunnel. It is free again when dropped.
 #[derive(Debug)]
 pub struct Lease {
-    open: Arc<PooledTunnel>,
+    tunnel: Arc<PooledTunnel>,
 }
 
 impl Lease {
     /// The tunnel.
     pub fn tunnel(&self) -> &Tunnel {
-        &self.open.tunnel
+        &self.tunnel.handle
     }
 
     /// TLS version, key exchange and cipher.
     pub fn tls(&self) -> TlsFacts {
-        self.open.tls
+        self.tunnel.tls
     }
 
     /// Identity that the far end has proven.
     pub fn peer(&self) -> &SpiffeName {
-        &self.open.peer
+        &self.tunnel.peer
     }
 
     /// The far end's certificate chain; it signals when a certificate in it is revoked or expires.
     pub fn chain(&self) -> &Chain {
-        &self.open.chain
+        &self.tunnel.chain
     }
 
     /// Takes the tunnel out of the pool, because it is going away. Its other streams continue.
     pub fn retire(&self) {
-        self.open.gone.store(true, Ordering::Relaxed);
-        self.open.retired.notify_one();
+        self.tunnel.gone.store(true, Ordering::Relaxed);
+        self.tunnel.retired.notify_one();
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        *self.open.last_used.lock() = Instant::now();
-        self.open.streams.fetch_sub(1, Ordering::Relaxed);
+        *self.tunnel.last_used.lock() = Instant::now();
+        self.tunnel.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -181,7 +181,7 @@ impl Pool {
             let mut outcome = {
                 let mut by_key = self.by_key.lock();
                 let tunnels = by_key.entry(key.clone()).or_default();
-                if let Some(lease) = tunnels.open.iter().find_map(|open| self.lease_unless_gone(open)) {
+                if let Some(lease) = tunnels.open.iter().find_map(|tunnel| self.lease_unless_gone(tunnel)) {
                     return Ok(lease);
                 }
                 if let Some(outcome) = &tunnels.dialling {
@@ -201,8 +201,8 @@ impl Pool {
                 Some(Err(error)) => return Err(error),
                 // The tunnel may be leaving the pool already, because its pod drains. It still serves those that waited
                 // for it.
-                Some(Ok(open)) => {
-                    if let Some(lease) = self.lease(&open) {
+                Some(Ok(tunnel)) => {
+                    if let Some(lease) = self.lease(&tunnel) {
                         return Ok(lease);
                     }
                 }
@@ -212,17 +212,17 @@ impl Pool {
     }
 
     /// A slot, unless the tunnel takes no more streams.
-    fn lease_unless_gone(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
-        if open.gone.load(Ordering::Relaxed) { None } else { self.lease(open) }
+    fn lease_unless_gone(&self, tunnel: &Arc<PooledTunnel>) -> Option<Lease> {
+        if tunnel.gone.load(Ordering::Relaxed) { None } else { self.lease(tunnel) }
     }
 
     /// A slot, if one is free.
-    fn lease(&self, open: &Arc<PooledTunnel>) -> Option<Lease> {
-        let limit = self.config.max_streams.min(open.tunnel.max_streams()).max(1);
-        let free = open.streams.load(Ordering::Relaxed) < limit;
+    fn lease(&self, tunnel: &Arc<PooledTunnel>) -> Option<Lease> {
+        let limit = self.config.max_streams.min(tunnel.handle.max_streams()).max(1);
+        let free = tunnel.streams.load(Ordering::Relaxed) < limit;
         free.then(|| {
-            open.streams.fetch_add(1, Ordering::Relaxed);
-            Lease { open: open.clone() }
+            tunnel.streams.fetch_add(1, Ordering::Relaxed);
+            Lease { tunnel: tunnel.clone() }
         })
     }
 
@@ -241,14 +241,14 @@ impl Pool {
             () = drain.now() => Err(TunnelDialError::Draining),
             dialled = dialling => dialled,
         };
-        let (open, run) = match dialled {
+        let (tunnel, run) = match dialled {
             Err(error) => {
                 settle.with(Err(Arc::new(error)));
                 return;
             }
             Ok(dialled) => {
-                let open = PooledTunnel {
-                    tunnel: dialled.tunnel,
+                let tunnel = PooledTunnel {
+                    handle: dialled.tunnel,
                     tls: dialled.tls,
                     peer: dialled.peer,
                     chain: dialled.chain,
@@ -257,27 +257,27 @@ impl Pool {
                     retired: Notify::new(),
                     last_used: Mutex::new(Instant::now()),
                 };
-                (Arc::new(open), dialled.run)
+                (Arc::new(tunnel), dialled.run)
             }
         };
-        settle.with(Ok(open.clone()));
+        settle.with(Ok(tunnel.clone()));
         drop(settle);
         // The outcome holds a handle to the tunnel, which would keep the tunnel open. Waiters can still read it.
         drop(outcome);
-        self.keep(&key, open, drain, run).await;
+        self.keep(&key, tunnel, drain, run).await;
     }
 
     /// Runs a tunnel until it ends. It leaves the pool when it is idle, retired or going away, and then lasts as long
     /// as its streams.
-    async fn keep(&self, key: &TunnelKey, open: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
+    async fn keep(&self, key: &TunnelKey, tunnel: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
         let leave = async {
             loop {
-                let last = *open.last_used.lock();
+                let last = *tunnel.last_used.lock();
                 tokio::time::sleep_until(last + self.config.idle).await;
                 let mut by_key = self.by_key.lock();
-                let last = *open.last_used.lock();
-                if open.streams.load(Ordering::Relaxed) == 0 && last.elapsed() >= self.config.idle {
-                    remove(&mut by_key, key, &open);
+                let last = *tunnel.last_used.lock();
+                if tunnel.streams.load(Ordering::Relaxed) == 0 && last.elapsed() >= self.config.idle {
+                    remove(&mut by_key, key, &tunnel);
                     return;
                 }
                 drop(by_key);
@@ -292,14 +292,14 @@ impl Pool {
             () = leave => None,
             () = drain.gentle() => None,
             // It takes no more streams, and ends with its last one.
-            () = open.retired.notified() => None,
+            () = tunnel.retired.notified() => None,
             // The far end's certificate is about to expire or is revoked. Its streams watch the chain themselves; no
             // new one may begin.
-            () = open.chain.ending() => None,
+            () = tunnel.chain.ending() => None,
         };
-        remove(&mut self.by_key.lock(), key, &open);
-        let peer = open.peer.clone();
-        drop(open);
+        remove(&mut self.by_key.lock(), key, &tunnel);
+        let peer = tunnel.peer.clone();
+        drop(tunnel);
         let ended = match ended {
             Some(ended) => ended,
             None => tokio::select! { ended = run => ended, () = drain.now() => Ok(()) },
@@ -310,10 +310,10 @@ impl Pool {
     }
 }
 
-fn remove(by_key: &mut HashMap<TunnelKey, KeyTunnels>, key: &TunnelKey, open: &Arc<PooledTunnel>) {
-    open.gone.store(true, Ordering::Relaxed);
+fn remove(by_key: &mut HashMap<TunnelKey, KeyTunnels>, key: &TunnelKey, tunnel: &Arc<PooledTunnel>) {
+    tunnel.gone.store(true, Ordering::Relaxed);
     if let Some(tunnels) = by_key.get_mut(key) {
-        tunnels.open.retain(|other| !Arc::ptr_eq(other, open));
+        tunnels.open.retain(|other| !Arc::ptr_eq(other, tunnel));
         if tunnels.open.is_empty() && tunnels.dialling.is_none() {
             by_key.remove(key);
         }
@@ -332,7 +332,7 @@ impl DialSettlement<'_> {
         let mut by_key = self.pool.by_key.lock();
         let tunnels = by_key.entry(self.key.clone()).or_default();
         tunnels.dialling = None;
-        tunnels.open.retain(|open| !open.gone.load(Ordering::Relaxed));
+        tunnels.open.retain(|tunnel| !tunnel.gone.load(Ordering::Relaxed));
         tunnels.open.extend(result.iter().cloned());
         if tunnels.open.is_empty() {
             by_key.remove(self.key);
