@@ -2,7 +2,7 @@
 //! counting bytes, limiting the silence of a half-closed connection, ending one direction, and delivering what one side
 //! sent before it broke.
 
-use crate::sys::end::{End, LAST_BYTES};
+use crate::sys::leg::{LAST_BYTES, Leg};
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
@@ -44,7 +44,7 @@ pub async fn unless_silent<T>(
 /// After one side has broken: awaits `rest`, which passes on what that side had sent before, and then its arrival at
 /// `to`; both for at most [`LAST_BYTES`]. The result of `rest` is ignored, because the reason for the end is known
 /// already.
-pub async fn deliver_last_bytes<T>(to: &End<'_>, rest: impl Future<Output = T>) {
+pub async fn deliver_last_bytes<T>(to: &Leg<'_>, rest: impl Future<Output = T>) {
     let last = async {
         rest.await;
         to.drained().await;

@@ -8,7 +8,7 @@ use super::buffers::Account;
 use super::carry::{Meter, Silent, deliver_last_bytes, end_writing, unless_silent};
 use super::error::TunnelError;
 use super::flow::{ReceiveHalf, SendHalf};
-use crate::sys::end::End;
+use crate::sys::leg::Leg;
 use crate::sys::scratch::{SCRATCH_BYTES, read_now, write_all};
 use bytes::Bytes;
 use h2::{Reason, SendStream};
@@ -83,7 +83,7 @@ impl Stream {
     /// is reset. Once one direction has ended, the other may be silent for at most `silence`. If one side is reset,
     /// this returns when what it had sent before has been passed on, or after [`LAST_BYTES`].
     ///
-    /// [`LAST_BYTES`]: crate::sys::end::LAST_BYTES
+    /// [`LAST_BYTES`]: crate::sys::leg::LAST_BYTES
     pub async fn carry(
         self,
         app: &TcpStream,
@@ -91,7 +91,7 @@ impl Stream {
         silence: Duration,
         stop: impl Future<Output = ()>,
     ) -> Result<(), CarryError> {
-        let (Self { send, receive }, app) = (self, End::new(app));
+        let (Self { send, receive }, app) = (self, Leg::new(app));
         let account = send.account().clone();
         let result = tokio::select! {
             biased;
@@ -134,12 +134,12 @@ impl StreamSender {
     }
 
     /// Resets the stream because the application's connection has broken, after sending what that had sent before.
-    async fn app_broke(mut self, app: &End<'_>) -> CarryError {
+    async fn app_broke(mut self, app: &Leg<'_>) -> CarryError {
         if let Some(mut stream) = self.stream.take() {
             // A reset discards what is still queued.
             tokio::select! {
                 () = stream.flushed() => {}
-                () = app.is_late() => {}
+                () = app.last_bytes_deadline() => {}
             }
             stream.send_reset(Reason::CONNECT_ERROR);
         }
@@ -156,7 +156,7 @@ impl Drop for StreamSender {
 }
 
 async fn both_ways(
-    app: &End<'_>,
+    app: &Leg<'_>,
     sender: StreamSender,
     receive: ReceiveHalf,
     meter: &impl Meter,
@@ -192,7 +192,7 @@ enum FirstEnded {
 
 /// The direction from the tunnel to the application, after the application has ended in order.
 async fn rest_of_down(
-    app: &End<'_>,
+    app: &Leg<'_>,
     mut sender: StreamSender,
     mut down: Pin<&mut impl Future<Output = Result<(), CarryError>>>,
     meter: &impl Meter,
@@ -226,14 +226,14 @@ async fn rest_of_down(
 }
 
 /// Waits until the application has received what the tunnel brought before it ended with `error`; returns `error`.
-async fn after_last_bytes<T>(app: &End<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
+async fn after_last_bytes<T>(app: &Leg<'_>, rest: impl Future<Output = T>, error: CarryError) -> CarryError {
     deliver_last_bytes(app, rest).await;
     error
 }
 
 /// Passes on what the application sends until it ends, and then sends END_STREAM. Returns the sender.
 async fn app_to_tunnel(
-    app: &End<'_>,
+    app: &Leg<'_>,
     mut sender: StreamSender,
     meter: &impl Meter,
 ) -> Result<StreamSender, CarryError> {
@@ -242,7 +242,7 @@ async fn app_to_tunnel(
         tokio::task::consume_budget().await;
         tokio::select! {
             ready = app.socket.readable() => if let Err(error) = ready {
-                app.breaks(error);
+                app.record_error(error);
                 return Err(sender.app_broke(app).await);
             },
             reason = sender.unwanted() => return finished_early(reason?, sender),
@@ -252,7 +252,7 @@ async fn app_to_tunnel(
         while send.capacity() == 0 {
             tokio::select! {
                 biased;
-                () = app.is_late() => return Err(sender.app_broke(app).await),
+                () = app.last_bytes_deadline() => return Err(sender.app_broke(app).await),
                 granted = poll_fn(|context| send.poll_capacity(context)) => match granted {
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return Err(error.into()),
@@ -282,7 +282,7 @@ async fn app_to_tunnel(
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => send.reserve_capacity(0),
             Err(error) => {
-                app.breaks(error);
+                app.record_error(error);
                 return Err(sender.app_broke(app).await);
             }
         }
@@ -296,9 +296,9 @@ fn finished_early(reason: Reason, sender: StreamSender) -> Result<StreamSender, 
 
 /// Passes on what the tunnel brings until it ends, and then sends FIN. After a reset, h2 still returns what came before
 /// it.
-async fn tunnel_to_app(app: &End<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
+async fn tunnel_to_app(app: &Leg<'_>, mut receive: ReceiveHalf, meter: &impl Meter) -> Result<(), CarryError> {
     let failed = |error: io::Error| {
-        app.breaks(error);
+        app.record_error(error);
         CarryError::App(app.error())
     };
     while let Some(chunk) = receive.data().await {

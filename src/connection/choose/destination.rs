@@ -2,7 +2,7 @@
 //! capacity.
 
 use super::{Chance, ResolvedNames, RouteError};
-use crate::mesh::service::{Mode, Scope};
+use crate::mesh::service::{LoadBalancingMode, RoutingScope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::Workload;
 use crate::mesh::{Service, Snapshot};
@@ -85,31 +85,31 @@ fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<
 fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> Vec<ChosenEndpoint> {
     let Some(lb) = service.load_balancer.as_ref() else { return all };
     let rank = |chosen: &ChosenEndpoint| {
-        let matching = |scope: &&Scope| same_locality(**scope, source, &chosen.workload);
+        let matching = |scope: &&RoutingScope| same_locality(**scope, source, &chosen.workload);
         // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of
         // them.
-        let counts = |scope: &&Scope| lb.mode == Mode::Strict || **scope != Scope::Unknown;
+        let counts = |scope: &&RoutingScope| lb.mode == LoadBalancingMode::Strict || **scope != RoutingScope::Unknown;
         lb.preferences.iter().filter(counts).take_while(matching).count()
     };
     match lb.mode {
-        Mode::Standard | Mode::Passthrough => all,
-        Mode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
-        Mode::Failover => {
+        LoadBalancingMode::Standard | LoadBalancingMode::Passthrough => all,
+        LoadBalancingMode::Strict => all.into_iter().filter(|c| rank(c) == lb.preferences.len()).collect(),
+        LoadBalancingMode::Failover => {
             let best = all.iter().map(rank).max();
             all.into_iter().filter(|c| Some(rank(c)) == best).collect()
         }
     }
 }
 
-fn same_locality(scope: Scope, a: &Workload, b: &Workload) -> bool {
+fn same_locality(scope: RoutingScope, a: &Workload, b: &Workload) -> bool {
     match scope {
-        Scope::Region => a.locality.region == b.locality.region,
-        Scope::Zone => a.locality.zone == b.locality.zone,
-        Scope::Subzone => a.locality.subzone == b.locality.subzone,
-        Scope::Node => a.node == b.node,
-        Scope::Cluster => a.cluster_id == b.cluster_id,
-        Scope::Network => a.network == b.network,
-        Scope::Unknown => false,
+        RoutingScope::Region => a.locality.region == b.locality.region,
+        RoutingScope::Zone => a.locality.zone == b.locality.zone,
+        RoutingScope::Subzone => a.locality.subzone == b.locality.subzone,
+        RoutingScope::Node => a.node == b.node,
+        RoutingScope::Cluster => a.cluster_id == b.cluster_id,
+        RoutingScope::Network => a.network == b.network,
+        RoutingScope::Unknown => false,
     }
 }
 
@@ -145,7 +145,7 @@ mod tests {
     use crate::mesh::workload::Health;
     use crate::mesh::{Store, Update, Workload};
 
-    fn lb(mode: Mode, preferences: &[Scope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
+    fn lb(mode: LoadBalancingMode, preferences: &[RoutingScope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
         Some(LoadBalancer { mode, preferences: preferences.to_vec(), health_policy })
     }
 
@@ -187,7 +187,7 @@ mod tests {
         one.health = Health::Unhealthy;
         update(vec![one.clone()], vec![]);
         assert!(choices(&store, &web).is_empty());
-        web.load_balancer = lb(Mode::Standard, &[], HealthPolicy::AllowAll);
+        web.load_balancer = lb(LoadBalancingMode::Standard, &[], HealthPolicy::AllowAll);
         update(vec![], vec![web.clone()]);
         assert_eq!(choices(&store, &web), ["one:8080"]);
         web.load_balancer = None;
@@ -225,16 +225,19 @@ mod tests {
             choices(&store, web)
         };
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080", "near:8080"], "not the one abroad");
-        web.load_balancer = lb(Mode::Failover, &[Scope::Network, Scope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer =
+            lb(LoadBalancingMode::Failover, &[RoutingScope::Network, RoutingScope::Node], HealthPolicy::OnlyHealthy);
         assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"]);
         near.health = Health::Unhealthy;
         assert_eq!(set(&near, &far, &abroad, &web), ["far:8080"]);
-        web.load_balancer = lb(Mode::Strict, &[Scope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer = lb(LoadBalancingMode::Strict, &[RoutingScope::Node], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty());
         near.health = Health::Healthy;
-        web.load_balancer = lb(Mode::Failover, &[Scope::Unknown, Scope::Node], HealthPolicy::OnlyHealthy);
+        web.load_balancer =
+            lb(LoadBalancingMode::Failover, &[RoutingScope::Unknown, RoutingScope::Node], HealthPolicy::OnlyHealthy);
         assert_eq!(set(&near, &far, &abroad, &web), ["near:8080"], "an unknown scope does not hide the known ones");
-        web.load_balancer = lb(Mode::Strict, &[Scope::Node, Scope::Unknown], HealthPolicy::OnlyHealthy);
+        web.load_balancer =
+            lb(LoadBalancingMode::Strict, &[RoutingScope::Node, RoutingScope::Unknown], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty(), "STRICT is never less strict for want of a word");
         near.health = Health::Unhealthy;
         far.capacity = 0;

@@ -204,7 +204,7 @@ mod tests {
     fn connections_to_other_pods_and_back_to_the_daemon_are_refused() {
         let server = workload("a", "server", "10.0.0.2");
         let interfaces = ["10.0.0.2", "10.0.1.2", "127.0.0.1"].map(|ip| ip.parse().unwrap());
-        let own = OwnSockets { workload: &server, interfaces: &interfaces, daemon_ports: own_ports(true) };
+        let own = OwnSockets { workload: &server, interfaces: &interfaces, daemon_ports: in_pod(true) };
         let ip = |text: &str| text.parse::<IpAddr>().unwrap();
         for (address, the_pod, tunnel) in [
             ("10.0.0.2", true, true),

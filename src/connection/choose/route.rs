@@ -7,10 +7,10 @@
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError, waypoint};
-use crate::connection::ports::HBONE_PORT;
 use crate::mesh::address::NetworkAddress;
-use crate::mesh::snapshot::Known;
-use crate::mesh::{Protocol, Service, Snapshot, SpiffeName, Text, Wanted, Workload};
+use crate::mesh::snapshot::ServiceOrWorkload;
+use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
+use crate::ports::HBONE;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -86,11 +86,11 @@ impl RouteChoice<'_> {
         }
         let Some(workload) = snapshot.workload_at(&source.network, target.ip()) else {
             let wanted = NetworkAddress { network: source.network.clone(), ip: target.ip() };
-            let unasked = snapshot.unasked(Wanted::Address(wanted.clone())).is_some();
+            let unasked = snapshot.unasked(FactKey::Address(wanted.clone())).is_some();
             // The address may be in a range that has not been asked for. Its waypoint must not be bypassed, so ask
             // first.
             if unasked || !snapshot.unasked_around(&wanted).is_empty() {
-                return Err(RouteError::Unasked(Wanted::Address(wanted)));
+                return Err(RouteError::Unasked(FactKey::Address(wanted)));
             }
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
@@ -153,7 +153,7 @@ impl RouteChoice<'_> {
             Protocol::Tcp => NextHop::Direct { to },
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
             Protocol::Hbone => NextHop::Tunnel(TunnelHop {
-                to: SocketAddr::new(ip, HBONE_PORT),
+                to: SocketAddr::new(ip, HBONE),
                 authority: to,
                 expected: expected(&workload, service.map(|s| &**s))?,
                 uid: workload.uid.clone(),
@@ -166,7 +166,7 @@ impl RouteChoice<'_> {
     /// ServiceEntry. Looking it up again would lead to the same service for ever.
     fn leads_back(self, ip: IpAddr, service: Option<&Arc<Service>>) -> bool {
         let found = self.snapshot.at(&self.source.network, ip, &self.source.namespace);
-        matches!((found, service), (Some(Known::Service(found)), Some(service)) if found.key == service.key)
+        matches!((found, service), (Some(ServiceOrWorkload::Service(found)), Some(service)) if found.key == service.key)
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
@@ -201,11 +201,11 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::ports::own_ports;
-    use crate::mesh::service::{HealthPolicy, LoadBalancer, Mode};
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
+    use crate::ports::in_pod;
 
     struct World(Facts);
 
@@ -234,7 +234,7 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), own_ports(true), &ResolvedNames::new(), &mut |_| 0) {
+            match choose(&snapshot, source, to.parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0) {
                 Ok(Route { next_hop: NextHop::Direct { to }, .. }) => format!("direct {to}"),
                 Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
                     let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
@@ -270,7 +270,7 @@ mod tests {
         let world = World::new().with(|f| {
             f.services[0].load_balancer = Some(LoadBalancer {
                 preferences: Vec::new(),
-                mode: Mode::Passthrough,
+                mode: LoadBalancingMode::Passthrough,
                 health_policy: HealthPolicy::OnlyHealthy,
             });
         });
@@ -278,7 +278,7 @@ mod tests {
         let source = snapshot.workload_of_pod("a", "client").unwrap();
         for (to, counts) in [("10.96.0.1:80", true), ("10.96.0.1:81", false)] {
             let to: SocketAddr = to.parse().unwrap();
-            let route = choose(&snapshot, source, to, own_ports(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
+            let route = choose(&snapshot, source, to, in_pod(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
             assert_eq!((route.next_hop, route.service.is_some()), (NextHop::Direct { to }, counts), "{to}");
         }
     }
@@ -329,19 +329,12 @@ mod tests {
         let at = NetworkAddress { network: source.network.clone(), ip: "10.0.0.9".parse().unwrap() };
         let tell = |snapshot: &mut Snapshot, absent| {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
-            choose(
-                snapshot,
-                &source,
-                "10.0.0.9:80".parse().unwrap(),
-                own_ports(true),
-                &ResolvedNames::new(),
-                &mut |_| 0,
-            )
+            choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0)
         };
-        let unasked = tell(&mut snapshot, vec![Wanted::Address(at.clone())]);
-        assert!(matches!(unasked, Err(RouteError::Unasked(Wanted::Address(wanted))) if wanted == at));
+        let unasked = tell(&mut snapshot, vec![FactKey::Address(at.clone())]);
+        assert!(matches!(unasked, Err(RouteError::Unasked(FactKey::Address(wanted))) if wanted == at));
         let around = snapshot.unasked_around(&at);
-        assert!(around.contains(&Wanted::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
+        assert!(around.contains(&FactKey::Range(NetworkAddress { ip: "10.0.0.8".parse().unwrap(), ..at })));
         let direct = tell(&mut snapshot, around).unwrap().next_hop;
         assert_eq!(direct, NextHop::Direct { to: "10.0.0.9:80".parse().unwrap() });
     }

@@ -1,10 +1,11 @@
 //! Why the far side could not be opened, and how long opening it may take.
 
-use crate::connection::ports::HBONE_PORT;
+use crate::crypto::clock_reason;
 use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::{clock, tls_reason};
+use crate::identity::verify::tls_reason;
+use crate::ports::HBONE;
 use crate::sys::netns::NetnsError;
 use std::io;
 use std::net::SocketAddr;
@@ -57,7 +58,7 @@ pub enum DialError {
 
 /// The error's text; if two clocks differ, with a hint about that.
 fn http2_reason(error: &TunnelError) -> String {
-    let clock = error.io().and_then(clock);
+    let clock = error.io().and_then(clock_reason);
     clock.map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
 }
 
@@ -65,7 +66,7 @@ fn http2_reason(error: &TunnelError) -> String {
 #[derive(Debug, thiserror::Error)]
 pub enum TunnelDialError {
     /// TCP to the far end did not connect in time.
-    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port {HBONE_PORT}: {0}")]
+    #[error("connection timed out, maybe a NetworkPolicy is blocking HBONE port {HBONE}: {0}")]
     Blocked(SocketAddr),
     /// TCP could not connect.
     #[error("connection failed: {to}: {source}")]

@@ -3,7 +3,7 @@
 use super::error::ForwardError;
 use crate::hbone::Meter;
 use crate::hbone::carry::{Silent, deliver_last_bytes, end_writing, unless_silent};
-use crate::sys::end::End;
+use crate::sys::leg::Leg;
 use crate::sys::scratch::{PassError, pass_now, write_all};
 use futures_util::future::OptionFuture;
 use std::io;
@@ -14,14 +14,14 @@ use tokio::net::TcpStream;
 /// Copies both ways until both directions have ended. Once one has, the other may be silent for at most `silence`. If
 /// one side breaks, this returns when what it had sent before has arrived at the other side, or after [`LAST_BYTES`].
 ///
-/// [`LAST_BYTES`]: crate::sys::end::LAST_BYTES
+/// [`LAST_BYTES`]: crate::sys::leg::LAST_BYTES
 pub async fn both_ways(
     app: &TcpStream,
     far: &TcpStream,
     meter: &impl Meter,
     silence: Duration,
 ) -> Result<(), ForwardError> {
-    let (app, far) = (&End::new(app), &End::new(far));
+    let (app, far) = (&Leg::new(app), &Leg::new(far));
     let mut up = pin!(one_way(app, far, |n| meter.up(n)));
     let mut down = pin!(one_way(far, app, |n| meter.down(n)));
     let (mut up_ended, mut down_ended) = (false, false);
@@ -57,12 +57,12 @@ pub async fn both_ways(
 
 /// Copies until `from` has ended, and then sends FIN to `to`; or until one of them breaks, which is recorded in its
 /// [`End`].
-async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
+async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
     loop {
         // Reads that succeed at once never yield to the runtime by themselves; other tasks must get their turn.
         tokio::task::consume_budget().await;
         if let Err(error) = from.socket.readable().await {
-            return from.breaks(error);
+            return from.record_error(error);
         }
         match pass_now(from.socket, to.socket) {
             Ok((0, _)) => break,
@@ -70,27 +70,27 @@ async fn one_way(from: &End<'_>, to: &End<'_>, count: impl Fn(usize)) {
                 if !rest.is_empty()
                     && let Err(error) = write_all(to.socket, &rest).await
                 {
-                    return to.breaks(error);
+                    return to.record_error(error);
                 }
                 count(length);
             }
             Err(PassError::From(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(PassError::From(error)) => return from.breaks(error),
-            Err(PassError::To(error)) => return to.breaks(error),
+            Err(PassError::From(error)) => return from.record_error(error),
+            Err(PassError::To(error)) => return to.record_error(error),
         }
     }
     if from.is_broken() {
         return;
     }
     if let Err(error) = end_writing(to.socket) {
-        to.breaks(error);
+        to.record_error(error);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::end::LAST_BYTES;
+    use crate::sys::leg::LAST_BYTES;
     use std::sync::atomic::{AtomicU64, Ordering};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;

@@ -16,7 +16,7 @@ use crate::connection::worker::Worker;
 use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
-use crate::task::places::Place;
+use crate::task::slots::Slot;
 use http::StatusCode;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -32,7 +32,7 @@ const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
 /// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by
 /// `place` alone; afterwards it is counted in the budget, for the peer.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Place) {
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Slot) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);

@@ -8,12 +8,13 @@ use crate::connection::budget::BudgetRefusal;
 use crate::connection::choose::{LocalError, RouteError};
 use crate::connection::dial::{DialError, TunnelDialError};
 use crate::connection::forward::{ForwardError, Stop};
+use crate::crypto::clock_reason;
 use crate::hbone::client::OpenError;
 use crate::hbone::request::RequestError;
 use crate::identity::store::StoreError;
-use crate::identity::verify::{clock, is_revoked};
+use crate::identity::verify::is_revoked;
 use crate::mesh::Text;
-use crate::task::places::Full;
+use crate::task::slots::NoSlot;
 
 /// Why a connection failed or was refused.
 #[derive(Debug, thiserror::Error)]
@@ -26,7 +27,7 @@ pub enum Failure {
     Queue(usize),
     /// Too many peers that have not proven their identity.
     #[error("too many handshakes at once: {0}")]
-    Handshakes(#[from] Full),
+    Handshakes(#[from] NoSlot),
     /// The pod's workload is not known yet.
     #[error("failed to fetch information about local workload: {0}")]
     LocalWorkload(Text),
@@ -97,9 +98,9 @@ impl Failure {
                 AcceptError::OriginalDestination(_) => (Reason::OriginalDestinationUnknown, "CONNECT", Fault::Us),
                 AcceptError::Socket(_) => (Reason::Socket, "CONNECT", Fault::App),
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
-                AcceptError::Tls(error) if clock(error).is_some() => CLOCK,
+                AcceptError::Tls(error) if clock_reason(error).is_some() => CLOCK,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
-                AcceptError::Http2(error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
+                AcceptError::Http2(error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
                 AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
                 AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
@@ -198,11 +199,11 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
             TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
             TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
-            TunnelDialError::Tls(ref error) if clock(error).is_some() => CLOCK,
+            TunnelDialError::Tls(ref error) if clock_reason(error).is_some() => CLOCK,
             TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
             // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its
             // refusal arrives as an HTTP/2 error.
-            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock(error).is_some()) => CLOCK,
+            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
             TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
             TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),

@@ -12,7 +12,7 @@ use prometheus_client::registry::Registry;
 use std::fmt;
 
 /// Labels of traffic metrics, in ztunnel's order. An unknown value is `unknown`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
 #[allow(missing_docs, reason = "each field is the label of the same name")]
 pub struct TrafficLabels {
     pub reporter: &'static str,
@@ -159,6 +159,19 @@ impl Metrics {
         self.cut.get_or_create(&CutLabels { direction: "inbound", reason: "late_handshake" }).inc();
     }
 
+    /// Adds one series to each family, so that the document of all metrics can show its labels.
+    pub fn fill_example(&self) {
+        let traffic = self.traffic.of(&TrafficLabels::default());
+        for counter in [&traffic.opened, &traffic.closed, &traffic.failed, &traffic.received, &traffic.sent] {
+            counter.inc();
+        }
+        let (direction, reason) = ("inbound", "");
+        drop(self.sockets.get_or_create(&ReporterLabel { reporter: "source" }));
+        drop(self.revoked.get_or_create(&ReporterLabel { reporter: "source" }));
+        drop(self.cut.get_or_create(&CutLabels { direction, reason }));
+        drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault: "" }));
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(TrafficCollector(self.traffic.clone())));
@@ -166,12 +179,14 @@ impl Metrics {
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
         let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";
         registry.register("istio_crl_policy_rejections", revoked, self.revoked.clone());
-        let cut = "Tunnels that this node has ended because of what their peer did, by reason";
+        let cut = "Tunnels that this node has cut because of what the peer did. The reasons are control_frames, memory, \
+                   ping_timeout, rapid_reset, continuation_flood, empty_frames, window_overflow, flood, bad_frame and \
+                   late_handshake";
         registry.register("culvert_tunnels_cut", cut, self.cut.clone());
-        let unused =
-            "Connections to 15008 whose peer has left in order without a word: somebody looks whether the port is open";
+        let unused = "Connections to the port for tunnels that the peer closed in order before it sent anything, as port \
+                      scans and floods do. culvert doctor makes one for each pod";
         registry.register("culvert_tunnels_unused", unused, self.unused.clone());
-        let failures = "Connections that failed, by reason and whose fault it was";
+        let failures = "Connections that failed, by reason, and by whose fault it was: peer, app, policy, mesh or us";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
     }
 }
@@ -186,7 +201,9 @@ impl Collector for TrafficCollector {
         let put = |name, help, counted: Counted| (name, help, counted);
         let families = [
             put("istio_tcp_connections_opened", "TCP connections opened", |t| t.opened(&t.opened)),
-            put("istio_tcp_connections_closed", "TCP connections closed", |t| t.used(&t.closed)),
+            put("istio_tcp_connections_closed", "TCP connections closed, with or without a failure", |t| {
+                t.used(&t.closed)
+            }),
             put("istio_tcp_connections_failed", "TCP connections that ended with a failure (unstable)", |t| {
                 t.used(&t.failed)
             }),
