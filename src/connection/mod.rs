@@ -24,7 +24,7 @@
 //!
 //! A step imports only from steps before it. `journeys` knows all of them. The remaining files hold what the steps
 //! share: `pod` describes a captured pod, `budget` limits how many connections a node carries, `worker` and `workers`
-//! are the threads, `ports` and `config` the settings. A connection stays on the worker that it was first given to.
+//! are the threads, `headers` the HTTP headers that are passed on, `config` the settings. A connection stays on the worker that it was first given to.
 
 pub mod accept;
 pub mod authorize;

@@ -2,7 +2,7 @@
 
 use super::traffic::{CONNECTIONS, Figures, MESSAGE_BYTES};
 use super::wire;
-use crate::ports::HBONE;
+use crate::ports::{ADMIN, HBONE};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 
@@ -155,7 +155,7 @@ impl Account {
 }
 
 fn admin(namespace: &str) -> String {
-    format!("ip netns exec {namespace} curl -s http://localhost:15000/")
+    format!("ip netns exec {namespace} curl -s http://localhost:{ADMIN}/")
 }
 
 /// The name of the rule in the reason of a refusal.

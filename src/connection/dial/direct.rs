@@ -3,6 +3,7 @@
 
 use super::error::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
+use crate::ports::OWN_CONNECTIONS;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
@@ -27,10 +28,6 @@ pub struct SocketConfig {
 /// Bit of `SO_MARK` for connections that have a client's address as their source. It is set in addition to
 /// [`SocketConfig::mark`].
 pub const LEG_BIT: u32 = 0x1000;
-
-/// Preferred source ports. They are above `net.ipv4.ip_local_port_range`, which ends at 60999: a port that the daemon
-/// uses is one on which the application cannot listen.
-const PORTS: std::ops::RangeInclusive<u16> = 61_000..=65_535;
 
 /// How many of these are tried before the kernel chooses a port.
 const TRIES: usize = 4;
@@ -142,7 +139,7 @@ impl SourceAddress {
             open.connect(&socket, to).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
-            match from(rand::random_range(PORTS)) {
+            match from(rand::random_range(OWN_CONNECTIONS)) {
                 Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => {}
                 started => return started,
             }
