@@ -1,5 +1,5 @@
-//! The manifests: rendered by the real helm and kustomize (which `scripts/manifests` installs), read as Kubernetes' own types
-//! with nothing left over, and in agreement with what the daemon reads, listens on and tells.
+//! The manifests. They are rendered by helm and kustomize (`scripts/manifests` installs both) and read as the types of
+//! Kubernetes, with no unknown field left over. Variables, ports and values must agree with the daemon.
 
 #![allow(
     clippy::unwrap_used,
@@ -57,7 +57,7 @@ fn documents(text: &str) -> Vec<Value> {
     full.map(|part| serde_saphyr::from_str(part).unwrap_or_else(|error| panic!("{error}\n{part}"))).collect()
 }
 
-/// Where `given` says something that `understood` does not.
+/// Finds fields of `given` that `understood` does not have.
 fn lost(given: &Value, understood: &Value, path: &str, found: &mut Vec<String>) {
     match (given, understood) {
         (Value::Object(given), Value::Object(understood)) => {
@@ -70,7 +70,7 @@ fn lost(given: &Value, understood: &Value, path: &str, found: &mut Vec<String>) 
                 lost(value, understood.get(at).unwrap_or(&Value::Null), &format!("{path}[{at}]"), found);
             }
         }
-        // What is empty need not be repeated.
+        // An empty field may be left out.
         (Value::Object(map), Value::Null) if map.is_empty() => {}
         (given, understood) if given == understood => {}
         _ => found.push(format!("{path}: {given} became {understood}")),
@@ -118,10 +118,10 @@ fn variable(set: &Value, name: &str) -> Value {
     variables(set).into_iter().find(|(other, _)| other == name).map(|(_, value)| value).unwrap_or(Value::Null)
 }
 
-/// What must be true of what has been rendered.
+/// Checks the rendered documents of one case.
 type Expectation = fn(&[Value]);
 
-/// Values of every kind that the chart takes, and what must come of them.
+/// Chart values of every kind, each with a check of the rendered documents.
 fn cases() -> Vec<(Value, Expectation)> {
     fn set(all: &[Value]) -> &Value {
         of_kind(all, "DaemonSet").expect("a DaemonSet")
@@ -147,7 +147,7 @@ fn cases() -> Vec<(Value, Expectation)> {
                 set(all)["spec"]["updateStrategy"]["rollingUpdate"],
                 json!({"maxSurge": 1, "maxUnavailable": 0})
             );
-            // As much as the daemon asks for, and no more.
+            // The rights that the daemon uses, and no more.
             let rules = &of_kind(all, "ClusterRole").unwrap()["rules"];
             assert_eq!(rules[0]["verbs"], json!(["get", "list", "watch"]));
             assert_eq!((&rules[1]["resources"], &rules[1]["verbs"]), (&json!(["pods/status"]), &json!(["patch"])));
@@ -155,7 +155,7 @@ fn cases() -> Vec<(Value, Expectation)> {
             let role = &of_kind(all, "Role").unwrap()["rules"];
             assert_eq!((&role[0]["resourceNames"], &role[0]["verbs"]), (&json!(["ztunnel"]), &json!(["get", "watch"])));
             assert_eq!(role.as_array().unwrap().len(), 1);
-            // What istiod trusts, and istioctl looks for.
+            // istiod trusts this account, and istioctl looks for this label.
             assert_eq!(of_kind(all, "ServiceAccount").unwrap()["metadata"]["name"], "ztunnel");
             assert_eq!(set(all)["spec"]["template"]["metadata"]["labels"]["app"], "ztunnel");
             assert_eq!(container(set(all))["args"], json!(["proxy", "ztunnel"]));
@@ -280,10 +280,10 @@ fn cases() -> Vec<(Value, Expectation)> {
                 "nothing of Istio's is needed"
             );
             assert_eq!(volume("mesh").unwrap()["configMap"]["name"], "culvert-mesh");
-            // A key that others may read is refused; this is 0400.
+            // Mode 0400: the daemon refuses a key that others can read.
             assert_eq!(volume("ca").unwrap()["secret"], json!({"secretName": "culvert-ca", "defaultMode": 256}));
             let mounts = container(set)["volumeMounts"].as_array().unwrap();
-            // One file of a volume alone is never updated.
+            // A file that is mounted by subPath is never updated.
             assert!(
                 mounts
                     .iter()
@@ -308,7 +308,7 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert!(variable(set, "XDS_ADDRESS").is_string() && set.to_string().contains("istio-ca-root-cert"));
             assert!(set.to_string().contains("ca-of-mine"));
         }),
-        // istiod takes the taint of nodes away where a ready pod has this label.
+        // istiod removes the taint of a node once a ready pod with this label is there.
         (json!({"podLabels": {"k8s-app": "istio-cni-node"}}), |all| {
             assert_eq!(set(all)["spec"]["template"]["metadata"]["labels"]["k8s-app"], "istio-cni-node");
             assert_eq!(set(all)["spec"]["selector"]["matchLabels"], json!({"app": "ztunnel"}));
@@ -325,11 +325,11 @@ fn cases() -> Vec<(Value, Expectation)> {
                 (&json!(["cleanup", "--once"]), &json!(["cleanup", "--stay"]))
             );
             assert_eq!(pod["initContainers"][0]["env"], container(set)["env"]);
-            // The same places as the daemon's.
+            // The same paths as the daemon's.
             let daemon = documents(&render(&json!({})).unwrap());
             let daemon = of_kind(&daemon, "DaemonSet").unwrap();
             for volume in pod["volumes"].as_array().unwrap() {
-                // Where CNI files are it makes no folder: another one than the daemon's is an error.
+                // It does not create folders for CNI files: a path that does not exist is an error.
                 let mut volume = volume.clone();
                 if volume["name"].as_str().unwrap().starts_with("cni-") {
                     assert_eq!(volume["hostPath"]["type"], "Directory", "{volume}");
@@ -388,7 +388,7 @@ fn the_chart_renders_what_kubernetes_understands_for_every_value() {
     let defaults: Value =
         serde_saphyr::from_str(&fs::read_to_string(root().join("daemonset/chart/values.yaml")).unwrap()).unwrap();
     let untouched: Vec<&String> = defaults.as_object().unwrap().keys().filter(|key| !touched.contains(*key)).collect();
-    // Their defaults are held by the first case.
+    // The first case checks their defaults.
     assert_eq!(untouched, ["seccompProfile"], "a value that no case sets");
     for (bad, word) in [
         (json!({"pods": "labels"}), "is not kubernetes or agent"),
@@ -424,7 +424,7 @@ fn what_is_applied_by_hand_is_what_the_chart_gives() {
     documents(&alone).iter().for_each(check);
 }
 
-/// What the runtime, the reference or a prefix reads.
+/// Variables that are not settings: the runtime's, one that only ztunnel reads, and those with a prefix.
 const OTHERS: [&str; 4] = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTER_ID", "DNS_CAPTURE"];
 
 #[test]
@@ -450,7 +450,7 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
     for constant in ["ADMIN: u16 = 15000", "STATS: u16 = 15020", "READY: u16 = 15021"] {
         assert!(ports.contains(constant), "{constant}");
     }
-    // The defaults that the daemon and the chart both have.
+    // Defaults that stand in the daemon and in the chart.
     let defaults = settings;
     for (file, text) in [("values.yaml", "resourceName: ztunnel"), ("values.yaml", "- kube-system")] {
         assert!(fs::read_to_string(Path::new(&root()).join("daemonset/chart").join(file)).unwrap().contains(text));
@@ -476,7 +476,7 @@ fn helm_commands_in_the_documents_render() {
         let mut arguments = vec!["template".to_owned(), "--kube-version".into(), "1.33.0".into()];
         while let Some(word) = words.next() {
             match word {
-                // What only an installed release can use, and the reader's own values.
+                // Options for installed releases, and the reader's own values.
                 "--reuse-values" | "--wait" => {}
                 "-f" if words.peek().is_some_and(|file| file.chars().all(char::is_uppercase)) => drop(words.next()),
                 "-f" => panic!("{command}: a file of the reader's is written in capitals"),

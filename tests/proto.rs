@@ -1,4 +1,5 @@
-//! The committed `src/proto` is what the files under `proto/` give. `REGENERATE=1 cargo test --test proto` writes it.
+//! Compares the committed `src/proto` with the code generated from `proto/`. `REGENERATE=1 cargo test --test proto`
+//! writes it.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, reason = "a test says what is wrong by panicking")]
 

@@ -1,18 +1,18 @@
-//! No circles between the files of a module: a file that uses another one, directly or by way of others, is not used by it.
+//! The files of a module form no circles: if a file uses another one, directly or through others, that one does not use it.
 //!
-//! An item that is taken from a folder's `mod.rs` is an edge to `mod.rs`, unless `mod.rs` only exports it from a file. What
-//! `mod.rs` declares (`mod x;`) or exports (`pub use x::Y;`) is no edge of its own; what it does with its files is.
+//! An item taken from a folder's `mod.rs` is an edge to `mod.rs`, unless `mod.rs` only re-exports it from a file. A
+//! declaration (`mod x;`) or a re-export (`pub use x::Y;`) is not an edge from `mod.rs`; every other use of a file is.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A module's path below `crate`, such as `["node", "zds"]`.
 type Module = Vec<String>;
 
-/// The files of a tree of sources, and what each exports for others.
+/// The files of a source tree, and their re-exports.
 struct Tree {
     /// File of each module.
     files: BTreeMap<Module, String>,
-    /// What `pub use` makes of another module's items: (module, name) to the path that it stands for.
+    /// Re-exports by `pub use`: module and name, and the path that the name stands for.
     exports: BTreeMap<(Module, String), Vec<String>>,
 }
 
@@ -53,7 +53,7 @@ fn circles_are_found_however_a_file_names_another() {
     }
 }
 
-/// Groups of files of one module of which each uses the others.
+/// Groups of files of one module in which each file reaches all others.
 fn circles(sources: &BTreeMap<String, String>) -> Vec<Vec<String>> {
     let tree = Tree::of(sources);
     let mut edges: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
@@ -113,7 +113,7 @@ impl Tree {
         below.filter_map(|other| other.last().cloned()).collect()
     }
 
-    /// The module and file that a path leads to, as seen from a module. None where it leads out of the tree.
+    /// The module and file that a path leads to, seen from a module. `None` if it leads out of the tree.
     fn resolve(&self, from: &Module, path: &[String], depth: usize) -> Option<(Module, &str)> {
         let mut module = from.clone();
         let mut rest = path;
@@ -149,7 +149,7 @@ impl Tree {
     }
 }
 
-/// Paths in a file that begin in the tree: those that it imports, and those in the code. What it exports for others is none.
+/// The paths in a file that lead into the tree: its imports, and paths in its code. Re-exports do not count.
 fn named(text: &str, children: &[String]) -> Vec<Vec<String>> {
     let mut all: Vec<Vec<String>> =
         uses(text).into_iter().filter(|(exported, _)| !exported).map(|(_, path)| path).collect();
@@ -169,7 +169,7 @@ fn named(text: &str, children: &[String]) -> Vec<Vec<String>> {
     all
 }
 
-/// The text before the first `use`, what stands between `use` and `;` with whether it is exported, and the text after it.
+/// The first `use`: the text before it, whether it is a re-export, what it imports, and the text after it.
 fn next_use(code: &str) -> Option<(String, (bool, String), String)> {
     let mut from = 0;
     loop {
@@ -186,7 +186,7 @@ fn next_use(code: &str) -> Option<(String, (bool, String), String)> {
     }
 }
 
-/// What a file imports, braces opened, and whether it exports that.
+/// The imports of a file with braces expanded, and whether each is a re-export.
 fn uses(text: &str) -> Vec<(bool, Vec<String>)> {
     let mut all = Vec::new();
     let mut rest = crate::code(text);
@@ -198,7 +198,7 @@ fn uses(text: &str) -> Vec<(bool, Vec<String>)> {
     all
 }
 
-/// The paths of one import: `a::{b, c::{self, D as E}}` is `a::b`, `a::c` and `a::c::D`.
+/// The paths of one import: `a::{b, c::{self, D as E}}` stands for `a::b`, `a::c` and `a::c::D`.
 fn opened(tree: &str) -> Vec<Vec<String>> {
     let Some((head, group)) = tree.split_once('{') else {
         let path = tree.split(" as ").next().unwrap_or_default();

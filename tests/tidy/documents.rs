@@ -1,5 +1,5 @@
-//! What the documents say is there: links lead somewhere, files that are named exist, and commands are ones that the real
-//! command line and the scripts understand.
+//! Checks the documents: links resolve, files that they name exist, and the commands that they print parse with the real
+//! command line.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ fn documents() -> BTreeMap<PathBuf, String> {
     all
 }
 
-/// Lines of a document with whether they are code: in a fence, or indented by four.
+/// The lines of a document, and whether each is code: in a fence, or indented by four spaces.
 fn lines(text: &str) -> Vec<(bool, &str)> {
     let mut fence = false;
     let mut all = Vec::new();
@@ -40,7 +40,7 @@ fn lines(text: &str) -> Vec<(bool, &str)> {
     all
 }
 
-/// The anchors of a document, as its headings give them on the usual forges.
+/// The anchors of a document's headings, as code hosts make them.
 fn anchors(text: &str) -> Vec<String> {
     let headings = lines(text).into_iter().filter(|(code, line)| !code && line.starts_with('#'));
     headings
@@ -52,7 +52,7 @@ fn anchors(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// Why a link of a document leads nowhere.
+/// Why a link does not resolve, or `None` if it does.
 fn broken(documents: &BTreeMap<PathBuf, String>, from: &Path, link: &str) -> Option<String> {
     if link.starts_with("https://") || link.starts_with("http://") {
         return None;
@@ -102,7 +102,7 @@ fn files_that_are_named_exist() {
     let mut wrong = Vec::new();
     let mut seen = 0;
     for (from, text) in documents() {
-        // What a version was like stays true.
+        // It describes past versions, whose files may be gone.
         if from == Path::new("CHANGELOG.md") {
             continue;
         }
@@ -125,7 +125,7 @@ fn files_that_are_named_exist() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The commands in a document: lines of code, those that end with a backslash joined with the next, remarks and prompts cut off.
+/// The commands in a document: lines of code without prompt and remark. Lines that end with a backslash are joined.
 fn commands(text: &str) -> Vec<String> {
     let mut all = Vec::new();
     let mut begun = String::new();
@@ -140,9 +140,9 @@ fn commands(text: &str) -> Vec<String> {
     all
 }
 
-/// Asks the real command line whether it takes these arguments.
+/// Whether the real command line accepts these arguments.
 fn understood(arguments: &[&str]) -> Result<(), String> {
-    // Whatever stands before `--help` is read first, and refused where it is not known.
+    // Arguments before `--help` are parsed first, so unknown ones are refused.
     let output =
         Command::new(env!("CARGO_BIN_EXE_culvert")).args(arguments).arg("--help").env_clear().output().unwrap();
     output.status.success().then_some(()).ok_or_else(|| String::from_utf8_lossy(&output.stderr).into_owned())
@@ -180,7 +180,7 @@ fn commands_of_the_repository_exist() {
     for (from, text) in documents() {
         for command in commands(&text) {
             let words: Vec<&str> = command.split_whitespace().collect();
-            // What kubectl is given is an object, `daemonset/ztunnel`, but for files and folders.
+            // For kubectl `daemonset/ztunnel` is an object, unless an option asks for a file.
             let kubectl = command.contains("kubectl ");
             for (before, word) in std::iter::once(&"").chain(&words).zip(&words) {
                 let path = ["scripts/", "daemonset/", ".ci/"].iter().any(|place| word.starts_with(place));

@@ -1,5 +1,5 @@
-//! The rules of the house that no lint can hold: layers, steps, pure files, where `unsafe`, the environment and spawning
-//! may be, and that docs/settings.md and docs/metrics.md are current.
+//! House rules that no lint can check: layers, steps, circles between files, pure files, where `unsafe`, the environment
+//! and spawning are allowed, and whether the documents are current.
 
 #![allow(
     clippy::unwrap_used,
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Layers, lower first; a module imports only from layers below its own.
+/// The layers, lowest first. A module imports only from layers below its own.
 const LAYERS: [&[&str]; 8] = [
     &["crypto", "mesh", "ports", "proto", "sys", "task", "telemetry"],
     &["hbone", "rpc"],
@@ -27,7 +27,7 @@ const LAYERS: [&[&str]; 8] = [
     &["daemon"],
 ];
 
-/// What some modules must not import although it is below them.
+/// Modules that some modules must not import, although they are in a lower layer.
 const NEVER: [(&str, &[&str]); 6] = [
     ("control", &["hbone", "sys"]),
     ("admin", &["mesh", "hbone", "identity", "proto", "rpc", "sys"]),
@@ -37,10 +37,10 @@ const NEVER: [(&str, &[&str]); 6] = [
     ("hbone", &["proto", "telemetry"]),
 ];
 
-/// Steps of a connection: each names only those before it.
+/// The steps of a connection. Each may import only from steps before it.
 const STEPS: [&str; 6] = ["accept", "authorize", "choose", "dial", "forward", "report"];
 
-/// Files that decide and do nothing else.
+/// Files without I/O, clocks and randomness: they only decide.
 const PURE: &[&str] = &[
     "node/selectors.rs",
     "node/takeover.rs",
@@ -77,10 +77,10 @@ const PURE: &[&str] = &[
     "connection/choose/waypoint.rs",
 ];
 
-/// Production lines that a file may have.
+/// The largest number of lines in a file, without its tests.
 const LINES_MAX: usize = 500;
 
-/// Each file below src by its path, tests cut off.
+/// Every file below src by its path, without its tests.
 fn sources() -> BTreeMap<String, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut found = BTreeMap::new();
@@ -89,7 +89,7 @@ fn sources() -> BTreeMap<String, String> {
         for entry in fs::read_dir(folder).unwrap() {
             let path: PathBuf = entry.unwrap().path();
             if path.is_dir() {
-                // Generated code is nobody's handwriting.
+                // Generated code has its own style.
                 if !path.ends_with("src/proto") {
                     folders.push(path);
                 }
@@ -105,7 +105,7 @@ fn sources() -> BTreeMap<String, String> {
     found
 }
 
-/// What the log says is for people: nothing in it is printed as a programmer would.
+/// Log lines are for operators, so no value is logged in its debug form.
 #[test]
 fn nothing_is_logged_in_its_debug_form() {
     for (name, text) in sources() {
@@ -124,12 +124,12 @@ fn nothing_is_logged_in_its_debug_form() {
     }
 }
 
-/// Code without comments, so that prose may name what code may not.
+/// Code without comments, because comments may mention what code must not use.
 fn code(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
 }
 
-/// What is imported from below `root` (`crate::` or a module's path): the next part of each path, braces opened.
+/// The next part of every path that begins with `root` (`crate::`, or the path of a module), with braces expanded.
 fn imports(text: &str, root: &str) -> Vec<String> {
     let mut all = Vec::new();
     for rest in code(text).split(root).skip(1) {
@@ -269,7 +269,7 @@ fn every_file_says_what_it_is_and_none_is_too_long_or_leaves_marks() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Compares a document with what the code says; with `REGENERATE=1`, writes it.
+/// Compares a document with the one that the code generates. With `REGENERATE=1` it writes the document.
 #[allow(clippy::disallowed_methods, reason = "the rule is about the daemon")]
 fn is_current(file: &str, said: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
@@ -328,7 +328,7 @@ fn the_manifest_sets_what_the_daemon_reads() {
     let variables: Vec<&str> =
         set.filter(|name| name.chars().all(|c| c.is_ascii_uppercase() || c == '_' || c.is_ascii_digit())).collect();
     assert!(variables.len() > 10, "the variables were found");
-    // The runtime's, one that only the reference reads, and one of the prefixes.
+    // Variables that are not settings: the runtime's, one that only ztunnel reads, and one with a prefix.
     let others = ["RUST_BACKTRACE", "INPOD_ENABLED", "ISTIO_META_CLUSTER_ID"];
     let is_setting = |name: &str| {
         let quoted = format!("\"{name}\"");
