@@ -310,6 +310,8 @@ mod tests {
         assert_eq!(capture(&[], &[("ISTIO_META_DNS_CAPTURE", "anything")]), Ok(false), "as ztunnel reads it");
         assert_eq!(capture(&[("ISTIO_META_DNS_CAPTURE", "false")], &[]), Ok(false));
         assert_eq!(capture(&[("PROXY_CONFIG", "proxyMetadata: {DNS_CAPTURE: \"false\"}")], &[]), Ok(false));
+        let metadata = [("PROXY_CONFIG", "proxyMetadata: {DNS_CAPTURE: \"false\"}")];
+        assert_eq!(capture(&metadata, &[("ISTIO_META_DNS_CAPTURE", "")]), Ok(true), "the variable takes precedence");
         assert_eq!(capture(&[], &[("ISTIO_META_DNS_PROXY_ADDR", "localhost:15053")]), Ok(true));
         let elsewhere = capture(&[], &[("ISTIO_META_DNS_PROXY_ADDR", "0.0.0.0:53")]).unwrap_err();
         assert!(elsewhere.contains("ISTIO_META_DNS_PROXY_ADDR: \"0.0.0.0:53\""), "{elsewhere}");

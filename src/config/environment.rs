@@ -1,5 +1,6 @@
 //! The parts of the environment that are not settings with one name each: prefixes, refused variables, Istio's mesh
-//! configuration, and where the host's procfs is mounted. The only file, with `plugin.rs`, that reads the environment.
+//! configuration, and where the host's procfs is mounted. Besides the command line (`args.rs`) and `plugin.rs`,
+//! the only file that reads the environment.
 
 use super::checker::Checker;
 use std::collections::BTreeMap;
@@ -81,6 +82,11 @@ impl Environment {
     /// A variable, unless it is empty.
     pub(super) fn get(&self, name: &str) -> Option<&str> {
         self.variables.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    /// Whether a variable is set, to whatever value.
+    pub(super) fn is_set(&self, name: &str) -> bool {
+        self.variables.contains_key(name)
     }
 
     /// Whether the process runs in a pod of a cluster.

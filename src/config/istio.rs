@@ -138,9 +138,12 @@ pub(super) fn dns(
 ) -> crate::dns::Config {
     let metadata = |name: &str| {
         let full = format!("{META}{name}");
-        let of_proxy =
-            proxy.proxy_metadata.get(name).or(proxy.proxy_metadata.get(&full)).filter(|value| !value.is_empty());
-        environment.get(&full).or(of_proxy.map(String::as_str)).map(str::to_owned)
+        // A variable takes precedence even if it is empty, which is how one gets the default.
+        if environment.is_set(&full) {
+            return environment.get(&full).map(str::to_owned);
+        }
+        let of_proxy = proxy.proxy_metadata.get(name).or(proxy.proxy_metadata.get(&full));
+        of_proxy.filter(|value| !value.is_empty()).cloned()
     };
     let capture = c.text(&dns::DNS_CAPTURE).map(str::to_owned).or_else(|| metadata("DNS_CAPTURE"));
     let ours = format!("localhost:{}", ports::DNS);

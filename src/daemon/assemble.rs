@@ -156,7 +156,7 @@ fn capturer(parts: &Parts, workers: &Arc<Workers>, drain: &Drain, background: &G
         workers: workers.clone(),
         drain: drain.clone(),
         claims: Default::default(),
-        role: pods::turn(&parts.config, drain, background),
+        role: pods::active_role(&parts.config, drain, background),
         node_tag: parts.config.node.node_tag(),
     })
 }

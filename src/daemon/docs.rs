@@ -1,4 +1,4 @@
-//! `docs/settings.md` and `docs/metrics.md`, written from the code. `tests/tidy.rs` compares them with the files.
+//! `docs/settings.md` and `docs/metrics.md`, written from the code. `tests/tidy/` compares them with the files.
 
 use super::metrics::{GROUPS, Metrics, Readings, register_process};
 use crate::config::environment::{PREFIXES, REFUSED};

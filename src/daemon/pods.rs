@@ -24,11 +24,11 @@ pub(super) struct Last {
 
 /// Joins the daemons of this node, one of which is active. Under an agent there is nothing to agree on, because each
 /// daemon writes only what every pod gets once; a pods file belongs to one daemon.
-pub(super) fn turn(config: &Config, drain: &Drain, background: &Group) -> ActiveRole {
+pub(super) fn active_role(config: &Config, drain: &Drain, background: &Group) -> ActiveRole {
     let PodSource::Kubernetes(kubernetes) = &config.node.source else { return ActiveRole::sole() };
-    let (turn, member) = ActiveRole::join(&kubernetes.daemons_folder(&config.node.node_tag()));
-    background.spawn(member.keep(drain.signal()));
-    turn
+    let (role, membership) = ActiveRole::join(&kubernetes.daemons_folder(&config.node.node_tag()));
+    background.spawn(membership.keep(drain.signal()));
+    role
 }
 
 /// What a source of pods needs.
@@ -64,8 +64,8 @@ impl Enrolment<'_> {
                         let socket = config.cni_socket.display();
                         let asked = node::cni::listen(&config.cni_socket, &capturer.role, background);
                         let asked = asked.with_context(|| format!("cannot listen for the CNI plugin at {socket}"))?;
-                        let (in_place, turn) = (metrics.plugin_in_place.clone(), capturer.role.clone());
-                        background.spawn(cni.clone().keep(in_place, turn, drain.clone()));
+                        let (in_place, role) = (metrics.plugin_in_place.clone(), capturer.role.clone());
+                        background.spawn(cni.clone().keep(in_place, role, drain.clone()));
                         Some(asked)
                     }
                     None => None,

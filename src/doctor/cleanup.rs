@@ -102,7 +102,9 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
         None => say(&format!("ok    {left}; pods continue without the mesh")),
         Some(why) => {
             say(&format!("ok    {left}, except for the pods' annotation ambient.istio.io/redirection: {why};"));
-            say("      remove it with: kubectl annotate pod POD ambient.istio.io/redirection-");
+            say(
+                "      it stays until the pods end, or remove it with: kubectl annotate pod POD ambient.istio.io/redirection-",
+            );
         }
     }
     if fine { Cleaned::Yes } else { Cleaned::NotAll }
@@ -119,7 +121,7 @@ async fn remove_annotations(config: &kubernetes::Config) -> Result<(), String> {
 }
 
 /// Whether a daemon runs on this node: one that answers on the admin port of this network namespace, or listens on the
-/// CNI socket, or holds a lock of the daemons that take turns.
+/// CNI socket, or holds a lock in the folder of this node's daemons.
 fn is_in_use(config: &Config) -> bool {
     let pods = get(config.admin.admin_port, "/pods");
     // Another program may listen on this port of the node.

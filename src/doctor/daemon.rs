@@ -80,7 +80,7 @@ impl Daemon {
         for identity in all {
             let name = identity["identity"].as_str().unwrap_or_default();
             if let Some(error) = identity["error"].as_str().filter(|error| error.contains("clock")) {
-                let text = format!("there is no certificate for {name}: {error}; this node's time is {here}");
+                let text = format!("no new certificate for {name}: {error}; this node's time is {here}");
                 return fail("clock", format!("{text}: correct this node's clock or the CA's"));
             }
             let Some(leaf) = identity["certChain"].get(0) else { continue };

@@ -255,7 +255,7 @@ fn tunnel_finding(pod: &Pod, reached: io::Result<()>, source: &str) -> Finding {
         Err(error) if error.kind() == io::ErrorKind::TimedOut => fail(
             "port 15008",
             format!(
-                "{} does not answer {source}: a NetworkPolicy or a firewall drops the packets; allow TCP {HBONE} to the pods of \
+                "{} does not answer {source}: something drops the packets, such as a NetworkPolicy or a firewall; allow TCP {HBONE} to the pods of \
                  namespace {}",
                 pod.label,
                 pod.label.split('/').next().unwrap_or_default()

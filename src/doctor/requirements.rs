@@ -65,7 +65,7 @@ async fn rules(config: &Config) -> Finding {
     let netns = match made {
         Some(Ok(Ok(netns))) => netns,
         Some(Ok(Err(error))) => {
-            return fail("kernel", format!("cannot make a network namespace: {error}; CAP_SYS_ADMIN is needed"));
+            return fail("kernel", format!("cannot make a network namespace: {error}; is CAP_SYS_ADMIN missing?"));
         }
         _ => return fail("kernel", "cannot make a network namespace"),
     };

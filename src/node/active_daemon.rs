@@ -170,8 +170,8 @@ impl Membership {
             Err(error) => {
                 let (folder, error) = (self.folder.display(), error.to_string());
                 if self.said.as_ref() != Some(&error) {
-                    let writes = self.is_first_check || self.role.is_active();
-                    tracing::error!(%folder, error, writes, "cannot read which daemons of this node are running");
+                    let active = self.is_first_check || self.role.is_active();
+                    tracing::error!(%folder, error, active, "cannot read which daemons of this node are running; this daemon keeps its role");
                 }
                 self.said = Some(error);
                 if self.is_first_check {

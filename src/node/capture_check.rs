@@ -99,8 +99,8 @@ pub struct VantagePoint {
     pub name: &'static str,
     /// The namespace.
     pub netns: Netns,
-    /// Whether an answer from another program proves that the pod is not captured. It proves nothing where the node's
-    /// own connections get the address of kubelet probes.
+    /// Whether an answer from another program proves that the pod is not captured. It proves nothing where another
+    /// program may give the node's connections the address of kubelet probes, on the check ports too.
     pub is_sure: bool,
 }
 

@@ -73,7 +73,7 @@ pub enum CaptureError {
     /// The capture check failed.
     #[error(transparent)]
     CheckFailed(#[from] CaptureCheckError),
-    /// NetnsWatch in the network namespace are not announced to the daemon.
+    /// Changes in the network namespace are not announced to the daemon.
     #[error("cannot watch the pod's network namespace: {0}; falling back to a check every {every} s", every = CHECK_EVERY.as_secs())]
     ChangesUnavailable(io::Error),
     /// The network namespace no longer exists.

@@ -87,7 +87,7 @@ pub struct PodTask {
     pub board: Arc<Board>,
     /// The pod.
     pub spec: PodSpec,
-    /// NetnsWatch of the pod's settings.
+    /// Changes of the pod's settings.
     changes: watch::Receiver<PodSpec>,
     /// Gentle: release the pod in order. At once: another entry has its network namespace, or the namespace has gone.
     pub removed: Signal,

@@ -33,7 +33,7 @@ impl Preexisting {
                         namespace,
                         name,
                         open = found.len(),
-                        "the pod has pre-existing connections: they continue as they began, without the mesh"
+                        "the pod has connections that were opened before its capture, without the mesh"
                     );
                 }
                 let pair = |socket: TcpSocket| (socket.cookie, (socket.local, socket.peer));

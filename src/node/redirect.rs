@@ -60,6 +60,7 @@ pub const PROBE_COUNTER: &str = "probed";
 /// Name of the counter of connections to the ports of capture checks from outside: it tells whether a check has reached
 /// the pod.
 pub const CHECK_COUNTER: &str = "arrived";
+
 /// Why the redirection could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {

@@ -74,7 +74,7 @@ pub struct Powers {
     pub net_raw: bool,
 }
 
-/// A pod's own settings (Istio's annotations). NetnsWatch take effect on a running pod.
+/// A pod's own settings (Istio's annotations). Changes take effect on a running pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// Whether its DNS is captured; `None`: the node's default.

@@ -43,7 +43,7 @@ const QUIET: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Upkeep {
     changes: Option<NetnsWatch>,
-    /// NetnsWatch that have been announced and not handled yet.
+    /// Changes that have been announced and not handled yet.
     recorded: Mutex<NetnsChange>,
     /// A repair is scheduled.
     repairing: bool,

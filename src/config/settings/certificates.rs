@@ -37,7 +37,7 @@ settings! {
         .secret();
     SECRET_TTL: Time = Setting::new("secret-ttl", "SECRET_TTL", Time::CERTIFICATE)
         .or("24h")
-        .help("Life of the certificates that are requested. They are renewed at half of their life.")
+        .help("Life of the certificates that are requested. They are renewed at 40 to 46 % of their life.")
         .shown("secretTtl", |c| parse::shown_duration(c.secret_ttl));
     TRUST_DOMAIN: Custom<String> = Setting::new("trust-domain", "TRUST_DOMAIN", parse::TRUST_DOMAIN)
         .or("cluster.local")

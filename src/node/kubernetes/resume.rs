@@ -14,10 +14,10 @@ impl EnrolmentLoop {
     /// Saved pods whose network namespace is not known, while the API has sent none.
     pub(super) fn sought_saved(&self) -> Vec<SoughtPod> {
         let is_unlocated = |pod: &&PodFacts| self.netns_by_pod.get(&pod.uid).is_none_or(|known| known.path.is_none());
-        self.remembered().into_iter().filter(is_unlocated).map(SoughtPod::from).collect()
+        self.saved_pods().into_iter().filter(is_unlocated).map(SoughtPod::from).collect()
     }
 
-    fn remembered(&self) -> Vec<&PodFacts> {
+    fn saved_pods(&self) -> Vec<&PodFacts> {
         // If the API has sent the other pods and not this one, it no longer exists.
         let may_be = |pod: &&PodFacts| self.pods.as_ref().is_none_or(|pods| pods.contains_key(&pod.uid));
         self.saved.all().filter(may_be).collect()
@@ -51,7 +51,7 @@ impl EnrolmentLoop {
     /// Captures the saved pods, until the API says which pods are enrolled.
     pub(super) fn apply_saved(&mut self) {
         let here = |pod: &PodFacts| self.netns_by_pod.get(&pod.uid).map(|known| spec(pod, known.netns.clone()));
-        let specs = self.remembered().into_iter().filter_map(here).collect();
+        let specs = self.saved_pods().into_iter().filter_map(here).collect();
         self.enrolment.pods.apply(specs, None);
     }
 

@@ -246,7 +246,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn path(name: &str) -> PathBuf {
-        std::env::temp_dir().join(format!("culvert-remembered-{name}-{}", std::process::id()))
+        std::env::temp_dir().join(format!("culvert-saved-{name}-{}", std::process::id()))
     }
 
     #[test]

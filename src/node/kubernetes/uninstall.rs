@@ -153,5 +153,5 @@ pub fn report(outcomes: Vec<cleanup::CleanupOutcome>) {
             Err(error) => tracing::error!(what, error, "cannot remove this: run `culvert cleanup` on the node"),
         }
     }
-    tracing::info!(removed, "removed culvert from the node");
+    tracing::info!(removed, "removed rules and files of culvert from the node");
 }
