@@ -1,4 +1,4 @@
-//! One function for each parser of foreign bytes. None of them may panic, whatever its input.
+//! One function for each parser of untrusted input. None of them may panic, whatever its input.
 //!
 //! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora,
 //! so that a bug that was found once stays found.

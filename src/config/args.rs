@@ -43,7 +43,7 @@ pub enum Command {
     Demo(DemoArgs),
     /// Check this node and its daemon. Prints one line for each check, with what to do where something is wrong.
     Doctor(Box<NodeArgs>),
-    /// List the pods of this node as its daemon knows them: state, since when, and remarks.
+    /// List the pods of this node as its daemon knows them: state, since when, and notes.
     Pods {
         /// Print the JSON of the admin port's page `/pods`.
         #[arg(long)]

@@ -25,8 +25,8 @@ pub(super) const META_JSON: &str = "ISTIO_METAJSON_";
 pub const PREFIXES: [(&str, &str); 4] = [
     (XDS_HEADER, "adds a header to every request to the control plane; its value is shown nowhere"),
     (CA_HEADER, "adds a header to every request to the CA; its value is shown nowhere"),
-    (META, "adds metadata that the control plane is told"),
-    (META_JSON, "adds metadata that the control plane is told, read as JSON"),
+    (META, "adds metadata that is sent to the control plane"),
+    (META_JSON, "adds metadata that is sent to the control plane, read as JSON"),
 ];
 
 /// A variable of ztunnel that may ask for something that culvert does not do.
@@ -34,7 +34,7 @@ pub const PREFIXES: [(&str, &str); 4] = [
 pub struct Refused {
     /// The variable.
     pub variable: &'static str,
-    /// The only value that is accepted beside none; where it is empty, there is no other.
+    /// The only accepted value. Empty: the variable must not be set.
     pub accepted: &'static str,
     /// Why, or what to use instead.
     pub instead: &'static str,
@@ -60,7 +60,7 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// That of this process.
+    /// The environment of this process.
     pub fn of_process() -> Self {
         // A variable that is not Unicode is no setting.
         let variables = std::env::vars_os()

@@ -160,7 +160,7 @@ const LONGEST: Duration = Duration::from_secs(10 * 31_557_600);
 impl Time {
     /// Any duration but zero.
     pub const ANY: Self = Self {
-        expected: "a duration above zero and up to 10years, such as 10s, 5m, 1h30m or 25 (seconds)",
+        expected: "a duration above zero and up to 10 years, such as 10s, 5m, 1h30m or 25 (seconds)",
         min: Duration::from_nanos(1),
         max: LONGEST,
         whole: false,
@@ -168,11 +168,11 @@ impl Time {
 
     /// The life of a certificate.
     pub const CERTIFICATE: Self =
-        Self { expected: "a duration from 10s to 10years", min: Duration::from_secs(10), max: LONGEST, whole: false };
+        Self { expected: "a duration from 10s to 10 years", min: Duration::from_secs(10), max: LONGEST, whole: false };
 
     /// The time to live of a DNS answer. Resolvers keep no answer for more than a day.
     pub const DNS: Self = Self {
-        expected: "whole seconds from 1s to 1day",
+        expected: "whole seconds from 1s to 1 day",
         min: Duration::from_secs(1),
         max: Duration::from_secs(86_400),
         whole: true,

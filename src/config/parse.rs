@@ -42,7 +42,10 @@ fn trust_domains(text: &str) -> Result<Vec<String>, String> {
 }
 
 /// One trust domain. Of several the first counts.
-pub const TRUST_DOMAIN: Custom<String> = Custom { expected: TRUST_DOMAINS.expected, read: trust_domain };
+pub const TRUST_DOMAIN: Custom<String> = Custom {
+    expected: "one trust domain in lower case; of several, comma-joined, the first is used",
+    read: trust_domain,
+};
 
 fn trust_domain(text: &str) -> Result<String, String> {
     trust_domains(text)?.into_iter().next().ok_or_else(|| TRUST_DOMAIN.expected.into())

@@ -63,7 +63,7 @@ impl std::fmt::Display for Resource {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BudgetRefusal {
     /// The node has no room for any further connection.
-    #[error("too many connections: this node's {scarce} allow no more than the {all} that are open")]
+    #[error("this node has no room for more connections: {all} are open, and the limit is set by its {scarce}")]
     Full {
         /// Open connections of all pods.
         all: usize,
@@ -72,7 +72,7 @@ pub enum BudgetRefusal {
     },
     /// The node is nearly full, and this pod has the most connections.
     #[error(
-        "the node's {scarce} are above {SCARCE_PERCENT} %, and of its {all} connections this pod has the most, {own}: its newest ones are refused"
+        "the node's {scarce} are above {SCARCE_PERCENT} %; this pod has the most connections ({own} of {all}), so its newest ones are refused"
     )]
     LargestPod {
         /// Open connections of the pod.
@@ -84,7 +84,7 @@ pub enum BudgetRefusal {
     },
     /// The node is nearly full, this pod has the most connections, and this peer has the most of them.
     #[error(
-        "the node's {scarce} are above {SCARCE_PERCENT} %, this pod has the most connections, and of its {own} {peer} has the most, {of_peer}: its newest ones are refused"
+        "the node's {scarce} are above {SCARCE_PERCENT} %; this pod has the most connections, and {peer} the most of these ({of_peer} of {own}), so the newest ones of that peer are refused"
     )]
     LargestPeer {
         /// The peer's identity.
@@ -212,9 +212,9 @@ impl Budget {
         if let Some(peer) = peer {
             pod.add_peer(peer);
         }
-        let open = Reservation { budget: self.clone(), pod: pod.clone(), peer: peer.cloned() };
+        let reservation = Reservation { budget: self.clone(), pod: pod.clone(), peer: peer.cloned() };
         if own < self.floor.load(Ordering::Relaxed) && all < self.hard_full_at.load(Ordering::Relaxed) {
-            return Ok(open);
+            return Ok(reservation);
         }
         if all >= self.full_at.load(Ordering::Relaxed) {
             return Err(BudgetRefusal::Full { all, scarce: self.scarce() });
@@ -231,7 +231,7 @@ impl Budget {
                 });
             }
         }
-        Ok(open)
+        Ok(reservation)
     }
 
     /// The number of connections of the largest other pod.

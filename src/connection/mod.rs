@@ -11,7 +11,7 @@
 //!   inbound stream, but the client has no identity.
 //!
 //! A journey is a sequence of six steps. Each step has a folder, and the folders' alphabetical order is the order in
-//! time:
+//! time, but for one exception: a stream's destination in the pod is chosen before the stream is authorized.
 //!
 //! | step | question |
 //! |---|---|
@@ -23,8 +23,9 @@
 //! | `report` | How did it end? One line in the access log, the metrics, and the list of live connections. |
 //!
 //! A step imports only from steps before it. `journeys` knows all of them. The remaining files hold what the steps
-//! share: `pod` describes a captured pod, `budget` limits how many connections a node carries, `worker` and `workers`
-//! are the threads, `headers` the HTTP headers that are passed on, `config` the settings. A connection stays on the worker that it was first given to.
+//! share: `pod` describes a captured pod, `capture_checks` the checks of its redirection, `budget` limits how many
+//! connections a node carries, `worker` and `workers` are the threads, `headers` the HTTP headers that are passed on,
+//! `config` the settings. A connection stays on the worker that it was first given to.
 
 pub mod accept;
 pub mod authorize;

@@ -187,7 +187,7 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
             match journey {
                 Journey::Outbound(_reservation) => journeys::outbound(&worker, &pod, socket, peer).await,
                 Journey::Plaintext(_reservation) => journeys::plaintext(&worker, &pod, socket, peer).await,
-                Journey::Tunnel(place) => journeys::tunnel(&worker, &pod, socket, peer, place).await,
+                Journey::Tunnel(slot) => journeys::tunnel(&worker, &pod, socket, peer, slot).await,
             }
             drop((load, active));
         });

@@ -1,9 +1,9 @@
-//! Parses the mesh file: YAML text into mesh facts. Pure; accepts any text. Unknown keys and values are errors that name the
-//! line and the key.
+//! Parses the mesh file: YAML text into mesh facts. Pure; accepts any text. Unknown keys and values are errors that
+//! name the line and the key.
 //!
-//! The format is that of ztunnel's local configuration (workloads, services, policies), with these additions: `trustDomain`
-//! defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to `<clusterId>//Pod/<namespace>/<name>`, and an IP
-//! address without prefix length is accepted as a CIDR.
+//! The format is that of ztunnel's local configuration (workloads, services, policies), with these additions:
+//! `trustDomain` defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to
+//! `<clusterId>//Pod/<namespace>/<name>`, and an IP address without prefix length is accepted as a CIDR.
 
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};

@@ -1,5 +1,5 @@
-//! Policies in the mesh file: their YAML form, and the conversion into mesh facts. Pure. A policy with a value that can never
-//! match is refused by name.
+//! Policies in the mesh file: their YAML form, and the conversion into mesh facts. Pure. A policy with a value that can
+//! never match is refused by name.
 
 use crate::mesh::Policy;
 use crate::mesh::policy::{self, Action, Attribute, Match, PolicyScope, Rule, ServiceAccountMatch};

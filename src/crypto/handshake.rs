@@ -1,6 +1,7 @@
 //! Explains handshakes that fail because a certificate is not valid at this time.
 //!
-//! The cause is usually a clock that is wrong on one of the two sides, so the message names the side whose clock decided.
+//! The cause is usually a clock that is wrong on one of the two sides, so the message names the side whose clock
+//! decided.
 
 use rustls::{AlertDescription, Error};
 use std::io;

@@ -1,8 +1,8 @@
-//! Cryptography that all parts of the daemon share: one provider, one way to read PEM, one explanation for failures that
-//! come from a clock.
+//! Cryptography that all parts of the daemon share: one provider, one way to read PEM, one explanation for failures
+//! that come from a clock.
 //!
-//! Tunnels between nodes (`identity`) and connections to the control plane (`rpc`) build their TLS settings from here, so
-//! both offer the same suites and key exchanges. This module makes no connections and knows no identities.
+//! Tunnels between nodes (`identity`) and connections to the control plane (`rpc`) build their TLS settings from here,
+//! so both offer the same suites and key exchanges. This module makes no connections and knows no identities.
 
 mod handshake;
 mod pem;

@@ -1,7 +1,7 @@
 //! Signature checks of our certificate verifiers, which all leave them to a verifier of the library.
 
-/// The signature methods of rustls' `ServerCertVerifier` and `ClientCertVerifier`, forwarded to the verifier in a field of
-/// `self`. Our verifiers add rules about names; they never check a signature themselves.
+/// The signature methods of rustls' `ServerCertVerifier` and `ClientCertVerifier`, forwarded to the verifier in a field
+/// of `self`. Our verifiers add rules about names; they never check a signature themselves.
 macro_rules! delegate_signatures {
     ($($field:ident).+) => {
         fn verify_tls12_signature(

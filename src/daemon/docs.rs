@@ -62,7 +62,9 @@ pub fn settings() -> Result<String, Error> {
     }
     t.push_str(
         "\n## Refused variables\n\n\
-         These variables of ztunnel are refused by name where they ask for something that culvert does not do.\n\n\
+         These variables of ztunnel stop the start, with the variable's name, where they ask for something that culvert does not\n\
+         do. `ISTIO_META_DNS_PROXY_ADDR` may only be `localhost:15053`. `AUTHZ_POLICY_INFO_LOGGING` and `INPOD_ENABLED` are\n\
+         ignored.\n\n\
          | variable | accepted value | otherwise |\n|---|---|---|\n",
     );
     for refused in REFUSED {

@@ -173,7 +173,7 @@ impl Collector for Gauges {
         put("culvert_data_plane_tasks", help, readings.tasks as u64)?;
         let help = "Bytes held for peers: received and not delivered yet, or not read by them yet";
         put("culvert_buffers_held_bytes", help, readings.held_bytes as u64)?;
-        let help = "Limit on the bytes held for peers, at which the largest tunnel of the largest holder is cut";
+        let help = "Limit on the bytes held for peers, at which the largest tunnel of the peer (outbound: of the pod) that holds the most is cut";
         put("culvert_buffers_max_bytes", help, readings.max_bytes as u64)?;
         if let Some(left) = readings.to_outage {
             let help = "Seconds until the first identity of this node has no certificate if no renewal succeeds. Alert below an hour";

@@ -1,5 +1,5 @@
-//! A pod's own cache of answers from its resolvers. The key is the resolver that was asked and the question byte for byte,
-//! with flags, options and letter case, so that no client receives the answer to a different question.
+//! A pod's own cache of answers from its resolvers. The key is the resolver that was asked and the question byte for
+//! byte, with flags, options and letter case, so that no client receives the answer to a different question.
 
 use super::message;
 use parking_lot::Mutex;

@@ -20,8 +20,8 @@ pub async fn write_message(stream: &mut TcpStream, message: &[u8]) -> io::Result
     stream.write_all(&[&length.to_be_bytes(), message].concat()).await
 }
 
-/// Passes on the further messages of a zone transfer from the resolver to the client. Ends when the client sends another
-/// request, or when either side is silent for `idle`.
+/// Passes on the further messages of a zone transfer from the resolver to the client. Ends when the client sends
+/// another request, or when either side is silent for `idle`.
 pub async fn relay_transfer(mut resolver: TcpStream, client: &mut TcpStream, idle: Duration) {
     loop {
         let mut next = [0];

@@ -23,8 +23,8 @@ impl Listeners {
         netns.enter(|| {
             let mut all = Self { conntrack: Conntrack::open().ok(), ..Self::default() };
             for v4 in [true, false].into_iter().take(if ipv6 { 2 } else { 1 }) {
-                // Without a mark: answers need no exemption from the redirection, and a mark would make the kernel route
-                // each of them twice.
+                // Without a mark: answers need no exemption from the redirection, and a mark would make the kernel
+                // route each of them twice.
                 all.datagrams.push(datagram::bind(ports::DNS, v4, reuse_port)?);
                 all.streams.push(bind_stream(ports::DNS, v4, mark, reuse_port)?);
             }
@@ -33,9 +33,9 @@ impl Listeners {
     }
 }
 
-/// Whether a request comes from the pod itself: it was sent to a loopback address, or was redirected and so arrives on the
-/// address that it came from. Other requests are not answered. The kernel and the pod's rules (`node/legs.rs`) prevent other
-/// hosts from using the pod's address.
+/// Whether a request comes from the pod itself: it was sent to a loopback address, or was redirected and so arrives on
+/// the address that it came from. Other requests are not answered. The kernel and the pod's rules (`node/legs.rs`)
+/// prevent other hosts from using the pod's address.
 pub(super) fn is_the_pod(client: IpAddr, local: IpAddr) -> bool {
     local.is_loopback() || client == local
 }

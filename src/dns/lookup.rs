@@ -1,8 +1,9 @@
 //! What a name means to the pod that asks, decided from the mesh facts of one moment. Pure.
 //!
-//! A name is *ours* if a service of the mesh has it, or a pod behind a headless service. It is *perhaps ours* if it only
-//! becomes a mesh name by completing parts that were left out. Such a name may exist elsewhere, so the pod's resolver is
-//! asked first, and the mesh answers only if that one says that the name does not exist. Every other name is forwarded.
+//! A name is *ours* if a service of the mesh has it, or a pod behind a headless service. It is *perhaps ours* if it
+//! only becomes a mesh name by completing parts that were left out. Such a name may exist elsewhere, so the pod's
+//! resolver is asked first, and the mesh answers only if that one says that the name does not exist. Every other name
+//! is forwarded.
 
 use super::answer::{MeshAnswer, MeshRecord, QueryKind};
 use crate::mesh::{FactKey, Service, ServiceKey, Snapshot, Workload};
@@ -48,8 +49,8 @@ pub struct SearchDomain {
 }
 
 impl SearchDomain {
-    /// The search domains of a pod of `namespace`. Those at or below the configured cluster domain belong to the cluster,
-    /// and so do those at or below a domain `x` if the list contains `<namespace>.svc.x`.
+    /// The search domains of a pod of `namespace`. Those at or below the configured cluster domain belong to the
+    /// cluster, and so do those at or below a domain `x` if the list contains `<namespace>.svc.x`.
     pub fn list(domains: &[String], namespace: &str, cluster_domain: &str) -> Vec<Self> {
         let own_prefix = format!("{namespace}.svc.");
         let inferred: Vec<&str> = domains.iter().filter_map(|domain| domain.strip_prefix(&own_prefix)).collect();
@@ -67,8 +68,8 @@ pub enum Plan {
     Forward,
     /// Give this answer.
     Answer(MeshAnswer),
-    /// Ask the pod's resolvers. Give this answer if they say that the name does not exist, and also if they do not answer
-    /// and it has records.
+    /// Ask the pod's resolvers. Give this answer if they say that the name does not exist, and also if they do not
+    /// answer and it has records.
     ForwardOr(MeshAnswer),
 }
 
@@ -107,7 +108,7 @@ pub fn decide(context: &LookupContext<'_>, name: &str, kind: QueryKind) -> Plan 
     let answer = MeshAnswer { alias: alias.filter(|_| !owner.is_wildcard), records, zone };
     match kind {
         // On-demand control planes do not announce new endpoints: ask the resolver first.
-        _ if owner.service.vips.is_empty() && !context.snapshot.is_told_all() => Plan::ForwardOr(answer),
+        _ if owner.service.vips.is_empty() && !context.snapshot.announces_everything() => Plan::ForwardOr(answer),
         QueryKind::A | QueryKind::Aaaa | QueryKind::Any if is_sure => Plan::Answer(answer),
         // These records contain addresses too, which would bypass those of the mesh.
         QueryKind::Https if is_sure => Plan::Answer(answer),
@@ -118,10 +119,10 @@ pub fn decide(context: &LookupContext<'_>, name: &str, kind: QueryKind) -> Plan 
     }
 }
 
-/// What must be requested from an on-demand control plane before [`decide`] can be relied upon. When that has been answered
-/// there may be more, up to [`WANTED_MAX`] in all.
+/// What must be requested from an on-demand control plane before [`decide`] can be relied upon. When that has been
+/// answered there may be more, up to [`WANTED_MAX`] in all.
 pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<FactKey> {
-    if context.snapshot.is_told_all() {
+    if context.snapshot.announces_everything() {
         return None;
     }
     // `service.namespace.svc.domain`, perhaps with a pod in front.
@@ -130,8 +131,8 @@ pub fn wanted(context: &LookupContext<'_>, name: &str) -> Option<FactKey> {
         let hostname = labels.get(at - 2..)?.join(".");
         Some(ServiceKey { namespace: (*labels.get(at - 1)?).into(), hostname: hostname.into() })
     });
-    // The host of a ServiceEntry, perhaps with a search domain appended by the pod's resolver. Only those of the pod's own
-    // namespace can be requested.
+    // The host of a ServiceEntry, perhaps with a search domain appended by the pod's resolver. Only those of the pod's
+    // own namespace can be requested.
     let bare = context.search.iter().find_map(|search| strip(name, &search.domain)).unwrap_or(name);
     let is_host = bare.contains('.') && !bare.split('.').any(|label| label == "svc");
     let of_host = is_host.then(|| ServiceKey { namespace: context.workload.namespace.clone(), hostname: bare.into() });
@@ -203,9 +204,9 @@ fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
     domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(context, &whole))
 }
 
-/// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then the preferred
-/// namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of other ones are
-/// in external DNS.
+/// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then the
+/// preferred namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of
+/// other ones are in external DNS.
 fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> {
     let namespace = &*context.workload.namespace;
     let has_records = |service: &&Arc<Service>| !service.vips.is_empty() || is_kubernetes(context, service);
@@ -236,8 +237,8 @@ fn zone(service: &Service, is_kubernetes: bool, name: &str) -> String {
     if name == zone || strip(name, zone).is_some() { zone.to_owned() } else { name.to_owned() }
 }
 
-/// The endpoints of a headless service that its clients may see: in their network, and healthy unless the service includes
-/// unhealthy ones.
+/// The endpoints of a headless service that its clients may see: in their network, and healthy unless the service
+/// includes unhealthy ones.
 fn endpoints(context: &LookupContext<'_>, service: &Service) -> Vec<Arc<Workload>> {
     let is_offered = |workload: &Workload| workload.network == context.workload.network && service.may_use(workload);
     let all = context.snapshot.endpoints(&service.key).map(|endpoint| endpoint.workload);
@@ -268,8 +269,8 @@ fn addresses(context: &LookupContext<'_>, owner: &NameOwner, kind: QueryKind) ->
     }
 }
 
-/// The answer for `_port._tcp.service`: the port of each endpoint of a headless service, or the port of the service itself.
-/// Control planes do not announce the names of ports; questions for unknown names are forwarded.
+/// The answer for `_port._tcp.service`: the port of each endpoint of a headless service, or the port of the service
+/// itself. Control planes do not announce the names of ports; questions for unknown names are forwarded.
 fn ports(context: &LookupContext<'_>, name: &str) -> Option<MeshAnswer> {
     let (port, rest) = name.strip_prefix('_')?.split_once("._tcp.")?;
     let service = service(context, rest)?;
@@ -450,7 +451,8 @@ mod tests {
             ("a.deep.wild.com", "240.0.0.6"),
             ("wild.com", "forward"),
             ("a.wild.com.ns1.svc.cluster.local", "240.0.0.5"),
-            // Several services of one name: own namespace, canonical, preferred namespace; never one that is not visible.
+            // Several services of one name: own namespace, canonical, preferred namespace; never one that is not
+            // visible.
             ("own.com", "240.0.0.11"),
             ("both.com", "240.0.0.9"),
             ("tied.com", "240.0.0.15"),

@@ -1,7 +1,7 @@
 //! Reads and writes DNS messages, with hickory's decoder and encoder. Pure; every function accepts any bytes.
 //!
-//! Answers of resolvers are not decoded and encoded again: they are passed on as the bytes that arrived, and this file only
-//! finds out what they say.
+//! Answers of resolvers are not decoded and encoded again: they are passed on as the bytes that arrived, and this file
+//! only finds out what they say.
 
 use super::answer::{MeshAnswer, MeshRecord, QueryKind};
 use hickory_proto::op::{Edns, Header, Message, MessageType, Metadata, OpCode, ResponseCode};
@@ -12,12 +12,13 @@ use std::net::IpAddr;
 
 /// Length of a message's header (RFC 1035, 4.1.1).
 const HEADER: usize = 12;
-/// The largest datagram that our answers offer to accept; it fits into the packets of every network (DNS flag day 2020).
+/// The largest datagram that our answers offer to accept; it fits into the packets of every network (DNS flag day
+/// 2020).
 const PAYLOAD: u16 = 1232;
 /// Longest request that is decoded, in bytes.
 const REQUEST_MAX: usize = 4096;
-/// Longest answer that is decoded, in bytes. Decoding a compressed name may take half as many steps as there are bytes before
-/// it, so long answers would be expensive.
+/// Longest answer that is decoded, in bytes. Decoding a compressed name may take half as many steps as there are bytes
+/// before it, so long answers would be expensive.
 const ANSWER_MAX: usize = 4096;
 /// Most records in an answer that is decoded.
 const RECORDS_MAX: usize = 128;
@@ -61,8 +62,8 @@ pub fn read(bytes: &[u8]) -> Request {
     if header.metadata.op_code != OpCode::Query || header.counts.queries != 1 {
         return Request::NotForMesh;
     }
-    // Truncated requests and other versions of EDNS are forwarded. So are requests with more records than any client sends,
-    // because decoding them may take long: one name may lead through thousands of others.
+    // Truncated requests and other versions of EDNS are forwarded. So are requests with more records than any client
+    // sends, because decoding them may take long: one name may lead through thousands of others.
     let counts = header.counts;
     let plain = bytes.len() <= REQUEST_MAX && counts.answers == 0 && counts.authorities <= 1 && counts.additionals <= 2;
     let message = plain.then(|| Message::from_vec(bytes).ok()).flatten();
@@ -248,8 +249,8 @@ pub enum ResponseKind {
     Failure,
 }
 
-/// What `answer` says in reply to `query`; `None` if it does not answer it: its id or its question differs, or it is not a
-/// response.
+/// What `answer` says in reply to `query`; `None` if it does not answer it: its id or its question differs, or it is
+/// not a response.
 pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
     let mut decoder = BinDecoder::new(answer);
     let header = Header::read(&mut decoder).ok()?;
@@ -271,8 +272,8 @@ pub fn response_kind(query: &[u8], answer: &[u8]) -> Option<ResponseKind> {
     })
 }
 
-/// Whether both have the same question, ignoring letter case. If the query does not have exactly one readable question, this
-/// is true for any answer.
+/// Whether both have the same question, ignoring letter case. If the query does not have exactly one readable question,
+/// this is true for any answer.
 fn same_question(query: &[u8], answer: &[u8]) -> bool {
     let Some(asked) = question_bytes(query) else { return true };
     question_bytes(answer).is_some_and(|answered| asked.eq_ignore_ascii_case(answered))
@@ -561,8 +562,8 @@ mod tests {
     #[test]
     fn a_bomb_of_compressed_names_is_not_decoded() {
         let mut chain = asked("shop.ns.svc.cluster.local.", RecordType::A, None);
-        // One record of type NULL that consists of pointers, each to the one before it; then records whose names start at
-        // its last pointer.
+        // One record of type NULL that consists of pointers, each to the one before it; then records whose names start
+        // at its last pointer.
         chain.extend([0, 0, 10, 0, 1, 0, 0, 0, 0]);
         let first = u16::try_from(chain.len() + 2).unwrap();
         chain.extend(16_000u16.to_be_bytes());

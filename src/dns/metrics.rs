@@ -1,4 +1,5 @@
-//! Metrics of DNS: those of ztunnel, with its names and labels, for all pods; and requests by outcome, also for each pod.
+//! Metrics of DNS: those of ztunnel, with its names and labels, for all pods; and requests by outcome, also for each
+//! pod.
 
 use crate::mesh::Workload;
 use crate::telemetry::limit::LogLimit;

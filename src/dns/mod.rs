@@ -1,9 +1,9 @@
-//! DNS of captured pods. Names of the mesh are answered from the mesh facts. All other questions are forwarded, byte for
-//! byte, to the resolver that the pod asked, and to the other resolvers of its `resolv.conf` if that one does not answer.
-//! If the mesh facts are not available, DNS fails open: the pod's resolvers are asked.
+//! DNS of captured pods. Names of the mesh are answered from the mesh facts. All other questions are forwarded, byte
+//! for byte, to the resolver that the pod asked, and to the other resolvers of its `resolv.conf` if that one does not
+//! answer. If the mesh facts are not available, DNS fails open: the pod's resolvers are asked.
 //!
-//! [`lookup`] decides what a name means, [`message`] reads and writes the wire format, [`resolver`] asks a pod's resolvers,
-//! [`server`] listens in the pod. All servers share one thread ([`pods`]) and take short turns on it.
+//! [`lookup`] decides what a name means, [`message`] reads and writes the wire format, [`resolver`] asks a pod's
+//! resolvers, [`server`] listens in the pod. All servers share one thread ([`pods`]) and take short turns on it.
 
 pub mod answer;
 pub mod cache;

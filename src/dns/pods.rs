@@ -99,7 +99,7 @@ impl Dns {
     ) -> Serving {
         let server = Arc::new(Server::new(label, resolver, client, self.mesh.clone()));
         {
-            // Both locks are held until the server is listed, so that a concurrent `log_only` is not missed.
+            // The lock of `servers` is held until the server is listed. `log_only` takes it first, so none is missed.
             let mut servers = self.servers.lock();
             let logged = self.logged.lock().contains(&server.label);
             server.logged.store(logged, Ordering::Relaxed);

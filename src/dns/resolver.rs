@@ -101,13 +101,13 @@ impl PodResolvers {
         // Questions to the pod's loopback are not redirected, so in that case the pod has asked us directly.
         let asked = asked.filter(|server| is_outside(*server));
         let others = self.servers.iter().copied().filter(|server| Some(*server) != asked);
-        let first_is_foreign = asked.is_some_and(|asked| !self.servers.contains(&asked));
-        Servers { list: asked.into_iter().chain(others).collect(), first_is_foreign }
+        let first_is_unlisted = asked.is_some_and(|asked| !self.servers.contains(&asked));
+        Servers { list: asked.into_iter().chain(others).collect(), first_is_unlisted }
     }
 }
 
-/// Whether a resolver is outside the pod. A resolver on the pod's loopback may have forwarded the question to us; asking it
-/// would cause a loop.
+/// Whether a resolver is outside the pod. A resolver on the pod's loopback may have forwarded the question to us;
+/// asking it would cause a loop.
 fn is_outside(server: SocketAddr) -> bool {
     let ip = server.ip().to_canonical();
     !ip.is_loopback() && !ip.is_unspecified()
@@ -149,9 +149,9 @@ impl Resolver {
             let reader = self.reader.clone();
             let work = thread::run_blocking(move || {
                 let resolvers = reader.current().unwrap_or_else(|| reader.read());
-                // The lock is held until the reading ends, not until the caller stops waiting, so that a reading that hangs
-                // is not started again and again. It is released only after the result is stored, so that the next task
-                // finds it.
+                // The lock is held until the reading ends, not until the caller stops waiting, so that a reading that
+                // hangs is not started again and again. It is released only after the result is stored, so that the
+                // next task finds it.
                 drop(reading);
                 resolvers
             });
@@ -167,7 +167,7 @@ impl Resolver {
         thread::run_blocking(move || Arc::new(reader.merge(None, &daemon_resolv_conf()))).await.unwrap_or_default()
     }
 
-    /// The cached answer of the resolver that the pod asked, or of any if that is not known.
+    /// The cached answer of the resolver that the pod asked, or what was cached without knowing which one was asked.
     pub fn cached(&self, asked: Option<SocketAddr>, request: &[u8]) -> Option<Vec<u8>> {
         self.cache.get(asked, request)
     }
@@ -266,8 +266,8 @@ impl ResolvConfReader {
         resolvers
     }
 
-    /// The pod's own servers and search domains. Without usable servers of the pod, the daemon's are used; without a file of
-    /// the pod, the search domains are Kubernetes' defaults.
+    /// The pod's own servers and search domains. Without usable servers of the pod, the daemon's are used; without a
+    /// file of the pod, the search domains are Kubernetes' defaults.
     fn merge(&self, of_pod: Option<ResolvConf>, of_daemon: &ResolvConf) -> PodResolvers {
         let has_file = of_pod.is_some();
         let pod = of_pod.unwrap_or_default();

@@ -1,7 +1,8 @@
 //! The DNS server of one pod. It listens in the pod's namespace and answers that pod only.
 //!
-//! Requests that the mesh facts or the cache can answer are answered at once, in turns of a bounded number of datagrams, so
-//! that no pod delays another. Each request that must wait becomes a task; the number of tasks per pod is bounded.
+//! Requests that the mesh facts or the cache can answer are answered at once, in turns of a bounded number of
+//! datagrams, so that no pod delays another. Each request that must wait becomes a task; the number of tasks per pod is
+//! bounded.
 
 use super::answer::MeshAnswer;
 use super::client::ClientFacts;
@@ -335,7 +336,8 @@ impl Server {
             (self.type_metrics(pending.carrier, type_word(pending.question.as_ref())), Instant::now());
         let mut servers = resolvers.in_order(pending.resolver);
         if pending.resolver.is_some() && pending.question.is_none() {
-            // Requests that are not plain questions, such as zone updates, go only to the resolver that they were sent to.
+            // Requests that are not plain questions, such as zone updates, go only to the resolver that they were sent
+            // to.
             servers.list.truncate(1);
         }
         let answered = self.resolver.ask(pending.carrier, &servers, &pending.bytes).await;
@@ -424,7 +426,8 @@ impl Server {
         }
     }
 
-    /// The metrics of one record type and protocol. They are kept once the pod's workload, and so its labels, are known.
+    /// The metrics of one record type and protocol. They are kept once the pod's workload, and so its labels, are
+    /// known.
     fn type_metrics(&self, carrier: Carrier, query_type: &'static str) -> TypeMetrics {
         let key = (query_type, carrier.word());
         let mut requests = self.requests.lock();

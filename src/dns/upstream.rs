@@ -1,8 +1,9 @@
 //! Asks a pod's resolvers: from the pod's namespace, with marked sockets, byte for byte.
 //!
-//! A question goes to the first resolver. If that one is silent for a while or fails, the next one is asked as well, and the
-//! first usable answer wins. Each question has its own socket, and so a port that nobody can guess, and as a datagram a
-//! random id. Whatever does not come from the resolver that was asked, or answers another question, is ignored.
+//! A question goes to the first resolver. If that one is silent for a while or fails, the next one is asked as well,
+//! and the first usable answer wins. Each question has its own socket, and so a port that nobody can guess, and as a
+//! datagram a random id. Whatever does not come from the resolver that was asked, or answers another question, is
+//! ignored.
 
 use super::framing::{read_message, write_message};
 use super::message::{self, ResponseKind};
@@ -77,9 +78,9 @@ impl Carrier {
 pub struct Servers {
     /// In the order in which they should be asked.
     pub list: Vec<SocketAddr>,
-    /// Whether the pod asked the first one although its `resolv.conf` names others. Then the answer of that one is final,
-    /// and the others only step in if it does not answer.
-    pub first_is_foreign: bool,
+    /// Whether the pod asked the first one although its `resolv.conf` names others. Then the answer of that one is
+    /// final, and the others only step in if it does not answer.
+    pub first_is_unlisted: bool,
 }
 
 /// An answer of a resolver.
@@ -116,12 +117,13 @@ impl Upstream {
         Self { netns, mark, strikes: Mutex::default() }
     }
 
-    /// The resolvers in the order in which they are asked: slow ones come last, but a foreign one stays first.
+    /// The resolvers in the order in which they are asked: slow ones come last, but one that `resolv.conf` does not
+    /// name stays first.
     fn in_order(&self, servers: &Servers) -> Vec<SocketAddr> {
         let mut strikes = self.strikes.lock();
         strikes.retain(|_, strikes| strikes.last.elapsed() < SLOW_FOR);
         let is_slow = |server: &SocketAddr| strikes.get(server).is_some_and(|strikes| strikes.count >= STRIKES);
-        let (first, others) = servers.list.split_at(usize::from(servers.first_is_foreign).min(servers.list.len()));
+        let (first, others) = servers.list.split_at(usize::from(servers.first_is_unlisted).min(servers.list.len()));
         let (last, next): (Vec<_>, Vec<_>) = others.iter().partition(|server| is_slow(server));
         first.iter().copied().chain(next).chain(last).collect()
     }
@@ -137,9 +139,9 @@ impl Upstream {
         (strikes.count, strikes.last) = (strikes.count.saturating_add(by), now);
     }
 
-    /// Asks one resolver after the other; earlier ones may still answer when later ones have been asked. A positive answer
-    /// is used at once. A negative answer is used only once every resolver ahead of it has answered or failed, or at the
-    /// deadline.
+    /// Asks one resolver after the other; earlier ones may still answer when later ones have been asked. A positive
+    /// answer is used at once. A negative answer is used only once every resolver ahead of it has answered or failed,
+    /// or at the deadline.
     pub async fn ask(
         &self,
         carrier: Carrier,
@@ -194,8 +196,8 @@ impl Upstream {
                     self.has_answered(server);
                     match answer.kind {
                         ResponseKind::Exists => return Ok(with_client_id(answer)),
-                        // The answer of a foreign resolver is final, whatever it says.
-                        _ if servers.first_is_foreign && position == 0 => return Ok(with_client_id(answer)),
+                        // The answer of a resolver that `resolv.conf` does not name is final, whatever it says.
+                        _ if servers.first_is_unlisted && position == 0 => return Ok(with_client_id(answer)),
                         ResponseKind::NoSuchName | ResponseKind::NoData => fallback.add_negative(position, answer),
                         ResponseKind::Failure => fallback.failure = Some(answer),
                     }

@@ -83,7 +83,7 @@ fn meaning(status: &StatusCode) -> &'static str {
         500 => "the far end failed: see its log",
         502 | 504 => "the far end, a waypoint or gateway, cannot reach the application",
         503 => {
-            "the far end cannot reach the application (does it listen on the port?), does not know its pod yet, or has no room"
+            "the far end cannot reach the application (does it listen on the port?), does not know its pod's workload yet, or has reached a limit"
         }
         _ => "not a status that HBONE peers are known to answer",
     }

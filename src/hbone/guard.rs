@@ -1,6 +1,6 @@
-//! Sits between HTTP/2 and the byte stream below and watches the frames that pass (RFC 9113 section 4.1). No tunnel
-//! takes more than its turn, no peer can send control frames without limit, and what DATA frames make the node buffer
-//! is booked on the tunnel's account.
+//! Sits between HTTP/2 and the byte stream below and watches the frames that pass (RFC 9113 section 4.1). It limits
+//! what a tunnel may read before other tasks run, no peer can send control frames without limit, and what DATA frames
+//! make the node buffer is booked on the tunnel's account.
 
 use super::buffers::Account;
 use super::cut::CutReason;

@@ -96,7 +96,7 @@ impl Stream {
         let result = tokio::select! {
             biased;
             () = stop => Err(CarryError::Stopped),
-            // Ends at once, without delivering the rest: there is no room for just that.
+            // Ends at once and discards the rest: a tunnel is often cut because there is no memory for it.
             reason = account.cut_signal() => Err(CarryError::Cut(reason.into())),
             result = both_ways(&app, StreamSender::new(send), receive, meter, silence) => result,
         };

@@ -1,7 +1,8 @@
 //! The built-in CA: a directory with `ca.pem` (root certificates, the signing one first) and `ca.key` (mode 0600).
 //!
-//! It is meant for one machine, for tests and for small installations; several nodes may share the directory. Key and roots
-//! are read for each signing, so replacing the files rotates the CA without a restart. An existing CA is never overwritten.
+//! It is meant for one machine, for tests and for small installations; several nodes may share the directory. Key and
+//! roots are read for each signing, so replacing the files rotates the CA without a restart. An existing CA is never
+//! overwritten.
 
 use super::credentials::Credentials;
 use super::signed::SignedCertificate;
@@ -102,8 +103,8 @@ impl Builtin {
         Credentials::alone(identity, signed).map(drop).map_err(|e| content(e.to_string()))
     }
 
-    /// Generates a P-256 key for `identity` and signs it. The certificate has an empty subject and exactly one URI SAN, the
-    /// SPIFFE name, which is critical.
+    /// Generates a P-256 key for `identity` and signs it. The certificate has an empty subject and exactly one URI SAN,
+    /// the SPIFFE name, which is critical.
     pub fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, BuiltinError> {
         let key_path = self.folder.join("ca.key");
         let root_path = self.folder.join("ca.pem");

@@ -1,5 +1,5 @@
-//! The queue of signing requests at the CA: a few at once, the most urgent first. A request may become more urgent while it
-//! waits.
+//! The queue of signing requests at the CA: a few at once, the most urgent first. A request may become more urgent
+//! while it waits.
 
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -45,17 +45,18 @@ struct QueueState {
 #[derive(Debug)]
 struct Waiter {
     urgency: Arc<Urgency>,
-    /// Carries the slot itself: if the waiter leaves at this moment, the slot is dropped and so comes back to the queue.
-    call: oneshot::Sender<Slot>,
+    /// Carries the slot itself: if the waiter leaves at this moment, the slot is dropped and so comes back to the
+    /// queue.
+    call: oneshot::Sender<CaSlot>,
 }
 
 /// Permission for one request; dropping it passes it on to the most urgent waiter.
 #[derive(Debug)]
-pub struct Slot {
+pub struct CaSlot {
     queue: Arc<CaQueue>,
 }
 
-impl Drop for Slot {
+impl Drop for CaSlot {
     fn drop(&mut self) {
         self.queue.pass_on();
     }
@@ -68,13 +69,13 @@ impl CaQueue {
     }
 
     /// Waits for a slot.
-    pub async fn enter(self: &Arc<Self>, urgency: &Arc<Urgency>) -> Slot {
+    pub async fn enter(self: &Arc<Self>, urgency: &Arc<Urgency>) -> CaSlot {
         loop {
             let called = {
                 let mut state = self.state.lock();
                 if state.free > 0 {
                     state.free -= 1;
-                    return Slot { queue: self.clone() };
+                    return CaSlot { queue: self.clone() };
                 }
                 let (call, called) = oneshot::channel();
                 state.waiters.push(Waiter { urgency: urgency.clone(), call });
@@ -95,9 +96,10 @@ impl CaQueue {
                 state.free += 1;
                 return;
             };
-            match state.waiters.remove(next).call.send(Slot { queue: self.clone() }) {
+            match state.waiters.remove(next).call.send(CaSlot { queue: self.clone() }) {
                 Ok(()) => return,
-                // This waiter has left. Dropping the slot would pass it on once more, so it is forgotten and the loop goes on.
+                // This waiter has left. Dropping the slot would pass it on once more, so it is forgotten and the loop
+                // goes on.
                 Err(slot) => std::mem::forget(slot),
             }
         }

@@ -1,5 +1,5 @@
-//! The certificates of this node's identities, and everything that the store and the renewal tasks share: the CA, its queue,
-//! the known roots and the revocation list.
+//! The certificates of this node's identities, and everything that the store and the renewal tasks share: the CA, its
+//! queue, the known roots and the revocation list.
 //!
 //! The store adds and removes entries and waits on them; each renewal task writes the state of its own entry.
 

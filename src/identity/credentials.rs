@@ -1,8 +1,8 @@
 //! The TLS settings of one identity, built once for each certificate and again when trust changes, and shared by every
 //! connection.
 //!
-//! TLS 1.3 only, with AES-GCM, X25519MLKEM768 preferred, and ALPN `h2`. There is no SNI, and there are no tickets and no
-//! session resumption: a session that is resumed at another workload would skip the verification of its identity.
+//! TLS 1.3 only, with AES-GCM, X25519MLKEM768 preferred, and ALPN `h2`. There is no SNI, and there are no tickets and
+//! no session resumption: a session that is resumed at another workload would skip the verification of its identity.
 
 use super::revoked::{Chain, RevocationList, Revocations};
 use super::signed::SignedCertificate;
@@ -85,8 +85,8 @@ impl fmt::Debug for Credentials {
 }
 
 impl Credentials {
-    /// Builds the settings. Fails if the roots of `trust` do not verify the certificate, because it would replace one that
-    /// works.
+    /// Builds the settings. Fails if the roots of `trust` do not verify the certificate, because it would replace one
+    /// that works.
     pub fn build(
         identity: SpiffeName,
         generation: u64,

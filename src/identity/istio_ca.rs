@@ -1,5 +1,5 @@
-//! Istio's CA, asked by `CreateCertificate`. Each certificate has a new P-256 key and its own request, in which the daemon
-//! impersonates the identity of a pod of this node. (Source: istiod's CA and its node authorizer.)
+//! Istio's CA, asked by `CreateCertificate`. Each certificate has a new P-256 key and its own request, in which the
+//! daemon impersonates the identity of a pod of this node. (Source: istiod's CA and its node authorizer.)
 
 use super::signed::SignedCertificate;
 use super::verify::{PeerError, peer_name};
@@ -117,7 +117,8 @@ impl IstioCa {
         Ok(new)
     }
 
-    /// Drops a connection, so that the next request makes a new one. A connection that another request has made since stays.
+    /// Drops a connection, so that the next request makes a new one. A connection that another request has made since
+    /// stays.
     fn disconnect(&self, failed: &Connection) {
         let mut kept = self.connection.lock();
         kept.take_if(|kept| kept.is_same(failed));
@@ -138,8 +139,8 @@ fn impersonate(identity: &SpiffeName) -> prost_types::Struct {
     prost_types::Struct { fields: fields.into() }
 }
 
-/// Reads an answer. The leaf comes first, the roots are in the last element, and everything between them is an intermediate.
-/// One element may contain several certificates (istiod before 1.25).
+/// Reads an answer. The leaf comes first, the roots are in the last element, and everything between them is an
+/// intermediate. One element may contain several certificates (istiod before 1.25).
 fn signed(
     identity: &SpiffeName,
     key: PrivateKeyDer<'static>,

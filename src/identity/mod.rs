@@ -1,5 +1,5 @@
-//! Certificates of this node's identities: requesting, renewing and revoking them, the TLS settings built from them, and
-//! the verification of peers.
+//! Certificates of this node's identities: requesting, renewing and revoking them, the TLS settings built from them,
+//! and the verification of peers.
 //!
 //! This module knows identities, not pods. A caller that needs a certificate asks the [`Store`] for the current
 //! [`Credentials`] of an identity.

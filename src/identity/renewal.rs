@@ -6,9 +6,9 @@
 //!    │ └── wait: longer after each failure, but shorter as the held certificate nears its end
 //!    └──error──┘
 //! ```
-//! During a CA rotation peers must know the new root before anyone presents a certificate signed by it. Every node renews
-//! at about half of the certificate's life and learns the roots then, so a certificate of a new root is held back until the
-//! old one is nearly over. A valid certificate is never given up because a renewal failed.
+//! During a CA rotation peers must know the new root before anyone presents a certificate signed by it. Every node
+//! renews at about half of the certificate's life and learns the roots then, so a certificate of a new root is held
+//! back until the old one is nearly over. A valid certificate is never given up because a renewal failed.
 
 use super::authority::AuthorityError;
 use super::ca_queue::Urgency;
@@ -32,13 +32,13 @@ const RETRY_MAX: Duration = Duration::from_secs(150);
 const CLOCK_CHECK: Duration = Duration::from_secs(10);
 /// Difference between the clock and elapsed time beyond which the clock counts as set, and the CA is asked at once.
 const CLOCK_JUMP: Duration = Duration::from_secs(20);
-/// For how long a CA may refuse a new identity before that is logged as a warning. CAs learn of a pod a little later than
-/// this node does.
+/// For how long a CA may refuse a new identity before that is logged as a warning. CAs learn of a pod a little later
+/// than this node does.
 const NEW_IDENTITY: Duration = Duration::from_secs(20);
 /// How long before its end the old certificate is replaced by one of a new root, as a fraction of its life.
 const SWITCH_BEFORE_END: f64 = 0.04;
-/// When a certificate is renewed, as a fraction of half its life; chosen at random from this range. The upper end leaves
-/// the last node to renew in a rotation enough time before anyone presents a certificate of the new root.
+/// When a certificate is renewed, as a fraction of half its life; chosen at random from this range. The upper end
+/// leaves the last node to renew in a rotation enough time before anyone presents a certificate of the new root.
 const RENEWAL: std::ops::Range<f64> = 0.8..0.92;
 /// Shortest time between renewals caused by a peer whose root is unknown. It doubles while they bring no new root.
 const ROOTS_RETRY_MIN: Duration = Duration::from_secs(30);
@@ -80,8 +80,8 @@ struct Successor {
 /// How long to wait before the CA is asked again.
 struct Wait {
     until: Instant,
-    /// When an unknown root of a peer, or a revocation of our own certificate, is reason enough to ask earlier. `None` while
-    /// the last request has failed.
+    /// When an unknown root of a peer, or a revocation of our own certificate, is reason enough to ask earlier. `None`
+    /// while the last request has failed.
     roots_at: Option<Instant>,
 }
 
@@ -196,8 +196,8 @@ impl Renewal {
         }
     }
 
-    /// Counts and logs a failed request. A CA refuses identities of pods that it has not learned of yet, or no longer has;
-    /// that is not worth a warning.
+    /// Counts and logs a failed request. A CA refuses identities of pods that it has not learned of yet, or no longer
+    /// has; that is not worth a warning.
     fn report_failure(&self, error: &FetchError, retry: Duration, is_new_identity: bool) {
         self.certificates.metrics.failures.inc();
         let is_refused = matches!(error, FetchError::Authority(error) if error.is_refusal());

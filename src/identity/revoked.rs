@@ -1,8 +1,8 @@
 //! Revoked certificates, by issuer and serial number, from all revocation lists in the CRL file together.
 //!
-//! A certificate is revoked if any list names it, and not otherwise. This also holds for lists that are one part of several
-//! (with an issuing distribution point). The whole chain of a peer is checked: at the handshake, and again for open tunnels
-//! when the file changes. If the file cannot be read, the last usable one stays in force.
+//! A certificate is revoked if any list names it, and not otherwise. This also holds for lists that are one part of
+//! several (with an issuing distribution point). The whole chain of a peer is checked: at the handshake, and again for
+//! open tunnels when the file changes. If the file cannot be read, the last usable one stays in force.
 
 use crate::task::files::FileWatch;
 use crate::task::thread::run_blocking;
@@ -23,8 +23,8 @@ use x509_parser::x509::ReasonCode;
 /// Largest file that is read.
 const BYTES_MAX: u64 = 256 << 20;
 
-/// How long connections with a peer may continue after its certificate has expired. A peer that renews in time has moved to
-/// a new tunnel by then, so this only lets short requests finish.
+/// How long connections with a peer may continue after its certificate has expired. A peer that renews in time has
+/// moved to a new tunnel by then, so this only lets short requests finish.
 const EXPIRY_GRACE: Duration = Duration::from_secs(5);
 
 /// Longest time between checks of the clock while waiting for a certificate to expire.
@@ -47,8 +47,8 @@ impl CertificateId {
 /// The revoked certificates.
 pub type RevocationList = HashSet<CertificateId>;
 
-/// Reads a CRL file: PEM with any number of lists (other items are skipped), or one list in DER. An empty file is a list
-/// without entries.
+/// Reads a CRL file: PEM with any number of lists (other items are skipped), or one list in DER. An empty file is a
+/// list without entries.
 pub fn parse(bytes: &[u8]) -> Result<RevocationList, String> {
     let mut listed = RevocationList::new();
     if bytes.iter().all(u8::is_ascii_whitespace) {
@@ -193,8 +193,8 @@ fn certificate_ids(chain: &[CertificateDer<'_>]) -> Vec<CertificateId> {
     chain.iter().filter_map(id).collect()
 }
 
-/// When the first of these certificates expires. Those that cannot be parsed are refused elsewhere. Those that have expired
-/// already are not part of the verified path, or the handshake would have failed, so they are ignored.
+/// When the first of these certificates expires. Those that cannot be parsed are refused elsewhere. Those that have
+/// expired already are not part of the verified path, or the handshake would have failed, so they are ignored.
 fn first_expiry(chain: &[CertificateDer<'_>]) -> Option<SystemTime> {
     let now = SystemTime::now();
     let end = |der: &CertificateDer<'_>| {

@@ -1,8 +1,8 @@
 //! The known roots of each trust domain, and how long they are trusted.
 //!
-//! Every root that an answer of the CA brings is trusted. A root that the CA no longer names stays trusted for the life of a
-//! certificate, because one may have been signed by it just before. So during a rotation both the old and the new root are
-//! trusted.
+//! Every root that an answer of the CA brings is trusted. A root that the CA no longer names stays trusted for the life
+//! of a certificate, because one may have been signed by it just before. So during a rotation both the old and the new
+//! root are trusted.
 
 use super::credentials::Credentials;
 use crate::mesh::Text;

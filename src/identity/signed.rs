@@ -16,8 +16,8 @@ pub struct SignedCertificate {
     pub not_before: SystemTime,
     /// End of the validity.
     pub not_after: SystemTime,
-    /// Length of the validity. Renewal times are derived from it, because neither this node's clock nor the CA's needs to
-    /// be right for that.
+    /// Length of the validity. Renewal times are derived from it, because neither this node's clock nor the CA's needs
+    /// to be right for that.
     pub life: Duration,
 }
 

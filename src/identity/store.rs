@@ -1,7 +1,8 @@
 //! The store of certificates, by identity. Pods want identities; connections ask for an identity's current credentials.
 //!
-//! Each wanted identity has one task (`renewal.rs`) that asks the CA. A connection only waits for the first certificate, and
-//! never longer than a deadline. A valid certificate is kept whatever fails, and forgotten a while after its last pod.
+//! Each wanted identity has one task (`renewal.rs`) that asks the CA. A connection only waits for the first
+//! certificate, and never longer than a deadline. A valid certificate is kept whatever fails, and forgotten a while
+//! after its last pod.
 
 use super::authority::Authority;
 use super::ca_queue::Urgency;
@@ -73,8 +74,8 @@ impl Store {
         Arc::new(Self { certificates, wanted: Notify::new(), tasks })
     }
 
-    /// Holds a certificate for `identity` from now on. If there is none yet, the CA is asked soon, however long it has been
-    /// failing. Called once per pod, on the control runtime.
+    /// Holds a certificate for `identity` from now on. If there is none yet, the CA is asked soon, however long it has
+    /// been failing. Called once per pod, on the control runtime.
     pub fn want(&self, identity: &SpiffeName) {
         let mut entries = self.certificates.entries.lock();
         if let Some(entry) = entries.get_mut(identity) {
@@ -118,8 +119,8 @@ impl Store {
         });
     }
 
-    /// The current credentials of `identity`. Waits up to [`FIRST_WAIT`] for the first ones, but not if the next request to
-    /// the CA comes later than that.
+    /// The current credentials of `identity`. Waits up to [`FIRST_WAIT`] for the first ones, but not if the next
+    /// request to the CA comes later than that.
     pub async fn get(&self, identity: &SpiffeName) -> Result<Arc<Credentials>, StoreError> {
         let deadline = Instant::now() + FIRST_WAIT;
         let (mut state, urgency) = self.entry(identity, deadline).await?;
@@ -191,7 +192,8 @@ impl Store {
         self.list().iter().filter_map(left).min()
     }
 
-    /// Rebuilds all TLS settings whenever the revocation list changes, for as long as it is awaited: roots may be listed too.
+    /// Rebuilds all TLS settings whenever the revocation list changes, for as long as it is awaited: roots may be
+    /// listed too.
     pub async fn follow_revocations(self: Arc<Self>) {
         let mut changes = self.certificates.revocations.changes();
         while changes.changed().await.is_ok() {
@@ -285,9 +287,9 @@ mod tests {
             (2, old.generation),
             "so does one that was there before"
         );
-        // After its renewal it still presents the old root's certificate, because peers may not know the new root yet. Half
-        // life has passed, so both certificates have been renewed; the validity is judged by the real clock, which has not
-        // moved.
+        // After its renewal it still presents the old root's certificate, because peers may not know the new root yet.
+        // Half life has passed, so both certificates have been renewed; the validity is judged by the real clock, which
+        // has not moved.
         tokio::time::sleep(life / 2).await;
         let renewed = store.get(&identity("old")).await.unwrap();
         assert_eq!((renewed.generation, renewed.chain()), (old.generation, old.chain()));

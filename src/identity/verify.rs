@@ -133,8 +133,8 @@ pub struct ServerVerifier {
 }
 
 impl ServerVerifier {
-    /// Whether a peer has an expected identity, or the same namespace and service account in a trust domain that counts as the
-    /// same.
+    /// Whether a peer has an expected identity, or the same namespace and service account in a trust domain that counts
+    /// as the same.
     fn is_expected(&self, peer: &SpiffeName) -> bool {
         let ours = |domain| self.trust_domains.contains(domain);
         self.expected.iter().any(|expected| {

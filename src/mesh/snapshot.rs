@@ -238,7 +238,7 @@ impl Snapshot {
     }
 
     /// Whether the control plane announces everything without being asked.
-    pub fn is_told_all(&self) -> bool {
+    pub fn announces_everything(&self) -> bool {
         self.absent.is_none()
     }
 
@@ -250,7 +250,7 @@ impl Snapshot {
 
     /// The ranges that must be asked for before it is certain that no service has a range that contains this address.
     pub fn unasked_around(&self, at: &NetworkAddress) -> Vec<FactKey> {
-        if self.is_told_all() {
+        if self.announces_everything() {
             return Vec::new();
         }
         let range = |ip| FactKey::Range(NetworkAddress { network: at.network.clone(), ip });

@@ -156,8 +156,8 @@ impl Membership {
         self.folder.join(format!("{}-{}", u8::from(self.ready), self.name))
     }
 
-    /// Checks which daemon is active, and becomes active if it is this daemon's turn. Returns whether this daemon is
-    /// the newest.
+    /// Checks which daemon is active, and becomes active if no newer daemon that is ready lives. Returns whether this
+    /// daemon is the newest.
     fn check(&mut self) -> bool {
         let newest = self.announce().and_then(|()| self.is_newest());
         let newest = match newest {

@@ -249,12 +249,9 @@ impl Capturer {
             let (mut name, own) = (format!("{}/{}", spec.namespace, spec.name), &self.config.cluster_id);
             let elsewhere = snapshot.clusters_of_pod(&spec.namespace, &spec.name);
             if let Some(other) = elsewhere.iter().find(|cluster| !cluster.is_empty() && ****cluster != **own) {
-                name += &format!(" of cluster {own} (CLUSTER_ID) but one of cluster {other}");
+                name += &format!(" in cluster {own} (CLUSTER_ID), only one in cluster {other},");
             } else if !elsewhere.is_empty() {
-                name += &format!(
-                    " on node {} (NODE_NAME) but one whose `node` is another, or missing",
-                    self.config.node_name
-                );
+                name += &format!(" on node {} (NODE_NAME), only one with another node or none,", self.config.node_name);
             }
             CaptureError::NoFacts(name)
         })?;

@@ -56,11 +56,11 @@ pub enum CaptureCheckError {
 
 /// Checks the outbound direction for each IP family that is redirected and in which the pod has an address.
 pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckError> {
-    for probe in CAPTURE_CHECK_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
+    for check_ip in CAPTURE_CHECK_IPS.into_iter().filter(|ip| ip.is_ipv4() || ipv6) {
         let own =
-            pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == probe.is_ipv4() && !is_link_local(*ip));
+            pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == check_ip.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
-        match one_family(pod, probe).await {
+        match one_family(pod, check_ip).await {
             // A pod without a default route can still reach its neighbours.
             Err(CaptureCheckError::Send { source, .. }) if unreachable(&source) => {
                 one_family(pod, neighbour(own)).await?
@@ -76,7 +76,7 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
     let arrived = pod.capture_checks.expect(&targets);
     let _forget = StopExpecting(pod);
     // The sockets stay open until one connection has arrived.
-    let probes = pod.netns.enter(|| {
+    let sockets = pod.netns.enter(|| {
         let send = |to: &SocketAddr| {
             let started = ordinary(*to).and_then(|socket| {
                 // Closing frees the port at once: an application may want to listen on it.
@@ -87,7 +87,7 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
         };
         targets.iter().map(send).collect::<Result<Vec<_>, _>>()
     })?;
-    let _sockets = probes?;
+    let _sockets = sockets?;
     let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
     arrival.map_err(|_| CaptureCheckError::NotCaptured(ip))
 }

@@ -6,8 +6,8 @@
 //!      └───── tried again ────┴────────────────────┘ namespace gone, or identity changed
 //! ```
 //! As long as a pod is enrolled, its rules stay, whatever fails: its traffic is captured or refused, never passed in
-//! plaintext. A pod that is enrolled again while it is being released gets a new task, which captures it at once; its open
-//! connections keep their time to end.
+//! plaintext. A pod that is enrolled again while it is being released gets a new task, which captures it at once; its
+//! open connections keep their time to end.
 
 use super::capture::{Approved, Capturer, Certificate, Listening};
 use super::error::CaptureError;

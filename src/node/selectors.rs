@@ -1,5 +1,5 @@
-//! Which labels enrol a pod: Kubernetes label selectors for pods and their namespaces, read from YAML. Unknown fields and
-//! operators are refused. Pure.
+//! Which labels enrol a pod: Kubernetes label selectors for pods and their namespaces, read from YAML. Unknown fields
+//! and operators are refused. Pure.
 
 use kube::core::{Expression, Selector, SelectorExt};
 use serde::Deserialize;
@@ -110,7 +110,8 @@ impl SelectorYaml {
     }
 }
 
-/// Istio's own rules: a pod labelled `ambient`, and a pod of a namespace labelled `ambient` unless the pod is labelled `none`.
+/// Istio's own rules: a pod labelled `ambient`, and a pod of a namespace labelled `ambient` unless the pod is labelled
+/// `none`.
 pub fn default_selectors() -> Vec<EnablementSelector> {
     let ambient = || Selector::from(Expression::Equal(MODE.into(), "ambient".into()));
     let not_none = Expression::NotIn(MODE.into(), ["none".to_owned()].into());

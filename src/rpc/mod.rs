@@ -1,7 +1,7 @@
 //! gRPC to the control plane: one HTTP/2 connection over TLS, with the configured token and headers on every request.
 //!
-//! Roots and token are files that may appear late and change. Both are read for each connection, the token also for each
-//! request. The token and the extra headers never appear in logs or on the admin port.
+//! Roots and token are files that may appear late and change. Both are read for each connection, the token also for
+//! each request. The token and the extra headers never appear in logs or on the admin port.
 
 pub mod tls;
 

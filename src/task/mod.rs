@@ -1,4 +1,5 @@
-//! Tasks, threads, and what they share: draining, backoff, readiness, slots for strangers, and files on disk.
+//! Tasks, threads, and what they share: draining, backoff, readiness, slots for unauthenticated peers, and files on
+//! disk.
 //!
 //! This is the only module that spawns. Every spawned task has an owner that can wait for it or end it.
 

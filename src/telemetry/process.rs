@@ -23,7 +23,7 @@ pub fn register(
     istio.get_or_create(&BuildLabels { component: "ztunnel", tag }).set(1);
     registry.register(
         "istio_build",
-        "Version of this node's tunnel daemon, under the name by which Istio's dashboards count them",
+        "Version of this node's proxy, under the metric name that Istio's dashboards use",
         istio,
     );
 }

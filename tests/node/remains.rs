@@ -154,7 +154,7 @@ fn a_daemon_whose_set_gets_another_name_waits_for_the_one_that_takes_its_place()
             assert_eq!(left, Vec::<String>::new(), "nobody has come");
             continue;
         };
-        assert_eq!(ends(&c, "no daemon follows"), 0, "pods were let go in plaintext");
+        assert_eq!(ends(&c, "no daemon replaces this one"), 0, "pods were let go in plaintext");
         for what in ["rules", "ip rules", "configuration", "plugin", "cni.sock", "turn-"] {
             assert!(left.iter().any(|there| there == what), "{what}: {left:?}");
         }

@@ -31,7 +31,7 @@ settings! {
         .help("CPU limit of the daemon's container. With it there is one worker thread for each CPU of the limit.");
     RESOURCE_CPU_REQUEST: Custom<usize> =
         Setting::new("resource-cpu-request", "ZTUNNEL_RESOURCE_CPU_REQUEST", parse::CPUS)
-            .help("CPU request of the daemon's container. There are at least as many worker threads.");
+            .help("CPU request of the daemon's container. At least this many worker threads are started, and at least 2 without a CPU limit.");
     MAX_CONNECTIONS: Number<usize> = Setting::new("max-connections", "CULVERT_MAX_CONNECTIONS", Number(1, 10_000_000))
         .or_else("40 % of the open-files limit")
         .help("Connections and streams that may be open at once. Further ones are refused and counted.")
@@ -82,8 +82,7 @@ settings! {
         .or("true")
         .help(
             "Give up a connection whose data has not been acknowledged for keepalive time + retries × interval (ztunnel's default is \
-             false). Tunnels have such a limit in either case, and one that is no longer than that of \
-             their PINGs.",
+             false). Tunnels always have such a limit, of at most 50 s.",
         )
         .shown("socketConfig.userTimeoutEnabled", |c| {
             json!(c.connection.sockets.legs.keepalive.is_some_and(|k| k.user_timeout))

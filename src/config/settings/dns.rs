@@ -30,5 +30,5 @@ settings! {
         .help("Time to live of answers for mesh names.");
     DNS_CACHE_ENTRIES: Number<usize> = Setting::new("dns-cache", "CULVERT_DNS_CACHE_ENTRIES", Number(0, 100_000))
         .or("256")
-        .help("Answers of its resolvers that are kept for each pod, for as long as their time to live. 0 keeps none.");
+        .help("Resolvers' answers that are cached for each pod until their time to live ends. 0 turns the cache off.");
 }

@@ -52,7 +52,8 @@ settings! {
     PROXY_CONFIG: Text = Setting::new("proxy-config", "PROXY_CONFIG", Text)
         .help(
             "Istio's proxy configuration, in YAML or JSON. The daemon reads `discoveryAddress`, `proxyAdminPort`, `statsPort`, \
-             `concurrency` and `proxyMetadata`, and takes each from Istio's mesh configuration where this one lacks it.",
+             `concurrency` and `proxyMetadata`; those that are missing come from `defaultConfig` in Istio's mesh configuration, \
+             `./etc/istio/config/mesh`.",
         )
         .secret()
         .shown("proxyMetadata", |c| json!(c.xds().map(|xds: &xds::Config| &xds.metadata)));

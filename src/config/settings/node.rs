@@ -15,12 +15,12 @@ settings! {
              mesh, on port 15008.",
         );
     POD_NAMESPACE: Text = Setting::new("pod-namespace", "POD_NAMESPACE", Text)
-        .help("Namespace of the daemon's own pod. Enrolment by labels takes it to be `istio-system` where it is not set.");
+        .help("Namespace of the daemon's own pod. With enrolment by labels the default is `istio-system`.");
     SERVICE_ACCOUNT: Text = Setting::new("service-account", "SERVICE_ACCOUNT", Text)
         .help("Service account of the daemon's own pod.");
     INSTANCE_IP: Custom<String> = Setting::new("instance-ip", "INSTANCE_IP", parse::IP)
         .or("1.1.1.1")
-        .help("Address of the daemon's own pod, which the control plane is told.");
+        .help("Address of the daemon's own pod, as it is reported to the control plane.");
     NETWORK: Text = Setting::new("network", "NETWORK", Text)
         .or_else("the default network")
         .help("Network of this node.")

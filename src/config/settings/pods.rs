@@ -45,7 +45,7 @@ settings! {
             PodSource::File(_) | PodSource::Kubernetes(_) => Value::Null,
         });
     KUBECONFIG: File = Setting::new("kubeconfig", "KUBECONFIG", File)
-        .or_else("as a pod of the cluster")
+        .or_else("the service account of the daemon's pod")
         .help("File that says how to reach the Kubernetes API.");
     SELECTORS: Custom<Vec<EnablementSelector>> =
         Setting::new("enablement-selectors", "AMBIENT_ENABLEMENT_SELECTOR", parse::SELECTORS)
@@ -56,15 +56,15 @@ settings! {
         .help("Namespaces of which no pod is enrolled, separated by commas. An empty value excludes none.");
     CNI_BIN_DIR: File = Setting::new("cni-bin-dir", "CULVERT_CNI_BIN_DIR", File)
         .or_else("the CNI plugin is not installed")
-        .help("The host's folder of CNI plugins. With this and `CULVERT_CNI_CONF_DIR` the daemon installs its CNI plugin.");
+        .help("The host's directory of CNI plugins. With this and `CULVERT_CNI_CONF_DIR` the daemon installs its CNI plugin.");
     CNI_CONF_DIR: File = Setting::new("cni-conf-dir", "CULVERT_CNI_CONF_DIR", File)
         .or_else("the CNI plugin is not installed")
-        .help("The host's folder of CNI configurations. It is set together with `CULVERT_CNI_BIN_DIR`.");
+        .help("The host's directory of CNI configurations. It is set together with `CULVERT_CNI_BIN_DIR`.");
     CNI_SOCKET: File = Setting::new("cni-socket", "CULVERT_CNI_SOCKET", File)
         .or("/var/run/culvert/cni.sock")
         .help(
-            "Socket on which the CNI plugin asks the daemon. In the same folder the daemons of a node agree which of them is active. The \
-             path must be the same on the host.",
+            "Socket on which the daemon answers the CNI plugin. Its directory also holds the locks by which the daemons of a \
+             node agree on the active one. The path must be the same in the container and on the host.",
         );
     DAEMONSET: Text = Setting::new("daemonset", "CULVERT_DAEMONSET", Text)
         .or("ztunnel")

@@ -79,7 +79,7 @@ impl Drop for OpenLeg {
 
 /// A connection that the daemon opened.
 #[derive(Debug)]
-pub struct Leg {
+pub struct DialledLeg {
     /// Its entry. It must be dropped before the socket, because afterwards another connection may have the same ends.
     pub entry: OpenLeg,
     /// The socket.
@@ -93,7 +93,7 @@ pub async fn outbound(
     source: Option<IpAddr>,
     config: &SocketConfig,
     open: &OpenLegs,
-) -> Result<Leg, DialError> {
+) -> Result<DialledLeg, DialError> {
     connect(netns, to, source.map_or(SourceAddress::FromRoute, SourceAddress::Own), config, open).await
 }
 
@@ -105,7 +105,7 @@ pub async fn to_app(
     client: IpAddr,
     config: &SocketConfig,
     open: &OpenLegs,
-) -> Result<Leg, DialError> {
+) -> Result<DialledLeg, DialError> {
     // A pod that connects to itself has that address anyway. An address of the other family cannot be kept, and neither
     // can a link-local IPv6 address, because the kernel sends answers to it through its own link only.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
@@ -150,7 +150,7 @@ impl SourceAddress {
 
 /// A connection that is being opened. If it is given up, it is reset: an application that has accepted it already must
 /// not take this for an orderly end.
-struct Connecting(Option<Leg>);
+struct Connecting(Option<DialledLeg>);
 
 impl Drop for Connecting {
     fn drop(&mut self) {
@@ -166,12 +166,13 @@ async fn connect(
     source: SourceAddress,
     config: &SocketConfig,
     open: &OpenLegs,
-) -> Result<Leg, DialError> {
+) -> Result<DialledLeg, DialError> {
     let failed = |source| DialError::Connect { to, source };
     let connecting = async {
         let (entry, socket) = netns.enter(|| source.connect(to, config, open))?.map_err(failed)?;
-        let mut leg = Connecting(Some(Leg { entry, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
-        if let Some(Leg { socket, .. }) = &leg.0 {
+        let mut leg =
+            Connecting(Some(DialledLeg { entry, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
+        if let Some(DialledLeg { socket, .. }) = &leg.0 {
             socket.writable().await.map_err(failed)?;
             if let Some(error) = socket.take_error().map_err(failed)? {
                 return Err(failed(error));

@@ -1,6 +1,6 @@
 //! Opening a stream with CONNECT through a pooled tunnel, and dialling the tunnel if there is none.
 
-use super::direct::{Leg, OpenLegs, SocketConfig, outbound};
+use super::direct::{DialledLeg, OpenLegs, SocketConfig, outbound};
 use super::error::{ANSWER_DEADLINE, DialError, HANDSHAKE_DEADLINE, TunnelDialError};
 use super::pool::{DialledTunnel, Lease, Pool, TunnelKey};
 use crate::connection::accept::tunnel::reset_if_cut;
@@ -109,7 +109,7 @@ pub async fn open(
 async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Result<DialledTunnel, TunnelDialError> {
     let tls = origin.credentials.client(&expected);
     let dialled = outbound(&origin.netns, to, None, &origin.sockets, &origin.legs).await;
-    let Leg { entry, socket } = dialled.map_err(|error| match error {
+    let DialledLeg { entry, socket } = dialled.map_err(|error| match error {
         DialError::Netns(error) => TunnelDialError::Netns(error),
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),

@@ -56,7 +56,7 @@ pub async fn both_ways(
 }
 
 /// Copies until `from` has ended, and then sends FIN to `to`; or until one of them breaks, which is recorded in its
-/// [`End`].
+/// [`Leg`].
 async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
     loop {
         // Reads that succeed at once never yield to the runtime by themselves; other tasks must get their turn.

@@ -2,7 +2,7 @@
 
 use crate::connection::authorize::Registration;
 use crate::connection::dial::DialError;
-use crate::connection::dial::direct::{Leg, OpenLeg};
+use crate::connection::dial::direct::{DialledLeg, OpenLeg};
 use crate::connection::forward::Stop;
 use crate::connection::pod::Pod;
 use crate::identity::{Chain, Distrust};
@@ -62,7 +62,7 @@ impl ResetUnlessDone {
     }
 
     /// A socket that the daemon connected.
-    pub fn dialled(Leg { entry, socket }: Leg) -> Self {
+    pub fn dialled(DialledLeg { entry, socket }: DialledLeg) -> Self {
         Self { _entry: Some(entry), socket, done: false }
     }
 

@@ -31,8 +31,8 @@ use tokio::time::Instant;
 const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
 /// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by
-/// `place` alone; afterwards it is counted in the budget, for the peer.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, place: Slot) {
+/// `slot` alone; afterwards it is counted in the budget, for the peer.
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, slot: Slot) {
     let reporter = &worker.shared.reporter;
     let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
     let _count = SocketCount::new(reporter, Direction::Inbound);
@@ -54,7 +54,7 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
                 return record.finish(Err(failure));
             }
         };
-    drop(place);
+    drop(slot);
     let peer = Arc::new(peer);
     if let Err(error) = serve_streams(worker, pod, &peer, &mut server).await {
         reporter.tunnel_ended(Direction::Inbound, peer.source, &peer.identity, &error);

@@ -35,8 +35,8 @@ async fn plaintext_steps(
     let destination = captured.destination;
     pod.with_own(&workload, |own| {
         // The daemon connects to the application from the client's address, and may choose the very port that the
-        // client uses for another connection. So only a connection from an address of the pod itself can be one of the
-        // daemon's.
+        // client uses for another connection. So a connection with the ends of one of the daemon's is taken for it only
+        // if it comes from an address of the pod itself.
         let is_ours = own.is_the_pod(captured.source.ip()) && pod.legs.contains(captured.source, destination);
         own.check_plaintext(destination, is_ours)
     })?;

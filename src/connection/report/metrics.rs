@@ -183,8 +183,8 @@ impl Metrics {
                    ping_timeout, rapid_reset, continuation_flood, empty_frames, window_overflow, flood, bad_frame and \
                    late_handshake";
         registry.register("culvert_tunnels_cut", cut, self.cut.clone());
-        let unused = "Connections to the port for tunnels that the peer closed in order before it sent anything, as port \
-                      scans and floods do. culvert doctor makes one for each pod";
+        let unused = "Connections to port 15008 that the peer closed cleanly before it sent anything, as port scans and floods do. \
+                      culvert doctor opens one for each pod";
         registry.register("culvert_tunnels_unused", unused, self.unused.clone());
         let failures = "Connections that failed, by reason, and by whose fault it was: peer, app, policy, mesh or us";
         registry.register("culvert_connection_failures", failures, self.failures.clone());

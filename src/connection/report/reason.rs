@@ -1,5 +1,5 @@
 //! The reason words for connections that failed or were refused, as one closed list, each with its meaning and what to
-//! check. README.md shows them as a table.
+//! check. docs/operate.md shows them as a table.
 
 macro_rules! reasons {
     ($($name:ident $word:literal $advice:literal;)+) => {
@@ -10,7 +10,7 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// All reasons, in the order of the table in README.md.
+            /// All reasons, in the order of the table in docs/operate.md.
             #[cfg(test)]
             const ALL: &[Self] = &[$(Self::$name,)+];
 
@@ -54,7 +54,7 @@ reasons! {
     TunnelConnect "tunnel_connect" "Port 15008 of the destination cannot be reached: there is no route, or nothing listens there";
     StreamRefused "stream_refused" "The destination accepts no more streams (REFUSED_STREAM), even after five attempts";
     TunnelBroken "tunnel_broken" "The tunnel broke while the connection used it: check the log of the far node, and the network";
-    TunnelCut "tunnel_cut" "This node ended the tunnel because of what its peer did: see the log line `tunnel cut` and the metric `culvert_tunnels_cut`";
+    TunnelCut "tunnel_cut" "This node ended the tunnel because of what its peer did: see the log line `tunnel cut` and the metric `culvert_tunnels_cut_total`";
     Connect "connect" "The destination or the application refused the connection, or there is no route to it";
     ConnectDeadline "connect_deadline" "The destination or the application does not answer";
     AnswerDeadline "answer_deadline" "The far end's node accepted the request and did not answer in time: check its log";
@@ -76,7 +76,7 @@ reasons! {
     BadRequest "bad_request" "A peer sent a request that is not a valid CONNECT request";
     Request "request" "A CONNECT request could not be written: please report this";
     LargestConsumer "largest_consumer" "The node is above 80 % of its connections, open files or memory (`error` says which), and this pod has the most connections";
-    LargestPeer "largest_peer" "As above, and the peer named in `error` has the most connections to that pod";
+    LargestPeer "largest_peer" "The node is above 80 % as for `largest_consumer`, and the peer named in `error` has the most connections to that pod";
     Limit "limit" "The node has reached `CULVERT_MAX_CONNECTIONS` or a limit of open files or memory, or its workers cannot keep up: `error` says which";
     OriginalDestinationUnknown "original_destination_unknown" "The kernel does not know the original destination: connection tracking is full, or rules in the pod were changed";
     Socket "socket" "The connection broke before anything was read from it";
@@ -93,11 +93,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_readme_has_the_table_of_all_reasons() {
+    fn the_documents_have_the_table_of_all_reasons() {
         let rows = Reason::ALL.iter().map(|reason| format!("| `{}` | {} |\n", reason.word(), reason.advice()));
         let table = format!("| reason | what to look at |\n|---|---|\n{}\n", rows.collect::<String>());
-        let readme = include_str!("../../../README.md");
-        assert!(readme.contains(&table), "README.md should have this table:\n{table}");
+        let document = include_str!("../../../docs/operate.md");
+        assert!(document.contains(&table), "docs/operate.md should have this table:\n{table}");
         let words: std::collections::BTreeSet<&str> = Reason::ALL.iter().map(|reason| reason.word()).collect();
         assert_eq!(words.len(), Reason::ALL.len(), "one word for one thing");
     }

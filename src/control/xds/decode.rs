@@ -1,8 +1,8 @@
 //! Decodes workloads and services into mesh facts. Pure; accepts any bytes.
 //!
-//! A value that is not understood, such as an address of three bytes or a gateway of a newer kind, is reported and left out,
-//! and the rest is used: connections to a workload that is not known at all would be sent as plaintext. A gateway that is not
-//! understood is kept as one that cannot be found. An unknown value of an enumeration is not a fault.
+//! A value that is not understood, such as an address of three bytes or a gateway of a newer kind, is reported and left
+//! out, and the rest is used: connections to a workload that is not known at all would be sent as plaintext. A gateway
+//! that is not understood is kept as one that cannot be found. An unknown value of an enumeration is not a fault.
 //!
 //! Defaults of the protocol (source: istiod and ztunnel): trust domain `cluster.local`, service account `default`,
 //! cluster `Kubernetes`, capacity 1.
@@ -263,7 +263,8 @@ fn gateway_target(gateway: &wire::GatewayAddress, names: &mut Names) -> Result<G
     }
 }
 
-/// The ports of a service or endpoint. A number may occur twice, such as 53 for UDP and TCP; a target other than 0 wins.
+/// The ports of a service or endpoint. A number may occur twice, such as 53 for UDP and TCP; a target other than 0
+/// wins.
 fn ports(list: &[wire::Port], faults: &mut Vec<String>) -> Ports {
     let mut ports = Ports::new();
     for entry in list {

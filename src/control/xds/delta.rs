@@ -1,10 +1,10 @@
 //! The delta xDS protocol as a state machine: which resources are held, which are requested, and how responses are
 //! answered. Pure: it turns messages into messages and into changes of the mesh facts.
 //!
-//! One stream carries both types. Either the control plane announces everything (wildcard), or it announces addresses only
-//! when they are requested (on-demand). A refused resource is reported without a version on the next stream, so that the
-//! server sends it again. First requests that would exceed the server's limit are sent without versions; the complete list
-//! that follows shows what has been removed.
+//! One stream carries both types. Either the control plane announces everything (wildcard), or it announces addresses
+//! only when they are requested (on-demand). A refused resource is reported without a version on the next stream, so
+//! that the server sends it again. First requests that would exceed the server's limit are sent without versions; the
+//! complete list that follows shows what has been removed.
 
 use super::decode::{self, Names};
 use super::policy;
@@ -53,9 +53,11 @@ pub struct Delta {
     request_order: VecDeque<String>,
     /// Names that came on this stream. The server treats them as subscribed.
     delivered: HashSet<String>,
-    /// What does not exist according to answers since the last call of [`Delta::expire`], and according to earlier ones.
+    /// What does not exist according to answers since the last call of [`Delta::expire`], and according to earlier
+    /// ones.
     absent: [HashSet<FactKey>; 2],
-    /// The same for answers about address ranges. They are kept longer, because each address outside the mesh needs many.
+    /// The same for answers about address ranges. They are kept longer, because each address outside the mesh needs
+    /// many.
     ranges: [HashSet<FactKey>; 2],
     /// Calls of [`Delta::expire`] since `ranges` was last aged.
     ticks: u32,
@@ -69,7 +71,7 @@ pub struct Delta {
     /// Ranges of services that are never searched for, and have not been returned yet.
     unsearched: Vec<String>,
     /// Which types of facts have been declared complete to the store.
-    told: Synced,
+    synced: Synced,
 }
 
 /// The result of a response.
@@ -124,11 +126,12 @@ impl Delta {
             names: Names::default(),
             noted: HashMap::new(),
             unsearched: Vec::new(),
-            told: Synced::default(),
+            synced: Synced::default(),
         }
     }
 
-    /// The first requests of a stream, one for each type. `without_versions` is set if the server has found them too large.
+    /// The first requests of a stream, one for each type. `without_versions` is set if the server has found them too
+    /// large.
     pub fn open(&mut self, node: &Node, without_versions: bool) -> [DeltaDiscoveryRequest; 2] {
         let first = |kind: &mut ResourceSet, type_url: &str| {
             let versions = kind.held.iter().map(|(name, held)| (name.to_string(), held.version.to_string()));
@@ -162,9 +165,9 @@ impl Delta {
 
     /// Requests for what is wanted on demand.
     ///
-    /// istiod does not answer a request for a name that is subscribed already, so such a name is unsubscribed first. To a
-    /// subscription of nothing it answers that everything is gone, so the request that unsubscribes also subscribes to a
-    /// placeholder name that does not exist.
+    /// istiod does not answer a request for a name that is subscribed already, so such a name is unsubscribed first. To
+    /// a subscription of nothing it answers that everything is gone, so the request that unsubscribes also subscribes
+    /// to a placeholder name that does not exist.
     pub fn ask(&mut self, wanted: Vec<FactKey>) -> (Vec<DeltaDiscoveryRequest>, Update) {
         let (mut again, mut names, mut update) = (Vec::new(), Vec::new(), Update::default());
         let mut seen = HashSet::new();
@@ -184,8 +187,8 @@ impl Delta {
         }
         let excess = self.requested.len().saturating_sub(REQUESTED_MAX);
         if excess > 0 {
-            // Nonexistent names are unsubscribed first, because changes of existing resources must not be missed. The names
-            // in this request stay.
+            // Nonexistent names are unsubscribed first, because changes of existing resources must not be missed. The
+            // names in this request stay.
             let now: HashSet<&String> = names.iter().collect();
             let nonexistent = self.nonexistent.iter().filter(|name| !now.contains(name)).take(excess.max(EVICTED));
             let mut out: HashSet<String> = nonexistent.cloned().collect();
@@ -232,12 +235,12 @@ impl Delta {
             AUTHORIZATION => self.policies(resources, removed_resources, &mut update, &mut findings),
             other => findings.faults.push(format!("{other:?} was not asked for")),
         }
-        // This starts again with each stream. Resources that were created while there was no stream arrive one type after
-        // the other, and workloads must not be used without the new policies.
-        let told = Synced { addresses: self.address.answered, policies: self.authorization.answered };
-        if self.told != told {
-            self.told = told;
-            update.synced = Some(told);
+        // This starts again with each stream. Resources that were created while there was no stream arrive one type
+        // after the other, and workloads must not be used without the new policies.
+        let synced = Synced { addresses: self.address.answered, policies: self.authorization.answered };
+        if self.synced != synced {
+            self.synced = synced;
+            update.synced = Some(synced);
         }
         let Findings { faults, notes } = findings;
         let error_detail = (!faults.is_empty()).then(|| Status {
@@ -357,8 +360,8 @@ impl Delta {
         new
     }
 
-    /// Treats a workload as the answer to requests for its addresses. A requested address that is a node's has no workload of
-    /// its own. No range starts at the address of a workload, as far as istiod announces.
+    /// Treats a workload as the answer to requests for its addresses. A requested address that is a node's has no
+    /// workload of its own. No range starts at the address of a workload, as far as istiod announces.
     fn answer_by_workload(&mut self, workload: &Workload, update: &mut Update) {
         let has_no_owner = workload.network_mode == NetworkMode::HostNetwork;
         for ip in &workload.ips {
@@ -366,14 +369,14 @@ impl Delta {
         }
     }
 
-    /// Treats a service as the answer to requests for its addresses. A requested address at the start of a range has no owner
-    /// other than the range. For other addresses in the range istiod answers by their own names.
+    /// Treats a service as the answer to requests for its addresses. A requested address at the start of a range has no
+    /// owner other than the range. For other addresses in the range istiod answers by their own names.
     fn answer_by_service(&mut self, service: &Service, update: &mut Update) {
-        let unfound = service.cidrs.iter().filter(|cidr| self.on_demand && !is_asked_for(&cidr.range));
-        let unfound: Vec<String> = unfound.map(|cidr| cidr.range.to_string()).collect();
-        if !unfound.is_empty() {
+        let unsearched = service.cidrs.iter().filter(|cidr| self.on_demand && !is_asked_for(&cidr.range));
+        let unsearched: Vec<String> = unsearched.map(|cidr| cidr.range.to_string()).collect();
+        if !unsearched.is_empty() {
             // Names of policies contain no blank, so this key is never a policy's.
-            let new = self.new_notes(&format!("service {}", service.key).into(), unfound);
+            let new = self.new_notes(&format!("service {}", service.key).into(), unsearched);
             self.unsearched.extend(new);
         }
         for vip in &service.vips {
@@ -402,8 +405,8 @@ impl Delta {
         update.absent.push(wanted);
     }
 
-    /// Forgets what was found not to exist before the last call but one. istiod announces new workloads by uid, never by the
-    /// address that was requested, so the address must be requested again.
+    /// Forgets what was found not to exist before the last call but one. istiod announces new workloads by uid, never
+    /// by the address that was requested, so the address must be requested again.
     pub fn expire(&mut self) -> Update {
         let older = |[newer, older]: &mut [HashSet<FactKey>; 2]| std::mem::replace(older, std::mem::take(newer));
         let mut forgotten: Vec<FactKey> = older(&mut self.absent).into_iter().collect();
@@ -438,8 +441,8 @@ impl Delta {
             (kind.answered, kind.synced) = (false, false);
         }
         // The file is only written when both types are complete.
-        self.told = Synced::ALL;
-        update.synced = Some(self.told);
+        self.synced = Synced::ALL;
+        update.synced = Some(self.synced);
         Restored { update, faults: findings.faults, notes: findings.notes }
     }
 }
@@ -498,7 +501,8 @@ mod tests {
                 delta.ask(vec![first.clone(), inside.clone(), outside.clone(), at("net/10.97.0.0")]);
             }
             let update = delta.receive(answer.clone()).update;
-            // For other addresses in the range istiod answers itself: one may be a workload whose answer is still to come.
+            // For other addresses in the range istiod answers itself: one may be a workload whose answer is still to
+            // come.
             let FactKey::Address(begins) = first.clone() else { unreachable!() };
             let answered = vec![first.clone(), FactKey::Range(begins)];
             assert_eq!(update.absent, if on_demand { answered.clone() } else { vec![] });

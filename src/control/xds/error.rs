@@ -47,7 +47,8 @@ impl StreamError {
 
     /// Whether the server found a message too large.
     pub(super) fn is_too_large(&self) -> bool {
-        // The same code means that there are too many requests; only the text distinguishes the two (source: gRPC's server).
+        // The same code means that there are too many requests; only the text distinguishes the two (source: gRPC's
+        // server).
         let too_large =
             |status: &Status| status.code() == Code::ResourceExhausted && status.message().contains("larger than max");
         matches!(self, Self::Refused(status) | Self::Failed(status) if too_large(status))

@@ -1,8 +1,8 @@
 //! Decodes authorization policies into mesh facts. Pure; accepts any bytes.
 //!
-//! What cannot be understood never widens access: a match that contains such a value never matches in an ALLOW policy and
-//! always matches in a DENY policy, and the policy is reported. Everything else means what it means to ztunnel. That includes
-//! values that can never match, such as a principal with `spiffe://`; they are noted in the log.
+//! What cannot be understood never widens access: a match that contains such a value never matches in an ALLOW policy
+//! and always matches in a DENY policy, and the policy is reported. Everything else means what it means to ztunnel.
+//! That includes values that can never match, such as a principal with `spiffe://`; they are noted in the log.
 
 use super::decode::{Decoded, ip, range};
 use crate::mesh::Policy;

@@ -33,8 +33,9 @@ pub(super) struct Accepted<T> {
 }
 
 impl ResourceSet {
-    /// Decodes one resource and holds it. What is wrong with it is added to `faults`, by name. A refused version leaves the
-    /// earlier one in place, so that a later removal is noticed, but forgets its version, so that the server sends it again.
+    /// Decodes one resource and holds it. What is wrong with it is added to `faults`, by name. A refused version leaves
+    /// the earlier one in place, so that a later removal is noticed, but forgets its version, so that the server sends
+    /// it again.
     pub(super) fn accept<T>(
         &mut self,
         mut resource: Resource,
@@ -62,8 +63,8 @@ impl ResourceSet {
         accepted
     }
 
-    /// Drops and returns the names that a response removes: those that it lists as removed, and if it is a complete list,
-    /// those that it lacks. `seen` are the resources that the response contains.
+    /// Drops and returns the names that a response removes: those that it lists as removed, and if it is a complete
+    /// list, those that it lacks. `seen` are the resources that the response contains.
     pub(super) fn remove_gone(&mut self, seen: &HashSet<Text>, removed: Vec<String>) -> Vec<String> {
         let is_complete = self.complete && !self.answered;
         (self.answered, self.synced) = (true, true);

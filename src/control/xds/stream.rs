@@ -1,5 +1,5 @@
-//! The client of the control plane: connects, applies and answers responses, requests what is wanted on demand, and connects
-//! again when the stream ends. It also reads and writes the state file.
+//! The client of the control plane: connects, applies and answers responses, requests what is wanted on demand, and
+//! connects again when the stream ends. It also reads and writes the state file.
 
 use super::config::Config;
 use super::delta::{ADDRESS, AUTHORIZATION, Delta, Restored};
@@ -34,8 +34,8 @@ const HEALTHY: Duration = Duration::from_secs(10);
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
 /// How many requests may wait to be sent.
 const QUEUE: usize = 16;
-/// Shortest time between two writes of the state file. Also half the time for which something that the control plane said
-/// does not exist is not requested again.
+/// Shortest time between two writes of the state file. Also half the time for which something that the control plane
+/// said does not exist is not requested again.
 const TICK: Duration = Duration::from_secs(5);
 /// How often the state file is written if nothing changes, so that its date shows that the facts are still true.
 const SAVE_AGAIN: Duration = Duration::from_secs(600);
@@ -234,8 +234,8 @@ impl Client {
         requests
     }
 
-    /// Services that lose endpoints by these removals. On demand, istiod announces endpoints that go but not those that come,
-    /// so the services must be requested again.
+    /// Services that lose endpoints by these removals. On demand, istiod announces endpoints that go but not those that
+    /// come, so the services must be requested again.
     fn losing_endpoints(&self, removed: &[String]) -> Vec<FactKey> {
         if !self.config.on_demand {
             return Vec::new();

@@ -179,7 +179,7 @@ impl Config {
                 Ok(written) => {
                     if written {
                         let path = self.conf_dir.join(OURS);
-                        tracing::info!(path = %path.display(), "the CNI plugin is installed: pods start when they are captured");
+                        tracing::info!(path = %path.display(), "the CNI plugin is installed: new pods start only once they are captured");
                     }
                     said = None;
                 }

@@ -211,8 +211,8 @@ async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingQuestion>) {
                 });
                 answer(question, netns, &asked).await
             }
-            (Err(error), false) => Err(format!("invalid question from the plugin: {error}")),
-            (_, true) => Err("the plugin's question is too long".into()),
+            (Err(error), false) => Err(format!("invalid request from the CNI plugin: {error}")),
+            (_, true) => Err("the request of the CNI plugin is too long".into()),
         },
         // The client has sent nothing.
         Ok(Err(_)) | Err(_) => return,

@@ -41,8 +41,8 @@ pub const PENDING: &str = "pending";
 
 /// The value that a pod's annotation should have; `Err` if it should stay as it is.
 ///
-/// A pod that cannot be called yet (`unreachable`) gets no value before `enabled`: an earlier patch would only delay that
-/// one.
+/// A pod that cannot be called yet (`unreachable`) gets no value before `enabled`: an earlier patch would only delay
+/// that one.
 ///
 /// A pod is `enabled` from its first capture on, for as long as the daemon accepts its connections. Peers then send
 /// HBONE, and would send plaintext if the value went. The mesh need not know the pod yet: it learns of the pod only

@@ -63,7 +63,9 @@ impl EnrolmentLoop {
                     std::mem::take(&mut self.asked).into_iter().partition(|(other, _)| same(&other.question));
                 self.asked = rest;
                 for (earlier, _) in earlier {
-                    drop(earlier.answer.send(Err("the runtime has sent a newer question for this pod".into())));
+                    drop(
+                        earlier.answer.send(Err("the container runtime has sent a newer request for this pod".into())),
+                    );
                 }
                 self.asked.push((asked, Instant::now() + ANSWER_WITHIN));
             }

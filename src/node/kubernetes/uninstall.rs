@@ -59,7 +59,11 @@ impl EnrolmentLoop {
         }
         self.remove_plugin(gone);
         if certain {
-            tracing::info!(daemonset = name, gone, "no daemon follows: the node's pods go on without the mesh");
+            tracing::info!(
+                daemonset = name,
+                gone,
+                "no daemon replaces this one: releasing the node's pods, which continue without the mesh"
+            );
             self.uninstall(drain).await;
         } else {
             tracing::warn!(
