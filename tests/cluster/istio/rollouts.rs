@@ -55,7 +55,7 @@ fn the_daemon_is_rolled_out_and_upgraded() {
     for node in ["n1", "n2"] {
         let log = cluster.kubectl(&["-n", SYSTEM, "logs", &cluster.daemon(node)]);
         let lines = |text: &str| log.lines().filter(|line| line.contains(text)).count();
-        assert_eq!(lines("somebody"), 0, "daemons have fought over rules");
+        assert_eq!(lines("another program"), 0, "daemons have fought over rules");
         assert!(
             lines("CNI plugin is installed") <= 1,
             "they have fought over the plugin: {} times",
