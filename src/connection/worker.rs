@@ -29,7 +29,7 @@ pub struct Shared {
     /// Mesh facts.
     pub mesh: Arc<mesh::Store>,
     /// Certificates.
-    pub identities: Arc<identity::Store>,
+    pub identities: Arc<identity::CertificateStore>,
     /// Metrics, the list of live connections, and limits of log lines.
     pub reporter: Arc<Reporter>,
     /// Live permits.

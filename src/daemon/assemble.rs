@@ -21,7 +21,7 @@ use crate::dns::Dns;
 use crate::hbone::Buffers;
 use crate::identity::istio_ca::IstioCa;
 use crate::identity::revoked::{self, Revocations};
-use crate::identity::{Authority, Builtin, Store as Identities};
+use crate::identity::{Builtin, CertificateAuthority, CertificateStore};
 use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::sys::netns::Netns;
@@ -282,13 +282,13 @@ fn certificates(
     revocations: &Arc<Revocations>,
     background: &Group,
     metrics: &Metrics,
-) -> Arc<Identities> {
+) -> Arc<CertificateStore> {
     let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
     let authority = match &config.ca {
-        CaSource::Builtin(dir) => Authority::Builtin(Builtin::new(dir, config.secret_ttl)),
-        CaSource::Istio(rpc) => Authority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
+        CaSource::Builtin(dir) => CertificateAuthority::Builtin(Builtin::new(dir, config.secret_ttl)),
+        CaSource::Istio(rpc) => CertificateAuthority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
-    Identities::new(authority, aliases, revocations.clone(), background.clone(), metrics.identities.clone())
+    CertificateStore::new(authority, aliases, revocations.clone(), background.clone(), metrics.identities.clone())
 }
 
 /// The end of the process, in order.

@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::connection::report::Reporter;
 use crate::control::xds::Freshness;
 use crate::dns::Dns;
-use crate::identity::Store as Identities;
+use crate::identity::CertificateStore;
 use crate::identity::revoked::Revocations;
 use crate::mesh::Store as Mesh;
 use crate::node::status::Board;
@@ -15,7 +15,7 @@ pub(super) struct Parts {
     pub(super) config: Config,
     pub(super) mesh: Arc<Mesh>,
     pub(super) freshness: Arc<Freshness>,
-    pub(super) identities: Arc<Identities>,
+    pub(super) identities: Arc<CertificateStore>,
     pub(super) revocations: Arc<Revocations>,
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,

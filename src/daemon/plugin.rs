@@ -3,7 +3,7 @@
 
 use crate::config::plugin::Call;
 use crate::node::cni::install::OURS;
-use crate::node::cni::{self, AskError, Question, Verb};
+use crate::node::cni::{self, AskError, PluginRequest, Verb};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -117,7 +117,7 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
     // STATUS always succeeds: while the daemon is away, the node must still be able to start the daemon's own pod. ADD
     // fails instead.
     if !configuration.is_exempt(call) && verb != Verb::Status {
-        let question = Question {
+        let request = PluginRequest {
             verb,
             name: call.pod.clone(),
             namespace: call.namespace.clone(),
@@ -126,7 +126,7 @@ fn perform(call: &Call, configuration: &Configuration) -> Result<Option<Value>, 
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.map_err(|error| invalid(TRY_AGAIN_LATER, &error.to_string()))?;
-        let asked = runtime.block_on(cni::ask(&configuration.socket, &question, netns.as_ref()));
+        let asked = runtime.block_on(cni::ask(&configuration.socket, &request, netns.as_ref()));
         match (verb, asked) {
             // Removing a pod must not wait for a daemon that is away. The daemon detects by itself that the pod is
             // gone.

@@ -7,7 +7,7 @@ use crate::mesh::SpiffeName;
 
 /// A certificate authority.
 #[derive(Debug)]
-pub enum Authority {
+pub enum CertificateAuthority {
     /// The built-in CA, in a directory.
     Builtin(Builtin),
     /// Istio's CA.
@@ -25,7 +25,7 @@ pub enum AuthorityError {
     Istio(#[from] IstioCaError),
 }
 
-impl Authority {
+impl CertificateAuthority {
     /// Generates a key for `identity` and has it signed. The CA has its own deadline.
     pub async fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, AuthorityError> {
         match self {

@@ -3,7 +3,7 @@
 //!
 //! The store adds and removes entries and waits on them; each renewal task writes the state of its own entry.
 
-use super::authority::Authority;
+use super::authority::CertificateAuthority;
 use super::ca_queue::{CaQueue, Urgency};
 use super::credentials::{Credentials, Trust};
 use super::metrics::Metrics;
@@ -56,7 +56,7 @@ pub(super) struct IdentityEntry {
 /// All identities of this node with their certificates.
 #[derive(Debug)]
 pub(super) struct Certificates {
-    pub(super) authority: Authority,
+    pub(super) authority: CertificateAuthority,
     /// Trust domains that are accepted beside each identity's own.
     aliases: Vec<Text>,
     pub(super) revocations: Arc<Revocations>,
@@ -70,7 +70,7 @@ pub(super) struct Certificates {
 impl Certificates {
     /// No identities yet; certificates will come from `authority`.
     pub(super) fn new(
-        authority: Authority,
+        authority: CertificateAuthority,
         aliases: Vec<Text>,
         revocations: Arc<Revocations>,
         metrics: Arc<Metrics>,

@@ -1,7 +1,7 @@
 //! Certificates of this node's identities: requesting, renewing and revoking them, the TLS settings built from them,
 //! and the verification of peers.
 //!
-//! This module knows identities, not pods. A caller that needs a certificate asks the [`Store`] for the current
+//! This module knows identities, not pods. A caller that needs a certificate asks the [`CertificateStore`] for the current
 //! [`Credentials`] of an identity.
 
 pub mod authority;
@@ -18,8 +18,8 @@ mod signed;
 pub mod store;
 pub mod verify;
 
-pub use authority::Authority;
+pub use authority::CertificateAuthority;
 pub use builtin::Builtin;
 pub use credentials::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
 pub use revoked::{Chain, Distrust};
-pub use store::Store;
+pub use store::CertificateStore;

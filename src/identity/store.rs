@@ -4,7 +4,7 @@
 //! certificate, and never longer than a deadline. A valid certificate is kept whatever fails, and forgotten a while
 //! after its last pod.
 
-use super::authority::Authority;
+use super::authority::CertificateAuthority;
 use super::ca_queue::Urgency;
 use super::certificates::{CertificateState, Certificates, IdentityEntry};
 use super::credentials::Credentials;
@@ -54,17 +54,17 @@ pub struct HeldCertificate {
 
 /// All certificates of this node.
 #[derive(Debug)]
-pub struct Store {
+pub struct CertificateStore {
     certificates: Arc<Certificates>,
     /// Notified when an identity becomes wanted.
     wanted: Notify,
     tasks: Group,
 }
 
-impl Store {
+impl CertificateStore {
     /// An empty store that asks `authority`. `aliases` are trust domains accepted beside each identity's own.
     pub fn new(
-        authority: Authority,
+        authority: CertificateAuthority,
         aliases: Vec<Text>,
         revocations: Arc<Revocations>,
         tasks: Group,
@@ -99,7 +99,7 @@ impl Store {
         });
     }
 
-    /// Ends one [`Store::want`]. The certificate is forgotten [`FORGET_AFTER`] after the last one.
+    /// Ends one [`CertificateStore::want`]. The certificate is forgotten [`FORGET_AFTER`] after the last one.
     pub fn forget(&self, identity: &SpiffeName) {
         let mut entries = self.certificates.entries.lock();
         let Some(entry) = entries.get_mut(identity) else { return };
@@ -231,9 +231,9 @@ mod tests {
         folder
     }
 
-    fn store(folder: &Path) -> Arc<Store> {
-        let authority = Authority::Builtin(Builtin::new(folder, Duration::from_secs(3600)));
-        Store::new(authority, Vec::new(), Arc::default(), Group::default(), Arc::default())
+    fn store(folder: &Path) -> Arc<CertificateStore> {
+        let authority = CertificateAuthority::Builtin(Builtin::new(folder, Duration::from_secs(3600)));
+        CertificateStore::new(authority, Vec::new(), Arc::default(), Group::default(), Arc::default())
     }
 
     fn identity(account: &str) -> SpiffeName {

@@ -43,11 +43,11 @@ pub struct ActiveRole {
 
 /// Permission for one write. The daemon does not go on standby before it is dropped.
 #[derive(Debug)]
-pub struct Permit {
+pub struct WriteGuard {
     writing: Arc<watch::Sender<usize>>,
 }
 
-impl Drop for Permit {
+impl Drop for WriteGuard {
     fn drop(&mut self) {
         self.writing.send_modify(|writing| *writing = writing.saturating_sub(1));
     }
@@ -70,12 +70,12 @@ impl ActiveRole {
     }
 
     /// Permission to write, if this daemon is active.
-    pub fn permit(&self) -> Option<Permit> {
+    pub fn write_guard(&self) -> Option<WriteGuard> {
         // Count the write first and then check the role: a daemon that goes on standby does these in the opposite
         // order.
         self.writing.send_modify(|writing| *writing += 1);
-        let permit = Permit { writing: self.writing.clone() };
-        self.is_active().then_some(permit)
+        let write_guard = WriteGuard { writing: self.writing.clone() };
+        self.is_active().then_some(write_guard)
     }
 
     /// A receiver that sees every change of the role.
@@ -347,7 +347,7 @@ mod tests {
         assert!(!one.check(), "the first sees the newer one");
         one.role.active.send_replace(false);
         one.lock = None;
-        assert!(two.check() && second.is_active() && first.permit().is_none());
+        assert!(two.check() && second.is_active() && first.write_guard().is_none());
         // The second dies without cleaning up: its lock ends with it, its file stays.
         let left = two.file();
         drop(two);
@@ -380,31 +380,31 @@ mod tests {
         let (ends, second_ends) = (Drain::default(), Drain::default());
         let (one, two) = (Group::default(), Group::default());
         one.spawn(member.keep(ends.signal()));
-        let permit = first.permit().unwrap();
+        let write_guard = first.write_guard().unwrap();
         let (second, member) = ActiveRole::join(&folder);
         second.set_ready();
         two.spawn(member.keep(second_ends.signal()));
         let (mut of_first, mut of_second) = (first.subscribe(), second.subscribe());
         of_first.wait_for(|active| !active).await.unwrap();
-        assert!(first.permit().is_none() && !second.is_active(), "the first still writes");
-        drop(permit);
+        assert!(first.write_guard().is_none() && !second.is_active(), "the first still writes");
+        drop(write_guard);
         of_second.wait_for(|active| *active).await.unwrap();
         second_ends.gently();
         two.finished().await;
         of_first.wait_for(|active| *active).await.unwrap();
         // A daemon that is told to end stops writing too, and waits for the write in progress.
-        let permit = first.permit().unwrap();
+        let write_guard = first.write_guard().unwrap();
         ends.gently();
         let write = async {
             of_first.wait_for(|active| !active).await.unwrap();
             assert!(lock_file(&folder.join(LOCK)).unwrap().is_none(), "the first still writes");
-            drop(permit);
+            drop(write_guard);
         };
         tokio::select! {
             () = write => one.finished().await,
             () = one.finished() => panic!("it ends without waiting for the write"),
         }
-        assert!(first.permit().is_none() && lock_file(&folder.join(LOCK)).unwrap().is_some());
+        assert!(first.write_guard().is_none() && lock_file(&folder.join(LOCK)).unwrap().is_some());
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "only the lock file is left");
         assert!(!has_daemon(&folder));
         std::fs::remove_dir_all(&folder).unwrap();
@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn a_daemon_that_cannot_read_the_folder_is_active() {
         let (role, mut member) = ActiveRole::join(Path::new("/proc/nowhere"));
-        assert!(role.is_active() && member.check() && role.permit().is_some());
+        assert!(role.is_active() && member.check() && role.write_guard().is_some());
         // A daemon on standby does not write again just because it cannot read the folder for a moment.
         let folder = folder("unseen");
         let (role, mut member) = ActiveRole::join(&folder);

@@ -403,7 +403,7 @@ impl PodTask {
         // The redirection that an agent has written is the agent's to remove.
         loop {
             // The active daemon of the node has released the pod as well, or still needs the rules.
-            let Some(permit) = self.capturer.role.permit() else { return true };
+            let Some(permit) = self.capturer.role.write_guard() else { return true };
             let removed = if ours {
                 redirect::remove(netns, listening.ipv6).await
             } else {

@@ -75,7 +75,7 @@ pub enum RedirectError {
     Inspect(io::Error),
     /// The ip rule or route could not be set.
     #[error(transparent)]
-    Route(#[from] routes::RouteError),
+    Route(#[from] routes::IpRouteError),
     /// Legacy iptables rules of istio-cni capture the pod, and the daemon cannot remove them.
     #[error(
         "legacy iptables rules of istio-cni ({0}) in the pod keep its traffic from culvert; restart the pod, or remove \

@@ -22,7 +22,7 @@ const LOOPBACK: u32 = 1;
 
 /// Why a rule or route could not be set.
 #[derive(Debug, thiserror::Error)]
-pub enum RouteError {
+pub enum IpRouteError {
     /// The network namespace cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
@@ -47,14 +47,14 @@ fn hint(error: &rtnetlink::Error) -> &'static str {
 
 /// Sets missing ip rules and routes. Returns whether all of them were in place; after an error, assume that they were
 /// not.
-pub async fn restore(netns: &Netns, ipv6: bool) -> Result<bool, RouteError> {
-    let late = |_| RouteError::Set { what: "ip rule and route", source: rtnetlink::Error::RequestFailed };
+pub async fn restore(netns: &Netns, ipv6: bool) -> Result<bool, IpRouteError> {
+    let late = |_| IpRouteError::Set { what: "ip rule and route", source: rtnetlink::Error::RequestFailed };
     tokio::time::timeout(DEADLINE, set(netns, ipv6, true)).await.map_err(late)?
 }
 
 /// Sets or removes the ip rules and routes. Returns whether all of them were as wanted before.
-pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, RouteError> {
-    let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| RouteError::Set {
+pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, IpRouteError> {
+    let (connection, handle, _) = netns.enter(rtnetlink::new_connection)?.map_err(|source| IpRouteError::Set {
         what: "netlink socket",
         source: rtnetlink::Error::NamespaceError(source.to_string()),
     })?;
@@ -67,13 +67,13 @@ pub async fn set(netns: &Netns, ipv6: bool, present: bool) -> Result<bool, Route
     };
     tokio::select! {
         result = work => result,
-        () = connection => Err(RouteError::Set { what: "netlink socket", source: rtnetlink::Error::RequestFailed }),
+        () = connection => Err(IpRouteError::Set { what: "netlink socket", source: rtnetlink::Error::RequestFailed }),
     }
 }
 
 /// Brings up the loopback interface of a new network namespace; without it no route can be set there.
-pub async fn loopback_up(netns: &Netns) -> Result<(), RouteError> {
-    let failed = |source| RouteError::Set { what: "loopback interface", source };
+pub async fn loopback_up(netns: &Netns) -> Result<(), IpRouteError> {
+    let failed = |source| IpRouteError::Set { what: "loopback interface", source };
     let (connection, handle, _) = netns
         .enter(rtnetlink::new_connection)?
         .map_err(|source| failed(rtnetlink::Error::NamespaceError(source.to_string())))?;
@@ -85,7 +85,7 @@ pub async fn loopback_up(netns: &Netns) -> Result<(), RouteError> {
     }
 }
 
-async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RouteError> {
+async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, IpRouteError> {
     let request = handle.rule().add().priority(RULE_PRIORITY).table_id(ROUTE_TABLE).action(RuleAction::ToTable);
     let mut message = if ipv6 { request.v6().message_mut().clone() } else { request.v4().message_mut().clone() };
     message.attributes.push(RuleAttribute::FwMark(RETURN_MARK));
@@ -100,7 +100,7 @@ async fn set_rule(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, Ro
     ignore(result, if present { nix::libc::EEXIST } else { nix::libc::ENOENT }, "ip rule")
 }
 
-async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, RouteError> {
+async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, IpRouteError> {
     let message = if ipv6 {
         let route = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(Ipv6Addr::UNSPECIFIED, 0);
         route.table_id(ROUTE_TABLE).kind(RouteType::Local).output_interface(LOOPBACK).build()
@@ -115,10 +115,10 @@ async fn set_route(handle: &Handle, ipv6: bool, present: bool) -> Result<bool, R
 }
 
 /// Returns whether the state was as wanted already, which the kernel reports as the error `code`.
-fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, RouteError> {
+fn ignore(result: Result<(), rtnetlink::Error>, code: i32, what: &'static str) -> Result<bool, IpRouteError> {
     match result {
         Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -code => Ok(true),
-        Err(source) => Err(RouteError::Set { what, source }),
+        Err(source) => Err(IpRouteError::Set { what, source }),
         Ok(()) => Ok(false),
     }
 }

@@ -165,7 +165,7 @@ impl Config {
         let (mut said, mut known) = (None::<String>, None);
         let (mut folder, mut role_changes) = (FolderWatch::new(&self.conf_dir), role.subscribe());
         loop {
-            let Some(permit) = role.permit() else {
+            let Some(permit) = role.write_guard() else {
                 tokio::select! {
                     () = drain.gentle() => return,
                     changed = role_changes.changed() => if changed.is_err() { return },

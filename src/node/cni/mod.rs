@@ -23,7 +23,7 @@ use tokio::time::MissedTickBehavior;
 
 /// Most bytes of a packet.
 const PACKET_BYTES_MAX: usize = 64 * 1024;
-/// How long a plugin may take to send its question.
+/// How long a plugin may take to send its request.
 const QUESTION_WITHIN: Duration = Duration::from_secs(5);
 /// How long the daemon may take to answer. Runtimes give a plugin minutes, but run one at a time for each pod.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -31,10 +31,10 @@ pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 const SEEN_EVERY: Duration = Duration::from_secs(5);
 /// First and longest wait after the socket could not be bound.
 const BIND_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// Questions that may wait.
+/// Requests that may wait.
 const QUEUE: usize = 64;
 
-/// What a question asks.
+/// What a request asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Verb {
@@ -48,10 +48,10 @@ pub enum Verb {
     Status,
 }
 
-/// A question of the plugin.
+/// A request of the plugin.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Question {
+pub struct PluginRequest {
     /// What it asks.
     pub verb: Verb,
     /// Name of the pod.
@@ -68,7 +68,7 @@ pub struct Question {
     pub ips: Vec<IpAddr>,
 }
 
-/// The answer to a question.
+/// The answer to a request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// Why not; `None` means yes.
@@ -76,20 +76,20 @@ pub struct Answer {
     pub error: Option<String>,
 }
 
-/// A question that waits for its answer.
+/// A request that waits for its answer.
 #[derive(Debug)]
-pub struct PendingQuestion {
-    /// The question.
-    pub question: Question,
+pub struct PendingRequest {
+    /// The request.
+    pub request: PluginRequest,
     /// The pod's network namespace.
     pub netns: Option<Netns>,
     /// Where the answer goes.
     pub answer: oneshot::Sender<Result<(), String>>,
 }
 
-/// Accepts questions at `socket` while this daemon is active, for as long as the group lives. Questions that were
+/// Accepts requests at `socket` while this daemon is active, for as long as the group lives. Requests that were
 /// accepted before the daemon goes on standby are answered too.
-pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mpsc::Receiver<PendingQuestion>> {
+pub fn listen(socket: &Path, role: &ActiveRole, tasks: &Group) -> io::Result<mpsc::Receiver<PendingRequest>> {
     let mut role_changes = role.subscribe();
     let mut listener = match *role_changes.borrow_and_update() {
         true => Some(bind(socket)?),
@@ -202,14 +202,14 @@ pub fn last_seen(socket: &Path) -> Option<(SystemTime, Duration)> {
     Some((at, at.elapsed().unwrap_or_default()))
 }
 
-async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingQuestion>) {
+async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingRequest>) {
     let result = match tokio::time::timeout(QUESTION_WITHIN, connection.receive(PACKET_BYTES_MAX)).await {
-        Ok(Ok(mut packet)) => match (serde_json::from_slice::<Question>(&packet.bytes), packet.truncated) {
-            (Ok(question), false) => {
+        Ok(Ok(mut packet)) => match (serde_json::from_slice::<PluginRequest>(&packet.bytes), packet.truncated) {
+            (Ok(request), false) => {
                 let netns = packet.descriptors.pop().and_then(|descriptor| {
-                    Netns::handed_over(descriptor, &format!("(netns of {}/{})", question.namespace, question.name)).ok()
+                    Netns::handed_over(descriptor, &format!("(netns of {}/{})", request.namespace, request.name)).ok()
                 });
-                answer(question, netns, &asked).await
+                answer(request, netns, &asked).await
             }
             (Err(error), false) => Err(format!("invalid request from the CNI plugin: {error}")),
             (_, true) => Err("the request of the CNI plugin is too long".into()),
@@ -223,21 +223,25 @@ async fn serve(connection: Seqpacket, asked: mpsc::Sender<PendingQuestion>) {
     }
 }
 
-async fn answer(question: Question, netns: Option<Netns>, asked: &mpsc::Sender<PendingQuestion>) -> Result<(), String> {
-    if question.verb == Verb::Add && netns.is_none() {
+async fn answer(
+    request: PluginRequest,
+    netns: Option<Netns>,
+    asked: &mpsc::Sender<PendingRequest>,
+) -> Result<(), String> {
+    if request.verb == Verb::Add && netns.is_none() {
         return Err("the plugin has sent no network namespace".into());
     }
     let (answer, answered) = oneshot::channel();
     let ask = async {
         let gone = || "the daemon is ending; try again".to_owned();
-        asked.send(PendingQuestion { question, netns, answer }).await.map_err(|_| gone())?;
+        asked.send(PendingRequest { request, netns, answer }).await.map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     };
     let late = || format!("no answer within {} s", ANSWER_WITHIN.as_secs());
     tokio::time::timeout(ANSWER_WITHIN, ask).await.unwrap_or_else(|_| Err(late()))
 }
 
-/// Why a question was not answered with yes.
+/// Why a request was not answered with yes.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     /// The daemon is not running, or does not answer.
@@ -249,10 +253,10 @@ pub enum AskError {
 }
 
 /// Asks the daemon, as the plugin does.
-pub async fn ask(socket: &Path, question: &Question, netns: Option<&std::fs::File>) -> Result<(), AskError> {
+pub async fn ask(socket: &Path, request: &PluginRequest, netns: Option<&std::fs::File>) -> Result<(), AskError> {
     let path = socket.display();
     let away = |error: io::Error| AskError::Away(format!("does not answer at {path}: {error}"));
-    let bytes = serde_json::to_vec(question).map_err(|error| AskError::Refused(error.to_string()))?;
+    let bytes = serde_json::to_vec(request).map_err(|error| AskError::Refused(error.to_string()))?;
     let work = async {
         let connection = Seqpacket::connect(socket).map_err(away)?;
         match netns {

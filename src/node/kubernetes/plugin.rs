@@ -1,34 +1,34 @@
-//! Answers the questions of the CNI plugin from what is known about pods.
+//! Answers the requests of the CNI plugin from what is known about pods.
 
 use super::facts::PodFacts;
 use super::pod_netns::PodNetns;
 use super::state::EnrolmentLoop;
 use crate::mesh::Text;
-use crate::node::cni::{PendingQuestion, Question, Verb};
+use crate::node::cni::{PendingRequest, PluginRequest, Verb};
 use crate::node::spec::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a question may wait. The plugin waits longer, so it receives the reason.
+/// How long a request may wait. The plugin waits longer, so it receives the reason.
 const ANSWER_WITHIN: Duration = Duration::from_secs(8);
 
 /// Answer to plugins that wait for a daemon that is no longer active.
 const TAKEN_OVER: &str = "this daemon is ending, or another daemon of this node has taken over; try again";
 
-/// What can be answered to a question now.
+/// What can be answered to a request now.
 struct Verdict {
     answer: Option<Result<(), String>>,
     /// What the answer waits for, if there is none yet.
     waits_for: String,
-    /// A pod's network namespace that came with the question and is not known yet.
+    /// A pod's network namespace that came with the request and is not known yet.
     new_netns: Option<(Text, Netns)>,
 }
 
-/// Whether a question is about this pod.
-fn is_about(Question { name, namespace, uid, .. }: &Question, pod: &PodFacts) -> bool {
-    // Without a uid, the question is about the pod of this name that has not ended.
+/// Whether a request is about this pod.
+fn is_about(PluginRequest { name, namespace, uid, .. }: &PluginRequest, pod: &PodFacts) -> bool {
+    // Without a uid, the request is about the pod of this name that has not ended.
     let same = match uid {
         Some(uid) => *pod.uid == **uid || pod.static_uid.as_deref() == Some(uid),
         None => !pod.ended,
@@ -36,19 +36,19 @@ fn is_about(Question { name, namespace, uid, .. }: &Question, pod: &PodFacts) ->
     *pod.name == **name && *pod.namespace == **namespace && same
 }
 
-/// Whether the pod's start waits for the answer to a question.
-pub(super) fn starts(question: &Question, pod: &PodFacts) -> bool {
-    question.verb == Verb::Add && is_about(question, pod)
+/// Whether the pod's start waits for the answer to a request.
+pub(super) fn starts(request: &PluginRequest, pod: &PodFacts) -> bool {
+    request.verb == Verb::Add && is_about(request, pod)
 }
 
 impl EnrolmentLoop {
-    /// Takes a question of the CNI plugin.
-    pub(super) fn take_question(&mut self, asked: PendingQuestion) {
-        let Question { verb, name, namespace, .. } = &asked.question;
+    /// Takes a request of the CNI plugin.
+    pub(super) fn take_question(&mut self, asked: PendingRequest) {
+        let PluginRequest { verb, name, namespace, .. } = &asked.request;
         match verb {
             Verb::Status => drop(asked.answer.send(Ok(()))),
             Verb::Del => {
-                // Without a network namespace, the question is about a sandbox that went long ago. The pod's present
+                // Without a network namespace, the request is about a sandbox that went long ago. The pod's present
                 // sandbox is another one.
                 if let Some(netns) = &asked.netns {
                     self.netns_by_pod.retain(|_, known| known.netns != *netns);
@@ -57,10 +57,11 @@ impl EnrolmentLoop {
             }
             Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
             Verb::Add => {
-                let same =
-                    |other: &Question| other.verb == Verb::Add && other.name == *name && other.namespace == *namespace;
+                let same = |other: &PluginRequest| {
+                    other.verb == Verb::Add && other.name == *name && other.namespace == *namespace
+                };
                 let (earlier, rest) =
-                    std::mem::take(&mut self.asked).into_iter().partition(|(other, _)| same(&other.question));
+                    std::mem::take(&mut self.asked).into_iter().partition(|(other, _)| same(&other.request));
                 self.asked = rest;
                 for (earlier, _) in earlier {
                     drop(
@@ -72,7 +73,7 @@ impl EnrolmentLoop {
         }
     }
 
-    /// Answers the questions that can be answered now, and those that have waited too long. Returns whether a question
+    /// Answers the requests that can be answered now, and those that have waited too long. Returns whether a request
     /// brought a network namespace that was not known.
     pub(super) fn answer_questions(&mut self) -> bool {
         let mut handed_over = false;
@@ -82,7 +83,7 @@ impl EnrolmentLoop {
             }
             let verdict = self.verdict(&asked);
             if let Some((uid, netns)) = verdict.new_netns {
-                let ips = asked.question.ips.clone();
+                let ips = asked.request.ips.clone();
                 handed_over = true;
                 self.netns_by_pod.insert(uid, PodNetns { handed_over: true, ips, ..PodNetns::new(netns) });
             }
@@ -97,14 +98,14 @@ impl EnrolmentLoop {
         handed_over
     }
 
-    fn verdict(&self, asked: &PendingQuestion) -> Verdict {
-        let Question { verb, name, namespace, .. } = &asked.question;
+    fn verdict(&self, asked: &PendingRequest) -> Verdict {
+        let PluginRequest { verb, name, namespace, .. } = &asked.request;
         let later = |waits_for: String| Verdict { answer: None, waits_for, new_netns: None };
         let now = |answer| Verdict { answer: Some(answer), waits_for: String::new(), new_netns: None };
         let (Some(pods), Some(namespaces)) = (&self.pods, &self.namespaces) else {
             return later("the Kubernetes API has not sent this node's pods yet".into());
         };
-        let pod = pods.values().find(|pod| is_about(&asked.question, pod));
+        let pod = pods.values().find(|pod| is_about(&asked.request, pod));
         let (Some(pod), Some(labels)) = (pod, namespaces.get(namespace.as_str())) else {
             return later(format!("the Kubernetes API has not sent pod {namespace}/{name} yet"));
         };

@@ -208,7 +208,7 @@ impl EnrolmentLoop {
             match uids.contains(&pod.uid) {
                 true => {
                     let status = states.get(&pod.uid);
-                    let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.question, pod));
+                    let awaited = self.asked.iter().any(|(asked, _)| plugin::starts(&asked.request, pod));
                     let unreachable = awaited || pod.ips.is_empty();
                     if let Ok(value) = annotate::wanted(status, pod.annotation(), unreachable) {
                         self.annotator.ensure(pod, Some(value), awaited);

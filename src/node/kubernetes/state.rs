@@ -11,7 +11,7 @@ use super::scan::ScanResult;
 use super::watch::Metrics;
 use crate::mesh::Text;
 use crate::node::capture::Capturer;
-use crate::node::cni::PendingQuestion;
+use crate::node::cni::PendingRequest;
 use crate::node::config::KubernetesConfig;
 use crate::node::kubelet_probes::ProbedPods;
 use crate::node::pods::Pods;
@@ -52,7 +52,7 @@ pub struct Enrolment {
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// Questions of the CNI plugin, if it is installed.
-    pub plugin: Option<mpsc::Receiver<PendingQuestion>>,
+    pub plugin: Option<mpsc::Receiver<PendingRequest>>,
     /// Held until each pod of the first list has had one attempt.
     pub ready: Option<Pending>,
     /// What is known of the daemon's own DaemonSet.
@@ -72,7 +72,7 @@ pub(super) struct EnrolmentLoop {
     pub(super) scan: ScanSchedule,
     pub(super) ready: Option<Arc<Pending>>,
     /// Questions of the CNI plugin that wait for the API or for the capture, with their deadlines.
-    pub(super) asked: Vec<(PendingQuestion, Instant)>,
+    pub(super) asked: Vec<(PendingRequest, Instant)>,
     /// How often each pod that is not enrolled has been searched for rules of an earlier daemon.
     pub(super) cleaned: HashMap<Text, u32>,
     /// Connections in such pods have time to end until then: another daemon may be releasing the pods.
