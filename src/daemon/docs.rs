@@ -29,7 +29,8 @@ pub fn settings() -> Result<String, Error> {
     t.push_str(
         "# Settings\n\n\
          Every setting is an argument and an environment variable of `culvert node`; the argument takes precedence. `culvert check` reads\n\
-         the same settings and reports every fault at once, by name, with exit code 2; so does `culvert node` when it starts.\n\n\
+         the same settings, reports all faults at once with the names of the settings, and exits with 2; so does `culvert node`\n\
+         when it starts.\n\n\
          Where ztunnel has a variable, culvert's has the same name, default and meaning, with four differences: `USER_TIMEOUT_ENABLED` is true by\n\
          default; `ENABLE_ORIG_SRC` fails a connection rather than lose the client's address; `PACKET_MARK` is limited to 1 to 4095 without 273;\n\
          and the file of `LOCAL_XDS_PATH` is followed and takes the place of the control plane. Variables that begin with `CULVERT_` are\n\

@@ -156,7 +156,7 @@ impl Configuration {
         own || self.exclude_namespaces.contains(&call.namespace)
     }
 
-    /// The text of the pod's event while the daemon is away: on which node, since when, and what can be done.
+    /// The text of the pod's event while no daemon answers: on which node, since when, and what can be done.
     fn away(&self, why: &str) -> String {
         let (namespace, set, socket) = (&self.own_namespace, &self.own_name, &self.socket);
         let (of_node, on_node) = match self.node.as_str() {
@@ -173,7 +173,7 @@ impl Configuration {
         format!(
             "the daemon {of_node} {why}; {since}. New pods of the node wait for it, because it decides which of them are captured: see \
              kubectl -n {namespace} get pods{on_node}. Pods of namespaces in EXCLUDE_NAMESPACES of DaemonSet {set} (chart: \
-             excludeNamespaces) do not wait; while the daemon is away, add the namespace to excludeNamespaces of {OURS} on the node as well"
+             excludeNamespaces) do not wait; while no daemon runs, add the namespace to excludeNamespaces of {OURS} on the node as well"
         )
     }
 

@@ -42,8 +42,8 @@ settings! {
         .or_else("no facts are kept")
         .help(
             "File (mode 0600) in which the daemon keeps the last known mesh facts, and from which it starts while the control plane is \
-             away. A second file beside it, with `.pods` added to the name, keeps the enrolled pods for a start while the Kubernetes \
-             API is away.",
+             unreachable. A second file beside it, with `.pods` added to the name, keeps the enrolled pods for a start while the Kubernetes \
+             API is unreachable.",
         )
         .shown("stateFile", |c| json!(c.xds().and_then(|xds| xds.state_file.as_ref()).map(|path| path.display().to_string())));
     STATE_FILE_MAX_AGE: Time = Setting::new("state-file-max-age", "CULVERT_STATE_FILE_MAX_AGE", Time::ANY)

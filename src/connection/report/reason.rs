@@ -53,7 +53,7 @@ reasons! {
     TunnelBlocked "tunnel_blocked" "Port 15008 of the destination does not answer: a NetworkPolicy blocks it, or the node is down";
     TunnelConnect "tunnel_connect" "Port 15008 of the destination cannot be reached: there is no route, or nothing listens there";
     StreamRefused "stream_refused" "The destination accepts no more streams (REFUSED_STREAM), even after five attempts";
-    TunnelBroken "tunnel_broken" "The tunnel broke while the connection used it: check the log of the far node, and the network";
+    TunnelBroken "tunnel_broken" "The tunnel broke while the connection used it: check the log of the far end's node, and the network";
     TunnelCut "tunnel_cut" "This node ended the tunnel because of what its peer did: see the log line `tunnel cut` and the metric `culvert_tunnels_cut_total`";
     Connect "connect" "The destination or the application refused the connection, or there is no route to it";
     ConnectDeadline "connect_deadline" "The destination or the application does not answer";
