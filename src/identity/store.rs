@@ -288,7 +288,7 @@ mod tests {
             "so does one that was there before"
         );
         // After its renewal it still presents the old root's certificate, because peers may not know the new root yet.
-        // Half life has passed, so both certificates have been renewed; the validity is judged by the real clock, which
+        // Half life has passed, so both certificates have been renewed; the validity is checked against the real clock, which
         // has not moved.
         tokio::time::sleep(life / 2).await;
         let renewed = store.get(&identity("old")).await.unwrap();

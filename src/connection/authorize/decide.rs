@@ -165,7 +165,7 @@ impl Applicable {
     }
 }
 
-/// The difference between two [`Applicable`] values of one workload. It allows a live connection to be judged again by
+/// The difference between two [`Applicable`] values of one workload. It allows a live connection to be re-evaluated by
 /// evaluating only the policies that changed.
 #[derive(Debug)]
 pub struct PolicyChanges {

@@ -12,7 +12,7 @@ use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMat
 use crate::mesh::{SpiffeName, Text};
 use std::net::{IpAddr, SocketAddr};
 
-/// The connection that is judged: may `peer` reach `destination` from `source`?
+/// The connection that is evaluated: may `peer` reach `destination` from `source`?
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subject {
     /// Identity that TLS proved; `None` for plaintext.

@@ -1,7 +1,7 @@
 //! Step 2: may this peer reach this pod?
 //!
 //! `decide` answers from the facts alone, with `matcher` for single rules. `admit` asks once for each new connection or
-//! stream, and `revoke` judges live ones again when facts change. Nothing can dial a pod's application without the
+//! stream, and `revoke` re-evaluates live ones when facts change. Nothing can dial a pod's application without the
 //! [`Permit`] that this step returns.
 
 mod admit;

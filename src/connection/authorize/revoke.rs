@@ -1,9 +1,9 @@
-//! Live permits: they are judged again whenever facts change, and a connection that is no longer allowed is told to
+//! Live permits: they are re-evaluated whenever facts change, and a connection that is no longer allowed is told to
 //! stop.
 //!
 //! A connection registers before it asks for its permit. It has to ask again if the facts change meanwhile, so no
 //! change can be missed in between. All connections to a workload share what applies to it ([`Applicable`]). As long as
-//! that stays the same, none of them is judged; when it changes, each is judged by the difference only. The work is
+//! that stays the same, none of them is evaluated; when it changes, each is evaluated by the difference only. The work is
 //! done in turns of limited size, and other tasks of the thread run between them.
 
 use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
@@ -40,8 +40,8 @@ struct WorkloadEntry {
     workload: Arc<Workload>,
     /// What applies to the workload, by the newest facts for which this was computed.
     newest: Option<NewestRules>,
-    /// What all connections that have a permit were judged by. Some may have been judged by something newer.
-    judged: Option<Arc<Applicable>>,
+    /// What all connections that have a permit were evaluated by. Some may have been evaluated by something newer.
+    evaluated: Option<Arc<Applicable>>,
     live: HashMap<u64, Arc<ConnectionEntry>>,
 }
 
@@ -122,7 +122,7 @@ impl Registration {
     }
 
     /// Takes a permit that was granted by these facts. `false` means that something else applies by newer facts: the
-    /// connection has to ask again, because the round that judged the others by them did not include it.
+    /// connection has to ask again, because the round that evaluated the others by them did not include it.
     pub(super) fn take_permit(&self, version: u64, applicable: &Arc<Applicable>, permit: &Permit) -> bool {
         let by_workload = self.permits.by_workload();
         let newest = by_workload.get(&self.uid).and_then(|of_workload| of_workload.newest.as_ref());
@@ -165,7 +165,7 @@ struct TurnBudget {
 struct RoundStats {
     /// Policies evaluated.
     policies: usize,
-    /// Connections judged.
+    /// Connections evaluated.
     connections: usize,
 }
 
@@ -192,7 +192,7 @@ impl Permits {
         });
         let (id, uid) = (self.next.fetch_add(1, Ordering::Relaxed), workload.uid.clone());
         let of_workload =
-            || WorkloadEntry { workload: workload.clone(), newest: None, judged: None, live: HashMap::new() };
+            || WorkloadEntry { workload: workload.clone(), newest: None, evaluated: None, live: HashMap::new() };
         self.by_workload().entry(uid.clone()).or_insert_with(of_workload).live.insert(id, entry.clone());
         Registration { id, uid, permits: self.clone(), entry }
     }
@@ -204,9 +204,9 @@ impl Permits {
         let mut waiting = WaitingForPolicy::new();
         loop {
             changes.mark_unchanged();
-            let RoundStats { policies, connections } = self.judge_all(mesh, &mut waiting).await;
+            let RoundStats { policies, connections } = self.evaluate_all(mesh, &mut waiting).await;
             if connections > 0 {
-                tracing::debug!(connections, policies, "live connections judged again");
+                tracing::debug!(connections, policies, "live connections re-evaluated");
             }
             tokio::time::sleep(ROUND_PAUSE).await;
             let soonest = waiting.values().flat_map(HashMap::values).min().map(|since| *since + POLICY_WAIT);
@@ -218,8 +218,8 @@ impl Permits {
         }
     }
 
-    /// One round: judges every connection that has a permit by the current facts.
-    async fn judge_all(&self, mesh: &mesh::Store, waiting: &mut WaitingForPolicy) -> RoundStats {
+    /// One round: evaluates every connection that has a permit by the current facts.
+    async fn evaluate_all(&self, mesh: &mesh::Store, waiting: &mut WaitingForPolicy) -> RoundStats {
         let uids: Vec<Text> = self.by_workload().keys().cloned().collect();
         waiting.retain(|uid, _| uids.contains(uid));
         let mut turn = TurnBudget { left: TURN_POLICIES, stats: RoundStats::default() };
@@ -237,15 +237,15 @@ impl Permits {
                 let mut by_workload = self.by_workload();
                 let Some(of_workload) = by_workload.get_mut(&uid) else { continue };
                 of_workload.workload = workload;
-                let same = of_workload.judged.as_ref().is_some_and(|judged| Arc::ptr_eq(judged, &now));
+                let same = of_workload.evaluated.as_ref().is_some_and(|evaluated| Arc::ptr_eq(evaluated, &now));
                 if same && !waiting.contains_key(&uid) {
                     continue;
                 }
-                of_workload.judged = Some(now.clone());
+                of_workload.evaluated = Some(now.clone());
                 of_workload.live.iter().map(|(id, entry)| (*id, entry.clone())).collect()
             };
             let since = waiting.remove(&uid).unwrap_or_default();
-            let still = judge(live, snapshot.version, &now, &since, &mut turn).await;
+            let still = evaluate(live, snapshot.version, &now, &since, &mut turn).await;
             if !still.is_empty() {
                 waiting.insert(uid, still);
             }
@@ -294,18 +294,18 @@ impl Permits {
 
 /// Judges connections of one workload by what applies `now`. `waiting` are those that were waiting for an unknown
 /// policy before; the result are those that still wait.
-async fn judge(
+async fn evaluate(
     live: Vec<(u64, Arc<ConnectionEntry>)>,
     version: u64,
     now: &Arc<Applicable>,
     waiting: &HashMap<u64, Instant>,
     turn: &mut TurnBudget,
 ) -> HashMap<u64, Instant> {
-    // Most connections were judged by the same value before, so each difference is computed once.
+    // Most connections were evaluated by the same value before, so each difference is computed once.
     let mut changes: Vec<(Arc<Applicable>, PolicyChanges)> = Vec::new();
     let mut still = HashMap::new();
     for (id, entry) in live {
-        // A connection without a permit is asking for it itself. One with a permit by newer facts is judged in the
+        // A connection without a permit is asking for it itself. One with a permit by newer facts is evaluated in the
         // round for those. One that has been refused is about to end.
         let Some(basis) = entry.basis().filter(|basis| basis.version <= version) else { continue };
         if entry.refusal.get().is_some() {
@@ -438,7 +438,7 @@ mod tests {
         let applicable = live.applicable(&old, &known);
         let Verdict::Allow(permit) = applicable.verdict(live.subject()) else { panic!("nothing forbids it") };
         mesh.update(Update { policies: vec![deny_port("deny", PolicyScope::Global, 80)], ..Update::default() });
-        permits.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        permits.evaluate_all(&mesh, &mut WaitingForPolicy::new()).await;
         assert!(!live.take_permit(old.version, &applicable, &permit), "it has to ask again");
         assert!(matches!(authorize(&mesh, &live).await, Err(Refusal::Denied(_))));
         // A change that does not affect what applies does not make a connection ask again.
@@ -446,7 +446,7 @@ mod tests {
         let (old, uid) = (mesh.load(), other.uid().clone());
         let applicable = other.applicable(&old, old.workload(&uid).unwrap());
         mesh.update(Update { workloads: vec![workload("b", "other", "10.0.0.9")], ..Update::default() });
-        permits.judge_all(&mesh, &mut WaitingForPolicy::new()).await;
+        permits.evaluate_all(&mesh, &mut WaitingForPolicy::new()).await;
         assert!(other.take_permit(old.version, &applicable, &permit));
     }
 
@@ -469,33 +469,37 @@ mod tests {
             }
         }
         let mut waiting = WaitingForPolicy::new();
-        assert_eq!(permits.judge_all(&mesh, &mut waiting).await, RoundStats::default(), "all have just been judged");
+        assert_eq!(
+            permits.evaluate_all(&mesh, &mut waiting).await,
+            RoundStats::default(),
+            "all have just been evaluated"
+        );
 
-        // When a workload names another policy, its 50 connections are judged.
+        // When a workload names another policy, its 50 connections are evaluated.
         let mut one = servers[0].clone();
         one.policies = vec!["a/one".into()];
         let policy = deny_port("one", PolicyScope::WorkloadSelector, 1000);
         mesh.update(Update { workloads: vec![one], policies: vec![policy], ..Update::default() });
-        let stats = permits.judge_all(&mesh, &mut waiting).await;
+        let stats = permits.evaluate_all(&mesh, &mut waiting).await;
         assert_eq!(stats.connections, 50);
         assert!(stats.policies <= 61 * (POLICIES + 1) + 50, "{stats:?}");
         assert_eq!(live.iter().filter(|live| live.reason().is_some()).count(), 1);
 
-        // A change that does not affect what applies judges none, even if the facts are announced again.
+        // A change that does not affect what applies evaluates none, even if the facts are announced again.
         let mut healthy = servers[1].clone();
         healthy.node = "another".into();
         mesh.update(Update { workloads: vec![healthy], ..Update::default() });
-        assert_eq!(permits.judge_all(&mesh, &mut waiting).await, RoundStats::default());
+        assert_eq!(permits.evaluate_all(&mesh, &mut waiting).await, RoundStats::default());
         mesh.update(Update {
             policies: vec![Policy { namespace: "b".into(), ..deny_port("b", PolicyScope::Namespace, 1) }],
             ..Update::default()
         });
-        assert_eq!(permits.judge_all(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
+        assert_eq!(permits.evaluate_all(&mesh, &mut waiting).await.connections, 0, "a policy of another namespace");
 
-        // A policy for the whole mesh judges all, and other tasks run in between.
+        // A policy for the whole mesh evaluates all, and other tasks run in between.
         let policy = deny_port("all", PolicyScope::Global, 1001);
         mesh.update(Update { policies: vec![policy], ..Update::default() });
-        let looking = async { Some(permits.judge_all(&mesh, &mut waiting).await) };
+        let looking = async { Some(permits.evaluate_all(&mesh, &mut waiting).await) };
         let mut turns = 0;
         let others = async {
             loop {
@@ -540,7 +544,7 @@ mod tests {
                     let mut update = Update { workloads: vec![server], ..Update::default() };
                     if gone { update.gone_policies.push(policy.key) } else { update.policies.push(policy) }
                     mesh.update(update);
-                    permits.judge_all(&mesh, &mut waiting).await;
+                    permits.evaluate_all(&mesh, &mut waiting).await;
                     let snapshot = mesh.load();
                     live.retain(|(uid, live)| {
                         let server = snapshot.workload(uid).unwrap();
