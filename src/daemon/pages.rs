@@ -43,7 +43,9 @@ fn logging(log: &LogControl, dns: &Dns, query: &Query) -> Result<String, String>
     }
     for (name, value) in query.iter().filter(|(name, _)| !is_reset(name)) {
         match (name.as_str(), value.as_str()) {
-            ("level", directives) if !directives.is_empty() => log.add(directives),
+            // istioctl asks for the current level in this way.
+            ("level", "") => Ok(()),
+            ("level", directives) => log.add(directives),
             ("dns", pod) if pod.split('/').count() == 2 => {
                 let mut pods = dns.logged();
                 pods.push(pod.to_owned());

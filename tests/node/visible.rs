@@ -297,6 +297,7 @@ fn the_log_level_is_changed_while_running() {
     let post = |path: &'static str| inside(&w.ns("n1"), move || http(15000, "POST", path, "localhost")).unwrap();
     assert_eq!(w.try_get(1, 15000, "/logging").unwrap().0, 405);
     assert_eq!(post("/logging"), (200, "current log level is info\n".into()));
+    assert_eq!(post("/logging?level=").0, 200, "istioctl asks in this way");
     assert_eq!(post("/logging?level=access=debug").0, 200);
     ask(&client.netns, (server.v4, 8080), "x").unwrap();
     w.log_line(1, "opened, at debug", |l| l["message"] == "connection opened");
