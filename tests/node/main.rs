@@ -1,7 +1,7 @@
 //! The shipped binary in real network namespaces, driven only from outside: by files, sockets and signals.
 //!
 //! The binary under test is the path in `SUBJECT` (default: the binary of this build). The scenarios need root,
-//! nftables, iproute2 and the Python environment that `scripts/test` makes. Without these a scenario fails; it is never
+//! nftables, iproute2 and the Python environment that `scripts/need-python` makes. Without these a scenario fails; it is never
 //! skipped.
 
 #![allow(
