@@ -172,7 +172,19 @@ impl World {
 
     /// Starts a node's daemon as Istio's chart does: facts and certificates from a control plane, pods from an agent.
     pub fn start_istio_node(&mut self, node: u8, plane: &ControlPlane, agent: &Agent, settings: &[(&str, &str)]) {
-        let mut command = self.istio_command(node, plane, agent);
+        self.start_istio_program(&subject(), node, plane, agent, settings);
+    }
+
+    /// The same with another program that takes ztunnel's environment.
+    pub fn start_istio_program(
+        &mut self,
+        program: &Path,
+        node: u8,
+        plane: &ControlPlane,
+        agent: &Agent,
+        settings: &[(&str, &str)],
+    ) {
+        let mut command = self.istio_command(program, node, plane, agent);
         command.envs(settings.iter().copied());
         let log = self.dir.join(format!("node{node}.log"));
         let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
@@ -181,7 +193,7 @@ impl World {
 
     /// The same in a container: with its own PID namespace, in which the host's processes are not visible.
     pub fn start_istio_container(&mut self, node: u8, plane: &ControlPlane, agent: &Agent) {
-        let own = self.istio_command(node, plane, agent);
+        let own = self.istio_command(&subject(), node, plane, agent);
         let mut command = Command::new("unshare");
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(own.get_program()).args(own.get_args());
         command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
@@ -192,7 +204,7 @@ impl World {
 
     /// Starts a second daemon of a node, inside a pod of its own as in a cluster.
     pub fn start_istio_upgrade(&mut self, own: &Pod, plane: &ControlPlane, agent: &Agent) {
-        let mut command = self.istio_command(own.node, plane, agent);
+        let mut command = self.istio_command(&subject(), own.node, plane, agent);
         let log = self.dir.join(format!("node{}.log", own.node));
         let process = Process::start(&own.netns, &mut command, &log);
         self.nodes.push((own.node, process));
@@ -213,8 +225,8 @@ impl World {
         .into()
     }
 
-    fn istio_command(&self, node: u8, plane: &ControlPlane, agent: &Agent) -> Command {
-        let mut command = Command::new(subject());
+    fn istio_command(&self, program: &Path, node: u8, plane: &ControlPlane, agent: &Agent) -> Command {
+        let mut command = Command::new(program);
         let address = format!("172.30.0.1:{}", control_plane::PORT);
         command.args(["proxy", "ztunnel"]).env("XDS_ADDRESS", &address).env("CA_ADDRESS", &address);
         command.env("ALT_XDS_HOSTNAME", control_plane::HOST).env("ALT_CA_HOSTNAME", control_plane::HOST);
@@ -511,10 +523,10 @@ pub fn output_in(ns: &str, program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// A program of the Python environment that `scripts/test` makes.
+/// A program of the Python environment that `scripts/need-python` makes.
 pub fn python_env(program: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/test-env/bin").join(program);
-    assert!(path.exists(), "{} is not there: scripts/test installs it", path.display());
+    assert!(path.exists(), "{} is not there: scripts/need-python installs it", path.display());
     path
 }
 
