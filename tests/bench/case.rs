@@ -232,11 +232,9 @@ fn steady_load(subject: &Subject, front: &Client, beside: &[(Load, usize)], seco
     set(RATE, outcome.operations as f64 / outcome.seconds);
     set(THROUGHPUT, gigabits(outcome.bytes, outcome.seconds));
     set(BESIDE, beside);
-    if outcome.operations > 0 {
-        set(P50, outcome.p50);
-        set(P99, outcome.p99);
-        set(P999, outcome.p999);
-    }
+    set(P50, outcome.p50);
+    set(P99, outcome.p99);
+    set(P999, outcome.p999);
     if subject.has_proxies() {
         let (cpu, switches) = (after.cpu - before.cpu, after.switches.saturating_sub(before.switches) as f64);
         let (each, unit) = (outcome.operations as f64, outcome.bytes as f64);

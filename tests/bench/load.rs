@@ -6,6 +6,7 @@
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Write};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -86,16 +87,32 @@ struct Counts {
     operations: u64,
     bytes: u64,
     errors: u64,
+    /// When the operation that each connection waits for began.
+    waiting: BTreeMap<usize, Instant>,
 }
 
 impl Counts {
+    /// Counts from now on. Operations that have begun go on.
+    fn begin_anew(&mut self) {
+        *self = Self { waiting: std::mem::take(&mut self.waiting), ..Self::new() };
+    }
+
     fn new() -> Self {
         let most = u64::try_from(LATENCY_MAX.as_nanos()).unwrap();
         let latency = Histogram::new_with_bounds(100, most, 3).unwrap();
-        Self { since: Instant::now(), latency, operations: 0, bytes: 0, errors: 0 }
+        Self { since: Instant::now(), latency, operations: 0, bytes: 0, errors: 0, waiting: BTreeMap::new() }
     }
 
-    fn outcome(&self) -> Outcome {
+    /// The result until now. An operation that has waited longer than any that is complete counts as one of them in the
+    /// latencies. Otherwise one that never completes would improve them.
+    fn outcome(&mut self) -> Outcome {
+        let longest = Duration::from_nanos(self.latency.max());
+        for begun in self.waiting.values() {
+            let waited = begun.max(&self.since).elapsed();
+            if waited > longest {
+                self.latency.saturating_record(nanoseconds(waited));
+            }
+        }
         let at = |quantile: f64| self.latency.value_at_quantile(quantile) as f64 / 1000.0;
         Outcome {
             seconds: self.since.elapsed().as_secs_f64(),
@@ -114,10 +131,18 @@ impl Counts {
 struct Shared(Arc<Mutex<Counts>>);
 
 impl Shared {
-    fn operation(&self, took: Duration) {
+    /// An operation of a connection begins.
+    fn begin(&self, connection: usize) -> Instant {
+        let now = Instant::now();
+        self.0.lock().unwrap().waiting.insert(connection, now);
+        now
+    }
+
+    fn complete(&self, connection: usize, took: Duration) {
         let mut counts = self.0.lock().unwrap();
+        counts.waiting.remove(&connection);
         counts.operations += 1;
-        counts.latency.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        counts.latency.saturating_record(nanoseconds(took));
     }
 
     fn bytes(&self, more: usize) {
@@ -127,6 +152,10 @@ impl Shared {
     fn error(&self) {
         self.0.lock().unwrap().errors += 1;
     }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// How the server treats a connection: its first byte.
@@ -254,7 +283,7 @@ pub fn client(client: &Client) {
     let commands = std::thread::spawn(move || {
         for line in std::io::stdin().lock().lines().map_while(Result::ok) {
             match line.as_str() {
-                "start" => *counts.0.lock().unwrap() = Counts::new(),
+                "start" => counts.0.lock().unwrap().begin_anew(),
                 "fill" => drop(fill.send(())),
                 _ => break,
             }
@@ -279,10 +308,10 @@ async fn run(client: &Client, shared: Shared, filled: tokio::sync::mpsc::Unbound
         Load::Visit { addresses } => return visit(client, addresses, &shared).await,
         _ => {}
     }
-    for _ in 0..client.connections {
+    for connection in 0..client.connections {
         let (to, load, shared) = (client.to, client.load.clone(), shared.clone());
         tokio::spawn(async move {
-            while let Err(_error) = one(to, &load, &shared).await {
+            while let Err(_error) = one(to, &load, connection, &shared).await {
                 shared.error();
                 // So that a peer that refuses everything is not measured by how fast it refuses.
                 tokio::time::sleep(Duration::from_millis(10)).await;
@@ -300,21 +329,21 @@ async fn open(to: SocketAddr, kind: u8) -> std::io::Result<TcpStream> {
     Ok(stream)
 }
 
-async fn one(to: SocketAddr, load: &Load, shared: &Shared) -> std::io::Result<()> {
+async fn one(to: SocketAddr, load: &Load, connection: usize, shared: &Shared) -> std::io::Result<()> {
     match load {
         Load::Exchange { bytes } => {
             let mut stream = open(to, treat::ECHO).await?;
             let (message, mut answer) = (vec![1; *bytes], vec![0; *bytes]);
             loop {
-                let start = Instant::now();
+                let start = shared.begin(connection);
                 stream.write_all(&message).await?;
                 stream.read_exact(&mut answer).await?;
-                shared.operation(start.elapsed());
+                shared.complete(connection, start.elapsed());
                 shared.bytes(2 * bytes);
             }
         }
         Load::Connect => loop {
-            connect_exchange_close(to, shared).await?;
+            connect_exchange_close(to, connection, shared).await?;
         },
         Load::Down => {
             let mut stream = open(to, treat::SEND).await?;
@@ -343,8 +372,8 @@ async fn one(to: SocketAddr, load: &Load, shared: &Shared) -> std::io::Result<()
     }
 }
 
-async fn connect_exchange_close(to: SocketAddr, shared: &Shared) -> std::io::Result<()> {
-    let start = Instant::now();
+async fn connect_exchange_close(to: SocketAddr, connection: usize, shared: &Shared) -> std::io::Result<()> {
+    let start = shared.begin(connection);
     let mut stream = TcpStream::connect(to).await?;
     stream.set_nodelay(true)?;
     let mut message = [1; 65];
@@ -355,7 +384,7 @@ async fn connect_exchange_close(to: SocketAddr, shared: &Shared) -> std::io::Res
     // The end of the other side is part of the connection.
     let _ = stream.read(&mut [0]).await;
     drop(stream);
-    shared.operation(start.elapsed());
+    shared.complete(connection, start.elapsed());
     Ok(())
 }
 
@@ -364,13 +393,13 @@ async fn visit(client: &Client, addresses: u32, shared: &Shared) {
     let std::net::IpAddr::V4(first) = client.to.ip() else { panic!("addresses are counted in IPv4") };
     let next = Arc::new(Mutex::new(0..addresses));
     let tasks: Vec<_> = (0..client.connections)
-        .map(|_| {
+        .map(|connection| {
             let (next, shared) = (next.clone(), shared.clone());
             tokio::spawn(async move {
                 loop {
                     let Some(index) = next.lock().unwrap().next() else { break };
                     let address = std::net::Ipv4Addr::from(u32::from(first) + index);
-                    let visited = connect_exchange_close((address, PORT).into(), &shared);
+                    let visited = connect_exchange_close((address, PORT).into(), connection, &shared);
                     if !matches!(tokio::time::timeout(PATIENCE, visited).await, Ok(Ok(()))) {
                         shared.error();
                     }
@@ -455,7 +484,7 @@ fn paced(client: &Client, bytes: usize, rate: u32, shared: &Shared) {
         let (to, shared) = (client.to, shared.clone());
         std::thread::spawn(move || {
             let _ = nix::sys::prctl::set_timerslack(1000);
-            while paced_one(to, bytes, period, period / count * index, &shared).is_err() {
+            while paced_one(to, bytes, period, index, &shared).is_err() {
                 shared.error();
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -464,17 +493,20 @@ fn paced(client: &Client, bytes: usize, rate: u32, shared: &Shared) {
     println!("ready");
 }
 
-fn paced_one(to: SocketAddr, bytes: usize, period: Duration, first: Duration, shared: &Shared) -> std::io::Result<()> {
+fn paced_one(to: SocketAddr, bytes: usize, period: Duration, index: u32, shared: &Shared) -> std::io::Result<()> {
     let mut stream = std::net::TcpStream::connect(to)?;
     stream.set_nodelay(true)?;
     stream.write_all(&[treat::ECHO])?;
     let (message, mut answer) = (vec![1; bytes], vec![0; bytes]);
-    let mut due = Instant::now() + first;
+    // The connections begin at different times within the first period: the fractions of multiples of 0.618 are spread.
+    let mut due = Instant::now() + period.mul_f64((f64::from(index) * 0.618).fract());
+    let connection = index as usize;
     loop {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        shared.begin(connection);
         stream.write_all(&message)?;
         stream.read_exact(&mut answer)?;
-        shared.operation(due.elapsed());
+        shared.complete(connection, due.elapsed());
         shared.bytes(2 * bytes);
         due += period;
     }

@@ -217,7 +217,21 @@ impl Subject {
         for pid in &self.proxies {
             let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
             let ended = state.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with('Z'));
-            assert!(!ended, "a proxy of {:?} has ended: see its log in {}", self.kind, self.world.dir.display());
+            assert!(!ended, "a proxy of {:?} has ended", self.kind);
+        }
+    }
+}
+
+impl Drop for Subject {
+    /// Shows the end of the logs of a pair of proxies if something failed. The world shows those of the nodes.
+    fn drop(&mut self) {
+        for name in ["client-proxy.log", "server-proxy.log"] {
+            if std::thread::panicking()
+                && let Ok(log) = std::fs::read_to_string(self.world.dir.join(name))
+            {
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- last lines of {name} ---\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));
+            }
         }
     }
 }
