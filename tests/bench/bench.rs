@@ -37,7 +37,7 @@ use report::Report;
 use serde_json::json;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use subject::{Kind, Subject};
 
 /// Measures culvert beside other proxies on this machine, in one run.
@@ -137,7 +137,7 @@ fn run(arguments: &Arguments) -> ExitCode {
     let names: Vec<String> = kinds.iter().map(|(name, _)| name.clone()).collect();
     let at = |name: &str| names.iter().position(|other| other == name).unwrap();
     let mut report = Report::new(names.clone(), at("culvert"), at("culvert again"));
-    let start = Instant::now();
+    let start = (Instant::now(), processor_time());
     let running: Vec<Subject> = kinds
         .iter()
         .map(|(name, kind)| {
@@ -151,7 +151,7 @@ fn run(arguments: &Arguments) -> ExitCode {
             if case.fresh && round >= rounds.div_ceil(2) {
                 continue;
             }
-            eprintln!("round {} of {rounds}, {} s: {}", round + 1, start.elapsed().as_secs(), case.name);
+            eprintln!("round {} of {rounds}, {} s: {}", round + 1, start.0.elapsed().as_secs(), case.name);
             // Every other round backwards, so that no subject is always measured after the same one.
             let mut order: Vec<usize> = (0..kinds.len()).filter(|subject| case.suits(&kinds[*subject].1)).collect();
             if round % 2 == 1 {
@@ -168,7 +168,7 @@ fn run(arguments: &Arguments) -> ExitCode {
         }
     }
     drop(running);
-    finish(arguments, &report, &cases, extent, rounds, start.elapsed())
+    finish(arguments, &report, &cases, about(extent, rounds, start))
 }
 
 /// Whether a case is meant by a name, or by the beginning of one and a `*`.
@@ -196,16 +196,8 @@ fn kinds(arguments: &Arguments) -> Vec<(String, Kind)> {
     kinds
 }
 
-fn finish(
-    arguments: &Arguments,
-    report: &Report,
-    cases: &[Case],
-    extent: Extent,
-    rounds: usize,
-    took: Duration,
-) -> ExitCode {
+fn finish(arguments: &Arguments, report: &Report, cases: &[Case], about: serde_json::Value) -> ExitCode {
     let noise: Vec<String> = cases.iter().filter_map(|case| report.noise(case)).collect();
-    let about = about(extent, rounds, took);
     if arguments.json {
         println!("{:#}", report.json(cases, &about));
     } else {
@@ -214,9 +206,10 @@ fn finish(
             println!("{name}: {}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
         }
         println!(
-            "\nMedians, with half of the distance between the lowest and the highest round. CPU, context switches and memory\n\
-             are those of both proxies together. Ratios are medians of the ratios of each round. * decides whether the two\n\
-             runs of culvert agree. haproxy and nginx open a TLS connection for each connection; they and Envoy log none."
+            "\nEach figure is the median of all rounds, with half of the distance between the lowest and the highest round.\n\
+             CPU, context switches and memory are those of both proxies together. A ratio is the median of the ratios of\n\
+             each round. The figure with * decides whether the two runs of culvert agree. haproxy and nginx open a TLS\n\
+             connection for each connection; they and Envoy write no access log."
         );
     }
     if noise.is_empty() {
@@ -227,8 +220,17 @@ fn finish(
     ExitCode::FAILURE
 }
 
+/// The time of all processors together by kind: user, nice, system, idle, waiting, interrupts, soft interrupts, stolen.
+fn processor_time() -> Vec<u64> {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let fields = text.lines().next().unwrap_or_default().split_whitespace().skip(1).take(8);
+    fields.filter_map(|field| field.parse().ok()).collect()
+}
+
 /// What a reader needs in order to judge the figures.
-fn about(extent: Extent, rounds: usize, took: Duration) -> serde_json::Value {
+fn about(extent: Extent, rounds: usize, start: (Instant, Vec<u64>)) -> serde_json::Value {
+    let spent: Vec<u64> = processor_time().iter().zip(&start.1).map(|(now, before)| now.saturating_sub(*before)).collect();
+    let steal = *spent.get(7).unwrap_or(&0) as f64 / spent.iter().sum::<u64>().max(1) as f64;
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let processor = read("/proc/cpuinfo");
     let processor = processor.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or_default();
@@ -245,7 +247,8 @@ fn about(extent: Extent, rounds: usize, took: Duration) -> serde_json::Value {
         "seconds of each measurement": extent.seconds,
         "idle connections": extent.idle_connections,
         "idle tunnels": extent.tunnels,
-        "took seconds": took.as_secs(),
+        "time taken by the hypervisor": format!("{:.1} %", steal * 100.0),
+        "took seconds": start.0.elapsed().as_secs(),
     })
 }
 
