@@ -229,7 +229,8 @@ fn processor_time() -> Vec<u64> {
 
 /// What a reader needs in order to judge the figures.
 fn about(extent: Extent, rounds: usize, start: (Instant, Vec<u64>)) -> serde_json::Value {
-    let spent: Vec<u64> = processor_time().iter().zip(&start.1).map(|(now, before)| now.saturating_sub(*before)).collect();
+    let spent: Vec<u64> =
+        processor_time().iter().zip(&start.1).map(|(now, before)| now.saturating_sub(*before)).collect();
     let steal = *spent.get(7).unwrap_or(&0) as f64 / spent.iter().sum::<u64>().max(1) as f64;
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let processor = read("/proc/cpuinfo");
