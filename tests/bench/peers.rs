@@ -15,6 +15,9 @@ pub const TUNNEL: u16 = 15008;
 /// More connections and streams than any case opens.
 const MANY: u32 = 100_000;
 
+/// The sockets of one nginx process, which allocates all of them at its start.
+const NGINX_SOCKETS: u32 = 32_768;
+
 /// What a pair of proxies is configured from.
 pub struct Pair<'a> {
     pub root: &'a Path,
@@ -152,7 +155,7 @@ fn nginx(dir: &Path, server: &str) -> String {
     format!(
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\nuser root;\nworker_processes 2;\ndaemon off;\n\
          pid {}/nginx.pid;\nerror_log stderr warn;\nworker_rlimit_nofile {MANY};\n\
-         events {{ worker_connections {MANY}; }}\nstream {{ access_log off; proxy_timeout 1h; tcp_nodelay on;\n\
+         events {{ worker_connections {NGINX_SOCKETS}; }}\nstream {{ access_log off; proxy_timeout 1h; tcp_nodelay on;\n\
          server {{ {server} }} }}\n",
         dir.display()
     )

@@ -61,11 +61,14 @@ impl Report {
         summary(&finite)
     }
 
-    /// By how much the two runs of the same subject differ; `None` if one of them has no such figure.
+    /// By how much the two runs of the same subject differ, in their medians or in the median of the ratios of each round.
+    /// `None` if one of them has no such figure.
     fn difference(&self, case: &Case) -> Option<f64> {
         let median = |subject| Some(summary(&self.values(case, subject, case.decides))?.median);
-        let (ours, again) = (median(self.ours)?, median(self.again)?);
-        Some((ours - again).abs() / ours.abs().min(again.abs()).max(f64::MIN_POSITIVE))
+        let medians = median(self.ours)? / median(self.again)?;
+        let rounds = self.ratio(case, self.again, case.decides)?.median;
+        let apart = |ratio: f64| if ratio > 0.0 { ratio.max(ratio.recip()) - 1.0 } else { f64::INFINITY };
+        Some(apart(medians).max(apart(rounds)))
     }
 
     /// Why a case cannot be trusted.
