@@ -1,8 +1,9 @@
-//! Measures culvert beside other proxies in one run and prints one table of ratios. `scripts/bench` builds and starts it.
+//! Measures culvert beside other proxies in one run and prints one table of ratios. `scripts/bench` builds and starts
+//! it.
 //!
 //! Each subject is two nodes in network namespaces with a client and a server, made by the code that the scenarios use.
-//! All subjects run at once and are measured in turn, in rounds. culvert is a subject twice: if its two runs differ in a
-//! case, that case is noise. Nothing asserts a time.
+//! All subjects run at once and are measured in turn, in rounds. culvert is a subject twice: if its two runs differ in
+//! a case, that case is noise. Nothing asserts a time.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,5 +1,5 @@
-//! Cubic for every namespace. A host whose default is another algorithm may keep it from namespaces; this allows it for as
-//! long as the bench runs.
+//! Cubic for every namespace. A host whose default is another algorithm may keep it from namespaces; this allows it for
+//! as long as the bench runs.
 
 use std::fs;
 use std::sync::OnceLock;

@@ -1,8 +1,9 @@
 //! The load generator: a server and a client, each a process of its own with one thread for connections.
 //!
-//! The first byte of a connection tells the server what to do with it. A client starts its load at once and obeys lines on
-//! its standard input: `start` begins the measurement anew, `fill` sends 1 MB through each idle connection, `stop` prints
-//! the result as JSON and ends the process. Both end when their standard input closes, so that none outlives the bench.
+//! The first byte of a connection tells the server what to do with it. A client starts its load at once and obeys lines
+//! on its standard input: `start` begins the measurement anew, `fill` sends 1 MB through each idle connection, `stop`
+//! prints the result as JSON and ends the process. Both end when their standard input closes, so that none outlives the
+//! bench.
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,5 @@
-//! Configurations of the peers that are a pair of proxies, one in each pod: Envoy over HBONE, haproxy and nginx over mTLS.
+//! Configurations of the peers that are a pair of proxies, one in each pod: Envoy over HBONE, haproxy and nginx over
+//! mTLS.
 //!
 //! The client's proxy gets the application's connections from a rule in its pod. Access logs are off. haproxy and nginx
 //! open a TLS connection for each connection of the application, and resume earlier sessions.

@@ -61,8 +61,8 @@ impl Report {
         summary(&finite)
     }
 
-    /// By how much the two runs of the same subject differ, in their medians or in the median of the ratios of each round.
-    /// `None` if one of them has no such figure.
+    /// By how much the two runs of the same subject differ, in their medians or in the median of the ratios of each
+    /// round. `None` if one of them has no such figure.
     fn difference(&self, case: &Case) -> Option<f64> {
         let median = |subject| Some(summary(&self.values(case, subject, case.decides))?.median);
         let medians = median(self.ours)? / median(self.again)?;
