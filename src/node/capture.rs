@@ -276,7 +276,7 @@ impl Capturer {
         recreate_chains: bool,
     ) -> Result<redirect::Installed, CaptureError> {
         let rules = redirect::Redirection { spared, recreate_chains, ..self.rules(spec, listening) };
-        let _permit = self.role.write_guard().ok_or(redirect::RedirectError::OnStandby)?;
+        let _guard = self.role.write_guard().ok_or(redirect::RedirectError::OnStandby)?;
         Ok(redirect::install(&listening.pod.netns, &rules, taken_over).await?)
     }
 
@@ -352,7 +352,7 @@ impl Capturer {
     }
 
     async fn clean_up(&self, spec: &PodSpec, all: bool) {
-        let Some(_permit) = self.role.write_guard().filter(|_| self.config.redirect) else { return };
+        let Some(_guard) = self.role.write_guard().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Without our tables, equal routes belong to another program.
@@ -390,7 +390,7 @@ impl Capturer {
         }
         // Listed before the rules go, so that a connection opened in plaintext is never taken for a captured one.
         let uncaptured = older.at_release(pod);
-        if let Some(_permit) = self.role.write_guard().filter(|_| self.config.redirect) {
+        if let Some(_guard) = self.role.write_guard().filter(|_| self.config.redirect) {
             let complain = |error: redirect::RedirectError| {
                 tracing::warn!(namespace = &*pod.namespace, name = &*pod.name, %error, "cannot remove the pod's rules");
             };

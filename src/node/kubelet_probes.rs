@@ -122,7 +122,7 @@ impl HostProbeRules {
             tokio::time::sleep(SETTLE).await;
             let Some(wanted) = pods.borrow_and_update().clone() else { continue };
             self.count(&mut counted);
-            let Some(_permit) = role.write_guard() else { continue };
+            let Some(_guard) = role.write_guard() else { continue };
             let result = self.maintain(&wanted, &mut known, &mut written.0).await;
             let on_bridges = self.maintain_bridges(&mut written.1).await.err().map(|error| error.to_string());
             if let Some(error) = on_bridges.as_ref().filter(|error| bridges.as_ref() != Some(error)) {

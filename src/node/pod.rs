@@ -403,13 +403,13 @@ impl PodTask {
         // The redirection that an agent has written is the agent's to remove.
         loop {
             // The active daemon of the node has released the pod as well, or still needs the rules.
-            let Some(permit) = self.capturer.role.write_guard() else { return true };
+            let Some(guard) = self.capturer.role.write_guard() else { return true };
             let removed = if ours {
                 redirect::remove(netns, listening.ipv6).await
             } else {
                 legs::remove(netns).await.map_err(Into::into)
             };
-            drop(permit);
+            drop(guard);
             let Err(error) = removed else { return true };
             if vanished(netns).is_some() {
                 return true;

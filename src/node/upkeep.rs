@@ -353,7 +353,7 @@ impl Upkeep {
             self.write(capturer, board, spec, listening).await?;
         }
         if rewrite || !self.legs {
-            let _permit = capturer.role.write_guard().ok_or(redirect::RedirectError::OnStandby)?;
+            let _guard = capturer.role.write_guard().ok_or(redirect::RedirectError::OnStandby)?;
             let dns = listening.dns.get().is_some();
             self.legs = legs::write(&listening.pod.netns, &capturer.node_tag, capturer.config.mark, dns).await;
         }

@@ -165,7 +165,7 @@ impl Config {
         let (mut said, mut known) = (None::<String>, None);
         let (mut folder, mut role_changes) = (FolderWatch::new(&self.conf_dir), role.subscribe());
         loop {
-            let Some(permit) = role.write_guard() else {
+            let Some(guard) = role.write_guard() else {
                 tokio::select! {
                     () = drain.gentle() => return,
                     changed = role_changes.changed() => if changed.is_err() { return },
@@ -173,7 +173,7 @@ impl Config {
                 continue;
             };
             let result = self.install(&mut known);
-            drop(permit);
+            drop(guard);
             in_place.set(i64::from(result.is_ok()));
             match result {
                 Ok(written) => {
