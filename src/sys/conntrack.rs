@@ -1,7 +1,7 @@
 //! The original destination of a redirected datagram. There is no `SO_ORIGINAL_DST` for datagrams, but the connection
 //! tracking table has it (source: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h).
 
-use super::netlink::{self, ERROR, HEADER, REQUEST, header};
+use super::netlink::{self, ERROR, HEADER, attribute, find, header};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
@@ -12,8 +12,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 const GET: u16 = 0x0101;
 /// Flag of an attribute that contains attributes (`NLA_F_NESTED`).
 const NESTED: u16 = 0x8000;
-/// The bits of an attribute's type that are its number, without flags.
-const NUMBER: u16 = 0x3fff;
 
 const TUPLE_ORIG: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
@@ -51,14 +49,6 @@ impl Conntrack {
     }
 }
 
-fn attribute(kind: u16, data: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(4 + data.len()).unwrap_or(u16::MAX);
-    let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
-    bytes.extend(data);
-    bytes.resize(bytes.len().next_multiple_of(4), 0);
-    bytes
-}
-
 /// A request for the entry whose replies go from `ours` to `client`.
 fn question(client: SocketAddr, ours: SocketAddr) -> Vec<u8> {
     let (family, addresses) = match (ours.ip(), client.ip()) {
@@ -81,13 +71,8 @@ fn question(client: SocketAddr, ours: SocketAddr) -> Vec<u8> {
     ];
     let tuple = [attribute(TUPLE_IP | NESTED, &addresses), attribute(TUPLE_PROTO | NESTED, &ports.concat())].concat();
     let body = attribute(TUPLE_REPLY | NESTED, &tuple);
-    let length = u32::try_from(HEADERS + body.len()).unwrap_or(u32::MAX);
-    let mut message = length.to_ne_bytes().to_vec();
-    message.extend([GET.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
-    message.extend([0; 8]);
-    message.extend([u8::try_from(family).unwrap_or_default(), 0, 0, 0]);
-    message.extend(body);
-    message
+    let general = [u8::try_from(family).unwrap_or_default(), 0, 0, 0];
+    netlink::request(GET, 0, &[&general[..], &body].concat())
 }
 
 fn read(answer: &[u8]) -> io::Result<Option<SocketAddr>> {
@@ -99,24 +84,11 @@ fn read(answer: &[u8]) -> io::Result<Option<SocketAddr>> {
             other => Err(other.into()),
         };
     }
-    let original = inside(answer.get(HEADERS..).unwrap_or_default(), TUPLE_ORIG).ok_or_else(short)?;
-    let addresses = inside(original, TUPLE_IP).ok_or_else(short)?;
-    let v4 = inside(addresses, 2).and_then(|octets| <[u8; 4]>::try_from(octets).ok()).map(IpAddr::from);
-    let v6 = || inside(addresses, 4).and_then(|octets| <[u8; 16]>::try_from(octets).ok()).map(IpAddr::from);
-    let port = inside(original, TUPLE_PROTO).and_then(|ports| inside(ports, PROTO_DST_PORT)?.try_into().ok());
+    let original = find(answer.get(HEADERS..).unwrap_or_default(), TUPLE_ORIG).ok_or_else(short)?;
+    let addresses = find(original, TUPLE_IP).ok_or_else(short)?;
+    let v4 = find(addresses, 2).and_then(|octets| <[u8; 4]>::try_from(octets).ok()).map(IpAddr::from);
+    let v6 = || find(addresses, 4).and_then(|octets| <[u8; 16]>::try_from(octets).ok()).map(IpAddr::from);
+    let port = find(original, TUPLE_PROTO).and_then(|ports| find(ports, PROTO_DST_PORT)?.try_into().ok());
     let (ip, port) = v4.or_else(v6).zip(port.map(u16::from_be_bytes)).ok_or_else(short)?;
     Ok(Some(SocketAddr::new(ip, port)))
-}
-
-/// The data of the first attribute with this number.
-fn inside(mut attributes: &[u8], number: u16) -> Option<&[u8]> {
-    loop {
-        let word = |at: usize| attributes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes);
-        let (length, kind) = (usize::from(word(0)?), word(2)?);
-        let data = attributes.get(4..length)?;
-        if kind & NUMBER == number {
-            return Some(data);
-        }
-        attributes = attributes.get(length.next_multiple_of(4)..)?;
-    }
 }

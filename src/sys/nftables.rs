@@ -1,7 +1,7 @@
 //! Reads named counters and the ruleset generation of nftables directly from the kernel, without running `nft`
 //! (sources: linux/netfilter/nfnetlink.h and nf_tables.h).
 
-use super::netlink::{HEADER, REQUEST, header};
+use super::netlink::{HEADER, attribute, find, header, request};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -22,8 +22,6 @@ const DATA: u16 = 4;
 const PACKETS: u16 = 2;
 /// `NFT_OBJECT_COUNTER`.
 const COUNTER: u32 = 1;
-/// The bits of an attribute's type that are flags.
-const FLAGS: u16 = 0xc000;
 
 /// The family of a table.
 #[derive(Clone, Copy, Debug)]
@@ -39,15 +37,10 @@ pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     let mut body = vec![family as u8, 0, 0, 0];
     for (kind, value) in [(TABLE, table), (NAME, name)] {
-        attribute(&mut body, kind, &[value.as_bytes(), &[0]].concat());
+        body.extend(attribute(kind, &[value.as_bytes(), &[0]].concat()));
     }
-    attribute(&mut body, TYPE, &COUNTER.to_be_bytes());
-    let length = u32::try_from(HEADER + body.len()).map_err(io::Error::other)?;
-    let mut message = length.to_ne_bytes().to_vec();
-    message.extend([GET_OBJECT.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
-    message.extend([0; 8]);
-    message.extend(body);
-    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    body.extend(attribute(TYPE, &COUNTER.to_be_bytes()));
+    send(fd.as_raw_fd(), &request(GET_OBJECT, 0, &body), MsgFlags::empty())?;
     let mut answer = [0; 4096];
     let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
     let answer = answer.get(..length).unwrap_or_default();
@@ -60,36 +53,13 @@ pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
 /// The generation of the ruleset in the thread's current namespace. Each transaction increases it by one.
 pub fn generation() -> io::Result<u32> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    let mut message = 20u32.to_ne_bytes().to_vec();
-    message.extend([GET_GENERATION.to_ne_bytes(), REQUEST.to_ne_bytes()].concat());
-    message.extend([0; 12]);
-    send(fd.as_raw_fd(), &message, MsgFlags::empty())?;
+    send(fd.as_raw_fd(), &request(GET_GENERATION, 0, &[0; GENERAL]), MsgFlags::empty())?;
     let mut answer = [0; 4096];
     let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
     // After both headers and the header of the first attribute: NFTA_GEN_ID, in network byte order.
     let id = answer.get(..length).and_then(|answer| answer.get(HEADER + 8..HEADER + 12)?.try_into().ok());
     let is_one = header(&answer).is_some_and(|(_, kind)| kind == NEW_GENERATION);
     id.filter(|_| is_one).map(u32::from_be_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-fn attribute(message: &mut Vec<u8>, kind: u16, value: &[u8]) {
-    let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
-    message.extend([length.to_ne_bytes(), kind.to_ne_bytes()].concat());
-    message.extend(value);
-    message.resize(message.len().next_multiple_of(4), 0);
-}
-
-/// The value of the first attribute of a kind.
-fn find(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
-    loop {
-        let number = |at: usize| Some(u16::from_ne_bytes(rest.get(at..at + 2)?.try_into().ok()?));
-        let (length, kind) = (usize::from(number(0)?), number(2)? & !FLAGS);
-        let value = rest.get(4..length)?;
-        if kind == wanted {
-            return Some(value);
-        }
-        rest = rest.get(length.next_multiple_of(4)..)?;
-    }
 }
 
 #[cfg(test)]

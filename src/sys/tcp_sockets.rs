@@ -1,7 +1,7 @@
 //! Lists the open TCP connections of a network namespace, and ends single ones (sources: sock_diag(7),
 //! linux/inet_diag.h, linux/sock_diag.h).
 
-use super::netlink::{self, ERROR, HEADER, REQUEST, header};
+use super::netlink::{self, ERROR, HEADER, find, header};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -45,7 +45,7 @@ pub fn open() -> io::Result<Vec<TcpSocket>> {
     let mut all = Vec::new();
     for family in [nix::libc::AF_INET, nix::libc::AF_INET6] {
         let family = u8::try_from(family).unwrap_or_default();
-        send(diag.as_raw_fd(), &request(BY_FAMILY, REQUEST | DUMP, family, &[0; ID]), MsgFlags::empty())?;
+        send(diag.as_raw_fd(), &request(BY_FAMILY, DUMP, family, &[0; ID]), MsgFlags::empty())?;
         let mut buffer = vec![0; 64 * 1024];
         'answers: loop {
             let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
@@ -69,7 +69,7 @@ pub fn open() -> io::Result<Vec<TcpSocket>> {
 /// Ends a connection: both ends see a reset. A connection that has ended already is no error.
 pub fn end(which: &TcpSocket) -> io::Result<()> {
     let diag = diag()?;
-    send(diag.as_raw_fd(), &request(DESTROY, REQUEST | ACK, which.family, &which.id), MsgFlags::empty())?;
+    send(diag.as_raw_fd(), &request(DESTROY, ACK, which.family, &which.id), MsgFlags::empty())?;
     let mut buffer = [0; 1024];
     let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
     let answer = buffer.get(..length).unwrap_or_default();
@@ -84,15 +84,8 @@ fn diag() -> io::Result<OwnedFd> {
 }
 
 fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
-    let length = u32::try_from(HEADER + 8 + ID).unwrap_or_default();
     let tcp = u8::try_from(nix::libc::IPPROTO_TCP).unwrap_or_default();
-    let mut message = length.to_ne_bytes().to_vec();
-    message.extend([kind.to_ne_bytes(), flags.to_ne_bytes()].concat());
-    message.extend([0; 8]);
-    message.extend([family, tcp, 0, 0]);
-    message.extend(STATES.to_ne_bytes());
-    message.extend(id);
-    message
+    netlink::request(kind, flags, &[&[family, tcp, 0, 0], &STATES.to_ne_bytes()[..], id].concat())
 }
 
 fn error(answer: &[u8]) -> io::Error {
@@ -113,22 +106,9 @@ fn read(message: &[u8]) -> Option<TcpSocket> {
     };
     let (local, peer) = (address(0, 4)?, address(2, 20)?);
     let cookie = u64::from_ne_bytes(id.get(40..48)?.try_into().ok()?);
-    let mark = attribute(message.get(ATTRIBUTES_AT..).unwrap_or_default(), MARK);
+    let mark = find(message.get(ATTRIBUTES_AT..).unwrap_or_default(), MARK);
     let mark = mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes);
     Some(TcpSocket { local, peer, cookie, mark, family, id })
-}
-
-/// The value of the first attribute with this number (source: linux/netlink.h, `struct nlattr`).
-fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
-    loop {
-        let length = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
-        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?);
-        let value = rest.get(4..length)?;
-        if kind == wanted {
-            return Some(value);
-        }
-        rest = rest.get(length.next_multiple_of(4)..)?;
-    }
 }
 
 #[cfg(test)]
