@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Two nodes with pods that are enrolled by label: a client on the first and a server on the second, each with its own
 /// API.
@@ -1803,6 +1804,80 @@ fn a_pod_that_is_labelled_again_while_it_is_released_is_captured_at_once_and_cut
     drop(last);
     eventually("it is released", || c.state("client").is_empty());
     assert!(!has_rules(&client), "nothing of ours is left");
+}
+
+#[test]
+fn a_pod_that_loses_its_label_takes_tunnels_until_its_peers_can_know_of_it() {
+    let mut c = cluster();
+    apps::serve(&c.client.netns, 8080, apps::who);
+    c.start();
+    let (source, to) = (c.server.netns.clone(), c.client.v4);
+    let tunnels = |c: &Cluster| c.w.metric(1, "istio_tcp_connections_opened_total", &["mutual_tls"]);
+    for by in ["the pod", "its namespace"] {
+        eventually("peers know that it takes tunnels", || c.apis[0].said("client").as_deref() == Some("enabled"));
+        let before = tunnels(&c);
+        match by {
+            "the pod" => {
+                c.apis[0].change("client", |pod| pod["metadata"]["labels"]["istio.io/dataplane-mode"] = json!("none"))
+            }
+            _ => c.apis[0].namespace("ns", json!({})),
+        }
+        eventually("it says nothing any more", || c.apis[0].said("client").is_none());
+        // The facts of the other node still say HBONE: the control plane tells it a moment later.
+        let (unsaid, mut asked) = (Instant::now(), 0);
+        while asked < 30 && unsaid.elapsed() < Duration::from_millis(500) {
+            let answer = ask(&source, (to, 8080), "x");
+            assert_eq!(answer.ok(), Some(format!("{} x", c.server.v4)), "request {asked} without the label of {by}");
+            asked += 1;
+        }
+        assert_eq!(tunnels(&c), before + f64::from(asked), "all by tunnel");
+        eventually("it is released", || c.state("client").is_empty());
+        assert!(!has_rules(&c.client), "nothing of ours is left");
+        assert_eq!(output_in(&c.client.netns, "ip", &["rule", "list"]).matches("32764:").count(), 0);
+        c.apis[0].change("client", |pod| pod["metadata"]["labels"] = json!({"app": "client"}));
+    }
+}
+
+#[test]
+fn a_pod_that_loses_its_label_and_ends_is_let_go_at_once() {
+    let mut c = cluster();
+    let cni = Cni::new(&c.w);
+    c.start_one(&cni.settings());
+    // While its annotation cannot be removed, a pod without its label stays captured for five seconds.
+    let failures = |c: &Cluster| c.w.metric(1, "culvert_kubernetes_patch_failures_total", &[]);
+    for end in ["deleted", "ended", "its sandbox ends", "it has another sandbox", "the daemon ends"] {
+        c.apis[0].state().refuse_patches = 0;
+        c.apis[0].pod(&c.kube[0]);
+        c.apis[0].namespace("ns", json!({"istio.io/dataplane-mode": "ambient"}));
+        eventually("it is captured", || c.state("client") == "captured");
+        eventually("and says so", || c.apis[0].said("client").as_deref() == Some("enabled"));
+        c.apis[0].state().refuse_patches = 500;
+        let (failed, lost) = (failures(&c), Instant::now());
+        c.apis[0].namespace("ns", json!({}));
+        eventually("its annotation cannot be removed", || failures(&c) > failed);
+        assert_eq!(c.state("client"), "captured", "{end}");
+        let (netns, ips) = (c.client.netns.clone(), [c.client.v4.to_string()]);
+        match end {
+            "deleted" => c.apis[0].delete("client"),
+            "ended" => c.apis[0].change("client", |pod| pod["status"]["phase"] = json!("Succeeded")),
+            "its sandbox ends" => assert!(cni.call("DEL", ("ns", "client"), &netns, &ips).0),
+            "it has another sandbox" => {
+                let other = c.server.netns.clone();
+                assert!(cni.call("ADD", ("ns", "client"), &other, &ips).0);
+            }
+            _ => {
+                let mut node = c.w.take_node(1);
+                node.signal(nix::sys::signal::Signal::SIGTERM);
+                node.wait();
+                assert!(has_rules(&c.client), "the rules stay for the next daemon");
+            }
+        }
+        if end != "the daemon ends" {
+            eventually("it is released", || c.state("client").is_empty());
+            assert!(!has_rules(&c.client), "{end}");
+        }
+        assert!(lost.elapsed() < Duration::from_secs(4), "{end}: it took {:?}", lost.elapsed());
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ pub mod cgroup;
 mod client;
 pub mod daemonset;
 pub mod facts;
+mod lingering;
 mod plugin;
 mod pod_netns;
 mod ready_before_enabled;

@@ -8,6 +8,7 @@ use crate::node::cni::{PendingRequest, PluginRequest, Verb};
 use crate::node::spec::NetnsRef;
 use crate::node::status::PodStatus;
 use crate::sys::netns::Netns;
+use std::collections::HashMap;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -57,6 +58,7 @@ impl EnrolmentLoop {
             }
             Verb::Check => self.asked.push((asked, Instant::now() + ANSWER_WITHIN)),
             Verb::Add => {
+                self.leave_old_sandbox(&asked);
                 let same = |other: &PluginRequest| {
                     other.verb == Verb::Add && other.name == *name && other.namespace == *namespace
                 };
@@ -70,6 +72,17 @@ impl EnrolmentLoop {
                 }
                 self.asked.push((asked, Instant::now() + ANSWER_WITHIN));
             }
+        }
+    }
+
+    /// Drops the network namespace of a pod that is not enrolled any more and now gets another sandbox.
+    fn leave_old_sandbox(&mut self, asked: &PendingRequest) {
+        let about = |pod: &&PodFacts| self.lingering.contains(&pod.uid) && is_about(&asked.request, pod);
+        let uid = self.pods.iter().flat_map(HashMap::values).find(about).map(|pod| &pod.uid);
+        if let Some(uid) = uid
+            && self.netns_by_pod.get(uid).is_some_and(|known| asked.netns.as_ref() != Some(&known.netns))
+        {
+            self.netns_by_pod.remove(uid);
         }
     }
 

@@ -3,7 +3,9 @@
 
 use super::annotate::{self, Annotator};
 use super::facts::{AnnotationFault, PodFacts};
+use super::lingering::Lingering;
 use super::plugin;
+use super::pod_netns::PodNetns;
 use super::ready_before_enabled::{self, ReadyBeforeEnabled};
 use super::saved::SavedPods;
 use super::state::{Enrolment, EnrolmentLoop, ScanSchedule, described, spec};
@@ -65,6 +67,7 @@ impl Enrolment {
             logged_faults: HashMap::new(),
             ready_before_enabled: ReadyBeforeEnabled::default(),
             saved,
+            lingering: Lingering::default(),
             tasks: tasks.clone(),
         };
         let mut role_changes = running.enrolment.capturer.role.subscribe();
@@ -93,6 +96,7 @@ impl Enrolment {
                 Ok(()) = role_changes.changed() => running.role_changed(),
                 Some(asked) = asks => running.take_question(asked),
                 _ = checks.tick() => running.check_netns(),
+                () = running.lingering.due() => {}
                 () = tokio::time::sleep_until(running.scan.next), if sought => running.start_scan(),
             }
             running.reconcile();
@@ -143,22 +147,19 @@ impl EnrolmentLoop {
             self.enrolment.capturer.role.set_ready();
         }
         let uids: HashSet<&Text> = wanted.iter().map(|pod| &pod.uid).collect();
-        self.netns_by_pod.retain(|uid, _| uids.contains(uid));
+        let lingering = self.lingering(&uids);
+        self.netns_by_pod.retain(|uid, _| uids.contains(uid) || self.lingering.contains(uid));
         self.unlocated.retain(|uid, _| uids.contains(uid));
-        self.enrolment.probed.set(wanted.iter().map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
-        let (mut specs, mut shown) = (Vec::new(), Vec::new());
+        let redirected = wanted.iter().chain(&lingering);
+        self.enrolment.probed.set(redirected.map(|pod| (pod.uid.clone(), self.ips(pod))).collect());
+        let located = |pod: &PodFacts| self.netns_by_pod.get(&pod.uid).map(|known| spec_in(pod, known));
+        let (mut specs, mut shown): (Vec<PodSpec>, _) = (lingering.iter().filter_map(located).collect(), Vec::new());
         for pod in &wanted {
             log_faults(&mut self.logged_faults, pod);
             // From now on the pod may leave rules behind again.
             self.cleaned.remove(&pod.uid);
             match self.netns_by_pod.get(&pod.uid) {
-                Some(known) => {
-                    let mut spec = spec(pod, known.netns.clone());
-                    if known.path.is_none() && !known.ips.is_empty() {
-                        spec.ips.clone_from(&known.ips);
-                    }
-                    specs.push(spec);
-                }
+                Some(known) => specs.push(spec_in(pod, known)),
                 None => {
                     let why = match pod.ips.is_empty() {
                         true => CaptureState::Pending("it has no address yet: its sandbox does not exist".into()),
@@ -188,6 +189,14 @@ impl EnrolmentLoop {
         if self.answer_questions() {
             self.reconcile();
         }
+    }
+
+    /// Pods that are not enrolled any more and stay captured for a moment, in the network namespace that they have.
+    fn lingering(&mut self, enrolled: &HashSet<&Text>) -> Vec<PodFacts> {
+        let Some(pods) = &self.pods else { return Vec::new() };
+        // Without the pod's address, the sandbox has ended.
+        let captured = self.netns_by_pod.iter().filter(|(_, known)| known.address_missing_since.is_none());
+        self.lingering.update(captured.map(|(uid, _)| uid), enrolled, pods).into_iter().cloned().collect()
     }
 
     /// Pods whose sidecar is not redirected; they are shown as failed.
@@ -235,6 +244,15 @@ impl EnrolmentLoop {
         self.cleaned.retain(|uid, _| pods.contains_key(uid));
         self.logged_faults.retain(|uid, _| pods.contains_key(uid));
     }
+}
+
+/// What capture needs to know about a pod in the network namespace that was found for it.
+fn spec_in(pod: &PodFacts, known: &PodNetns) -> PodSpec {
+    let mut spec = spec(pod, known.netns.clone());
+    if known.path.is_none() && !known.ips.is_empty() {
+        spec.ips.clone_from(&known.ips);
+    }
+    spec
 }
 
 /// Logs invalid annotations of a pod: once, and again if they change, but not too often.

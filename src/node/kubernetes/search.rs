@@ -46,7 +46,9 @@ impl EnrolmentLoop {
         let wanted: HashSet<&Text> = wanted.into_iter().map(|pod| &pod.uid).collect();
         let left = |pod: &&PodFacts| {
             let elsewhere = pod.host_network || pod.ended || pod.ips.is_empty() || wanted.contains(&pod.uid);
-            !elsewhere && self.cleaned.get(&pod.uid).is_none_or(|times| *times < CLEAN_TIMES)
+            !elsewhere
+                && !self.lingering.contains(&pod.uid)
+                && self.cleaned.get(&pod.uid).is_none_or(|times| *times < CLEAN_TIMES)
         };
         self.pods.iter().flat_map(HashMap::values).filter(left).collect()
     }

@@ -4,6 +4,7 @@
 use super::annotate::Annotator;
 use super::daemonset::OwnDaemonSet;
 use super::facts::{AnnotationFault, PodFacts};
+use super::lingering::Lingering;
 use super::pod_netns::PodNetns;
 use super::ready_before_enabled::ReadyBeforeEnabled;
 use super::saved::SavedPods;
@@ -82,6 +83,8 @@ pub(super) struct EnrolmentLoop {
     /// Pods that are Ready before their peers know that they take tunnels.
     pub(super) ready_before_enabled: ReadyBeforeEnabled,
     pub(super) saved: SavedPods,
+    /// Pods that are not enrolled any more and stay captured for a moment.
+    pub(super) lingering: Lingering,
     pub(super) tasks: Group,
 }
 
