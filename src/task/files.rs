@@ -4,7 +4,7 @@
 //! in place, renamed over, or by the symlink swap of a mounted ConfigMap. Files of the daemon are replaced atomically:
 //! a reader finds the new content or the old, never a part.
 
-use notify::event::{AccessKind, AccessMode};
+use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -40,7 +40,14 @@ pub type Stamp = Option<(u64, u64, SystemTime)>;
 impl FileWatch {
     /// Watches a file, which need not exist yet.
     pub fn new(path: &Path) -> Self {
-        let (watcher, events) = watch(path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // Its folder may hold a file that is written all the time, a log for example.
+        let (name, is_link) = (path.file_name().map(ToOwned::to_owned), path.is_symlink());
+        let concerns = move |event: &Event| {
+            let named = event.paths.iter().any(|path| path.file_name() == name.as_deref());
+            named || is_link || !is_write(event.kind)
+        };
+        let (watcher, events) = watch(folder, concerns);
         Self { path: path.to_owned(), seen: stamp(path), events, _watcher: watcher }
     }
 
@@ -78,7 +85,7 @@ pub struct FolderWatch {
 impl FolderWatch {
     /// Watches a folder, which should exist.
     pub fn new(folder: &Path) -> Self {
-        let (watcher, events) = watch(folder);
+        let (watcher, events) = watch(folder, |_| true);
         Self { events, _watcher: watcher }
     }
 
@@ -99,11 +106,19 @@ fn is_change(kind: EventKind) -> bool {
     !matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }
 
-/// Watches a folder. Returns no watcher if the system has no more of them.
-fn watch(folder: &Path) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<()>) {
+/// Whether an event only says that the content of a file was written.
+fn is_write(kind: EventKind) -> bool {
+    matches!(kind, EventKind::Modify(ModifyKind::Data(_)) | EventKind::Access(_))
+}
+
+/// Watches a folder for events that concern the caller. Returns no watcher if the system has no more of them.
+fn watch(
+    folder: &Path,
+    concerns: impl Fn(&Event) -> bool + Send + 'static,
+) -> (Option<notify::RecommendedWatcher>, mpsc::Receiver<()>) {
     let (send, events) = mpsc::channel(1);
     let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-        if event.is_ok_and(|event| !is_change(event.kind)) {
+        if event.is_ok_and(|event| !is_change(event.kind) || !concerns(&event)) {
             return;
         }
         // If the channel is full, a check is due already.

@@ -58,6 +58,9 @@ impl Subject {
     /// Starts both nodes. The server's pod has so many further addresses.
     pub fn start(kind: &Kind, further_count: u32) -> Self {
         let mut world = World::new();
+        // Not beside the files that the nodes watch: each line would wake the watchers.
+        world.logs = world.dir.join("logs");
+        std::fs::create_dir(&world.logs).unwrap();
         let (client, server) = (world.mesh_pod("client", 1), world.mesh_pod("server", 2));
         let plain = world.plain_pod("plain", 2);
         let addresses: Vec<IpAddr> = (0..further_count).map(|index| further(index).into()).collect();
@@ -227,7 +230,7 @@ impl Drop for Subject {
     fn drop(&mut self) {
         for name in ["client-proxy.log", "server-proxy.log"] {
             if std::thread::panicking()
-                && let Ok(log) = std::fs::read_to_string(self.world.dir.join(name))
+                && let Ok(log) = std::fs::read_to_string(self.world.logs.join(name))
             {
                 let lines: Vec<&str> = log.lines().collect();
                 eprintln!("--- last lines of {name} ---\n{}", lines[lines.len().saturating_sub(20)..].join("\n"));

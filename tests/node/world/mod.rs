@@ -45,6 +45,8 @@ pub struct Pod {
 pub struct World {
     pub prefix: String,
     pub dir: PathBuf,
+    /// The folder of logs; `dir` if nothing else is said.
+    pub logs: PathBuf,
     pub pods: Vec<Pod>,
     pub mesh: facts::Mesh,
     nodes: Vec<(u8, Process)>,
@@ -57,7 +59,9 @@ impl World {
         let prefix = format!("ct{}-{}-", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let dir = std::env::temp_dir().join(prefix.trim_end_matches('-'));
         fs::create_dir_all(&dir).unwrap();
-        let world = Self { prefix, dir, pods: vec![], mesh: facts::Mesh::default(), nodes: vec![], others: vec![] };
+        let logs = dir.clone();
+        let world =
+            Self { prefix, dir, logs, pods: vec![], mesh: facts::Mesh::default(), nodes: vec![], others: vec![] };
         let (one, two) = (world.ns("n1"), world.ns("n2"));
         ip(&format!(
             "netns add {one}\nnetns add {two}\nlink add wire netns {one} type veth peer name wire netns {two}\n"
@@ -186,7 +190,7 @@ impl World {
     ) {
         let mut command = self.istio_command(program, node, plane, agent);
         command.envs(settings.iter().copied());
-        let log = self.dir.join(format!("node{node}.log"));
+        let log = self.logs.join(format!("node{node}.log"));
         let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
         self.nodes.push((node, process));
     }
@@ -197,7 +201,7 @@ impl World {
         let mut command = Command::new("unshare");
         command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(own.get_program()).args(own.get_args());
         command.envs(own.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        let log = self.dir.join(format!("node{node}.log"));
+        let log = self.logs.join(format!("node{node}.log"));
         let process = Process::start(&self.ns(&format!("n{node}")), &mut command, &log);
         self.nodes.push((node, process));
     }
@@ -205,7 +209,7 @@ impl World {
     /// Starts a second daemon of a node, inside a pod of its own as in a cluster.
     pub fn start_istio_upgrade(&mut self, own: &Pod, plane: &ControlPlane, agent: &Agent) {
         let mut command = self.istio_command(&subject(), own.node, plane, agent);
-        let log = self.dir.join(format!("node{}.log", own.node));
+        let log = self.logs.join(format!("node{}.log", own.node));
         let process = Process::start(&own.netns, &mut command, &log);
         self.nodes.push((own.node, process));
     }
@@ -271,7 +275,7 @@ impl World {
 
     /// Starts a daemon on a node and waits until its admin port answers.
     fn start_command(&mut self, node: u8, command: &mut Command) {
-        let log = self.dir.join(format!("node{node}.log"));
+        let log = self.logs.join(format!("node{node}.log"));
         let process = Process::start(&self.ns(&format!("n{node}")), command, &log);
         self.nodes.push((node, process));
         eventually("the admin port answers", || self.try_get(node, 15000, "/pods").is_some());
@@ -287,7 +291,7 @@ impl World {
 
     /// Runs a program in a namespace until the world is dropped.
     pub fn start_in(&mut self, ns: &str, command: &mut Command, log: &str) -> u32 {
-        let process = Process::start(ns, command, &self.dir.join(log));
+        let process = Process::start(ns, command, &self.logs.join(log));
         let pid = process.pid();
         self.others.push(process);
         pid
@@ -341,7 +345,7 @@ impl World {
 
     /// The log lines of a node so far.
     pub fn log(&self, node: u8) -> Vec<Value> {
-        let text = fs::read_to_string(self.dir.join(format!("node{node}.log"))).unwrap();
+        let text = fs::read_to_string(self.logs.join(format!("node{node}.log"))).unwrap();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
@@ -393,7 +397,7 @@ impl Drop for World {
     fn drop(&mut self) {
         if std::thread::panicking() {
             for node in [1, 2] {
-                let log = fs::read_to_string(self.dir.join(format!("node{node}.log"))).unwrap_or_default();
+                let log = fs::read_to_string(self.logs.join(format!("node{node}.log"))).unwrap_or_default();
                 let tail: Vec<&str> = log.lines().rev().take(30).collect();
                 eprintln!("--- last lines of node {node} ---");
                 tail.iter().rev().for_each(|line| eprintln!("{line}"));
