@@ -105,7 +105,10 @@ fn a_root_is_rotated_under_load_in_either_order() {
     let (count, failures) = load.finish();
     assert!(failures.is_empty(), "{} of {count} failed: {failures:?}", failures.len());
     assert!(!alive(&mut open), "a tunnel ends with the certificates it began with");
-    istio.w.log_line(2, "it says why", |l| l["reason"] == "cert_expired");
+    // Both certificates expire in the same second or so, and the node that acts first resets the connection.
+    eventually("one node says why", || {
+        [1, 2].iter().any(|node| istio.w.log(*node).iter().any(|l| l["reason"] == "cert_expired"))
+    });
 }
 
 #[test]
