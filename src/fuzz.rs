@@ -7,7 +7,7 @@ use crate::control::xds::{decode, delta, policy, saved};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
 use crate::dns::resolv_conf::ResolvConf;
-use crate::hbone::{Authority, ConnectRequest};
+use crate::hbone::{self, Authority, ConnectRequest, RequestHead};
 use crate::identity::{istio_ca, revoked, verify};
 use crate::mesh::SpiffeName;
 use crate::node::zds::message;
@@ -48,20 +48,18 @@ pub fn connect_request(data: &[u8]) {
             "an accepted authority survives a round trip"
         );
     }
-    let mut headers = http::HeaderMap::new();
+    let mut head = RequestHead::default();
+    head.field(b":method", b"CONNECT");
+    head.field(b":authority", authority.as_bytes());
     for line in lines.take(64) {
         let (name, value) = line.split_at(line.iter().position(|byte| *byte == b':').unwrap_or(0));
-        let value = value.strip_prefix(b":").unwrap_or(value);
-        if let (Ok(name), Ok(value)) =
-            (http::header::HeaderName::from_bytes(name), http::HeaderValue::from_bytes(value))
-        {
-            headers.append(name, value);
-        }
+        head.field(name, value.strip_prefix(b":").unwrap_or(value));
     }
-    if let Ok(uri) = http::Uri::builder().authority(authority.as_str()).build()
-        && let Ok(request) = ConnectRequest::parse(&http::Method::CONNECT, &uri, &headers)
+    if head.check().is_ok()
+        && let Ok(request) = ConnectRequest::from_head(head)
     {
         let _ = request.forwarded_host();
+        request.encode(&mut Vec::new());
     }
 }
 
@@ -121,6 +119,26 @@ pub fn dns_answer(data: &[u8]) {
     }
 }
 
+/// HTTP/2 frames and header blocks.
+pub fn http2_frames(data: &[u8]) {
+    hbone::fuzz::frames(data);
+}
+
+/// A whole HTTP/2 connection, in either role.
+pub fn http2_session(data: &[u8]) {
+    hbone::fuzz::session(data);
+}
+
+/// TLS records, from a peer that knows the keys and from one that does not.
+pub fn tls_records(data: &[u8]) {
+    hbone::tls::fuzz::records(data);
+}
+
+/// A tunnel with sockets and applications, whose peer is authenticated and hostile.
+pub fn tunnel(data: &[u8]) {
+    hbone::fuzz_tunnel(data);
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -128,7 +146,7 @@ mod tests {
     #[test]
     fn no_parser_panics_on_its_corpus() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 8] = [
+        let targets: [Target; 12] = [
             ("dns_request", super::dns_request),
             ("dns_answer", super::dns_answer),
             ("xds_resources", super::xds_resources),
@@ -137,6 +155,10 @@ mod tests {
             ("certificate", super::certificate),
             ("crl", super::crl),
             ("mesh_file", super::mesh_file),
+            ("http2_frames", super::http2_frames),
+            ("http2_session", super::http2_session),
+            ("tls_records", super::tls_records),
+            ("tunnel", super::tunnel),
         ];
         for (name, target) in targets {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);

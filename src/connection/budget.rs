@@ -24,7 +24,7 @@ const FILES_PER_CONNECTION: u64 = 2;
 
 /// Memory per connection in bytes, without what it makes the node buffer. Memory in use beyond that belongs to
 /// something else.
-const BYTES_PER_CONNECTION: u64 = 48 * 1024;
+const BYTES_PER_CONNECTION: u64 = 16 * 1024;
 
 /// Connections that each pod may have while memory is above [`SCARCE_PERCENT`], whatever uses it.
 const FLOOR: usize = 32;

@@ -1,16 +1,17 @@
 //! A worker: one thread's tunnels and connections, and what all workers share.
 
 use super::authorize::revoke::Permits;
-use super::budget::Budget;
+use super::budget::{Budget, Reservation};
 use super::config::Config;
 use super::dial::Pool;
-use super::report::Reporter;
-use crate::hbone::Buffers;
+use super::report::{Reporter, record::SocketCount};
+use crate::hbone::{Buffers, Engine};
 use crate::task::Group;
 use crate::task::slots::Slots;
 use crate::{identity, mesh};
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Most handshakes under way on a node.
 const HANDSHAKES_MAX: usize = 1024;
@@ -55,10 +56,37 @@ impl Shared {
 pub struct Worker {
     /// What all workers share.
     pub shared: Arc<Shared>,
-    /// This worker's tunnels.
+    /// This worker's tunnels to peers.
     pub pool: Arc<Pool>,
+    /// The data path: the sockets of this worker's tunnels, and of the connections that they carry.
+    pub engine: Engine,
     /// This worker's connections and streams.
     pub tasks: Group,
     /// Number of connections that were given to this worker and have not ended.
     pub load: AtomicUsize,
+}
+
+/// Counts a connection in its worker's load; subtracts it again when it ends, in whatever way.
+#[derive(Debug)]
+pub struct LoadGuard(pub Arc<Worker>);
+
+impl Drop for LoadGuard {
+    fn drop(&mut self) {
+        self.0.load.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Everything that counts a connection while it is open.
+#[derive(Debug)]
+pub struct Counted {
+    /// In the load of its worker. A stream of a tunnel is not: the tunnel is.
+    pub _load: Option<LoadGuard>,
+    /// As a connection of its pod.
+    pub _active: TaskTrackerToken,
+    /// In the budget of the node.
+    pub _reservation: Reservation,
+    /// As work that the worker has to finish.
+    pub _task: TaskTrackerToken,
+    /// As an open socket that the pod's application connected.
+    pub _socket: Option<SocketCount>,
 }

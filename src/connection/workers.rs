@@ -8,8 +8,8 @@ use super::dial::pool::TunnelKey;
 use super::journeys;
 use super::pod::Pod;
 use super::report::{Direction, Failure, Record};
-use super::worker::{Shared, Worker};
-use crate::hbone::TunnelError;
+use super::worker::{Counted, LoadGuard, Shared, Worker};
+use crate::hbone::{Engine, TunnelError};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
 use crate::sys::original_dst::original_dst;
@@ -104,11 +104,18 @@ impl Workers {
                 reporter.tunnel_ended(Direction::Outbound, key.to, peer, error);
             };
             let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));
-            let worker = Arc::new(Worker { shared: shared.clone(), pool, tasks, load: AtomicUsize::new(0) });
+            let engine = Engine::new(&shared.config.hbone)?;
+            let worker = Arc::new(Worker { shared: shared.clone(), pool, engine, tasks, load: AtomicUsize::new(0) });
             let (deliver, accepted) = mpsc::channel(QUEUE_MAX);
             let (stop, main) = (stop.clone(), worker.clone());
             let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
-                tokio::select! { () = stop.cancelled() => {}, () = run_worker(&main, accepted) => {} }
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = run_worker(&main, accepted) => {}
+                    failed = main.engine.run() => if let Err(error) = failed {
+                        tracing::error!(%error, "cannot watch the sockets of tunnels; the worker ends");
+                    }
+                }
             })?;
             all.push(WorkerHandle { worker, deliver, runtime });
             threads.push(thread);
@@ -167,6 +174,7 @@ impl Workers {
         let _ = tokio::time::timeout(CUT_GRACE, self.finished()).await;
         for handle in self.all.iter() {
             handle.worker.tasks.cut();
+            handle.worker.engine.cut();
         }
         self.finished().await;
         self.stop.cancel();
@@ -185,21 +193,26 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
         worker.tasks.clone().spawn(async move {
             let load = LoadGuard(worker.clone());
             match journey {
-                Journey::Outbound(_reservation) => journeys::outbound(&worker, &pod, socket, peer).await,
-                Journey::Plaintext(_reservation) => journeys::plaintext(&worker, &pod, socket, peer).await,
-                Journey::Tunnel(slot) => journeys::tunnel(&worker, &pod, socket, peer, slot).await,
+                Journey::Outbound(reservation) => {
+                    let counted = Counted {
+                        _load: Some(load),
+                        _active: active,
+                        _reservation: reservation,
+                        _task: worker.tasks.token(),
+                        _socket: None,
+                    };
+                    journeys::outbound(&worker, &pod, socket, peer, counted).await;
+                }
+                Journey::Plaintext(_reservation) => {
+                    journeys::plaintext(&worker, &pod, socket, peer).await;
+                    drop((load, active));
+                }
+                Journey::Tunnel(slot) => {
+                    journeys::tunnel(&worker, &pod, socket, peer, slot).await;
+                    drop((load, active));
+                }
             }
-            drop((load, active));
         });
-    }
-}
-
-/// Counts a connection in its worker's load; subtracts it again when it ends, in whatever way.
-struct LoadGuard(Arc<Worker>);
-
-impl Drop for LoadGuard {
-    fn drop(&mut self) {
-        self.0.load.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -1,32 +1,40 @@
 //! The client end of a tunnel: opens streams until one side says that it is going away.
 
 use super::buffers::Account;
-use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
-use super::error::TunnelError;
-use super::flow::{ReceiveHalf, StreamAccount};
-use super::guard::Guard;
+use super::codec::frame::ErrorCode;
+use super::config::Config;
+use super::engine::{self, Engine, State, TunnelId};
+use super::error::{StreamFailure, TunnelError};
 use super::ping;
 use super::request::ConnectRequest;
+use super::session::Role;
 use super::stream::Stream;
-use super::windows::{AdjustWindows, Windows};
-use bytes::Bytes;
-use h2::client::{Connection, SendRequest};
-use h2::{Ping, PingPong};
+use super::tls::Handshaken;
 use http::StatusCode;
 use std::fmt;
-use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::future::poll_fn;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::task::{Context, Poll};
+use tokio::time::Instant;
 
-/// Largest header list that is accepted in an answer, in bytes.
-const HEADER_LIST_BYTES: u32 = 16 * 1024;
-
-/// A handle to a tunnel to one peer. Clones share the tunnel, and it ends when all of them are gone.
+/// A handle to a tunnel to one peer. Clones share the tunnel, and it ends when all of them and all streams are gone.
 #[derive(Clone)]
 pub struct Tunnel {
-    sender: SendRequest<Bytes>,
-    account: Arc<Account>,
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    engine: Engine,
+    id: TunnelId,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.engine.with(self.id, |tunnel, _| {
+            tunnel.unused = true;
+            tunnel.wake();
+        });
+    }
 }
 
 impl fmt::Debug for Tunnel {
@@ -35,38 +43,36 @@ impl fmt::Debug for Tunnel {
     }
 }
 
-/// Moves the bytes of a tunnel. The caller must await [`Driver::run`] for as long as the tunnel is used.
-pub struct Driver<IO> {
-    connection: Connection<Guard<IO>, Bytes>,
+/// Ends a tunnel when it is not used any more, cut, or not answered. The tunnel ends when this is dropped.
+#[derive(Debug)]
+pub struct Driver {
+    engine: Engine,
+    id: TunnelId,
     account: Arc<Account>,
-    windows: Windows,
-    pings: Option<PingPong>,
 }
 
-impl<IO> fmt::Debug for Driver<IO> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Driver")
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.engine.remove(self.id, TunnelError::Closed);
     }
 }
 
 /// Why a stream could not be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The tunnel was going away before the request was sent. It is safe to use another tunnel.
+    /// The tunnel was going away before the request was sent, or the peer says that it has not acted on it. It is safe
+    /// to use another tunnel.
     #[error("the tunnel is going away: {0}")]
-    TunnelGone(h2::Error),
+    TunnelGone(StreamFailure),
     /// The peer accepts no more streams on this tunnel for now. It is safe to ask again.
     #[error("the peer refuses the stream (REFUSED_STREAM)")]
     Refused,
     /// The peer answered with a status other than 200.
     #[error("http status: {}: {}", .0, meaning(.0))]
     Status(StatusCode),
-    /// The tunnel broke while waiting for the answer.
+    /// The stream or the tunnel broke while waiting for the answer.
     #[error("the tunnel broke: {0}")]
-    Broken(h2::Error),
-    /// The request cannot be written as HTTP.
-    #[error("the request cannot be written: {0}")]
-    Request(#[from] http::Error),
+    Broken(StreamFailure),
 }
 
 /// What the far end means by a status (source: ztunnel's inbound HBONE handling, and Envoy's handling of
@@ -89,95 +95,127 @@ fn meaning(status: &StatusCode) -> &'static str {
     }
 }
 
-/// Starts HTTP/2 on `io`. What the peer makes this node buffer is booked on `account`.
-pub async fn handshake<IO>(io: IO, config: &Config, account: &Arc<Account>) -> Result<(Tunnel, Driver<IO>), TunnelError>
-where
-    IO: AsyncRead + AsyncWrite + Unpin,
-{
-    let (sender, mut connection) = h2::client::Builder::new()
-        .initial_window_size(config.stream_window)
-        .initial_connection_window_size(config.connection_window)
-        .max_frame_size(config.frame_size)
-        .max_header_list_size(HEADER_LIST_BYTES)
-        .max_send_buffer_size(SEND_BUFFER_BYTES)
-        .max_local_error_reset_streams(None)
-        .data_frame_budget(FRAME_BUDGET)
-        .enable_push(false)
-        .handshake(Guard::client(io, account.clone()))
-        .await
-        .map_err(|error| TunnelError::of(error, account))?;
-    let (pings, account) = (connection.ping_pong(), account.clone());
-    let windows = Windows::new(config);
-    Ok((Tunnel { sender, account: account.clone() }, Driver { connection, account, windows, pings }))
+/// Starts HTTP/2 on a connection whose TLS handshake is done. What the peer makes this node hold is booked on
+/// `account`.
+pub fn start(
+    engine: &Engine,
+    handshaken: Handshaken,
+    config: &Config,
+    account: &Arc<Account>,
+) -> Result<(Tunnel, Driver), TunnelError> {
+    let id = engine.add(Role::Client, handshaken, config, account).map_err(TunnelError::io)?;
+    let driver = Driver { engine: engine.clone(), id, account: account.clone() };
+    Ok((Tunnel { handle: Arc::new(Handle { engine: engine.clone(), id }) }, driver))
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Driver<IO> {
+impl Driver {
     /// Completes once the far end has answered a PING: it has accepted our certificate, and its limits are known.
     pub async fn settled(&mut self) -> Result<(), TunnelError> {
-        let Some(pings) = &mut self.pings else { return Ok(()) };
-        tokio::select! {
-            ended = &mut self.connection => match ended {
-                Err(error) => Err(TunnelError::of(error, &self.account)),
-                Ok(()) => Err(TunnelError::Closed),
-            },
-            answer = pings.ping(Ping::opaque()) => answer.map(drop).map_err(|error| TunnelError::of(error, &self.account)),
-        }
-    }
-
-    /// Runs the tunnel until it ends: because it is not used any more, the peer closes it, it breaks, or it is cut.
-    pub async fn run(self) -> Result<(), TunnelError> {
-        let Self { mut connection, account, mut windows, pings } = self;
-        let moved = poll_fn(|context| {
-            windows.adjust(&account, &mut connection);
-            Pin::new(&mut connection).poll(context)
+        self.engine.with(self.id, |tunnel, work| {
+            tunnel.session.ping();
+            tunnel.mark(work);
         });
-        tokio::select! {
+        poll_fn(|context| {
+            let state = self.engine.with(self.id, |tunnel, _| {
+                if let Some(error) = &tunnel.end {
+                    return Poll::Ready(Err((**error).clone()));
+                }
+                if tunnel.pongs > 0 && tunnel.session.is_settled() {
+                    return Poll::Ready(Ok(()));
+                }
+                tunnel.waker = Some(context.waker().clone());
+                Poll::Pending
+            });
+            state.unwrap_or(Poll::Ready(Err(TunnelError::Closed)))
+        })
+        .await
+    }
+
+    /// Completes when the tunnel has ended: because it is not used any more, the peer closes it, it breaks, or it is
+    /// cut.
+    pub async fn run(&self) -> Result<(), TunnelError> {
+        let ended = tokio::select! {
             biased;
-            reason = account.cut_signal() => Err(reason.into()),
-            ended = moved => ended.map_err(|error| TunnelError::of(error, &account)),
-            overdue = ping::watch(pings) => {
-                account.cut(overdue);
-                Err(overdue.into())
-            }
+            ended = poll_fn(|context| self.poll_ended(context)) => ended,
+            reason = self.account.cut_signal() => reason.into(),
+            overdue = ping::watch(&self.engine, self.id) => overdue.into(),
+        };
+        if let TunnelError::Cut(_) = &ended {
+            self.engine.with(self.id, |tunnel, work| tunnel.end_with(ended.clone(), work));
         }
-    }
-}
-
-impl<IO: AsyncRead + AsyncWrite + Unpin> AdjustWindows for Connection<IO, Bytes> {
-    fn connection_window(&mut self, bytes: u32) {
-        self.set_target_window_size(bytes);
+        if matches!(ended, TunnelError::Closed) { Ok(()) } else { Err(ended) }
     }
 
-    fn stream_window(&mut self, bytes: u32) -> bool {
-        self.set_initial_window_size(bytes).is_ok()
+    fn poll_ended(&self, context: &mut Context<'_>) -> Poll<TunnelError> {
+        let state = self.engine.with(self.id, |tunnel, work| {
+            if let Some(error) = &tunnel.end {
+                return Poll::Ready((**error).clone());
+            }
+            let done = tunnel.unused || !tunnel.session.takes_streams();
+            if done && tunnel.session.len() == 0 && !tunnel.closing {
+                tunnel.session.go_away();
+                tunnel.closing = true;
+                tunnel.mark(work);
+            }
+            tunnel.waker = Some(context.waker().clone());
+            Poll::Pending
+        });
+        state.unwrap_or(Poll::Ready(TunnelError::Closed))
+    }
+
+    /// Tells every connection of the tunnel to stop.
+    pub fn stop_all(&self) {
+        self.engine.with(self.id, engine::Tunnel::stop_all);
     }
 }
 
 impl Tunnel {
     /// Most streams that the peer allows at once.
     pub fn max_streams(&self) -> usize {
-        self.sender.current_max_send_streams()
+        self.handle.engine.with(self.handle.id, |tunnel, _| tunnel.session.max_streams()).unwrap_or(0)
+    }
+
+    /// Whether large transfers keep the tunnel busy. A new stream is better off on another one.
+    pub fn is_busy(&self) -> bool {
+        let busy = self.handle.engine.with(self.handle.id, |tunnel, _| tunnel.bulk_rate.is_busy(Instant::now()));
+        busy.unwrap_or(false)
     }
 
     /// Opens a stream and waits for the peer to accept it. No data is sent on it before.
     pub async fn open(&self, request: &ConnectRequest) -> Result<Stream, OpenError> {
-        let http = request.to_http()?;
-        let mut sender = self.sender.clone().ready().await.map_err(OpenError::TunnelGone)?;
-        let (response, send) = sender.send_request(http, false).map_err(OpenError::TunnelGone)?;
-        // Data that arrives with the answer must already be accounted for.
-        let on_account = StreamAccount::new(&self.account, response.stream_id());
-        let response = response.await.map_err(|error| {
-            // REFUSED_STREAM, and a GOAWAY that excludes this stream, guarantee that the peer has not acted on the
-            // request (RFC 9113 sections 8.7 and 6.8).
-            match (error.is_remote(), error.is_go_away()) {
-                (true, true) => OpenError::TunnelGone(error),
-                (true, false) if error.reason() == Some(h2::Reason::REFUSED_STREAM) => OpenError::Refused,
-                _ => OpenError::Broken(error),
+        let Handle { engine, id } = &*self.handle;
+        let opened = engine.with(*id, |tunnel, work| {
+            if let Some(error) = &tunnel.end {
+                return Err(OpenError::TunnelGone(StreamFailure::Tunnel(error.clone())));
             }
-        })?;
-        if response.status() != StatusCode::OK {
-            return Err(OpenError::Status(response.status()));
-        }
-        Ok(Stream::new(send, ReceiveHalf::new(response.into_body(), on_account)))
+            if tunnel.session.takes_streams() && tunnel.session.len() >= tunnel.session.max_streams() {
+                return Err(OpenError::Refused);
+            }
+            let key = tunnel.session.open(request, engine::App::default());
+            let key = key.ok_or(OpenError::TunnelGone(StreamFailure::Unprocessed))?;
+            tunnel.mark(work);
+            Ok((key, tunnel.session.get(key).map_or(0, |stream| stream.id)))
+        });
+        let gone = || OpenError::TunnelGone(StreamFailure::Tunnel(Arc::new(TunnelError::Closed)));
+        let (key, number) = opened.unwrap_or_else(|| Err(gone()))?;
+        let stream = Stream::new(engine, *id, key, number);
+        poll_fn(|context| stream.poll_state(context, answer)).await?;
+        Ok(stream)
     }
+}
+
+/// What the state of a stream means to who has asked for it.
+fn answer(state: &State) -> Poll<Result<(), OpenError>> {
+    Poll::Ready(match state {
+        State::Asked => return Poll::Pending,
+        State::Answered(200) => Ok(()),
+        State::Answered(status) => {
+            Err(OpenError::Status(StatusCode::from_u16(*status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)))
+        }
+        // REFUSED_STREAM, and a GOAWAY that excludes this stream, guarantee that the peer has not acted on the request
+        // (RFC 9113 sections 8.7 and 6.8).
+        State::Failed(StreamFailure::Reset(ErrorCode::REFUSED_STREAM)) => Err(OpenError::Refused),
+        State::Failed(StreamFailure::Unprocessed) => Err(OpenError::TunnelGone(StreamFailure::Unprocessed)),
+        State::Failed(failure) => Err(OpenError::Broken(failure.clone())),
+    })
 }

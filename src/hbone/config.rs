@@ -17,13 +17,6 @@ pub struct Config {
     pub half_closed_silence: Duration,
 }
 
-/// Most unsent bytes of one stream that HTTP/2 holds in memory.
-pub(super) const SEND_BUFFER_BYTES: usize = 256 * 1024;
-
-/// The h2 crate limits how many small DATA frames a connection may ever queue, and a single slow reader reaches that
-/// limit. This disables it; [`super::Buffers`] limits them instead.
-pub(super) const FRAME_BUDGET: usize = 1 << 40;
-
 /// Time between the answer to a PING and the next PING.
 pub const PING_INTERVAL: Duration = Duration::from_secs(10);
 

@@ -1,46 +1,69 @@
-//! Why a tunnel failed as a whole.
+//! Why a tunnel failed as a whole, and why a stream failed before it was carried.
 
-use super::buffers::Account;
+use super::codec::frame::ErrorCode;
 use super::cut::CutReason;
+use super::session::SessionError;
+use super::tls::TlsError;
+use std::io;
+use std::sync::Arc;
 
 /// Why a tunnel failed as a whole.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum TunnelError {
-    /// HTTP/2 or the byte stream below it failed.
-    #[error("HTTP/2: {0}")]
-    Http2(h2::Error),
+    /// The TCP connection failed.
+    #[error("{0}")]
+    Io(Arc<io::Error>),
+    /// TLS failed: the peer sent an alert, or something that is not TLS.
+    #[error("TLS: {0}")]
+    Tls(Arc<TlsError>),
     /// This node cut it.
     #[error(transparent)]
     Cut(#[from] CutReason),
     /// This node ended it because the peer broke a rule of HTTP/2.
-    #[error("cut: the peer broke a rule of HTTP/2 ({word}): {error}")]
+    #[error("cut: the peer broke a rule of HTTP/2 ({word}): {what}")]
     Rule {
+        /// The error code that the peer was told.
+        code: ErrorCode,
         /// The rule, as a word for metrics.
         word: &'static str,
-        /// The error of the h2 crate.
-        error: h2::Error,
+        /// What the peer did.
+        what: String,
     },
-    /// The peer closed the tunnel before it was ready.
-    #[error("the peer closed the tunnel before it was ready")]
+    /// The peer ended it because of an error.
+    #[error("the peer ended the tunnel: {code}{}", said(.debug))]
+    GoAway {
+        /// The peer's error code.
+        code: ErrorCode,
+        /// What it said about it.
+        debug: String,
+    },
+    /// It was closed in order.
+    #[error("the tunnel was closed")]
     Closed,
 }
 
+/// What a peer said about its error, as an addition to a message.
+fn said(debug: &str) -> String {
+    if debug.is_empty() { String::new() } else { format!(" ({debug})") }
+}
+
 impl TunnelError {
-    /// Classifies an error of the h2 crate. If this node cut the tunnel, h2 only sees that the byte stream failed; the
-    /// account knows why.
-    pub(super) fn of(error: h2::Error, account: &Account) -> Self {
-        match (account.cut_reason(), broken_rule(&error, account)) {
-            (Some(why), _) => Self::Cut(why),
-            (None, Some(word)) => Self::Rule { word, error },
-            (None, None) => Self::Http2(error),
-        }
+    /// An error of the TCP connection.
+    pub(super) fn io(error: io::Error) -> Self {
+        Self::Io(Arc::new(error))
     }
 
-    /// The error of the byte stream below HTTP/2, if that was the cause.
-    pub fn io(&self) -> Option<&std::io::Error> {
+    /// What to say about clocks, if two that differ may be the reason.
+    pub fn clock_reason(&self) -> Option<&'static str> {
+        crate::crypto::clock_reason(&self.clone().into_io())
+    }
+
+    /// The error as one of the TCP connection. An alert becomes the error that rustls has for it.
+    pub fn into_io(self) -> io::Error {
         match self {
-            Self::Http2(error) => error.get_io(),
-            Self::Cut(_) | Self::Rule { .. } | Self::Closed => None,
+            Self::Io(error) => error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error),
+            Self::Tls(error) => (*error).into(),
+            other => io::Error::other(other),
         }
     }
 
@@ -48,23 +71,37 @@ impl TunnelError {
     pub fn cut(&self) -> Option<&'static str> {
         match self {
             Self::Cut(why) => Some(why.word()),
-            Self::Closed => None,
             Self::Rule { word, .. } => Some(word),
-            Self::Http2(_) => None,
+            Self::Io(_) | Self::Tls(_) | Self::GoAway { .. } | Self::Closed => None,
         }
     }
 }
 
-/// The rule of HTTP/2 that a peer has broken, as a word, if the h2 crate ended the tunnel because of it.
-fn broken_rule(error: &h2::Error, account: &Account) -> Option<&'static str> {
-    if !(error.is_library() && error.is_go_away()) {
-        return None;
+impl From<TlsError> for TunnelError {
+    fn from(error: TlsError) -> Self {
+        Self::Tls(Arc::new(error))
     }
-    Some(match error.reason() {
-        Some(h2::Reason::NO_ERROR) => return None,
-        Some(h2::Reason::FLOW_CONTROL_ERROR) => "window_overflow",
-        // The library does not say which kind of frame there was too much of. It is the kind that came last.
-        Some(h2::Reason::ENHANCE_YOUR_CALM) => account.flood(),
-        _ => "bad_frame",
-    })
+}
+
+impl From<SessionError> for TunnelError {
+    fn from(error: SessionError) -> Self {
+        match error {
+            SessionError::ControlFrames => Self::Cut(CutReason::ControlFrames),
+            SessionError::Rule { code, word, what } => Self::Rule { code, word, what },
+        }
+    }
+}
+
+/// Why a stream failed before it was carried.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StreamFailure {
+    /// The peer reset it.
+    #[error("the peer reset the stream ({0})")]
+    Reset(ErrorCode),
+    /// The peer is going away, and has not acted on the request.
+    #[error("the peer is going away")]
+    Unprocessed,
+    /// The tunnel has ended.
+    #[error("{0}")]
+    Tunnel(Arc<TunnelError>),
 }

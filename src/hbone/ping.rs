@@ -2,23 +2,37 @@
 
 use super::config::{PING_INTERVAL, PING_TIMEOUT};
 use super::cut::CutReason;
-use h2::{Ping, PingPong};
+use super::engine::{Engine, TunnelId};
 use std::time::Duration;
+use tokio::time::Instant;
+
+/// Time between two looks whether a PING has been answered.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// How long the kernel retransmits what a tunnel's peer does not acknowledge: a little longer than until a PING is
 /// overdue. It limits the kernel's retransmissions also when this process ends before.
 pub const GONE_AFTER: Duration = PING_INTERVAL.saturating_add(PING_TIMEOUT).saturating_add(PING_TIMEOUT);
 
-/// Sends PINGs until an answer is overdue. Never completes if the connection ends before, or if `pings` is `None`.
-pub async fn watch(pings: Option<PingPong>) -> CutReason {
-    let Some(mut pings) = pings else { return std::future::pending().await };
+/// Sends PINGs until an answer is overdue. Never completes if the tunnel ends before.
+pub(super) async fn watch(engine: &Engine, id: TunnelId) -> CutReason {
+    let pongs = || engine.with(id, |tunnel, _| tunnel.pongs);
     loop {
         tokio::time::sleep(PING_INTERVAL).await;
-        match tokio::time::timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await {
-            Ok(Ok(_)) => {}
-            // The connection has ended, and reports why itself.
-            Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => return CutReason::PingTimeout,
+        let Some(before) = pongs() else { return std::future::pending().await };
+        engine.with(id, |tunnel, work| {
+            tunnel.session.ping();
+            tunnel.mark(work);
+        });
+        let deadline = Instant::now() + PING_TIMEOUT;
+        loop {
+            // Looked at in steps: an answer that comes usually comes at once, and needs no task that waits for it.
+            tokio::time::sleep_until(deadline.min(Instant::now() + LOOK_EVERY)).await;
+            match pongs() {
+                None => return std::future::pending().await,
+                Some(after) if after != before => break,
+                Some(_) if Instant::now() >= deadline => return CutReason::PingTimeout,
+                Some(_) => {}
+            }
         }
     }
 }
@@ -26,21 +40,14 @@ pub async fn watch(pings: Option<PingPong>) -> CutReason {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hbone::{Account, Buffers, Config, Server, TunnelError, client};
+    use crate::hbone::buffers::Account;
+    use crate::hbone::testing::{CONFIG, end_and_plain, engine};
+    use crate::hbone::{Buffers, Server, TunnelError, client};
     use std::sync::Arc;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
-    use tokio::time::Instant;
 
-    const CONFIG: Config = Config {
-        stream_window: 65_535,
-        connection_window: 65_535,
-        frame_size: 16_384,
-        max_streams: 100,
-        half_closed_silence: Duration::from_secs(1),
-    };
-
-    fn account(opened_by_peer: bool) -> Arc<Account> {
-        Buffers::new(1 << 20).account("peer", opened_by_peer)
+    fn account() -> Arc<Account> {
+        Buffers::new(1 << 20).account("peer")
     }
 
     /// A far end that sends its SETTINGS (RFC 9113 section 6.5), and then reads for ever without answering.
@@ -52,8 +59,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_server_that_answers_no_ping_is_given_up() {
-        let (near, far) = tokio::io::duplex(65_536);
-        let (_tunnel, driver) = client::handshake(near, &CONFIG, &account(false)).await.unwrap();
+        let (near, far) = end_and_plain().await;
+        let (_tunnel, driver) = client::start(&engine(), near, &CONFIG, &account()).unwrap();
         let start = Instant::now();
         let ended = tokio::select! { ended = driver.run() => ended, () = silent(far, b"") => Ok(()) };
         assert!(matches!(ended, Err(TunnelError::Cut(CutReason::PingTimeout))), "{ended:?}");
@@ -62,9 +69,9 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_answers_no_ping_is_given_up() {
-        let (near, far) = tokio::io::duplex(65_536);
+        let (near, far) = end_and_plain().await;
         let serve = async {
-            let mut server = Server::handshake(near, &CONFIG, &account(true)).await.unwrap();
+            let mut server = Server::start(&engine(), near, &CONFIG, &account()).unwrap();
             let start = Instant::now();
             (server.next().await, start.elapsed())
         };

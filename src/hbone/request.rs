@@ -1,18 +1,12 @@
-//! The CONNECT request: writing and parsing its authority and headers. Pure. The parser accepts any input and is
-//! fuzzed.
+//! The CONNECT request and its answer: writing and parsing their authority and headers. Pure. The parser accepts any
+//! input and is fuzzed.
 //!
 //! The headers are for telemetry only (source: ztunnel's HBONE requests). Nothing here may grant access.
 
-use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Uri};
+use super::codec::fields::{BAGGAGE, FORWARDED, RequestHead, TRACEPARENT, writable};
+use super::codec::hpack;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-
-const BAGGAGE: &str = "baggage";
-const FORWARDED: &str = "forwarded";
-const TRACEPARENT: &str = "traceparent";
-
-/// Longest header value that is accepted from a peer, in bytes.
-const VALUE_MAX: usize = 4096;
 
 /// The destination of a stream, as the peer wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +35,10 @@ pub enum RequestError {
     /// The authority is not `ip:port` or `host:port`.
     #[error("no valid authority pseudo header: {0:?}")]
     Authority(String),
+    /// A CONNECT request has no `:scheme` and `:path` (RFC 9113 section 8.5). With `:protocol` it is an extended one
+    /// (RFC 8441), which is not a tunnel.
+    #[error("a CONNECT request for {0:?} with a scheme, path or protocol")]
+    Extended(String),
 }
 
 impl Authority {
@@ -91,40 +89,34 @@ pub struct ConnectRequest {
 }
 
 impl ConnectRequest {
-    /// Parses a request. A header that is repeated or too long is ignored.
-    pub fn parse(method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<Self, RequestError> {
-        if method != Method::CONNECT {
-            return Err(RequestError::Method(method.as_str().chars().take(32).collect()));
+    /// Makes a request of well-formed fields. A header that is repeated or too long is ignored.
+    pub fn from_head(head: RequestHead) -> Result<Self, RequestError> {
+        let parts = head.into_parts();
+        if parts.method != "CONNECT" {
+            return Err(RequestError::Method(parts.method));
         }
-        // A CONNECT request has only an authority. With a scheme or path it is an extended CONNECT, or malformed.
-        if uri.scheme().is_some() || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(RequestError::Authority(uri.to_string().chars().take(300).collect()));
+        let authority = parts.authority.unwrap_or_default();
+        if parts.extended {
+            return Err(RequestError::Extended(authority));
         }
-        let authority = uri.authority().ok_or_else(|| RequestError::Authority(String::new()))?;
-        let value = |name: &str| {
-            let mut all = headers.get_all(name).iter();
-            let (Some(value), None) = (all.next(), all.next()) else { return None };
-            let text = value.to_str().ok()?;
-            (text.len() <= VALUE_MAX).then(|| text.to_owned())
-        };
         Ok(Self {
-            authority: Authority::parse(authority.as_str())?,
-            baggage: value(BAGGAGE),
-            forwarded: value(FORWARDED),
-            traceparent: value(TRACEPARENT),
+            authority: Authority::parse(&authority)?,
+            baggage: parts.baggage,
+            forwarded: parts.forwarded,
+            traceparent: parts.traceparent,
         })
     }
 
-    /// The request as HTTP. Headers whose value cannot be written are left out.
-    pub fn to_http(&self) -> Result<Request<()>, http::Error> {
-        let mut request = Request::builder().method(Method::CONNECT).uri(self.authority.to_string()).body(())?;
+    /// Appends the request as a header block. Headers whose value cannot be written are left out.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        hpack::method_connect(out);
+        hpack::authority(&self.authority.to_string(), out);
         let named = [(BAGGAGE, &self.baggage), (FORWARDED, &self.forwarded), (TRACEPARENT, &self.traceparent)];
         for (name, value) in named {
-            if let Some(value) = value.as_deref().and_then(|v| HeaderValue::from_str(v).ok()) {
-                request.headers_mut().insert(name, value);
+            if let Some(value) = value.as_deref().and_then(writable) {
+                hpack::field(name, value, out);
             }
         }
-        Ok(request)
     }
 
     /// The `host=` of the `forwarded` header: the service that the client dialled.
@@ -137,20 +129,13 @@ impl ConnectRequest {
     }
 }
 
-/// The response that accepts a stream, with the baggage of the workload that accepts it.
-pub fn accepted(baggage: Option<&str>) -> http::Response<()> {
-    let mut response = http::Response::new(());
-    if let Some(value) = baggage.and_then(|b| HeaderValue::from_str(b).ok()) {
-        response.headers_mut().insert(BAGGAGE, value);
+/// Appends the answer to a request as a header block: status 200 accepts it. `baggage` describes the workload that
+/// accepts; it is left out if it cannot be written.
+pub fn encode_response(status: u16, baggage: Option<&str>, out: &mut Vec<u8>) {
+    hpack::status(status, out);
+    if let Some(value) = baggage.and_then(writable) {
+        hpack::field(BAGGAGE, value, out);
     }
-    response
-}
-
-/// A response that refuses a stream.
-pub fn refused(status: StatusCode) -> http::Response<()> {
-    let mut response = http::Response::new(());
-    *response.status_mut() = status;
-    response
 }
 
 #[cfg(test)]
@@ -185,6 +170,21 @@ mod tests {
         }
     }
 
+    fn decoded(block: &[u8]) -> RequestHead {
+        let mut head = RequestHead::default();
+        let whole = hpack::Decoder::new().decode(block, usize::MAX, &mut |name, value| head.field(name, value));
+        assert_eq!(whole, Ok(true));
+        assert_eq!(head.check(), Ok(()));
+        head
+    }
+
+    fn head(fields: &[(&str, &str)]) -> RequestHead {
+        let mut head = RequestHead::default();
+        fields.iter().for_each(|(name, value)| head.field(name.as_bytes(), value.as_bytes()));
+        assert_eq!(head.check(), Ok(()));
+        head
+    }
+
     #[test]
     fn a_request_survives_the_wire() {
         let request = ConnectRequest {
@@ -193,10 +193,81 @@ mod tests {
             forwarded: Some("for=\"10.0.0.2:1234\";host=web.a.svc".into()),
             traceparent: None,
         };
-        let http = request.to_http().unwrap();
-        let parsed = ConnectRequest::parse(http.method(), http.uri(), http.headers()).unwrap();
+        let mut block = Vec::new();
+        request.encode(&mut block);
+        let parsed = ConnectRequest::from_head(decoded(&block)).unwrap();
         assert_eq!(parsed, request);
         assert_eq!(parsed.forwarded_host(), Some("web.a.svc"));
+    }
+
+    #[test]
+    fn other_requests_are_refused() {
+        let get = [(":method", "GET"), (":scheme", "https"), (":path", "/"), (":authority", "a:80")];
+        assert_eq!(ConnectRequest::from_head(head(&get)), Err(RequestError::Method("GET".into())));
+        for name in [":scheme", ":path", ":protocol"] {
+            let extended = [(":method", "CONNECT"), (":authority", "a:80"), (name, "websocket")];
+            assert_eq!(
+                ConnectRequest::from_head(head(&extended)),
+                Err(RequestError::Extended("a:80".into())),
+                "{name}"
+            );
+        }
+        let nowhere = head(&[(":method", "CONNECT")]);
+        assert_eq!(ConnectRequest::from_head(nowhere), Err(RequestError::Authority(String::new())));
+    }
+
+    #[test]
+    fn the_beginning_of_a_long_authority_is_not_taken_for_an_authority() {
+        let long = format!("{}:80{}", "a".repeat(297), "0".repeat(10));
+        let request = ConnectRequest::from_head(head(&[(":method", "CONNECT"), (":authority", &long)]));
+        assert_eq!(request, Err(RequestError::Authority(long[..300].into())));
+    }
+
+    #[test]
+    fn values_that_cannot_be_written_are_left_out() {
+        for (value, written) in [
+            ("a=b", Some("a=b")),
+            ("a\tb", Some("a\tb")),
+            (" a=b\t", Some("a=b")),
+            ("", Some("")),
+            ("a\r\nb: c", None),
+            ("a\nb", None),
+            ("a\0", None),
+            ("a\u{7f}", None),
+            ("é", None),
+        ] {
+            let authority = Authority::Host("a".into(), 80);
+            let value = Some(value.to_owned());
+            let request = ConnectRequest { authority, baggage: value.clone(), forwarded: None, traceparent: value };
+            let mut block = Vec::new();
+            request.encode(&mut block);
+            let parsed = ConnectRequest::from_head(decoded(&block)).unwrap();
+            assert_eq!(parsed.baggage.as_deref(), written, "{request:?}");
+            assert_eq!(parsed.traceparent.as_deref(), written, "{request:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_survives_the_wire() {
+        for status in [100, 200, 204, 400, 404, 431, 500, 503] {
+            for (baggage, expected) in [(None, None), (Some("a=b"), Some("a=b")), (Some("a\r\n"), None)] {
+                let (mut block, mut head) = (Vec::new(), super::super::codec::fields::ResponseHead::default());
+                encode_response(status, baggage, &mut block);
+                let mut found = None;
+                let whole = hpack::Decoder::new().decode(&block, 4096, &mut |name, value| {
+                    head.field(name, value);
+                    if name == b"baggage" {
+                        found = Some(String::from_utf8(value.to_vec()).unwrap());
+                    }
+                });
+                assert_eq!(whole, Ok(true));
+                assert_eq!(head.check(), Ok(status));
+                assert_eq!(found.as_deref(), expected);
+            }
+        }
+        let mut block = Vec::new();
+        encode_response(200, None, &mut block);
+        assert_eq!(block, [0x88], "the common answer takes one byte");
     }
 
     proptest! {

@@ -1,137 +1,164 @@
 //! The server end of a tunnel: streams arrive, and each is accepted or refused.
 
 use super::buffers::Account;
-use super::config::{Config, FRAME_BUDGET, SEND_BUFFER_BYTES};
-use super::cut::CutReason;
+use super::codec::frame::ErrorCode;
+use super::config::Config;
+use super::engine::{self, Engine, State, TunnelId};
 use super::error::TunnelError;
-use super::flow::{ReceiveHalf, StreamAccount};
-use super::guard::Guard;
 use super::ping;
-use super::request::{self, ConnectRequest, RequestError};
+use super::request::{ConnectRequest, RequestError};
+use super::session::Role;
 use super::stream::Stream;
-use super::windows::{AdjustWindows, Windows};
-use bytes::Bytes;
-use h2::server::{Connection, SendResponse};
+use super::tls::Handshaken;
+use crate::hbone::cut::CutReason;
 use http::StatusCode;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use tokio::io::{AsyncRead, AsyncWrite};
+use std::task::{Context, Poll};
 
-/// Largest header list that is accepted in a request, in bytes. CONNECT requests are much smaller.
-const HEADER_LIST_BYTES: u32 = 64 * 1024;
-
-/// A tunnel from one peer.
-pub struct Server<IO> {
-    connection: Connection<Guard<IO>, Bytes>,
+/// A tunnel from one peer. The tunnel ends when this is dropped.
+pub struct Server {
+    engine: Engine,
+    id: TunnelId,
     account: Arc<Account>,
-    windows: Windows,
     pings: Pin<Box<dyn Future<Output = CutReason> + Send>>,
 }
 
-impl<IO> fmt::Debug for Server<IO> {
+impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Server")
     }
 }
 
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.engine.remove(self.id, TunnelError::Closed);
+    }
+}
+
 /// A stream that waits for an answer. If it is dropped without one, it is reset.
+#[derive(Debug)]
 pub struct Incoming {
     /// The request, or why it is not a valid one.
     pub request: Result<ConnectRequest, RequestError>,
-    receive: ReceiveHalf,
-    respond: SendResponse<Bytes>,
+    stream: Stream,
 }
 
-impl fmt::Debug for Incoming {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Incoming({:?})", self.request)
-    }
-}
-
-impl<IO: AsyncRead + AsyncWrite + Unpin> Server<IO> {
-    /// Starts HTTP/2 on `io`. What the peer makes this node buffer is booked on `account`.
-    pub async fn handshake(io: IO, config: &Config, account: &Arc<Account>) -> Result<Self, TunnelError> {
-        let mut connection = h2::server::Builder::new()
-            .initial_window_size(config.stream_window)
-            .initial_connection_window_size(config.connection_window)
-            .max_frame_size(config.frame_size)
-            .max_header_list_size(HEADER_LIST_BYTES)
-            .max_send_buffer_size(SEND_BUFFER_BYTES)
-            .max_concurrent_streams(config.max_streams)
-            .max_local_error_reset_streams(None)
-            .data_frame_budget(FRAME_BUDGET)
-            .handshake(Guard::server(io, account.clone()))
-            .await
-            .map_err(|error| TunnelError::of(error, account))?;
-        let pings = Box::pin(ping::watch(connection.ping_pong()));
-        Ok(Self { connection, account: account.clone(), windows: Windows::new(config), pings })
+impl Server {
+    /// Starts HTTP/2 on a connection whose TLS handshake is done. What the peer makes this node hold is booked on
+    /// `account`.
+    pub fn start(
+        engine: &Engine,
+        handshaken: Handshaken,
+        config: &Config,
+        account: &Arc<Account>,
+    ) -> Result<Self, TunnelError> {
+        let id = engine.add(Role::Server, handshaken, config, account).map_err(TunnelError::io)?;
+        let pings = {
+            let engine = engine.clone();
+            Box::pin(async move { ping::watch(&engine, id).await })
+        };
+        Ok(Self { engine: engine.clone(), id, account: account.clone(), pings })
     }
 
-    /// The next stream; `None` when the tunnel has ended. No stream of the tunnel makes progress unless this is
-    /// awaited.
-    pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
-        let Self { connection, account, windows, pings } = self;
-        let accept = poll_fn(|context| {
-            windows.adjust(account, connection);
-            connection.poll_accept(context)
-        });
-        tokio::select! {
-            biased;
-            reason = account.cut_signal() => Some(Err(reason.into())),
-            accepted = accept => Some(match accepted? {
-                Ok((http, respond)) => {
-                    let (parts, body) = http.into_parts();
-                    let request = ConnectRequest::parse(&parts.method, &parts.uri, &parts.headers);
-                    let on_account = StreamAccount::new(account, respond.stream_id());
-                    Ok(Incoming { request, receive: ReceiveHalf::new(body, on_account), respond })
+    /// Completes once HTTP/2 has begun: the peer's SETTINGS are there.
+    pub async fn settled(&mut self) -> Result<(), TunnelError> {
+        poll_fn(|context| {
+            let state = self.engine.with(self.id, |tunnel, _| match &tunnel.end {
+                Some(error) => Poll::Ready(Err((**error).clone())),
+                None if tunnel.session.is_settled() => Poll::Ready(Ok(())),
+                None => {
+                    tunnel.waker = Some(context.waker().clone());
+                    Poll::Pending
                 }
-                Err(error) => Err(TunnelError::of(error, account)),
-            }),
-            overdue = pings => {
-                account.cut(overdue);
-                Some(Err(overdue.into()))
-            }
-        }
+            });
+            state.unwrap_or(Poll::Ready(Err(TunnelError::Closed)))
+        })
+        .await
+    }
+
+    /// The next stream; `None` when the tunnel has been closed in order.
+    pub async fn next(&mut self) -> Option<Result<Incoming, TunnelError>> {
+        let Self { engine, id, account, pings } = self;
+        let cut = tokio::select! {
+            biased;
+            reason = account.cut_signal() => reason,
+            next = poll_fn(|context| poll_next(engine, *id, context)) => return next,
+            overdue = pings => overdue,
+        };
+        engine.with(*id, |tunnel, work| tunnel.end_with(cut.into(), work));
+        Some(Err(cut.into()))
     }
 
     /// Sends GOAWAY: the peer opens no new streams, and the open ones continue.
     pub fn go_away(&mut self) {
-        self.connection.graceful_shutdown();
+        self.engine.with(self.id, |tunnel, work| {
+            tunnel.session.go_away();
+            tunnel.mark(work);
+        });
+    }
+
+    /// Tells every connection of the tunnel to stop.
+    pub fn stop_all(&self) {
+        self.engine.with(self.id, engine::Tunnel::stop_all);
+    }
+}
+
+fn poll_next(engine: &Engine, id: TunnelId, context: &mut Context<'_>) -> Poll<Option<Result<Incoming, TunnelError>>> {
+    let state = engine.with(id, |tunnel, work| {
+        while let Some((key, number, request)) = tunnel.requests.pop_front() {
+            // It may have been reset meanwhile, and the key may belong to another one.
+            if let Some(stream) = tunnel.session.get_mut(key).filter(|stream| stream.id == number) {
+                stream.app.waits = false;
+                return Poll::Ready(Some(Ok((key, number, request))));
+            }
+        }
+        if let Some(error) = &tunnel.end {
+            return Poll::Ready(match &**error {
+                TunnelError::Closed => None,
+                error => Some(Err(error.clone())),
+            });
+        }
+        if tunnel.session.is_finished() && !tunnel.closing {
+            tunnel.closing = true;
+            tunnel.mark(work);
+        }
+        tunnel.waker = Some(context.waker().clone());
+        Poll::Pending
+    });
+    match state {
+        None => Poll::Ready(None),
+        Some(Poll::Pending) => Poll::Pending,
+        Some(Poll::Ready(next)) => Poll::Ready(next.map(|next| {
+            next.map(|(key, number, request)| Incoming { request, stream: Stream::new(engine, id, key, number) })
+        })),
     }
 }
 
 impl Incoming {
     /// Answers 200, with the `baggage` of the workload that accepts.
-    pub fn accept(mut self, baggage: Option<&str>) -> Result<Stream, TunnelError> {
-        let send = self.respond.send_response(request::accepted(baggage), false).map_err(TunnelError::Http2)?;
-        Ok(Stream::new(send, self.receive))
+    pub fn accept(self, baggage: Option<&str>) -> Stream {
+        self.stream.answer(StatusCode::OK, baggage);
+        self.stream
     }
 
     /// Answers with a status other than 200. What the peer has sent already is discarded.
-    pub fn refuse(mut self, status: StatusCode) {
-        // Fails only if the stream is gone already; then the peer does not wait for the answer.
-        let _ = self.respond.send_response(request::refused(status), true);
+    pub fn refuse(self, status: StatusCode) {
+        self.stream.answer(status, None);
+        // The answer is complete, and nothing more is wanted (RFC 9113 section 8.1).
+        self.stream.reset(ErrorCode::NO_ERROR);
     }
 
     /// Resolves when the peer gives up the stream before it is answered.
     pub async fn abandoned(&mut self) {
-        tokio::select! {
-            // Any result means that the peer no longer waits for an answer.
-            _ = poll_fn(|context| self.respond.poll_reset(context)) => {}
-            // Data that arrives before the answer must not pile up in the queue of HTTP/2.
-            never = self.receive.gather() => match never {},
-        }
-    }
-}
-
-impl<IO: AsyncRead + AsyncWrite + Unpin> AdjustWindows for Connection<IO, Bytes> {
-    fn connection_window(&mut self, bytes: u32) {
-        self.set_target_window_size(bytes);
-    }
-
-    fn stream_window(&mut self, bytes: u32) -> bool {
-        self.set_initial_window_size(bytes).is_ok()
+        poll_fn(|context| {
+            self.stream.poll_state(context, |state| match state {
+                State::Failed(_) => Poll::Ready(()),
+                State::Asked | State::Answered(_) => Poll::Pending,
+            })
+        })
+        .await;
     }
 }

@@ -19,12 +19,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 
-/// Bytes that TLS may hold encrypted and unsent. A whole frame must fit, or it is sent in pieces.
-pub const TLS_BUFFER_BYTES: usize = 512 * 1024;
-
-/// Size of the read buffer below TLS, per tunnel. Without it TLS reads a few KiB per system call.
-pub const READ_BUFFER_BYTES: usize = 128 * 1024;
-
 /// Why TLS settings cannot be built from a certificate.
 #[derive(Debug, thiserror::Error)]
 pub enum CredentialsError {
@@ -117,6 +111,8 @@ impl Credentials {
             .with_cert_resolver(certified.clone());
         server.alpn_protocols = vec![ALPN_H2.to_vec()];
         server.send_tls13_tickets = 0;
+        // The tunnel protects its records itself, with the keys of the handshake.
+        server.enable_secret_extraction = true;
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
 
         let trust_domains = trust.trust_domains.clone();
@@ -129,6 +125,7 @@ impl Credentials {
             .with_client_cert_resolver(certified);
         client.alpn_protocols = vec![ALPN_H2.to_vec()];
         client.enable_sni = false;
+        client.enable_secret_extraction = true;
         client.resumption = rustls::client::Resumption::disabled();
 
         let not_after = signed.not_after;
@@ -241,16 +238,4 @@ pub struct TlsFacts {
     pub key_exchange: &'static str,
     /// Cipher suite.
     pub cipher: &'static str,
-}
-
-impl TlsFacts {
-    /// Reads them from a connection. Before the handshake is done they are `unknown`.
-    pub fn of(connection: &rustls::CommonState) -> Self {
-        let name = |text: Option<&'static str>| text.unwrap_or("unknown");
-        Self {
-            version: name(connection.protocol_version().and_then(|v| v.as_str())),
-            key_exchange: name(connection.negotiated_key_exchange_group().and_then(|g| g.name().as_str())),
-            cipher: name(connection.negotiated_cipher_suite().and_then(|s| s.suite().as_str())),
-        }
-    }
 }

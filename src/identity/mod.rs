@@ -20,6 +20,6 @@ pub mod verify;
 
 pub use authority::CertificateAuthority;
 pub use builtin::Builtin;
-pub use credentials::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+pub use credentials::{Credentials, TlsFacts};
 pub use revoked::{Chain, Distrust};
 pub use store::CertificateStore;

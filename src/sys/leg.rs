@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::SetOnce;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::sleep;
 
 /// How long the last bytes of a broken leg may take to reach the other leg's peer.
 pub const LAST_BYTES: Duration = Duration::from_secs(10);
@@ -22,9 +22,9 @@ const CHECK_EVERY: Duration = Duration::from_millis(50);
 pub struct Leg<'a> {
     /// The socket.
     pub socket: &'a TcpStream,
-    /// The error and when it was noticed. The kernel reports an error only once, to the first caller that reads, writes
+    /// The error. The kernel reports an error only once, to the first caller that reads, writes
     /// or asks, so it is kept here.
-    broken: SetOnce<(io::Error, Instant)>,
+    broken: SetOnce<io::Error>,
 }
 
 impl<'a> Leg<'a> {
@@ -36,7 +36,7 @@ impl<'a> Leg<'a> {
     /// Records an error. Only the first one counts.
     pub fn record_error(&self, error: io::Error) {
         // Fails only if an error has been recorded before.
-        let _ = self.broken.set((error, Instant::now()));
+        let _ = self.broken.set(error);
     }
 
     /// Whether an error has been recorded. End of stream on a broken leg is not an orderly end.
@@ -53,19 +53,11 @@ impl<'a> Leg<'a> {
         }
     }
 
-    /// Completes when the leg has broken and [`LAST_BYTES`] have passed since.
-    pub async fn last_bytes_deadline(&self) {
-        self.broken().await;
-        if let Some((_, since)) = self.broken.get() {
-            sleep_until(*since + LAST_BYTES).await;
-        }
-    }
-
     /// The error with which it broke; a plain reset if none is recorded.
     pub fn error(&self) -> io::Error {
         let again =
             |error: &io::Error| error.raw_os_error().map_or_else(|| error.kind().into(), io::Error::from_raw_os_error);
-        self.broken.get().map_or_else(|| io::ErrorKind::ConnectionReset.into(), |(error, _)| again(error))
+        self.broken.get().map_or_else(|| io::ErrorKind::ConnectionReset.into(), again)
     }
 
     /// Completes when everything written to the leg has arrived in its peer's kernel, or never will. Wait for this

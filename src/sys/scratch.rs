@@ -13,17 +13,6 @@ thread_local! {
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice());
 }
 
-/// Reads up to `limit` bytes without waiting, and returns a copy of exactly that size. An empty result is the end of
-/// the stream; the error `WouldBlock` means that no bytes are waiting.
-pub fn read_now(from: &TcpStream, limit: usize) -> io::Result<Bytes> {
-    SCRATCH.with_borrow_mut(|scratch| {
-        let room = scratch.len().min(limit);
-        let target = scratch.get_mut(..room).unwrap_or_default();
-        let length = from.try_read(target)?;
-        Ok(Bytes::copy_from_slice(target.get(..length).unwrap_or_default()))
-    })
-}
-
 /// Which socket failed while bytes were copied from one to the other.
 #[derive(Debug)]
 pub enum PassError {

@@ -3,6 +3,7 @@
 use std::future::Future;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// A set of tasks with one owner. Clones are handles on the same set.
 #[derive(Clone, Debug, Default)]
@@ -28,6 +29,11 @@ impl Group {
     pub fn spawn_on(&self, work: impl Future<Output = ()> + Send + 'static, runtime: &tokio::runtime::Handle) {
         let _inside = runtime.enter();
         self.spawn(work);
+    }
+
+    /// Counts something as a task until the token is dropped, e.g. a connection that needs no task of its own.
+    pub fn token(&self) -> TaskTrackerToken {
+        self.tracker.token()
     }
 
     /// The number of running tasks.

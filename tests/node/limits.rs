@@ -202,7 +202,7 @@ impl Drop for MemoryLimit {
 #[test]
 fn with_little_memory_the_greedy_pod_is_refused_and_nobody_is_killed() {
     let mut w = World::new();
-    let limit = MemoryLimit::new(&w, 96 << 20);
+    let limit = MemoryLimit::new(&w, 24 << 20);
     let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
     apps::serve(&server.netns, 9000, apps::echo);
     let second = w.mesh_pod("second", 1);

@@ -9,4 +9,4 @@ pub mod tunnel;
 
 pub use captured::captured;
 pub use error::AcceptError;
-pub use tunnel::{AcceptedTunnel, TunnelPeer};
+pub use tunnel::{AcceptedTunnel, TunnelPeer, TunnelStop};

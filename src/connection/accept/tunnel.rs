@@ -3,19 +3,16 @@
 
 use super::error::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
 use crate::hbone::ping::GONE_AFTER;
-use crate::hbone::{self, Buffers};
+use crate::hbone::{self, Buffers, Engine};
 use crate::identity::verify::peer_name;
-use crate::identity::{Chain, Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+use crate::identity::{Chain, Credentials, Distrust, TlsFacts};
 use crate::mesh::address::canonical;
 use crate::mesh::{SpiffeName, Text};
-use crate::sys::read_buffer::ReadBuffered;
-use crate::sys::socket::{LegOptions, give_up_after, reset_on_close, set_leg_options};
+use crate::sys::socket::{LegOptions, give_up_after, set_leg_options};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 
 /// A tunnel whose peer has proven its identity.
 #[derive(Debug)]
@@ -23,7 +20,16 @@ pub struct AcceptedTunnel {
     /// The peer.
     pub peer: TunnelPeer,
     /// The server end, from which its streams come.
-    pub server: hbone::Server<TlsStream<ReadBuffered<TcpStream>>>,
+    pub server: hbone::Server,
+}
+
+/// Why all connections of a tunnel have to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TunnelStop {
+    /// The peer is not trusted any more.
+    Distrusted(Distrust),
+    /// The daemon is ending, or the pod is being released.
+    Drained,
 }
 
 /// The peer of a tunnel.
@@ -41,6 +47,8 @@ pub struct TunnelPeer {
     pub tls: TlsFacts,
     /// The peer's certificate chain; it signals when a certificate in it is revoked or expires.
     pub chain: Chain,
+    /// Why all its connections have been told to stop, if they have.
+    pub stop: OnceLock<TunnelStop>,
 }
 
 /// Waits for the first byte on a new connection to the pod's HBONE port. No TLS state is allocated before it comes.
@@ -60,8 +68,10 @@ pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Resul
     Ok(Some(socket).filter(|_| !left))
 }
 
-/// Performs both handshakes. What this tunnel later makes the node buffer is booked on a separate account in `buffers`.
+/// Performs both handshakes. The tunnel then belongs to `engine`. What it makes the node buffer is booked on a separate
+/// account in `buffers`.
 pub async fn handshake(
+    engine: &Engine,
     socket: TcpStream,
     source: SocketAddr,
     credentials: &Credentials,
@@ -69,35 +79,17 @@ pub async fn handshake(
     buffers: &Arc<Buffers>,
 ) -> Result<AcceptedTunnel, AcceptError> {
     let local = canonical(socket.local_addr().map_err(AcceptError::Socket)?);
-    let socket = ReadBuffered::new(socket);
-    let mut tls = TlsAcceptor::from(credentials.server())
-        .accept_with(socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
-        .await
-        .map_err(AcceptError::Tls)?;
-    tls.get_mut().0.trust(READ_BUFFER_BYTES);
-    let state = tls.get_ref().1;
-    let certificates = state.peer_certificates().unwrap_or_default();
-    let leaf = certificates.first().ok_or(AcceptError::NoCertificate)?;
-    let chain = credentials.watch(certificates);
+    let tls = hbone::tls::accept(socket, credentials.server()).await.map_err(AcceptError::Tls)?;
+    let leaf = tls.peer_certificates.first().ok_or(AcceptError::NoCertificate)?;
+    let chain = credentials.watch(&tls.peer_certificates);
     let identity = peer_name(leaf).map_err(|error| AcceptError::Tls(io::Error::other(error)))?;
-    let facts = TlsFacts::of(state);
+    let facts = TlsFacts { version: tls.version, key_exchange: tls.key_exchange, cipher: tls.cipher };
     let name = Text::from(identity.to_string());
-    let account = buffers.account(&name, true);
-    tls.get_mut().0.before_close(reset_if_cut(&account));
-    let server = hbone::Server::handshake(tls, config, &account).await?;
-    let peer = TunnelPeer { identity, name, source: canonical(source), local, tls: facts, chain };
+    let mut server = hbone::Server::start(engine, tls, config, &buffers.account(&name))?;
+    server.settled().await?;
+    let peer =
+        TunnelPeer { identity, name, source: canonical(source), local, tls: facts, chain, stop: OnceLock::new() };
     Ok(AcceptedTunnel { peer, server })
-}
-
-/// The action for the end of a tunnel's socket: a tunnel that was cut is reset. After an orderly close the kernel would
-/// go on retransmitting unacknowledged data to a peer that may be gone.
-pub fn reset_if_cut(account: &Arc<hbone::Account>) -> impl Fn(&TcpStream) + Send + Sync + 'static {
-    let account = account.clone();
-    move |socket| {
-        if account.is_cut() {
-            reset_on_close(socket);
-        }
-    }
 }
 
 /// Fails with [`AcceptError::Deadline`] if the handshake takes longer than [`HANDSHAKE_DEADLINE`].

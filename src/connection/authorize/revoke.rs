@@ -11,6 +11,7 @@ use super::matcher::Subject;
 use crate::mesh::{self, Snapshot, Text, Workload};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -61,8 +62,18 @@ struct ConnectionEntry {
     subject: Subject,
     stop: CancellationToken,
     refusal: OnceLock<Refusal>,
+    on_stop: OnceLock<StopCall>,
     /// What its permit is based on, once it has one.
     basis: Mutex<Option<PermitBasis>>,
+}
+
+/// Tells a connection to stop. It may be called more than once.
+struct StopCall(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for StopCall {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StopCall")
+    }
 }
 
 /// What a permit is based on.
@@ -101,6 +112,11 @@ impl Registration {
         self.entry.stop.cancelled().await;
     }
 
+    /// The moment when the connection is no longer allowed, for a connection that no task waits for.
+    pub fn revocation(&self) -> Revocation {
+        Revocation { entry: self.entry.clone() }
+    }
+
     /// The reason why the connection is no longer allowed; `None` while it is.
     pub fn reason(&self) -> Option<Refusal> {
         self.entry.refusal.get().cloned()
@@ -134,6 +150,23 @@ impl Registration {
     }
 }
 
+/// The moment when a connection is no longer allowed.
+#[derive(Debug)]
+pub struct Revocation {
+    entry: Arc<ConnectionEntry>,
+}
+
+impl Revocation {
+    /// Calls `stop` as soon as the connection is no longer allowed.
+    pub fn call(self, stop: impl Fn() + Send + Sync + 'static) {
+        // Fails only if there is one already; a connection has one.
+        let _ = self.entry.on_stop.set(StopCall(Box::new(stop)));
+        if self.entry.refusal.get().is_some() {
+            self.entry.call_stop();
+        }
+    }
+}
+
 impl ConnectionEntry {
     fn basis(&self) -> Option<PermitBasis> {
         self.basis.lock().clone()
@@ -147,6 +180,13 @@ impl ConnectionEntry {
         // Fails if it was refused before; the first reason stays.
         let _ = self.refusal.set(refusal);
         self.stop.cancel();
+        self.call_stop();
+    }
+
+    fn call_stop(&self) {
+        if let Some(StopCall(call)) = self.on_stop.get() {
+            call();
+        }
     }
 }
 
@@ -188,6 +228,7 @@ impl Permits {
             subject: subject.clone(),
             stop: CancellationToken::new(),
             refusal: OnceLock::new(),
+            on_stop: OnceLock::new(),
             basis: Mutex::default(),
         });
         let (id, uid) = (self.next.fetch_add(1, Ordering::Relaxed), workload.uid.clone());

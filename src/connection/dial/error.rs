@@ -1,6 +1,5 @@
 //! Why the far side could not be opened, and how long opening it may take.
 
-use crate::crypto::clock_reason;
 use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
@@ -58,8 +57,7 @@ pub enum DialError {
 
 /// The error's text; if two clocks differ, with a hint about that.
 fn http2_reason(error: &TunnelError) -> String {
-    let clock = error.io().and_then(clock_reason);
-    clock.map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
+    error.clock_reason().map_or_else(|| error.to_string(), |clock| format!("{error}; {clock}"))
 }
 
 /// Why a tunnel could not be opened.

@@ -3,16 +3,14 @@
 use super::direct::{DialledLeg, OpenLegs, SocketConfig, outbound};
 use super::error::{ANSWER_DEADLINE, DialError, HANDSHAKE_DEADLINE, TunnelDialError};
 use super::pool::{DialledTunnel, Lease, Pool, TunnelKey};
-use crate::connection::accept::tunnel::reset_if_cut;
 use crate::connection::choose::TunnelHop;
-use crate::hbone::client::{OpenError, handshake};
+use crate::hbone::client::OpenError;
 use crate::hbone::ping::GONE_AFTER;
-use crate::hbone::{self, ConnectRequest, Stream, TunnelError};
+use crate::hbone::{self, ConnectRequest, Engine, Stream, TunnelError};
 use crate::identity::verify::{PeerError, peer_name};
-use crate::identity::{Credentials, READ_BUFFER_BYTES, TLS_BUFFER_BYTES, TlsFacts};
+use crate::identity::{Credentials, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::sys::netns::Netns;
-use crate::sys::read_buffer::ReadBuffered;
 use crate::sys::socket::give_up_after;
 use crate::task::Signal;
 use rustls::pki_types::{IpAddr, ServerName};
@@ -20,7 +18,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio_rustls::TlsConnector;
 
 /// How many tunnels that turn out to be going away are replaced for one stream. The pool may hold several of them, and
 /// each is only found out when a stream is opened on it.
@@ -49,6 +46,8 @@ pub struct Origin {
     pub sockets: SocketConfig,
     /// HTTP/2 settings.
     pub hbone: hbone::Config,
+    /// The data path that owns the tunnel.
+    pub engine: Engine,
     /// Accounts for what the far end makes the node buffer.
     pub buffers: Arc<hbone::Buffers>,
 }
@@ -116,41 +115,26 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
     })?;
     give_up_after(&socket, GONE_AFTER, &origin.sockets.legs)
         .map_err(|source| TunnelDialError::Connect { to, source })?;
-    let socket = ReadBuffered::new(socket);
     let shake = async {
         // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor
         // checked.
         let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
-        let mut tls = TlsConnector::from(tls)
-            .connect_with(unused, socket, |tls| tls.set_buffer_limit(Some(TLS_BUFFER_BYTES)))
-            .await
-            .map_err(TunnelDialError::Tls)?;
-        tls.get_mut().0.trust(READ_BUFFER_BYTES);
-        let state = tls.get_ref().1;
-        let facts = TlsFacts::of(state);
-        let certificates = state.peer_certificates().unwrap_or_default();
-        let chain = origin.credentials.watch(certificates);
-        let peer = certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
+        let tls = hbone::tls::connect(socket, tls, unused).await.map_err(TunnelDialError::Tls)?;
+        let facts = TlsFacts { version: tls.version, key_exchange: tls.key_exchange, cipher: tls.cipher };
+        let chain = origin.credentials.watch(&tls.peer_certificates);
+        let peer = tls.peer_certificates.first().map(peer_name).ok_or(PeerError::NotOneUri(0)).flatten();
         let peer = peer.map_err(|error| TunnelDialError::Tls(io::Error::other(error)))?;
         // On the client side, the pod itself is accountable for what is buffered.
-        let account = origin.buffers.account(&origin.pod, false);
-        tls.get_mut().0.before_close(reset_if_cut(&account));
-        let (tunnel, mut driver) = handshake(tls, &origin.hbone, &account).await.map_err(TunnelDialError::Http2)?;
+        let account = origin.buffers.account(&origin.pod);
+        let (tunnel, mut driver) =
+            hbone::client::start(&origin.engine, tls, &origin.hbone, &account).map_err(TunnelDialError::Http2)?;
         // With TLS 1.3 the server checks our certificate after the client's handshake is done, so a refusal arrives
         // only now. So does the limit on streams.
         driver.settled().await.map_err(|error| match error {
-            TunnelError::Http2(error) if error.is_io() => match error.into_io() {
-                Some(error) => TunnelDialError::Tls(error),
-                None => TunnelDialError::HandshakeDeadline(to),
-            },
+            TunnelError::Io(_) | TunnelError::Tls(_) => TunnelDialError::Tls(error.into_io()),
             error => TunnelDialError::Http2(error),
         })?;
-        let run = async move {
-            let ended = driver.run().await;
-            drop(entry);
-            ended
-        };
-        Ok(DialledTunnel { tunnel, tls: facts, peer, chain, run: Box::pin(run) })
+        Ok(DialledTunnel { tunnel, tls: facts, peer, chain, driver, entry: Some(entry) })
     };
     let deadline = tokio::time::timeout(HANDSHAKE_DEADLINE, shake).await;
     deadline.unwrap_or(Err(TunnelDialError::HandshakeDeadline(to)))

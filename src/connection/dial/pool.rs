@@ -6,7 +6,10 @@
 //!                                 └──failed──► (none), and every waiter gets the same error
 //! ```
 
+use super::direct::OpenLeg;
 use super::error::TunnelDialError;
+use crate::connection::accept::TunnelStop;
+use crate::hbone::client::Driver;
 use crate::hbone::{Tunnel, TunnelError};
 use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
@@ -16,12 +19,18 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::pin::Pin;
-use std::sync::Arc;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+
+/// How long a tunnel may last after its connections were told to stop, so that its peer learns of their end.
+const STOP_GRACE: Duration = Duration::from_millis(500);
+
+/// Tunnels of one key that may be busy with large transfers before further connections share them.
+const BUSY_MAX: usize = 3;
 
 /// What two connections must have in common to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -62,11 +71,10 @@ pub struct DialledTunnel {
     /// The far end's certificate chain; it signals when a certificate in it is revoked or expires.
     pub chain: Chain,
     /// Runs until the tunnel ends.
-    pub run: TunnelRun,
+    pub driver: Driver,
+    /// The connection's entry in the list of the daemon's own.
+    pub entry: Option<OpenLeg>,
 }
-
-/// The future that moves the bytes of a tunnel until it ends.
-pub type TunnelRun = Pin<Box<dyn Future<Output = Result<(), TunnelError>> + Send>>;
 
 /// Called when a tunnel breaks, with its key, the far end's identity and the error.
 pub type OnTunnelBroken = Box<dyn Fn(&TunnelKey, &SpiffeName, &TunnelError) + Send + Sync>;
@@ -109,6 +117,8 @@ struct PooledTunnel {
     tls: TlsFacts,
     peer: SpiffeName,
     chain: Chain,
+    /// Why all its connections have been told to stop, if they have.
+    stop: Arc<OnceLock<TunnelStop>>,
     /// Leases that are held.
     streams: AtomicUsize,
     /// Whether it takes no more streams.
@@ -140,9 +150,9 @@ impl Lease {
         &self.tunnel.peer
     }
 
-    /// The far end's certificate chain; it signals when a certificate in it is revoked or expires.
-    pub fn chain(&self) -> &Chain {
-        &self.tunnel.chain
+    /// Why all connections of the tunnel have been told to stop; `None` if they have not.
+    pub fn stop(&self) -> Option<TunnelStop> {
+        self.tunnel.stop.get().copied()
     }
 
     /// Takes the tunnel out of the pool, because it is going away. Its other streams continue.
@@ -181,7 +191,14 @@ impl Pool {
             let mut outcome = {
                 let mut by_key = self.by_key.lock();
                 let tunnels = by_key.entry(key.clone()).or_default();
-                if let Some(lease) = tunnels.open.iter().find_map(|tunnel| self.lease_unless_gone(tunnel)) {
+                let (busy, quiet): (Vec<_>, Vec<_>) = tunnels.open.iter().partition(|tunnel| tunnel.handle.is_busy());
+                if let Some(lease) = quiet.into_iter().find_map(|tunnel| self.lease_unless_gone(tunnel)) {
+                    return Ok(lease);
+                }
+                // A small message would wait behind the large transfers of a busy tunnel, so there may be one more.
+                if (busy.len() >= BUSY_MAX || tunnels.dialling.is_some())
+                    && let Some(lease) = busy.into_iter().rev().find_map(|tunnel| self.lease_unless_gone(tunnel))
+                {
                     return Ok(lease);
                 }
                 if let Some(outcome) = &tunnels.dialling {
@@ -198,7 +215,12 @@ impl Pool {
                 Err(_) => return Err(Arc::new(TunnelDialError::Draining)),
             };
             match settled {
-                Some(Err(error)) => return Err(error),
+                Some(Err(error)) => {
+                    // A busy tunnel is better than none.
+                    let by_key = self.by_key.lock();
+                    let open = by_key.get(key).into_iter().flat_map(|tunnels| &tunnels.open);
+                    return open.into_iter().find_map(|tunnel| self.lease_unless_gone(tunnel)).ok_or(error);
+                }
                 // The tunnel may be leaving the pool already, because its pod drains. It still serves those that waited
                 // for it.
                 Some(Ok(tunnel)) => {
@@ -241,7 +263,7 @@ impl Pool {
             () = drain.now() => Err(TunnelDialError::Draining),
             dialled = dialling => dialled,
         };
-        let (tunnel, run) = match dialled {
+        let (tunnel, driver, entry) = match dialled {
             Err(error) => {
                 settle.with(Err(Arc::new(error)));
                 return;
@@ -252,24 +274,27 @@ impl Pool {
                     tls: dialled.tls,
                     peer: dialled.peer,
                     chain: dialled.chain,
+                    stop: Arc::default(),
                     streams: AtomicUsize::new(0),
                     gone: AtomicBool::new(false),
                     retired: Notify::new(),
                     last_used: Mutex::new(Instant::now()),
                 };
-                (Arc::new(tunnel), dialled.run)
+                (Arc::new(tunnel), dialled.driver, dialled.entry)
             }
         };
         settle.with(Ok(tunnel.clone()));
         drop(settle);
         // The outcome holds a handle to the tunnel, which would keep the tunnel open. Waiters can still read it.
         drop(outcome);
-        self.keep(&key, tunnel, drain, run).await;
+        self.keep(&key, tunnel, drain, driver).await;
+        drop(entry);
     }
 
     /// Runs a tunnel until it ends. It leaves the pool when it is idle, retired or going away, and then lasts as long
     /// as its streams.
-    async fn keep(&self, key: &TunnelKey, tunnel: Arc<PooledTunnel>, drain: Signal, mut run: TunnelRun) {
+    async fn keep(&self, key: &TunnelKey, tunnel: Arc<PooledTunnel>, drain: Signal, driver: Driver) {
+        let mut run = pin!(driver.run());
         let leave = async {
             loop {
                 let last = *tunnel.last_used.lock();
@@ -293,16 +318,31 @@ impl Pool {
             () = drain.gentle() => None,
             // It takes no more streams, and ends with its last one.
             () = tunnel.retired.notified() => None,
-            // The far end's certificate is about to expire or is revoked. Its streams watch the chain themselves; no
-            // new one may begin.
+            // The far end's certificate has expired or is revoked. No new stream may begin.
             () = tunnel.chain.ending() => None,
         };
         remove(&mut self.by_key.lock(), key, &tunnel);
-        let peer = tunnel.peer.clone();
+        let (peer, chain, stop) = (tunnel.peer.clone(), tunnel.chain.clone(), tunnel.stop.clone());
         drop(tunnel);
         let ended = match ended {
             Some(ended) => ended,
-            None => tokio::select! { ended = run => ended, () = drain.now() => Ok(()) },
+            None => {
+                let why = tokio::select! {
+                    ended = &mut run => Err(ended),
+                    () = drain.now() => Ok(TunnelStop::Drained),
+                    why = chain.distrusted() => Ok(TunnelStop::Distrusted(why)),
+                };
+                match why {
+                    Err(ended) => ended,
+                    Ok(why) => {
+                        // Fails only if there is a reason already.
+                        let _ = stop.set(why);
+                        driver.stop_all();
+                        // The streams are reset before the tunnel ends.
+                        tokio::time::timeout(STOP_GRACE, run).await.unwrap_or(Ok(()))
+                    }
+                }
+            }
         };
         if let Err(error) = ended {
             (self.broken)(key, &peer, &error);
@@ -353,7 +393,7 @@ impl Drop for DialSettlement<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hbone;
+    use crate::hbone::{self, testing};
     use crate::task::Drain;
 
     fn key() -> TunnelKey {
@@ -373,29 +413,21 @@ mod tests {
         Pool::new(config, Group::default(), Box::new(|_, _, _| {}))
     }
 
-    const HBONE: hbone::Config = hbone::Config {
-        stream_window: 65_535,
-        connection_window: 65_535,
-        frame_size: 16_384,
-        max_streams: 100,
-        half_closed_silence: Duration::from_secs(1),
-    };
-
-    /// A tunnel over an in-memory pipe, whose far end answers HTTP/2 and ends with `far`.
+    /// A tunnel over a real socket, whose far end answers HTTP/2 and ends with `far`.
     async fn dialled(far: Group) -> Result<DialledTunnel, TunnelDialError> {
-        let (near, end) = tokio::io::duplex(65_536);
+        let (near, end) = testing::ends().await;
         far.spawn(async move {
-            let account = hbone::Buffers::new(1 << 20).account("client", true);
-            let mut server = hbone::Server::handshake(end, &HBONE, &account).await.unwrap();
+            let account = hbone::Buffers::new(1 << 20).account("client");
+            let mut server = hbone::Server::start(&testing::engine(), end, &testing::CONFIG, &account).unwrap();
             while let Some(Ok(_)) = server.next().await {}
         });
-        let account = hbone::Buffers::new(1 << 20).account("server", false);
-        let (tunnel, driver) =
-            hbone::client::handshake(near, &HBONE, &account).await.map_err(TunnelDialError::Http2)?;
+        let account = hbone::Buffers::new(1 << 20).account("server");
+        let (tunnel, driver) = hbone::client::start(&testing::engine(), near, &testing::CONFIG, &account)
+            .map_err(TunnelDialError::Http2)?;
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
         let chain = crate::identity::revoked::Revocations::default().watch(&[]);
-        Ok(DialledTunnel { tunnel, tls, peer, chain, run: Box::pin(driver.run()) })
+        Ok(DialledTunnel { tunnel, tls, peer, chain, driver, entry: None })
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,37 +2,110 @@
 
 use super::copy;
 use super::error::{ForwardError, Stop};
-use crate::hbone::{CarryError, Meter, Stream};
+use crate::hbone::carry::deliver_last_bytes;
+use crate::hbone::{CarryError, Ended, Meter, Owner, Rest, Stopper, Stream};
+use crate::sys::leg::Leg;
+use crate::sys::scratch::write_all;
 use crate::sys::socket::reset_on_close;
+use crate::task::Group;
 use std::time::Duration;
 use tokio::net::TcpStream;
 
-/// Carries the application's connection over a stream of a tunnel. On an error, `app` is reset when it is closed.
-pub async fn over_stream(
-    app: &TcpStream,
+/// What ends with a connection that is carried over a stream.
+pub trait Ending: Send + Sync + 'static {
+    /// Counts the connection's bytes.
+    fn meter(&self) -> &impl Meter;
+    /// Why the connection was told to stop; `None` if it was not.
+    fn stop(&self) -> Option<Stop>;
+    /// The connection has ended, and everything that could be delivered is. On an error, `app` is reset when it is
+    /// closed.
+    fn finish(self, app: std::net::TcpStream, result: Result<(), ForwardError>);
+}
+
+/// Carries the application's connection over a stream of a tunnel. `ending` is told when it has ended; until then
+/// nothing runs for it. What is left to do after one side has broken is done by a task of `tasks`.
+pub fn over_stream(
+    app: std::net::TcpStream,
     stream: Stream,
-    meter: &impl Meter,
     silence: Duration,
-    stop: impl Future<Output = Stop>,
-) -> Result<(), ForwardError> {
-    let mut stopped = None;
-    let stop = async { stopped = Some(stop.await) };
-    let result = stream.carry(app, meter, silence, stop).await.map_err(|error| match error {
-        CarryError::App(error) => ForwardError::App(error),
-        CarryError::Reset(_) => ForwardError::Reset(error),
-        CarryError::Tunnel(_) => ForwardError::Tunnel(error),
-        CarryError::Cut(_) => ForwardError::Cut(error),
-        CarryError::HalfClosedSilence(silence) => ForwardError::HalfClosedSilence(silence),
-        CarryError::Stopped => ForwardError::Stopped(Stop::Drained),
-    });
-    let result = match (result, stopped) {
-        (Err(ForwardError::Stopped(_)), Some(why)) => Err(ForwardError::Stopped(why)),
-        (result, _) => result,
-    };
-    if result.is_err() {
-        reset_on_close(app);
+    tasks: &Group,
+    ending: impl Ending,
+) -> Stopper {
+    stream.carry(app, Box::new(StreamOwner { ending, tasks: tasks.clone() }), silence)
+}
+
+/// The owner of a connection that is carried over a stream.
+struct StreamOwner<E> {
+    ending: E,
+    tasks: Group,
+}
+
+impl<E: Ending> Meter for StreamOwner<E> {
+    fn up(&self, bytes: usize) {
+        self.ending.meter().up(bytes);
     }
-    result
+
+    fn down(&self, bytes: usize) {
+        self.ending.meter().down(bytes);
+    }
+
+    fn total(&self) -> u64 {
+        self.ending.meter().total()
+    }
+}
+
+impl<E: Ending> Owner for StreamOwner<E> {
+    fn ended(self: Box<Self>, ended: Ended) {
+        let Self { ending, tasks } = *self;
+        let Ended { result, app, rest } = ended;
+        let error = match result {
+            Ok(()) => return ending.finish(app, Ok(())),
+            Err(error) => error,
+        };
+        let (error, has_last_bytes) = match error {
+            CarryError::App(error) => (ForwardError::App(error), false),
+            CarryError::Reset(_) => (ForwardError::Reset(error), true),
+            CarryError::Tunnel(_) => (ForwardError::Tunnel(error), true),
+            // Ends at once and discards the rest: a tunnel is often cut because there is no memory for it.
+            CarryError::Cut(_) => (ForwardError::Cut(error), false),
+            CarryError::HalfClosedSilence(silence) => (ForwardError::HalfClosedSilence(silence), false),
+            CarryError::Stopped => (ForwardError::Stopped(Stop::Drained), false),
+        };
+        let (error, has_last_bytes) = match (ending.stop(), &error) {
+            (Some(why), ForwardError::Stopped(_) | ForwardError::Tunnel(_)) => (ForwardError::Stopped(why), false),
+            _ => (error, has_last_bytes),
+        };
+        if has_last_bytes {
+            tasks.spawn(async move {
+                let app = last_bytes(app, rest).await;
+                if let Some(app) = app {
+                    reset_on_close(&app);
+                    ending.finish(app, Err(error));
+                }
+            });
+        } else {
+            reset_on_close(&app);
+            ending.finish(app, Err(error));
+        }
+    }
+}
+
+/// Delivers what the tunnel brought before it or the stream broke, and waits until it has arrived.
+async fn last_bytes(app: std::net::TcpStream, mut rest: Rest) -> Option<std::net::TcpStream> {
+    // Fails only without a runtime or without memory; then the socket is closed with what it has.
+    let app = TcpStream::from_std(app).ok()?;
+    {
+        let leg = Leg::new(&app);
+        let deliver = async {
+            for chunk in rest.take() {
+                if let Err(error) = write_all(leg.socket, &chunk).await {
+                    return leg.record_error(error);
+                }
+            }
+        };
+        deliver_last_bytes(&leg, deliver).await;
+    }
+    app.into_std().ok()
 }
 
 /// Carries the application's connection over a plain TCP connection. On an error, both are reset when they are closed.

@@ -5,5 +5,5 @@ mod carry;
 mod copy;
 pub mod error;
 
-pub use carry::{over_stream, over_tcp};
+pub use carry::{Ending, over_stream, over_tcp};
 pub use error::{ForwardError, Stop};

@@ -1,13 +1,21 @@
 //! What makes a connection stop before both sides have closed, and how its sockets are closed then.
 
+use crate::connection::accept::{TunnelPeer, TunnelStop};
 use crate::connection::authorize::Registration;
 use crate::connection::dial::DialError;
 use crate::connection::dial::direct::{DialledLeg, OpenLeg};
-use crate::connection::forward::Stop;
+use crate::connection::dial::pool::Lease;
+use crate::connection::forward::{Ending, ForwardError, Stop};
 use crate::connection::pod::Pod;
-use crate::identity::{Chain, Distrust};
+use crate::connection::report::{Failure, Record, live::Connection};
+use crate::connection::worker::Counted;
+use crate::hbone::Meter;
+use crate::identity::Distrust;
 use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
 use tokio::net::TcpStream;
 
 /// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to
@@ -23,26 +31,66 @@ pub async fn unless_client_resets<T>(
     }
 }
 
-/// Resolves when a connection of the pod has to stop: its permit is revoked, the peer's certificate is revoked or
-/// expires, or the deadline of a drain has passed.
-pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<&Chain>) -> Stop {
+/// Resolves when a plain connection of the pod has to stop: its permit is revoked, or the deadline of a drain has passed.
+pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>) -> Stop {
     let drain = pod.signal();
     let revoked = async {
         let Some(permit) = permit else { return std::future::pending().await };
         permit.revoked().await;
         permit.reason().map_or(Stop::Drained, Stop::Revoked)
     };
-    let distrusted = async {
-        let Some(peer) = peer else { return std::future::pending().await };
-        match peer.distrusted().await {
-            Distrust::Revoked => Stop::CertificateRevoked,
-            Distrust::Expired => Stop::CertificateExpired,
-        }
-    };
     tokio::select! {
         why = revoked => why,
-        why = distrusted => why,
         () = drain.now() => Stop::Drained,
+    }
+}
+
+/// What ends with a connection that is carried over a stream of a tunnel.
+pub struct CarriedEnd {
+    /// Its record.
+    pub record: Record,
+    /// The connection in the list of live ones.
+    pub live: Arc<Connection>,
+    /// Entry of the application's socket, if the daemon opened it.
+    pub entry: Option<OpenLeg>,
+    /// The tunnel that carries it.
+    pub tunnel: CarriedBy,
+    /// What counts it.
+    pub _counted: Counted,
+}
+
+/// The tunnel that carries a connection.
+pub enum CarriedBy {
+    /// A tunnel to a peer, with the connection's slot on it.
+    Outbound(Lease),
+    /// A tunnel from a peer, with the connection's permit.
+    Inbound(Arc<TunnelPeer>, Registration),
+}
+
+impl Ending for CarriedEnd {
+    fn meter(&self) -> &impl Meter {
+        &self.live.bytes
+    }
+
+    fn stop(&self) -> Option<Stop> {
+        let (tunnel, refused) = match &self.tunnel {
+            CarriedBy::Outbound(lease) => (lease.stop(), None),
+            CarriedBy::Inbound(peer, permit) => (peer.stop.get().copied(), permit.reason()),
+        };
+        refused.map(Stop::Revoked).or_else(|| {
+            tunnel.map(|why| match why {
+                TunnelStop::Distrusted(Distrust::Revoked) => Stop::CertificateRevoked,
+                TunnelStop::Distrusted(Distrust::Expired) => Stop::CertificateExpired,
+                TunnelStop::Drained => Stop::Drained,
+            })
+        })
+    }
+
+    fn finish(self, app: std::net::TcpStream, result: Result<(), ForwardError>) {
+        // In this order: once the socket is closed, another connection may have the same ends.
+        drop(self.entry);
+        drop(app);
+        self.record.finish(result.map_err(Failure::from));
     }
 }
 
@@ -50,7 +98,7 @@ pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>, peer: Option<
 /// refusal from an empty answer.
 pub struct ResetUnlessDone {
     /// Entry of a connection that the daemon opened. Declared before the socket so that it is dropped first.
-    _entry: Option<OpenLeg>,
+    entry: Option<OpenLeg>,
     socket: TcpStream,
     done: bool,
 }
@@ -58,12 +106,20 @@ pub struct ResetUnlessDone {
 impl ResetUnlessDone {
     /// A socket that the daemon accepted.
     pub fn accepted(socket: TcpStream) -> Self {
-        Self { _entry: None, socket, done: false }
+        Self { entry: None, socket, done: false }
     }
 
     /// A socket that the daemon connected.
     pub fn dialled(DialledLeg { entry, socket }: DialledLeg) -> Self {
-        Self { _entry: Some(entry), socket, done: false }
+        Self { entry: Some(entry), socket, done: false }
+    }
+
+    /// The socket, to be carried by the engine, with its entry if the daemon connected it.
+    pub fn into_parts(mut self) -> io::Result<(std::net::TcpStream, Option<OpenLeg>)> {
+        // The copy keeps the connection open while the original leaves the runtime.
+        let socket = self.socket.as_fd().try_clone_to_owned()?;
+        self.done = true;
+        Ok((socket.into(), self.entry.take()))
     }
 
     /// Closes the socket in order: its connection has ended well.

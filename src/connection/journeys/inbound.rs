@@ -1,9 +1,9 @@
 //! Port 15008: a tunnel from a peer. The tunnel is accepted once. Then each of its streams takes the steps choose,
 //! authorize, dial, forward and report, as a task of the same worker.
 
-use super::ending::{ResetUnlessDone, stop_signal};
+use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone};
 use super::lookup::{own_credentials, own_facts};
-use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, tunnel as tunnelled};
+use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, TunnelStop, tunnel as tunnelled};
 use crate::connection::authorize::{self, Registration, Subject};
 use crate::connection::budget::Reservation;
 use crate::connection::choose;
@@ -12,7 +12,7 @@ use crate::connection::forward::{self, ForwardError};
 use crate::connection::headers;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
-use crate::connection::worker::Worker;
+use crate::connection::worker::{Counted, Worker};
 use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
@@ -22,9 +22,9 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// How long a tunnel lasts after its peer's certificate was revoked or has expired, so that the streams can be reset
 /// first.
@@ -62,11 +62,11 @@ pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpS
 }
 
 /// Takes the streams of a tunnel until it ends. The error says how it broke.
-async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
+async fn serve_streams(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     peer: &Arc<TunnelPeer>,
-    server: &mut hbone::Server<IO>,
+    server: &mut hbone::Server,
 ) -> Result<(), TunnelError> {
     let drain = pod.signal();
     let (mut going_away, mut end) = (false, None);
@@ -83,9 +83,13 @@ async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
                 server.go_away();
                 continue;
             }
-            () = drain.now() => return Ok(()),
-            // The streams watch the chain themselves and each reports its own end. Until then the tunnel must go on.
-            _ = peer.chain.distrusted(), if end.is_none() => {
+            () = drain.now() => {
+                stop_all(peer, server, TunnelStop::Drained);
+                return Ok(());
+            }
+            // The streams are reset first; until then the tunnel must go on.
+            why = peer.chain.distrusted(), if end.is_none() => {
+                stop_all(peer, server, TunnelStop::Distrusted(why));
                 end = Some(Instant::now() + DISTRUST_GRACE);
                 server.go_away();
                 continue;
@@ -96,10 +100,7 @@ async fn serve_streams<IO: AsyncRead + AsyncWrite + Unpin>(
             Some(Ok(incoming)) if end.is_some() => incoming.refuse(StatusCode::FORBIDDEN),
             Some(Ok(incoming)) => {
                 let (own, pod, peer, active) = (worker.clone(), pod.clone(), peer.clone(), pod.active.token());
-                worker.tasks.spawn(async move {
-                    stream(&own, &pod, &peer, incoming).await;
-                    drop(active);
-                });
+                worker.tasks.spawn(async move { stream(&own, &pod, &peer, incoming, active).await });
             }
             Some(Err(error)) => return Err(error),
             None => return Ok(()),
@@ -126,7 +127,7 @@ async fn accept_tunnel(
         let (_, workload) = own_facts(worker, pod).await?;
         let credentials = own_credentials(worker, &workload).await?;
         let hbone = &shared.config.hbone;
-        Ok(tunnelled::handshake(socket, peer, &credentials, hbone, &shared.buffers).await?)
+        Ok(tunnelled::handshake(&worker.engine, socket, peer, &credentials, hbone, &shared.buffers).await?)
     };
     // Boxed: the handshakes need more memory than an open tunnel, which must not keep it.
     let tunnel: AcceptedTunnel = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
@@ -134,10 +135,24 @@ async fn accept_tunnel(
     Ok(Some(ChargedTunnel { tunnel, reservation }))
 }
 
-/// Carries one stream of a tunnel.
-async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut incoming: Incoming) {
+/// Tells all connections of a tunnel to stop. Those that are still being opened stop as soon as they are carried.
+fn stop_all(peer: &TunnelPeer, server: &hbone::Server, why: TunnelStop) {
+    // Fails only if there is a reason already.
+    let _ = peer.stop.set(why);
+    server.stop_all();
+}
+
+/// Opens one stream of a tunnel. This completes when it is refused, or when it is carried: then the worker's engine has
+/// it.
+async fn stream(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    peer: &Arc<TunnelPeer>,
+    mut incoming: Incoming,
+    active: TaskTrackerToken,
+) {
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, peer.source);
-    let _reservation = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
+    let reservation = match worker.shared.budget.reserve(&pod.usage, Some(&peer.name)) {
         Ok(reservation) => reservation,
         Err(refused) => {
             incoming.refuse(StatusCode::SERVICE_UNAVAILABLE);
@@ -149,14 +164,34 @@ async fn stream(worker: &Arc<Worker>, pod: &Arc<Pod>, peer: &TunnelPeer, mut inc
         admitted = Box::pin(admit(worker, pod, peer, request, &mut record)) => admitted,
         () = incoming.abandoned() => Err(DialError::Abandoned.into()),
     };
-    let result = match admitted {
-        Ok(admitted) => carry(worker, pod, peer, incoming, admitted).await,
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
         Err(failure) => {
             incoming.refuse(status(&failure));
-            Err(failure)
+            return record.finish(Err(failure));
         }
     };
-    record.finish(result);
+    let AdmittedStream { app, permit, live, baggage, preface } = admitted;
+    if let Err(error) = send_preface(&app, &preface).await {
+        return record.finish(Err(error.into()));
+    }
+    let (app, entry) = match app.into_parts() {
+        Ok(parts) => parts,
+        Err(error) => return record.finish(Err(ForwardError::App(error).into())),
+    };
+    let counted =
+        Counted { _load: None, _active: active, _reservation: reservation, _task: worker.tasks.token(), _socket: None };
+    let revocation = permit.revocation();
+    let tunnel = CarriedBy::Inbound(peer.clone(), permit);
+    let ending = CarriedEnd { record, live, entry, tunnel, _counted: counted };
+    // Answers 200, now that the application's socket is open.
+    let stream = incoming.accept(baggage.as_deref());
+    let silence = worker.shared.config.hbone.half_closed_silence;
+    let stopper = forward::over_stream(app, stream, silence, &worker.tasks, ending);
+    if peer.stop.get().is_some() {
+        stopper.stop();
+    }
+    revocation.call(move || stopper.stop());
 }
 
 /// A stream that is allowed, with the open socket to its application.
@@ -224,24 +259,6 @@ async fn admit(
     };
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
     Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
-}
-
-/// The step forward: answers 200, now that the application's socket is open, and carries the stream.
-async fn carry(
-    worker: &Worker,
-    pod: &Pod,
-    peer: &TunnelPeer,
-    incoming: Incoming,
-    admitted: AdmittedStream,
-) -> Result<(), Failure> {
-    let AdmittedStream { app, permit, live, baggage, preface } = admitted;
-    send_preface(&app, &preface).await?;
-    let stream = incoming.accept(baggage.as_deref())?;
-    let silence = worker.shared.config.hbone.half_closed_silence;
-    let stop = stop_signal(pod, Some(&permit), Some(&peer.chain));
-    forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
-    app.done();
-    Ok(())
 }
 
 /// Sends the application `preface` before anything else. It fits into the socket's empty send buffer.

@@ -1,14 +1,15 @@
 //! Port 15001: a connection that the pod opened. Steps: accept, choose, dial, forward, report. The destination's node
 //! authorizes it.
 
-use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
+use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::{find_route, own_credentials, own_facts};
 use crate::connection::accept;
 use crate::connection::choose::{NextHop, RouteError, TunnelHop, is_local};
 use crate::connection::dial::{self, hbone::OpenedStream, hbone::Origin};
+use crate::connection::forward::ForwardError;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
-use crate::connection::worker::Worker;
+use crate::connection::worker::{Counted, Worker};
 use crate::connection::{forward, headers};
 use crate::hbone::{Authority, ConnectRequest};
 use crate::identity::Credentials;
@@ -17,37 +18,43 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Carries one connection that the pod opened.
-pub async fn outbound(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
-    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
-    let _count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
-    let result = outbound_steps(worker, pod, socket, peer, &mut record).await;
-    record.finish(result);
-}
-
-async fn outbound_steps(
+///
+/// This completes when the connection has ended, or when it is carried over a tunnel: then the worker's engine has it.
+pub async fn outbound(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
     socket: std::net::TcpStream,
     peer: SocketAddr,
-    record: &mut Record,
-) -> Result<(), Failure> {
+    counted: Counted,
+) {
+    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
+    let count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
     // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
-    let Some(OpenedOutbound { app, live, far }) = Box::pin(open(worker, pod, socket, peer, record)).await? else {
-        return Ok(());
+    let OpenedOutbound { app, live, far } = match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
+        Ok(Some(opened)) => opened,
+        Ok(None) => return record.finish(Ok(())),
+        Err(failure) => return record.finish(Err(failure)),
     };
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
         FarSide::Direct(far) => {
-            forward::over_tcp(&app, &far, &live.bytes, silence, stop_signal(pod, None, None)).await?;
-            far.done();
+            let result = forward::over_tcp(&app, &far, &live.bytes, silence, stop_signal(pod, None)).await;
+            if result.is_ok() {
+                far.done();
+                app.done();
+            }
+            record.finish(result.map_err(Failure::from));
         }
-        FarSide::Tunnel(OpenedStream { stream, lease }) => {
-            let stop = stop_signal(pod, None, Some(lease.chain()));
-            forward::over_stream(&app, stream, &live.bytes, silence, stop).await?;
-        }
+        FarSide::Tunnel(OpenedStream { stream, lease }) => match app.into_parts() {
+            Ok((app, entry)) => {
+                let tunnel = CarriedBy::Outbound(lease);
+                let ending =
+                    CarriedEnd { record, live, entry, tunnel, _counted: Counted { _socket: Some(count), ..counted } };
+                forward::over_stream(app, stream, silence, &worker.tasks, ending);
+            }
+            Err(error) => record.finish(Err(ForwardError::App(error).into())),
+        },
     }
-    app.done();
-    Ok(())
 }
 
 /// An outbound connection whose far side is open.
@@ -134,6 +141,7 @@ fn origin(worker: &Worker, pod: &Pod, credentials: Arc<Credentials>) -> Origin {
         legs: pod.legs.clone(),
         sockets: pod.sockets,
         hbone: worker.shared.config.hbone,
+        engine: worker.engine.clone(),
         buffers: worker.shared.buffers.clone(),
     }
 }

@@ -60,7 +60,7 @@ async fn plaintext_steps(
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
     let app = ResetUnlessDone::dialled(unless_client_resets(&client, app).await?);
     let silence = shared.config.hbone.half_closed_silence;
-    forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration), None)).await?;
+    forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration))).await?;
     client.done();
     app.done();
     Ok(())

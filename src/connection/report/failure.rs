@@ -100,7 +100,7 @@ impl Failure {
                 AcceptError::Tls(error) if is_revoked(error) => REVOKED,
                 AcceptError::Tls(error) if clock_reason(error).is_some() => CLOCK,
                 AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
-                AcceptError::Http2(error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+                AcceptError::Http2(error) if error.clock_reason().is_some() => CLOCK,
                 AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
                 AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
@@ -203,7 +203,7 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
             // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its
             // refusal arrives as an HTTP/2 error.
-            TunnelDialError::Http2(ref error) if error.io().is_some_and(|error| clock_reason(error).is_some()) => CLOCK,
+            TunnelDialError::Http2(ref error) if error.clock_reason().is_some() => CLOCK,
             TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
             TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),
@@ -213,7 +213,6 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             OpenError::TunnelGone(_) | OpenError::Broken(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
             OpenError::Status(status) if status.as_u16() == 401 => (Reason::PeerDenied, "CONNECT", Fault::Policy),
             OpenError::Status(_) => (Reason::PeerRefused, "CONNECT", Fault::Peer),
-            OpenError::Request(_) => (Reason::Request, "CONNECT", Fault::Us),
         },
         DialError::AnswerDeadline => (Reason::AnswerDeadline, "CONNECT", Fault::Peer),
         DialError::Abandoned => (Reason::Abandoned, "CONNECT", Fault::App),

@@ -74,7 +74,6 @@ reasons! {
     UnknownHost "unknown_host" "A peer asked for a host name that the pod does not serve";
     Loop "loop" "A connection to one of the daemon's own ports, or one that would come back to the daemon";
     BadRequest "bad_request" "A peer sent a request that is not a valid CONNECT request";
-    Request "request" "A CONNECT request could not be written: please report this";
     LargestConsumer "largest_consumer" "The node is above 80 % of its connections, open files or memory (`error` says which), and this pod has the most connections";
     LargestPeer "largest_peer" "The node is above 80 % as for `largest_consumer`, and the peer named in `error` has the most connections to that pod";
     Limit "limit" "The node has reached `CULVERT_MAX_CONNECTIONS` or a limit of open files or memory, or its workers cannot keep up: `error` says which";

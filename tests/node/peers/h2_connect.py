@@ -4,6 +4,7 @@ With "until_goaway": FILE it makes that file when the requests are done and wait
 
 usage: h2_connect.py JSON
   {"to": [host, port], "ca": file, "cert": file|null, "key": file|null, "requests": [{"headers": [[name, value]...], "send": text, "early": text sent before the answer}]}
+  A request without "send" ends with its headers.
 prints {"tls": "ok", "results": [{"status": n|null, "body": text, "reset": code|null}]} or {"tls": error}
 """
 import json
@@ -67,7 +68,7 @@ def request(tls, connection, spec):
     stream = connection.get_next_available_stream_id()
     result = {"status": None, "body": "", "reset": None}
     try:
-        connection.send_headers(stream, [tuple(h) for h in spec["headers"]])
+        connection.send_headers(stream, [tuple(h) for h in spec["headers"]], end_stream="send" not in spec)
         if spec.get("early"):
             connection.send_data(stream, spec["early"].encode())
         tls.sendall(connection.data_to_send())

@@ -85,7 +85,9 @@ class Tunnel:
         elif kind == SETTINGS and not flags & 1:
             for at in range(0, len(payload), 6):
                 name, value = struct.unpack(">HI", payload[at:at + 6])
-                if name == 4:
+                if name == 1:
+                    self.encoder.header_table_size = value
+                elif name == 4:
                     for known in self.streams:
                         self.streams[known] += value - self.initial
                     self.initial = value

@@ -1,0 +1,125 @@
+//! Bytes that an application has not taken yet. Small pieces are copied together, so that many tiny frames do not cost
+//! many times their size.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+
+/// Memory of one piece at least, in bytes.
+const CHUNK_MIN: usize = 2 * 1024;
+
+/// Memory of one piece at most, in bytes.
+const CHUNK_MAX: usize = 64 * 1024;
+
+/// Bytes that wait, in order.
+#[derive(Debug, Default)]
+pub struct Backlog {
+    chunks: VecDeque<Vec<u8>>,
+    /// Bytes of the first chunk that are gone already.
+    start: usize,
+    bytes: usize,
+    memory: usize,
+}
+
+impl Backlog {
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Memory that they use, in bytes.
+    pub fn memory(&self) -> usize {
+        self.memory
+    }
+
+    /// Appends bytes.
+    pub fn push(&mut self, mut bytes: &[u8]) {
+        self.bytes += bytes.len();
+        while !bytes.is_empty() {
+            let free = self.chunks.back().map_or(0, |last| last.capacity() - last.len());
+            if free == 0 {
+                let chunk = Vec::with_capacity(bytes.len().clamp(CHUNK_MIN, CHUNK_MAX));
+                self.memory += chunk.capacity();
+                self.chunks.push_back(chunk);
+                continue;
+            }
+            let Some((now, rest)) = bytes.split_at_checked(free.min(bytes.len())) else { return };
+            if let Some(last) = self.chunks.back_mut() {
+                last.extend_from_slice(now);
+            }
+            bytes = rest;
+        }
+    }
+
+    /// The first pieces, for one write.
+    pub fn slices(&self) -> [IoSlice<'_>; 8] {
+        let mut chunks = self.chunks.iter();
+        let first = chunks.next().and_then(|chunk| chunk.get(self.start..)).unwrap_or_default();
+        let mut first = Some(first);
+        std::array::from_fn(|_| {
+            let piece = first.take().or_else(|| chunks.next().map(Vec::as_slice));
+            IoSlice::new(piece.unwrap_or_default())
+        })
+    }
+
+    /// Removes bytes that were written.
+    pub fn advance(&mut self, mut written: usize) {
+        self.bytes = self.bytes.saturating_sub(written);
+        while let Some(first) = self.chunks.front() {
+            let left = first.len() - self.start;
+            if written < left {
+                self.start += written;
+                return;
+            }
+            written -= left;
+            self.start = 0;
+            if let Some(chunk) = self.chunks.pop_front() {
+                self.memory -= chunk.capacity();
+            }
+        }
+        // An idle connection owns no buffer.
+        self.chunks = VecDeque::new();
+    }
+
+    /// All bytes, as pieces.
+    pub fn into_chunks(self) -> impl Iterator<Item = Vec<u8>> {
+        let mut start = self.start;
+        self.chunks.into_iter().map(move |mut chunk| {
+            chunk.drain(..std::mem::take(&mut start).min(chunk.len()));
+            chunk
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn bytes_come_out_as_they_went_in(
+            steps in prop::collection::vec((0usize..200_000, 0usize..300_000), 0..30), small in any::<bool>(),
+        ) {
+            let (mut backlog, mut next, mut expected) = (Backlog::default(), 0u32, VecDeque::<u8>::new());
+            for (push, take) in steps {
+                let push = if small { push % 100 } else { push };
+                let bytes: Vec<u8> = (0..push).map(|_| { next += 1; (next % 251) as u8 }).collect();
+                expected.extend(&bytes);
+                backlog.push(&bytes);
+                let mut out = Vec::new();
+                for slice in &backlog.slices() {
+                    out.extend_from_slice(slice);
+                }
+                out.truncate(take);
+                prop_assert!(out.iter().eq(expected.iter().take(out.len())));
+                expected.drain(..out.len());
+                backlog.advance(out.len());
+                prop_assert_eq!(backlog.bytes, expected.len());
+                prop_assert_eq!(backlog.memory(), backlog.chunks.iter().map(Vec::capacity).sum::<usize>());
+                prop_assert!(backlog.memory() <= 2 * expected.len() + CHUNK_MAX + CHUNK_MIN);
+            }
+            let rest: Vec<u8> = backlog.into_chunks().flatten().collect();
+            prop_assert!(rest.iter().eq(expected.iter()));
+        }
+    }
+}
