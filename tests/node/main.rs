@@ -31,6 +31,7 @@ mod ending;
 mod envoy;
 mod gone;
 mod hostile;
+mod interop;
 mod istio;
 mod journeys;
 mod kubernetes;
