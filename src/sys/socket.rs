@@ -61,9 +61,18 @@ pub fn set_leg_options(socket: &impl AsFd, options: &LegOptions) -> io::Result<(
 
 /// Makes the kernel give a connection up once its peer has not acknowledged data for the time `unacknowledged`. If
 /// keepalive allows less time, that shorter time is set, because this option overrides keepalive's own limit.
-pub fn give_up_after(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
+fn give_up_after(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
     let bound = options.keepalive.map_or(unacknowledged, |keepalive| keepalive.bound().min(unacknowledged));
     SockRef::from(socket).set_tcp_user_timeout(Some(bound))
+}
+
+/// Most bytes of a tunnel that wait unsent in the kernel, where smaller messages cannot overtake them.
+const UNSENT_MAX: u32 = 256 * 1024;
+
+/// Sets the options of a tunnel's socket: [`give_up_after`], and how much waits unsent in the kernel.
+pub fn set_tunnel_options(socket: &impl AsFd, unacknowledged: Duration, options: &LegOptions) -> io::Result<()> {
+    give_up_after(socket, unacknowledged, options)?;
+    SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_MAX)
 }
 
 /// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with

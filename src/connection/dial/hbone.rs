@@ -11,7 +11,7 @@ use crate::identity::verify::{PeerError, peer_name};
 use crate::identity::{Credentials, TlsFacts};
 use crate::mesh::SpiffeName;
 use crate::sys::netns::Netns;
-use crate::sys::socket::give_up_after;
+use crate::sys::socket::set_tunnel_options;
 use crate::task::Signal;
 use rustls::pki_types::{IpAddr, ServerName};
 use std::io;
@@ -113,7 +113,7 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    give_up_after(&socket, GONE_AFTER, &origin.sockets.legs)
+    set_tunnel_options(&socket, GONE_AFTER, &origin.sockets.legs)
         .map_err(|source| TunnelDialError::Connect { to, source })?;
     let shake = async {
         // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor

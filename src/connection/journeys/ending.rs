@@ -14,7 +14,6 @@ use crate::identity::Distrust;
 use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
@@ -99,27 +98,30 @@ impl Ending for CarriedEnd {
 pub struct ResetUnlessDone {
     /// Entry of a connection that the daemon opened. Declared before the socket so that it is dropped first.
     entry: Option<OpenLeg>,
-    socket: TcpStream,
+    /// Shared only so that [`ResetUnlessDone::into_parts`] can take it out.
+    socket: Arc<TcpStream>,
     done: bool,
 }
 
 impl ResetUnlessDone {
     /// A socket that the daemon accepted.
     pub fn accepted(socket: TcpStream) -> Self {
-        Self { entry: None, socket, done: false }
+        Self { entry: None, socket: Arc::new(socket), done: false }
     }
 
     /// A socket that the daemon connected.
     pub fn dialled(DialledLeg { entry, socket }: DialledLeg) -> Self {
-        Self { entry: Some(entry), socket, done: false }
+        Self { entry: Some(entry), socket: Arc::new(socket), done: false }
     }
 
     /// The socket, to be carried by the engine, with its entry if the daemon connected it.
     pub fn into_parts(mut self) -> io::Result<(std::net::TcpStream, Option<OpenLeg>)> {
-        // The copy keeps the connection open while the original leaves the runtime.
-        let socket = self.socket.as_fd().try_clone_to_owned()?;
         self.done = true;
-        Ok((socket.into(), self.entry.take()))
+        let (socket, entry) = (self.socket.clone(), self.entry.take());
+        drop(self);
+        // There is no other reference, because only `self` made them.
+        let socket = Arc::try_unwrap(socket).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        Ok((socket.into_std()?, entry))
     }
 
     /// Closes the socket in order: its connection has ended well.
@@ -139,7 +141,7 @@ impl std::ops::Deref for ResetUnlessDone {
 impl Drop for ResetUnlessDone {
     fn drop(&mut self) {
         if !self.done {
-            reset_on_close(&self.socket);
+            reset_on_close(&*self.socket);
         }
     }
 }

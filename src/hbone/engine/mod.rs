@@ -37,7 +37,6 @@ use nix::sys::epoll::EpollEvent;
 use parking_lot::Mutex;
 
 use slab::Slab;
-use socket2::SockRef;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
@@ -49,9 +48,6 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, Sleep};
 use work::Work;
-
-/// Most bytes of a tunnel that wait unsent in the kernel.
-const UNSENT_MAX: u32 = 256 * 1024;
 
 /// A handle to the data path of one worker. Clones share it.
 #[derive(Clone)]
@@ -230,8 +226,6 @@ impl Engine {
         let Inner { tunnels, work, generation } = &mut *inner;
         let slot = tunnels.vacant_entry();
         let index = slot.key();
-        // Bytes that wait in the kernel cannot be overtaken by smaller messages.
-        SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT_MAX)?;
         self.shared.poller.add(&socket, token(index, None))?;
         let session = Session::new(role, config);
         let mut tunnel = Tunnel::new(index, socket, tls, session, account.clone(), early);

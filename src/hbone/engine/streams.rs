@@ -317,7 +317,10 @@ impl Tunnel {
         if let Some(at) = carried.deadline {
             work.deadlines.remove(&(at, self.index, key));
         }
-        work.forget(&carried.socket);
+        if result.is_err() {
+            // Its owner may keep it open for a while.
+            work.forget(&carried.socket);
+        }
         let Carried { socket, owner, .. } = *carried;
         let held = self.account.handed_over(app.backlog.memory());
         let rest = Rest { backlog: app.backlog, _held: Some(held) };
