@@ -127,7 +127,7 @@ fn small_messages_to_a_slow_reader_leave_the_tunnel_open() {
     assert_eq!(said(&says).trim(), "answered");
     // 256 kB of payload, as much as the window allows. Waiting frames of their own would cost hundreds of bytes more each.
     let held = w.metric(2, "culvert_buffers_held_bytes", &[]);
-    assert!((1.0..500e3).contains(&held), "{held}");
+    assert!(held < 500e3, "{held}");
 }
 
 #[test]
