@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -213,40 +212,6 @@ fn each_reset_arrives_whatever_its_code() {
         exchange(&fake, 9000, 10);
     }
     assert_eq!(w.metric(1, "culvert_tunnels_open", &[]), 1.0, "a reset ends a stream only");
-}
-
-#[test]
-fn h2specd_finds_only_what_a_newer_rfc_decides_otherwise() {
-    let (mut w, fake, files) = fake(&[("HTTP2_FRAME_SIZE", "16384")]);
-    let (ready, port) = (w.dir.join("terminator.ready"), w.dir.join("port"));
-    let mut command = Command::new(python_env("python"));
-    command.arg(peer_script("tls_terminator.py")).args([&fake.pod.v4.to_string(), "15008"]).args(&files);
-    command.args([&port, &ready]);
-    w.start_in(&fake.pod.netns, &mut command, "terminator.out");
-    eventually("the terminator listens", || ready.exists());
-    // h2specd gives this program the URL of the port on which it waits for one tunnel.
-    let client = w.dir.join("client");
-    let (python, script) = (python_env("python"), peer_script("one_connection.py"));
-    let text = format!(
-        "#!/bin/sh\nexec ip netns exec {} {} {} {} {} \"$1\"\n",
-        fake.client.netns,
-        python.display(),
-        script.display(),
-        port.display(),
-        fake.pod.v4,
-    );
-    fs::write(&client, text).unwrap();
-    fs::set_permissions(&client, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut command = Command::new("ip");
-    command.args(["netns", "exec", &fake.pod.netns]).arg(tool("h2specd")).arg("--exec").arg(&client);
-    let output = command.args(["--strict", "--timeout", "1"]).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    // It goes by RFC 7540, where frames behind END_STREAM end the connection. In RFC 9113 section 5.1 they end the stream
-    // if this side has not ended it, and here it has not.
-    let mut failed: Vec<&str> = failed(&text).into_iter().map(|line| line.rsplit_once(": ").unwrap().1).collect();
-    failed.dedup();
-    assert_eq!(failed, ["Sends a DATA frame", "Sends a HEADERS frame"].repeat(2), "{text}");
-    assert!(text.contains("57 tests, 55 passed, 0 skipped, 2 failed"), "{text}");
 }
 
 /// The peer that is written in Go. It needs no packages.
