@@ -35,7 +35,6 @@ use crate::sys::socket::reset_on_close;
 use app::Carried;
 use nix::sys::epoll::EpollEvent;
 use parking_lot::Mutex;
-
 use slab::Slab;
 use std::fmt;
 use std::future::poll_fn;

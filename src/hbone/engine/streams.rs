@@ -135,6 +135,7 @@ impl Tunnel {
             if let Some(carried) = app.carried.as_deref_mut() {
                 carried.app_ended = true;
             }
+            self.half_closed(key, work);
             self.check_done(key, work);
             return;
         }
@@ -314,6 +315,12 @@ impl Tunnel {
             self.mark(work);
         }
         let Some(carried) = app.carried else { return };
+        // No list may name a stream that is gone: while the tunnel cannot be written, nothing else shortens them.
+        if carried.queued {
+            self.fresh.retain(|queued| *queued != key);
+            self.bulk.retain(|queued| *queued != key);
+        }
+        self.ending.retain(|ending| *ending != key);
         if let Some(at) = carried.deadline {
             work.deadlines.remove(&(at, self.index, key));
         }
