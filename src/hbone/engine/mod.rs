@@ -45,7 +45,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Sleep;
 use work::Work;
 
 /// A handle to the data path of one worker. Clones share it.
@@ -143,9 +143,12 @@ impl Engine {
         events: &mut [EpollEvent],
         timer: &mut Pin<Box<Sleep>>,
     ) -> Poll<io::Result<()>> {
+        let mut done = false;
         loop {
             let ready = match watched.poll_read_ready(context) {
                 Poll::Ready(ready) => Some(ready?),
+                // The turn is done, and the waker is registered for the next one.
+                Poll::Pending if done => return Poll::Pending,
                 Poll::Pending => None,
             };
             let count = if ready.is_some() { self.shared.poller.take(events)? } else { 0 };
@@ -185,6 +188,7 @@ impl Engine {
                 Some(mut ready) => ready.clear_ready(),
                 None => return Poll::Pending,
             }
+            done = true;
         }
     }
 
@@ -316,8 +320,7 @@ impl Inner {
             }
         }
         if !work.deadlines.is_empty() {
-            let now = Instant::now();
-            while let Some((index, key)) = work.passed(now) {
+            while let Some((index, key)) = work.passed(work.now) {
                 if let Some(Entry { tunnel, .. }) = tunnels.get_mut(index) {
                     tunnel.overdue(key, work);
                 }

@@ -20,7 +20,7 @@ const LARGE_TURN: usize = 256 * 1024;
 const SMALL_TURN: usize = 64 * 1024;
 
 /// Turns for which small messages count as flowing after one was seen.
-const SMALL_TURNS: u64 = 64;
+const SMALL_TURNS: u64 = 32;
 
 /// Send buffers that are kept for reuse.
 const SPARE_MAX: usize = 4;
