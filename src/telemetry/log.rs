@@ -5,21 +5,18 @@
 //! dropped and counted.
 
 use super::limit::LogLimit;
+use super::lines::{Lines, LinesGuard};
 use serde_json::Value;
 use std::fmt::{self, Write as _};
 use std::time::{Duration, SystemTime};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
-use tracing_appender::non_blocking::{NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, reload};
-
-/// Maximum number of lines that wait for a slow reader.
-const QUEUE_LINES: usize = 10_000;
 
 /// Silences libraries that log an error at each attempt, where the daemon reports it once in its own words. A filter
 /// that names the target overrides this.
@@ -39,7 +36,7 @@ pub struct Config {
 pub struct LogControl {
     handle: reload::Handle<EnvFilter, tracing_subscriber::Registry>,
     initial: String,
-    lines: NonBlocking,
+    lines: Lines,
 }
 
 /// Why the log cannot be started or its filter cannot be changed.
@@ -51,15 +48,17 @@ pub enum LogError {
     /// A word in the filter is not a level.
     #[error("{0:?} is not a log level: use off, error, warn, info, debug, trace, or target=level")]
     Level(String),
+    /// The thread that writes the log cannot be started.
+    #[error("cannot start the thread that writes the log: {0}")]
+    Thread(#[source] std::io::Error),
     /// The log has been started before, or has ended.
     #[error("the log cannot be changed now: {0}")]
     State(String),
 }
 
 /// Starts the log. Keep the guard until the end of the process: dropping it writes the lines that are still waiting.
-pub fn start(config: &Config) -> Result<(LogControl, WorkerGuard), LogError> {
-    let (lines, guard) =
-        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES).finish(std::io::stdout());
+pub fn start(config: &Config) -> Result<(LogControl, LinesGuard), LogError> {
+    let (lines, guard) = Lines::start(std::io::stdout()).map_err(LogError::Thread)?;
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
     let format = LineFormat { json: config.json };
     let layer = tracing_subscriber::fmt::layer().event_format(format).with_writer(lines.clone());
@@ -112,7 +111,7 @@ impl LogControl {
 
     /// The number of lines dropped so far because standard output was not read fast enough.
     pub fn dropped_lines(&self) -> usize {
-        self.lines.error_counter().dropped_lines()
+        self.lines.dropped()
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod exposition;
 pub mod limit;
+pub mod lines;
 pub mod log;
 pub mod process;
 pub mod series;
