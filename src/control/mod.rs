@@ -3,4 +3,5 @@
 pub mod file;
 pub mod xds;
 pub mod yaml;
+mod yaml_egress;
 mod yaml_policies;

@@ -5,6 +5,7 @@
 //! `trustDomain` defaults to `cluster.local`, `serviceAccount` to `default`, `uid` to
 //! `<clusterId>//Pod/<namespace>/<name>`, and an IP address without prefix length is accepted as a CIDR.
 
+use super::yaml_egress::FileEgress;
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
@@ -35,12 +36,14 @@ pub fn facts(text: &str) -> Result<Facts, DecodeError> {
         workloads: file.workloads.into_iter().filter_map(|w| keep(w.check(), &mut faults)).collect(),
         services: file.services.into_iter().filter_map(|s| keep(s.check(), &mut faults)).collect(),
         policies: file.policies.into_iter().filter_map(|p| keep(p.check(), &mut faults)).collect(),
+        egress: file.egress.into_iter().filter_map(|e| keep(e.check(), &mut faults)).collect(),
     };
     report_duplicates("workload", facts.workloads.iter().map(|w| w.uid.to_string()), &mut faults);
     let pods = facts.workloads.iter().filter(|w| !w.name.is_empty());
     report_duplicates("workload", pods.map(|w| format!("{}/{}", w.namespace, w.name)), &mut faults);
     report_duplicates("service", facts.services.iter().map(|s| s.key.to_string()), &mut faults);
     report_duplicates("policy", facts.policies.iter().map(|p| p.key.to_string()), &mut faults);
+    report_duplicates("egress of namespace", facts.egress.iter().map(|e| e.namespace.to_string()), &mut faults);
     if faults.is_empty() { Ok(facts) } else { Err(DecodeError::Values(faults.join("; "))) }
 }
 
@@ -66,6 +69,8 @@ struct File {
     services: Vec<FileService>,
     #[serde(default)]
     policies: Vec<FilePolicy>,
+    #[serde(default)]
+    egress: Vec<FileEgress>,
 }
 
 #[derive(Deserialize)]

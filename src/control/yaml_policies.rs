@@ -85,7 +85,7 @@ impl From<FileAccount> for ServiceAccountMatch {
 /// A CIDR, or a single address.
 #[derive(Deserialize)]
 #[serde(try_from = "String")]
-struct FileNet(IpNet);
+pub(super) struct FileNet(IpNet);
 
 impl TryFrom<String> for FileNet {
     type Error = String;

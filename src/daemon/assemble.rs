@@ -48,7 +48,7 @@ const FINAL_TASKS: Duration = Duration::from_secs(4);
 
 /// Runs the daemon until it is told to end.
 pub fn node(config: Config) -> anyhow::Result<()> {
-    let (log, guard) = log::start(&config.log)?;
+    let (log, guard) = log::start(&config.log, |work| thread::named("culvert-log", work).map(drop))?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
     let result = runtime.block_on(run(config, log));

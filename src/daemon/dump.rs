@@ -7,6 +7,7 @@ use crate::config::MeshSource;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
+use crate::mesh::egress::{EgressAction, EgressPolicy, EgressRule, HostMatch};
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{Delivery, Health, NetworkMode};
@@ -33,6 +34,7 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "workloads": sorted(snapshot.workloads().map(|w| (w.uid.to_string(), workload(w))).collect()),
         "services": sorted(snapshot.services().map(|s| (s.key.hostname.to_string(), service(&snapshot, s))).collect()),
         "policies": sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
+        "egress": snapshot.egress.all().map(egress).collect::<Vec<_>>(),
         "stagedServices": staged(&snapshot),
         "staticConfig": {"workloads": [], "services": [], "policies": []},
         "meshState": mesh_state(parts),
@@ -41,6 +43,28 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "workloadState": state,
         "version": version::shown(&parts.config),
         "config": dump_config::config(&parts.config),
+    })
+}
+
+fn egress(policy: &EgressPolicy) -> Value {
+    let action = |action: EgressAction| match action {
+        EgressAction::Allow => "Allow",
+        EgressAction::Log => "Log",
+        EgressAction::Deny => "Deny",
+    };
+    let rule = |rule: &EgressRule| {
+        json!({
+            "action": action(rule.action),
+            "cidrs": rule.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "ports": rule.ports.iter().map(|(first, last)| format!("{first}-{last}")).collect::<Vec<_>>(),
+            "hosts": rule.hosts.iter().map(HostMatch::text).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "namespace": &*policy.namespace,
+        "dryRun": policy.dry_run,
+        "default": action(policy.otherwise),
+        "rules": policy.rules.iter().map(rule).collect::<Vec<_>>(),
     })
 }
 
@@ -91,6 +115,8 @@ pub(super) fn pods(parts: &Parts) -> Value {
             "rulesUnread": pod.observations.unread,
             "inboundUnverified": pod.observations.inbound_unverified,
             "probeConnections": pod.observations.probe_connections,
+            "untunnelledUdp": pod.observations.untunnelled_udp,
+            "untunnelledOther": pod.observations.untunnelled_other,
             "mayBypass": pod.spec.powers.map(|powers| {
                 let held = [("NET_ADMIN", powers.net_admin), ("NET_RAW", powers.net_raw)];
                 held.into_iter().filter(|(_, held)| *held).map(|(name, _)| name).collect::<Vec<_>>()

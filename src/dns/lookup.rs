@@ -382,7 +382,7 @@ mod tests {
             remote,
         ];
         let store = Store::default();
-        store.replace(Facts { workloads, services, policies: vec![] });
+        store.replace(Facts { workloads, services, ..Facts::default() });
         store
     }
 

@@ -6,7 +6,8 @@
 //! resolvers, [`server`] listens in the pod. All servers share one thread ([`pods`]) and take short turns on it.
 
 pub mod answer;
-pub mod cache;
+pub mod answered;
+mod cache;
 pub mod client;
 pub mod config;
 pub mod framing;

@@ -1,5 +1,6 @@
 //! A pod's own resolvers: which they are, from the pod's `resolv.conf`, and what they answer.
 
+use super::answered::AnsweredNames;
 use super::cache::Cache;
 use super::config::Config;
 use super::lookup::SearchDomain;
@@ -58,6 +59,8 @@ pub struct PodResolvers {
     pub search: Vec<SearchDomain>,
     /// Whether the servers come from the pod's own file.
     pub from_pod: bool,
+    /// The daemon's own name servers. Only what these answer is taken for true: the pod writes its own file.
+    pub trusted: Vec<SocketAddr>,
 }
 
 /// Asks the resolvers of one pod.
@@ -69,6 +72,8 @@ pub struct Resolver {
     pub metrics: Arc<Metrics>,
     upstream: Upstream,
     cache: Cache,
+    /// Names that the pod was answered.
+    pub answered: AnsweredNames,
     reader: Arc<ResolvConfReader>,
     resolving: Semaphore,
 }
@@ -120,7 +125,7 @@ impl Resolver {
         let reader = Arc::new(ResolvConfReader { config: config.clone(), namespace, netns: netns.id(), last, lock });
         let (upstream, cache) = (Upstream::new(netns, config.mark), Cache::new(config.cache_entries));
         let resolving = Semaphore::new(RESOLVING_MAX);
-        Self { config, metrics, upstream, cache, reader, resolving }
+        Self { config, metrics, upstream, cache, answered: AnsweredNames::default(), reader, resolving }
     }
 
     /// The pod's resolvers, if they have been read recently.
@@ -277,7 +282,7 @@ impl ResolvConfReader {
         let domain = &self.config.cluster_domain;
         let search = if has_file { pod.search } else { ResolvConf::kubernetes_search(&self.namespace, domain) };
         let search = SearchDomain::list(&search, &self.namespace, domain);
-        PodResolvers { servers, search, from_pod: !of_pod.is_empty() }
+        PodResolvers { servers, search, from_pod: !of_pod.is_empty(), trusted: of_daemon.servers.clone() }
     }
 }
 

@@ -286,7 +286,8 @@ impl Server {
             return Some(self.finished(pending, RequestOutcome::Completed, bytes));
         }
         match forwarded {
-            Ok(UpstreamAnswer { bytes, stream, .. }) => {
+            Ok(UpstreamAnswer { from, bytes, stream, .. }) => {
+                self.note_names(question, from, &resolvers, &bytes);
                 if let Some(bytes) = self.complete(pending, &resolvers, &bytes) {
                     return Some(self.finished(pending, RequestOutcome::Completed, bytes));
                 }
@@ -305,6 +306,17 @@ impl Server {
                     .map(|bytes| self.finished(pending, RequestOutcome::Failed, bytes))
             }
         }
+    }
+
+    /// Notes which name led to which addresses, if an egress policy asks for names.
+    fn note_names(&self, question: Option<&Question>, from: SocketAddr, resolvers: &PodResolvers, answer: &[u8]) {
+        let Some(question) = question.filter(|_| resolvers.trusted.contains(&from)) else { return };
+        if !self.mesh.load().egress.has_hosts() {
+            return;
+        }
+        let seconds = message::lifetime(answer).map_or(0, |lifetime| lifetime.seconds);
+        let ttl = Duration::from_secs(u64::from(seconds));
+        self.resolver.answered.note(&question.name, &message::addresses(answer), ttl);
     }
 
     fn finished(&self, pending: &PendingRequest, outcome: RequestOutcome, bytes: Vec<u8>) -> Reply {

@@ -86,6 +86,8 @@ pub struct Servers {
 /// An answer of a resolver.
 #[derive(Debug)]
 pub struct UpstreamAnswer {
+    /// The resolver.
+    pub from: SocketAddr,
     /// The message, with the id of the request.
     pub bytes: Vec<u8>,
     /// What it says.
@@ -242,7 +244,7 @@ impl Upstream {
                 }
             };
             if let Some(kind) = message::response_kind(request, &bytes) {
-                return Ok(UpstreamAnswer { bytes, kind, stream: None });
+                return Ok(UpstreamAnswer { from: server, bytes, kind, stream: None });
             }
         }
         Err(UpstreamError::Forged(server))
@@ -251,7 +253,7 @@ impl Upstream {
     async fn ask_by_stream(&self, server: SocketAddr, request: &[u8]) -> Result<UpstreamAnswer, UpstreamError> {
         let (stream, bytes) = self.exchange(server, request).await.map_err(|error| UpstreamError::Io(server, error))?;
         let kind = message::response_kind(request, &bytes).ok_or(UpstreamError::Forged(server))?;
-        Ok(UpstreamAnswer { bytes, kind, stream: Some(stream) })
+        Ok(UpstreamAnswer { from: server, bytes, kind, stream: Some(stream) })
     }
 
     async fn exchange(&self, server: SocketAddr, request: &[u8]) -> io::Result<(TcpStream, Vec<u8>)> {

@@ -74,6 +74,11 @@ fn notes(pod: &Value) -> Vec<String> {
             notes.push(format!("{what}: {all}"));
         }
     }
+    for (key, what) in [("untunnelledUdp", "UDP datagrams"), ("untunnelledOther", "packets of other protocols")] {
+        if let Some(count) = pod[key].as_u64().filter(|count| *count > 0) {
+            notes.push(format!("{count} {what} have left it outside of tunnels"));
+        }
+    }
     notes.extend(text("rulesUnread").map(|why| format!("other rules cannot be read: {why}")));
     notes
 }
@@ -89,12 +94,12 @@ mod tests {
         assert_eq!(table(&[], now), "no pod of this node is enrolled");
         let pods = [
             json!({"namespace": "shop", "name": "web-0", "state": "captured", "since": "2026-01-01T00:00:30Z", "reason": null,
-                "uncapturedConnections": 2, "mayBypass": ["NET_RAW"]}),
+                "uncapturedConnections": 2, "mayBypass": ["NET_RAW"], "untunnelledUdp": 7, "untunnelledOther": 0}),
             json!({"namespace": "a", "name": "b", "state": "failed", "since": "?", "reason": "no \u{1b}[31mway"}),
         ];
         let expected = "POD         STATE     SINCE   NOTE\n\
                         a/b         failed            no ?[31mway\n\
-                        shop/web-0  captured  1m 30s  2 pre-existing connections continue in plaintext; can bypass its capture, by: NET_RAW";
+                        shop/web-0  captured  1m 30s  2 pre-existing connections continue in plaintext; can bypass its capture, by: NET_RAW; 7 UDP datagrams have left it outside of tunnels";
         assert_eq!(table(&pods, now), expected);
     }
 }

@@ -5,6 +5,7 @@
 //! clock.
 
 pub mod address;
+pub mod egress;
 pub mod fact_key;
 pub mod index;
 pub mod name;

@@ -4,6 +4,7 @@
 //! lookup for each prefix length in use.
 
 use super::address::{GatewayRef, GatewayTarget, NetworkAddress, NetworkCidr, range_starts};
+use super::egress::{EgressPolicies, EgressPolicy};
 use super::fact_key::FactKey;
 use super::index::{Claimant, Index};
 use super::name::{ServiceKey, Text};
@@ -26,6 +27,8 @@ pub struct Facts {
     pub services: Vec<Service>,
     /// All policies.
     pub policies: Vec<Policy>,
+    /// All egress policies.
+    pub egress: Vec<EgressPolicy>,
 }
 
 /// Which kinds of facts have been received completely. Until all are, no pod is approved: a policy that has not arrived
@@ -87,6 +90,8 @@ pub struct Snapshot {
     pub synced: Synced,
     /// The node on which the daemon runs; empty if not configured.
     pub(super) node: Text,
+    /// Which destinations outside the mesh pods may connect to.
+    pub egress: Arc<EgressPolicies>,
     /// Trust domains that are equivalent to each workload's own.
     pub trust_domain_aliases: Arc<[Text]>,
     /// The cluster in which the daemon runs; empty if not configured.

@@ -45,6 +45,8 @@ pub struct Store {
     /// Locked while a new snapshot is made, so that two writers cannot lose each other's changes.
     writing: Mutex<()>,
     changed: watch::Sender<u64>,
+    /// Told when egress policies have changed.
+    egress_changed: watch::Sender<()>,
     questions: Mutex<Questions>,
     asked: Notify,
 }
@@ -155,6 +157,7 @@ impl Store {
             current: ArcSwap::from_pointee(Snapshot::empty(node, cluster, on_demand)),
             writing: Mutex::default(),
             changed: watch::Sender::new(0),
+            egress_changed: watch::Sender::new(()),
             questions: Mutex::default(),
             asked: Notify::new(),
         }
@@ -195,6 +198,7 @@ impl Store {
         drop(current);
         next.apply(version, update);
         let next = Arc::new(next);
+        let egress_differs = next.egress != self.current.load().egress;
         {
             let mut questions = self.questions.lock();
             let answered = questions.open.keys().filter(|wanted| next.unasked((*wanted).clone()).is_none());
@@ -208,7 +212,15 @@ impl Store {
             self.current.store(next);
         }
         self.changed.send_replace(version);
+        if egress_differs {
+            self.egress_changed.send_replace(());
+        }
         version
+    }
+
+    /// A receiver that is told when egress policies have changed.
+    pub fn subscribe_egress(&self) -> watch::Receiver<()> {
+        self.egress_changed.subscribe()
     }
 
     /// A receiver of the version, which changes with every update.

@@ -4,6 +4,7 @@
 //! order. The property test of this file checks that.
 
 use super::address::{NetworkAddress, NetworkCidr};
+use super::egress::EgressPolicy;
 use super::fact_key::FactKey;
 use super::name::{ServiceKey, Text};
 use super::policy::{Policy, PolicyScope};
@@ -27,6 +28,8 @@ pub struct Update {
     pub services: Vec<Service>,
     /// New policies, and new versions of known ones.
     pub policies: Vec<Policy>,
+    /// All egress policies, if they have changed.
+    pub egress: Option<Vec<EgressPolicy>>,
     /// Keys that were asked for and do not exist. Ranges are included once they are answered, whatever the answer.
     pub absent: Vec<FactKey>,
     /// Earlier `absent` keys that must be asked for again when they are needed.
@@ -44,6 +47,7 @@ impl Update {
             && self.workloads.is_empty()
             && self.services.is_empty()
             && self.policies.is_empty()
+            && self.egress.is_none()
             && self.absent.is_empty()
             && self.forgotten.is_empty()
             && self.synced.is_none()
@@ -52,8 +56,9 @@ impl Update {
 
 impl From<Facts> for Update {
     fn from(facts: Facts) -> Self {
-        let Facts { workloads, services, policies } = facts;
-        Self { workloads, services, policies, synced: Some(Synced::ALL), ..Self::default() }
+        let Facts { workloads, services, policies, egress } = facts;
+        let (egress, synced) = (Some(egress), Some(Synced::ALL));
+        Self { workloads, services, policies, egress, synced, ..Self::default() }
     }
 }
 
@@ -100,6 +105,9 @@ impl Snapshot {
         for policy in update.policies {
             self.remove_policy(&policy.key);
             self.add_policy(policy);
+        }
+        if let Some(egress) = update.egress {
+            self.egress = Arc::new(egress.into_iter().collect());
         }
         if let Some(absent) = &mut self.absent {
             for wanted in &came {
@@ -360,6 +368,7 @@ mod tests {
                 workloads: workloads.into_values().rev().collect(),
                 services: services.into_values().rev().collect(),
                 policies: policies.into_values().rev().collect(),
+                ..Facts::default()
             };
             let rebuilt = Snapshot::build(1, facts);
             (snapshot.policies_version, snapshot.synced) = (rebuilt.policies_version, rebuilt.synced);

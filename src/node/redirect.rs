@@ -61,6 +61,11 @@ pub const PROBE_COUNTER: &str = "probed";
 /// the pod.
 pub const CHECK_COUNTER: &str = "arrived";
 
+/// Name of the counter of UDP datagrams, other than questions to DNS servers, that leave the pod. They are not tunnelled.
+pub const UDP_COUNTER: &str = "udp_out";
+/// Name of the counter of packets of further protocols, except ICMP, that leave the pod. They are not tunnelled.
+pub const OTHER_COUNTER: &str = "other_out";
+
 /// Why the redirection could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
@@ -324,8 +329,12 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         false => String::new(),
     };
     format!(
-        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBE_COUNTER} {{ }}\n  counter {CHECK_COUNTER} {{ }}\n{sets}\
-         \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n{questions}  }}\n\
+        "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBE_COUNTER} {{ }}\n  counter {CHECK_COUNTER} {{ }}\n\
+         \x20 counter {UDP_COUNTER} {{ }}\n  counter {OTHER_COUNTER} {{ }}\n{sets}\
+         \x20 chain out_raw {{\n    type filter hook output priority -300; policy accept;\n\
+         \x20   meta l4proto tcp accept\n{questions}\
+         \x20   oifname != lo udp dport != 53 counter name {UDP_COUNTER}\n\
+         \x20   oifname != lo meta l4proto != {{ tcp, udp, icmp, ipv6-icmp }} counter name {OTHER_COUNTER}\n  }}\n\
          \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\

@@ -57,6 +57,11 @@ pub struct Observations {
     pub inbound_unverified: Option<String>,
     /// Number of connections from the address of kubelet probes, which no policy applied to.
     pub probe_connections: u64,
+    /// Number of UDP datagrams, other than questions to DNS servers, that left the pod: they are not tunnelled. `None` if
+    /// they are not counted, because another agent writes the rules.
+    pub untunnelled_udp: Option<u64>,
+    /// Number of packets of further protocols, except ICMP, that left it.
+    pub untunnelled_other: Option<u64>,
 }
 
 /// A pod and its state.

@@ -253,11 +253,15 @@ impl Upkeep {
 
     /// What is known about the pod beside its state.
     pub fn observations(&mut self, capturer: &Capturer, listening: &Listening) -> &Observations {
-        if capturer.marks_kubelet_probes() && self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
+        if self.counted_at.is_none_or(|at| at.elapsed() >= COUNT_EVERY) {
             self.counted_at = Some(Instant::now());
-            let count = || nftables::packets(Family::Inet, redirect::TABLE, redirect::PROBE_COUNTER);
-            if let Ok(Ok(packets)) = listening.pod.netns.enter(count) {
-                self.observations.probe_connections = packets;
+            let counters = [redirect::PROBE_COUNTER, redirect::UDP_COUNTER, redirect::OTHER_COUNTER];
+            let count = |name| nftables::packets(Family::Inet, redirect::TABLE, name).ok();
+            if let Ok([probed, udp, other]) = listening.pod.netns.enter(|| counters.map(count)) {
+                if let Some(packets) = probed.filter(|_| capturer.marks_kubelet_probes()) {
+                    self.observations.probe_connections = packets;
+                }
+                (self.observations.untunnelled_udp, self.observations.untunnelled_other) = (udp, other);
             }
         }
         &self.observations

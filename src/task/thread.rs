@@ -20,6 +20,11 @@ pub fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) ->
     std::thread::spawn(work)
 }
 
+/// Runs `work`, which may block, on its own thread of this name. The owner of the handle owns the thread.
+pub fn named(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.into()).spawn(work)
+}
+
 /// A thread reserved for work that nothing else may delay. Dropping it ends the work.
 #[derive(Debug)]
 pub struct Dedicated {

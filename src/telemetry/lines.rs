@@ -53,12 +53,11 @@ struct Queue {
 }
 
 impl Lines {
-    /// Starts the thread that writes to `output`.
-    pub fn start(output: impl Write + Send + 'static) -> io::Result<(Self, LinesGuard)> {
+    /// A queue, its guard, and the work of the thread that writes its lines to `output`.
+    pub fn new(output: impl Write + Send + 'static) -> (Self, LinesGuard, impl FnOnce() + Send + 'static) {
         let lines = Self::default();
         let shared = lines.0.clone();
-        std::thread::Builder::new().name("culvert-log".into()).spawn(move || shared.write_to(output))?;
-        Ok((lines.clone(), LinesGuard(lines)))
+        (lines.clone(), LinesGuard(lines), move || shared.write_to(output))
     }
 
     /// Number of lines dropped so far because the output was not read fast enough.
@@ -166,7 +165,8 @@ mod tests {
     #[test]
     fn lines_arrive_in_order_and_those_that_wait_in_one_write() {
         let (send, receive) = mpsc::sync_channel(0);
-        let (lines, guard) = Lines::start(Output(send)).unwrap();
+        let (lines, guard, work) = Lines::new(Output(send));
+        std::thread::spawn(work);
         say(&lines, "first");
         assert_eq!(receive.recv().unwrap(), "first\n");
         for text in ["second", "third"] {
@@ -187,7 +187,8 @@ mod tests {
     #[test]
     fn what_nobody_reads_is_bounded_and_counted() {
         let (send, receive) = mpsc::sync_channel(0);
-        let (lines, guard) = Lines::start(Output(send)).unwrap();
+        let (lines, guard, work) = Lines::new(Output(send));
+        std::thread::spawn(work);
         say(&lines, "first");
         // Once it waits for its reader, the thread takes no more lines.
         while lines.0.queue.lock().lines > 0 {

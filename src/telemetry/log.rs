@@ -56,9 +56,13 @@ pub enum LogError {
     State(String),
 }
 
-/// Starts the log. Keep the guard until the end of the process: dropping it writes the lines that are still waiting.
-pub fn start(config: &Config) -> Result<(LogControl, LinesGuard), LogError> {
-    let (lines, guard) = Lines::start(std::io::stdout()).map_err(LogError::Thread)?;
+/// Starts the log. `thread` starts a thread that does the given work. Keep the guard until the end of the process: dropping it writes the lines that are still waiting.
+pub fn start(
+    config: &Config,
+    thread: impl FnOnce(Box<dyn FnOnce() + Send>) -> std::io::Result<()>,
+) -> Result<(LogControl, LinesGuard), LogError> {
+    let (lines, guard, work) = Lines::new(std::io::stdout());
+    thread(Box::new(work)).map_err(LogError::Thread)?;
     let (filter, handle) = reload::Layer::new(parse(&config.filter)?);
     let format = LineFormat { json: config.json };
     let layer = tracing_subscriber::fmt::layer().event_format(format).with_writer(lines.clone());

@@ -27,6 +27,7 @@ mod configuration;
 mod demo;
 mod dns;
 mod doctor;
+mod egress;
 mod ending;
 mod envoy;
 mod gone;

@@ -4,6 +4,7 @@
 //! refuses. If no ALLOW policy applies, everything is allowed; otherwise one of them must match. A policy that the
 //! workload names but that is not known is never skipped: the answer is then [`Verdict::Unknown`].
 
+use super::egress::EgressDecision;
 use super::matcher::{self, MatchInput, Subject};
 use crate::mesh::policy::Action;
 use crate::mesh::{Policy, Snapshot, Text, Workload};
@@ -63,6 +64,9 @@ pub enum Refusal {
     /// The destination workload is not known.
     #[error("workload not found")]
     WorkloadUnknown,
+    /// An egress policy denies a destination outside the mesh.
+    #[error("denied by {0}")]
+    Egress(Box<EgressDecision>),
 }
 
 /// The decision of the policies.

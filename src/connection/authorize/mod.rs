@@ -6,6 +6,7 @@
 
 mod admit;
 pub mod decide;
+pub mod egress;
 pub mod matcher;
 pub mod revoke;
 

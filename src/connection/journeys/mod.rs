@@ -1,6 +1,7 @@
 //! The three journeys of a connection, one for each listener. Each file reads from top to bottom as its steps in order.
 //! `lookup` is what the journeys ask of the mesh, `ending` what makes them stop early and how sockets are closed then.
 
+mod egress;
 mod ending;
 mod inbound;
 mod lookup;

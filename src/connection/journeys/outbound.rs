@@ -1,12 +1,13 @@
 //! Port 15001: a connection that the pod opened. Steps: accept, choose, dial, forward, report. The destination's node
 //! authorizes it.
 
+use super::egress::Outside;
 use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::{find_route, own_credentials, own_facts};
 use crate::connection::accept;
 use crate::connection::choose::{NextHop, RouteError, TunnelHop, is_local};
 use crate::connection::dial::{self, hbone::OpenedStream, hbone::Origin};
-use crate::connection::forward::ForwardError;
+use crate::connection::forward::{ForwardError, Stop};
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use crate::connection::worker::{Counted, Worker};
@@ -37,8 +38,14 @@ pub async fn outbound(
     };
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
-        FarSide::Direct(far) => {
-            let result = forward::over_tcp(&app, &far, &live.bytes, silence, stop_signal(pod, None)).await;
+        FarSide::Direct(far, outside) => {
+            let stop = async {
+                tokio::select! {
+                    why = stop_signal(pod, None) => why,
+                    why = revoked(outside) => why,
+                }
+            };
+            let result = forward::over_tcp(&app, &far, &live.bytes, silence, stop).await;
             if result.is_ok() {
                 far.done();
                 app.done();
@@ -57,6 +64,14 @@ pub async fn outbound(
     }
 }
 
+/// Resolves when egress policies no longer allow a connection, if it is one to a destination outside the mesh.
+async fn revoked(outside: Option<Outside>) -> Stop {
+    match outside {
+        Some(outside) => outside.revoked().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// An outbound connection whose far side is open.
 struct OpenedOutbound {
     app: ResetUnlessDone,
@@ -66,7 +81,7 @@ struct OpenedOutbound {
 
 /// The far side of an outbound connection.
 enum FarSide {
-    Direct(ResetUnlessDone),
+    Direct(ResetUnlessDone, Option<Outside>),
     Tunnel(OpenedStream),
 }
 
@@ -105,13 +120,18 @@ async fn open(
     };
     match &route.next_hop {
         NextHop::Direct { to } => {
-            let live = record.opened(details(None, *to));
+            let outside = route.workload.is_none() && route.service.is_none();
+            let outside = outside.then(|| Outside::new(shared, pod, &source, *to));
+            let allowed = outside.as_ref().map_or(Ok(None), Outside::authorize);
+            let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(ToString::to_string));
+            let live = record.opened(Details { rule, ..details(None, *to) });
+            allowed?;
             // A pod with several addresses may have bound one of them; keep it as the source.
             let own = Some(captured.source.ip())
                 .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
             let far = unless_client_resets(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs))
                 .await?;
-            Ok(Some(OpenedOutbound { app, live, far: FarSide::Direct(ResetUnlessDone::dialled(far)) }))
+            Ok(Some(OpenedOutbound { app, live, far: FarSide::Direct(ResetUnlessDone::dialled(far), outside) }))
         }
         NextHop::Tunnel(hop) => {
             let live = record.opened(details(Some(hop), hop.to));

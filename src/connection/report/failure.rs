@@ -185,6 +185,7 @@ fn refusal_kind(refusal: &Refusal) -> (Reason, &'static str, Fault) {
         Refusal::NotAllowed(_) => (Reason::NotAllowed, "DENY", Fault::Policy),
         Refusal::PolicyUnknown(_) => (Reason::PolicyUnknown, "DENY", Fault::Mesh),
         Refusal::WorkloadUnknown => (Reason::WorkloadUnknown, "DENY", Fault::Mesh),
+        Refusal::Egress(_) => (Reason::EgressDenied, "DENY", Fault::Policy),
     }
 }
 

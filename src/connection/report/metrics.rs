@@ -1,6 +1,9 @@
 //! Metrics of connections: traffic under the names and labels of Istio's dashboards, and culvert's own counters of
 //! failures.
 
+use crate::connection::authorize::Refusal;
+use crate::connection::authorize::egress::EgressDecision;
+use crate::mesh::egress::EgressAction;
 use crate::telemetry::series::{Labels, Series};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -129,6 +132,13 @@ pub struct CutLabels {
     pub reason: &'static str,
 }
 
+/// Label of a decision about a destination outside the mesh.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct EgressLabel {
+    /// `allowed`, `logged`, `denied`, or `would_deny` by a dry-run policy.
+    pub decision: &'static str,
+}
+
 /// Label of a socket gauge.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReporterLabel {
@@ -151,12 +161,28 @@ pub struct Metrics {
     pub unused: Counter,
     /// Failures and refusals, including those before the route was known.
     pub failures: Family<FailureLabels, Counter>,
+    /// Decisions of egress policies.
+    pub egress: Family<EgressLabel, Counter>,
 }
 
 impl Metrics {
     /// Counts a peer that did not finish its handshake in time. Its tunnel ends before its identity is known.
     pub fn late_handshake(&self) {
         self.cut.get_or_create(&CutLabels { direction: "inbound", reason: "late_handshake" }).inc();
+    }
+
+    /// Counts a decision about a destination outside the mesh.
+    pub fn egress(&self, decided: &Result<Option<EgressDecision>, Refusal>) {
+        let decision = match decided {
+            Ok(None) => return,
+            Ok(Some(by)) => match by.action {
+                EgressAction::Allow => "allowed",
+                EgressAction::Log => "logged",
+                EgressAction::Deny => "would_deny",
+            },
+            Err(_) => "denied",
+        };
+        self.egress.get_or_create(&EgressLabel { decision }).inc();
     }
 
     /// Adds one series to each family, so that the document of all metrics can show its labels.
@@ -170,6 +196,7 @@ impl Metrics {
         drop(self.revoked.get_or_create(&ReporterLabel { reporter: "source" }));
         drop(self.cut.get_or_create(&CutLabels { direction, reason }));
         drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault: "" }));
+        drop(self.egress.get_or_create(&EgressLabel { decision: "denied" }));
     }
 
     /// Registers the metrics.
@@ -188,6 +215,9 @@ impl Metrics {
         registry.register("culvert_tunnels_unused", unused, self.unused.clone());
         let failures = "Connections that failed, by reason, and by whose fault it was: peer, app, policy, mesh or us";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
+        let egress = "Decisions of egress policies about connections to destinations outside the mesh: allowed, logged, denied, \
+                      and would_deny by a dry-run policy. Open connections are decided again when the policies change";
+        registry.register("culvert_egress_decisions", egress, self.egress.clone());
     }
 }
 

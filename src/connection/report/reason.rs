@@ -35,6 +35,7 @@ macro_rules! reasons {
 reasons! {
     Denied "denied" "A DENY policy matched; `error` names the policy and the rule";
     NotAllowed "not_allowed" "ALLOW policies apply and none of them matched; `error` names them";
+    EgressDenied "egress_denied" "The egress policy of the pod's namespace denies this destination outside the mesh; `error` names the rule, and the DNS names that are known for the address";
     PolicyChange "policy_change" "The connection was open, and the policy named in `error` no longer allows it";
     PolicyUnknown "policy_unknown" "The workload names a policy that the control plane or mesh file has not announced: check the policy named in `error`";
     PeerDenied "peer_denied" "The policies of the destination refused the connection: the log of the destination's node names the rule";

@@ -8,6 +8,7 @@ pub struct Mesh {
     pub workloads: Vec<Value>,
     pub services: Vec<Value>,
     pub policies: Vec<Value>,
+    pub egress: Vec<Value>,
 }
 
 pub fn hostname(name: &str) -> String {
@@ -52,7 +53,11 @@ impl Mesh {
     }
 
     pub fn json(&self) -> String {
-        let all = json!({"workloads": self.workloads, "services": self.services, "policies": self.policies});
+        let mut all = json!({"workloads": self.workloads, "services": self.services, "policies": self.policies});
+        // Other daemons that a test starts do not know it.
+        if !self.egress.is_empty() {
+            all["egress"] = self.egress.clone().into();
+        }
         serde_json::to_string_pretty(&all).unwrap()
     }
 }
