@@ -143,7 +143,7 @@ fn run(arguments: &Arguments) -> ExitCode {
         .iter()
         .map(|(name, kind)| {
             eprintln!("starting {name}");
-            Subject::start(kind, 0)
+            Subject::start(kind, subject::Layout::default())
         })
         .collect();
     for round in 0..rounds {
@@ -160,7 +160,7 @@ fn run(arguments: &Arguments) -> ExitCode {
             }
             for index in order {
                 let figures = if case.fresh {
-                    case.measure(&Subject::start(&kinds[index].1, case.addresses(extent)), extent)
+                    case.measure(&Subject::start(&kinds[index].1, case.layout(extent)), extent)
                 } else {
                     case.measure(&running[index], extent)
                 };

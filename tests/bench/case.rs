@@ -2,7 +2,7 @@
 
 use crate::load::{Client, Load};
 use crate::process::Use;
-use crate::subject::{Kind, Subject};
+use crate::subject::{Kind, Layout, Subject};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -36,6 +36,10 @@ const SWITCHES: Figure = low("switches each", "");
 const SWITCHES_MIB: Figure = low("switches per MiB", "");
 const THROUGHPUT: Figure = high("throughput", "Gbit/s");
 const BESIDE: Figure = high("throughput beside", "Gbit/s");
+const P50_ALONE: Figure = low("p50 alone", "µs");
+const P99_ALONE: Figure = low("p99 alone", "µs");
+const P99_RATIO: Figure = low("p99 / p99 alone", "");
+const STORM_RATE: Figure = high("connections beside", "1/s");
 const START: Figure = low("memory at the start", "MiB");
 const EACH: Figure = low("memory each", "KiB");
 const EACH_AFTER: Figure = low("memory each after 1 MB", "KiB");
@@ -49,6 +53,8 @@ enum Work {
     Cold,
     /// Connections that stay open.
     Idle,
+    /// A load alone, and then beside another pod of its node that opens connections and sends without end.
+    Fair { load: Load, connections: usize },
 }
 
 /// A case of the table.
@@ -77,6 +83,7 @@ pub type Figures = BTreeMap<&'static str, f64>;
 
 const EXCHANGE: &[Figure] = &[RATE, P50, P99, P999, CPU_EACH, SWITCHES, ERRORS];
 const BULK: &[Figure] = &[THROUGHPUT, CPU_KIB, SWITCHES_MIB, ERRORS];
+const FAIR: &[Figure] = &[P50_ALONE, P99_ALONE, P50, P99, P99_RATIO, P999, STORM_RATE, BESIDE, ERRORS];
 const MIXED: &[Figure] = &[RATE, P50, P99, P999, BESIDE, CPU_CORES, ERRORS];
 
 fn steady(name: &'static str, title: &'static str, figures: &'static [Figure], load: Load, connections: usize) -> Case {
@@ -111,9 +118,10 @@ impl Case {
         self
     }
 
-    /// How many further addresses the server needs.
-    pub fn addresses(&self, extent: Extent) -> u32 {
-        if matches!(self.work, Work::Cold) { extent.tunnels } else { 0 }
+    /// What it needs of a subject.
+    pub fn layout(&self, extent: Extent) -> Layout {
+        let further = if matches!(self.work, Work::Cold) { extent.tunnels } else { 0 };
+        Layout { further, single_core: matches!(self.work, Work::Fair { .. }) }
     }
 
     /// Whether a kind of subject can do it.
@@ -123,6 +131,8 @@ impl Case {
             Work::Steady { .. } => true,
             Work::Cold => kind.takes_any_destination(),
             Work::Idle => *kind != Kind::Direct,
+            // Each of the others is one program in each pod.
+            Work::Fair { .. } => matches!(kind, Kind::Culvert | Kind::Ztunnel(_)),
         }
     }
 
@@ -141,6 +151,10 @@ impl Case {
             }
             Work::Cold => cold(subject, extent.tunnels),
             Work::Idle => idle(subject, extent.idle_connections),
+            Work::Fair { load, connections } => {
+                let front = Client { to: subject.server(), connections: *connections, load: load.clone() };
+                fair(subject, &front, extent.seconds)
+            }
         };
         subject.check();
         figures.into_iter().filter(|(_, value)| value.is_finite()).collect()
@@ -153,6 +167,15 @@ pub fn all() -> Vec<Case> {
         |name, title, bytes, connections| steady(name, title, EXCHANGE, Load::Exchange { bytes }, connections);
     let bulk = |name, title, load, connections| steady(name, title, BULK, load, connections);
     let paced = Load::Paced { bytes: 1024, rate: 2000 };
+    let fair = |name, title, load| Case {
+        name,
+        title,
+        decides: P50,
+        quick: false,
+        fresh: true,
+        figures: FAIR,
+        work: Work::Fair { load, connections: 4 },
+    };
     vec![
         exchange("rr-64-x1", "64 B and back, 1 connection", 64, 1).quick(),
         exchange("rr-1k-x32", "1 KiB and back, 32 connections", 1024, 32).quick(),
@@ -182,6 +205,16 @@ pub fn all() -> Vec<Case> {
         exchange("slow", "1 KiB and back, 4 connections, beside a slow reader", 1024, 4)
             .beside(P50, vec![(Load::Slow, 1)])
             .fresh(),
+        fair(
+            "fair",
+            "1 KiB and back, 100 a second, beside a pod with 5,000 new connections a second and 4 uploads, on one core",
+            Load::Paced { bytes: 1024, rate: 100 },
+        ),
+        fair(
+            "fair-connect",
+            "the same, with a new connection for each",
+            Load::PacedConnect { rate: 100 },
+        ),
         Case {
             name: "idle",
             title: "idle connections",
@@ -248,6 +281,40 @@ fn steady_load(subject: &Subject, front: &Client, beside: &[(Load, usize)], seco
         set(CPU_CORES, cpu / outcome.seconds);
     }
     figures
+}
+
+fn fair(subject: &Subject, front: &Client, seconds: f64) -> Figures {
+    let run = || {
+        let mut process = subject.client(front);
+        process.wait_for("ready");
+        std::thread::sleep(warm_up(seconds));
+        process.send("start");
+        std::thread::sleep(Duration::from_secs_f64(seconds));
+        process.stop()
+    };
+    let alone = run();
+    let beside = |load, connections| {
+        let mut process = subject.greedy_client(&Client { to: front.to, connections, load });
+        process.wait_for("ready");
+        process
+    };
+    let (mut storm, mut bulk) = (beside(Load::Storm { rate: 5000 }, 1), beside(Load::Up, 4));
+    std::thread::sleep(warm_up(seconds));
+    storm.send("start");
+    bulk.send("start");
+    let outcome = run();
+    let (storm, bulk) = (storm.stop(), bulk.stop());
+    Figures::from([
+        (P50_ALONE.name, alone.p50),
+        (P99_ALONE.name, alone.p99),
+        (P50.name, outcome.p50),
+        (P99.name, outcome.p99),
+        (P999.name, outcome.p999),
+        (P99_RATIO.name, outcome.p99 / alone.p99),
+        (STORM_RATE.name, storm.operations as f64 / storm.seconds),
+        (BESIDE.name, gigabits(bulk.bytes, bulk.seconds)),
+        (ERRORS.name, (alone.errors + outcome.errors) as f64),
+    ])
 }
 
 fn cold(subject: &Subject, tunnels: u32) -> Figures {

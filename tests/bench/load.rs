@@ -31,6 +31,9 @@ const FILL_STEPS: usize = 16;
 /// How many connections are filled, or opened for an idle load, at the same time.
 const AT_ONCE: usize = 8;
 
+/// How many connections of a storm may be open at the same time: fewer than a client has ports.
+const STORM_MAX: usize = 20_000;
+
 /// The longest that one connection of an idle load or of a visit may take. Beyond it, it counts as an error.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -55,6 +58,10 @@ pub enum Load {
     Slow,
     /// Connects, exchanges 64 B and closes, again and again.
     Connect,
+    /// The same at a fixed rate. Latency counts from the time at which the connection was due.
+    PacedConnect { rate: u32 },
+    /// The same at a fixed rate, however many are not done.
+    Storm { rate: u32 },
     /// The same once to each of `addresses` addresses beginning with the client's destination.
     Visit { addresses: u32 },
     /// Opens connections and leaves them idle.
@@ -144,6 +151,10 @@ impl Shared {
         counts.waiting.remove(&connection);
         counts.operations += 1;
         counts.latency.saturating_record(nanoseconds(took));
+    }
+
+    fn give_up(&self, connection: usize) {
+        self.0.lock().unwrap().waiting.remove(&connection);
     }
 
     fn bytes(&self, more: usize) {
@@ -295,10 +306,10 @@ pub fn client(client: &Client) {
         // Open connections end with the process, as those of a killed application do.
         std::process::exit(0);
     });
-    if let Load::Paced { bytes, rate } = client.load {
-        paced(client, bytes, rate, &shared);
-    } else {
-        single_thread().block_on(run(client, shared, filled));
+    match client.load {
+        Load::Paced { bytes, rate } => paced(client, Request::Message(bytes), rate, &shared),
+        Load::PacedConnect { rate } => paced(client, Request::Connection, rate, &shared),
+        _ => single_thread().block_on(run(client, shared, filled)),
     }
     let _ = commands.join();
 }
@@ -307,6 +318,7 @@ async fn run(client: &Client, shared: Shared, filled: tokio::sync::mpsc::Unbound
     match client.load {
         Load::Idle => return idle(client, &shared, filled).await,
         Load::Visit { addresses } => return visit(client, addresses, &shared).await,
+        Load::Storm { rate } => return storm(client.to, rate, &shared).await,
         _ => {}
     }
     for connection in 0..client.connections {
@@ -369,7 +381,7 @@ async fn one(to: SocketAddr, load: &Load, connection: usize, shared: &Shared) ->
                 shared.bytes(length);
             }
         }
-        Load::Paced { .. } | Load::Idle | Load::Visit { .. } => unreachable!("these have loops of their own"),
+        Load::Paced { .. } | Load::PacedConnect { .. } | Load::Storm { .. } | Load::Idle | Load::Visit { .. } => unreachable!("these have loops of their own"),
     }
 }
 
@@ -387,6 +399,33 @@ async fn connect_exchange_close(to: SocketAddr, connection: usize, shared: &Shar
     drop(stream);
     shared.complete(connection, start.elapsed());
     Ok(())
+}
+
+/// Opens connections at a fixed rate. One that takes too long counts as an error.
+async fn storm(to: SocketAddr, rate: u32, shared: &Shared) {
+    let open = Arc::new(tokio::sync::Semaphore::new(STORM_MAX));
+    println!("ready");
+    let (begun, mut count) = (Instant::now(), 0u64);
+    loop {
+        let due = (begun.elapsed().as_secs_f64() * f64::from(rate)) as u64;
+        while count < due {
+            count += 1;
+            let Ok(place) = open.clone().try_acquire_owned() else {
+                shared.error();
+                continue;
+            };
+            let (shared, connection) = (shared.clone(), usize::try_from(count).unwrap());
+            tokio::spawn(async move {
+                let done = tokio::time::timeout(PATIENCE, connect_exchange_close(to, connection, &shared)).await;
+                if !matches!(done, Ok(Ok(()))) {
+                    shared.error();
+                    shared.give_up(connection);
+                }
+                drop(place);
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Visits the addresses in order, some at once, and says `done`.
@@ -477,15 +516,24 @@ async fn fill(stream: &mut TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
+/// What is paced.
+#[derive(Clone, Copy)]
+enum Request {
+    /// A message of so many bytes and its echo, on a connection that stays open.
+    Message(usize),
+    /// A connection of its own, with 64 B and back.
+    Connection,
+}
+
 /// One thread for each connection: a thread's sleep is finer than the timers of the runtime.
-fn paced(client: &Client, bytes: usize, rate: u32, shared: &Shared) {
+fn paced(client: &Client, request: Request, rate: u32, shared: &Shared) {
     let count = u32::try_from(client.connections).unwrap();
     let period = Duration::from_secs_f64(f64::from(count) / f64::from(rate));
     for index in 0..count {
         let (to, shared) = (client.to, shared.clone());
         std::thread::spawn(move || {
             let _ = nix::sys::prctl::set_timerslack(1000);
-            while paced_one(to, bytes, period, index, &shared).is_err() {
+            while paced_one(to, request, period, index, &shared).is_err() {
                 shared.error();
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -494,10 +542,15 @@ fn paced(client: &Client, bytes: usize, rate: u32, shared: &Shared) {
     println!("ready");
 }
 
-fn paced_one(to: SocketAddr, bytes: usize, period: Duration, index: u32, shared: &Shared) -> std::io::Result<()> {
-    let mut stream = std::net::TcpStream::connect(to)?;
-    stream.set_nodelay(true)?;
-    stream.write_all(&[treat::ECHO])?;
+fn paced_one(to: SocketAddr, request: Request, period: Duration, index: u32, shared: &Shared) -> std::io::Result<()> {
+    let bytes = if let Request::Message(bytes) = request { bytes } else { 64 };
+    let open = || {
+        let mut stream = std::net::TcpStream::connect(to)?;
+        stream.set_nodelay(true)?;
+        stream.write_all(&[treat::ECHO])?;
+        std::io::Result::Ok(stream)
+    };
+    let mut kept = if let Request::Message(_) = request { Some(open()?) } else { None };
     let (message, mut answer) = (vec![1; bytes], vec![0; bytes]);
     // The connections begin at different times within the first period: the fractions of multiples of 0.618 are spread.
     let mut due = Instant::now() + period.mul_f64((f64::from(index) * 0.618).fract());
@@ -505,6 +558,11 @@ fn paced_one(to: SocketAddr, bytes: usize, period: Duration, index: u32, shared:
     loop {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         shared.begin(connection);
+        let mut own = None;
+        let stream = match &mut kept {
+            Some(kept) => kept,
+            None => own.insert(open()?),
+        };
         stream.write_all(&message)?;
         stream.read_exact(&mut answer)?;
         shared.complete(connection, due.elapsed());

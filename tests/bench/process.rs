@@ -23,6 +23,16 @@ pub fn of(roots: &[u32]) -> Use {
     })
 }
 
+/// Leaves a process, with all its threads, only one processor.
+pub fn pin(pid: u32, processor: usize) {
+    let mut only = nix::sched::CpuSet::new();
+    only.set(processor).unwrap();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+        let thread = thread.file_name().to_string_lossy().parse().unwrap();
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(thread), &only).unwrap();
+    }
+}
+
 fn family(roots: &[u32]) -> Vec<u32> {
     let mut children: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {

@@ -43,9 +43,19 @@ impl Kind {
     }
 }
 
+/// What a case needs of a subject beside client and server.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Layout {
+    /// Further addresses of the server's pod.
+    pub further: u32,
+    /// A second client's pod on the node of the first one; and all proxies share one processor, with nothing else on it.
+    pub single_core: bool,
+}
+
 /// A subject that runs. It ends when it is dropped.
 pub struct Subject {
     pub kind: Kind,
+    layout: Layout,
     proxies: Vec<u32>,
     // Dropped in this order: servers end with their input, agents wait until the daemons of the world have gone.
     servers: Vec<Process>,
@@ -55,15 +65,18 @@ pub struct Subject {
 }
 
 impl Subject {
-    /// Starts both nodes. The server's pod has so many further addresses.
-    pub fn start(kind: &Kind, further_count: u32) -> Self {
+    /// Starts both nodes.
+    pub fn start(kind: &Kind, layout: Layout) -> Self {
         let mut world = World::new();
         // Not beside the files that the nodes watch: each line would wake the watchers.
         world.logs = world.dir.join("logs");
         std::fs::create_dir(&world.logs).unwrap();
         let (client, server) = (world.mesh_pod("client", 1), world.mesh_pod("server", 2));
         let plain = world.plain_pod("plain", 2);
-        let addresses: Vec<IpAddr> = (0..further_count).map(|index| further(index).into()).collect();
+        if layout.single_core {
+            tune(&world.mesh_pod("greedy", 1).netns);
+        }
+        let addresses: Vec<IpAddr> = (0..layout.further).map(|index| further(index).into()).collect();
         let listed = addresses.iter().map(|address| json!(address));
         world.mesh.of("server")["workloadIps"].as_array_mut().unwrap().extend(listed);
         world::ip_in(
@@ -75,8 +88,8 @@ impl Subject {
         for ns in ["n1", "n2", "client", "server", "plain"] {
             tune(&world.ns(ns));
         }
-        let servers = [&server, &plain].map(|pod| Process::start(&pod.netns, &["load-server"])).into();
-        let mut subject = Self { kind: kind.clone(), proxies: vec![], servers, world, _plane: None, _agents: vec![] };
+        let servers = [&server, &plain].map(|pod| Process::start(&pod.netns, layout, &["load-server"])).into();
+        let mut subject = Self { kind: kind.clone(), layout, proxies: vec![], servers, world, _plane: None, _agents: vec![] };
         for server in &mut subject.servers {
             server.wait_for("ready");
         }
@@ -97,6 +110,9 @@ impl Subject {
         if *kind != Kind::Direct {
             let tunnels = output_in(&client.netns, "ss", &["-Htn", "state", "established", "dport", "=", ":15008"]);
             assert!(!tunnels.trim().is_empty(), "{kind:?} carries the client's connection past the tunnel");
+        }
+        if layout.single_core {
+            subject.proxies.iter().for_each(|pid| process::pin(*pid, 0));
         }
         subject
     }
@@ -202,8 +218,17 @@ impl Subject {
     }
 
     pub fn client(&self, client: &load::Client) -> Process {
+        self.client_in("client", client)
+    }
+
+    /// A client in the second client's pod.
+    pub fn greedy_client(&self, client: &load::Client) -> Process {
+        self.client_in("greedy", client)
+    }
+
+    fn client_in(&self, pod: &str, client: &load::Client) -> Process {
         let what = serde_json::to_string(client).unwrap();
-        Process::start(&self.world.ns("client"), &["load-client", &what])
+        Process::start(&self.world.ns(pod), self.layout, &["load-client", &what])
     }
 
     /// What the proxies have used until now; nothing if there are none.
@@ -265,8 +290,16 @@ pub struct Process {
 }
 
 impl Process {
-    fn start(ns: &str, arguments: &[&str]) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+    fn start(ns: &str, layout: Layout, arguments: &[&str]) -> Self {
+        let this = std::env::current_exe().unwrap();
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut command = if layout.single_core && processors > 1 {
+            let mut command = Command::new("taskset");
+            command.args(["--cpu-list", &format!("1-{}", processors - 1)]).arg(this);
+            command
+        } else {
+            Command::new(this)
+        };
         // In a group of its own, so that Ctrl-C reaches only the bench, which then removes everything.
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         let mut child = inside(ns, || command.spawn()).unwrap();
