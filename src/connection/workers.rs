@@ -1,7 +1,7 @@
 //! The worker threads. Each has its own runtime, tunnels and connections. A connection is given to the least loaded
 //! worker when it is accepted and stays there: nothing that belongs to it crosses threads afterwards.
 
-use super::accept::listener;
+use super::accept::listener::{self, Place};
 use super::budget::Reservation;
 use super::dial::Pool;
 use super::dial::pool::TunnelKey;
@@ -63,6 +63,7 @@ struct AcceptedSocket {
     socket: TcpStream,
     peer: SocketAddr,
     pod: Arc<Pod>,
+    place: Place,
 }
 
 /// The journey that begins, with what counts it until it ends.
@@ -137,9 +138,9 @@ impl Workers {
         let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
         let (drain, accepts) = (pod.signal(), self.accepts.token());
         home.worker.shared.budget.register(&pod.usage);
-        let work = listener::run(listener, drain, move |socket, peer| {
+        let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
-            dispatch(&all, &pod, socket, peer, entrance);
+            dispatch(&all, &pod, (socket, peer, place), entrance);
         });
         accepting.spawn_on(work, &home.runtime);
     }
@@ -188,9 +189,11 @@ impl Workers {
 
 /// Begins the journeys of the sockets that are given to a worker.
 async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedSocket>) {
-    while let Some(AcceptedSocket { journey, active, socket, peer, pod }) = accepted.recv().await {
+    while let Some(AcceptedSocket { journey, active, socket, peer, pod, place }) = accepted.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
+            // The next one of this listener may be accepted; it begins after those that wait now.
+            drop(place);
             let load = LoadGuard(worker.clone());
             match journey {
                 Journey::Outbound(reservation) => {
@@ -217,7 +220,12 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
 }
 
 /// Counts a new socket in the budget and gives it to the least loaded worker, or refuses it.
-fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: SocketAddr, entrance: Entrance) {
+fn dispatch(
+    all: &[WorkerHandle],
+    pod: &Arc<Pod>,
+    (socket, peer, place): (TcpStream, SocketAddr, Place),
+    entrance: Entrance,
+) {
     if entrance != Entrance::Outbound && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
@@ -245,7 +253,7 @@ fn dispatch(all: &[WorkerHandle], pod: &Arc<Pod>, socket: TcpStream, peer: Socke
         }
     };
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
-    let accepted = AcceptedSocket { journey, active: pod.active.token(), socket, peer, pod: pod.clone() };
+    let accepted = AcceptedSocket { journey, active: pod.active.token(), socket, peer, pod: pod.clone(), place };
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
         refuse(&full.into_inner().socket, Failure::Queue(QUEUE_MAX));

@@ -174,7 +174,7 @@ pub fn all() -> Vec<Case> {
         quick: false,
         fresh: true,
         figures: FAIR,
-        work: Work::Fair { load, connections: 4 },
+        work: Work::Fair { load, connections: 32 },
     };
     vec![
         exchange("rr-64-x1", "64 B and back, 1 connection", 64, 1).quick(),
@@ -210,11 +210,7 @@ pub fn all() -> Vec<Case> {
             "1 KiB and back, 100 a second, beside a pod with 5,000 new connections a second and 4 uploads, on one core",
             Load::Paced { bytes: 1024, rate: 100 },
         ),
-        fair(
-            "fair-connect",
-            "the same, with a new connection for each",
-            Load::PacedConnect { rate: 100 },
-        ),
+        fair("fair-connect", "the same, with a new connection for each", Load::PacedConnect { rate: 100 }),
         Case {
             name: "idle",
             title: "idle connections",

@@ -381,7 +381,9 @@ async fn one(to: SocketAddr, load: &Load, connection: usize, shared: &Shared) ->
                 shared.bytes(length);
             }
         }
-        Load::Paced { .. } | Load::PacedConnect { .. } | Load::Storm { .. } | Load::Idle | Load::Visit { .. } => unreachable!("these have loops of their own"),
+        Load::Paced { .. } | Load::PacedConnect { .. } | Load::Storm { .. } | Load::Idle | Load::Visit { .. } => {
+            unreachable!("these have loops of their own")
+        }
     }
 }
 

@@ -89,7 +89,8 @@ impl Subject {
             tune(&world.ns(ns));
         }
         let servers = [&server, &plain].map(|pod| Process::start(&pod.netns, layout, &["load-server"])).into();
-        let mut subject = Self { kind: kind.clone(), layout, proxies: vec![], servers, world, _plane: None, _agents: vec![] };
+        let mut subject =
+            Self { kind: kind.clone(), layout, proxies: vec![], servers, world, _plane: None, _agents: vec![] };
         for server in &mut subject.servers {
             server.wait_for("ready");
         }

@@ -30,6 +30,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 /// first.
 const DISTRUST_GRACE: Duration = Duration::from_millis(500);
 
+/// Streams of one tunnel that begin before everything else of the worker has had its turn.
+const STREAMS_PER_TURN: usize = 8;
+
 /// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by
 /// `slot` alone; afterwards it is counted in the budget, for the peer.
 pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, slot: Slot) {
@@ -70,6 +73,7 @@ async fn serve_streams(
 ) -> Result<(), TunnelError> {
     let drain = pod.signal();
     let (mut going_away, mut end) = (false, None);
+    let mut begun = 0;
     loop {
         let next = tokio::select! {
             next = server.next() => next,
@@ -101,6 +105,10 @@ async fn serve_streams(
             Some(Ok(incoming)) => {
                 let (own, pod, peer, active) = (worker.clone(), pod.clone(), peer.clone(), pod.active.token());
                 worker.tasks.spawn(async move { stream(&own, &pod, &peer, incoming, active).await });
+                begun += 1;
+                if begun % STREAMS_PER_TURN == 0 {
+                    tokio::task::yield_now().await;
+                }
             }
             Some(Err(error)) => return Err(error),
             None => return Ok(()),
