@@ -5,6 +5,8 @@
 
 #![allow(unsafe_code, reason = "this is the module for it; every use states why it is sound")]
 
+#[cfg(test)]
+pub mod allocations;
 pub mod clock;
 pub mod conntrack;
 pub mod datagram;

@@ -17,6 +17,9 @@ const SMALL_MESSAGE: usize = 4 * 1024;
 /// A rest smaller than this is copied out of its buffer.
 const SMALL_REST: usize = 64 * 1024;
 
+/// Room for frames of the session that an idle tunnel keeps: WINDOW_UPDATEs between messages then allocate nothing.
+const CONTROL_KEPT: usize = 128;
+
 impl Tunnel {
     /// Sends what waits: frames of the session first, then what applications have written, in turn. One write at most.
     pub fn flush(&mut self, work: &mut Work) -> Result<(), TunnelError> {
@@ -92,7 +95,9 @@ impl Tunnel {
         if !control.is_empty() {
             return Ok(batch.finish()?);
         }
-        *control = Vec::new();
+        if control.capacity() > CONTROL_KEPT {
+            *control = Vec::new();
+        }
         let mut total = 0;
         let mut ended = std::mem::take(&mut work.ended);
         while total < most {

@@ -1,6 +1,7 @@
 //! Engines over real sockets: against each other, and against the h2 crate.
 
 mod against_h2;
+mod costs;
 mod ends;
 mod exchange;
 mod many;
