@@ -264,3 +264,99 @@ async fn what_is_cut_is_no_orderly_end_for_an_application() {
     assert!(far.ended.await.is_err(), "its owner is dropped without a word");
     drop(near);
 }
+
+/// Makes the buffers between two sockets small.
+fn make_narrow(from: &impl std::os::fd::AsFd, to: &impl std::os::fd::AsFd) {
+    socket2::SockRef::from(from).set_send_buffer_size(4096).unwrap();
+    socket2::SockRef::from(to).set_recv_buffer_size(4096).unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_takes_no_more_half_closes_also_a_connection_whose_application_does_not_read() {
+    use crate::hbone::codec::frame;
+    let (end, mut peer) = testing::end_and_plain().await;
+    let engine = start_engine(&CONFIG);
+    let buffers = Buffers::new(1 << 30);
+    let (sender, mut streams) = mpsc::unbounded_channel();
+    let server = Server::start(&engine, end, &CONFIG, &buffers.account("peer")).unwrap();
+    spawn(accept_all(server, sender));
+    let (mut bytes, mut block) = (frame::PREFACE.to_vec(), Vec::new());
+    frame::settings(&[], &mut bytes);
+    connect().encode(&mut block);
+    frame::headers(1, &block, false, 16_384, &mut bytes);
+    peer.write_all(&bytes).await.unwrap();
+    let stream = streams.recv().await.unwrap();
+    let (inner, app) = sockets().await;
+    make_narrow(&inner, &app);
+    let (sender, mut ended) = oneshot::channel();
+    let probe = Probe { bytes: AtomicU64::new(0), ended: sender };
+    stream.carry(inner.into_std().unwrap(), Box::new(probe), SILENCE);
+    // As much as the windows allow, the end, and NO_ERROR: it takes no more.
+    let mut bytes = Vec::new();
+    for part in 0..4 {
+        bytes.extend(frame::head(16_000, frame::DATA, if part == 3 { frame::END_STREAM } else { 0 }, 1));
+        bytes.resize(bytes.len() + 16_000, 7);
+    }
+    frame::rst_stream(1, ErrorCode::NO_ERROR, &mut bytes);
+    peer.write_all(&bytes).await.unwrap();
+    let mut state = (false, false, false);
+    for _ in 0..100 {
+        settle().await;
+        let inner = engine.shared.inner.lock();
+        let (_, entry) = inner.tunnels.iter().next().unwrap();
+        let key = entry.tunnel.session.keys()[0];
+        let stream = entry.tunnel.session.get(key).unwrap();
+        let carried = stream.app.carried.as_deref().unwrap();
+        state = (!stream.app.backlog.is_empty(), carried.app_ended, carried.deadline.is_some());
+        if state.1 {
+            break;
+        }
+    }
+    assert_eq!(state, (true, true, true), "bytes wait, the peer takes no more, and that has a deadline");
+    assert!(ended.try_recv().is_err(), "what waits may still be read");
+    drop(app);
+}
+
+#[tokio::test]
+async fn connections_that_end_while_their_tunnel_cannot_be_written_leave_nothing_in_its_lists() {
+    let (one, two) = testing::ends().await;
+    make_narrow(&one.socket, &two.socket);
+    let (near, far) = (start_engine(&CONFIG), Engine::new(&CONFIG).unwrap());
+    let run = far.clone();
+    let far_turns = spawn(async move { run.run().await.unwrap() });
+    let (near_buffers, far_buffers) = (Buffers::new(1 << 30), Buffers::new(1 << 30));
+    let (tunnel, driver) = client::start(&near, one, &CONFIG, &near_buffers.account("near")).unwrap();
+    let server = Server::start(&far, two, &CONFIG, &far_buffers.account("far")).unwrap();
+    let (sender, mut streams) = mpsc::unbounded_channel();
+    spawn(async move { driver.run().await });
+    spawn(accept_all(server, sender));
+    let mut sides = Vec::new();
+    for _ in 0..3 {
+        let request = connect();
+        let (stream, other) = tokio::join!(tunnel.open(&request), streams.recv());
+        sides.push((carry(stream.unwrap(), SILENCE).await, carry(other.unwrap(), SILENCE).await));
+    }
+    // The first one's peer ends. From here on the peer reads nothing.
+    sides[0].1.app.shutdown().await.unwrap();
+    assert_eq!(sides[0].0.app.read(&mut [0; 10]).await.unwrap(), 0);
+    far_turns.abort();
+    // Its own last bytes and its end are in the batch that the tunnel's socket does not take.
+    let app = &sides[0].0.app;
+    assert_eq!(app.try_write(&[7; 60_000]).unwrap(), 60_000);
+    socket2::SockRef::from(app).shutdown(std::net::Shutdown::Write).unwrap();
+    let lists = || {
+        let inner = near.shared.inner.lock();
+        let (_, Entry { tunnel, .. }) = inner.tunnels.iter().next().unwrap();
+        (!tunnel.unsent.range.is_empty(), tunnel.ending.len(), tunnel.fresh.len() + tunnel.bulk.len())
+    };
+    settle().await;
+    assert_eq!(lists(), (true, 1, 0), "the socket is full, and one connection waits for its last bytes");
+    for (side, _) in &mut sides[1..] {
+        side.app.write_all(b"x").await.unwrap();
+    }
+    settle().await;
+    assert_eq!(lists(), (true, 1, 2), "two connections wait for their turn");
+    sides.iter().for_each(|(side, _)| side.stopper.stop());
+    settle().await;
+    assert_eq!(lists(), (true, 0, 0), "nothing is left of connections that have ended");
+}
