@@ -23,6 +23,8 @@ mod engine;
 mod error;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+#[cfg(test)]
+mod instructions;
 pub mod ping;
 pub mod request;
 pub mod server;

@@ -41,6 +41,7 @@ mod model;
 mod remains;
 mod stalls;
 mod standalone;
+mod system_calls;
 mod tcp;
 mod turns;
 mod visible;
