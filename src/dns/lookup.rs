@@ -33,7 +33,8 @@ pub struct LookupContext<'a> {
     pub search: &'a [SearchDomain],
     /// The configured domain of the cluster.
     pub cluster_domain: &'a str,
-    /// Namespace that is preferred if several services have a name and none is in the pod's own namespace or canonical.
+    /// Namespace that is preferred if several services have a name and none is in the pod's own namespace, canonical or
+    /// named after its own namespace.
     pub preferred_namespace: &'a str,
     /// Whether answers contain IPv6 addresses.
     pub ipv6: bool,
@@ -204,8 +205,8 @@ fn completed(context: &LookupContext<'_>, name: &str) -> Option<NameOwner> {
     domains.map(|search| format!("{name}.{}", search.domain)).find_map(|whole| exact(context, &whole))
 }
 
-/// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then the
-/// preferred namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of
+/// The visible service with this host name. The pod's own namespace comes first, then a canonical service, then one
+/// that is named after its own namespace, then the preferred namespace, then any. Services without an address count only if they are Kubernetes services: endpoints of
 /// other ones are in external DNS.
 fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> {
     let namespace = &*context.workload.namespace;
@@ -214,8 +215,9 @@ fn service(context: &LookupContext<'_>, hostname: &str) -> Option<Arc<Service>> 
     let visible = claims.filter(|s| s.visible_to(namespace)).filter(has_records);
     let of = |wanted: &str| visible.clone().find(|service| &*service.key.namespace == wanted);
     let canonical = || visible.clone().find(|service| service.canonical);
+    let named = || visible.clone().find(|service| service.is_named_after_its_namespace());
     let preferred = || of(context.preferred_namespace);
-    of(namespace).or_else(canonical).or_else(preferred).or_else(|| visible.clone().next()).cloned()
+    of(namespace).or_else(canonical).or_else(named).or_else(preferred).or_else(|| visible.clone().next()).cloned()
 }
 
 /// Whether a service is a Kubernetes service, by its host name, whatever the domain of its cluster.
@@ -368,6 +370,9 @@ mod tests {
             entry("ns1", "*.deep.wild.com", &["/240.0.0.6"]),
             entry("ns2", "both.com", &["/240.0.0.8"]),
             canonical,
+            // A foreign claim to the name of a Kubernetes service, in the preferred namespace and first by name.
+            service("ns6", "claimed", "10.0.0.40", &[]),
+            entry("ns5", "claimed.ns6.svc.cluster.local", &["/240.0.0.16"]),
             entry("ns4", "tied.com", &["/240.0.0.14"]),
             entry("ns5", "tied.com", &["/240.0.0.15"]),
             entry("ns2", "own.com", &["/240.0.0.10"]),
@@ -451,11 +456,12 @@ mod tests {
             ("a.deep.wild.com", "240.0.0.6"),
             ("wild.com", "forward"),
             ("a.wild.com.ns1.svc.cluster.local", "240.0.0.5"),
-            // Several services of one name: own namespace, canonical, preferred namespace; never one that is not
-            // visible.
+            // Several services of one name: own namespace, canonical, named after its own namespace, preferred
+            // namespace; never one that is not visible.
             ("own.com", "240.0.0.11"),
             ("both.com", "240.0.0.9"),
             ("tied.com", "240.0.0.15"),
+            ("claimed.ns6.svc.cluster.local", "10.0.0.40"),
             ("secret.com", "forward"),
             // Addresses of other networks are left out, and so are ranges and endpoints of external services.
             ("abroad.com", "none of abroad.com"),

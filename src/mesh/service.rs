@@ -119,6 +119,14 @@ impl Service {
         }
     }
 
+    /// Whether the host name is the one that a Kubernetes service of this namespace would have, `name.namespace.svc…`. A
+    /// service of another namespace that claims the same name or address is not preferred to it.
+    pub fn is_named_after_its_namespace(&self) -> bool {
+        let mut labels = self.key.hostname.splitn(4, '.');
+        let (name, namespace, svc) = (labels.next(), labels.next(), labels.next());
+        name.is_some_and(|name| !name.is_empty()) && namespace == Some(&*self.key.namespace) && svc == Some("svc")
+    }
+
     /// Whether the health of an endpoint permits using it.
     pub fn may_use(&self, endpoint: &Workload) -> bool {
         let any = self.load_balancer.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);

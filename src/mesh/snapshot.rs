@@ -128,9 +128,11 @@ impl Claimant for Workload {
 }
 
 impl Claimant for Service {
-    /// Canonical services rank before others, then the smaller key.
+    /// Canonical services rank before others, then those that are named after their own namespace, then the smaller
+    /// key.
     fn order(&self, other: &Self) -> Ordering {
-        self.canonical.cmp(&other.canonical).reverse().then_with(|| self.key.cmp(&other.key))
+        let rank = |s: &Self| (!s.canonical, !s.is_named_after_its_namespace());
+        rank(self).cmp(&rank(other)).then_with(|| self.key.cmp(&other.key))
     }
 
     fn same(&self, other: &Self) -> bool {
@@ -188,7 +190,7 @@ impl Snapshot {
     }
 
     /// The service with this virtual address, for a client of `client_namespace`: a service of the client's own
-    /// namespace first, then a canonical one, then the first by name.
+    /// namespace first, then a canonical one, then one that is named after its own namespace, then the first by name.
     pub fn service_at(&self, network: &Text, ip: IpAddr, client_namespace: &str) -> Option<&Arc<Service>> {
         preferred(self.by_vip.get(&NetworkAddress { network: network.clone(), ip }), client_namespace)
     }
@@ -441,6 +443,34 @@ pub mod tests {
         assert!(snapshot.clusters_of_pod("a", "pod").contains(&&"c2".into()));
         snapshot.apply(2, Facts { workloads: vec![workload("a", "pod", "10.0.0.7")], ..Facts::default() }.into());
         assert_eq!(snapshot.workload_of_pod("a", "pod").unwrap().ips[0].to_string(), "10.0.0.7");
+    }
+
+    #[test]
+    fn without_a_canonical_one_a_service_of_its_own_namespace_wins_over_foreign_claims() {
+        let claim = |namespace: &str, host: &str| {
+            let mut made = service(namespace, "claim", "10.0.0.1", &[(80, 80)]);
+            made.key.hostname = host.into();
+            made
+        };
+        // The foreign ones come first by name.
+        let services = vec![
+            claim("attacker", "web.shop.svc.cluster.local"),
+            service("shop", "web", "10.0.0.1", &[(80, 80)]),
+            claim("attacker", "any.example"),
+        ];
+        let snapshot = Snapshot::build(1, Facts { services: services.clone(), ..Facts::default() });
+        let found = |client: &str| {
+            let by_vip = snapshot.service_at(&"".into(), "10.0.0.1".parse().unwrap(), client).unwrap();
+            let by_name = snapshot.service_by_hostname("web.shop.svc.cluster.local", client).unwrap();
+            [by_vip, by_name].map(|service| service.key.namespace.to_string())
+        };
+        assert_eq!(found("client"), ["shop", "shop"]);
+        assert_eq!(found("shop"), ["shop", "shop"]);
+        let own = services.iter().map(Service::is_named_after_its_namespace).collect::<Vec<_>>();
+        assert_eq!(own, [false, true, false]);
+        for host in ["web.shop", ".shop.svc.cluster.local", "a.b.shop.svc.cluster.local", "web.shop.svcs.local"] {
+            assert!(!claim("shop", host).is_named_after_its_namespace(), "{host}");
+        }
     }
 
     #[test]

@@ -19,8 +19,8 @@ settings! {
         .shown("clusterDomain", |c| json!(&*c.dns.cluster_domain));
     PREFERRED_NAMESPACE: Text = Setting::new("preferred-service-namespace", "PREFERED_SERVICE_NAMESPACE", Text)
         .help(
-            "Among services with the same host name, those of this namespace are preferred, after the pod's own namespace and canonical \
-             services.",
+            "Among services with the same host name, those of this namespace are preferred, after the pod's own namespace, canonical \
+             services, and services that are named after their own namespace.",
         )
         .shown("preferedServiceNamespace", |c| {
             json!(Some(&*c.dns.preferred_namespace).filter(|name| !name.is_empty()))
