@@ -496,9 +496,25 @@ fn urgent_data_is_read_in_its_place() {
 
 const OUR_PORTS: [u16; 4] = [15001, 15006, 15008, 15053];
 
+/// Further addresses of a pod: two that it has from the start; afterwards it gets two more, and two that are its own only
+/// by a route. The mesh knows none of them.
+const FURTHER: [&str; 6] = ["10.77.0.5", "fd77::5", "10.77.0.6", "fd77::6", "10.78.0.7", "fd78::7"];
+
+fn add_first_addresses(pod: &Pod) {
+    ip_in(&pod.netns, "addr add 10.77.0.5/32 dev eth0\naddr add fd77::5/128 dev eth0 nodad\n");
+}
+
+fn add_later_addresses(pod: &Pod) {
+    ip_in(
+        &pod.netns,
+        "addr add 10.77.0.6/32 dev eth0\naddr add fd77::6/128 dev eth0 nodad\n\
+         route add local 10.78.0.0/24 dev lo\nroute add local fd78::/64 dev lo\n",
+    );
+}
+
 /// Connects to the daemon's ports in a pod by each of the pod's addresses, and by one that the pod's own rules redirect
 /// there.
-fn call_our_ports(w: &World, pod: &Pod, second: [IpAddr; 2]) {
+fn call_our_ports(w: &World, pod: &Pod) {
     let nat = "table inet detour {\n chain out { type nat hook output priority -101; \
                ip daddr 203.0.113.9 udp dport 53 dnat ip to 127.0.0.1:15053; ip daddr 203.0.113.9 dnat ip to 127.0.0.1; \
                ip6 daddr 2001:db8:9::9 dnat ip6 to ::1; }\n}\n";
@@ -509,7 +525,8 @@ fn call_our_ports(w: &World, pod: &Pod, second: [IpAddr; 2]) {
     let before = accepted();
     let mut calls = 0.0;
     let detour = ["203.0.113.9".parse().unwrap(), "2001:db8:9::9".parse().unwrap()];
-    for ip in [pod.v4, pod.v6].into_iter().chain(second).chain(detour) {
+    let further = FURTHER.map(|ip| ip.parse().unwrap());
+    for ip in [pod.v4, pod.v6].into_iter().chain(further).chain(detour) {
         for port in OUR_PORTS {
             calls += 1.0;
             let Ok(mut stream) = connect_from(&pod.netns, (ip, port).into(), |_| {}) else { continue };
@@ -546,10 +563,10 @@ fn failures(w: &World, node: u8) -> f64 {
 fn a_pod_that_calls_our_ports_by_any_address_is_refused() {
     let mut w = world();
     let client = pod(&w, "client");
-    let second: [IpAddr; 2] = ["10.77.0.5".parse().unwrap(), "fd77::5".parse().unwrap()];
-    ip_in(&client.netns, &format!("addr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n", second[0], second[1]));
+    add_first_addresses(&client);
     w.start();
-    call_our_ports(&w, &client, second);
+    add_later_addresses(&client);
+    call_our_ports(&w, &client);
     assert!(w.metric(1, "culvert_connection_failures_total", &["reason=\"loop\""]) >= 6.0);
 }
 
@@ -587,12 +604,12 @@ fn a_pod_that_leads_our_own_connections_back_to_us_is_refused() {
 fn the_same_with_the_rules_of_an_agent() {
     let mut istio = Istio::new();
     let client = istio.pod("client");
-    let second: [IpAddr; 2] = ["10.77.0.5".parse().unwrap(), "fd77::5".parse().unwrap()];
-    ip_in(&client.netns, &format!("addr add {}/32 dev eth0\naddr add {}/128 dev eth0 nodad\n", second[0], second[1]));
+    add_first_addresses(&client);
     istio.start();
     Agent::redirect_by_iptables(&client);
     assert!(istio.request().is_ok());
-    call_our_ports(&istio.w, &client, second);
+    add_later_addresses(&client);
+    call_our_ports(&istio.w, &client);
     assert!(istio.request().is_ok());
 }
 
