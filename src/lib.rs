@@ -44,5 +44,7 @@ mod telemetry;
 
 pub use config::args::Cli;
 #[doc(hidden)]
+pub use connection::choose::measured;
+#[doc(hidden)]
 pub use daemon::docs;
 pub use daemon::{run, run_as_plugin};

@@ -80,6 +80,8 @@ pub struct Pages {
     pub connections: Page,
     /// `/pods`.
     pub pods: Page,
+    /// `/set_aside`.
+    pub set_aside: Page,
     /// `/logging`.
     pub logging: Logging,
     /// `/debug/pprof/profile`.
@@ -142,6 +144,7 @@ impl Ports {
             .route("/config_dump", get(config_dump))
             .route("/connections", get(connections))
             .route("/pods", get(pods))
+            .route("/set_aside", get(set_aside))
             .route("/logging", post(logging))
             .route("/quitquitquit", post(quit))
             .route("/debug/pprof/profile", get(cpu_profile))
@@ -288,6 +291,7 @@ async fn index() -> Html<String> {
         "<!doctype html><title>culvert</title><h1>culvert</h1><ul>\
          <li><a href=/pods>pods</a>: which pods are captured, which are not, and why\
          <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
+         <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
          <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
          <li>POST /quitquitquit: end the daemon\
@@ -322,6 +326,10 @@ async fn connections(State(pages): State<Arc<Pages>>) -> Response {
 
 async fn pods(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.pods).await
+}
+
+async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
+    pretty(pages, |pages| &pages.set_aside).await
 }
 
 /// The decoded parameters of a query string.

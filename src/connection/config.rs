@@ -17,6 +17,8 @@ pub struct Config {
     pub pool: PoolConfig,
     /// Most connections that may be open at once. Further ones are reset and counted.
     pub max_connections: usize,
+    /// Most endpoints of a service that may be set aside at once, in percent.
+    pub set_aside_max: usize,
     /// Whether a stream whose application expects a PROXY protocol header is delivered to the pod's loopback address
     /// instead of its own address.
     pub localhost_app_tunnel: bool,

@@ -2,6 +2,7 @@
 
 use super::authorize::revoke::Permits;
 use super::budget::{Budget, Reservation};
+use super::choose::EndpointLists;
 use super::config::Config;
 use super::dial::Pool;
 use super::report::{Reporter, record::SocketCount};
@@ -37,6 +38,8 @@ pub struct Shared {
     pub permits: Arc<Permits>,
     /// Limits the connections and streams of the node.
     pub budget: Arc<Budget>,
+    /// Endpoints of services, and how they stand with this node.
+    pub endpoints: Arc<EndpointLists>,
     /// Accounts for what peers make the node buffer.
     pub buffers: Arc<Buffers>,
     /// Limits connections to HBONE ports whose peer has not proven its identity yet. No pod is charged for them.

@@ -15,6 +15,7 @@ use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Permits;
 use crate::connection::budget::Budget;
+use crate::connection::choose::EndpointLists;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
 use crate::dns::Dns;
@@ -72,6 +73,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
 
     let (reporter, permits) = (metrics.reporter.clone(), Arc::new(Permits::default()));
     let buffers = Buffers::new(buffer_bytes());
+    let endpoints = EndpointLists::new(config.connection.set_aside_max, reporter.metrics.endpoints.clone());
+    let endpoints = Arc::new(endpoints);
     let shared = Arc::new(Shared {
         config: config.connection,
         mesh: mesh.clone(),
@@ -79,6 +82,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         reporter: reporter.clone(),
         permits: permits.clone(),
         budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
+        endpoints: endpoints.clone(),
         buffers: buffers.clone(),
         handshakes: Shared::handshakes(buffers.limit() / 2),
     });
@@ -95,6 +99,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         identities,
         revocations,
         reporter,
+        endpoints,
         board: board.clone(),
         dns: dns.clone(),
     });
@@ -173,6 +178,7 @@ fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, buffers: &Arc<Buffers>, 
     Box::new(move || Readings {
         tunnels: workers.tunnels(),
         tasks: workers.running(),
+        set_aside: parts.endpoints.set_aside_count(),
         held_bytes: buffers.held(),
         max_bytes: buffers.limit(),
         to_outage: parts.identities.time_to_outage(),

@@ -4,6 +4,7 @@
 use super::parts::Parts;
 use super::{dump_config, version};
 use crate::config::MeshSource;
+use crate::connection::choose::endpoints::SetAside;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
@@ -38,6 +39,7 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "stagedServices": staged(&snapshot),
         "staticConfig": {"workloads": [], "services": [], "policies": []},
         "meshState": mesh_state(parts),
+        "endpointsSetAside": set_aside(parts),
         "revocationListError": parts.revocations.error(),
         "certificates": certificates(parts),
         "workloadState": state,
@@ -91,6 +93,29 @@ pub(super) fn connections(parts: &Parts) -> Value {
         })
     };
     Value::Array(parts.reporter.live.list().into_iter().map(one).collect())
+}
+
+/// `/set_aside`.
+pub(super) fn set_aside(parts: &Parts) -> Value {
+    let mut all = parts.endpoints.set_aside();
+    all.sort_by(|a, b| {
+        (&a.service, a.service_port, &a.workload.uid).cmp(&(&b.service, b.service_port, &b.workload.uid))
+    });
+    let one = |one: SetAside| {
+        json!({
+            "service": one.service.to_string(),
+            "servicePort": one.service_port,
+            "workloadUid": &*one.workload.uid,
+            "addresses": one.workload.ips,
+            "hostname": Some(&*one.workload.hostname).filter(|name| !name.is_empty()),
+            "port": one.port,
+            "reason": one.failures.last.word(),
+            "pauses": one.failures.pauses,
+            "leftMs": one.left,
+            "for": if one.for_everyone { "all pods" } else { "one pod" },
+        })
+    };
+    Value::Array(all.into_iter().map(one).collect())
 }
 
 /// `/pods`.

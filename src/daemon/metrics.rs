@@ -138,6 +138,8 @@ pub(super) struct Readings {
     pub(super) tunnels: usize,
     /// Tasks of the data plane.
     pub(super) tasks: usize,
+    /// Endpoints that are set aside.
+    pub(super) set_aside: usize,
     /// Bytes held for peers.
     pub(super) held_bytes: usize,
     /// The limit on them.
@@ -171,6 +173,8 @@ impl Collector for Gauges {
         put("culvert_tunnels_open", "Tunnels that are open towards peers", readings.tunnels as u64)?;
         let help = "Tasks of the data plane: connections, streams and tunnels";
         put("culvert_data_plane_tasks", help, readings.tasks as u64)?;
+        let help = "Endpoints that new connections avoid for a while because connections to them failed";
+        put("culvert_endpoints_set_aside", help, readings.set_aside as u64)?;
         let help = "Bytes held for peers: received and not delivered yet, or not read by them yet";
         put("culvert_buffers_held_bytes", help, readings.held_bytes as u64)?;
         let help = "Limit on the bytes held for peers, at which the largest tunnel of the peer (outbound: of the pod) that holds the most is cut";

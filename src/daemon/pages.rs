@@ -18,12 +18,14 @@ pub(super) fn pages(
     registry: Registry,
     ready: Ready,
 ) -> Pages {
-    let (for_dump, for_connections, for_pods) = (parts.clone(), parts.clone(), parts.clone());
+    let (for_dump, for_connections, for_pods, for_set_aside) =
+        (parts.clone(), parts.clone(), parts.clone(), parts.clone());
     let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
         connections: Box::new(move || dump::connections(&for_connections)),
         pods: Box::new(move || dump::pods(&for_pods)),
+        set_aside: Box::new(move || dump::set_aside(&for_set_aside)),
         logging: Box::new(move |query| logging(&log, &dns, query)),
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),

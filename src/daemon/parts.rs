@@ -1,6 +1,7 @@
 //! The parts of a running daemon that its pages and threads read.
 
 use crate::config::Config;
+use crate::connection::choose::EndpointLists;
 use crate::connection::report::Reporter;
 use crate::control::xds::Freshness;
 use crate::dns::Dns;
@@ -18,6 +19,7 @@ pub(super) struct Parts {
     pub(super) identities: Arc<CertificateStore>,
     pub(super) revocations: Arc<Revocations>,
     pub(super) reporter: Arc<Reporter>,
+    pub(super) endpoints: Arc<EndpointLists>,
     pub(super) board: Arc<Board>,
     pub(super) dns: Arc<Dns>,
 }

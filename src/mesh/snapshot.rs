@@ -75,7 +75,19 @@ pub enum ServiceOrWorkload {
 }
 
 /// The endpoints of one service by uid. The order is fixed, so that every choice among them sees the same one.
-pub(super) type Endpoints = RedBlackTreeMapSync<Text, Arc<Workload>>;
+#[derive(Clone, Debug, Default)]
+pub(super) struct Endpoints {
+    pub(super) by_uid: RedBlackTreeMapSync<Text, Arc<Workload>>,
+    /// Version of the last change of any of them.
+    pub(super) version: u64,
+}
+
+impl PartialEq for Endpoints {
+    /// Compares the facts. When they arrived makes no difference.
+    fn eq(&self, other: &Self) -> bool {
+        self.by_uid == other.by_uid
+    }
+}
 
 /// The indexed facts. A copy shares everything that it does not change, so that changing one workload among fifty
 /// thousand takes microseconds. The indexes keep all claimants of a key, so that the same facts give the same snapshot
@@ -295,16 +307,21 @@ impl Snapshot {
     /// The endpoints of a service, healthy or not, ordered by uid.
     pub fn endpoints(&self, key: &ServiceKey) -> impl Iterator<Item = Endpoint<'_>> {
         let key = key.clone();
-        self.endpoints.get(&key).into_iter().flat_map(|all| all.values()).filter_map(move |workload| {
+        self.endpoints.get(&key).into_iter().flat_map(|all| all.by_uid.values()).filter_map(move |workload| {
             let ports = workload.services.get(&key)?;
             Some(Endpoint { workload, ports })
         })
     }
 
+    /// Version of the last change of the endpoints of a service; 0 if it has none.
+    pub fn endpoints_version(&self, key: &ServiceKey) -> u64 {
+        self.endpoints.get(key).map_or(0, |all| all.version)
+    }
+
     /// Endpoints of services that are not known (yet): the service's key and the workloads' uids.
     pub fn staged(&self) -> impl Iterator<Item = (&ServiceKey, Vec<&Text>)> {
         let unknown = self.endpoints.iter().filter(|(key, _)| !self.services.contains_key(key));
-        unknown.map(|(key, all)| (key, all.keys().collect()))
+        unknown.map(|(key, all)| (key, all.by_uid.keys().collect()))
     }
 
     /// The service that leads to this workload's `port`; `None` unless there is exactly one.
@@ -433,19 +450,6 @@ pub mod tests {
     }
 
     #[test]
-    fn a_pod_of_another_cluster_is_not_taken_for_one_of_this_node() {
-        let (mut far, mut elsewhere) = (workload("a", "pod", "10.0.0.5"), workload("a", "pod", "10.0.0.6"));
-        (far.uid, far.cluster_id) = ("c2//Pod/a/pod".into(), "c2".into());
-        (elsewhere.uid, elsewhere.node) = ("c1//Pod/a/pod-1".into(), "node-2".into());
-        let mut snapshot = Snapshot::empty("node-1".into(), "c1".into(), false);
-        snapshot.apply(1, Facts { workloads: vec![far, elsewhere], ..Facts::default() }.into());
-        assert!(snapshot.workload_of_pod("a", "pod").is_none(), "neither of them");
-        assert!(snapshot.clusters_of_pod("a", "pod").contains(&&"c2".into()));
-        snapshot.apply(2, Facts { workloads: vec![workload("a", "pod", "10.0.0.7")], ..Facts::default() }.into());
-        assert_eq!(snapshot.workload_of_pod("a", "pod").unwrap().ips[0].to_string(), "10.0.0.7");
-    }
-
-    #[test]
     fn without_a_canonical_one_a_service_of_its_own_namespace_wins_over_foreign_claims() {
         let claim = |namespace: &str, host: &str| {
             let mut made = service(namespace, "claim", "10.0.0.1", &[(80, 80)]);
@@ -471,6 +475,19 @@ pub mod tests {
         for host in ["web.shop", ".shop.svc.cluster.local", "a.b.shop.svc.cluster.local", "web.shop.svcs.local"] {
             assert!(!claim("shop", host).is_named_after_its_namespace(), "{host}");
         }
+    }
+
+    #[test]
+    fn a_pod_of_another_cluster_is_not_taken_for_one_of_this_node() {
+        let (mut far, mut elsewhere) = (workload("a", "pod", "10.0.0.5"), workload("a", "pod", "10.0.0.6"));
+        (far.uid, far.cluster_id) = ("c2//Pod/a/pod".into(), "c2".into());
+        (elsewhere.uid, elsewhere.node) = ("c1//Pod/a/pod-1".into(), "node-2".into());
+        let mut snapshot = Snapshot::empty("node-1".into(), "c1".into(), false);
+        snapshot.apply(1, Facts { workloads: vec![far, elsewhere], ..Facts::default() }.into());
+        assert!(snapshot.workload_of_pod("a", "pod").is_none(), "neither of them");
+        assert!(snapshot.clusters_of_pod("a", "pod").contains(&&"c2".into()));
+        snapshot.apply(2, Facts { workloads: vec![workload("a", "pod", "10.0.0.7")], ..Facts::default() }.into());
+        assert_eq!(snapshot.workload_of_pod("a", "pod").unwrap().ips[0].to_string(), "10.0.0.7");
     }
 
     #[test]

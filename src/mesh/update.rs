@@ -159,10 +159,13 @@ impl Snapshot {
         }
         for key in workload.services.keys() {
             match self.endpoints.get_mut(key) {
-                Some(endpoints) => endpoints.insert_mut(workload.uid.clone(), workload.clone()),
+                Some(endpoints) => {
+                    endpoints.by_uid.insert_mut(workload.uid.clone(), workload.clone());
+                    endpoints.version = self.version;
+                }
                 None => {
-                    let mut endpoints = Endpoints::default();
-                    endpoints.insert_mut(workload.uid.clone(), workload.clone());
+                    let mut endpoints = Endpoints { version: self.version, ..Endpoints::default() };
+                    endpoints.by_uid.insert_mut(workload.uid.clone(), workload.clone());
                     self.endpoints.insert_mut(key.clone(), endpoints);
                 }
             }
@@ -182,8 +185,9 @@ impl Snapshot {
         }
         for key in workload.services.keys() {
             let Some(endpoints) = self.endpoints.get_mut(key) else { continue };
-            endpoints.remove_mut(uid);
-            if endpoints.is_empty() {
+            endpoints.by_uid.remove_mut(uid);
+            endpoints.version = self.version;
+            if endpoints.by_uid.is_empty() {
                 self.endpoints.remove_mut(key);
             }
         }

@@ -29,6 +29,7 @@ mod dns;
 mod doctor;
 mod egress;
 mod ending;
+mod endpoints;
 mod envoy;
 mod gone;
 mod hostile;

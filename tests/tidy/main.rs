@@ -73,7 +73,9 @@ const PURE: &[&str] = &[
     "connection/authorize/matcher.rs",
     "connection/choose/destination.rs",
     "connection/choose/local.rs",
+    "connection/choose/retry_budget.rs",
     "connection/choose/route.rs",
+    "connection/choose/standing.rs",
     "connection/choose/waypoint.rs",
 ];
 

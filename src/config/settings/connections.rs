@@ -36,6 +36,13 @@ settings! {
         .or_else("40 % of the open-files limit")
         .help("Connections and streams that may be open at once. Further ones are refused and counted.")
         .shown("maxConnections", |c| json!(c.connection.max_connections));
+    SET_ASIDE_MAX: Number<usize> = Setting::new("set-aside-max", "CULVERT_SET_ASIDE_MAX", Number(0, 100))
+        .or("50")
+        .help(
+            "Most endpoints of a service that are set aside at once because connections to them failed, in percent; never all of \
+             them. 0 sets none aside.",
+        )
+        .shown("setAsideMax", |c| json!(c.connection.set_aside_max));
     POOL_STREAMS: Number<usize> = Setting::new("pool-streams", "POOL_MAX_STREAMS_PER_CONNECTION", Number(1, 65_535))
         .or("100")
         .help("Streams on one tunnel before another tunnel is opened.")

@@ -1,7 +1,10 @@
-//! Choosing the endpoint of a service: by port, network, health and preference, and then at random, weighted by
-//! capacity.
+//! Choosing the endpoint of a service: by port, network, health and preference, and then of two drawn at random,
+//! weighted by capacity, the one with fewer connections.
 
-use super::{Chance, ResolvedNames, RouteError};
+use super::endpoints::{Candidates, Eligible, EndpointLists, Pick};
+use super::metrics::Metrics;
+use super::standing::Witness;
+use super::{Chance, Known, ResolvedNames, RouteError};
 use crate::mesh::service::{LoadBalancingMode, RoutingScope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::Workload;
@@ -16,25 +19,55 @@ pub struct ChosenEndpoint {
     pub workload: Arc<Workload>,
     /// Port on the workload.
     pub port: u16,
+    /// How it was chosen; `None` if there was nothing to choose from.
+    pub pick: Option<Pick>,
 }
 
 /// Chooses an endpoint of `service` for a connection from `source` to its `port`.
 pub fn choose(
     snapshot: &Snapshot,
     source: &Workload,
+    service: &Arc<Service>,
+    port: u16,
+    names: &ResolvedNames,
+    chance: &mut Chance<'_>,
+) -> Result<ChosenEndpoint, RouteError> {
+    let none;
+    let Known { endpoints, pod, now, left } = match chance.known {
+        Some(known) => known,
+        None => {
+            none = EndpointLists::new(0, Metrics::default());
+            Known { endpoints: &none, pod: Witness(0), now: 0, left: &[] }
+        }
+    };
+    let find = |names: &ResolvedNames| eligible(snapshot, source, service, port, names);
+    let version = snapshot.endpoints_version(&service.key);
+    let (list, mut candidates) = endpoints.list(source, service, port, version, || find(&ResolvedNames::new()));
+    if candidates.has_hosts && !names.is_empty() {
+        candidates = Arc::new(Candidates::new(find(names), &candidates));
+    }
+    if candidates.is_empty() {
+        return Err(no_endpoint(snapshot, source, service, port));
+    }
+    let is_left = |standing: &_| left.iter().any(|pick| Arc::ptr_eq(&pick.standing, standing));
+    let chosen = candidates.choose(chance.random, (pod, now), |one| !is_left(&one.standing));
+    let chosen = chosen.ok_or_else(|| RouteError::NoEndpoint(service.key.hostname.clone()))?;
+    let pick = Pick { list, standing: chosen.standing.clone(), is_waypoint: false };
+    Ok(ChosenEndpoint { workload: chosen.workload.clone(), port: chosen.port, pick: Some(pick) })
+}
+
+/// The endpoints that a connection from `source` to a port of a service may use, ordered by uid.
+fn eligible(
+    snapshot: &Snapshot,
+    source: &Workload,
     service: &Service,
     port: u16,
     names: &ResolvedNames,
-    chance: Chance<'_>,
-) -> Result<ChosenEndpoint, RouteError> {
-    let target = service.ports.get(&port);
-    let mut elsewhere = None;
+) -> Vec<Eligible> {
     let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
         let port = target_port(service, &endpoint, port)?;
-        // Gateways to other networks are not supported, so endpoints there cannot be used. They only matter for the
-        // error.
+        // Gateways to other networks are not supported, so endpoints there cannot be used.
         if endpoint.workload.network != source.network {
-            elsewhere = Some(endpoint.workload.uid.clone());
             return None;
         }
         let host = &endpoint.workload.hostname;
@@ -44,34 +77,27 @@ pub fn choose(
             false => true,
         };
         (service.may_use(endpoint.workload) && reachable)
-            .then(|| ChosenEndpoint { workload: endpoint.workload.clone(), port })
+            .then(|| Eligible { workload: endpoint.workload.clone(), port })
     });
-    let mut usable: Vec<ChosenEndpoint> = usable.collect();
+    let mut usable: Vec<Eligible> = usable.collect();
     // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does
     // not lead to one more name each time.
-    let drawn =
-        |chosen: &ChosenEndpoint| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
+    let drawn = |chosen: &Eligible| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
     if usable.iter().any(drawn) {
         usable.retain(drawn);
     }
-    let candidates: Vec<ChosenEndpoint> = preferred(source, service, usable);
-    let weights: u64 = candidates.iter().map(|c| u64::from(c.workload.capacity)).sum();
-    if weights == 0 {
-        let name = service.key.hostname.clone();
-        if let Some(uid) = elsewhere {
-            return Err(RouteError::OtherNetwork(uid));
-        }
-        return Err(if target.is_none() { RouteError::NoPort(name, port) } else { RouteError::NoEndpoint(name) });
+    preferred(source, service, usable)
+}
+
+/// Why a service has no endpoint for a connection from `source` to its `port`.
+fn no_endpoint(snapshot: &Snapshot, source: &Workload, service: &Service, port: u16) -> RouteError {
+    let with_port = |endpoint: &Endpoint<'_>| target_port(service, endpoint, port).is_some();
+    let mut elsewhere = snapshot.endpoints(&service.key).filter(with_port).map(|endpoint| endpoint.workload);
+    if let Some(workload) = elsewhere.find(|workload| workload.network != source.network) {
+        return RouteError::OtherNetwork(workload.uid.clone());
     }
-    let mut left = chance(weights);
-    for candidate in candidates {
-        let weight = u64::from(candidate.workload.capacity);
-        if left < weight {
-            return Ok(candidate);
-        }
-        left -= weight;
-    }
-    Err(RouteError::NoEndpoint(service.key.hostname.clone()))
+    let name = service.key.hostname.clone();
+    if service.ports.contains_key(&port) { RouteError::NoEndpoint(name) } else { RouteError::NoPort(name, port) }
 }
 
 /// The port on an endpoint: from the endpoint's own port map, else the service's target port. An endpoint
@@ -82,9 +108,9 @@ fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<
 }
 
 /// The endpoints that the service's traffic distribution allows.
-fn preferred(source: &Workload, service: &Service, all: Vec<ChosenEndpoint>) -> Vec<ChosenEndpoint> {
+fn preferred(source: &Workload, service: &Service, all: Vec<Eligible>) -> Vec<Eligible> {
     let Some(lb) = service.load_balancer.as_ref() else { return all };
-    let rank = |chosen: &ChosenEndpoint| {
+    let rank = |chosen: &Eligible| {
         let matching = |scope: &&RoutingScope| same_locality(**scope, source, &chosen.workload);
         // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of
         // them.
@@ -139,6 +165,7 @@ pub fn address(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::connection::choose::{Evidence, InFlight};
     use crate::mesh::address::parse_network_cidr;
     use crate::mesh::service::{HealthPolicy, LoadBalancer};
     use crate::mesh::snapshot::tests::{service, workload};
@@ -161,7 +188,9 @@ mod tests {
         let Some(service) = snapshot.services().find(|s| s.key == of.key) else { return Vec::new() };
         let mut names: Vec<String> = (0..8)
             .filter_map(|at| {
-                choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut |below| at.min(below - 1)).ok()
+                let mut random = |below: u64| at.min(below - 1);
+                let mut chance = Chance::of(&mut random);
+                choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut chance).ok()
             })
             .map(|chosen| format!("{}:{}", chosen.workload.name, chosen.port))
             .collect();
@@ -212,6 +241,36 @@ mod tests {
     }
 
     #[test]
+    fn failures_never_widen_the_choice() {
+        let (store, mut web) = (Store::default(), service("a", "web", "10.96.0.1", &[(80, 80)]));
+        let near = ["one", "two"].map(|name| endpoint(name, "10.0.0.1", &web));
+        let mut far = endpoint("far", "10.0.0.3", &web);
+        far.node = "node-2".into();
+        web.load_balancer = lb(LoadBalancingMode::Strict, &[RoutingScope::Node], HealthPolicy::OnlyHealthy);
+        let workloads = near.into_iter().chain([far]).collect();
+        store.update(Update { workloads, services: vec![web], ..Update::default() });
+        let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
+        let service = snapshot.services().next().unwrap();
+        let endpoints = Arc::new(EndpointLists::new(50, Metrics::default()));
+        let (pod, mut left) = (Witness(1), Vec::new());
+        let choose = |left: &[Pick]| {
+            let known = Known { endpoints: &endpoints, pod, now: endpoints.now(), left };
+            let mut chance = Chance { random: &mut |_| 0, known: Some(known) };
+            super::choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut chance)
+        };
+        for expected in ["one", "two"] {
+            let chosen = choose(&left).unwrap();
+            assert_eq!(&*chosen.workload.name, expected);
+            let pick = chosen.pick.unwrap();
+            assert_eq!(pick.has_other(&left), expected == "one");
+            InFlight::begin(&endpoints, pick.clone(), pod).failed(Evidence::Refused);
+            left.push(pick);
+        }
+        assert!(matches!(choose(&left), Err(RouteError::NoEndpoint(_))), "both have been tried");
+        assert_eq!(&*choose(&[]).unwrap().workload.name, "two", "one is set aside, but not both");
+    }
+
+    #[test]
     fn preferences_health_and_networks() {
         let (store, mut web) = (Store::default(), service("a", "web", "10.96.0.1", &[(80, 80)]));
         let mut near = endpoint("near", "10.0.0.1", &web);
@@ -239,6 +298,8 @@ mod tests {
         web.load_balancer =
             lb(LoadBalancingMode::Strict, &[RoutingScope::Node, RoutingScope::Unknown], HealthPolicy::OnlyHealthy);
         assert!(set(&near, &far, &abroad, &web).is_empty(), "STRICT is never less strict for want of a word");
+        web.load_balancer = lb(LoadBalancingMode::Strict, &[RoutingScope::Unknown], HealthPolicy::OnlyHealthy);
+        assert!(set(&near, &far, &abroad, &web).is_empty(), "nor does it fall back to all");
         near.health = Health::Unhealthy;
         far.capacity = 0;
         web.load_balancer = None;
@@ -247,7 +308,8 @@ mod tests {
         set(&near, &far, &abroad, &web);
         let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
         let service = snapshot.services().next().unwrap();
-        let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut |_| 0).unwrap_err();
+        let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut Chance::of(&mut |_| 0));
+        let error = error.unwrap_err();
         assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
     }
 }

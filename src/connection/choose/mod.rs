@@ -1,23 +1,30 @@
 //! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint` and
-//! `destination` for its parts; `local` decides for inbound ones. All of it is pure: decisions on one snapshot of the
-//! facts. Random choices come in as an argument.
+//! `destination` for its parts; `local` decides for inbound ones. They are pure: decisions on one snapshot of the facts.
+//! `chance` is what else comes in: random numbers, and what this node has learnt about endpoints, which `endpoints`
+//! keeps.
 
+pub mod chance;
 pub mod destination;
+pub mod endpoints;
 pub mod error;
 pub mod local;
+pub mod measured;
+pub mod metrics;
+pub mod retry_budget;
 pub mod route;
+pub mod standing;
 pub mod waypoint;
 
+pub use chance::{Chance, Known};
+pub use endpoints::{EndpointLists, InFlight, Pick};
 pub use error::RouteError;
 pub use local::{LocalError, OwnSockets, is_local};
 pub use route::{NextHop, TunnelHop};
+pub use standing::{Evidence, Witness};
 
 use crate::mesh::Text;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-
-/// Returns a number below its argument: a random one in the daemon, a chosen one in tests.
-pub type Chance<'a> = &'a mut dyn FnMut(u64) -> u64;
 
 /// Addresses of the host names that have been resolved for this connection. A name that could not be resolved has none.
 pub type ResolvedNames = BTreeMap<Text, Vec<IpAddr>>;

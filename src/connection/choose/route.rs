@@ -6,7 +6,7 @@
 //! reached directly.
 
 use super::destination::{self, ChosenEndpoint};
-use super::{Chance, ResolvedNames, RouteError, waypoint};
+use super::{Chance, Pick, ResolvedNames, RouteError, waypoint};
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
@@ -49,6 +49,8 @@ pub struct Route {
     pub workload: Option<Arc<Workload>>,
     /// The service that was dialled.
     pub service: Option<Arc<Service>>,
+    /// How the workload was chosen among others; `None` if there was no choice.
+    pub pick: Option<Pick>,
 }
 
 /// Finds the route from `source` to `target`, the original destination. `names` are the host names that have been
@@ -59,7 +61,7 @@ pub fn choose(
     target: SocketAddr,
     own_ports: &[u16],
     names: &ResolvedNames,
-    chance: Chance<'_>,
+    chance: &mut Chance<'_>,
 ) -> Result<Route, RouteError> {
     RouteChoice { snapshot, source, target, own_ports, names }.route(chance)
 }
@@ -75,7 +77,7 @@ struct RouteChoice<'a> {
 }
 
 impl RouteChoice<'_> {
-    fn route(self, chance: Chance<'_>) -> Result<Route, RouteError> {
+    fn route(self, chance: &mut Chance<'_>) -> Result<Route, RouteError> {
         let Self { snapshot, source, target, own_ports, .. } = self;
         let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
         if own && own_ports.contains(&target.port()) {
@@ -95,7 +97,7 @@ impl RouteChoice<'_> {
             if let Some(service) = snapshot.service_around(&source.network, target.ip(), &source.namespace) {
                 return self.to_service(service, chance);
             }
-            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service: None });
+            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service: None, pick: None });
         };
         if let Some(wanted) = &workload.waypoint
             && !waypoint::is_behind(snapshot, wanted, source)
@@ -103,11 +105,11 @@ impl RouteChoice<'_> {
             let found = waypoint::resolve(snapshot, source, wanted, &workload.uid, chance)?;
             return self.to_waypoint(found, None);
         }
-        let chosen = ChosenEndpoint { workload: workload.clone(), port: target.port() };
+        let chosen = ChosenEndpoint { workload: workload.clone(), port: target.port(), pick: None };
         self.to_workload(chosen, None, chance)
     }
 
-    fn to_service(self, service: &Arc<Service>, chance: Chance<'_>) -> Result<Route, RouteError> {
+    fn to_service(self, service: &Arc<Service>, chance: &mut Chance<'_>) -> Result<Route, RouteError> {
         let Self { snapshot, source, target, .. } = self;
         if let Some(wanted) = waypoint::draw(service, chance)
             && !waypoint::is_behind(snapshot, wanted, source)
@@ -118,7 +120,7 @@ impl RouteChoice<'_> {
         if service.is_passthrough() {
             // A connection to a port that the service does not have is not counted as the service's.
             let service = service.ports.contains_key(&target.port()).then(|| service.clone());
-            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service });
+            return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service, pick: None });
         }
         let chosen = destination::choose(snapshot, source, service, target.port(), self.names, chance)?;
         self.to_workload(chosen, Some(service), chance)
@@ -128,9 +130,9 @@ impl RouteChoice<'_> {
         self,
         chosen: ChosenEndpoint,
         service: Option<&Arc<Service>>,
-        chance: Chance<'_>,
+        chance: &mut Chance<'_>,
     ) -> Result<Route, RouteError> {
-        let ChosenEndpoint { workload, port } = chosen;
+        let ChosenEndpoint { workload, port, pick } = chosen;
         let Self { snapshot, source, target, own_ports, names } = self;
         if workload.network != source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
@@ -142,7 +144,7 @@ impl RouteChoice<'_> {
                 // The host name may lead to an address of the mesh. Then the mesh's route applies, not plaintext.
                 let names = ResolvedNames::new();
                 match (RouteChoice { snapshot, source, target: to, own_ports, names: &names }).route(chance) {
-                    Ok(Route { next_hop: NextHop::Direct { to }, workload: None, service: None }) => {
+                    Ok(Route { next_hop: NextHop::Direct { to }, workload: None, service: None, .. }) => {
                         NextHop::Direct { to }
                     }
                     // A name that leads to another name is refused, because the chain might not end.
@@ -159,7 +161,7 @@ impl RouteChoice<'_> {
                 uid: workload.uid.clone(),
             }),
         };
-        Ok(Route { next_hop, workload: Some(workload), service: service.cloned() })
+        Ok(Route { next_hop, workload: Some(workload), service: service.cloned(), pick })
     }
 
     /// Whether an address belongs to the service that led to it, as a host's address may be in the range of its own
@@ -170,7 +172,7 @@ impl RouteChoice<'_> {
     }
 
     fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
-        let ChosenEndpoint { workload, port } = found.chosen;
+        let ChosenEndpoint { workload, port, pick } = found.chosen;
         if workload.network != self.source.network {
             return Err(RouteError::OtherNetwork(workload.uid.clone()));
         }
@@ -182,7 +184,7 @@ impl RouteChoice<'_> {
             expected: expected(&workload, found.service.as_deref())?,
             uid: workload.uid.clone(),
         });
-        Ok(Route { next_hop, workload: Some(workload), service: service.cloned() })
+        Ok(Route { next_hop, workload: Some(workload), service: service.cloned(), pick })
     }
 }
 
@@ -234,7 +236,14 @@ mod tests {
         fn route(&self, from: &str, to: &str) -> String {
             let snapshot = Snapshot::build(1, self.0.clone());
             let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(&snapshot, source, to.parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0) {
+            match choose(
+                &snapshot,
+                source,
+                to.parse().unwrap(),
+                in_pod(true),
+                &ResolvedNames::new(),
+                &mut Chance::of(&mut |_| 0),
+            ) {
                 Ok(Route { next_hop: NextHop::Direct { to }, .. }) => format!("direct {to}"),
                 Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
                     let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
@@ -278,7 +287,8 @@ mod tests {
         let source = snapshot.workload_of_pod("a", "client").unwrap();
         for (to, counts) in [("10.96.0.1:80", true), ("10.96.0.1:81", false)] {
             let to: SocketAddr = to.parse().unwrap();
-            let route = choose(&snapshot, source, to, in_pod(true), &ResolvedNames::new(), &mut |_| 0).unwrap();
+            let route = choose(&snapshot, source, to, in_pod(true), &ResolvedNames::new(), &mut Chance::of(&mut |_| 0))
+                .unwrap();
             assert_eq!((route.next_hop, route.service.is_some()), (NextHop::Direct { to }, counts), "{to}");
         }
     }
@@ -329,7 +339,14 @@ mod tests {
         let at = NetworkAddress { network: source.network.clone(), ip: "10.0.0.9".parse().unwrap() };
         let tell = |snapshot: &mut Snapshot, absent| {
             snapshot.apply(2, crate::mesh::Update { absent, ..Default::default() });
-            choose(snapshot, &source, "10.0.0.9:80".parse().unwrap(), in_pod(true), &ResolvedNames::new(), &mut |_| 0)
+            choose(
+                snapshot,
+                &source,
+                "10.0.0.9:80".parse().unwrap(),
+                in_pod(true),
+                &ResolvedNames::new(),
+                &mut Chance::of(&mut |_| 0),
+            )
         };
         let unasked = tell(&mut snapshot, vec![FactKey::Address(at.clone())]);
         assert!(matches!(unasked, Err(RouteError::Unasked(FactKey::Address(wanted))) if wanted == at));

@@ -23,7 +23,7 @@ pub fn resolve(
     source: &Workload,
     waypoint: &GatewayRef,
     destination: &Text,
-    chance: Chance<'_>,
+    chance: &mut Chance<'_>,
 ) -> Result<Waypoint, RouteError> {
     let unknown = |reason: String| RouteError::UnknownWaypoint {
         waypoint: waypoint.target.to_string(),
@@ -32,12 +32,16 @@ pub fn resolve(
     };
     match snapshot.gateway(waypoint, &source.namespace) {
         Some(ServiceOrWorkload::Workload(workload)) => {
-            Ok(Waypoint { chosen: ChosenEndpoint { workload, port: waypoint.hbone_port }, service: None })
+            let chosen = ChosenEndpoint { workload, port: waypoint.hbone_port, pick: None };
+            Ok(Waypoint { chosen, service: None })
         }
         Some(ServiceOrWorkload::Service(service)) => {
-            let chosen =
+            let mut chosen =
                 destination::choose(snapshot, source, &service, waypoint.hbone_port, &ResolvedNames::new(), chance)
                     .map_err(|error| unknown(error.to_string()))?;
+            if let Some(pick) = &mut chosen.pick {
+                pick.is_waypoint = true;
+            }
             Ok(Waypoint { chosen, service: Some(service) })
         }
         None => Err(match snapshot.unasked(FactKey::of_gateway(waypoint)) {
@@ -48,12 +52,12 @@ pub fn resolve(
 }
 
 /// The waypoint of a service for one connection: chosen at random by weight, if the service has weighted waypoints.
-pub fn draw<'a>(service: &'a Service, chance: Chance<'_>) -> Option<&'a GatewayRef> {
+pub fn draw<'a>(service: &'a Service, chance: &mut Chance<'_>) -> Option<&'a GatewayRef> {
     let total: u64 = service.weighted_waypoints.iter().map(|(_, weight)| u64::from(*weight)).sum();
     if total == 0 {
         return service.waypoint.as_ref();
     }
-    let mut left = chance(total);
+    let mut left = chance.below(total);
     for (waypoint, weight) in &service.weighted_waypoints {
         if left < u64::from(*weight) {
             return Some(waypoint);

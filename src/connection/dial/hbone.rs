@@ -63,12 +63,14 @@ pub struct OpenedStream {
 
 /// Opens a stream. A tunnel that turns out to be going away before the request was sent is replaced, up to
 /// `REPLACEMENTS_MAX` times. A request that the peer refuses with REFUSED_STREAM is repeated after a pause, as often as
-/// there are `REFUSED_PAUSES`. In both cases HTTP/2 guarantees that the peer has not acted on the request.
+/// there are `REFUSED_PAUSES`. In both cases HTTP/2 guarantees that the peer has not acted on the request. `going_away`
+/// is called for each tunnel that is replaced.
 pub async fn open(
     pool: &Arc<Pool>,
     origin: &Origin,
     hop: &TunnelHop,
     request: &ConnectRequest,
+    going_away: &(dyn Fn() + Sync),
 ) -> Result<OpenedStream, DialError> {
     let key = TunnelKey {
         pod: origin.pod.clone(),
@@ -93,6 +95,7 @@ pub async fn open(
             Err(DialError::Open(OpenError::TunnelGone(_))) if replaced < REPLACEMENTS_MAX => {
                 replaced += 1;
                 lease.retire();
+                going_away();
             }
             Err(error @ DialError::Open(OpenError::Refused)) => {
                 let Some(pause) = pauses.next() else { return Err(error) };

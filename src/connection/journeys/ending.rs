@@ -2,6 +2,7 @@
 
 use crate::connection::accept::{TunnelPeer, TunnelStop};
 use crate::connection::authorize::Registration;
+use crate::connection::choose::{Evidence, InFlight};
 use crate::connection::dial::DialError;
 use crate::connection::dial::direct::{DialledLeg, OpenLeg};
 use crate::connection::dial::pool::Lease;
@@ -52,6 +53,8 @@ pub struct CarriedEnd {
     pub live: Arc<Connection>,
     /// Entry of the application's socket, if the daemon opened it.
     pub entry: Option<OpenLeg>,
+    /// Counts it at the endpoint that was chosen for it.
+    pub in_flight: Option<InFlight>,
     /// The tunnel that carries it.
     pub tunnel: CarriedBy,
     /// What counts it.
@@ -86,10 +89,22 @@ impl Ending for CarriedEnd {
     }
 
     fn finish(self, app: std::net::TcpStream, result: Result<(), ForwardError>) {
+        note_reset(self.in_flight.as_ref(), &self.live, &result);
         // In this order: once the socket is closed, another connection may have the same ends.
         drop(self.entry);
         drop(app);
         self.record.finish(result.map_err(Failure::from));
+    }
+}
+
+/// Notes against an endpoint that it has reset a connection before any byte was carried.
+pub fn note_reset(in_flight: Option<&InFlight>, live: &Connection, result: &Result<(), ForwardError>) {
+    let by_endpoint = matches!(result, Err(ForwardError::Far(_) | ForwardError::Reset(_) | ForwardError::Tunnel(_)));
+    if let Some(in_flight) = in_flight
+        && by_endpoint
+        && live.bytes.total() == 0
+    {
+        in_flight.failed(Evidence::Reset);
     }
 }
 

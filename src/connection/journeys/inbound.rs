@@ -191,7 +191,7 @@ async fn stream(
         Counted { _load: None, _active: active, _reservation: reservation, _task: worker.tasks.token(), _socket: None };
     let revocation = permit.revocation();
     let tunnel = CarriedBy::Inbound(peer.clone(), permit);
-    let ending = CarriedEnd { record, live, entry, tunnel, _counted: counted };
+    let ending = CarriedEnd { record, live, entry, in_flight: None, tunnel, _counted: counted };
     // Answers 200, now that the application's socket is open.
     let stream = incoming.accept(baggage.as_deref());
     let silence = worker.shared.config.hbone.half_closed_silence;

@@ -1,12 +1,12 @@
 //! What the journeys ask: the pod's own facts and certificate, and the route. Finding a route may need several
 //! questions to an on-demand control plane or to the pod's resolvers.
 
-use crate::connection::choose::{self, ResolvedNames, RouteError, route::Route};
+use crate::connection::choose::{self, Chance, Known, Pick, ResolvedNames, RouteError, Witness, route::Route};
 use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
-use crate::connection::worker::Worker;
+use crate::connection::worker::{Shared, Worker};
 use crate::identity::Credentials;
-use crate::mesh::{self, FactKey, Snapshot, Workload};
+use crate::mesh::{FactKey, Snapshot, Workload};
 use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -30,17 +30,22 @@ pub async fn own_credentials(worker: &Worker, workload: &Workload) -> Result<Arc
 const QUESTIONS_MAX: usize = 8;
 
 /// Finds the route to `target`. Choosing may fail for lack of facts or of a resolved name; then this asks and chooses
-/// again.
+/// again. Endpoints that were `left` are not chosen.
 pub async fn find_route(
-    mesh: &mesh::Store,
+    shared: &Shared,
     pod: &Pod,
     mut snapshot: Arc<Snapshot>,
     source: &Workload,
     target: SocketAddr,
+    left: &[Pick],
 ) -> Result<Route, RouteError> {
+    let Shared { mesh, endpoints, .. } = shared;
     let (own_ports, mut names, mut unresolved) = (pod.own_ports(), ResolvedNames::new(), None);
     let choose = |snapshot: &Snapshot, names: &ResolvedNames| {
-        choose::route::choose(snapshot, source, target, own_ports, names, &mut |below| rand::random_range(0..below))
+        let mut random = |below| rand::random_range(0..below);
+        let known = Known { endpoints, pod: Witness(pod.capture), now: endpoints.now(), left };
+        let mut chance = Chance { random: &mut random, known: Some(known) };
+        choose::route::choose(snapshot, source, target, own_ports, names, &mut chance)
     };
     for _ in 0..QUESTIONS_MAX {
         match choose(&snapshot, &names) {

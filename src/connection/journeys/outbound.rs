@@ -2,11 +2,13 @@
 //! authorizes it.
 
 use super::egress::Outside;
-use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone, stop_signal, unless_client_resets};
+use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone, note_reset, stop_signal, unless_client_resets};
 use super::lookup::{find_route, own_credentials, own_facts};
 use crate::connection::accept;
-use crate::connection::choose::{NextHop, RouteError, TunnelHop, is_local};
-use crate::connection::dial::{self, hbone::OpenedStream, hbone::Origin};
+use crate::connection::choose::route::Route;
+use crate::connection::choose::{Evidence, InFlight, NextHop, RouteError, Witness, is_local};
+use crate::connection::dial::error::ATTEMPT_PATIENCE;
+use crate::connection::dial::{self, DialError, hbone::OpenedStream, hbone::Origin};
 use crate::connection::forward::{ForwardError, Stop};
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
@@ -14,9 +16,15 @@ use crate::connection::worker::{Counted, Worker};
 use crate::connection::{forward, headers};
 use crate::hbone::{Authority, ConnectRequest};
 use crate::identity::Credentials;
+use crate::mesh::Workload;
 use crate::mesh::address::canonical;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use tokio::net::TcpStream;
+
+/// How often a connection is tried on another endpoint.
+const RETRIES_MAX: usize = 2;
 
 /// Carries one connection that the pod opened.
 ///
@@ -31,11 +39,12 @@ pub async fn outbound(
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
     let count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
     // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
-    let OpenedOutbound { app, live, far } = match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
-        Ok(Some(opened)) => opened,
-        Ok(None) => return record.finish(Ok(())),
-        Err(failure) => return record.finish(Err(failure)),
-    };
+    let OpenedOutbound { app, live, far, in_flight } =
+        match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
+            Ok(Some(opened)) => opened,
+            Ok(None) => return record.finish(Ok(())),
+            Err(failure) => return record.finish(Err(failure)),
+        };
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
         FarSide::Direct(far, outside) => {
@@ -46,6 +55,7 @@ pub async fn outbound(
                 }
             };
             let result = forward::over_tcp(&app, &far, &live.bytes, silence, stop).await;
+            note_reset(in_flight.as_ref(), &live, &result);
             if result.is_ok() {
                 far.done();
                 app.done();
@@ -55,8 +65,8 @@ pub async fn outbound(
         FarSide::Tunnel(OpenedStream { stream, lease }) => match app.into_parts() {
             Ok((app, entry)) => {
                 let tunnel = CarriedBy::Outbound(lease);
-                let ending =
-                    CarriedEnd { record, live, entry, tunnel, _counted: Counted { _socket: Some(count), ..counted } };
+                let _counted = Counted { _socket: Some(count), ..counted };
+                let ending = CarriedEnd { record, live, entry, in_flight, tunnel, _counted };
                 forward::over_stream(app, stream, silence, &worker.tasks, ending);
             }
             Err(error) => record.finish(Err(ForwardError::App(error).into())),
@@ -77,6 +87,7 @@ struct OpenedOutbound {
     app: ResetUnlessDone,
     live: Arc<Connection>,
     far: FarSide,
+    in_flight: Option<InFlight>,
 }
 
 /// The far side of an outbound connection.
@@ -107,47 +118,190 @@ async fn open(
     }
     let (snapshot, source) = own_facts(worker, pod).await?;
     pod.with_own(&source, |own| own.check_outbound(captured.destination))?;
-    let route = find_route(&shared.mesh, pod, snapshot, &source, captured.destination).await?;
-    let details = |hop: Option<&TunnelHop>, actual| Details {
-        source_identity: hop.and(source.identity().ok()),
-        destination_identity: None,
-        source_workload: Some(source.clone()),
-        destination_workload: route.workload.clone(),
-        service: route.service.clone(),
-        actual,
-        authority: hop.map(|hop| hop.authority.to_string()),
-        rule: None,
-    };
-    match &route.next_hop {
-        NextHop::Direct { to } => {
-            let outside = route.workload.is_none() && route.service.is_none();
-            let outside = outside.then(|| Outside::new(shared, pod, &source, *to));
-            let allowed = outside.as_ref().map_or(Ok(None), Outside::authorize);
-            let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(ToString::to_string));
-            let live = record.opened(Details { rule, ..details(None, *to) });
-            allowed?;
-            // A pod with several addresses may have bound one of them; keep it as the source.
-            let own = Some(captured.source.ip())
-                .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
-            let far = unless_client_resets(&app, dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs))
-                .await?;
-            Ok(Some(OpenedOutbound { app, live, far: FarSide::Direct(ResetUnlessDone::dialled(far), outside) }))
-        }
-        NextHop::Tunnel(hop) => {
-            let live = record.opened(details(Some(hop), hop.to));
-            let origin = origin(worker, pod, own_credentials(worker, &source).await?);
-            let request = ConnectRequest {
-                authority: Authority::Address(hop.authority),
-                baggage: Some(headers::baggage(&source)),
-                forwarded: Some(headers::forwarded(captured.source, route.service.as_deref())),
-                traceparent: Some(headers::traceparent()),
+    let outbound = Outbound { worker, pod, app: &app, source: &source, from: captured.source };
+    let first = find_route(shared, pod, snapshot, &source, captured.destination, &[]).await?;
+    let (live, far, in_flight) = outbound.reach(first, captured.destination, record).await?;
+    Ok(Some(OpenedOutbound { app, live, far, in_flight }))
+}
+
+/// An outbound connection whose far side is to be reached.
+struct Outbound<'a> {
+    worker: &'a Arc<Worker>,
+    pod: &'a Arc<Pod>,
+    app: &'a TcpStream,
+    /// The pod's workload.
+    source: &'a Arc<Workload>,
+    /// The application's end.
+    from: SocketAddr,
+}
+
+impl Outbound<'_> {
+    /// Dials the far side. If the endpoint that was chosen fails before any byte was carried, others are tried.
+    async fn reach(
+        &self,
+        first: Route,
+        destination: SocketAddr,
+        record: &mut Record,
+    ) -> Result<(Arc<Connection>, FarSide, Option<InFlight>), Failure> {
+        let (shared, mut left, mut route) = (&self.worker.shared, Vec::new(), first);
+        loop {
+            let in_flight = route.pick.clone();
+            let in_flight = in_flight.map(|pick| InFlight::begin(&shared.endpoints, pick, Witness(self.pod.capture)));
+            let (live, outside) = self.begin(&route, record)?;
+            if let NextHop::Tunnel(_) = &route.next_hop {
+                // Waiting for the CA must not count against the endpoint. `dial` finds the certificate at once then.
+                own_credentials(self.worker, self.source).await?;
+            }
+            let Some(in_flight) = in_flight else {
+                let far = self.dial(&route, outside, None).await?;
+                return Ok((self.connected(live, &far, record), far, None));
             };
-            let opened = unless_client_resets(&app, dial::hbone::open(&worker.pool, &origin, hop, &request)).await?;
-            let _known = live.tls.set(opened.lease.tls());
-            record.proven(opened.lease.peer());
-            Ok(Some(OpenedOutbound { app, live, far: FarSide::Tunnel(opened) }))
+            let pick = in_flight.pick();
+            if left.is_empty() {
+                pick.list.retries.connection(shared.endpoints.now());
+            }
+            let may_leave = left.len() < RETRIES_MAX && pick.has_other(&left);
+            let mut may_retry = None;
+            let attempt = self.dial(&route, outside, Some(&in_flight));
+            // A waypoint may wait for what is behind it.
+            let attempt = if may_leave && !pick.is_waypoint {
+                unless_unanswered(attempt, || {
+                    in_flight.failed(Evidence::TimedOut);
+                    *may_retry.insert(in_flight.may_retry(Evidence::TimedOut))
+                })
+                .await
+            } else {
+                attempt.await
+            };
+            let failure = match attempt {
+                Ok(far) => {
+                    in_flight.succeeded();
+                    return Ok((self.connected(live, &far, record), far, Some(in_flight)));
+                }
+                Err(failure) => failure,
+            };
+            let Some(why) = evidence(&failure, &in_flight) else { return Err(failure) };
+            if !may_leave || !may_retry.unwrap_or_else(|| in_flight.may_retry(why)) {
+                return Err(failure);
+            }
+            left.push(pick.clone());
+            drop(in_flight);
+            let again = find_route(shared, self.pod, shared.mesh.load(), self.source, destination, &left).await;
+            let Some(again) = again.ok().filter(|again| again.pick.is_some()) else { return Err(failure) };
+            record.tried(&left_because(&route, &failure));
+            route = again;
         }
     }
+
+    /// Begins an attempt, if egress policies allow it: they apply to destinations outside the mesh.
+    fn begin(&self, route: &Route, record: &mut Record) -> Result<(Arc<Connection>, Option<Outside>), Failure> {
+        let outside = match &route.next_hop {
+            NextHop::Direct { to } if route.workload.is_none() && route.service.is_none() => {
+                Some(Outside::new(&self.worker.shared, self.pod, self.source, *to))
+            }
+            NextHop::Direct { .. } | NextHop::Tunnel(_) => None,
+        };
+        let allowed = outside.as_ref().map_or(Ok(None), Outside::authorize);
+        let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(ToString::to_string));
+        let live = record.attempted(Details { rule, ..self.details(route) });
+        allowed?;
+        Ok((live, outside))
+    }
+
+    /// The details of an attempt by a route.
+    fn details(&self, route: &Route) -> Details {
+        let (hop, actual) = match &route.next_hop {
+            NextHop::Direct { to } => (None, *to),
+            NextHop::Tunnel(hop) => (Some(hop), hop.to),
+        };
+        Details {
+            source_identity: hop.and(self.source.identity().ok()),
+            destination_identity: None,
+            source_workload: Some(self.source.clone()),
+            destination_workload: route.workload.clone(),
+            service: route.service.clone(),
+            actual,
+            authority: hop.map(|hop| hop.authority.to_string()),
+            rule: None,
+        }
+    }
+
+    /// Notes that the far side is open.
+    fn connected(&self, live: Arc<Connection>, far: &FarSide, record: &mut Record) -> Arc<Connection> {
+        if let FarSide::Tunnel(opened) = far {
+            let _known = live.tls.set(opened.lease.tls());
+            record.proven(opened.lease.peer());
+        }
+        record.connected();
+        live
+    }
+
+    /// Dials the far side by a route.
+    async fn dial(
+        &self,
+        route: &Route,
+        outside: Option<Outside>,
+        in_flight: Option<&InFlight>,
+    ) -> Result<FarSide, Failure> {
+        let Self { worker, pod, app, source, from } = self;
+        match &route.next_hop {
+            NextHop::Direct { to } => {
+                // A pod with several addresses may have bound one of them; keep it as the source.
+                let own = Some(from.ip())
+                    .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
+                let far = dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs);
+                let far = unless_client_resets(app, far).await?;
+                Ok(FarSide::Direct(ResetUnlessDone::dialled(far), outside))
+            }
+            NextHop::Tunnel(hop) => {
+                let origin = origin(worker, pod, own_credentials(worker, source).await?);
+                let request = ConnectRequest {
+                    authority: Authority::Address(hop.authority),
+                    baggage: Some(headers::baggage(source)),
+                    forwarded: Some(headers::forwarded(*from, route.service.as_deref())),
+                    traceparent: Some(headers::traceparent()),
+                };
+                let going_away = || {
+                    if let Some(in_flight) = in_flight {
+                        in_flight.failed(Evidence::GoingAway);
+                    }
+                };
+                let opened = dial::hbone::open(&worker.pool, &origin, hop, &request, &going_away);
+                Ok(FarSide::Tunnel(unless_client_resets(app, opened).await?))
+            }
+        }
+    }
+}
+
+/// Waits for an attempt. If it takes too long and `may_leave`, it is given up.
+async fn unless_unanswered<T>(
+    attempt: impl Future<Output = Result<T, Failure>>,
+    may_leave: impl FnOnce() -> bool,
+) -> Result<T, Failure> {
+    let mut attempt = pin!(attempt);
+    match tokio::time::timeout(ATTEMPT_PATIENCE, &mut attempt).await {
+        Ok(outcome) => outcome,
+        Err(_) if may_leave() => Err(DialError::Unanswered.into()),
+        Err(_) => attempt.await,
+    }
+}
+
+/// What a failure says against the endpoint, which is noted there.
+fn evidence(failure: &Failure, in_flight: &InFlight) -> Option<Evidence> {
+    let Failure::Dial(error) = failure else { return None };
+    let why = error.evidence().filter(|_| !(in_flight.pick().is_waypoint && error.is_answer()))?;
+    in_flight.failed(why);
+    Some(why)
+}
+
+/// The endpoint of a route and why it was left, for the access log.
+fn left_because(route: &Route, failure: &Failure) -> String {
+    let name = route.workload.as_ref().map_or("", |workload| &workload.name);
+    let to = match &route.next_hop {
+        NextHop::Direct { to } => to,
+        NextHop::Tunnel(hop) => &hop.to,
+    };
+    format!("{name} at {to}: {failure}")
 }
 
 /// The near end for a tunnel of the pod.

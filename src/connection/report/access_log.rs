@@ -25,6 +25,8 @@ pub struct Summary<'a> {
     pub duration: Duration,
     /// Why it failed or was refused; `None` if it ended well.
     pub failure: Option<&'a Failure>,
+    /// The endpoints that were tried before, and why each was left.
+    pub tried: Option<&'a str>,
 }
 
 /// Writes a line with the fields that all lines about a connection with a known route have, and then the given fields.
@@ -82,7 +84,8 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
             details,
             bytes_sent = sent,
             bytes_recv = received,
-            duration = duration.as_str()
+            duration = duration.as_str(),
+            tried = summary.tried
         ),
         Some(failure) => line!(
             tracing::Level::ERROR,
@@ -95,7 +98,8 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
             bytes_recv = received,
             duration = duration.as_str(),
             error = failure.to_string().as_str(),
-            reason = failure.word()
+            reason = failure.word(),
+            tried = summary.tried
         ),
     }
 }

@@ -215,6 +215,7 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
             OpenError::Status(status) if status.as_u16() == 401 => (Reason::PeerDenied, "CONNECT", Fault::Policy),
             OpenError::Status(_) => (Reason::PeerRefused, "CONNECT", Fault::Peer),
         },
+        DialError::Unanswered => (Reason::ConnectDeadline, "CONNECT", Fault::Peer),
         DialError::AnswerDeadline => (Reason::AnswerDeadline, "CONNECT", Fault::Peer),
         DialError::Abandoned => (Reason::Abandoned, "CONNECT", Fault::App),
     }

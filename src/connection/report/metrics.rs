@@ -3,6 +3,7 @@
 
 use crate::connection::authorize::Refusal;
 use crate::connection::authorize::egress::EgressDecision;
+use crate::connection::choose;
 use crate::mesh::egress::EgressAction;
 use crate::telemetry::series::{Labels, Series};
 use prometheus_client::collector::Collector;
@@ -163,6 +164,8 @@ pub struct Metrics {
     pub failures: Family<FailureLabels, Counter>,
     /// Decisions of egress policies.
     pub egress: Family<EgressLabel, Counter>,
+    /// Endpoints that failed.
+    pub endpoints: choose::metrics::Metrics,
 }
 
 impl Metrics {
@@ -197,6 +200,7 @@ impl Metrics {
         drop(self.cut.get_or_create(&CutLabels { direction, reason }));
         drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault: "" }));
         drop(self.egress.get_or_create(&EgressLabel { decision: "denied" }));
+        self.endpoints.fill_example();
     }
 
     /// Registers the metrics.
@@ -218,6 +222,7 @@ impl Metrics {
         let egress = "Decisions of egress policies about connections to destinations outside the mesh: allowed, logged, denied, \
                       and would_deny by a dry-run policy. Open connections are decided again when the policies change";
         registry.register("culvert_egress_decisions", egress, self.egress.clone());
+        self.endpoints.register(registry);
     }
 }
 

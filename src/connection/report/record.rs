@@ -56,12 +56,16 @@ pub struct Record {
     opened: Option<OpenRecord>,
     failure: Option<Failure>,
     finished: bool,
+    /// The endpoints that were tried before, and why each was left.
+    tried: Option<String>,
 }
 
 /// The part of a record that exists once the route is known.
 #[derive(Debug)]
 struct OpenRecord {
     id: u64,
+    /// Whether the traffic metrics have counted it as opened.
+    is_counted: bool,
     traffic: SeriesHandle<TrafficLabels, Traffic>,
     details: Details,
     connection: Arc<Connection>,
@@ -80,6 +84,7 @@ impl Record {
             opened: None,
             failure: None,
             finished: false,
+            tried: None,
         }
     }
 
@@ -90,8 +95,32 @@ impl Record {
 
     /// Sets the route. From now on the connection is counted and in the list of live connections.
     pub fn opened(&mut self, details: Details) -> Arc<Connection> {
+        let connection = self.attempted(details);
+        self.connected();
+        connection
+    }
+
+    /// Notes that an endpoint was left, and why.
+    pub fn tried(&mut self, endpoint: &str) {
+        let before = self.tried.take().map(|before| before + "; ").unwrap_or_default();
+        self.tried = Some(before + endpoint);
+    }
+
+    /// The far side is open, or its last attempt has failed: the connection is counted for this endpoint.
+    pub fn connected(&mut self) {
+        if let Some(opened) = self.opened.as_mut().filter(|opened| !opened.is_counted) {
+            opened.is_counted = true;
+            opened.traffic.opened.inc();
+        }
+    }
+
+    /// Sets the route of an attempt, in place of that of an earlier one. From now on the connection is in the list of
+    /// live connections.
+    pub fn attempted(&mut self, details: Details) -> Arc<Connection> {
+        if let Some(earlier) = self.opened.take() {
+            self.reporter.live.remove(earlier.id);
+        }
         let traffic = self.reporter.metrics.traffic.of(&labels(self.direction, &details));
-        traffic.opened.inc();
         let (received, sent) = (traffic.received.clone(), traffic.sent.clone());
         // The metric `received` counts from client to server: outbound from the application, inbound towards it.
         let (up_metric, down_metric) = match self.direction {
@@ -115,7 +144,7 @@ impl Record {
             bytes: ByteCounts { up_metric, down_metric, ..ByteCounts::default() },
         });
         let id = self.reporter.live.add(&connection);
-        self.opened = Some(OpenRecord { id, traffic, details, connection: connection.clone() });
+        self.opened = Some(OpenRecord { id, is_counted: false, traffic, details, connection: connection.clone() });
         if let Some(opened) = &self.opened {
             let (source, destination) = (self.source, self.destination);
             access_log::opened(self.direction, source, destination, &opened.details);
@@ -144,6 +173,7 @@ impl Drop for Record {
         if !self.finished {
             self.failure = Some(Failure::Abandoned);
         }
+        self.connected();
         let metrics = &self.reporter.metrics;
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
@@ -177,6 +207,7 @@ impl Drop for Record {
             bytes: &opened.connection.bytes,
             duration: self.start.elapsed(),
             failure: self.failure.as_ref(),
+            tried: self.tried.as_deref(),
         };
         access_log::complete(&summary, &opened.details);
     }
