@@ -3,7 +3,7 @@
 use crate::world::{Pod, World, apps, connect, eventually, inside, ip_in};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::RwLock;
@@ -199,6 +199,22 @@ fn a_backend_whose_node_lets_it_go_costs_no_connection() {
     });
     assert_eq!(s.w.metric(1, "culvert_connection_failures_total", &[]), 0.0);
     apps.into_iter().for_each(App::end);
+}
+
+#[test]
+fn a_backend_that_resets_connections_before_any_byte_is_set_aside() {
+    let s = Service::start("HBONE");
+    let reset = |stream: TcpStream| socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    apps::serve(&s.backends[0].netns, PORT, reset);
+    s.backends[1..].iter().for_each(|pod| apps::serve(&pod.netns, PORT, apps::greet));
+    let vip: IpAddr = "10.96.0.1".parse().unwrap();
+    // A client that waits for the server to speak first.
+    let listen = || connect(&s.client.netns, (vip, 80)).and_then(|mut stream| stream.read(&mut [0; 21]));
+    eventually("it is set aside", || {
+        let _ = listen();
+        s.set_aside().iter().any(|one| one["workloadUid"] == *s.uid(0) && one["reason"] == "reset")
+    });
+    eventually("others are used", || listen().is_ok_and(|length| length > 0));
 }
 
 #[test]
