@@ -72,6 +72,9 @@ pub type Logging = Box<dyn Fn(&Query) -> Result<String, String> + Send + Sync>;
 /// Takes a profile as the query says. Returns the profile, or the error.
 pub type Profile = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Vec<u8>, String>> + Send>> + Send + Sync>;
 
+/// Answers a question as the query asks it. Returns the answer, or what is wrong with the question.
+pub type Asked = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Value, String>> + Send>> + Send + Sync>;
+
 /// The functions behind the paths.
 pub struct Pages {
     /// `/config_dump`.
@@ -82,6 +85,8 @@ pub struct Pages {
     pub pods: Page,
     /// `/set_aside`.
     pub set_aside: Page,
+    /// `/explain`.
+    pub explain: Asked,
     /// `/logging`.
     pub logging: Logging,
     /// `/debug/pprof/profile`.
@@ -145,6 +150,7 @@ impl Ports {
             .route("/connections", get(connections))
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
+            .route("/explain", get(explain))
             .route("/logging", post(logging))
             .route("/quitquitquit", post(quit))
             .route("/debug/pprof/profile", get(cpu_profile))
@@ -293,6 +299,7 @@ async fn index() -> Html<String> {
          <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
          <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
+         <li>explain?from=NAMESPACE/POD&amp;to=ADDRESS:PORT: what would happen to a connection now, step by step\
          <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
          <li>POST /quitquitquit: end the daemon\
          <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: a CPU profile, for pprof\
@@ -330,6 +337,18 @@ async fn pods(State(pages): State<Arc<Pages>>) -> Response {
 
 async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.set_aside).await
+}
+
+async fn explain(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
+    match (pages.explain)(parameters(query.as_deref())).await {
+        Ok(answer) => json_text(&answer),
+        Err(text) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
+    }
+}
+
+fn json_text(value: &Value) -> Response {
+    let text = serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"));
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
 }
 
 /// The decoded parameters of a query string.

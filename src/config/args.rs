@@ -52,6 +52,22 @@ pub enum Command {
         #[command(flatten)]
         node: Box<NodeArgs>,
     },
+    /// Say what would happen to a connection now, step by step: what the address is, which endpoints could be chosen and
+    /// why others not, the route, the identities that are expected, and the policies that decide.
+    Explain {
+        /// The pod that connects, as NAMESPACE/NAME. It runs on this node.
+        #[arg(long)]
+        from: String,
+        /// Where it connects to, as ADDRESS:PORT or NAME:PORT.
+        #[arg(long)]
+        to: String,
+        /// Print the JSON of the admin port's page `/explain`.
+        #[arg(long)]
+        json: bool,
+        /// Settings.
+        #[command(flatten)]
+        node: Box<NodeArgs>,
+    },
     /// Remove every trace of culvert from this node, once no daemon runs on it.
     Cleanup(CleanupArgs),
     /// Run as the CNI plugin. The container runtime does this (CNI_COMMAND, CNI_NETNS, CNI_ARGS, and a configuration on

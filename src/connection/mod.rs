@@ -36,7 +36,7 @@ pub mod config;
 pub mod dial;
 pub mod forward;
 pub mod headers;
-mod journeys;
+pub mod journeys;
 pub mod pod;
 pub mod report;
 pub mod worker;

@@ -9,9 +9,11 @@ use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::task::{Drain, Signal};
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
@@ -55,6 +57,24 @@ pub struct Pod {
     pub usage: Arc<PodUsage>,
     /// Capture checks that are under way.
     pub capture_checks: CaptureChecks,
+}
+
+/// The captured pods, by namespace and name.
+#[derive(Debug, Default)]
+pub struct Pods(Mutex<HashMap<(Text, Text), Weak<Pod>>>);
+
+impl Pods {
+    /// Adds a pod. It is listed for as long as it exists.
+    pub fn add(&self, pod: &Arc<Pod>) {
+        let mut all = self.0.lock();
+        all.retain(|_, pod| pod.strong_count() > 0);
+        all.insert((pod.namespace.clone(), pod.name.clone()), Arc::downgrade(pod));
+    }
+
+    /// The pod of this namespace and name.
+    pub fn find(&self, namespace: &str, name: &str) -> Option<Arc<Pod>> {
+        self.0.lock().get(&(namespace.into(), name.into()))?.upgrade()
+    }
 }
 
 impl Pod {

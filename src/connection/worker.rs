@@ -5,6 +5,7 @@ use super::budget::{Budget, Reservation};
 use super::choose::EndpointLists;
 use super::config::Config;
 use super::dial::Pool;
+use super::pod::Pods;
 use super::report::{Reporter, record::SocketCount};
 use crate::hbone::{Buffers, Engine};
 use crate::task::Group;
@@ -34,6 +35,8 @@ pub struct Shared {
     pub identities: Arc<identity::CertificateStore>,
     /// Metrics, the list of live connections, and limits of log lines.
     pub reporter: Arc<Reporter>,
+    /// The captured pods.
+    pub pods: Pods,
     /// Live permits.
     pub permits: Arc<Permits>,
     /// Limits the connections and streams of the node.

@@ -138,6 +138,7 @@ impl Workers {
         let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
         let (drain, accepts) = (pod.signal(), self.accepts.token());
         home.worker.shared.budget.register(&pod.usage);
+        home.worker.shared.pods.add(&pod);
         let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
             dispatch(&all, &pod, (socket, peer, place), entrance);

@@ -80,6 +80,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         mesh: mesh.clone(),
         identities: identities.clone(),
         reporter: reporter.clone(),
+        pods: Default::default(),
         permits: permits.clone(),
         budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
         endpoints: endpoints.clone(),
@@ -104,7 +105,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         dns: dns.clone(),
     });
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &buffers, &log));
-    let pages = pages(&parts, log, &quit, registry, ready.clone());
+    let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);
     let _admin = open_ports(pages, ports_config(&parts.config)).await?;
     let _enforcing = enforce(&parts, permits, metrics.crl.clone()).context("cannot start the enforcement thread")?;
     let budget = shared.budget.clone();

@@ -4,6 +4,7 @@ mod assemble;
 pub mod docs;
 mod dump;
 mod dump_config;
+mod explain;
 mod metrics;
 mod pages;
 mod parts;
@@ -49,6 +50,12 @@ pub fn run(cli: Cli) -> ExitCode {
             Ok(text) => say(text.trim_end()),
             Err(error) => fail(1, &error),
         },
+        Command::Explain { from, to, json, node } => {
+            match doctor::explain::run(admin_port(&node), (&from, &to), json) {
+                Ok(text) => say(text.trim_end()),
+                Err(error) => fail(1, &error),
+            }
+        }
         Command::Cleanup(args) if args.stay => stay(),
         Command::Cleanup(args) => {
             let config = check(&args.node, &Environment::of_process(), machine());

@@ -1,8 +1,9 @@
 //! What the admin and metrics ports serve.
 
 use super::parts::Parts;
-use super::{dump, profile};
+use super::{dump, explain, profile};
 use crate::admin::{Pages, Query, Rendered};
+use crate::connection::Shared;
 use crate::dns::Dns;
 use crate::task::Ready;
 use crate::telemetry::log::LogControl;
@@ -13,10 +14,10 @@ use tokio::sync::Notify;
 /// The pages. `quit` is notified when somebody asks the daemon to end.
 pub(super) fn pages(
     parts: &Arc<Parts>,
+    shared: &Arc<Shared>,
     log: LogControl,
-    quit: &Arc<Notify>,
+    (quit, ready): (&Arc<Notify>, Ready),
     registry: Registry,
-    ready: Ready,
 ) -> Pages {
     let (for_dump, for_connections, for_pods, for_set_aside) =
         (parts.clone(), parts.clone(), parts.clone(), parts.clone());
@@ -26,6 +27,13 @@ pub(super) fn pages(
         connections: Box::new(move || dump::connections(&for_connections)),
         pods: Box::new(move || dump::pods(&for_pods)),
         set_aside: Box::new(move || dump::set_aside(&for_set_aside)),
+        explain: {
+            let shared = shared.clone();
+            Box::new(move |query| {
+                let shared = shared.clone();
+                Box::pin(async move { explain::answer(&shared, &query).await })
+            })
+        },
         logging: Box::new(move |query| logging(&log, &dns, query)),
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),

@@ -1,14 +1,15 @@
 //! A pod's own resolvers: which they are, from the pod's `resolv.conf`, and what they answer.
 
+use super::answer::{MeshRecord, QueryKind};
 use super::answered::AnsweredNames;
 use super::cache::Cache;
 use super::config::Config;
-use super::lookup::SearchDomain;
+use super::lookup::{self, LookupContext, Plan, SearchDomain};
 use super::message;
 use super::metrics::Metrics;
 use super::resolv_conf::ResolvConf;
 use super::upstream::{Carrier, Servers, Upstream, UpstreamAnswer, UpstreamError};
-use crate::mesh::{Text, Workload};
+use crate::mesh::{Snapshot, Text, Workload};
 use crate::sys::netns::Netns;
 use crate::sys::process::read_file_in_netns;
 use crate::task::thread;
@@ -209,6 +210,31 @@ impl Resolver {
         }
     }
 
+    /// The addresses that the pod would get for a name: from the mesh, or from its resolvers.
+    pub async fn look_up(
+        &self,
+        (snapshot, workload): (&Snapshot, &Workload),
+        name: &str,
+    ) -> Result<Vec<IpAddr>, ResolveError> {
+        let resolvers = self.resolvers().await;
+        let context = LookupContext {
+            snapshot,
+            workload,
+            search: &resolvers.search,
+            cluster_domain: &self.config.cluster_domain,
+            preferred_namespace: &self.config.preferred_namespace,
+            ipv6: self.config.ipv6,
+        };
+        let name = name.trim_end_matches('.').to_ascii_lowercase();
+        // A resolver in the pod appends the search domains to a name with few dots.
+        let mut full = resolvers.search.iter().map(|search| format!("{name}.{}", search.domain));
+        let of_mesh = full.find_map(|full| of_mesh(&context, &full)).or_else(|| of_mesh(&context, &name));
+        match of_mesh {
+            Some(addresses) => Ok(addresses),
+            None => self.addresses(workload, &name, true).await,
+        }
+    }
+
     async fn addresses_of_family(
         &self,
         resolvers: &PodResolvers,
@@ -284,6 +310,19 @@ impl ResolvConfReader {
         let search = SearchDomain::list(&search, &self.namespace, domain);
         PodResolvers { servers, search, from_pod: !of_pod.is_empty(), trusted: of_daemon.servers.clone() }
     }
+}
+
+/// The addresses that the mesh itself answers for a name, if it does.
+fn of_mesh(context: &LookupContext<'_>, name: &str) -> Option<Vec<IpAddr>> {
+    let (Plan::Answer(answer) | Plan::ForwardOr(answer)) = lookup::decide(context, name, QueryKind::Any) else {
+        return None;
+    };
+    let address = |record: &MeshRecord| match record {
+        MeshRecord::Address(ip) => Some(*ip),
+        MeshRecord::Service { .. } => None,
+    };
+    let addresses: Vec<IpAddr> = answer.records.iter().filter_map(address).collect();
+    (!addresses.is_empty()).then_some(addresses)
 }
 
 /// The daemon's own `resolv.conf`.

@@ -6,6 +6,7 @@
 
 pub mod cleanup;
 mod daemon;
+pub mod explain;
 mod finding;
 mod network;
 pub mod pod_table;

@@ -31,6 +31,7 @@ mod egress;
 mod ending;
 mod endpoints;
 mod envoy;
+mod explain;
 mod gone;
 mod hostile;
 mod interop;

@@ -8,7 +8,8 @@ use super::{Chance, Known, ResolvedNames, RouteError};
 use crate::mesh::service::{LoadBalancingMode, RoutingScope};
 use crate::mesh::snapshot::Endpoint;
 use crate::mesh::workload::Workload;
-use crate::mesh::{Service, Snapshot};
+use crate::mesh::{Service, Snapshot, Text};
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -64,21 +65,7 @@ fn eligible(
     port: u16,
     names: &ResolvedNames,
 ) -> Vec<Eligible> {
-    let usable = snapshot.endpoints(&service.key).filter_map(|endpoint| {
-        let port = target_port(service, &endpoint, port)?;
-        // Gateways to other networks are not supported, so endpoints there cannot be used.
-        if endpoint.workload.network != source.network {
-            return None;
-        }
-        let host = &endpoint.workload.hostname;
-        // An endpoint without an address is usable unless its host name turned out not to resolve.
-        let reachable = match endpoint.workload.ips.is_empty() {
-            true => !host.is_empty() && names.get(host).is_none_or(|ips| !ips.is_empty()),
-            false => true,
-        };
-        (service.may_use(endpoint.workload) && reachable)
-            .then(|| Eligible { workload: endpoint.workload.clone(), port })
-    });
+    let usable = snapshot.endpoints(&service.key).filter_map(|one| usable(source, service, &one, port, names).ok());
     let mut usable: Vec<Eligible> = usable.collect();
     // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does
     // not lead to one more name each time.
@@ -87,6 +74,87 @@ fn eligible(
         usable.retain(drawn);
     }
     preferred(source, service, usable)
+}
+
+/// Why an endpoint cannot be chosen.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unusable {
+    /// Neither it nor its service maps the port.
+    #[error("has no such port")]
+    NoPort,
+    /// It is in another network.
+    #[error("is in another network")]
+    OtherNetwork,
+    /// The control plane says so.
+    #[error("is not healthy")]
+    Unhealthy,
+    /// It has no address, and no host name that leads to one.
+    #[error("has no address")]
+    NoAddress,
+    /// Its capacity is 0.
+    #[error("has no capacity")]
+    NoCapacity,
+    /// Others are preferred.
+    #[error("is not preferred by the traffic distribution")]
+    NotPreferred,
+}
+
+/// An endpoint, and whether it may be chosen.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    /// The workload.
+    pub workload: Arc<Workload>,
+    /// Port on it, if it has one for the service's.
+    pub port: Option<u16>,
+    /// Why it cannot be chosen; `None` if it may be.
+    pub unusable: Option<Unusable>,
+}
+
+/// All endpoints of a service, and whether a connection from `source` to a port may be led to them, by the facts.
+pub fn judge(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Service,
+    port: u16,
+    names: &ResolvedNames,
+) -> Vec<Judged> {
+    let chosen = eligible(snapshot, source, service, port, names);
+    let chosen: HashSet<&Text> = chosen.iter().map(|eligible| &eligible.workload.uid).collect();
+    let one = |endpoint: Endpoint<'_>| {
+        let workload = endpoint.workload.clone();
+        let unusable = match usable(source, service, &endpoint, port, names) {
+            Err(why) => Some(why),
+            Ok(_) if workload.capacity == 0 => Some(Unusable::NoCapacity),
+            Ok(_) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
+        };
+        Judged { port: target_port(service, &endpoint, port), workload, unusable }
+    };
+    snapshot.endpoints(&service.key).map(one).collect()
+}
+
+/// Whether an endpoint may be used, before preferences.
+fn usable(
+    source: &Workload,
+    service: &Service,
+    endpoint: &Endpoint<'_>,
+    port: u16,
+    names: &ResolvedNames,
+) -> Result<Eligible, Unusable> {
+    let workload = endpoint.workload;
+    let port = target_port(service, endpoint, port).ok_or(Unusable::NoPort)?;
+    // Gateways to other networks are not supported, so endpoints there cannot be used.
+    if workload.network != source.network {
+        return Err(Unusable::OtherNetwork);
+    }
+    if !service.may_use(workload) {
+        return Err(Unusable::Unhealthy);
+    }
+    let host = &workload.hostname;
+    // An endpoint without an address is usable unless its host name turned out not to resolve.
+    if workload.ips.is_empty() && (host.is_empty() || names.get(host).is_some_and(Vec::is_empty)) {
+        return Err(Unusable::NoAddress);
+    }
+    Ok(Eligible { workload: workload.clone(), port })
 }
 
 /// Why a service has no endpoint for a connection from `source` to its `port`.
@@ -171,6 +239,7 @@ mod tests {
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Store, Update, Workload};
+    use proptest::prelude::*;
 
     fn lb(mode: LoadBalancingMode, preferences: &[RoutingScope], health_policy: HealthPolicy) -> Option<LoadBalancer> {
         Some(LoadBalancer { mode, preferences: preferences.to_vec(), health_policy })
@@ -311,5 +380,77 @@ mod tests {
         let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut Chance::of(&mut |_| 0));
         let error = error.unwrap_err();
         assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
+    }
+
+    #[derive(Clone, Debug)]
+    struct Shape {
+        healthy: bool,
+        here: bool,
+        has_port: bool,
+        capacity: u32,
+        address: bool,
+        node: u8,
+    }
+
+    fn shape() -> impl Strategy<Value = Shape> {
+        let (usually, capacity) = (|| prop::bool::weighted(0.8), prop_oneof![Just(0), 1..4u32]);
+        (usually(), usually(), usually(), capacity, usually(), 1..3u8).prop_map(
+            |(healthy, here, has_port, capacity, address, node)| Shape {
+                healthy,
+                here,
+                has_port,
+                capacity,
+                address,
+                node,
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_judged_usable_is_what_can_be_chosen(
+            shapes in prop::collection::vec(shape(), 0..7),
+            mode in prop_oneof![
+                Just(LoadBalancingMode::Standard), Just(LoadBalancingMode::Strict), Just(LoadBalancingMode::Failover),
+            ],
+            scopes in prop::collection::vec(
+                prop_oneof![Just(RoutingScope::Node), Just(RoutingScope::Network), Just(RoutingScope::Unknown)], 0..3,
+            ),
+        ) {
+            let mut web = service("a", "web", "10.96.0.1", &[]);
+            web.load_balancer = lb(mode, &scopes, HealthPolicy::OnlyHealthy);
+            let workloads = shapes.iter().enumerate().map(|(n, shape)| {
+                let mut one = workload("a", &format!("w{n}"), &format!("10.0.0.{}", n + 1));
+                one.services.insert(web.key.clone(), if shape.has_port { [(80, 8080)].into() } else { [].into() });
+                one.capacity = shape.capacity;
+                one.node = format!("node-{}", shape.node).into();
+                if !shape.healthy {
+                    one.health = Health::Unhealthy;
+                }
+                if !shape.here {
+                    one.network = "other".into();
+                }
+                if !shape.address {
+                    one.ips.clear();
+                }
+                one
+            });
+            let store = Store::default();
+            store.update(Update { workloads: workloads.collect(), services: vec![web.clone()], ..Update::default() });
+            let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
+            let web = Arc::new(web);
+            let judged = judge(&snapshot, &source, &web, 80, &ResolvedNames::new());
+            prop_assert_eq!(judged.len(), shapes.len());
+            let usable: std::collections::BTreeSet<String> =
+                judged.iter().filter(|one| one.unusable.is_none()).map(|one| one.workload.name.to_string()).collect();
+            let mut chosen = std::collections::BTreeSet::new();
+            for at in 0..64 {
+                let mut random = |below: u64| at % below;
+                let names = ResolvedNames::new();
+                let found = choose(&snapshot, &source, &web, 80, &names, &mut Chance::of(&mut random));
+                chosen.extend(found.ok().map(|chosen| chosen.workload.name.to_string()));
+            }
+            prop_assert_eq!(usable, chosen);
+        }
     }
 }

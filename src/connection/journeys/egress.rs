@@ -6,7 +6,7 @@ use crate::connection::authorize::egress::{self, EgressDecision};
 use crate::connection::forward::Stop;
 use crate::connection::pod::Pod;
 use crate::connection::worker::Shared;
-use crate::mesh::Workload;
+use crate::mesh::{Text, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -30,10 +30,19 @@ impl Outside {
     /// The decision by the current policies; `None` if none applies.
     pub fn authorize(&self) -> Result<Option<EgressDecision>, Refusal> {
         let policies = self.shared.mesh.load().egress.clone();
-        let names = || self.pod.resolver.answered.of(self.to.ip().to_canonical());
-        let decided = egress::authorize(&policies, &self.source, self.to, names).map_err(Refusal::Egress);
+        let decided = egress::authorize(&policies, &self.source, self.to, || self.names()).map_err(Refusal::Egress);
         self.shared.reporter.metrics.egress(&decided);
         decided
+    }
+
+    /// The decision by the current policies, without counting or logging it.
+    pub fn decide(&self) -> Option<EgressDecision> {
+        let policies = self.shared.mesh.load().egress.clone();
+        egress::decide(&policies, &self.source.namespace, self.to, &self.names())
+    }
+
+    fn names(&self) -> Vec<Text> {
+        self.pod.resolver.answered.of(self.to.ip().to_canonical())
     }
 
     /// Resolves when the policies have changed and no longer allow the connection.

@@ -3,6 +3,7 @@
 
 mod egress;
 mod ending;
+pub mod explain;
 mod inbound;
 mod lookup;
 mod outbound;

@@ -1,0 +1,47 @@
+//! `/explain` of the admin port: reads the question, and finds the pod and the address.
+
+use crate::admin::Query;
+use crate::connection::Shared;
+use crate::connection::journeys::explain::explain;
+use crate::connection::pod::Pod;
+use serde_json::Value;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+const USAGE: &str = "use from=NAMESPACE/POD and to=ADDRESS:PORT or to=NAME:PORT";
+
+/// Answers the question in the query.
+pub(super) async fn answer(shared: &Arc<Shared>, query: &Query) -> Result<Value, String> {
+    let value = |name: &str| query.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
+    if let Some((other, _)) = query.iter().find(|(name, _)| !["from", "to"].contains(&name.as_str())) {
+        return Err(format!("{other:?} is not understood: {USAGE}"));
+    }
+    let (Some(from), Some(to)) = (value("from"), value("to")) else { return Err(USAGE.to_owned()) };
+    let (namespace, name) = from.split_once('/').ok_or_else(|| format!("{from:?} is not NAMESPACE/POD"))?;
+    let pod = shared.pods.find(namespace, name).ok_or_else(|| {
+        format!(
+            "no pod {from} is captured on this node, so its connections do not pass here; `culvert pods` lists all pods"
+        )
+    })?;
+    let to = target(shared, &pod, to).await?;
+    serde_json::to_value(explain(shared, &pod, to).await).map_err(|error| error.to_string())
+}
+
+/// The address that is meant. A name is looked up as the pod's own questions are.
+async fn target(shared: &Arc<Shared>, pod: &Pod, to: &str) -> Result<SocketAddr, String> {
+    if let Ok(address) = to.parse::<SocketAddr>() {
+        return Ok(crate::mesh::address::canonical(address));
+    }
+    let wrong = || format!("{to:?} is neither ADDRESS:PORT nor NAME:PORT; an IPv6 address is written [ADDRESS]:PORT");
+    let (name, port) = to.rsplit_once(':').ok_or_else(wrong)?;
+    let port: u16 = port.parse().map_err(|_| wrong())?;
+    let is_name =
+        !name.is_empty() && name.len() <= 253 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    if !is_name {
+        return Err(wrong());
+    }
+    let (snapshot, workload) = pod.facts_now(&shared.mesh).ok_or("the pod's workload is not known yet")?;
+    let found = pod.resolver.look_up((&snapshot, &workload), name).await.map_err(|error| error.to_string())?;
+    let first = found.first().ok_or_else(|| format!("{name} has no address"))?;
+    Ok(SocketAddr::new(*first, port))
+}

@@ -1,0 +1,116 @@
+//! `culvert explain` says what then happens.
+
+use crate::world::facts::principal;
+use crate::world::{Pod, World, apps, ask, eventually, inside, is_reset, subject};
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::process::Command;
+
+const VIP: &str = "10.96.0.20";
+
+/// A client; a service of three pods, of which one is unhealthy and one has no capacity; a plain pod; and a host outside
+/// the mesh.
+fn world() -> World {
+    let mut w = World::new();
+    let pods: Vec<Pod> =
+        [("client", 1), ("web-0", 2), ("web-1", 2), ("web-2", 2)].map(|(name, node)| w.mesh_pod(name, node)).into();
+    let (_plain, outside) = (w.plain_pod("plain", 2), w.add_pod("outside", 2));
+    w.mesh.service("web", &[VIP], &json!({"80": 8080}), &[&pods[1], &pods[2], &pods[3]]);
+    w.mesh.of("web-1")["status"] = json!("Unhealthy");
+    w.mesh.of("web-2")["capacity"] = json!(0);
+    for name in ["web-0", "web-1", "plain"] {
+        apps::serve(&w.ns(name), 8080, apps::who);
+    }
+    apps::serve(&outside.netns, 8080, apps::who);
+    w.start();
+    w
+}
+
+fn explain(w: &World, from: &str, to: &str, json: bool) -> (bool, String) {
+    let mut command = Command::new(subject());
+    command.args(["explain", "--from", from, "--to", to]);
+    if json {
+        command.arg("--json");
+    }
+    let output = inside(&w.ns("n1"), || command.output()).unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.success(), text)
+}
+
+/// Explains a connection of the client, and makes it. Returns the explanation once both agree on whether it fails.
+fn agrees(w: &World, to: &str) -> String {
+    let (_, answer) = explain(w, "ns/client", to, true);
+    let answer: Value = serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{to}: {error}: {answer}"));
+    let address: SocketAddr = answer["to"].as_str().unwrap().parse().unwrap();
+    let ns = w.ns("client");
+    let carried = ask(&ns, address, "x").is_ok_and(|said| !said.is_empty());
+    assert_eq!(carried, answer["reason"].is_null(), "{to}: {answer:#}");
+    if !carried {
+        assert!(is_reset(&ns, address), "{to}");
+    }
+    let (fine, text) = explain(w, "ns/client", to, false);
+    assert!(fine, "{text}");
+    text
+}
+
+fn contains(text: &str, all: &[&str]) {
+    for part in all {
+        assert!(text.contains(part), "{part:?} is not in\n{text}");
+    }
+}
+
+#[test]
+fn explanations_agree_with_what_happens() {
+    let mut w = world();
+    let v4 = |name: &str| w.pods.iter().find(|pod| pod.name == name).unwrap().v4.to_string();
+    let (web, unhealthy, plain, outside) = (v4("web-0"), v4("web-1"), v4("plain"), v4("outside"));
+
+    let service = agrees(&w, &format!("{VIP}:80"));
+    contains(
+        &service,
+        &[
+            "10.96.0.20 belongs to the service ns/web.ns.svc.cluster.local",
+            "1 of 3 of ns/web.ns.svc.cluster.local port 80 may be chosen",
+            &format!("web-0 at {web} port 8080: may be chosen"),
+            "is not healthy",
+            "has no capacity",
+            &format!("tunnel to {web}:15008, asked for {web}:8080"),
+            "expects spiffe://cluster.local/ns/ns/sa/web-0",
+            "=> it would be carried in a tunnel with mutual TLS, allowed: no ALLOW policy applies",
+        ],
+    );
+    for name in ["web", "web.ns", "web.ns.svc.cluster.local."] {
+        assert_eq!(agrees(&w, &format!("{name}:80")), service, "{name}");
+    }
+    contains(&agrees(&w, &format!("{VIP}:81")), &["0 of 3", "has no such port", "has no port 81", "no_port"]);
+    contains(&agrees(&w, &format!("{unhealthy}:8080")), &["is an address of the workload c1//Pod/ns/web-1"]);
+    contains(&agrees(&w, &format!("{plain}:8080")), &["plain TCP", "carried in plaintext"]);
+    contains(&agrees(&w, &format!("{outside}:8080")), &["is outside the mesh", "no egress policy applies"]);
+    contains(&agrees(&w, &format!("{}:15001", v4("client"))), &["attempted recursive call", "reason loop"]);
+
+    // The same with policies: of the destination, and for destinations outside the mesh.
+    w.mesh.policy("no-client", "Namespace", "Deny", principal("client"));
+    w.mesh.egress = vec![json!({"namespace": "ns", "dryRun": false, "default": "Deny"})];
+    w.write_mesh();
+    for node in [1, 2] {
+        eventually("the policies are in force", || w.metric(node, "culvert_mesh_file_applied_total", &[]) >= 2.0);
+    }
+    contains(&agrees(&w, &format!("{VIP}:80")), &["explicitly denied by: ns/no-client rule[0]", "reason denied"]);
+    contains(&agrees(&w, &format!("{outside}:8080")), &["Deny by the egress policy of namespace ns", "egress_denied"]);
+}
+
+#[test]
+fn bad_questions_get_an_answer_that_says_what_is_wrong() {
+    let w = world();
+    for (from, to, expected) in [
+        ("client", "10.0.0.1:80", "\"client\" is not NAMESPACE/POD"),
+        ("ns/none", "10.0.0.1:80", "no pod ns/none is captured on this node"),
+        ("ns/client", "10.0.0.1", "neither ADDRESS:PORT nor NAME:PORT"),
+        ("ns/client", "web:http", "neither ADDRESS:PORT nor NAME:PORT"),
+        ("ns/client", "a b:80", "neither ADDRESS:PORT nor NAME:PORT"),
+        ("ns/client", "fd00::1:80", "[ADDRESS]:PORT"),
+    ] {
+        let (fine, text) = explain(&w, from, to, false);
+        assert!(!fine && text.contains(expected), "{from} {to}: {text}");
+    }
+}
