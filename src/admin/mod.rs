@@ -87,6 +87,8 @@ pub struct Pages {
     pub set_aside: Page,
     /// `/explain`.
     pub explain: Asked,
+    /// `/explain/policies`: takes the text of a file.
+    pub explain_policies: Box<dyn Fn(&str) -> Result<Value, String> + Send + Sync>,
     /// `/logging`.
     pub logging: Logging,
     /// `/debug/pprof/profile`.
@@ -151,6 +153,7 @@ impl Ports {
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
             .route("/explain", get(explain))
+            .route("/explain/policies", post(explain_policies))
             .route("/logging", post(logging))
             .route("/quitquitquit", post(quit))
             .route("/debug/pprof/profile", get(cpu_profile))
@@ -300,6 +303,7 @@ async fn index() -> Html<String> {
          <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
          <li>explain?from=NAMESPACE/POD&amp;to=ADDRESS:PORT: what would happen to a connection now, step by step\
+         <li>POST /explain/policies with `policies:` as in the mesh file: what these policies would change for connections\
          <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
          <li>POST /quitquitquit: end the daemon\
          <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: a CPU profile, for pprof\
@@ -343,6 +347,15 @@ async fn explain(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> 
     match (pages.explain)(parameters(query.as_deref())).await {
         Ok(answer) => json_text(&answer),
         Err(text) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
+    }
+}
+
+/// Off the runtime, because many connections take a while.
+async fn explain_policies(State(pages): State<Arc<Pages>>, text: String) -> Response {
+    match run_blocking(move || (pages.explain_policies)(&text)).await {
+        Some(Ok(answer)) => json_text(&answer),
+        Some(Err(text)) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
+        None => (StatusCode::INTERNAL_SERVER_ERROR, "no answer could be made; see standard error\n").into_response(),
     }
 }
 

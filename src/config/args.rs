@@ -53,14 +53,19 @@ pub enum Command {
         node: Box<NodeArgs>,
     },
     /// Say what would happen to a connection now, step by step: what the address is, which endpoints could be chosen and
-    /// why others not, the route, the identities that are expected, and the policies that decide.
+    /// why others not, the route, the identities that are expected, and the policies that decide. Or, with --policy, what
+    /// policies would change.
     Explain {
         /// The pod that connects, as NAMESPACE/NAME. It runs on this node.
-        #[arg(long)]
-        from: String,
+        #[arg(long, required_unless_present = "policy", requires = "to")]
+        from: Option<String>,
         /// Where it connects to, as ADDRESS:PORT or NAME:PORT.
-        #[arg(long)]
-        to: String,
+        #[arg(long, requires = "from")]
+        to: Option<String>,
+        /// Instead: a file with `policies:` as in the mesh file. Says which of the open and of the recent connections to
+        /// pods of this node these policies would refuse or allow.
+        #[arg(long, conflicts_with_all = ["from", "to"], value_name = "FILE")]
+        policy: Option<PathBuf>,
         /// Print the JSON of the admin port's page `/explain`.
         #[arg(long)]
         json: bool,

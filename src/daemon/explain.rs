@@ -1,10 +1,12 @@
-//! `/explain` of the admin port: reads the question, and finds the pod and the address.
+//! `/explain` and `/explain/policies` of the admin port: read the question, and find the pod and the address.
 
 use crate::admin::Query;
 use crate::connection::Shared;
+use crate::connection::authorize::revoke::Previewed;
 use crate::connection::journeys::explain::explain;
 use crate::connection::pod::Pod;
-use serde_json::Value;
+use crate::control;
+use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -44,4 +46,42 @@ async fn target(shared: &Arc<Shared>, pod: &Pod, to: &str) -> Result<SocketAddr,
     let found = pod.resolver.look_up((&snapshot, &workload), name).await.map_err(|error| error.to_string())?;
     let first = found.first().ok_or_else(|| format!("{name} has no address"))?;
     Ok(SocketAddr::new(*first, port))
+}
+
+/// Most connections that are listed.
+const LISTED_MAX: usize = 1000;
+
+/// What the policies in a text, written as in the mesh file, would change for connections to pods of this node.
+pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
+    let facts = control::yaml::facts(text).map_err(|error| error.to_string())?;
+    if facts.policies.is_empty() {
+        return Err("there is no policy in it: write them below `policies:`, as in the mesh file".to_owned());
+    }
+    if facts.workloads.len() + facts.services.len() + facts.egress.len() > 0 {
+        return Err("only `policies:` can be explained".to_owned());
+    }
+    let preview = shared.permits.preview(&shared.mesh.load(), facts.policies);
+    let count = |is_open: bool, refused: bool| {
+        preview.changes.iter().filter(|one| one.is_open == is_open && one.refusal.is_some() == refused).count()
+    };
+    let counts = [(true, true), (false, true), (false, false)].map(|(is_open, refused)| count(is_open, refused));
+    let [cut, refused, allowed] = counts;
+    let one = |Previewed { uid, subject, is_open, refusal }: &Previewed| {
+        json!({
+            "connection": if *is_open { "open" } else { "ended" },
+            "source": subject.source.to_string(),
+            "identity": subject.peer.as_ref().map(ToString::to_string),
+            "destination": subject.destination.to_string(),
+            "workload": &**uid,
+            "then": refusal.as_ref().map_or_else(|| "would be allowed".to_owned(), |why| format!("would be refused: {why}")),
+        })
+    };
+    Ok(json!({
+        "open": preview.open,
+        "recent": preview.recent,
+        "wouldBeCut": cut,
+        "wouldHaveBeenRefused": refused,
+        "wouldHaveBeenAllowed": allowed,
+        "changes": preview.changes.iter().take(LISTED_MAX).map(one).collect::<Vec<_>>(),
+    }))
 }

@@ -50,8 +50,14 @@ pub fn run(cli: Cli) -> ExitCode {
             Ok(text) => say(text.trim_end()),
             Err(error) => fail(1, &error),
         },
-        Command::Explain { from, to, json, node } => {
-            match doctor::explain::run(admin_port(&node), (&from, &to), json) {
+        Command::Explain { from, to, policy, json, node } => {
+            let port = admin_port(&node);
+            let asked = match (from.zip(to), policy) {
+                (_, Some(file)) => doctor::explain::policies(port, &file, json),
+                (Some((from, to)), None) => doctor::explain::connection(port, (&from, &to), json),
+                (None, None) => Err("use --from and --to, or --policy".to_owned()),
+            };
+            match asked {
                 Ok(text) => say(text.trim_end()),
                 Err(error) => fail(1, &error),
             }

@@ -34,6 +34,10 @@ pub(super) fn pages(
                 Box::pin(async move { explain::answer(&shared, &query).await })
             })
         },
+        explain_policies: {
+            let shared = shared.clone();
+            Box::new(move |text| explain::policies(&shared, text))
+        },
         logging: Box::new(move |query| logging(&log, &dns, query)),
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),

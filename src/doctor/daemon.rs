@@ -142,11 +142,16 @@ pub(super) fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
 
 /// Sends a GET request to one of the daemon's ports. Returns the status and the body.
 pub(super) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
+    request(port, "GET", path, "")
+}
+
+/// Sends a request to one of the daemon's ports. Returns the status and the body.
+pub(super) fn request(port: u16, method: &str, path: &str, body: &str) -> Result<(u16, String), String> {
     let end = Instant::now() + PAGE_DEADLINE;
     let work = || {
         let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), DEADLINE)?;
         stream.set_write_timeout(Some(DEADLINE))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nhost: localhost\r\n\r\n")?;
+        write!(stream, "{method} {path} HTTP/1.0\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len())?;
         let (mut answer, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
         loop {
             let left = end.saturating_duration_since(Instant::now());

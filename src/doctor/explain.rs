@@ -1,14 +1,31 @@
-//! `culvert explain`: what would happen to a connection now, as text or as JSON.
+//! `culvert explain`: what would happen to a connection now, or what policies would change, as text or as JSON.
 
-use super::daemon::get;
+use super::daemon::{get, request};
 use serde_json::Value;
+use std::path::Path;
 
 /// Asks the daemon's admin port about a connection `from` a pod `to` an address. With `json` the answer is returned
 /// unchanged.
-pub fn run(port: u16, (from, to): (&str, &str), json: bool) -> Result<String, String> {
+pub fn connection(port: u16, (from, to): (&str, &str), json: bool) -> Result<String, String> {
     let mut query = form_urlencoded::Serializer::new(String::new());
     query.append_pair("from", from).append_pair("to", to);
-    let asked = get(port, &format!("/explain?{}", query.finish())).map_err(|error| {
+    shown(port, get(port, &format!("/explain?{}", query.finish())), json, text)
+}
+
+/// Asks what the policies in a file would change.
+pub fn policies(port: u16, file: &Path, json: bool) -> Result<String, String> {
+    let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+    shown(port, request(port, "POST", "/explain/policies", &text), json, changes)
+}
+
+/// The daemon's answer, unchanged with `json`, otherwise as `text` makes it.
+fn shown(
+    port: u16,
+    asked: Result<(u16, String), String>,
+    json: bool,
+    text: fn(&Value) -> String,
+) -> Result<String, String> {
+    let asked = asked.map_err(|error| {
         format!(
             "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
         )
@@ -37,9 +54,38 @@ fn text(answer: &Value) -> String {
     }
     lines.push(String::new());
     lines.push(format!("=> {}", said("result")));
+    printable(&lines.join("\n"))
+}
+
+/// What policies would change: a line for each connection.
+fn changes(answer: &Value) -> String {
+    let mut lines = vec![format!(
+        "of {} open connections {} would be cut; of the last {} that have ended {} would have been refused and {} allowed",
+        answer["open"],
+        answer["wouldBeCut"],
+        answer["recent"],
+        answer["wouldHaveBeenRefused"],
+        answer["wouldHaveBeenAllowed"]
+    )];
+    for change in answer["changes"].as_array().into_iter().flatten() {
+        let said = |key: &str| change[key].as_str().unwrap_or_default();
+        let from = if said("identity").is_empty() { "no identity" } else { said("identity") };
+        lines.push(format!(
+            "{:8} {} ({from}) to {} at {}: {}",
+            said("connection"),
+            said("source"),
+            said("workload"),
+            said("destination"),
+            said("then")
+        ));
+    }
+    printable(&lines.join("\n"))
+}
+
+fn printable(text: &str) -> String {
     // Names in the mesh facts are what others have written.
     let shown = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
-    lines.join("\n").chars().map(shown).collect()
+    text.chars().map(shown).collect()
 }
 
 #[cfg(test)]

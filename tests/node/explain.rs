@@ -1,9 +1,10 @@
 //! `culvert explain` says what then happens.
 
 use crate::world::facts::principal;
-use crate::world::{Pod, World, apps, ask, eventually, inside, is_reset, subject};
+use crate::world::{Pod, World, apps, ask, connect, eventually, inside, is_reset, subject};
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 
 const VIP: &str = "10.96.0.20";
@@ -112,5 +113,105 @@ fn bad_questions_get_an_answer_that_says_what_is_wrong() {
     ] {
         let (fine, text) = explain(&w, from, to, false);
         assert!(!fine && text.contains(expected), "{from} {to}: {text}");
+    }
+}
+
+#[test]
+fn what_a_policy_would_cut_is_what_it_then_cuts() {
+    let mut w = World::new();
+    let clients: Vec<Pod> = ["one", "two", "three"].map(|name| w.mesh_pod(name, 1)).into();
+    let (server, stranger) = (w.mesh_pod("server", 2), w.plain_pod("stranger", 1));
+    apps::serve(&server.netns, 8080, apps::echo);
+    apps::serve(&server.netns, 9090, apps::echo);
+    w.start();
+    let open = |w: &World, from: &Pod, port: u16| {
+        let mut stream = connect(&w.ns(&from.name), SocketAddr::from((server.v4, port))).unwrap();
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        stream
+    };
+    let from = |pod: &Pod, port: u16| (pod.v4.to_string(), format!("{}:{port}", server.v4));
+    let mut streams: Vec<((String, String), TcpStream)> = Vec::new();
+    for pod in clients.iter().chain([&stranger]) {
+        for port in [8080, 9090] {
+            streams.push((from(pod, port), open(&w, pod, port)));
+        }
+    }
+    // One that has ended.
+    drop(open(&w, &clients[0], 8080));
+    let file = w.dir.join("policy.yaml");
+    let no_one = json!({"principals": [{"Exact": "cluster.local/ns/ns/sa/one"}], "destinationPorts": [8080]});
+    let no_plaintext = json!({"notPrincipals": ["Presence"]});
+    let policy = json!({"name": "wanted", "namespace": "ns", "scope": "Namespace", "action": "Deny", "dryRun": false,
+        "rules": [[[no_one]], [[no_plaintext]]]});
+    std::fs::write(&file, json!({"policies": [policy]}).to_string()).unwrap();
+    let ask = |json: bool| {
+        let mut command = Command::new(subject());
+        command.arg("explain").arg("--policy").arg(&file);
+        if json {
+            command.arg("--json");
+        }
+        let output = inside(&w.ns("n2"), || command.output()).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let mut answer = Value::Null;
+    eventually("the connection that has ended is known as such", || {
+        answer = serde_json::from_str(&ask(true)).unwrap();
+        answer["wouldHaveBeenRefused"] == 1
+    });
+    assert_eq!((&answer["open"], &answer["wouldBeCut"]), (&json!(8), &json!(3)), "{answer:#}");
+    let changes = answer["changes"].as_array().unwrap().iter().filter(|change| change["connection"] == "open");
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let mut predicted: Vec<_> = changes.map(|one| (text(&one["source"]), text(&one["destination"]))).collect();
+    predicted.sort();
+    contains(
+        &ask(false),
+        &[
+            "of 8 open connections 3 would be cut; of the last 1 that have ended 1 would have been refused and 0 allowed",
+            "(spiffe://cluster.local/ns/ns/sa/one)",
+            "(no identity)",
+            "would be refused: explicitly denied by: ns/wanted rule[0]",
+        ],
+    );
+
+    w.mesh.policies.push(policy);
+    w.write_mesh();
+    eventually("the policy is in force", || w.metric(2, "culvert_mesh_file_applied_total", &[]) >= 2.0);
+    // Those that stay answer still; those that are cut are reset.
+    let mut cut = Vec::new();
+    eventually("as many are cut", || {
+        streams.retain_mut(|(ends, stream)| {
+            let alive = stream.write_all(b"y").and_then(|()| stream.read_exact(&mut [0])).is_ok();
+            if !alive {
+                cut.push(ends.clone());
+            }
+            alive
+        });
+        cut.len() >= predicted.len()
+    });
+    cut.sort();
+    assert_eq!(cut, predicted);
+    assert_eq!(streams.len(), 5);
+}
+
+#[test]
+fn files_that_are_no_policies_are_refused_by_name() {
+    let w = world();
+    let policy = "{name: p, namespace: a, scope: Global, action: Deny, dryRun: false, rules: []}";
+    let egress = "{namespace: a, dryRun: true, default: Deny}";
+    for (text, expected) in [
+        ("policies: []".to_owned(), "there is no policy in it"),
+        ("nothing".to_owned(), "line 1"),
+        ("policies:\n- {name: x}\n".to_owned(), "missing field"),
+        (format!("policies:\n- {policy}\negress:\n- {egress}\n"), "only `policies:`"),
+    ] {
+        let file = w.dir.join("policy.yaml");
+        std::fs::write(&file, &text).unwrap();
+        let mut command = Command::new(subject());
+        command.arg("explain").arg("--policy").arg(&file);
+        let output = inside(&w.ns("n1"), || command.output()).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains(expected), "{text}: {said}");
     }
 }

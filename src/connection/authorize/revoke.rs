@@ -8,9 +8,9 @@
 
 use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
 use super::matcher::Subject;
-use crate::mesh::{self, Snapshot, Text, Workload};
+use crate::mesh::{self, Policy, Snapshot, Text, Update, Workload};
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -32,6 +32,42 @@ const TURN_POLICIES: usize = 1024;
 pub struct Permits {
     next: AtomicU64,
     by_workload: Mutex<HashMap<Text, WorkloadEntry>>,
+    /// The last ones that have ended or were refused, the oldest first.
+    recent: Mutex<VecDeque<Recent>>,
+}
+
+/// A connection that has ended or was refused.
+#[derive(Clone, Debug)]
+struct Recent {
+    uid: Text,
+    subject: Subject,
+}
+
+/// Connections that are remembered after their end.
+const RECENT_MAX: usize = 1000;
+
+/// What policies would change for one connection.
+#[derive(Clone, Debug)]
+pub struct Previewed {
+    /// Uid of the destination workload.
+    pub uid: Text,
+    /// The connection as policies see it.
+    pub subject: Subject,
+    /// Whether it is still open.
+    pub is_open: bool,
+    /// Why it would be refused; `None` if it would be allowed, and is refused now.
+    pub refusal: Option<Refusal>,
+}
+
+/// What policies would change.
+#[derive(Debug, Default)]
+pub struct Preview {
+    /// Connections that are open.
+    pub open: usize,
+    /// Connections that have ended and are remembered.
+    pub recent: usize,
+    /// Those for which the answer would be another one.
+    pub changes: Vec<Previewed>,
 }
 
 /// The connections to one workload. The entry exists as long as there are any.
@@ -103,6 +139,12 @@ impl Drop for Registration {
                 by_workload.remove(&self.uid);
             }
         }
+        drop(by_workload);
+        let mut recent = self.permits.recent.lock();
+        if recent.len() >= RECENT_MAX {
+            recent.pop_front();
+        }
+        recent.push_back(Recent { uid: self.uid.clone(), subject: self.entry.subject.clone() });
     }
 }
 
@@ -236,6 +278,39 @@ impl Permits {
             || WorkloadEntry { workload: workload.clone(), newest: None, evaluated: None, live: HashMap::new() };
         self.by_workload().entry(uid.clone()).or_insert_with(of_workload).live.insert(id, entry.clone());
         Registration { id, uid, permits: self.clone(), entry }
+    }
+
+    /// What would change if these policies were in force too, or instead of those with the same keys: for connections
+    /// that are open, and for the last ones that have ended. Takes a while if there are many.
+    pub fn preview(&self, snapshot: &Snapshot, policies: Vec<Policy>) -> Preview {
+        let mut then = snapshot.clone();
+        then.apply(snapshot.version + 1, Update { policies, ..Update::default() });
+        let all_of = |entry: &WorkloadEntry| entry.live.values().map(|live| live.subject.clone()).collect::<Vec<_>>();
+        let mut all: HashMap<Text, (Option<Arc<Workload>>, Vec<(bool, Subject)>)> = HashMap::new();
+        for (uid, entry) in self.by_workload().iter() {
+            let subjects = all_of(entry).into_iter().map(|subject| (true, subject)).collect();
+            all.insert(uid.clone(), (Some(entry.workload.clone()), subjects));
+        }
+        for Recent { uid, subject } in self.recent.lock().iter() {
+            all.entry(uid.clone()).or_default().1.push((false, subject.clone()));
+        }
+        let mut preview = Preview::default();
+        for (uid, (known, subjects)) in all {
+            let open = subjects.iter().filter(|(is_open, _)| *is_open).count();
+            (preview.open, preview.recent) = (preview.open + open, preview.recent + subjects.len() - open);
+            // Nothing can be said about connections to a workload that is gone.
+            let Some(workload) = snapshot.workload(&uid).cloned().or(known) else { continue };
+            let [now, later] = [snapshot, &then].map(|facts| Applicable::for_workload(facts, &workload));
+            for (is_open, subject) in subjects {
+                let refusal = match (now.verdict(&subject), later.verdict(&subject)) {
+                    (Verdict::Allow(_), Verdict::Refuse(why)) => Some(why),
+                    (Verdict::Refuse(_), Verdict::Allow(_)) => None,
+                    _ => continue,
+                };
+                preview.changes.push(Previewed { uid: uid.clone(), subject, is_open, refusal });
+            }
+        }
+        preview
     }
 
     /// Judges live connections again whenever the facts change, for as long as this is awaited. However many changes
