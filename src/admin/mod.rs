@@ -75,6 +75,9 @@ pub type Profile = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Vec<u
 /// Answers a question as the query asks it. Returns the answer, or what is wrong with the question.
 pub type Asked = Box<dyn Fn(Query) -> Pin<Box<dyn Future<Output = Result<Value, String>> + Send>> + Send + Sync>;
 
+/// Answers a question about the text of a file. Returns the answer, or what is wrong with the text.
+pub type AskedOfText = Box<dyn Fn(&str) -> Result<Value, String> + Send + Sync>;
+
 /// The functions behind the paths.
 pub struct Pages {
     /// `/config_dump`.
@@ -88,7 +91,7 @@ pub struct Pages {
     /// `/explain`.
     pub explain: Asked,
     /// `/explain/policies`: takes the text of a file.
-    pub explain_policies: Box<dyn Fn(&str) -> Result<Value, String> + Send + Sync>,
+    pub explain_policies: AskedOfText,
     /// `/logging`.
     pub logging: Logging,
     /// `/debug/pprof/profile`.

@@ -84,6 +84,8 @@ pub(super) fn connections(parts: &Parts) -> Value {
             "actualDst": c.actual.to_string(),
             "hboneAddr": c.authority,
             "srcIdentity": name(&c.source_identity),
+            "gateway": c.gateway.as_deref(),
+            "gatewayIdentity": c.gateway_identity.get().map(ToString::to_string),
             "dstIdentity": c.destination_identity.get().map(ToString::to_string),
             "bytesSent": c.bytes.up.load(Ordering::Relaxed),
             "bytesReceived": c.bytes.down.load(Ordering::Relaxed),

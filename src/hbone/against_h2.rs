@@ -154,6 +154,7 @@ fn an_h2_server_takes_our_request_and_we_take_its_answer() {
             baggage: Some("k8s.namespace.name=a".into()),
             forwarded: Some(format!("for=\"10.0.0.2:1234\";host={}", "h".repeat(3000))),
             traceparent: Some("00-1-2-03".into()),
+            network: Some("net-1".into()),
         };
         let mut got = None;
         let server = async {
@@ -210,10 +211,11 @@ fn an_h2_server_takes_our_request_and_we_take_its_answer() {
         assert_eq!(request.method(), Method::CONNECT);
         assert_eq!(request.uri().authority().unwrap().as_str(), "web.a.svc:80");
         let value = |name: &str| request.headers().get(name).map(|value| value.to_str().unwrap().to_owned());
-        assert_eq!(request.headers().len(), 3);
+        assert_eq!(request.headers().len(), 4);
         assert_eq!(value("baggage"), sent.baggage);
         assert_eq!(value("forwarded"), sent.forwarded);
         assert_eq!(value("traceparent"), sent.traceparent);
+        assert_eq!(value("x-forwarded-network"), sent.network);
         // The trailers have no status.
         assert_eq!(seen, [(Some(200), Some("k8s.pod.name=b".into()), false), (None, None, true)]);
         assert_eq!(data, b"hello");
@@ -274,7 +276,7 @@ fn an_h2_client_takes_our_answer_and_we_take_its_request() {
             ended = connection => panic!("{ended:?}"),
         };
         let authority = Authority::Address("10.0.0.1:80".parse().unwrap());
-        let bare = ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None };
+        let bare = ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None, network: None };
         let with = ConnectRequest { baggage: Some("a=b".into()), ..bare.clone() };
         assert_eq!(requests, [with.clone(), with, bare]);
         assert_eq!(data, b"hello");

@@ -1,6 +1,7 @@
 //! The client end of a tunnel: opens streams until one side says that it is going away.
 
 use super::buffers::Account;
+use super::carrier::Carrier;
 use super::codec::frame::ErrorCode;
 use super::config::Config;
 use super::engine::{self, Engine, State, TunnelId};
@@ -109,6 +110,11 @@ pub fn start(
 }
 
 impl Driver {
+    /// The tunnel is inside a stream of another one. When that stream ends, the tunnel's error says why.
+    pub fn carried_by(&self, carrier: &Carrier) {
+        self.engine.with(self.id, |tunnel, _| tunnel.carrier = Some(carrier.reason.clone()));
+    }
+
     /// Completes once the far end has answered a PING: it has accepted our certificate, and its limits are known.
     pub async fn settled(&mut self) -> Result<(), TunnelError> {
         self.engine.with(self.id, |tunnel, work| {

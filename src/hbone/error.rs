@@ -5,7 +5,10 @@ use super::cut::CutReason;
 use super::session::SessionError;
 use super::tls::TlsError;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+
+/// How a stream ended that carries a tunnel, once it has ended other than in order.
+pub type EndReason = Arc<OnceLock<Arc<str>>>;
 
 /// Why a tunnel failed as a whole.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -37,6 +40,9 @@ pub enum TunnelError {
         /// What it said about it.
         debug: String,
     },
+    /// It was inside a stream of another tunnel, and that stream ended.
+    #[error("the stream that carried it ended: {0}")]
+    Carrier(Arc<str>),
     /// It was closed in order.
     #[error("the tunnel was closed")]
     Closed,
@@ -72,7 +78,7 @@ impl TunnelError {
         match self {
             Self::Cut(why) => Some(why.word()),
             Self::Rule { word, .. } => Some(word),
-            Self::Io(_) | Self::Tls(_) | Self::GoAway { .. } | Self::Closed => None,
+            Self::Io(_) | Self::Tls(_) | Self::GoAway { .. } | Self::Carrier(_) | Self::Closed => None,
         }
     }
 }

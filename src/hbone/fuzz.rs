@@ -49,7 +49,7 @@ pub(super) fn opening(flags: u8) -> Vec<u8> {
 /// A request.
 pub(super) fn connect() -> ConnectRequest {
     let authority = Authority::Address(([10, 0, 0, 1], 80).into());
-    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None }
+    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None, network: None }
 }
 
 /// Frames and header blocks.

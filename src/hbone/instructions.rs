@@ -43,7 +43,8 @@ fn request() -> Vec<u8> {
     let traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
     let mut block = Vec::new();
     let (baggage, traceparent) = (Some(baggage.into()), Some(traceparent.into()));
-    ConnectRequest { authority, baggage, forwarded: Some("for=10.0.0.2".into()), traceparent }.encode(&mut block);
+    ConnectRequest { authority, baggage, forwarded: Some("for=10.0.0.2".into()), traceparent, network: None }
+        .encode(&mut block);
     block
 }
 

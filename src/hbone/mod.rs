@@ -14,6 +14,7 @@
 #[cfg(test)]
 mod against_h2;
 pub mod buffers;
+pub mod carrier;
 pub mod carry;
 pub mod client;
 mod codec;
@@ -25,6 +26,7 @@ mod error;
 pub mod fuzz;
 #[cfg(test)]
 mod instructions;
+mod last_bytes;
 pub mod ping;
 pub mod request;
 pub mod server;
@@ -42,8 +44,9 @@ pub use codec::fields::RequestHead;
 pub use config::Config;
 #[cfg(any(test, fuzzing))]
 pub use engine::fuzz::tunnel as fuzz_tunnel;
-pub use engine::{CarryError, Ended, Engine, Owner, Rest};
+pub use engine::{CarryError, Ended, Engine, Owner};
 pub use error::TunnelError;
+pub use last_bytes::deliver_rest;
 pub use request::{Authority, ConnectRequest};
 pub use server::{Incoming, Server};
 pub use stream::{Stopper, Stream};

@@ -3,13 +3,13 @@
 //!
 //! The headers are for telemetry only (source: ztunnel's HBONE requests). Nothing here may grant access.
 
-use super::codec::fields::{BAGGAGE, FORWARDED, RequestHead, TRACEPARENT, writable};
+use super::codec::fields::{BAGGAGE, FORWARDED, NETWORK, RequestHead, TRACEPARENT, writable};
 use super::codec::hpack;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 /// The destination of a stream, as the peer wrote it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Authority {
     /// `ip:port`.
     Address(SocketAddr),
@@ -86,6 +86,8 @@ pub struct ConnectRequest {
     pub forwarded: Option<String>,
     /// Trace context (W3C Trace Context).
     pub traceparent: Option<String>,
+    /// The network that the connection comes from, if it has crossed to another one.
+    pub network: Option<String>,
 }
 
 impl ConnectRequest {
@@ -104,6 +106,7 @@ impl ConnectRequest {
             baggage: parts.baggage,
             forwarded: parts.forwarded,
             traceparent: parts.traceparent,
+            network: parts.network,
         })
     }
 
@@ -111,12 +114,22 @@ impl ConnectRequest {
     pub fn encode(&self, out: &mut Vec<u8>) {
         hpack::method_connect(out);
         hpack::authority(&self.authority.to_string(), out);
-        let named = [(BAGGAGE, &self.baggage), (FORWARDED, &self.forwarded), (TRACEPARENT, &self.traceparent)];
+        let named = [
+            (BAGGAGE, &self.baggage),
+            (FORWARDED, &self.forwarded),
+            (TRACEPARENT, &self.traceparent),
+            (NETWORK, &self.network),
+        ];
         for (name, value) in named {
             if let Some(value) = value.as_deref().and_then(writable) {
                 hpack::field(name, value, out);
             }
         }
+    }
+
+    /// Whether the request says that the connection comes from another network than `own`.
+    pub fn is_from_other_network(&self, own: &str) -> bool {
+        self.network.as_deref().is_some_and(|network| !network.eq_ignore_ascii_case(own))
     }
 
     /// The `host=` of the `forwarded` header: the service that the client dialled.
@@ -192,12 +205,18 @@ mod tests {
             baggage: Some("k8s.namespace.name=a".into()),
             forwarded: Some("for=\"10.0.0.2:1234\";host=web.a.svc".into()),
             traceparent: None,
+            network: Some("net-1".into()),
         };
         let mut block = Vec::new();
         request.encode(&mut block);
         let parsed = ConnectRequest::from_head(decoded(&block)).unwrap();
         assert_eq!(parsed, request);
         assert_eq!(parsed.forwarded_host(), Some("web.a.svc"));
+        for (own, other) in [("net-1", false), ("NET-1", false), ("net-2", true), ("", true)] {
+            assert_eq!(parsed.is_from_other_network(own), other, "{own}");
+        }
+        let silent = ConnectRequest { network: None, ..parsed };
+        assert!(!silent.is_from_other_network("net-1"));
     }
 
     #[test]
@@ -238,7 +257,8 @@ mod tests {
         ] {
             let authority = Authority::Host("a".into(), 80);
             let value = Some(value.to_owned());
-            let request = ConnectRequest { authority, baggage: value.clone(), forwarded: None, traceparent: value };
+            let (baggage, traceparent) = (value.clone(), value);
+            let request = ConnectRequest { authority, baggage, forwarded: None, traceparent, network: None };
             let mut block = Vec::new();
             request.encode(&mut block);
             let parsed = ConnectRequest::from_head(decoded(&block)).unwrap();

@@ -48,6 +48,11 @@ fn handshaken(socket: TcpStream, tls: Tls) -> Handshaken {
 /// Both ends of a connection whose handshake is done.
 pub async fn ends() -> (Handshaken, Handshaken) {
     let (near, far) = sockets().await;
+    ends_on(near, far)
+}
+
+/// The same on sockets that are connected with each other.
+pub fn ends_on(near: TcpStream, far: TcpStream) -> (Handshaken, Handshaken) {
     let (one, two) = (Tls::for_tests(secrets(1), secrets(2)), Tls::for_tests(secrets(2), secrets(1)));
     (handshaken(near, one), handshaken(far, two))
 }

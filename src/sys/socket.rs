@@ -3,13 +3,17 @@
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 /// Length of a listener's accept queue.
 const BACKLOG: i32 = 1024;
+
+/// Size of the send buffers of [`connected_pair`].
+const PAIR_BYTES: usize = 256 * 1024;
 
 /// TCP keepalive settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,6 +176,18 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
         socket.bind(&address.into())?;
     }
     Ok(socket)
+}
+
+/// Two stream sockets that are connected with each other, non-blocking. They have the type of TCP sockets, and can be
+/// read, written, shut down and watched like these; options of TCP cannot be set on them.
+pub fn connected_pair() -> io::Result<(std::net::TcpStream, std::net::TcpStream)> {
+    let (one, two) = UnixStream::pair()?;
+    for socket in [&one, &two] {
+        socket.set_nonblocking(true)?;
+        // Each write of a tunnel brings up to 256 KiB. The kernel takes its own maximum if that is less.
+        SockRef::from(socket).set_send_buffer_size(PAIR_BYTES)?;
+    }
+    Ok((OwnedFd::from(one).into(), OwnedFd::from(two).into()))
 }
 
 /// Sets a flag for which socket2 has no method.

@@ -6,31 +6,32 @@ use serde_json::{Value, json};
 use std::net::IpAddr;
 use std::process::Command;
 
-/// Starts Envoy in a pod's namespace and waits until it listens on `port`.
-fn start(w: &mut World, pod: &Pod, port: u16, config: &Value) {
+/// Starts Envoy in a pod's namespace and waits until it listens on `port`. Returns its process.
+pub fn start(w: &mut World, pod: &Pod, port: u16, config: &Value) -> u32 {
     let file = w.dir.join(format!("{}-envoy.json", pod.name));
     std::fs::write(&file, serde_json::to_string_pretty(config).unwrap()).unwrap();
     let mut command = Command::new(python_env("envoy"));
     command.arg("-c").arg(&file).args(["--disable-hot-restart", "--concurrency", "1", "-l", "warning"]);
     command.args(["--file-flush-interval-msec", "50"]);
-    w.start_in(&pod.netns, &mut command, &format!("{}-envoy.log", pod.name));
+    let pid = w.start_in(&pod.netns, &mut command, &format!("{}-envoy.log", pod.name));
     let listening = || {
         let sockets = crate::world::output_in(&pod.netns, "ss", &["-Hltn"]);
         sockets.contains(&format!(":{port} "))
     };
     eventually("Envoy listens", listening);
+    pid
 }
 
-fn log(w: &World, pod: &Pod) -> String {
+pub fn log(w: &World, pod: &Pod) -> String {
     std::fs::read_to_string(w.dir.join(format!("{}-envoy.log", pod.name))).unwrap()
 }
 
-fn typed(kind: &str, mut fields: Value) -> Value {
+pub fn typed(kind: &str, mut fields: Value) -> Value {
     fields["@type"] = json!(format!("type.googleapis.com/{kind}"));
     fields
 }
 
-fn tls(w: &World, cert: &Files, peer: &str) -> Value {
+pub fn tls(w: &World, cert: &Files, peer: &str) -> Value {
     json!({
         "alpn_protocols": ["h2"],
         "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
@@ -42,7 +43,7 @@ fn tls(w: &World, cert: &Files, peer: &str) -> Value {
     })
 }
 
-fn address(ip: &str, port: u16) -> Value {
+pub fn address(ip: &str, port: u16) -> Value {
     json!({"socket_address": {"address": ip, "port_value": port}})
 }
 

@@ -40,6 +40,7 @@ mod journeys;
 mod kubernetes;
 mod limits;
 mod model;
+mod networks;
 mod remains;
 mod stalls;
 mod standalone;

@@ -23,7 +23,7 @@ settings! {
         .help("Address of the daemon's own pod, as it is reported to the control plane.");
     NETWORK: Text = Setting::new("network", "NETWORK", Text)
         .or_else("the default network")
-        .help("Network of this node.")
+        .help("Network of this node. It is only shown: the network of a pod is the one in its mesh facts.")
         .shown("network", |c| json!(c.network));
     CLUSTER_ID: Text = Setting::new("cluster-id", "CLUSTER_ID", Text)
         .or("Kubernetes")

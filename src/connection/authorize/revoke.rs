@@ -286,21 +286,21 @@ impl Permits {
         let mut then = snapshot.clone();
         then.apply(snapshot.version + 1, Update { policies, ..Update::default() });
         let all_of = |entry: &WorkloadEntry| entry.live.values().map(|live| live.subject.clone()).collect::<Vec<_>>();
-        let mut all: HashMap<Text, (Option<Arc<Workload>>, Vec<(bool, Subject)>)> = HashMap::new();
+        let (mut workloads, mut all) = (HashMap::new(), HashMap::<Text, Vec<(bool, Subject)>>::new());
         for (uid, entry) in self.by_workload().iter() {
-            let subjects = all_of(entry).into_iter().map(|subject| (true, subject)).collect();
-            all.insert(uid.clone(), (Some(entry.workload.clone()), subjects));
+            all.insert(uid.clone(), all_of(entry).into_iter().map(|subject| (true, subject)).collect());
+            workloads.insert(uid.clone(), entry.workload.clone());
         }
         for Recent { uid, subject } in self.recent.lock().iter() {
-            all.entry(uid.clone()).or_default().1.push((false, subject.clone()));
+            all.entry(uid.clone()).or_default().push((false, subject.clone()));
         }
         let mut preview = Preview::default();
-        for (uid, (known, subjects)) in all {
+        for (uid, subjects) in all {
             let open = subjects.iter().filter(|(is_open, _)| *is_open).count();
             (preview.open, preview.recent) = (preview.open + open, preview.recent + subjects.len() - open);
             // Nothing can be said about connections to a workload that is gone.
-            let Some(workload) = snapshot.workload(&uid).cloned().or(known) else { continue };
-            let [now, later] = [snapshot, &then].map(|facts| Applicable::for_workload(facts, &workload));
+            let Some(workload) = snapshot.workload(&uid).or(workloads.get(&uid)) else { continue };
+            let [now, later] = [snapshot, &then].map(|facts| Applicable::for_workload(facts, workload));
             for (is_open, subject) in subjects {
                 let refusal = match (now.verdict(&subject), later.verdict(&subject)) {
                     (Verdict::Allow(_), Verdict::Refuse(why)) => Some(why),

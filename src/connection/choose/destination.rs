@@ -4,11 +4,11 @@
 use super::endpoints::{Candidates, Eligible, EndpointLists, Pick};
 use super::metrics::Metrics;
 use super::standing::Witness;
-use super::{Chance, Known, ResolvedNames, RouteError};
+use super::{Chance, Known, NoWay, ResolvedNames, RouteError};
 use crate::mesh::service::{LoadBalancingMode, RoutingScope};
 use crate::mesh::snapshot::Endpoint;
-use crate::mesh::workload::Workload;
-use crate::mesh::{Service, Snapshot, Text};
+use crate::mesh::workload::{Protocol, Workload};
+use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text};
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -65,7 +65,8 @@ fn eligible(
     port: u16,
     names: &ResolvedNames,
 ) -> Vec<Eligible> {
-    let usable = snapshot.endpoints(&service.key).filter_map(|one| usable(source, service, &one, port, names).ok());
+    let usable =
+        snapshot.endpoints(&service.key).filter_map(|one| usable(snapshot, source, service, &one, (port, names)).ok());
     let mut usable: Vec<Eligible> = usable.collect();
     // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does
     // not lead to one more name each time.
@@ -82,9 +83,9 @@ pub enum Unusable {
     /// Neither it nor its service maps the port.
     #[error("has no such port")]
     NoPort,
-    /// It is in another network.
-    #[error("is in another network")]
-    OtherNetwork,
+    /// It is in another network, to which there is no way.
+    #[error("is in another network: {0}")]
+    OtherNetwork(NoWay),
     /// The control plane says so.
     #[error("is not healthy")]
     Unhealthy,
@@ -122,7 +123,7 @@ pub fn judge(
     let chosen: HashSet<&Text> = chosen.iter().map(|eligible| &eligible.workload.uid).collect();
     let one = |endpoint: Endpoint<'_>| {
         let workload = endpoint.workload.clone();
-        let unusable = match usable(source, service, &endpoint, port, names) {
+        let unusable = match usable(snapshot, source, service, &endpoint, (port, names)) {
             Err(why) => Some(why),
             Ok(_) if workload.capacity == 0 => Some(Unusable::NoCapacity),
             Ok(_) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
@@ -134,18 +135,17 @@ pub fn judge(
 
 /// Whether an endpoint may be used, before preferences.
 fn usable(
+    snapshot: &Snapshot,
     source: &Workload,
     service: &Service,
     endpoint: &Endpoint<'_>,
-    port: u16,
-    names: &ResolvedNames,
+    (port, names): (u16, &ResolvedNames),
 ) -> Result<Eligible, Unusable> {
     let workload = endpoint.workload;
-    let port = target_port(service, endpoint, port).ok_or(Unusable::NoPort)?;
-    // Gateways to other networks are not supported, so endpoints there cannot be used.
     if workload.network != source.network {
-        return Err(Unusable::OtherNetwork);
+        return abroad(snapshot, source, service, endpoint, port);
     }
+    let port = target_port(service, endpoint, port).ok_or(Unusable::NoPort)?;
     if !service.may_use(workload) {
         return Err(Unusable::Unhealthy);
     }
@@ -159,13 +159,17 @@ fn usable(
 
 /// Why a service has no endpoint for a connection from `source` to its `port`.
 fn no_endpoint(snapshot: &Snapshot, source: &Workload, service: &Service, port: u16) -> RouteError {
-    let with_port = |endpoint: &Endpoint<'_>| target_port(service, endpoint, port).is_some();
-    let mut elsewhere = snapshot.endpoints(&service.key).filter(with_port).map(|endpoint| endpoint.workload);
-    if let Some(workload) = elsewhere.find(|workload| workload.network != source.network) {
-        return RouteError::OtherNetwork(workload.uid.clone());
-    }
+    let elsewhere = snapshot.endpoints(&service.key).find_map(|one| {
+        match usable(snapshot, source, service, &one, (port, &ResolvedNames::new())) {
+            Err(Unusable::OtherNetwork(why)) => Some(RouteError::OtherNetwork(one.workload.uid.clone(), why)),
+            _ => None,
+        }
+    });
     let name = service.key.hostname.clone();
-    if service.ports.contains_key(&port) { RouteError::NoEndpoint(name) } else { RouteError::NoPort(name, port) }
+    elsewhere.unwrap_or_else(|| match service.ports.contains_key(&port) {
+        true => RouteError::NoEndpoint(name),
+        false => RouteError::NoPort(name, port),
+    })
 }
 
 /// The port on an endpoint: from the endpoint's own port map, else the service's target port. An endpoint
@@ -173,6 +177,38 @@ fn no_endpoint(snapshot: &Snapshot, source: &Workload, service: &Service, port: 
 fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<u16> {
     let tunnel = endpoint.workload.application_tunnel.and_then(|t| t.port).map(|_| port);
     service.target_port(Some(endpoint.ports), port).or(tunnel)
+}
+
+/// An endpoint in another network: one, whatever number of workloads it stands for. The far side knows the target port.
+fn abroad(
+    snapshot: &Snapshot,
+    source: &Workload,
+    service: &Service,
+    endpoint: &Endpoint<'_>,
+    port: u16,
+) -> Result<Eligible, Unusable> {
+    if !service.ports.contains_key(&port) && !endpoint.ports.contains_key(&port) {
+        return Err(Unusable::NoPort);
+    }
+    if !service.may_use(endpoint.workload) {
+        return Err(Unusable::Unhealthy);
+    }
+    way_to(snapshot, source, endpoint.workload).map_err(Unusable::OtherNetwork)?;
+    Ok(Eligible { workload: endpoint.workload.clone(), port })
+}
+
+/// The gateway to a workload in another network than the client's. It is known, or has to be asked for.
+pub fn way_to<'a>(snapshot: &Snapshot, source: &Workload, workload: &'a Workload) -> Result<&'a GatewayRef, NoWay> {
+    if workload.protocol != Protocol::Hbone {
+        return Err(NoWay::Plaintext);
+    }
+    let way = workload.network_gateway.as_ref().ok_or(NoWay::NoGateway)?;
+    let is_known = snapshot.gateway(way, &source.namespace).is_some();
+    if is_known || snapshot.unasked(FactKey::of_gateway(way)).is_some() {
+        Ok(way)
+    } else {
+        Err(NoWay::UnknownGateway(way.target.to_string()))
+    }
 }
 
 /// The endpoints that the service's traffic distribution allows.
@@ -183,7 +219,15 @@ fn preferred(source: &Workload, service: &Service, all: Vec<Eligible>) -> Vec<El
         // In failover mode, an unknown scope is left out: it only orders endpoints. In strict mode it excludes all of
         // them.
         let counts = |scope: &&RoutingScope| lb.mode == LoadBalancingMode::Strict || **scope != RoutingScope::Unknown;
-        lb.preferences.iter().filter(counts).take_while(matching).count()
+        // Preferring the own network first means: leave it only if nothing in it is left, and then go by the rest.
+        let (network_first, here) =
+            (lb.preferences.first() == Some(&RoutingScope::Network), source.network == chosen.workload.network);
+        let (skipped, bonus) = match (lb.mode, network_first, here) {
+            (LoadBalancingMode::Failover, true, false) => (1, 0),
+            (LoadBalancingMode::Failover, true, true) => (0, lb.preferences.len()),
+            _ => (0, 0),
+        };
+        lb.preferences.iter().filter(counts).skip(skipped).take_while(matching).count() + bonus
     };
     match lb.mode {
         LoadBalancingMode::Standard | LoadBalancingMode::Passthrough => all,
@@ -379,7 +423,7 @@ mod tests {
         let service = snapshot.services().next().unwrap();
         let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut Chance::of(&mut |_| 0));
         let error = error.unwrap_err();
-        assert!(matches!(error, RouteError::OtherNetwork(_)), "{error}");
+        assert!(matches!(error, RouteError::OtherNetwork(_, NoWay::NoGateway)), "{error}");
     }
 
     #[derive(Clone, Debug)]

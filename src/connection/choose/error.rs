@@ -5,6 +5,29 @@ use crate::mesh::store::AskError;
 use crate::mesh::{FactKey, Text};
 use std::net::SocketAddr;
 
+/// Why a workload in another network cannot be reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoWay {
+    /// No gateway is announced for it.
+    #[error("has no network gateway")]
+    NoGateway,
+    /// It does not speak HBONE.
+    #[error("does not accept HBONE: plaintext is never sent to another network")]
+    Plaintext,
+    /// The connection is to an address of a workload. A gateway is asked for a service by its name.
+    #[error("only services can be reached there, not workloads by their address")]
+    NotService,
+    /// Nothing is known about its gateway.
+    #[error("its network gateway {0} is unknown: neither a service nor a workload")]
+    UnknownGateway(String),
+    /// The service that is its gateway has no usable endpoint.
+    #[error("its network gateway {0} has no usable endpoint with the HBONE port")]
+    NoGatewayEndpoint(String),
+    /// Nothing says who may be at the far end of the inner tunnel.
+    #[error("its service names no identity (subject alternative name) that it could prove")]
+    NoIdentity,
+}
+
 /// Why an outbound connection has no route. None of these falls back to plaintext: they end the connection, except for
 /// the two that ask for something first.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,9 +54,9 @@ pub enum RouteError {
     /// The chosen workload has no address.
     #[error("no ip addresses were resolved for workload: {0}")]
     NoAddress(Text),
-    /// The chosen workload is in another network.
-    #[error("no valid routing destination for workload: {0} is in another network")]
-    OtherNetwork(Text),
+    /// The chosen workload is in another network and cannot be reached there.
+    #[error("no valid routing destination for workload: {0} is in another network, and {1}")]
+    OtherNetwork(Text, NoWay),
     /// The chosen workload expects a tunnel protocol that this version does not support.
     #[error("workload {0} expects a tunnel protocol that this version does not support")]
     Protocol(Text),

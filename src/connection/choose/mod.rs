@@ -1,4 +1,4 @@
-//! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint` and
+//! Step 3: where does a connection go, and how? `route` decides for outbound connections, with `waypoint`, `gateway` and
 //! `destination` for its parts; `local` decides for inbound ones. They are pure: decisions on one snapshot of the facts.
 //! `chance` is what else comes in: random numbers, and what this node has learnt about endpoints, which `endpoints`
 //! keeps.
@@ -7,6 +7,7 @@ pub mod chance;
 pub mod destination;
 pub mod endpoints;
 pub mod error;
+pub mod gateway;
 pub mod local;
 pub mod measured;
 pub mod metrics;
@@ -17,9 +18,9 @@ pub mod waypoint;
 
 pub use chance::{Chance, Known};
 pub use endpoints::{EndpointLists, InFlight, Pick};
-pub use error::RouteError;
+pub use error::{NoWay, RouteError};
 pub use local::{LocalError, OwnSockets, is_local};
-pub use route::{NextHop, TunnelHop};
+pub use route::{GatewayHop, NextHop, TunnelHop};
 pub use standing::{Evidence, Witness};
 
 use crate::mesh::Text;

@@ -3,10 +3,12 @@
 //!
 //! The address may belong to a service, to a workload, to a range of addresses or to nothing in the mesh. A service
 //! leads to its waypoint or to one of its endpoints, a workload to its waypoint or to itself; everything else is
-//! reached directly.
+//! reached directly. A waypoint or endpoint in another network is reached through a gateway.
 
 use super::destination::{self, ChosenEndpoint};
-use super::{Chance, Pick, ResolvedNames, RouteError, waypoint};
+use super::error::NoWay;
+use super::{Chance, Pick, ResolvedNames, RouteError, gateway, waypoint};
+use crate::hbone::Authority;
 use crate::mesh::address::NetworkAddress;
 use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::{FactKey, Protocol, Service, Snapshot, SpiffeName, Text, Workload};
@@ -24,6 +26,28 @@ pub enum NextHop {
     },
     /// Through a tunnel.
     Tunnel(TunnelHop),
+    /// To another network, through a tunnel inside the tunnel to a gateway.
+    Gateway(GatewayHop),
+}
+
+impl NextHop {
+    /// The address that the daemon connects to.
+    pub fn to(&self) -> SocketAddr {
+        match self {
+            Self::Direct { to } => *to,
+            Self::Tunnel(hop) => hop.to,
+            Self::Gateway(hop) => hop.outer.to,
+        }
+    }
+
+    /// The tunnel that begins at this node.
+    pub fn tunnel(&self) -> Option<&TunnelHop> {
+        match self {
+            Self::Direct { .. } => None,
+            Self::Tunnel(hop) => Some(hop),
+            Self::Gateway(hop) => Some(&hop.outer),
+        }
+    }
 }
 
 /// The far end of a tunnel, and what to ask it for.
@@ -32,7 +56,7 @@ pub struct TunnelHop {
     /// Address and HBONE port of the far end.
     pub to: SocketAddr,
     /// The CONNECT authority.
-    pub authority: SocketAddr,
+    pub authority: Authority,
     /// Identities that the far end may prove; one of them is required.
     pub expected: Vec<SpiffeName>,
     /// Uid of the workload at the far end. If the address later belongs to another workload, the tunnel is not used for
@@ -40,12 +64,24 @@ pub struct TunnelHop {
     pub uid: Text,
 }
 
+/// A gateway to another network, and what is behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GatewayHop {
+    /// The tunnel to the gateway. The far end of the inner tunnel is asked for the same authority.
+    pub outer: TunnelHop,
+    /// Identities that the far end of the inner tunnel may prove; one of them is required.
+    pub expected: Vec<SpiffeName>,
+    /// How many endpoints the gateway chooses from.
+    pub endpoints: u32,
+}
+
 /// A route, with the facts by which it was chosen.
 #[derive(Clone, Debug)]
 pub struct Route {
     /// What the daemon connects to.
     pub next_hop: NextHop,
-    /// The workload at the far end of the daemon's leg, if it is known: a waypoint, or the destination itself.
+    /// The workload at the far end of the daemon's leg, if it is known: a waypoint, or the destination itself. In another
+    /// network it may stand for all endpoints there.
     pub workload: Option<Arc<Workload>>,
     /// The service that was dialled.
     pub service: Option<Arc<Service>>,
@@ -103,7 +139,7 @@ impl RouteChoice<'_> {
             && !waypoint::is_behind(snapshot, wanted, source)
         {
             let found = waypoint::resolve(snapshot, source, wanted, &workload.uid, chance)?;
-            return self.to_waypoint(found, None);
+            return self.to_waypoint(found, None, chance);
         }
         let chosen = ChosenEndpoint { workload: workload.clone(), port: target.port(), pick: None };
         self.to_workload(chosen, None, chance)
@@ -115,7 +151,7 @@ impl RouteChoice<'_> {
             && !waypoint::is_behind(snapshot, wanted, source)
         {
             let found = waypoint::resolve(snapshot, source, wanted, &service.key.hostname, chance)?;
-            return self.to_waypoint(found, Some(service));
+            return self.to_waypoint(found, Some(service), chance);
         }
         if service.is_passthrough() {
             // A connection to a port that the service does not have is not counted as the service's.
@@ -135,7 +171,7 @@ impl RouteChoice<'_> {
         let ChosenEndpoint { workload, port, pick } = chosen;
         let Self { snapshot, source, target, own_ports, names } = self;
         if workload.network != source.network {
-            return Err(RouteError::OtherNetwork(workload.uid.clone()));
+            return self.to_other_network((workload, pick), service.map(|s| &**s), service, chance);
         }
         let ip = destination::address(&workload, service.map(|s| &**s), target.ip(), names)?;
         let to = SocketAddr::new(ip, port);
@@ -156,7 +192,7 @@ impl RouteChoice<'_> {
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
             Protocol::Hbone => NextHop::Tunnel(TunnelHop {
                 to: SocketAddr::new(ip, HBONE),
-                authority: to,
+                authority: Authority::Address(to),
                 expected: expected(&workload, service.map(|s| &**s))?,
                 uid: workload.uid.clone(),
             }),
@@ -171,20 +207,49 @@ impl RouteChoice<'_> {
         matches!((found, service), (Some(ServiceOrWorkload::Service(found)), Some(service)) if found.key == service.key)
     }
 
-    fn to_waypoint(self, found: waypoint::Waypoint, service: Option<&Arc<Service>>) -> Result<Route, RouteError> {
+    fn to_waypoint(
+        self,
+        found: waypoint::Waypoint,
+        service: Option<&Arc<Service>>,
+        chance: &mut Chance<'_>,
+    ) -> Result<Route, RouteError> {
         let ChosenEndpoint { workload, port, pick } = found.chosen;
         if workload.network != self.source.network {
-            return Err(RouteError::OtherNetwork(workload.uid.clone()));
+            return self.to_other_network((workload, pick), found.service.as_deref(), service, chance);
         }
         let asked = self.target.ip();
         let ip = destination::address(&workload, found.service.as_deref(), asked, self.names)?;
         let next_hop = NextHop::Tunnel(TunnelHop {
             to: SocketAddr::new(ip, port),
-            authority: self.target,
+            authority: Authority::Address(self.target),
             expected: expected(&workload, found.service.as_deref())?,
             uid: workload.uid.clone(),
         });
         Ok(Route { next_hop, workload: Some(workload), service: service.cloned(), pick })
+    }
+
+    /// To an endpoint or waypoint in another network, which was chosen among the workloads of `through`. `service` was
+    /// dialled.
+    fn to_other_network(
+        self,
+        (workload, pick): (Arc<Workload>, Option<Pick>),
+        through: Option<&Service>,
+        service: Option<&Arc<Service>>,
+        chance: &mut Chance<'_>,
+    ) -> Result<Route, RouteError> {
+        let Self { snapshot, source, target, names, .. } = self;
+        let dialled = service.ok_or_else(|| RouteError::OtherNetwork(workload.uid.clone(), NoWay::NotService))?;
+        let gateway = gateway::resolve(snapshot, source, &workload, target.ip(), names, chance)?;
+        let behind = gateway::expected_behind(&workload, through)?;
+        let outer = TunnelHop {
+            to: gateway.to,
+            // The address has a meaning in this network only, so the gateway and the far end get the name.
+            authority: Authority::Host(dialled.key.hostname.to_string(), target.port()),
+            expected: expected(&gateway.workload, gateway.service.as_deref())?,
+            uid: gateway.workload.uid.clone(),
+        };
+        let next_hop = NextHop::Gateway(GatewayHop { outer, expected: behind, endpoints: workload.capacity });
+        Ok(Route { next_hop, workload: Some(workload), service: Some(dialled.clone()), pick })
     }
 }
 
@@ -203,7 +268,7 @@ fn expected(workload: &Workload, service: Option<&Service>) -> Result<Vec<Spiffe
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode};
+    use crate::mesh::service::{HealthPolicy, LoadBalancer, LoadBalancingMode, RoutingScope};
     use crate::mesh::snapshot::tests::{service, workload};
     use crate::mesh::workload::Health;
     use crate::mesh::{Facts, GatewayRef, GatewayTarget};
@@ -248,6 +313,13 @@ mod tests {
                 Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
                     let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
                     format!("hbone {} for {} as {}", hop.to, hop.authority, names.join("+"))
+                }
+                Ok(Route { next_hop: NextHop::Gateway(GatewayHop { outer, expected, .. }), .. }) => {
+                    let names = |names: &[SpiffeName]| {
+                        names.iter().map(|name| name.service_account.to_string()).collect::<Vec<_>>().join("+")
+                    };
+                    let (gateway, behind) = (names(&outer.expected), names(&expected));
+                    format!("through {} as {gateway} for {} as {behind}", outer.to, outer.authority)
                 }
                 Err(error) => error.to_string(),
             }
@@ -328,6 +400,369 @@ mod tests {
         }
         let empty = by_name().with(|f| f.workloads[3].services.clear());
         assert!(empty.route("client", "10.96.0.1:80").starts_with("unknown waypoint"));
+    }
+
+    /// Clients and servers of two networks, and the gateway between them, as istiod announces them to the first one.
+    fn two_networks() -> World {
+        World::new().with(|f| {
+            for workload in &mut f.workloads {
+                workload.network = "here".into();
+            }
+            for service in &mut f.services {
+                for vip in &mut service.vips {
+                    vip.network = "here".into();
+                }
+            }
+            f.services[0].vips.push(NetworkAddress { network: "here".into(), ip: "fd96::1".parse().unwrap() });
+            f.services[0].subject_alt_names = vec!["spiffe://td/ns/a/sa/far".into()];
+            f.services[1].subject_alt_names = vec!["spiffe://td/ns/a/sa/far-way".into()];
+            f.workloads[1].services.clear();
+            f.workloads[3].services.clear();
+            let mut gateway = workload("a", "gateway", "203.0.113.7");
+            gateway.ips.push("2001:db8::7".parse().unwrap());
+            (gateway.protocol, gateway.network) = (Protocol::Tcp, "there".into());
+            let mut folded = workload("a", "folded", "10.0.0.9");
+            folded.ips.clear();
+            (folded.network, folded.capacity) = ("there".into(), 3);
+            folded.network_gateway = gateway_at("there/203.0.113.7", 15443);
+            folded.services.insert(f.services[0].key.clone(), [(80, 0)].into());
+            let mut entry = service("a", "entry", "203.0.113.100", &[(15008, 15010)]);
+            entry.vips[0].network = "there".into();
+            gateway.services.insert(entry.key.clone(), [].into());
+            f.services.push(entry);
+            f.workloads.extend([gateway, folded]);
+        })
+    }
+
+    fn gateway_at(target: &str, hbone_port: u16) -> Option<GatewayRef> {
+        Some(GatewayRef { target: GatewayTarget::parse(target).unwrap(), hbone_port })
+    }
+
+    fn of<'a>(facts: &'a mut Facts, name: &str) -> &'a mut Workload {
+        facts.workloads.iter_mut().find(|workload| &*workload.name == name).unwrap()
+    }
+
+    /// A server in the own network becomes an endpoint of `web` again.
+    fn near_server(f: &mut Facts) {
+        let web = f.services[0].key.clone();
+        of(f, "server").services.insert(web, [(80, 8081)].into());
+    }
+
+    /// One waypoint in the other network, which stands for all of its service there.
+    fn far_waypoint(f: &mut Facts) {
+        let way = f.services[1].key.clone();
+        let mut folded = of(f, "folded").clone();
+        (folded.uid, folded.name) = ("far-way".into(), "far-way".into());
+        folded.services = [(way, [(15008, 0)].into())].into();
+        f.workloads.push(folded);
+        f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local");
+    }
+
+    const BY_V4: &str = "through 203.0.113.7:15443 as gateway for web.a.svc.cluster.local:80 as far";
+
+    /// Why `uid` is refused.
+    fn refused(uid: &str, why: &str) -> String {
+        format!("no valid routing destination for workload: {uid} is in another network, and {why}")
+    }
+
+    const NOBODY: &str = "its service names no identity (subject alternative name) that it could prove";
+    const NO_GATEWAY_ENDPOINT: &str =
+        "its network gateway a/entry.a.svc.cluster.local has no usable endpoint with the HBONE port";
+
+    /// What is special, the change of the facts that makes it so, the destination and the expected route.
+    type Case = (&'static str, fn(&mut Facts), &'static str, String);
+
+    fn check(cases: Vec<Case>) {
+        for (what, change, to, expected) in cases {
+            assert_eq!(two_networks().with(change).route("client", to), expected, "{what}");
+        }
+    }
+
+    fn prefer_own_network(f: &mut Facts) {
+        near_server(f);
+        f.services[0].load_balancer = Some(LoadBalancer {
+            preferences: vec![RoutingScope::Network, RoutingScope::Region],
+            mode: LoadBalancingMode::Failover,
+            health_policy: HealthPolicy::OnlyHealthy,
+        });
+    }
+
+    const FOLDED: &str = "c1//Pod/a/folded";
+
+    #[test]
+    fn gateways_to_another_network_are_found_by_address_and_name() {
+        check(vec![
+            ("gateway by address", |_| {}, "10.96.0.1:80", BY_V4.into()),
+            ("the reference's family, not the client's", |_| {}, "[fd96::1]:80", BY_V4.into()),
+            (
+                "gateway by its IPv6 address",
+                |f| of(f, "folded").network_gateway = gateway_at("there/2001:db8::7", 15443),
+                "10.96.0.1:80",
+                BY_V4.replace("203.0.113.7", "[2001:db8::7]"),
+            ),
+            (
+                "gateway by service, whose port is translated",
+                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008),
+                "10.96.0.1:80",
+                BY_V4.replace("15443", "15010"),
+            ),
+            (
+                "gateway by service, in the client's family",
+                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008),
+                "[fd96::1]:80",
+                BY_V4.replace("203.0.113.7:15443", "[2001:db8::7]:15010"),
+            ),
+            (
+                "gateway by a virtual address",
+                |f| of(f, "folded").network_gateway = gateway_at("there/203.0.113.100", 15008),
+                "10.96.0.1:80",
+                BY_V4.replace("15443", "15010"),
+            ),
+            (
+                "gateway by host name of a workload, to be resolved",
+                |f| {
+                    of(f, "folded").network_gateway = gateway_at("a/lb.example.com", 15443);
+                    of(f, "gateway").hostname = "lb.example.com".into();
+                    of(f, "gateway").ips.clear();
+                },
+                "10.96.0.1:80",
+                "lb.example.com has not been resolved yet".into(),
+            ),
+            (
+                "the gateway's service names further identities of the gateway",
+                |f| {
+                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
+                    f.services[2].subject_alt_names = vec!["spiffe://td/ns/a/sa/other".into()];
+                },
+                "10.96.0.1:80",
+                BY_V4.replace("15443", "15010").replace("as gateway", "as gateway+other"),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn what_cannot_be_reached_in_another_network_is_refused_by_name() {
+        check(vec![
+            (
+                "never plaintext",
+                |f| of(f, "folded").protocol = Protocol::Tcp,
+                "10.96.0.1:80",
+                refused(FOLDED, "does not accept HBONE: plaintext is never sent to another network"),
+            ),
+            (
+                "no gateway",
+                |f| of(f, "folded").network_gateway = None,
+                "10.96.0.1:80",
+                refused(FOLDED, "has no network gateway"),
+            ),
+            (
+                "unknown gateway",
+                |f| of(f, "folded").network_gateway = gateway_at("there/203.0.113.8", 15443),
+                "10.96.0.1:80",
+                refused(FOLDED, "its network gateway there/203.0.113.8 is unknown: neither a service nor a workload"),
+            ),
+            (
+                "the gateway's address has a meaning only in its network",
+                |f| of(f, "folded").network_gateway = gateway_at("here/203.0.113.7", 15443),
+                "10.96.0.1:80",
+                refused(FOLDED, "its network gateway here/203.0.113.7 is unknown: neither a service nor a workload"),
+            ),
+            (
+                "a gateway's service without endpoints",
+                |f| {
+                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
+                    of(f, "gateway").services.clear();
+                },
+                "10.96.0.1:80",
+                refused(FOLDED, NO_GATEWAY_ENDPOINT),
+            ),
+            (
+                "a gateway's service without the port",
+                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15443),
+                "10.96.0.1:80",
+                refused(FOLDED, NO_GATEWAY_ENDPOINT),
+            ),
+            (
+                "an unhealthy gateway behind a service",
+                |f| {
+                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
+                    of(f, "gateway").health = Health::Unhealthy;
+                },
+                "10.96.0.1:80",
+                refused(FOLDED, NO_GATEWAY_ENDPOINT),
+            ),
+            (
+                "nobody is known to be there",
+                |f| f.services[0].subject_alt_names.clear(),
+                "10.96.0.1:80",
+                refused(FOLDED, NOBODY),
+            ),
+            (
+                "only names that no certificate can prove",
+                |f| f.services[0].subject_alt_names = vec!["*".into(), "web.example.com".into()],
+                "10.96.0.1:80",
+                refused(FOLDED, NOBODY),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn endpoints_here_and_in_another_network() {
+        check(vec![
+            (
+                "a single workload with its own identity",
+                |f| of(f, "folded").ips = vec!["10.9.0.9".parse().unwrap()],
+                "10.96.0.1:80",
+                BY_V4.replace("as far", "as folded+far"),
+            ),
+            (
+                "a port that the service does not have",
+                |_| {},
+                "10.96.0.1:81",
+                "no healthy upstream: service web.a.svc.cluster.local has no port 81".into(),
+            ),
+            (
+                "unhealthy there",
+                |f| of(f, "folded").health = Health::Unhealthy,
+                "10.96.0.1:80",
+                "no healthy upstream: web.a.svc.cluster.local".into(),
+            ),
+            (
+                "no weight there",
+                |f| of(f, "folded").capacity = 0,
+                "10.96.0.1:80",
+                "no healthy upstream: web.a.svc.cluster.local".into(),
+            ),
+            (
+                "a named target port, which only the far side knows",
+                |f| f.services[0].ports = [(80, 0)].into(),
+                "10.96.0.1:80",
+                BY_V4.into(),
+            ),
+            ("an address there means nothing here", |_| {}, "203.0.113.7:80", "direct 203.0.113.7:80".into()),
+            (
+                "an endpoint whose gateway is unknown is not chosen while there is another one",
+                |f| {
+                    near_server(f);
+                    of(f, "folded").network_gateway = gateway_at("there/203.0.113.8", 15443);
+                },
+                "10.96.0.1:80",
+                "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server+far".into(),
+            ),
+            (
+                "the own network is preferred",
+                prefer_own_network,
+                "10.96.0.1:80",
+                "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server+far".into(),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn waypoints_here_and_in_another_network() {
+        check(vec![
+            (
+                "the waypoint here, for endpoints there",
+                |f| {
+                    let way = f.services[1].key.clone();
+                    of(f, "waypoint").services.insert(way, [].into());
+                    f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local");
+                },
+                "10.96.0.1:80",
+                "hbone 10.0.0.4:15009 for 10.96.0.1:80 as waypoint+far-way".into(),
+            ),
+            ("a waypoint there", far_waypoint, "10.96.0.1:80", format!("{BY_V4}-way")),
+            (
+                "a waypoint there that nobody can prove to be",
+                |f| {
+                    far_waypoint(f);
+                    f.services[1].subject_alt_names.clear();
+                },
+                "10.96.0.1:80",
+                refused("far-way", NOBODY),
+            ),
+            (
+                "a waypoint there without a gateway is not bypassed",
+                |f| {
+                    far_waypoint(f);
+                    of(f, "far-way").network_gateway = None;
+                },
+                "10.96.0.1:80",
+                "unknown waypoint: a/way.a.svc.cluster.local of web.a.svc.cluster.local: no valid routing destination \
+                 for workload: far-way is in another network, and has no network gateway"
+                    .into(),
+            ),
+            (
+                "a workload's waypoint there",
+                |f| {
+                    far_waypoint(f);
+                    of(f, "server").waypoint = waypoint_at("a/way.a.svc.cluster.local");
+                },
+                "10.0.0.2:80",
+                refused("far-way", "only services can be reached there, not workloads by their address"),
+            ),
+        ]);
+    }
+
+    #[test]
+    fn on_demand_a_gateway_is_asked_for_before_its_network_is_given_up() {
+        let facts = two_networks().with(|f| f.workloads.retain(|workload| &*workload.name != "gateway")).0;
+        let source = facts.workloads[0].clone();
+        let mut snapshot = Snapshot::empty("".into(), "".into(), true);
+        snapshot.apply(1, facts.into());
+        let to = "10.96.0.1:80".parse().unwrap();
+        let route = |snapshot: &Snapshot| {
+            choose(snapshot, &source, to, in_pod(true), &ResolvedNames::new(), &mut Chance::of(&mut |_| 0)).map(|_| ())
+        };
+        let key = FactKey::Address(NetworkAddress { network: "there".into(), ip: "203.0.113.7".parse().unwrap() });
+        assert_eq!(route(&snapshot), Err(RouteError::Unasked(key.clone())));
+        snapshot.apply(2, crate::mesh::Update { absent: vec![key], ..Default::default() });
+        let unknown = NoWay::UnknownGateway("there/203.0.113.7".into());
+        assert_eq!(route(&snapshot), Err(RouteError::OtherNetwork(FOLDED.into(), unknown)));
+    }
+
+    #[test]
+    fn another_network_is_the_last_resort_if_the_own_one_is_preferred_and_a_share_by_weight_if_not() {
+        let drawn = |world: World, from: u64| {
+            let snapshot = Snapshot::build(1, world.0);
+            let source = snapshot.workload_of_pod("a", "client").unwrap();
+            let (to, names) = ("10.96.0.1:80".parse().unwrap(), ResolvedNames::new());
+            let route = choose(&snapshot, source, to, in_pod(true), &names, &mut Chance::of(&mut |_| from)).unwrap();
+            match route.next_hop {
+                NextHop::Gateway(hop) => format!("there, one of {}", hop.endpoints),
+                NextHop::Tunnel(_) => "here".into(),
+                NextHop::Direct { to } => to.to_string(),
+            }
+        };
+        // Of four, the three there come first.
+        let both = || two_networks().with(near_server);
+        let all: Vec<String> = (0..4).map(|from| drawn(both(), from)).collect();
+        assert_eq!(all.iter().filter(|one| *one == "there, one of 3").count(), 3, "{all:?}");
+        assert_eq!(all.iter().filter(|one| *one == "here").count(), 1, "{all:?}");
+        let prefer = |preferences: &[RoutingScope]| {
+            let (preferences, mode) = (preferences.to_vec(), LoadBalancingMode::Failover);
+            Some(LoadBalancer { preferences, mode, health_policy: HealthPolicy::OnlyHealthy })
+        };
+        let by_region = || {
+            both().with(|f| {
+                f.services[0].load_balancer = prefer(&[RoutingScope::Network, RoutingScope::Region]);
+                // Further away than the ones there, but in the own network.
+                of(f, "client").locality.region = "r1".into();
+                of(f, "folded").locality.region = "r1".into();
+                of(f, "server").locality.region = "r2".into();
+            })
+        };
+        assert_eq!(drawn(by_region(), 0), "here");
+        let failed = || by_region().with(|f| of(f, "server").health = Health::Unhealthy);
+        assert_eq!(drawn(failed(), 0), "there, one of 3");
+        // Of two networks, the one in the same region.
+        let two = failed().with(|f| {
+            let mut third = of(f, "folded").clone();
+            (third.uid, third.name, third.capacity) = ("a-third".into(), "third".into(), 9);
+            third.locality.region = "r3".into();
+            f.workloads.push(third);
+        });
+        assert_eq!(drawn(two, 0), "there, one of 3");
     }
 
     #[test]

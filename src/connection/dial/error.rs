@@ -5,6 +5,7 @@ use crate::hbone::TunnelError;
 use crate::hbone::client::OpenError;
 use crate::identity::store::StoreError;
 use crate::identity::verify::tls_reason;
+use crate::mesh::Text;
 use crate::ports::HBONE;
 use crate::sys::netns::NetnsError;
 use std::io;
@@ -71,15 +72,7 @@ impl DialError {
             Self::Netns(_) | Self::Identity(_) | Self::Abandoned => None,
             Self::Connect { source, .. } => connect_evidence(source),
             Self::ConnectDeadline(_) | Self::AnswerDeadline | Self::Unanswered => Some(Evidence::TimedOut),
-            Self::Tunnel(error) => match &**error {
-                TunnelDialError::Netns(_) | TunnelDialError::Draining => None,
-                TunnelDialError::Blocked(_) => Some(Evidence::TimedOut),
-                TunnelDialError::Connect { source, .. } => connect_evidence(source),
-                // Another workload may have the address by now.
-                TunnelDialError::Tls(_) | TunnelDialError::Http2(_) | TunnelDialError::HandshakeDeadline(_) => {
-                    Some(Evidence::Handshake)
-                }
-            },
+            Self::Tunnel(error) => error.evidence(),
             Self::Open(OpenError::Refused) => Some(Evidence::Refused),
             Self::Open(OpenError::TunnelGone(_)) => Some(Evidence::GoingAway),
             Self::Open(OpenError::Broken(_)) => Some(Evidence::Reset),
@@ -91,6 +84,21 @@ impl DialError {
     /// Whether a waypoint has answered. It answers for what is behind it, so this says nothing against itself.
     pub fn is_answer(&self) -> bool {
         matches!(self, Self::Open(OpenError::Status(_)))
+    }
+}
+
+impl TunnelDialError {
+    fn evidence(&self) -> Option<Evidence> {
+        match self {
+            Self::Netns(_) | Self::Draining => None,
+            Self::Blocked(_) => Some(Evidence::TimedOut),
+            Self::Connect { source, .. } => connect_evidence(source),
+            // Another workload may have the address by now.
+            Self::Tls(_) | Self::Http2(_) | Self::HandshakeDeadline(_) => Some(Evidence::Handshake),
+            // An endpoint behind a gateway is reached through the gateway only.
+            Self::Gateway { error, .. } => error.evidence(),
+            Self::Behind { error, .. } => error.evidence(),
+        }
     }
 }
 
@@ -136,6 +144,22 @@ pub enum TunnelDialError {
     /// The TLS and HTTP/2 handshakes did not finish in time.
     #[error("the handshake with {0} took longer than {deadline} s", deadline = HANDSHAKE_DEADLINE.as_secs())]
     HandshakeDeadline(SocketAddr),
+    /// The gateway to another network cannot be reached, or refuses.
+    #[error("network gateway {gateway}: {error}")]
+    Gateway {
+        /// Uid of the gateway's workload.
+        gateway: Text,
+        /// What failed.
+        error: Box<DialError>,
+    },
+    /// The tunnel to the gateway is open, and the one inside it failed.
+    #[error("behind network gateway {gateway}: {error}")]
+    Behind {
+        /// Uid of the gateway's workload.
+        gateway: Text,
+        /// What failed.
+        error: Box<TunnelDialError>,
+    },
     /// The daemon is ending, or the pod is being released.
     #[error("pool draining")]
     Draining,

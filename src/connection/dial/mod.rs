@@ -3,6 +3,7 @@
 
 pub mod direct;
 pub mod error;
+pub mod gateway;
 pub mod hbone;
 pub mod pool;
 

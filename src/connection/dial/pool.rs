@@ -10,7 +10,7 @@ use super::direct::OpenLeg;
 use super::error::TunnelDialError;
 use crate::connection::accept::TunnelStop;
 use crate::hbone::client::Driver;
-use crate::hbone::{Tunnel, TunnelError};
+use crate::hbone::{Authority, Tunnel, TunnelError};
 use crate::identity::{Chain, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::{Group, Signal};
@@ -32,6 +32,13 @@ const STOP_GRACE: Duration = Duration::from_millis(500);
 /// Tunnels of one key that may be busy with large transfers before further connections share them.
 const BUSY_MAX: usize = 3;
 
+/// Most tunnels through a gateway that are opened only to reach further endpoints behind it.
+const SPREAD_MAX: usize = 8;
+
+/// How long a tunnel through a gateway takes new streams. The gateway chooses the endpoint of a tunnel, so each tunnel
+/// leads to one, and new endpoints get connections once there are new tunnels.
+const BEHIND_AGE: Duration = Duration::from_secs(60);
+
 /// What two connections must have in common to share a tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TunnelKey {
@@ -49,6 +56,17 @@ pub struct TunnelKey {
     pub to: SocketAddr,
     /// Uid of the workload there: if the address passes to another workload, that one gets another tunnel.
     pub uid: Text,
+    /// For a tunnel inside the tunnel to a gateway; `to` and `uid` are the gateway's then.
+    pub behind: Option<Behind>,
+}
+
+/// What two connections to another network must have in common in addition.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Behind {
+    /// Identities that the gateway may prove.
+    pub gateway: Vec<SpiffeName>,
+    /// What the gateway is asked for.
+    pub authority: Authority,
 }
 
 /// Settings of a pool.
@@ -74,6 +92,17 @@ pub struct DialledTunnel {
     pub driver: Driver,
     /// The connection's entry in the list of the daemon's own.
     pub entry: Option<OpenLeg>,
+    /// The gateway's tunnel that it is inside of.
+    pub outer: Option<OuterTunnel>,
+}
+
+/// What is known of the tunnel to a gateway at a tunnel inside it.
+#[derive(Clone, Debug)]
+pub struct OuterTunnel {
+    /// Identity that the gateway has proven.
+    pub peer: SpiffeName,
+    /// Why all its streams have been told to stop, if they have.
+    stop: Arc<OnceLock<TunnelStop>>,
 }
 
 /// Called when a tunnel breaks, with its key, the far end's identity and the error.
@@ -88,7 +117,7 @@ impl fmt::Debug for DialledTunnel {
 /// The tunnels of one worker.
 pub struct Pool {
     config: PoolConfig,
-    tasks: Group,
+    pub(super) tasks: Group,
     broken: OnTunnelBroken,
     by_key: Mutex<HashMap<TunnelKey, KeyTunnels>>,
 }
@@ -117,6 +146,8 @@ struct PooledTunnel {
     tls: TlsFacts,
     peer: SpiffeName,
     chain: Chain,
+    /// The gateway's tunnel that it is inside of.
+    outer: Option<OuterTunnel>,
     /// Why all its connections have been told to stop, if they have.
     stop: Arc<OnceLock<TunnelStop>>,
     /// Leases that are held.
@@ -150,9 +181,21 @@ impl Lease {
         &self.tunnel.peer
     }
 
-    /// Why all connections of the tunnel have been told to stop; `None` if they have not.
+    /// Identity that the gateway has proven, if the tunnel leads through one to another network.
+    pub fn gateway(&self) -> Option<&SpiffeName> {
+        self.tunnel.outer.as_ref().map(|outer| &outer.peer)
+    }
+
+    /// Why all connections of the tunnel have been told to stop, or those of the tunnel that it is inside of; `None` if
+    /// they have not.
     pub fn stop(&self) -> Option<TunnelStop> {
-        self.tunnel.stop.get().copied()
+        let outer = self.tunnel.outer.as_ref().and_then(|outer| outer.stop.get());
+        self.tunnel.stop.get().or(outer).copied()
+    }
+
+    /// What a tunnel inside this one has to know.
+    pub(super) fn as_outer(&self) -> OuterTunnel {
+        OuterTunnel { peer: self.tunnel.peer.clone(), stop: self.tunnel.stop.clone() }
     }
 
     /// Takes the tunnel out of the pool, because it is going away. Its other streams continue.
@@ -176,11 +219,13 @@ impl Pool {
     }
 
     /// A slot on a tunnel for `key`. If no tunnel has a free one, waits for the dial that is under way, or starts one
-    /// with `dial`. The dial continues if its waiters leave. `drain` ends the tunnel.
+    /// with `dial`. The dial continues if its waiters leave. `drain` ends the tunnel. While there are fewer tunnels than
+    /// `spread`, only one without streams has free slots.
     pub async fn checkout<D, F>(
         self: &Arc<Self>,
         key: &TunnelKey,
         drain: &Signal,
+        spread: usize,
         dial: D,
     ) -> Result<Lease, Arc<TunnelDialError>>
     where
@@ -191,7 +236,14 @@ impl Pool {
             let mut outcome = {
                 let mut by_key = self.by_key.lock();
                 let tunnels = by_key.entry(key.clone()).or_default();
-                let (busy, quiet): (Vec<_>, Vec<_>) = tunnels.open.iter().partition(|tunnel| tunnel.handle.is_busy());
+                let (busy, mut quiet): (Vec<_>, Vec<_>) =
+                    tunnels.open.iter().partition(|tunnel| tunnel.handle.is_busy());
+                if spread > 1 {
+                    quiet.sort_by_key(|tunnel| tunnel.streams.load(Ordering::Relaxed));
+                }
+                if tunnels.open.len() < spread.min(SPREAD_MAX) && tunnels.dialling.is_none() {
+                    quiet.retain(|tunnel| tunnel.streams.load(Ordering::Relaxed) == 0);
+                }
                 if let Some(lease) = quiet.into_iter().find_map(|tunnel| self.lease_unless_gone(tunnel)) {
                     return Ok(lease);
                 }
@@ -273,6 +325,7 @@ impl Pool {
                     handle: dialled.tunnel,
                     tls: dialled.tls,
                     peer: dialled.peer,
+                    outer: dialled.outer,
                     chain: dialled.chain,
                     stop: Arc::default(),
                     streams: AtomicUsize::new(0),
@@ -318,6 +371,7 @@ impl Pool {
             () = drain.gentle() => None,
             // It takes no more streams, and ends with its last one.
             () = tunnel.retired.notified() => None,
+            () = tokio::time::sleep(BEHIND_AGE), if key.behind.is_some() => None,
             // The far end's certificate has expired or is revoked. No new stream may begin.
             () = tunnel.chain.ending() => None,
         };
@@ -405,6 +459,7 @@ mod tests {
             expected: vec![],
             to: "10.0.0.1:15008".parse().unwrap(),
             uid: "u".into(),
+            behind: None,
         }
     }
 
@@ -427,7 +482,7 @@ mod tests {
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
         let chain = crate::identity::revoked::Revocations::default().watch(&[]);
-        Ok(DialledTunnel { tunnel, tls, peer, chain, driver, entry: None })
+        Ok(DialledTunnel { tunnel, tls, peer, chain, driver, entry: None, outer: None })
     }
 
     #[tokio::test(start_paused = true)]
@@ -446,7 +501,7 @@ mod tests {
                         Err(TunnelDialError::Blocked("10.0.0.1:15008".parse().unwrap()))
                     }
                 };
-                pool.checkout(&key(), &signal, dial).await.map(drop)
+                pool.checkout(&key(), &signal, 1, dial).await.map(drop)
             });
         }
         let results = waiters.join_all().await;
@@ -462,7 +517,7 @@ mod tests {
         let signal = drain.signal();
         let mut leases = Vec::new();
         for expected in [1, 1, 2, 2] {
-            leases.push(pool.checkout(&key(), &signal, || dialled(far.clone())).await.unwrap());
+            leases.push(pool.checkout(&key(), &signal, 1, || dialled(far.clone())).await.unwrap());
             assert_eq!(pool.len(), expected);
         }
         leases.truncate(1);
@@ -475,14 +530,44 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn behind_a_gateway_streams_are_spread_over_several_tunnels_for_a_while() {
+        let (pool, drain, far) = (pool(100), Drain::default(), Group::default());
+        let signal = drain.signal();
+        let behind = Behind { gateway: Vec::new(), authority: Authority::Host("web".into(), 80) };
+        let key = TunnelKey { behind: Some(behind), ..key() };
+        let checkout = |spread| pool.checkout(&key, &signal, spread, || dialled(far.clone()));
+        let mut leases = Vec::new();
+        for (spread, expected) in [(1, 1), (1, 1), (3, 2), (3, 3), (3, 3), (3, 3)] {
+            leases.push(checkout(spread).await.unwrap());
+            assert_eq!(pool.len(), expected);
+        }
+        let mut shares: Vec<usize> =
+            pool.by_key.lock()[&key].open.iter().map(|tunnel| tunnel.streams.load(Ordering::Relaxed)).collect();
+        shares.sort_unstable();
+        assert_eq!(shares, [2, 2, 2], "each new stream goes to the tunnel with the fewest");
+        leases.truncate(1);
+        drop(checkout(3).await.unwrap());
+        assert_eq!(pool.len(), 3, "one without streams is used again");
+        for _ in 0..20 {
+            leases.push(checkout(1000).await.unwrap());
+        }
+        assert_eq!(pool.len(), SPREAD_MAX);
+        tokio::time::sleep(BEHIND_AGE + Duration::from_secs(1)).await;
+        assert_eq!((pool.len(), far.len()), (0, SPREAD_MAX), "they take no new streams, and the open ones continue");
+        leases.clear();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(far.len(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_tunnel_whose_far_end_has_gone_is_replaced() {
         let (pool, drain, far) = (pool(100), Drain::default(), Group::default());
         let signal = drain.signal();
-        drop(pool.checkout(&key(), &signal, || dialled(far.clone())).await.unwrap());
+        drop(pool.checkout(&key(), &signal, 1, || dialled(far.clone())).await.unwrap());
         far.cut();
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(pool.len(), 0);
         let again = Group::default();
-        assert!(pool.checkout(&key(), &signal, || dialled(again.clone())).await.is_ok());
+        assert!(pool.checkout(&key(), &signal, 1, || dialled(again.clone())).await.is_ok());
     }
 }

@@ -2,10 +2,7 @@
 
 use super::copy;
 use super::error::{ForwardError, Stop};
-use crate::hbone::carry::deliver_last_bytes;
-use crate::hbone::{CarryError, Ended, Meter, Owner, Rest, Stopper, Stream};
-use crate::sys::leg::Leg;
-use crate::sys::scratch::write_all;
+use crate::hbone::{CarryError, Ended, Meter, Owner, Stopper, Stream, deliver_rest};
 use crate::sys::socket::reset_on_close;
 use crate::task::Group;
 use std::time::Duration;
@@ -77,8 +74,7 @@ impl<E: Ending> Owner for StreamOwner<E> {
         };
         if has_last_bytes {
             tasks.spawn(async move {
-                let app = last_bytes(app, rest).await;
-                if let Some(app) = app {
+                if let Some(app) = deliver_rest(app, rest).await {
                     reset_on_close(&app);
                     ending.finish(app, Err(error));
                 }
@@ -88,24 +84,6 @@ impl<E: Ending> Owner for StreamOwner<E> {
             ending.finish(app, Err(error));
         }
     }
-}
-
-/// Delivers what the tunnel brought before it or the stream broke, and waits until it has arrived.
-async fn last_bytes(app: std::net::TcpStream, mut rest: Rest) -> Option<std::net::TcpStream> {
-    // Fails only without a runtime or without memory; then the socket is closed with what it has.
-    let app = TcpStream::from_std(app).ok()?;
-    {
-        let leg = Leg::new(&app);
-        let deliver = async {
-            for chunk in rest.take() {
-                if let Err(error) = write_all(leg.socket, &chunk).await {
-                    return leg.record_error(error);
-                }
-            }
-        };
-        deliver_last_bytes(&leg, deliver).await;
-    }
-    app.into_std().ok()
 }
 
 /// Carries the application's connection over a plain TCP connection. On an error, both are reset when they are closed.

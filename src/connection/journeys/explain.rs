@@ -11,6 +11,7 @@ use crate::connection::choose::{NextHop, ResolvedNames, TunnelHop, waypoint};
 use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
 use crate::connection::worker::Shared;
+use crate::hbone::Authority;
 use crate::mesh::snapshot::ServiceOrWorkload;
 use crate::mesh::{GatewayRef, Service, Snapshot, Workload};
 use serde::Serialize;
@@ -233,6 +234,7 @@ fn shown(route: &Route) -> ExplainedRoute {
             service: route.service.as_ref().map(|service| service.key.hostname.to_string()),
         },
         NextHop::Tunnel(hop) => tunnel("tunnel", hop, &hop.expected),
+        NextHop::Gateway(hop) => tunnel("gateway", &hop.outer, &hop.expected),
     }
 }
 
@@ -240,6 +242,11 @@ fn sentence(route: &ExplainedRoute) -> String {
     let ExplainedRoute { kind, to, authority, .. } = route;
     match authority {
         None => format!("plain TCP to {to}, not encrypted"),
+        Some(authority) if *kind == "gateway" => {
+            format!(
+                "through the gateway at {to} to another network, asked for {authority}; the identities below are those behind it"
+            )
+        }
         Some(authority) => format!("{kind} to {to}, asked for {authority}"),
     }
 }
@@ -275,8 +282,15 @@ fn destination(
     };
     let (to, peer) = match &route.next_hop {
         NextHop::Direct { to } => (*to, None),
+        NextHop::Gateway(_) => {
+            story.step("policies", "the far end decides; what it knows is not known here");
+            return Ok(
+                "it would be carried to another network in a tunnel inside the gateway's, and the far end would decide"
+                    .into(),
+            );
+        }
         NextHop::Tunnel(hop) => match &hop.authority {
-            to if workload.ips.contains(&to.ip()) => (*to, source.identity().ok()),
+            Authority::Address(to) if workload.ips.contains(&to.ip()) => (*to, source.identity().ok()),
             _ => {
                 story.step("policies", "the waypoint decides; what it knows is not known here");
                 return Ok("the waypoint would decide".into());

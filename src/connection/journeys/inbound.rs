@@ -2,7 +2,7 @@
 //! authorize, dial, forward and report, as a task of the same worker.
 
 use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone};
-use super::lookup::{own_credentials, own_facts};
+use super::lookup::{facts_for, own_credentials, own_facts};
 use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, TunnelStop, tunnel as tunnelled};
 use crate::connection::authorize::{self, Registration, Subject};
 use crate::connection::budget::Reservation;
@@ -225,6 +225,7 @@ async fn admit(
     let (snapshot, workload) = own_facts(worker, pod).await?;
     let own = peer.local.ip();
     pod.with_own(&workload, |sockets| sockets.check_tunnel(own))?;
+    let snapshot = facts_for(&shared.mesh, pod, snapshot, &workload, &request.authority).await?;
     let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
@@ -236,13 +237,20 @@ async fn admit(
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
     let by_target = |port| snapshot.service_by_target(&workload, port).cloned();
     let live = record.opened(Details {
-        source_workload: snapshot.workload_at(&workload.network, peer.source.ip()).cloned(),
+        source_workload: if request.is_from_other_network(&workload.network) {
+            // The address is the gateway's, and the client's would mean nothing here.
+            None
+        } else {
+            snapshot.workload_at(&workload.network, peer.source.ip()).cloned()
+        },
         source_identity: Some(peer.identity.clone()),
         destination_workload: Some(workload.clone()),
         destination_identity: workload.identity().ok(),
         service: target.service.or(by_host).or_else(|| by_target(target.address.port())),
         actual: target.address,
         authority: Some(request.authority.to_string()),
+        gateway: None,
+        gateway_identity: None,
         rule: permit.as_ref().ok().map(ToString::to_string),
     });
     let _known = live.tls.set(peer.tls);

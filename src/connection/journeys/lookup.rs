@@ -5,8 +5,9 @@ use crate::connection::choose::{self, Chance, Known, Pick, ResolvedNames, RouteE
 use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
 use crate::connection::worker::{Shared, Worker};
+use crate::hbone::Authority;
 use crate::identity::Credentials;
-use crate::mesh::{FactKey, Snapshot, Workload};
+use crate::mesh::{FactKey, Snapshot, Store, Workload};
 use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -15,6 +16,25 @@ use std::sync::Arc;
 /// time.
 pub async fn own_facts(worker: &Worker, pod: &Pod) -> Result<(Arc<Snapshot>, Arc<Workload>), Failure> {
     pod.facts(&worker.shared.mesh).await.ok_or_else(|| Failure::LocalWorkload(pod.uid.clone()))
+}
+
+/// The facts with which the destination of a stream is found. Streams from other networks name a service, and an
+/// on-demand control plane announces the pod's own services only when it is asked.
+pub async fn facts_for(
+    mesh: &Store,
+    pod: &Pod,
+    mut snapshot: Arc<Snapshot>,
+    workload: &Workload,
+    authority: &Authority,
+) -> Result<Arc<Snapshot>, RouteError> {
+    let Authority::Host(host, _) = authority else { return Ok(snapshot) };
+    for key in workload.services.keys().filter(|key| *key.hostname == **host) {
+        if let Some(wanted) = snapshot.unasked(FactKey::Service(key.clone())) {
+            mesh.ask(&pod.uid, wanted).await?;
+            snapshot = mesh.load();
+        }
+    }
+    Ok(snapshot)
 }
 
 /// The certificate of the pod's own workload.

@@ -14,7 +14,7 @@ use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
 use crate::connection::worker::{Counted, Worker};
 use crate::connection::{forward, headers};
-use crate::hbone::{Authority, ConnectRequest};
+use crate::hbone::ConnectRequest;
 use crate::identity::Credentials;
 use crate::mesh::Workload;
 use crate::mesh::address::canonical;
@@ -148,7 +148,7 @@ impl Outbound<'_> {
             let in_flight = route.pick.clone();
             let in_flight = in_flight.map(|pick| InFlight::begin(&shared.endpoints, pick, Witness(self.pod.capture)));
             let (live, outside) = self.begin(&route, record)?;
-            if let NextHop::Tunnel(_) = &route.next_hop {
+            if route.next_hop.tunnel().is_some() {
                 // Waiting for the CA must not count against the endpoint. `dial` finds the certificate at once then.
                 own_credentials(self.worker, self.source).await?;
             }
@@ -163,8 +163,9 @@ impl Outbound<'_> {
             let may_leave = left.len() < RETRIES_MAX && pick.has_other(&left);
             let mut may_retry = None;
             let attempt = self.dial(&route, outside, Some(&in_flight));
-            // A waypoint may wait for what is behind it.
-            let attempt = if may_leave && !pick.is_waypoint {
+            // A waypoint or gateway may wait for what is behind it.
+            let is_final = !pick.is_waypoint && !matches!(route.next_hop, NextHop::Gateway(_));
+            let attempt = if may_leave && is_final {
                 unless_unanswered(attempt, || {
                     in_flight.failed(Evidence::TimedOut);
                     *may_retry.insert(in_flight.may_retry(Evidence::TimedOut))
@@ -199,7 +200,7 @@ impl Outbound<'_> {
             NextHop::Direct { to } if route.workload.is_none() && route.service.is_none() => {
                 Some(Outside::new(&self.worker.shared, self.pod, self.source, *to))
             }
-            NextHop::Direct { .. } | NextHop::Tunnel(_) => None,
+            NextHop::Direct { .. } | NextHop::Tunnel(_) | NextHop::Gateway(_) => None,
         };
         let allowed = outside.as_ref().map_or(Ok(None), Outside::authorize);
         let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(ToString::to_string));
@@ -210,9 +211,10 @@ impl Outbound<'_> {
 
     /// The details of an attempt by a route.
     fn details(&self, route: &Route) -> Details {
-        let (hop, actual) = match &route.next_hop {
-            NextHop::Direct { to } => (None, *to),
-            NextHop::Tunnel(hop) => (Some(hop), hop.to),
+        let hop = route.next_hop.tunnel();
+        let gateway = match &route.next_hop {
+            NextHop::Gateway(hop) => Some(hop.outer.uid.clone()),
+            NextHop::Direct { .. } | NextHop::Tunnel(_) => None,
         };
         Details {
             source_identity: hop.and(self.source.identity().ok()),
@@ -220,8 +222,10 @@ impl Outbound<'_> {
             source_workload: Some(self.source.clone()),
             destination_workload: route.workload.clone(),
             service: route.service.clone(),
-            actual,
+            actual: route.next_hop.to(),
             authority: hop.map(|hop| hop.authority.to_string()),
+            gateway,
+            gateway_identity: None,
             rule: None,
         }
     }
@@ -230,7 +234,7 @@ impl Outbound<'_> {
     fn connected(&self, live: Arc<Connection>, far: &FarSide, record: &mut Record) -> Arc<Connection> {
         if let FarSide::Tunnel(opened) = far {
             let _known = live.tls.set(opened.lease.tls());
-            record.proven(opened.lease.peer());
+            record.proven(opened.lease.peer(), opened.lease.gateway());
         }
         record.connected();
         live
@@ -244,32 +248,42 @@ impl Outbound<'_> {
         in_flight: Option<&InFlight>,
     ) -> Result<FarSide, Failure> {
         let Self { worker, pod, app, source, from } = self;
-        match &route.next_hop {
+        let (hop, gateway) = match &route.next_hop {
             NextHop::Direct { to } => {
                 // A pod with several addresses may have bound one of them; keep it as the source.
                 let own = Some(from.ip())
                     .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
                 let far = dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs);
                 let far = unless_client_resets(app, far).await?;
-                Ok(FarSide::Direct(ResetUnlessDone::dialled(far), outside))
+                return Ok(FarSide::Direct(ResetUnlessDone::dialled(far), outside));
             }
-            NextHop::Tunnel(hop) => {
-                let origin = origin(worker, pod, own_credentials(worker, source).await?);
-                let request = ConnectRequest {
-                    authority: Authority::Address(hop.authority),
-                    baggage: Some(headers::baggage(source)),
-                    forwarded: Some(headers::forwarded(*from, route.service.as_deref())),
-                    traceparent: Some(headers::traceparent()),
-                };
-                let going_away = || {
-                    if let Some(in_flight) = in_flight {
-                        in_flight.failed(Evidence::GoingAway);
-                    }
-                };
+            NextHop::Tunnel(hop) => (hop, None),
+            NextHop::Gateway(hop) => (&hop.outer, Some(hop)),
+        };
+        let origin = origin(worker, pod, own_credentials(worker, source).await?);
+        let request = ConnectRequest {
+            authority: hop.authority.clone(),
+            baggage: Some(headers::baggage(source)),
+            forwarded: Some(headers::forwarded(*from, route.service.as_deref())),
+            traceparent: Some(headers::traceparent()),
+            network: gateway.map(|_| source.network.to_string()),
+        };
+        let going_away = || {
+            if let Some(in_flight) = in_flight {
+                in_flight.failed(Evidence::GoingAway);
+            }
+        };
+        let opened = match gateway {
+            None => {
                 let opened = dial::hbone::open(&worker.pool, &origin, hop, &request, &going_away);
-                Ok(FarSide::Tunnel(unless_client_resets(app, opened).await?))
+                unless_client_resets(app, opened).await?
             }
-        }
+            Some(hop) => {
+                let opened = dial::gateway::open_behind(&worker.pool, &origin, hop, &request, &going_away);
+                unless_client_resets(app, opened).await?
+            }
+        };
+        Ok(FarSide::Tunnel(opened))
     }
 }
 
@@ -297,11 +311,7 @@ fn evidence(failure: &Failure, in_flight: &InFlight) -> Option<Evidence> {
 /// The endpoint of a route and why it was left, for the access log.
 fn left_because(route: &Route, failure: &Failure) -> String {
     let name = route.workload.as_ref().map_or("", |workload| &workload.name);
-    let to = match &route.next_hop {
-        NextHop::Direct { to } => to,
-        NextHop::Tunnel(hop) => &hop.to,
-    };
-    format!("{name} at {to}: {failure}")
+    format!("{name} at {}: {failure}", route.next_hop.to())
 }
 
 /// The near end for a tunnel of the pod.

@@ -53,6 +53,8 @@ async fn plaintext_steps(
         service: snapshot.service_by_target(&workload, destination.port()).cloned(),
         actual: destination,
         authority: None,
+        gateway: None,
+        gateway_identity: None,
         rule: permit.as_ref().ok().map(ToString::to_string),
     });
     drop(snapshot);

@@ -51,6 +51,8 @@ macro_rules! line {
             dst.namespace = to.map(|w| &*w.namespace),
             dst.identity = d.destination_identity.as_ref().map(display),
             dst.cluster = to.map(|w| &*w.cluster_id),
+            dst.gateway = d.gateway.as_deref(),
+            dst.gateway_identity = d.gateway_identity.as_ref().map(display),
             direction = $direction.word(),
             $($($rest)*,)?
             $message)

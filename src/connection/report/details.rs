@@ -1,6 +1,6 @@
 //! Details of a connection whose route is known.
 
-use crate::mesh::{Service, SpiffeName, Workload};
+use crate::mesh::{Service, SpiffeName, Text, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -22,6 +22,10 @@ pub struct Details {
     pub actual: SocketAddr,
     /// The CONNECT authority, for a connection through a tunnel.
     pub authority: Option<String>,
+    /// Uid of the gateway's workload through which another network is reached.
+    pub gateway: Option<Text>,
+    /// Identity that the gateway has proven.
+    pub gateway_identity: Option<SpiffeName>,
     /// The rule that allowed it.
     pub rule: Option<String>,
 }

@@ -114,7 +114,7 @@ impl Failure {
                 RouteError::NoEndpoint(_) => (Reason::NoEndpoint, "CONNECT", Fault::Mesh),
                 RouteError::NoPort(..) => (Reason::NoPort, "CONNECT", Fault::App),
                 RouteError::NoAddress(_) => (Reason::NoAddress, "CONNECT", Fault::Mesh),
-                RouteError::OtherNetwork(_) => (Reason::OtherNetwork, "CONNECT", Fault::Mesh),
+                RouteError::OtherNetwork(..) => (Reason::OtherNetwork, "CONNECT", Fault::Mesh),
                 RouteError::Identity(..) => (Reason::BadIdentity, "CONNECT", Fault::Mesh),
                 RouteError::Protocol(_) => (Reason::Protocol, "CONNECT", Fault::Mesh),
                 RouteError::Unresolved(_) | RouteError::Resolve(_) => (Reason::NameNotResolved, "CONNECT", Fault::Mesh),
@@ -195,20 +195,7 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
         DialError::Connect { .. } => (Reason::Connect, "CONNECT", Fault::Peer),
         DialError::ConnectDeadline(_) => (Reason::ConnectDeadline, "CONNECT", Fault::Peer),
         DialError::Identity(_) => (Reason::Identity, "IDENTITY_ERROR", Fault::Us),
-        DialError::Tunnel(error) => match **error {
-            TunnelDialError::Blocked(_) => (Reason::TunnelBlocked, "NETWORK_POLICY", Fault::Peer),
-            TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
-            TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
-            TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
-            TunnelDialError::Tls(ref error) if clock_reason(error).is_some() => CLOCK,
-            TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
-            // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its
-            // refusal arrives as an HTTP/2 error.
-            TunnelDialError::Http2(ref error) if error.clock_reason().is_some() => CLOCK,
-            TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
-            TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
-            TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),
-        },
+        DialError::Tunnel(error) => tunnel_kind(error),
         DialError::Open(error) => match error {
             OpenError::Refused => (Reason::StreamRefused, "CONNECT", Fault::Peer),
             OpenError::TunnelGone(_) | OpenError::Broken(_) => (Reason::TunnelBroken, "CONNECT", Fault::Peer),
@@ -218,5 +205,24 @@ fn dial_kind(error: &DialError) -> (Reason, &'static str, Fault) {
         DialError::Unanswered => (Reason::ConnectDeadline, "CONNECT", Fault::Peer),
         DialError::AnswerDeadline => (Reason::AnswerDeadline, "CONNECT", Fault::Peer),
         DialError::Abandoned => (Reason::Abandoned, "CONNECT", Fault::App),
+    }
+}
+
+fn tunnel_kind(error: &TunnelDialError) -> (Reason, &'static str, Fault) {
+    match *error {
+        TunnelDialError::Blocked(_) => (Reason::TunnelBlocked, "NETWORK_POLICY", Fault::Peer),
+        TunnelDialError::Connect { .. } => (Reason::TunnelConnect, "CONNECT", Fault::Peer),
+        TunnelDialError::Netns(_) => (Reason::Netns, "CONNECT", Fault::Us),
+        TunnelDialError::Tls(ref error) if is_revoked(error) => REVOKED,
+        TunnelDialError::Tls(ref error) if clock_reason(error).is_some() => CLOCK,
+        TunnelDialError::Tls(_) => (Reason::TunnelTls, "TLS_FAILURE", Fault::Peer),
+        // With TLS 1.3 a server checks the client's certificate after the client's handshake is done, so its
+        // refusal arrives as an HTTP/2 error.
+        TunnelDialError::Http2(ref error) if error.clock_reason().is_some() => CLOCK,
+        TunnelDialError::Http2(_) => (Reason::TunnelHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
+        TunnelDialError::HandshakeDeadline(_) => (Reason::TunnelHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
+        TunnelDialError::Draining => (Reason::Drained, "CONNECT", Fault::Us),
+        TunnelDialError::Gateway { ref error, .. } => dial_kind(error),
+        TunnelDialError::Behind { ref error, .. } => tunnel_kind(error),
     }
 }

@@ -34,6 +34,10 @@ pub struct Connection {
     pub source_identity: Option<SpiffeName>,
     /// Identity of the destination: inbound the pod's own, outbound once the far end has proven it.
     pub destination_identity: OnceLock<SpiffeName>,
+    /// Uid of the gateway's workload through which another network is reached.
+    pub gateway: Option<Text>,
+    /// Identity of the gateway, once it has proven it.
+    pub gateway_identity: OnceLock<SpiffeName>,
     /// TLS version, key exchange and cipher, once there is a tunnel.
     pub tls: OnceLock<TlsFacts>,
     /// The rule that allowed it.

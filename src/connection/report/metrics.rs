@@ -285,6 +285,8 @@ mod tests {
                 service: None,
                 actual: to,
                 authority: None,
+                gateway: None,
+                gateway_identity: None,
                 rule: None,
             });
             (record, connection)

@@ -63,7 +63,7 @@ reasons! {
     NoEndpoint "no_endpoint" "The service has no usable endpoint: check the health of its endpoints and its traffic distribution";
     NoPort "no_port" "The service does not have this port";
     NoAddress "no_address" "The workload or service has no address";
-    OtherNetwork "other_network" "The destination is in another network; gateways to other networks are not supported yet";
+    OtherNetwork "other_network" "The destination is in another network and cannot be reached there: `error` says whether the gateway or the identities behind it are missing";
     Protocol "protocol" "The destination expects a tunnel protocol that this version does not support";
     ApplicationTunnel "application_tunnel" "The waypoint's application tunnel has a protocol or port that this version does not support";
     NameNotResolved "name_not_resolved" "The endpoint only has a host name, and the pod's resolvers cannot resolve it";

@@ -138,6 +138,8 @@ impl Record {
             service: details.service.as_ref().map(|service| service.key.hostname.clone()),
             source_identity: details.source_identity.clone(),
             destination_identity: details.destination_identity.clone().map(OnceLock::from).unwrap_or_default(),
+            gateway: details.gateway.clone(),
+            gateway_identity: OnceLock::new(),
             tls: OnceLock::new(),
             rule: details.rule.clone(),
             since: self.start,
@@ -152,12 +154,16 @@ impl Record {
         connection
     }
 
-    /// Sets the identity that the destination has proven.
-    pub fn proven(&mut self, destination: &SpiffeName) {
+    /// Sets the identity that the destination has proven, and that of the gateway on the way.
+    pub fn proven(&mut self, destination: &SpiffeName, gateway: Option<&SpiffeName>) {
         if let Some(opened) = &mut self.opened {
             opened.details.destination_identity = Some(destination.clone());
+            opened.details.gateway_identity = gateway.cloned();
             // Fails if it was set before; a connection has one destination.
             let _ = opened.connection.destination_identity.set(destination.clone());
+            if let Some(gateway) = gateway {
+                let _ = opened.connection.gateway_identity.set(gateway.clone());
+            }
         }
     }
 
@@ -245,7 +251,9 @@ fn labels(direction: Direction, details: &Details) -> TrafficLabels {
     let service = details.service.as_deref();
     let tls = details.source_identity.is_some();
     let principal = |identity: Option<&SpiffeName>| known(identity.map(ToString::to_string).as_deref());
-    let destination_identity = destination.and_then(|workload| workload.identity().ok());
+    // Behind a gateway, the workload may stand for many, of which each has its own identity.
+    let destination_identity =
+        destination.filter(|_| details.gateway.is_none()).and_then(|workload| workload.identity().ok());
     TrafficLabels {
         reporter: direction.reporter(),
         source_workload: known(source.map(|w| &*w.workload_name)),

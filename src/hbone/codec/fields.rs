@@ -20,6 +20,8 @@ pub const BAGGAGE: &str = "baggage";
 pub const FORWARDED: &str = "forwarded";
 /// The name of the header with the trace context (W3C Trace Context).
 pub const TRACEPARENT: &str = "traceparent";
+/// The name of the header with the network that a connection comes from (source: ztunnel's requests to other networks).
+pub const NETWORK: &str = "x-forwarded-network";
 
 /// Why fields are malformed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -124,6 +126,7 @@ pub struct RequestHead {
     baggage: Once,
     forwarded: Once,
     traceparent: Once,
+    network: Once,
 }
 
 impl RequestHead {
@@ -145,6 +148,7 @@ impl RequestHead {
             b"baggage" => self.baggage.came(value),
             b"forwarded" => self.forwarded.came(value),
             b"traceparent" => self.traceparent.came(value),
+            b"x-forwarded-network" => self.network.came(value),
             b"content-length" => {
                 let length = std::str::from_utf8(value).ok().and_then(|text| text.parse().ok());
                 self.content = Some(length.filter(|_| self.content.is_none()).unwrap_or(u64::MAX));
@@ -179,6 +183,7 @@ impl RequestHead {
             baggage: self.baggage.taken(),
             forwarded: self.forwarded.taken(),
             traceparent: self.traceparent.taken(),
+            network: self.network.taken(),
         }
     }
 }
@@ -198,6 +203,8 @@ pub struct RequestParts {
     pub forwarded: Option<String>,
     /// The header, if it is taken.
     pub traceparent: Option<String>,
+    /// The header, if it is taken.
+    pub network: Option<String>,
 }
 
 /// The fields of a response.

@@ -59,6 +59,11 @@ pub struct Rest {
 }
 
 impl Rest {
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.backlog.is_empty()
+    }
+
     /// The bytes, as pieces. They stay accounted for until `self` is dropped.
     pub fn take(&mut self) -> impl Iterator<Item = Vec<u8>> + use<> {
         std::mem::take(&mut self.backlog).into_chunks()

@@ -5,7 +5,7 @@ use super::batch::Batch;
 use super::rate::Rate;
 use super::work::Work;
 use crate::hbone::buffers::Account;
-use crate::hbone::error::{StreamFailure, TunnelError};
+use crate::hbone::error::{EndReason, StreamFailure, TunnelError};
 use crate::hbone::request::{ConnectRequest, RequestError};
 use crate::hbone::session::{Event, Session};
 use crate::hbone::tls::{Next, Tls};
@@ -49,6 +49,8 @@ pub struct Tunnel {
     pub closing: bool,
     /// No handle to it is left. Client only.
     pub unused: bool,
+    /// How the stream of another tunnel ended that carries it, if one does.
+    pub carrier: Option<EndReason>,
     /// The beginning of a record whose rest has not arrived.
     partial: Vec<u8>,
     /// What the socket did not take.
@@ -103,6 +105,7 @@ impl Tunnel {
             end: None,
             closing: false,
             unused: false,
+            carrier: None,
             partial: early,
             unsent: Unsent::default(),
             fresh: VecDeque::new(),
@@ -210,11 +213,12 @@ impl Tunnel {
         Ok(())
     }
 
-    /// Why the peer has closed the connection, if it has said so.
+    /// Why the connection has ended, if the peer has said so or the stream that carries it knows.
     fn closed(&self, otherwise: TunnelError) -> TunnelError {
-        match self.session.peer_error() {
-            Some((code, debug)) => TunnelError::GoAway { code: *code, debug: debug.clone() },
-            None => otherwise,
+        match (self.session.peer_error(), self.carrier.as_ref().and_then(|carrier| carrier.get())) {
+            (Some((code, debug)), _) => TunnelError::GoAway { code: *code, debug: debug.clone() },
+            (None, Some(reason)) => TunnelError::Carrier(reason.clone()),
+            (None, None) => otherwise,
         }
     }
 
@@ -299,7 +303,7 @@ impl Tunnel {
         self.end_streams(&error, work);
         match &*error {
             TunnelError::Cut(_) => reset_on_close(&self.socket),
-            TunnelError::Io(_) => {}
+            TunnelError::Io(_) | TunnelError::Carrier(_) => {}
             TunnelError::Rule { code, what, .. } => {
                 self.session.break_off(*code, what);
                 self.say_last(None, work);
@@ -316,7 +320,7 @@ impl Tunnel {
     /// Ends the tunnel because it cannot be written. What the peer said before it closed may tell why.
     pub fn end_after_reading(&mut self, error: TunnelError, work: &mut Work) {
         let error = match self.read(work) {
-            Err(said @ (TunnelError::Tls(_) | TunnelError::GoAway { .. })) => said,
+            Err(said @ (TunnelError::Tls(_) | TunnelError::GoAway { .. } | TunnelError::Carrier(_))) => said,
             _ => error,
         };
         self.end_with(error, work);

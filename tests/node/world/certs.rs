@@ -39,3 +39,20 @@ pub fn leaf(ca: &Path, dir: &Path, name: &str, uris: &[&str], from: i64, to: i64
 pub fn good(ca: &Path, dir: &Path, name: &str) -> Files {
     leaf(ca, dir, name, &[&spiffe(name)], -60, 3600)
 }
+
+/// The serial number of a certificate.
+pub fn serial(certificate: &Path) -> rcgen::SerialNumber {
+    let path = certificate.display().to_string();
+    let output = std::process::Command::new("openssl").args(["x509", "-noout", "-serial", "-in", &path]).output();
+    let text = String::from_utf8(output.unwrap().stdout).unwrap();
+    let digits = text.trim().strip_prefix("serial=").unwrap().as_bytes();
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    digits.chunks(2).map(byte).collect::<Vec<u8>>().into()
+}
+
+/// A list of revoked certificates of the CA in `ca`.
+pub fn crl(ca: &Path, serials: &[rcgen::SerialNumber]) -> String {
+    let key = KeyPair::from_pem(&std::fs::read_to_string(ca.join("ca.key")).unwrap()).unwrap();
+    let issuer = Issuer::from_ca_cert_pem(&std::fs::read_to_string(ca.join("ca.pem")).unwrap(), key).unwrap();
+    super::control_plane::signed_crl(&issuer, serials)
+}

@@ -48,23 +48,28 @@ impl Root {
 
     /// A list of revoked serials in PEM.
     pub fn crl(&self, serials: &[rcgen::SerialNumber]) -> String {
-        let now = OffsetDateTime::now_utc();
-        let revoked = |serial: &rcgen::SerialNumber| rcgen::RevokedCertParams {
-            serial_number: serial.clone(),
-            revocation_time: now,
-            reason_code: None,
-            invalidity_date: None,
-        };
-        let params = rcgen::CertificateRevocationListParams {
-            this_update: now,
-            next_update: now + Duration::days(1),
-            crl_number: rcgen::SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: serials.iter().map(revoked).collect(),
-            key_identifier_method: rcgen::KeyIdMethod::Sha256,
-        };
-        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+        signed_crl(&self.issuer, serials)
     }
+}
+
+/// A list of revoked certificates.
+pub fn signed_crl(issuer: &Issuer<'_, KeyPair>, serials: &[rcgen::SerialNumber]) -> String {
+    let now = OffsetDateTime::now_utc();
+    let revoked = |serial: &rcgen::SerialNumber| rcgen::RevokedCertParams {
+        serial_number: serial.clone(),
+        revocation_time: now,
+        reason_code: None,
+        invalidity_date: None,
+    };
+    let params = rcgen::CertificateRevocationListParams {
+        this_update: now,
+        next_update: now + Duration::days(1),
+        crl_number: rcgen::SerialNumber::from(1),
+        issuing_distribution_point: None,
+        revoked_certs: serials.iter().map(revoked).collect(),
+        key_identifier_method: rcgen::KeyIdMethod::Sha256,
+    };
+    params.signed_by(issuer).unwrap().pem().unwrap()
 }
 
 /// How the CA answers.

@@ -4,6 +4,7 @@ mod against_h2;
 mod costs;
 mod ends;
 mod exchange;
+mod inside;
 mod many;
 
 use super::*;
@@ -23,7 +24,7 @@ const SILENCE: Duration = Duration::from_secs(1000);
 
 fn connect() -> ConnectRequest {
     let authority = Authority::Address(([10, 0, 0, 1], 80).into());
-    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None }
+    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None, network: None }
 }
 
 /// An owner that passes on how its connection ended.

@@ -19,7 +19,7 @@ const CONFIG: Config = Config {
 
 fn connect() -> ConnectRequest {
     let authority = Authority::Address(([10, 0, 0, 1], 80).into());
-    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None }
+    ConnectRequest { authority, baggage: None, forwarded: None, traceparent: None, network: None }
 }
 
 /// The header block of a request.
