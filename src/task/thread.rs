@@ -10,11 +10,6 @@ use tokio_util::sync::CancellationToken;
 /// How long blocking work may continue after its runtime has ended.
 const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 
-/// Tasks that a runtime polls before it looks again at sockets and at its main future. One poll of a task may open a
-/// connection, which takes a tenth of a millisecond, and whatever is ready waits for all of them; looking takes a
-/// microsecond.
-const POLLS_PER_LOOK: u32 = 8;
-
 /// Runs blocking or long `work` on the runtime's pool of blocking threads. Returns `None` if it panics.
 pub async fn run_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
     tokio::task::spawn_blocking(work).await.ok()
@@ -65,7 +60,7 @@ pub fn start<F>(name: String, main: impl FnOnce() -> F + Send + 'static) -> io::
 where
     F: Future<Output = ()>,
 {
-    let runtime = Builder::new_current_thread().enable_all().event_interval(POLLS_PER_LOOK).build()?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
     let handle = runtime.handle().clone();
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         runtime.block_on(async move { main().await });
