@@ -173,6 +173,7 @@ fn connection_config(c: &mut Checker<'_>, proxy: &ProxyConfig, machine: Machine,
         pool: PoolConfig { max_streams: c.read(&connections::POOL_STREAMS), idle: c.read(&connections::POOL_IDLE) },
         max_connections: c.read_or(&connections::MAX_CONNECTIONS, default_limit),
         set_aside_max: c.read(&connections::SET_ASIDE_MAX),
+        waypoint_check: c.read(&connections::WAYPOINT_CHECK),
         localhost_app_tunnel: c.read(&connections::LOCALHOST_APP_TUNNEL),
         response_baggage: c.read(&connections::RESPONSE_BAGGAGE),
     }

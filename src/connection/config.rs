@@ -4,6 +4,29 @@ use super::dial::direct::SocketConfig;
 use super::dial::pool::PoolConfig;
 use crate::hbone;
 
+/// What happens to connections to a pod whose workload has a waypoint, if they have not come through it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WaypointCheck {
+    /// Nothing.
+    Off,
+    /// They are counted and logged.
+    #[default]
+    Report,
+    /// They are refused.
+    Enforce,
+}
+
+impl WaypointCheck {
+    /// The word of the setting.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Report => "report",
+            Self::Enforce => "enforce",
+        }
+    }
+}
+
 /// Settings of the data plane.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -22,6 +45,8 @@ pub struct Config {
     /// Whether a stream whose application expects a PROXY protocol header is delivered to the pod's loopback address
     /// instead of its own address.
     pub localhost_app_tunnel: bool,
+    /// What happens to connections that have bypassed the waypoint of their destination.
+    pub waypoint_check: WaypointCheck,
     /// Whether the 200 that accepts a stream carries the workload's baggage header.
     pub response_baggage: bool,
 }

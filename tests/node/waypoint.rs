@@ -75,3 +75,47 @@ fn an_application_tunnel_is_told_by_proxy_protocol_who_asks_for_what() {
     assert_eq!(u16::from_be_bytes([rest[10], rest[11]]), 8080);
     assert_eq!((rest[12], &rest[15..]), (0xd0, &b"spiffe://cluster.local/ns/ns/sa/client"[..]));
 }
+
+#[test]
+fn who_bypasses_the_waypoint_of_a_workload_is_reported_or_refused_at_the_destination() {
+    for (check, refused) in [("report", false), ("enforce", true), ("off", false)] {
+        let mut w = World::new();
+        let (client, way) = (w.mesh_pod("client", 1), w.mesh_pod("way", 1));
+        let (server, stranger) = (w.mesh_pod("server", 2), w.plain_pod("stranger", 1));
+        apps::serve(&server.netns, 8080, apps::who);
+        w.write_mesh();
+        // The clients' node does not know of the waypoint.
+        w.mesh.of("server")["waypoint"] = json!({"destination": format!("/{}", way.v4), "hboneMtlsPort": 15008});
+        crate::world::replace(&w.mesh_file(2), &w.mesh.json());
+        for node in [1, 2] {
+            w.write_pods(node, &w.captured_pods(node));
+            w.start_node(node, &[("CULVERT_WAYPOINT_CHECK", check)]);
+            w.wait_captured(node);
+        }
+        let to = (server.v4, 8080);
+        assert!(ask(&way.netns, to, "x").is_ok(), "the waypoint itself");
+        let bypassed = || w.metric(2, "culvert_waypoint_bypassed_total", &[]);
+        assert_eq!(bypassed(), 0.0);
+        for from in [&client, &stranger] {
+            assert_eq!(ask(&from.netns, to, "x").is_err(), refused, "{check}: {}", from.name);
+        }
+        assert_eq!(bypassed(), if check == "off" { 0.0 } else { 2.0 }, "{check}");
+        let said = |line: &serde_json::Value, key: &str| {
+            line[key].as_str().is_some_and(|text| text.contains("bypassed the waypoint") && text.contains("sa/client"))
+        };
+        match check {
+            "report" => drop(w.log_line(2, "it is reported", |line| said(line, "message"))),
+            "enforce" => {
+                let line = w.log_line(2, "it is refused", |line| said(line, "error"));
+                assert_eq!(line["reason"], "waypoint_bypassed");
+                w.log_line(1, "the client's node says so", |line| line["reason"] == "peer_denied");
+                w.log_line(2, "plaintext too", |line| {
+                    line["error"]
+                        .as_str()
+                        .is_some_and(|error| error.contains(&format!("{} without identity", stranger.v4)))
+                });
+            }
+            _ => {}
+        }
+    }
+}

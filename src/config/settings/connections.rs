@@ -1,8 +1,9 @@
 //! Settings of the data plane: addresses, threads, limits, HTTP/2 and TCP.
 
-use crate::config::kind::{Custom, Number, Switch, Time};
+use crate::config::kind::{Custom, Number, Switch, Time, Words};
 use crate::config::parse::{self, Threads};
 use crate::config::setting::{Described, Setting};
+use crate::connection::config::WaypointCheck;
 use serde_json::json;
 
 /// Sizes that HTTP/2 accepts for a window (RFC 9113, sections 6.5.2 and 6.9.1); a smaller one than the protocol's
@@ -10,6 +11,10 @@ use serde_json::json;
 const WINDOW: Number<u32> = Number(65_535, 2_147_483_647);
 /// Sizes that HTTP/2 accepts for a frame (RFC 9113, section 6.5.2).
 const FRAME: Number<u32> = Number(16_384, 16_777_215);
+
+/// Words of `CULVERT_WAYPOINT_CHECK`.
+const WAYPOINT_CHECKS: Words<WaypointCheck> =
+    Words(&[("off", WaypointCheck::Off), ("report", WaypointCheck::Report), ("enforce", WaypointCheck::Enforce)]);
 
 settings! {
     IPV6: Switch = Setting::new("ipv6", "IPV6_ENABLED", Switch)
@@ -102,6 +107,13 @@ settings! {
         .or("true")
         .help("Send the baggage of the accepting workload with the 200 of an accepted stream.")
         .shown("enableResponseBaggage", |c| json!(c.connection.response_baggage));
+    WAYPOINT_CHECK: Words<WaypointCheck> = Setting::new("waypoint-check", "CULVERT_WAYPOINT_CHECK", WAYPOINT_CHECKS)
+        .or("report")
+        .help(
+            "What happens to connections to a pod whose workload has a waypoint, if they have not come through it: `report` counts \
+             and logs them, `enforce` refuses them.",
+        )
+        .shown("waypointCheck", |c| json!(c.connection.waypoint_check.word()));
     LOCALHOST_APP_TUNNEL: Switch = Setting::new("localhost-app-tunnel", "LOCALHOST_APP_TUNNEL", Switch)
         .or("true")
         .help("Deliver streams that begin with a PROXY protocol header to the pod's loopback address.")

@@ -51,12 +51,21 @@ pub enum LocalError {
     /// The application expects the dialled address, and the service that was asked for by name has none.
     #[error("requested service {0} found, but has no IP addresses")]
     NoVip(String),
+    /// The workload has a waypoint, and the connection has not come through it.
+    #[error("the connection has bypassed the waypoint {waypoint}: it comes from {peer}")]
+    Bypassed {
+        /// The waypoint.
+        waypoint: String,
+        /// Who connected instead.
+        peer: String,
+    },
 }
 
 impl LocalError {
     /// The HTTP status for the peer (source: ztunnel's inbound HBONE handling).
     pub fn status(&self) -> StatusCode {
         match self {
+            Self::Bypassed { .. } => StatusCode::UNAUTHORIZED,
             Self::IpMismatch { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownHost(_) | Self::UnknownPort(..) | Self::Loop(_) | Self::Delivery | Self::NoVip(_) => {
                 StatusCode::SERVICE_UNAVAILABLE

@@ -5,7 +5,7 @@
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError};
 use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, Text, Workload};
+use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, SpiffeName, Text, Workload};
 use std::sync::Arc;
 
 /// A waypoint, resolved to a workload.
@@ -79,4 +79,17 @@ pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload
         Some(ServiceOrWorkload::Service(service)) => workload.services.contains_key(&service.key),
         None => false,
     }
+}
+
+/// The waypoint of a workload, if a connection from `peer` to it has not come through it. The waypoint itself may be
+/// reached by everybody.
+pub fn bypassed<'a>(snapshot: &Snapshot, workload: &'a Workload, peer: Option<&SpiffeName>) -> Option<&'a GatewayRef> {
+    let wanted = workload.waypoint.as_ref().filter(|wanted| !is_behind(snapshot, wanted, workload))?;
+    let is_peer = |one: &Workload| peer.is_some_and(|peer| one.has_identity(peer));
+    let came_through = match snapshot.gateway(wanted, &workload.namespace) {
+        Some(ServiceOrWorkload::Workload(one)) => is_peer(&one),
+        Some(ServiceOrWorkload::Service(service)) => snapshot.endpoints(&service.key).any(|one| is_peer(one.workload)),
+        None => false,
+    };
+    (!came_through).then_some(wanted)
 }

@@ -2,7 +2,7 @@
 //! authorize, dial, forward and report, as a task of the same worker.
 
 use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone};
-use super::lookup::{facts_for, own_credentials, own_facts};
+use super::lookup::{check_waypoint, facts_for, own_credentials, own_facts};
 use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, TunnelStop, tunnel as tunnelled};
 use crate::connection::authorize::{self, Registration, Subject};
 use crate::connection::budget::Reservation;
@@ -228,6 +228,7 @@ async fn admit(
     let snapshot = facts_for(&shared.mesh, pod, snapshot, &workload, &request.authority).await?;
     let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
+    check_waypoint(worker, pod, &workload, peer.source.ip(), Some(&peer.identity)).await?;
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);

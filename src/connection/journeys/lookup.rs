@@ -1,13 +1,17 @@
 //! What the journeys ask: the pod's own facts and certificate, and the route. Finding a route may need several
 //! questions to an on-demand control plane or to the pod's resolvers.
 
-use crate::connection::choose::{self, Chance, Known, Pick, ResolvedNames, RouteError, Witness, route::Route};
+use crate::connection::choose::{
+    self, Chance, Known, LocalError, Pick, ResolvedNames, RouteError, Witness, route::Route,
+};
+use crate::connection::config::WaypointCheck;
 use crate::connection::pod::Pod;
 use crate::connection::report::Failure;
 use crate::connection::worker::{Shared, Worker};
 use crate::hbone::Authority;
 use crate::identity::Credentials;
-use crate::mesh::{FactKey, Snapshot, Store, Workload};
+use crate::mesh::{FactKey, Snapshot, SpiffeName, Store, Workload};
+use crate::telemetry::limit::LogLimit;
 use rand::seq::SliceRandom;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -35,6 +39,40 @@ pub async fn facts_for(
         }
     }
     Ok(snapshot)
+}
+
+/// Looks whether a connection from `peer` has bypassed the waypoint of the pod's workload. That is reported, or refused,
+/// as the setting says.
+pub async fn check_waypoint(
+    worker: &Worker,
+    pod: &Pod,
+    workload: &Workload,
+    source: IpAddr,
+    peer: Option<&SpiffeName>,
+) -> Result<(), Failure> {
+    let Shared { mesh, config, reporter, .. } = &*worker.shared;
+    let Some(waypoint) = workload.waypoint.as_ref().filter(|_| config.waypoint_check != WaypointCheck::Off) else {
+        return Ok(());
+    };
+    if let Some(wanted) = mesh.load().unasked(FactKey::of_gateway(waypoint)) {
+        // Without an answer, the connection counts as one that has bypassed it.
+        let _ = mesh.ask(&pod.uid, wanted).await;
+    }
+    let Some(waypoint) = choose::waypoint::bypassed(&mesh.load(), workload, peer) else { return Ok(()) };
+    reporter.metrics.bypassed.inc();
+    let error = LocalError::Bypassed {
+        waypoint: waypoint.target.to_string(),
+        peer: peer.map_or_else(|| format!("{source} without identity"), ToString::to_string),
+    };
+    if config.waypoint_check == WaypointCheck::Enforce {
+        return Err(error.into());
+    }
+    static LIMIT: std::sync::LazyLock<LogLimit> = std::sync::LazyLock::new(LogLimit::default);
+    if let Some(suppressed) = LIMIT.allow() {
+        let uid = &*workload.uid;
+        tracing::event!(target: "authorize", tracing::Level::WARN, dst.workload = uid, suppressed, "{error}");
+    }
+    Ok(())
 }
 
 /// The certificate of the pod's own workload.

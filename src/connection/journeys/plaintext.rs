@@ -2,7 +2,7 @@
 //! destination is the original destination, and the client has no identity.
 
 use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
-use super::lookup::own_facts;
+use super::lookup::{check_waypoint, own_facts};
 use crate::connection::authorize::Subject;
 use crate::connection::pod::Pod;
 use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
@@ -41,6 +41,7 @@ async fn plaintext_steps(
         own.check_plaintext(destination, is_ours)
     })?;
     let source = captured.source.ip();
+    check_waypoint(worker, pod, &workload, source, None).await?;
     let subject = Subject { peer: None, source, destination };
     // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);

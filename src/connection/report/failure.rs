@@ -126,6 +126,7 @@ impl Failure {
                 LocalError::UnknownPort(..) => (Reason::NoPort, "CONNECT", Fault::Peer),
                 LocalError::Loop(_) => (Reason::Loop, "CONNECT", Fault::Peer),
                 LocalError::Delivery => (Reason::ApplicationTunnel, "CONNECT", Fault::Us),
+                LocalError::Bypassed { .. } => (Reason::WaypointBypassed, "DENY", Fault::Policy),
                 LocalError::NoVip(_) => (Reason::NoAddress, "CONNECT", Fault::Mesh),
             },
             Self::Dial(error) => dial_kind(error),

@@ -164,6 +164,8 @@ pub struct Metrics {
     pub failures: Family<FailureLabels, Counter>,
     /// Decisions of egress policies.
     pub egress: Family<EgressLabel, Counter>,
+    /// Connections to a workload with a waypoint that have not come through it.
+    pub bypassed: Counter,
     /// Endpoints that failed.
     pub endpoints: choose::metrics::Metrics,
 }
@@ -221,6 +223,9 @@ impl Metrics {
         registry.register("culvert_connection_failures", failures, self.failures.clone());
         let egress = "Decisions of egress policies about connections to destinations outside the mesh: allowed, logged, denied, \
                       and would_deny by a dry-run policy. Open connections are decided again when the policies change";
+        let bypassed = "Connections to a pod whose workload has a waypoint that have not come through it. They are refused if \
+                        CULVERT_WAYPOINT_CHECK is enforce";
+        registry.register("culvert_waypoint_bypassed", bypassed, self.bypassed.clone());
         registry.register("culvert_egress_decisions", egress, self.egress.clone());
         self.endpoints.register(registry);
     }

@@ -60,6 +60,7 @@ reasons! {
     ConnectDeadline "connect_deadline" "The destination or the application does not answer";
     AnswerDeadline "answer_deadline" "The far end's node accepted the request and did not answer in time: check its log";
     WaypointUnknown "waypoint_unknown" "The destination's waypoint cannot be found or has no usable endpoint: `error` names it and the reason";
+    WaypointBypassed "waypoint_bypassed" "The pod's workload has a waypoint, and the connection has not come through it (`CULVERT_WAYPOINT_CHECK`): the client's facts may be old, or it is not in the mesh";
     NoEndpoint "no_endpoint" "The service has no usable endpoint: check the health of its endpoints and its traffic distribution";
     NoPort "no_port" "The service does not have this port";
     NoAddress "no_address" "The workload or service has no address";
