@@ -84,8 +84,8 @@ impl PartialEq for Netns {
 impl Eq for Netns {}
 
 thread_local! {
-    /// The thread's own namespace, opened before the thread leaves it for the first time.
-    static HOME: OnceCell<File> = const { OnceCell::new() };
+    /// The thread's own namespace, with its device and inode, opened before the thread leaves it for the first time.
+    static HOME: OnceCell<(File, (u64, u64))> = const { OnceCell::new() };
 }
 
 /// Returns the thread to its own namespace when dropped. A thread that could not return would from then on make other
@@ -94,7 +94,7 @@ struct HomeGuard;
 
 impl Drop for HomeGuard {
     fn drop(&mut self) {
-        let home = HOME.with(|home| home.get().map(|file| setns(file.as_fd(), CloneFlags::CLONE_NEWNET)));
+        let home = HOME.with(|home| home.get().map(|(file, _)| setns(file.as_fd(), CloneFlags::CLONE_NEWNET)));
         if !matches!(home, Some(Ok(()))) {
             tracing::error!("a thread cannot return from a pod's network namespace; the process aborts");
             std::process::abort();
@@ -166,17 +166,24 @@ impl Netns {
     }
 
     /// Runs `work` on this thread inside the namespace, and returns to the thread's own namespace, also if `work`
-    /// panics. `work` must be short and must not wait, because the thread serves other pods too.
+    /// panics. `work` must be short and must not wait, because the thread serves other pods too. Nothing is entered
+    /// where this is the thread's own namespace, so that this needs no right.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> Result<T, NetnsError> {
         let failed = |source| NetnsError::Enter { path: self.inner.path.clone(), source };
-        HOME.with(|home| {
-            if home.get().is_none() {
-                let file = File::open("/proc/thread-self/ns/net").map_err(failed)?;
-                // The cell belongs to this thread, so it is still empty.
-                let _ = home.set(file);
+        let own = HOME.with(|home| {
+            if let Some((_, id)) = home.get() {
+                return Ok(*id);
             }
-            Ok(())
+            let file = File::open("/proc/thread-self/ns/net").map_err(failed)?;
+            let metadata = file.metadata().map_err(failed)?;
+            let id = (metadata.dev(), metadata.ino());
+            // The cell belongs to this thread, so it is still empty.
+            let _ = home.set((file, id));
+            Ok(id)
         })?;
+        if own == self.inner.id {
+            return Ok(work());
+        }
         setns(self.inner.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| failed(e.into()))?;
         let _guard = HomeGuard;
         Ok(work())

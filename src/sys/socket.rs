@@ -79,9 +79,14 @@ pub fn set_tunnel_options(socket: &impl AsFd, unacknowledged: Duration, options:
     SockRef::from(socket).set_tcp_notsent_lowat(UNSENT_MAX)
 }
 
+/// Marks a socket. Mark 0 leaves it as it is, because setting any mark needs CAP_NET_ADMIN.
+fn set_mark(socket: &Socket, mark: u32) -> io::Result<()> {
+    if mark == 0 { Ok(()) } else { socket.set_mark(mark) }
+}
+
 /// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with
 /// `reuse_port` a second daemon may share the port. It is marked, and transparent so that it can answer from foreign
-/// addresses.
+/// addresses; with mark 0 it is neither, and binding it needs no right.
 pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
@@ -93,8 +98,10 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     } else {
         socket.set_reuse_address(true)?;
     }
-    socket.set_mark(mark)?;
-    socket.set_ip_transparent_v4(true)?;
+    if mark != 0 {
+        socket.set_mark(mark)?;
+        socket.set_ip_transparent_v4(true)?;
+    }
     let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
     socket.bind(&SocketAddr::new(any, port).into())?;
     socket.listen(BACKLOG)?;
@@ -105,7 +112,7 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
 /// are redirected to it from the same machine.
 pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = bound(port, v4, Type::STREAM, reuse_port)?;
-    socket.set_mark(mark)?;
+    set_mark(&socket, mark)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
@@ -135,7 +142,7 @@ fn bound(port: u16, v4: bool, kind: Type, reuse_port: bool) -> io::Result<Socket
 /// Makes a marked, non-blocking datagram socket that is connected to `to`, in the thread's current namespace.
 pub fn outgoing_datagram(to: SocketAddr, mark: u32) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
-    socket.set_mark(mark)?;
+    set_mark(&socket, mark)?;
     socket.connect(&to.into())?;
     Ok(socket.into())
 }
@@ -153,7 +160,7 @@ pub struct Bind {
 /// that set `SO_REUSEADDR` can still listen on its local port.
 pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-    socket.set_mark(mark)?;
+    set_mark(&socket, mark)?;
     set_leg_options(&socket, legs)?;
     socket.set_reuse_address(true)?;
     if let Some(Bind { address, foreign }) = bind {
