@@ -73,6 +73,16 @@ pub enum Command {
         #[command(flatten)]
         node: Box<NodeArgs>,
     },
+    /// Redirect the traffic of this network namespace to a daemon in dedicated mode, and end. An init container or a
+    /// systemd unit does this before it starts the daemon; it needs CAP_NET_ADMIN.
+    Redirect {
+        /// Remove the redirection instead.
+        #[arg(long)]
+        remove: bool,
+        /// Settings.
+        #[command(flatten)]
+        node: Box<NodeArgs>,
+    },
     /// Remove every trace of culvert from this node, once no daemon runs on it.
     Cleanup(CleanupArgs),
     /// Run as the CNI plugin. The container runtime does this (CNI_COMMAND, CNI_NETNS, CNI_ARGS, and a configuration on

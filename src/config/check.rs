@@ -7,10 +7,10 @@ use super::environment::Environment;
 use super::istio::{self, ProxyConfig};
 use super::parse::Threads;
 use super::settings::{certificates, connections, mesh, node as node_settings, pods, process};
-use super::{CaSource, Config, Faults, MeshSource, kubernetes};
+use super::{CaSource, Config, Faults, MeshSource, dedicated, kubernetes};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
-use crate::node::PodSource;
+use crate::node::{OwnWorkload, PodSource};
 use crate::sys::socket::{Keepalive, LegOptions};
 use crate::{admin, connection, hbone, node, ports, telemetry};
 use std::collections::BTreeMap;
@@ -46,9 +46,12 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
     let c = &mut checker;
     environment.check_refused(c);
     let proxy = istio::proxy_config(c, environment);
+    let own = dedicated::own_workload(c);
+    let mark = c.read(&pods::PACKET_MARK);
     let shared = Shared {
         ipv6: c.read(&connections::IPV6),
-        mark: c.read(&pods::PACKET_MARK),
+        // In dedicated mode the daemon has no right to mark packets.
+        mark: if own.is_none() { mark } else { 0 },
         drain_deadline: drain_deadline(c),
     };
     let trust_domain = c.read(&certificates::TRUST_DOMAIN);
@@ -59,7 +62,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         only_post_quantum: c.read(&certificates::COMPLIANCE_POLICY),
         node_name: c.text(&node_settings::NODE_NAME).unwrap_or_default().to_owned(),
         network: c.text(&node_settings::NETWORK).unwrap_or_default().to_owned(),
-        own_pod: istio::own_pod(c),
+        own_pod: istio::own_pod(c).filter(|_| own.is_none()),
         secret_ttl: c.read(&certificates::SECRET_TTL),
         trust_domain_aliases: c.read(&certificates::TRUST_DOMAIN_ALIASES),
         trust_domain: trust_domain.clone(),
@@ -71,7 +74,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         },
         connection: connection_config(c, &proxy, machine, shared.mark),
         dns: istio::dns(c, environment, &proxy, shared.ipv6, shared.mark),
-        node: node_config(c, environment, shared, trust_domain),
+        node: node_config(c, environment, shared, trust_domain, own),
         log: log_config(c),
         state_files: match c.path(&mesh::STATE_FILE) {
             Some(file) => vec![file.clone(), kubernetes::pods_state_file(&file)],
@@ -123,11 +126,20 @@ fn log_config(c: &mut Checker<'_>) -> telemetry::log::Config {
     telemetry::log::Config { filter, json: c.read(&process::LOG_FORMAT) }
 }
 
-fn node_config(c: &mut Checker<'_>, environment: &Environment, shared: Shared, trust_domain: String) -> node::Config {
+fn node_config(
+    c: &mut Checker<'_>,
+    environment: &Environment,
+    shared: Shared,
+    trust_domain: String,
+    own: Option<OwnWorkload>,
+) -> node::Config {
     let proc = istio::host_proc(c, environment);
-    let source = kubernetes::pods_source(c, &proc);
+    let source = match own {
+        Some(own) => PodSource::Own(own),
+        None => kubernetes::pods_source(c, &proc),
+    };
     node::Config {
-        redirect: !matches!(source, PodSource::Agent(_)),
+        redirect: !matches!(source, PodSource::Agent(_) | PodSource::Own(_)),
         source,
         node_name: c.text(&node_settings::NODE_NAME).unwrap_or_default().to_owned(),
         host_netns: c.path(&pods::HOST_NETNS).unwrap_or_else(|| proc.join("1/ns/net")),
@@ -161,7 +173,7 @@ fn connection_config(c: &mut Checker<'_>, proxy: &ProxyConfig, machine: Machine,
         sockets: SocketConfig {
             mark,
             legs: LegOptions { keepalive, notsent_lowat: Some(NOTSENT_LOWAT_BYTES) },
-            keep_source: c.read(&connections::KEEP_SOURCE),
+            keep_source: c.read(&connections::KEEP_SOURCE) && mark != 0,
         },
         hbone: hbone::Config {
             stream_window: c.read(&connections::STREAM_WINDOW),
@@ -233,18 +245,14 @@ mod tests {
                 ("LOG_FORMAT", "yaml"),
             ][..],
         );
-        let environment = [
-            ("ISTIO_METAJSON_A", "{"),
-            ("CA_HEADER_A B", "hunter2"),
-            ("PROXY_MODE", "dedicated"),
-            ("FAKE_CA", "false"),
-        ];
+        let environment =
+            [("ISTIO_METAJSON_A", "{"), ("CA_HEADER_A B", "hunter2"), ("ENABLE_PROXY", "false"), ("FAKE_CA", "false")];
         let Faults(faults) = check(&args, &environment[..].into(), MACHINE).unwrap_err();
         for name in [
             "XDS_ADDRESS (--xds-address): \"http://istiod\"",
             "ISTIO_METAJSON_A: is not JSON",
             "CA_HEADER_A B: is not an HTTP header",
-            "PROXY_MODE: \"dedicated\" is not supported",
+            "ENABLE_PROXY: \"false\" is not supported",
             "PROXY_CONFIG (--proxy-config):",
             "INSTANCE_IP (--instance-ip): \"here\"",
             "ZTUNNEL_RESOURCE_CPU_LIMIT (--resource-cpu-limit): \"many\"",

@@ -41,8 +41,7 @@ pub struct Refused {
 }
 
 /// Variables of ztunnel that are refused where they ask for something that culvert does not do.
-pub const REFUSED: [Refused; 6] = [
-    Refused { variable: "PROXY_MODE", accepted: "shared", instead: "one daemon serves all pods of a node" },
+pub const REFUSED: [Refused; 5] = [
     Refused { variable: "ENABLE_PROXY", accepted: "true", instead: "the daemon always carries connections" },
     Refused { variable: "FAKE_CA", accepted: "false", instead: "use CULVERT_CA_DIR for a CA without Istio" },
     Refused { variable: "LOCAL_XDS", accepted: "", instead: "use LOCAL_XDS_PATH" },

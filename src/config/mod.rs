@@ -6,6 +6,7 @@
 pub mod args;
 pub mod check;
 mod checker;
+pub mod dedicated;
 mod duration;
 pub mod environment;
 mod istio;

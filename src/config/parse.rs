@@ -1,7 +1,7 @@
 //! Readers of the values that have a form of their own. Pure.
 
 use super::kind::{Custom, number};
-use crate::mesh::SpiffeName;
+use crate::mesh::{SpiffeName, Text};
 use crate::node::selectors::{EnablementSelector, read_selectors};
 use crate::rpc::{Token, tls::Roots};
 use http::Uri;
@@ -108,6 +108,34 @@ pub const PACKET_MARK: Custom<u32> = Custom { expected: "a number from 1 to 4095
 
 fn packet_mark(text: &str) -> Result<u32, String> {
     number(text, 1..=0xfff).ok().filter(|mark| *mark != 0x111).ok_or_else(|| PACKET_MARK.expected.into())
+}
+
+/// A workload, by namespace, name and service account.
+pub const WORKLOAD: Custom<[Text; 3]> = Custom { expected: "namespace/name/serviceaccount", read: workload };
+
+fn workload(text: &str) -> Result<[Text; 3], String> {
+    let parts: Vec<&str> = text.split('/').collect();
+    match parts[..] {
+        [namespace, name, account]
+            if !name.is_empty() && SpiffeName::new("cluster.local", namespace, account).is_ok() =>
+        {
+            Ok([namespace.into(), name.into(), account.into()])
+        }
+        _ => Err(WORKLOAD.expected.into()),
+    }
+}
+
+/// Most ports that may be listed.
+const PORTS_MAX: usize = 256;
+
+/// Ports, separated by commas.
+pub const PORTS: Custom<Vec<u16>> =
+    Custom { expected: "up to 256 ports from 1 to 65535, comma-joined", read: read_ports };
+
+fn read_ports(text: &str) -> Result<Vec<u16>, String> {
+    let ports = text.split(',').map(|port| port.trim().parse().ok().filter(|port| *port != 0));
+    let ports: Option<Vec<u16>> = ports.collect();
+    ports.filter(|ports| ports.len() <= PORTS_MAX).ok_or_else(|| PORTS.expected.into())
 }
 
 /// Root certificates. The form of the text says what it is, never whether a file exists at the moment: it may be

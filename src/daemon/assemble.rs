@@ -22,7 +22,7 @@ use crate::dns::Dns;
 use crate::hbone::Buffers;
 use crate::identity::istio_ca::IstioCa;
 use crate::identity::revoked::{self, Revocations};
-use crate::identity::{Builtin, CertificateAuthority, CertificateStore};
+use crate::identity::{Builtin, CertificateAuthority, CertificateStore, Signer};
 use crate::mesh::{SpiffeName, Store as Mesh};
 use crate::node::capture::Capturer;
 use crate::sys::netns::Netns;
@@ -291,10 +291,15 @@ fn certificates(
     metrics: &Metrics,
 ) -> Arc<CertificateStore> {
     let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect();
-    let authority = match &config.ca {
-        CaSource::Builtin(dir) => CertificateAuthority::Builtin(Builtin::new(dir, config.secret_ttl)),
-        CaSource::Istio(rpc) => CertificateAuthority::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
+    let signer = match &config.ca {
+        CaSource::Builtin(dir) => Signer::Builtin(Builtin::new(dir, config.secret_ttl)),
+        CaSource::Istio(rpc) => Signer::Istio(Box::new(IstioCa::new((**rpc).clone(), config.secret_ttl))),
     };
+    let only = match &config.node.source {
+        node::PodSource::Own(own) => Some((own.namespace.clone(), own.service_account.clone())),
+        _ => None,
+    };
+    let authority = CertificateAuthority { signer, only };
     CertificateStore::new(authority, aliases, revocations.clone(), background.clone(), metrics.identities.clone())
 }
 

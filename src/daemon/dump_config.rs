@@ -38,7 +38,6 @@ fn fixed(c: &Config) -> Map<String, Value> {
         ("dnsProxyAddr", on(any, ports::DNS)),
         ("illegalPorts", json!(in_pod(c.dns.capture))),
         ("proxy", json!(true)),
-        ("proxyMode", json!("Shared")),
         ("fakeCa", json!(false)),
         ("settings", json!(c.settings)),
     ];

@@ -21,10 +21,10 @@ use crate::config::kind::File;
 use crate::config::plugin::Call;
 use crate::config::setting::Setting;
 use crate::config::settings;
-use crate::config::{CaSource, Config, Faults, MeshSource};
+use crate::config::{CaSource, Config, Faults, MeshSource, dedicated};
 use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
-use crate::node::PodSource;
+use crate::node::{PodSource, own_rules};
 use crate::{control, node, sys};
 use crate::{demo, doctor};
 use std::io::Write;
@@ -62,6 +62,7 @@ pub fn run(cli: Cli) -> ExitCode {
                 Err(error) => fail(1, &error),
             }
         }
+        Command::Redirect { remove, node } => redirect_command(&node, remove),
         Command::Cleanup(args) if args.stay => stay(),
         Command::Cleanup(args) => {
             let config = check(&args.node, &Environment::of_process(), machine());
@@ -81,6 +82,34 @@ pub fn run(cli: Cli) -> ExitCode {
             ),
         },
         Command::Version => say(&version::text()),
+    }
+}
+
+/// Writes or removes the rules of this network namespace.
+fn redirect_command(args: &NodeArgs, remove: bool) -> ExitCode {
+    let rules = match dedicated::redirect(args, &Environment::of_process()) {
+        Ok(rules) => rules,
+        Err(faults) => return fail(EXIT_CONFIG, &faults.to_string()),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(1, &error.to_string()),
+    };
+    let done = runtime.block_on(async {
+        match remove {
+            true => own_rules::remove().await.map(|there| match there {
+                true => "the redirection is removed".to_owned(),
+                false => "there is no redirection".to_owned(),
+            }),
+            false => own_rules::write(&rules).await.map(|mut lines| {
+                lines.push(format!("the traffic of all users but {} is redirected to culvert", rules.user));
+                lines.join("\n")
+            }),
+        }
+    });
+    match done {
+        Ok(text) => say(&text),
+        Err(error) => fail(1, &error.to_string()),
     }
 }
 
@@ -188,6 +217,7 @@ fn sources(config: &Config) -> String {
         PodSource::Kubernetes(kubernetes) => {
             format!("pods of node {} from the Kubernetes API (not asked)", kubernetes.node_name)
         }
+        PodSource::Own(own) => format!("one workload, {}/{}", own.namespace, own.name),
     };
     let ca = match &config.ca {
         CaSource::Builtin(dir) => format!("certificates from the CA in {}", dir.display()),
@@ -197,19 +227,30 @@ fn sources(config: &Config) -> String {
 }
 
 fn node_command(args: &NodeArgs) -> ExitCode {
-    if !sys::limits::is_root() {
-        return fail(
-            1,
-            "culvert node must run as root, because it enters pods' network namespaces and writes nftables rules there \
-             (CAP_SYS_ADMIN, CAP_NET_ADMIN)",
-        );
-    }
     match checked(args) {
-        Ok(config) => match assemble::node(config) {
+        Ok(config) => match may_run(&config).and_then(|()| assemble::node(config)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(1, &format!("{error:#}")),
         },
         Err(faults) => fail(EXIT_CONFIG, &faults.to_string()),
+    }
+}
+
+/// Whether this process has the user that it needs.
+fn may_run(config: &Config) -> anyhow::Result<()> {
+    let user = sys::limits::user();
+    match &config.node.source {
+        PodSource::Own(own) if user != own.user => anyhow::bail!(
+            "in dedicated mode culvert node must run as user {} (CULVERT_REDIRECT_UID), because the redirection knows its traffic by that; \
+             this is user {user}",
+            own.user
+        ),
+        PodSource::Own(_) => Ok(()),
+        _ if user != 0 => anyhow::bail!(
+            "culvert node must run as root, because it enters pods' network namespaces and writes nftables rules there \
+             (CAP_SYS_ADMIN, CAP_NET_ADMIN)"
+        ),
+        _ => Ok(()),
     }
 }
 

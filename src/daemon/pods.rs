@@ -1,4 +1,4 @@
-//! Starts the source of this node's pods: the Kubernetes API, the agent, or the pods file.
+//! Starts the source of this node's pods: the Kubernetes API, the agent, the pods file, or the daemon's own workload.
 
 use super::metrics::Metrics;
 use crate::config::Config;
@@ -51,6 +51,10 @@ impl Enrolment<'_> {
         let drain = capturer.drain.signal();
         match config.node.source.clone() {
             PodSource::File(path) => background.spawn(node::pods_file::follow(pods, path, pending)),
+            PodSource::Own(own) => {
+                let (capturer, board, ready) = (capturer.clone(), board.clone(), ready.clone());
+                background.spawn(node::own_workload::serve(own, pods, capturer, board, ready, pending));
+            }
             PodSource::Agent(path) => {
                 let client = zds::Client { path, pods, metrics: metrics.agent, ready: Some(pending), said: None };
                 background.spawn(client.run(ready.clone().until(facts), drain));

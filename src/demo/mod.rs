@@ -64,7 +64,7 @@ pub fn run(args: &DemoArgs) -> ExitCode {
 /// What is missing on this machine, one line for each thing, with what to do.
 fn lacking() -> Vec<String> {
     let mut lines = Vec::new();
-    if !sys::limits::is_root() {
+    if sys::limits::user() != 0 {
         lines.push("must run as root, because it makes network namespaces and captures packets (try sudo)".to_owned());
     }
     for (program, package) in PROGRAMS {

@@ -72,10 +72,11 @@ async fn rules(config: &Config) -> Finding {
     let ipv6 = config.node.ipv6 && netns.has_ipv6().unwrap_or(false);
     let rules = redirect::Redirection {
         node_tag: config.node.node_tag(),
-        mark: config.node.mark,
+        own: redirect::OwnPackets::Mark(config.node.mark),
         ipv6,
         dns: true,
         bypass_inbound: false,
+        plaintext_ports: Vec::new(),
         virtual_interfaces: Vec::new(),
         probes: true,
         addresses: Vec::new(),

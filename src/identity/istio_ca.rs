@@ -1,5 +1,6 @@
 //! Istio's CA, asked by `CreateCertificate`. Each certificate has a new P-256 key and its own request, in which the
-//! daemon impersonates the identity of a pod of this node. (Source: istiod's CA and its node authorizer.)
+//! daemon of a node impersonates the identity of a pod of this node. In dedicated mode it impersonates nobody, and the CA
+//! signs for the account of its token. (Source: istiod's CA and its node authorizer.)
 
 use super::signed::SignedCertificate;
 use super::verify::{PeerError, peer_name};
@@ -75,13 +76,14 @@ impl IstioCa {
         Self { rpc, life, connection: Mutex::default() }
     }
 
-    /// Generates a key for `identity` and has it signed.
-    pub async fn sign(&self, identity: &SpiffeName) -> Result<SignedCertificate, IstioCaError> {
+    /// Generates a key for `identity` and has it signed. Unless the daemon `impersonates` the identity, its token must be
+    /// that identity's.
+    pub async fn sign(&self, identity: &SpiffeName, impersonates: bool) -> Result<SignedCertificate, IstioCaError> {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let request = IstioCertificateRequest {
             csr: signing_request(identity, &key)?,
             validity_duration: i64::try_from(self.life.as_secs()).unwrap_or(i64::MAX),
-            metadata: Some(impersonate(identity)),
+            metadata: impersonates.then(|| impersonate(identity)),
         };
         let connection = self.connection().await?;
         let mut client = IstioCertificateServiceClient::with_origin(connection.clone(), self.rpc.address.clone());

@@ -18,7 +18,7 @@ mod signed;
 pub mod store;
 pub mod verify;
 
-pub use authority::CertificateAuthority;
+pub use authority::{CertificateAuthority, Signer};
 pub use builtin::Builtin;
 pub use credentials::{Credentials, TlsFacts};
 pub use revoked::{Chain, Distrust};

@@ -222,6 +222,7 @@ impl Drop for WaitingConnection<'_> {
 mod tests {
     use super::super::builtin::Builtin;
     use super::*;
+    use crate::identity::Signer;
     use std::path::{Path, PathBuf};
 
     fn ca(name: &str) -> PathBuf {
@@ -232,7 +233,8 @@ mod tests {
     }
 
     fn store(folder: &Path) -> Arc<CertificateStore> {
-        let authority = CertificateAuthority::Builtin(Builtin::new(folder, Duration::from_secs(3600)));
+        let signer = Signer::Builtin(Builtin::new(folder, Duration::from_secs(3600)));
+        let authority = CertificateAuthority { signer, only: None };
         CertificateStore::new(authority, Vec::new(), Arc::default(), Group::default(), Arc::default())
     }
 

@@ -248,7 +248,8 @@ impl Capturer {
         let workload = found.ok_or_else(|| {
             let (mut name, own) = (format!("{}/{}", spec.namespace, spec.name), &self.config.cluster_id);
             let elsewhere = snapshot.clusters_of_pod(&spec.namespace, &spec.name);
-            if let Some(other) = elsewhere.iter().find(|cluster| !cluster.is_empty() && ****cluster != **own) {
+            let abroad = |cluster: &&&mesh::Text| !own.is_empty() && !cluster.is_empty() && ****cluster != **own;
+            if let Some(other) = elsewhere.iter().find(abroad) {
                 name += &format!(" in cluster {own} (CLUSTER_ID), only one in cluster {other},");
             } else if !elsewhere.is_empty() {
                 name += &format!(" on node {} (NODE_NAME), only one with another node or none,", self.config.node_name);
@@ -288,10 +289,11 @@ impl Capturer {
     fn rules(&self, spec: &PodSpec, listening: &Listening) -> redirect::Redirection {
         redirect::Redirection {
             node_tag: self.node_tag.clone(),
-            mark: self.config.mark,
+            own: redirect::OwnPackets::Mark(self.config.mark),
             ipv6: listening.ipv6,
             dns: self.wants_dns(spec) && listening.dns.get().is_some(),
             bypass_inbound: spec.settings.bypass_inbound,
+            plaintext_ports: Vec::new(),
             virtual_interfaces: spec.settings.virtual_interfaces.clone(),
             probes: self.marks_kubelet_probes(),
             addresses: listening.pod.addresses.load().iter().copied().filter(|ip| !is_link_local(*ip)).collect(),
@@ -317,7 +319,11 @@ impl Capturer {
     /// could not be verified, if so.
     pub async fn check(&self, spec: &PodSpec, listening: &Listening) -> Result<Option<String>, CaptureError> {
         let pod = &listening.pod;
-        capture_check::check_outbound(pod, listening.ipv6).await?;
+        let outbound = capture_check::check_outbound(pod, listening.ipv6).await;
+        if let PodSource::Own(own) = &self.config.source {
+            return Ok(capture_check::of_own(own.user, outbound)?);
+        }
+        outbound?;
         let known = pod.facts_now(&self.mesh).map(|(_, workload)| workload.ips.clone());
         let mut ips = known.unwrap_or_else(|| spec.ips.clone());
         ips.retain(|ip| ip.is_ipv4() || listening.ipv6);
@@ -337,6 +343,7 @@ impl Capturer {
             // The agent gives the node's own connections the address of kubelet probes.
             PodSource::Agent(_) => from_own.into_iter().collect(),
             PodSource::File(_) => from_own.into_iter().chain(from_host).collect(),
+            PodSource::Own(_) => Vec::new(),
         }
     }
 
@@ -372,6 +379,9 @@ impl Capturer {
 
     /// Refuses the network namespaces of the daemon and of the host, whatever addresses they hold.
     fn refuse_host(&self, netns: &Netns) -> Result<(), CaptureError> {
+        if let PodSource::Own(_) = self.config.source {
+            return Ok(());
+        }
         let hosts = [Path::new("/proc/self/ns/net"), Path::new("/proc/1/ns/net"), &self.config.host_netns];
         let same = |path: &Path| Netns::open(path).is_ok_and(|host| host.id() == netns.id());
         if hosts.into_iter().any(same) { Err(CaptureError::HostNetns(netns.path().to_owned())) } else { Ok(()) }

@@ -52,6 +52,17 @@ pub enum CaptureCheckError {
         "a check connection to {0} from inside the pod was not captured: other rules in the pod precede ours, or a filter drops the redirected traffic (nft list ruleset in the pod shows them)"
     )]
     NotCaptured(IpAddr),
+    /// The same in the daemon's own network namespace, whose rules another command writes.
+    #[error(
+        "a check connection to {ip} was not captured: run `culvert redirect` in this network namespace, with the same \
+         CULVERT_REDIRECT_UID ({user}), before the daemon; or other rules precede its rules (nft list ruleset shows them)"
+    )]
+    NotRedirected {
+        /// The check's destination.
+        ip: IpAddr,
+        /// The daemon's user.
+        user: u32,
+    },
 }
 
 /// Checks the outbound direction for each IP family that is redirected and in which the pod has an address.
@@ -61,8 +72,9 @@ pub async fn check_outbound(pod: &Pod, ipv6: bool) -> Result<(), CaptureCheckErr
             pod.addresses.load().iter().copied().find(|ip| ip.is_ipv4() == check_ip.is_ipv4() && !is_link_local(*ip));
         let Some(own) = own else { continue };
         match one_family(pod, check_ip).await {
-            // A pod without a default route can still reach its neighbours.
-            Err(CaptureCheckError::Send { source, .. }) if unreachable(&source) => {
+            // A pod without a default route can still reach its neighbours. Where the rules know the daemon by its user,
+            // they let its connections to them pass.
+            Err(CaptureCheckError::Send { source, .. }) if unreachable(&source) && pod.sockets.mark != 0 => {
                 one_family(pod, neighbour(own)).await?
             }
             other => other?,
@@ -90,6 +102,20 @@ async fn one_family(pod: &Pod, ip: IpAddr) -> Result<(), CaptureCheckError> {
     let _sockets = sockets?;
     let arrival = tokio::time::timeout(DEADLINE, arrived.notified()).await;
     arrival.map_err(|_| CaptureCheckError::NotCaptured(ip))
+}
+
+/// Result of checking the daemon's own network namespace, where only the outbound direction can be checked: connections
+/// from the inside do not pass the rules of inbound ones.
+pub fn of_own(user: u32, outbound: Result<(), CaptureCheckError>) -> Result<Option<String>, CaptureCheckError> {
+    match outbound {
+        Err(CaptureCheckError::NotCaptured(ip)) => Err(CaptureCheckError::NotRedirected { ip, user }),
+        Err(error) => Err(error),
+        Ok(()) => Ok(Some(
+            "in dedicated mode the inbound redirection cannot be checked from inside; it was written in one transaction with the \
+             outbound one, which has been checked"
+                .into(),
+        )),
+    }
 }
 
 /// A network namespace from which the pod can be called as its clients call it.

@@ -3,6 +3,7 @@
 use super::active_daemon;
 use super::cni::install;
 use super::selectors::Enablement;
+use crate::mesh::Text;
 use crate::sys::netns::id_at;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,7 +30,7 @@ pub struct Config {
     pub cluster_id: String,
     /// Trust domain of pods that the mesh does not know yet; their certificates are requested in it.
     pub trust_domain: String,
-    /// `SO_MARK` of the daemon's sockets.
+    /// `SO_MARK` of the daemon's sockets; 0 where it has no right to mark them.
     pub mark: u32,
     /// Whether a second daemon may listen beside this one, for upgrades without a gap.
     pub reuse_port: bool,
@@ -46,7 +47,7 @@ impl Config {
     pub fn node_tag(&self) -> String {
         let of = match &self.source {
             PodSource::Kubernetes(_) => id_at(&self.host_netns),
-            PodSource::File(_) => id_at(Path::new("/proc/self/ns/net")),
+            PodSource::File(_) | PodSource::Own(_) => id_at(Path::new("/proc/self/ns/net")),
             PodSource::Agent(_) => None,
         };
         let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '-') { c } else { '_' };
@@ -65,6 +66,21 @@ pub enum PodSource {
     Agent(PathBuf),
     /// Labels in the Kubernetes API.
     Kubernetes(Box<KubernetesConfig>),
+    /// The one workload in whose network namespace the daemon runs. The daemon has no rights over that namespace.
+    Own(OwnWorkload),
+}
+
+/// The one workload that a daemon in dedicated mode serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnWorkload {
+    /// Its Kubernetes namespace.
+    pub namespace: Text,
+    /// Its name.
+    pub name: Text,
+    /// Its service account.
+    pub service_account: Text,
+    /// User id of the daemon, by which the rules know its packets.
+    pub user: u32,
 }
 
 /// Settings of enrolment by the Kubernetes API.

@@ -56,7 +56,8 @@ fn table(node_tag: &str, mark: u32, dns: bool, tproxy: bool) -> String {
     format!("add table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n{chains}}}\n")
 }
 
-fn chain(name: &str, hook: &str, priority: i32, rules: &str) -> String {
+/// A chain that accepts what its rules do not decide.
+pub fn chain(name: &str, hook: &str, priority: i32, rules: &str) -> String {
     format!("  chain {name} {{\n    type filter hook {hook} priority {priority}; policy accept;\n{rules}  }}\n")
 }
 
@@ -83,12 +84,16 @@ fn no_loop(mark: u32, dns: bool) -> String {
     let mut rules = format!("    {ours} tcp dport {{ {OUTBOUND}, {PLAINTEXT} }} reject with tcp reset\n");
     if dns {
         rules += &format!("    {ours} tcp dport {DNS} reject with tcp reset\n    {ours} udp dport {DNS} reject\n");
-        // Packets from outside with the pod's own source address: the kernel drops them for IPv4 only. For IPv6, the
-        // interface that our socket reports is the one that has the address, even for packets from the loopback
-        // interface, so the server cannot tell them apart.
-        rules += &format!("    iifname != lo fib saddr type local meta l4proto {{ tcp, udp }} th dport {DNS} drop\n");
+        rules += &no_spoofed_questions();
     }
     chain("no_loop", "input", -160, &rules)
+}
+
+/// A rule that drops packets to the pod's DNS server that come from outside with the pod's own source address: the
+/// kernel drops them for IPv4 only. For IPv6, the interface that our socket reports is the one that has the address,
+/// even for packets from the loopback interface, so the server cannot tell them apart.
+pub fn no_spoofed_questions() -> String {
+    format!("    iifname != lo fib saddr type local meta l4proto {{ tcp, udp }} th dport {DNS} drop\n")
 }
 
 /// Connections from one client address and port to several ports of the pod. Once translated to one listener port, they

@@ -13,6 +13,8 @@ pub mod kubernetes;
 pub mod legs;
 pub mod nft;
 pub mod own_pod;
+pub mod own_rules;
+pub mod own_workload;
 pub mod pod;
 pub mod pods;
 pub mod pods_file;
@@ -27,5 +29,6 @@ pub mod takeover;
 pub mod upkeep;
 pub mod zds;
 
-pub use config::{Config, PodSource};
+pub use config::{Config, OwnWorkload, PodSource};
+pub use own_rules::OwnRules;
 pub use pods::Pods;

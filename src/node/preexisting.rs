@@ -8,10 +8,12 @@
 
 use super::routes::MASK;
 use crate::connection::Pod;
+use crate::ports;
+use crate::sys::netns::Netns;
 use crate::sys::tcp_sockets::{self, TcpSocket};
 use serde_json::Value;
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Most connections that the rules can list; further ones are not let through.
 const LISTED_MAX: usize = 10_000;
@@ -49,17 +51,7 @@ impl Preexisting {
     /// The connections that an earlier daemon's rules let through, by what `nft` prints of them, as far as they are
     /// still open.
     pub fn spared_by(pod: &Pod, listing: &Value) -> Self {
-        let sets = listing.get("nftables").and_then(Value::as_array).into_iter().flatten();
-        let elements = sets.filter_map(|object| object.get("set")?.get("elem")?.as_array()).flatten();
-        let pair = |element: &Value| {
-            let parts = element.get("concat")?.as_array()?;
-            let address = |at: usize| {
-                let port = parts.get(at + 1)?.as_u64().and_then(|port| u16::try_from(port).ok())?;
-                Some(SocketAddr::new(parts.get(at)?.as_str()?.parse().ok()?, port))
-            };
-            Some((address(0)?, address(2)?))
-        };
-        let spared: HashSet<(SocketAddr, SocketAddr)> = elements.filter_map(pair).take(LISTED_MAX).collect();
+        let spared = listed(listing);
         if spared.is_empty() {
             return Self::default();
         }
@@ -115,6 +107,32 @@ impl Preexisting {
     }
 }
 
+/// The connections that a table lets through, by what `nft` prints of it.
+fn listed(listing: &Value) -> HashSet<(SocketAddr, SocketAddr)> {
+    let sets = listing.get("nftables").and_then(Value::as_array).into_iter().flatten();
+    let elements = sets.filter_map(|object| object.get("set")?.get("elem")?.as_array()).flatten();
+    let pair = |element: &Value| {
+        let parts = element.get("concat")?.as_array()?;
+        let address = |at: usize| {
+            let port = parts.get(at + 1)?.as_u64().and_then(|port| u16::try_from(port).ok())?;
+            Some(SocketAddr::new(parts.get(at)?.as_str()?.parse().ok()?, port))
+        };
+        Some((address(0)?, address(2)?))
+    };
+    elements.filter_map(pair).take(LISTED_MAX).collect()
+}
+
+/// The connections that new rules of a network namespace without a running daemon let through: those that are open, or,
+/// where `table` has been written before, those of them that it lets through.
+pub fn to_spare(netns: &Netns, table: &Value) -> Result<Vec<(SocketAddr, SocketAddr)>, String> {
+    let own: Vec<IpAddr> =
+        netns.addresses().map_err(|error| error.to_string())?.into_iter().map(|(ip, _)| ip).collect();
+    let open = connections(netns, &own, ports::in_pod(true))?;
+    let before = (!table.is_null()).then(|| listed(table));
+    let pairs = open.into_iter().map(|socket| (socket.local, socket.peer));
+    Ok(pairs.filter(|pair| before.as_ref().is_none_or(|before| before.contains(pair))).take(LISTED_MAX).collect())
+}
+
 /// Connections of a pod whose capture has ended, while the last captured connections end.
 #[derive(Debug, Default)]
 pub struct Uncaptured {
@@ -139,11 +157,17 @@ impl Uncaptured {
 /// The pod's connections with others; its connections with itself are never captured. The daemon's sockets are left
 /// out, also those of an ended daemon: the kernel keeps unacknowledged data for a while, and it is not plaintext.
 fn sockets(pod: &Pod) -> Result<Vec<TcpSocket>, String> {
-    let all = pod.netns.enter(tcp_sockets::open).map_err(|error| error.to_string())?;
+    let mut all = connections(&pod.netns, &pod.addresses.load(), pod.own_ports())?;
+    let mark = pod.sockets.mark & MASK;
+    all.retain(|socket| socket.mark & MASK != mark);
+    Ok(all)
+}
+
+/// The connections of a network namespace with others, except those of these ports.
+fn connections(netns: &Netns, own: &[IpAddr], ports: &[u16]) -> Result<Vec<TcpSocket>, String> {
+    let all = netns.enter(tcp_sockets::open).map_err(|error| error.to_string())?;
     let mut all = all.map_err(|error| error.to_string())?;
-    let own = pod.addresses.load();
-    let (mark, ports) = (pod.sockets.mark & MASK, pod.own_ports());
-    let of_daemon = |socket: &TcpSocket| socket.mark & MASK == mark || ports.contains(&socket.local.port());
-    all.retain(|socket| !socket.peer.ip().is_loopback() && !own.contains(&socket.peer.ip()) && !of_daemon(socket));
+    let with_itself = |ip: IpAddr| ip.is_loopback() || own.contains(&ip);
+    all.retain(|socket| !with_itself(socket.peer.ip()) && !ports.contains(&socket.local.port()));
     Ok(all)
 }

@@ -3,8 +3,7 @@
 //! namespace has none.
 //!
 //! The rules mean the same as Istio ambient's in-pod redirection. Connections that the application opens go to 15001,
-//! its DNS to 15053, inbound plaintext to 15006. Packets with the daemon's mark, and kubelet probes, are not
-//! redirected.
+//! its DNS to 15053, inbound plaintext to 15006. The daemon's own packets, and kubelet probes, are not redirected.
 
 use super::legs;
 use super::nft::{self, Listing, NftError, within};
@@ -12,6 +11,7 @@ use super::routes::{self, MASK, RETURN_MARK};
 use super::spec::Interface;
 use super::table_owner;
 use super::takeover::{self, IstioRules};
+use crate::connection::capture_checks::CAPTURE_CHECK_IPS;
 use crate::ports::{DNS, HBONE, INBOUND_CHECK, OUTBOUND, PLAINTEXT};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::{iptables, nftables};
@@ -26,14 +26,16 @@ pub const TABLE: &str = "culvert";
 pub struct Redirection {
     /// Tag of the node that writes it.
     pub node_tag: String,
-    /// `SO_MARK` of the daemon's own packets.
-    pub mark: u32,
+    /// What tells the daemon's own packets from the application's.
+    pub own: OwnPackets,
     /// Whether IPv6 is used in the network namespace.
     pub ipv6: bool,
     /// Whether DNS is captured.
     pub dns: bool,
     /// Whether inbound plaintext is not redirected.
     pub bypass_inbound: bool,
+    /// Ports of which inbound plaintext is not redirected.
+    pub plaintext_ports: Vec<u16>,
     /// Inbound connections on these interfaces are redirected as outbound ones.
     pub virtual_interfaces: Vec<Interface>,
     /// Whether the source address of kubelet probes is let through. Only where the daemon assigns that address to
@@ -46,6 +48,37 @@ pub struct Redirection {
     pub recreate_chains: bool,
     /// Pre-existing connections, which are let through: the pod's own address and the peer's.
     pub spared: Vec<(SocketAddr, SocketAddr)>,
+}
+
+/// What tells the daemon's own packets from the application's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnPackets {
+    /// Their mark, which only a daemon with CAP_NET_ADMIN can set. With it, the daemon may use a client's address, and
+    /// replies to it come back.
+    Mark(u32),
+    /// The user of the daemon. Other users include root, so that what root's processes send is captured.
+    User(u32),
+}
+
+impl OwnPackets {
+    /// The tests, in a rule, of a packet of the daemon and of any other one. What has no user, as packets of the kernel
+    /// itself, is not the daemon's: with a user, the rules let the daemon's packets go first and then take the rest.
+    fn tests(self) -> (String, String) {
+        match self {
+            Self::Mark(mark) => {
+                (format!("meta mark & {MASK:#x} == {mark:#x}"), format!("meta mark & {MASK:#x} != {mark:#x}"))
+            }
+            Self::User(user) => (format!("meta skuid {user}"), String::new()),
+        }
+    }
+
+    /// Sets the ip rule and routes that bring back replies to foreign addresses, where there are any.
+    async fn bring_back(self, netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
+        if let Self::Mark(_) = self {
+            routes::set(netns, ipv6, true).await?;
+        }
+        Ok(())
+    }
 }
 
 /// Conntrack zone of the daemon's own DNS questions.
@@ -127,13 +160,13 @@ pub async fn install(netns: &Netns, rules: &Redirection, taken_over: bool) -> Re
         let OtherRules { istio, hooks, mut unread } = match refuse_foreign(other_rules(netns).await, taken_over) {
             Ok(others) => others,
             Err(error) if taken_over => {
-                routes::set(netns, rules.ipv6, true).await?;
+                rules.own.bring_back(netns, rules.ipv6).await?;
                 nft::write(netns, &ruleset(rules, true)).await?;
                 return Err(error);
             }
             Err(error) => return Err(error),
         };
-        routes::set(netns, rules.ipv6, true).await?;
+        rules.own.bring_back(netns, rules.ipv6).await?;
         let generation = || netns.enter(nftables::generation)?.map_err(RedirectError::Inspect);
         let mut before = generation()?;
         let anew = if rules.recreate_chains {
@@ -253,6 +286,11 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
     .await
 }
 
+/// Removes the redirection of a network namespace in which there are neither ip rules nor other tables of ours.
+pub async fn remove_table(netns: &Netns) -> Result<(), NftError> {
+    nft::apply(netns, &format!("add table inet {TABLE}\ndelete table inet {TABLE}\n")).await
+}
+
 /// The table as an nft script. Without `capture` the NAT chains exist but are empty: without NAT chains the kernel
 /// would stop translating the connections that are open.
 ///
@@ -260,11 +298,9 @@ pub async fn remove(netns: &Netns, ipv6: bool) -> Result<(), RedirectError> {
 /// address or to the interface's address (`redirect`) silently loses packets of sockets bound to a device, of
 /// interfaces without an address, and of link-local addresses.
 fn ruleset(rules: &Redirection, capture: bool) -> String {
-    let Redirection { node_tag, mark, ipv6, virtual_interfaces, probes, addresses, spared, .. } = rules;
+    let Redirection { node_tag, own, ipv6, virtual_interfaces, probes, addresses, spared, .. } = rules;
     let (dns, bypass_inbound) = (rules.dns, rules.bypass_inbound);
-    let ours = format!("meta mark & {MASK:#x} == {mark:#x}");
-    let others = format!("meta mark & {MASK:#x} != {mark:#x}");
-    let returning = format!("& {MASK:#x} == {RETURN_MARK:#x}");
+    let (ours, others) = own.tests();
     let not_loopback = ["ip daddr != 127.0.0.1", "ip6 daddr != ::1"];
     let families = ["ip", "ip6"].into_iter().zip(not_loopback);
     let mut inbound = String::new();
@@ -279,6 +315,8 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
             outbound += &format!("    meta l4proto tcp ip daddr {PROBE_V4} accept\n");
             outbound += &format!("    meta l4proto tcp ip6 daddr {PROBE_V6} accept\n");
         }
+        inbound += &pass_ports(&rules.plaintext_ports);
+        outbound += &pass_user(*own);
         if !bypass_inbound {
             for (family, outside) in families.clone() {
                 let taken = format!("{outside} tcp dport != {HBONE} {others}");
@@ -299,7 +337,9 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
                 }
             }
         }
-        outbound += &format!("    meta l4proto tcp meta mark {returning} accept\n");
+        if let OwnPackets::Mark(_) = own {
+            outbound += &format!("    meta l4proto tcp meta mark {} accept\n", returning());
+        }
         for outside in not_loopback {
             // Connections of a pod to its own address are not captured.
             outbound += &format!("    oifname lo {outside} accept\n");
@@ -319,14 +359,17 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
         )
     });
     let old_sets = old_sets.concat();
-    // Replies to a link-local address must leave by its link; the route would lose them.
-    let return_bits = !MASK;
     // The daemon's questions to resolvers may use the port that the application asks from, so they get their own
     // conntrack zone. Answers are not put into it: a question to the pod's own DNS server, from port 53, looks the
     // same.
     let questions = match dns {
         true => format!("    udp dport 53 {ours} ct original zone set {DNS_ZONE}\n"),
         false => String::new(),
+    };
+    let before_nat = match own {
+        OwnPackets::Mark(_) => returns(&ours),
+        OwnPackets::User(_) if dns => legs::chain("own_dns", "input", -160, &legs::no_spoofed_questions()),
+        OwnPackets::User(_) => String::new(),
     };
     format!(
         "add table inet {TABLE}\nflush table inet {TABLE}\n{old_sets}table inet {TABLE} {{\n  counter {PROBE_COUNTER} {{ }}\n  counter {CHECK_COUNTER} {{ }}\n\
@@ -335,15 +378,48 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
          \x20   meta l4proto tcp accept\n{questions}\
          \x20   oifname != lo udp dport != 53 counter name {UDP_COUNTER}\n\
          \x20   oifname != lo meta l4proto != {{ tcp, udp, icmp, ipv6-icmp }} counter name {OTHER_COUNTER}\n  }}\n\
-         \x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
+         {before_nat}\
+         \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
+         \x20 chain out_nat {{\n    type nat hook output priority -100; policy accept;\n{outbound}  }}\n}}\n"
+    )
+}
+
+/// The test, after `ct mark` or `meta mark`, of a connection whose replies must come back to the daemon.
+fn returning() -> String {
+    format!("& {MASK:#x} == {RETURN_MARK:#x}")
+}
+
+/// Chains that mark the replies of the daemon's connections, for the ip rule that brings them back, and that count the
+/// capture checks from outside.
+fn returns(ours: &str) -> String {
+    // Replies to a link-local address must leave by its link; the route would lose them.
+    let (return_bits, returning) = (!MASK, returning());
+    format!(
+        "\x20 chain pre_mangle {{\n    type filter hook prerouting priority -150; policy accept;\n\
          \x20   ip6 saddr fe80::/10 accept\n\
          \x20   {ours} ct mark set (ct mark & {return_bits:#x}) | {RETURN_MARK:#x}\n\
          \x20   tcp dport {{ {HBONE}, {INBOUND_CHECK} }} tcp flags & (syn | ack) == syn counter name {CHECK_COUNTER}\n  }}\n\
          \x20 chain out_mangle {{\n    type route hook output priority -150; policy accept;\n\
-         \x20   ct mark {returning} meta mark set ct mark\n  }}\n\
-         \x20 chain pre_nat {{\n    type nat hook prerouting priority -100; policy accept;\n{inbound}  }}\n\
-         \x20 chain out_nat {{\n    type nat hook output priority -100; policy accept;\n{outbound}  }}\n}}\n"
+         \x20   ct mark {returning} meta mark set ct mark\n  }}\n"
     )
+}
+
+/// The rule that lets inbound plaintext to these ports pass.
+fn pass_ports(ports: &[u16]) -> String {
+    let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+    if ports.is_empty() { String::new() } else { format!("    tcp dport {{ {} }} accept\n", ports.join(", ")) }
+}
+
+/// Rules that let the packets of the daemon's user pass. Its capture checks do not: without rights the daemon cannot
+/// open a socket of another user, so what takes the application's connections must take those as well.
+fn pass_user(own: OwnPackets) -> String {
+    let OwnPackets::User(_) = own else { return String::new() };
+    let (ours, _) = own.tests();
+    let pass = |ip: IpAddr| {
+        let family = if ip.is_ipv4() { "ip" } else { "ip6" };
+        format!("    {ours} {family} daddr != {ip} accept\n")
+    };
+    CAPTURE_CHECK_IPS.map(pass).concat()
 }
 
 /// Rules that redirect inbound connections on virtual interfaces as if the pod had opened them.

@@ -3,6 +3,7 @@
 
 use super::capture::{Capturer, Listening};
 use super::capture_check::CHECK_EVERY;
+use super::config::PodSource;
 use super::error::CaptureError;
 use super::nft::{self, Listing};
 use super::preexisting::{Preexisting, Uncaptured};
@@ -22,7 +23,7 @@ use tokio::time::Instant;
 
 /// Time between rewrites of the rules: a capture check does not depend on every rule.
 const REWRITE_EVERY: Duration = Duration::from_secs(300);
-/// Time between failed attempts.
+/// Time between failed attempts, and between checks in dedicated mode.
 const RETRY: Duration = Duration::from_secs(5);
 /// How long to wait for further changes: transactions come in bursts.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -36,6 +37,9 @@ const COMPARE_AGAIN: Duration = Duration::from_millis(500);
 const COUNT_EVERY: Duration = Duration::from_secs(5);
 /// Shortest time between two log lines about other rules in one pod.
 const LOG_EVERY: Duration = Duration::from_secs(60);
+/// Why the rules beside ours are unknown in the daemon's own network namespace.
+const NO_RIGHTS: &str =
+    "in dedicated mode the daemon has no rights over its network namespace: it neither reads nor repairs the rules";
 /// Time without a repair after which the next one is made at once.
 const QUIET: Duration = Duration::from_secs(60);
 
@@ -93,21 +97,30 @@ async fn redirection_changed(upkeep: &Upkeep, netns: &Netns) {
     std::future::pending().await
 }
 
+/// Watches the pod's network namespace, if the kernel allows it.
+fn watch(listening: &Listening) -> Option<NetnsWatch> {
+    let opened = listening.pod.netns.enter(NetnsWatch::open).map_err(CaptureError::from);
+    let changes = opened.and_then(|opened| opened.and_then(NetnsWatch::new).map_err(CaptureError::ChangesUnavailable));
+    let complain = |error: &CaptureError| {
+        let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
+        tracing::warn!(namespace, name, %error, "changes in the pod's network namespace are not detected at once");
+    };
+    changes.inspect_err(complain).ok()
+}
+
 impl Upkeep {
     /// A redirection that has not been written yet.
     pub fn new(capturer: &Capturer, listening: &Listening) -> Self {
-        let netns = &listening.pod.netns;
-        let opened = netns.enter(NetnsWatch::open).map_err(CaptureError::from);
-        let changes =
-            opened.and_then(|opened| opened.and_then(NetnsWatch::new).map_err(CaptureError::ChangesUnavailable));
-        if let Err(error) = &changes {
-            let (namespace, name) = (&*listening.pod.namespace, &*listening.pod.name);
-            tracing::warn!(namespace, name, %error, "changes in the pod's network namespace are not detected at once");
-        }
+        let unread = match &capturer.config.source {
+            PodSource::Own(_) => Some(NO_RIGHTS.to_owned()),
+            _ => None,
+        };
+        // Without rights the kernel announces nothing.
+        let changes = if unread.is_none() { watch(listening) } else { None };
         let now = Instant::now();
         let write_at = if capturer.config.redirect { now } else { now + REWRITE_EVERY };
         Self {
-            changes: changes.ok(),
+            changes,
             recorded: Mutex::default(),
             repairing: false,
             next_comparison: now,
@@ -125,7 +138,7 @@ impl Upkeep {
             hold_off: now,
             repairs: Backoff::new(REPAIRS.0, REPAIRS.1),
             repaired: now,
-            observations: Observations::default(),
+            observations: Observations { unread, ..Observations::default() },
             counted_at: None,
             logged_at: None,
         }
@@ -324,6 +337,8 @@ impl Upkeep {
         let raced = matches!(&result, Err(CaptureError::Redirect(redirect::RedirectError::ConcurrentChange)));
         self.check_at = Instant::now()
             + match &result {
+                // Where nothing announces changes, a check is all that notices them.
+                Ok(()) if matches!(capturer.config.source, PodSource::Own(_)) => RETRY,
                 Ok(()) => CHECK_EVERY,
                 Err(_) if raced => self.repairs.next(),
                 Err(_) => RETRY,
@@ -356,7 +371,9 @@ impl Upkeep {
         if rewrite {
             self.write(capturer, board, spec, listening).await?;
         }
-        if rewrite || !self.legs {
+        if let PodSource::Own(_) = capturer.config.source {
+            capturer.refresh_addresses(listening).await;
+        } else if rewrite || !self.legs {
             let _guard = capturer.role.write_guard().ok_or(redirect::RedirectError::OnStandby)?;
             let dns = listening.dns.get().is_some();
             self.legs = legs::write(&listening.pod.netns, &capturer.node_tag, capturer.config.mark, dns).await;

@@ -72,9 +72,9 @@ impl Memory {
     }
 }
 
-/// Whether the process runs as root, which is needed for entering namespaces and writing rules.
-pub fn is_root() -> bool {
-    nix::unistd::geteuid().is_root()
+/// The user id of this process, by which the kernel judges it; 0 is root.
+pub fn user() -> u32 {
+    nix::unistd::geteuid().as_raw()
 }
 
 /// The effective capabilities of this process, as a bit mask by number (capabilities(7), linux/capability.h).

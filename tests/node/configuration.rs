@@ -20,7 +20,7 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
         ("HTTP2_FRAME_SIZE", "1"),
         ("CULVERT_CA_DIR", "/nonexistent"),
         ("XDS_ADDRESS", "http://istiod:15010"),
-        ("PROXY_MODE", "dedicated"),
+        ("ENABLE_PROXY", "false"),
     ];
     for command in ["node", "check"] {
         let output = run(&[command], &env);
@@ -32,7 +32,7 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
             "PACKET_MARK (--packet-mark): \"0\"",
             "HTTP2_FRAME_SIZE (--frame-size): \"1\"",
             "XDS_ADDRESS (--xds-address): \"http://istiod:15010\"",
-            "PROXY_MODE: \"dedicated\" is not supported",
+            "ENABLE_PROXY: \"false\" is not supported",
         ] {
             assert!(text.contains(name), "{command}: {name} in\n{text}");
         }

@@ -42,6 +42,7 @@ mod limits;
 mod model;
 mod networks;
 mod remains;
+mod sidecar;
 mod stalls;
 mod standalone;
 mod system_calls;

@@ -13,6 +13,7 @@ macro_rules! settings {
 
 pub mod certificates;
 pub mod connections;
+pub mod dedicated;
 pub mod dns;
 pub mod mesh;
 pub mod node;
@@ -31,11 +32,12 @@ pub struct Group {
 }
 
 /// All settings.
-pub static GROUPS: [Group; 7] = [
+pub static GROUPS: [Group; 8] = [
     Group { title: "Mesh facts", settings: mesh::ALL },
     Group { title: "Certificates", settings: certificates::ALL },
     Group { title: "Pods of the node", settings: pods::ALL },
     Group { title: "The node and the daemon's own pod", settings: node::ALL },
+    Group { title: "Dedicated mode", settings: dedicated::ALL },
     Group { title: "DNS", settings: dns::ALL },
     Group { title: "Connections and tunnels", settings: connections::ALL },
     Group { title: "Ending and logging", settings: process::ALL },

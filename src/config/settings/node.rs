@@ -12,7 +12,7 @@ settings! {
     POD_NAME: Text = Setting::new("pod-name", "POD_NAME", Text)
         .help(
             "Name of the daemon's own pod. With this, `POD_NAMESPACE` and `SERVICE_ACCOUNT` the daemon's metrics can be read through the \
-             mesh, on port 15008.",
+             mesh, on port 15008. In dedicated mode these three name the workload.",
         );
     POD_NAMESPACE: Text = Setting::new("pod-namespace", "POD_NAMESPACE", Text)
         .help("Namespace of the daemon's own pod. With enrolment by labels the default is `istio-system`.");

@@ -30,19 +30,20 @@ settings! {
             PodSource::File(_) => json!("file"),
             PodSource::Agent(_) => json!("agent"),
             PodSource::Kubernetes(_) => json!("kubernetes"),
+            PodSource::Own(_) => Value::Null,
         });
     PODS_FILE: File = Setting::new("pods-file", "CULVERT_PODS_FILE", File)
         .help("YAML file of this node's pods. The daemon follows its changes, and redirects the pods itself.")
         .shown("podsFile", |c| match &c.node.source {
             PodSource::File(path) => json!(path.display().to_string()),
-            PodSource::Agent(_) | PodSource::Kubernetes(_) => Value::Null,
+            PodSource::Agent(_) | PodSource::Kubernetes(_) | PodSource::Own(_) => Value::Null,
         });
     AGENT_SOCKET: File = Setting::new("agent-socket", "INPOD_UDS", File)
         .or("/var/run/ztunnel/ztunnel.sock")
         .help("Socket of the node's agent (istio-cni).")
         .shown("inpodUds", |c| match &c.node.source {
             PodSource::Agent(path) => json!(path.display().to_string()),
-            PodSource::File(_) | PodSource::Kubernetes(_) => Value::Null,
+            PodSource::File(_) | PodSource::Kubernetes(_) | PodSource::Own(_) => Value::Null,
         });
     KUBECONFIG: File = Setting::new("kubeconfig", "KUBECONFIG", File)
         .or_else("the service account of the daemon's pod")
@@ -77,8 +78,10 @@ settings! {
         .help("The host's network namespace.");
     PACKET_MARK: Custom<u32> = Setting::new("packet-mark", "PACKET_MARK", parse::PACKET_MARK)
         .or("1337")
-        .help("Mark (SO_MARK) of the daemon's own packets, which the redirection leaves alone.")
-        .shown("packetMark", |c| json!(c.node.mark));
+        .help(
+            "Mark (SO_MARK) of the daemon's own packets, which the redirection leaves alone. In dedicated mode nothing is marked.",
+        )
+        .shown("packetMark", |c| if c.node.mark == 0 { Value::Null } else { json!(c.node.mark) });
     END_EARLIER_CONNECTIONS: Switch = Setting::new("end-earlier-connections", "CULVERT_END_EARLIER_CONNECTIONS", Switch)
         .or("false")
         .help("Reset a pod's pre-existing connections when the pod is captured. Otherwise they continue as they began, and `/pods` counts them.");

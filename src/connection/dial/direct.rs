@@ -17,7 +17,8 @@ use tokio::net::TcpStream;
 /// How the daemon marks and sets up its sockets.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketConfig {
-    /// `SO_MARK`. The rules in the pod use it to tell the daemon's packets from the application's.
+    /// `SO_MARK`. The rules in the pod use it to tell the daemon's packets from the application's. 0: no mark; the rules
+    /// know the daemon's packets by its user.
     pub mark: u32,
     /// Socket options of every leg.
     pub legs: LegOptions,

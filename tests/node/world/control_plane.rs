@@ -107,6 +107,8 @@ pub struct State {
     /// All requests so far.
     pub requests: Vec<DeltaDiscoveryRequest>,
     pub signed: Vec<(String, rcgen::SerialNumber)>,
+    /// The account of a token that impersonates nobody. If it is not set, such requests fail the test.
+    pub account: Option<String>,
     pub refused_tokens: usize,
     pub at_the_ca: usize,
     pub most_at_the_ca: usize,
@@ -148,6 +150,7 @@ impl ControlPlane {
             clock: 0,
             tokens: HashSet::new(),
             requests: Vec::new(),
+            account: None,
             signed: Vec::new(),
             refused_tokens: 0,
             at_the_ca: 0,
@@ -624,7 +627,11 @@ impl Shared {
         use prost_types::value::Kind;
         let mut state = self.state();
         let identity = request.metadata.as_ref().and_then(|m| m.fields.get("ImpersonatedIdentity")?.kind.clone());
-        let Some(Kind::StringValue(identity)) = identity else { panic!("no identity is asked for: {request:?}") };
+        let identity = match (identity, &state.account) {
+            (Some(Kind::StringValue(identity)), None) => identity,
+            (None, Some(account)) => super::certs::spiffe(account),
+            _ => panic!("impersonation where there should be none, or none where there should be: {request:?}"),
+        };
         let csr = CertificateSigningRequestParams::from_pem(&request.csr).unwrap();
         let serial = rcgen::SerialNumber::from(rand::random::<u64>() >> 1);
         let mut params = CertificateParams::default();

@@ -105,7 +105,7 @@ pub fn kubernetes_conf() -> String {
     format!("search ns.svc.cluster.local svc.cluster.local cluster.local\nnameserver {RESOLVER}\noptions ndots:5\n")
 }
 
-fn container(file: &str) -> Command {
+pub fn container(file: &str) -> Command {
     let mut command = Command::new("unshare");
     let script = format!("mount --bind {file} /etc/resolv.conf && exec \"$@\"");
     command.args(["--mount", "--propagation", "private", "sh", "-c", &script, "container"]);

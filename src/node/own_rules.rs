@@ -1,0 +1,108 @@
+//! The redirection of the network namespace that this process runs in. `culvert redirect` writes it before a daemon
+//! starts there that has no rights itself.
+
+use super::nft::{self, NftError};
+use super::redirect::{self, OwnPackets, RedirectError, Redirection};
+use super::{preexisting, table_owner};
+use crate::sys::netns::{Netns, NetnsError};
+use serde_json::Value;
+use std::path::Path;
+
+/// What the table names in place of a node. No node's daemon takes such a table for its own.
+const TAG: &str = "the-workload-itself";
+/// Attempts if other programs write rules at the same time.
+const ATTEMPTS: usize = 5;
+
+/// What the rules are to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OwnRules {
+    /// User id of the daemon, whose own traffic is not redirected.
+    pub user: u32,
+    /// Whether IPv6 is used.
+    pub ipv6: bool,
+    /// Whether DNS is captured.
+    pub dns: bool,
+    /// Ports of which inbound plaintext is not redirected.
+    pub plaintext_ports: Vec<u16>,
+}
+
+/// Why the rules could not be written or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnRulesError {
+    /// The network namespace cannot be used.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The rules cannot be written.
+    #[error(transparent)]
+    Redirect(#[from] RedirectError),
+    /// The rules cannot be read or removed.
+    #[error(transparent)]
+    Nft(#[from] NftError),
+    /// The open connections cannot be listed.
+    #[error("cannot list the connections that are open already, which the rules must let through: {0}")]
+    Open(String),
+    /// A daemon of a node captures this network namespace.
+    #[error(
+        "this network namespace is captured by the daemon of a node already (table inet {table}, written for {0}); a workload is \
+         captured by its node or by itself, not by both",
+        table = redirect::TABLE
+    )]
+    OfNode(String),
+}
+
+/// Writes the rules; writing them again replaces them. Connections that are open already go on as they began. Returns
+/// what else there is to say.
+pub async fn write(rules: &OwnRules) -> Result<Vec<String>, OwnRulesError> {
+    let netns = Netns::open(Path::new("/proc/self/ns/net"))?;
+    let table = own_table(&netns).await?;
+    let spared = preexisting::to_spare(&netns, &table).map_err(OwnRulesError::Open)?;
+    let mut said = Vec::new();
+    if !spared.is_empty() {
+        said.push(format!("{} connections were open before and go on without the mesh", spared.len()));
+    }
+    let rules = Redirection {
+        node_tag: TAG.into(),
+        own: OwnPackets::User(rules.user),
+        ipv6: rules.ipv6 && netns.has_ipv6()?,
+        dns: rules.dns,
+        bypass_inbound: false,
+        plaintext_ports: rules.plaintext_ports.clone(),
+        virtual_interfaces: Vec::new(),
+        probes: false,
+        addresses: Vec::new(),
+        recreate_chains: false,
+        spared,
+    };
+    let mut attempts = 1..ATTEMPTS;
+    let written = loop {
+        match redirect::install(&netns, &rules, false).await {
+            Err(RedirectError::ConcurrentChange) if attempts.next().is_some() => {}
+            written => break written?,
+        }
+    };
+    let removed = written.istio.names.into_iter().map(|name| format!("removed {name}, which istio-cni had left"));
+    let others = written.hooks.into_iter().map(|rule| format!("other rules may take traffic first: {rule}"));
+    let unread = written.unread.map(|why| format!("other rules cannot be read: {why}"));
+    said.extend(removed.chain(others).chain(unread));
+    Ok(said)
+}
+
+/// Removes the rules. Returns whether there were any.
+pub async fn remove() -> Result<bool, OwnRulesError> {
+    let netns = Netns::open(Path::new("/proc/self/ns/net"))?;
+    let there = !own_table(&netns).await?.is_null();
+    if there {
+        redirect::remove_table(&netns).await?;
+    }
+    Ok(there)
+}
+
+/// Our table as `nft` prints it; null if there is none. A node's table is refused.
+async fn own_table(netns: &Netns) -> Result<Value, OwnRulesError> {
+    let table = nft::table(netns, "inet", redirect::TABLE).await?;
+    match table_owner::owner(&table) {
+        Some(TAG) => Ok(table),
+        None if table.is_null() => Ok(table),
+        other => Err(OwnRulesError::OfNode(other.unwrap_or("an unknown node").to_owned())),
+    }
+}
