@@ -11,6 +11,7 @@
 )]
 
 use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ResourceQuota, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
@@ -88,6 +89,7 @@ fn is_understood<T: DeserializeOwned + Serialize>(document: &Value) {
 fn check(document: &Value) {
     match document["kind"].as_str().unwrap_or_default() {
         "DaemonSet" => is_understood::<DaemonSet>(document),
+        "Job" => is_understood::<Job>(document),
         "ServiceAccount" => is_understood::<ServiceAccount>(document),
         "ClusterRole" => is_understood::<ClusterRole>(document),
         "ClusterRoleBinding" => is_understood::<ClusterRoleBinding>(document),
@@ -456,6 +458,49 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
         assert!(fs::read_to_string(Path::new(&root()).join("daemonset/chart").join(file)).unwrap().contains(text));
         assert!(defaults.contains(text.rsplit([' ', ':']).next().unwrap()));
     }
+}
+
+#[test]
+fn what_captures_itself_has_the_rights_that_it_needs_and_settings_that_the_daemon_reads() {
+    let document = fs::read_to_string(root().join("docs/settings.md")).unwrap();
+    let is_setting = |name: &str| {
+        let known = document.contains(&format!("`{name}`")) || OTHERS.contains(&name);
+        assert!(known || name.starts_with("ISTIO_META_"), "docs/settings.md does not name {name}");
+    };
+    let all = documents(&fs::read_to_string(root().join("daemonset/sidecar/job.yaml")).unwrap());
+    all.iter().for_each(check);
+    let pod = &of_kind(&all, "Job").unwrap()["spec"]["template"];
+    assert_eq!(pod["metadata"]["labels"]["istio.io/dataplane-mode"], "none", "no node captures it");
+    let [redirect, daemon] = [0, 1].map(|at| &pod["spec"]["initContainers"][at]);
+    let value = |container: &Value, name: &str| {
+        let all = container["env"].as_array().unwrap();
+        all.iter().find(|entry| entry["name"] == name).map_or(Value::Null, |entry| entry["value"].clone())
+    };
+    for container in [redirect, daemon] {
+        container["env"].as_array().unwrap().iter().for_each(|entry| is_setting(entry["name"].as_str().unwrap()));
+        assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+        assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+        assert_eq!(container["securityContext"]["capabilities"]["drop"], json!(["ALL"]));
+    }
+    assert_eq!(redirect["securityContext"]["capabilities"]["add"], json!(["NET_ADMIN", "NET_RAW"]));
+    assert_eq!(daemon["securityContext"]["capabilities"]["add"], Value::Null);
+    for name in ["CULVERT_REDIRECT_UID", "IPV6_ENABLED", "ISTIO_META_DNS_CAPTURE"] {
+        assert!(value(redirect, name).is_string() && value(redirect, name) == value(daemon, name), "{name}");
+    }
+    assert_eq!(value(daemon, "CULVERT_REDIRECT_UID"), daemon["securityContext"]["runAsUser"].to_string());
+    // A native sidecar, which the application waits for and whose end ends it.
+    assert_eq!((&redirect["restartPolicy"], &daemon["restartPolicy"]), (&Value::Null, &json!("Always")));
+    assert_eq!(daemon["startupProbe"]["httpGet"], json!({"port": 15021, "path": "/healthz/ready"}));
+
+    let unit = fs::read_to_string(root().join("daemonset/systemd/culvert.service")).unwrap();
+    let given = |key: &str| unit.lines().filter_map(|line| line.strip_prefix(key)).collect::<Vec<_>>();
+    for assignment in given("Environment=").into_iter().chain(given("#   ")) {
+        if let Some((name, _)) = assignment.split_once('=').filter(|(name, _)| !name.contains(' ')) {
+            is_setting(name);
+        }
+    }
+    assert!(given("Environment=").contains(&format!("CULVERT_REDIRECT_UID={}", given("User=")[0]).as_str()));
+    assert_eq!(given("ExecStartPre="), ["+/usr/local/bin/culvert redirect"]);
 }
 
 /// `helm install` and `helm upgrade` of the chart as the documents print them, line ends with a backslash joined.

@@ -58,7 +58,7 @@ pub async fn write(rules: &OwnRules) -> Result<Vec<String>, OwnRulesError> {
     let spared = preexisting::to_spare(&netns, &table).map_err(OwnRulesError::Open)?;
     let mut said = Vec::new();
     if !spared.is_empty() {
-        said.push(format!("{} connections were open before and go on without the mesh", spared.len()));
+        said.push(format!("connections that were open before go on without the mesh: {}", spared.len()));
     }
     let rules = Redirection {
         node_tag: TAG.into(),

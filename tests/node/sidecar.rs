@@ -279,8 +279,18 @@ fn a_workload_that_is_not_what_it_says_or_not_redirected_gets_no_identity_or_is_
     };
     eventually("it is not taken for captured", || not_redirected(&s));
     assert!(!s.is_ready());
-    s.redirect(&[]);
+    // As an administrator's session.
+    let mut open = connect(&s.own.netns, (s.server.v4, 9000)).unwrap();
+    assert!(alive(&mut open));
+    let said = s.redirect(&[]);
+    assert!(said.contains("connections that were open before go on without the mesh: 1\n"), "{said}");
     eventually("and is once it is", || s.is_ready());
+    assert!(alive(&mut open));
+    let said = s.redirect(&[]);
+    assert!(
+        alive(&mut open) && said.contains("open before go on without the mesh: 1\n"),
+        "also at the second time: {said}"
+    );
     s.redirect(&["--remove"]);
     eventually("it is noticed when the rules go", || not_redirected(&s) && !s.is_ready());
     s.w.take(s.daemon).kill();
