@@ -5,7 +5,7 @@
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::statfs::{FsType, fstatfs};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -86,6 +86,8 @@ impl Eq for Netns {}
 thread_local! {
     /// The thread's own namespace, with its device and inode, opened before the thread leaves it for the first time.
     static HOME: OnceCell<(File, (u64, u64))> = const { OnceCell::new() };
+    /// Whether the thread is in another namespace at the moment.
+    static AWAY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Returns the thread to its own namespace when dropped. A thread that could not return would from then on make other
@@ -99,6 +101,7 @@ impl Drop for HomeGuard {
             tracing::error!("a thread cannot return from a pod's network namespace; the process aborts");
             std::process::abort();
         }
+        AWAY.set(false);
     }
 }
 
@@ -181,10 +184,11 @@ impl Netns {
             let _ = home.set((file, id));
             Ok(id)
         })?;
-        if own == self.inner.id {
+        if own == self.inner.id && !AWAY.get() {
             return Ok(work());
         }
         setns(self.inner.file.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|e| failed(e.into()))?;
+        AWAY.set(true);
         let _guard = HomeGuard;
         Ok(work())
     }
@@ -236,6 +240,20 @@ mod tests {
     }
 
     #[test]
+    fn the_own_namespace_needs_no_right() {
+        let without_rights = std::thread::spawn(|| {
+            let own = Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap();
+            let other = std::thread::spawn(|| Netns::fresh().unwrap()).join().unwrap();
+            // Of this thread only: the library would change the whole process.
+            // SAFETY: the call takes three numbers and touches no memory.
+            let dropped = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, 65_534, 65_534, 65_534) };
+            assert_eq!(dropped, 0);
+            (own.enter(|| 7).ok(), other.enter(|| 7).is_err())
+        });
+        assert_eq!(without_rights.join().unwrap(), (Some(7), true));
+    }
+
+    #[test]
     fn a_thread_returns_after_a_panic() {
         let here = Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap();
         let made = std::thread::spawn(|| {
@@ -246,6 +264,10 @@ mod tests {
         assert_ne!(here.id(), other.id());
         let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| other.enter(|| panic!("inside"))));
         assert!(panicked.is_err());
+        // The own namespace is entered from inside another one as well.
+        let now = || Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap().id();
+        let inner = other.enter(|| (now(), here.enter(now).unwrap())).unwrap();
+        assert_eq!(inner, (other.id(), here.id()));
         assert_eq!(Netns::open(Path::new("/proc/thread-self/ns/net")).unwrap().id(), here.id());
     }
 }

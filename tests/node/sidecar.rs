@@ -47,6 +47,7 @@ impl Sidecar {
         w.mesh_pod("bad", 2);
         let plain = w.plain_pod("plain", 2);
         apps::serve(&own.netns, PROBED, apps::who);
+        apps::serve(&plain.netns, 8080, apps::who);
         for pod in [&own, &server] {
             apps::serve(&pod.netns, 8080, apps::who);
             apps::serve(&pod.netns, 9000, apps::echo);
@@ -225,7 +226,6 @@ fn without_its_daemon_the_workload_is_cut_off_and_the_rules_come_and_go_as_a_who
     s.w.take(s.daemon).kill();
     assert!(s.redirect(&["--remove"]).contains("is removed"));
     assert_eq!((s.rules().as_str(), output_in(&own.netns, "ip", &["rule", "list"])), ("", routing), "nothing is left");
-    apps::serve(&plain.netns, 8080, apps::who);
     assert!(ask(&own.netns, (plain.v4, 8080), "x").is_ok(), "as any other client");
     assert!(s.redirect(&["--remove"]).contains("there is no redirection"));
     // What is captured by a node is not captured again, nor released.
