@@ -21,6 +21,9 @@ pub const HBONE: u16 = 15008;
 /// Inside a pod: DNS questions are redirected here. Answers from another port would not be translated back.
 pub const DNS: u16 = 15053;
 
+/// Inside a pod, on its loopback address only, and only if enabled: SOCKS5.
+pub const SOCKS: u16 = 15080;
+
 /// The ports that the daemon listens on in every captured pod. The last one belongs to it only where it captures the
 /// pod's DNS; otherwise the application may use it.
 const IN_POD: [u16; 4] = [OUTBOUND, PLAINTEXT, HBONE, DNS];

@@ -154,6 +154,7 @@ fn node_config(
         end_preexisting: c.read(&pods::END_EARLIER_CONNECTIONS),
         reuse_port: c.read(&pods::PORT_REUSE),
         ipv6: shared.ipv6,
+        socks: c.read(&connections::SOCKS),
         release_deadline: shared.drain_deadline,
     }
 }

@@ -41,11 +41,10 @@ pub struct Refused {
 }
 
 /// Variables of ztunnel that are refused where they ask for something that culvert does not do.
-pub const REFUSED: [Refused; 5] = [
+pub const REFUSED: [Refused; 4] = [
     Refused { variable: "ENABLE_PROXY", accepted: "true", instead: "the daemon always carries connections" },
     Refused { variable: "FAKE_CA", accepted: "false", instead: "use CULVERT_CA_DIR for a CA without Istio" },
     Refused { variable: "LOCAL_XDS", accepted: "", instead: "use LOCAL_XDS_PATH" },
-    Refused { variable: "UNSTABLE_ENABLE_SOCKS5", accepted: "false", instead: "there is no SOCKS server" },
     Refused { variable: "TLS12_ENABLED", accepted: "false", instead: "TLS 1.3 is the only version" },
 ];
 

@@ -1,6 +1,6 @@
 //! The path of a connection through the daemon. Start reading here.
 //!
-//! Every connection of a captured pod arrives at one of three listeners inside the pod's network namespace, and each
+//! Every connection of a captured pod arrives at one of the listeners inside the pod's network namespace, and each
 //! listener begins one journey (`journeys`):
 //!
 //! - *outbound*, port 15001: the pod opened the connection. The daemon decides where it goes and carries it there,
@@ -9,6 +9,8 @@
 //!   then carries one connection to the pod's application.
 //! - *plaintext*, port 15006: a client connected to the pod without a tunnel. The connection is handled like an
 //!   inbound stream, but the client has no identity.
+//! - *socks*, port 15080 on the pod's loopback address, if it is enabled: the pod asks for a connection by SOCKS5, which
+//!   then goes the way of an outbound one.
 //!
 //! A journey is a sequence of six steps. Each step has a folder, and the folders' alphabetical order is the order in
 //! time, but for one exception: a stream's destination in the pod is chosen before the stream is authorized.

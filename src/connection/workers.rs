@@ -43,13 +43,15 @@ pub enum Entrance {
     Plaintext,
     /// Port 15008: a tunnel to the pod.
     Tunnel,
+    /// Port 15080: asked for by the pod by SOCKS5.
+    Socks,
 }
 
 impl Entrance {
     /// Direction of its connections.
     pub fn direction(self) -> Direction {
         match self {
-            Self::Outbound => Direction::Outbound,
+            Self::Outbound | Self::Socks => Direction::Outbound,
             Self::Plaintext | Self::Tunnel => Direction::Inbound,
         }
     }
@@ -69,6 +71,7 @@ struct AcceptedSocket {
 /// The journey that begins, with what counts it until it ends.
 enum Journey {
     Outbound(Reservation),
+    Socks(Reservation),
     Plaintext(Reservation),
     Tunnel(Slot),
 }
@@ -207,6 +210,16 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
                     };
                     journeys::outbound(&worker, &pod, socket, peer, counted).await;
                 }
+                Journey::Socks(reservation) => {
+                    let counted = Counted {
+                        _load: Some(load),
+                        _active: active,
+                        _reservation: reservation,
+                        _task: worker.tasks.token(),
+                        _socket: None,
+                    };
+                    journeys::socks(&worker, &pod, socket, peer, counted).await;
+                }
                 Journey::Plaintext(_reservation) => {
                     journeys::plaintext(&worker, &pod, socket, peer).await;
                     drop((load, active));
@@ -227,7 +240,7 @@ fn dispatch(
     (socket, peer, place): (TcpStream, SocketAddr, Place),
     entrance: Entrance,
 ) {
-    if entrance != Entrance::Outbound && pod.capture_checks.take_inbound(canonical(peer)) {
+    if matches!(entrance, Entrance::Plaintext | Entrance::Tunnel) && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
     let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
@@ -241,6 +254,7 @@ fn dispatch(
     let reserve = || shared.budget.reserve(&pod.usage, None);
     let journey = match entrance {
         Entrance::Outbound => reserve().map(Journey::Outbound).map_err(Failure::from),
+        Entrance::Socks => reserve().map(Journey::Socks).map_err(Failure::from),
         Entrance::Plaintext => reserve().map(Journey::Plaintext).map_err(Failure::from),
         Entrance::Tunnel => shared.handshakes.take(peer.ip()).map(Journey::Tunnel).map_err(Failure::from),
     };

@@ -140,6 +140,13 @@ pub(super) fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
     Ok(pods.as_array().cloned().unwrap_or_default())
 }
 
+/// What to say if the admin port cannot be asked.
+pub(super) fn not_asked(port: u16, error: &str) -> String {
+    format!(
+        "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
+    )
+}
+
 /// Sends a GET request to one of the daemon's ports. Returns the status and the body.
 pub(super) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
     request(port, "GET", path, "")

@@ -1,6 +1,6 @@
 //! `culvert explain`: what would happen to a connection now, or what policies would change, as text or as JSON.
 
-use super::daemon::{get, request};
+use super::daemon::{get, not_asked, request};
 use serde_json::Value;
 use std::path::Path;
 
@@ -25,11 +25,7 @@ fn shown(
     json: bool,
     text: fn(&Value) -> String,
 ) -> Result<String, String> {
-    let asked = asked.map_err(|error| {
-        format!(
-            "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
-        )
-    })?;
+    let asked = asked.map_err(|error| not_asked(port, &error))?;
     match asked {
         (200, body) if json => Ok(body),
         (200, body) => {

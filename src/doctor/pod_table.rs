@@ -1,6 +1,6 @@
 //! `culvert pods`: the pods of this node as the daemon lists them, as a table or as JSON.
 
-use super::daemon::get;
+use super::daemon::{get, not_asked};
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
@@ -8,11 +8,7 @@ const HEAD: [&str; 4] = ["POD", "STATE", "SINCE", "NOTE"];
 
 /// Reads the list from the daemon's admin port. With `json` it is returned unchanged, otherwise as a table.
 pub fn run(port: u16, json: bool) -> Result<String, String> {
-    let asked = get(port, "/pods").map_err(|error| {
-        format!(
-            "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
-        )
-    })?;
+    let asked = get(port, "/pods").map_err(|error| not_asked(port, &error))?;
     match asked {
         (200, body) if json => Ok(body),
         (200, body) => {

@@ -7,31 +7,26 @@ use super::config::{Config, PodSource};
 use super::error::CaptureError;
 use super::preexisting::{Preexisting, Uncaptured};
 use super::spec::PodSpec;
-use super::{capture_check, legs, nft, redirect};
+use super::{capture_check, legs, listeners, nft, redirect};
 use crate::connection::dial::direct::SocketConfig;
-use crate::connection::{Entrance, Pod, Workers};
+use crate::connection::{Pod, Workers};
 use crate::dns::{self, Dns, KnownClient};
 use crate::mesh::address::is_link_local;
 use crate::mesh::workload::{NetworkMode, pod_uid};
 use crate::mesh::{SpiffeName, Workload};
 use crate::sys::netns::Netns;
-use crate::sys::socket::bind_capture;
 use crate::task::{Drain, Group, thread};
 use crate::{identity, mesh, ports};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 use tokio::time::Instant;
-
-/// Ports of a pod's listeners, and how connections come to them.
-const LISTENERS: [(u16, Entrance); 3] =
-    [(ports::OUTBOUND, Entrance::Outbound), (ports::PLAINTEXT, Entrance::Plaintext), (ports::HBONE, Entrance::Tunnel)];
 
 /// Addresses of a pod's interfaces that are kept beside those of its workload.
 const ADDRESSES_MAX: usize = 1024;
@@ -137,7 +132,7 @@ impl Capturer {
         }
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
-        let listeners = self.bind(&netns, ipv6)?;
+        let listeners = listeners::bind(&self.config, &netns, ipv6)?;
         let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),
@@ -192,14 +187,6 @@ impl Capturer {
                 false
             }
         }
-    }
-
-    fn bind(&self, netns: &Netns, ipv6: bool) -> Result<Vec<(TcpListener, Entrance)>, CaptureError> {
-        let bind = |(port, entrance)| {
-            let bound = netns.enter(|| bind_capture(port, ipv6, self.config.mark, self.config.reuse_port))?;
-            Ok((bound.map_err(|source| CaptureError::Port { port, source })?, entrance))
-        };
-        LISTENERS.into_iter().map(bind).collect()
     }
 
     /// Identifies a pod: finds its workload, and requires that the namespace holds all of the workload's addresses.

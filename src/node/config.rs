@@ -36,6 +36,8 @@ pub struct Config {
     pub reuse_port: bool,
     /// Whether IPv6 is used at all.
     pub ipv6: bool,
+    /// Whether the daemon serves SOCKS5 in pods.
+    pub socks: bool,
     /// How long the connections of a released pod may take to end.
     pub release_deadline: Duration,
 }

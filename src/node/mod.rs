@@ -11,6 +11,7 @@ pub mod error;
 pub mod kubelet_probes;
 pub mod kubernetes;
 pub mod legs;
+mod listeners;
 pub mod nft;
 pub mod own_pod;
 pub mod own_rules;

@@ -117,6 +117,21 @@ pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Resu
     Ok(socket.into())
 }
 
+/// Binds a listener to a port on the loopback address of one family in the thread's current namespace.
+pub fn bind_loopback(port: u16, v4: bool, reuse_port: bool) -> io::Result<TcpListener> {
+    let ip: IpAddr = if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    let address = SocketAddr::new(ip, port);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    if reuse_port {
+        socket.set_reuse_port(true)?;
+    } else {
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
 /// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace.
 pub fn bind_datagram(port: u16, v4: bool, reuse_port: bool) -> io::Result<UdpSocket> {
     Ok(bound(port, v4, Type::DGRAM, reuse_port)?.into())

@@ -43,6 +43,7 @@ mod model;
 mod networks;
 mod remains;
 mod sidecar;
+mod socks;
 mod stalls;
 mod standalone;
 mod system_calls;

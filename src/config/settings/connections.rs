@@ -25,6 +25,10 @@ settings! {
         .or("true")
         .help("Show applications the original client's address. Where that is not possible, the connection fails.")
         .shown("requireOriginalSource", |c| json!(c.connection.sockets.keep_source));
+    SOCKS: Switch = Setting::new("socks5", "UNSTABLE_ENABLE_SOCKS5", Switch)
+        .or("false")
+        .help("Serve SOCKS5 on port 15080 of each captured pod's loopback address, for applications that ask for their connections.")
+        .shown("socks5Enabled", |c| json!(c.node.socks));
     WORKERS: Custom<Threads> = Setting::new("workers", "ZTUNNEL_WORKER_THREADS", parse::THREADS)
         .or_else("a quarter of the CPUs, at least 2")
         .help("Worker threads: a number, 0 for as many as there are CPUs, or a share of the CPUs such as `50%`.")

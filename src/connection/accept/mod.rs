@@ -5,6 +5,7 @@
 pub mod captured;
 pub mod error;
 pub mod listener;
+pub mod socks;
 pub mod tunnel;
 
 pub use captured::captured;

@@ -39,12 +39,21 @@ pub async fn outbound(
     let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
     let count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
     // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
-    let OpenedOutbound { app, live, far, in_flight } =
-        match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
-            Ok(Some(opened)) => opened,
-            Ok(None) => return record.finish(Ok(())),
-            Err(failure) => return record.finish(Err(failure)),
-        };
+    match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
+        Ok(Some(opened)) => carry(worker, pod, opened, record, (count, counted)).await,
+        Ok(None) => record.finish(Ok(())),
+        Err(failure) => record.finish(Err(failure)),
+    }
+}
+
+/// The steps forward and report.
+pub async fn carry(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    Opened { app, live, far, in_flight }: Opened,
+    record: Record,
+    (count, counted): (SocketCount, Counted),
+) {
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
         FarSide::Direct(far, outside) => {
@@ -83,16 +92,22 @@ async fn revoked(outside: Option<Outside>) -> Stop {
 }
 
 /// An outbound connection whose far side is open.
-struct OpenedOutbound {
-    app: ResetUnlessDone,
-    live: Arc<Connection>,
-    far: FarSide,
-    in_flight: Option<InFlight>,
+pub struct Opened {
+    /// The application's socket.
+    pub app: ResetUnlessDone,
+    /// The connection in the list of live ones.
+    pub live: Arc<Connection>,
+    /// The far side.
+    pub far: FarSide,
+    /// Counts the connection at its endpoint.
+    pub in_flight: Option<InFlight>,
 }
 
 /// The far side of an outbound connection.
-enum FarSide {
+pub enum FarSide {
+    /// Plain TCP; to a destination outside the mesh, with what egress policies need.
     Direct(ResetUnlessDone, Option<Outside>),
+    /// A stream of a tunnel.
     Tunnel(OpenedStream),
 }
 
@@ -103,7 +118,7 @@ async fn open(
     socket: std::net::TcpStream,
     peer: SocketAddr,
     record: &mut Record,
-) -> Result<Option<OpenedOutbound>, Failure> {
+) -> Result<Option<Opened>, Failure> {
     let shared = &worker.shared;
     let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
     if pod.capture_checks.take(captured.destination) {
@@ -121,23 +136,26 @@ async fn open(
     let outbound = Outbound { worker, pod, app: &app, source: &source, from: captured.source };
     let first = find_route(shared, pod, snapshot, &source, captured.destination, &[]).await?;
     let (live, far, in_flight) = outbound.reach(first, captured.destination, record).await?;
-    Ok(Some(OpenedOutbound { app, live, far, in_flight }))
+    Ok(Some(Opened { app, live, far, in_flight }))
 }
 
 /// An outbound connection whose far side is to be reached.
-struct Outbound<'a> {
-    worker: &'a Arc<Worker>,
-    pod: &'a Arc<Pod>,
-    app: &'a TcpStream,
+pub struct Outbound<'a> {
+    /// The worker.
+    pub worker: &'a Arc<Worker>,
+    /// The pod.
+    pub pod: &'a Arc<Pod>,
+    /// The application's socket.
+    pub app: &'a TcpStream,
     /// The pod's workload.
-    source: &'a Arc<Workload>,
+    pub source: &'a Arc<Workload>,
     /// The application's end.
-    from: SocketAddr,
+    pub from: SocketAddr,
 }
 
 impl Outbound<'_> {
     /// Dials the far side. If the endpoint that was chosen fails before any byte was carried, others are tried.
-    async fn reach(
+    pub async fn reach(
         &self,
         first: Route,
         destination: SocketAddr,

@@ -102,6 +102,7 @@ impl Failure {
                 AcceptError::Tls(_) | AcceptError::NoCertificate => (Reason::PeerTls, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Http2(error) if error.clock_reason().is_some() => CLOCK,
                 AcceptError::Http2(_) => (Reason::PeerHttp2, "H2_HANDSHAKE_FAILURE", Fault::Peer),
+                AcceptError::Socks(_) => (Reason::Socks, "CONNECT", Fault::App),
                 AcceptError::Silent => (Reason::PeerSilent, "TLS_FAILURE", Fault::Peer),
                 AcceptError::Deadline => (Reason::PeerHandshakeDeadline, "TLS_FAILURE", Fault::Peer),
             },

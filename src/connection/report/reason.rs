@@ -80,6 +80,7 @@ reasons! {
     LargestPeer "largest_peer" "The node is above 80 % as for `largest_consumer`, and the peer named in `error` has the most connections to that pod";
     Limit "limit" "The node has reached `CULVERT_MAX_CONNECTIONS` or a limit of open files or memory, or its workers cannot keep up: `error` says which";
     OriginalDestinationUnknown "original_destination_unknown" "The kernel does not know the original destination: connection tracking is full, or rules in the pod were changed";
+    Socks "socks" "An application of the pod asked on the SOCKS5 port for something that is not supported, or left: `error` says what";
     Socket "socket" "The connection broke before anything was read from it";
     Netns "netns" "The pod's network namespace cannot be entered: the pod is gone, or the daemon lacks a capability";
     AppReset "app_reset" "The application in the pod of this node reset the connection";
