@@ -220,7 +220,7 @@ fn the_tunnel_that_makes_the_node_hold_most_is_cut_by_name_before_there_is_no_ro
     innocent.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     while (&innocent).write(&[1; 65536]).is_ok() {}
     let cert = certs::good(&w.ca(), &w.dir, "hostile");
-    let unread = json!({"do": "unread", "authority": format!("{}:{POUR}", server.v4), "tunnels": 150, "streams": 1});
+    let unread = json!({"do": "unread", "authority": format!("{}:{POUR}", server.v4), "tunnels": 150, "streams": 4});
     let (_, says) = misuse(&mut w, &hostile, &server, &cert, unread);
     eventually("one is cut", || cut(&w, "memory") >= 1.0);
     let line = w.log_line(2, "it is named", |line| line["reason"] == "memory");
