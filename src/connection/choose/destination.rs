@@ -1,7 +1,7 @@
 //! Choosing the endpoint of a service: by port, network, health and preference, and then of two drawn at random,
 //! weighted by capacity, the one with fewer connections.
 
-use super::endpoints::{Candidates, Eligible, EndpointLists, Pick};
+use super::endpoints::{Candidate, Candidates, Eligible, EndpointLists, Pick};
 use super::metrics::Metrics;
 use super::standing::Witness;
 use super::{Chance, Known, NoWay, ResolvedNames, RouteError};
@@ -41,7 +41,7 @@ pub fn choose(
             Known { endpoints: &none, pod: Witness(0), now: 0, left: &[] }
         }
     };
-    let find = |names: &ResolvedNames| eligible(snapshot, source, service, port, names);
+    let find = |names: &ResolvedNames| eligible(snapshot, source, service, (port, names), |_| true);
     let version = snapshot.endpoints_version(&service.key);
     let (list, mut candidates) = endpoints.list(source, service, port, version, || find(&ResolvedNames::new()));
     if candidates.has_hosts && !names.is_empty() {
@@ -51,23 +51,33 @@ pub fn choose(
         return Err(no_endpoint(snapshot, source, service, port));
     }
     let is_left = |standing: &_| left.iter().any(|pick| Arc::ptr_eq(&pick.standing, standing));
-    let chosen = candidates.choose(chance.random, (pod, now), |one| !is_left(&one.standing));
-    let chosen = chosen.ok_or_else(|| RouteError::NoEndpoint(service.key.hostname.clone()))?;
+    // Gateways come and go without a change of the service's endpoints, so the list does not know of them.
+    let has_way =
+        |workload: &Workload| workload.network == source.network || way_to(snapshot, source, workload).is_ok();
+    let may = |one: &Candidate| !is_left(&one.standing) && has_way(&one.workload);
+    let reachable;
+    let mut chosen = candidates.choose(chance.random, (pod, now), may);
+    if chosen.is_none() {
+        // Those that are preferred may all be behind gateways that are not known.
+        let found = eligible(snapshot, source, service, (port, names), has_way);
+        reachable = Candidates::new(found, &candidates);
+        chosen = reachable.choose(chance.random, (pod, now), may);
+    }
+    let chosen = chosen.ok_or_else(|| no_endpoint(snapshot, source, service, port))?;
     let pick = Pick { list, standing: chosen.standing.clone(), is_waypoint: false };
     Ok(ChosenEndpoint { workload: chosen.workload.clone(), port: chosen.port, pick: Some(pick) })
 }
 
-/// The endpoints that a connection from `source` to a port of a service may use, ordered by uid.
+/// The endpoints that a connection from `source` to a port of a service may use, if they pass `has_way`, ordered by uid.
 fn eligible(
     snapshot: &Snapshot,
     source: &Workload,
     service: &Service,
-    port: u16,
-    names: &ResolvedNames,
+    (port, names): (u16, &ResolvedNames),
+    has_way: impl Fn(&Workload) -> bool,
 ) -> Vec<Eligible> {
-    let usable =
-        snapshot.endpoints(&service.key).filter_map(|one| usable(snapshot, source, service, &one, (port, names)).ok());
-    let mut usable: Vec<Eligible> = usable.collect();
+    let usable = snapshot.endpoints(&service.key).filter_map(|one| usable(source, service, &one, (port, names)).ok());
+    let mut usable: Vec<Eligible> = usable.filter(|one| has_way(&one.workload)).collect();
     // An earlier round chose an endpoint and asked for its name to be resolved. Stay with it, so that the choice does
     // not lead to one more name each time.
     let drawn = |chosen: &Eligible| chosen.workload.ips.is_empty() && names.contains_key(&chosen.workload.hostname);
@@ -119,13 +129,21 @@ pub fn judge(
     port: u16,
     names: &ResolvedNames,
 ) -> Vec<Judged> {
-    let chosen = eligible(snapshot, source, service, port, names);
+    let has_way =
+        |workload: &Workload| workload.network == source.network || way_to(snapshot, source, workload).is_ok();
+    let mut chosen = eligible(snapshot, source, service, (port, names), |_| true);
+    if !chosen.iter().any(|one| has_way(&one.workload)) {
+        chosen = eligible(snapshot, source, service, (port, names), has_way);
+    }
     let chosen: HashSet<&Text> = chosen.iter().map(|eligible| &eligible.workload.uid).collect();
     let one = |endpoint: Endpoint<'_>| {
         let workload = endpoint.workload.clone();
-        let unusable = match usable(snapshot, source, service, &endpoint, (port, names)) {
+        let unusable = match usable(source, service, &endpoint, (port, names)) {
             Err(why) => Some(why),
             Ok(_) if workload.capacity == 0 => Some(Unusable::NoCapacity),
+            Ok(_) if workload.network != source.network && way_to(snapshot, source, &workload).is_err() => {
+                way_to(snapshot, source, &workload).err().map(Unusable::OtherNetwork)
+            }
             Ok(_) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
         };
         Judged { port: target_port(service, &endpoint, port), workload, unusable }
@@ -135,7 +153,6 @@ pub fn judge(
 
 /// Whether an endpoint may be used, before preferences.
 fn usable(
-    snapshot: &Snapshot,
     source: &Workload,
     service: &Service,
     endpoint: &Endpoint<'_>,
@@ -143,7 +160,7 @@ fn usable(
 ) -> Result<Eligible, Unusable> {
     let workload = endpoint.workload;
     if workload.network != source.network {
-        return abroad(snapshot, source, service, endpoint, port);
+        return abroad(service, endpoint, port);
     }
     let port = target_port(service, endpoint, port).ok_or(Unusable::NoPort)?;
     if !service.may_use(workload) {
@@ -160,8 +177,12 @@ fn usable(
 /// Why a service has no endpoint for a connection from `source` to its `port`.
 fn no_endpoint(snapshot: &Snapshot, source: &Workload, service: &Service, port: u16) -> RouteError {
     let elsewhere = snapshot.endpoints(&service.key).find_map(|one| {
-        match usable(snapshot, source, service, &one, (port, &ResolvedNames::new())) {
+        match usable(source, service, &one, (port, &ResolvedNames::new())) {
             Err(Unusable::OtherNetwork(why)) => Some(RouteError::OtherNetwork(one.workload.uid.clone(), why)),
+            Ok(eligible) if eligible.workload.network != source.network => {
+                let why = way_to(snapshot, source, &eligible.workload).err()?;
+                Some(RouteError::OtherNetwork(eligible.workload.uid.clone(), why))
+            }
             _ => None,
         }
     });
@@ -180,29 +201,28 @@ fn target_port(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Option<
 }
 
 /// An endpoint in another network: one, whatever number of workloads it stands for. The far side knows the target port.
-fn abroad(
-    snapshot: &Snapshot,
-    source: &Workload,
-    service: &Service,
-    endpoint: &Endpoint<'_>,
-    port: u16,
-) -> Result<Eligible, Unusable> {
+fn abroad(service: &Service, endpoint: &Endpoint<'_>, port: u16) -> Result<Eligible, Unusable> {
     if !service.ports.contains_key(&port) && !endpoint.ports.contains_key(&port) {
         return Err(Unusable::NoPort);
     }
     if !service.may_use(endpoint.workload) {
         return Err(Unusable::Unhealthy);
     }
-    way_to(snapshot, source, endpoint.workload).map_err(Unusable::OtherNetwork)?;
+    reference_to(endpoint.workload).map_err(Unusable::OtherNetwork)?;
     Ok(Eligible { workload: endpoint.workload.clone(), port })
+}
+
+/// The reference to the gateway of a workload in another network.
+fn reference_to(workload: &Workload) -> Result<&GatewayRef, NoWay> {
+    if workload.protocol != Protocol::Hbone {
+        return Err(NoWay::Plaintext);
+    }
+    workload.network_gateway.as_ref().ok_or(NoWay::NoGateway)
 }
 
 /// The gateway to a workload in another network than the client's. It is known, or has to be asked for.
 pub fn way_to<'a>(snapshot: &Snapshot, source: &Workload, workload: &'a Workload) -> Result<&'a GatewayRef, NoWay> {
-    if workload.protocol != Protocol::Hbone {
-        return Err(NoWay::Plaintext);
-    }
-    let way = workload.network_gateway.as_ref().ok_or(NoWay::NoGateway)?;
+    let way = reference_to(workload)?;
     let is_known = snapshot.gateway(way, &source.namespace).is_some();
     if is_known || snapshot.unasked(FactKey::of_gateway(way)).is_some() {
         Ok(way)
@@ -424,6 +444,40 @@ mod tests {
         let error = choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut Chance::of(&mut |_| 0));
         let error = error.unwrap_err();
         assert!(matches!(error, RouteError::OtherNetwork(_, NoWay::NoGateway)), "{error}");
+    }
+
+    #[test]
+    fn a_gateway_that_becomes_known_or_goes_counts_at_once() {
+        let (store, web) = (Store::default(), service("a", "web", "10.96.0.1", &[(80, 8080)]));
+        let mut abroad = endpoint("abroad", "10.0.0.3", &web);
+        abroad.network = "other".into();
+        let way = crate::mesh::GatewayTarget::parse("/10.0.0.50").unwrap();
+        abroad.network_gateway = Some(GatewayRef { target: way, hbone_port: 15008 });
+        store.update(Update { workloads: vec![abroad], services: vec![web.clone()], ..Update::default() });
+        let lists = EndpointLists::new(50, Metrics::default());
+        let found = || {
+            let (snapshot, source) = (store.load(), workload("a", "client", "10.0.0.99"));
+            let service = snapshot.services().next().unwrap();
+            let known = Known { endpoints: &lists, pod: Witness(1), now: 1, left: &[] };
+            let mut chance = Chance { random: &mut |_| 0, known: Some(known) };
+            choose(&snapshot, &source, service, 80, &ResolvedNames::new(), &mut chance)
+                .map(|one| one.workload.name.clone())
+        };
+        assert!(matches!(found(), Err(RouteError::OtherNetwork(_, NoWay::UnknownGateway(_)))), "{:?}", found());
+        // Preferred, it does not keep connections from one that can be reached.
+        let mut near = endpoint("near", "10.0.0.1", &web);
+        near.locality.region = "far".into();
+        let mut preferring = web.clone();
+        preferring.load_balancer = lb(LoadBalancingMode::Failover, &[RoutingScope::Region], HealthPolicy::OnlyHealthy);
+        store.update(Update { workloads: vec![near.clone()], services: vec![preferring], ..Update::default() });
+        assert_eq!(found(), Ok("near".into()));
+        store.update(Update { gone_workloads: vec![near.uid], ..Update::default() });
+        assert!(found().is_err());
+        let gateway = workload("istio-system", "gateway", "10.0.0.50");
+        store.update(Update { workloads: vec![gateway.clone()], ..Update::default() });
+        assert_eq!(found(), Ok("abroad".into()));
+        store.update(Update { gone_workloads: vec![gateway.uid], ..Update::default() });
+        assert!(matches!(found(), Err(RouteError::OtherNetwork(_, NoWay::UnknownGateway(_)))), "{:?}", found());
     }
 
     #[derive(Clone, Debug)]
