@@ -318,14 +318,9 @@ async fn index() -> Html<String> {
 
 /// Makes a page off the runtime, because a page of a large mesh takes a while and nothing else should wait for it.
 async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
-    let work = move || {
-        let value = pick(&pages)();
-        serde_json::to_string_pretty(&value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
-    };
+    let work = move || text_of(&pick(&pages)());
     match run_blocking(work).await {
-        Some(text) => {
-            ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
-        }
+        Some(text) => json(text),
         None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made; see standard error\n").into_response(),
     }
 }
@@ -348,22 +343,25 @@ async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
 
 async fn explain(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
     match (pages.explain)(parameters(query.as_deref())).await {
-        Ok(answer) => json_text(&answer),
+        Ok(answer) => json(text_of(&answer)),
         Err(text) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
     }
 }
 
 /// Off the runtime, because many connections take a while.
 async fn explain_policies(State(pages): State<Arc<Pages>>, text: String) -> Response {
-    match run_blocking(move || (pages.explain_policies)(&text)).await {
-        Some(Ok(answer)) => json_text(&answer),
+    match run_blocking(move || (pages.explain_policies)(&text).map(|answer| text_of(&answer))).await {
+        Some(Ok(text)) => json(text),
         Some(Err(text)) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
         None => (StatusCode::INTERNAL_SERVER_ERROR, "no answer could be made; see standard error\n").into_response(),
     }
 }
 
-fn json_text(value: &Value) -> Response {
-    let text = serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"));
+fn text_of(value: &Value) -> String {
+    serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\":\"{error}\"}}"))
+}
+
+fn json(text: String) -> Response {
     ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], text + "\n").into_response()
 }
 

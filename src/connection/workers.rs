@@ -199,26 +199,19 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
             // The next one of this listener may be accepted; it begins after those that wait now.
             drop(place);
             let load = LoadGuard(worker.clone());
+            let counted = |load, active, reservation| Counted {
+                _load: Some(load),
+                _active: active,
+                _reservation: reservation,
+                _task: worker.tasks.token(),
+                _socket: None,
+            };
             match journey {
                 Journey::Outbound(reservation) => {
-                    let counted = Counted {
-                        _load: Some(load),
-                        _active: active,
-                        _reservation: reservation,
-                        _task: worker.tasks.token(),
-                        _socket: None,
-                    };
-                    journeys::outbound(&worker, &pod, socket, peer, counted).await;
+                    journeys::outbound(&worker, &pod, socket, peer, counted(load, active, reservation)).await;
                 }
                 Journey::Socks(reservation) => {
-                    let counted = Counted {
-                        _load: Some(load),
-                        _active: active,
-                        _reservation: reservation,
-                        _task: worker.tasks.token(),
-                        _socket: None,
-                    };
-                    journeys::socks(&worker, &pod, socket, peer, counted).await;
+                    journeys::socks(&worker, &pod, socket, peer, counted(load, active, reservation)).await;
                 }
                 Journey::Plaintext(_reservation) => {
                     journeys::plaintext(&worker, &pod, socket, peer).await;

@@ -210,6 +210,22 @@ impl Resolver {
         }
     }
 
+    /// What decides about the pod's questions.
+    pub fn context<'a>(
+        &'a self,
+        (snapshot, workload): (&'a Snapshot, &'a Workload),
+        resolvers: &'a PodResolvers,
+    ) -> LookupContext<'a> {
+        LookupContext {
+            snapshot,
+            workload,
+            search: &resolvers.search,
+            cluster_domain: &self.config.cluster_domain,
+            preferred_namespace: &self.config.preferred_namespace,
+            ipv6: self.config.ipv6,
+        }
+    }
+
     /// The addresses that the pod would get for a name: from the mesh, or from its resolvers.
     pub async fn look_up(
         &self,
@@ -217,14 +233,7 @@ impl Resolver {
         name: &str,
     ) -> Result<Vec<IpAddr>, ResolveError> {
         let resolvers = self.resolvers().await;
-        let context = LookupContext {
-            snapshot,
-            workload,
-            search: &resolvers.search,
-            cluster_domain: &self.config.cluster_domain,
-            preferred_namespace: &self.config.preferred_namespace,
-            ipv6: self.config.ipv6,
-        };
+        let context = self.context((snapshot, workload), &resolvers);
         let name = name.trim_end_matches('.').to_ascii_lowercase();
         // A resolver in the pod appends the search domains to a name with few dots.
         let mut full = resolvers.search.iter().map(|search| format!("{name}.{}", search.domain));

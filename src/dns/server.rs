@@ -228,15 +228,7 @@ impl Server {
         known: &'a (Arc<Snapshot>, Arc<Workload>),
         resolvers: &'a PodResolvers,
     ) -> lookup::LookupContext<'a> {
-        let config = &self.resolver.config;
-        lookup::LookupContext {
-            snapshot: &known.0,
-            workload: &known.1,
-            search: &resolvers.search,
-            cluster_domain: &config.cluster_domain,
-            preferred_namespace: &config.preferred_namespace,
-            ipv6: config.ipv6,
-        }
+        self.resolver.context((&known.0, &known.1), resolvers)
     }
 
     /// Our answer to a question. Its records are shuffled each time, because many clients use the first one.

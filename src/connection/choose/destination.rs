@@ -52,8 +52,7 @@ pub fn choose(
     }
     let is_left = |standing: &_| left.iter().any(|pick| Arc::ptr_eq(&pick.standing, standing));
     // Gateways come and go without a change of the service's endpoints, so the list does not know of them.
-    let has_way =
-        |workload: &Workload| workload.network == source.network || way_to(snapshot, source, workload).is_ok();
+    let has_way = |workload: &Workload| is_reachable(snapshot, source, workload).is_ok();
     let may = |one: &Candidate| !is_left(&one.standing) && has_way(&one.workload);
     let reachable;
     let mut chosen = candidates.choose(chance.random, (pod, now), may);
@@ -129,8 +128,7 @@ pub fn judge(
     port: u16,
     names: &ResolvedNames,
 ) -> Vec<Judged> {
-    let has_way =
-        |workload: &Workload| workload.network == source.network || way_to(snapshot, source, workload).is_ok();
+    let has_way = |workload: &Workload| is_reachable(snapshot, source, workload).is_ok();
     let mut chosen = eligible(snapshot, source, service, (port, names), |_| true);
     if !chosen.iter().any(|one| has_way(&one.workload)) {
         chosen = eligible(snapshot, source, service, (port, names), has_way);
@@ -141,10 +139,10 @@ pub fn judge(
         let unusable = match usable(source, service, &endpoint, (port, names)) {
             Err(why) => Some(why),
             Ok(_) if workload.capacity == 0 => Some(Unusable::NoCapacity),
-            Ok(_) if workload.network != source.network && way_to(snapshot, source, &workload).is_err() => {
-                way_to(snapshot, source, &workload).err().map(Unusable::OtherNetwork)
-            }
-            Ok(_) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
+            Ok(_) => match is_reachable(snapshot, source, &workload) {
+                Err(why) => Some(Unusable::OtherNetwork(why)),
+                Ok(()) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
+            },
         };
         Judged { port: target_port(service, &endpoint, port), workload, unusable }
     };
@@ -179,11 +177,11 @@ fn no_endpoint(snapshot: &Snapshot, source: &Workload, service: &Service, port: 
     let elsewhere = snapshot.endpoints(&service.key).find_map(|one| {
         match usable(source, service, &one, (port, &ResolvedNames::new())) {
             Err(Unusable::OtherNetwork(why)) => Some(RouteError::OtherNetwork(one.workload.uid.clone(), why)),
-            Ok(eligible) if eligible.workload.network != source.network => {
-                let why = way_to(snapshot, source, &eligible.workload).err()?;
+            Ok(eligible) => {
+                let why = is_reachable(snapshot, source, &eligible.workload).err()?;
                 Some(RouteError::OtherNetwork(eligible.workload.uid.clone(), why))
             }
-            _ => None,
+            Err(_) => None,
         }
     });
     let name = service.key.hostname.clone();
@@ -218,6 +216,11 @@ fn reference_to(workload: &Workload) -> Result<&GatewayRef, NoWay> {
         return Err(NoWay::Plaintext);
     }
     workload.network_gateway.as_ref().ok_or(NoWay::NoGateway)
+}
+
+/// Whether a workload is in the client's own network, or in another one to which there is a way.
+fn is_reachable(snapshot: &Snapshot, source: &Workload, workload: &Workload) -> Result<(), NoWay> {
+    if workload.network == source.network { Ok(()) } else { way_to(snapshot, source, workload).map(drop) }
 }
 
 /// The gateway to a workload in another network than the client's. It is known, or has to be asked for.
