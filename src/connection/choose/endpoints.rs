@@ -86,6 +86,11 @@ impl Candidates {
         Self { of: None, all, sums, has_hosts }
     }
 
+    fn eligible(&self) -> Vec<Eligible> {
+        let one = |candidate: &Candidate| Eligible { workload: candidate.workload.clone(), port: candidate.port };
+        self.all.iter().map(one).collect()
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.all.is_empty()
@@ -377,20 +382,27 @@ impl EndpointLists {
         let (key, now) = ((service.key.clone(), port), self.now());
         let find = |lists: &Lists| lists.get(&key)?.iter().find(|list| list.place.is_of(client)).cloned();
         let known = find(&self.lists.load());
-        let list = known.unwrap_or_else(|| {
+        let Some(list) = known else {
+            let made = Arc::new(EndpointList::new(&service.key, port, client));
+            made.used.store(now, Ordering::Relaxed);
+            let candidates = made.at(service, version, eligible);
+            // A pod may ask for every port that a service does not have, and must not take the lists of others.
+            if candidates.is_empty() {
+                return (made, candidates);
+            }
             let _writing = self.writing.lock();
             let lists = self.lists.load_full();
-            find(&lists).unwrap_or_else(|| {
-                let made = Arc::new(EndpointList::new(&service.key, port, client));
-                made.used.store(now, Ordering::Relaxed);
-                let mut lists = kept(&lists, now);
-                let others = lists.get(&key).into_iter().flat_map(|all| all.iter().cloned());
-                let all = others.chain([made.clone()]).collect();
-                lists.insert_mut(key.clone(), all);
-                self.lists.store(Arc::new(lists));
-                made
-            })
-        });
+            if let Some(list) = find(&lists) {
+                let candidates = list.at(service, version, || candidates.eligible());
+                return (list, candidates);
+            }
+            let mut lists = kept(&lists, now);
+            let others = lists.get(&key).into_iter().flat_map(|all| all.iter().cloned());
+            let all = others.chain([made.clone()]).collect();
+            lists.insert_mut(key.clone(), all);
+            self.lists.store(Arc::new(lists));
+            return (made, candidates);
+        };
         // Written rarely, so that workers do not take the line from each other at every connection.
         if now.saturating_sub(list.used.load(Ordering::Relaxed)) > UNUSED_MAX / 100 {
             list.used.store(now, Ordering::Relaxed);
@@ -515,6 +527,20 @@ mod tests {
             }
             shares
         }
+    }
+
+    #[test]
+    fn a_pod_that_tries_all_ports_of_a_service_takes_no_list_from_others() {
+        let world = World::new(&[1, 1], 50);
+        let (list, _) = world.list();
+        let client = workload("a", "client", "10.0.0.99");
+        for port in 1..=u16::MAX {
+            if port != 80 {
+                world.endpoints.list(&client, &world.service, port, 1, Vec::new);
+            }
+        }
+        assert_eq!(world.endpoints.lists.load().size(), 1);
+        assert!(Arc::ptr_eq(&world.list().0, &list), "what is known of its endpoints stays");
     }
 
     #[test]
