@@ -17,6 +17,8 @@ pub struct Outside {
     pod: Arc<Pod>,
     source: Arc<Workload>,
     to: SocketAddr,
+    /// The names that had led the pod to the address when it connected. They count for as long as the connection lasts.
+    names: Vec<Text>,
     changes: watch::Receiver<()>,
 }
 
@@ -24,7 +26,8 @@ impl Outside {
     /// The connection of `source` to `to`. Make it before the decision, so that no change is missed in between.
     pub fn new(shared: &Arc<Shared>, pod: &Arc<Pod>, source: &Arc<Workload>, to: SocketAddr) -> Self {
         let changes = shared.mesh.subscribe_egress();
-        Self { shared: shared.clone(), pod: pod.clone(), source: source.clone(), to, changes }
+        let names = pod.resolver.answered.of(to.ip().to_canonical());
+        Self { shared: shared.clone(), pod: pod.clone(), source: source.clone(), to, names, changes }
     }
 
     /// The decision by the current policies; `None` if none applies.
@@ -42,7 +45,9 @@ impl Outside {
     }
 
     fn names(&self) -> Vec<Text> {
-        self.pod.resolver.answered.of(self.to.ip().to_canonical())
+        let later = self.pod.resolver.answered.of(self.to.ip().to_canonical());
+        let later = later.into_iter().filter(|name| !self.names.contains(name));
+        self.names.iter().cloned().chain(later).collect()
     }
 
     /// Resolves when the policies have changed and no longer allow the connection.
