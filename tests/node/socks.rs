@@ -85,6 +85,7 @@ fn connections_are_opened_through_the_mesh_and_failures_are_named() {
         (address("10.96.0.21".parse().unwrap()), 80, 4, "no_endpoint"),
         (address(vip), 81, 4, "no_port"),
         (address("127.0.0.1".parse().unwrap()), PORT, 2, "loop"),
+        (address("0.0.0.0".parse().unwrap()), PORT, 2, "loop"),
         (address(client.v4), 15001, 2, "loop"),
     ] {
         let (answered, mut stream) = ask(&w, "127.0.0.1", &request(&kind, port));

@@ -50,8 +50,8 @@ async fn open(
         let (snapshot, source) = own_facts(worker, pod).await?;
         let to = address(pod, &snapshot, &source, target).await?;
         record.destination(to);
-        // The client would ask itself through the daemon, again and again.
-        if to.ip().is_loopback() && to.port() == SOCKS {
+        // The client would ask itself through the daemon, again and again. The unspecified address leads to loopback.
+        if (to.ip().is_loopback() || to.ip().is_unspecified()) && to.port() == SOCKS {
             return Err(RouteError::Loop(to).into());
         }
         pod.with_own(&source, |own| own.check_outbound(to))?;
