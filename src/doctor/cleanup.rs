@@ -5,7 +5,7 @@
 
 use super::daemon::get;
 use crate::config::Config;
-use crate::node::cleanup::{self, CleanupOutcome};
+use crate::node::cleanup::{self, CleanupOutcome, Removed};
 use crate::node::cni::install;
 use crate::node::kubernetes::annotate;
 use crate::node::{PodSource, active_daemon, kubernetes};
@@ -25,6 +25,29 @@ pub enum Cleaned {
     NotAll,
     /// A daemon runs, or may run. Nothing has been removed.
     InUse,
+}
+
+/// Says which namespaces keep rules, and why.
+fn say_what_stays(rules: &Removed, say: &mut impl FnMut(&str)) {
+    if rules.others > 0 {
+        say(&format!(
+            "note  {} namespaces hold rules of another node, or of an old version that does not name its node; --all removes them too",
+            rules.others
+        ));
+    }
+    if rules.unreadable > 0 {
+        say(&format!(
+            "note  {} namespaces hold too many rules to read, perhaps culvert's too; --all removes culvert's rules there as well",
+            rules.unreadable
+        ));
+    }
+    if rules.workloads > 0 {
+        say(&format!(
+            "note  {} namespaces belong to workloads that carry their own traffic (culvert redirect): their rules stay, because \
+             without them their traffic would pass in plaintext; culvert redirect --remove, run inside, removes them",
+            rules.workloads
+        ));
+    }
 }
 
 /// Cleans the node and passes a line for each removed thing to `say`. With `all` it also removes rules of another
@@ -50,8 +73,8 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
     };
     let node = config.node.cleanup();
     node.remove_probe_rules().await.into_iter().for_each(&mut done);
-    let rules = node.remove_rules(all).await;
-    rules.ours.into_iter().for_each(&mut done);
+    let mut rules = node.remove_rules(all).await;
+    std::mem::take(&mut rules.ours).into_iter().for_each(&mut done);
     let mut no_plugin = None;
     let mut annotations = Some("there are no settings for the Kubernetes API".to_owned());
     if let PodSource::Kubernetes(kubernetes) = &config.node.source
@@ -76,18 +99,7 @@ pub async fn run(config: &Config, all: bool, mut say: impl FnMut(&str)) -> Clean
         }
         config.state_files.iter().map(|file| cleanup::remove_file(file)).for_each(&mut done);
     }
-    if rules.others > 0 {
-        say(&format!(
-            "note  {} namespaces hold rules of another node, or of an old version that does not name its node; --all removes them too",
-            rules.others
-        ));
-    }
-    if rules.unreadable > 0 {
-        say(&format!(
-            "note  {} namespaces hold too many rules to read, perhaps culvert's too; --all removes culvert's rules there as well",
-            rules.unreadable
-        ));
-    }
+    say_what_stays(&rules, &mut say);
     let left = match rules.others + rules.unreadable {
         0 => "no trace of culvert is left on this node",
         _ => "nothing that certainly belongs to this node is left",

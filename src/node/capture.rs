@@ -7,7 +7,7 @@ use super::config::{Config, PodSource};
 use super::error::CaptureError;
 use super::preexisting::{Preexisting, Uncaptured};
 use super::spec::PodSpec;
-use super::{capture_check, legs, listeners, nft, redirect};
+use super::{capture_check, legs, listeners, nft, own_rules, redirect};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::{Pod, Workers};
 use crate::dns::{self, Dns, KnownClient};
@@ -123,9 +123,10 @@ impl Drop for Approved {
 
 impl Capturer {
     /// Listens in a pod's network namespace. Connections wait until the pod is approved.
-    pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
+    pub async fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
         self.refuse_host(&netns)?;
+        self.refuse_workload_of_its_own(&netns).await?;
         let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         if let Some(missing) = spec.ips.first().filter(|_| !spec.ips.iter().any(|ip| held.contains(ip))) {
             return Err(not_the_pod(&netns, *missing, &held));
@@ -335,7 +336,7 @@ impl Capturer {
     }
 
     /// Removes the rules that a failed attempt or an earlier daemon has left in a pod that is not enrolled any more,
-    /// unless another pod has the namespace.
+    /// unless another pod has the namespace, or the pod has written them itself.
     pub async fn remove_rules(&self, spec: &PodSpec) {
         self.clean_up(spec, true).await;
     }
@@ -352,7 +353,7 @@ impl Capturer {
         // Without our tables, equal routes belong to another program.
         let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
-        if !is_there || self.refuse_host(&netns).is_err() {
+        if !is_there || self.refuse_host(&netns).is_err() || own_rules::are_in(&netns).await {
             return;
         }
         let removed = match all {
@@ -362,6 +363,13 @@ impl Capturer {
         if let Err(error) = removed {
             tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "cannot remove the pod's rules");
         }
+    }
+
+    /// Refuses a network namespace whose workload carries its own traffic. Later the rules are not asked: they are ours
+    /// then, whatever a process in the pod writes into them.
+    async fn refuse_workload_of_its_own(&self, netns: &Netns) -> Result<(), CaptureError> {
+        let is_own = matches!(self.config.source, PodSource::Own(_));
+        if !is_own && own_rules::are_in(netns).await { Err(CaptureError::CarriesItself) } else { Ok(()) }
     }
 
     /// Refuses the network namespaces of the daemon and of the host, whatever addresses they hold.

@@ -40,6 +40,8 @@ pub struct Removed {
     pub others: usize,
     /// Number of namespaces with too many rules to read, so that their node is unknown.
     pub unreadable: usize,
+    /// Number of namespaces of workloads that carry their own traffic. Their rules stay.
+    pub workloads: usize,
 }
 
 /// What a network namespace contained.
@@ -48,6 +50,7 @@ enum RulesFound {
     Ours,
     Others,
     Unreadable,
+    Workload,
 }
 
 impl Config {
@@ -70,6 +73,7 @@ impl NodeCleanup {
             match outcome {
                 Ok(RulesFound::Others) => removed.others += 1,
                 Ok(RulesFound::Unreadable) => removed.unreadable += 1,
+                Ok(RulesFound::Workload) => removed.workloads += 1,
                 Ok(RulesFound::Nothing) => {}
                 Ok(RulesFound::Ours) => removed.ours.push((format!("rules in {}", netns.path().display()), Ok(true))),
                 Err(error) => removed.ours.push((format!("rules in {}", netns.path().display()), Err(error))),
@@ -85,6 +89,9 @@ impl NodeCleanup {
             for table in [redirect::TABLE, legs::TABLE] {
                 match nft::table(&netns, "inet", table).await {
                     Ok(listed) if listed.is_null() => {}
+                    Ok(listed) if table_owner::owner(&listed) == Some(table_owner::WORKLOAD) => {
+                        return Ok(RulesFound::Workload);
+                    }
                     Ok(listed) if all || table_owner::owner(&listed) == Some(&*self.tag) => there.push(table),
                     Err(NftError::Unreadable(_)) if all => there.push(table),
                     Err(NftError::Unreadable(_)) => return Ok(RulesFound::Unreadable),

@@ -53,6 +53,12 @@ pub enum CaptureError {
     /// The network namespace is the daemon's or the host's.
     #[error("the namespace {0} is the host's or the daemon's own; capturing it would cut the node off")]
     HostNetns(PathBuf),
+    /// `culvert redirect` has written the rules of this network namespace.
+    #[error(
+        "the pod carries its own traffic already (culvert redirect has been run in it); a pod is captured by its node or by itself, not by \
+         both: label it istio.io/dataplane-mode=none, or remove the sidecar"
+    )]
+    CarriesItself,
     /// The mesh facts now give the pod another identity than it was captured with.
     #[error("the pod's identity has changed from {0} to {1}; capturing it again")]
     IdentityChanged(SpiffeName, SpiffeName),
@@ -102,6 +108,7 @@ impl CaptureError {
             Self::NoNetwork(_) => "no_network",
             Self::NoOwnAddress(_) => "no_own_address",
             Self::HostNetns(_) => "host_netns",
+            Self::CarriesItself => "carries_itself",
             Self::IdentityChanged(..) => "identity_changed",
             Self::NetnsTaken(..) => "netns_taken",
             Self::Port { .. } => "port",

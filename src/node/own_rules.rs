@@ -5,11 +5,10 @@ use super::nft::{self, NftError};
 use super::redirect::{self, OwnPackets, RedirectError, Redirection};
 use super::{preexisting, table_owner};
 use crate::sys::netns::{Netns, NetnsError};
+use crate::sys::nftables::{self, Family};
 use serde_json::Value;
 use std::path::Path;
 
-/// What the table names in place of a node. No node's daemon takes such a table for its own.
-const TAG: &str = "the-workload-itself";
 /// Attempts if other programs write rules at the same time.
 const ATTEMPTS: usize = 5;
 
@@ -61,7 +60,7 @@ pub async fn write(rules: &OwnRules) -> Result<Vec<String>, OwnRulesError> {
         said.push(format!("connections that were open before go on without the mesh: {}", spared.len()));
     }
     let rules = Redirection {
-        node_tag: TAG.into(),
+        node_tag: table_owner::WORKLOAD.into(),
         own: OwnPackets::User(rules.user),
         ipv6: rules.ipv6 && netns.has_ipv6()?,
         dns: rules.dns,
@@ -97,11 +96,21 @@ pub async fn remove() -> Result<bool, OwnRulesError> {
     Ok(there)
 }
 
+/// Whether the workload of a network namespace carries its own traffic. `false` if that cannot be read.
+pub async fn are_in(netns: &Netns) -> bool {
+    // Most namespaces have no table. The kernel says so at once; running `nft` takes milliseconds.
+    let there = netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::CHECK_COUNTER));
+    matches!(there, Ok(Ok(_)))
+        && nft::table(netns, "inet", redirect::TABLE)
+            .await
+            .is_ok_and(|table| table_owner::owner(&table) == Some(table_owner::WORKLOAD))
+}
+
 /// Our table as `nft` prints it; null if there is none. A node's table is refused.
 async fn own_table(netns: &Netns) -> Result<Value, OwnRulesError> {
     let table = nft::table(netns, "inet", redirect::TABLE).await?;
     match table_owner::owner(&table) {
-        Some(TAG) => Ok(table),
+        Some(table_owner::WORKLOAD) => Ok(table),
         None if table.is_null() => Ok(table),
         other => Err(OwnRulesError::OfNode(other.unwrap_or("an unknown node").to_owned())),
     }

@@ -5,6 +5,9 @@ use serde_json::Value;
 
 /// Name of the chain.
 const CHAIN: &str = "written_for";
+/// The tag of rules that a workload has written itself (`culvert redirect`). No node removes them: the daemon beside the
+/// workload counts on them.
+pub const WORKLOAD: &str = "the-workload-itself";
 
 /// The chain, as part of a table. The tag consists of letters, digits, dots, dashes and underscores.
 pub fn chain(node_tag: &str) -> String {

@@ -1,9 +1,11 @@
 //! What a daemon leaves on a node and what it removes: uninstalling and cleaning up.
 
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
+use crate::world::kube::KubePod;
 use crate::world::{ControlPlane, World, apps, ask, eventually, http, inside, output_in, subject};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use std::process::Command;
 use std::time::Duration;
 
 fn set() -> Option<Value> {
@@ -205,18 +207,64 @@ fn cleaning_up_a_node_touches_no_other_nodes_pods_unless_told_to() {
     assert!(fine && has_rules(&c.client), "{said}");
     assert_eq!(c.apis[0].said("client"), None);
     c.w.take_node(2).kill();
-    // A procfs that shows only this world, because everything else on the machine belongs to others.
+    let proc = proc_of(&c, &[&c.client.netns, &c.server.netns]);
+    let settings = [&settings[..], &[("CULVERT_PROC", proc.as_str())]].concat();
+    let (fine, said) = c.w.kube_run(1, "cleanup --all", &c.apis[0], &settings);
+    assert!(fine, "{said}");
+    assert!(!has_rules(&c.client) && !has_rules(&c.server), "{said}");
+}
+
+/// A procfs that shows only these namespaces, because everything else on the machine belongs to others.
+fn proc_of(c: &Cluster, namespaces: &[&str]) -> String {
     let proc = c.w.dir.join("proc");
     for folder in ["1/root/run/netns", "1/ns"] {
         std::fs::create_dir_all(proc.join(folder)).unwrap();
     }
     let netns = |name: &str| std::path::Path::new("/run/netns").join(name);
-    for name in [&c.client.netns, &c.server.netns] {
+    for name in namespaces {
         std::os::unix::fs::symlink(netns(name), proc.join("1/root/run/netns").join(name)).unwrap();
     }
     std::os::unix::fs::symlink(netns(&c.w.ns("n1")), proc.join("1/ns/net")).unwrap();
-    let settings = [&settings[..], &[("CULVERT_PROC", proc.to_str().unwrap())]].concat();
+    proc.display().to_string()
+}
+
+#[test]
+fn a_pod_that_carries_its_own_traffic_keeps_its_rules_whatever_its_node_does() {
+    let mut c = cluster();
+    let (own, left) = (c.w.mesh_pod("own", 1), c.w.mesh_pod("left", 1));
+    c.w.write_mesh();
+    for pod in [&own, &left] {
+        let mut kube = KubePod::new(pod);
+        kube.labels = json!({"istio.io/dataplane-mode": "none"});
+        c.apis[0].pod(&kube);
+        c.kube.push(kube);
+    }
+    let written =
+        Command::new("ip").args(["netns", "exec", &own.netns]).arg(subject()).arg("redirect").output().unwrap();
+    assert!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
+    let rules = || output_in(&own.netns, "nft", &["list", "ruleset"]);
+    let whole = rules();
+    // What an earlier daemon has left in another pod goes.
+    output_in(&left.netns, "nft", &["add", "table", "inet", "culvert"]);
+    c.start_one(&[]);
+    eventually("what a daemon has left is removed", || !has_rules(&left));
+    assert_eq!(rules(), whole);
+    // Its namespace's label would enrol it, too.
+    c.apis[0].change("own", |pod| pod["metadata"]["labels"] = json!({}));
+    eventually("it is refused by name", || {
+        let (state, why) = c.w.state(1, "own");
+        state == "failed" && why.contains("carries its own traffic already")
+    });
+    assert_eq!(rules(), whole);
+    c.apis[0].change("own", |pod| pod["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "none"}));
+    eventually("it is let go", || c.state("own").is_empty());
+    output_in(&left.netns, "nft", &["add", "table", "inet", "culvert"]);
+    c.w.take_node(1).kill();
+    let cni = Cni::new(&c.w);
+    let proc = proc_of(&c, &[&own.netns, &left.netns]);
+    let settings = [&cni.settings()[..], &[("CULVERT_PROC", proc.as_str())]].concat();
     let (fine, said) = c.w.kube_run(1, "cleanup --all", &c.apis[0], &settings);
-    assert!(fine, "{said}");
-    assert!(!has_rules(&c.client) && !has_rules(&c.server), "{said}");
+    assert!(fine && said.contains("1 namespaces belong to workloads that carry their own traffic"), "{said}");
+    assert!(!has_rules(&left), "{said}");
+    assert_eq!(rules(), whole);
 }
