@@ -4,6 +4,7 @@ mod failures;
 mod install;
 mod rollouts;
 mod seen;
+mod sidecar;
 mod traffic;
 
 use crate::world::{Cluster, Mode};
