@@ -3,18 +3,27 @@
 //! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora,
 //! so that a bug that was found once stays found.
 
+use crate::connection::accept::socks::{self, Reply, SocksTarget};
+use crate::connection::authorize::Subject;
+use crate::connection::authorize::decide::Applicable;
+use crate::connection::choose::{Chance, ResolvedNames, route};
 use crate::control::xds::{decode, delta, policy, saved};
+use crate::daemon::explain::{Question, Wanted, policies_in, question};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
 use crate::dns::resolv_conf::ResolvConf;
 use crate::hbone::{self, Authority, ConnectRequest, RequestHead};
 use crate::identity::{istio_ca, revoked, verify};
-use crate::mesh::SpiffeName;
+use crate::mesh::{Snapshot, SpiffeName, Update};
 use crate::node::zds::message;
+use crate::ports::in_pod;
 use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
-use crate::{control, crypto};
+use crate::{admin, control, crypto, doctor};
 use prost::Message;
 use rustls::pki_types::CertificateDer;
+use std::pin::pin;
+use std::sync::LazyLock;
+use std::task::{Context, Poll, Waker};
 
 /// A resource of the control plane, a whole response, and the state file.
 pub fn xds_resources(data: &[u8]) {
@@ -139,6 +148,80 @@ pub fn tunnel(data: &[u8]) {
     hbone::fuzz_tunnel(data);
 }
 
+/// What a pod says to the SOCKS5 port.
+pub fn socks_request(data: &[u8]) {
+    let ask = |data: &[u8]| {
+        let mut pair = tokio::io::join(data, Vec::new());
+        let read = pin!(socks::request(&mut pair)).poll(&mut Context::from_waker(Waker::noop()));
+        let Poll::Ready(asked) = read else { panic!("it waits, although there are no more bytes") };
+        let (rest, answer) = pair.into_inner();
+        (asked, data.len() - rest.len(), answer)
+    };
+    let (asked, length, answer) = ask(data);
+    let Ok(target) = asked else {
+        assert!(answer.len() <= 12, "the method and a refusal at most");
+        assert_ne!(answer.get(3), Some(&(Reply::Succeeded as u8)), "no refusal looks like a success");
+        return;
+    };
+    assert_eq!(answer, [5, 0], "the caller answers a good request");
+    assert!(ask(&data[..length - 1]).0.is_err(), "every byte that was read is part of the request");
+    let (name, port) = match &target {
+        SocksTarget::Address(address) => (address.ip().to_string(), address.port()),
+        SocksTarget::Host(name, port) => (name.clone(), *port),
+    };
+    let head = [5, 1, 0, 5, 1, 0, 3, name.len() as u8];
+    let again = [&head[..], name.as_bytes(), &port.to_be_bytes()].concat();
+    assert_eq!(ask(&again).0.ok(), Some(target), "an accepted target survives a round trip as a name");
+}
+
+/// Facts with a pod, a service and what leads elsewhere, for questions about them.
+fn small_mesh() -> &'static Snapshot {
+    static MESH: LazyLock<Snapshot> = LazyLock::new(|| {
+        let facts = control::yaml::facts(include_str!("../fuzz/small_mesh.yaml")).expect("the file is good");
+        Snapshot::build(1, facts)
+    });
+    &MESH
+}
+
+/// A question to `culvert explain`: `--from` on the first line, `--to` on the second. And the same bytes as the query
+/// string of `/explain`, which others than `culvert explain` may send too.
+pub fn explain_question(data: &[u8]) {
+    let text = String::from_utf8_lossy(data);
+    let _ = question(&admin::parameters(Some(&text)));
+    let (from, to) = text.split_once('\n').unwrap_or((&text, ""));
+    let sent = admin::parameters(Some(&doctor::explain::query(from, to)));
+    assert_eq!(sent, [("from", from), ("to", to)].map(|(name, value)| (name.to_owned(), value.to_owned())));
+    let Ok(Question { namespace, pod, to: wanted }) = question(&sent) else { return };
+    assert_eq!(format!("{namespace}/{pod}"), from);
+    let target = match wanted {
+        Wanted::Address(address) => address,
+        Wanted::Name(name, port) => {
+            assert_eq!(to.rsplit_once(':').map(|(name, port)| (name, port.parse().ok())), Some((name, Some(port))));
+            return;
+        }
+    };
+    let (snapshot, names) = (small_mesh(), ResolvedNames::new());
+    let source = snapshot.workload("c1//Pod/a/client").expect("it is in the file");
+    let route = route::choose(snapshot, source, target, in_pod(true), &names, &mut Chance::of(&mut |_| 0));
+    assert!(
+        route.is_err() || !(target.ip().is_loopback() && in_pod(true).contains(&target.port())),
+        "{target}: a loop"
+    );
+}
+
+/// The text of `culvert explain --policy`: what is read decides about connections.
+pub fn explain_policies(data: &[u8]) {
+    let Ok(policies) = policies_in(&String::from_utf8_lossy(data)) else { return };
+    let mut snapshot = small_mesh().clone();
+    snapshot.apply(2, Update { policies, ..Update::default() });
+    for workload in snapshot.workloads() {
+        let (source, destination) = ([10, 0, 0, 1].into(), ([10, 0, 0, 2], 80).into());
+        for peer in [None, workload.identity().ok()] {
+            let _ = Applicable::for_workload(&snapshot, workload).decide(&Subject { peer, source, destination });
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -146,7 +229,7 @@ mod tests {
     #[test]
     fn no_parser_panics_on_its_corpus() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 12] = [
+        let targets: [Target; 15] = [
             ("dns_request", super::dns_request),
             ("dns_answer", super::dns_answer),
             ("xds_resources", super::xds_resources),
@@ -159,6 +242,9 @@ mod tests {
             ("http2_session", super::http2_session),
             ("tls_records", super::tls_records),
             ("tunnel", super::tunnel),
+            ("socks_request", super::socks_request),
+            ("explain_question", super::explain_question),
+            ("explain_policies", super::explain_policies),
         ];
         for (name, target) in targets {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);

@@ -366,7 +366,7 @@ fn json(text: String) -> Response {
 }
 
 /// The decoded parameters of a query string.
-fn parameters(query: Option<&str>) -> Query {
+pub(crate) fn parameters(query: Option<&str>) -> Query {
     form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect()
 }
 

@@ -6,53 +6,80 @@ use crate::connection::authorize::revoke::Previewed;
 use crate::connection::journeys::explain::explain;
 use crate::connection::pod::Pod;
 use crate::control;
+use crate::mesh::Policy;
 use serde_json::{Value, json};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 const USAGE: &str = "use from=NAMESPACE/POD and to=ADDRESS:PORT or to=NAME:PORT";
 
-/// Answers the question in the query.
-pub(super) async fn answer(shared: &Arc<Shared>, query: &Query) -> Result<Value, String> {
+/// A question, read but not answered.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Question<'a> {
+    /// Namespace of the pod that connects.
+    pub(crate) namespace: &'a str,
+    /// Name of the pod that connects.
+    pub(crate) pod: &'a str,
+    /// Where it connects to.
+    pub(crate) to: Wanted<'a>,
+}
+
+/// Where the connection in a question goes.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Wanted<'a> {
+    /// An address and a port.
+    Address(SocketAddr),
+    /// A name that the pod has to look up first, and a port.
+    Name(&'a str, u16),
+}
+
+/// Reads the question in the query.
+pub(crate) fn question(query: &Query) -> Result<Question<'_>, String> {
     let value = |name: &str| query.iter().find(|(other, _)| other == name).map(|(_, value)| value.as_str());
     if let Some((other, _)) = query.iter().find(|(name, _)| !["from", "to"].contains(&name.as_str())) {
         return Err(format!("{other:?} is not understood: {USAGE}"));
     }
     let (Some(from), Some(to)) = (value("from"), value("to")) else { return Err(USAGE.to_owned()) };
-    let (namespace, name) = from.split_once('/').ok_or_else(|| format!("{from:?} is not NAMESPACE/POD"))?;
-    let pod = shared.pods.find(namespace, name).ok_or_else(|| {
-        format!(
-            "no pod {from} is captured on this node, so its connections do not pass here; `culvert pods` lists all pods"
-        )
-    })?;
-    let to = target(shared, &pod, to).await?;
-    serde_json::to_value(explain(shared, &pod, to).await).map_err(|error| error.to_string())
+    let (namespace, pod) = from.split_once('/').ok_or_else(|| format!("{from:?} is not NAMESPACE/POD"))?;
+    Ok(Question { namespace, pod, to: wanted(to)? })
 }
 
-/// The address that is meant. A name is looked up as the pod's own questions are.
-async fn target(shared: &Arc<Shared>, pod: &Pod, to: &str) -> Result<SocketAddr, String> {
+fn wanted(to: &str) -> Result<Wanted<'_>, String> {
     if let Ok(address) = to.parse::<SocketAddr>() {
-        return Ok(crate::mesh::address::canonical(address));
+        return Ok(Wanted::Address(crate::mesh::address::canonical(address)));
     }
     let wrong = || format!("{to:?} is neither ADDRESS:PORT nor NAME:PORT; an IPv6 address is written [ADDRESS]:PORT");
     let (name, port) = to.rsplit_once(':').ok_or_else(wrong)?;
     let port: u16 = port.parse().map_err(|_| wrong())?;
     let is_name =
         !name.is_empty() && name.len() <= 253 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    if !is_name {
-        return Err(wrong());
-    }
-    let (snapshot, workload) = pod.facts_now(&shared.mesh).ok_or("the pod's workload is not known yet")?;
-    let found = pod.resolver.look_up((&snapshot, &workload), name).await.map_err(|error| error.to_string())?;
-    let first = found.first().ok_or_else(|| format!("{name} has no address"))?;
-    Ok(SocketAddr::new(*first, port))
+    if is_name { Ok(Wanted::Name(name, port)) } else { Err(wrong()) }
 }
 
-/// Most connections that are listed.
-const LISTED_MAX: usize = 1000;
+/// Answers the question in the query.
+pub(super) async fn answer(shared: &Arc<Shared>, query: &Query) -> Result<Value, String> {
+    let Question { namespace, pod: name, to } = question(query)?;
+    let pod = shared.pods.find(namespace, name).ok_or_else(|| {
+        format!(
+            "no pod {namespace}/{name} is captured on this node, so its connections do not pass here; `culvert pods` lists all pods"
+        )
+    })?;
+    let to = match to {
+        Wanted::Address(address) => address,
+        Wanted::Name(name, port) => SocketAddr::new(look_up(shared, &pod, name).await?, port),
+    };
+    serde_json::to_value(explain(shared, &pod, to).await).map_err(|error| error.to_string())
+}
 
-/// What the policies in a text, written as in the mesh file, would change for connections to pods of this node.
-pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
+/// The address that is meant by a name. It is looked up as the pod's own questions are.
+async fn look_up(shared: &Arc<Shared>, pod: &Pod, name: &str) -> Result<IpAddr, String> {
+    let (snapshot, workload) = pod.facts_now(&shared.mesh).ok_or("the pod's workload is not known yet")?;
+    let found = pod.resolver.look_up((&snapshot, &workload), name).await.map_err(|error| error.to_string())?;
+    found.first().copied().ok_or_else(|| format!("{name} has no address"))
+}
+
+/// The policies in a text that is written as in the mesh file, and contains nothing else.
+pub(crate) fn policies_in(text: &str) -> Result<Vec<Policy>, String> {
     let facts = control::yaml::facts(text).map_err(|error| error.to_string())?;
     if facts.policies.is_empty() {
         return Err("there is no policy in it: write them below `policies:`, as in the mesh file".to_owned());
@@ -60,7 +87,15 @@ pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
     if facts.workloads.len() + facts.services.len() + facts.egress.len() > 0 {
         return Err("only `policies:` can be explained".to_owned());
     }
-    let preview = shared.permits.preview(&shared.mesh.load(), facts.policies);
+    Ok(facts.policies)
+}
+
+/// Most connections that are listed.
+const LISTED_MAX: usize = 1000;
+
+/// What the policies in a text, written as in the mesh file, would change for connections to pods of this node.
+pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
+    let preview = shared.permits.preview(&shared.mesh.load(), policies_in(text)?);
     let count = |is_open: bool, refused: bool| {
         preview.changes.iter().filter(|one| one.is_open == is_open && one.refusal.is_some() == refused).count()
     };

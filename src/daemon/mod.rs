@@ -4,7 +4,7 @@ mod assemble;
 pub mod docs;
 mod dump;
 mod dump_config;
-mod explain;
+pub(crate) mod explain;
 mod metrics;
 mod pages;
 mod parts;

@@ -7,9 +7,12 @@ use std::path::Path;
 /// Asks the daemon's admin port about a connection `from` a pod `to` an address. With `json` the answer is returned
 /// unchanged.
 pub fn connection(port: u16, (from, to): (&str, &str), json: bool) -> Result<String, String> {
-    let mut query = form_urlencoded::Serializer::new(String::new());
-    query.append_pair("from", from).append_pair("to", to);
-    shown(port, get(port, &format!("/explain?{}", query.finish())), json, text)
+    shown(port, get(port, &format!("/explain?{}", query(from, to))), json, text)
+}
+
+/// The query string of a question.
+pub(crate) fn query(from: &str, to: &str) -> String {
+    form_urlencoded::Serializer::new(String::new()).append_pair("from", from).append_pair("to", to).finish()
 }
 
 /// Asks what the policies in a file would change.
