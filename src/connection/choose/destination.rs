@@ -51,8 +51,9 @@ pub fn choose(
         return Err(no_endpoint(snapshot, source, service, port));
     }
     let is_left = |standing: &_| left.iter().any(|pick| Arc::ptr_eq(&pick.standing, standing));
-    // Gateways come and go without a change of the service's endpoints, so the list does not know of them.
-    let has_way = |workload: &Workload| is_reachable(snapshot, source, workload).is_ok();
+    // Gateways come and go without a change of the service's endpoints, so the list does not know of them. It is also
+    // that of other pods, which have other addresses.
+    let has_way = |workload: &Workload| has_way(snapshot, source, workload);
     let may = |one: &Candidate| !is_left(&one.standing) && has_way(&one.workload);
     let reachable;
     let mut chosen = candidates.choose(chance.random, (pod, now), may);
@@ -101,6 +102,9 @@ pub enum Unusable {
     /// It has no address, and no host name that leads to one.
     #[error("has no address")]
     NoAddress,
+    /// The address is the client's own now. What is known about the endpoint is old.
+    #[error("has an address that is the pod's own now")]
+    OwnAddress,
     /// Its capacity is 0.
     #[error("has no capacity")]
     NoCapacity,
@@ -128,7 +132,7 @@ pub fn judge(
     port: u16,
     names: &ResolvedNames,
 ) -> Vec<Judged> {
-    let has_way = |workload: &Workload| is_reachable(snapshot, source, workload).is_ok();
+    let has_way = |workload: &Workload| has_way(snapshot, source, workload);
     let mut chosen = eligible(snapshot, source, service, (port, names), |_| true);
     if !chosen.iter().any(|one| has_way(&one.workload)) {
         chosen = eligible(snapshot, source, service, (port, names), has_way);
@@ -141,6 +145,7 @@ pub fn judge(
             Ok(_) if workload.capacity == 0 => Some(Unusable::NoCapacity),
             Ok(_) => match is_reachable(snapshot, source, &workload) {
                 Err(why) => Some(Unusable::OtherNetwork(why)),
+                Ok(()) if returns_to(source, &workload) => Some(Unusable::OwnAddress),
                 Ok(()) => (!chosen.contains(&workload.uid)).then_some(Unusable::NotPreferred),
             },
         };
@@ -221,6 +226,24 @@ fn reference_to(workload: &Workload) -> Result<&GatewayRef, NoWay> {
 /// Whether a workload is in the client's own network, or in another one to which there is a way.
 fn is_reachable(snapshot: &Snapshot, source: &Workload, workload: &Workload) -> Result<(), NoWay> {
     if workload.network == source.network { Ok(()) } else { way_to(snapshot, source, workload).map(drop) }
+}
+
+/// Whether a tunnel to this endpoint would lead back to the client.
+fn returns_to(source: &Workload, workload: &Workload) -> bool {
+    workload.network == source.network && workload.protocol == Protocol::Hbone && has_address_of(workload, source)
+}
+
+/// Whether the facts give a workload an address of `owner`, which is another one. Then they are old: the address has been
+/// used again.
+pub fn has_address_of(workload: &Workload, owner: &Workload) -> bool {
+    let is_one_identity = workload.service_account == owner.service_account
+        && workload.namespace == owner.namespace
+        && workload.trust_domain == owner.trust_domain;
+    workload.uid != owner.uid && !is_one_identity && workload.ips.iter().any(|ip| owner.ips.contains(ip))
+}
+
+fn has_way(snapshot: &Snapshot, source: &Workload, workload: &Workload) -> bool {
+    is_reachable(snapshot, source, workload).is_ok() && !returns_to(source, workload)
 }
 
 /// The gateway to a workload in another network than the client's. It is known, or has to be asked for.

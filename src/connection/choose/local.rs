@@ -204,9 +204,7 @@ fn serves_as_waypoint(snapshot: &Snapshot, service: &Service, workload: &Workloa
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::snapshot::tests::{service, workload};
-    use crate::mesh::workload::ApplicationTunnel;
-    use crate::mesh::{Facts, GatewayRef, GatewayTarget};
+    use crate::mesh::snapshot::tests::workload;
     use crate::ports::in_pod;
 
     #[test]
@@ -235,55 +233,6 @@ mod tests {
             assert_eq!(own.check_outbound(to).is_ok(), outbound, "{to}");
             assert_eq!(own.check_plaintext(to, false).is_ok(), plaintext, "{to}");
             assert_eq!(own.check_plaintext(to, true), Err(LocalError::Loop(to)), "{to}");
-        }
-    }
-
-    #[test]
-    fn what_an_inbound_stream_may_ask_for() {
-        let mut server = workload("a", "server", "10.0.0.2");
-        let mut waypoint = workload("a", "waypoint", "10.0.0.4");
-        let mut sandwiched = workload("a", "sandwiched", "10.0.0.5");
-        sandwiched.application_tunnel = Some(ApplicationTunnel { delivery: Delivery::Plain, port: Some(9000) });
-        let mut web = service("a", "web", "10.96.0.1", &[(80, 8080), (81, 0)]);
-        let way = service("a", "way", "10.96.0.2", &[(15008, 15008)]);
-        server.services.insert(web.key.clone(), [(81, 8181)].into());
-        waypoint.services.insert(way.key.clone(), [].into());
-        let target = GatewayTarget::Hostname(way.key.clone());
-        web.waypoint = Some(GatewayRef { target, hbone_port: 15008 });
-        let facts =
-            Facts { workloads: vec![server, waypoint, sandwiched], services: vec![web, way], ..Facts::default() };
-        let snapshot = Snapshot::build(1, facts);
-        for (pod, own, authority, expected) in [
-            ("server", "10.0.0.2", "10.0.0.2:80", Ok("10.0.0.2:80")),
-            ("server", "10.0.0.2", "10.0.0.3:80", Err((400, "ip mismatch"))),
-            ("server", "10.0.0.2", "127.0.0.1:80", Err((400, "ip mismatch"))),
-            ("server", "10.0.0.2", "169.254.169.254:80", Err((400, "ip mismatch"))),
-            ("server", "10.0.0.2", "10.96.0.1:80", Err((400, "ip mismatch"))),
-            ("server", "10.0.0.2", "10.0.0.2:15001", Err((503, "recursive"))),
-            ("server", "10.0.0.2", "10.0.0.2:15006", Err((503, "recursive"))),
-            ("server", "10.0.0.2", "10.0.0.2:15008", Err((503, "recursive"))),
-            ("server", "10.0.0.2", "10.0.0.2:15053", Err((503, "recursive"))),
-            ("server", "10.0.0.2", "web.a.svc.cluster.local:80", Ok("10.0.0.2:8080")),
-            ("server", "10.0.0.2", "web.a.svc.cluster.local:81", Ok("10.0.0.2:8181")),
-            ("server", "10.0.0.2", "web.a.svc.cluster.local:82", Err((503, "cannot resolve port"))),
-            ("server", "10.0.0.2", "other.a.svc.cluster.local:80", Err((503, "no service"))),
-            ("server", "10.0.0.2", "way.a.svc.cluster.local:15008", Err((503, "no service"))),
-            ("waypoint", "10.0.0.4", "10.96.0.1:80", Ok("10.0.0.4:80")),
-            ("waypoint", "10.0.0.4", "10.0.0.2:80", Err((400, "ip mismatch"))),
-            ("waypoint", "10.0.0.4", "web.a.svc.cluster.local:80", Ok("10.0.0.4:8080")),
-            ("sandwiched", "10.0.0.5", "10.0.0.2:80", Ok("10.0.0.5:9000")),
-        ] {
-            let workload = snapshot.workload_of_pod("a", pod).unwrap();
-            let asked = Authority::parse(authority).unwrap();
-            let found = choose(&snapshot, workload, own.parse().unwrap(), in_pod(true), &asked);
-            match (found, expected) {
-                (Ok(target), Ok(address)) => assert_eq!(target.address.to_string(), address, "{pod} {authority}"),
-                (Err(error), Err((status, word))) => {
-                    assert_eq!(error.status().as_u16(), status, "{pod} {authority}");
-                    assert!(error.to_string().contains(word), "{pod} {authority}: {error}");
-                }
-                (found, _) => panic!("{pod} {authority}: {found:?}, expected {expected:?}"),
-            }
         }
     }
 }

@@ -13,6 +13,8 @@ pub mod measured;
 pub mod metrics;
 pub mod retry_budget;
 pub mod route;
+#[cfg(test)]
+mod routing_table;
 pub mod standing;
 pub mod waypoint;
 

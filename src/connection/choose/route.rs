@@ -114,11 +114,8 @@ struct RouteChoice<'a> {
 
 impl RouteChoice<'_> {
     fn route(self, chance: &mut Chance<'_>) -> Result<Route, RouteError> {
-        let Self { snapshot, source, target, own_ports, .. } = self;
-        let own = target.ip().is_loopback() || source.ips.contains(&target.ip());
-        if own && own_ports.contains(&target.port()) {
-            return Err(RouteError::Loop(target));
-        }
+        let Self { snapshot, source, target, .. } = self;
+        self.check_listener(target)?;
         if let Some(service) = snapshot.service_at(&source.network, target.ip(), &source.namespace) {
             return self.to_service(service, chance);
         }
@@ -136,7 +133,7 @@ impl RouteChoice<'_> {
             return Ok(Route { next_hop: NextHop::Direct { to: target }, workload: None, service: None, pick: None });
         };
         if let Some(wanted) = &workload.waypoint
-            && !waypoint::is_behind(snapshot, wanted, source)
+            && waypoint::unused(snapshot, source, wanted, &ServiceOrWorkload::Workload(workload.clone())).is_none()
         {
             let found = waypoint::resolve(snapshot, source, wanted, &workload.uid, chance)?;
             return self.to_waypoint(found, None, chance);
@@ -145,10 +142,22 @@ impl RouteChoice<'_> {
         self.to_workload(chosen, None, chance)
     }
 
+    /// Refuses an address at which the daemon itself listens in the pod.
+    fn check_listener(self, to: SocketAddr) -> Result<(), RouteError> {
+        let own = to.ip().is_loopback() || self.source.ips.contains(&to.ip());
+        if own && self.own_ports.contains(&to.port()) { Err(RouteError::Loop(to)) } else { Ok(()) }
+    }
+
+    /// Refuses a tunnel to another workload at an address that the pod has now: the facts about the other one are old,
+    /// and the tunnel would lead back to the pod.
+    fn check_far_end(self, workload: &Workload, to: SocketAddr) -> Result<(), RouteError> {
+        if destination::has_address_of(workload, self.source) { Err(RouteError::Loop(to)) } else { Ok(()) }
+    }
+
     fn to_service(self, service: &Arc<Service>, chance: &mut Chance<'_>) -> Result<Route, RouteError> {
         let Self { snapshot, source, target, .. } = self;
         if let Some(wanted) = waypoint::draw(service, chance)
-            && !waypoint::is_behind(snapshot, wanted, source)
+            && waypoint::unused(snapshot, source, wanted, &ServiceOrWorkload::Service(service.clone())).is_none()
         {
             let found = waypoint::resolve(snapshot, source, wanted, &service.key.hostname, chance)?;
             return self.to_waypoint(found, Some(service), chance);
@@ -188,14 +197,20 @@ impl RouteChoice<'_> {
                     onward => return onward,
                 }
             }
-            Protocol::Tcp => NextHop::Direct { to },
+            Protocol::Tcp => {
+                self.check_listener(to)?;
+                NextHop::Direct { to }
+            }
             Protocol::Unsupported => return Err(RouteError::Protocol(workload.uid.clone())),
-            Protocol::Hbone => NextHop::Tunnel(TunnelHop {
-                to: SocketAddr::new(ip, HBONE),
-                authority: Authority::Address(to),
-                expected: expected(&workload, service.map(|s| &**s))?,
-                uid: workload.uid.clone(),
-            }),
+            Protocol::Hbone => {
+                self.check_far_end(&workload, to)?;
+                NextHop::Tunnel(TunnelHop {
+                    to: SocketAddr::new(ip, HBONE),
+                    authority: Authority::Address(to),
+                    expected: expected(&workload, service.map(|s| &**s))?,
+                    uid: workload.uid.clone(),
+                })
+            }
         };
         Ok(Route { next_hop, workload: Some(workload), service: service.cloned(), pick })
     }
@@ -217,10 +232,11 @@ impl RouteChoice<'_> {
         if workload.network != self.source.network {
             return self.to_other_network((workload, pick), found.service.as_deref(), service, chance);
         }
-        let asked = self.target.ip();
-        let ip = destination::address(&workload, found.service.as_deref(), asked, self.names)?;
+        let asked = found.named.unwrap_or_else(|| self.target.ip());
+        let to = SocketAddr::new(destination::address(&workload, found.service.as_deref(), asked, self.names)?, port);
+        self.check_far_end(&workload, to)?;
         let next_hop = NextHop::Tunnel(TunnelHop {
-            to: SocketAddr::new(ip, port),
+            to,
             authority: Authority::Address(self.target),
             expected: expected(&workload, found.service.as_deref())?,
             uid: workload.uid.clone(),
@@ -240,6 +256,7 @@ impl RouteChoice<'_> {
         let Self { snapshot, source, target, names, .. } = self;
         let dialled = service.ok_or_else(|| RouteError::OtherNetwork(workload.uid.clone(), NoWay::NotService))?;
         let gateway = gateway::resolve(snapshot, source, &workload, target.ip(), names, chance)?;
+        self.check_far_end(&gateway.workload, gateway.to)?;
         let behind = gateway::expected_behind(&workload, through)?;
         let outer = TunnelHop {
             to: gateway.to,
@@ -297,53 +314,6 @@ mod tests {
             change(&mut self.0);
             self
         }
-
-        fn route(&self, from: &str, to: &str) -> String {
-            let snapshot = Snapshot::build(1, self.0.clone());
-            let source = snapshot.workload_of_pod("a", from).unwrap();
-            match choose(
-                &snapshot,
-                source,
-                to.parse().unwrap(),
-                in_pod(true),
-                &ResolvedNames::new(),
-                &mut Chance::of(&mut |_| 0),
-            ) {
-                Ok(Route { next_hop: NextHop::Direct { to }, .. }) => format!("direct {to}"),
-                Ok(Route { next_hop: NextHop::Tunnel(hop), .. }) => {
-                    let names: Vec<String> = hop.expected.iter().map(|n| n.service_account.to_string()).collect();
-                    format!("hbone {} for {} as {}", hop.to, hop.authority, names.join("+"))
-                }
-                Ok(Route { next_hop: NextHop::Gateway(GatewayHop { outer, expected, .. }), .. }) => {
-                    let names = |names: &[SpiffeName]| {
-                        names.iter().map(|name| name.service_account.to_string()).collect::<Vec<_>>().join("+")
-                    };
-                    let (gateway, behind) = (names(&outer.expected), names(&expected));
-                    format!("through {} as {gateway} for {} as {behind}", outer.to, outer.authority)
-                }
-                Err(error) => error.to_string(),
-            }
-        }
-    }
-
-    fn waypoint_at(target: &str) -> Option<GatewayRef> {
-        Some(GatewayRef { target: GatewayTarget::parse(target).unwrap(), hbone_port: 15008 })
-    }
-
-    #[test]
-    fn ways_without_waypoint() {
-        let world = World::new();
-        for (to, expected) in [
-            ("10.0.0.2:80", "hbone 10.0.0.2:15008 for 10.0.0.2:80 as server"),
-            ("10.0.0.3:80", "direct 10.0.0.3:80"),
-            ("192.0.2.1:443", "direct 192.0.2.1:443"),
-            ("10.96.0.1:80", "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server"),
-            ("10.96.0.1:81", "no healthy upstream: service web.a.svc.cluster.local has no port 81"),
-            ("127.0.0.1:15001", "attempted recursive call to ourselves (127.0.0.1:15001)"),
-            ("10.0.0.1:15006", "attempted recursive call to ourselves (10.0.0.1:15006)"),
-        ] {
-            assert_eq!(world.route("client", to), expected, "{to}");
-        }
     }
 
     #[test]
@@ -363,43 +333,6 @@ mod tests {
                 .unwrap();
             assert_eq!((route.next_hop, route.service.is_some()), (NextHop::Direct { to }, counts), "{to}");
         }
-    }
-
-    #[test]
-    fn unhealthy_and_absent_endpoints_are_never_chosen() {
-        let world = World::new().with(|f| f.workloads[1].health = Health::Unhealthy);
-        assert_eq!(world.route("client", "10.96.0.1:80"), "no healthy upstream: web.a.svc.cluster.local");
-        let world = World::new().with(|f| f.workloads[1].capacity = 0);
-        assert_eq!(world.route("client", "10.96.0.1:80"), "no healthy upstream: web.a.svc.cluster.local");
-        let world = World::new().with(|f| f.workloads[1].network = "far".into());
-        assert!(world.route("client", "10.96.0.1:80").contains("is in another network"));
-    }
-
-    #[test]
-    fn waypoints_by_address_and_name_are_used_and_never_bypassed() {
-        let by_name = || World::new().with(|f| f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local"));
-        let through = "hbone 10.0.0.4:15009 for 10.96.0.1:80 as waypoint";
-        assert_eq!(by_name().route("client", "10.96.0.1:80"), through);
-        assert_eq!(
-            by_name().route("waypoint", "10.96.0.1:80"),
-            "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server",
-            "its own traffic is not sent back to it"
-        );
-        let by_vip = World::new().with(|f| f.services[0].waypoint = waypoint_at("/10.96.0.2"));
-        assert_eq!(by_vip.route("client", "10.96.0.1:80"), through);
-        let of_workload = World::new().with(|f| f.workloads[1].waypoint = waypoint_at("/10.0.0.4"));
-        assert_eq!(of_workload.route("client", "10.0.0.2:80"), "hbone 10.0.0.4:15008 for 10.0.0.2:80 as waypoint");
-        assert_eq!(
-            of_workload.route("client", "10.96.0.1:80"),
-            "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server",
-            "a service-addressed connection ignores the waypoint of the workload"
-        );
-        for missing in ["/10.96.0.99", "a/none.a.svc.cluster.local"] {
-            let world = World::new().with(|f| f.services[0].waypoint = waypoint_at(missing));
-            assert!(world.route("client", "10.96.0.1:80").starts_with("unknown waypoint"), "{missing}");
-        }
-        let empty = by_name().with(|f| f.workloads[3].services.clear());
-        assert!(empty.route("client", "10.96.0.1:80").starts_with("unknown waypoint"));
     }
 
     /// Clients and servers of two networks, and the gateway between them, as istiod announces them to the first one.
@@ -449,260 +382,7 @@ mod tests {
     }
 
     /// One waypoint in the other network, which stands for all of its service there.
-    fn far_waypoint(f: &mut Facts) {
-        let way = f.services[1].key.clone();
-        let mut folded = of(f, "folded").clone();
-        (folded.uid, folded.name) = ("far-way".into(), "far-way".into());
-        folded.services = [(way, [(15008, 0)].into())].into();
-        f.workloads.push(folded);
-        f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local");
-    }
-
-    const BY_V4: &str = "through 203.0.113.7:15443 as gateway for web.a.svc.cluster.local:80 as far";
-
-    /// Why `uid` is refused.
-    fn refused(uid: &str, why: &str) -> String {
-        format!("no valid routing destination for workload: {uid} is in another network, and {why}")
-    }
-
-    const NOBODY: &str = "its service names no identity (subject alternative name) that it could prove";
-    const NO_GATEWAY_ENDPOINT: &str =
-        "its network gateway a/entry.a.svc.cluster.local has no usable endpoint with the HBONE port";
-
-    /// What is special, the change of the facts that makes it so, the destination and the expected route.
-    type Case = (&'static str, fn(&mut Facts), &'static str, String);
-
-    fn check(cases: Vec<Case>) {
-        for (what, change, to, expected) in cases {
-            assert_eq!(two_networks().with(change).route("client", to), expected, "{what}");
-        }
-    }
-
-    fn prefer_own_network(f: &mut Facts) {
-        near_server(f);
-        f.services[0].load_balancer = Some(LoadBalancer {
-            preferences: vec![RoutingScope::Network, RoutingScope::Region],
-            mode: LoadBalancingMode::Failover,
-            health_policy: HealthPolicy::OnlyHealthy,
-        });
-    }
-
     const FOLDED: &str = "c1//Pod/a/folded";
-
-    #[test]
-    fn gateways_to_another_network_are_found_by_address_and_name() {
-        check(vec![
-            ("gateway by address", |_| {}, "10.96.0.1:80", BY_V4.into()),
-            ("the reference's family, not the client's", |_| {}, "[fd96::1]:80", BY_V4.into()),
-            (
-                "gateway by its IPv6 address",
-                |f| of(f, "folded").network_gateway = gateway_at("there/2001:db8::7", 15443),
-                "10.96.0.1:80",
-                BY_V4.replace("203.0.113.7", "[2001:db8::7]"),
-            ),
-            (
-                "gateway by service, whose port is translated",
-                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008),
-                "10.96.0.1:80",
-                BY_V4.replace("15443", "15010"),
-            ),
-            (
-                "gateway by service, in the client's family",
-                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008),
-                "[fd96::1]:80",
-                BY_V4.replace("203.0.113.7:15443", "[2001:db8::7]:15010"),
-            ),
-            (
-                "gateway by a virtual address",
-                |f| of(f, "folded").network_gateway = gateway_at("there/203.0.113.100", 15008),
-                "10.96.0.1:80",
-                BY_V4.replace("15443", "15010"),
-            ),
-            (
-                "gateway by host name of a workload, to be resolved",
-                |f| {
-                    of(f, "folded").network_gateway = gateway_at("a/lb.example.com", 15443);
-                    of(f, "gateway").hostname = "lb.example.com".into();
-                    of(f, "gateway").ips.clear();
-                },
-                "10.96.0.1:80",
-                "lb.example.com has not been resolved yet".into(),
-            ),
-            (
-                "the gateway's service names further identities of the gateway",
-                |f| {
-                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
-                    f.services[2].subject_alt_names = vec!["spiffe://td/ns/a/sa/other".into()];
-                },
-                "10.96.0.1:80",
-                BY_V4.replace("15443", "15010").replace("as gateway", "as gateway+other"),
-            ),
-        ]);
-    }
-
-    #[test]
-    fn what_cannot_be_reached_in_another_network_is_refused_by_name() {
-        check(vec![
-            (
-                "never plaintext",
-                |f| of(f, "folded").protocol = Protocol::Tcp,
-                "10.96.0.1:80",
-                refused(FOLDED, "does not accept HBONE: plaintext is never sent to another network"),
-            ),
-            (
-                "no gateway",
-                |f| of(f, "folded").network_gateway = None,
-                "10.96.0.1:80",
-                refused(FOLDED, "has no network gateway"),
-            ),
-            (
-                "unknown gateway",
-                |f| of(f, "folded").network_gateway = gateway_at("there/203.0.113.8", 15443),
-                "10.96.0.1:80",
-                refused(FOLDED, "its network gateway there/203.0.113.8 is unknown: neither a service nor a workload"),
-            ),
-            (
-                "the gateway's address has a meaning only in its network",
-                |f| of(f, "folded").network_gateway = gateway_at("here/203.0.113.7", 15443),
-                "10.96.0.1:80",
-                refused(FOLDED, "its network gateway here/203.0.113.7 is unknown: neither a service nor a workload"),
-            ),
-            (
-                "a gateway's service without endpoints",
-                |f| {
-                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
-                    of(f, "gateway").services.clear();
-                },
-                "10.96.0.1:80",
-                refused(FOLDED, NO_GATEWAY_ENDPOINT),
-            ),
-            (
-                "a gateway's service without the port",
-                |f| of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15443),
-                "10.96.0.1:80",
-                refused(FOLDED, NO_GATEWAY_ENDPOINT),
-            ),
-            (
-                "an unhealthy gateway behind a service",
-                |f| {
-                    of(f, "folded").network_gateway = gateway_at("a/entry.a.svc.cluster.local", 15008);
-                    of(f, "gateway").health = Health::Unhealthy;
-                },
-                "10.96.0.1:80",
-                refused(FOLDED, NO_GATEWAY_ENDPOINT),
-            ),
-            (
-                "nobody is known to be there",
-                |f| f.services[0].subject_alt_names.clear(),
-                "10.96.0.1:80",
-                refused(FOLDED, NOBODY),
-            ),
-            (
-                "only names that no certificate can prove",
-                |f| f.services[0].subject_alt_names = vec!["*".into(), "web.example.com".into()],
-                "10.96.0.1:80",
-                refused(FOLDED, NOBODY),
-            ),
-        ]);
-    }
-
-    #[test]
-    fn endpoints_here_and_in_another_network() {
-        check(vec![
-            (
-                "a single workload with its own identity",
-                |f| of(f, "folded").ips = vec!["10.9.0.9".parse().unwrap()],
-                "10.96.0.1:80",
-                BY_V4.replace("as far", "as folded+far"),
-            ),
-            (
-                "a port that the service does not have",
-                |_| {},
-                "10.96.0.1:81",
-                "no healthy upstream: service web.a.svc.cluster.local has no port 81".into(),
-            ),
-            (
-                "unhealthy there",
-                |f| of(f, "folded").health = Health::Unhealthy,
-                "10.96.0.1:80",
-                "no healthy upstream: web.a.svc.cluster.local".into(),
-            ),
-            (
-                "no weight there",
-                |f| of(f, "folded").capacity = 0,
-                "10.96.0.1:80",
-                "no healthy upstream: web.a.svc.cluster.local".into(),
-            ),
-            (
-                "a named target port, which only the far side knows",
-                |f| f.services[0].ports = [(80, 0)].into(),
-                "10.96.0.1:80",
-                BY_V4.into(),
-            ),
-            ("an address there means nothing here", |_| {}, "203.0.113.7:80", "direct 203.0.113.7:80".into()),
-            (
-                "an endpoint whose gateway is unknown is not chosen while there is another one",
-                |f| {
-                    near_server(f);
-                    of(f, "folded").network_gateway = gateway_at("there/203.0.113.8", 15443);
-                },
-                "10.96.0.1:80",
-                "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server+far".into(),
-            ),
-            (
-                "the own network is preferred",
-                prefer_own_network,
-                "10.96.0.1:80",
-                "hbone 10.0.0.2:15008 for 10.0.0.2:8081 as server+far".into(),
-            ),
-        ]);
-    }
-
-    #[test]
-    fn waypoints_here_and_in_another_network() {
-        check(vec![
-            (
-                "the waypoint here, for endpoints there",
-                |f| {
-                    let way = f.services[1].key.clone();
-                    of(f, "waypoint").services.insert(way, [].into());
-                    f.services[0].waypoint = waypoint_at("a/way.a.svc.cluster.local");
-                },
-                "10.96.0.1:80",
-                "hbone 10.0.0.4:15009 for 10.96.0.1:80 as waypoint+far-way".into(),
-            ),
-            ("a waypoint there", far_waypoint, "10.96.0.1:80", format!("{BY_V4}-way")),
-            (
-                "a waypoint there that nobody can prove to be",
-                |f| {
-                    far_waypoint(f);
-                    f.services[1].subject_alt_names.clear();
-                },
-                "10.96.0.1:80",
-                refused("far-way", NOBODY),
-            ),
-            (
-                "a waypoint there without a gateway is not bypassed",
-                |f| {
-                    far_waypoint(f);
-                    of(f, "far-way").network_gateway = None;
-                },
-                "10.96.0.1:80",
-                "unknown waypoint: a/way.a.svc.cluster.local of web.a.svc.cluster.local: no valid routing destination \
-                 for workload: far-way is in another network, and has no network gateway"
-                    .into(),
-            ),
-            (
-                "a workload's waypoint there",
-                |f| {
-                    far_waypoint(f);
-                    of(f, "server").waypoint = waypoint_at("a/way.a.svc.cluster.local");
-                },
-                "10.0.0.2:80",
-                refused("far-way", "only services can be reached there, not workloads by their address"),
-            ),
-        ]);
-    }
 
     #[test]
     fn on_demand_a_gateway_is_asked_for_before_its_network_is_given_up() {

@@ -1,11 +1,12 @@
 //! Waypoints: finding the workload behind one, by address or host name. A waypoint that cannot be found is an error and
 //! never bypassed. Whether a workload is itself behind the waypoint is answered here too, because a waypoint must not
-//! get its own traffic back.
+//! get its own traffic back, and is not reached through itself.
 
 use super::destination::{self, ChosenEndpoint};
 use super::{Chance, ResolvedNames, RouteError};
 use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{FactKey, GatewayRef, Service, Snapshot, SpiffeName, Text, Workload};
+use crate::mesh::{FactKey, GatewayRef, GatewayTarget, Service, Snapshot, SpiffeName, Text, Workload};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// A waypoint, resolved to a workload.
@@ -15,6 +16,8 @@ pub struct Waypoint {
     pub chosen: ChosenEndpoint,
     /// The waypoint's service, if it was found through one.
     pub service: Option<Arc<Service>>,
+    /// The address by which the destination names it, if it does so by an address.
+    pub named: Option<IpAddr>,
 }
 
 /// Finds a workload for `waypoint`, which `destination` refers to.
@@ -30,10 +33,14 @@ pub fn resolve(
         destination: destination.clone(),
         reason,
     };
+    let named = match &waypoint.target {
+        GatewayTarget::Address(address) => Some(address.ip),
+        GatewayTarget::Hostname(_) => None,
+    };
     match snapshot.gateway(waypoint, &source.namespace) {
         Some(ServiceOrWorkload::Workload(workload)) => {
             let chosen = ChosenEndpoint { workload, port: waypoint.hbone_port, pick: None };
-            Ok(Waypoint { chosen, service: None })
+            Ok(Waypoint { chosen, service: None, named })
         }
         Some(ServiceOrWorkload::Service(service)) => {
             let mut chosen =
@@ -42,7 +49,7 @@ pub fn resolve(
             if let Some(pick) = &mut chosen.pick {
                 pick.is_waypoint = true;
             }
-            Ok(Waypoint { chosen, service: Some(service) })
+            Ok(Waypoint { chosen, service: Some(service), named })
         }
         None => Err(match snapshot.unasked(FactKey::of_gateway(waypoint)) {
             Some(wanted) => RouteError::Unasked(wanted),
@@ -70,6 +77,31 @@ pub fn draw<'a>(service: &'a Service, chance: &mut Chance<'_>) -> Option<&'a Gat
 /// All waypoints that [`draw`] may return for a service.
 pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
     service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint))
+}
+
+/// Why connections of `source` to a destination that has this waypoint do not go through it; `None` if they do.
+pub fn unused(
+    snapshot: &Snapshot,
+    source: &Workload,
+    waypoint: &GatewayRef,
+    destination: &ServiceOrWorkload,
+) -> Option<&'static str> {
+    let (is_own, is_itself) = match destination {
+        // Of several waypoints each may get the connection, and must not pass it on to another one.
+        ServiceOrWorkload::Service(service) => {
+            let found = snapshot.gateway(waypoint, &source.namespace);
+            let is_itself = matches!(found, Some(ServiceOrWorkload::Service(found)) if found.key == service.key);
+            (all(service).any(|one| is_behind(snapshot, one, source)), is_itself)
+        }
+        ServiceOrWorkload::Workload(workload) => {
+            (is_behind(snapshot, waypoint, source), is_behind(snapshot, waypoint, workload))
+        }
+    };
+    match (is_own, is_itself) {
+        (true, _) => Some("the pod is itself a waypoint of the destination"),
+        (false, true) => Some("it is the destination itself"),
+        (false, false) => None,
+    }
 }
 
 /// Whether `workload` is the waypoint, or one of the workloads behind it.

@@ -162,14 +162,14 @@ fn candidates(shared: &Shared, (snapshot, source): (&Snapshot, &Workload), targe
     };
     let mut through = false;
     for wanted in &waypoints {
-        let is_own = waypoint::is_behind(snapshot, wanted, source);
-        through |= !is_own;
-        let text = match is_own {
-            true => format!("{} is the pod itself, so it is not used", wanted.target),
-            false => format!("connections go through the waypoint {}", wanted.target),
+        let unused = found.as_ref().and_then(|found| waypoint::unused(snapshot, source, wanted, found));
+        through |= unused.is_none();
+        let text = match unused {
+            Some(why) => format!("{} is not used: {why}", wanted.target),
+            None => format!("connections go through the waypoint {}", wanted.target),
         };
         story.step("waypoint", text);
-        if let (false, Some(ServiceOrWorkload::Service(behind))) = (is_own, snapshot.gateway(wanted, &source.namespace))
+        if let (None, Some(ServiceOrWorkload::Service(behind))) = (unused, snapshot.gateway(wanted, &source.namespace))
         {
             list(shared, (snapshot, source), (&behind, wanted.hbone_port), story);
         }
