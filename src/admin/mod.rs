@@ -66,6 +66,9 @@ pub type Page = Box<dyn Fn() -> Value + Send + Sync>;
 /// The parameters of a query string, decoded, in their order.
 pub type Query = Vec<(String, String)>;
 
+/// Returns the content of a page that a query filters, or what is wrong with the query.
+pub type Filtered = Box<dyn Fn(&Query) -> Result<Value, String> + Send + Sync>;
+
 /// Changes the log filter as the query says. Returns the text of the response, or the error.
 pub type Logging = Box<dyn Fn(&Query) -> Result<String, String> + Send + Sync>;
 
@@ -88,6 +91,8 @@ pub struct Pages {
     pub pods: Page,
     /// `/set_aside`.
     pub set_aside: Page,
+    /// `/history`.
+    pub history: Filtered,
     /// `/explain`.
     pub explain: Asked,
     /// `/explain/policies`: takes the text of a file.
@@ -155,6 +160,7 @@ impl Ports {
             .route("/connections", get(connections))
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
+            .route("/history", get(history))
             .route("/explain", get(explain))
             .route("/explain/policies", post(explain_policies))
             .route("/logging", post(logging))
@@ -304,6 +310,7 @@ async fn index() -> Html<String> {
          <li><a href=/pods>pods</a>: which pods are captured, which are not, and why\
          <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
          <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
+         <li><a href=/history>history</a>?since=10m&amp;refused=true: connections that have ended or were refused, and what has changed\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
          <li>explain?from=NAMESPACE/POD&amp;to=ADDRESS:PORT: what would happen to a connection now, step by step\
          <li>POST /explain/policies with `policies:` as in the mesh file: what these policies would change for connections\
@@ -339,6 +346,21 @@ async fn pods(State(pages): State<Arc<Pages>>) -> Response {
 
 async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.set_aside).await
+}
+
+/// Off the runtime, as other pages are.
+async fn history(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
+    filtered(pages, query, |pages| &pages.history).await
+}
+
+/// Makes a page that a query filters, off the runtime.
+async fn filtered(pages: Arc<Pages>, query: Option<String>, pick: fn(&Pages) -> &Filtered) -> Response {
+    let work = move || pick(&pages)(&parameters(query.as_deref())).map(|page| text_of(&page));
+    match run_blocking(work).await {
+        Some(Ok(text)) => json(text),
+        Some(Err(text)) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
+        None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made; see standard error\n").into_response(),
+    }
 }
 
 async fn explain(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {

@@ -6,7 +6,7 @@ use super::checker::Checker;
 use super::environment::Environment;
 use super::istio::{self, ProxyConfig};
 use super::parse::Threads;
-use super::settings::{certificates, connections, mesh, node as node_settings, pods, process};
+use super::settings::{certificates, connections, history, mesh, node as node_settings, pods, process};
 use super::{CaSource, Config, Faults, MeshSource, dedicated, kubernetes};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
@@ -75,6 +75,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         connection: connection_config(c, &proxy, machine, shared.mark),
         dns: istio::dns(c, environment, &proxy, shared.ipv6, shared.mark),
         node: node_config(c, environment, shared, trust_domain, own),
+        history: c.read(&history::HISTORY),
         log: log_config(c),
         state_files: match c.path(&mesh::STATE_FILE) {
             Some(file) => vec![file.clone(), kubernetes::pods_state_file(&file)],

@@ -56,6 +56,8 @@ pub struct Config {
     pub dns: dns::Config,
     /// Capture of the node's pods.
     pub node: node::Config,
+    /// Entries of the history.
+    pub history: usize,
     /// The log.
     pub log: telemetry::log::Config,
     /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come
@@ -64,6 +66,11 @@ pub struct Config {
     /// The settings that were given, by variable, without secrets. `culvert doctor` reads them from the daemon, to
     /// check the node by the same settings.
     pub settings: BTreeMap<String, String>,
+}
+
+/// Reads a duration as all settings do: `10s`, `1h30m`, `25` (seconds). `None` if the text is none.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    duration::parse(text)
 }
 
 impl Config {

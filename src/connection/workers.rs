@@ -142,6 +142,7 @@ impl Workers {
         let (drain, accepts) = (pod.signal(), self.accepts.token());
         home.worker.shared.budget.register(&pod.usage);
         home.worker.shared.pods.add(&pod);
+        home.worker.shared.reporter.history.name(&pod.uid, &pod.namespace, &pod.name);
         let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
             dispatch(&all, &pod, (socket, peer, place), entrance);

@@ -61,7 +61,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot install signal handlers")?;
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
     let pods_pending = ready.wait_for("pods");
-    let metrics = Metrics::new(config.node.host_netns.clone(), config.node.ipv6);
+    let metrics = Metrics::new(config.node.host_netns.clone(), config.node.ipv6, config.history);
     if config.only_post_quantum {
         crypto::only_post_quantum();
     }
@@ -103,6 +103,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         endpoints,
         board: board.clone(),
         dns: dns.clone(),
+        changes: metrics.changes.clone(),
     });
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &buffers, &log));
     let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);

@@ -1,11 +1,14 @@
 //! The metrics of all parts, in groups. The daemon registers the groups that its configuration needs; `docs/metrics.md`
 //! shows all of them.
 
+use super::history;
 use crate::config::{Config, MeshSource};
 use crate::connection::report::Reporter;
+use crate::connection::report::history::History;
 use crate::node::kubelet_probes::HostProbeRules;
 use crate::node::status::Board;
 use crate::node::{PodSource, kubernetes, zds};
+use crate::telemetry::changes::Changes;
 use crate::{control, dns, identity, sys, telemetry};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -30,6 +33,7 @@ pub(super) struct Metrics {
     pub(super) kubernetes: Arc<kubernetes::watch::Metrics>,
     pub(super) probes: HostProbeRules,
     pub(super) plugin_in_place: Gauge,
+    pub(super) changes: Arc<Changes>,
 }
 
 /// Metrics that are registered together.
@@ -81,13 +85,16 @@ pub(super) const GROUPS: [Group; 10] = [
 ];
 
 impl Metrics {
-    /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there.
-    pub(super) fn new(host_netns: PathBuf, ipv6: bool) -> Self {
+    /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there;
+    /// `entries` is the size of the history.
+    pub(super) fn new(host_netns: PathBuf, ipv6: bool, entries: usize) -> Self {
+        let (connections, changes) = history::bounds(entries);
+        let changes = Arc::new(Changes::new(changes));
         let probes =
             HostProbeRules { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
         Self {
-            reporter: Arc::default(),
-            board: Arc::default(),
+            reporter: Arc::new(Reporter { history: History::new(connections), ..Reporter::default() }),
+            board: Arc::new(Board::new(changes.clone())),
             mesh_file: Arc::default(),
             xds: Arc::default(),
             identities: Arc::default(),
@@ -97,6 +104,7 @@ impl Metrics {
             kubernetes: Arc::default(),
             probes,
             plugin_in_place: Gauge::default(),
+            changes,
         }
     }
 

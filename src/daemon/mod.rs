@@ -5,6 +5,7 @@ pub mod docs;
 mod dump;
 mod dump_config;
 pub(crate) mod explain;
+mod history;
 mod metrics;
 mod pages;
 mod parts;

@@ -9,6 +9,7 @@ use crate::identity::CertificateStore;
 use crate::identity::revoked::Revocations;
 use crate::mesh::Store as Mesh;
 use crate::node::status::Board;
+use crate::telemetry::changes::Changes;
 use std::sync::Arc;
 
 /// The parts of a running daemon.
@@ -22,4 +23,5 @@ pub(super) struct Parts {
     pub(super) endpoints: Arc<EndpointLists>,
     pub(super) board: Arc<Board>,
     pub(super) dns: Arc<Dns>,
+    pub(super) changes: Arc<Changes>,
 }

@@ -3,6 +3,7 @@
 use super::error::CaptureError;
 use super::spec::PodSpec;
 use crate::mesh::Text;
+use crate::telemetry::changes::{Changes, What};
 use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -10,6 +11,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::sync::watch;
 
@@ -34,6 +36,16 @@ impl CaptureState {
             Self::Captured => "captured",
             Self::Failed(_) => "failed",
             Self::Releasing => "releasing",
+        }
+    }
+
+    /// The state in one sentence, for the history.
+    fn sentence(&self) -> String {
+        match self {
+            Self::Pending(reason) => format!("The pod is not captured yet: {reason}."),
+            Self::Captured => "The pod is captured, and its redirection is verified.".into(),
+            Self::Failed(reason) => format!("The pod could not be captured: {reason}. The daemon tries again."),
+            Self::Releasing => "The pod is no longer enrolled: its open connections have time to end.".into(),
         }
     }
 
@@ -107,9 +119,15 @@ pub struct Board {
     active: Gauge,
     pending: Gauge,
     changed: watch::Sender<u64>,
+    noted: Arc<Changes>,
 }
 
 impl Board {
+    /// An empty board, which notes the changes of states.
+    pub fn new(noted: Arc<Changes>) -> Self {
+        Self { noted, ..Self::default() }
+    }
+
     /// Adds one series to each family, so that the document of all metrics can show its labels.
     pub fn fill_example(&self) {
         drop(self.failures.get_or_create(&ReasonLabel { reason: "" }));
@@ -159,6 +177,7 @@ impl Board {
             CaptureState::Pending(reason) => tracing::info!(namespace, name, uid, reason, "pod pending"),
             CaptureState::Releasing => tracing::info!(namespace, name, uid, "pod releasing"),
         }
+        self.note(spec, &state.sentence());
         if before == Some(CaptureState::Captured) {
             self.stopped.inc();
         }
@@ -230,9 +249,15 @@ impl Board {
     /// Removes a pod.
     pub fn remove(&self, uid: &Text) {
         let mut pods = self.pods.lock();
-        pods.remove(uid);
+        if let Some(status) = pods.remove(uid) {
+            self.note(&status.spec, "The pod is released: nothing of it is captured any more.");
+        }
         self.count(&pods);
         self.changed.send_modify(|n| *n += 1);
+    }
+
+    fn note(&self, spec: &PodSpec, text: &str) {
+        self.noted.note(What::Capture, format!("{}/{}", spec.namespace, spec.name), text);
     }
 
     /// The state of one pod.

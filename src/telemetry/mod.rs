@@ -1,8 +1,10 @@
 //! Log, metrics output, and metrics of the process itself. It knows nothing of the modules that log and count.
 
+pub mod changes;
 pub mod exposition;
 pub mod limit;
 pub mod lines;
 pub mod log;
 pub mod process;
+pub mod ring;
 pub mod series;

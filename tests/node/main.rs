@@ -33,6 +33,7 @@ mod endpoints;
 mod envoy;
 mod explain;
 mod gone;
+mod history;
 mod hostile;
 mod interop;
 mod istio;

@@ -15,6 +15,7 @@ pub mod certificates;
 pub mod connections;
 pub mod dedicated;
 pub mod dns;
+pub mod history;
 pub mod mesh;
 pub mod node;
 pub mod pods;
@@ -32,7 +33,7 @@ pub struct Group {
 }
 
 /// All settings.
-pub static GROUPS: [Group; 8] = [
+pub static GROUPS: [Group; 9] = [
     Group { title: "Mesh facts", settings: mesh::ALL },
     Group { title: "Certificates", settings: certificates::ALL },
     Group { title: "Pods of the node", settings: pods::ALL },
@@ -40,6 +41,7 @@ pub static GROUPS: [Group; 8] = [
     Group { title: "Dedicated mode", settings: dedicated::ALL },
     Group { title: "DNS", settings: dns::ALL },
     Group { title: "Connections and tunnels", settings: connections::ALL },
+    Group { title: "History", settings: history::ALL },
     Group { title: "Ending and logging", settings: process::ALL },
 ];
 

@@ -152,6 +152,32 @@ impl Failure {
         self.kind().0.word()
     }
 
+    /// The reason.
+    pub fn reason(&self) -> Reason {
+        self.kind().0
+    }
+
+    /// Whether it was not permitted, by a policy or by a limit, here or at the far end. All else is a failure.
+    pub fn is_refusal(&self) -> bool {
+        use Reason::{HandshakeLimit, LargestConsumer, LargestPeer, Limit, PolicyUnknown};
+        let (reason, _, fault) = self.kind();
+        let by_limit = [HandshakeLimit, LargestConsumer, LargestPeer, Limit, PolicyUnknown].contains(&reason);
+        fault == Fault::Policy || by_limit || self.is_revocation()
+    }
+
+    /// The policy rule or egress rule that refused it, if one did.
+    pub fn rule(&self) -> Option<String> {
+        let refusal = match self {
+            Self::Refused(refusal) | Self::Forward(ForwardError::Stopped(Stop::Revoked(refusal))) => refusal,
+            _ => return None,
+        };
+        match refusal {
+            Refusal::Denied(rule) => Some(rule.to_string()),
+            Refusal::Egress(by) => Some(by.to_string()),
+            Refusal::NotAllowed(_) | Refusal::PolicyUnknown(_) | Refusal::WorkloadUnknown => None,
+        }
+    }
+
     /// Whether the peer's certificate has been revoked.
     pub fn is_revocation(&self) -> bool {
         self.kind() == REVOKED

@@ -6,10 +6,12 @@ pub mod access_log;
 pub mod details;
 pub mod direction;
 pub mod failure;
+pub mod history;
 pub mod live;
 pub mod metrics;
 pub mod reason;
 pub mod record;
+pub mod stages;
 
 pub use details::Details;
 pub use direction::Direction;

@@ -22,8 +22,7 @@ macro_rules! reasons {
             }
 
             /// Meaning, and what to check.
-            #[cfg(test)]
-            fn advice(self) -> &'static str {
+            pub fn advice(self) -> &'static str {
                 match self {
                     $(Self::$name => $advice,)+
                 }

@@ -5,15 +5,18 @@ use super::access_log;
 use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
+use super::history::{Ended, History};
 use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
+use super::stages::Stages;
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 /// What all records of the process share.
 #[derive(Debug, Default)]
@@ -22,6 +25,8 @@ pub struct Reporter {
     pub metrics: Metrics,
     /// The list of live connections.
     pub live: LiveConnections,
+    /// The latest connections that have ended.
+    pub history: History,
     /// Limit for lines about connections that failed before their route was known, which any peer can cause.
     pub early_failures: LogLimit,
     /// Limit for lines about tunnels that were cut.
@@ -58,6 +63,7 @@ pub struct Record {
     finished: bool,
     /// The endpoints that were tried before, and why each was left.
     tried: Option<String>,
+    stages: Stages,
 }
 
 /// The part of a record that exists once the route is known.
@@ -85,6 +91,7 @@ impl Record {
             failure: None,
             finished: false,
             tried: None,
+            stages: Stages::default(),
         }
     }
 
@@ -174,6 +181,34 @@ impl Record {
     }
 }
 
+impl Record {
+    /// Moves what the record knows into the history. A connection that ended well before its route was known was none: a
+    /// tunnel, whose streams have their own records, or a capture check.
+    fn keep(&mut self, opened: Option<OpenRecord>) {
+        let (history, duration) = (&self.reporter.history, self.start.elapsed());
+        if !history.is_on() || (opened.is_none() && self.failure.is_none()) {
+            return;
+        }
+        let bytes = opened.as_ref().map_or((0, 0), |opened| {
+            let bytes = &opened.connection.bytes;
+            (bytes.up.load(Ordering::Relaxed), bytes.down.load(Ordering::Relaxed))
+        });
+        history.push(Ended {
+            at: SystemTime::now(),
+            pod: self.pod.clone(),
+            direction: self.direction,
+            source: self.source,
+            destination: self.destination,
+            ends: opened.map(|opened| opened.details.into()),
+            failure: self.failure.take(),
+            tried: self.tried.take(),
+            bytes,
+            duration,
+            stages: self.stages,
+        });
+    }
+}
+
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
@@ -195,7 +230,7 @@ impl Drop for Record {
             {
                 access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
             }
-            return;
+            return self.keep(None);
         };
         self.reporter.live.remove(opened.id);
         let response_flags = self.failure.as_ref().map_or("-", Failure::flag);
@@ -216,6 +251,7 @@ impl Drop for Record {
             tried: self.tried.as_deref(),
         };
         access_log::complete(&summary, &opened.details);
+        self.keep(Some(opened));
     }
 }
 
