@@ -76,6 +76,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         dns: istio::dns(c, environment, &proxy, shared.ipv6, shared.mark),
         node: node_config(c, environment, shared, trust_domain, own),
         history: c.read(&history::HISTORY),
+        access_log_stages: c.read(&history::ACCESS_LOG_STAGES),
         log: log_config(c),
         state_files: match c.path(&mesh::STATE_FILE) {
             Some(file) => vec![file.clone(), kubernetes::pods_state_file(&file)],

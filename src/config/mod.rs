@@ -58,6 +58,8 @@ pub struct Config {
     pub node: node::Config,
     /// Entries of the history.
     pub history: usize,
+    /// Whether the access log shows how long stages took.
+    pub access_log_stages: bool,
     /// The log.
     pub log: telemetry::log::Config,
     /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come

@@ -11,8 +11,10 @@ use crate::hbone::{Buffers, Engine};
 use crate::task::Group;
 use crate::task::slots::Slots;
 use crate::{identity, mesh};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Most handshakes under way on a node.
@@ -80,6 +82,17 @@ impl Drop for LoadGuard {
     fn drop(&mut self) {
         self.0.load.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// A socket that was accepted.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The socket.
+    pub socket: std::net::TcpStream,
+    /// Address that connected.
+    pub peer: SocketAddr,
+    /// When it was accepted.
+    pub at: Instant,
 }
 
 /// Everything that counts a connection while it is open.

@@ -8,7 +8,7 @@ use super::dial::pool::TunnelKey;
 use super::journeys;
 use super::pod::Pod;
 use super::report::{Direction, Failure, Record};
-use super::worker::{Counted, LoadGuard, Shared, Worker};
+use super::worker::{Accepted, Counted, LoadGuard, Shared, Worker};
 use crate::hbone::{Engine, TunnelError};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
@@ -22,7 +22,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -62,8 +62,7 @@ struct AcceptedSocket {
     journey: Journey,
     /// Counts it as a connection of its pod, also while it waits for the worker.
     active: TaskTrackerToken,
-    socket: TcpStream,
-    peer: SocketAddr,
+    accepted: Accepted,
     pod: Arc<Pod>,
     place: Place,
 }
@@ -193,8 +192,8 @@ impl Workers {
 }
 
 /// Begins the journeys of the sockets that are given to a worker.
-async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedSocket>) {
-    while let Some(AcceptedSocket { journey, active, socket, peer, pod, place }) = accepted.recv().await {
+async fn run_worker(worker: &Arc<Worker>, mut sockets: mpsc::Receiver<AcceptedSocket>) {
+    while let Some(AcceptedSocket { journey, active, accepted, pod, place }) = sockets.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
             // The next one of this listener may be accepted; it begins after those that wait now.
@@ -209,17 +208,17 @@ async fn run_worker(worker: &Arc<Worker>, mut accepted: mpsc::Receiver<AcceptedS
             };
             match journey {
                 Journey::Outbound(reservation) => {
-                    journeys::outbound(&worker, &pod, socket, peer, counted(load, active, reservation)).await;
+                    journeys::outbound(&worker, &pod, accepted, counted(load, active, reservation)).await;
                 }
                 Journey::Socks(reservation) => {
-                    journeys::socks(&worker, &pod, socket, peer, counted(load, active, reservation)).await;
+                    journeys::socks(&worker, &pod, accepted, counted(load, active, reservation)).await;
                 }
                 Journey::Plaintext(_reservation) => {
-                    journeys::plaintext(&worker, &pod, socket, peer).await;
+                    journeys::plaintext(&worker, &pod, accepted).await;
                     drop((load, active));
                 }
                 Journey::Tunnel(slot) => {
-                    journeys::tunnel(&worker, &pod, socket, peer, slot).await;
+                    journeys::tunnel(&worker, &pod, accepted, slot).await;
                     drop((load, active));
                 }
             }
@@ -262,9 +261,10 @@ fn dispatch(
         }
     };
     handle.worker.load.fetch_add(1, Ordering::Relaxed);
-    let accepted = AcceptedSocket { journey, active: pod.active.token(), socket, peer, pod: pod.clone(), place };
+    let accepted = Accepted { socket, peer, at: Instant::now() };
+    let accepted = AcceptedSocket { journey, active: pod.active.token(), accepted, pod: pod.clone(), place };
     if let Err(full) = handle.deliver.try_send(accepted) {
         handle.worker.load.fetch_sub(1, Ordering::Relaxed);
-        refuse(&full.into_inner().socket, Failure::Queue(QUEUE_MAX));
+        refuse(&full.into_inner().accepted.socket, Failure::Queue(QUEUE_MAX));
     }
 }

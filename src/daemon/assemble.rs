@@ -61,7 +61,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot install signal handlers")?;
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
     let pods_pending = ready.wait_for("pods");
-    let metrics = Metrics::new(config.node.host_netns.clone(), config.node.ipv6, config.history);
+    let (host, stages) = (config.node.host_netns.clone(), config.access_log_stages);
+    let metrics = Metrics::new(host, config.node.ipv6, config.history, stages);
     if config.only_post_quantum {
         crypto::only_post_quantum();
     }

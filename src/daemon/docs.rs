@@ -115,7 +115,7 @@ pub fn metrics() -> Result<String, Error> {
          A label set whose values come from the mesh is removed when nothing has used it for {idle} minutes, and begins at zero when it returns.\n\
          Beyond {sets} label sets of a family, new ones are counted with `other` in place of every name.\n",
     )?;
-    let metrics = Metrics::new(PathBuf::new(), true, 0);
+    let metrics = Metrics::new(PathBuf::new(), true, 0, false);
     for group in &GROUPS {
         section(&mut t, group.title, &metrics.example(group))?;
     }

@@ -86,14 +86,14 @@ pub(super) const GROUPS: [Group; 10] = [
 
 impl Metrics {
     /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there;
-    /// `entries` is the size of the history.
-    pub(super) fn new(host_netns: PathBuf, ipv6: bool, entries: usize) -> Self {
+    /// `entries` is the size of the history, and `logs_stages` says whether the access log shows stages.
+    pub(super) fn new(host_netns: PathBuf, ipv6: bool, entries: usize, logs_stages: bool) -> Self {
         let (connections, changes) = history::bounds(entries);
         let changes = Arc::new(Changes::new(changes));
         let probes =
             HostProbeRules { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
         Self {
-            reporter: Arc::new(Reporter { history: History::new(connections), ..Reporter::default() }),
+            reporter: Arc::new(Reporter { history: History::new(connections), logs_stages, ..Reporter::default() }),
             board: Arc::new(Board::new(changes.clone())),
             mesh_file: Arc::default(),
             xds: Arc::default(),

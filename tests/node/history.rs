@@ -109,3 +109,43 @@ fn without_room_nothing_is_remembered() {
     let history = w.json(2, "/history");
     assert_eq!((&history["entries"], &history["dropped"], &history["oldest"]), (&json!([]), &json!(0), &Value::Null));
 }
+
+#[test]
+fn each_stage_of_a_connection_is_timed_on_both_nodes() {
+    let (w, client, server) = world(&[("CULVERT_ACCESS_LOG_STAGES", "true")]);
+    let stages = |entry: &Value| entry["stages_ms"].as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    let first = ["queue", "facts", "certificate", "dial", "tls", "connect", "first_byte"];
+    ask(&client.netns, (server.v4, 8080), "x").unwrap();
+    let here = entries(&w, 1, "kind=connection", 1);
+    let sorted =
+        |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(stages(&here[0]).into_iter().collect::<std::collections::BTreeSet<_>>(), sorted(&first), "{here:#?}");
+    // The tunnel is open now.
+    ask(&client.netns, (server.v4, 8080), "x").unwrap();
+    let here = entries(&w, 1, "kind=connection", 2);
+    let later = sorted(&["queue", "facts", "certificate", "connect", "first_byte"]);
+    assert_eq!(stages(&here[0]).into_iter().collect::<std::collections::BTreeSet<_>>(), later, "{here:#?}");
+    let there = entries(&w, 2, "kind=connection", 2);
+    let inbound = sorted(&["facts", "policy", "dial", "first_byte"]);
+    assert_eq!(stages(&there[0]).into_iter().collect::<std::collections::BTreeSet<_>>(), inbound, "{there:#?}");
+    let total: f64 = here[1]["stages_ms"].as_object().unwrap().values().filter_map(Value::as_f64).sum();
+    assert!(total > 0.0 && total <= here[1]["duration_ms"].as_f64().unwrap() + 0.1, "{here:#?}");
+    for (node, stage, direction, count) in [
+        (1, "tls", "outbound", 1.0),
+        (1, "connect", "outbound", 2.0),
+        (2, "tls", "inbound", 1.0),
+        (2, "dial", "inbound", 2.0),
+        (2, "first_byte", "inbound", 2.0),
+    ] {
+        let labels = [format!("stage=\"{stage}\""), format!("direction=\"{direction}\"")];
+        let counted = w.metric(node, "culvert_connection_stage_seconds_count", &[&labels[0], &labels[1]]);
+        assert_eq!(counted, count, "{stage} {direction}");
+    }
+    let line = w.log_line(1, "complete", |line| line["message"] == "connection complete");
+    assert!(line["stages"].as_str().unwrap().starts_with("queue="), "{line}");
+    // A refusal ends the stage that refused.
+    assert!(is_reset(&client.netns, (server.v4, 8081)));
+    let refused = entries(&w, 1, "refused=true", 1);
+    assert!(refused[0]["stages_ms"]["connect"].is_number(), "{refused:#?}");
+    assert!(refused[0]["stages_ms"]["first_byte"].is_null(), "{refused:#?}");
+}

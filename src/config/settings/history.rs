@@ -1,6 +1,6 @@
 //! Settings of what the node remembers for the admin port.
 
-use crate::config::kind::Number;
+use crate::config::kind::{Number, Switch};
 use crate::config::setting::{Described, Setting};
 use serde_json::json;
 
@@ -13,4 +13,8 @@ settings! {
              remembers nothing.",
         )
         .shown("historyEntries", |c| json!(c.history));
+    ACCESS_LOG_STAGES: Switch = Setting::new("access-log-stages", "CULVERT_ACCESS_LOG_STAGES", Switch)
+        .or("false")
+        .help("Show in the access log how long each stage of a connection took.")
+        .shown("accessLogStages", |c| json!(c.access_log_stages));
 }

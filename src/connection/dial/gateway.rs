@@ -42,7 +42,7 @@ async fn dial(
     // The far end learns which network the connection comes from; the gateway does not ask.
     let to_gateway = ConnectRequest { network: None, ..request };
     let opened = open(&pool, &origin, &outer, &to_gateway, &|| {}).await;
-    let OpenedStream { stream, lease } =
+    let OpenedStream { stream, lease, .. } =
         opened.map_err(|error| TunnelDialError::Gateway { gateway: gateway(), error: Box::new(error) })?;
     let behind = |error| TunnelDialError::Behind { gateway: gateway(), error: Box::new(error) };
     let known = lease.as_outer();

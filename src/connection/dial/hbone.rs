@@ -21,6 +21,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 
 /// How many tunnels that turn out to be going away are replaced for one stream. The pool may hold several of them, and
 /// each is only found out when a stream is opened on it.
@@ -79,6 +80,19 @@ pub struct OpenedStream {
     pub stream: Stream,
     /// Keeps the stream's slot on the tunnel.
     pub lease: Lease,
+    /// How long it took.
+    pub took: Opening,
+}
+
+/// How long the opening of a stream took.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    /// To connect TCP, if the tunnel was not open yet.
+    pub dial: Option<Duration>,
+    /// For TLS and HTTP/2, if the tunnel was not open yet.
+    pub tls: Option<Duration>,
+    /// Until the answer to CONNECT.
+    pub connect: Duration,
 }
 
 /// Opens a stream through a tunnel to `hop`. `going_away` is called for each tunnel that is replaced.
@@ -119,12 +133,17 @@ where
     D: Fn() -> F,
     F: Future<Output = Result<DialledTunnel, TunnelDialError>> + Send + 'static,
 {
-    let (mut replaced, mut pauses) = (0, REFUSED_PAUSES.iter());
+    let (mut replaced, mut pauses, begun) = (0, REFUSED_PAUSES.iter(), Instant::now());
     loop {
         let lease = pool.checkout(&wanted.key, drain, wanted.spread, &dial).await?;
         let answer = tokio::time::timeout(ANSWER_DEADLINE, lease.tunnel().open(request)).await;
         match answer.map_or(Err(DialError::AnswerDeadline), |opened| opened.map_err(DialError::Open)) {
-            Ok(stream) => return Ok(OpenedStream { stream, lease }),
+            Ok(stream) => {
+                let (dial, tls) = lease.waited(begun).unzip();
+                let waited = dial.unwrap_or_default() + tls.unwrap_or_default();
+                let took = Opening { dial, tls, connect: begun.elapsed().saturating_sub(waited) };
+                return Ok(OpenedStream { stream, lease, took });
+            }
             // Take the tunnel out of the pool, so that the next checkout finds another one or dials.
             Err(DialError::Open(OpenError::TunnelGone(_))) if replaced < REPLACEMENTS_MAX => {
                 replaced += 1;
@@ -168,6 +187,7 @@ pub(super) async fn make(
     to: SocketAddr,
     carrier: Option<&Carrier>,
 ) -> Result<DialledTunnel, TunnelDialError> {
+    let begun = Instant::now();
     // The verifier checks the SPIFFE name. This name is required by the API, but neither sent (SNI is off) nor checked.
     let unused = ServerName::IpAddress(IpAddr::from(to.ip()));
     let tls = hbone::tls::connect(socket, tls, unused).await.map_err(TunnelDialError::Tls)?;
@@ -188,5 +208,5 @@ pub(super) async fn make(
         TunnelError::Io(_) | TunnelError::Tls(_) => TunnelDialError::Tls(error.into_io()),
         error => TunnelDialError::Http2(error),
     })?;
-    Ok(DialledTunnel { tunnel, tls: facts, peer, chain, driver, entry: None, outer: None })
+    Ok(DialledTunnel { tunnel, tls: facts, peer, chain, driver, entry: None, outer: None, shake: begun.elapsed() })
 }

@@ -94,6 +94,8 @@ pub struct DialledTunnel {
     pub entry: Option<OpenLeg>,
     /// The gateway's tunnel that it is inside of.
     pub outer: Option<OuterTunnel>,
+    /// How long TLS and HTTP/2 took.
+    pub shake: Duration,
 }
 
 /// What is known of the tunnel to a gateway at a tunnel inside it.
@@ -157,6 +159,10 @@ struct PooledTunnel {
     /// Notified when a lease retires it.
     retired: Notify,
     last_used: Mutex<Instant>,
+    /// When it was open.
+    since: Instant,
+    /// How long TLS and HTTP/2 took.
+    shake: Duration,
 }
 
 /// A slot for one stream on a tunnel. It is free again when dropped.
@@ -184,6 +190,13 @@ impl Lease {
     /// Identity that the gateway has proven, if the tunnel leads through one to another network.
     pub fn gateway(&self) -> Option<&SpiffeName> {
         self.tunnel.outer.as_ref().map(|outer| &outer.peer)
+    }
+
+    /// If the tunnel was not open at `begun`: how long TCP, and then TLS and HTTP/2, have been waited for since then.
+    pub(super) fn waited(&self, begun: Instant) -> Option<(Duration, Duration)> {
+        let waited = self.tunnel.since.checked_duration_since(begun)?;
+        let shake = self.tunnel.shake.min(waited);
+        Some((waited - shake, shake))
     }
 
     /// Why all connections of the tunnel have been told to stop, or those of the tunnel that it is inside of; `None` if
@@ -332,6 +345,8 @@ impl Pool {
                     gone: AtomicBool::new(false),
                     retired: Notify::new(),
                     last_used: Mutex::new(Instant::now()),
+                    since: Instant::now(),
+                    shake: dialled.shake,
                 };
                 (Arc::new(tunnel), dialled.driver, dialled.entry)
             }
@@ -482,7 +497,7 @@ mod tests {
         let tls = TlsFacts { version: "", key_exchange: "", cipher: "" };
         let peer = SpiffeName::new("td", "a", "far").unwrap();
         let chain = crate::identity::revoked::Revocations::default().watch(&[]);
-        Ok(DialledTunnel { tunnel, tls, peer, chain, driver, entry: None, outer: None })
+        Ok(DialledTunnel { tunnel, tls, peer, chain, driver, entry: None, outer: None, shake: Duration::ZERO })
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,8 +11,9 @@ use crate::connection::dial::{self, DialError};
 use crate::connection::forward::{self, ForwardError};
 use crate::connection::headers;
 use crate::connection::pod::Pod;
+use crate::connection::report::stages::Stage;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
-use crate::connection::worker::{Counted, Worker};
+use crate::connection::worker::{Accepted, Counted, Worker};
 use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
@@ -35,12 +36,13 @@ const STREAMS_PER_TURN: usize = 8;
 
 /// Accepts one tunnel and carries its streams. Until the peer has proven its identity, the connection is counted by
 /// `slot` alone; afterwards it is counted in the budget, for the peer.
-pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr, slot: Slot) {
+pub async fn tunnel(worker: &Arc<Worker>, pod: &Arc<Pod>, accepted: Accepted, slot: Slot) {
     let reporter = &worker.shared.reporter;
-    let record = Record::begin(reporter, &pod.uid, Direction::Inbound, canonical(peer));
+    let (peer, at) = (canonical(accepted.peer), accepted.at);
+    let mut record = Record::accepted(reporter, &pod.uid, Direction::Inbound, peer, at);
     let _count = SocketCount::new(reporter, Direction::Inbound);
     let ChargedTunnel { tunnel: AcceptedTunnel { peer, mut server }, reservation: _reservation } =
-        match accept_tunnel(worker, pod, socket, peer).await {
+        match accept_tunnel(worker, pod, accepted, &mut record).await {
             Ok(None) => {
                 reporter.metrics.unused.inc();
                 return record.finish(Ok(()));
@@ -126,19 +128,22 @@ struct ChargedTunnel {
 async fn accept_tunnel(
     worker: &Arc<Worker>,
     pod: &Arc<Pod>,
-    socket: std::net::TcpStream,
-    peer: SocketAddr,
+    Accepted { socket, peer, .. }: Accepted,
+    record: &mut Record,
 ) -> Result<Option<ChargedTunnel>, Failure> {
     let Some(socket) = tunnelled::first_byte(socket, &pod.sockets.legs).await? else { return Ok(None) };
     let shared = &worker.shared;
     let shake = async {
         let (_, workload) = own_facts(worker, pod).await?;
+        record.lap(Stage::Facts);
         let credentials = own_credentials(worker, &workload).await?;
+        record.lap(Stage::Certificate);
         let hbone = &shared.config.hbone;
         Ok(tunnelled::handshake(&worker.engine, socket, peer, &credentials, hbone, &shared.buffers).await?)
     };
     // Boxed: the handshakes need more memory than an open tunnel, which must not keep it.
     let tunnel: AcceptedTunnel = Box::pin(tunnelled::with_deadline::<_, Failure>(shake)).await?;
+    record.lap(Stage::Tls);
     let reservation = shared.budget.reserve(&pod.usage, Some(&tunnel.peer.name))?;
     Ok(Some(ChargedTunnel { tunnel, reservation }))
 }
@@ -228,11 +233,13 @@ async fn admit(
     let snapshot = facts_for(&shared.mesh, pod, snapshot, &workload, &request.authority).await?;
     let target = choose::local::choose(&snapshot, &workload, own, pod.own_ports(), &request.authority)?;
     record.destination(peer.local);
+    record.lap(Stage::Facts);
     check_waypoint(worker, pod, &workload, peer.source.ip(), Some(&peer.identity)).await?;
     let subject = Subject { peer: Some(peer.identity.clone()), source: peer.source.ip(), destination: target.address };
     // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &registration).await;
+    record.lap(Stage::Policy);
     // The host in the peer's `forwarded` header is used for telemetry, and only if it is a service of this workload.
     let by_host = request.forwarded_host().and_then(|h| snapshot.service_by_hostname(h, &workload.namespace)).cloned();
     let by_host = by_host.filter(|service| workload.services.contains_key(&service.key));
@@ -274,6 +281,8 @@ async fn admit(
             (app, headers::proxy_v2(peer.source, asked, &peer.identity))
         }
     };
+    record.lap(Stage::Dial);
+    record.open();
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
     Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
 }

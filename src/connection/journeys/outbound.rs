@@ -8,11 +8,13 @@ use crate::connection::accept;
 use crate::connection::choose::route::Route;
 use crate::connection::choose::{Evidence, InFlight, NextHop, RouteError, Witness, is_local};
 use crate::connection::dial::error::ATTEMPT_PATIENCE;
-use crate::connection::dial::{self, DialError, hbone::OpenedStream, hbone::Origin};
+use crate::connection::dial::hbone::{OpenedStream, Opening, Origin};
+use crate::connection::dial::{self, DialError};
 use crate::connection::forward::{ForwardError, Stop};
 use crate::connection::pod::Pod;
+use crate::connection::report::stages::Stage;
 use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
-use crate::connection::worker::{Counted, Worker};
+use crate::connection::worker::{Accepted, Counted, Worker};
 use crate::connection::{forward, headers};
 use crate::hbone::ConnectRequest;
 use crate::identity::Credentials;
@@ -29,14 +31,8 @@ const RETRIES_MAX: usize = 2;
 /// Carries one connection that the pod opened.
 ///
 /// This completes when the connection has ended, or when it is carried over a tunnel: then the worker's engine has it.
-pub async fn outbound(
-    worker: &Arc<Worker>,
-    pod: &Arc<Pod>,
-    socket: std::net::TcpStream,
-    peer: SocketAddr,
-    counted: Counted,
-) {
-    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
+pub async fn outbound(worker: &Arc<Worker>, pod: &Arc<Pod>, Accepted { socket, peer, at }: Accepted, counted: Counted) {
+    let mut record = Record::accepted(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer), at);
     let count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
     // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
     match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
@@ -71,7 +67,7 @@ pub async fn carry(
             }
             record.finish(result.map_err(Failure::from));
         }
-        FarSide::Tunnel(OpenedStream { stream, lease }) => match app.into_parts() {
+        FarSide::Tunnel(OpenedStream { stream, lease, .. }) => match app.into_parts() {
             Ok((app, entry)) => {
                 let tunnel = CarriedBy::Outbound(lease);
                 let _counted = Counted { _socket: Some(count), ..counted };
@@ -135,6 +131,7 @@ async fn open(
     pod.with_own(&source, |own| own.check_outbound(captured.destination))?;
     let outbound = Outbound { worker, pod, app: &app, source: &source, from: captured.source };
     let first = find_route(shared, pod, snapshot, &source, captured.destination, &[]).await?;
+    record.lap(Stage::Facts);
     let (live, far, in_flight) = outbound.reach(first, captured.destination, record).await?;
     Ok(Some(Opened { app, live, far, in_flight }))
 }
@@ -166,9 +163,13 @@ impl Outbound<'_> {
             let in_flight = route.pick.clone();
             let in_flight = in_flight.map(|pick| InFlight::begin(&shared.endpoints, pick, Witness(self.pod.capture)));
             let (live, outside) = self.begin(&route, record)?;
+            if outside.is_some() {
+                record.lap(Stage::Policy);
+            }
             if route.next_hop.tunnel().is_some() {
                 // Waiting for the CA must not count against the endpoint. `dial` finds the certificate at once then.
                 own_credentials(self.worker, self.source).await?;
+                record.lap(Stage::Certificate);
             }
             let Some(in_flight) = in_flight else {
                 let far = self.dial(&route, outside, None).await?;
@@ -203,10 +204,14 @@ impl Outbound<'_> {
             if !may_leave || !may_retry.unwrap_or_else(|| in_flight.may_retry(why)) {
                 return Err(failure);
             }
+            if let Some(stage) = failure.stage() {
+                record.lap(stage);
+            }
             left.push(pick.clone());
             drop(in_flight);
             let again = find_route(shared, self.pod, shared.mesh.load(), self.source, destination, &left).await;
             let Some(again) = again.ok().filter(|again| again.pick.is_some()) else { return Err(failure) };
+            record.lap(Stage::Facts);
             record.tried(&left_because(&route, &failure));
             route = again;
         }
@@ -250,10 +255,16 @@ impl Outbound<'_> {
 
     /// Notes that the far side is open.
     fn connected(&self, live: Arc<Connection>, far: &FarSide, record: &mut Record) -> Arc<Connection> {
-        if let FarSide::Tunnel(opened) = far {
-            let _known = live.tls.set(opened.lease.tls());
-            record.proven(opened.lease.peer(), opened.lease.gateway());
+        match far {
+            FarSide::Direct(..) => record.lap(Stage::Dial),
+            FarSide::Tunnel(opened) => {
+                let Opening { dial, tls, connect } = opened.took;
+                record.laps([(Stage::Dial, dial), (Stage::Tls, tls), (Stage::Connect, Some(connect))]);
+                let _known = live.tls.set(opened.lease.tls());
+                record.proven(opened.lease.peer(), opened.lease.gateway());
+            }
         }
+        record.open();
         record.connected();
         live
     }

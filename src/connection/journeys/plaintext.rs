@@ -5,16 +5,17 @@ use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::{check_waypoint, own_facts};
 use crate::connection::authorize::Subject;
 use crate::connection::pod::Pod;
+use crate::connection::report::stages::Stage;
 use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
-use crate::connection::worker::Worker;
+use crate::connection::worker::{Accepted, Worker};
 use crate::connection::{accept, authorize, dial, forward};
 use crate::mesh::address::canonical;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Carries one plaintext connection to the pod.
-pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, socket: std::net::TcpStream, peer: SocketAddr) {
-    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer));
+pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, Accepted { socket, peer, at }: Accepted) {
+    let mut record = Record::accepted(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer), at);
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
     let result = plaintext_steps(worker, pod, socket, peer, &mut record).await;
     record.finish(result);
@@ -32,6 +33,7 @@ async fn plaintext_steps(
     record.destination(captured.destination);
     let client = ResetUnlessDone::accepted(captured.app);
     let (snapshot, workload) = own_facts(worker, pod).await?;
+    record.lap(Stage::Facts);
     let destination = captured.destination;
     pod.with_own(&workload, |own| {
         // The daemon connects to the application from the client's address, and may choose the very port that the
@@ -46,6 +48,7 @@ async fn plaintext_steps(
     // Register before asking for the permit, so that no policy change is missed in between.
     let registration = shared.permits.register(&workload, &subject);
     let permit = authorize::authorize(&shared.mesh, &registration).await;
+    record.lap(Stage::Policy);
     let live = record.opened(Details {
         source_workload: snapshot.workload_at(&workload.network, source).cloned(),
         source_identity: None,
@@ -62,6 +65,8 @@ async fn plaintext_steps(
     let permit = permit?;
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
     let app = ResetUnlessDone::dialled(unless_client_resets(&client, app).await?);
+    record.lap(Stage::Dial);
+    record.open();
     let silence = shared.config.hbone.half_closed_silence;
     forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration))).await?;
     client.done();

@@ -10,8 +10,9 @@ use crate::connection::choose::RouteError;
 use crate::connection::dial::DialError;
 use crate::connection::forward::ForwardError;
 use crate::connection::pod::Pod;
+use crate::connection::report::stages::Stage;
 use crate::connection::report::{Direction, Failure, Record, record::SocketCount};
-use crate::connection::worker::{Counted, Worker};
+use crate::connection::worker::{Accepted, Counted, Worker};
 use crate::mesh::address::canonical;
 use crate::mesh::{Snapshot, Workload};
 use crate::ports::SOCKS;
@@ -21,14 +22,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 /// Carries one connection that the pod asked for.
-pub async fn socks(
-    worker: &Arc<Worker>,
-    pod: &Arc<Pod>,
-    socket: std::net::TcpStream,
-    peer: SocketAddr,
-    counted: Counted,
-) {
-    let mut record = Record::begin(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer));
+pub async fn socks(worker: &Arc<Worker>, pod: &Arc<Pod>, Accepted { socket, peer, at }: Accepted, counted: Counted) {
+    let mut record = Record::accepted(&worker.shared.reporter, &pod.uid, Direction::Outbound, canonical(peer), at);
     let count = SocketCount::new(&worker.shared.reporter, Direction::Outbound);
     // Boxed: opening needs more memory than forwarding, and an open connection must not keep it.
     match Box::pin(open(worker, pod, socket, peer, &mut record)).await {
@@ -60,6 +55,7 @@ async fn open(
         let from = SocketAddr::new(own.unwrap_or(peer.ip()), peer.port());
         let outbound = Outbound { worker, pod, app: &app, source: &source, from };
         let first = find_route(&worker.shared, pod, snapshot, &source, to, &[]).await?;
+        record.lap(Stage::Facts);
         outbound.reach(first, to, record).await
     };
     match reached.await {

@@ -5,6 +5,7 @@ use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
 use super::live::ByteCounts;
+use super::stages::Stages;
 use crate::mesh::Workload;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
@@ -27,6 +28,8 @@ pub struct Summary<'a> {
     pub failure: Option<&'a Failure>,
     /// The endpoints that were tried before, and why each was left.
     pub tried: Option<&'a str>,
+    /// How long each stage took, if the line is to show it.
+    pub stages: Option<&'a Stages>,
 }
 
 /// Writes a line with the fields that all lines about a connection with a known route have, and then the given fields.
@@ -87,7 +90,8 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
             bytes_sent = sent,
             bytes_recv = received,
             duration = duration.as_str(),
-            tried = summary.tried
+            tried = summary.tried,
+            stages = summary.stages.map(display)
         ),
         Some(failure) => line!(
             tracing::Level::ERROR,
@@ -101,7 +105,8 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
             duration = duration.as_str(),
             error = failure.to_string().as_str(),
             reason = failure.word(),
-            tried = summary.tried
+            tried = summary.tried,
+            stages = summary.stages.map(display)
         ),
     }
 }

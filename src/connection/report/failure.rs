@@ -2,6 +2,7 @@
 //! response flag and the fault for each, so that a new error cannot be forgotten.
 
 use super::reason::Reason;
+use super::stages::Stage;
 use crate::connection::accept::AcceptError;
 use crate::connection::authorize::Refusal;
 use crate::connection::budget::BudgetRefusal;
@@ -165,6 +166,23 @@ impl Failure {
         fault == Fault::Policy || by_limit || self.is_revocation()
     }
 
+    /// The stage that it ended, of a connection that was not open yet.
+    pub fn stage(&self) -> Option<Stage> {
+        Some(match self {
+            Self::Budget(_) | Self::Queue(_) | Self::Handshakes(_) => Stage::Queue,
+            Self::LocalWorkload(_) | Self::Request(_) | Self::Route(_) | Self::Local(_) => Stage::Facts,
+            Self::Accept(AcceptError::OriginalDestination(_) | AcceptError::Socket(_) | AcceptError::Socks(_)) => {
+                Stage::Queue
+            }
+            Self::Accept(_) => Stage::Tls,
+            Self::Identity(_) => Stage::Certificate,
+            Self::Refused(_) => Stage::Policy,
+            Self::Dial(error) => dial_stage(error),
+            Self::Answer(_) => Stage::Connect,
+            Self::Forward(_) | Self::Abandoned => return None,
+        })
+    }
+
     /// The policy rule or egress rule that refused it, if one did.
     pub fn rule(&self) -> Option<String> {
         let refusal = match self {
@@ -204,6 +222,31 @@ impl Fault {
             Self::Mesh => "mesh",
             Self::Us => "us",
         }
+    }
+}
+
+fn dial_stage(error: &DialError) -> Stage {
+    match error {
+        DialError::Identity(_) => Stage::Certificate,
+        DialError::Tunnel(error) => tunnel_stage(error),
+        DialError::Open(_) | DialError::AnswerDeadline => Stage::Connect,
+        DialError::Netns(_)
+        | DialError::Connect { .. }
+        | DialError::ConnectDeadline(_)
+        | DialError::Unanswered
+        | DialError::Abandoned => Stage::Dial,
+    }
+}
+
+fn tunnel_stage(error: &TunnelDialError) -> Stage {
+    match error {
+        TunnelDialError::Tls(_) | TunnelDialError::Http2(_) | TunnelDialError::HandshakeDeadline(_) => Stage::Tls,
+        TunnelDialError::Gateway { error, .. } => dial_stage(error),
+        TunnelDialError::Behind { error, .. } => tunnel_stage(error),
+        TunnelDialError::Blocked(_)
+        | TunnelDialError::Connect { .. }
+        | TunnelDialError::Netns(_)
+        | TunnelDialError::Draining => Stage::Dial,
     }
 }
 

@@ -7,9 +7,9 @@ use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// One live connection. Bytes are counted while it is open; everything else is set once.
 #[derive(Debug)]
@@ -55,20 +55,55 @@ pub struct ByteCounts {
     pub up: AtomicU64,
     /// Bytes from the far side to the application.
     pub down: AtomicU64,
+    /// When the connection began; not known where nothing asks how long it took.
+    pub begun: Option<Instant>,
+    /// One more than the microseconds from then to the first byte of `up`; 0 before it.
+    pub first_up: AtomicU32,
+    /// The same of `down`.
+    pub first_down: AtomicU32,
     /// The traffic metric that `up` is added to.
     pub up_metric: Counter,
     /// The traffic metric that `down` is added to.
     pub down_metric: Counter,
 }
 
+impl ByteCounts {
+    fn note_first(&self, first: &AtomicU32) {
+        if let Some(begun) = self.begun {
+            let micros = u32::try_from(begun.elapsed().as_micros()).unwrap_or(u32::MAX);
+            first.store(micros.saturating_add(1), Ordering::Relaxed);
+        }
+    }
+
+    /// How long the first byte of the answer took: after the first byte of the client, or, where the server speaks first,
+    /// after the connection was open, which was at `open` after its begin.
+    pub fn first_byte(&self, direction: Direction, open: Duration) -> Option<Duration> {
+        let (client, server) = match direction {
+            Direction::Outbound => (&self.first_up, &self.first_down),
+            Direction::Inbound => (&self.first_down, &self.first_up),
+        };
+        let at = |first: &AtomicU32| {
+            let micros = first.load(Ordering::Relaxed).checked_sub(1)?;
+            Some(Duration::from_micros(u64::from(micros)))
+        };
+        let server = at(server)?;
+        let asked = at(client).filter(|client| *client <= server).unwrap_or(open).max(open);
+        Some(server.saturating_sub(asked))
+    }
+}
+
 impl crate::hbone::Meter for ByteCounts {
     fn up(&self, bytes: usize) {
-        self.up.fetch_add(bytes as u64, Ordering::Relaxed);
+        if self.up.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+            self.note_first(&self.first_up);
+        }
         self.up_metric.inc_by(bytes as u64);
     }
 
     fn down(&self, bytes: usize) {
-        self.down.fetch_add(bytes as u64, Ordering::Relaxed);
+        if self.down.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+            self.note_first(&self.first_down);
+        }
         self.down_metric.inc_by(bytes as u64);
     }
 

@@ -1,6 +1,9 @@
 //! Metrics of connections: traffic under the names and labels of Istio's dashboards, and culvert's own counters of
 //! failures.
 
+use super::direction::Direction;
+use super::stage_times::StageTimes;
+use super::stages::{Stage, Stages};
 use crate::connection::authorize::Refusal;
 use crate::connection::authorize::egress::EgressDecision;
 use crate::connection::choose;
@@ -14,6 +17,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use std::fmt;
+use std::time::Duration;
 
 /// Labels of traffic metrics, in ztunnel's order. An unknown value is `unknown`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -160,6 +164,8 @@ pub struct Metrics {
     pub cut: Family<CutLabels, Counter>,
     /// Connections to port 15008 whose client left without sending anything.
     pub unused: Counter,
+    /// Time spent in each stage.
+    pub stages: StageTimes,
     /// Failures and refusals, including those before the route was known.
     pub failures: Family<FailureLabels, Counter>,
     /// Decisions of egress policies.
@@ -202,12 +208,16 @@ impl Metrics {
         drop(self.cut.get_or_create(&CutLabels { direction, reason }));
         drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault: "" }));
         drop(self.egress.get_or_create(&EgressLabel { decision: "denied" }));
+        let mut stages = Stages::default();
+        stages.add(Stage::Queue, Duration::ZERO);
+        self.stages.count(Direction::Inbound, &stages);
         self.endpoints.fill_example();
     }
 
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register_collector(Box::new(TrafficCollector(self.traffic.clone())));
+        registry.register_collector(Box::new(self.stages.clone()));
         let sockets = "Accepted sockets that are open (unstable)";
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
         let revoked = "Connections refused or ended because the peer's certificate is revoked (unstable)";

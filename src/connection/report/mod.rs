@@ -11,6 +11,7 @@ pub mod live;
 pub mod metrics;
 pub mod reason;
 pub mod record;
+pub mod stage_times;
 pub mod stages;
 
 pub use details::Details;

@@ -8,7 +8,7 @@ use super::failure::Failure;
 use super::history::{Ended, History};
 use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
-use super::stages::Stages;
+use super::stages::{Stage, Stages};
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::limit::LogLimit;
@@ -16,7 +16,7 @@ use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What all records of the process share.
 #[derive(Debug, Default)]
@@ -31,6 +31,8 @@ pub struct Reporter {
     pub early_failures: LogLimit,
     /// Limit for lines about tunnels that were cut.
     pub cut: LogLimit,
+    /// Whether the access log shows the stages.
+    pub logs_stages: bool,
 }
 
 impl Reporter {
@@ -78,6 +80,35 @@ struct OpenRecord {
 }
 
 impl Record {
+    /// Begins the record of a socket that was accepted at `start`. Until now it has waited for its worker.
+    pub fn accepted(
+        reporter: &Arc<Reporter>,
+        pod: &Text,
+        direction: Direction,
+        source: SocketAddr,
+        start: Instant,
+    ) -> Self {
+        let mut record = Self::begin(reporter, pod, direction, source);
+        record.start = start;
+        record.lap(Stage::Queue);
+        record
+    }
+
+    /// A stage has ended.
+    pub fn lap(&mut self, stage: Stage) {
+        self.stages.lap(stage, self.start.elapsed());
+    }
+
+    /// Several stages have ended, and took these times.
+    pub fn laps(&mut self, stages: impl IntoIterator<Item = (Stage, Option<Duration>)>) {
+        self.stages.laps(stages, self.start.elapsed());
+    }
+
+    /// The last stage before the connection is open has ended.
+    pub fn open(&mut self) {
+        self.stages.open();
+    }
+
     /// Begins a record.
     pub fn begin(reporter: &Arc<Reporter>, pod: &Text, direction: Direction, source: SocketAddr) -> Self {
         Self {
@@ -150,7 +181,7 @@ impl Record {
             tls: OnceLock::new(),
             rule: details.rule.clone(),
             since: self.start,
-            bytes: ByteCounts { up_metric, down_metric, ..ByteCounts::default() },
+            bytes: ByteCounts { begun: Some(self.start), up_metric, down_metric, ..ByteCounts::default() },
         });
         let id = self.reporter.live.add(&connection);
         self.opened = Some(OpenRecord { id, is_counted: false, traffic, details, connection: connection.clone() });
@@ -182,6 +213,19 @@ impl Record {
 }
 
 impl Record {
+    /// The stage that failed, if one did, and the first byte.
+    fn end_stages(&mut self) {
+        if !self.stages.is_open() {
+            if let Some(stage) = self.failure.as_ref().and_then(Failure::stage) {
+                self.lap(stage);
+            }
+        } else if let Some(opened) = &self.opened
+            && let Some(took) = opened.connection.bytes.first_byte(self.direction, self.stages.until())
+        {
+            self.stages.add(Stage::FirstByte, took);
+        }
+    }
+
     /// Moves what the record knows into the history. A connection that ended well before its route was known was none: a
     /// tunnel, whose streams have their own records, or a capture check.
     fn keep(&mut self, opened: Option<OpenRecord>) {
@@ -215,7 +259,9 @@ impl Drop for Record {
             self.failure = Some(Failure::Abandoned);
         }
         self.connected();
+        self.end_stages();
         let metrics = &self.reporter.metrics;
+        metrics.stages.count(self.direction, &self.stages);
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
             metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc();
@@ -249,6 +295,7 @@ impl Drop for Record {
             duration: self.start.elapsed(),
             failure: self.failure.as_ref(),
             tried: self.tried.as_deref(),
+            stages: self.reporter.logs_stages.then_some(&self.stages),
         };
         access_log::complete(&summary, &opened.details);
         self.keep(Some(opened));
