@@ -46,5 +46,7 @@ pub use config::args::Cli;
 #[doc(hidden)]
 pub use connection::choose::measured;
 #[doc(hidden)]
+pub use connection::report::measured as measured_history;
+#[doc(hidden)]
 pub use daemon::docs;
 pub use daemon::{run, run_as_plugin};

@@ -93,6 +93,8 @@ pub struct Pages {
     pub set_aside: Page,
     /// `/history`.
     pub history: Filtered,
+    /// `/plaintext`.
+    pub plaintext: Filtered,
     /// `/explain`.
     pub explain: Asked,
     /// `/explain/policies`: takes the text of a file.
@@ -161,6 +163,7 @@ impl Ports {
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
             .route("/history", get(history))
+            .route("/plaintext", get(plaintext))
             .route("/explain", get(explain))
             .route("/explain/policies", post(explain_policies))
             .route("/logging", post(logging))
@@ -311,6 +314,7 @@ async fn index() -> Html<String> {
          <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
          <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
          <li><a href=/history>history</a>?since=10m&amp;refused=true: connections that have ended or were refused, and what has changed\
+         <li><a href=/plaintext>plaintext</a>: since when each pod has sent or received no plaintext\
          <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
          <li>explain?from=NAMESPACE/POD&amp;to=ADDRESS:PORT: what would happen to a connection now, step by step\
          <li>POST /explain/policies with `policies:` as in the mesh file: what these policies would change for connections\
@@ -351,6 +355,10 @@ async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
 /// Off the runtime, as other pages are.
 async fn history(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
     filtered(pages, query, |pages| &pages.history).await
+}
+
+async fn plaintext(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
+    filtered(pages, query, |pages| &pages.plaintext).await
 }
 
 /// Makes a page that a query filters, off the runtime.

@@ -71,6 +71,11 @@ impl Pods {
         all.insert((pod.namespace.clone(), pod.name.clone()), Arc::downgrade(pod));
     }
 
+    /// Whether a pod with this uid is captured.
+    pub fn has(&self, uid: &Text) -> bool {
+        self.0.lock().values().filter_map(Weak::upgrade).any(|pod| pod.uid == *uid)
+    }
+
     /// The pod of this namespace and name.
     pub fn find(&self, namespace: &str, name: &str) -> Option<Arc<Pod>> {
         self.0.lock().get(&(namespace.into(), name.into()))?.upgrade()

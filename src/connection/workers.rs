@@ -141,7 +141,8 @@ impl Workers {
         let (drain, accepts) = (pod.signal(), self.accepts.token());
         home.worker.shared.budget.register(&pod.usage);
         home.worker.shared.pods.add(&pod);
-        home.worker.shared.reporter.history.name(&pod.uid, &pod.namespace, &pod.name);
+        let shared = &home.worker.shared;
+        shared.reporter.pods.add(&pod.uid, (&pod.namespace, &pod.name), |uid| shared.pods.has(uid));
         let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
             dispatch(&all, &pod, (socket, peer, place), entrance);
@@ -240,7 +241,10 @@ fn dispatch(
     let Some(handle) = least else { return };
     let shared = &handle.worker.shared;
     let refuse = |socket: &TcpStream, failure: Failure| {
-        let record = Record::begin(&shared.reporter, &pod.uid, entrance.direction(), canonical(peer));
+        let mut record = Record::begin(&shared.reporter, &pod.uid, entrance.direction(), canonical(peer));
+        if entrance == Entrance::Plaintext {
+            record.arrived_in_plaintext();
+        }
         record.finish(Err(failure));
         reset_on_close(socket);
     };

@@ -1,10 +1,12 @@
 //! Keeps the store in step with the mesh file: reads it at the start and at every change. A version that cannot be used
 //! changes nothing, and the log says what is wrong with it.
 
+use super::noted;
 use super::yaml::{self, DecodeError};
 use crate::mesh::{Facts, Store};
 use crate::task::files::FileWatch;
 use crate::task::thread::run_blocking;
+use crate::telemetry::changes::{Changes, What};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -42,9 +44,16 @@ pub struct Metrics {
     pub refused: Counter,
     /// 1 while the file on disk is refused and older facts are in force.
     pub stale: Gauge,
+    /// Where changes are noted.
+    noted: Arc<Changes>,
 }
 
 impl Metrics {
+    /// Metrics at zero, with a place where changes are noted.
+    pub fn noting(noted: Arc<Changes>) -> Self {
+        Self { noted, ..Self::default() }
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         let applied = "Versions of the mesh file that were applied";
@@ -80,7 +89,11 @@ fn apply(facts: Result<Facts, FileError>, store: &Store, metrics: &Metrics) {
     match facts {
         Ok(facts) => {
             let (workloads, services, policies) = (facts.workloads.len(), facts.services.len(), facts.policies.len());
+            let before = store.load();
             let version = store.replace(facts);
+            let after = store.load();
+            let keys = before.policies().chain(after.policies()).map(|policy| policy.key.clone()).collect();
+            noted::policies(&metrics.noted, &before, &after, keys);
             metrics.applied.inc();
             metrics.stale.set(0);
             tracing::info!(version, workloads, services, policies, "mesh file applied");
@@ -88,6 +101,8 @@ fn apply(facts: Result<Facts, FileError>, store: &Store, metrics: &Metrics) {
         Err(error) => {
             metrics.refused.inc();
             metrics.stale.set(1);
+            let text = format!("The mesh file was refused, and the previous facts stay in force: {error}.");
+            metrics.noted.note(What::ControlPlane, "mesh file", text);
             tracing::error!(%error, "mesh file refused; the previous mesh facts stay in force");
         }
     }

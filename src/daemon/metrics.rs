@@ -46,7 +46,14 @@ pub(super) struct Group {
 
 /// All metrics but those of the process.
 pub(super) const GROUPS: [Group; 10] = [
-    Group { title: "Connections and tunnels", is_needed: |_| true, register: |m, r| m.reporter.metrics.register(r) },
+    Group {
+        title: "Connections and tunnels",
+        is_needed: |_| true,
+        register: |m, r| {
+            m.reporter.metrics.register(r);
+            r.register_collector(Box::new(m.reporter.pods.clone()));
+        },
+    },
     Group { title: "Pods", is_needed: |_| true, register: |m, r| m.board.register(r) },
     Group {
         title: "Enrolment by labels",
@@ -95,10 +102,10 @@ impl Metrics {
         Self {
             reporter: Arc::new(Reporter { history: History::new(connections), logs_stages, ..Reporter::default() }),
             board: Arc::new(Board::new(changes.clone())),
-            mesh_file: Arc::default(),
-            xds: Arc::default(),
-            identities: Arc::default(),
-            crl: Arc::default(),
+            mesh_file: Arc::new(control::file::Metrics::noting(changes.clone())),
+            xds: Arc::new(control::xds::Metrics::noting(changes.clone())),
+            identities: Arc::new(identity::metrics::Metrics::noting(changes.clone())),
+            crl: Arc::new(identity::revoked::Metrics::noting(changes.clone())),
             dns: Arc::default(),
             agent: Arc::default(),
             kubernetes: Arc::default(),
@@ -121,6 +128,7 @@ impl Metrics {
     /// A registry with one group, each family of which has a series.
     pub(super) fn example(&self, group: &Group) -> Registry {
         self.reporter.metrics.fill_example();
+        self.reporter.pods.fill_example();
         self.board.fill_example();
         self.kubernetes.fill_example();
         self.xds.fill_example();

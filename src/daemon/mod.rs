@@ -9,6 +9,7 @@ mod history;
 mod metrics;
 mod pages;
 mod parts;
+mod plaintext;
 mod plugin;
 mod pods;
 mod profile;

@@ -1,7 +1,7 @@
 //! What the admin and metrics ports serve.
 
 use super::parts::Parts;
-use super::{dump, explain, history, profile};
+use super::{dump, explain, history, plaintext, profile};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
 use crate::dns::Dns;
@@ -21,7 +21,7 @@ pub(super) fn pages(
 ) -> Pages {
     let (for_dump, for_connections, for_pods, for_set_aside) =
         (parts.clone(), parts.clone(), parts.clone(), parts.clone());
-    let for_history = parts.clone();
+    let (for_history, for_plaintext) = (parts.clone(), parts.clone());
     let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
@@ -29,6 +29,7 @@ pub(super) fn pages(
         pods: Box::new(move || dump::pods(&for_pods)),
         set_aside: Box::new(move || dump::set_aside(&for_set_aside)),
         history: Box::new(move |query| history::history(&for_history, query)),
+        plaintext: Box::new(move |query| plaintext::plaintext(&for_plaintext, query)),
         explain: {
             let shared = shared.clone();
             Box::new(move |query| {

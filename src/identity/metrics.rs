@@ -1,11 +1,13 @@
 //! Metrics of certificates.
 
 use crate::mesh::SpiffeName;
+use crate::telemetry::changes::{Changes, What};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// Metrics of certificates.
@@ -14,6 +16,8 @@ pub struct Metrics {
     pub(super) failures: Counter,
     pub(super) fetched: Counter,
     expiry: Family<IdentityLabel, Gauge>,
+    /// Where changes are noted.
+    pub(super) noted: Arc<Changes>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -28,6 +32,16 @@ impl IdentityLabel {
 }
 
 impl Metrics {
+    /// Metrics at zero, with a place where changes are noted.
+    pub fn noting(noted: Arc<Changes>) -> Self {
+        Self { noted, ..Self::default() }
+    }
+
+    /// Notes a change of the certificate of an identity.
+    pub(super) fn note(&self, identity: &SpiffeName, text: String) {
+        self.noted.note(What::Certificate, identity.to_string(), text);
+    }
+
     /// Sets when the certificate of an identity expires.
     pub(super) fn set_expiry(&self, identity: &SpiffeName, not_after: SystemTime) {
         let since_epoch = not_after.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

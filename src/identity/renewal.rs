@@ -116,7 +116,12 @@ impl Renewal {
                         _ => ROOTS_RETRY_MIN,
                     };
                     let until = Instant::now() + fetched.renew_in;
+                    let valid_until = humantime::format_rfc3339_seconds(fetched.credentials.not_after);
                     successor = self.present(fetched.credentials);
+                    let but =
+                        if successor.is_some() { "; the old one stays in use until peers know its root" } else { "" };
+                    let text = format!("The CA issued a certificate that is valid until {valid_until}{but}.");
+                    self.certificates.metrics.note(&self.identity, text);
                     Wait { until, roots_at: Some(Instant::now() + roots_wait) }
                 }
                 Err(error) => {
@@ -200,6 +205,12 @@ impl Renewal {
     /// has; that is not worth a warning.
     fn report_failure(&self, error: &FetchError, retry: Duration, is_new_identity: bool) {
         self.certificates.metrics.failures.inc();
+        let text = error.to_string();
+        // Repeated failures are one change.
+        if self.state.borrow().error.as_ref() != Some(&text) {
+            let text = format!("The CA issued no certificate; one that is held stays in use: {text}.");
+            self.certificates.metrics.note(&self.identity, text);
+        }
         let is_refused = matches!(error, FetchError::Authority(error) if error.is_refusal());
         let is_first = is_new_identity && self.state.borrow().credentials.is_none();
         if is_refused && (is_first || !self.certificates.is_wanted(&self.identity)) {
@@ -245,6 +256,10 @@ impl Renewal {
             }
             if let Some(at) = wait.roots_at.filter(|_| distrust) {
                 if at <= now {
+                    self.certificates.metrics.note(
+                        &self.identity,
+                        "A peer's root is unknown, or the certificate is revoked: it is renewed early.".to_owned(),
+                    );
                     tracing::info!(
                         identity = %self.identity,
                         "a peer's root is unknown, or this certificate is revoked; renewing early"

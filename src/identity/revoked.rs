@@ -6,6 +6,7 @@
 
 use crate::task::files::FileWatch;
 use crate::task::thread::run_blocking;
+use crate::telemetry::changes::{Changes, What};
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -86,9 +87,16 @@ pub struct Metrics {
     entries: Gauge,
     stale: Gauge,
     refused: Counter,
+    /// Where changes are noted.
+    noted: Arc<Changes>,
 }
 
 impl Metrics {
+    /// Metrics at zero, with a place where changes are noted.
+    pub fn noting(noted: Arc<Changes>) -> Self {
+        Self { noted, ..Self::default() }
+    }
+
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register("culvert_crl_entries", "Certificates that the CRL in force revokes", self.entries.clone());
@@ -127,11 +135,16 @@ impl Revocations {
                     metrics.stale.set(0);
                     *self.error.lock() = None;
                     self.current.send_replace(Arc::new(list));
+                    let text = format!("The revocation list was applied; it lists {entries} certificates.");
+                    metrics.noted.note(What::Certificate, "revocation list", text);
                     tracing::info!(path = %path.display(), entries, "revocation list applied");
                 }
                 Err(reason) => {
                     metrics.stale.set(1);
                     metrics.refused.inc();
+                    let text =
+                        format!("The revocation list cannot be used, and the previous one stays in force: {reason}.");
+                    metrics.noted.note(What::Certificate, "revocation list", text);
                     let entries = self.current.borrow().len();
                     *self.error.lock() = Some(reason.clone());
                     tracing::error!(

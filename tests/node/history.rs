@@ -149,3 +149,101 @@ fn each_stage_of_a_connection_is_timed_on_both_nodes() {
     assert!(refused[0]["stages_ms"]["connect"].is_number(), "{refused:#?}");
     assert!(refused[0]["stages_ms"]["first_byte"].is_null(), "{refused:#?}");
 }
+
+/// The plaintext of a pod, as `/plaintext` has it.
+fn plaintext(w: &World, node: u8, pod: &str) -> Value {
+    let answer = w.json(node, &format!("/plaintext?pod={pod}"));
+    answer["pods"][0].clone()
+}
+
+#[test]
+fn each_node_proves_since_when_its_pods_have_sent_and_received_no_plaintext() {
+    let mut w = World::new();
+    let (client, plain, server) = (w.mesh_pod("client", 1), w.plain_pod("plain", 1), w.mesh_pod("server", 2));
+    for port in [8080, 8081] {
+        apps::serve(&server.netns, port, apps::who);
+    }
+    apps::serve(&plain.netns, 8080, apps::who);
+    w.mesh.policy("shut", "Namespace", "Deny", json!({"destinationPorts": [8081]}));
+    w.start();
+    ask(&client.netns, (server.v4, 8080), "x").unwrap();
+    entries(&w, 2, "kind=connection", 1);
+    for (node, pod) in [(1, "ns/client"), (2, "ns/server")] {
+        let clean = plaintext(&w, node, pod);
+        for action in ["accepted", "opened", "refused"] {
+            assert_eq!((&clean[action], &clean[&format!("last_{action}")]), (&json!(0), &Value::Null), "{clean:#}");
+        }
+        assert_eq!((&clean["state"], &clean["peers"], &clean["open"]), (&json!("captured"), &json!([]), &json!(0)));
+        assert!(clean["since"].is_string(), "{clean:#}");
+    }
+    // From outside the mesh to the pod, once carried and once refused; and from the pod to the outside.
+    ask(&plain.netns, (server.v4, 8080), "x").unwrap();
+    assert!(is_reset(&plain.netns, (server.v4, 8081)));
+    ask(&client.netns, (plain.v4, 8080), "x").unwrap();
+    eventually("the refusal is counted", || plaintext(&w, 2, "ns/server")["refused"] == 1);
+    let there = plaintext(&w, 2, "ns/server");
+    assert_eq!(
+        (&there["accepted"], &there["opened"], &there["refused"]),
+        (&json!(1), &json!(0), &json!(1)),
+        "{there:#}"
+    );
+    let peer = &there["peers"][0];
+    assert_eq!((&peer["accepted"], &peer["refused"]), (&json!(1), &json!(1)), "{there:#}");
+    assert!(peer["last_accepted"].is_string() && there["last_refused"].is_string(), "{there:#}");
+    eventually("it has ended", || plaintext(&w, 1, "ns/client")["open"] == 0);
+    let here = plaintext(&w, 1, "ns/client");
+    assert_eq!((&here["accepted"], &here["opened"], &here["refused"]), (&json!(0), &json!(1), &json!(0)), "{here:#}");
+    let metric = |action: &str| {
+        w.metric(2, "culvert_plaintext_connections_total", &["pod=\"server\"", &format!("action=\"{action}\"")])
+    };
+    assert_eq!(["accepted", "opened", "refused"].map(metric), [1.0, 0.0, 1.0]);
+    // While a connection is open, the last time is now.
+    let mut open = crate::world::connect(&plain.netns, (server.v4, 8080)).unwrap();
+    eventually("it is open", || plaintext(&w, 2, "ns/server")["open"] == 1);
+    let answer = w.json(2, "/plaintext?pod=ns/server");
+    assert_eq!(answer["pods"][0]["last_accepted"], answer["now"], "{answer:#}");
+    std::io::Write::write_all(&mut open, b"x\n").unwrap();
+    drop(open);
+    eventually("it has ended", || plaintext(&w, 2, "ns/server")["open"] == 0);
+    let (status, text) = w.try_get(2, 15000, "/plaintext?pods=x").unwrap();
+    assert_eq!((status, text.contains("\"pods\" is not understood")), (400, true), "{text}");
+}
+
+#[test]
+fn changes_of_policies_certificates_and_the_mesh_file_are_remembered_without_secrets() {
+    let (mut w, client, server) = world(&[]);
+    let text = |what: &str, subject: &str| {
+        let found = entries(&w, 2, &format!("what={what}"), 1);
+        let all = found.iter().filter(|entry| entry["subject"] == subject);
+        all.map(|entry| entry["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    let issued = text("certificate", "spiffe://cluster.local/ns/ns/sa/server");
+    assert!(issued.iter().any(|text| text.starts_with("The CA issued a certificate")), "{issued:?}");
+    let of_policies = |count: usize| {
+        let found = entries(&w, 2, "what=policy", count);
+        let one =
+            |entry: &Value| format!("{}: {}", entry["subject"].as_str().unwrap(), entry["text"].as_str().unwrap());
+        found.iter().map(one).collect::<Vec<_>>()
+    };
+    assert_eq!(w.json(2, "/history?what=policy")["entries"], json!([]), "what was there at the start is no change");
+    w.mesh.policies.retain(|policy| policy["name"] != "shut");
+    w.mesh.policy("later", "Namespace", "Allow", json!({"destinationPorts": [9999]}));
+    w.write_mesh();
+    assert_eq!(of_policies(2), ["ns/shut: The policy was removed.", "ns/later: The policy was added."]);
+    crate::world::replace(&w.mesh_file(2), "workloads: {");
+    eventually("the file is refused", || {
+        let noted = w.json(2, "/history?what=control_plane");
+        let first = noted["entries"][0]["text"].as_str().unwrap_or_default().to_owned();
+        first.starts_with("The mesh file was refused")
+    });
+    // Neither keys nor what connections carry are part of it.
+    ask(&client.netns, (server.v4, 8080), "hunter2-canary").unwrap();
+    entries(&w, 2, "kind=connection", 1);
+    let key = std::fs::read_to_string(w.ca().join("ca.key")).unwrap();
+    for page in ["/history?limit=100000", "/plaintext"] {
+        let text = w.json(2, page).to_string();
+        for secret in ["PRIVATE KEY", "hunter2-canary", key.lines().nth(1).unwrap()] {
+            assert!(!text.contains(secret), "{secret} in {page}");
+        }
+    }
+}

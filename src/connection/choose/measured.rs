@@ -63,7 +63,8 @@ impl Choice {
     }
 }
 
-fn workload(number: u32) -> Workload {
+/// A workload of this number.
+pub(crate) fn workload(number: u32) -> Workload {
     Workload {
         uid: format!("c1//Pod/shop/web-{number}").into(),
         name: format!("web-{number}").into(),

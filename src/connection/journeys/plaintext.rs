@@ -16,6 +16,7 @@ use std::sync::Arc;
 /// Carries one plaintext connection to the pod.
 pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, Accepted { socket, peer, at }: Accepted) {
     let mut record = Record::accepted(&worker.shared.reporter, &pod.uid, Direction::Inbound, canonical(peer), at);
+    record.arrived_in_plaintext();
     let _count = SocketCount::new(&worker.shared.reporter, Direction::Inbound);
     let result = plaintext_steps(worker, pod, socket, peer, &mut record).await;
     record.finish(result);

@@ -7,15 +7,10 @@ use super::failure::Failure;
 use super::stages::Stages;
 use crate::mesh::{SpiffeName, Text, Workload};
 use crate::telemetry::ring::{Bounds, Ring};
-use parking_lot::Mutex;
-use std::collections::{HashMap, VecDeque};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-
-/// Pods whose names are remembered.
-const PODS_MAX: usize = 2_048;
 
 /// Allocator's and ring's share of an entry, in bytes.
 const OVERHEAD: usize = 48;
@@ -26,14 +21,6 @@ const OVERHEAD: usize = 48;
 pub struct History {
     well: Ring<Ended>,
     badly: Ring<Ended>,
-    names: Mutex<Names>,
-}
-
-/// Names of pods, by uid: also of those that are gone.
-#[derive(Debug, Default)]
-struct Names {
-    by_uid: HashMap<Text, (Text, Text)>,
-    order: VecDeque<Text>,
 }
 
 /// A connection that has ended.
@@ -114,7 +101,7 @@ impl History {
     pub fn new(bounds: Bounds) -> Self {
         let well = Bounds { entries: bounds.entries * 4 / 7, bytes: bounds.bytes * 4 / 7 };
         let badly = Bounds { entries: bounds.entries - well.entries, bytes: bounds.bytes - well.bytes };
-        Self { well: Ring::new(well), badly: Ring::new(badly), names: Mutex::default() }
+        Self { well: Ring::new(well), badly: Ring::new(badly) }
     }
 
     /// Whether connections are kept at all.
@@ -127,24 +114,6 @@ impl History {
         let bytes = ended.bytes_held();
         let ring = if ended.failure.is_none() { &self.well } else { &self.badly };
         ring.push(ended, bytes);
-    }
-
-    /// Remembers the namespace and name of a pod.
-    pub fn name(&self, uid: &Text, namespace: &Text, name: &Text) {
-        let mut names = self.names.lock();
-        if names.by_uid.insert(uid.clone(), (namespace.clone(), name.clone())).is_none() {
-            names.order.push_back(uid.clone());
-        }
-        if names.order.len() > PODS_MAX
-            && let Some(oldest) = names.order.pop_front()
-        {
-            names.by_uid.remove(&oldest);
-        }
-    }
-
-    /// The namespace and name of a pod.
-    pub fn name_of(&self, uid: &Text) -> Option<(Text, Text)> {
-        self.names.lock().by_uid.get(uid).cloned()
     }
 
     /// The rings, each with a word for it: `ok` for connections that ended well, `failed` for all others.

@@ -8,6 +8,8 @@ use super::failure::Failure;
 use super::history::{Ended, History};
 use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
+use super::plaintext::Peer;
+use super::pods::KnownPods;
 use super::stages::{Stage, Stages};
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
@@ -27,6 +29,8 @@ pub struct Reporter {
     pub live: LiveConnections,
     /// The latest connections that have ended.
     pub history: History,
+    /// The pods of this node, with their plaintext.
+    pub pods: KnownPods,
     /// Limit for lines about connections that failed before their route was known, which any peer can cause.
     pub early_failures: LogLimit,
     /// Limit for lines about tunnels that were cut.
@@ -66,6 +70,8 @@ pub struct Record {
     /// The endpoints that were tried before, and why each was left.
     tried: Option<String>,
     stages: Stages,
+    /// Whether the client has sent plaintext to the pod.
+    is_plaintext: bool,
 }
 
 /// The part of a record that exists once the route is known.
@@ -107,6 +113,14 @@ impl Record {
     /// The last stage before the connection is open has ended.
     pub fn open(&mut self) {
         self.stages.open();
+        if self.is_carried_in_plaintext() {
+            self.reporter.pods.plaintext_begins(&self.pod, self.direction, &self.peer());
+        }
+    }
+
+    /// The client has sent plaintext to the pod.
+    pub fn arrived_in_plaintext(&mut self) {
+        self.is_plaintext = true;
     }
 
     /// Begins a record.
@@ -123,6 +137,7 @@ impl Record {
             finished: false,
             tried: None,
             stages: Stages::default(),
+            is_plaintext: false,
         }
     }
 
@@ -213,6 +228,51 @@ impl Record {
 }
 
 impl Record {
+    /// Whether the connection is open, and not in a tunnel.
+    fn is_carried_in_plaintext(&self) -> bool {
+        let is_plain = |opened: &OpenRecord| opened.details.authority.is_none();
+        self.stages.is_open() && self.opened.as_ref().is_some_and(is_plain)
+    }
+
+    /// The far end, by the best name that is known.
+    fn peer(&self) -> Peer {
+        let details = self.opened.as_ref().map(|opened| &opened.details);
+        let (workload, service, address) = match self.direction {
+            Direction::Inbound => (details.and_then(|d| d.source_workload.as_ref()), None, self.source),
+            Direction::Outbound => {
+                let actual = details.map_or(self.destination.unwrap_or(self.source), |d| d.actual);
+                (
+                    details.and_then(|d| d.destination_workload.as_ref()),
+                    details.and_then(|d| d.service.as_ref()),
+                    actual,
+                )
+            }
+        };
+        match (workload, service) {
+            (Some(workload), _) => {
+                let name = if workload.name.is_empty() { &workload.canonical_name } else { &workload.name };
+                Peer::Workload(workload.namespace.clone(), name.clone())
+            }
+            (None, Some(service)) => Peer::Service(service.key.hostname.clone()),
+            (None, None) => Peer::Address(address.ip()),
+        }
+    }
+
+    /// Counts the end of a plaintext connection. Towards the pod, plaintext has arrived whatever stood against it;
+    /// outbound none was sent if it was refused.
+    fn end_plaintext(&self) {
+        let Some(failure) = &self.failure.as_ref().filter(|_| !self.stages.is_open()) else {
+            if self.is_carried_in_plaintext() {
+                self.reporter.pods.plaintext_ends(&self.pod, self.direction, &self.peer());
+            }
+            return;
+        };
+        let is_direct = self.opened.as_ref().is_some_and(|opened| opened.details.authority.is_none());
+        if self.is_plaintext || (self.direction == Direction::Outbound && is_direct && failure.is_refusal()) {
+            self.reporter.pods.plaintext(&self.pod, |ledger| ledger.refuse(&self.peer()));
+        }
+    }
+
     /// The stage that failed, if one did, and the first byte.
     fn end_stages(&mut self) {
         if !self.stages.is_open() {
@@ -260,6 +320,7 @@ impl Drop for Record {
         }
         self.connected();
         self.end_stages();
+        self.end_plaintext();
         let metrics = &self.reporter.metrics;
         metrics.stages.count(self.direction, &self.stages);
         if let Some(failure) = &self.failure {

@@ -1,10 +1,12 @@
 //! Metrics of the connection to the control plane.
 
+use crate::telemetry::changes::Changes;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use std::sync::Arc;
 
 /// Metrics of the client.
 #[derive(Debug, Default)]
@@ -16,6 +18,8 @@ pub struct Metrics {
     pub(super) resources: Family<UrlLabel, Gauge>,
     pub(super) saved: Counter,
     pub(super) save_failures: Counter,
+    /// Where changes are noted.
+    pub(super) noted: Arc<Changes>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -29,6 +33,11 @@ pub(super) struct UrlLabel {
 }
 
 impl Metrics {
+    /// Metrics at zero, with a place where changes are noted.
+    pub fn noting(noted: Arc<Changes>) -> Self {
+        Self { noted, ..Self::default() }
+    }
+
     /// Adds one series to each family, so that the document of all metrics can show its labels.
     pub fn fill_example(&self) {
         drop(self.terminations.get_or_create(&ReasonLabel { reason: "" }));

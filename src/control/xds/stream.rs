@@ -7,6 +7,7 @@ use super::error::{FIRST_RESPONSE, StreamError};
 use super::freshness::Freshness;
 use super::metrics::{Metrics, ReasonLabel, UrlLabel};
 use super::saved;
+use crate::control::noted;
 use crate::mesh::{FactKey, ServiceKey, Store};
 use crate::proto::envoy::service::discovery::v3::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
 use crate::proto::envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Node};
@@ -14,6 +15,7 @@ use crate::rpc::{self, MESSAGE_BYTES_MAX};
 use crate::task::Signal;
 use crate::task::backoff::Backoff;
 use crate::task::ready::Pending;
+use crate::telemetry::changes::What;
 use crate::telemetry::log::brief;
 use serde_json::Value;
 use std::collections::{BTreeSet, VecDeque};
@@ -137,6 +139,11 @@ impl Client {
     fn log_end(&mut self, error: &StreamError, was_live: bool, wait: Duration) {
         let text = error.to_string();
         let control_plane = self.config.rpc.address.to_string();
+        if was_live {
+            self.note(format!(
+                "The stream of the control plane ended, and the known mesh facts stay in force: {text}."
+            ));
+        }
         if was_live && error.is_orderly() {
             tracing::info!(
                 control_plane,
@@ -163,6 +170,11 @@ impl Client {
                 "no stream to the control plane; the known mesh facts stay in force"
             );
         }
+    }
+
+    /// Notes a change for the history.
+    fn note(&self, text: String) {
+        self.metrics.noted.note(What::ControlPlane, self.config.rpc.address.to_string(), text);
     }
 
     async fn session(&mut self) -> StreamError {
@@ -268,11 +280,16 @@ impl Client {
                 faults,
                 "resources of the control plane were refused, or understood only in part"
             );
+            let count = received.faults.len();
+            self.note(format!("Of its resources, {count} were refused or understood only in part: {faults}."));
         }
         log_notes(&received.notes);
         log_unsearched(&self.delta.unsearched_ranges());
         if !received.update.is_empty() {
-            let version = self.store.update(received.update);
+            let (before, update) = (self.store.load(), received.update);
+            let keys = update.policies.iter().map(|policy| &policy.key).chain(&update.gone_policies).cloned().collect();
+            let version = self.store.update(update);
+            noted::policies(&self.metrics.noted, &before, &self.store.load(), keys);
             self.unsaved = true;
             tracing::debug!(version, url, resources, removed, "facts changed");
         }
@@ -289,6 +306,8 @@ impl Client {
             self.last_logged = None;
             let control_plane = self.config.rpc.address.to_string();
             tracing::info!(control_plane, workloads, services, policies, "in step with the control plane");
+            let known = format!("{workloads} workloads, {services} services, {policies} policies");
+            self.note(format!("In step with the control plane: {known}."));
             self.ready = None;
         }
         let mut requests = vec![received.answer];
