@@ -212,15 +212,15 @@ fn each_node_proves_since_when_its_pods_have_sent_and_received_no_plaintext() {
 #[test]
 fn changes_of_policies_certificates_and_the_mesh_file_are_remembered_without_secrets() {
     let (mut w, client, server) = world(&[]);
-    let text = |what: &str, subject: &str| {
-        let found = entries(&w, 2, &format!("what={what}"), 1);
+    let text = |w: &World, what: &str, subject: &str| {
+        let found = entries(w, 2, &format!("what={what}"), 1);
         let all = found.iter().filter(|entry| entry["subject"] == subject);
         all.map(|entry| entry["text"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    let issued = text("certificate", "spiffe://cluster.local/ns/ns/sa/server");
+    let issued = text(&w, "certificate", "spiffe://cluster.local/ns/ns/sa/server");
     assert!(issued.iter().any(|text| text.starts_with("The CA issued a certificate")), "{issued:?}");
-    let of_policies = |count: usize| {
-        let found = entries(&w, 2, "what=policy", count);
+    let of_policies = |w: &World, count: usize| {
+        let found = entries(w, 2, "what=policy", count);
         let one =
             |entry: &Value| format!("{}: {}", entry["subject"].as_str().unwrap(), entry["text"].as_str().unwrap());
         found.iter().map(one).collect::<Vec<_>>()
@@ -229,7 +229,7 @@ fn changes_of_policies_certificates_and_the_mesh_file_are_remembered_without_sec
     w.mesh.policies.retain(|policy| policy["name"] != "shut");
     w.mesh.policy("later", "Namespace", "Allow", json!({"destinationPorts": [9999]}));
     w.write_mesh();
-    assert_eq!(of_policies(2), ["ns/shut: The policy was removed.", "ns/later: The policy was added."]);
+    assert_eq!(of_policies(&w, 2), ["ns/shut: The policy was removed.", "ns/later: The policy was added."]);
     crate::world::replace(&w.mesh_file(2), "workloads: {");
     eventually("the file is refused", || {
         let noted = w.json(2, "/history?what=control_plane");
