@@ -1,6 +1,8 @@
 //! Endpoints of a service that fail while nothing tells the mesh: the mesh facts do not change in these scenarios.
 
-use crate::world::{Pod, World, apps, connect, eventually, inside, ip_in};
+use crate::istio::Istio;
+use crate::world::facts::hostname;
+use crate::world::{Agent, Pod, World, apps, ask, connect, eventually, inside, ip_in};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -263,4 +265,60 @@ fn retries_do_not_become_a_storm_when_all_endpoints_are_dead() {
         .w
         .log_line(1, "the attempts are named", |line| line["tried"].as_str().is_some_and(|tried| tried.contains("; ")));
     assert_eq!(line["reason"], "peer_refused", "{line}");
+}
+
+#[test]
+fn endpoints_that_come_and_go_twenty_times_a_second_cost_no_request() {
+    const CHANGES: usize = 200;
+    let mut istio = Istio::new();
+    let names = ["server", "one", "two", "three"];
+    for name in &names[1..] {
+        let pod = istio.w.mesh_pod(name, 2);
+        istio.agent(2).know(&pod);
+        Agent::redirect(&pod);
+        apps::serve(&pod.netns, PORT, apps::who);
+    }
+    let pods = names.map(|name| istio.pod(name));
+    istio.w.mesh.service("web", &["10.96.0.1"], &json!({"80": PORT}), &pods.iter().collect::<Vec<_>>());
+    istio.tell();
+    istio.start();
+    let vip: IpAddr = "10.96.0.1".parse().unwrap();
+    let client = istio.pod("client").netns;
+    let (is_done, answers) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let mut mesh = istio.w.mesh.clone();
+    let key = format!("ns/{}", hostname("web"));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    ask(&client, (vip, 80), "x").unwrap();
+                    answers.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let begun = Instant::now();
+        for change in 0..CHANGES {
+            // Each of three is an endpoint half of the time, and for some changes none of them is.
+            for (at, name) in names[1..].iter().enumerate() {
+                let is_endpoint = change >> at & 1 == 0;
+                mesh.of(name)["services"] = if is_endpoint { json!({ &*key: {"80": PORT} }) } else { json!({}) };
+            }
+            istio.plane.set(&mesh);
+            // The rate is what is tested.
+            let next = begun + Duration::from_millis(50) * (change as u32 + 1);
+            std::thread::sleep(next.saturating_duration_since(Instant::now()));
+        }
+        is_done.store(true, Ordering::Relaxed);
+    });
+    let answers = answers.into_inner();
+    assert!(answers >= CHANGES, "{answers} answers");
+    let messages = istio.w.metric(1, "istio_xds_message_total", &["Address"]);
+    assert!(messages >= 0.8 * CHANGES as f64, "{messages} messages with changes");
+    for name in names {
+        let to_it = format!("destination_workload=\"{name}\"");
+        assert!(istio.w.metric(1, "istio_tcp_connections_opened_total", &[&to_it]) > 0.0, "{name} has got some");
+    }
+    for node in [1, 2] {
+        assert_eq!(istio.w.metric(node, "culvert_connection_failures_total", &[]), 0.0, "node {node}");
+    }
 }

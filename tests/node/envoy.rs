@@ -1,6 +1,7 @@
 //! A real Envoy on each end: as the HBONE client of a captured pod, and as the waypoint of a service.
 
 use crate::world::certs::{self, Files};
+use crate::world::sniffer::Sniffer;
 use crate::world::{Pod, World, apps, ask, eventually, python_env};
 use serde_json::{Value, json};
 use std::net::IpAddr;
@@ -147,7 +148,8 @@ fn envoy_as_client_reaches_a_captured_pod() {
 #[test]
 fn envoy_as_waypoint_stands_between_two_captured_pods() {
     let mut w = World::new();
-    let (from, server, way) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.mesh_pod("way", 2));
+    // On the way to the server, the wire between the nodes is passed twice.
+    let (from, server, way) = (w.mesh_pod("client", 1), w.mesh_pod("server", 1), w.mesh_pod("way", 2));
     apps::serve(&server.netns, 8080, apps::who);
     w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
     w.mesh.service("way", &["10.96.0.2"], &json!({"15008": 15009}), &[&way]);
@@ -155,6 +157,7 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
     let cert = certs::good(&w.ca(), &w.dir, "way");
     let config = waypoint(&w, &cert, 15009);
     start(&mut w, &way, 15009, &config);
+    let sniffer = Sniffer::start(&mut w, "canary", "CANARY");
     let vip: IpAddr = "10.96.0.1".parse().unwrap();
     for (index, (destination, port)) in
         [(format!("/{}", way.v4), 15009), ("ns/way.ns.svc.cluster.local".into(), 15008), ("/10.96.0.2".into(), 15008)]
@@ -167,7 +170,7 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
         eventually("the facts are known", || w.metric(1, "culvert_mesh_file_applied_total", &[]) > applied);
         eventually("on both nodes", || w.metric(2, "culvert_mesh_file_applied_total", &[]) > applied);
         // The server is reached through the waypoint, whose own traffic to the service is not sent back to it.
-        assert_eq!(ask(&from.netns, (vip, 80), "x").unwrap(), format!("{} x", way.v4), "{destination}");
+        assert_eq!(ask(&from.netns, (vip, 80), "CANARY").unwrap(), format!("{} CANARY", way.v4), "{destination}");
         eventually("Envoy has logged it", || log(&w, &way).matches("code=200").count() == index + 1);
     }
     let text = log(&w, &way);
@@ -182,6 +185,81 @@ fn envoy_as_waypoint_stands_between_two_captured_pods() {
     ] {
         assert!(line.contains(word), "{word} in {line}");
     }
-    let inbound = w.log_line(2, "at the server", |l| l["dst.workload"] == "server" && l["direction"] == "inbound");
+    let inbound = w.log_line(1, "at the server", |l| l["dst.workload"] == "server" && l["direction"] == "inbound");
     assert_eq!(inbound["src.identity"], certs::spiffe("way"), "{inbound}");
+    assert_eq!(sniffer.found(&mut w), 0, "nothing is on the wire in the clear");
+}
+
+/// Behind the daemon of its own pod: accepts plain TCP on loopback, or TCP that begins with a PROXY protocol header. With
+/// the header it forwards to the address in it, otherwise to `to`.
+fn sandwiched(proxy_protocol: bool, port: u16, to: (&str, u16)) -> Value {
+    let log = "from=%DOWNSTREAM_REMOTE_ADDRESS% to=%DOWNSTREAM_LOCAL_ADDRESS% \
+               peer=%DYNAMIC_METADATA(envoy.filters.listener.proxy_protocol:peer)%\n";
+    let proxy = json!({
+        "stat_prefix": "in", "cluster": if proxy_protocol { "dialled" } else { "fixed" },
+        "access_log": [{"name": "envoy.access_loggers.stdout", "typed_config": typed(
+            "envoy.extensions.access_loggers.stream.v3.StdoutAccessLog",
+            json!({"log_format": {"text_format_source": {"inline_string": log}}}),
+        )}],
+    });
+    let header = json!({"rules": [{"tlv_type": 0xd0, "on_tlv_present": {"key": "peer"}}]});
+    let first = json!([{"name": "proxy_protocol", "typed_config": typed(
+        "envoy.extensions.filters.listener.proxy_protocol.v3.ProxyProtocol", header)}]);
+    json!({"static_resources": {
+        "listeners": [{
+            "name": "in", "address": address("0.0.0.0", port),
+            "listener_filters": if proxy_protocol { first } else { json!([]) },
+            "filter_chains": [{"filters": [{
+                "name": "envoy.filters.network.tcp_proxy",
+                "typed_config": typed("envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy", proxy),
+            }]}],
+        }],
+        "clusters": [
+            {"name": "dialled", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED", "connect_timeout": "5s"},
+            {"name": "fixed", "type": "STATIC", "connect_timeout": "5s", "load_assignment": {
+                "cluster_name": "fixed",
+                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address(to.0, to.1)}}]}],
+            }},
+        ],
+    }})
+}
+
+#[test]
+fn envoy_as_waypoint_behind_a_daemon_learns_who_asks_for_what() {
+    for protocol in ["PROXY", "NONE"] {
+        let mut w = World::new();
+        let (from, server, way) = (w.mesh_pod("client", 1), w.mesh_pod("server", 1), w.mesh_pod("way", 2));
+        apps::serve(&server.netns, 8080, apps::who);
+        w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
+        // A waypoint's service need not have ports if the waypoint has a tunnel.
+        w.mesh.service("way", &["10.96.0.2"], &json!({}), &[&way]);
+        w.mesh.services[0]["waypoint"] = json!({"destination": "ns/way.ns.svc.cluster.local", "hboneMtlsPort": 15008});
+        w.mesh.of("way")["applicationTunnel"] = json!({"protocol": protocol, "port": 15088});
+        w.start();
+        let config = sandwiched(protocol == "PROXY", 15088, ("10.96.0.1", 80));
+        start(&mut w, &way, 15088, &config);
+        let sniffer = Sniffer::start(&mut w, "canary", "CANARY");
+        let vip: IpAddr = "10.96.0.1".parse().unwrap();
+        for _ in 0..10 {
+            assert_eq!(ask(&from.netns, (vip, 80), "CANARY").unwrap(), format!("{} CANARY", way.v4), "{protocol}");
+        }
+        assert_eq!(sniffer.found(&mut w), 0, "{protocol}: nothing is on the wire in the clear");
+        eventually("Envoy has logged it", || log(&w, &way).matches("from=").count() == 10);
+        let text = log(&w, &way);
+        let line = text.lines().find(|line| line.contains("from=")).unwrap();
+        let (to, peer) = match protocol {
+            "PROXY" => ("10.96.0.1:80".to_owned(), certs::spiffe("client")),
+            _ => (format!("{}:15088", way.v4), "-".to_owned()),
+        };
+        for word in [format!("from={}:", from.v4), format!("to={to} "), format!("peer={peer}")] {
+            assert!(line.contains(&word), "{protocol}: {word} in {line}");
+        }
+        // Each daemon knows its own peer: the waypoint's the client, and the server's the waypoint.
+        for (node, workload, peer) in [(2, "way", "client"), (1, "server", "way")] {
+            let inbound = |l: &Value| l["dst.workload"] == workload && l["direction"] == "inbound";
+            let line = w.log_line(node, "inbound", inbound);
+            assert_eq!(line["src.identity"], certs::spiffe(peer), "{line}");
+            assert!(line.get("error").is_none(), "{line}");
+        }
+    }
 }

@@ -45,6 +45,36 @@ fn a_waypoint_of_another_identity_gets_nothing() {
 }
 
 #[test]
+fn a_pod_with_the_old_address_of_a_waypoint_or_endpoint_never_connects_to_itself() {
+    let mut w = World::new();
+    let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
+    for pod in [&client, &server] {
+        apps::serve(&pod.netns, 8080, apps::who);
+    }
+    // Facts that are old: the waypoint and an endpoint had the address that the client has now.
+    for (uid, name) in [("c1//Pod/ns/a-way", "a-way"), ("c1//Pod/ns/an-endpoint", "an-endpoint")] {
+        let mut old = w.mesh.of("server").clone();
+        (old["uid"], old["name"], old["serviceAccount"]) = (json!(uid), json!(name), json!(name));
+        (old["workloadIps"], old["node"]) = (json!([client.v4]), json!("n9"));
+        w.mesh.workloads.push(old);
+    }
+    w.mesh.service("web", &["10.96.0.1"], &json!({"80": 8080}), &[&server]);
+    w.mesh.of("an-endpoint")["services"] = w.mesh.of("server")["services"].clone();
+    w.mesh.of("server")["waypoint"] = json!({"destination": format!("/{}", client.v4), "hboneMtlsPort": 15008});
+    w.start();
+    assert!(ask(&client.netns, (server.v4, 8080), "x").is_err());
+    let line = w.log_line(1, "refused", |l| l["reason"] == "loop");
+    assert!(line["error"].as_str().unwrap().contains(&client.v4.to_string()), "{line}");
+    let vip: std::net::IpAddr = "10.96.0.1".parse().unwrap();
+    for _ in 0..20 {
+        assert_eq!(ask(&client.netns, (vip, 80), "x").unwrap(), format!("{} x", client.v4));
+    }
+    assert_eq!(w.metric(1, "istio_tcp_connections_opened_total", &["reporter=\"destination\""]), 0.0);
+    assert_eq!(w.metric(1, "culvert_connection_failures_total", &[]), 1.0, "nothing else was tried");
+    assert_eq!(w.metric(1, "culvert_connection_retries_total", &[]), 0.0);
+}
+
+#[test]
 fn an_application_tunnel_is_told_by_proxy_protocol_who_asks_for_what() {
     let mut w = World::new();
     let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
