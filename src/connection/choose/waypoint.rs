@@ -106,6 +106,12 @@ pub fn unused(
 
 /// Whether `workload` is the waypoint, or one of the workloads behind it.
 pub fn is_behind(snapshot: &Snapshot, waypoint: &GatewayRef, workload: &Workload) -> bool {
+    // The workload itself says so. An on-demand control plane may not have been asked for the service yet.
+    if let GatewayTarget::Hostname(key) = &waypoint.target
+        && workload.services.contains_key(key)
+    {
+        return true;
+    }
     match snapshot.gateway(waypoint, &workload.namespace) {
         Some(ServiceOrWorkload::Workload(one)) => one.uid == workload.uid,
         Some(ServiceOrWorkload::Service(service)) => workload.services.contains_key(&service.key),
