@@ -304,6 +304,17 @@ fn cases() -> Vec<(Value, Expectation)> {
                 assert!(set.to_string().contains("facts-of-mine") && !set.to_string().contains("culvert-ca"));
             },
         ),
+        (json!({"egress": {"configMap": "egress-of-mine"}}), |all| {
+            let set = set(all);
+            assert_eq!(variable(set, "CULVERT_EGRESS_FILE"), "/etc/culvert/egress/egress.yaml");
+            let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().unwrap();
+            let volume = volumes.iter().find(|volume| volume["name"] == "egress").unwrap();
+            // Not optional: a daemon without the policies would allow everything.
+            assert_eq!(volume["configMap"], json!({"name": "egress-of-mine"}));
+            let mounts = container(set)["volumeMounts"].as_array().unwrap();
+            let mount = mounts.iter().find(|mount| mount["name"] == "egress").unwrap();
+            assert_eq!(*mount, json!({"name": "egress", "mountPath": "/etc/culvert/egress", "readOnly": true}));
+        }),
         (json!({"certificates": "builtin", "standalone": {"secret": "ca-of-mine"}}), |all| {
             let set = set(all);
             assert_eq!((variable(set, "CA_ADDRESS"), variable(set, "LOCAL_XDS_PATH")), (Value::Null, Value::Null));
@@ -403,6 +414,7 @@ fn the_chart_renders_what_kubernetes_understands_for_every_value() {
         (json!({"certificates": "builtin", "caAddress": "x:1"}), "caAddress: is set"),
         (json!({"facts": "file", "standalone": {"configMap": ""}}), "standalone.configMap: is empty"),
         (json!({"certificates": "builtin", "standalone": {"secret": ""}}), "standalone.secret: is empty"),
+        (json!({"facts": "file", "egress": {"configMap": "x"}}), "egress.configMap: is set"),
     ] {
         let error = render(&bad).unwrap_err();
         assert!(error.contains(word), "{error}");

@@ -14,6 +14,7 @@ use crate::node::{OwnWorkload, PodSource};
 use crate::sys::socket::{Keepalive, LegOptions};
 use crate::{admin, connection, hbone, node, ports, telemetry};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Unsent bytes in the kernel for each leg: enough for a long link, and few enough that small requests do not queue
@@ -57,6 +58,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
     let trust_domain = c.read(&certificates::TRUST_DOMAIN);
     let mut config = Config {
         mesh: istio::mesh_source(c, environment, &proxy),
+        egress_file: egress_file(c),
         ca: istio::ca_source(c, environment, &proxy),
         crl: c.path(&certificates::CRL_PATH),
         only_post_quantum: c.read(&certificates::COMPLIANCE_POLICY),
@@ -104,6 +106,16 @@ fn settings(args: &NodeArgs, config: &Config) -> BTreeMap<String, String> {
         put(certificates::CA_ADDRESS.about.variable, rpc.address.to_string());
     }
     settings
+}
+
+/// The egress file. A mesh file holds its egress policies itself.
+fn egress_file(c: &mut Checker<'_>) -> Option<PathBuf> {
+    let path = c.path(&mesh::EGRESS_FILE)?;
+    if c.path(&mesh::MESH_FILE).is_some() {
+        let what = "is set together with LOCAL_XDS_PATH; write its section `egress` into the mesh file instead";
+        c.fault(&mesh::EGRESS_FILE.about, what);
+    }
+    Some(path)
 }
 
 /// The deadline for open connections: as set, or a little less than the grace period of the daemon's pod.
@@ -273,6 +285,18 @@ mod tests {
         }
         assert_eq!(faults.len(), 16, "{faults:#?}");
         assert!(!faults.join("\n").contains("hunter2"), "{faults:#?}");
+    }
+
+    #[test]
+    fn egress_policies_come_from_one_file() {
+        let with = |more: &[(&str, &str)]| {
+            let args = NodeArgs::from(&[&[("CULVERT_EGRESS_FILE", "/e")], more].concat()[..]);
+            check(&args, &Environment::default(), MACHINE).map(|config| config.egress_file)
+        };
+        assert_eq!(with(&[]), Ok(Some(PathBuf::from("/e"))));
+        let Faults(faults) = with(&[("LOCAL_XDS_PATH", "/m")]).unwrap_err();
+        let expected = "CULVERT_EGRESS_FILE (--egress-file): is set together with LOCAL_XDS_PATH; write its section";
+        assert!(faults[0].starts_with(expected) && faults.len() == 1, "{faults:?}");
     }
 
     #[test]

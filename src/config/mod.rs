@@ -28,6 +28,8 @@ use std::time::Duration;
 pub struct Config {
     /// Where mesh facts come from.
     pub mesh: MeshSource,
+    /// File of egress policies, where the other facts come from a control plane.
+    pub egress_file: Option<PathBuf>,
     /// Where certificates come from.
     pub ca: CaSource,
     /// Life of the certificates that are requested.

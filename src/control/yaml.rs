@@ -8,6 +8,7 @@
 use super::yaml_egress::FileEgress;
 use super::yaml_policies::FilePolicy;
 use crate::mesh::address::{parse_network_address, parse_network_cidr};
+use crate::mesh::egress::EgressPolicy;
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
 use crate::mesh::workload::{ApplicationTunnel, Delivery, Health, Locality, NetworkMode, WorkloadType, pod_uid};
 use crate::mesh::{Facts, GatewayRef, GatewayTarget, Protocol, Service, ServiceKey, Text, Workload};
@@ -43,8 +44,21 @@ pub fn facts(text: &str) -> Result<Facts, DecodeError> {
     report_duplicates("workload", pods.map(|w| format!("{}/{}", w.namespace, w.name)), &mut faults);
     report_duplicates("service", facts.services.iter().map(|s| s.key.to_string()), &mut faults);
     report_duplicates("policy", facts.policies.iter().map(|p| p.key.to_string()), &mut faults);
-    report_duplicates("egress of namespace", facts.egress.iter().map(|e| e.namespace.to_string()), &mut faults);
+    report_double_egress(&facts.egress, &mut faults);
     if faults.is_empty() { Ok(facts) } else { Err(DecodeError::Values(faults.join("; "))) }
+}
+
+/// Parses an egress file, which is the section `egress` of a mesh file and nothing else.
+pub fn egress(text: &str) -> Result<Vec<EgressPolicy>, DecodeError> {
+    let file: EgressFile = from_yaml(text).map_err(DecodeError::Yaml)?;
+    let mut faults = Vec::new();
+    let policies: Vec<_> = file.egress.into_iter().filter_map(|e| keep(e.check(), &mut faults)).collect();
+    report_double_egress(&policies, &mut faults);
+    if faults.is_empty() { Ok(policies) } else { Err(DecodeError::Values(faults.join("; "))) }
+}
+
+fn report_double_egress(policies: &[EgressPolicy], faults: &mut Vec<String>) {
+    report_duplicates("egress of namespace", policies.iter().map(|policy| policy.namespace.to_string()), faults);
 }
 
 fn keep<T>(result: Result<T, String>, faults: &mut Vec<String>) -> Option<T> {
@@ -70,6 +84,13 @@ struct File {
     #[serde(default)]
     policies: Vec<FilePolicy>,
     #[serde(default)]
+    egress: Vec<FileEgress>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EgressFile {
+    /// Required: without it, a misspelt key of a file with nothing else would mean that everything is allowed.
     egress: Vec<FileEgress>,
 }
 

@@ -1,4 +1,4 @@
-//! Egress policies in the mesh file: their YAML form, and the conversion into mesh facts. Pure.
+//! Egress policies in the mesh file, or in a file of their own: their YAML form, and the conversion into mesh facts. Pure.
 
 use super::yaml_policies::FileNet;
 use crate::mesh::SpiffeName;
@@ -94,7 +94,7 @@ impl FileRule {
 
 #[cfg(test)]
 mod tests {
-    use crate::control::yaml::facts;
+    use crate::control::yaml::{egress, facts};
     use crate::mesh::egress::EgressAction;
 
     const POLICY: &str = "egress:\n- namespace: shop\n  dryRun: false\n  default: Deny\n  rules:\n  - {action: Allow, \
@@ -127,5 +127,22 @@ mod tests {
         }
         let twice = POLICY.to_owned() + "- {namespace: shop, dryRun: true, default: Log}\n";
         assert!(facts(&twice).unwrap_err().to_string().contains("egress of namespace shop occurs twice"));
+    }
+
+    #[test]
+    fn an_egress_file_has_the_same_section_and_nothing_else() {
+        assert_eq!(egress(POLICY).unwrap(), facts(POLICY).unwrap().egress);
+        assert_eq!(egress("egress: []").unwrap(), []);
+        for (text, expected) in [
+            ("".to_owned(), "the file is empty"),
+            ("{}".to_owned(), "missing field `egress`"),
+            ("egres: []".to_owned(), "egres"),
+            (POLICY.to_owned() + "policies: []\n", "policies"),
+            (POLICY.to_owned() + "- {namespace: shop, dryRun: true, default: Log}\n", "shop occurs twice"),
+            (POLICY.replace("443", "0"), "egress of namespace shop: rule[0]: no port is in 0-0"),
+        ] {
+            let error = egress(&text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
     }
 }

@@ -23,7 +23,7 @@ use crate::hbone::Buffers;
 use crate::identity::istio_ca::IstioCa;
 use crate::identity::revoked::{self, Revocations};
 use crate::identity::{Builtin, CertificateAuthority, CertificateStore, Signer};
-use crate::mesh::{SpiffeName, Store as Mesh};
+use crate::mesh::{SpiffeName, Store as Mesh, Update};
 use crate::node::capture::Capturer;
 use crate::sys::netns::Netns;
 use crate::task::thread::Dedicated;
@@ -105,6 +105,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         board: board.clone(),
         dns: dns.clone(),
         changes: metrics.changes.clone(),
+        mesh_file: metrics.mesh_file.clone(),
+        egress_file: metrics.egress_file.clone(),
     });
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &buffers, &log));
     let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);
@@ -262,6 +264,13 @@ impl Facts {
         let aliases = config.trust_domain_aliases.iter().map(|alias| alias.as_str().into());
         let (node, cluster) = (config.node_name.as_str().into(), config.node.cluster_id.as_str().into());
         let mesh = Arc::new(Mesh::new(node, cluster, on_demand).with_trust_domain_aliases(aliases));
+        if let Some(path) = &config.egress_file {
+            // Before anything else is known, so that no destination is ever decided about without these policies.
+            let egress = Some(control::file::read_egress(path)?);
+            mesh.update(Update { egress, ..Update::default() });
+            let follow = control::file::follow_egress(path.clone(), mesh.clone(), metrics.egress_file.clone());
+            background.spawn(follow);
+        }
         let thread = match &config.mesh {
             MeshSource::File(path) => {
                 mesh.replace(control::file::read(path)?);

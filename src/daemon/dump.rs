@@ -41,6 +41,8 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "meshState": mesh_state(parts),
         "endpointsSetAside": set_aside(parts),
         "revocationListError": parts.revocations.error(),
+        "meshFileError": parts.mesh_file.error(),
+        "egressFileError": parts.egress_file.error(),
         "certificates": certificates(parts),
         "workloadState": state,
         "version": version::shown(&parts.config),

@@ -25,6 +25,7 @@ pub(super) struct Metrics {
     pub(super) reporter: Arc<Reporter>,
     pub(super) board: Arc<Board>,
     pub(super) mesh_file: Arc<control::file::Metrics>,
+    pub(super) egress_file: Arc<control::file::Metrics>,
     pub(super) xds: Arc<control::xds::Metrics>,
     pub(super) identities: Arc<identity::metrics::Metrics>,
     pub(super) crl: Arc<identity::revoked::Metrics>,
@@ -45,7 +46,7 @@ pub(super) struct Group {
 }
 
 /// All metrics but those of the process.
-pub(super) const GROUPS: [Group; 10] = [
+pub(super) const GROUPS: [Group; 11] = [
     Group {
         title: "Connections and tunnels",
         is_needed: |_| true,
@@ -84,7 +85,12 @@ pub(super) const GROUPS: [Group; 10] = [
     Group {
         title: "The mesh file",
         is_needed: |c| matches!(c.mesh, MeshSource::File(_)),
-        register: |m, r| m.mesh_file.register(r),
+        register: |m, r| m.mesh_file.register(control::file::Kind::Mesh, r),
+    },
+    Group {
+        title: "The egress file",
+        is_needed: |c| c.egress_file.is_some(),
+        register: |m, r| m.egress_file.register(control::file::Kind::Egress, r),
     },
     Group { title: "Certificates", is_needed: |_| true, register: |m, r| m.identities.register(r) },
     Group { title: "Revocation", is_needed: |c| c.crl.is_some(), register: |m, r| m.crl.register(r) },
@@ -103,6 +109,7 @@ impl Metrics {
             reporter: Arc::new(Reporter { history: History::new(connections), logs_stages, ..Reporter::default() }),
             board: Arc::new(Board::new(changes.clone())),
             mesh_file: Arc::new(control::file::Metrics::noting(changes.clone())),
+            egress_file: Arc::new(control::file::Metrics::noting(changes.clone())),
             xds: Arc::new(control::xds::Metrics::noting(changes.clone())),
             identities: Arc::new(identity::metrics::Metrics::noting(changes.clone())),
             crl: Arc::new(identity::revoked::Metrics::noting(changes.clone())),

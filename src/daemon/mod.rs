@@ -186,6 +186,9 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     if let Some(Err(error)) = path(&settings::mesh::MESH_FILE).map(|path| control::file::read(&path)) {
         faults.push(error.to_string());
     }
+    if let Some(Err(error)) = path(&settings::mesh::EGRESS_FILE).map(|path| control::file::read_egress(&path)) {
+        faults.push(error.to_string());
+    }
     if let Some(Err(error)) = path(&settings::pods::PODS_FILE).map(|path| node::pods_file::read(&path)) {
         faults.push(error.to_string());
     }
@@ -213,6 +216,8 @@ fn sources(config: &Config) -> String {
         MeshSource::File(path) => format!("the mesh from {}", path.display()),
         MeshSource::Xds(xds) => format!("the mesh from {} (not asked)", xds.rpc.address),
     };
+    let egress = config.egress_file.as_ref();
+    let egress = egress.map_or(String::new(), |path| format!(", egress policies from {}", path.display()));
     let pods = match &config.node.source {
         PodSource::File(path) => format!("pods from {}", path.display()),
         PodSource::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
@@ -225,7 +230,7 @@ fn sources(config: &Config) -> String {
         CaSource::Builtin(dir) => format!("certificates from the CA in {}", dir.display()),
         CaSource::Istio(rpc) => format!("certificates from {} (not asked)", rpc.address),
     };
-    format!("ok: {mesh}, {pods}, {ca}")
+    format!("ok: {mesh}{egress}, {pods}, {ca}")
 }
 
 fn node_command(args: &NodeArgs) -> ExitCode {

@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::connection::choose::EndpointLists;
 use crate::connection::report::Reporter;
+use crate::control::file;
 use crate::control::xds::Freshness;
 use crate::dns::Dns;
 use crate::identity::CertificateStore;
@@ -24,4 +25,6 @@ pub(super) struct Parts {
     pub(super) board: Arc<Board>,
     pub(super) dns: Arc<Dns>,
     pub(super) changes: Arc<Changes>,
+    pub(super) mesh_file: Arc<file::Metrics>,
+    pub(super) egress_file: Arc<file::Metrics>,
 }

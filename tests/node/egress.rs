@@ -1,11 +1,14 @@
 //! Egress policies: which destinations outside the mesh a pod may connect to.
 
 use crate::world::names::{RESOLVER, kubernetes_conf};
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside, ip_in, is_reset};
+use crate::world::{
+    ControlPlane, Pod, World, apps, ask, connect, eventually, inside, ip_in, is_reset, replace, subject,
+};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Addresses of a host outside the mesh.
@@ -185,4 +188,126 @@ fn what_leaves_a_pod_outside_of_tunnels_is_counted() {
         std::net::UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", "127.0.0.1:9").unwrap();
     });
     eventually("they are counted", || counts() == (2, 1));
+}
+
+/// The first node takes its facts from a control plane, and its egress policies from a file.
+fn world_with_control_plane(policies: &Value) -> (World, ControlPlane, PathBuf) {
+    let mut w = World::new();
+    let (_client, server, outside) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.add_pod("outside", 2));
+    apps::serve(&server.netns, 80, apps::echo);
+    apps::serve(&outside.netns, 80, apps::echo);
+    apps::serve(&outside.netns, 443, apps::echo);
+    let plane = ControlPlane::start(&w.ns("n1"), &w.dir);
+    plane.set(&w.mesh);
+    w.write_mesh();
+    let file = w.dir.join("egress.yaml");
+    replace(&file, &policies.to_string());
+    for node in [1, 2] {
+        w.write_pods(node, &w.captured_pods(node));
+    }
+    let mut settings = World::facts_from(&plane);
+    settings.push(("CULVERT_EGRESS_FILE".into(), file.display().to_string()));
+    settings.push(("CLUSTER_ID".into(), "c1".into()));
+    let settings: Vec<(&str, &str)> = settings.iter().map(|(name, value)| (&**name, &**value)).collect();
+    w.start_node(1, &settings);
+    w.start_node(2, &[]);
+    for node in [1, 2] {
+        w.wait_captured(node);
+    }
+    (w, plane, file)
+}
+
+#[test]
+fn policies_beside_a_control_plane_come_from_a_file_of_their_own() {
+    let policies = |dry_run: bool, rules: Value| json!({"egress": [{"namespace": "ns", "dryRun": dry_run, "default": "Deny", "rules": rules}]});
+    let (mut w, plane, file) = world_with_control_plane(&policies(false, json!([{"action": "Allow", "ports": [443]}])));
+    let (client, server, outside) = (pod(&w, "client"), pod(&w, "server"), pod(&w, "outside"));
+    let (ns, v4) = (client.netns.clone(), SocketAddr::from((outside.v4, 80)));
+    let in_mesh = SocketAddr::from((server.v4, 80));
+    assert!(is_reset(&ns, v4), "in force from the first connection");
+    assert!(refused(&w, v4).contains("egress policy of namespace ns default"));
+    assert!(echoes(&ns, SocketAddr::from((outside.v4, 443))), "a rule allows it");
+    assert!(echoes(&ns, in_mesh), "a destination in the mesh");
+
+    // What the control plane announces, and when it comes back, changes nothing about these policies.
+    w.mesh.of("server")["canonicalRevision"] = json!("v2");
+    plane.set(&w.mesh);
+    plane.cut();
+    eventually("the change is known", || w.json(1, "/config_dump")["workloads"].to_string().contains("v2"));
+    assert!(is_reset(&ns, v4));
+
+    // A new version applies to open connections too.
+    let change = |w: &World, text: &str, metric: &str| {
+        let before = w.metric(1, metric, &[]);
+        replace(&file, text);
+        eventually("the file is read", || w.metric(1, metric, &[]) > before);
+    };
+    let (applied, stale) = ("culvert_egress_file_applied_total", "culvert_egress_file_stale");
+    change(&w, &policies(true, json!([])).to_string(), applied);
+    assert!(echoes(&ns, v4), "a dry run");
+    w.log_line(1, "the dry run is noted", |line| {
+        line["scope"] == "egress" && line["message"].as_str().is_some_and(|m| m.contains("would have denied"))
+    });
+    let mut open = connect(&ns, v4).unwrap();
+    open.write_all(b"x\n").unwrap();
+    open.read_exact(&mut [0; 2]).unwrap();
+    let rules = json!([{"action": "Log", "ports": [443]}, {"action": "Deny", "ports": [80]}]);
+    change(&w, &policies(false, rules).to_string(), applied);
+    open.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    assert!(open.read(&mut [0; 1]).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset));
+    assert!(is_reset(&ns, v4) && echoes(&ns, SocketAddr::from((outside.v4, 443))));
+    w.log_line(1, "a connection is noted", |line| {
+        line["scope"] == "egress" && line["rule"].as_str().is_some_and(|rule| rule.contains("rule[0]"))
+    });
+    assert!(w.json(1, "/config_dump")["egressFileError"].is_null());
+
+    // A version with a fault, and a file that is gone, leave the last good version in force, and say so.
+    for (text, word) in
+        [("egress: [{namespace: ns}]", "missing field"), ("egres: []", "egres"), ("", "the file is empty")]
+    {
+        change(&w, text, "culvert_egress_file_refused_total");
+        let error = w.json(1, "/config_dump")["egressFileError"].as_str().unwrap_or_default().to_owned();
+        assert!(error.starts_with("egress file ") && error.contains(word), "{text}: {error}");
+        w.log_line(1, word, |line| {
+            line["message"] == "egress file refused; the previous egress policies stay in force"
+                && line["error"].as_str().is_some_and(|error| error.contains(word))
+        });
+        assert_eq!(w.metric(1, stale, &[]), 1.0);
+        assert!(is_reset(&ns, v4) && echoes(&ns, in_mesh), "{text}");
+    }
+    let before = w.metric(1, "culvert_egress_file_refused_total", &[]);
+    std::fs::remove_file(&file).unwrap();
+    eventually("it is noticed", || w.metric(1, "culvert_egress_file_refused_total", &[]) > before);
+    assert!(w.json(1, "/config_dump")["egressFileError"].as_str().unwrap_or_default().contains("No such file"));
+    assert!(is_reset(&ns, v4));
+    change(&w, "egress: []", applied);
+    assert!(echoes(&ns, v4) && w.metric(1, stale, &[]) == 0.0);
+}
+
+#[test]
+fn without_a_valid_egress_file_nothing_starts() {
+    let w = World::new();
+    let file = w.dir.join("egress.yaml");
+    let run = |command: &str, mesh: &str| {
+        let mut run = std::process::Command::new(subject());
+        run.arg(command).env_clear().env("CULVERT_EGRESS_FILE", &file).env("LOCAL_XDS_PATH", mesh);
+        run.env("XDS_ADDRESS", if mesh.is_empty() { "https://127.0.0.1:1" } else { "" });
+        let output =
+            run.env("CULVERT_CA_DIR", w.ca()).env("CULVERT_PODS", "kubernetes").env("NODE_NAME", "n1").output();
+        let output = output.unwrap();
+        (output.status.code(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned())
+    };
+    for command in ["node", "check"] {
+        let _ = std::fs::remove_file(&file);
+        let (code, said) = run(command, "");
+        assert!(code == Some(2) && said.contains("egress.yaml: No such file"), "{command}: {code:?} {said}");
+        std::fs::write(&file, "egress: [{namespace: ns, dryRun: false, default: Forbid}]").unwrap();
+        let (code, said) = run(command, "");
+        assert!(code == Some(2) && said.contains("egress file ") && said.contains("Forbid"), "{command}: {said}");
+        std::fs::write(&file, "egress: []").unwrap();
+        let (code, said) = run(command, "/nonexistent");
+        assert!(code == Some(2) && said.contains("CULVERT_EGRESS_FILE (--egress-file): is set together"), "{said}");
+    }
+    let (code, said) = run("check", "");
+    assert!(code == Some(0) && said.contains(&format!("egress policies from {}", file.display())), "{said}");
 }

@@ -55,6 +55,7 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- if not (has .Values.certificates (list "istiod" "builtin")) }}{{ fail (printf "certificates: %q is not istiod or builtin" .Values.certificates) }}{{ end }}
 {{- if eq .Values.facts "file" }}
 {{- if .Values.xdsAddress }}{{ fail "xdsAddress: is set, and facts: file asks no control plane" }}{{ end }}
+{{- if .Values.egress.configMap }}{{ fail "egress.configMap: is set, and with facts: file egress policies are in mesh.yaml" }}{{ end }}
 {{- if not .Values.standalone.configMap }}{{ fail "standalone.configMap: is empty, and facts: file needs it" }}{{ end }}
 {{- end }}
 {{- if eq .Values.certificates "builtin" }}

@@ -19,6 +19,14 @@ settings! {
             MeshSource::File(path) => json!(path.display().to_string()),
             MeshSource::Xds(_) => Value::Null,
         });
+    EGRESS_FILE: File = Setting::new("egress-file", "CULVERT_EGRESS_FILE", File)
+        .or_else("every destination outside the mesh is allowed")
+        .help(
+            "YAML file of egress policies beside a control plane, which announces none: the section `egress` of a mesh file, and nothing \
+             else. The daemon follows its changes. It must exist and be valid when the daemon starts; afterwards the last good version stays \
+             in force. With a mesh file, write the policies there.",
+        )
+        .shown("egressFile", |c| json!(c.egress_file.as_ref().map(|path| path.display().to_string())));
     XDS_ADDRESS: Custom<Uri> = Setting::new("xds-address", "XDS_ADDRESS", parse::ADDRESS)
         .or_else("https://istiod.istio-system.svc:15012 in a cluster, https://localhost:15012 elsewhere")
         .help("Address of the control plane. The connection always uses TLS.")
