@@ -6,7 +6,7 @@ use crate::connection::authorize::revoke::Previewed;
 use crate::connection::journeys::explain::explain;
 use crate::connection::pod::Pod;
 use crate::control;
-use crate::mesh::Policy;
+use crate::mesh::{Policy, Text};
 use serde_json::{Value, json};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -64,18 +64,23 @@ pub(super) async fn answer(shared: &Arc<Shared>, query: &Query) -> Result<Value,
             "no pod {namespace}/{name} is captured on this node, so its connections do not pass here; `culvert pods` lists all pods"
         )
     })?;
-    let to = match to {
-        Wanted::Address(address) => address,
-        Wanted::Name(name, port) => SocketAddr::new(look_up(shared, &pod, name).await?, port),
+    let (to, name) = match to {
+        Wanted::Address(address) => (address, None),
+        Wanted::Name(name, port) => {
+            let (address, proven) = look_up(shared, &pod, name).await?;
+            (SocketAddr::new(address, port), proven)
+        }
     };
-    serde_json::to_value(explain(shared, &pod, to).await).map_err(|error| error.to_string())
+    serde_json::to_value(explain(shared, &pod, to, name).await).map_err(|error| error.to_string())
 }
 
-/// The address that is meant by a name. It is looked up as the pod's own questions are.
-async fn look_up(shared: &Arc<Shared>, pod: &Pod, name: &str) -> Result<IpAddr, String> {
+/// The address that is meant by a name, and the name that egress policies would then count. It is looked up as the pod's
+/// own questions are, but does not count for the pod's connections: only its own questions do that.
+async fn look_up(shared: &Arc<Shared>, pod: &Pod, name: &str) -> Result<(IpAddr, Option<Text>), String> {
     let (snapshot, workload) = pod.facts_now(&shared.mesh).ok_or("the pod's workload is not known yet")?;
     let found = pod.resolver.look_up((&snapshot, &workload), name).await.map_err(|error| error.to_string())?;
-    found.first().copied().ok_or_else(|| format!("{name} has no address"))
+    let first = found.addresses.first().ok_or_else(|| format!("{name} has no address"))?;
+    Ok((*first, found.proven.map(|(name, _)| name)))
 }
 
 /// The policies in a text that is written as in the mesh file, and contains nothing else.

@@ -53,6 +53,11 @@ impl AnsweredNames {
         }
     }
 
+    /// Whether a name has led to all these addresses, and still counts.
+    pub fn has_led(&self, name: &str, addresses: &[IpAddr]) -> bool {
+        addresses.iter().all(|ip| self.of(*ip).iter().any(|other| **other == *name))
+    }
+
     /// The names that have led to an address and still count.
     pub fn of(&self, ip: IpAddr) -> Vec<Text> {
         let now = Instant::now();
@@ -81,6 +86,7 @@ mod tests {
         tokio::time::advance(TTL_MIN).await;
         assert_eq!(names.of(ip(1)), ["b.example".into()] as [Text; 1]);
         assert!(names.of(ip(2)).is_empty());
+        assert!(names.has_led("b.example", &[ip(1)]) && !names.has_led("b.example", &[ip(1), ip(2)]));
         for n in 0..NAMES_MAX {
             names.note(&format!("{n}.example"), &[ip(1)], TTL_MIN);
         }

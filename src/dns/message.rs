@@ -9,6 +9,7 @@ use hickory_proto::rr::rdata::{A, AAAA, CNAME, SOA, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinDecodable, BinDecoder, BinEncodable, BinEncoder};
 use std::net::IpAddr;
+use std::time::Duration;
 
 /// Length of a message's header (RFC 1035, 4.1.1).
 const HEADER: usize = 12;
@@ -348,6 +349,11 @@ pub struct Lifetime {
     pub seconds: u32,
     /// Where in the message the times to live of its records are.
     pub ttl_offsets: Vec<usize>,
+}
+
+/// How long an answer may be cached; zero if it must not be cached.
+pub fn time_to_live(answer: &[u8]) -> Duration {
+    Duration::from_secs(lifetime(answer).map_or(0, |lifetime| u64::from(lifetime.seconds)))
 }
 
 /// How long an answer may be cached; `None` if it must not be cached: a truncated one, a failure, or a negative answer

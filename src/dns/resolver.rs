@@ -51,6 +51,16 @@ pub enum ResolveError {
     NoAddress(String),
 }
 
+/// What a name leads to.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// The addresses, at least one.
+    pub addresses: Vec<IpAddr>,
+    /// The name, in lower case and without a final dot, and how long it counts that it leads there. `None` unless one
+    /// of the daemon's own name servers has said so just now, and an egress policy asks for names.
+    pub proven: Option<(Text, Duration)>,
+}
+
 /// The name servers and search domains of a pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodResolvers {
@@ -195,16 +205,22 @@ impl Resolver {
 
     /// The addresses of a host according to the pod's resolvers. Those of the wanted family are preferred.
     pub async fn addresses(&self, source: &Workload, host: &str, v4: bool) -> Result<Vec<IpAddr>, ResolveError> {
+        Ok(self.resolve(source, host, v4, false).await?.addresses)
+    }
+
+    /// The same. With `prove`, an answer is not taken from the cache unless it is known who gave it.
+    async fn resolve(&self, source: &Workload, host: &str, v4: bool, prove: bool) -> Result<Found, ResolveError> {
         self.metrics.on_demand(source, host);
         let waiting = tokio::time::timeout(READ_WAIT, self.resolving.acquire()).await;
         let Ok(Ok(_resolving)) = waiting else { return Err(ResolveError::TooMany(host.to_owned())) };
         let resolvers = self.resolvers().await;
-        let (first, second) = tokio::join!(self.addresses_of_family(&resolvers, host, v4), async {
-            if v4 && !self.config.ipv6 { Ok(Vec::new()) } else { self.addresses_of_family(&resolvers, host, !v4).await }
+        let of_family = |v4| self.addresses_of_family(&resolvers, host, v4, prove);
+        let (first, second) = tokio::join!(of_family(v4), async {
+            if v4 && !self.config.ipv6 { Ok(Found::default()) } else { of_family(!v4).await }
         });
         match (first, second) {
-            (Ok(first), _) if !first.is_empty() => Ok(first),
-            (_, Ok(second)) if !second.is_empty() => Ok(second),
+            (Ok(first), _) if !first.addresses.is_empty() => Ok(first),
+            (_, Ok(second)) if !second.addresses.is_empty() => Ok(second),
             (Err(error), _) | (_, Err(error)) => Err(error),
             (Ok(_), Ok(_)) => Err(ResolveError::NoAddress(host.to_owned())),
         }
@@ -231,7 +247,7 @@ impl Resolver {
         &self,
         (snapshot, workload): (&Snapshot, &Workload),
         name: &str,
-    ) -> Result<Vec<IpAddr>, ResolveError> {
+    ) -> Result<Found, ResolveError> {
         let resolvers = self.resolvers().await;
         let context = self.context((snapshot, workload), &resolvers);
         let name = name.trim_end_matches('.').to_ascii_lowercase();
@@ -239,8 +255,8 @@ impl Resolver {
         let mut full = resolvers.search.iter().map(|search| format!("{name}.{}", search.domain));
         let of_mesh = full.find_map(|full| of_mesh(&context, &full)).or_else(|| of_mesh(&context, &name));
         match of_mesh {
-            Some(addresses) => Ok(addresses),
-            None => self.addresses(workload, &name, true).await,
+            Some(addresses) => Ok(Found { addresses, proven: None }),
+            None => self.resolve(workload, &name, true, snapshot.egress.has_hosts()).await,
         }
     }
 
@@ -249,12 +265,16 @@ impl Resolver {
         resolvers: &PodResolvers,
         host: &str,
         v4: bool,
-    ) -> Result<Vec<IpAddr>, ResolveError> {
+        prove: bool,
+    ) -> Result<Found, ResolveError> {
         let question =
             message::address_question(host, v4, rand::random()).ok_or_else(|| ResolveError::Name(host.to_owned()))?;
         let failed = |error: UpstreamError| ResolveError::Upstream(host.to_owned(), error.to_string());
         if let Some(answer) = self.cached(None, &question) {
-            return Ok(message::addresses(&answer));
+            let addresses = message::addresses(&answer);
+            if !prove || self.answered.has_led(host, &addresses) {
+                return Ok(Found { addresses, proven: None });
+            }
         }
         let servers = resolvers.in_order(None);
         let mut answer = self.ask(Carrier::Datagram, &servers, &question).await.map_err(failed)?;
@@ -264,7 +284,12 @@ impl Resolver {
         }
         match answer.kind {
             message::ResponseKind::Failure => Err(ResolveError::Refused(host.to_owned())),
-            _ => Ok(message::addresses(&answer.bytes)),
+            _ => {
+                // Servers that only the pod names prove nothing: the pod can run one.
+                let is_proof = prove && resolvers.trusted.contains(&answer.from);
+                let proven = is_proof.then(|| (Text::from(host), message::time_to_live(&answer.bytes)));
+                Ok(Found { addresses: message::addresses(&answer.bytes), proven })
+            }
         }
     }
 }

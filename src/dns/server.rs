@@ -306,9 +306,7 @@ impl Server {
         if !self.mesh.load().egress.has_hosts() {
             return;
         }
-        let seconds = message::lifetime(answer).map_or(0, |lifetime| lifetime.seconds);
-        let ttl = Duration::from_secs(u64::from(seconds));
-        self.resolver.answered.note(&question.name, &message::addresses(answer), ttl);
+        self.resolver.answered.note(&question.name, &message::addresses(answer), message::time_to_live(answer));
     }
 
     fn finished(&self, pending: &PendingRequest, outcome: RequestOutcome, bytes: Vec<u8>) -> Reply {

@@ -1,5 +1,6 @@
 //! Egress policies: which destinations outside the mesh a pod may connect to.
 
+use crate::socks::{address, ask_in, host, request};
 use crate::world::names::{RESOLVER, kubernetes_conf};
 use crate::world::{
     ControlPlane, Pod, World, apps, ask, connect, eventually, inside, ip_in, is_reset, replace, subject,
@@ -18,7 +19,16 @@ const OTHER: &str = "10.2.0.202";
 /// A client, a server of the mesh, and a host outside the mesh that has two further addresses. `named.example` leads to
 /// the first. The daemon's own resolver is the one that the pods have too.
 fn world() -> World {
+    world_with(&[], &[])
+}
+
+/// The same with further settings of the daemons, and with further pods on node 1 that have this resolver.
+fn world_with(settings: &[(&str, &str)], more: &[(&str, &str)]) -> World {
     let mut w = World::new();
+    for (name, resolver) in more {
+        let pod = w.mesh_pod(name, 1);
+        w.start_container(&pod, &format!("nameserver {resolver}\n"));
+    }
     let (client, _server, outside) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2), w.add_pod("outside", 2));
     ip_in(&outside.netns, &format!("addr add {NAMED}/24 dev eth0\naddr add {OTHER}/24 dev eth0\n"));
     for pod in ["server", "outside"] {
@@ -34,7 +44,7 @@ fn world() -> World {
     let by = ["unshare", "--mount", "--propagation", "private", "sh", "-c", &script, "node"];
     for node in [1, 2] {
         w.write_pods(node, &w.captured_pods(node));
-        w.start_node_by(&by.map(str::to_owned), node, &[]);
+        w.start_node_by(&by.map(str::to_owned), node, settings);
         w.wait_captured(node);
     }
     w
@@ -129,12 +139,8 @@ fn destinations_outside_the_mesh_are_refused_as_the_policy_of_the_namespace_says
     assert!(echoes(ns, v4));
 }
 
-#[test]
-fn a_host_rule_needs_an_answer_of_the_nodes_own_resolver() {
-    let mut w = world();
-    let client = pod(&w, "client");
-    let named = SocketAddr::new(NAMED.parse().unwrap(), 80);
-    // A resolver that the pod's owner runs says what its owner wants.
+/// Starts a resolver that a pod's owner runs, and that says what its owner wants: `named.example` leads to [`OTHER`].
+fn start_liar(w: &mut World) {
     let outside = w.ns("outside");
     let liar = w.dir.join("liar.conf");
     let text = format!(
@@ -144,6 +150,14 @@ fn a_host_rule_needs_an_answer_of_the_nodes_own_resolver() {
     );
     std::fs::write(&liar, text).unwrap();
     w.start_in(&outside, std::process::Command::new("/usr/sbin/unbound").arg("-d").arg("-c").arg(&liar), "liar.log");
+}
+
+#[test]
+fn a_host_rule_needs_an_answer_of_the_nodes_own_resolver() {
+    let mut w = world();
+    let client = pod(&w, "client");
+    let named = SocketAddr::new(NAMED.parse().unwrap(), 80);
+    start_liar(&mut w);
     set(
         &mut w,
         json!([{"namespace": "ns", "dryRun": false, "default": "Deny", "rules": [
@@ -163,6 +177,49 @@ fn a_host_rule_needs_an_answer_of_the_nodes_own_resolver() {
     assert!(is_reset(ns, SocketAddr::new(NAMED.parse().unwrap(), 443)), "the name for another port");
     let error = refused(&w, SocketAddr::new(NAMED.parse().unwrap(), 443));
     assert!(error.contains("(named.example)"), "the refusal names what is known: {error}");
+}
+
+#[test]
+fn a_name_that_is_given_by_socks_counts_if_the_nodes_own_resolver_says_where_it_leads() {
+    let mut w = world_with(&[("UNSTABLE_ENABLE_SOCKS5", "true")], &[("believer", OTHER)]);
+    start_liar(&mut w);
+    let rules = json!([{"action": "Allow", "ports": [80], "hosts": ["*.example"]}]);
+    set(&mut w, json!([{"namespace": "ns", "dryRun": false, "default": "Deny", "rules": rules}]));
+    let (client, believer) = (w.ns("client"), w.ns("believer"));
+    let named: std::net::IpAddr = NAMED.parse().unwrap();
+    let by_name = |ns: &str, name: &str, port: u16| {
+        let (code, mut stream) = ask_in(ns, "127.0.0.1", &request(&host(name), port));
+        let mut echoes = || {
+            stream.write_all(b"x\n")?;
+            stream.read_exact(&mut [0; 2])
+        };
+        (code, code == 0 && echoes().is_ok())
+    };
+    let by_address = || ask_in(&client, "127.0.0.1", &request(&address(named), 80)).0;
+    let explained = |to: &str| {
+        let mut command = std::process::Command::new(subject());
+        command.args(["explain", "--from", "ns/client", "--to", to]);
+        String::from_utf8(inside(&w.ns("n1"), || command.output()).unwrap().stdout).unwrap()
+    };
+    assert_eq!(by_address(), 2, "nobody has asked for the name yet");
+    // An explanation counts the name, but opens nothing.
+    for _ in 0..2 {
+        let text = explained("named.example:80");
+        assert!(text.contains("Allow by the egress policy of namespace ns rule[0]"), "{text}");
+    }
+    assert!(explained(&format!("{NAMED}:80")).contains("reason egress_denied"));
+    assert_eq!(by_address(), 2);
+    for name in ["named.example", "NAMED.example."] {
+        assert_eq!(by_name(&client, name, 80), (0, true), "{name}");
+    }
+    assert_eq!(by_name(&client, "named.example", 443).0, 2, "the name for another port");
+    assert_eq!(by_address(), 0, "as after a question of the pod");
+    // Only the pod names this resolver, so its answer proves nothing, whether it is cached or not.
+    for _ in 0..2 {
+        assert_eq!(by_name(&believer, "named.example", 80).0, 2);
+    }
+    let error = refused(&w, SocketAddr::new(OTHER.parse().unwrap(), 80));
+    assert!(error.contains("no DNS name known"), "{error}");
 }
 
 #[test]

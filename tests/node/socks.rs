@@ -24,24 +24,28 @@ fn world() -> World {
     w
 }
 
-fn request(kind: &[u8], port: u16) -> Vec<u8> {
+pub fn request(kind: &[u8], port: u16) -> Vec<u8> {
     [&[5, 1, 0][..], kind, &port.to_be_bytes()].concat()
 }
 
-fn address(ip: IpAddr) -> Vec<u8> {
+pub fn address(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => [&[1][..], &ip.octets()].concat(),
         IpAddr::V6(ip) => [&[4][..], &ip.octets()].concat(),
     }
 }
 
-fn host(name: &str) -> Vec<u8> {
+pub fn host(name: &str) -> Vec<u8> {
     [&[3, name.len() as u8][..], name.as_bytes()].concat()
 }
 
-/// Sends a request from the client's pod. Returns the code of the reply and the connection.
 fn ask(w: &World, through: &str, request: &[u8]) -> (u8, TcpStream) {
-    let mut stream = connect(&w.ns("client"), SocketAddr::new(through.parse().unwrap(), PORT)).unwrap();
+    ask_in(&w.ns("client"), through, request)
+}
+
+/// Sends a request in a pod. Returns the code of the reply and the connection.
+pub fn ask_in(ns: &str, through: &str, request: &[u8]) -> (u8, TcpStream) {
+    let mut stream = connect(ns, SocketAddr::new(through.parse().unwrap(), PORT)).unwrap();
     stream.write_all(&[5, 1, 0]).unwrap();
     let mut method = [0; 2];
     stream.read_exact(&mut method).unwrap();
@@ -52,7 +56,7 @@ fn ask(w: &World, through: &str, request: &[u8]) -> (u8, TcpStream) {
     (reply[1], stream)
 }
 
-fn said(mut stream: TcpStream) -> String {
+pub fn said(mut stream: TcpStream) -> String {
     stream.write_all(b"hello\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

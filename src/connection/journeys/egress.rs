@@ -30,6 +30,14 @@ impl Outside {
         Self { shared: shared.clone(), pod: pod.clone(), source: source.clone(), to, names, changes }
     }
 
+    /// The same, if `name` led the pod to the address too.
+    pub fn led_by(mut self, name: Option<&Text>) -> Self {
+        if let Some(name) = name.filter(|name| !self.names.contains(name)) {
+            self.names.push(name.clone());
+        }
+        self
+    }
+
     /// The decision by the current policies; `None` if none applies.
     pub fn authorize(&self) -> Result<Option<EgressDecision>, Refusal> {
         let policies = self.shared.mesh.load().egress.clone();

@@ -13,7 +13,7 @@ use crate::connection::report::Failure;
 use crate::connection::worker::Shared;
 use crate::hbone::Authority;
 use crate::mesh::snapshot::ServiceOrWorkload;
-use crate::mesh::{GatewayRef, Service, Snapshot, Workload};
+use crate::mesh::{GatewayRef, Service, Snapshot, Text, Workload};
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -68,9 +68,10 @@ pub struct ExplainedRoute {
     pub service: Option<String>,
 }
 
-/// Explains a connection of `pod` to `target`. Nobody is asked who the journey would not ask, and the same limits hold.
-pub async fn explain(shared: &Arc<Shared>, pod: &Arc<Pod>, target: SocketAddr) -> Explanation {
-    let mut story = Story { steps: Vec::new() };
+/// Explains a connection of `pod` to `target`, to which `name` leads. Nobody is asked who the journey would not ask,
+/// and the same limits hold.
+pub async fn explain(shared: &Arc<Shared>, pod: &Arc<Pod>, target: SocketAddr, name: Option<Text>) -> Explanation {
+    let mut story = Story { steps: Vec::new(), name };
     let told = tell(shared, pod, target, &mut story).await;
     let (route, reason, result) = match told {
         Ok((route, result)) => (Some(route), None, result),
@@ -82,6 +83,8 @@ pub async fn explain(shared: &Arc<Shared>, pod: &Arc<Pod>, target: SocketAddr) -
 
 struct Story {
     steps: Vec<Step>,
+    /// The name that leads to the address, for egress policies.
+    name: Option<Text>,
 }
 
 impl Story {
@@ -264,7 +267,7 @@ fn destination(
         let (NextHop::Direct { to }, None) = (&route.next_hop, &route.service) else {
             return Ok("it would be carried in plaintext".into());
         };
-        let decided = Outside::new(shared, pod, source, *to).decide();
+        let decided = Outside::new(shared, pod, source, *to).led_by(story.name.as_ref()).decide();
         return match decided {
             None => {
                 story.step("egress", "no egress policy applies");

@@ -73,7 +73,8 @@ async fn open(
     }
 }
 
-/// The address that is meant. A name is looked up as the pod's own questions are.
+/// The address that is meant. A name is looked up as the pod's own questions are, and counts for egress policies as if
+/// the pod had asked.
 async fn address(
     pod: &Pod,
     snapshot: &Snapshot,
@@ -85,7 +86,10 @@ async fn address(
         SocksTarget::Host(host, port) => (host, port),
     };
     let found = pod.resolver.look_up((snapshot, source), &host).await?;
-    let first = found.first().ok_or_else(|| RouteError::NoAddress(host.as_str().into()))?;
+    if let Some((name, ttl)) = &found.proven {
+        pod.resolver.answered.note(name, &found.addresses, *ttl);
+    }
+    let first = found.addresses.first().ok_or_else(|| RouteError::NoAddress(host.as_str().into()))?;
     Ok(SocketAddr::new(*first, port))
 }
 
