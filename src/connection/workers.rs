@@ -9,6 +9,7 @@ use super::journeys;
 use super::pod::Pod;
 use super::report::{Direction, Failure, Record};
 use super::worker::{Accepted, Counted, LoadGuard, Shared, Worker};
+use crate::connection::choose::Witness;
 use crate::hbone::{Engine, TunnelError};
 use crate::mesh::SpiffeName;
 use crate::mesh::address::canonical;
@@ -106,7 +107,14 @@ impl Workers {
             let broken = move |key: &TunnelKey, peer: &SpiffeName, error: &TunnelError| {
                 reporter.tunnel_ended(Direction::Outbound, key.to, peer, error);
             };
-            let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken));
+            let of_all = shared.clone();
+            let going_away = move |key: &TunnelKey| {
+                // Behind a gateway it is not known which endpoint it was; the next tunnel may lead to another one.
+                if let (None, Some(workload)) = (&key.behind, of_all.mesh.load().workload(&key.uid)) {
+                    of_all.endpoints.going_away(workload, key.to, Witness(key.capture));
+                }
+            };
+            let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken), Box::new(going_away));
             let engine = Engine::new(&shared.config.hbone)?;
             let worker = Arc::new(Worker { shared: shared.clone(), pool, engine, tasks, load: AtomicUsize::new(0) });
             let (deliver, accepted) = mpsc::channel(QUEUE_MAX);

@@ -169,6 +169,24 @@ impl Driver {
         state.unwrap_or(Poll::Ready(TunnelError::Closed))
     }
 
+    /// Completes when the peer has said that it goes away (GOAWAY). Await it in the task that awaits [`Driver::run`]:
+    /// only one task is woken.
+    pub async fn going_away(&self) {
+        poll_fn(|context| {
+            let said = self.engine.with(self.id, |tunnel, _| {
+                tunnel.waker = Some(context.waker().clone());
+                tunnel.session.peer_is_leaving()
+            });
+            if said == Some(true) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// Whether the peer has said that it goes away.
+    pub fn is_going_away(&self) -> bool {
+        self.engine.with(self.id, |tunnel, _| tunnel.session.peer_is_leaving()).unwrap_or(false)
+    }
+
     /// Tells every connection of the tunnel to stop.
     pub fn stop_all(&self) {
         self.engine.with(self.id, engine::Tunnel::stop_all);

@@ -204,6 +204,33 @@ fn a_backend_whose_node_lets_it_go_costs_no_connection() {
 }
 
 #[test]
+fn a_backend_that_goes_away_is_set_aside_before_anybody_connects() {
+    let s = Service::start("HBONE");
+    s.backends.iter().for_each(|pod| apps::serve(&pod.netns, PORT, apps::echo));
+    let vip: IpAddr = "10.96.0.1".parse().unwrap();
+    // With a connection that stays open, and with a tunnel that carries none.
+    for is_open in [true, false] {
+        let mut stream = connect(&s.client.netns, (vip, 80)).unwrap();
+        let mut echoes = || stream.write_all(b"x").is_ok() && stream.read_exact(&mut [0]).is_ok();
+        assert!(echoes());
+        let connections = s.w.json(1, "/connections");
+        let at = connections[0]["actualDst"].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap().ip();
+        let backend = s.backends.iter().position(|pod| pod.v4 == at).unwrap();
+        if !is_open {
+            drop(stream);
+            eventually("it has ended", || s.w.json(1, "/connections").as_array().unwrap().is_empty());
+        }
+        let others: Vec<&Pod> = s.backends.iter().filter(|pod| pod.v4 != at).collect();
+        s.w.write_pods(2, &others);
+        let entry = s.is_set_aside(backend);
+        assert_eq!((&entry["reason"], &entry["for"]), (&json!("going_away"), &json!("one pod")), "{entry}");
+        s.w.write_pods(2, &s.backends.iter().collect::<Vec<_>>());
+        s.w.wait_captured(2);
+        eventually("the pause is over", || s.set_aside().is_empty());
+    }
+}
+
+#[test]
 fn a_backend_that_resets_connections_before_any_byte_is_set_aside() {
     let s = Service::start("HBONE");
     let reset = |stream: TcpStream| socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();

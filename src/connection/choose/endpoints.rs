@@ -10,6 +10,7 @@ use crate::mesh::{Service, ServiceKey, Text, Workload};
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use rpds::HashTrieMapSync;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -294,12 +295,8 @@ impl InFlight {
 
     /// The endpoint has failed. Says whether it is newly set aside.
     pub fn failed(&self, why: Evidence) -> bool {
-        let (EndpointLists { set_aside_max, metrics, .. }, now) = (&*self.endpoints, self.endpoints.now());
-        let is_new = self.pick.list.failed(&self.pick.standing, why, self.pod, now, *set_aside_max);
-        if is_new {
-            metrics.set_aside.get_or_create(&EvidenceLabel { reason: why.word() }).inc();
-        }
-        is_new
+        let now = self.endpoints.now();
+        self.endpoints.failed(&self.pick.list, &self.pick.standing, why, self.pod, now)
     }
 
     /// Takes a retry of the connection from the budget, because of what the endpoint did. Fails if there is none left.
@@ -409,6 +406,33 @@ impl EndpointLists {
         }
         let candidates = list.at(service, version, eligible);
         (list, candidates)
+    }
+
+    /// The tunnel of a pod to a workload at `to` has said that it goes away. The workload counts as failed for all
+    /// services that it is an endpoint of, also as a waypoint.
+    pub fn going_away(&self, workload: &Workload, to: SocketAddr, pod: Witness) {
+        let (lists, now) = (self.lists.load_full(), self.now());
+        for (service, ports) in &workload.services {
+            // A waypoint's list is that of the port on which it takes tunnels.
+            let ports = ports.keys().copied().chain([to.port()]);
+            for list in ports.filter_map(|port| lists.get(&(service.clone(), port))).flat_map(|all| all.iter()) {
+                let candidates = list.candidates();
+                let at = candidates.all.binary_search_by(|one| one.workload.uid.cmp(&workload.uid));
+                let one = at.ok().and_then(|at| candidates.all.get(at));
+                if let Some(one) = one.filter(|one| one.workload.ips.contains(&to.ip())) {
+                    self.failed(list, &one.standing, Evidence::GoingAway, pod, now);
+                }
+            }
+        }
+    }
+
+    /// Records that an endpoint has failed. Says whether it is newly set aside.
+    fn failed(&self, list: &EndpointList, standing: &Arc<Standing>, why: Evidence, pod: Witness, now: u64) -> bool {
+        let is_new = list.failed(standing, why, pod, now, self.set_aside_max);
+        if is_new {
+            self.metrics.set_aside.get_or_create(&EvidenceLabel { reason: why.word() }).inc();
+        }
+        is_new
     }
 
     /// All endpoints that are set aside, with no order.
@@ -650,5 +674,31 @@ mod tests {
                 prop_assert!(aside <= most, "{aside} of {usable} at {percent} %");
             }
         }
+    }
+
+    #[test]
+    fn a_workload_whose_tunnel_goes_away_is_set_aside_for_its_services() {
+        let mut world = World::new(&[1; 4], 50);
+        let key = world.service.key.clone();
+        for one in &mut world.all {
+            let mut workload = (*one.workload).clone();
+            workload.services.insert(key.clone(), [(80, 8080)].into());
+            one.workload = Arc::new(workload);
+        }
+        world.list();
+        let leaves = |number: usize, ip: std::net::IpAddr| {
+            world.endpoints.going_away(&world.all[number].workload, SocketAddr::new(ip, 15008), POD);
+        };
+        leaves(1, "192.0.2.1".parse().unwrap());
+        assert!(world.endpoints.set_aside().is_empty(), "the tunnel was to an address that it had before");
+        for number in [1, 2, 3] {
+            leaves(number, world.all[number].workload.ips[0]);
+        }
+        let mut aside: Vec<String> =
+            world.endpoints.set_aside().iter().map(|one| one.workload.uid.to_string()).collect();
+        aside.sort();
+        let expected: Vec<String> = world.all[1..3].iter().map(|one| one.workload.uid.to_string()).collect();
+        assert_eq!(aside, expected, "at most half of them");
+        assert!(world.endpoints.set_aside().iter().all(|one| one.failures.last == Evidence::GoingAway));
     }
 }

@@ -110,6 +110,9 @@ pub struct OuterTunnel {
 /// Called when a tunnel breaks, with its key, the far end's identity and the error.
 pub type OnTunnelBroken = Box<dyn Fn(&TunnelKey, &SpiffeName, &TunnelError) + Send + Sync>;
 
+/// Called when the far end of a tunnel says that it goes away, with the tunnel's key.
+pub type OnGoingAway = Box<dyn Fn(&TunnelKey) + Send + Sync>;
+
 impl fmt::Debug for DialledTunnel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("DialledTunnel")
@@ -121,6 +124,7 @@ pub struct Pool {
     config: PoolConfig,
     pub(super) tasks: Group,
     broken: OnTunnelBroken,
+    going_away: OnGoingAway,
     by_key: Mutex<HashMap<TunnelKey, KeyTunnels>>,
 }
 
@@ -226,9 +230,10 @@ impl Drop for Lease {
 }
 
 impl Pool {
-    /// An empty pool. Its tunnels run as tasks of `tasks`; `broken` is called for each that breaks.
-    pub fn new(config: PoolConfig, tasks: Group, broken: OnTunnelBroken) -> Arc<Self> {
-        Arc::new(Self { config, tasks, broken, by_key: Mutex::default() })
+    /// An empty pool. Its tunnels run as tasks of `tasks`; `broken` is called for each that breaks, `going_away` for
+    /// each whose far end goes away.
+    pub fn new(config: PoolConfig, tasks: Group, broken: OnTunnelBroken, going_away: OnGoingAway) -> Arc<Self> {
+        Arc::new(Self { config, tasks, broken, going_away, by_key: Mutex::default() })
     }
 
     /// A slot on a tunnel for `key`. If no tunnel has a free one, waits for the dial that is under way, or starts one
@@ -386,11 +391,15 @@ impl Pool {
             () = drain.gentle() => None,
             // It takes no more streams, and ends with its last one.
             () = tunnel.retired.notified() => None,
+            () = driver.going_away() => None,
             () = tokio::time::sleep(BEHIND_AGE), if key.behind.is_some() => None,
             // The far end's certificate has expired or is revoked. No new stream may begin.
             () = tunnel.chain.ending() => None,
         };
         remove(&mut self.by_key.lock(), key, &tunnel);
+        if driver.is_going_away() {
+            (self.going_away)(key);
+        }
         let (peer, chain, stop) = (tunnel.peer.clone(), tunnel.chain.clone(), tunnel.stop.clone());
         drop(tunnel);
         let ended = match ended {
@@ -480,16 +489,30 @@ mod tests {
 
     fn pool(max_streams: usize) -> Arc<Pool> {
         let config = PoolConfig { max_streams, idle: Duration::from_secs(300) };
-        Pool::new(config, Group::default(), Box::new(|_, _, _| {}))
+        Pool::new(config, Group::default(), Box::new(|_, _, _| {}), Box::new(|_| {}))
     }
 
     /// A tunnel over a real socket, whose far end answers HTTP/2 and ends with `far`.
     async fn dialled(far: Group) -> Result<DialledTunnel, TunnelDialError> {
+        dialled_until(far, Arc::default()).await
+    }
+
+    /// The same; the far end goes away when it is told to.
+    async fn dialled_until(far: Group, leave: Arc<Notify>) -> Result<DialledTunnel, TunnelDialError> {
         let (near, end) = testing::ends().await;
         far.spawn(async move {
             let account = hbone::Buffers::new(1 << 20).account("client");
             let mut server = hbone::Server::start(&testing::engine(), end, &testing::CONFIG, &account).unwrap();
-            while let Some(Ok(_)) = server.next().await {}
+            let mut streams = Vec::new();
+            loop {
+                tokio::select! {
+                    next = server.next() => match next {
+                        Some(Ok(incoming)) => streams.push(incoming.accept(None)),
+                        _ => return,
+                    },
+                    () = leave.notified() => server.go_away(),
+                }
+            }
         });
         let account = hbone::Buffers::new(1 << 20).account("server");
         let (tunnel, driver) = hbone::client::start(&testing::engine(), near, &testing::CONFIG, &account)
@@ -584,5 +607,35 @@ mod tests {
         assert_eq!(pool.len(), 0);
         let again = Group::default();
         assert!(pool.checkout(&key(), &signal, 1, || dialled(again.clone())).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_tunnel_whose_far_end_goes_away_leaves_the_pool_at_once() {
+        let config = PoolConfig { max_streams: 100, idle: Duration::from_secs(300) };
+        let (said, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        let going_away = move |key: &TunnelKey| said.send(key.clone()).unwrap();
+        let pool = Pool::new(config, Group::default(), Box::new(|_, _, _| {}), Box::new(going_away));
+        let (drain, far) = (Drain::default(), Group::default());
+        let signal = drain.signal();
+        for has_stream in [false, true] {
+            let leave = Arc::<Notify>::default();
+            let dial = || dialled_until(far.clone(), leave.clone());
+            let lease = pool.checkout(&key(), &signal, 1, dial).await.unwrap();
+            let request = hbone::ConnectRequest {
+                authority: Authority::Host("web".into(), 80),
+                baggage: None,
+                forwarded: None,
+                traceparent: None,
+                network: None,
+            };
+            let stream = if has_stream { Some(lease.tunnel().open(&request).await.unwrap()) } else { None };
+            assert_eq!(pool.len(), 1);
+            leave.notify_one();
+            let about = tokio::time::timeout(Duration::from_secs(10), heard.recv()).await.unwrap().unwrap();
+            assert_eq!((about, pool.len(), far.len()), (key(), 0, 1), "with a stream: {has_stream}");
+            drop((stream, lease));
+            far.finished().await;
+        }
+        assert!(heard.try_recv().is_err(), "once for each tunnel");
     }
 }

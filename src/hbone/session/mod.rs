@@ -269,6 +269,11 @@ impl<A> Session<A> {
         self.peer_last.is_none() && self.leaving == Leaving::No && self.newest < (1 << 31) - 2
     }
 
+    /// Whether the peer goes away: it acts on no stream that this node has not opened yet.
+    pub fn peer_is_leaving(&self) -> bool {
+        self.peer_last.is_some()
+    }
+
     /// Whether this node goes away and all streams are over.
     pub fn is_finished(&self) -> bool {
         self.leaving == Leaving::Final && self.streams.is_empty()
