@@ -67,6 +67,34 @@ impl AnsweredNames {
     }
 }
 
+/// The names that have led a pod to the address of one connection. Those that counted when it was opened count for as
+/// long as it lasts, because a connection outlives the answer that it came from.
+#[derive(Clone, Debug)]
+pub struct ConnectionNames {
+    ip: IpAddr,
+    at_opening: Vec<Text>,
+}
+
+impl ConnectionNames {
+    /// Those of a connection to `ip` that is opened now.
+    pub fn at_opening(answered: &AnsweredNames, ip: IpAddr) -> Self {
+        Self { ip, at_opening: answered.of(ip) }
+    }
+
+    /// Counts a name too.
+    pub fn add(&mut self, name: &Text) {
+        if !self.at_opening.contains(name) {
+            self.at_opening.push(name.clone());
+        }
+    }
+
+    /// Those that count now.
+    pub fn now(&self, answered: &AnsweredNames) -> Vec<Text> {
+        let later = answered.of(self.ip).into_iter().filter(|name| !self.at_opening.contains(name));
+        self.at_opening.iter().cloned().chain(later).collect()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,5 +124,22 @@ mod tests {
         }
         assert!(names.of(ip(1)).is_empty(), "the oldest address");
         assert_eq!(names.known.lock().by_address.len(), ADDRESSES_MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn names_that_count_when_a_connection_is_opened_count_for_its_life() {
+        let answered = AnsweredNames::default();
+        answered.note("a.example", &[ip(1)], Duration::ZERO);
+        let mut first = ConnectionNames::at_opening(&answered, ip(1));
+        tokio::time::advance(TTL_MIN * 2).await;
+        assert!(answered.of(ip(1)).is_empty(), "the answer is forgotten");
+        assert_eq!(first.now(&answered), ["a.example".into()] as [Text; 1]);
+        assert!(ConnectionNames::at_opening(&answered, ip(1)).now(&answered).is_empty(), "not for a new connection");
+        answered.note("b.example", &[ip(1)], Duration::ZERO);
+        answered.note("a.example", &[ip(1)], Duration::ZERO);
+        assert_eq!(first.now(&answered), ["a.example".into(), "b.example".into()] as [Text; 2], "and later ones, once");
+        first.add(&"c.example".into());
+        first.add(&"a.example".into());
+        assert_eq!(first.now(&answered).len(), 3);
     }
 }

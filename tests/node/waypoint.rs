@@ -1,5 +1,7 @@
 //! Waypoints that cannot be found or do not have the expected identity: connections are refused, never sent past them.
 
+use crate::istio::Istio;
+use crate::world::wire::ADDRESS;
 use crate::world::{World, apps, ask};
 use serde_json::json;
 use std::io::{Read, Write};
@@ -148,4 +150,22 @@ fn who_bypasses_the_waypoint_of_a_workload_is_reported_or_refused_at_the_destina
             _ => {}
         }
     }
+}
+
+#[test]
+fn no_connection_waits_for_a_report_about_its_waypoint() {
+    let mut istio = Istio::new();
+    let stranger = istio.w.plain_pod("stranger", 1);
+    istio.w.mesh.of("server")["waypoint"] = json!({"destination": "/10.2.0.250", "hboneMtlsPort": 15008});
+    istio.tell();
+    istio.start_with(&[("XDS_ON_DEMAND", "true")]);
+    istio.plane.change(|state| state.silent = Some(ADDRESS));
+    assert!(ask(&stranger.netns, (istio.server(), 8080), "x").is_ok(), "it is allowed");
+    // Nobody was asked about the waypoint, so nobody was waited for.
+    let state = istio.plane.state();
+    let asked: Vec<&String> = state.requests.iter().flat_map(|request| &request.resource_names_subscribe).collect();
+    assert!(!asked.iter().any(|name| name.contains("10.2.0.250")), "{asked:?}");
+    drop(state);
+    let by = |line: &serde_json::Value| line["direction"] == "inbound" && line["message"] == "connection complete";
+    istio.w.log_line(2, "it was carried by the daemon", by);
 }

@@ -6,6 +6,7 @@ use crate::connection::authorize::egress::{self, EgressDecision};
 use crate::connection::forward::Stop;
 use crate::connection::pod::Pod;
 use crate::connection::worker::Shared;
+use crate::dns::answered::ConnectionNames;
 use crate::mesh::{Text, Workload};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,8 +18,7 @@ pub struct Outside {
     pod: Arc<Pod>,
     source: Arc<Workload>,
     to: SocketAddr,
-    /// The names that had led the pod to the address when it connected. They count for as long as the connection lasts.
-    names: Vec<Text>,
+    names: ConnectionNames,
     changes: watch::Receiver<()>,
 }
 
@@ -26,14 +26,14 @@ impl Outside {
     /// The connection of `source` to `to`. Make it before the decision, so that no change is missed in between.
     pub fn new(shared: &Arc<Shared>, pod: &Arc<Pod>, source: &Arc<Workload>, to: SocketAddr) -> Self {
         let changes = shared.mesh.subscribe_egress();
-        let names = pod.resolver.answered.of(to.ip().to_canonical());
+        let names = ConnectionNames::at_opening(&pod.resolver.answered, to.ip().to_canonical());
         Self { shared: shared.clone(), pod: pod.clone(), source: source.clone(), to, names, changes }
     }
 
     /// The same, if `name` led the pod to the address too.
     pub fn led_by(mut self, name: Option<&Text>) -> Self {
-        if let Some(name) = name.filter(|name| !self.names.contains(name)) {
-            self.names.push(name.clone());
+        if let Some(name) = name {
+            self.names.add(name);
         }
         self
     }
@@ -53,9 +53,7 @@ impl Outside {
     }
 
     fn names(&self) -> Vec<Text> {
-        let later = self.pod.resolver.answered.of(self.to.ip().to_canonical());
-        let later = later.into_iter().filter(|name| !self.names.contains(name));
-        self.names.iter().cloned().chain(later).collect()
+        self.names.now(&self.pod.resolver.answered)
     }
 
     /// Resolves when the policies have changed and no longer allow the connection.
