@@ -6,7 +6,8 @@ use crate::connection::authorize::revoke::Previewed;
 use crate::connection::journeys::explain::explain;
 use crate::connection::pod::Pod;
 use crate::control;
-use crate::mesh::{Policy, Text};
+use crate::mesh::policy::PolicyScope;
+use crate::mesh::{Policy, Snapshot, Text};
 use serde_json::{Value, json};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -85,6 +86,13 @@ async fn look_up(shared: &Arc<Shared>, pod: &Pod, name: &str) -> Result<(IpAddr,
 
 /// The policies in a text that is written as in the mesh file, and contains nothing else.
 pub(crate) fn policies_in(text: &str) -> Result<Vec<Policy>, String> {
+    if text.lines().any(|line| line.trim_end() == "kind: AuthorizationPolicy") {
+        return Err(
+            "this is a Kubernetes object, whose selector only the control plane can evaluate: write the policy below `policies:`, as in the \
+             mesh file"
+                .to_owned(),
+        );
+    }
     let facts = control::yaml::facts(text).map_err(|error| error.to_string())?;
     if facts.policies.is_empty() {
         return Err("there is no policy in it: write them below `policies:`, as in the mesh file".to_owned());
@@ -98,9 +106,32 @@ pub(crate) fn policies_in(text: &str) -> Result<Vec<Policy>, String> {
 /// Most connections that are listed.
 const LISTED_MAX: usize = 1000;
 
+/// What has to be known about the workloads that a policy selects by labels. A control plane evaluates the selector and
+/// tells nodes only which policies a workload has.
+fn attachment(snapshot: &Snapshot, policy: &Policy) -> Option<String> {
+    if policy.scope != PolicyScope::WorkloadSelector {
+        return None;
+    }
+    let key = &policy.key;
+    let count = snapshot.workloads().filter(|workload| workload.policies.contains(key)).count();
+    Some(match count {
+        0 => format!(
+            "policy {key} selects workloads by labels, which are not known here, and the mesh facts of no workload name it: nothing is \
+             said about it"
+        ),
+        _ => format!(
+            "policy {key} selects workloads by labels, which are not known here: it counts for those whose mesh facts name it now ({count} \
+             in the mesh)"
+        ),
+    })
+}
+
 /// What the policies in a text, written as in the mesh file, would change for connections to pods of this node.
 pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
-    let preview = shared.permits.preview(&shared.mesh.load(), policies_in(text)?);
+    let policies = policies_in(text)?;
+    let snapshot = shared.mesh.load();
+    let notes: Vec<String> = policies.iter().filter_map(|policy| attachment(&snapshot, policy)).collect();
+    let preview = shared.permits.preview(&snapshot, policies);
     let count = |is_open: bool, refused: bool| {
         preview.changes.iter().filter(|one| one.is_open == is_open && one.refusal.is_some() == refused).count()
     };
@@ -122,6 +153,7 @@ pub(super) fn policies(shared: &Shared, text: &str) -> Result<Value, String> {
         "wouldBeCut": cut,
         "wouldHaveBeenRefused": refused,
         "wouldHaveBeenAllowed": allowed,
+        "notes": notes,
         "changes": preview.changes.iter().take(LISTED_MAX).map(one).collect::<Vec<_>>(),
     }))
 }

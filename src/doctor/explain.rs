@@ -66,6 +66,9 @@ fn changes(answer: &Value) -> String {
         answer["wouldHaveBeenRefused"],
         answer["wouldHaveBeenAllowed"]
     )];
+    lines.extend(
+        answer["notes"].as_array().into_iter().flatten().filter_map(Value::as_str).map(|note| format!("note: {note}")),
+    );
     for change in answer["changes"].as_array().into_iter().flatten() {
         let said = |key: &str| change[key].as_str().unwrap_or_default();
         let from = if said("identity").is_empty() { "no identity" } else { said("identity") };

@@ -101,6 +101,33 @@ fn explanations_agree_with_what_happens() {
 }
 
 #[test]
+fn the_endpoint_that_is_named_as_the_most_likely_one_is_then_chosen() {
+    let mut w = world();
+    w.mesh.of("web-1")["status"] = json!("Healthy");
+    w.write_mesh();
+    eventually("both may be chosen", || explain(&w, "ns/client", &format!("{VIP}:80"), false).1.contains("2 of 3"));
+    let mut held = Vec::new();
+    // Of two endpoints the one with fewer connections is chosen; with as many, either.
+    for connections in [0, 0, 1, 1] {
+        let said = explain(&w, "ns/client", &format!("{VIP}:80"), false).1;
+        let likely = said.split("one of 2 by two random choices, now most likely ").nth(1).unwrap();
+        let uid = likely.split(' ').next().unwrap();
+        let expected = if connections == 1 { "(1 connection)" } else { "(0 connections)" };
+        assert!(likely.starts_with(&format!("{uid} {expected}")), "{said}");
+        held.push(connect(&w.ns("client"), VIP.parse::<std::net::IpAddr>().map(|ip| (ip, 80)).unwrap()).unwrap());
+        let mut open = Value::Null;
+        eventually("it is open", || {
+            open = w.json(1, "/connections");
+            open.as_array().is_some_and(|open| open.len() == held.len())
+        });
+        let newest = open.as_array().unwrap().iter().max_by_key(|one| one["id"].as_u64()).unwrap();
+        let likely = w.pods.iter().find(|pod| uid.ends_with(&pod.name)).unwrap().v4;
+        let at = newest["actualDst"].as_str().unwrap().parse::<SocketAddr>().unwrap().ip();
+        assert!(held.len() % 2 == 1 || at == likely, "{said}: {newest}");
+    }
+}
+
+#[test]
 fn bad_questions_get_an_answer_that_says_what_is_wrong() {
     let w = world();
     for (from, to, expected) in [
@@ -193,6 +220,51 @@ fn what_a_policy_would_cut_is_what_it_then_cuts() {
     cut.sort();
     assert_eq!(cut, predicted);
     assert_eq!(streams.len(), 5);
+}
+
+#[test]
+fn a_policy_with_a_selector_counts_where_the_facts_name_it_and_a_note_says_so() {
+    let mut w = World::new();
+    let (client, servers) = (w.mesh_pod("client", 1), ["named", "other"].map(|name| w.mesh_pod(name, 2)));
+    let policy = |port: u16| {
+        let test = json!({"destinationPorts": [port]});
+        json!({"name": "selects", "namespace": "ns", "scope": "WorkloadSelector", "action": "Deny", "dryRun": false,
+            "rules": [[[test]]]})
+    };
+    // It is in force already, and denies something else.
+    w.mesh.policies.push(policy(1));
+    w.mesh.of("named")["authorizationPolicies"] = json!(["ns/selects"]);
+    servers.iter().for_each(|pod| apps::serve(&pod.netns, 8080, apps::echo));
+    w.start();
+    let mut open: Vec<TcpStream> =
+        servers.iter().map(|pod| connect(&client.netns, SocketAddr::from((pod.v4, 8080))).unwrap()).collect();
+    for stream in &mut open {
+        stream.write_all(b"x").unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+    }
+    let ask = |text: &str| {
+        let file = w.dir.join("policy.yaml");
+        std::fs::write(&file, text).unwrap();
+        let mut command = Command::new(subject());
+        command.arg("explain").arg("--policy").arg(&file);
+        let output = inside(&w.ns("n2"), || command.output()).unwrap();
+        String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+    };
+    let said = ask(&json!({"policies": [policy(8080)]}).to_string());
+    contains(
+        &said,
+        &[
+            "of 2 open connections 1 would be cut",
+            "to c1//Pod/ns/named at",
+            "note: policy ns/selects selects workloads by labels, which are not known here: it counts for those whose mesh facts name it \
+             now (1 in the mesh)",
+        ],
+    );
+    let unnamed = policy(8080).to_string().replace("selects", "unnamed");
+    let said = ask(&format!("policies: [{unnamed}]"));
+    contains(&said, &["of 2 open connections 0 would be cut", "note: policy ns/unnamed", "of no workload name it"]);
+    let object = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: x}\n";
+    contains(&ask(object), &["this is a Kubernetes object"]);
 }
 
 #[test]
