@@ -3,6 +3,15 @@
 //! The fuzz targets under `fuzz/` call these functions with random input. The test below calls them with the corpora,
 //! so that a bug that was found once stays found.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation,
+    reason = "a target says what is wrong by panicking"
+)]
+
 use crate::connection::accept::socks::{self, Reply, SocksTarget};
 use crate::connection::authorize::Subject;
 use crate::connection::authorize::decide::Applicable;

@@ -11,6 +11,7 @@ pub mod gateway;
 pub mod local;
 pub mod measured;
 pub mod metrics;
+pub mod outlook;
 pub mod retry_budget;
 pub mod route;
 #[cfg(test)]

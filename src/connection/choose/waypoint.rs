@@ -74,7 +74,7 @@ pub fn draw<'a>(service: &'a Service, chance: &mut Chance<'_>) -> Option<&'a Gat
     service.waypoint.as_ref()
 }
 
-/// All waypoints that [`draw`] may return for a service.
+/// All waypoints of a service. Clients that do not know weighted waypoints use the single one.
 pub fn all(service: &Service) -> impl Iterator<Item = &GatewayRef> {
     service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint))
 }
@@ -102,6 +102,13 @@ pub fn unused(
         (false, true) => Some("it is the destination itself"),
         (false, false) => None,
     }
+}
+
+/// All waypoints that [`draw`] may return for a service.
+pub fn all_drawn(service: &Service) -> Vec<&GatewayRef> {
+    let drawn = service.weighted_waypoints.iter().filter(|(_, weight)| *weight > 0);
+    let drawn: Vec<&GatewayRef> = drawn.map(|(waypoint, _)| waypoint).collect();
+    if drawn.is_empty() { service.waypoint.iter().collect() } else { drawn }
 }
 
 /// Whether `workload` is the waypoint, or one of the workloads behind it.

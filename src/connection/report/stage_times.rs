@@ -55,7 +55,7 @@ impl Collector for StageTimes {
                 if count == 0 {
                     continue;
                 }
-                let bounds = BOUNDS.map(|micros| seconds(micros)).into_iter().chain([f64::INFINITY]);
+                let bounds = BOUNDS.map(seconds).into_iter().chain([f64::INFINITY]);
                 let buckets: Vec<(f64, u64)> = bounds.zip(counts).collect();
                 let labels = [("stage", stage.word()), ("direction", direction.word())];
                 let mut encoder = family.encode_family(&labels)?;
