@@ -86,7 +86,7 @@ pub struct Pages {
     /// `/config_dump`.
     pub config_dump: Page,
     /// `/connections`.
-    pub connections: Page,
+    pub connections: Filtered,
     /// `/pods`.
     pub pods: Page,
     /// `/set_aside`.
@@ -340,8 +340,8 @@ async fn config_dump(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.config_dump).await
 }
 
-async fn connections(State(pages): State<Arc<Pages>>) -> Response {
-    pretty(pages, |pages| &pages.connections).await
+async fn connections(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
+    filtered(pages, query, |pages| &pages.connections).await
 }
 
 async fn pods(State(pages): State<Arc<Pages>>) -> Response {

@@ -71,9 +71,9 @@ impl Pods {
         all.insert((pod.namespace.clone(), pod.name.clone()), Arc::downgrade(pod));
     }
 
-    /// Whether a pod with this uid is captured.
-    pub fn has(&self, uid: &Text) -> bool {
-        self.0.lock().values().filter_map(Weak::upgrade).any(|pod| pod.uid == *uid)
+    /// The pod with this uid.
+    pub fn by_uid(&self, uid: &Text) -> Option<Arc<Pod>> {
+        self.0.lock().values().filter_map(Weak::upgrade).find(|pod| pod.uid == *uid)
     }
 
     /// The pod of this namespace and name.

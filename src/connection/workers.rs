@@ -150,7 +150,7 @@ impl Workers {
         home.worker.shared.budget.register(&pod.usage);
         home.worker.shared.pods.add(&pod);
         let shared = &home.worker.shared;
-        shared.reporter.pods.add(&pod.uid, (&pod.namespace, &pod.name), |uid| shared.pods.has(uid));
+        shared.reporter.pods.add(&pod.uid, (&pod.namespace, &pod.name), |uid| shared.pods.by_uid(uid).is_some());
         let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
             dispatch(&all, &pod, (socket, peer, place), entrance);

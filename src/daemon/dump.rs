@@ -2,8 +2,11 @@
 //! `/pods`.
 
 use super::parts::Parts;
+use super::tcp::Sockets;
 use super::{dump_config, version};
+use crate::admin::Query;
 use crate::config::MeshSource;
+use crate::connection::Shared;
 use crate::connection::choose::endpoints::SetAside;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
@@ -72,11 +75,21 @@ fn egress(policy: &EgressPolicy) -> Value {
     })
 }
 
-/// `/connections`.
-pub(super) fn connections(parts: &Parts) -> Value {
+/// `/connections`; with `tcp_info=true` also how both legs of each do.
+pub(super) fn connections(parts: &Parts, shared: &Shared, query: &Query) -> Result<Value, String> {
+    let mut with_tcp = false;
+    for (name, value) in query {
+        match (name.as_str(), value.as_str()) {
+            ("tcp_info", "true") => with_tcp = true,
+            ("tcp_info", "false") => with_tcp = false,
+            _ => return Err(format!("{name:?} with the value {value:?} is not understood: use tcp_info=true")),
+        }
+    }
+    let live = parts.reporter.live.list();
+    let sockets = with_tcp.then(|| Sockets::of(shared, &live));
     let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
     let one = |(id, c): (u64, std::sync::Arc<Connection>)| {
-        json!({
+        let mut shown = json!({
             "id": id,
             "pod": &*c.pod,
             "direction": c.direction.word(),
@@ -94,9 +107,13 @@ pub(super) fn connections(parts: &Parts) -> Value {
             "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),
             "tls": c.tls.get().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
             "rule": c.rule,
-        })
+        });
+        if let (Some(sockets), Value::Object(shown)) = (&sockets, &mut shown) {
+            shown.insert("tcp".into(), sockets.show(&c));
+        }
+        shown
     };
-    Value::Array(parts.reporter.live.list().into_iter().map(one).collect())
+    Ok(Value::Array(live.into_iter().map(one).collect()))
 }
 
 /// `/set_aside`.

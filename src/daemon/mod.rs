@@ -14,6 +14,7 @@ mod plugin;
 mod pods;
 mod profile;
 mod signals;
+mod tcp;
 mod version;
 
 use crate::config::args::{CaCommand, Cli, Command, NodeArgs};

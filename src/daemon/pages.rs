@@ -25,7 +25,10 @@ pub(super) fn pages(
     let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
-        connections: Box::new(move || dump::connections(&for_connections)),
+        connections: {
+            let shared = shared.clone();
+            Box::new(move |query| dump::connections(&for_connections, &shared, query))
+        },
         pods: Box::new(move || dump::pods(&for_pods)),
         set_aside: Box::new(move || dump::set_aside(&for_set_aside)),
         history: Box::new(move |query| history::history(&for_history, query)),

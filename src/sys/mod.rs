@@ -24,4 +24,5 @@ pub mod scratch;
 pub mod seqpacket;
 pub mod sniffer;
 pub mod socket;
+pub mod tcp_info;
 pub mod tcp_sockets;

@@ -2,6 +2,7 @@
 //! linux/inet_diag.h, linux/sock_diag.h).
 
 use super::netlink::{self, ERROR, HEADER, find, header};
+use super::tcp_info::TcpInfo;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -21,6 +22,9 @@ const ID: usize = 48;
 /// sends only to processes with CAP_NET_ADMIN.
 const ATTRIBUTES_AT: usize = HEADER + 72;
 const MARK: u16 = 15;
+/// The attribute with the `struct tcp_info` (`INET_DIAG_INFO`), and the bit that asks for it.
+const INFO: u16 = 2;
+const WITH_INFO: u8 = 1 << (INFO - 1);
 /// The states of open connections: established, SYN sent, FIN wait 1 and 2, close wait.
 const STATES: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8;
 
@@ -35,17 +39,28 @@ pub struct TcpSocket {
     pub cookie: u64,
     /// The `SO_MARK`; 0 if the socket has none.
     pub mark: u32,
+    /// How it does, if that was asked for.
+    pub info: Option<TcpInfo>,
     family: u8,
     id: [u8; ID],
 }
 
 /// The open connections of the thread's current namespace.
 pub fn open() -> io::Result<Vec<TcpSocket>> {
+    list(0)
+}
+
+/// The same, and how each of them does.
+pub fn open_with_info() -> io::Result<Vec<TcpSocket>> {
+    list(WITH_INFO)
+}
+
+fn list(extensions: u8) -> io::Result<Vec<TcpSocket>> {
     let diag = diag()?;
     let mut all = Vec::new();
     for family in [nix::libc::AF_INET, nix::libc::AF_INET6] {
         let family = u8::try_from(family).unwrap_or_default();
-        send(diag.as_raw_fd(), &request(BY_FAMILY, DUMP, family, &[0; ID]), MsgFlags::empty())?;
+        send(diag.as_raw_fd(), &request(BY_FAMILY, DUMP, [family, extensions], &[0; ID]), MsgFlags::empty())?;
         let mut buffer = vec![0; 64 * 1024];
         'answers: loop {
             let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
@@ -69,7 +84,7 @@ pub fn open() -> io::Result<Vec<TcpSocket>> {
 /// Ends a connection: both ends see a reset. A connection that has ended already is no error.
 pub fn end(which: &TcpSocket) -> io::Result<()> {
     let diag = diag()?;
-    send(diag.as_raw_fd(), &request(DESTROY, ACK, which.family, &which.id), MsgFlags::empty())?;
+    send(diag.as_raw_fd(), &request(DESTROY, ACK, [which.family, 0], &which.id), MsgFlags::empty())?;
     let mut buffer = [0; 1024];
     let length = recv(diag.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
     let answer = buffer.get(..length).unwrap_or_default();
@@ -83,9 +98,9 @@ fn diag() -> io::Result<OwnedFd> {
     Ok(socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)?)
 }
 
-fn request(kind: u16, flags: u16, family: u8, id: &[u8; ID]) -> Vec<u8> {
+fn request(kind: u16, flags: u16, [family, extensions]: [u8; 2], id: &[u8; ID]) -> Vec<u8> {
     let tcp = u8::try_from(nix::libc::IPPROTO_TCP).unwrap_or_default();
-    netlink::request(kind, flags, &[&[family, tcp, 0, 0], &STATES.to_ne_bytes()[..], id].concat())
+    netlink::request(kind, flags, &[&[family, tcp, extensions, 0], &STATES.to_ne_bytes()[..], id].concat())
 }
 
 fn error(answer: &[u8]) -> io::Error {
@@ -106,9 +121,11 @@ fn read(message: &[u8]) -> Option<TcpSocket> {
     };
     let (local, peer) = (address(0, 4)?, address(2, 20)?);
     let cookie = u64::from_ne_bytes(id.get(40..48)?.try_into().ok()?);
-    let mark = find(message.get(ATTRIBUTES_AT..).unwrap_or_default(), MARK);
+    let attributes = message.get(ATTRIBUTES_AT..).unwrap_or_default();
+    let info = find(attributes, INFO).map(TcpInfo::read);
+    let mark = find(attributes, MARK);
     let mark = mark.and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_ne_bytes);
-    Some(TcpSocket { local, peer, cookie, mark, family, id })
+    Some(TcpSocket { local, peer, cookie, mark, info, family, id })
 }
 
 #[cfg(test)]
@@ -129,7 +146,9 @@ mod tests {
             let ours = |all: &[TcpSocket]| all.iter().find(|s| s.peer == listener.local_addr().unwrap()).cloned();
             let all = open().unwrap();
             assert_eq!(all.len(), 2, "both ends but not the listener: {all:?}");
-            assert!(all.iter().all(|socket| socket.mark == 0));
+            assert!(all.iter().all(|socket| socket.mark == 0 && socket.info.is_none()));
+            let info = ours(&open_with_info().unwrap()).unwrap().info.unwrap();
+            assert!(info.rtt_us > 0 && info.rtt_us < 1_000_000 && info.cwnd > 0 && info.retransmits == 0, "{info:?}");
             socket2::SockRef::from(&client).set_mark(0x539).unwrap();
             assert_eq!(ours(&open().unwrap()).unwrap().mark, 0x539);
             let found = ours(&all).unwrap();

@@ -247,3 +247,29 @@ fn changes_of_policies_certificates_and_the_mesh_file_are_remembered_without_sec
         }
     }
 }
+
+#[test]
+fn how_both_legs_do_is_shown_when_somebody_asks() {
+    let mut w = World::new();
+    let (client, plain, server) = (w.mesh_pod("client", 1), w.plain_pod("plain", 1), w.mesh_pod("server", 2));
+    apps::serve(&server.netns, 9000, apps::echo);
+    w.start();
+    let open = [&client, &plain].map(|from| {
+        let mut open = crate::world::connect(&from.netns, (server.v4, 9000)).unwrap();
+        assert!(crate::istio::alive(&mut open));
+        open
+    });
+    for (node, count) in [(1, 1), (2, 2)] {
+        let shown = w.json(node, "/connections?tcp_info=true");
+        assert_eq!(shown.as_array().unwrap().len(), count, "{shown:#}");
+        for leg in shown.as_array().unwrap().iter().flat_map(|one| [&one["tcp"]["app"], &one["tcp"]["far"]]) {
+            assert!(leg["rttUs"].as_u64().is_some_and(|rtt| rtt > 0), "{shown:#}");
+            assert_eq!(leg["retransmits"], 0, "{shown:#}");
+            assert!(leg["busyUs"].is_number() && leg["rwndLimitedUs"].is_number(), "{shown:#}");
+        }
+    }
+    assert!(w.json(2, "/connections")[0]["tcp"].is_null());
+    let (status, _) = w.try_get(2, 15000, "/connections?tcp=true").unwrap();
+    assert_eq!(status, 400);
+    drop(open);
+}

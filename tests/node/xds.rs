@@ -106,10 +106,18 @@ fn what_is_bad_is_refused_by_name_and_never_holds_up_the_rest() {
     }
     assert!(!refusals.contains("newer"), "a value that is newer than we are is no fault: {refusals}");
     assert!(istio.w.metric(2, "culvert_xds_resources_refused_total", &[]) >= 3.0);
+    let noted = istio.w.json(2, "/history?what=control_plane").to_string();
+    for text in
+        ["were refused or understood only in part", "ns/odd: an address has 1 bytes", "In step with the control plane"]
+    {
+        assert!(noted.contains(text), "{text} in {noted}");
+    }
     // The policy's only match cannot be understood. It permits no peer; ignoring the range would permit every peer.
     assert!(istio.request().is_err());
     istio.plane.change(|state| drop(state.resources.get_mut(AUTHORIZATION).unwrap().remove("ns/odd")));
     eventually("without the policy it is allowed", || istio.request().is_ok());
+    let noted = istio.w.json(2, "/history?what=policy");
+    assert_eq!(noted["entries"][0]["text"], "The policy was removed.", "{noted:#}");
     assert!(!refusals.contains("schemed"), "{refusals}");
     let line = istio.w.log_line(2, "what never matches", |l| l["policies"].as_str().is_some());
     assert!(line["policies"].as_str().unwrap().starts_with("ns/schemed: rule[0]: principal \"spiffe://"), "{line}");

@@ -72,6 +72,14 @@ pub struct OpenLeg {
     open: OpenLegs,
 }
 
+impl OpenLeg {
+    /// The daemon's own port.
+    pub fn port(&self) -> u16 {
+        let [(_, port), _] = self.ends;
+        port
+    }
+}
+
 impl Drop for OpenLeg {
     fn drop(&mut self) {
         self.open.0.lock().remove(&self.ends);

@@ -167,6 +167,8 @@ struct PooledTunnel {
     since: Instant,
     /// How long TLS and HTTP/2 took.
     shake: Duration,
+    /// The daemon's port of its TCP connection; 0 inside another tunnel.
+    port: u16,
 }
 
 /// A slot for one stream on a tunnel. It is free again when dropped.
@@ -184,6 +186,11 @@ impl Lease {
     /// TLS version, key exchange and cipher.
     pub fn tls(&self) -> TlsFacts {
         self.tunnel.tls
+    }
+
+    /// The daemon's port of the tunnel's TCP connection; 0 for a tunnel inside another one.
+    pub fn port(&self) -> u16 {
+        self.tunnel.port
     }
 
     /// Identity that the far end has proven.
@@ -352,6 +359,7 @@ impl Pool {
                     last_used: Mutex::new(Instant::now()),
                     since: Instant::now(),
                     shake: dialled.shake,
+                    port: dialled.entry.as_ref().map_or(0, OpenLeg::port),
                 };
                 (Arc::new(tunnel), dialled.driver, dialled.entry)
             }

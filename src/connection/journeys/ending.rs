@@ -129,6 +129,11 @@ impl ResetUnlessDone {
         Self { entry: Some(entry), socket: Arc::new(socket), done: false }
     }
 
+    /// The daemon's port, if the daemon connected it; else 0.
+    pub fn own_port(&self) -> u16 {
+        self.entry.as_ref().map_or(0, OpenLeg::port)
+    }
+
     /// The socket, to be carried by the engine, with its entry if the daemon connected it.
     pub fn into_parts(mut self) -> io::Result<(std::net::TcpStream, Option<OpenLeg>)> {
         self.done = true;

@@ -22,6 +22,7 @@ use http::StatusCode;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -281,6 +282,7 @@ async fn admit(
             (app, headers::proxy_v2(peer.source, asked, &peer.identity))
         }
     };
+    live.leg_port.store(app.entry.port(), Ordering::Relaxed);
     record.lap(Stage::Dial);
     record.open();
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));

@@ -23,6 +23,7 @@ use crate::mesh::address::canonical;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use tokio::net::TcpStream;
 
 /// How often a connection is tried on another endpoint.
@@ -256,10 +257,14 @@ impl Outbound<'_> {
     /// Notes that the far side is open.
     fn connected(&self, live: Arc<Connection>, far: &FarSide, record: &mut Record) -> Arc<Connection> {
         match far {
-            FarSide::Direct(..) => record.lap(Stage::Dial),
+            FarSide::Direct(far, _) => {
+                live.leg_port.store(far.own_port(), Ordering::Relaxed);
+                record.lap(Stage::Dial);
+            }
             FarSide::Tunnel(opened) => {
                 let Opening { dial, tls, connect } = opened.took;
                 record.laps([(Stage::Dial, dial), (Stage::Tls, tls), (Stage::Connect, Some(connect))]);
+                live.leg_port.store(opened.lease.port(), Ordering::Relaxed);
                 let _known = live.tls.set(opened.lease.tls());
                 record.proven(opened.lease.peer(), opened.lease.gateway());
             }

@@ -12,6 +12,7 @@ use crate::connection::{accept, authorize, dial, forward};
 use crate::mesh::address::canonical;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Carries one plaintext connection to the pod.
 pub async fn plaintext(worker: &Arc<Worker>, pod: &Arc<Pod>, Accepted { socket, peer, at }: Accepted) {
@@ -66,6 +67,7 @@ async fn plaintext_steps(
     let permit = permit?;
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
     let app = ResetUnlessDone::dialled(unless_client_resets(&client, app).await?);
+    live.leg_port.store(app.own_port(), Ordering::Relaxed);
     record.lap(Stage::Dial);
     record.open();
     let silence = shared.config.hbone.half_closed_silence;

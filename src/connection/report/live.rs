@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,9 @@ pub struct Connection {
     pub tls: OnceLock<TlsFacts>,
     /// The rule that allowed it.
     pub rule: Option<String>,
+    /// The daemon's port of the leg that it connected, or of the tunnel that carries the connection from here; 0 while
+    /// there is none.
+    pub leg_port: AtomicU16,
     /// When it was accepted.
     pub since: Instant,
     /// Bytes carried so far.

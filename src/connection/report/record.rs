@@ -16,7 +16,7 @@ use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -195,6 +195,7 @@ impl Record {
             gateway_identity: OnceLock::new(),
             tls: OnceLock::new(),
             rule: details.rule.clone(),
+            leg_port: AtomicU16::new(0),
             since: self.start,
             bytes: ByteCounts { begun: Some(self.start), up_metric, down_metric, ..ByteCounts::default() },
         });
