@@ -43,7 +43,7 @@ mod tests {
     fn facts(policies: &[(String, u16)]) -> crate::mesh::Facts {
         let one = |(name, port): &(String, u16)| {
             format!(
-                "- {{name: {name}, namespace: a, scope: Namespace, action: Allow, rules: [[[{{destinationPorts: [{port}]}}]]]}}\n"
+                "- {{name: {name}, namespace: a, scope: Namespace, action: Allow, dryRun: false, rules: [[[{{destinationPorts: [{port}]}}]]]}}\n"
             )
         };
         yaml::facts(&format!("policies:\n{}", policies.iter().map(one).collect::<String>())).unwrap()

@@ -122,6 +122,10 @@ impl Collector for KnownPods {
                 })
             })
         };
+        // A family without a series would have a type and no name that shows it.
+        if used().next().is_none() {
+            return Ok(());
+        }
         let help = "Plaintext connections of each pod: accepted, opened, or refused";
         let mut family = encoder.encode_descriptor("culvert_plaintext_connections", help, None, MetricType::Counter)?;
         for (labels, tally) in used() {

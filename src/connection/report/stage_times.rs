@@ -45,12 +45,16 @@ impl StageTimes {
 
 impl Collector for StageTimes {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let counts = |times: &Times| times.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
+        if self.0.iter().flatten().all(|times| counts(times).iter().all(|count| *count == 0)) {
+            return Ok(());
+        }
         let name = "culvert_connection_stage_seconds";
         let help = "Time that connections spent in each stage: queue, facts, certificate, policy, dial, tls, connect, first_byte";
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
         for (direction, stages) in DIRECTIONS.into_iter().zip(self.0.iter()) {
             for (stage, times) in Stage::ALL.into_iter().zip(stages) {
-                let counts = times.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
+                let counts = counts(times);
                 let count = counts.iter().sum();
                 if count == 0 {
                     continue;
