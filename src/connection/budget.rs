@@ -150,6 +150,8 @@ pub struct Budget {
     hard_full_at: AtomicUsize,
     /// Connections that each pod may have, however scarce memory is.
     floor: AtomicUsize,
+    /// The use of files and memory when it was last checked.
+    usage: Mutex<MachineUsage>,
     pods: Mutex<Vec<Weak<PodUsage>>>,
 }
 
@@ -180,6 +182,17 @@ pub struct MachineUsage {
     pub memory: Option<(u64, u64)>,
 }
 
+/// The shares of what limits connections that are in use, from 0 to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct BudgetUse {
+    /// Of the configured number of connections.
+    pub connections: f64,
+    /// Of open files, where their number is known.
+    pub files: Option<f64>,
+    /// Of memory, where it is limited.
+    pub memory: Option<f64>,
+}
+
 impl Budget {
     /// A budget of `max` connections. `buffers` knows what peers make the node buffer.
     pub fn new(max: usize, buffers: Arc<Buffers>) -> Self {
@@ -192,6 +205,7 @@ impl Budget {
             full_at: AtomicUsize::new(max),
             hard_full_at: AtomicUsize::new(max),
             floor: AtomicUsize::new(0),
+            usage: Mutex::default(),
             pods: Mutex::default(),
         }
     }
@@ -252,6 +266,7 @@ impl Budget {
     /// Adapts the limits to the use of files and memory. Files beyond those of connections are listeners, tunnels and
     /// others; memory beyond that of connections is used by mesh facts and others. Both are assumed to stay in use.
     pub fn update(&self, usage: MachineUsage) {
+        *self.usage.lock() = usage;
         let open = self.open.load(Ordering::Relaxed);
         let (mut scarce_at, mut full_at, mut scarcest) =
             (percent_of(self.max, SCARCE_PERCENT), self.max, Resource::Connections);
@@ -285,6 +300,18 @@ impl Budget {
         self.full_at.store(full_at, Ordering::Relaxed);
         self.hard_full_at.store(hard_full_at, Ordering::Relaxed);
         self.floor.store(floor, Ordering::Relaxed);
+    }
+
+    /// What is in use. Files and memory are those of the last check.
+    #[allow(clippy::cast_precision_loss, reason = "a share needs no more digits")]
+    pub fn used(&self) -> BudgetUse {
+        let share = |(used, max): (u64, u64)| used as f64 / max.max(1) as f64;
+        let MachineUsage { files, memory } = *self.usage.lock();
+        BudgetUse {
+            connections: share((self.open.load(Ordering::Relaxed) as u64, self.max as u64)),
+            files: files.map(share),
+            memory: memory.map(share),
+        }
     }
 
     /// Checks open files and memory periodically. Never returns.

@@ -108,7 +108,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         mesh_file: metrics.mesh_file.clone(),
         egress_file: metrics.egress_file.clone(),
     });
-    let registry = metrics.register(&parts.config, readings(&parts, &workers, &buffers, &log));
+    let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &log));
     let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);
     let _admin = open_ports(pages, ports_config(&parts.config)).await?;
     let _enforcing = enforce(&parts, permits, metrics.crl.clone()).context("cannot start the enforcement thread")?;
@@ -178,14 +178,16 @@ fn buffer_bytes() -> usize {
 }
 
 /// The numbers that are read at each scrape.
-fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, buffers: &Arc<Buffers>, log: &LogControl) -> Read {
-    let (parts, workers, buffers, log) = (parts.clone(), workers.clone(), buffers.clone(), log.clone());
+fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, shared: &Arc<Shared>, log: &LogControl) -> Read {
+    let (parts, workers, log) = (parts.clone(), workers.clone(), log.clone());
+    let (buffers, budget) = (shared.buffers.clone(), shared.budget.clone());
     Box::new(move || Readings {
         tunnels: workers.tunnels(),
         tasks: workers.running(),
         set_aside: parts.endpoints.set_aside_count(),
         held_bytes: buffers.held(),
         max_bytes: buffers.limit(),
+        budget: budget.used(),
         to_outage: parts.identities.time_to_outage(),
         mesh_age: parts.freshness.report().age,
         lines_dropped: log.dropped_lines(),

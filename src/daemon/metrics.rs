@@ -3,6 +3,7 @@
 
 use super::history;
 use crate::config::{Config, MeshSource};
+use crate::connection::budget::BudgetUse;
 use crate::connection::report::Reporter;
 use crate::connection::report::history::History;
 use crate::node::kubelet_probes::HostProbeRules;
@@ -11,14 +12,15 @@ use crate::node::{PodSource, kubernetes, zds};
 use crate::telemetry::changes::Changes;
 use crate::{control, dns, identity, sys, telemetry};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::registry::Registry;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Metrics of all parts, also of those that this daemon does not need.
 pub(super) struct Metrics {
@@ -150,7 +152,14 @@ impl Metrics {
 /// Registers the metrics of the process.
 pub(super) fn register_process(registry: &mut Registry, readings: Read) {
     let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
-    telemetry::process::register(registry, sys::limits::open_files, sys::limits::raise_open_files(), build);
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let sources = telemetry::process::Sources {
+        open_files: sys::limits::open_files,
+        max_files: sys::limits::raise_open_files(),
+        used: || sys::limits::usage().map(|used| (used.cpu_seconds, used.resident_bytes)),
+        begun: since_1970.map_or(0.0, |time| time.as_secs_f64()),
+    };
+    telemetry::process::register(registry, sources, build);
     registry.register_collector(Box::new(Gauges(readings)));
 }
 
@@ -167,6 +176,8 @@ pub(super) struct Readings {
     pub(super) held_bytes: usize,
     /// The limit on them.
     pub(super) max_bytes: usize,
+    /// The shares of what limits connections that are in use.
+    pub(super) budget: BudgetUse,
     /// Time until an identity has no certificate, where one is held.
     pub(super) to_outage: Option<Duration>,
     /// Age of the facts of a control plane, where there are any.
@@ -177,6 +188,11 @@ pub(super) struct Readings {
 
 /// Takes the readings.
 pub(super) type Read = Box<dyn Fn() -> Readings + Send + Sync>;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResourceLabel {
+    resource: &'static str,
+}
 
 struct Gauges(Read);
 
@@ -189,6 +205,14 @@ impl fmt::Debug for Gauges {
 impl Collector for Gauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let readings = (self.0)();
+        let help = "Share of connections, open files and memory of the container that is in use, from 0 to 1. Above 0.8 the \
+                    largest consumer is refused. Alert above 0.75";
+        let mut family = encoder.encode_descriptor("culvert_budget_used_ratio", help, None, MetricType::Gauge)?;
+        let BudgetUse { connections, files, memory } = readings.budget;
+        for (resource, used) in [("connections", Some(connections)), ("files", files), ("memory", memory)] {
+            let Some(used) = used else { continue };
+            ConstGauge::new(used).encode(family.encode_family(&ResourceLabel { resource })?)?;
+        }
         let mut put = |name, help, value: u64| {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)

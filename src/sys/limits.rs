@@ -1,7 +1,10 @@
 //! Limits and rights of the process: open files, memory, capabilities.
 
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::{Resource, UsageWho, getrlimit, getrusage, setrlimit};
+use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::{SysconfVar, sysconf};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Raises the soft limit of open files to the hard limit, and returns the limit that is then in force.
 pub fn raise_open_files() -> u64 {
@@ -23,6 +26,28 @@ pub fn bound_memory(pid: u32, bytes: u64) {
 pub fn open_files() -> Option<usize> {
     // The directory itself is open while it is read, and does not count.
     std::fs::read_dir("/proc/self/fd").ok().map(|entries| entries.count().saturating_sub(1))
+}
+
+/// What this process has used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// CPU time of all threads, in seconds.
+    pub cpu_seconds: f64,
+    /// Resident memory, in bytes; `None` without /proc.
+    pub resident_bytes: Option<u64>,
+}
+
+/// What this process has used so far; `None` if the kernel does not say.
+pub fn usage() -> Option<Usage> {
+    let all = getrusage(UsageWho::RUSAGE_SELF).ok()?;
+    let seconds = |time: TimeVal| Duration::from_micros(time.num_microseconds().try_into().unwrap_or(0)).as_secs_f64();
+    let pages = std::fs::read_to_string("/proc/self/statm").ok();
+    let pages = pages.and_then(|text| text.split(' ').nth(1)?.parse::<u64>().ok());
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|bytes| u64::try_from(bytes).ok());
+    Some(Usage {
+        cpu_seconds: seconds(all.user_time()) + seconds(all.system_time()),
+        resident_bytes: pages.zip(page).map(|(pages, page)| pages.saturating_mul(page)),
+    })
 }
 
 /// The memory limit and usage of the process's cgroup.
