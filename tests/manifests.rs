@@ -12,7 +12,7 @@
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ResourceQuota, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, ResourceQuota, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use serde::Serialize;
@@ -97,7 +97,12 @@ fn check(document: &Value) {
         "RoleBinding" => is_understood::<RoleBinding>(document),
         "NetworkPolicy" => is_understood::<NetworkPolicy>(document),
         "ResourceQuota" => is_understood::<ResourceQuota>(document),
-        // A type of the Prometheus operator.
+        "ConfigMap" => is_understood::<ConfigMap>(document),
+        // Types of the Prometheus operator.
+        "PrometheusRule" => {
+            let rules = document["spec"]["groups"][0]["rules"].as_array().unwrap();
+            assert!(rules.len() > 15 && rules.iter().all(|rule| rule["expr"].is_string() && rule["alert"].is_string()));
+        }
         "PodMonitor" => assert_eq!(document["spec"]["podMetricsEndpoints"][0]["port"], "ztunnel-stats"),
         other => panic!("{other:?} is not expected: {document:#}"),
     }
@@ -256,6 +261,24 @@ fn cases() -> Vec<(Value, Expectation)> {
                     variable(set, "CULVERT_CNI_BIN_DIR").is_null() && variable(set, "CULVERT_STATE_FILE").is_null()
                 );
                 assert!(of_kind(all, "Role").is_some(), "the end of its DaemonSet concerns it all the same");
+            },
+        ),
+        (
+            json!({"resourceName": "tunnel", "podMonitor": {"enabled": true}, "dashboard": {"enabled": true, "labels": {"of": "mine"}},
+                "prometheusRule": {"enabled": true, "labels": {"release": "prometheus"}, "runbook": "https://wiki.example.com/culvert"}}),
+            |all| {
+                let rule = of_kind(all, "PrometheusRule").unwrap();
+                assert_eq!(rule["metadata"]["labels"]["release"], "prometheus");
+                let text = rule.to_string();
+                assert!(text.contains("https://wiki.example.com/culvert#culvertdown") && !text.contains("example.org"), "{text}");
+                assert!(text.contains("{{ $labels.instance }}"), "Prometheus fills in the labels, not helm");
+                assert!(text.contains(r#"daemonset=\"tunnel\""#) && !text.contains(r#"daemonset=\"ztunnel\""#), "{text}");
+                let map = of_kind(all, "ConfigMap").unwrap();
+                assert_eq!(map["metadata"]["labels"]["grafana_dashboard"], "1");
+                assert_eq!(map["metadata"]["labels"]["of"], "mine");
+                let given = fs::read_to_string(root().join("daemonset/chart/monitoring/dashboard.json")).unwrap();
+                let read = |text: &str| serde_json::from_str::<Value>(text).unwrap();
+                assert_eq!(read(map["data"]["culvert.json"].as_str().unwrap()), read(&given));
             },
         ),
         (json!({"platform": "openshift"}), |all| {
@@ -434,8 +457,44 @@ fn what_is_applied_by_hand_is_what_the_chart_gives() {
     let built = documents(&tool("kustomize", &["build", "daemonset/cleanup"]).unwrap());
     built.iter().for_each(check);
     assert_eq!(of_kind(&built, "DaemonSet").unwrap()["metadata"]["name"], "ztunnel-cleanup");
+    let built = documents(&tool("kustomize", &["build", "daemonset/monitoring"]).unwrap());
+    built.iter().for_each(check);
+    assert_eq!(kinds(&built), ["\"ConfigMap\"", "\"PodMonitor\"", "\"PrometheusRule\""].map(str::to_owned).into());
     let alone = fs::read_to_string(root().join("daemonset/daemonset.yaml")).unwrap();
     documents(&alone).iter().for_each(check);
+}
+
+fn promtool(arguments: &[&str]) {
+    let output = Command::new("promtool").args(arguments).current_dir(root()).output();
+    let output = output.expect("promtool is not there: scripts/test installs it");
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "promtool {arguments:?}: {}", String::from_utf8_lossy(&said));
+}
+
+#[test]
+fn each_alert_fires_when_it_should_and_only_then() {
+    let (rules, cases) = ("daemonset/chart/monitoring/alerts.yaml", "daemonset/alerts.test.yaml");
+    promtool(&["check", "rules", "--lint-fatal", rules]);
+    promtool(&["test", "rules", cases]);
+    let read = |file: &str| serde_saphyr::from_str::<Value>(&fs::read_to_string(root().join(file)).unwrap()).unwrap();
+    let (rules, cases) = (read(rules), read(cases));
+    let alerts: Vec<&Value> =
+        rules["groups"].as_array().unwrap().iter().flat_map(|group| group["rules"].as_array().unwrap()).collect();
+    assert!(alerts.len() > 15);
+    for alert in alerts {
+        let name = alert["alert"].as_str().unwrap();
+        let case = cases["tests"].as_array().unwrap().iter().find(|case| case["name"] == name);
+        let case = case.unwrap_or_else(|| panic!("{name} has no case"));
+        let fired = case["alert_rule_test"][0]["exp_alerts"].as_array().unwrap();
+        assert_eq!((&case["alert_rule_test"][0]["alertname"], fired.len()), (&json!(name), 1), "{name} fires once");
+        // Of what one daemon does, and not of what others do. One rule is about the DaemonSet.
+        let series = |of: &str| case["input_series"].as_array().unwrap().iter().any(|one| one["series"].to_string().contains(of));
+        let [bad, good] = match fired[0]["exp_labels"]["daemonset"].as_str() {
+            None => [r#"instance=\"n1\""#, r#"instance=\"n2\""#],
+            Some(_) => [r#"daemonset=\"ztunnel\""#, r#"daemonset=\"other\""#],
+        };
+        assert!(series(bad) && series(good), "{name}: one series fires it and one does not");
+    }
 }
 
 /// Variables that are not settings: the runtime's, one that only ztunnel reads, and those with a prefix.

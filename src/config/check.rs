@@ -80,6 +80,10 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         history: c.read(&history::HISTORY),
         access_log_stages: c.read(&history::ACCESS_LOG_STAGES),
         log: log_config(c),
+        series: telemetry::series::Config {
+            max: c.read(&process::METRIC_SERIES_MAX),
+            idle: c.read(&process::METRIC_SERIES_IDLE),
+        },
         state_files: match c.path(&mesh::STATE_FILE) {
             Some(file) => vec![file.clone(), kubernetes::pods_state_file(&file)],
             None => Vec::new(),

@@ -64,6 +64,8 @@ pub struct Config {
     pub access_log_stages: bool,
     /// The log.
     pub log: telemetry::log::Config,
+    /// Limits of metrics with names from the mesh.
+    pub series: telemetry::series::Config,
     /// Files that outlive a daemon: the state file and the file of enrolled pods beside it. Also set where facts come
     /// from a file.
     pub state_files: Vec<PathBuf>,

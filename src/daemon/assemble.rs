@@ -62,7 +62,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
     let pods_pending = ready.wait_for("pods");
     let (host, stages) = (config.node.host_netns.clone(), config.access_log_stages);
-    let metrics = Metrics::new(host, config.node.ipv6, config.history, stages);
+    let metrics = Metrics::new(host, config.node.ipv6, config.history, stages, config.series);
     if config.only_post_quantum {
         crypto::only_post_quantum();
     }
@@ -108,7 +108,9 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         mesh_file: metrics.mesh_file.clone(),
         egress_file: metrics.egress_file.clone(),
     });
-    let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &log));
+    // Nothing has set it before.
+    let _ = parts.reporter.metrics.mesh.set(mesh.clone());
+    let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &metrics, &log));
     let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);
     let _admin = open_ports(pages, ports_config(&parts.config)).await?;
     let _enforcing = enforce(&parts, permits, metrics.crl.clone()).context("cannot start the enforcement thread")?;
@@ -178,8 +180,14 @@ fn buffer_bytes() -> usize {
 }
 
 /// The numbers that are read at each scrape.
-fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, shared: &Arc<Shared>, log: &LogControl) -> Read {
-    let (parts, workers, log) = (parts.clone(), workers.clone(), log.clone());
+fn readings(
+    parts: &Arc<Parts>,
+    workers: &Arc<Workers>,
+    shared: &Arc<Shared>,
+    metrics: &Metrics,
+    log: &LogControl,
+) -> Read {
+    let (parts, workers, dns, log) = (parts.clone(), workers.clone(), metrics.dns.clone(), log.clone());
     let (buffers, budget) = (shared.buffers.clone(), shared.budget.clone());
     Box::new(move || Readings {
         tunnels: workers.tunnels(),
@@ -190,6 +198,7 @@ fn readings(parts: &Arc<Parts>, workers: &Arc<Workers>, shared: &Arc<Shared>, lo
         budget: budget.used(),
         to_outage: parts.identities.time_to_outage(),
         mesh_age: parts.freshness.report().age,
+        overflows: [parts.reporter.metrics.traffic.overflowed(), dns.overflowed()],
         lines_dropped: log.dropped_lines(),
     })
 }

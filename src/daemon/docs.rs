@@ -106,16 +106,15 @@ fn bounds(t: &mut String) -> Result<(), Error> {
 /// `docs/metrics.md`.
 pub fn metrics() -> Result<String, Error> {
     let mut t = String::from(GENERATED);
-    let (idle, sets) = (series::IDLE.as_secs() / 60, series::SETS_MAX);
-    write!(
-        t,
+    t.push_str(
         "# Metrics\n\n\
          The port for metrics serves Prometheus' text format 0.0.4, or OpenMetrics 1.0.0 where `Accept` asks for it. Traffic metrics have\n\
          ztunnel's names and labels. *Unstable* marks names that ztunnel itself may change.\n\n\
-         A label set whose values come from the mesh is removed when nothing has used it for {idle} minutes, and begins at zero when it returns.\n\
-         Beyond {sets} label sets of a family, new ones are counted with `other` in place of every name.\n",
-    )?;
-    let metrics = Metrics::new(PathBuf::new(), true, 0, false);
+         A label set with names from the mesh is removed when nothing has used it for a while (`CULVERT_METRIC_SERIES_IDLE`) and one of its\n\
+         workloads is gone; it begins at zero when it returns. Beyond a number of them (`CULVERT_METRIC_SERIES_MAX`), new ones are counted with\n\
+         `overflow` in place of every name, and in `culvert_metric_overflows_total`.\n",
+    );
+    let metrics = Metrics::new(PathBuf::new(), true, 0, false, series::Config::default());
     for group in &GROUPS {
         section(&mut t, group.title, &metrics.example(group))?;
     }

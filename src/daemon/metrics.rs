@@ -10,7 +10,7 @@ use crate::node::kubelet_probes::HostProbeRules;
 use crate::node::status::Board;
 use crate::node::{PodSource, kubernetes, zds};
 use crate::telemetry::changes::Changes;
-use crate::{control, dns, identity, sys, telemetry};
+use crate::{connection, control, dns, identity, sys, telemetry};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -101,21 +101,34 @@ pub(super) const GROUPS: [Group; 11] = [
 
 impl Metrics {
     /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there;
-    /// `entries` is the size of the history, and `logs_stages` says whether the access log shows stages.
-    pub(super) fn new(host_netns: PathBuf, ipv6: bool, entries: usize, logs_stages: bool) -> Self {
+    /// `entries` is the size of the history, and `logs_stages` says whether the access log shows stages. `series` limits
+    /// those with names from the mesh.
+    pub(super) fn new(
+        host_netns: PathBuf,
+        ipv6: bool,
+        entries: usize,
+        logs_stages: bool,
+        series: telemetry::series::Config,
+    ) -> Self {
         let (connections, changes) = history::bounds(entries);
         let changes = Arc::new(Changes::new(changes));
         let probes =
             HostProbeRules { host: host_netns, ipv6, in_place: Default::default(), spoofed: Default::default() };
+        let metrics = connection::report::metrics::Metrics::new(series);
         Self {
-            reporter: Arc::new(Reporter { history: History::new(connections), logs_stages, ..Reporter::default() }),
+            reporter: Arc::new(Reporter {
+                metrics,
+                history: History::new(connections),
+                logs_stages,
+                ..Reporter::default()
+            }),
             board: Arc::new(Board::new(changes.clone())),
             mesh_file: Arc::new(control::file::Metrics::noting(changes.clone())),
             egress_file: Arc::new(control::file::Metrics::noting(changes.clone())),
             xds: Arc::new(control::xds::Metrics::noting(changes.clone())),
             identities: Arc::new(identity::metrics::Metrics::noting(changes.clone())),
             crl: Arc::new(identity::revoked::Metrics::noting(changes.clone())),
-            dns: Arc::default(),
+            dns: Arc::new(dns::Metrics::new(series)),
             agent: Arc::default(),
             kubernetes: Arc::default(),
             probes,
@@ -182,6 +195,8 @@ pub(super) struct Readings {
     pub(super) to_outage: Option<Duration>,
     /// Age of the facts of a control plane, where there are any.
     pub(super) mesh_age: Option<Duration>,
+    /// How often connections were counted with `overflow` in place of their names, and DNS requests.
+    pub(super) overflows: [u64; 2],
     /// Log lines dropped.
     pub(super) lines_dropped: usize,
 }
@@ -192,6 +207,11 @@ pub(super) type Read = Box<dyn Fn() -> Readings + Send + Sync>;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ResourceLabel {
     resource: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfLabel {
+    of: &'static str,
 }
 
 struct Gauges(Read);
@@ -212,6 +232,12 @@ impl Collector for Gauges {
         for (resource, used) in [("connections", Some(connections)), ("files", files), ("memory", memory)] {
             let Some(used) = used else { continue };
             ConstGauge::new(used).encode(family.encode_family(&ResourceLabel { resource })?)?;
+        }
+        let help = "Connections and DNS requests that were counted with overflow in place of their names, because there were too many \
+                    label sets (CULVERT_METRIC_SERIES_MAX). Alert on a rise";
+        let mut family = encoder.encode_descriptor("culvert_metric_overflows", help, None, MetricType::Counter)?;
+        for (of, count) in ["connections", "dns"].into_iter().zip(readings.overflows) {
+            ConstCounter::new(count).encode(family.encode_family(&OfLabel { of })?)?;
         }
         let mut put = |name, help, value: u64| {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));

@@ -3,7 +3,7 @@
 
 use crate::mesh::Workload;
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::{Labels, Series};
+use crate::telemetry::series::{self, Labels, OVERFLOW, Series};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -44,13 +44,10 @@ impl RequestLabels {
 }
 
 impl Labels for RequestLabels {
-    fn other(&self) -> Self {
-        Self { source_canonical_service: OTHER.into(), source_canonical_revision: OTHER.into(), ..self.clone() }
+    fn overflow(&self) -> Self {
+        Self { source_canonical_service: OVERFLOW.into(), source_canonical_revision: OVERFLOW.into(), ..self.clone() }
     }
 }
-
-/// Value of labels that come from outside once there are too many label sets.
-const OTHER: &str = "other";
 
 /// The text, or `unknown` if it is empty.
 fn known(text: &str) -> String {
@@ -73,18 +70,18 @@ pub struct OnDemandLabels {
 }
 
 impl Labels for OnDemandLabels {
-    fn other(&self) -> Self {
-        let other = || OTHER.to_owned();
+    fn overflow(&self) -> Self {
+        let overflow = || OVERFLOW.to_owned();
         Self {
-            source_workload: other(),
-            source_canonical_service: other(),
-            source_canonical_revision: other(),
-            source_workload_namespace: other(),
-            source_principal: other(),
-            source_app: other(),
-            source_version: other(),
-            source_cluster: other(),
-            hostname: other(),
+            source_workload: overflow(),
+            source_canonical_service: overflow(),
+            source_canonical_revision: overflow(),
+            source_workload_namespace: overflow(),
+            source_principal: overflow(),
+            source_app: overflow(),
+            source_version: overflow(),
+            source_cluster: overflow(),
+            hostname: overflow(),
         }
     }
 }
@@ -189,6 +186,16 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Metrics at zero, with these limits of those with names from the mesh.
+    pub fn new(series: series::Config) -> Self {
+        Self { requests: Series::new(series), on_demand: Series::new(series), ..Self::default() }
+    }
+
+    /// How often a request was counted with `overflow` in place of its names.
+    pub fn overflowed(&self) -> u64 {
+        self.requests.overflowed() + self.on_demand.overflowed()
+    }
+
     /// Adds one series to each family, so that the document of all metrics can show its labels.
     pub fn fill_example(&self) {
         let requests = self.requests.of(&RequestLabels::default());
@@ -264,29 +271,37 @@ impl Collector for RequestCollector {
                 (of.upstream.get() > 0).then_some(&of.upstream_seconds)
             }),
         ];
-        self.requests.show(families, |(name, help, kind, counted), all| {
-            let mut all = all.filter_map(|(labels, of)| Some((labels, counted(of)?))).peekable();
-            if all.peek().is_none() {
-                return Ok(());
-            }
-            let mut family = encoder.encode_descriptor(name, help, None, *kind)?;
-            for (labels, metric) in all {
-                metric.encode(family.encode_family(labels)?)?;
-            }
-            Ok::<(), fmt::Error>(())
-        })?;
+        self.requests.show(
+            families,
+            |_| {},
+            |(name, help, kind, counted), all| {
+                let mut all = all.filter_map(|(labels, of)| Some((labels, counted(of)?))).peekable();
+                if all.peek().is_none() {
+                    return Ok(());
+                }
+                let mut family = encoder.encode_descriptor(name, help, None, *kind)?;
+                for (labels, metric) in all {
+                    metric.encode(family.encode_family(labels)?)?;
+                }
+                Ok::<(), fmt::Error>(())
+            },
+        )?;
         let help = "Host names of workloads resolved for a connection (unstable)";
-        self.on_demand.show([()], |(), all| {
-            let mut all = all.peekable();
-            if all.peek().is_none() {
-                return Ok(());
-            }
-            let mut family = encoder.encode_descriptor("istio_on_demand_dns", help, None, MetricType::Counter)?;
-            for (labels, counter) in all {
-                counter.encode(family.encode_family(labels)?)?;
-            }
-            Ok(())
-        })
+        self.on_demand.show(
+            [()],
+            |_| {},
+            |(), all| {
+                let mut all = all.peekable();
+                if all.peek().is_none() {
+                    return Ok(());
+                }
+                let mut family = encoder.encode_descriptor("istio_on_demand_dns", help, None, MetricType::Counter)?;
+                for (labels, counter) in all {
+                    counter.encode(family.encode_family(labels)?)?;
+                }
+                Ok(())
+            },
+        )
     }
 }
 

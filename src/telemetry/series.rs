@@ -1,9 +1,10 @@
 //! Metrics whose label values come from outside, such as names of workloads and services. A client that connects to
 //! many addresses, or a tenant that creates many names, must not make them grow without bound.
 //!
-//! The number of label sets is limited; everything beyond the limit is counted under one common label set. A label set
-//! that has been idle for long is shown once more and then removed. If it comes back later, it starts at zero, which
-//! scrapers treat as a restarted counter.
+//! The number of label sets is limited; everything beyond the limit is counted under one common label set, whose names
+//! are `overflow`. A label set that has been idle for long, and whose names are gone from the mesh, is shown once more
+//! and then removed; so are idle ones of any names once the limit is reached. If a label set comes back later, it starts
+//! at zero, which scrapers treat as a restarted counter.
 
 use parking_lot::RwLock;
 use std::collections::HashMap;
@@ -13,16 +14,30 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Default limit on the number of label sets. A scrape then has some 5 MB for each counter.
-pub const SETS_MAX: usize = 5_000;
+/// The value of all labels from outside of what is counted beyond the limit.
+pub const OVERFLOW: &str = "overflow";
 
-/// How long an unused label set is kept by default. It is longer than scrapers look back.
-pub const IDLE: Duration = Duration::from_secs(15 * 60);
+/// Limits of label sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Most label sets besides the common one. With 5,000 a scrape has some 5 MB for each counter.
+    pub max: usize,
+    /// How long an unused label set is kept.
+    pub idle: Duration,
+}
+
+impl Default for Config {
+    /// The defaults of the settings.
+    fn default() -> Self {
+        Self { max: 5_000, idle: Duration::from_secs(600) }
+    }
+}
 
 /// A set of labels with values from outside.
 pub trait Labels: Clone + Eq + Hash {
-    /// The same labels with all such values replaced by a constant. Everything beyond the limit is counted under these.
-    fn other(&self) -> Self;
+    /// The same labels with all such values replaced by [`OVERFLOW`]. Everything beyond the limit is counted under
+    /// these.
+    fn overflow(&self) -> Self;
 }
 
 /// Metrics `M` by labels `L`. Clones share the same metrics.
@@ -40,11 +55,14 @@ type Sets<L, M> = HashMap<Arc<L>, Arc<LabelSet<L, M>>>;
 #[derive(Debug)]
 struct Table<L, M> {
     sets: RwLock<Sets<L, M>>,
-    max: usize,
-    idle: Duration,
+    limits: Config,
     begun: Instant,
-    /// Time of the last search for idle label sets, in seconds since `begun`, plus one.
+    /// How often a label set was asked for beyond the limit.
+    overflowed: AtomicU64,
+    /// Time of the last search for idle label sets to make room, in seconds since `begun`, plus one.
     swept: AtomicU64,
+    /// Time of the last search for names that are gone, in seconds since `begun`.
+    looked: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -83,15 +101,15 @@ impl<L, M> Drop for SeriesHandle<L, M> {
 
 impl<L: Labels, M: Default> Default for Series<L, M> {
     fn default() -> Self {
-        Self::new(SETS_MAX, IDLE)
+        Self::new(Config::default())
     }
 }
 
 impl<L: Labels, M: Default> Series<L, M> {
-    /// Metrics with at most `max` label sets besides the common one. Unused label sets are kept for `idle`.
-    pub fn new(max: usize, idle: Duration) -> Self {
-        let (sets, swept) = (RwLock::default(), AtomicU64::new(0));
-        Self(Arc::new(Table { sets, max, idle, begun: Instant::now(), swept }))
+    /// Metrics with these limits.
+    pub fn new(limits: Config) -> Self {
+        let (sets, [swept, looked, overflowed]) = (RwLock::default(), [(); 3].map(|()| AtomicU64::new(0)));
+        Self(Arc::new(Table { sets, limits, begun: Instant::now(), overflowed, swept, looked }))
     }
 
     /// The metrics of a label set, which is created if needed.
@@ -101,25 +119,38 @@ impl<L: Labels, M: Default> Series<L, M> {
             return SeriesHandle(set.clone());
         }
         let mut sets = table.sets.write();
-        if sets.len() >= table.max {
+        if sets.len() >= table.limits.max {
             // Once a second at most, or a client that causes many new names would make every connection search all of
             // them.
             let now = table.begun.elapsed().as_secs() + 1;
             if table.swept.swap(now, Ordering::Relaxed) != now {
-                table.sweep(&mut sets);
+                sets.retain(|_, set| !table.is_idle(set, 1));
             }
         }
-        let labels = Arc::new(if sets.len() < table.max { labels.clone() } else { labels.other() });
-        let set = sets.entry(labels.clone()).or_insert_with(|| {
-            Arc::new(LabelSet { labels, metrics: M::default(), begun: table.begun, used: AtomicU64::new(0) })
-        });
-        SeriesHandle(set.clone())
+        let is_full = sets.len() >= table.limits.max && !sets.contains_key(labels);
+        let labels = if is_full { labels.overflow() } else { labels.clone() };
+        table.overflowed.fetch_add(u64::from(is_full), Ordering::Relaxed);
+        if let Some(set) = sets.get(&labels) {
+            return SeriesHandle(set.clone());
+        }
+        let labels = Arc::new(labels);
+        let (metrics, begun, used) = (M::default(), table.begun, AtomicU64::new(0));
+        let set = Arc::new(LabelSet { labels: labels.clone(), metrics, begun, used });
+        sets.insert(labels, set.clone());
+        SeriesHandle(set)
     }
 
-    /// Calls `write` with all label sets, once for each of `families`. Then removes the idle ones.
+    /// How often a label set was asked for beyond the limit, and the common one was given instead.
+    pub fn overflowed(&self) -> u64 {
+        self.0.overflowed.load(Ordering::Relaxed)
+    }
+
+    /// Calls `write` with all label sets, once for each of `families`. Then removes those that are idle, except what
+    /// `keep` takes out of the list of those.
     pub fn show<F, E>(
         &self,
         families: impl IntoIterator<Item = F>,
+        keep: impl FnOnce(&mut Vec<Arc<L>>),
         mut write: impl FnMut(&F, &mut dyn Iterator<Item = (&L, &M)>) -> Result<(), E>,
     ) -> Result<(), E> {
         // Not under the lock, because writing takes a while and must not delay new connections.
@@ -127,19 +158,36 @@ impl<L: Labels, M: Default> Series<L, M> {
         for family in families {
             write(&family, &mut all.iter().map(|set| (&*set.labels, &set.metrics)))?;
         }
+        // Not at each scrape, because the names are compared with those of the whole mesh.
+        let (now, last) = (self.0.begun.elapsed().as_secs(), self.0.looked.load(Ordering::Relaxed));
+        if now < last + self.0.limits.idle.as_secs() / 10 {
+            return Ok(());
+        }
+        self.0.looked.store(now, Ordering::Relaxed);
+        // `all` has each of them too.
+        let mut gone: Vec<Arc<L>> =
+            all.iter().filter(|set| self.0.is_idle(set, 2)).map(|set| set.labels.clone()).collect();
         drop(all);
-        self.0.sweep(&mut self.0.sets.write());
+        if gone.is_empty() {
+            return Ok(());
+        }
+        keep(&mut gone);
+        let mut sets = self.0.sets.write();
+        for labels in gone {
+            // It may have been used again meanwhile.
+            if sets.get(&labels).is_some_and(|set| self.0.is_idle(set, 1)) {
+                sets.remove(&labels);
+            }
+        }
         Ok(())
     }
 }
 
-impl<L: Eq + Hash, M> Table<L, M> {
-    fn sweep(&self, sets: &mut Sets<L, M>) {
-        let now = self.begun.elapsed().as_secs();
-        sets.retain(|_, set| {
-            let idle = now.saturating_sub(set.used.load(Ordering::Relaxed));
-            Arc::strong_count(set) > 1 || idle < self.idle.as_secs()
-        });
+impl<L, M> Table<L, M> {
+    /// Whether nobody has used a label set for long. `known` references to it are not uses of it.
+    fn is_idle(&self, set: &Arc<LabelSet<L, M>>, known: usize) -> bool {
+        let idle = self.begun.elapsed().as_secs().saturating_sub(set.used.load(Ordering::Relaxed));
+        Arc::strong_count(set) <= known && idle >= self.limits.idle.as_secs()
     }
 }
 
@@ -151,8 +199,8 @@ mod tests {
     struct Name(String);
 
     impl Labels for Name {
-        fn other(&self) -> Self {
-            Self("other".into())
+        fn overflow(&self) -> Self {
+            Self(OVERFLOW.into())
         }
     }
 
@@ -167,10 +215,14 @@ mod tests {
     fn shown(series: &Counts) -> Vec<(String, u64)> {
         let mut found = Vec::new();
         series
-            .show([()], |(), all| {
-                found.extend(all.map(|(name, count)| (name.0.clone(), count.load(Ordering::Relaxed))));
-                Ok::<(), ()>(())
-            })
+            .show(
+                [()],
+                |_| {},
+                |(), all| {
+                    found.extend(all.map(|(name, count)| (name.0.clone(), count.load(Ordering::Relaxed))));
+                    Ok::<(), ()>(())
+                },
+            )
             .unwrap();
         found.sort();
         found
@@ -178,7 +230,7 @@ mod tests {
 
     #[test]
     fn idle_label_sets_are_shown_once_more_and_removed() {
-        let series = Counts::new(10_000, Duration::ZERO);
+        let series = Counts::new(Config { max: 10_000, idle: Duration::ZERO });
         let open = count(&series, "open");
         (0..3000).for_each(|n| drop(count(&series, &format!("swept-{n}"))));
         assert_eq!(shown(&series).len(), 3001, "a scraper sees counters that have ended since the last scrape");
@@ -187,7 +239,7 @@ mod tests {
         drop(open);
         assert_eq!(shown(&series), [("open".to_owned(), 2)]);
         assert!(shown(&series).is_empty());
-        let series = Counts::new(10_000, Duration::from_secs(60));
+        let series = Counts::new(Config { max: 10_000, idle: Duration::from_secs(60) });
         drop(count(&series, "a while ago"));
         assert_eq!(
             (shown(&series).len(), shown(&series).len()),
@@ -198,19 +250,43 @@ mod tests {
 
     #[test]
     fn beyond_the_limit_everything_is_counted_together_and_nothing_is_lost() {
-        let series = Counts::new(100, Duration::from_secs(60));
+        let series = Counts::new(Config { max: 100, idle: Duration::from_secs(60) });
         let held: Vec<_> = (0..250).map(|n| count(&series, &format!("name-{n}"))).collect();
         drop(count(&series, "name-0"));
         let all = shown(&series);
         assert_eq!(all.len(), 101);
         assert_eq!(all.iter().map(|(_, count)| count).sum::<u64>(), 251);
-        assert!(all.contains(&("other".to_owned(), 150)) && all.contains(&("name-0".to_owned(), 2)));
-        assert_eq!(held[200].labels(), &Name("other".into()));
+        assert!(all.contains(&("overflow".to_owned(), 150)) && all.contains(&("name-0".to_owned(), 2)));
+        assert_eq!(held[200].labels(), &Name("overflow".into()));
+        assert_eq!(series.overflowed(), 150);
         // Without scrapes, idle label sets still make room for new ones.
-        let series = Counts::new(100, Duration::ZERO);
+        let series = Counts::new(Config { max: 100, idle: Duration::ZERO });
         (0..250).for_each(|n| drop(count(&series, &format!("name-{n}"))));
         assert!(shown(&series).len() <= 101);
         drop(count(&series, "new"));
         assert_eq!(shown(&series), [("new".to_owned(), 1)]);
+    }
+
+    #[test]
+    fn idle_label_sets_stay_while_their_names_are_in_the_mesh() {
+        let series = Counts::new(Config { max: 2, idle: Duration::ZERO });
+        let show = |kept: &str| {
+            let mut found = Vec::new();
+            let keep = |gone: &mut Vec<Arc<Name>>| gone.retain(|name| name.0 != kept);
+            let write = |(): &(), all: &mut dyn Iterator<Item = (&Name, &AtomicU64)>| {
+                found.extend(all.map(|(name, _)| name.0.clone()));
+                Ok::<(), ()>(())
+            };
+            series.show([()], keep, write).unwrap();
+            found.sort();
+            found
+        };
+        ["here", "gone"].into_iter().for_each(|name| drop(count(&series, name)));
+        assert_eq!(show("here"), ["gone", "here"]);
+        assert_eq!(show("here"), ["here"]);
+        // When there is no room, names that come need it more than those that are idle.
+        ["one", "two"].into_iter().for_each(|name| drop(count(&series, name)));
+        assert_eq!(show("here"), ["two"]);
+        assert_eq!(series.overflowed(), 0);
     }
 }

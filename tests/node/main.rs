@@ -42,6 +42,7 @@ mod kubernetes;
 mod limits;
 mod model;
 mod networks;
+mod prometheus;
 mod remains;
 mod sidecar;
 mod socks;

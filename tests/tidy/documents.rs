@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-fn root() -> &'static Path {
+pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -41,7 +41,7 @@ fn lines(text: &str) -> Vec<(bool, &str)> {
 }
 
 /// The anchors of a document's headings, as code hosts make them.
-fn anchors(text: &str) -> Vec<String> {
+pub(crate) fn anchors(text: &str) -> Vec<String> {
     let headings = lines(text).into_iter().filter(|(code, line)| !code && line.starts_with('#'));
     headings
         .map(|(_, line)| {

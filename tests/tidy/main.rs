@@ -10,6 +10,7 @@
 
 mod circles;
 mod documents;
+mod monitoring;
 
 use std::collections::BTreeMap;
 use std::fs;

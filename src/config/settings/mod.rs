@@ -42,7 +42,7 @@ pub static GROUPS: [Group; 9] = [
     Group { title: "DNS", settings: dns::ALL },
     Group { title: "Connections and tunnels", settings: connections::ALL },
     Group { title: "History", settings: history::ALL },
-    Group { title: "Ending and logging", settings: process::ALL },
+    Group { title: "Ending, logging and metrics", settings: process::ALL },
 ];
 
 /// All settings, one by one.

@@ -1,4 +1,4 @@
-//! Settings of how the daemon ends, and of its log.
+//! Settings of how the daemon ends, of its log, and of its metrics.
 
 use crate::config::kind::{Number, Text, Time, Words};
 use crate::config::parse;
@@ -26,4 +26,18 @@ settings! {
         .or("text")
         .help("Format of the log. `plain` is ztunnel's word for `text`.")
         .shown("logFormat", |c| json!(if c.log.json { "json" } else { "text" }));
+    METRIC_SERIES_MAX: Number<usize> = Setting::new("metric-series-max", "CULVERT_METRIC_SERIES_MAX", Number(1, 1_000_000))
+        .or("5000")
+        .help(
+            "Most label sets with names from the mesh in one group of metrics. What comes beyond is counted with `overflow` in place \
+             of the names, and in `culvert_metric_overflows_total`.",
+        )
+        .shown("metricSeriesMax", |c| json!(c.series.max));
+    METRIC_SERIES_IDLE: Time = Setting::new("metric-series-idle", "CULVERT_METRIC_SERIES_IDLE", Time::ANY)
+        .or("10m")
+        .help(
+            "How long a label set that nothing uses is kept once one of its workloads is gone. Longer than scrapers look back, so \
+             that they see it end.",
+        )
+        .shown("metricSeriesIdle", |c| parse::shown_duration(c.series.idle));
 }

@@ -7,8 +7,9 @@ use super::stages::{Stage, Stages};
 use crate::connection::authorize::Refusal;
 use crate::connection::authorize::egress::EgressDecision;
 use crate::connection::choose;
+use crate::mesh::Store;
 use crate::mesh::egress::EgressAction;
-use crate::telemetry::series::{Labels, Series};
+use crate::telemetry::series::{self, Labels, OVERFLOW, Series};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -16,7 +17,9 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
+use std::collections::HashSet;
 use std::fmt;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Labels of traffic metrics, in ztunnel's order. An unknown value is `unknown`.
@@ -53,42 +56,42 @@ pub struct TrafficLabels {
 }
 
 impl Labels for TrafficLabels {
-    fn other(&self) -> Self {
-        let other = || OTHER.to_owned();
+    fn overflow(&self) -> Self {
+        let overflow = || OVERFLOW.to_owned();
         Self {
             reporter: self.reporter,
-            source_workload: other(),
-            source_canonical_service: other(),
-            source_canonical_revision: other(),
-            source_workload_namespace: other(),
-            source_principal: other(),
-            source_app: other(),
-            source_version: other(),
-            source_cluster: other(),
-            destination_service: other(),
-            destination_service_namespace: other(),
-            destination_service_name: other(),
-            destination_workload: other(),
-            destination_canonical_service: other(),
-            destination_canonical_revision: other(),
-            destination_workload_namespace: other(),
-            destination_principal: other(),
-            destination_app: other(),
-            destination_version: other(),
-            destination_cluster: other(),
+            source_workload: overflow(),
+            source_canonical_service: overflow(),
+            source_canonical_revision: overflow(),
+            source_workload_namespace: overflow(),
+            source_principal: overflow(),
+            source_app: overflow(),
+            source_version: overflow(),
+            source_cluster: overflow(),
+            destination_service: overflow(),
+            destination_service_namespace: overflow(),
+            destination_service_name: overflow(),
+            destination_workload: overflow(),
+            destination_canonical_service: overflow(),
+            destination_canonical_revision: overflow(),
+            destination_workload_namespace: overflow(),
+            destination_principal: overflow(),
+            destination_app: overflow(),
+            destination_version: overflow(),
+            destination_cluster: overflow(),
             request_protocol: self.request_protocol,
             response_flags: self.response_flags,
             connection_security_policy: self.connection_security_policy,
-            source_region: other(),
-            source_zone: other(),
-            destination_region: other(),
-            destination_zone: other(),
+            source_region: overflow(),
+            source_zone: overflow(),
+            destination_region: overflow(),
+            destination_zone: overflow(),
         }
     }
 }
 
-/// The value of all labels from outside once there are too many label sets.
-const OTHER: &str = "other";
+/// The value of labels whose value is not known.
+pub(super) const UNKNOWN: &str = "unknown";
 
 /// Traffic of one label set.
 #[derive(Debug, Default)]
@@ -154,6 +157,8 @@ pub struct ReporterLabel {
 /// Metrics of connections.
 #[derive(Debug, Default)]
 pub struct Metrics {
+    /// The mesh facts, by which idle label sets of workloads that are gone are found. Without them all idle ones go.
+    pub mesh: OnceLock<Arc<Store>>,
     /// Traffic by source, destination and service.
     pub traffic: Series<TrafficLabels, Traffic>,
     /// Accepted sockets that are open.
@@ -177,6 +182,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
+    /// Metrics at zero, with these limits of the traffic metrics.
+    pub fn new(series: series::Config) -> Self {
+        Self { traffic: Series::new(series), ..Self::default() }
+    }
+
     /// Counts a peer that did not finish its handshake in time. Its tunnel ends before its identity is known.
     pub fn late_handshake(&self) {
         self.cut.get_or_create(&CutLabels { direction: "inbound", reason: "late_handshake" }).inc();
@@ -216,7 +226,10 @@ impl Metrics {
 
     /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register_collector(Box::new(TrafficCollector(self.traffic.clone())));
+        registry.register_collector(Box::new(TrafficCollector {
+            traffic: self.traffic.clone(),
+            mesh: self.mesh.get().cloned(),
+        }));
         registry.register_collector(Box::new(self.stages.clone()));
         let sockets = "Accepted sockets that are open (unstable)";
         registry.register("istio_tcp_sockets_open", sockets, self.sockets.clone());
@@ -243,7 +256,22 @@ impl Metrics {
 
 /// Writes the traffic metrics of a scrape.
 #[derive(Debug)]
-struct TrafficCollector(Series<TrafficLabels, Traffic>);
+struct TrafficCollector {
+    traffic: Series<TrafficLabels, Traffic>,
+    mesh: Option<Arc<Store>>,
+}
+
+/// Takes out of `idle` the label sets whose workloads are all in the mesh.
+fn keep_living(mesh: &Store, idle: &mut Vec<Arc<TrafficLabels>>) {
+    let snapshot = mesh.load();
+    let living: HashSet<(&str, &str)> =
+        snapshot.workloads().map(|workload| (&*workload.namespace, &*workload.workload_name)).collect();
+    let lives = |namespace: &str, name: &str| name == UNKNOWN || living.contains(&(namespace, name));
+    idle.retain(|labels| {
+        !lives(&labels.source_workload_namespace, &labels.source_workload)
+            || !lives(&labels.destination_workload_namespace, &labels.destination_workload)
+    });
+}
 
 impl Collector for TrafficCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
@@ -260,7 +288,12 @@ impl Collector for TrafficCollector {
             put("istio_tcp_received_bytes", "Bytes from client to server", |t| t.opened(&t.received)),
             put("istio_tcp_sent_bytes", "Bytes from server to client", |t| t.opened(&t.sent)),
         ];
-        self.0.show(families, |(name, help, counted), all| {
+        let keep = |idle: &mut Vec<_>| {
+            if let Some(mesh) = &self.mesh {
+                keep_living(mesh, idle);
+            }
+        };
+        self.traffic.show(families, keep, |(name, help, counted), all| {
             let mut all = all.filter_map(|(labels, traffic)| Some((labels, counted(traffic)?))).peekable();
             if all.peek().is_none() {
                 return Ok(());
@@ -285,7 +318,7 @@ mod tests {
     /// Scrapes after a sweep over many workloads, with one connection still open.
     #[test]
     fn series_of_a_sweep_are_seen_once_and_go_and_an_open_connection_keeps_its_own() {
-        let traffic = Series::new(10_000, Duration::ZERO);
+        let traffic = Series::new(series::Config { max: 10_000, idle: Duration::ZERO });
         let reporter = Arc::new(Reporter { metrics: Metrics { traffic, ..Metrics::default() }, ..Reporter::default() });
         let mut registry = Registry::default();
         reporter.metrics.register(&mut registry);

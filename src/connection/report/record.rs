@@ -7,7 +7,7 @@ use super::direction::Direction;
 use super::failure::Failure;
 use super::history::{Ended, History};
 use super::live::{ByteCounts, Connection, LiveConnections};
-use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels};
+use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels, UNKNOWN};
 use super::plaintext::Peer;
 use super::pods::KnownPods;
 use super::stages::{Stage, Stages};
@@ -390,7 +390,7 @@ impl Drop for SocketCount {
 fn labels(direction: Direction, details: &Details) -> TrafficLabels {
     let known = |text: Option<&str>| match text {
         Some(text) if !text.is_empty() => text.to_owned(),
-        _ => "unknown".to_owned(),
+        _ => UNKNOWN.to_owned(),
     };
     let (source, destination) = (details.source_workload.as_deref(), details.destination_workload.as_deref());
     let service = details.service.as_deref();
