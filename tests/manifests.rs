@@ -270,9 +270,15 @@ fn cases() -> Vec<(Value, Expectation)> {
                 let rule = of_kind(all, "PrometheusRule").unwrap();
                 assert_eq!(rule["metadata"]["labels"]["release"], "prometheus");
                 let text = rule.to_string();
-                assert!(text.contains("https://wiki.example.com/culvert#culvertdown") && !text.contains("example.org"), "{text}");
+                assert!(
+                    text.contains("https://wiki.example.com/culvert#culvertdown") && !text.contains("example.org"),
+                    "{text}"
+                );
                 assert!(text.contains("{{ $labels.instance }}"), "Prometheus fills in the labels, not helm");
-                assert!(text.contains(r#"daemonset=\"tunnel\""#) && !text.contains(r#"daemonset=\"ztunnel\""#), "{text}");
+                assert!(
+                    text.contains(r#"daemonset=\"tunnel\""#) && !text.contains(r#"daemonset=\"ztunnel\""#),
+                    "{text}"
+                );
                 let map = of_kind(all, "ConfigMap").unwrap();
                 assert_eq!(map["metadata"]["labels"]["grafana_dashboard"], "1");
                 assert_eq!(map["metadata"]["labels"]["of"], "mine");
@@ -488,7 +494,9 @@ fn each_alert_fires_when_it_should_and_only_then() {
         let fired = case["alert_rule_test"][0]["exp_alerts"].as_array().unwrap();
         assert_eq!((&case["alert_rule_test"][0]["alertname"], fired.len()), (&json!(name), 1), "{name} fires once");
         // Of what one daemon does, and not of what others do. One rule is about the DaemonSet.
-        let series = |of: &str| case["input_series"].as_array().unwrap().iter().any(|one| one["series"].to_string().contains(of));
+        let series = |of: &str| {
+            case["input_series"].as_array().unwrap().iter().any(|one| one["series"].to_string().contains(of))
+        };
         let [bad, good] = match fired[0]["exp_labels"]["daemonset"].as_str() {
             None => [r#"instance=\"n1\""#, r#"instance=\"n2\""#],
             Some(_) => [r#"daemonset=\"ztunnel\""#, r#"daemonset=\"other\""#],

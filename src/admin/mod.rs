@@ -3,18 +3,21 @@
 //! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes
 //! state. Admin requests must name a loopback host, so that no web page in a browser can reach the admin port.
 
+mod turns;
+
+use self::turns::Turns;
 use crate::ports;
 use crate::task::slots::Slots;
 use crate::task::thread::run_blocking;
 use crate::task::{Group, Ready};
 use crate::telemetry::exposition::Format;
-use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
@@ -107,6 +110,9 @@ pub struct Pages {
     pub quit: Box<dyn Fn() + Send + Sync>,
     /// `/metrics`.
     pub metrics: Rendered,
+    /// The client of a connection from one address to the other that came through the mesh, by which the daemon opened
+    /// it.
+    pub client: Box<dyn Fn(SocketAddr, SocketAddr) -> Option<IpAddr> + Send + Sync>,
     /// `/healthz/ready`.
     pub ready: Ready,
 }
@@ -129,6 +135,7 @@ pub struct BindError {
 #[derive(Debug)]
 pub struct Ports {
     listeners: Vec<(TcpListener, Router, PortLimits)>,
+    pages: Arc<Pages>,
 }
 
 /// The limits for clients of a port.
@@ -176,8 +183,9 @@ impl Ports {
         let stats = Router::new()
             .route("/metrics", get(metrics))
             .route("/stats/prometheus", get(metrics))
+            .layer(middleware::from_fn_with_state(Arc::<Turns>::default(), in_turn))
             .with_state(pages.clone());
-        let ready = Router::new().route("/healthz/ready", get(readiness)).with_state(pages);
+        let ready = Router::new().route("/healthz/ready", get(readiness)).with_state(pages.clone());
 
         let (any, localhost) = if config.ipv6 {
             (IpAddr::V6(Ipv6Addr::UNSPECIFIED), vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)])
@@ -193,14 +201,14 @@ impl Ports {
         listeners.push((stats_listener, stats, PortLimits::open(STATS_DEADLINE)));
         let ready_listener = listen(SocketAddr::new(any, ports::READY)).await?;
         listeners.push((ready_listener, ready, PortLimits::open(READY_DEADLINE)));
-        Ok(Self { listeners })
+        Ok(Self { listeners, pages })
     }
 
     /// Serves all ports until dropped.
     pub async fn serve(self) {
         let serving = Group::default();
         for (listener, router, limits) in self.listeners {
-            serving.spawn(serve(listener, router, limits));
+            serving.spawn(serve(listener, router, limits, self.pages.clone()));
         }
         serving.finished().await;
     }
@@ -208,7 +216,7 @@ impl Ports {
 
 /// Serves one port with a limited number of connections, of which no source may take all, and with deadlines. A client
 /// that leaves connections open must not use up the daemon's file descriptors or keep others from being served.
-async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
+async fn serve(listener: TcpListener, router: Router, limits: PortLimits, pages: Arc<Pages>) {
     let connections = Group::default();
     loop {
         let (stream, peer) = match listener.accept().await {
@@ -219,8 +227,10 @@ async fn serve(listener: TcpListener, router: Router, limits: PortLimits) {
                 continue;
             }
         };
-        let Ok(slot) = limits.slots.take(peer.ip()) else { continue };
-        let service = TowerToHyperService::new(router.clone());
+        let through_mesh = stream.local_addr().ok().and_then(|own| (pages.client)(peer, own));
+        let client = through_mesh.unwrap_or(peer.ip());
+        let Ok(slot) = limits.slots.take(client) else { continue };
+        let service = TowerToHyperService::new(router.clone().layer(Extension(Client(client))));
         let PortLimits { deadline, keep_alive, .. } = limits;
         connections.spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
@@ -278,6 +288,23 @@ impl Rendered {
         *last = Some(Rendering { begun, took: begun.elapsed(), text: text.clone() });
         text
     }
+}
+
+/// The address of a request's client.
+#[derive(Clone, Copy, Debug)]
+struct Client(IpAddr);
+
+/// Refuses a request of a client that has used up its turns.
+async fn in_turn(
+    State(turns): State<Arc<Turns>>,
+    Extension(Client(client)): Extension<Client>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Err(wait) = turns.take(client) else { return next.run(request).await };
+    let seconds = HeaderValue::from(wait.as_secs().max(1));
+    let text = "too many scrapes from this address; see Retry-After\n";
+    (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, seconds)], text).into_response()
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, BindError> {

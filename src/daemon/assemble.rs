@@ -16,6 +16,7 @@ use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Permits;
 use crate::connection::budget::Budget;
 use crate::connection::choose::EndpointLists;
+use crate::connection::dial::direct::OpenLegs;
 use crate::connection::{Shared, Workers};
 use crate::control::xds::Freshness;
 use crate::dns::Dns;
@@ -111,13 +112,14 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     // Nothing has set it before.
     let _ = parts.reporter.metrics.mesh.set(mesh.clone());
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &metrics, &log));
-    let pages = pages(&parts, &shared, log, (&quit, ready.clone()), registry);
+    let own_legs = OpenLegs::default();
+    let pages = pages(&parts, (&shared, &own_legs), log, (&quit, ready.clone()), registry);
     let _admin = open_ports(pages, ports_config(&parts.config)).await?;
     let _enforcing = enforce(&parts, permits, metrics.crl.clone()).context("cannot start the enforcement thread")?;
     let budget = shared.budget.clone();
     background.spawn(async move { budget.watch().await });
     let capturer = capturer(&parts, &workers, &drain, &background);
-    own_pod(&parts.config, &capturer, &ready, &background)?;
+    own_pod(&parts.config, &capturer, &ready, &background, own_legs)?;
     let enrolment = pods::Enrolment {
         config: &parts.config,
         capturer: &capturer,
@@ -245,12 +247,18 @@ fn ports_config(config: &Config) -> admin::Config {
 }
 
 /// Accepts tunnels to the daemon's own pod, where it runs in one.
-fn own_pod(config: &Config, capturer: &Arc<Capturer>, ready: &Ready, background: &Group) -> anyhow::Result<()> {
+fn own_pod(
+    config: &Config,
+    capturer: &Arc<Capturer>,
+    ready: &Ready,
+    background: &Group,
+    legs: OpenLegs,
+) -> anyhow::Result<()> {
     let Some(own) = &config.own_pod else { return Ok(()) };
     let identity = SpiffeName::new(&config.trust_domain, &own.namespace, &own.service_account);
     let identity = identity.context("the daemon's own identity is not valid")?;
     let (facts, serve) =
-        (ready.clone().until(FACTS), node::own_pod::serve(capturer.clone(), own.name.as_str().into(), identity));
+        (ready.clone().until(FACTS), node::own_pod::serve(capturer.clone(), own.name.as_str().into(), identity, legs));
     background.spawn(async move {
         facts.await;
         serve.await;

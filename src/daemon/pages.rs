@@ -4,6 +4,7 @@ use super::parts::Parts;
 use super::{dump, explain, history, plaintext, profile};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
+use crate::connection::dial::direct::OpenLegs;
 use crate::dns::Dns;
 use crate::task::Ready;
 use crate::telemetry::log::LogControl;
@@ -14,7 +15,7 @@ use tokio::sync::Notify;
 /// The pages. `quit` is notified when somebody asks the daemon to end.
 pub(super) fn pages(
     parts: &Arc<Parts>,
-    shared: &Arc<Shared>,
+    (shared, own_legs): (&Arc<Shared>, &OpenLegs),
     log: LogControl,
     (quit, ready): (&Arc<Notify>, Ready),
     registry: Registry,
@@ -48,6 +49,10 @@ pub(super) fn pages(
         cpu_profile: Box::new(|query| Box::pin(profile::cpu(query))),
         quit: Box::new(move || quit.notify_one()),
         metrics: Rendered::new(registry),
+        client: {
+            let own_legs = own_legs.clone();
+            Box::new(move |from, to| own_legs.client(from, to))
+        },
         ready,
     }
 }

@@ -2,7 +2,7 @@
 //! its metrics through the mesh, under its identity.
 
 use super::capture::Capturer;
-use crate::connection::dial::direct::SocketConfig;
+use crate::connection::dial::direct::{OpenLegs, SocketConfig};
 use crate::connection::{Entrance, Pod};
 use crate::mesh::workload::pod_uid;
 use crate::mesh::{SpiffeName, Text};
@@ -20,11 +20,12 @@ use tokio::sync::watch;
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Serves tunnels to the daemon's own pod until the process ends. Failing to listen does not affect other pods.
-pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
+/// `legs` records the connections to the daemon's ports that are opened for peers.
+pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName, legs: OpenLegs) {
     let drain = capturer.drain.signal();
     let mut said = false;
     let accepting = loop {
-        match listen(&capturer, &name, &identity) {
+        match listen(&capturer, &name, &identity, &legs) {
             Ok(accepting) => break accepting,
             Err(error) if !said => {
                 tracing::error!(port = HBONE, %error, "cannot listen for tunnels to the daemon's own pod: its metrics are not reachable through the mesh; trying again");
@@ -43,7 +44,7 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName) {
     capturer.identities.forget(&identity);
 }
 
-fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result<Group> {
+fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName, legs: &OpenLegs) -> io::Result<Group> {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).map_err(io::Error::other)?;
     let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
     let listener = bind_capture(HBONE, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
@@ -60,7 +61,7 @@ fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName) -> io::Result
         // There is no redirection here, so replies to a foreign source address would not come back.
         sockets: SocketConfig { keep_source: false, ..capturer.sockets },
         dns: Default::default(),
-        legs: Default::default(),
+        legs: legs.clone(),
         identity: watch::Sender::new(Some(identity.clone())),
         addresses: arc_swap::ArcSwap::from_pointee(held),
         drain: capturer.drain.child(),

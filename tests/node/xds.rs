@@ -573,4 +573,19 @@ fn metrics_of_the_daemon_can_be_read_through_the_mesh() {
     for port in [15000, 15008, 15001] {
         assert!(is_reset(&client, (ip, port)), "{port}");
     }
+    // Both pods come from the daemon's own address here, and yet one cannot use up the turns of the other.
+    let many = format!("http://{ip}:15020/metrics?[1-30]");
+    let said = output_in(
+        &client,
+        "curl",
+        &["-s", "--max-time", "20", "-o", "/dev/null", "-w", "%{http_code} %header{retry-after}\n", &many],
+    );
+    assert!(said.lines().any(|line| line == "429 1") && said.contains("200"), "{said}");
+    let other = istio.w.ns("server");
+    let said = output_in(
+        &other,
+        "curl",
+        &["-s", "-o", "/dev/null", "-w", "%{http_code}", &format!("http://{ip}:15020/metrics")],
+    );
+    assert_eq!(said, "200");
 }

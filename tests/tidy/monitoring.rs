@@ -71,7 +71,7 @@ fn selected(query: &str) -> Vec<(String, Vec<String>)> {
             n += tokens[n..].iter().position(|token| token == ")").unwrap();
         } else if matches!(&*word, "or" | "and" | "unless" | "offset" | "bool") {
             // The duration after `offset` begins with a digit.
-        } else if is_word && at(n + 1) != "(" && !matches!(&*word, "by" | "without") {
+        } else if is_word && !matches!(at(n + 1), "(" | "by" | "without") && !matches!(&*word, "by" | "without") {
             let mut labels = Vec::new();
             if at(n + 1) == "{" {
                 let end = n + tokens[n..].iter().position(|token| token == "}").unwrap();
@@ -121,7 +121,10 @@ fn wrong(query: &str, metrics: &BTreeMap<String, BTreeSet<String>>) -> Vec<Strin
 fn queries_are_read_as_prometheus_reads_them() {
     let names = |query: &str| selected(query).into_iter().map(|(name, _)| name).collect::<Vec<_>>();
     assert_eq!(names("a > 0"), ["a"]);
-    assert_eq!(names(r#"sum by (x, y) (rate(a_total{l=~"b|c",m!=""}[5m])) / on (x) group_left () b"#), ["a_total", "b"]);
+    assert_eq!(
+        names(r#"sum by (x, y) (rate(a_total{l=~"b|c",m!=""}[5m])) / on (x) group_left () b"#),
+        ["a_total", "b"]
+    );
     assert_eq!(names("a offset 15m unless max(b) by (c) or vector(0)"), ["a", "b"]);
     assert_eq!(selected(r#"a{b="c d",e!~"f"}"#), [("a".to_owned(), vec!["b".to_owned(), "e".to_owned()])]);
     let metrics = metrics();

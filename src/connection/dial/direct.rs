@@ -8,7 +8,7 @@ use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
 use socket2::Socket;
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -42,25 +42,31 @@ fn ends(own: SocketAddr, to: SocketAddr) -> Ends {
 
 /// The connections that the daemon has opened in one pod's namespace and that are still open. If one of them arrives at
 /// a listener of the daemon, something has redirected it there. Carrying it would open another one, and so on without
-/// end.
+/// end. Where the connection does not come from the address of the client that it is for, that address is recorded too.
 #[derive(Clone, Debug, Default)]
-pub struct OpenLegs(Arc<Mutex<HashSet<Ends>>>);
+pub struct OpenLegs(Arc<Mutex<HashMap<Ends, Option<IpAddr>>>>);
 
 impl OpenLegs {
     /// Whether the daemon opened the connection from `source` to `destination`.
     pub fn contains(&self, source: SocketAddr, destination: SocketAddr) -> bool {
-        self.0.lock().contains(&ends(source, destination))
+        self.0.lock().contains_key(&ends(source, destination))
+    }
+
+    /// The client that the daemon opened the connection from `source` to `destination` for, where it comes from another
+    /// address than the client's.
+    pub fn client(&self, source: SocketAddr, destination: SocketAddr) -> Option<IpAddr> {
+        self.0.lock().get(&ends(source, destination)).copied().flatten()
     }
 
     /// Starts to connect, and records the connection. The lock is held throughout: the kernel may choose the source
     /// port only now, and if the connection comes back at once, [`OpenLegs::contains`] must not run before it is
     /// recorded.
-    fn connect(&self, socket: &Socket, to: SocketAddr) -> io::Result<OpenLeg> {
+    fn connect(&self, socket: &Socket, to: SocketAddr, client: Option<IpAddr>) -> io::Result<OpenLeg> {
         let mut open = self.0.lock();
         start_connect(socket, to)?;
         let own = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
         let ends = ends(own, to);
-        open.insert(ends);
+        open.insert(ends, client);
         Ok(OpenLeg { ends, open: self.clone() })
     }
 }
@@ -103,7 +109,7 @@ pub async fn outbound(
     config: &SocketConfig,
     open: &OpenLegs,
 ) -> Result<DialledLeg, DialError> {
-    connect(netns, to, source.map_or(SourceAddress::FromRoute, SourceAddress::Own), config, open).await
+    connect(netns, to, source.map_or(SourceAddress::FromRoute(None), SourceAddress::Own), config, open).await
 }
 
 /// Connects to the pod's application, from the address of the original client if that can be kept. Requires a permit.
@@ -119,15 +125,15 @@ pub async fn to_app(
     // can a link-local IPv6 address, because the kernel sends answers to it through its own link only.
     let on_link = matches!(client, IpAddr::V6(v6) if v6.is_unicast_link_local());
     let keep = config.keep_source && client != to.ip() && client.is_ipv4() == to.is_ipv4() && !on_link;
-    let source = if keep { SourceAddress::Client(client) } else { SourceAddress::FromRoute };
+    let source = if keep { SourceAddress::Client(client) } else { SourceAddress::FromRoute(Some(client)) };
     connect(netns, to, source, config, open).await
 }
 
 /// The source address of a connection.
 #[derive(Clone, Copy, Debug)]
 enum SourceAddress {
-    /// The address that the kernel's route gives.
-    FromRoute,
+    /// The address that the kernel's route gives, for this client if there is one.
+    FromRoute(Option<IpAddr>),
     /// This address of the pod.
     Own(IpAddr),
     /// The address of the original client, which is not an address of the pod.
@@ -138,14 +144,15 @@ impl SourceAddress {
     /// Opens a socket in the thread's current namespace and starts to connect it.
     fn connect(self, to: SocketAddr, config: &SocketConfig, open: &OpenLegs) -> io::Result<(OpenLeg, Socket)> {
         let (ip, foreign, mark) = match self {
-            Self::FromRoute => (None, false, config.mark),
+            Self::FromRoute(_) => (None, false, config.mark),
             Self::Own(ip) => (Some(ip), false, config.mark),
             Self::Client(ip) => (Some(ip), true, config.mark | LEG_BIT),
         };
+        let client = if let Self::FromRoute(client) = self { client } else { None };
         let from = |port| {
             let bind = ip.map(|ip| Bind { address: SocketAddr::new(ip, port), foreign });
             let socket = outgoing(to, bind, mark, &config.legs)?;
-            open.connect(&socket, to).map(|entry| (entry, socket))
+            open.connect(&socket, to, client).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
             match from(rand::random_range(OWN_CONNECTIONS)) {
