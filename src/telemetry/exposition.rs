@@ -53,7 +53,7 @@ impl Format {
     }
 }
 
-/// Converts OpenMetrics to the Prometheus text format. Samples are the same in both.
+/// Converts OpenMetrics to the Prometheus text format. Samples are the same in both, but for exemplars.
 fn as_text(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len() + open_metrics.len() / 8);
     // HELP precedes TYPE, which decides the name of the family. So HELP is kept until TYPE is read.
@@ -77,12 +77,27 @@ fn as_text(open_metrics: &str) -> String {
             // UNIT and EOF do not exist in this format.
             (Some("#"), ..) => {}
             _ => {
-                text.push_str(line);
+                text.push_str(without_exemplar(line));
                 text.push('\n');
             }
         }
     }
     text
+}
+
+/// A sample without the exemplar that may follow its value. Values of labels may look like one.
+fn without_exemplar(line: &str) -> &str {
+    let (mut in_quotes, mut escaped) = (false, false);
+    for (at, character) in line.char_indices() {
+        match character {
+            _ if escaped => escaped = false,
+            '\\' => escaped = in_quotes,
+            '"' => in_quotes = !in_quotes,
+            '#' if !in_quotes => return line.get(..at).unwrap_or(line).trim_end(),
+            _ => {}
+        }
+    }
+    line
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Log, metrics output, and metrics of the process itself. It knows nothing of the modules that log and count.
 
 pub mod changes;
+pub mod exemplar;
 pub mod exposition;
 pub mod limit;
 pub mod lines;

@@ -3,7 +3,7 @@
 
 use crate::istio::Istio;
 use crate::world::names::{answer, ask as ask_dns, question};
-use crate::world::{World, ask, eventually, inside, output_in, replace};
+use crate::world::{World, ask, certs, eventually, inside, output_in, peer_script, python_env, replace};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -196,6 +196,40 @@ fn our_dashboard(prometheus: &Prometheus<'_>) {
     ];
     empty.retain(|title| !quiet.contains(&title.as_str()));
     assert!(empty.is_empty(), "panels that find nothing: {empty:?}");
+}
+
+#[test]
+fn a_refusal_leads_to_its_trace_where_one_is_recorded() {
+    let mut w = World::new();
+    let (server, peer) = (w.mesh_pod("server", 2), w.plain_pod("peer", 1));
+    w.mesh.policy("no-9000", "Namespace", "Deny", json!({"destinationPorts": [9000]}));
+    w.start();
+    let cert = certs::good(&w.ca(), &w.dir, "peer");
+    let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let request = |flags: &str| {
+        json!({"headers": [[":method", "CONNECT"], [":authority", format!("{}:9000", server.v4)],
+            ["traceparent", format!("00-{trace}-00f067aa0ba902b7-{flags}")]], "send": "x\n"})
+    };
+    let refused = |flags: &str| {
+        let spec = json!({"to": [server.v4.to_string(), 15008], "ca": w.ca().join("ca.pem"), "cert": cert.chain,
+            "key": cert.key, "requests": [request(flags)]});
+        let (python, script) = (python_env("python"), peer_script("h2_connect.py"));
+        let said = output_in(&peer.netns, python.to_str().unwrap(), &[script.to_str().unwrap(), &spec.to_string()]);
+        assert!(said.contains("\"status\": 401") || said.contains("\"status\": 403"), "{said}");
+    };
+    let counted = |accept: &str| {
+        let accept = format!("accept: {accept}");
+        let text = output_in(&w.ns("n2"), "curl", &["-s", "-H", &accept, "http://127.0.0.1:15020/metrics"]);
+        let denied = |line: &&str| line.starts_with("culvert_connection_failures_total{") && line.contains("policy");
+        text.lines().find(denied).unwrap_or_default().to_owned()
+    };
+    let (open_metrics, text) = ("application/openmetrics-text", "text/plain");
+    refused("00");
+    eventually("it is counted", || counted(open_metrics).ends_with("} 1"));
+    refused("01");
+    let example = format!("}} 2 # {{trace_id=\"{trace}\"}} 1.0 ");
+    eventually("the trace is its example", || counted(open_metrics).contains(&example));
+    assert!(counted(text).ends_with("} 2"), "{}", counted(text));
 }
 
 /// promtool's remarks about names that ztunnel has too, and that its dashboards ask for.

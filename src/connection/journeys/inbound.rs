@@ -228,6 +228,7 @@ async fn admit(
 ) -> Result<AdmittedStream, Failure> {
     let shared = &worker.shared;
     let request = request?;
+    record.traced(request.traceparent.as_deref());
     let (snapshot, workload) = own_facts(worker, pod).await?;
     let own = peer.local.ip();
     pod.with_own(&workload, |sockets| sockets.check_tunnel(own))?;

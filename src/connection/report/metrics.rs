@@ -9,6 +9,7 @@ use crate::connection::authorize::egress::EgressDecision;
 use crate::connection::choose;
 use crate::mesh::Store;
 use crate::mesh::egress::EgressAction;
+use crate::telemetry::exemplar::TracedCounter;
 use crate::telemetry::series::{self, Labels, OVERFLOW, Series};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -172,7 +173,7 @@ pub struct Metrics {
     /// Time spent in each stage.
     pub stages: StageTimes,
     /// Failures and refusals, including those before the route was known.
-    pub failures: Family<FailureLabels, Counter>,
+    pub failures: Family<FailureLabels, TracedCounter>,
     /// Decisions of egress policies.
     pub egress: Family<EgressLabel, Counter>,
     /// Connections to a workload with a waypoint that have not come through it.

@@ -13,6 +13,7 @@ use super::pods::KnownPods;
 use super::stages::{Stage, Stages};
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
+use crate::telemetry::exemplar::TraceId;
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
@@ -72,6 +73,8 @@ pub struct Record {
     stages: Stages,
     /// Whether the client has sent plaintext to the pod.
     is_plaintext: bool,
+    /// The trace that it is part of, if that is recorded.
+    trace: Option<TraceId>,
 }
 
 /// The part of a record that exists once the route is known.
@@ -138,6 +141,7 @@ impl Record {
             tried: None,
             stages: Stages::default(),
             is_plaintext: false,
+            trace: None,
         }
     }
 
@@ -151,6 +155,11 @@ impl Record {
         let connection = self.attempted(details);
         self.connected();
         connection
+    }
+
+    /// Sets the trace, as the peer's `traceparent` header names it.
+    pub fn traced(&mut self, traceparent: Option<&str>) {
+        self.trace = traceparent.and_then(TraceId::recorded);
     }
 
     /// Notes that an endpoint was left, and why.
@@ -326,7 +335,7 @@ impl Drop for Record {
         metrics.stages.count(self.direction, &self.stages);
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
-            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc();
+            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc(self.trace);
             if failure.is_revocation() {
                 metrics.revoked.get_or_create(&ReporterLabel { reporter: self.direction.reporter() }).inc();
             }
