@@ -59,11 +59,6 @@ impl TracedCounter {
             self.example.inc_by(1, Some(TraceLabel { trace_id: trace.to_string() }), Some(SystemTime::now()));
         }
     }
-
-    /// How many events there were.
-    pub fn get(&self) -> u64 {
-        self.count.get()
-    }
 }
 
 impl TypedMetric for TracedCounter {

@@ -313,7 +313,7 @@ mod tests {
     use super::*;
     use crate::connection::report::{Details, Direction, Failure, Record, Reporter};
     use crate::mesh::snapshot::tests::workload;
-    use std::sync::Arc;
+    use crate::mesh::{Facts, Workload};
     use std::time::Duration;
 
     /// Scrapes after a sweep over many workloads, with one connection still open.
@@ -361,5 +361,27 @@ mod tests {
         kept.finish(Ok(()));
         assert_eq!(scrape(), ([1, 1, 0], 7));
         assert_eq!(scrape(), ([0, 0, 0], 0));
+    }
+
+    #[test]
+    fn idle_series_stay_while_their_workloads_are_in_the_mesh() {
+        let mesh = Store::new("n1".into(), "c1".into(), false);
+        let labels = |source: &str, destination: &str| {
+            Arc::new(TrafficLabels {
+                source_workload: source.into(),
+                source_workload_namespace: "a".into(),
+                destination_workload: destination.into(),
+                destination_workload_namespace: "a".into(),
+                ..TrafficLabels::default()
+            })
+        };
+        let of = |name: &str, ip: &str| Workload { workload_name: name.into(), ..workload("a", name, ip) };
+        mesh.replace(Facts { workloads: vec![of("one", "10.0.0.1"), of("two", "10.0.0.2")], ..Facts::default() });
+        let pairs = [("one", "two"), (UNKNOWN, "two"), ("one", UNKNOWN), ("one", "gone"), ("gone", "two")];
+        let mut idle: Vec<_> = pairs.iter().map(|(source, destination)| labels(source, destination)).collect();
+        idle.push(Arc::new(labels("one", "two").overflow()));
+        keep_living(&mesh, &mut idle);
+        let may_go = idle.iter().map(|labels| (&*labels.source_workload, &*labels.destination_workload));
+        assert_eq!(may_go.collect::<Vec<_>>(), [("one", "gone"), ("gone", "two"), (OVERFLOW, OVERFLOW)]);
     }
 }
