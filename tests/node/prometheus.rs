@@ -1,9 +1,9 @@
 //! A real Prometheus scrapes daemons that carry traffic. The queries of Istio's ztunnel and mesh dashboards and of Kiali's
 //! graph, our own dashboard and our alerting rules are asked of it. promtool reads the metrics.
 
-use crate::istio::Istio;
+use crate::istio::{Istio, alive};
 use crate::world::names::{answer, ask as ask_dns, question};
-use crate::world::{World, ask, certs, eventually, inside, output_in, peer_script, python_env, replace};
+use crate::world::{World, apps, ask, certs, connect, eventually, inside, output_in, peer_script, python_env, replace};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -230,6 +230,42 @@ fn a_refusal_leads_to_its_trace_where_one_is_recorded() {
     let example = format!("}} 2 # {{trace_id=\"{trace}\"}} 1.0 ");
     eventually("the trace is its example", || counted(open_metrics).contains(&example));
     assert!(counted(text).ends_with("} 2"), "{}", counted(text));
+}
+
+#[test]
+fn series_end_with_their_workloads_and_names_beyond_the_limit_are_left_out() {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    let servers = ["one", "two", "three"].map(|name| w.mesh_pod(name, 2));
+    for server in &servers {
+        apps::serve(&server.netns, 9000, apps::echo);
+    }
+    w.write_mesh();
+    for (node, settings) in
+        [(1, &[("CULVERT_METRIC_SERIES_MAX", "2"), ("CULVERT_METRIC_SERIES_IDLE", "1s")][..]), (2, &[])]
+    {
+        w.write_pods(node, &w.captured_pods(node));
+        w.start_node(node, settings);
+    }
+    [1, 2].into_iter().for_each(|node| w.wait_captured(node));
+    let opened = |w: &World, to: &str| {
+        w.metric(1, "istio_tcp_connections_opened_total", &[&format!("destination_workload=\"{to}\"")])
+    };
+    let open = servers.each_ref().map(|server| {
+        let mut stream = connect(&client.netns, (server.v4, 9000)).unwrap();
+        assert!(alive(&mut stream));
+        stream
+    });
+    let all = ["one", "two", "three", "overflow"].map(|to| opened(&w, to));
+    assert_eq!(all, [1.0, 1.0, 0.0, 1.0], "what comes third is counted without its name");
+    assert!(w.metric(1, "culvert_metric_overflows_total", &["of=\"connections\""]) >= 1.0);
+    drop(open);
+    w.mesh.workloads.retain(|workload| workload["name"] != "two");
+    w.write_mesh();
+    eventually("the facts are known", || !w.json(1, "/config_dump")["workloads"].to_string().contains("\"two\""));
+    eventually("the series goes with its workload", || opened(&w, "two") == 0.0);
+    eventually("what overflowed goes when it is idle", || opened(&w, "overflow") == 0.0);
+    assert_eq!(opened(&w, "one"), 1.0, "the other one stays, as long as its workload is in the mesh");
 }
 
 /// promtool's remarks about names that ztunnel has too, and that its dashboards ask for.
