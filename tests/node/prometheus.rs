@@ -189,6 +189,7 @@ fn our_dashboard(prometheus: &Prometheus<'_>) {
     // Nothing failed, nothing was plaintext, and the agent redirects here.
     let quiet = [
         "Plaintext accepted in the last hour",
+        "Plaintext connections of pods",
         "Refused by policy, by reason",
         "Failed, by reason",
         "Tried on another endpoint",
