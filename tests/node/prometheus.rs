@@ -3,7 +3,9 @@
 
 use crate::istio::{Istio, alive};
 use crate::world::names::{answer, ask as ask_dns, question};
-use crate::world::{World, apps, ask, certs, connect, eventually, inside, output_in, peer_script, python_env, replace};
+use crate::world::{
+    World, apps, ask, certs, connect, eventually, http, inside, output_in, peer_script, python_env, replace,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -115,8 +117,9 @@ fn dashboards_of_istio_kiali_and_our_own_find_what_they_ask_for() {
     };
     traffic();
     istio.plane.cut();
-    eventually("Prometheus runs", || {
-        inside(&node, || std::net::TcpStream::connect(("127.0.0.1", Prometheus::PORT)).is_ok())
+    eventually("Prometheus answers queries", || {
+        let ready = inside(&node, || http(Prometheus::PORT, "GET", "/-/ready", "localhost"));
+        ready.is_some_and(|(status, _)| status == 200)
     });
     let prometheus = Prometheus { w: &istio.w };
     // A rate needs two scrapes of each series, and that there was traffic between them.
