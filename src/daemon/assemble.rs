@@ -109,8 +109,6 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         mesh_file: metrics.mesh_file.clone(),
         egress_file: metrics.egress_file.clone(),
     });
-    // Nothing has set it before.
-    let _ = parts.reporter.metrics.mesh.set(mesh.clone());
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &metrics, &log));
     let own_legs = OpenLegs::default();
     let pages = pages(&parts, (&shared, &own_legs), log, (&quit, ready.clone()), registry);
@@ -290,6 +288,8 @@ impl Facts {
             let follow = control::file::follow_egress(path.clone(), mesh.clone(), metrics.egress_file.clone());
             background.spawn(follow);
         }
+        // Nothing has set it before.
+        let _ = metrics.reporter.metrics.mesh.set(mesh.clone());
         let thread = match &config.mesh {
             MeshSource::File(path) => {
                 mesh.replace(control::file::read(path)?);
