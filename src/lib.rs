@@ -7,13 +7,14 @@
 //! | 0 | `crypto`, `mesh`, `ports`, `proto`, `sys`, `task`, `telemetry` |
 //! | 1 | `hbone`, `rpc` |
 //! | 2 | `dns`, `identity` |
-//! | 3 | `connection`, `control`, `admin` |
+//! | 3 | `connection`, `control`, `admin`, `cluster` |
 //! | 4 | `node` |
 //! | 5 | `config` |
-//! | 6 | `demo`, `doctor` |
+//! | 6 | `demo`, `doctor`, `inspect` |
 //! | 7 | `daemon` |
 
 mod admin;
+mod cluster;
 mod config;
 mod connection;
 mod control;
@@ -27,6 +28,7 @@ mod doctor;
 pub mod fuzz;
 mod hbone;
 mod identity;
+mod inspect;
 mod mesh;
 mod node;
 mod ports;

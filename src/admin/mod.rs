@@ -88,6 +88,8 @@ pub type AskedOfText = Box<dyn Fn(&str) -> Result<Value, String> + Send + Sync>;
 pub struct Pages {
     /// `/config_dump`.
     pub config_dump: Page,
+    /// `/status`.
+    pub status: Page,
     /// `/connections`.
     pub connections: Filtered,
     /// `/pods`.
@@ -166,6 +168,7 @@ impl Ports {
         let admin = Router::new()
             .route("/", get(index))
             .route("/config_dump", get(config_dump))
+            .route("/status", get(status))
             .route("/connections", get(connections))
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
@@ -337,6 +340,7 @@ fn is_loopback(host: &str) -> bool {
 async fn index() -> Html<String> {
     Html(format!(
         "<!doctype html><title>culvert</title><h1>culvert</h1><ul>\
+         <li><a href=/status>status</a>: what is wrong on this node, in one answer\
          <li><a href=/pods>pods</a>: which pods are captured, which are not, and why\
          <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
          <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
@@ -365,6 +369,10 @@ async fn pretty(pages: Arc<Pages>, pick: fn(&Pages) -> &Page) -> Response {
 
 async fn config_dump(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.config_dump).await
+}
+
+async fn status(State(pages): State<Arc<Pages>>) -> Response {
+    pretty(pages, |pages| &pages.status).await
 }
 
 async fn connections(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {

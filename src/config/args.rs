@@ -1,6 +1,7 @@
 //! The command line and the environment, as text. Every setting is an argument and an environment variable; the
 //! argument takes precedence.
 
+use super::ask::StatusArgs;
 use super::setting::About;
 use super::settings;
 use clap::{Arg, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
@@ -43,6 +44,9 @@ pub enum Command {
     Demo(DemoArgs),
     /// Check this node and its daemon. Prints one line for each check, with what to do where something is wrong.
     Doctor(Box<NodeArgs>),
+    /// Say what is wrong, on all nodes in one screen: capture, readiness, facts, certificates, failures. Exits with 0 if
+    /// everything is green, 1 if something is red or a node does not answer, 3 if no daemon could be asked.
+    Status(StatusArgs),
     /// List the pods of this node as its daemon knows them: state, since when, and notes.
     Pods {
         /// Print the JSON of the admin port's page `/pods`.

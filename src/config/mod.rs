@@ -4,6 +4,7 @@
 //! The only module that reads the environment. Each module below declares its own plain `Config`; this is their sum.
 
 pub mod args;
+pub mod ask;
 pub mod check;
 mod checker;
 pub mod dedicated;

@@ -35,7 +35,7 @@ use anyhow::Context;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use tokio::sync::Notify;
 
 /// What readiness, and every task that needs mesh facts, waits for.
@@ -108,6 +108,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         changes: metrics.changes.clone(),
         mesh_file: metrics.mesh_file.clone(),
         egress_file: metrics.egress_file.clone(),
+        started: SystemTime::now(),
     });
     let registry = metrics.register(&parts.config, readings(&parts, &workers, &shared, &metrics, &log));
     let own_legs = OpenLegs::default();

@@ -438,7 +438,7 @@ fn base64_pem(der: &CertificateDer<'static>) -> String {
     base64.encode(text)
 }
 
-fn time(at: SystemTime) -> String {
+pub(super) fn time(at: SystemTime) -> String {
     humantime::format_rfc3339_seconds(at).to_string()
 }
 

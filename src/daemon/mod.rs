@@ -1,5 +1,6 @@
 //! The commands. Each checks its settings, assembles what it needs, runs it, and gives the exit code.
 
+mod ask;
 mod assemble;
 pub mod docs;
 mod dump;
@@ -14,6 +15,7 @@ mod plugin;
 mod pods;
 mod profile;
 mod signals;
+mod status;
 mod tcp;
 mod version;
 
@@ -49,6 +51,7 @@ pub fn run(cli: Cli) -> ExitCode {
         },
         Command::Demo(args) => demo::run(&args),
         Command::Doctor(args) => doctor_command(&args),
+        Command::Status(args) => ask::status(&args),
         Command::Pods { json, node } => match doctor::pod_table::run(admin_port(&node), json) {
             Ok(text) => say(text.trim_end()),
             Err(error) => fail(1, &error),

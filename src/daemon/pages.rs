@@ -1,7 +1,7 @@
 //! What the admin and metrics ports serve.
 
 use super::parts::Parts;
-use super::{dump, explain, history, plaintext, profile};
+use super::{dump, explain, history, plaintext, profile, status};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
 use crate::connection::dial::direct::OpenLegs;
@@ -26,6 +26,10 @@ pub(super) fn pages(
     let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
+        status: {
+            let (parts, ready) = (parts.clone(), ready.clone());
+            Box::new(move || status::status(&parts, &ready))
+        },
         connections: {
             let shared = shared.clone();
             Box::new(move |query| dump::connections(&for_connections, &shared, query))

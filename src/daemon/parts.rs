@@ -12,6 +12,7 @@ use crate::mesh::Store as Mesh;
 use crate::node::status::Board;
 use crate::telemetry::changes::Changes;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// The parts of a running daemon.
 pub(super) struct Parts {
@@ -27,4 +28,6 @@ pub(super) struct Parts {
     pub(super) changes: Arc<Changes>,
     pub(super) mesh_file: Arc<file::Metrics>,
     pub(super) egress_file: Arc<file::Metrics>,
+    /// When the daemon was started.
+    pub(super) started: SystemTime,
 }

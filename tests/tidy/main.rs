@@ -21,17 +21,18 @@ const LAYERS: [&[&str]; 8] = [
     &["crypto", "mesh", "ports", "proto", "sys", "task", "telemetry"],
     &["hbone", "rpc"],
     &["dns", "identity"],
-    &["connection", "control", "admin"],
+    &["connection", "control", "admin", "cluster"],
     &["node"],
     &["config"],
-    &["demo", "doctor"],
+    &["demo", "doctor", "inspect"],
     &["daemon"],
 ];
 
 /// Modules that some modules must not import, although they are in a lower layer.
-const NEVER: [(&str, &[&str]); 6] = [
+const NEVER: [(&str, &[&str]); 7] = [
     ("control", &["hbone", "sys"]),
     ("admin", &["mesh", "hbone", "identity", "proto", "rpc", "sys"]),
+    ("cluster", &["mesh", "hbone", "identity", "proto", "rpc", "sys", "dns"]),
     ("node", &["control", "admin", "hbone", "rpc"]),
     ("identity", &["hbone", "sys"]),
     ("connection", &["proto", "rpc"]),

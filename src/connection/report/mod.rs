@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod plaintext;
 pub mod pods;
 pub mod reason;
+pub mod recent;
 pub mod record;
 pub mod stage_times;
 pub mod stages;

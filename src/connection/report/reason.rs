@@ -11,8 +11,7 @@ macro_rules! reasons {
 
         impl Reason {
             /// All reasons, in the order of the table in docs/operate.md.
-            #[cfg(test)]
-            const ALL: &[Self] = &[$(Self::$name,)+];
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
 
             /// The reason word.
             pub fn word(self) -> &'static str {

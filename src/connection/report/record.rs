@@ -10,6 +10,7 @@ use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels, UNKNOWN};
 use super::plaintext::Peer;
 use super::pods::KnownPods;
+use super::recent::RecentFailures;
 use super::stages::{Stage, Stages};
 use crate::hbone::TunnelError;
 use crate::mesh::{SpiffeName, Text};
@@ -32,6 +33,8 @@ pub struct Reporter {
     pub history: History,
     /// The pods of this node, with their plaintext.
     pub pods: KnownPods,
+    /// Failures of the last minutes.
+    pub recent: RecentFailures,
     /// Limit for lines about connections that failed before their route was known, which any peer can cause.
     pub early_failures: LogLimit,
     /// Limit for lines about tunnels that were cut.
@@ -336,6 +339,7 @@ impl Drop for Record {
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
             metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc(self.trace);
+            self.reporter.recent.count(self.direction, failure.reason());
             if failure.is_revocation() {
                 metrics.revoked.get_or_create(&ReporterLabel { reporter: self.direction.reporter() }).inc();
             }

@@ -1,0 +1,286 @@
+//! `culvert status`: is everything captured, current and about to stay so? One screen for all nodes, and an exit code.
+
+use super::text::{ago, columns, printable, seconds, text};
+use super::{Outcome, Style, page};
+use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+use tokio::time::Instant;
+
+/// Pause between two looks while waiting.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Rows of nodes that are well. Further ones are only counted, so that the rest stays on the screen.
+const GREEN_ROWS: usize = 24;
+
+/// Lines below a heading.
+const LINES: usize = 40;
+
+/// The state of one node.
+struct Node {
+    name: String,
+    /// Namespace and name of the daemon's pod.
+    pod: Option<String>,
+    /// The page, or why there is none.
+    status: Result<Value, String>,
+}
+
+impl Node {
+    fn new(daemon: &Daemon, status: Result<Value, String>) -> Self {
+        let said = status.as_ref().ok().map(|status| text(status, "node")).filter(|name| !name.is_empty());
+        let name =
+            if daemon.node.is_empty() { said.unwrap_or_else(|| daemon.name().to_owned()) } else { daemon.node.clone() };
+        let pod = (!daemon.pod.is_empty()).then(|| format!("{}/{}", daemon.namespace, daemon.pod));
+        Self { name, pod, status }
+    }
+
+    fn is_green(&self) -> bool {
+        self.status.as_ref().is_ok_and(|status| status["green"] == true)
+    }
+
+    fn json(&self) -> Value {
+        match &self.status {
+            Ok(status) => json!({"node": self.name, "pod": self.pod, "reached": true, "status": status}),
+            Err(error) => json!({"node": self.name, "pod": self.pod, "reached": false, "error": error}),
+        }
+    }
+}
+
+/// Asks all daemons until everything is green or `wait` has passed, and once without `wait`. Returns what to print.
+pub async fn run(
+    daemons: &Daemons,
+    timeout: Duration,
+    wait: Option<Duration>,
+    (json, style): (bool, Style),
+) -> Result<(String, Outcome), ClusterError> {
+    let end = Instant::now() + wait.unwrap_or_default();
+    loop {
+        let looked = look(daemons, timeout).await;
+        let is_green = looked.as_ref().is_ok_and(|nodes| nodes.iter().all(Node::is_green));
+        if is_green || Instant::now() + AGAIN > end {
+            let nodes = looked?;
+            let outcome = match (is_green, nodes.iter().any(|node| node.status.is_ok())) {
+                (true, _) => Outcome::Green,
+                (false, true) => Outcome::Red,
+                (false, false) => Outcome::Unknown,
+            };
+            let shown = if json { as_json(&nodes) } else { screen(&nodes, style, SystemTime::now()) };
+            return Ok((shown, outcome));
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// The state of every node now.
+async fn look(daemons: &Daemons, timeout: Duration) -> Result<Vec<Node>, ClusterError> {
+    let all = daemons.find(timeout).await?;
+    let answers = daemons.ask_all(&all, &Question::get("/status", timeout)).await;
+    Ok(all.iter().zip(answers).map(|(daemon, answer)| Node::new(daemon, page(answer))).collect())
+}
+
+fn as_json(nodes: &[Node]) -> String {
+    let all = json!({
+        "green": nodes.iter().all(Node::is_green),
+        "nodes": nodes.iter().map(Node::json).collect::<Vec<_>>(),
+    });
+    serde_json::to_string_pretty(&all).unwrap_or_default()
+}
+
+/// One screen: a table of the nodes, and below it what is wrong, what is worth knowing, and what failed lately.
+fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
+    let mut lines = table(nodes, style);
+    let mut wrong = Vec::new();
+    let mut notes = Vec::new();
+    for node in nodes {
+        match &node.status {
+            Err(error) => wrong.push(format!("{}: no answer: {}", node.name, printable(error))),
+            Ok(status) => {
+                let of = |key: &str| strings(&status[key]).map(|said| format!("{}: {said}", node.name));
+                wrong.extend(of("red"));
+                wrong.extend(pods(&node.name, status, now));
+                notes.extend(of("notes"));
+            }
+        }
+    }
+    section(&mut lines, &style.red("what is wrong"), wrong);
+    section(&mut lines, &style.yellow("worth knowing"), notes);
+    section(&mut lines, &style.bold("failed and refused connections of the last 5 minutes"), failures(nodes));
+    let green = nodes.iter().filter(|node| node.is_green()).count();
+    lines.push(String::new());
+    lines.push(match green == nodes.len() {
+        true => style.green(&format!("green: {}", count(green, "node"))),
+        false => style.red(&format!("red: {} of {}", nodes.len() - green, count(nodes.len(), "node"))),
+    });
+    lines.join("\n")
+}
+
+fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{number} {what}s") }
+}
+
+/// Adds lines below a heading, if there are any.
+fn section(lines: &mut Vec<String>, heading: &str, below: Vec<String>) {
+    if below.is_empty() {
+        return;
+    }
+    lines.extend([String::new(), heading.to_owned()]);
+    let more = below.len().saturating_sub(LINES);
+    lines.extend(below.into_iter().take(LINES).map(|line| format!("  {line}")));
+    if more > 0 {
+        lines.push(format!("  and {more} more, which --json lists"));
+    }
+}
+
+/// A row for each node: those with something wrong first to be seen, and not too many of the others.
+fn table(nodes: &[Node], style: Style) -> Vec<String> {
+    let head = ["NODE", "VERSION", "READY", "CAPTURED", "FACTS", "NEXT CERTIFICATE ENDS", "CONNECTIONS", "FAILED 5m"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    let mut colours = vec![None];
+    let (mut left, mut hidden) = (GREEN_ROWS, 0);
+    for node in nodes {
+        if node.is_green() && left == 0 {
+            hidden += 1;
+            continue;
+        }
+        left -= usize::from(node.is_green());
+        rows.push(row(node));
+        colours.push(Some(node.is_green()));
+    }
+    let mut lines: Vec<String> = columns(&rows)
+        .into_iter()
+        .zip(colours)
+        .map(|(line, is_green)| match is_green {
+            Some(false) => style.red(&line),
+            Some(true) => line,
+            None => style.bold(&line),
+        })
+        .collect();
+    if hidden > 0 {
+        lines.push(format!("and {} that are green", count(hidden, "node")));
+    }
+    lines
+}
+
+fn row(node: &Node) -> Vec<String> {
+    let status = match &node.status {
+        Ok(status) => status,
+        Err(_) => return vec![node.name.clone(), "?".into(), "no answer".into()],
+    };
+    let pods = &status["pods"];
+    let age = status["facts"]["ageSeconds"].as_u64();
+    let facts = match (status["facts"]["current"].as_bool(), age) {
+        (Some(true), _) => "current".to_owned(),
+        (_, Some(age)) => format!("{} old", seconds(age)),
+        (_, None) => "none".to_owned(),
+    };
+    let next = &status["certificates"]["next"];
+    let next = next["secondsLeft"].as_u64().map_or("-".to_owned(), |left| format!("in {}", seconds(left)));
+    vec![
+        node.name.clone(),
+        text(status, "version"),
+        if status["ready"] == true { "yes" } else { "NO" }.to_owned(),
+        format!("{}/{}", pods["captured"], pods["total"]),
+        facts,
+        next,
+        status["connections"]["open"].to_string(),
+        status["failures"]["total"].to_string(),
+    ]
+}
+
+/// The pods that are not captured, and why.
+fn pods(node: &str, status: &Value, now: SystemTime) -> Vec<String> {
+    let one = |pod: &Value| {
+        let since = ago(&pod["since"], now).map(|since| format!(" for {since}")).unwrap_or_default();
+        let reason = text(pod, "reason");
+        let reason = if reason.is_empty() { "no reason is known".to_owned() } else { reason };
+        format!("{node}: {} is {}{since}: {reason}", text(pod, "pod"), text(pod, "state"))
+    };
+    status["pods"]["notCaptured"].as_array().into_iter().flatten().map(one).collect()
+}
+
+/// Failures of all nodes by reason, the most frequent first, with what to do.
+fn failures(nodes: &[Node]) -> Vec<String> {
+    let mut by_reason: BTreeMap<(String, String), (u64, String, Vec<&str>)> = BTreeMap::new();
+    for node in nodes {
+        let Ok(status) = &node.status else { continue };
+        for one in status["failures"]["byReason"].as_array().into_iter().flatten() {
+            let key = (text(one, "reason"), text(one, "direction"));
+            let entry = by_reason.entry(key).or_insert_with(|| (0, text(one, "nextStep"), Vec::new()));
+            entry.0 += one["count"].as_u64().unwrap_or(0);
+            entry.2.push(&node.name);
+        }
+    }
+    let mut all: Vec<_> = by_reason.into_iter().collect();
+    all.sort_by_key(|(_, (count, _, _))| std::cmp::Reverse(*count));
+    let one = |((reason, direction), (count, next, on)): ((String, String), (u64, String, Vec<&str>))| {
+        let names = on.iter().take(3).copied().collect::<Vec<_>>().join(", ");
+        let more = if on.len() > 3 { format!(" and {} more", on.len() - 3) } else { String::new() };
+        format!("{count} {direction} {reason} on {names}{more}: {next}")
+    };
+    all.into_iter().map(one).collect()
+}
+
+/// The texts of a list.
+fn strings(list: &Value) -> impl Iterator<Item = String> {
+    list.as_array().into_iter().flatten().filter_map(Value::as_str).map(printable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn green(name: &str) -> Node {
+        let status = json!({"green": true, "ready": true, "version": "1", "red": [], "notes": [],
+            "pods": {"captured": 2, "total": 2, "notCaptured": []}, "facts": {"current": true, "ageSeconds": 0},
+            "certificates": {"next": {"secondsLeft": 7261}}, "connections": {"open": 5},
+            "failures": {"total": 0, "byReason": []}});
+        Node { name: name.into(), pod: None, status: Ok(status) }
+    }
+
+    fn red(name: &str) -> Node {
+        let mut node = green(name);
+        if let Ok(status) = &mut node.status {
+            status["green"] = json!(false);
+            status["red"] = json!(["1 of 2 pods are not captured"]);
+            status["pods"]["captured"] = json!(1);
+            status["pods"]["notCaptured"] = json!([{"pod": "shop/web", "state": "failed", "reason": "no \u{1b}[1mway", "since": "2026-01-01T00:00:00Z"}]);
+            status["failures"] = json!({"total": 3, "byReason": [{"reason": "denied", "direction": "inbound", "count": 3,
+                "nextStep": "A DENY policy matched"}]});
+        }
+        node
+    }
+
+    #[test]
+    fn the_screen_names_what_is_wrong_and_a_node_that_does_not_answer() {
+        let gone = Node { name: "n3".into(), pod: None, status: Err("no answer within 5s".into()) };
+        let now = humantime::parse_rfc3339("2026-01-01T00:01:30Z").unwrap();
+        let expected = "\
+NODE  VERSION  READY      CAPTURED  FACTS    NEXT CERTIFICATE ENDS  CONNECTIONS  FAILED 5m
+n1    1        yes        2/2       current  in 2h 1m               5            0
+n2    1        yes        1/2       current  in 2h 1m               5            3
+n3    ?        no answer
+
+what is wrong
+  n2: 1 of 2 pods are not captured
+  n2: shop/web is failed for 1m 30s: no ?[1mway
+  n3: no answer: no answer within 5s
+
+failed and refused connections of the last 5 minutes
+  3 inbound denied on n2: A DENY policy matched
+
+red: 2 of 3 nodes";
+        assert_eq!(screen(&[green("n1"), red("n2"), gone], Style { colours: false }, now), expected);
+        let coloured = screen(&[green("n1"), red("n2")], Style { colours: true }, now);
+        assert!(coloured.contains("\u{1b}[31mn2") && !coloured.contains("\u{1b}[1mway"));
+    }
+
+    #[test]
+    fn many_green_nodes_are_counted_and_red_ones_are_all_shown() {
+        let mut nodes: Vec<Node> = (0..100).map(|number| green(&format!("n{number}"))).collect();
+        nodes.push(red("last"));
+        let shown = screen(&nodes, Style { colours: false }, SystemTime::now());
+        assert!(shown.contains("and 76 nodes that are green") && shown.contains("\nlast "), "{shown}");
+        assert!(shown.lines().count() < 45);
+    }
+}
