@@ -105,6 +105,7 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
             duration = duration.as_str(),
             error = failure.to_string().as_str(),
             reason = failure.word(),
+            next_step = failure.reason().advice(),
             tried = summary.tried,
             stages = summary.stages.map(display)
         ),
@@ -126,6 +127,7 @@ pub fn failed_early(
         direction = direction.word(),
         error = failure.to_string().as_str(),
         reason = failure.word(),
+        next_step = failure.reason().advice(),
         lines_suppressed = (suppressed > 0).then_some(suppressed),
         "connection failed");
 }
