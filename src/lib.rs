@@ -44,11 +44,11 @@ mod sys;
 mod task;
 mod telemetry;
 
-pub use config::args::Cli;
+pub use config::command_line::Cli;
 #[doc(hidden)]
 pub use connection::choose::measured;
 #[doc(hidden)]
 pub use connection::report::measured as measured_history;
 #[doc(hidden)]
 pub use daemon::docs;
-pub use daemon::{run, run_as_plugin};
+pub use daemon::{cli, run, run_as_plugin};

@@ -1,7 +1,6 @@
 //! The program: parses the command line, runs the command and exits with its code. Under the name of the CNI plugin it
 //! is the CNI plugin.
 
-use clap::Parser;
 use std::process::ExitCode;
 
 /// jemalloc. Frames of more than 100 KiB are allocated and freed constantly; the C library's allocator would map and
@@ -10,5 +9,5 @@ use std::process::ExitCode;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
-    culvert::run_as_plugin().unwrap_or_else(|| culvert::run(culvert::Cli::parse()))
+    culvert::run_as_plugin().unwrap_or_else(|| culvert::run(culvert::cli()))
 }

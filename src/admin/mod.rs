@@ -90,6 +90,8 @@ pub struct Pages {
     pub config_dump: Page,
     /// `/status`.
     pub status: Page,
+    /// `/kernel`.
+    pub kernel: Page,
     /// `/connections`.
     pub connections: Filtered,
     /// `/pods`.
@@ -169,6 +171,8 @@ impl Ports {
             .route("/", get(index))
             .route("/config_dump", get(config_dump))
             .route("/status", get(status))
+            .route("/kernel", get(kernel))
+            .route("/metrics", get(metrics))
             .route("/connections", get(connections))
             .route("/pods", get(pods))
             .route("/set_aside", get(set_aside))
@@ -373,6 +377,10 @@ async fn config_dump(State(pages): State<Arc<Pages>>) -> Response {
 
 async fn status(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.status).await
+}
+
+async fn kernel(State(pages): State<Arc<Pages>>) -> Response {
+    pretty(pages, |pages| &pages.kernel).await
 }
 
 async fn connections(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {

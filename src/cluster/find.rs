@@ -1,6 +1,6 @@
 //! Finds the daemons: the pods with the label that istioctl and enrolment know too, one for each node.
 
-use super::{Cluster, ClusterError, Daemon};
+use super::question::{Cluster, ClusterError, Daemon};
 use crate::telemetry::log::with_causes;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
@@ -83,16 +83,39 @@ pub(super) async fn daemons(client: &kube::Client, cluster: &Cluster) -> Result<
     Ok(all)
 }
 
-/// The name of the node that a pod, `NAMESPACE/NAME`, runs on.
-pub(super) async fn node_of(client: &kube::Client, pod: &str) -> Result<String, ClusterError> {
-    let Some((namespace, name)) = pod.split_once('/') else {
-        return Err(ClusterError::NotFound(format!("{pod:?} is not NAMESPACE/NAME")));
-    };
-    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let found = pods.get_opt(name).await.map_err(|error| ClusterError::Api(with_causes(&error)))?;
+/// A pod, and where it runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodPlace {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Name of its node; empty if only its name is known.
+    pub node: String,
+    /// Its addresses.
+    pub ips: Vec<String>,
+}
+
+impl PodPlace {
+    /// A pod of which only `NAMESPACE/NAME` is known.
+    pub(super) fn named(pod: &str) -> Result<Self, ClusterError> {
+        let Some((namespace, name)) = pod.split_once('/').filter(|(a, b)| !a.is_empty() && !b.is_empty()) else {
+            return Err(ClusterError::NotFound(format!("{pod:?} is not NAMESPACE/NAME of a pod")));
+        };
+        Ok(Self { namespace: namespace.to_owned(), name: name.to_owned(), node: String::new(), ips: Vec::new() })
+    }
+}
+
+/// Asks the API where a pod, `NAMESPACE/NAME`, runs.
+pub(super) async fn place_of(client: &kube::Client, pod: &str) -> Result<PodPlace, ClusterError> {
+    let place = PodPlace::named(pod)?;
+    let pods: Api<Pod> = Api::namespaced(client.clone(), &place.namespace);
+    let found = pods.get_opt(&place.name).await.map_err(|error| ClusterError::Api(with_causes(&error)))?;
     let found = found.ok_or_else(|| ClusterError::NotFound(format!("there is no pod {pod}")))?;
     let node = found.spec.and_then(|spec| spec.node_name).filter(|node| !node.is_empty());
-    node.ok_or_else(|| ClusterError::NotFound(format!("the pod {pod} is not scheduled to a node yet")))
+    let node = node.ok_or_else(|| ClusterError::NotFound(format!("the pod {pod} is not scheduled to a node yet")))?;
+    let ips = found.status.and_then(|status| status.pod_ips).into_iter().flatten().map(|ip| ip.ip).collect();
+    Ok(PodPlace { node, ips, ..place })
 }
 
 /// Why the API did not list the daemons, and what to do.

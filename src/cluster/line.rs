@@ -1,6 +1,6 @@
 //! A connection to one admin port: HTTP/1.1 over a port-forward, or over TCP on this machine.
 
-use super::{Answer, AskError, Question};
+use super::question::{Answer, AskError, Question};
 use crate::task::Group;
 use crate::telemetry::log::with_causes;
 use axum::body::Body;

@@ -7,159 +7,22 @@
 mod find;
 mod line;
 mod logs;
+mod question;
 
+pub use self::find::PodPlace;
 use self::line::Line;
-use crate::ports;
+pub use self::logs::LogLines;
+pub use self::question::{Answer, AskError, Cluster, ClusterError, Daemon, Place, Question};
 use crate::task::Group;
 use crate::telemetry::log::with_causes;
-use bytes::Bytes;
 use futures_util::StreamExt;
-use http::Method;
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
 use std::time::Duration;
 
 /// Daemons that are asked at the same time.
 const AT_ONCE: usize = 32;
-
-/// The longest answer, in bytes, where a question does not say otherwise. The dump of a large mesh has some megabytes.
-const ANSWER_MAX: usize = 64 << 20;
-
-/// Where the daemons are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// The daemon of this machine or network namespace, by the address of its admin port.
-    Here(SocketAddr),
-    /// Those of a cluster.
-    Cluster(Cluster),
-}
-
-/// Which daemons of which cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Cluster {
-    /// The kubeconfig; `None`: the one that kubectl would use, or else the account of this pod.
-    pub kubeconfig: Option<PathBuf>,
-    /// Its context; `None`: the current one.
-    pub context: Option<String>,
-    /// Namespace of the daemons; `None`: all.
-    pub namespace: Option<String>,
-    /// Names of nodes; empty: all.
-    pub nodes: Vec<String>,
-    /// Admin port of the daemons.
-    pub admin_port: u16,
-}
-
-impl Default for Place {
-    fn default() -> Self {
-        Self::Here(SocketAddr::from((Ipv4Addr::LOCALHOST, ports::ADMIN)))
-    }
-}
-
-/// Why the daemons cannot be found.
-#[derive(Debug, thiserror::Error)]
-pub enum ClusterError {
-    /// There is no usable kubeconfig.
-    #[error("{0}")]
-    Credentials(String),
-    /// The API does not answer, or refuses.
-    #[error("the Kubernetes API: {0}")]
-    Api(String),
-    /// There is no such daemon.
-    #[error("{0}")]
-    NotFound(String),
-}
-
-/// Why a daemon has not answered.
-#[derive(Debug, thiserror::Error)]
-pub enum AskError {
-    /// Its pod does not run.
-    #[error("{0}")]
-    Down(String),
-    /// It cannot be reached.
-    #[error("{0}")]
-    Unreachable(String),
-    /// The deadline has passed.
-    #[error("no answer within {}", crate::telemetry::log::brief(*.0))]
-    Late(Duration),
-    /// The answer is longer than allowed.
-    #[error("the answer is longer than {0} bytes")]
-    TooLong(usize),
-}
-
-/// One daemon.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Daemon {
-    /// Name of its node; empty for the daemon of this machine, which says it itself in `/status`.
-    pub node: String,
-    /// Its namespace; empty for the daemon of this machine.
-    pub namespace: String,
-    /// Name of its pod; empty for the daemon of this machine.
-    pub pod: String,
-    /// Why it cannot be asked, if that is known.
-    pub down: Option<String>,
-}
-
-impl Daemon {
-    /// The name to show: that of the node.
-    pub fn name(&self) -> &str {
-        if self.node.is_empty() { "this node" } else { &self.node }
-    }
-}
-
-/// A question to a daemon's admin port.
-#[derive(Clone, Debug)]
-pub struct Question {
-    /// GET or POST.
-    pub method: Method,
-    /// Path and query.
-    pub path: String,
-    /// What is sent with it.
-    pub body: Bytes,
-    /// How long the answer may take, with the way there.
-    pub deadline: Duration,
-    /// How long the answer may be, in bytes.
-    pub max: usize,
-}
-
-impl Question {
-    /// A question for a page.
-    pub fn get(path: impl Into<String>, deadline: Duration) -> Self {
-        Self { method: Method::GET, path: path.into(), body: Bytes::new(), deadline, max: ANSWER_MAX }
-    }
-
-    /// A question about a text.
-    pub fn post(path: impl Into<String>, body: impl Into<Bytes>, deadline: Duration) -> Self {
-        Self { method: Method::POST, body: body.into(), ..Self::get(path, deadline) }
-    }
-}
-
-/// The answer of a daemon.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
-    /// HTTP status.
-    pub status: u16,
-    /// The page.
-    pub body: Bytes,
-}
-
-impl Answer {
-    /// The page as text.
-    pub fn text(&self) -> String {
-        String::from_utf8_lossy(&self.body).into_owned()
-    }
-
-    /// The page as JSON, or why it is none.
-    pub fn json(&self) -> Result<serde_json::Value, String> {
-        match self.status {
-            200 => serde_json::from_slice(&self.body).map_err(|error| format!("the answer is not JSON: {error}")),
-            404 => Err("the daemon does not have this page; is it of another version, or ztunnel?".to_owned()),
-            status => Err(format!("status {status}: {}", self.text().trim())),
-        }
-    }
-}
 
 /// Asks daemons. Connections to them are kept for the next question.
 pub struct Daemons {
@@ -191,9 +54,9 @@ impl Daemons {
         Ok(Self { place, client, lines: Mutex::default(), tasks: Group::default() })
     }
 
-    /// Whether they are those of a cluster.
-    pub fn of_cluster(&self) -> bool {
-        matches!(self.place, Place::Cluster(_))
+    /// Where they are.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// The daemons, sorted by node. There is at least one, and one for each node that was asked for.
@@ -207,15 +70,18 @@ impl Daemons {
         }
     }
 
-    /// The daemon on the node of a pod, `NAMESPACE/NAME`. On this machine it is the only one.
-    pub async fn find_of_pod(&self, pod: &str, deadline: Duration) -> Result<Daemon, ClusterError> {
+    /// The daemon on the node of a pod, `NAMESPACE/NAME`, and what the API says about the pod. On this machine the
+    /// daemon is the only one.
+    pub async fn find_of_pod(&self, pod: &str, deadline: Duration) -> Result<(Daemon, PodPlace), ClusterError> {
         let late = || ClusterError::Api(AskError::Late(deadline).to_string());
-        let node = match &self.client {
-            None => String::new(),
-            Some(client) => tokio::time::timeout(deadline, find::node_of(client, pod)).await.map_err(|_| late())??,
+        let place = match &self.client {
+            None => PodPlace::named(pod)?,
+            Some(client) => tokio::time::timeout(deadline, find::place_of(client, pod)).await.map_err(|_| late())??,
         };
         let all = self.find(deadline).await?;
-        all.into_iter().find(|daemon| daemon.node == node).ok_or_else(|| {
+        let daemon = all.into_iter().find(|daemon| daemon.node == place.node);
+        daemon.map(|daemon| (daemon, place.clone())).ok_or_else(|| {
+            let node = &place.node;
             ClusterError::NotFound(format!("{pod} runs on node {node}, which has no daemon, or was not asked for"))
         })
     }

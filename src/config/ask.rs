@@ -1,6 +1,8 @@
 //! Options of the commands that ask daemons: of a cluster, or the one of this machine.
 
 use super::args::NodeArgs;
+use super::environment::Environment;
+use super::settings::pods::KUBECONFIG;
 use crate::cluster::{Cluster, Place};
 use clap::Args;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -85,16 +87,15 @@ impl AskArgs {
 
 /// Whether there is a kubeconfig that kubectl would use.
 fn has_kubeconfig() -> bool {
-    if std::env::var_os("KUBECONFIG").is_some_and(|files| !files.is_empty()) {
-        return true;
-    }
-    std::env::var_os("HOME").is_some_and(|home| PathBuf::from(home).join(".kube/config").is_file())
+    let environment = Environment::of_process();
+    environment.get("KUBECONFIG").is_some()
+        || environment.get("HOME").is_some_and(|home| PathBuf::from(home).join(".kube/config").is_file())
 }
 
 /// Whether colours are wanted on a terminal: <https://no-color.org>, and terminals that have none.
 pub fn wants_colour() -> bool {
-    let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-    !is_set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb")
+    let environment = Environment::of_process();
+    environment.get("NO_COLOR").is_none() && environment.get("TERM").is_none_or(|terminal| terminal != "dumb")
 }
 
 /// The settings in the environment of this process, for commands without options for them.
@@ -109,14 +110,176 @@ pub fn of_environment() -> NodeArgs {
 pub struct StatusArgs {
     /// Wait until everything is green, at most for this time (5m if none is given).
     #[arg(long, value_name = "DURATION", num_args = 0..=1, require_equals = true, default_missing_value = "5m",
-          value_parser = humantime::parse_duration)]
+          value_parser = humantime::parse_duration, conflicts_with = "plaintext")]
     pub wait: Option<Duration>,
+    /// Instead: since when each pod has sent and received no plaintext.
+    #[arg(long)]
+    pub plaintext: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
     /// Which daemons.
     #[command(flatten)]
     pub ask: AskArgs,
+}
+
+/// Options of `culvert connections`.
+#[derive(Clone, Debug, Args)]
+pub struct ConnectionsArgs {
+    /// Only those of this pod.
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub pod: Option<String>,
+    /// Only those that a policy or a limit refused.
+    #[arg(long)]
+    pub refused: bool,
+    /// Instead of the open ones: those that have ended or were refused in this time, such as 10m.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub since: Option<Duration>,
+    /// At most so many.
+    #[arg(long, value_name = "COUNT", default_value_t = 200)]
+    pub limit: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// Options of `culvert top`.
+#[derive(Clone, Debug, Args)]
+pub struct TopArgs {
+    /// What to sort by: rate, bytes, connections, connect or pod.
+    #[arg(long, value_name = "WORD", default_value = "rate")]
+    pub sort: Sort,
+    /// Time between two looks.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
+    pub interval: Duration,
+    /// Print JSON once, after one interval.
+    #[arg(long)]
+    pub json: bool,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// What `culvert top` sorts by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sort {
+    /// Bytes a second.
+    Rate,
+    /// Bytes in all.
+    Bytes,
+    /// Open connections.
+    Connections,
+    /// How long it takes until connections are open.
+    Connect,
+    /// Names of pods.
+    Pod,
+}
+
+/// Options of `culvert logs`.
+#[derive(Clone, Debug, Args)]
+pub struct LogsArgs {
+    /// The pod.
+    #[arg(value_name = "NAMESPACE/NAME")]
+    pub pod: String,
+    /// Wait for further lines.
+    #[arg(long, short = 'f')]
+    pub follow: bool,
+    /// Only lines of this time, such as 10m.
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+    pub since: Option<Duration>,
+    /// Only lines among the last ones of the daemon's log.
+    #[arg(long, value_name = "COUNT")]
+    pub tail: Option<u32>,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// Options of `culvert pods`.
+#[derive(Clone, Debug, Args)]
+pub struct PodsArgs {
+    /// Print the JSON of the admin port's page `/pods`.
+    #[arg(long)]
+    pub json: bool,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// Options of `culvert explain`.
+#[derive(Clone, Debug, Args)]
+pub struct ExplainArgs {
+    /// The pod that connects. The daemon of its node is asked.
+    #[arg(long, value_name = "NAMESPACE/NAME", required_unless_present = "policy", requires = "to")]
+    pub from: Option<String>,
+    /// Where it connects to, as ADDRESS:PORT or NAME:PORT.
+    #[arg(long, requires = "from")]
+    pub to: Option<String>,
+    /// Instead: a file with `policies:` as in the mesh file. Says which of the open and of the recent connections these
+    /// policies would refuse or allow.
+    #[arg(long, conflicts_with_all = ["from", "to"], value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Print the JSON of the admin port's page `/explain`.
+    #[arg(long)]
+    pub json: bool,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// Options of `culvert report`.
+#[derive(Clone, Debug, Args)]
+pub struct ReportArgs {
+    /// The archive. Default: culvert-report-TIME.tar.gz in this directory; `-` is standard output.
+    #[arg(long, short = 'o', value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
+/// Options of `culvert doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// Instead of this node: what the daemons of a cluster say about themselves. `--kubeconfig` or the environment says
+    /// which cluster.
+    #[arg(long, help_heading = HEADING)]
+    pub cluster: bool,
+    /// The same, only the daemon of this node. May be repeated.
+    #[arg(long, value_name = "NAME", help_heading = HEADING)]
+    pub node: Vec<String>,
+    /// The context of the kubeconfig.
+    #[arg(long, value_name = "NAME", help_heading = HEADING)]
+    pub context: Option<String>,
+    /// Namespace of the daemons. Default: all namespaces.
+    #[arg(long, short = 'n', value_name = "NAME", help_heading = HEADING)]
+    pub namespace: Option<String>,
+    /// How long a daemon, or the Kubernetes API, may take to answer.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration, help_heading = HEADING)]
+    pub timeout: Duration,
+    /// Settings.
+    #[command(flatten)]
+    pub settings: Box<NodeArgs>,
+}
+
+impl DoctorArgs {
+    /// The cluster, if its daemons are asked and not this node.
+    pub fn cluster(&self) -> Option<AskArgs> {
+        let asked = self.cluster || !self.node.is_empty() || self.context.is_some() || self.namespace.is_some();
+        asked.then(|| AskArgs {
+            cluster: true,
+            kubeconfig: self.settings.get(&KUBECONFIG.about).filter(|path| !path.is_empty()).map(PathBuf::from),
+            context: self.context.clone(),
+            namespace: self.namespace.clone(),
+            node: self.node.clone(),
+            admin: None,
+            admin_port: None,
+            timeout: self.timeout,
+        })
+    }
 }
 
 #[cfg(test)]

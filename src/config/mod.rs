@@ -7,6 +7,7 @@ pub mod args;
 pub mod ask;
 pub mod check;
 mod checker;
+pub mod command_line;
 pub mod dedicated;
 mod duration;
 pub mod environment;

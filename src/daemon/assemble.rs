@@ -10,7 +10,7 @@ use super::metrics::{Metrics, Read, Readings};
 use super::pages::pages;
 use super::parts::Parts;
 use super::signals::Signals;
-use super::{pods, version};
+use super::{pods, startup};
 use crate::admin::{Pages, Ports};
 use crate::config::{CaSource, Config, MeshSource};
 use crate::connection::authorize::revoke::Permits;
@@ -128,7 +128,7 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         background: &background,
     };
     let last = enrolment.follow(metrics, pods_pending).await?;
-    tracing::info!(workers = parts.config.connection.workers, "{} is running", version::text());
+    startup::say(&parts.config).await;
 
     tokio::select! {
         name = signals.next() => tracing::info!(signal = name, "ending"),

@@ -20,6 +20,7 @@ use crate::node::spec::NetnsRef;
 use crate::node::status::{CaptureState, PodStatus};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Map, Value, json};
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -88,16 +89,24 @@ pub(super) fn connections(parts: &Parts, shared: &Shared, query: &Query) -> Resu
     let live = parts.reporter.live.list();
     let sockets = with_tcp.then(|| Sockets::of(shared, &live));
     let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
+    let names: HashMap<Text, String> = parts
+        .board
+        .list()
+        .into_iter()
+        .map(|pod| (pod.spec.uid.clone(), format!("{}/{}", pod.spec.namespace, pod.spec.name)))
+        .collect();
     let one = |(id, c): (u64, std::sync::Arc<Connection>)| {
         let mut shown = json!({
             "id": id,
             "pod": &*c.pod,
+            "podName": names.get(&c.pod),
             "direction": c.direction.word(),
             "protocol": c.protocol,
             "src": c.source.to_string(),
             "dst": c.destination.to_string(),
             "actualDst": c.actual.to_string(),
             "hboneAddr": c.authority,
+            "service": c.service.as_deref(),
             "srcIdentity": name(&c.source_identity),
             "gateway": c.gateway.as_deref(),
             "gatewayIdentity": c.gateway_identity.get().map(ToString::to_string),

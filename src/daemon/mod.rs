@@ -7,38 +7,44 @@ mod dump;
 mod dump_config;
 pub(crate) mod explain;
 mod history;
+mod kernel;
+mod manual;
 mod metrics;
 mod pages;
 mod parts;
 mod plaintext;
 mod plugin;
 mod pods;
+mod print;
 mod profile;
 mod signals;
+mod startup;
 mod status;
 mod tcp;
+mod this_node;
 mod version;
 
-use crate::config::args::{CaCommand, Cli, Command, NodeArgs};
-use crate::config::check::{Machine, check};
+use self::print::{EXIT_CONFIG, fail, say};
+use self::this_node::{admin_port, machine};
+use crate::config::args::NodeArgs;
+use crate::config::check::check;
+use crate::config::command_line::{CaCommand, Cli, Command};
 use crate::config::environment::Environment;
 use crate::config::kind::File;
 use crate::config::plugin::Call;
 use crate::config::setting::Setting;
 use crate::config::settings;
-use crate::config::{CaSource, Config, Faults, MeshSource, dedicated};
+use crate::config::{Config, Faults, dedicated};
 use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
 use crate::node::{PodSource, own_rules};
 use crate::{control, node, sys};
 use crate::{demo, doctor};
+use clap::{CommandFactory, FromArgMatches};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
-
-/// Exit code for a configuration that is not valid. clap uses the same for the command line.
-const EXIT_CONFIG: u8 = 2;
 
 /// Runs one command to its end.
 pub fn run(cli: Cli) -> ExitCode {
@@ -50,24 +56,19 @@ pub fn run(cli: Cli) -> ExitCode {
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
         },
         Command::Demo(args) => demo::run(&args),
-        Command::Doctor(args) => doctor_command(&args),
-        Command::Status(args) => ask::status(&args),
-        Command::Pods { json, node } => match doctor::pod_table::run(admin_port(&node), json) {
-            Ok(text) => say(text.trim_end()),
-            Err(error) => fail(1, &error),
+        Command::Doctor(args) => match args.cluster() {
+            Some(cluster) => ask::checkup(&cluster),
+            None => doctor_command(&args.settings),
         },
-        Command::Explain { from, to, policy, json, node } => {
-            let port = admin_port(&node);
-            let asked = match (from.zip(to), policy) {
-                (_, Some(file)) => doctor::explain::policies(port, &file, json),
-                (Some((from, to)), None) => doctor::explain::connection(port, (&from, &to), json),
-                (None, None) => Err("use --from and --to, or --policy".to_owned()),
-            };
-            match asked {
-                Ok(text) => say(text.trim_end()),
-                Err(error) => fail(1, &error),
-            }
-        }
+        Command::Status(args) => ask::status(&args),
+        Command::Pods(args) => ask::pods(&args),
+        Command::Connections(args) => ask::connections(&args),
+        Command::Top(args) => ask::top(&args),
+        Command::Logs(args) => ask::logs(&args),
+        Command::Explain(args) => ask::explain(&args),
+        Command::Report(args) => ask::report(&args),
+        Command::Completions { shell } => manual::completions(shell),
+        Command::Man { command } => manual::man(command.as_deref()),
         Command::Redirect { remove, node } => redirect_command(&node, remove),
         Command::Cleanup(args) if args.stay => stay(),
         Command::Cleanup(args) => {
@@ -133,12 +134,6 @@ fn doctor_command(args: &NodeArgs) -> ExitCode {
     }
 }
 
-/// Admin port of this node's daemon.
-fn admin_port(args: &NodeArgs) -> u16 {
-    let own = check(args, &Environment::of_process(), machine());
-    own.map_or(crate::ports::ADMIN, |config| config.admin.admin_port)
-}
-
 /// Runs `work`, which prints a line for each of its findings, with the settings of the node. The command fails if
 /// `work` returns false.
 fn run_checks(
@@ -170,16 +165,20 @@ fn stay() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// The command line of this process. Under the name of a plugin of kubectl, the help says `kubectl culvert`.
+pub fn cli() -> Cli {
+    let name = std::env::args_os().next().unwrap_or_default();
+    let is_plugin = std::path::Path::new(&name).file_name().is_some_and(|name| name == manual::PLUGIN);
+    let command = if is_plugin { Cli::command().bin_name("kubectl culvert") } else { Cli::command() };
+    // Both end the process where the command line is wrong, as `parse` does.
+    Cli::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+}
+
 /// Runs as the CNI plugin if the file that was executed has the plugin's name. `None` otherwise.
 pub fn run_as_plugin() -> Option<ExitCode> {
     let name = std::env::args_os().next()?;
     let is_plugin = std::path::Path::new(&name).file_name()? == crate::node::cni::install::PLUGIN;
     if is_plugin { Some(run(Cli { command: Command::Cni })) } else { None }
-}
-
-fn machine() -> Machine {
-    let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    Machine { cpus, open_files: sys::limits::raise_open_files() }
 }
 
 /// Checks the settings, and that the files they name can be read and are valid. Returns every fault.
@@ -209,32 +208,9 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
 
 fn check_command(args: &NodeArgs) -> ExitCode {
     match checked(args) {
-        Ok(config) => say(&sources(&config)),
+        Ok(config) => say(&format!("ok: {}", startup::sources(&config, false).join(", "))),
         Err(faults) => fail(EXIT_CONFIG, &faults.to_string()),
     }
-}
-
-/// Says where facts, pods and certificates come from. Files have been read; servers have not been asked.
-fn sources(config: &Config) -> String {
-    let mesh = match &config.mesh {
-        MeshSource::File(path) => format!("the mesh from {}", path.display()),
-        MeshSource::Xds(xds) => format!("the mesh from {} (not asked)", xds.rpc.address),
-    };
-    let egress = config.egress_file.as_ref();
-    let egress = egress.map_or(String::new(), |path| format!(", egress policies from {}", path.display()));
-    let pods = match &config.node.source {
-        PodSource::File(path) => format!("pods from {}", path.display()),
-        PodSource::Agent(path) => format!("pods from the agent at {} (not asked)", path.display()),
-        PodSource::Kubernetes(kubernetes) => {
-            format!("pods of node {} from the Kubernetes API (not asked)", kubernetes.node_name)
-        }
-        PodSource::Own(own) => format!("one workload, {}/{}", own.namespace, own.name),
-    };
-    let ca = match &config.ca {
-        CaSource::Builtin(dir) => format!("certificates from the CA in {}", dir.display()),
-        CaSource::Istio(rpc) => format!("certificates from {} (not asked)", rpc.address),
-    };
-    format!("ok: {mesh}{egress}, {pods}, {ca}")
 }
 
 fn node_command(args: &NodeArgs) -> ExitCode {
@@ -263,17 +239,4 @@ fn may_run(config: &Config) -> anyhow::Result<()> {
         ),
         _ => Ok(()),
     }
-}
-
-fn say(text: &str) -> ExitCode {
-    // This fails only if the reader has closed standard output.
-    let _ = writeln!(std::io::stdout(), "{text}");
-    ExitCode::SUCCESS
-}
-
-fn fail(code: u8, text: &str) -> ExitCode {
-    for line in text.lines() {
-        let _ = writeln!(std::io::stderr(), "culvert: {line}");
-    }
-    ExitCode::from(code)
 }

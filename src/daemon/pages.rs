@@ -1,7 +1,7 @@
 //! What the admin and metrics ports serve.
 
 use super::parts::Parts;
-use super::{dump, explain, history, plaintext, profile, status};
+use super::{dump, explain, history, kernel, plaintext, profile, status};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
 use crate::connection::dial::direct::OpenLegs;
@@ -30,6 +30,7 @@ pub(super) fn pages(
             let (parts, ready) = (parts.clone(), ready.clone());
             Box::new(move || status::status(&parts, &ready))
         },
+        kernel: Box::new(kernel::kernel),
         connections: {
             let shared = shared.clone();
             Box::new(move |query| dump::connections(&for_connections, &shared, query))

@@ -50,8 +50,8 @@ pub(super) fn status(parts: &Parts, ready: &Ready) -> Value {
     json!({
         "node": parts.config.node_name,
         "now": time(now),
-        "version": about["version"],
-        "gitRevision": about["gitRevision"],
+        "version": env!("CARGO_PKG_VERSION"),
+        "gitRevision": about.get("gitRevision"),
         "started": time(parts.started),
         "ready": pending.is_empty(),
         "pending": pending,
@@ -109,6 +109,11 @@ fn pods(parts: &Parts, verdict: &mut Verdict) -> Value {
 
 /// Where the mesh facts come from, and how old they are.
 fn facts(parts: &Parts, verdict: &mut Verdict) -> Value {
+    if parts.egress_file.stale.get() != 0 {
+        let text =
+            "the file of egress policies on disk is not valid, and older policies are in force; the log says why";
+        verdict.red.push(text.to_owned());
+    }
     let MeshSource::Xds(xds) = &parts.config.mesh else {
         let stale = parts.mesh_file.stale.get() != 0;
         if stale {

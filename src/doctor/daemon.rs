@@ -141,7 +141,7 @@ pub(super) fn pods(admin_port: u16) -> Result<Vec<serde_json::Value>, String> {
 }
 
 /// What to say if the admin port cannot be asked.
-pub(super) fn not_asked(port: u16, error: &str) -> String {
+pub fn not_asked(port: u16, error: &str) -> String {
     format!(
         "the daemon does not answer on port {port}: {error}; run this command in its container or network namespace"
     )

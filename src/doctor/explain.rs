@@ -1,43 +1,38 @@
 //! `culvert explain`: what would happen to a connection now, or what policies would change, as text or as JSON.
 
-use super::daemon::{get, not_asked, request};
 use serde_json::Value;
-use std::path::Path;
 
-/// Asks the daemon's admin port about a connection `from` a pod `to` an address. With `json` the answer is returned
-/// unchanged.
-pub fn connection(port: u16, (from, to): (&str, &str), json: bool) -> Result<String, String> {
-    shown(port, get(port, &format!("/explain?{}", query(from, to))), json, text)
-}
-
-/// The query string of a question.
+/// The query string of a question about a connection `from` a pod `to` an address.
 pub(crate) fn query(from: &str, to: &str) -> String {
     form_urlencoded::Serializer::new(String::new()).append_pair("from", from).append_pair("to", to).finish()
 }
 
-/// Asks what the policies in a file would change.
-pub fn policies(port: u16, file: &Path, json: bool) -> Result<String, String> {
-    let text = std::fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
-    shown(port, request(port, "POST", "/explain/policies", &text), json, changes)
+/// The page that answers it.
+pub fn path(from: &str, to: &str) -> String {
+    format!("/explain?{}", query(from, to))
+}
+
+/// The steps in a daemon's answer. With `json` the answer is returned unchanged.
+pub fn steps_of(status: u16, body: String, json: bool) -> Result<String, String> {
+    shown(status, body, json, text)
+}
+
+/// What policies would change, by a daemon's answer.
+pub fn changes_of(status: u16, body: String, json: bool) -> Result<String, String> {
+    shown(status, body, json, changes)
 }
 
 /// The daemon's answer, unchanged with `json`, otherwise as `text` makes it.
-fn shown(
-    port: u16,
-    asked: Result<(u16, String), String>,
-    json: bool,
-    text: fn(&Value) -> String,
-) -> Result<String, String> {
-    let asked = asked.map_err(|error| not_asked(port, &error))?;
-    match asked {
-        (200, body) if json => Ok(body),
-        (200, body) => {
+fn shown(status: u16, body: String, json: bool, text: fn(&Value) -> String) -> Result<String, String> {
+    match status {
+        200 if json => Ok(body.trim_end().to_owned()),
+        200 => {
             let answer: Value = serde_json::from_str(&body).map_err(|error| format!("/explain: {error}"))?;
             Ok(text(&answer))
         }
-        (400, why) => Err(why.trim().to_owned()),
-        (404, _) => Err("the daemon is of a version that cannot explain".to_owned()),
-        (status, body) => Err(format!("/explain: {status}: {}", body.trim())),
+        400 => Err(body.trim().to_owned()),
+        404 => Err("the daemon is of a version that cannot explain".to_owned()),
+        status => Err(format!("/explain: {status}: {}", body.trim())),
     }
 }
 

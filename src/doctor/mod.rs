@@ -14,7 +14,7 @@ mod pods;
 mod requirements;
 
 use self::daemon::Daemon;
-pub use self::daemon::settings;
+pub use self::daemon::{not_asked, settings};
 use self::finding::{Finding, Verdict, fail, note, ok};
 use crate::config::Config;
 use crate::node::PodSource;
@@ -78,6 +78,22 @@ pub async fn run(config: &Config, from_daemon: Result<(), String>, mut say: impl
         )]),
     }
     all_well
+}
+
+/// What a look at this machine finds missing when a daemon starts, and whether something does not work without it.
+pub fn at_start(config: &Config) -> Vec<(bool, String)> {
+    if let PodSource::Own(_) = config.node.source {
+        return Vec::new();
+    }
+    let mut found = vec![requirements::privileges(config), requirements::confinement()];
+    found.extend(requirements::sysctls(config));
+    if let PodSource::Kubernetes(kubernetes) = &config.node.source
+        && kubernetes.cni.is_none()
+    {
+        found.extend(requirements::plugin(kubernetes));
+    }
+    found.retain(|finding| finding.verdict != Verdict::Ok);
+    found.into_iter().map(|finding| (finding.verdict == Verdict::Fail, finding.text)).collect()
 }
 
 /// Runs one step within the deadline of a step.

@@ -1,21 +1,19 @@
 //! `culvert pods`: the pods of this node as the daemon lists them, as a table or as JSON.
 
-use super::daemon::{get, not_asked};
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
 const HEAD: [&str; 4] = ["POD", "STATE", "SINCE", "NOTE"];
 
-/// Reads the list from the daemon's admin port. With `json` it is returned unchanged, otherwise as a table.
-pub fn run(port: u16, json: bool) -> Result<String, String> {
-    let asked = get(port, "/pods").map_err(|error| not_asked(port, &error))?;
-    match asked {
-        (200, body) if json => Ok(body),
-        (200, body) => {
+/// The list in a daemon's answer. With `json` it is returned unchanged, otherwise as a table.
+pub fn shown(status: u16, body: String, json: bool) -> Result<String, String> {
+    match status {
+        200 if json => Ok(body),
+        200 => {
             let pods: Value = serde_json::from_str(&body).map_err(|error| format!("/pods: {error}"))?;
             Ok(table(pods.as_array().map(Vec::as_slice).unwrap_or_default(), SystemTime::now()))
         }
-        (status, body) => Err(format!("/pods: {status}: {}", body.trim())),
+        status => Err(format!("/pods: {status}: {}", body.trim())),
     }
 }
 

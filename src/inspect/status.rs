@@ -1,8 +1,9 @@
 //! `culvert status`: is everything captured, current and about to stay so? One screen for all nodes, and an exit code.
 
-use super::text::{ago, columns, printable, seconds, text};
-use super::{Outcome, Style, page};
-use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use super::nodes::{self, Node};
+use super::text::{ago, at, columns, printable, seconds, text};
+use super::{Outcome, Style};
+use crate::cluster::{ClusterError, Daemons};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime};
@@ -17,36 +18,6 @@ const GREEN_ROWS: usize = 24;
 /// Lines below a heading.
 const LINES: usize = 40;
 
-/// The state of one node.
-struct Node {
-    name: String,
-    /// Namespace and name of the daemon's pod.
-    pod: Option<String>,
-    /// The page, or why there is none.
-    status: Result<Value, String>,
-}
-
-impl Node {
-    fn new(daemon: &Daemon, status: Result<Value, String>) -> Self {
-        let said = status.as_ref().ok().map(|status| text(status, "node")).filter(|name| !name.is_empty());
-        let name =
-            if daemon.node.is_empty() { said.unwrap_or_else(|| daemon.name().to_owned()) } else { daemon.node.clone() };
-        let pod = (!daemon.pod.is_empty()).then(|| format!("{}/{}", daemon.namespace, daemon.pod));
-        Self { name, pod, status }
-    }
-
-    fn is_green(&self) -> bool {
-        self.status.as_ref().is_ok_and(|status| status["green"] == true)
-    }
-
-    fn json(&self) -> Value {
-        match &self.status {
-            Ok(status) => json!({"node": self.name, "pod": self.pod, "reached": true, "status": status}),
-            Err(error) => json!({"node": self.name, "pod": self.pod, "reached": false, "error": error}),
-        }
-    }
-}
-
 /// Asks all daemons until everything is green or `wait` has passed, and once without `wait`. Returns what to print.
 pub async fn run(
     daemons: &Daemons,
@@ -56,11 +27,11 @@ pub async fn run(
 ) -> Result<(String, Outcome), ClusterError> {
     let end = Instant::now() + wait.unwrap_or_default();
     loop {
-        let looked = look(daemons, timeout).await;
-        let is_green = looked.as_ref().is_ok_and(|nodes| nodes.iter().all(Node::is_green));
+        let looked = nodes::ask(daemons, "/status", timeout).await;
+        let is_green = looked.as_ref().is_ok_and(|nodes| nodes.iter().all(is_green));
         if is_green || Instant::now() + AGAIN > end {
             let nodes = looked?;
-            let outcome = match (is_green, nodes.iter().any(|node| node.status.is_ok())) {
+            let outcome = match (is_green, nodes.iter().any(|node| node.page.is_ok())) {
                 (true, _) => Outcome::Green,
                 (false, true) => Outcome::Red,
                 (false, false) => Outcome::Unknown,
@@ -72,17 +43,15 @@ pub async fn run(
     }
 }
 
-/// The state of every node now.
-async fn look(daemons: &Daemons, timeout: Duration) -> Result<Vec<Node>, ClusterError> {
-    let all = daemons.find(timeout).await?;
-    let answers = daemons.ask_all(&all, &Question::get("/status", timeout)).await;
-    Ok(all.iter().zip(answers).map(|(daemon, answer)| Node::new(daemon, page(answer))).collect())
+/// Whether a daemon has answered that nothing is wrong.
+fn is_green(node: &Node) -> bool {
+    node.page.as_ref().is_ok_and(|status| status["green"] == true)
 }
 
 fn as_json(nodes: &[Node]) -> String {
     let all = json!({
-        "green": nodes.iter().all(Node::is_green),
-        "nodes": nodes.iter().map(Node::json).collect::<Vec<_>>(),
+        "green": nodes.iter().all(is_green),
+        "nodes": nodes.iter().map(|node| node.json("status")).collect::<Vec<_>>(),
     });
     serde_json::to_string_pretty(&all).unwrap_or_default()
 }
@@ -93,7 +62,7 @@ fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
     let mut wrong = Vec::new();
     let mut notes = Vec::new();
     for node in nodes {
-        match &node.status {
+        match &node.page {
             Err(error) => wrong.push(format!("{}: no answer: {}", node.name, printable(error))),
             Ok(status) => {
                 let of = |key: &str| strings(&status[key]).map(|said| format!("{}: {said}", node.name));
@@ -106,7 +75,7 @@ fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
     section(&mut lines, &style.red("what is wrong"), wrong);
     section(&mut lines, &style.yellow("worth knowing"), notes);
     section(&mut lines, &style.bold("failed and refused connections of the last 5 minutes"), failures(nodes));
-    let green = nodes.iter().filter(|node| node.is_green()).count();
+    let green = nodes.iter().filter(|node| is_green(node)).count();
     lines.push(String::new());
     lines.push(match green == nodes.len() {
         true => style.green(&format!("green: {}", count(green, "node"))),
@@ -139,13 +108,13 @@ fn table(nodes: &[Node], style: Style) -> Vec<String> {
     let mut colours = vec![None];
     let (mut left, mut hidden) = (GREEN_ROWS, 0);
     for node in nodes {
-        if node.is_green() && left == 0 {
+        if is_green(node) && left == 0 {
             hidden += 1;
             continue;
         }
-        left -= usize::from(node.is_green());
+        left -= usize::from(is_green(node));
         rows.push(row(node));
-        colours.push(Some(node.is_green()));
+        colours.push(Some(is_green(node)));
     }
     let mut lines: Vec<String> = columns(&rows)
         .into_iter()
@@ -163,18 +132,18 @@ fn table(nodes: &[Node], style: Style) -> Vec<String> {
 }
 
 fn row(node: &Node) -> Vec<String> {
-    let status = match &node.status {
+    let status = match &node.page {
         Ok(status) => status,
         Err(_) => return vec![node.name.clone(), "?".into(), "no answer".into()],
     };
     let pods = &status["pods"];
-    let age = status["facts"]["ageSeconds"].as_u64();
-    let facts = match (status["facts"]["current"].as_bool(), age) {
+    let age = at(status, "/facts/ageSeconds").as_u64();
+    let facts = match (at(status, "/facts/current").as_bool(), age) {
         (Some(true), _) => "current".to_owned(),
         (_, Some(age)) => format!("{} old", seconds(age)),
         (_, None) => "none".to_owned(),
     };
-    let next = &status["certificates"]["next"];
+    let next = at(status, "/certificates/next");
     let next = next["secondsLeft"].as_u64().map_or("-".to_owned(), |left| format!("in {}", seconds(left)));
     vec![
         node.name.clone(),
@@ -183,8 +152,8 @@ fn row(node: &Node) -> Vec<String> {
         format!("{}/{}", pods["captured"], pods["total"]),
         facts,
         next,
-        status["connections"]["open"].to_string(),
-        status["failures"]["total"].to_string(),
+        at(status, "/connections/open").to_string(),
+        at(status, "/failures/total").to_string(),
     ]
 }
 
@@ -196,15 +165,15 @@ fn pods(node: &str, status: &Value, now: SystemTime) -> Vec<String> {
         let reason = if reason.is_empty() { "no reason is known".to_owned() } else { reason };
         format!("{node}: {} is {}{since}: {reason}", text(pod, "pod"), text(pod, "state"))
     };
-    status["pods"]["notCaptured"].as_array().into_iter().flatten().map(one).collect()
+    at(status, "/pods/notCaptured").as_array().into_iter().flatten().map(one).collect()
 }
 
 /// Failures of all nodes by reason, the most frequent first, with what to do.
 fn failures(nodes: &[Node]) -> Vec<String> {
     let mut by_reason: BTreeMap<(String, String), (u64, String, Vec<&str>)> = BTreeMap::new();
     for node in nodes {
-        let Ok(status) = &node.status else { continue };
-        for one in status["failures"]["byReason"].as_array().into_iter().flatten() {
+        let Ok(status) = &node.page else { continue };
+        for one in at(status, "/failures/byReason").as_array().into_iter().flatten() {
             let key = (text(one, "reason"), text(one, "direction"));
             let entry = by_reason.entry(key).or_insert_with(|| (0, text(one, "nextStep"), Vec::new()));
             entry.0 += one["count"].as_u64().unwrap_or(0);
@@ -235,12 +204,12 @@ mod tests {
             "pods": {"captured": 2, "total": 2, "notCaptured": []}, "facts": {"current": true, "ageSeconds": 0},
             "certificates": {"next": {"secondsLeft": 7261}}, "connections": {"open": 5},
             "failures": {"total": 0, "byReason": []}});
-        Node { name: name.into(), pod: None, status: Ok(status) }
+        Node { name: name.into(), pod: None, page: Ok(status) }
     }
 
     fn red(name: &str) -> Node {
         let mut node = green(name);
-        if let Ok(status) = &mut node.status {
+        if let Ok(status) = &mut node.page {
             status["green"] = json!(false);
             status["red"] = json!(["1 of 2 pods are not captured"]);
             status["pods"]["captured"] = json!(1);
@@ -253,7 +222,7 @@ mod tests {
 
     #[test]
     fn the_screen_names_what_is_wrong_and_a_node_that_does_not_answer() {
-        let gone = Node { name: "n3".into(), pod: None, status: Err("no answer within 5s".into()) };
+        let gone = Node { name: "n3".into(), pod: None, page: Err("no answer within 5s".into()) };
         let now = humantime::parse_rfc3339("2026-01-01T00:01:30Z").unwrap();
         let expected = "\
 NODE  VERSION  READY      CAPTURED  FACTS    NEXT CERTIFICATE ENDS  CONNECTIONS  FAILED 5m

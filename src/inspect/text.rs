@@ -55,6 +55,11 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
+/// The value at a path such as `/pods/total`, or null.
+pub fn at<'a>(value: &'a Value, path: &str) -> &'a Value {
+    value.pointer(path).unwrap_or(&Value::Null)
+}
+
 /// The text under a key, printable.
 pub fn text(value: &Value, key: &str) -> String {
     printable(value[key].as_str().unwrap_or_default())

@@ -1,0 +1,137 @@
+//! `culvert doctor` for the nodes of a cluster: what each daemon says about itself. What only a look from inside the
+//! node can tell, such as the rights of the container, is left to `culvert doctor` there.
+
+use super::nodes::{self, Node};
+use super::text::{printable, text};
+use super::{Outcome, Style};
+use crate::cluster::{ClusterError, Daemons};
+use serde_json::Value;
+use std::time::{Duration, SystemTime};
+
+/// Difference of clocks from which on it is worth a note. Certificates are valid by the clocks of all nodes.
+const CLOCKS_DIFFER: Duration = Duration::from_secs(30);
+
+/// Fields of `/pods` that people should know about, and what they mean.
+const NOTES: [(&str, &str); 4] = [
+    ("inboundUnverified", ""),
+    ("rulesUnread", "other rules cannot be read: "),
+    ("otherRules", "other rules may take its traffic first: "),
+    ("mayBypass", "can bypass its capture, by: "),
+];
+
+/// Asks all daemons. Returns what to print.
+pub async fn run(daemons: &Daemons, timeout: Duration, style: Style) -> Result<(String, Outcome), ClusterError> {
+    let status = nodes::ask(daemons, "/status", timeout).await?;
+    let pods = nodes::ask(daemons, "/pods", timeout).await?;
+    let mut lines = Vec::new();
+    let mut is_well = true;
+    for (node, pods) in status.iter().zip(&pods) {
+        lines.push(style.bold(&node.name));
+        let found = match &node.page {
+            Err(error) => vec![("FAIL", "daemon", format!("no answer: {}", printable(error)))],
+            Ok(page) => about(page, pods, SystemTime::now()),
+        };
+        for (verdict, check, said) in found {
+            is_well &= verdict != "FAIL";
+            let line = format!("{verdict:<4}  {check:<12}  {said}");
+            lines.push(match verdict {
+                "FAIL" => style.red(&line),
+                "note" => style.yellow(&line),
+                _ => line,
+            });
+        }
+        lines.push(String::new());
+    }
+    lines.push(
+        "rights, kernel, sysctls and probes are checked on the node: kubectl exec DAEMON -- culvert doctor".to_owned(),
+    );
+    let outcome = match (nodes::outcome(&status), is_well) {
+        (Outcome::Green, false) => Outcome::Red,
+        (outcome, _) => outcome,
+    };
+    Ok((lines.join("\n"), outcome))
+}
+
+/// The lines about one node: verdict, check, text.
+fn about(page: &Value, pods: &Node, now: SystemTime) -> Vec<(&'static str, &'static str, String)> {
+    let mut found = Vec::new();
+    let list = |key: &str| page[key].as_array().into_iter().flatten().filter_map(Value::as_str).map(printable);
+    found.extend(list("red").map(|said| ("FAIL", "status", said)));
+    found.extend(list("notes").map(|said| ("note", "status", said)));
+    if page["ready"] == true {
+        found.push(("ok", "daemon", format!("version {} runs and is ready", text(page, "version"))));
+    }
+    let captured = &page["pods"];
+    if captured["captured"] == captured["total"] {
+        found.push(("ok", "pods", format!("{} of {} are captured", captured["captured"], captured["total"])));
+    }
+    let skew = humantime::parse_rfc3339(page["now"].as_str().unwrap_or_default()).ok().map(|theirs| {
+        let differs = theirs.duration_since(now).or_else(|_| now.duration_since(theirs));
+        differs.unwrap_or_default()
+    });
+    match skew {
+        Some(skew) if skew > CLOCKS_DIFFER => found.push((
+            "note",
+            "clock",
+            format!("its clock and this one differ by {} s: synchronise the clocks", skew.as_secs()),
+        )),
+        Some(_) => found.push(("ok", "clock", "its clock agrees with the one here".to_owned())),
+        None => {}
+    }
+    match &pods.page {
+        Err(error) => found.push(("FAIL", "pods", format!("/pods: {}", printable(error)))),
+        Ok(pods) => {
+            for pod in pods.as_array().into_iter().flatten() {
+                found.extend(pod_notes(pod).into_iter().map(|said| ("note", "pod", said)));
+                if matches!(pod["state"].as_str(), Some("pending" | "failed")) {
+                    let said = format!("{} is {}: {}", name(pod), text(pod, "state"), text(pod, "reason"));
+                    found.push(("FAIL", "pod", said));
+                }
+            }
+        }
+    }
+    found
+}
+
+fn name(pod: &Value) -> String {
+    format!("{}/{}", text(pod, "namespace"), text(pod, "name"))
+}
+
+fn pod_notes(pod: &Value) -> Vec<String> {
+    let said = |value: &Value| match value {
+        Value::String(text) => Some(printable(text)),
+        Value::Array(list) if !list.is_empty() => {
+            Some(list.iter().filter_map(Value::as_str).map(printable).collect::<Vec<_>>().join(", "))
+        }
+        _ => None,
+    };
+    NOTES.iter().filter_map(|(key, what)| Some(format!("{}: {what}{}", name(pod), said(&pod[*key])?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_a_daemon_says_about_itself_becomes_lines() {
+        let now = humantime::parse_rfc3339("2026-01-01T00:10:00Z").unwrap();
+        let page = json!({"ready": true, "version": "1", "now": "2026-01-01T00:00:00Z", "red": ["1 of 2 pods are not captured"],
+            "notes": [], "pods": {"captured": 1, "total": 2}});
+        let pods = json!([{"namespace": "a", "name": "b", "state": "failed", "reason": "no way", "otherRules": ["x"], "mayBypass": []}]);
+        let pods = Node { name: "n1".into(), pod: None, page: Ok(pods) };
+        let found = about(&page, &pods, now);
+        let lines: Vec<String> =
+            found.into_iter().map(|(verdict, check, said)| format!("{verdict} {check} {said}")).collect();
+        assert_eq!(
+            lines,
+            [
+                "FAIL status 1 of 2 pods are not captured",
+                "ok daemon version 1 runs and is ready",
+                "note clock its clock and this one differ by 600 s: synchronise the clocks",
+                "note pod a/b: other rules may take its traffic first: x",
+                "FAIL pod a/b is failed: no way",
+            ]
+        );
+    }
+}
