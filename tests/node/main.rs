@@ -35,6 +35,7 @@ mod explain;
 mod gone;
 mod history;
 mod hostile;
+mod inspect;
 mod interop;
 mod istio;
 mod journeys;

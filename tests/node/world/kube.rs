@@ -3,6 +3,7 @@
 //! are silently not supported, slow answers, and outages. Also pods as the kubelet makes them: real processes in
 //! cgroups with the paths of pods.
 
+use super::forward::{self, Forward, Forwards};
 use super::{Pod, World, inside, keeps_evidence};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -46,6 +47,10 @@ pub struct State {
     /// Status annotations in the order in which they were written: pod and value.
     pub patches: Vec<(String, Value)>,
     pub bookmarks: usize,
+    /// Port-forwards to pods.
+    pub forwards: Forwards,
+    /// Files with the logs of pods, by name.
+    pub logs: BTreeMap<String, PathBuf>,
     open: Vec<TcpStream>,
     away: bool,
 }
@@ -178,6 +183,15 @@ impl Api {
         self.put("pods", &format!("ns/{name}"), |_| None);
     }
 
+    /// Adds the pod of a node's daemon, in which port-forwards do what `forward` says.
+    pub fn daemon(&self, node: u8, status: Value, forward: Forward) {
+        let name = format!("ztunnel-{node}");
+        let object = json!({"metadata": {"name": name, "namespace": "istio-system", "uid": name, "labels": {"app": "ztunnel"}},
+            "spec": {"nodeName": format!("n{node}"), "containers": []}, "status": status});
+        self.put("pods", &format!("istio-system/{name}"), |_| Some(object));
+        self.change_state(|state| drop(state.forwards.insert(name, forward)));
+    }
+
     pub fn daemonset(&self, name: &str, object: Option<Value>) {
         self.put("daemonsets", name, |_| object);
     }
@@ -219,6 +233,8 @@ struct Request {
     path: String,
     query: BTreeMap<String, String>,
     metadata_only: bool,
+    /// Key of a request for a WebSocket.
+    websocket: Option<String>,
     body: Vec<u8>,
 }
 
@@ -227,11 +243,15 @@ fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
     reader.read_line(&mut line).ok().filter(|length| *length > 0)?;
     let mut words = line.split(' ');
     let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let (mut length, mut metadata_only, mut token) = (0, false, false);
+    let (mut length, mut metadata_only, mut token, mut websocket) = (0, false, false, None);
     loop {
         let mut header = String::new();
         reader.read_line(&mut header).ok()?;
-        let header = header.trim().to_ascii_lowercase();
+        let as_sent = header.trim().to_owned();
+        let header = as_sent.to_ascii_lowercase();
+        if header.starts_with("sec-websocket-key:") {
+            websocket = as_sent.split_once(':').map(|(_, key)| key.trim().to_owned());
+        }
         if header.is_empty() {
             break;
         }
@@ -248,7 +268,7 @@ fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
     let plain = |text: &str| text.replace("%3D", "=").replace("%2F", "/").replace("%3B", ";");
     let query =
         query.split('&').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), plain(v))).collect();
-    Some(Request { method, path: path.to_owned(), query, metadata_only, body })
+    Some(Request { method, path: path.to_owned(), query, metadata_only, websocket, body })
 }
 
 fn serve(shared: &(Mutex<State>, Condvar), stream: &TcpStream) {
@@ -269,6 +289,23 @@ fn serve(shared: &(Mutex<State>, Condvar), stream: &TcpStream) {
             state.slow
         };
         std::thread::sleep(slow);
+        if let (Some(key), Some(pod)) = (&request.websocket, request.path.strip_suffix("/portforward")) {
+            let pod = pod.rsplit('/').next().unwrap();
+            let to = shared.0.lock().unwrap().forwards.get(pod).cloned();
+            let port = request.query["ports"].parse().unwrap();
+            let refused = match to {
+                Some(Forward::Refused(code)) => code,
+                Some(to) => {
+                    forward::serve(stream, &mut reader, key, port, &to);
+                    return;
+                }
+                None => 404,
+            };
+            if send(stream, refused, &status(refused, "port-forwards are refused")).is_none() {
+                return;
+            }
+            continue;
+        }
         if answer(shared, stream, &request).is_none() {
             return;
         }
@@ -312,6 +349,21 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
                 json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
             send(stream, 200, &list)
         }
+        ("GET", ["api", "v1", "namespaces", _, "pods"]) => {
+            let state = shared.0.lock().unwrap();
+            let items: Vec<Value> = state.listed("pods", request).collect();
+            drop(state);
+            let list =
+                json!({"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items});
+            send(stream, 200, &list)
+        }
+        ("GET", ["api", "v1", "namespaces", _, "pods", name, "log"]) => {
+            let file = shared.0.lock().unwrap().logs.get(*name).cloned();
+            match file {
+                Some(file) => log(stream, &file, request.query.get("follow").is_some_and(|follow| follow == "true")),
+                None => send(stream, 404, &status(404, "no such pod")),
+            }
+        }
         ("PATCH", ["api", "v1", "namespaces", namespace, "pods", name, "status"]) => {
             let (code, object) = patched(shared, &format!("{namespace}/{name}"), &request.body);
             send(stream, code, &object)
@@ -337,6 +389,26 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
             }
         }
         _ => send(stream, 404, &status(404, "not served here")),
+    }
+}
+
+/// Sends a pod's log, and what is added to it for as long as somebody reads, if that was asked for.
+fn log(mut stream: &TcpStream, file: &Path, follow: bool) -> Option<()> {
+    let head = "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).ok()?;
+    let (mut file, mut text) = (fs::File::open(file).unwrap(), Vec::new());
+    loop {
+        text.clear();
+        file.read_to_end(&mut text).unwrap();
+        if !text.is_empty() {
+            let chunk = [format!("{:x}\r\n", text.len()).as_bytes(), &text, b"\r\n"].concat();
+            stream.write_all(&chunk).ok()?;
+        } else if follow {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if !follow {
+            return stream.write_all(b"0\r\n\r\n").ok();
+        }
     }
 }
 
@@ -389,7 +461,12 @@ impl State {
 fn selects(request: &Request, object: &Value) -> bool {
     let node = request.query.get("fieldSelector").and_then(|selector| selector.strip_prefix("spec.nodeName="));
     let name = request.query.get("fieldSelector").and_then(|selector| selector.strip_prefix("metadata.name="));
+    let namespaced = request.path.strip_prefix("/api/v1/namespaces/").and_then(|rest| rest.strip_suffix("/pods"));
+    let labels = request.query.get("labelSelector").map(String::as_str).unwrap_or_default();
+    let labelled = labels.split(',').filter_map(|one| one.split_once('='));
     node.is_none_or(|node| object["spec"]["nodeName"] == node)
+        && namespaced.is_none_or(|namespace| object["metadata"]["namespace"] == namespace)
+        && labelled.into_iter().all(|(name, value)| object["metadata"]["labels"][name] == value)
         && name.is_none_or(|name| object["metadata"]["name"] == name)
 }
 

@@ -6,6 +6,7 @@ pub mod apps;
 pub mod certs;
 pub mod control_plane;
 pub mod facts;
+pub mod forward;
 pub mod kube;
 pub mod names;
 pub mod process;
