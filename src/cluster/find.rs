@@ -97,8 +97,14 @@ pub struct PodPlace {
 }
 
 impl PodPlace {
+    /// A pod that the daemon of this machine is asked about, which says itself what is wrong with a name.
+    pub(super) fn here(pod: &str) -> Self {
+        let (namespace, name) = pod.split_once('/').unwrap_or(("", pod));
+        Self { namespace: namespace.to_owned(), name: name.to_owned(), node: String::new(), ips: Vec::new() }
+    }
+
     /// A pod of which only `NAMESPACE/NAME` is known.
-    pub(super) fn named(pod: &str) -> Result<Self, ClusterError> {
+    fn named(pod: &str) -> Result<Self, ClusterError> {
         let Some((namespace, name)) = pod.split_once('/').filter(|(a, b)| !a.is_empty() && !b.is_empty()) else {
             return Err(ClusterError::NotFound(format!("{pod:?} is not NAMESPACE/NAME of a pod")));
         };

@@ -75,7 +75,7 @@ impl Daemons {
     pub async fn find_of_pod(&self, pod: &str, deadline: Duration) -> Result<(Daemon, PodPlace), ClusterError> {
         let late = || ClusterError::Api(AskError::Late(deadline).to_string());
         let place = match &self.client {
-            None => PodPlace::named(pod)?,
+            None => PodPlace::here(pod),
             Some(client) => tokio::time::timeout(deadline, find::place_of(client, pod)).await.map_err(|_| late())??,
         };
         let all = self.find(deadline).await?;
