@@ -3,25 +3,28 @@
 //! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes
 //! state. Admin requests must name a loopback host, so that no web page in a browser can reach the admin port.
 
+pub mod dashboard;
+pub mod page;
+mod paths;
+mod rendered;
 mod turns;
 
+pub use self::rendered::Rendered;
 use self::turns::Turns;
 use crate::ports;
 use crate::task::slots::Slots;
 use crate::task::thread::run_blocking;
 use crate::task::{Group, Ready};
 use crate::telemetry::exposition::Format;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{RawQuery, Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
+use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
-use parking_lot::Mutex;
-use prometheus_client::registry::Registry;
 use serde_json::Value;
 use std::fmt;
 use std::future::Future;
@@ -30,7 +33,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::time::Instant;
+use tower_service::Service;
 
 /// Settings of the HTTP ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +59,6 @@ const ADMIN_DEADLINE: Duration = Duration::from_secs(600);
 const STATS_DEADLINE: Duration = Duration::from_secs(20);
 /// How long a readiness request may take.
 const READY_DEADLINE: Duration = Duration::from_secs(5);
-/// Rendering metrics takes at most one part in this many of the time, however many scrapers there are.
-const RENDER_SHARE: u32 = 8;
-/// The longest that a scraper waits because of that. Scrapers give up after 10 s by default.
-const RENDER_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -86,6 +85,10 @@ pub type AskedOfText = Box<dyn Fn(&str) -> Result<Value, String> + Send + Sync>;
 
 /// The functions behind the paths.
 pub struct Pages {
+    /// `/` for browsers, and `/events`.
+    pub site: page::Site,
+    /// `/snapshot`: what the live page shows of this node.
+    pub snapshot: Page,
     /// `/config_dump`.
     pub config_dump: Page,
     /// `/status`.
@@ -140,6 +143,7 @@ pub struct BindError {
 pub struct Ports {
     listeners: Vec<(TcpListener, Router, PortLimits)>,
     pages: Arc<Pages>,
+    live: Arc<page::Live>,
 }
 
 /// The limits for clients of a port.
@@ -166,9 +170,13 @@ impl PortLimits {
 impl Ports {
     /// Opens the ports.
     pub async fn bind(pages: Pages, config: Config) -> Result<Self, BindError> {
+        let site = pages.site.clone();
         let pages = Arc::new(pages);
+        let live = site.live.clone();
         let admin = Router::new()
             .route("/", get(index))
+            .route("/events", get(page::events).with_state(site))
+            .route("/snapshot", get(snapshot))
             .route("/config_dump", get(config_dump))
             .route("/status", get(status))
             .route("/kernel", get(kernel))
@@ -208,22 +216,28 @@ impl Ports {
         listeners.push((stats_listener, stats, PortLimits::open(STATS_DEADLINE)));
         let ready_listener = listen(SocketAddr::new(any, ports::READY)).await?;
         listeners.push((ready_listener, ready, PortLimits::open(READY_DEADLINE)));
-        Ok(Self { listeners, pages })
+        Ok(Self { listeners, pages, live })
     }
 
     /// Serves all ports until dropped.
     pub async fn serve(self) {
         let serving = Group::default();
         for (listener, router, limits) in self.listeners {
-            serving.spawn(serve(listener, router, limits, self.pages.clone()));
+            let pages = self.pages.clone();
+            serving.spawn(serve(listener, router, limits, move |peer, own| (pages.client)(peer, own)));
         }
+        serving.spawn(async move { self.live.run().await });
         serving.finished().await;
     }
 }
 
 /// Serves one port with a limited number of connections, of which no source may take all, and with deadlines. A client
 /// that leaves connections open must not use up the daemon's file descriptors or keep others from being served.
-async fn serve(listener: TcpListener, router: Router, limits: PortLimits, pages: Arc<Pages>) {
+/// `through_mesh` gives the client of a connection from one address to the other that came through the mesh.
+async fn serve<F>(listener: TcpListener, router: Router, limits: PortLimits, through_mesh: F)
+where
+    F: Fn(SocketAddr, SocketAddr) -> Option<IpAddr>,
+{
     let connections = Group::default();
     loop {
         let (stream, peer) = match listener.accept().await {
@@ -234,66 +248,27 @@ async fn serve(listener: TcpListener, router: Router, limits: PortLimits, pages:
                 continue;
             }
         };
-        let through_mesh = stream.local_addr().ok().and_then(|own| (pages.client)(peer, own));
-        let client = through_mesh.unwrap_or(peer.ip());
+        let behind = stream.local_addr().ok().and_then(|own| through_mesh(peer, own));
+        let client = behind.unwrap_or(peer.ip());
         let Ok(slot) = limits.slots.take(client) else { continue };
-        let service = TowerToHyperService::new(router.clone().layer(Extension(Client(client))));
+        let (router, own) = (router.clone().layer(Extension(Client(client))), page::Connection::default());
+        let cut = own.0.clone();
+        let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+            request.extensions_mut().insert(own.clone());
+            router.clone().call(request)
+        });
         let PortLimits { deadline, keep_alive, .. } = limits;
         connections.spawn(async move {
             let mut http = hyper::server::conn::http1::Builder::new();
             http.timer(TokioTimer::new()).header_read_timeout(HEAD_DEADLINE).max_buf_size(HEAD_BYTES_MAX);
             let serving = http.half_close(true).keep_alive(keep_alive).serve_connection(TokioIo::new(stream), service);
             // Errors and timeouts are the client's, and need no report.
-            let _ = tokio::time::timeout(deadline, serving).await;
+            tokio::select! {
+                _ = tokio::time::timeout(deadline, serving) => {}
+                () = cut.cancelled() => {}
+            }
             drop(slot);
         });
-    }
-}
-
-/// Metrics as text, rendered once for all requests that arrive at the same time.
-pub struct Rendered {
-    registry: Arc<Mutex<Registry>>,
-    open_metrics: tokio::sync::Mutex<Option<Rendering>>,
-    text: tokio::sync::Mutex<Option<Rendering>>,
-}
-
-/// One rendered text. All requests share it, so slow readers cost no further memory.
-struct Rendering {
-    /// When rendering began. The text includes everything that was counted before.
-    begun: Instant,
-    took: Duration,
-    text: Result<Bytes, String>,
-}
-
-impl Rendered {
-    /// Renders the metrics of a registry.
-    pub fn new(registry: Registry) -> Self {
-        let registry = Arc::new(Mutex::new(registry));
-        Self { registry, open_metrics: tokio::sync::Mutex::default(), text: tokio::sync::Mutex::default() }
-    }
-
-    /// A text whose rendering began after this call.
-    async fn text(&self, format: Format) -> Result<Bytes, String> {
-        let asked = Instant::now();
-        let last = match format {
-            Format::OpenMetrics => &self.open_metrics,
-            Format::Text => &self.text,
-        };
-        let mut last = last.lock().await;
-        if let Some(rendering) = last.as_ref().filter(|rendering| rendering.begun >= asked) {
-            return rendering.text.clone();
-        }
-        if let Some(Rendering { begun, took, .. }) = last.as_ref() {
-            tokio::time::sleep_until(*begun + (*took * RENDER_SHARE).min(RENDER_PAUSE_MAX)).await;
-        }
-        let (begun, registry) = (Instant::now(), self.registry.clone());
-        let render = move || {
-            let registry = registry.lock();
-            format.render(&registry).map(Bytes::from).map_err(|error| error.to_string())
-        };
-        let text = run_blocking(render).await.unwrap_or_else(|| Err("the metrics could not be rendered".into()));
-        *last = Some(Rendering { begun, took: begun.elapsed(), text: text.clone() });
-        text
     }
 }
 
@@ -341,25 +316,12 @@ fn is_loopback(host: &str) -> bool {
     name.eq_ignore_ascii_case("localhost") || literal.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
-async fn index() -> Html<String> {
-    Html(format!(
-        "<!doctype html><title>culvert</title><h1>culvert</h1><ul>\
-         <li><a href=/status>status</a>: what is wrong on this node, in one answer\
-         <li><a href=/pods>pods</a>: which pods are captured, which are not, and why\
-         <li><a href=/connections>connections</a>: open connections, with both identities and the policy rule that permits each\
-         <li><a href=/set_aside>set_aside</a>: endpoints that connections avoid for a while, why, and how long still\
-         <li><a href=/history>history</a>?since=10m&amp;refused=true: connections that have ended or were refused, and what has changed\
-         <li><a href=/plaintext>plaintext</a>: since when each pod has sent or received no plaintext\
-         <li><a href=/config_dump>config_dump</a>: workloads, services, policies, certificates, settings\
-         <li>explain?from=NAMESPACE/POD&amp;to=ADDRESS:PORT: what would happen to a connection now, step by step\
-         <li>POST /explain/policies with `policies:` as in the mesh file: what these policies would change for connections\
-         <li>POST /logging?level=debug or ?level=access=debug or ?reset: change the log filter\
-         <li>POST /quitquitquit: end the daemon\
-         <li><a href=/debug/pprof/profile>debug/pprof/profile</a>?seconds=10&frequency=100: a CPU profile, for pprof\
-         </ul><p>Metrics: port {} /metrics. Readiness: port {} /healthz/ready.\n",
-        ports::STATS,
-        ports::READY
-    ))
+/// The live page for browsers, and a list of the paths for others.
+async fn index(State(pages): State<Arc<Pages>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Response {
+    match page::is_browser(&headers) {
+        true => page::page(&pages.site, &parameters(query.as_deref())).await,
+        false => paths::paths().into_response(),
+    }
 }
 
 /// Makes a page off the runtime, because a page of a large mesh takes a while and nothing else should wait for it.
@@ -391,6 +353,14 @@ async fn pods(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.pods).await
 }
 
+/// Without spaces, because `culvert dashboard` fetches it again and again.
+async fn snapshot(State(pages): State<Arc<Pages>>) -> Response {
+    match run_blocking(move || (pages.snapshot)().to_string()).await {
+        Some(text) => json(text),
+        None => (StatusCode::INTERNAL_SERVER_ERROR, "the page could not be made; see standard error\n").into_response(),
+    }
+}
+
 async fn set_aside(State(pages): State<Arc<Pages>>) -> Response {
     pretty(pages, |pages| &pages.set_aside).await
 }
@@ -415,7 +385,12 @@ async fn filtered(pages: Arc<Pages>, query: Option<String>, pick: fn(&Pages) -> 
 }
 
 async fn explain(State(pages): State<Arc<Pages>>, RawQuery(query): RawQuery) -> Response {
-    match (pages.explain)(parameters(query.as_deref())).await {
+    pretty_text((pages.explain)(parameters(query.as_deref())).await)
+}
+
+/// An answer, or what is wrong with the question.
+fn pretty_text(answer: Result<Value, String>) -> Response {
+    match answer {
         Ok(answer) => json(text_of(&answer)),
         Err(text) => (StatusCode::BAD_REQUEST, text + "\n").into_response(),
     }

@@ -94,8 +94,11 @@ impl Daemons {
 
     /// Asks all of them, a limited number at the same time. The answers are in the order of the daemons.
     pub async fn ask_all(&self, daemons: &[Daemon], question: &Question) -> Vec<Result<Answer, AskError>> {
-        let asking =
-            daemons.iter().enumerate().map(|(at, daemon)| async move { (at, self.ask(daemon, question).await) });
+        // Not by a closure, of which the compiler cannot see that callers may send the whole to another thread.
+        let mut asking = Vec::with_capacity(daemons.len());
+        for (at, daemon) in daemons.iter().enumerate() {
+            asking.push(async move { (at, self.ask(daemon, question).await) });
+        }
         let mut answers: Vec<_> = futures_util::stream::iter(asking).buffer_unordered(AT_ONCE).collect().await;
         answers.sort_by_key(|(at, _)| *at);
         answers.into_iter().map(|(_, answer)| answer).collect()

@@ -146,6 +146,17 @@ pub struct ConnectionsArgs {
     pub ask: AskArgs,
 }
 
+/// Options of `culvert dashboard`.
+#[derive(Clone, Debug, Args)]
+pub struct DashboardArgs {
+    /// Port of 127.0.0.1 that the page is on; 0 is any that is free.
+    #[arg(long, value_name = "PORT", default_value_t = 15100)]
+    pub port: u16,
+    /// Which daemons.
+    #[command(flatten)]
+    pub ask: AskArgs,
+}
+
 /// Options of `culvert top`.
 #[derive(Clone, Debug, Args)]
 pub struct TopArgs {

@@ -1,7 +1,9 @@
 //! The command line: which commands there are, and their options.
 
 use super::args::{CleanupArgs, DemoArgs, NodeArgs};
-use super::ask::{ConnectionsArgs, DoctorArgs, ExplainArgs, LogsArgs, PodsArgs, ReportArgs, StatusArgs, TopArgs};
+use super::ask::{
+    ConnectionsArgs, DashboardArgs, DoctorArgs, ExplainArgs, LogsArgs, PodsArgs, ReportArgs, StatusArgs, TopArgs,
+};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -52,6 +54,8 @@ pub enum Command {
     /// Show live flows: who talks to whom, how fast, how protected, and how long it takes until a connection is open. On
     /// a terminal it is refreshed, otherwise printed once.
     Top(TopArgs),
+    /// Serve the live page about all nodes on this machine, until Ctrl-C: pods, flows, connections, refusals, certificates.
+    Dashboard(DashboardArgs),
     /// Print the lines of the log that are about a pod, from the daemon of its node.
     Logs(LogsArgs),
     /// Say what would happen to a connection now, step by step: what the address is, which endpoints could be chosen and

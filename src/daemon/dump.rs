@@ -11,6 +11,7 @@ use crate::connection::choose::endpoints::SetAside;
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
 use crate::identity::Credentials;
+use crate::identity::store::HeldCertificate;
 use crate::mesh::egress::{EgressAction, EgressPolicy, EgressRule, HostMatch};
 use crate::mesh::policy::{Action, Attribute, Match, PolicyScope, StringMatch};
 use crate::mesh::service::{HealthPolicy, IpFamilies, LoadBalancer, LoadBalancingMode, RoutingScope, Visibility};
@@ -88,41 +89,47 @@ pub(super) fn connections(parts: &Parts, shared: &Shared, query: &Query) -> Resu
     }
     let live = parts.reporter.live.list();
     let sockets = with_tcp.then(|| Sockets::of(shared, &live));
-    let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
-    let names: HashMap<Text, String> = parts
-        .board
-        .list()
-        .into_iter()
-        .map(|pod| (pod.spec.uid.clone(), format!("{}/{}", pod.spec.namespace, pod.spec.name)))
-        .collect();
-    let one = |(id, c): (u64, std::sync::Arc<Connection>)| {
-        let mut shown = json!({
-            "id": id,
-            "pod": &*c.pod,
-            "podName": names.get(&c.pod),
-            "direction": c.direction.word(),
-            "protocol": c.protocol,
-            "src": c.source.to_string(),
-            "dst": c.destination.to_string(),
-            "actualDst": c.actual.to_string(),
-            "hboneAddr": c.authority,
-            "service": c.service.as_deref(),
-            "srcIdentity": name(&c.source_identity),
-            "gateway": c.gateway.as_deref(),
-            "gatewayIdentity": c.gateway_identity.get().map(ToString::to_string),
-            "dstIdentity": c.destination_identity.get().map(ToString::to_string),
-            "bytesSent": c.bytes.up.load(Ordering::Relaxed),
-            "bytesReceived": c.bytes.down.load(Ordering::Relaxed),
-            "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),
-            "tls": c.tls.get().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
-            "rule": c.rule,
-        });
+    let names = pod_names(parts);
+    let one = |(id, c): &(u64, std::sync::Arc<Connection>)| {
+        let mut shown = connection(*id, c, &names);
         if let (Some(sockets), Value::Object(shown)) = (&sockets, &mut shown) {
-            shown.insert("tcp".into(), sockets.show(&c));
+            shown.insert("tcp".into(), sockets.show(c));
         }
         shown
     };
-    Ok(Value::Array(live.into_iter().map(one).collect()))
+    Ok(Value::Array(live.iter().map(one).collect()))
+}
+
+/// The pods as `namespace/name`, by uid.
+pub(super) fn pod_names(parts: &Parts) -> HashMap<Text, String> {
+    let all = parts.board.list().into_iter();
+    all.map(|pod| (pod.spec.uid.clone(), format!("{}/{}", pod.spec.namespace, pod.spec.name))).collect()
+}
+
+/// One connection of `/connections`.
+pub(super) fn connection(id: u64, c: &Connection, names: &HashMap<Text, String>) -> Value {
+    let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
+    json!({
+        "id": id,
+        "pod": &*c.pod,
+        "podName": names.get(&c.pod),
+        "direction": c.direction.word(),
+        "protocol": c.protocol,
+        "src": c.source.to_string(),
+        "dst": c.destination.to_string(),
+        "actualDst": c.actual.to_string(),
+        "hboneAddr": c.authority,
+        "service": c.service.as_deref(),
+        "srcIdentity": name(&c.source_identity),
+        "gateway": c.gateway.as_deref(),
+        "gatewayIdentity": c.gateway_identity.get().map(ToString::to_string),
+        "dstIdentity": c.destination_identity.get().map(ToString::to_string),
+        "bytesSent": c.bytes.up.load(Ordering::Relaxed),
+        "bytesReceived": c.bytes.down.load(Ordering::Relaxed),
+        "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        "tls": c.tls.get().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
+        "rule": c.rule,
+    })
 }
 
 /// `/set_aside`.
@@ -397,22 +404,38 @@ fn lists<T>(attribute: &Attribute<T>, show: impl Fn(&T) -> Value) -> (Vec<Value>
 }
 
 fn certificates(parts: &Parts) -> Value {
-    let one = |held: crate::identity::store::HeldCertificate| {
-        let state = match (&held.credentials, &held.error) {
-            (Some(held), _) if held.not_after > SystemTime::now() => "Available".to_owned(),
-            (Some(_), error) => format!("Unavailable: expired; {}", error.as_deref().unwrap_or("renewal is under way")),
-            (None, Some(error)) => format!("Unavailable: {error}"),
-            (None, None) => "Initializing".to_owned(),
-        };
+    let one = |held: HeldCertificate| {
         let chain = |pick: fn(&Credentials) -> &[CertificateDer<'static>]| {
             held.credentials.as_ref().map_or(Vec::new(), |c| pick(c).iter().map(certificate).collect())
         };
         json!({
             "identity": held.identity.to_string(),
-            "state": state,
+            "state": certificate_state(&held),
             "error": held.error,
             "certChain": chain(|c| c.chain()),
             "rootCerts": chain(|c| c.roots()),
+        })
+    };
+    Value::Array(parts.identities.list().into_iter().map(one).collect())
+}
+
+fn certificate_state(held: &HeldCertificate) -> String {
+    match (&held.credentials, &held.error) {
+        (Some(held), _) if held.not_after > SystemTime::now() => "Available".to_owned(),
+        (Some(_), error) => format!("Unavailable: expired; {}", error.as_deref().unwrap_or("renewal is under way")),
+        (None, Some(error)) => format!("Unavailable: {error}"),
+        (None, None) => "Initializing".to_owned(),
+    }
+}
+
+/// The certificates in short: one line for each identity.
+pub(super) fn certificates_without_text(parts: &Parts) -> Value {
+    let one = |held: HeldCertificate| {
+        json!({
+            "identity": held.identity.to_string(),
+            "state": certificate_state(&held),
+            "error": held.error,
+            "expirationTime": held.credentials.as_ref().map(|held| time(held.not_after)),
         })
     };
     Value::Array(parts.identities.list().into_iter().map(one).collect())

@@ -2,6 +2,7 @@
 
 mod ask;
 mod assemble;
+mod dashboard;
 pub mod docs;
 mod dump;
 mod dump_config;
@@ -18,6 +19,7 @@ mod pods;
 mod print;
 mod profile;
 mod signals;
+mod snapshot;
 mod startup;
 mod status;
 mod tcp;
@@ -64,6 +66,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Pods(args) => ask::pods(&args),
         Command::Connections(args) => ask::connections(&args),
         Command::Top(args) => ask::top(&args),
+        Command::Dashboard(args) => dashboard::dashboard(&args),
         Command::Logs(args) => ask::logs(&args),
         Command::Explain(args) => ask::explain(&args),
         Command::Report(args) => ask::report(&args),

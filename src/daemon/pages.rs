@@ -1,14 +1,17 @@
 //! What the admin and metrics ports serve.
 
 use super::parts::Parts;
-use super::{dump, explain, history, kernel, plaintext, profile, status};
+use super::{dump, explain, history, kernel, plaintext, profile, snapshot, status};
+use crate::admin::page::{Live, Site};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
 use crate::connection::dial::direct::OpenLegs;
 use crate::dns::Dns;
 use crate::task::Ready;
+use crate::task::thread::run_blocking;
 use crate::telemetry::log::LogControl;
 use prometheus_client::registry::Registry;
+use serde_json::json;
 use std::sync::Arc;
 use tokio::sync::Notify;
 
@@ -25,6 +28,11 @@ pub(super) fn pages(
     let (for_history, for_plaintext) = (parts.clone(), parts.clone());
     let (dns, quit) = (parts.dns.clone(), quit.clone());
     Pages {
+        site: site(parts, &ready),
+        snapshot: {
+            let (parts, ready) = (parts.clone(), ready.clone());
+            Box::new(move || snapshot::snapshot(&parts, &ready))
+        },
         config_dump: Box::new(move || dump::config_dump(&for_dump)),
         status: {
             let (parts, ready) = (parts.clone(), ready.clone());
@@ -60,6 +68,23 @@ pub(super) fn pages(
         },
         ready,
     }
+}
+
+/// The other pages, which the live page leads to.
+const LINKS: [&str; 7] = ["/status", "/pods", "/connections", "/history", "/set_aside", "/config_dump", "/snapshot"];
+
+/// The live page, about this node alone.
+fn site(parts: &Arc<Parts>, ready: &Ready) -> Site {
+    let title = format!("node {}", parts.config.node_name).trim_end().to_owned();
+    let (parts, ready) = (parts.clone(), ready.clone());
+    let feed = move || -> std::pin::Pin<Box<dyn Future<Output = _> + Send>> {
+        let (parts, ready) = (parts.clone(), ready.clone());
+        Box::pin(async move {
+            let own = run_blocking(move || snapshot::snapshot(&parts, &ready)).await;
+            json!({"nodes": [own]})
+        })
+    };
+    Site { live: Live::new(Box::new(feed)), title: title.into(), links: &LINKS }
 }
 
 /// `/logging`, as ztunnel has it: `level=<directives>` adds directives, `reset` first restores the filter of the start,

@@ -1,5 +1,6 @@
 //! `culvert pods`: the pods of this node as the daemon lists them, as a table or as JSON.
 
+use crate::admin::page::notes::notes;
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
@@ -47,34 +48,6 @@ fn row(pod: &Value, now: SystemTime) -> [String; 4] {
         [format!("{}/{}", text("namespace"), text("name")), text("state").to_owned(), since, notes(pod).join("; ")];
     // A pod chooses the names of its own rules, so they may contain control characters.
     cells.map(|cell| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
-}
-
-/// What an operator should know about a pod.
-fn notes(pod: &Value) -> Vec<String> {
-    let text = |key: &str| pod[key].as_str().map(str::to_owned);
-    let mut notes: Vec<String> = text("reason").into_iter().collect();
-    if let Some(older) = pod["uncapturedConnections"].as_u64().filter(|older| *older > 0) {
-        notes.push(format!("{older} pre-existing connections continue in plaintext"));
-    }
-    if pod["bypassInboundCapture"] == true {
-        notes.push("inbound plaintext is not captured".into());
-    }
-    notes.extend(text("inboundUnverified"));
-    let list =
-        |key: &str| pod[key].as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(", ");
-    for (key, what) in [("otherRules", "other rules"), ("mayBypass", "can bypass its capture, by")] {
-        let all = list(key);
-        if !all.is_empty() {
-            notes.push(format!("{what}: {all}"));
-        }
-    }
-    for (key, what) in [("untunnelledUdp", "UDP datagrams"), ("untunnelledOther", "packets of other protocols")] {
-        if let Some(count) = pod[key].as_u64().filter(|count| *count > 0) {
-            notes.push(format!("{count} {what} have left it outside of tunnels"));
-        }
-    }
-    notes.extend(text("rulesUnread").map(|why| format!("other rules cannot be read: {why}")));
-    notes
 }
 
 #[cfg(test)]

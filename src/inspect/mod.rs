@@ -3,6 +3,7 @@
 
 pub mod checkup;
 pub mod connections;
+pub mod dashboard;
 pub mod logs;
 mod nodes;
 pub mod plaintext;

@@ -1,0 +1,151 @@
+//! `culvert dashboard`: the live page about all nodes, on this machine. Each picture asks every daemon for its part; one
+//! that does not answer is named on the page.
+
+use super::nodes::page;
+use crate::admin::dashboard::Dashboard;
+use crate::admin::page::{Live, Site};
+use crate::admin::{Asked, Query};
+use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a list of daemons is used. Nodes come and go slowly.
+const FOUND_FOR: Duration = Duration::from_secs(20);
+
+/// How long a node that has not answered is not asked again, so that it does not delay the others at each turn.
+const DOWN_FOR: Duration = Duration::from_secs(20);
+
+/// The longest part of one node, in bytes.
+const PART_MAX: usize = 16 << 20;
+
+/// The daemons that are shown.
+struct Shown {
+    daemons: Daemons,
+    timeout: Duration,
+    found: Mutex<Found>,
+    /// Daemons that have not answered: when, and why.
+    down: Mutex<HashMap<Daemon, (Instant, String)>>,
+}
+
+/// The daemons, when they were found, and why they could not be found since.
+#[derive(Clone)]
+struct Found {
+    all: Vec<Daemon>,
+    at: Instant,
+    error: Option<String>,
+}
+
+/// Finds the daemons and opens the port. Returns the number of daemons too.
+pub async fn open(
+    daemons: Daemons,
+    timeout: Duration,
+    (port, title): (u16, &str),
+) -> Result<(Dashboard, usize), String> {
+    let all = daemons.find(timeout).await.map_err(|error| error.to_string())?;
+    let count = all.len();
+    let found = Mutex::new(Found { all, at: Instant::now(), error: None });
+    let shown = Arc::new(Shown { daemons, timeout, found, down: Mutex::default() });
+    let site = Site { live: Live::new(feed(&shown)), title: title.into(), links: &[] };
+    let opened = Dashboard::bind(port, site, explain(shown)).await;
+    Ok((opened.map_err(|error| format!("{error} Or use --port"))?, count))
+}
+
+fn feed(shown: &Arc<Shown>) -> crate::admin::page::Feed {
+    let shown = shown.clone();
+    Box::new(move || {
+        let shown = shown.clone();
+        Box::pin(async move { shown.all().await })
+    })
+}
+
+/// Asks the daemon on the pod's node.
+fn explain(shown: Arc<Shown>) -> Asked {
+    Box::new(move |query| {
+        let shown = shown.clone();
+        Box::pin(async move { shown.explain(&query).await })
+    })
+}
+
+impl Shown {
+    /// The parts of all nodes.
+    async fn all(&self) -> Value {
+        let Found { all, error, .. } = self.found().await;
+        let question = Question { max: PART_MAX, ..Question::get("/snapshot", self.timeout) };
+        let down = self.down();
+        let asked: Vec<Daemon> = all.iter().filter(|daemon| !down.contains_key(*daemon)).cloned().collect();
+        let answers = self.daemons.ask_all(&asked, &question).await;
+        let mut answers: HashMap<Daemon, Result<Value, String>> =
+            asked.into_iter().zip(answers.into_iter().map(page)).collect();
+        let mut names: BTreeMap<&str, usize> = BTreeMap::new();
+        all.iter().for_each(|daemon| *names.entry(daemon.name()).or_default() += 1);
+        let mut nodes = Vec::new();
+        for daemon in &all {
+            let answer = match (answers.remove(daemon), down.get(daemon)) {
+                (Some(Err(error)), _) => {
+                    self.down.lock().insert(daemon.clone(), (Instant::now(), error.clone()));
+                    Err(error)
+                }
+                (Some(answer), _) => answer,
+                (None, Some((_, error))) => Err(error.clone()),
+                (None, None) => continue,
+            };
+            let shared = names.get(daemon.name()).is_some_and(|count| *count > 1);
+            let name = if shared { format!("{} ({})", daemon.name(), daemon.pod) } else { daemon.name().to_owned() };
+            nodes.push(match answer {
+                Ok(mut part) if part.is_object() => {
+                    if let Some(part) = part.as_object_mut().filter(|_| !daemon.node.is_empty()) {
+                        part.insert("node".to_owned(), name.into());
+                    }
+                    part
+                }
+                Ok(_) => unreachable(&name, "the answer is not what a daemon answers"),
+                Err(error) => unreachable(&name, &error),
+            });
+        }
+        nodes.extend(error.map(|error| unreachable("list of nodes", &error)));
+        json!({"nodes": nodes})
+    }
+
+    /// The daemons that have not answered lately.
+    fn down(&self) -> HashMap<Daemon, (Instant, String)> {
+        let mut down = self.down.lock();
+        down.retain(|_, (at, _)| at.elapsed() < DOWN_FOR);
+        down.clone()
+    }
+
+    /// The daemons, from a list that is not too old.
+    async fn found(&self) -> Found {
+        let known = self.found.lock().clone();
+        if known.at.elapsed() < FOUND_FOR {
+            return known;
+        }
+        let asked = self.daemons.find(self.timeout).await;
+        let new = match asked {
+            Ok(all) => Found { all, at: Instant::now(), error: None },
+            // Those that were known before are asked all the same.
+            Err(error) => Found { error: Some(error.to_string()), at: Instant::now(), ..known },
+        };
+        *self.found.lock() = new.clone();
+        new
+    }
+
+    async fn explain(&self, query: &Query) -> Result<Value, String> {
+        let pod = query.iter().find(|(name, _)| name == "from").map(|(_, pod)| pod.as_str()).unwrap_or_default();
+        if pod.split('/').count() != 2 {
+            return Err(format!("{pod:?} is not NAMESPACE/POD"));
+        }
+        let (daemon, _) =
+            self.daemons.find_of_pod(pod, self.timeout).await.map_err(|error: ClusterError| error.to_string())?;
+        let asked = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
+        let question = Question::get(format!("/explain?{asked}"), self.timeout);
+        let answer = self.daemons.ask(&daemon, &question).await.map_err(|error| error.to_string())?;
+        if answer.status == 400 { Err(answer.text().trim().to_owned()) } else { answer.json() }
+    }
+}
+
+fn unreachable(node: &str, error: &str) -> Value {
+    json!({"node": node, "reachable": false, "error": error})
+}
