@@ -43,6 +43,7 @@ mod kubernetes;
 mod limits;
 mod model;
 mod networks;
+mod page;
 mod prometheus;
 mod remains;
 mod sidecar;
