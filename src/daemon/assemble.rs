@@ -74,21 +74,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let identities = certificates(&config, &revocations, &background, &metrics);
 
     let (reporter, permits) = (metrics.reporter.clone(), Arc::new(Permits::default()));
-    let buffers = Buffers::new(buffer_bytes());
-    let endpoints = EndpointLists::new(config.connection.set_aside_max, reporter.metrics.endpoints.clone());
-    let endpoints = Arc::new(endpoints);
-    let shared = Arc::new(Shared {
-        config: config.connection,
-        mesh: mesh.clone(),
-        identities: identities.clone(),
-        reporter: reporter.clone(),
-        pods: Default::default(),
-        permits: permits.clone(),
-        budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
-        endpoints: endpoints.clone(),
-        buffers: buffers.clone(),
-        handshakes: Shared::handshakes(buffers.limit() / 2),
-    });
+    let shared = shared(&config, (&mesh, &identities), &metrics, &permits);
+    let endpoints = shared.endpoints.clone();
     let workers = Arc::new(Workers::start(&shared).context("cannot start a worker")?);
     let dns = Dns::start(config.dns.clone(), metrics.dns.clone(), mesh.clone());
     let dns = Arc::new(dns.context("cannot start the DNS thread")?);
@@ -142,6 +129,30 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
         remove_leftovers(&parts.config, &capturer);
     }
     Ok(())
+}
+
+/// What all workers share.
+fn shared(
+    config: &Config,
+    (mesh, identities): (&Arc<Mesh>, &Arc<CertificateStore>),
+    metrics: &Metrics,
+    permits: &Arc<Permits>,
+) -> Arc<Shared> {
+    let buffers = Buffers::new(buffer_bytes());
+    let reporter = metrics.reporter.clone();
+    let endpoints = EndpointLists::new(config.connection.set_aside_max, reporter.metrics.endpoints.clone());
+    Arc::new(Shared {
+        config: config.connection,
+        mesh: mesh.clone(),
+        identities: identities.clone(),
+        reporter,
+        pods: Default::default(),
+        permits: permits.clone(),
+        budget: Arc::new(Budget::new(config.connection.max_connections, buffers.clone())),
+        endpoints: Arc::new(endpoints),
+        handshakes: Shared::handshakes(buffers.limit() / 2),
+        buffers,
+    })
 }
 
 /// Removes what is left on the node when nothing uses it any more.

@@ -1,6 +1,8 @@
 //! `culvert dashboard`: opens the live page about all nodes, says where it is, and serves it until a signal.
 
-use super::{admin_port, fail, say, signals};
+use super::print::{fail, say};
+use super::signals;
+use super::this_node::admin_port;
 use crate::cluster::{Daemons, Place};
 use crate::config::ask::{DashboardArgs, of_environment};
 use crate::inspect::{Outcome, dashboard as page};

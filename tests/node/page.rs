@@ -82,9 +82,9 @@ fn snapshot(asked: u64) -> Value {
 
 fn connection(number: u64, asked: u64) -> Value {
     let source = pod(number * 7);
-    let near = number % 3 == 0;
+    let near = number.is_multiple_of(3);
     let target = pod(number * 7 + if near { 1 } else { 20 + number % 40 });
-    let encrypted = number % 17 != 0;
+    let encrypted = !number.is_multiple_of(17);
     let identity = |(namespace, workload, _): &(&str, String, String)| {
         let markup = if number == 11 { MARKUP } else { "" };
         encrypted.then(|| format!("spiffe://cluster.local/ns/{namespace}/sa/{workload}{markup}"))
@@ -181,7 +181,7 @@ fn browse(command: &mut Command, url: &str, folder: &Path, words: &str) -> Value
     let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{text}{errors}");
     let seen: Value = serde_json::from_str(&text).unwrap();
-    println!("loaded in {} ms, with all rows after {} ms; {}", seen["loaded"], seen["live"], folder.display());
+    eprintln!("loaded in {} ms, with all rows after {} ms; {}", seen["loaded"], seen["live"], folder.display());
     seen
 }
 
