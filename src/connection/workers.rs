@@ -91,8 +91,8 @@ pub struct Workers {
     threads: Mutex<Vec<JoinHandle<()>>>,
     /// Counts the accept loops, so that an end can wait for them.
     accepts: TaskTracker,
-    /// Number of the worker that gets the next accept loop, modulo the number of workers.
-    turn: AtomicUsize,
+    /// Numbers of the workers that get the next accept loops of each [`Entrance`], modulo the number of workers.
+    turns: [AtomicUsize; 4],
     stop: CancellationToken,
 }
 
@@ -135,27 +135,35 @@ impl Workers {
             all: Arc::new(all),
             threads: Mutex::new(threads),
             accepts: TaskTracker::new(),
-            turn: AtomicUsize::new(0),
+            turns: Default::default(),
             stop,
         })
     }
 
     /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`.
-    /// Each socket goes to the worker with the fewest connections.
+    /// Each socket goes to the worker with the fewest connections, and stays here if that is this one: no other thread
+    /// has to wake up then.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let Some(home) = self.all.get(turn % self.all.len().max(1)) else { return };
+        let [outbound, plaintext, tunnel, socks] = &self.turns;
+        let turn = match entrance {
+            Entrance::Outbound => outbound,
+            Entrance::Plaintext => plaintext,
+            Entrance::Tunnel => tunnel,
+            Entrance::Socks => socks,
+        };
+        let home = turn.fetch_add(1, Ordering::Relaxed) % self.all.len().max(1);
+        let Some(WorkerHandle { worker, runtime, .. }) = self.all.get(home) else { return };
         let (drain, accepts) = (pod.signal(), self.accepts.token());
-        home.worker.shared.budget.register(&pod.usage);
-        home.worker.shared.pods.add(&pod);
-        let shared = &home.worker.shared;
+        let shared = &worker.shared;
+        shared.budget.register(&pod.usage);
+        shared.pods.add(&pod);
         shared.reporter.pods.add(&pod.uid, (&pod.namespace, &pod.name), |uid| shared.pods.by_uid(uid).is_some());
         let work = listener::run(listener, drain, move |socket, peer, place| {
             let _accepts = &accepts;
-            dispatch(&all, &pod, (socket, peer, place), entrance);
+            dispatch(&all, home, &pod, (socket, peer, place), entrance);
         });
-        accepting.spawn_on(work, &home.runtime);
+        accepting.spawn_on(work, runtime);
     }
 
     /// Number of tasks of connections, streams and tunnels that are running.
@@ -235,9 +243,11 @@ async fn run_worker(worker: &Arc<Worker>, mut sockets: mpsc::Receiver<AcceptedSo
     }
 }
 
-/// Counts a new socket in the budget and gives it to the least loaded worker, or refuses it.
+/// Counts a new socket in the budget and gives it to the least loaded worker, which is `home` if others have as much to
+/// do. Or refuses it.
 fn dispatch(
     all: &[WorkerHandle],
+    home: usize,
     pod: &Arc<Pod>,
     (socket, peer, place): (TcpStream, SocketAddr, Place),
     entrance: Entrance,
@@ -245,8 +255,11 @@ fn dispatch(
     if matches!(entrance, Entrance::Plaintext | Entrance::Tunnel) && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
-    let least = all.iter().min_by_key(|handle| handle.worker.load.load(Ordering::Relaxed));
-    let Some(handle) = least else { return };
+    let least = all.iter().enumerate().min_by_key(|(at, WorkerHandle { worker, .. })| {
+        let is_other = *at != home;
+        (worker.load.load(Ordering::Relaxed), is_other)
+    });
+    let Some((_, handle)) = least else { return };
     let shared = &handle.worker.shared;
     let refuse = |socket: &TcpStream, failure: Failure| {
         let mut record = Record::begin(&shared.reporter, &pod.uid, entrance.direction(), canonical(peer));

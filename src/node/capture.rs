@@ -133,7 +133,7 @@ impl Capturer {
         }
         let claim = self.claims.claim(&netns, spec)?;
         let ipv6 = self.config.ipv6 && netns.has_ipv6()?;
-        let listeners = listeners::bind(&self.config, &netns, ipv6)?;
+        let listeners = listeners::bind(&self.config, &netns, ipv6, &self.sockets.legs)?;
         let resolver = self.dns.resolver(&spec.namespace, &netns);
         let pod = Arc::new(Pod {
             uid: spec.uid.clone(),

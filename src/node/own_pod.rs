@@ -47,7 +47,8 @@ pub async fn serve(capturer: Arc<Capturer>, name: Text, identity: SpiffeName, le
 fn listen(capturer: &Capturer, name: &Text, identity: &SpiffeName, legs: &OpenLegs) -> io::Result<Group> {
     let netns = Netns::open(Path::new("/proc/self/ns/net")).map_err(io::Error::other)?;
     let held = netns.addresses().map_err(io::Error::other)?.into_iter().map(|(ip, _)| ip).collect();
-    let listener = bind_capture(HBONE, capturer.config.ipv6, capturer.config.mark, capturer.config.reuse_port)?;
+    let (config, options) = (&capturer.config, &capturer.sockets.legs);
+    let listener = bind_capture(HBONE, config.ipv6, config.mark, config.reuse_port, options)?;
     capturer.identities.want(identity);
     let mesh_uid = pod_uid(&capturer.config.cluster_id, &identity.namespace, name);
     let pod = Arc::new(Pod {

@@ -3,7 +3,7 @@
 //! A reset does not overtake the bytes before it: everything that the leg's peer had sent is delivered to the other
 //! leg, and has arrived there, before the reset is passed on.
 
-use super::socket::unacknowledged;
+use super::socket::{unacknowledged, watch_for};
 use std::io;
 use std::time::Duration;
 use tokio::io::Interest;
@@ -85,10 +85,22 @@ async fn error_of(socket: &TcpStream) -> io::Error {
     }
 }
 
+/// Completes when a socket that was told to connect is connected, or with the error with which that failed.
+pub async fn connected(socket: &std::net::TcpStream) -> io::Result<()> {
+    // The kernel knows the peer once the connection is open, which is at once where it stays on this node.
+    if socket.peer_addr().is_ok() {
+        return Ok(());
+    }
+    let watched = watch_for(socket, Interest::WRITABLE)?;
+    let _ready = watched.writable().await?;
+    socket.take_error()?.map_or(Ok(()), Err)
+}
+
 /// Completes when a client has reset its connection and none of its bytes are left to deliver.
-pub async fn reset_without_data(client: &TcpStream) {
+pub async fn reset_without_data(client: &std::net::TcpStream) {
     let mut byte = [std::mem::MaybeUninit::uninit()];
-    let waits = client.ready(Interest::ERROR).await.is_ok()
+    let Ok(watched) = watch_for(client, Interest::ERROR) else { return std::future::pending().await };
+    let waits = watched.ready(Interest::ERROR).await.is_ok()
         && socket2::SockRef::from(client).peek(&mut byte).is_ok_and(|length| length > 0);
     if waits {
         std::future::pending::<()>().await;

@@ -2,8 +2,8 @@
 
 use socket2::{Domain, Protocol, SockAddr, SockRef, Socket, TcpKeepalive, Type};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use tokio::io::Interest;
@@ -86,8 +86,8 @@ fn set_mark(socket: &Socket, mark: u32) -> io::Result<()> {
 
 /// Binds a listener for captured traffic in the thread's current namespace. With `ipv6` it is dual-stack, with
 /// `reuse_port` a second daemon may share the port. It is marked, and transparent so that it can answer from foreign
-/// addresses; with mark 0 it is neither, and binding it needs no right.
-pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::Result<TcpListener> {
+/// addresses; with mark 0 it is neither, and binding it needs no right. Accepted sockets have the options of `legs`.
+pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool, legs: &LegOptions) -> io::Result<TcpListener> {
     let domain = if ipv6 { Domain::IPV6 } else { Domain::IPV4 };
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     if ipv6 {
@@ -104,6 +104,13 @@ pub fn bind_capture(port: u16, ipv6: bool, mark: u32, reuse_port: bool) -> io::R
     }
     let any = if ipv6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
     socket.bind(&SocketAddr::new(any, port).into())?;
+    listen_with(socket, legs)
+}
+
+/// Listens. The kernel gives each accepted socket the options of its listener, so they are set once instead of for
+/// every connection.
+fn listen_with(socket: Socket, legs: &LegOptions) -> io::Result<TcpListener> {
+    set_leg_options(&socket, legs)?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
 }
@@ -117,8 +124,9 @@ pub fn bind_stream(port: u16, v4: bool, mark: u32, reuse_port: bool) -> io::Resu
     Ok(socket.into())
 }
 
-/// Binds a listener to a port on the loopback address of one family in the thread's current namespace.
-pub fn bind_loopback(port: u16, v4: bool, reuse_port: bool) -> io::Result<TcpListener> {
+/// Binds a listener to a port on the loopback address of one family in the thread's current namespace. Accepted sockets
+/// have the options of `legs`.
+pub fn bind_loopback(port: u16, v4: bool, reuse_port: bool, legs: &LegOptions) -> io::Result<TcpListener> {
     let ip: IpAddr = if v4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
     let address = SocketAddr::new(ip, port);
     let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
@@ -128,8 +136,7 @@ pub fn bind_loopback(port: u16, v4: bool, reuse_port: bool) -> io::Result<TcpLis
         socket.set_reuse_address(true)?;
     }
     socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    listen_with(socket, legs)
 }
 
 /// Binds a datagram socket to a port on all addresses of one family in the thread's current namespace.
@@ -182,11 +189,9 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
         match address.ip() {
             IpAddr::V4(_) if foreign => {
                 socket.set_ip_transparent_v4(true)?;
-                socket.set_freebind_v4(true)?;
             }
             IpAddr::V6(_) if foreign => {
                 set_flag(&socket, nix::libc::IPPROTO_IPV6, nix::libc::IPV6_TRANSPARENT)?;
-                socket.set_freebind_v6(true)?;
             }
             _ => {}
         }
@@ -202,7 +207,7 @@ pub fn outgoing(to: SocketAddr, bind: Option<Bind>, mark: u32, legs: &LegOptions
 
 /// Two stream sockets that are connected with each other, non-blocking. They have the type of TCP sockets, and can be
 /// read, written, shut down and watched like these; options of TCP cannot be set on them.
-pub fn connected_pair() -> io::Result<(std::net::TcpStream, std::net::TcpStream)> {
+pub fn connected_pair() -> io::Result<(TcpStream, TcpStream)> {
     let (one, two) = UnixStream::pair()?;
     for socket in [&one, &two] {
         socket.set_nonblocking(true)?;
@@ -223,10 +228,31 @@ fn set_flag(socket: &Socket, level: i32, name: i32) -> io::Result<()> {
     }
 }
 
+/// Accepts a connection: a non-blocking socket, and the address that opened it.
+pub fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let flags = nix::libc::SOCK_NONBLOCK | nix::libc::SOCK_CLOEXEC;
+    // SAFETY: the kernel writes an address of at most `length` bytes to the storage, and its length to `length`. The
+    // descriptor that it returns belongs to nobody else.
+    let (socket, peer) = unsafe {
+        SockAddr::try_init(|storage, length| {
+            let raw = nix::libc::accept4(listener.as_raw_fd(), storage.cast(), length, flags);
+            if raw < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(raw)) }
+        })
+    }?;
+    let peer = peer.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+    Ok((socket.into(), peer))
+}
+
 /// Registers a listener with the runtime of this thread, so that tasks can wait for connections.
 pub fn watch(listener: TcpListener) -> io::Result<AsyncFd<TcpListener>> {
     // SAFETY: a TcpListener owns its descriptor, returns the same one for all its life and closes it only when dropped.
     unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// Registers a socket with the runtime of this thread for as long as the result exists.
+pub fn watch_for(socket: &impl AsFd, interest: Interest) -> io::Result<AsyncFd<BorrowedFd<'_>>> {
+    // SAFETY: a borrowed descriptor stays open and the same for as long as it is borrowed.
+    unsafe { AsyncFd::register_with_interest(socket.as_fd(), interest) }.map_err(io::Error::from)
 }
 
 /// Makes an unmarked TCP socket, as an application in the namespace would.
@@ -264,7 +290,6 @@ mod tests {
 
     #[test]
     fn the_options_of_a_leg_are_set() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let keepalive = Keepalive {
             time: Duration::from_secs(180),
             interval: Duration::from_secs(75),
@@ -272,13 +297,25 @@ mod tests {
             user_timeout: true,
         };
         let legs = LegOptions { keepalive: Some(keepalive), notsent_lowat: Some(131_072) };
-        let socket = outgoing(listener.local_addr().unwrap(), None, 1337, &legs).unwrap();
-        start_connect(&socket, listener.local_addr().unwrap()).unwrap();
-        let (accepted, _) = listener.accept().unwrap();
-        set_leg_options(&accepted, &legs).unwrap();
-        assert_eq!(socket.mark().unwrap(), 1337);
-        for leg in [SockRef::from(&socket), SockRef::from(&accepted)] {
+        let captured = bind_capture(0, true, 0, false, &legs).unwrap();
+        let loopback = bind_loopback(0, true, false, &legs).unwrap();
+        let mut all = Vec::new();
+        for listener in [captured, loopback] {
+            let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listener.local_addr().unwrap().port());
+            let socket = outgoing(to, None, 1337, &legs).unwrap();
+            start_connect(&socket, to).unwrap();
+            let (accepted, peer) = accept(&listener).unwrap();
+            assert_eq!(peer.ip().to_canonical(), Ipv4Addr::LOCALHOST);
+            assert_eq!(peer.port(), socket.local_addr().unwrap().as_socket().unwrap().port());
+            assert_eq!(accept(&listener).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            assert_eq!(socket.mark().unwrap(), 1337);
+            all.extend([socket, accepted.into()]);
+        }
+        for leg in &all {
+            assert!(leg.nonblocking().unwrap());
+            assert_eq!(nix::fcntl::fcntl(leg, nix::fcntl::FcntlArg::F_GETFD).unwrap(), nix::libc::FD_CLOEXEC);
             assert!(leg.tcp_nodelay().unwrap());
+            assert!(leg.out_of_band_inline().unwrap());
             assert!(leg.keepalive().unwrap());
             assert_eq!(leg.tcp_keepalive_time().unwrap(), Duration::from_secs(180));
             assert_eq!(leg.tcp_keepalive_interval().unwrap(), Duration::from_secs(75));

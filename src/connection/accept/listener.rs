@@ -1,6 +1,6 @@
 //! The accept loop of one listener. It hands every socket on and does not end because an accept failed.
 
-use crate::sys::socket::watch;
+use crate::sys::socket::{accept, watch};
 use crate::task::Signal;
 use crate::telemetry::limit::LogLimit;
 use std::io;
@@ -73,8 +73,7 @@ pub async fn run(listener: TcpListener, drain: Signal, deliver: impl Fn(TcpStrea
 }
 
 fn accept_one(listener: &TcpListener, place: Place, deliver: &impl Fn(TcpStream, SocketAddr, Place)) -> io::Result<()> {
-    let (socket, peer) = listener.accept()?;
-    socket.set_nonblocking(true)?;
+    let (socket, peer) = accept(listener)?;
     deliver(socket, peer, place);
     Ok(())
 }

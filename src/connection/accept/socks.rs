@@ -2,7 +2,6 @@
 //! redirected ask for their connections here. The answer is given once the far side is open.
 
 use super::error::{AcceptError, REQUEST_DEADLINE, SocksError};
-use crate::sys::socket::{LegOptions, set_leg_options};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -52,11 +51,11 @@ pub enum SocksTarget {
 }
 
 /// Reads a client's request. What is wrong with it is answered here. The caller answers a good request.
-pub async fn socks(socket: std::net::TcpStream, legs: &LegOptions) -> Result<(TcpStream, SocksTarget), AcceptError> {
-    set_leg_options(&socket, legs).map_err(AcceptError::Socket)?;
+pub async fn socks(socket: std::net::TcpStream) -> Result<(std::net::TcpStream, SocksTarget), AcceptError> {
     let mut app = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     let target = tokio::time::timeout(REQUEST_DEADLINE, request(&mut app)).await;
-    Ok((app, target.unwrap_or(Err(SocksError::Deadline))?))
+    let target = target.unwrap_or(Err(SocksError::Deadline))?;
+    Ok((app.into_std().map_err(AcceptError::Socket)?, target))
 }
 
 /// Reads the greeting and the request, and not one byte more.

@@ -8,7 +8,7 @@ use crate::identity::verify::peer_name;
 use crate::identity::{Chain, Credentials, Distrust, TlsFacts};
 use crate::mesh::address::canonical;
 use crate::mesh::{SpiffeName, Text};
-use crate::sys::socket::{LegOptions, set_leg_options, set_tunnel_options};
+use crate::sys::socket::{LegOptions, set_tunnel_options};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -55,8 +55,7 @@ pub struct TunnelPeer {
 /// `None` means that the client closed the connection without sending anything: it only checked whether the port is
 /// open, as `culvert doctor` does, and nothing has failed.
 pub async fn first_byte(socket: std::net::TcpStream, legs: &LegOptions) -> Result<Option<TcpStream>, AcceptError> {
-    let set = set_leg_options(&socket, legs).and_then(|()| set_tunnel_options(&socket, GONE_AFTER, legs));
-    set.map_err(AcceptError::Socket)?;
+    set_tunnel_options(&socket, GONE_AFTER, legs).map_err(AcceptError::Socket)?;
     let socket = TcpStream::from_std(socket).map_err(AcceptError::Socket)?;
     let ready = tokio::time::timeout(SILENCE_DEADLINE, socket.readable()).await;
     ready.unwrap_or(Err(io::ErrorKind::TimedOut.into())).map_err(|error| match error.kind() {

@@ -4,15 +4,15 @@
 use super::error::{CONNECT_DEADLINE, DialError};
 use crate::connection::authorize::Permit;
 use crate::ports::OWN_CONNECTIONS;
+use crate::sys::leg::connected;
 use crate::sys::netns::Netns;
 use crate::sys::socket::{Bind, LegOptions, outgoing, reset_on_close, start_connect};
 use parking_lot::Mutex;
 use socket2::Socket;
 use std::collections::HashMap;
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
-use tokio::net::TcpStream;
 
 /// How the daemon marks and sets up its sockets.
 #[derive(Clone, Copy, Debug)]
@@ -58,13 +58,22 @@ impl OpenLegs {
         self.0.lock().get(&ends(source, destination)).copied().flatten()
     }
 
-    /// Starts to connect, and records the connection. The lock is held throughout: the kernel may choose the source
-    /// port only now, and if the connection comes back at once, [`OpenLegs::contains`] must not run before it is
-    /// recorded.
-    fn connect(&self, socket: &Socket, to: SocketAddr, client: Option<IpAddr>) -> io::Result<OpenLeg> {
+    /// Starts to connect, and records the connection. `own` is the address that the socket is bound to, if it was bound
+    /// to a port. The lock is held throughout: the kernel may choose the source port only now, and if the connection comes
+    /// back at once, [`OpenLegs::contains`] must not run before it is recorded.
+    fn connect(
+        &self,
+        socket: &Socket,
+        own: Option<SocketAddr>,
+        to: SocketAddr,
+        client: Option<IpAddr>,
+    ) -> io::Result<OpenLeg> {
         let mut open = self.0.lock();
         start_connect(socket, to)?;
-        let own = socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?;
+        let own = match own {
+            Some(own) => own,
+            None => socket.local_addr()?.as_socket().ok_or(ErrorKind::AddrNotAvailable)?,
+        };
         let ends = ends(own, to);
         open.insert(ends, client);
         Ok(OpenLeg { ends, open: self.clone() })
@@ -152,7 +161,8 @@ impl SourceAddress {
         let from = |port| {
             let bind = ip.map(|ip| Bind { address: SocketAddr::new(ip, port), foreign });
             let socket = outgoing(to, bind, mark, &config.legs)?;
-            open.connect(&socket, to, client).map(|entry| (entry, socket))
+            let own = ip.filter(|_| port != 0).map(|ip| SocketAddr::new(ip, port));
+            open.connect(&socket, own, to, client).map(|entry| (entry, socket))
         };
         for _ in 0..ip.map_or(0, |_| TRIES) {
             match from(rand::random_range(OWN_CONNECTIONS)) {
@@ -186,13 +196,9 @@ async fn connect(
     let failed = |source| DialError::Connect { to, source };
     let connecting = async {
         let (entry, socket) = netns.enter(|| source.connect(to, config, open))?.map_err(failed)?;
-        let mut leg =
-            Connecting(Some(DialledLeg { entry, socket: TcpStream::from_std(socket.into()).map_err(failed)? }));
+        let mut leg = Connecting(Some(DialledLeg { entry, socket: socket.into() }));
         if let Some(DialledLeg { socket, .. }) = &leg.0 {
-            socket.writable().await.map_err(failed)?;
-            if let Some(error) = socket.take_error().map_err(failed)? {
-                return Err(failed(error));
-            }
+            connected(socket).await.map_err(failed)?;
         }
         leg.0.take().ok_or_else(|| failed(ErrorKind::NotConnected.into()))
     };

@@ -169,7 +169,8 @@ async fn dial(origin: Origin, expected: Vec<SpiffeName>, to: SocketAddr) -> Resu
         DialError::Connect { to, source } => TunnelDialError::Connect { to, source },
         _ => TunnelDialError::Blocked(to),
     })?;
-    set_tunnel_options(&socket, GONE_AFTER, &origin.sockets.legs)
+    let socket = set_tunnel_options(&socket, GONE_AFTER, &origin.sockets.legs)
+        .and_then(|()| TcpStream::from_std(socket))
         .map_err(|source| TunnelDialError::Connect { to, source })?;
     let shake = async {
         let made = make(&origin, socket, tls, to, None).await?;

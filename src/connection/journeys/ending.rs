@@ -15,8 +15,15 @@ use crate::identity::Distrust;
 use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
 use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::pin::pin;
 use std::sync::Arc;
-use tokio::net::TcpStream;
+use std::time::Duration;
+
+/// How long a dial takes until the client is watched meanwhile. Watching costs system calls, and most dials are done
+/// before.
+const UNWATCHED: Duration = Duration::from_millis(5);
 
 /// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to
 /// be delivered.
@@ -24,6 +31,10 @@ pub async fn unless_client_resets<T>(
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
 ) -> Result<T, DialError> {
+    let mut dial = pin!(dial);
+    if let Ok(dialled) = tokio::time::timeout(UNWATCHED, &mut dial).await {
+        return dialled;
+    }
     tokio::select! {
         biased;
         dialled = dial => dialled,
@@ -110,11 +121,11 @@ pub fn note_reset(in_flight: Option<&InFlight>, live: &Connection, result: &Resu
 
 /// A socket that is closed with RST, unless its connection has ended in order: a client must be able to distinguish a
 /// refusal from an empty answer.
-pub struct ResetUnlessDone {
+pub struct ResetUnlessDone<S: AsFd = TcpStream> {
     /// Entry of a connection that the daemon opened. Declared before the socket so that it is dropped first.
     entry: Option<OpenLeg>,
     /// Shared only so that [`ResetUnlessDone::into_parts`] can take it out.
-    socket: Arc<TcpStream>,
+    socket: Arc<S>,
     done: bool,
 }
 
@@ -141,24 +152,33 @@ impl ResetUnlessDone {
         drop(self);
         // There is no other reference, because only `self` made them.
         let socket = Arc::try_unwrap(socket).map_err(|_| io::ErrorKind::ResourceBusy)?;
-        Ok((socket.into_std()?, entry))
+        Ok((socket, entry))
     }
 
+    /// The same, watched by the runtime of this thread, so that tasks can wait for it.
+    pub fn watched(self) -> Result<ResetUnlessDone<tokio::net::TcpStream>, ForwardError> {
+        let (socket, entry) = self.into_parts().map_err(ForwardError::App)?;
+        let socket = tokio::net::TcpStream::from_std(socket).map_err(ForwardError::App)?;
+        Ok(ResetUnlessDone { entry, socket: Arc::new(socket), done: false })
+    }
+}
+
+impl<S: AsFd> ResetUnlessDone<S> {
     /// Closes the socket in order: its connection has ended well.
     pub fn done(mut self) {
         self.done = true;
     }
 }
 
-impl std::ops::Deref for ResetUnlessDone {
-    type Target = TcpStream;
+impl<S: AsFd> std::ops::Deref for ResetUnlessDone<S> {
+    type Target = S;
 
-    fn deref(&self) -> &TcpStream {
+    fn deref(&self) -> &S {
         &self.socket
     }
 }
 
-impl Drop for ResetUnlessDone {
+impl<S: AsFd> Drop for ResetUnlessDone<S> {
     fn drop(&mut self) {
         if !self.done {
             reset_on_close(&*self.socket);

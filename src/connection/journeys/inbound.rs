@@ -19,12 +19,11 @@ use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
 use crate::mesh::address::canonical;
 use crate::task::slots::Slot;
 use http::StatusCode;
-use std::io;
+use std::io::Write;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -186,8 +185,9 @@ async fn stream(
         }
     };
     let AdmittedStream { app, permit, live, baggage, preface } = admitted;
-    if let Err(error) = send_preface(&app, &preface).await {
-        return record.finish(Err(error.into()));
+    // It fits into the socket's empty send buffer.
+    if let Err(error) = (&*app).write_all(&preface) {
+        return record.finish(Err(ForwardError::App(error).into()));
     }
     let (app, entry) = match app.into_parts() {
         Ok(parts) => parts,
@@ -288,20 +288,6 @@ async fn admit(
     record.open();
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
     Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
-}
-
-/// Sends the application `preface` before anything else. It fits into the socket's empty send buffer.
-async fn send_preface(app: &TcpStream, preface: &[u8]) -> Result<(), ForwardError> {
-    let mut left = preface;
-    while !left.is_empty() {
-        app.writable().await.map_err(ForwardError::App)?;
-        match app.try_write(left) {
-            Ok(written) => left = left.get(written..).unwrap_or_default(),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(ForwardError::App(error)),
-        }
-    }
-    Ok(())
 }
 
 /// The HTTP status with which a stream is refused (source: ztunnel's inbound HBONE handling).

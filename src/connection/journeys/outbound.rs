@@ -20,11 +20,11 @@ use crate::hbone::ConnectRequest;
 use crate::identity::Credentials;
 use crate::mesh::Workload;
 use crate::mesh::address::canonical;
-use std::net::SocketAddr;
+use crate::ports::OUTBOUND;
+use std::net::{SocketAddr, TcpStream};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use tokio::net::TcpStream;
 
 /// How often a connection is tried on another endpoint.
 const RETRIES_MAX: usize = 2;
@@ -54,6 +54,10 @@ pub async fn carry(
     let silence = worker.shared.config.hbone.half_closed_silence;
     match far {
         FarSide::Direct(far, outside) => {
+            let (app, far) = match app.watched().and_then(|app| Ok((app, far.watched()?))) {
+                Ok(both) => both,
+                Err(error) => return record.finish(Err(error.into())),
+            };
             let stop = async {
                 tokio::select! {
                     why = stop_signal(pod, None) => why,
@@ -117,7 +121,7 @@ async fn open(
     record: &mut Record,
 ) -> Result<Option<Opened>, Failure> {
     let shared = &worker.shared;
-    let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
+    let captured = accept::captured(socket, peer, OUTBOUND)?;
     if pod.capture_checks.take(captured.destination) {
         return Ok(None);
     }

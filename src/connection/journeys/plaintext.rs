@@ -10,6 +10,7 @@ use crate::connection::report::{Details, Direction, Failure, Record, record::Soc
 use crate::connection::worker::{Accepted, Worker};
 use crate::connection::{accept, authorize, dial, forward};
 use crate::mesh::address::canonical;
+use crate::ports::PLAINTEXT;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -31,7 +32,7 @@ async fn plaintext_steps(
     record: &mut Record,
 ) -> Result<(), Failure> {
     let shared = &worker.shared;
-    let captured = accept::captured(socket, peer, &pod.sockets.legs)?;
+    let captured = accept::captured(socket, peer, PLAINTEXT)?;
     record.destination(captured.destination);
     let client = ResetUnlessDone::accepted(captured.app);
     let (snapshot, workload) = own_facts(worker, pod).await?;
@@ -70,6 +71,7 @@ async fn plaintext_steps(
     live.leg_port.store(app.own_port(), Ordering::Relaxed);
     record.lap(Stage::Dial);
     record.open();
+    let (client, app) = (client.watched()?, app.watched()?);
     let silence = shared.config.hbone.half_closed_silence;
     forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration))).await?;
     client.done();

@@ -16,8 +16,7 @@ use crate::connection::worker::{Accepted, Counted, Worker};
 use crate::mesh::address::canonical;
 use crate::mesh::{Snapshot, Workload};
 use crate::ports::SOCKS;
-use crate::sys::scratch::write_all;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -39,8 +38,10 @@ async fn open(
     peer: SocketAddr,
     record: &mut Record,
 ) -> Result<Opened, Failure> {
-    let (app, target) = read_request(socket, &pod.sockets.legs).await?;
+    let (app, target) = read_request(socket).await?;
     let app = ResetUnlessDone::accepted(app);
+    // A reply fits into the socket's empty send buffer.
+    let answer = |reply: Reply| (&*app).write_all(&reply.message());
     let reached = async {
         let (snapshot, source) = own_facts(worker, pod).await?;
         let to = address(pod, &snapshot, &source, target).await?;
@@ -60,12 +61,12 @@ async fn open(
     };
     match reached.await {
         Ok((live, far, in_flight)) => {
-            write_all(&app, &Reply::Succeeded.message()).await.map_err(ForwardError::App)?;
+            answer(Reply::Succeeded).map_err(ForwardError::App)?;
             Ok(Opened { app, live, far, in_flight })
         }
         Err(failure) => {
             // If the client has left, nobody needs the answer.
-            if write_all(&app, &reply(&failure).message()).await.is_ok() {
+            if answer(reply(&failure)).is_ok() {
                 app.done();
             }
             Err(failure)
