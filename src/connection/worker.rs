@@ -8,8 +8,8 @@ use super::dial::Pool;
 use super::pod::Pods;
 use super::report::{Reporter, record::SocketCount};
 use crate::hbone::{Buffers, Engine};
-use crate::task::Group;
 use crate::task::slots::Slots;
+use crate::task::{Group, Ticks};
 use crate::{identity, mesh};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -70,6 +70,8 @@ pub struct Worker {
     pub engine: Engine,
     /// This worker's connections and streams.
     pub tasks: Group,
+    /// Ticks for dials that take long.
+    pub ticks: Ticks,
     /// Number of connections that were given to this worker and have not ended.
     pub load: AtomicUsize,
 }

@@ -84,6 +84,14 @@ struct WorkerHandle {
     runtime: tokio::runtime::Handle,
 }
 
+impl WorkerHandle {
+    /// Whether it has begun all that it was given. A worker that has not is waiting for a processor: where there are more
+    /// workers than free processors, each hand-over would wait for the other worker's turn.
+    fn is_prompt(&self) -> bool {
+        self.deliver.capacity() == self.deliver.max_capacity()
+    }
+}
+
 /// All workers of a process.
 #[derive(Debug)]
 pub struct Workers {
@@ -116,18 +124,11 @@ impl Workers {
             };
             let pool = Pool::new(shared.config.pool, tasks.clone(), Box::new(broken), Box::new(going_away));
             let engine = Engine::new(&shared.config.hbone)?;
-            let worker = Arc::new(Worker { shared: shared.clone(), pool, engine, tasks, load: AtomicUsize::new(0) });
+            let (ticks, load) = Default::default();
+            let worker = Arc::new(Worker { shared: shared.clone(), pool, engine, tasks, ticks, load });
             let (deliver, accepted) = mpsc::channel(QUEUE_MAX);
-            let (stop, main) = (stop.clone(), worker.clone());
-            let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || async move {
-                tokio::select! {
-                    () = stop.cancelled() => {}
-                    () = run_worker(&main, accepted) => {}
-                    failed = main.engine.run() => if let Err(error) = failed {
-                        tracing::error!(%error, "cannot watch the sockets of tunnels; the worker ends");
-                    }
-                }
-            })?;
+            let (stop, main) = (stop.child_token(), worker.clone());
+            let (runtime, thread) = thread::start(format!("culvert-w{index}"), move || run(main, accepted, stop))?;
             all.push(WorkerHandle { worker, deliver, runtime });
             threads.push(thread);
         }
@@ -141,8 +142,8 @@ impl Workers {
     }
 
     /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`.
-    /// Each socket goes to the worker with the fewest connections, and stays here if that is this one: no other thread
-    /// has to wake up then.
+    /// Each socket goes to the worker with the fewest connections. It stays here if that is this one, or the other is
+    /// not prompt: then no other thread has to wake up.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
         let [outbound, plaintext, tunnel, socks] = &self.turns;
@@ -181,7 +182,7 @@ impl Workers {
     pub async fn finished(&self) {
         self.accepts.close();
         self.accepts.wait().await;
-        let idle = |h: &WorkerHandle| h.worker.tasks.len() == 0 && h.deliver.capacity() == h.deliver.max_capacity();
+        let idle = |h: &WorkerHandle| h.worker.tasks.len() == 0 && h.is_prompt();
         while !self.all.iter().all(idle) {
             for handle in self.all.iter() {
                 handle.worker.tasks.finished().await;
@@ -208,8 +209,26 @@ impl Workers {
     }
 }
 
+/// Runs a worker until `stop` fires.
+async fn run(worker: Arc<Worker>, accepted: mpsc::Receiver<AcceptedSocket>, stop: CancellationToken) {
+    // As tasks: to wake the future that a runtime blocks on takes two system calls, also on the runtime's own thread.
+    let (own, engine, broken) = (Group::default(), worker.engine.clone(), stop.clone());
+    let main = worker.clone();
+    own.spawn(async move { main.ticks.run().await });
+    own.spawn(begin_journeys(worker, accepted));
+    own.spawn(async move {
+        if let Err(error) = engine.run().await {
+            tracing::error!(%error, "cannot watch the sockets of tunnels; the worker ends");
+        }
+        broken.cancel();
+    });
+    stop.cancelled().await;
+    own.cut();
+    own.finished().await;
+}
+
 /// Begins the journeys of the sockets that are given to a worker.
-async fn run_worker(worker: &Arc<Worker>, mut sockets: mpsc::Receiver<AcceptedSocket>) {
+async fn begin_journeys(worker: Arc<Worker>, mut sockets: mpsc::Receiver<AcceptedSocket>) {
     while let Some(AcceptedSocket { journey, active, accepted, pod, place }) = sockets.recv().await {
         let worker = worker.clone();
         worker.tasks.clone().spawn(async move {
@@ -243,8 +262,8 @@ async fn run_worker(worker: &Arc<Worker>, mut sockets: mpsc::Receiver<AcceptedSo
     }
 }
 
-/// Counts a new socket in the budget and gives it to the least loaded worker, which is `home` if others have as much to
-/// do. Or refuses it.
+/// Counts a new socket in the budget, and gives it to the least loaded worker or refuses it. It stays with `home` if no
+/// other worker has fewer connections and is prompt.
 fn dispatch(
     all: &[WorkerHandle],
     home: usize,
@@ -255,10 +274,8 @@ fn dispatch(
     if matches!(entrance, Entrance::Plaintext | Entrance::Tunnel) && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
-    let least = all.iter().enumerate().min_by_key(|(at, WorkerHandle { worker, .. })| {
-        let is_other = *at != home;
-        (worker.load.load(Ordering::Relaxed), is_other)
-    });
+    let least = all.iter().enumerate().filter(|(at, handle)| *at == home || handle.is_prompt());
+    let least = least.min_by_key(|(at, handle)| (handle.worker.load.load(Ordering::Relaxed), *at != home));
     let Some((_, handle)) = least else { return };
     let shared = &handle.worker.shared;
     let refuse = |socket: &TcpStream, failure: Failure| {

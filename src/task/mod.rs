@@ -10,7 +10,9 @@ pub mod group;
 pub mod ready;
 pub mod slots;
 pub mod thread;
+mod ticks;
 
 pub use drain::{Drain, Signal};
 pub use group::Group;
 pub use ready::Ready;
+pub use ticks::Ticks;

@@ -12,8 +12,8 @@ const OPERATIONS: usize = 300;
 /// Most system calls of the workers of both daemons together for 1 KiB and its echo. It was 16 when this was written.
 const EXCHANGE_MAX: usize = 20;
 
-/// Most of them for a connection with one exchange, opened and closed. It was 95.
-const CONNECTION_MAX: usize = 123;
+/// Most of them for a connection with one exchange, opened and closed. It was 73.
+const CONNECTION_MAX: usize = 95;
 
 /// Counts the system calls of a daemon's workers. Other threads start programs, and have nothing to do with messages.
 struct Counter {

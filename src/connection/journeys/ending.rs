@@ -14,26 +14,25 @@ use crate::hbone::Meter;
 use crate::identity::Distrust;
 use crate::sys::leg::reset_without_data;
 use crate::sys::socket::reset_on_close;
+use crate::task::Ticks;
 use std::io;
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How long a dial takes until the client is watched meanwhile. Watching costs system calls, and most dials are done
-/// before.
-const UNWATCHED: Duration = Duration::from_millis(5);
 
 /// Dials for a client. Gives up if the client resets meanwhile, unless it has sent something before: that still has to
-/// be delivered.
+/// be delivered. The client is watched from the next tick on: that costs system calls, and most dials are done before.
 pub async fn unless_client_resets<T>(
+    ticks: &Ticks,
     client: &TcpStream,
     dial: impl Future<Output = Result<T, DialError>>,
 ) -> Result<T, DialError> {
     let mut dial = pin!(dial);
-    if let Ok(dialled) = tokio::time::timeout(UNWATCHED, &mut dial).await {
-        return dialled;
+    tokio::select! {
+        biased;
+        dialled = &mut dial => return dialled,
+        () = ticks.next() => {}
     }
     tokio::select! {
         biased;

@@ -292,7 +292,7 @@ impl Outbound<'_> {
                 let own = Some(from.ip())
                     .filter(|ip| ip.is_ipv4() == to.is_ipv4() && !is_local(*ip) && pod.addresses.load().contains(ip));
                 let far = dial::direct::outbound(&pod.netns, *to, own, &pod.sockets, &pod.legs);
-                let far = unless_client_resets(app, far).await?;
+                let far = unless_client_resets(&worker.ticks, app, far).await?;
                 return Ok(FarSide::Direct(ResetUnlessDone::dialled(far), outside));
             }
             NextHop::Tunnel(hop) => (hop, None),
@@ -314,11 +314,11 @@ impl Outbound<'_> {
         let opened = match gateway {
             None => {
                 let opened = dial::hbone::open(&worker.pool, &origin, hop, &request, &going_away);
-                unless_client_resets(app, opened).await?
+                unless_client_resets(&worker.ticks, app, opened).await?
             }
             Some(hop) => {
                 let opened = dial::gateway::open_behind(&worker.pool, &origin, hop, &request, &going_away);
-                unless_client_resets(app, opened).await?
+                unless_client_resets(&worker.ticks, app, opened).await?
             }
         };
         Ok(FarSide::Tunnel(opened))

@@ -67,7 +67,7 @@ async fn plaintext_steps(
     drop(snapshot);
     let permit = permit?;
     let app = dial::direct::to_app(&permit, &pod.netns, destination, source, &pod.sockets, &pod.legs);
-    let app = ResetUnlessDone::dialled(unless_client_resets(&client, app).await?);
+    let app = ResetUnlessDone::dialled(unless_client_resets(&worker.ticks, &client, app).await?);
     live.leg_port.store(app.own_port(), Ordering::Relaxed);
     record.lap(Stage::Dial);
     record.open();
