@@ -8,7 +8,7 @@
 //! | 1 | `hbone`, `rpc` |
 //! | 2 | `dns`, `identity` |
 //! | 3 | `connection`, `control`, `admin`, `cluster` |
-//! | 4 | `node` |
+//! | 4 | `node`, `otlp` |
 //! | 5 | `config` |
 //! | 6 | `demo`, `doctor`, `inspect` |
 //! | 7 | `daemon` |
@@ -31,6 +31,7 @@ mod identity;
 mod inspect;
 mod mesh;
 mod node;
+mod otlp;
 mod ports;
 #[doc(hidden)]
 #[allow(

@@ -7,7 +7,7 @@ use super::environment::Environment;
 use super::istio::{self, ProxyConfig};
 use super::parse::Threads;
 use super::settings::{certificates, connections, history, mesh, node as node_settings, pods, process};
-use super::{CaSource, Config, Faults, MeshSource, dedicated, kubernetes};
+use super::{CaSource, Config, Faults, MeshSource, dedicated, kubernetes, opentelemetry};
 use crate::connection::dial::direct::SocketConfig;
 use crate::connection::dial::pool::PoolConfig;
 use crate::node::{OwnWorkload, PodSource};
@@ -79,6 +79,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         node: node_config(c, environment, shared, trust_domain, own),
         history: c.read(&history::HISTORY),
         access_log_stages: c.read(&history::ACCESS_LOG_STAGES),
+        otlp: None,
         log: log_config(c),
         series: telemetry::series::Config {
             max: c.read(&process::METRIC_SERIES_MAX),
@@ -90,6 +91,7 @@ pub fn check(args: &NodeArgs, environment: &Environment, machine: Machine) -> Re
         },
         settings: BTreeMap::new(),
     };
+    config.otlp = opentelemetry::otlp(c, &config.node.cluster_id);
     config.settings = settings(args, &config);
     if checker.faults.is_empty() { Ok(config) } else { Err(Faults(checker.faults)) }
 }

@@ -14,13 +14,14 @@ pub mod environment;
 mod istio;
 pub mod kind;
 mod kubernetes;
+mod opentelemetry;
 mod parse;
 pub mod plugin;
 pub mod setting;
 pub mod settings;
 
 use crate::control::xds;
-use crate::{admin, connection, dns, node, rpc, telemetry};
+use crate::{admin, connection, dns, node, otlp, rpc, telemetry};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -64,6 +65,8 @@ pub struct Config {
     pub history: usize,
     /// Whether the access log shows how long stages took.
     pub access_log_stages: bool,
+    /// Export to an OpenTelemetry collector, if there is any.
+    pub otlp: Option<otlp::Config>,
     /// The log.
     pub log: telemetry::log::Config,
     /// Limits of metrics with names from the mesh.

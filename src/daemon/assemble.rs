@@ -26,6 +26,7 @@ use crate::identity::revoked::{self, Revocations};
 use crate::identity::{Builtin, CertificateAuthority, CertificateStore, Signer};
 use crate::mesh::{SpiffeName, Store as Mesh, Update};
 use crate::node::capture::Capturer;
+use crate::otlp::Exporter;
 use crate::sys::netns::Netns;
 use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
@@ -62,8 +63,8 @@ async fn run(config: Config, log: LogControl) -> anyhow::Result<()> {
     let mut signals = Signals::new().context("cannot install signal handlers")?;
     let (background, drain, ready) = (Group::default(), Drain::default(), Ready::default());
     let pods_pending = ready.wait_for("pods");
-    let (host, stages) = (config.node.host_netns.clone(), config.access_log_stages);
-    let metrics = Metrics::new(host, config.node.ipv6, config.history, stages, config.series);
+    // The exporter is dropped at the end, after all connections: it then sends what waits.
+    let (metrics, _exporter) = measure(&config).context("cannot start the OpenTelemetry thread")?;
     if config.only_post_quantum {
         crypto::only_post_quantum();
     }
@@ -153,6 +154,15 @@ fn shared(
         handshakes: Shared::handshakes(buffers.limit() / 2),
         buffers,
     })
+}
+
+/// The metrics, and the thread that sends spans and log records, if there are to be any.
+fn measure(config: &Config) -> std::io::Result<(Metrics, Option<Exporter>)> {
+    let (host, stages, otlp) = (config.node.host_netns.clone(), config.access_log_stages, config.otlp.as_ref());
+    let metrics = Metrics::new(host, config.node.ipv6, config.history, stages, config.series, otlp);
+    let started = otlp.cloned().zip(metrics.reporter.outbox.clone());
+    let exporter = started.map(|(otlp, outbox)| Exporter::start(otlp, outbox)).transpose()?;
+    Ok((metrics, exporter))
 }
 
 /// Removes what is left on the node when nothing uses it any more.

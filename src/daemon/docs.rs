@@ -114,7 +114,7 @@ pub fn metrics() -> Result<String, Error> {
          workloads is gone; it begins at zero when it returns. Beyond a number of them (`CULVERT_METRIC_SERIES_MAX`), new ones are counted with\n\
          `overflow` in place of every name, and in `culvert_metric_overflows_total`.\n",
     );
-    let metrics = Metrics::new(PathBuf::new(), true, 0, false, series::Config::default());
+    let metrics = Metrics::new(PathBuf::new(), true, 0, false, series::Config::default(), None);
     for group in &GROUPS {
         section(&mut t, group.title, &metrics.example(group))?;
     }

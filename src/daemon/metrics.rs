@@ -5,12 +5,13 @@ use super::history;
 use crate::config::{Config, MeshSource};
 use crate::connection::budget::BudgetUse;
 use crate::connection::report::Reporter;
+use crate::connection::report::export::{self, Outbox};
 use crate::connection::report::history::History;
 use crate::node::kubelet_probes::HostProbeRules;
 use crate::node::status::Board;
 use crate::node::{PodSource, kubernetes, zds};
 use crate::telemetry::changes::Changes;
-use crate::{connection, control, dns, identity, sys, telemetry};
+use crate::{connection, control, dns, identity, otlp, sys, telemetry};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
@@ -37,6 +38,7 @@ pub(super) struct Metrics {
     pub(super) probes: HostProbeRules,
     pub(super) plugin_in_place: Gauge,
     pub(super) changes: Arc<Changes>,
+    pub(super) exported: Arc<export::Metrics>,
 }
 
 /// Metrics that are registered together.
@@ -48,7 +50,7 @@ pub(super) struct Group {
 }
 
 /// All metrics but those of the process.
-pub(super) const GROUPS: [Group; 11] = [
+pub(super) const GROUPS: [Group; 12] = [
     Group {
         title: "Connections and tunnels",
         is_needed: |_| true,
@@ -97,19 +99,27 @@ pub(super) const GROUPS: [Group; 11] = [
     Group { title: "Certificates", is_needed: |_| true, register: |m, r| m.identities.register(r) },
     Group { title: "Revocation", is_needed: |c| c.crl.is_some(), register: |m, r| m.crl.register(r) },
     Group { title: "DNS", is_needed: |_| true, register: |m, r| m.dns.register(r) },
+    Group { title: "OpenTelemetry", is_needed: |c| c.otlp.is_some(), register: |m, r| m.exported.register(r) },
 ];
 
 impl Metrics {
     /// Metrics at zero. `host_netns` and `ipv6` are the host's network namespace, and whether IPv6 is used there;
     /// `entries` is the size of the history, and `logs_stages` says whether the access log shows stages. `series` limits
-    /// those with names from the mesh.
+    /// those with names from the mesh, and `otlp` is what is exported.
     pub(super) fn new(
         host_netns: PathBuf,
         ipv6: bool,
         entries: usize,
         logs_stages: bool,
         series: telemetry::series::Config,
+        otlp: Option<&otlp::Config>,
     ) -> Self {
+        let exported = Arc::<export::Metrics>::default();
+        let outbox = otlp.map(|otlp| {
+            let limits = |signal: &Option<otlp::SignalConfig>| signal.as_ref().map(|signal| signal.limits);
+            let (spans, logs) = (limits(&otlp.traces), limits(&otlp.logs));
+            Arc::new(Outbox::new(otlp.sampler.clone(), spans, logs, exported.clone()))
+        });
         let (connections, changes) = history::bounds(entries);
         let changes = Arc::new(Changes::new(changes));
         let probes =
@@ -120,6 +130,7 @@ impl Metrics {
                 metrics,
                 history: History::new(connections),
                 logs_stages,
+                outbox,
                 ..Reporter::default()
             }),
             board: Arc::new(Board::new(changes.clone())),
@@ -134,6 +145,7 @@ impl Metrics {
             probes,
             plugin_in_place: Gauge::default(),
             changes,
+            exported,
         }
     }
 
@@ -156,6 +168,7 @@ impl Metrics {
         self.xds.fill_example();
         self.identities.fill_example();
         self.dns.fill_example();
+        self.exported.fill_example();
         let mut registry = Registry::default();
         (group.register)(self, &mut registry);
         registry

@@ -5,7 +5,7 @@
 
 pub mod tls;
 
-use crate::crypto::with_clock_reason;
+use crate::crypto::{ALPN_H2, with_clock_reason};
 use crate::task::Group;
 use http::header::{AUTHORIZATION, HeaderName};
 use http::{HeaderValue, Request, Response, Uri};
@@ -203,7 +203,7 @@ pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     config.token.header()?;
     let host = config.address.host().unwrap_or_default();
     let bare_host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
-    let tls = tls::client(&config.roots, &bare_host, config.alt_host.as_deref())?;
+    let tls = tls::client(&config.roots, &bare_host, config.alt_host.as_deref(), ALPN_H2)?;
     let port = config.address.port_u16().unwrap_or(443);
     let resolved = within("resolving the control plane's name", tokio::net::lookup_host((bare_host.clone(), port)));
     let addresses: Vec<SocketAddr> =

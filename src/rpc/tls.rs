@@ -1,6 +1,7 @@
-//! TLS towards the control plane: TLS 1.3 with `h2`. The server is verified by the configured roots and by its name.
+//! TLS towards the control plane and towards a collector: TLS 1.3. The server is verified by the configured roots and
+//! by its name.
 
-use crate::crypto::{ALPN_H2, certificates_from_pem, delegate_signatures, provider};
+use crate::crypto::{certificates_from_pem, delegate_signatures, provider};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -8,7 +9,7 @@ use rustls::{ClientConfig, Error, RootCertStore};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// The source of the roots that verify the control plane.
+/// The source of the roots that verify a server.
 #[derive(Clone, Debug)]
 pub enum Roots {
     /// A file, which may appear late and change.
@@ -19,11 +20,11 @@ pub enum Roots {
     Inline(String),
 }
 
-/// Why the control plane's roots cannot be used.
+/// Why roots cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RootsError {
     /// The file cannot be read.
-    #[error("the control plane's root certificates {path} cannot be read: {source}; waiting for them")]
+    #[error("the root certificates {path} cannot be read: {source}; waiting for them")]
     Read {
         /// The file.
         path: PathBuf,
@@ -31,21 +32,24 @@ pub enum RootsError {
         source: std::io::Error,
     },
     /// They contain no usable certificate.
-    #[error("the control plane's root certificates ({0}) hold no usable certificate: {1}")]
+    #[error("the root certificates ({0}) hold no usable certificate: {1}")]
     Content(String, String),
-    /// The control plane's name is not a valid one.
+    /// The server's name is not a valid one.
     #[error("{0:?} is not a name that a certificate can have")]
     Name(String),
 }
 
-/// Settings for one connection to the control plane.
-pub(super) struct Client {
-    pub(super) config: Arc<ClientConfig>,
-    pub(super) name: ServerName<'static>,
+/// Settings for one connection to a server.
+#[derive(Debug)]
+pub struct Client {
+    /// How it is verified.
+    pub config: Arc<ClientConfig>,
+    /// Its name.
+    pub name: ServerName<'static>,
 }
 
-/// Reads the roots and builds the settings for a server named `host` or `alt_host`.
-pub(super) fn client(roots: &Roots, host: &str, alt_host: Option<&str>) -> Result<Client, RootsError> {
+/// Reads the roots and builds the settings for a server named `host` or `alt_host` that speaks `alpn`.
+pub fn client(roots: &Roots, host: &str, alt_host: Option<&str>, alpn: &[u8]) -> Result<Client, RootsError> {
     let name = |text: &str| ServerName::try_from(text.to_owned()).map_err(|_| RootsError::Name(text.to_owned()));
     let (host, alt) = (name(host)?, alt_host.map(name).transpose()?);
     let provider = Arc::new(provider());
@@ -58,7 +62,7 @@ pub(super) fn client(roots: &Roots, host: &str, alt_host: Option<&str>) -> Resul
         .map_err(|error| content(error.to_string()))?;
     let mut config =
         config.dangerous().with_custom_certificate_verifier(Arc::new(EitherName { chain, alt })).with_no_client_auth();
-    config.alpn_protocols = vec![ALPN_H2.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     Ok(Client { config: Arc::new(config), name: host })
 }
 

@@ -7,5 +7,6 @@ pub mod limit;
 pub mod lines;
 pub mod log;
 pub mod process;
+pub mod queue;
 pub mod ring;
 pub mod series;

@@ -43,11 +43,11 @@ impl<T> Ring<T> {
     }
 
     /// Adds an entry of so many bytes.
-    pub fn push(&self, entry: T, bytes: usize) {
+    pub fn push(&self, entry: impl Into<Arc<T>>, bytes: usize) {
         if !self.is_on() {
             return;
         }
-        let entry = Arc::new(entry);
+        let entry = entry.into();
         let mut gone = {
             let mut held = self.held.lock();
             held.entries.push_back((entry, bytes));

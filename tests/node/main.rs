@@ -43,6 +43,7 @@ mod kubernetes;
 mod limits;
 mod model;
 mod networks;
+mod otlp;
 mod page;
 mod prometheus;
 mod remains;

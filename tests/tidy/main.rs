@@ -22,7 +22,7 @@ const LAYERS: [&[&str]; 8] = [
     &["hbone", "rpc"],
     &["dns", "identity"],
     &["connection", "control", "admin", "cluster"],
-    &["node"],
+    &["node", "otlp"],
     &["config"],
     &["demo", "doctor", "inspect"],
     &["daemon"],
@@ -226,7 +226,7 @@ fn some_things_have_one_place() {
         (
             "the wire's types",
             &["tonic::", "prost::"],
-            &["control/xds/", "daemon/profile.rs", "fuzz.rs", "identity/istio_ca.rs", "node/zds/", "rpc/"],
+            &["control/xds/", "daemon/profile.rs", "fuzz.rs", "identity/istio_ca.rs", "node/zds/", "otlp/", "rpc/"],
             "convert beside the wire",
         ),
     ];

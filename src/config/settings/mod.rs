@@ -18,6 +18,7 @@ pub mod dns;
 pub mod history;
 pub mod mesh;
 pub mod node;
+pub mod opentelemetry;
 pub mod pods;
 pub mod process;
 
@@ -33,7 +34,7 @@ pub struct Group {
 }
 
 /// All settings.
-pub static GROUPS: [Group; 9] = [
+pub static GROUPS: [Group; 10] = [
     Group { title: "Mesh facts", settings: mesh::ALL },
     Group { title: "Certificates", settings: certificates::ALL },
     Group { title: "Pods of the node", settings: pods::ALL },
@@ -42,6 +43,7 @@ pub static GROUPS: [Group; 9] = [
     Group { title: "DNS", settings: dns::ALL },
     Group { title: "Connections and tunnels", settings: connections::ALL },
     Group { title: "History", settings: history::ALL },
+    Group { title: "OpenTelemetry", settings: opentelemetry::ALL },
     Group { title: "Ending, logging and metrics", settings: process::ALL },
 ];
 

@@ -164,6 +164,7 @@ impl Outbound<'_> {
         record: &mut Record,
     ) -> Result<(Arc<Connection>, FarSide, Option<InFlight>), Failure> {
         let (shared, mut left, mut route) = (&self.worker.shared, Vec::new(), first);
+        let mut traceparent = None;
         loop {
             let in_flight = route.pick.clone();
             let in_flight = in_flight.map(|pick| InFlight::begin(&shared.endpoints, pick, Witness(self.pod.capture)));
@@ -175,9 +176,11 @@ impl Outbound<'_> {
                 // Waiting for the CA must not count against the endpoint. `dial` finds the certificate at once then.
                 own_credentials(self.worker, self.source).await?;
                 record.lap(Stage::Certificate);
+                traceparent.get_or_insert_with(|| record.traceparent());
             }
+            let traceparent = traceparent.clone();
             let Some(in_flight) = in_flight else {
-                let far = self.dial(&route, outside, None).await?;
+                let far = self.dial(&route, outside, None, traceparent).await?;
                 return Ok((self.connected(live, &far, record), far, None));
             };
             let pick = in_flight.pick();
@@ -186,7 +189,7 @@ impl Outbound<'_> {
             }
             let may_leave = left.len() < RETRIES_MAX && pick.has_other(&left);
             let mut may_retry = None;
-            let attempt = self.dial(&route, outside, Some(&in_flight));
+            let attempt = self.dial(&route, outside, Some(&in_flight), traceparent);
             // A waypoint or gateway may wait for what is behind it.
             let is_final = !pick.is_waypoint && !matches!(route.next_hop, NextHop::Gateway(_));
             let attempt = if may_leave && is_final {
@@ -284,6 +287,7 @@ impl Outbound<'_> {
         route: &Route,
         outside: Option<Outside>,
         in_flight: Option<&InFlight>,
+        traceparent: Option<String>,
     ) -> Result<FarSide, Failure> {
         let Self { worker, pod, app, source, from } = self;
         let (hop, gateway) = match &route.next_hop {
@@ -303,7 +307,7 @@ impl Outbound<'_> {
             authority: hop.authority.clone(),
             baggage: Some(headers::baggage(source)),
             forwarded: Some(headers::forwarded(*from, route.service.as_deref())),
-            traceparent: Some(headers::traceparent()),
+            traceparent,
             network: gateway.map(|_| source.network.to_string()),
         };
         let going_away = || {

@@ -110,7 +110,7 @@ impl History {
     }
 
     /// Keeps a connection that has ended.
-    pub fn push(&self, ended: Ended) {
+    pub fn push(&self, ended: Arc<Ended>) {
         let bytes = ended.bytes_held();
         let ring = if ended.failure.is_none() { &self.well } else { &self.badly };
         ring.push(ended, bytes);

@@ -70,7 +70,7 @@ impl Endings {
 
     /// Ends it, as its record does.
     pub fn push(&self, ending: Ending) {
-        self.history.push(Ended {
+        self.history.push(Arc::new(Ended {
             at: SystemTime::now(),
             pod: self.pod.clone(),
             direction: Direction::Inbound,
@@ -82,7 +82,7 @@ impl Endings {
             bytes: (1, 1),
             duration: Duration::from_millis(1),
             stages: Stages::default(),
-        });
+        }));
     }
 
     /// The stages of a connection: six laps of the clock, and counting them.

@@ -5,6 +5,7 @@
 pub mod access_log;
 pub mod details;
 pub mod direction;
+pub mod export;
 pub mod failure;
 pub mod history;
 pub mod live;

@@ -4,6 +4,7 @@
 use super::access_log;
 use super::details::Details;
 use super::direction::Direction;
+use super::export::{Export, Outbox, Trace};
 use super::failure::Failure;
 use super::history::{Ended, History};
 use super::live::{ByteCounts, Connection, LiveConnections};
@@ -12,8 +13,9 @@ use super::plaintext::Peer;
 use super::pods::KnownPods;
 use super::recent::RecentFailures;
 use super::stages::{Stage, Stages};
+use crate::connection::headers;
 use crate::hbone::TunnelError;
-use crate::mesh::{SpiffeName, Text};
+use crate::mesh::{Service, SpiffeName, Text, Workload};
 use crate::telemetry::exemplar::TraceId;
 use crate::telemetry::limit::LogLimit;
 use crate::telemetry::series::SeriesHandle;
@@ -41,6 +43,8 @@ pub struct Reporter {
     pub cut: LogLimit,
     /// Whether the access log shows the stages.
     pub logs_stages: bool,
+    /// Where connections are handed on for traces and logs elsewhere, if they are.
+    pub outbox: Option<Arc<Outbox>>,
 }
 
 impl Reporter {
@@ -76,8 +80,10 @@ pub struct Record {
     stages: Stages,
     /// Whether the client has sent plaintext to the pod.
     is_plaintext: bool,
-    /// The trace that it is part of, if that is recorded.
-    trace: Option<TraceId>,
+    /// Its place in a trace, once something asks for it.
+    trace: Option<Box<Trace>>,
+    /// Its trace, if that is recorded, here or by its peer.
+    recorded: Option<TraceId>,
 }
 
 /// The part of a record that exists once the route is known.
@@ -145,7 +151,24 @@ impl Record {
             stages: Stages::default(),
             is_plaintext: false,
             trace: None,
+            recorded: None,
         }
+    }
+
+    /// The connection continues the trace that its peer's `traceparent` header names.
+    pub fn traced(&mut self, traceparent: Option<&str>) {
+        self.trace = self.reporter.outbox.as_ref().map(|outbox| Box::new(outbox.begin(traceparent)));
+        let own = self.trace.as_ref().and_then(|trace| trace.recorded());
+        self.recorded = own.or_else(|| traceparent.and_then(TraceId::recorded));
+    }
+
+    /// The `traceparent` header for the next leg: of the connection's own span where there are spans, else of a trace
+    /// that nothing records.
+    pub fn traceparent(&mut self) -> String {
+        if self.trace.is_none() {
+            self.traced(None);
+        }
+        self.trace.as_ref().map_or_else(headers::traceparent, |trace| trace.header())
     }
 
     /// Sets the destination.
@@ -158,11 +181,6 @@ impl Record {
         let connection = self.attempted(details);
         self.connected();
         connection
-    }
-
-    /// Sets the trace, as the peer's `traceparent` header names it.
-    pub fn traced(&mut self, traceparent: Option<&str>) {
-        self.trace = traceparent.and_then(TraceId::recorded);
     }
 
     /// Notes that an endpoint was left, and why.
@@ -299,30 +317,59 @@ impl Record {
         }
     }
 
-    /// Moves what the record knows into the history. A connection that ended well before its route was known was none: a
-    /// tunnel, whose streams have their own records, or a capture check.
+    /// Moves what the record knows into the history, and hands it on. A connection that ended well before its route was
+    /// known was none: a tunnel, whose streams have their own records, or a capture check.
     fn keep(&mut self, opened: Option<OpenRecord>) {
-        let (history, duration) = (&self.reporter.history, self.start.elapsed());
-        if !history.is_on() || (opened.is_none() && self.failure.is_none()) {
+        let (history, outbox) = (&self.reporter.history, self.reporter.outbox.as_ref());
+        let duration = self.start.elapsed();
+        if (!history.is_on() && outbox.is_none()) || (opened.is_none() && self.failure.is_none()) {
             return;
         }
         let bytes = opened.as_ref().map_or((0, 0), |opened| {
             let bytes = &opened.connection.bytes;
             (bytes.up.load(Ordering::Relaxed), bytes.down.load(Ordering::Relaxed))
         });
-        history.push(Ended {
+        let (details, tls) = opened.map(|opened| (opened.details, opened.connection.tls.get().copied())).unzip();
+        let export = outbox.map(|_| details.as_ref().map(Shared::of).unwrap_or_default());
+        let ended = Arc::new(Ended {
             at: SystemTime::now(),
             pod: self.pod.clone(),
             direction: self.direction,
             source: self.source,
             destination: self.destination,
-            ends: opened.map(|opened| opened.details.into()),
+            ends: details.map(Into::into),
             failure: self.failure.take(),
             tried: self.tried.take(),
             bytes,
             duration,
             stages: self.stages,
         });
+        if let (Some(outbox), Some(Shared { source, destination, service, authority })) = (outbox, export) {
+            let trace = self.trace.take().map_or_else(|| outbox.begin(None), |trace| *trace);
+            let (ended, tls) = (ended.clone(), tls.flatten());
+            outbox.push(Export { ended, source, destination, service, authority, tls, trace });
+        }
+        history.push(ended);
+    }
+}
+
+/// What the history does not keep of a connection's details.
+#[derive(Default)]
+struct Shared {
+    source: Option<Arc<Workload>>,
+    destination: Option<Arc<Workload>>,
+    service: Option<Arc<Service>>,
+    authority: Option<String>,
+}
+
+impl Shared {
+    fn of(details: &Details) -> Self {
+        Self {
+            source: details.source_workload.clone(),
+            destination: details.destination_workload.clone(),
+            service: details.service.clone(),
+            authority: details.authority.clone(),
+        }
     }
 }
 
@@ -334,11 +381,15 @@ impl Drop for Record {
         self.connected();
         self.end_stages();
         self.end_plaintext();
+        // A failure is counted with its trace as the example.
+        if self.failure.is_some() && self.trace.is_none() && self.reporter.outbox.is_some() {
+            self.traced(None);
+        }
         let metrics = &self.reporter.metrics;
         metrics.stages.count(self.direction, &self.stages);
         if let Some(failure) = &self.failure {
             let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
-            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc(self.trace);
+            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc(self.recorded);
             self.reporter.recent.count(self.direction, failure.reason());
             if failure.is_revocation() {
                 metrics.revoked.get_or_create(&ReporterLabel { reporter: self.direction.reporter() }).inc();

@@ -178,7 +178,7 @@ impl ControlPlane {
     /// Starts to listen, with a server certificate from the current root.
     pub fn up(&mut self) {
         let root = self.state().signer.clone();
-        let tls = server_tls(&root);
+        let tls = server_tls(&root, HOST);
         let listener = inside(&self.ns, || {
             let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             socket.set_reuse_address(true).unwrap();
@@ -312,9 +312,10 @@ impl Shared {
     }
 }
 
-fn server_tls(root: &Root) -> TlsAcceptor {
+/// TLS of a server with this name.
+pub fn server_tls(root: &Root, name: &str) -> TlsAcceptor {
     let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::new(vec![HOST.to_owned()]).unwrap();
+    let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
     let leaf = params.signed_by(&key, &root.issuer).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -325,7 +326,7 @@ fn server_tls(root: &Root) -> TlsAcceptor {
         .with_no_client_auth()
         .with_single_cert(vec![leaf.der().clone()], key)
         .unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     TlsAcceptor::from(Arc::new(config))
 }
 
