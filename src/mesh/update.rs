@@ -64,7 +64,7 @@ impl From<Facts> for Update {
 
 impl Snapshot {
     /// A snapshot of exactly these facts.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub fn build(version: u64, facts: Facts) -> Self {
         let mut snapshot = Self::default();
         snapshot.apply(version, facts.into());

@@ -38,7 +38,7 @@ impl Chance<'_> {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 impl<'a> Chance<'a> {
     /// Chance alone.
     pub fn of(random: &'a mut (dyn FnMut(u64) -> u64 + 'a)) -> Self {

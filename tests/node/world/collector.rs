@@ -99,7 +99,7 @@ impl Collector {
     /// Acts as if the process had been killed.
     pub fn down(&mut self) {
         if let Some(runtime) = self.running.take() {
-            runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+            runtime.shutdown_timeout(std::time::Duration::from_secs(60));
         }
     }
 
