@@ -106,18 +106,6 @@ impl Drop for Tasks {
     }
 }
 
-/// Spawns hyper's tasks in the connection's group.
-#[derive(Clone)]
-struct Executor(Group);
-
-impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Executor {
-    fn execute(&self, work: F) {
-        self.0.spawn(async move {
-            work.await;
-        });
-    }
-}
-
 /// A body in one piece.
 struct Whole(Option<Bytes>);
 
@@ -207,7 +195,7 @@ async fn connect(endpoint: &Endpoint) -> Result<Open, SendError> {
     let (tasks, io) = (Group::default(), TokioIo::new(stream));
     Ok(match endpoint.protocol {
         Protocol::Grpc => {
-            let mut builder = http2::Builder::new(Executor(tasks.clone()));
+            let mut builder = http2::Builder::new(tasks.clone());
             builder.timer(TokioTimer::new());
             let (send, connection) = builder.handshake(io).await.map_err(SendError::passing)?;
             tasks.spawn(async move { ended(connection.await) });

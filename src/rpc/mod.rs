@@ -186,18 +186,6 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// Spawns hyper's tasks in the connection's group.
-#[derive(Clone)]
-struct Executor(Group);
-
-impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Executor {
-    fn execute(&self, work: F) {
-        self.0.spawn(async move {
-            work.await;
-        });
-    }
-}
-
 /// Connects. Each step has a deadline of [`CONNECT_DEADLINE`].
 pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     config.token.header()?;
@@ -213,7 +201,7 @@ pub async fn connect(config: &Config) -> Result<Connection, ConnectError> {
     let stream = within("the TLS handshake with the control plane", connector.connect(tls.name, tcp)).await?;
     let stream = stream.map_err(|source| ConnectError::Tls { host: bare_host.clone(), source })?;
     let tasks = Group::default();
-    let mut builder = http2::Builder::new(Executor(tasks.clone()));
+    let mut builder = http2::Builder::new(tasks.clone());
     builder
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)

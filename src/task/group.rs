@@ -52,3 +52,11 @@ impl Group {
         self.cut.cancel();
     }
 }
+/// A connection's group is also where hyper spawns its tasks.
+impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Group {
+    fn execute(&self, work: F) {
+        self.spawn(async move {
+            work.await;
+        });
+    }
+}
