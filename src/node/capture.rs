@@ -123,10 +123,10 @@ impl Drop for Approved {
 
 impl Capturer {
     /// Listens in a pod's network namespace. Connections wait until the pod is approved.
-    pub async fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
+    pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
         self.refuse_host(&netns)?;
-        self.refuse_workload_of_its_own(&netns).await?;
+        self.refuse_workload_of_its_own(&netns)?;
         let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         if let Some(missing) = spec.ips.first().filter(|_| !spec.ips.iter().any(|ip| held.contains(ip))) {
             return Err(not_the_pod(&netns, *missing, &held));
@@ -351,9 +351,13 @@ impl Capturer {
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
         // Without our tables, equal routes belong to another program.
+        // Without its rules, the traffic of a workload that carries itself would pass in plaintext.
+        if self.refuse_host(&netns).is_err() || !matches!(own_rules::are_in(&netns), Ok(false)) {
+            return;
+        }
         let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
-        if !is_there || self.refuse_host(&netns).is_err() || own_rules::are_in(&netns).await {
+        if !is_there {
             return;
         }
         let removed = match all {
@@ -367,9 +371,16 @@ impl Capturer {
 
     /// Refuses a network namespace whose workload carries its own traffic. Later the rules are not asked: they are ours
     /// then, whatever a process in the pod writes into them.
-    async fn refuse_workload_of_its_own(&self, netns: &Netns) -> Result<(), CaptureError> {
-        let is_own = matches!(self.config.source, PodSource::Own(_));
-        if !is_own && own_rules::are_in(netns).await { Err(CaptureError::CarriesItself) } else { Ok(()) }
+    fn refuse_workload_of_its_own(&self, netns: &Netns) -> Result<(), CaptureError> {
+        // With an agent, the rules are the agent's matter.
+        if !self.config.redirect || matches!(self.config.source, PodSource::Own(_)) {
+            return Ok(());
+        }
+        match own_rules::are_in(netns) {
+            Ok(false) => Ok(()),
+            Ok(true) => Err(CaptureError::CarriesItself),
+            Err(error) => Err(CaptureError::RulesUnknown(error)),
+        }
     }
 
     /// Refuses the network namespaces of the daemon and of the host, whatever addresses they hold.

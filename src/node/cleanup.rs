@@ -3,7 +3,7 @@
 
 use super::config::Config;
 use super::nft::{self, NftError};
-use super::{kubelet_probes, legs, redirect, table_owner};
+use super::{kubelet_probes, legs, own_rules, redirect, table_owner};
 use crate::sys::netns::Netns;
 use crate::task::files::was_there;
 use crate::task::thread;
@@ -85,13 +85,13 @@ impl NodeCleanup {
     /// Removes our rules from one network namespace. Returns what it contained.
     async fn remove_from(&self, netns: Netns, all: bool) -> (Netns, Result<RulesFound, String>) {
         let outcome = async {
+            if own_rules::are_in(&netns).map_err(|error| error.to_string())? {
+                return Ok(RulesFound::Workload);
+            }
             let mut there = Vec::new();
             for table in [redirect::TABLE, legs::TABLE] {
                 match nft::table(&netns, "inet", table).await {
                     Ok(listed) if listed.is_null() => {}
-                    Ok(listed) if table_owner::owner(&listed) == Some(table_owner::WORKLOAD) => {
-                        return Ok(RulesFound::Workload);
-                    }
                     Ok(listed) if all || table_owner::owner(&listed) == Some(&*self.tag) => there.push(table),
                     Err(NftError::Unreadable(_)) if all => there.push(table),
                     Err(NftError::Unreadable(_)) => return Ok(RulesFound::Unreadable),

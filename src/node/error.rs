@@ -59,6 +59,9 @@ pub enum CaptureError {
          both: label it istio.io/dataplane-mode=none, or remove the sidecar"
     )]
     CarriesItself,
+    /// It cannot be told whether the pod carries its own traffic.
+    #[error("cannot tell whether the pod carries its own traffic (culvert redirect): {0}; trying again")]
+    RulesUnknown(io::Error),
     /// The mesh facts now give the pod another identity than it was captured with.
     #[error("the pod's identity has changed from {0} to {1}; capturing it again")]
     IdentityChanged(SpiffeName, SpiffeName),
@@ -109,6 +112,7 @@ impl CaptureError {
             Self::NoOwnAddress(_) => "no_own_address",
             Self::HostNetns(_) => "host_netns",
             Self::CarriesItself => "carries_itself",
+            Self::RulesUnknown(_) => "rules_unknown",
             Self::IdentityChanged(..) => "identity_changed",
             Self::NetnsTaken(..) => "netns_taken",
             Self::Port { .. } => "port",

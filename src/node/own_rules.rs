@@ -7,6 +7,7 @@ use super::{preexisting, table_owner};
 use crate::sys::netns::{Netns, NetnsError};
 use crate::sys::nftables::{self, Family};
 use serde_json::Value;
+use std::io;
 use std::path::Path;
 
 /// Attempts if other programs write rules at the same time.
@@ -96,14 +97,14 @@ pub async fn remove() -> Result<bool, OwnRulesError> {
     Ok(there)
 }
 
-/// Whether the workload of a network namespace carries its own traffic. `false` if that cannot be read.
-pub async fn are_in(netns: &Netns) -> bool {
-    // Most namespaces have no table. The kernel says so at once; running `nft` takes milliseconds.
-    let there = netns.enter(|| nftables::packets(Family::Inet, redirect::TABLE, redirect::CHECK_COUNTER));
-    matches!(there, Ok(Ok(_)))
-        && nft::table(netns, "inet", redirect::TABLE)
-            .await
-            .is_ok_and(|table| table_owner::owner(&table) == Some(table_owner::WORKLOAD))
+/// Whether the workload of a network namespace carries its own traffic. An error says that this is not known.
+pub fn are_in(netns: &Netns) -> io::Result<bool> {
+    let counter = || nftables::packets(Family::Inet, redirect::TABLE, redirect::OWN_COUNTER);
+    match netns.enter(counter).map_err(io::Error::other)? {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Our table as `nft` prints it; null if there is none. A node's table is refused.

@@ -144,7 +144,7 @@ pub async fn run(mut task: PodTask) {
     loop {
         facts.mark_unchanged();
         task.spec = task.changes.borrow_and_update().clone();
-        let mut listening = match task.capturer.listen(&task.spec).await {
+        let mut listening = match task.capturer.listen(&task.spec) {
             Ok(listening) => {
                 task.board.set_listening(&task.spec.uid, true);
                 // The pod need not be identified for that: the facts may describe it before its restart.

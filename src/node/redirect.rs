@@ -94,6 +94,10 @@ pub const PROBE_COUNTER: &str = "probed";
 /// the pod.
 pub const CHECK_COUNTER: &str = "arrived";
 
+/// Name of a counter that counts nothing: only tables of workloads that carry their own traffic have it. The kernel tells
+/// at once whether it is there, while listing a table takes `nft` and may fail.
+pub const OWN_COUNTER: &str = "carries_itself";
+
 /// Name of the counter of UDP datagrams, other than questions to DNS servers, that leave the pod. They are not tunnelled.
 pub const UDP_COUNTER: &str = "udp_out";
 /// Name of the counter of packets of further protocols, except ICMP, that leave the pod. They are not tunnelled.
@@ -306,6 +310,9 @@ fn ruleset(rules: &Redirection, capture: bool) -> String {
     let mut inbound = String::new();
     let mut outbound = String::new();
     let mut sets = table_owner::chain(node_tag);
+    if let OwnPackets::User(_) = own {
+        sets += &format!("  counter {OWN_COUNTER} {{ }}\n");
+    }
     if capture {
         sets += &let_preexisting_through(spared, &mut inbound, &mut outbound);
         inbound += &reroute(virtual_interfaces, addresses);

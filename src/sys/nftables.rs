@@ -9,6 +9,8 @@ use std::os::fd::AsRawFd;
 /// Message types: subsystem nftables, `NFT_MSG_NEWOBJ` and `NFT_MSG_GETOBJ`.
 const NEW_OBJECT: u16 = 10 << 8 | 18;
 const GET_OBJECT: u16 = 10 << 8 | 19;
+/// `NLMSG_ERROR`, followed by the negative error number.
+const ERROR: u16 = 2;
 /// Message types: subsystem nftables, `NFT_MSG_NEWGEN` and `NFT_MSG_GETGEN`.
 const NEW_GENERATION: u16 = 10 << 8 | 15;
 const GET_GENERATION: u16 = 10 << 8 | 16;
@@ -32,7 +34,8 @@ pub enum Family {
     Bridge = 7,
 }
 
-/// The number of packets of a named counter, in the thread's current namespace.
+/// The number of packets of a named counter, in the thread's current namespace; `NotFound` if there is no such counter or
+/// table.
 pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     let mut body = vec![family as u8, 0, 0, 0];
@@ -44,10 +47,14 @@ pub fn packets(family: Family, table: &str, name: &str) -> io::Result<u64> {
     let mut answer = [0; 4096];
     let length = recv(fd.as_raw_fd(), &mut answer, MsgFlags::empty())?;
     let answer = answer.get(..length).unwrap_or_default();
-    let is_one = header(answer).is_some_and(|(_, kind)| kind == NEW_OBJECT);
-    let attributes = answer.get(HEADER + GENERAL..).filter(|_| is_one);
+    let kind = header(answer).map(|(_, kind)| kind);
+    if kind == Some(ERROR) {
+        let code = answer.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
+        return Err(code.map_or_else(|| io::ErrorKind::InvalidData.into(), |code| io::Error::from_raw_os_error(-code)));
+    }
+    let attributes = answer.get(HEADER + GENERAL..).filter(|_| kind == Some(NEW_OBJECT));
     let count = attributes.and_then(|all| find(find(all, DATA)?, PACKETS)?.try_into().ok()).map(u64::from_be_bytes);
-    count.ok_or_else(|| io::ErrorKind::NotFound.into())
+    count.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// The generation of the ruleset in the thread's current namespace. Each transaction increases it by one.
@@ -95,7 +102,8 @@ mod tests {
             for _ in 0..3 {
                 socket.send_to(b"x", "127.0.0.1:9").unwrap();
             }
-            let missing = packets(Family::Inet, "a", "d").is_err() && packets(Family::Bridge, "a", "c").is_err();
+            let absent = |family, name| packets(family, "a", name).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+            let missing = absent(Family::Inet, "d") && absent(Family::Bridge, "c");
             (before, packets(Family::Inet, "a", "c").unwrap(), missing)
         });
         assert_eq!(read.join().unwrap(), (0, 3, true));

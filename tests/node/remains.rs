@@ -231,17 +231,23 @@ fn proc_of(c: &Cluster, namespaces: &[&str]) -> String {
 #[test]
 fn a_pod_that_carries_its_own_traffic_keeps_its_rules_whatever_its_node_does() {
     let mut c = cluster();
-    let (own, left) = (c.w.mesh_pod("own", 1), c.w.mesh_pod("left", 1));
+    let [own, odd, left] = ["own", "odd", "left"].map(|name| c.w.mesh_pod(name, 1));
     c.w.write_mesh();
-    for pod in [&own, &left] {
+    for pod in [&own, &odd, &left] {
         let mut kube = KubePod::new(pod);
         kube.labels = json!({"istio.io/dataplane-mode": "none"});
         c.apis[0].pod(&kube);
         c.kube.push(kube);
     }
-    let written =
-        Command::new("ip").args(["netns", "exec", &own.netns]).arg(subject()).arg("redirect").output().unwrap();
-    assert!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
+    for pod in [&own, &odd] {
+        let mut redirect = Command::new("ip");
+        let written = redirect.args(["netns", "exec", &pod.netns]).arg(subject()).arg("redirect").output().unwrap();
+        assert!(written.status.success(), "{}", String::from_utf8_lossy(&written.stderr));
+    }
+    // The rules of one cannot be listed.
+    let file = c.w.dir.join("odd.nft");
+    std::fs::write(&file, b"table inet culvert {\n chain c {\n meta iifname \"z\xff\"\n }\n}\n").unwrap();
+    output_in(&odd.netns, "nft", &["-f", file.to_str().unwrap()]);
     let rules = || output_in(&own.netns, "nft", &["list", "ruleset"]);
     let whole = rules();
     // What an earlier daemon has left in another pod goes.
@@ -249,6 +255,7 @@ fn a_pod_that_carries_its_own_traffic_keeps_its_rules_whatever_its_node_does() {
     c.start_one(&[]);
     eventually("what a daemon has left is removed", || !has_rules(&left));
     assert_eq!(rules(), whole);
+    assert!(has_rules(&odd));
     // Its namespace's label would enrol it, too.
     c.apis[0].change("own", |pod| pod["metadata"]["labels"] = json!({}));
     eventually("it is refused by name", || {
@@ -261,10 +268,10 @@ fn a_pod_that_carries_its_own_traffic_keeps_its_rules_whatever_its_node_does() {
     output_in(&left.netns, "nft", &["add", "table", "inet", "culvert"]);
     c.w.take_node(1).kill();
     let cni = Cni::new(&c.w);
-    let proc = proc_of(&c, &[&own.netns, &left.netns]);
+    let proc = proc_of(&c, &[&own.netns, &odd.netns, &left.netns]);
     let settings = [&cni.settings()[..], &[("CULVERT_PROC", proc.as_str())]].concat();
     let (fine, said) = c.w.kube_run(1, "cleanup --all", &c.apis[0], &settings);
-    assert!(fine && said.contains("1 namespaces belong to workloads that carry their own traffic"), "{said}");
-    assert!(!has_rules(&left), "{said}");
+    assert!(fine && said.contains("2 namespaces belong to workloads that carry their own traffic"), "{said}");
+    assert!(!has_rules(&left) && has_rules(&odd), "{said}");
     assert_eq!(rules(), whole);
 }
