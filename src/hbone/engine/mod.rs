@@ -40,7 +40,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::TcpStream;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -118,6 +118,15 @@ fn of_token(token: u64) -> (usize, Option<usize>) {
     (tunnel, stream.checked_sub(1))
 }
 
+/// Asks for another turn, once the runtime has looked at its other sockets and its timers. A task that wakes itself would
+/// have dozens of turns before that.
+fn again<T>(context: &mut Context<'_>) -> Poll<T> {
+    let yielded = pin!(tokio::task::yield_now());
+    // Its first poll hands the waker over.
+    let _pending = yielded.poll(context);
+    Poll::Pending
+}
+
 impl Engine {
     /// An engine without tunnels. `config` limits the windows of its streams.
     pub fn new(config: &Config) -> io::Result<Self> {
@@ -171,16 +180,14 @@ impl Engine {
                 owner.ended(ended);
             }
             if pending || count == events.len() {
-                context.waker().wake_by_ref();
-                return Poll::Pending;
+                return again(context);
             }
             if let Some(at) = deadline {
                 if timer.deadline() != at {
                     timer.as_mut().reset(at);
                 }
                 if timer.as_mut().poll(context).is_ready() {
-                    context.waker().wake_by_ref();
-                    return Poll::Pending;
+                    return again(context);
                 }
             }
             match ready {
