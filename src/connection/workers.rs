@@ -20,6 +20,7 @@ use crate::task::{Group, thread};
 use parking_lot::Mutex;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -31,6 +32,9 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 /// Most accepted sockets that may wait for one worker.
 const QUEUE_MAX: usize = 4096;
+/// How many more connections than another worker the accepting one may have, before the other gets new ones although it
+/// is not prompt.
+const UNEVEN_MAX: usize = 16;
 
 /// How long connections may take to report their end when they are cut.
 const CUT_GRACE: Duration = Duration::from_secs(1);
@@ -143,7 +147,7 @@ impl Workers {
 
     /// Accepts on a pod's listener until the pod drains. The accept loop runs on one worker, as a task of `accepting`.
     /// Each socket goes to the worker with the fewest connections. It stays here if that is this one, or the other is
-    /// not prompt: then no other thread has to wake up.
+    /// not prompt and has not far fewer: then no other thread has to wake up.
     pub fn serve(&self, pod: &Arc<Pod>, listener: TcpListener, entrance: Entrance, accepting: &Group) {
         let (all, pod) = (self.all.clone(), pod.clone());
         let [outbound, plaintext, tunnel, socks] = &self.turns;
@@ -212,16 +216,22 @@ impl Workers {
 /// Runs a worker until `stop` fires.
 async fn run(worker: Arc<Worker>, accepted: mpsc::Receiver<AcceptedSocket>, stop: CancellationToken) {
     // As tasks: to wake the future that a runtime blocks on takes two system calls, also on the runtime's own thread.
-    let (own, engine, broken) = (Group::default(), worker.engine.clone(), stop.clone());
-    let main = worker.clone();
-    own.spawn(async move { main.ticks.run().await });
-    own.spawn(begin_journeys(worker, accepted));
-    own.spawn(async move {
+    let (own, engine, main) = (Group::default(), worker.engine.clone(), worker.clone());
+    let spawn = |part: Pin<Box<dyn Future<Output = ()> + Send>>| {
+        // Without one of its parts, even one that panicked, a worker would take connections and not carry them.
+        let ends = stop.clone().drop_guard();
+        own.spawn(async move {
+            part.await;
+            drop(ends);
+        });
+    };
+    spawn(Box::pin(async move { main.ticks.run().await }));
+    spawn(Box::pin(begin_journeys(worker, accepted)));
+    spawn(Box::pin(async move {
         if let Err(error) = engine.run().await {
             tracing::error!(%error, "cannot watch the sockets of tunnels; the worker ends");
         }
-        broken.cancel();
-    });
+    }));
     stop.cancelled().await;
     own.cut();
     own.finished().await;
@@ -263,7 +273,7 @@ async fn begin_journeys(worker: Arc<Worker>, mut sockets: mpsc::Receiver<Accepte
 }
 
 /// Counts a new socket in the budget, and gives it to the least loaded worker or refuses it. It stays with `home` if no
-/// other worker has fewer connections and is prompt.
+/// other worker has fewer connections and is prompt, or has far fewer.
 fn dispatch(
     all: &[WorkerHandle],
     home: usize,
@@ -274,7 +284,10 @@ fn dispatch(
     if matches!(entrance, Entrance::Plaintext | Entrance::Tunnel) && pod.capture_checks.take_inbound(canonical(peer)) {
         return reset_on_close(&socket);
     }
-    let least = all.iter().enumerate().filter(|(at, handle)| *at == home || handle.is_prompt());
+    let load = |at: usize| all.get(at).map_or(0, |handle| handle.worker.load.load(Ordering::Relaxed));
+    let own = load(home);
+    let may = |at: usize, handle: &WorkerHandle| at == home || handle.is_prompt() || load(at) + UNEVEN_MAX < own;
+    let least = all.iter().enumerate().filter(|(at, handle)| !handle.deliver.is_closed() && may(*at, handle));
     let least = least.min_by_key(|(at, handle)| (handle.worker.load.load(Ordering::Relaxed), *at != home));
     let Some((_, handle)) = least else { return };
     let shared = &handle.worker.shared;
