@@ -412,16 +412,13 @@ impl EndpointLists {
     /// services that it is an endpoint of, also as a waypoint.
     pub fn going_away(&self, workload: &Workload, to: SocketAddr, pod: Witness) {
         let (lists, now) = (self.lists.load_full(), self.now());
-        for (service, ports) in &workload.services {
-            // A waypoint's list is that of the port on which it takes tunnels.
-            let ports = ports.keys().copied().chain([to.port()]);
-            for list in ports.filter_map(|port| lists.get(&(service.clone(), port))).flat_map(|all| all.iter()) {
-                let candidates = list.candidates();
-                let at = candidates.all.binary_search_by(|one| one.workload.uid.cmp(&workload.uid));
-                let one = at.ok().and_then(|at| candidates.all.get(at));
-                if let Some(one) = one.filter(|one| one.workload.ips.contains(&to.ip())) {
-                    self.failed(list, &one.standing, Evidence::GoingAway, pod, now);
-                }
+        let of_it = lists.iter().filter(|((service, _), _)| workload.services.contains_key(service));
+        for list in of_it.flat_map(|(_, all)| all.iter()) {
+            let candidates = list.candidates();
+            let at = candidates.all.binary_search_by(|one| one.workload.uid.cmp(&workload.uid));
+            let one = at.ok().and_then(|at| candidates.all.get(at));
+            if let Some(one) = one.filter(|one| one.workload.ips.contains(&to.ip())) {
+                self.failed(list, &one.standing, Evidence::GoingAway, pod, now);
             }
         }
     }
@@ -678,11 +675,17 @@ mod tests {
 
     #[test]
     fn a_workload_whose_tunnel_goes_away_is_set_aside_for_its_services() {
+        // It names its ports itself, or has those of the service.
+        leaves_with_ports(&[(80, 8080)]);
+        leaves_with_ports(&[]);
+    }
+
+    fn leaves_with_ports(ports: &[(u16, u16)]) {
         let mut world = World::new(&[1; 4], 50);
         let key = world.service.key.clone();
         for one in &mut world.all {
             let mut workload = (*one.workload).clone();
-            workload.services.insert(key.clone(), [(80, 8080)].into());
+            workload.services.insert(key.clone(), ports.iter().copied().collect());
             one.workload = Arc::new(workload);
         }
         world.list();
