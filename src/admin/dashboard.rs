@@ -1,7 +1,7 @@
 //! A port that serves only the live page: on a laptop, about all nodes.
 
 use super::page::{Live, Site, events, page_alone};
-use super::{Asked, BindError, PortLimits, listen, loopback_host_only, parameters, pretty_text, serve};
+use super::{Asked, BindError, PortLimits, listen, local_only, parameters, pretty_text, serve};
 use crate::task::Group;
 use axum::Router;
 use axum::extract::{RawQuery, State};
@@ -35,7 +35,7 @@ impl Dashboard {
             .route("/", get(page_alone).with_state(site.clone()))
             .route("/events", get(events).with_state(site))
             .route("/explain", get(answer).with_state(Arc::new(explain)))
-            .layer(middleware::from_fn(loopback_host_only));
+            .layer(middleware::from_fn(local_only));
         Ok(Self { listener, router, live })
     }
 

@@ -1,7 +1,8 @@
 //! The three HTTP ports: admin (loopback only), metrics, and readiness.
 //!
 //! The pages are functions that the caller passes in; this module knows nothing of their content. Only POST changes
-//! state. Admin requests must name a loopback host, so that no web page in a browser can reach the admin port.
+//! state. Admin requests must name a loopback host and may not come from the page of another site, so that no web page in
+//! a browser can use the admin port.
 
 pub mod dashboard;
 pub mod page;
@@ -193,7 +194,7 @@ impl Ports {
             .route("/debug/pprof/profile", get(cpu_profile))
             .route("/debug/pprof/heap", get(heap_profile))
             .route("/debug/pprof/heap/profiling", get(heap_profile))
-            .layer(middleware::from_fn(loopback_host_only))
+            .layer(middleware::from_fn(local_only))
             .with_state(pages.clone());
         let stats = Router::new()
             .route("/metrics", get(metrics))
@@ -293,15 +294,27 @@ async fn listen(address: SocketAddr) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| BindError { address, source })
 }
 
-/// Refuses requests whose Host is not loopback. An attacker's web page can reach 127.0.0.1 under a name of its own (DNS
-/// rebinding), but then the Host is that name.
-async fn loopback_host_only(request: Request, next: Next) -> Response {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let cross_site = request.headers().contains_key(header::ORIGIN);
-    if is_loopback(host) && !cross_site {
-        return next.run(request).await;
+/// Refuses what a web page of somebody else can make a browser send. It cannot read the answers, but its requests would
+/// have effects: pictures are made, and the API server is asked with the operator's credentials.
+async fn local_only(request: Request, next: Next) -> Response {
+    match refusal(request.headers()) {
+        None => next.run(request).await,
+        Some(why) => (StatusCode::FORBIDDEN, why).into_response(),
     }
-    (StatusCode::FORBIDDEN, "the admin port answers only requests to localhost, 127.0.0.1 or [::1]\n").into_response()
+}
+
+/// Why a request is refused. An attacker's web page can reach 127.0.0.1 under a name of its own (DNS rebinding), but
+/// then the Host is that name. Under the right name its requests have an Origin, or, as for an image, a link or a frame,
+/// none; but browsers say in Sec-Fetch-Site where each comes from: from this port's page, from the user, or from
+/// elsewhere, where other ports of this machine are elsewhere too. Other programs do not send it.
+fn refusal(headers: &HeaderMap) -> Option<&'static str> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    if !is_loopback(host) || headers.contains_key(header::ORIGIN) {
+        return Some("the admin port answers only requests to localhost, 127.0.0.1 or [::1]\n");
+    }
+    let is_own = |from: &HeaderValue| from == "same-origin" || from == "none";
+    let foreign = !headers.get_all("sec-fetch-site").iter().all(is_own);
+    foreign.then_some("links of other pages do not lead here; type the address into a new tab\n")
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -463,7 +476,27 @@ async fn readiness(State(pages): State<Arc<Pages>>) -> Response {
 
 #[cfg(test)]
 mod tests {
-    use super::is_loopback;
+    use super::{is_loopback, refusal};
+    use axum::http::{HeaderMap, HeaderName};
+
+    #[test]
+    fn what_a_page_of_another_site_sends_is_refused() {
+        let refused = |headers: &[(&'static str, &'static str)]| {
+            let named =
+                |(name, value): &(&'static str, &'static str)| (HeaderName::from_static(name), value.parse().unwrap());
+            let host = [("host", "127.0.0.1:15000")];
+            refusal(&host.iter().chain(headers).map(named).collect::<HeaderMap>()).is_some()
+        };
+        assert!(!refused(&[]), "curl, istioctl and daemons that are asked by `culvert dashboard`");
+        assert!(!refused(&[("sec-fetch-site", "none"), ("sec-fetch-mode", "navigate")]), "the user");
+        assert!(!refused(&[("sec-fetch-site", "same-origin")]), "the page of this port");
+        for from in ["cross-site", "same-site", "", "None", "of the future"] {
+            assert!(refused(&[("sec-fetch-site", from)]), "{from}");
+            assert!(refused(&[("sec-fetch-site", from), ("sec-fetch-mode", "navigate")]), "{from}");
+        }
+        assert!(refused(&[("origin", "http://attacker.example")]));
+        assert!(refused(&[("origin", "http://attacker.example"), ("sec-fetch-site", "none")]));
+    }
 
     #[test]
     fn only_loopback_hosts_are_answered() {

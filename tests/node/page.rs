@@ -262,6 +262,9 @@ fn the_page_is_for_few_local_readers_that_keep_up() {
         ("/events", "host: attacker.example\r\n"),
         ("/", "host: localhost\r\norigin: http://attacker.example\r\n"),
         ("/events", "host: localhost\r\nsec-fetch-site: cross-site\r\n"),
+        // An image, or a link, in another site's page.
+        ("/explain?from=shop/web-1&to=10.96.0.1:80", "host: localhost\r\nsec-fetch-site: cross-site\r\n"),
+        ("/", "host: localhost\r\nsec-fetch-site: same-site\r\nsec-fetch-mode: navigate\r\n"),
     ] {
         let (head, _) = dashboard.ask(path, headers);
         assert!(head.starts_with("HTTP/1.1 403"), "{path} {headers}: {head}");

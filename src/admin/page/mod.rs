@@ -79,16 +79,7 @@ pub async fn page_alone(State(site): State<Site>, RawQuery(query): RawQuery) -> 
 }
 
 /// `/events`: the whole picture, then its changes.
-pub async fn events(
-    State(site): State<Site>,
-    headers: HeaderMap,
-    connection: Option<Extension<Connection>>,
-) -> Response {
-    // Another site's page cannot read this, but could use up the places of those who may.
-    let site_of = headers.get("sec-fetch-site").map(HeaderValue::as_bytes);
-    if site_of.is_some_and(|from| from != b"same-origin" && from != b"none") {
-        return (StatusCode::FORBIDDEN, "events are for the page of this port\n").into_response();
-    }
+pub async fn events(State(site): State<Site>, connection: Option<Extension<Connection>>) -> Response {
     let cut = connection.map(|Extension(Connection(cut))| cut).unwrap_or_default();
     match site.live.listen(cut).await {
         Ok(events) => {
