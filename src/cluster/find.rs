@@ -97,6 +97,15 @@ pub struct PodPlace {
 }
 
 impl PodPlace {
+    /// The one of these daemons that is on the pod's node.
+    pub fn daemon(&self, all: &[Daemon]) -> Result<Daemon, ClusterError> {
+        let Self { namespace, name, node, .. } = self;
+        all.iter().find(|daemon| daemon.node == *node).cloned().ok_or_else(|| {
+            let why = format!("{namespace}/{name} runs on node {node}, which has no daemon, or was not asked for");
+            ClusterError::NotFound(why)
+        })
+    }
+
     /// A pod that the daemon of this machine is asked about, which says itself what is wrong with a name.
     pub(super) fn here(pod: &str) -> Self {
         let (namespace, name) = pod.split_once('/').unwrap_or(("", pod));

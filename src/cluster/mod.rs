@@ -73,17 +73,18 @@ impl Daemons {
     /// The daemon on the node of a pod, `NAMESPACE/NAME`, and what the API says about the pod. On this machine the
     /// daemon is the only one.
     pub async fn find_of_pod(&self, pod: &str, deadline: Duration) -> Result<(Daemon, PodPlace), ClusterError> {
+        let place = self.place_of_pod(pod, deadline).await?;
+        let daemon = place.daemon(&self.find(deadline).await?)?;
+        Ok((daemon, place))
+    }
+
+    /// What the API says about a pod, `NAMESPACE/NAME`.
+    pub async fn place_of_pod(&self, pod: &str, deadline: Duration) -> Result<PodPlace, ClusterError> {
         let late = || ClusterError::Api(AskError::Late(deadline).to_string());
-        let place = match &self.client {
-            None => PodPlace::here(pod),
-            Some(client) => tokio::time::timeout(deadline, find::place_of(client, pod)).await.map_err(|_| late())??,
-        };
-        let all = self.find(deadline).await?;
-        let daemon = all.into_iter().find(|daemon| daemon.node == place.node);
-        daemon.map(|daemon| (daemon, place.clone())).ok_or_else(|| {
-            let node = &place.node;
-            ClusterError::NotFound(format!("{pod} runs on node {node}, which has no daemon, or was not asked for"))
-        })
+        match &self.client {
+            None => Ok(PodPlace::here(pod)),
+            Some(client) => tokio::time::timeout(deadline, find::place_of(client, pod)).await.map_err(|_| late())?,
+        }
     }
 
     /// Asks one daemon.

@@ -5,7 +5,7 @@ use super::nodes::page;
 use crate::admin::dashboard::Dashboard;
 use crate::admin::page::{Live, Site};
 use crate::admin::{Asked, Query};
-use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use crate::cluster::{Daemon, Daemons, Question};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -137,8 +137,8 @@ impl Shown {
         if pod.split('/').count() != 2 {
             return Err(format!("{pod:?} is not NAMESPACE/POD"));
         }
-        let (daemon, _) =
-            self.daemons.find_of_pod(pod, self.timeout).await.map_err(|error: ClusterError| error.to_string())?;
+        let place = self.daemons.place_of_pod(pod, self.timeout).await.map_err(|error| error.to_string())?;
+        let daemon = place.daemon(&self.found().await.all).map_err(|error| error.to_string())?;
         let asked = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         let question = Question::get(format!("/explain?{asked}"), self.timeout);
         let answer = self.daemons.ask(&daemon, &question).await.map_err(|error| error.to_string())?;

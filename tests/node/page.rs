@@ -1,5 +1,7 @@
 //! The live page in a real browser: of a cluster's size by `culvert dashboard`, and of a node by its admin port.
 
+use crate::world::forward::Forward;
+use crate::world::kube::{Api, KubePod};
 use crate::world::{World, apps, connect, eventually, inside, is_reset, peer_script, subject};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -142,8 +144,11 @@ struct Dashboard {
 
 impl Dashboard {
     fn start(arguments: &[&str]) -> Self {
-        let mut command = Command::new(subject());
-        command.args(["dashboard", "--port", "0"]).args(arguments).stdout(Stdio::piped());
+        Self::of(Command::new(subject()).args(["dashboard", "--port", "0"]).args(arguments))
+    }
+
+    fn of(command: &mut Command) -> Self {
+        command.stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -354,4 +359,27 @@ fn a_node_shows_itself_and_a_program_still_gets_the_list_of_paths() {
     assert!(list.contains("<li><a href=/pods>") && !list.contains("<script"), "{list}");
     let (_, page) = ask("accept: text/html\r\n");
     assert!(page.contains("<script>") && page.contains("<table"), "{page}");
+}
+
+#[test]
+fn a_question_to_the_page_of_a_cluster_does_not_list_its_daemons_again() {
+    let mut w = World::new();
+    let client = w.mesh_pod("client", 1);
+    w.start();
+    let api = Api::start(&w, 1);
+    api.daemon(1, json!({"phase": "Running"}), Forward::To(w.ns("n1")));
+    api.pod(&KubePod::without_sandbox(&client));
+    let mut command = Command::new(subject());
+    command.args(["dashboard", "--port", "0"]).env_clear().env("KUBECONFIG", &api.kubeconfig);
+    let begun = Instant::now();
+    inside(&w.ns("n1"), || {
+        let dashboard = Dashboard::of(&mut command);
+        for _ in 0..5 {
+            let (head, told) = dashboard.ask("/explain?from=ns/client&to=10.9.9.9:1", "host: localhost\r\n");
+            assert!(head.starts_with("HTTP/1.1 200") && told.contains("ns/client"), "{head}\n{told}");
+        }
+    });
+    let lists = api.state().requests.iter().filter(|request| request.contains("labelSelector=app")).count() as u64;
+    let allowed = 1 + begun.elapsed().as_secs() / 20;
+    assert!((1..=allowed).contains(&lists), "{lists} lists");
 }
