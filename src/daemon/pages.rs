@@ -2,7 +2,7 @@
 
 use super::parts::Parts;
 use super::{dump, explain, history, kernel, plaintext, profile, snapshot, status};
-use crate::admin::page::{Live, Site};
+use crate::admin::page::{Live, Site, Told};
 use crate::admin::{Pages, Query, Rendered};
 use crate::connection::Shared;
 use crate::connection::dial::direct::OpenLegs;
@@ -13,6 +13,7 @@ use crate::telemetry::log::LogControl;
 use prometheus_client::registry::Registry;
 use serde_json::json;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// The pages. `quit` is notified when somebody asks the daemon to end.
@@ -80,8 +81,16 @@ fn site(parts: &Arc<Parts>, ready: &Ready) -> Site {
     let feed = move || -> std::pin::Pin<Box<dyn Future<Output = _> + Send>> {
         let (parts, ready) = (parts.clone(), ready.clone());
         Box::pin(async move {
-            let own = run_blocking(move || snapshot::snapshot(&parts, &ready)).await;
-            json!({"nodes": [own]})
+            let name = snapshot::node_name(&parts).to_owned();
+            let work = move || {
+                let begun = Instant::now();
+                (snapshot::snapshot(&parts, &ready), begun.elapsed())
+            };
+            let (own, work) = run_blocking(work).await.unwrap_or_else(|| {
+                let error = "its page could not be made; see standard error of the daemon";
+                (json!({"node": name, "reachable": false, "error": error}), Duration::ZERO)
+            });
+            Told { said: json!({"nodes": [own]}), work }
         })
     };
     Site { live: Live::new(Box::new(feed)), title: title.into(), links: &LINKS }

@@ -26,10 +26,8 @@ pub(super) fn snapshot(parts: &Parts, ready: &Ready) -> Value {
         }
         shown
     };
-    // Without Kubernetes a node need not have a name.
-    let node = parts.config.node_name.as_str();
     json!({
-        "node": if node.is_empty() { "this node" } else { node },
+        "node": node_name(parts),
         "reachable": true,
         "error": null,
         "status": status::status(parts, ready),
@@ -39,6 +37,12 @@ pub(super) fn snapshot(parts: &Parts, ready: &Ready) -> Value {
         "certificates": dump::certificates_without_text(parts),
         "history": recent(parts, &names),
     })
+}
+
+/// The name of this node on the page. Without Kubernetes a node need not have a name.
+pub(super) fn node_name(parts: &Parts) -> &str {
+    let name = parts.config.node_name.as_str();
+    if name.is_empty() { "this node" } else { name }
 }
 
 /// What was refused, failed and changed lately, at most this many of each.

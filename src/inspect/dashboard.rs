@@ -3,7 +3,7 @@
 
 use super::nodes::page;
 use crate::admin::dashboard::Dashboard;
-use crate::admin::page::{Live, Site};
+use crate::admin::page::{Live, Site, Told};
 use crate::admin::{Asked, Query};
 use crate::cluster::{Daemon, Daemons, Question};
 use parking_lot::Mutex;
@@ -71,12 +71,13 @@ fn explain(shown: Arc<Shown>) -> Asked {
 
 impl Shown {
     /// The parts of all nodes.
-    async fn all(&self) -> Value {
+    async fn all(&self) -> Told {
         let Found { all, error, .. } = self.found().await;
         let question = Question { max: PART_MAX, ..Question::get("/snapshot", self.timeout) };
         let down = self.down();
         let asked: Vec<Daemon> = all.iter().filter(|daemon| !down.contains_key(*daemon)).cloned().collect();
         let answers = self.daemons.ask_all(&asked, &question).await;
+        let begun = Instant::now();
         let mut answers: HashMap<Daemon, Result<Value, String>> =
             asked.into_iter().zip(answers.into_iter().map(page)).collect();
         let mut names: BTreeMap<&str, usize> = BTreeMap::new();
@@ -106,7 +107,7 @@ impl Shown {
             });
         }
         nodes.extend(error.map(|error| unreachable("list of nodes", &error)));
-        json!({"nodes": nodes})
+        Told { said: json!({"nodes": nodes}), work: begun.elapsed() }
     }
 
     /// The daemons that have not answered lately.

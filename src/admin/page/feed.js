@@ -8,6 +8,7 @@ const views = []; // {sections, show}
 const stale = new Set(); // sections that have changed since they were shown
 let paused = false;
 let heard = 0;
+const LOST_AFTER = 15000; // ms: three beats of the feed, however long the next picture takes
 
 const id = (name) => document.getElementById(name);
 
@@ -98,7 +99,7 @@ function take(change, whole) {
 }
 
 function feedState() {
-  const lost = heard > 0 && Date.now() - heard > 15000;
+  const lost = heard > 0 && Date.now() - heard > LOST_AFTER;
   id("feed").classList.toggle("lost", lost);
   const before = id("feed-state").textContent;
   const state = lost ? "✕ no news since" : paused ? "paused at" : heard > 0 ? "● live," : "connecting;";
@@ -116,6 +117,11 @@ function listen() {
   source = new EventSource("/events");
   source.addEventListener("whole", (event) => take(JSON.parse(event.data), true));
   source.addEventListener("change", (event) => take(JSON.parse(event.data), false));
+  // Sent while the next picture takes long, as where a node does not answer.
+  source.addEventListener("alive", () => {
+    heard = Date.now();
+    feedState();
+  });
   // The browser tries again by itself after a break, but not after an answer that is an error.
   source.addEventListener("error", () => {
     if (source?.readyState !== EventSource.CLOSED) return;

@@ -30,8 +30,23 @@ const SHARE: u32 = 4;
 /// Longest time between two pictures because of that.
 const PERIOD_MAX: Duration = Duration::from_secs(30);
 
-/// What the nodes say of themselves, as `{"nodes": […]}`.
-pub type Feed = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Value> + Send>> + Send + Sync>;
+/// Shortest time from the end of one picture to the beginning of the next, where the nodes took long to answer.
+const REST: Duration = Duration::from_secs(1);
+
+/// Listeners hear at least this often that the next picture is still to come. `feed.js` waits three times as long.
+const BEAT: Duration = Duration::from_secs(5);
+
+/// What the nodes say of themselves.
+#[derive(Debug)]
+pub struct Told {
+    /// `{"nodes": […]}`.
+    pub said: Value,
+    /// The work of this process that it took, without the time in which it waited for others.
+    pub work: Duration,
+}
+
+/// Asks the nodes.
+pub type Feed = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Told> + Send>> + Send + Sync>;
 
 /// The picture and its readers.
 pub struct Live {
@@ -45,15 +60,8 @@ pub struct Live {
 
 struct Made {
     picture: Arc<Picture>,
-    begun: Instant,
-    took: Duration,
-}
-
-impl Made {
     /// When the next picture may be made.
-    fn next(&self) -> Instant {
-        self.begun + (self.took * SHARE).clamp(PERIOD, PERIOD_MAX)
-    }
+    next: Instant,
 }
 
 struct Listener {
@@ -98,7 +106,7 @@ impl Live {
             }
         };
         match last.as_ref() {
-            Some(made) if Instant::now() < made.next() => made.picture.clone(),
+            Some(made) if Instant::now() < made.next => made.picture.clone(),
             _ => self.make(&mut last).await,
         }
     }
@@ -107,16 +115,18 @@ impl Live {
     async fn make(&self, last: &mut Option<Made>) -> Arc<Picture> {
         let before = last.as_ref().map(|made| made.picture.clone()).unwrap_or_default();
         let (begun, heard) = (Instant::now(), !self.listeners.lock().is_empty());
-        let raw = (self.feed)().await;
+        let told = (self.feed)().await;
         let kept = before.clone();
         let work = move || {
-            let picture = Picture::of(&raw, &before, SystemTime::now());
+            let begun = std::time::Instant::now();
+            let picture = Picture::of(&told.said, &before, SystemTime::now());
             let change = heard.then(|| event("change", &picture.since(&before)));
-            (Arc::new(picture), change)
+            (Arc::new(picture), change, told.work + begun.elapsed())
         };
-        let (picture, change) = run_blocking(work).await.unwrap_or((kept, None));
+        let (picture, change, work) = run_blocking(work).await.unwrap_or((kept, None, PERIOD_MAX));
         *self.shown.lock() = Some(picture.clone());
-        *last = Some(Made { picture: picture.clone(), begun, took: begun.elapsed() });
+        let next = begun + work.saturating_mul(SHARE).clamp(PERIOD, PERIOD_MAX);
+        *last = Some(Made { picture: picture.clone(), next: next.max(Instant::now() + REST) });
         if let Some(change) = change {
             self.send(&change);
         }
@@ -132,7 +142,7 @@ impl Live {
         // While this is locked no change is sent, so the reader misses none.
         let mut last = self.last.lock().await;
         let picture = match last.as_ref() {
-            Some(made) if Instant::now() < made.next() => made.picture.clone(),
+            Some(made) if Instant::now() < made.next => made.picture.clone(),
             _ => self.make(&mut last).await,
         };
         let whole = run_blocking(move || event("whole", &picture.whole())).await.unwrap_or_default();
@@ -155,12 +165,35 @@ impl Live {
             if self.listeners.lock().is_empty() {
                 self.came.notified().await;
             }
-            let next = self.last.lock().await.as_ref().map_or_else(Instant::now, Made::next);
-            tokio::time::sleep_until(next).await;
-            let mut last = self.last.lock().await;
-            // A reader who opened the page may have had one made meanwhile.
-            if last.as_ref().is_none_or(|made| made.next() <= Instant::now()) {
-                self.make(&mut last).await;
+            let mut beats = tokio::time::interval_at(Instant::now() + BEAT, BEAT);
+            let turn = self.turn();
+            tokio::pin!(turn);
+            loop {
+                tokio::select! {
+                    () = &mut turn => break,
+                    _ = beats.tick() => self.beat(),
+                }
+            }
+        }
+    }
+
+    /// Waits until the next picture may be made, and makes it.
+    async fn turn(&self) {
+        let next = self.last.lock().await.as_ref().map_or_else(Instant::now, |made| made.next);
+        tokio::time::sleep_until(next).await;
+        let mut last = self.last.lock().await;
+        // A reader who opened the page may have had one made meanwhile.
+        if last.as_ref().is_none_or(|made| made.next <= Instant::now()) {
+            self.make(&mut last).await;
+        }
+    }
+
+    /// Tells those who listen that the feed is alive. Where news wait, they say it too.
+    fn beat(&self) {
+        let beat = event("alive", &Value::Object(Default::default()));
+        for Listener { events, .. } in self.listeners.lock().iter() {
+            if events.capacity() == WAITING_MAX {
+                let _ = events.try_send(beat.clone());
             }
         }
     }

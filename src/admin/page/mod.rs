@@ -10,7 +10,7 @@ mod picture;
 #[cfg(test)]
 mod tests;
 
-pub use live::{Feed, Live};
+pub use live::{Feed, Live, Told};
 
 use super::{Query, parameters};
 use aws_lc_rs::digest::{SHA256, digest};

@@ -1,7 +1,7 @@
 //! Tests of the live page without a browser.
 
 use super::html::{Asked, bytes, escaped, page, span};
-use super::live::{LISTENERS_MAX, Live};
+use super::live::{LISTENERS_MAX, Live, Told};
 use super::parts::text;
 use super::picture::Picture;
 use serde_json::{Value, json};
@@ -139,7 +139,9 @@ fn counted() -> (Arc<Live>, Arc<AtomicU64>) {
     let counter = asked.clone();
     let live = Live::new(Box::new(move || {
         let count = counter.fetch_add(1, Ordering::Relaxed);
-        Box::pin(async move { raw(&[connection(1, "outbound", "HBONE", count, 0)]) })
+        Box::pin(
+            async move { Told { said: raw(&[connection(1, "outbound", "HBONE", count, 0)]), work: Duration::ZERO } },
+        )
     }));
     (live, asked)
 }
@@ -187,4 +189,53 @@ async fn a_reader_that_does_not_keep_up_is_dropped() {
     }
     assert!(slow.is_cancelled() && !quick.is_cancelled());
     drop(unread);
+}
+
+/// Reads events until the next picture, and returns how long it took and the names of the other events.
+async fn next_change(events: &mut tokio::sync::mpsc::Receiver<axum::body::Bytes>) -> (Duration, Vec<String>) {
+    let (begun, mut names) = (tokio::time::Instant::now(), Vec::new());
+    loop {
+        let event = String::from_utf8(events.recv().await.unwrap().to_vec()).unwrap();
+        match event.split_once('\n').unwrap().0.trim_start_matches("event: ") {
+            "change" => return (begun.elapsed(), names),
+            name => names.push(name.to_owned()),
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_does_not_answer_delays_one_picture_and_the_reader_hears_that_more_will_come() {
+    let asked = AtomicU64::new(0);
+    let live = Live::new(Box::new(move || {
+        let wait = Duration::from_secs(if asked.fetch_add(1, Ordering::Relaxed) == 1 { 16 } else { 0 });
+        Box::pin(async move {
+            tokio::time::sleep(wait).await;
+            Told { said: raw(&[]), work: Duration::ZERO }
+        })
+    }));
+    let mut events = live.listen(CancellationToken::new()).await.unwrap();
+    let reading = async {
+        assert!(events.recv().await.unwrap().starts_with(b"event: whole\n"));
+        let slow = next_change(&mut events).await;
+        (slow, next_change(&mut events).await)
+    };
+    let ((slow, beats), (quick, none)) = tokio::select! {
+        () = live.run() => unreachable!(),
+        read = reading => read,
+    };
+    assert!(slow >= Duration::from_secs(18) && slow < Duration::from_secs(19), "{slow:?}");
+    assert_eq!(beats, ["alive"; 3], "one every five seconds");
+    assert!(quick <= Duration::from_secs(2) && none.is_empty(), "{quick:?}: waiting is no work");
+}
+
+#[tokio::test(start_paused = true)]
+async fn pictures_that_are_much_work_are_made_less_often() {
+    let live = Live::new(Box::new(|| Box::pin(async { Told { said: raw(&[]), work: Duration::from_secs(3) } })));
+    let mut events = live.listen(CancellationToken::new()).await.unwrap();
+    let (took, beats) = tokio::select! {
+        () = live.run() => unreachable!(),
+        read = async { events.recv().await; next_change(&mut events).await } => read,
+    };
+    assert!(took >= Duration::from_secs(12) && took < Duration::from_secs(13), "{took:?}");
+    assert_eq!(beats, ["alive"; 2]);
 }
