@@ -5,7 +5,7 @@
 use super::notes::notes;
 use super::parts::{Flows, Party, Rows, seconds, text};
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::SystemTime;
 
 /// Most rows of a section. Further ones are counted.
@@ -52,13 +52,7 @@ impl Picture {
                 picture.add("certificates", CERTIFICATES_MAX, key, certificate_row(&name, one));
             }
             picture.connections((&name, &names), node, before, &mut flows);
-            for (number, entry) in list(node, "history").enumerate() {
-                flows.add_refused(entry);
-                let row = history_row(&name, entry);
-                // The key sorts by time, and two entries of one moment stay two.
-                let key = format!("{}/{name}/{number:05}", text(&entry["time"]));
-                picture.section("history").insert(key, row);
-            }
+            picture.history(&name, node, &mut flows);
         }
         let history = picture.section("history");
         while history.len() > HISTORY_MAX {
@@ -106,6 +100,22 @@ impl Picture {
         let total = node["connectionsTotal"].as_u64().unwrap_or(listed);
         if total > listed {
             *self.left_out.entry("connections").or_default() += total - listed;
+        }
+    }
+
+    /// The key of an entry sorts by time. Entries of one moment and kind are numbered from the oldest, so that the keys
+    /// of those that are known stay as they are when others come.
+    fn history(&mut self, name: &str, node: &Value, flows: &mut Flows) {
+        let newest_first: Vec<&Value> = list(node, "history").collect();
+        let mut of_moment: HashMap<String, usize> = HashMap::new();
+        for entry in newest_first.into_iter().rev() {
+            flows.add_refused(entry);
+            let row = history_row(name, entry);
+            let kind = [&entry["kind"], &entry["outcome"]].map(text).join(" ");
+            let moment = format!("{}/{name}/{kind}", text(&entry["time"]));
+            let number = of_moment.entry(moment.clone()).or_default();
+            *number += 1;
+            self.section("history").insert(format!("{moment}/{number:05}"), row);
         }
     }
 

@@ -55,6 +55,42 @@ fn a_difference_has_what_has_changed_and_nothing_else() {
 }
 
 #[test]
+fn of_the_history_only_new_entries_are_sent() {
+    let refused =
+        |time: &str, text: &str| json!({"time": time, "kind": "connection", "outcome": "refused", "error": text});
+    let change = |time: &str, text: &str| json!({"time": time, "kind": "change", "text": text});
+    // As a node tells it: of each kind, the newest first.
+    let of = |refused: &[Value], changes: &[Value]| {
+        let newest = refused.iter().rev().chain(changes.iter().rev()).cloned().collect::<Vec<_>>();
+        let raw = json!({"nodes": [{"node": "n1", "reachable": true, "history": newest}]});
+        Picture::of(&raw, &Picture::default(), at(100))
+    };
+    let [first, second] = ["2026-01-01T00:00:01.000Z", "2026-01-01T00:00:02.000Z"];
+    let mut entries = vec![refused(first, "a"), refused(second, "b"), refused(second, "c")];
+    let mut changes = vec![change(second, "d")];
+    let before = of(&entries, &changes);
+    assert_eq!(before.rows("history").unwrap().len(), 4, "entries of one moment stay several");
+    entries.push(refused(second, "e"));
+    changes.push(change(second, "f"));
+    let after = of(&entries, &changes);
+    let news = after.since(&before);
+    let set: Vec<String> = news["set"]["history"]
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|row| text(&row["error"]) + &text(&row["text"]))
+        .collect();
+    assert_eq!(set, ["f", "e"], "{news:#}");
+    assert_eq!(news["gone"], json!({}));
+    // The oldest falls out.
+    let (later, gone) = (of(&entries[1..], &changes), after.rows("history").unwrap().keys().next().unwrap().clone());
+    assert_eq!(later.since(&after)["set"]["history"], Value::Null);
+    assert_eq!(later.since(&after)["gone"], json!({"history": [gone]}));
+    let errors: Vec<&Value> = after.rows("history").unwrap().values().map(|row| &row["error"]).collect();
+    assert_eq!(errors, ["a", "", "", "b", "c", "e"], "sorted by time");
+}
+
+#[test]
 fn a_flow_that_both_nodes_see_counts_once() {
     let both = [
         connection(1, "outbound", "HBONE", 5, 0),
