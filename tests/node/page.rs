@@ -62,7 +62,7 @@ fn snapshot(asked: u64) -> Value {
             let (namespace, workload, _) = pod(number);
             let identity = format!("spiffe://cluster.local/ns/{namespace}/sa/{workload}");
             json!({"identity": if number == 9 { format!("{identity}{MARKUP}") } else { identity }, "state": "Available",
-                   "error": null, "expirationTime": "2099-01-01T00:00:00Z"})
+                   "error": (number == 5).then(|| format!("not renewed: {MARKUP}")), "expirationTime": "2099-01-01T00:00:00Z"})
         })
         .collect();
     let history: Vec<Value> = (0..30)
@@ -242,7 +242,8 @@ fn the_page_of_two_hundred_pods_and_five_thousand_connections_is_usable_and_iner
     }
     assert_eq!(seen["mostSent"], "4.7 MiB");
     assert!(texts(&seen["pods"]).starts_with("shop/cache-3-6d4cf56db6-3✕ failed"), "those that fail come first");
-    for shown in ["pods", "refusals", "attention", "nodes"] {
+    assert_eq!(texts(&seen["certificates"]).matches("not renewed: ").count(), 1);
+    for shown in ["pods", "refusals", "attention", "nodes", "certificates"] {
         assert!(texts(&seen[shown]).contains("<script>"), "{shown} shows what was written, as text");
     }
     assert!(seen["explained"].as_str().unwrap().contains("<script>"));

@@ -161,10 +161,10 @@ fn kind(row: &Value) -> &'static str {
 }
 
 fn node(name: &str, row: &Value) -> String {
-    let state = match (row["reachable"] == true, row["ready"].as_bool()) {
+    let state = match (row["reachable"] == true, row["ready"] == true) {
         (false, _) => "✕ not reachable",
-        (true, Some(false)) => "△ not ready",
-        (true, _) => "● ready",
+        (true, false) => "△ not ready",
+        (true, true) => "● ready",
     };
     let class = if state.starts_with('●') { "good" } else { "bad" };
     let facts = match (row["current"].as_bool(), row["age"].as_u64()) {
@@ -174,7 +174,8 @@ fn node(name: &str, row: &Value) -> String {
     };
     let source = [said(row, "source"), said(row, "from")].join(" ");
     let open = row["open"].as_u64().map(|open| open.to_string()).unwrap_or_default();
-    let remarks = if said(row, "error").is_empty() { texts(row, "red") } else { said(row, "error").to_owned() };
+    let remarks = [said(row, "error").to_owned(), texts(row, "red"), texts(row, "notes")];
+    let remarks: Vec<String> = remarks.into_iter().filter(|text| !text.is_empty()).collect();
     cells(&[
         ("", name.to_owned()),
         (class, state.to_owned()),
@@ -182,7 +183,7 @@ fn node(name: &str, row: &Value) -> String {
         ("", facts),
         ("", source.trim().to_owned()),
         ("num", open),
-        ("", remarks),
+        ("", remarks.join("; ")),
     ])
 }
 
@@ -324,6 +325,7 @@ fn certificate(row: &Value, now: u64) -> String {
         ("num", left),
         ("", row["until"].as_u64().map(time).unwrap_or_default()),
         ("", said(row, "node").to_owned()),
+        ("wrap", said(row, "error").to_owned()),
     ])
 }
 
@@ -337,7 +339,7 @@ fn summary(picture: &Picture) -> String {
     let empty = Rows::new();
     let rows = |section: &str| picture.rows(section).unwrap_or(&empty);
     let (nodes, pods, connections) = (rows("nodes"), rows("pods"), rows("connections"));
-    let up = nodes.values().filter(|row| row["reachable"] == true && row["ready"] != false).count();
+    let up = nodes.values().filter(|row| row["reachable"] == true && row["ready"] == true).count();
     let captured = pods.values().filter(|row| row["state"] == "captured").count();
     let wanted = pods.values().filter(|row| row["state"] != "releasing").count();
     let encrypted = connections.values().filter(|row| row["encrypted"] == true).count();

@@ -85,7 +85,7 @@ impl Picture {
         let mut listed = 0;
         for one in list(node, "connections") {
             listed += 1;
-            let key = format!("{name}/{}", one["id"]);
+            let key = format!("{name}/{}", text(&one["id"]));
             flows.add(one);
             let (sent, received) = bytes(one);
             self.add("traffic", CONNECTIONS_MAX, key.clone(), json!([sent, received]));
@@ -167,20 +167,18 @@ fn node_row(node: &Value) -> Value {
     let status = &node["status"];
     let facts = &status["facts"];
     json!({
-        "reachable": node["reachable"] != false,
+        "reachable": node["reachable"] == true,
         "error": text(&node["error"]),
         "version": text(&status["version"]),
-        "ready": status["ready"].as_bool(),
+        "ready": status["ready"] == true,
         "red": texts(&status["red"]),
         "notes": texts(&status["notes"]),
         "source": text(&facts["source"]),
         "from": text(&facts["from"]),
         "current": facts["current"].as_bool(),
         "age": facts["ageSeconds"].as_u64(),
-        "factsError": text(&facts["error"]),
         "open": status.pointer("/connections/open").and_then(Value::as_u64),
         "failures": status.pointer("/failures/total").and_then(Value::as_u64),
-        "failureSeconds": status.pointer("/failures/windowSeconds").and_then(Value::as_u64),
     })
 }
 
@@ -189,21 +187,22 @@ fn pod_row(node: &str, pod: &Value) -> Value {
     json!({
         "node": node,
         "pod": format!("{}/{}", text(&pod["namespace"]), text(&pod["name"])),
-        "account": text(&pod["serviceAccount"]),
         "state": text(&pod["state"]),
         "since": seconds(&pod["since"]),
         "notes": notes,
     })
 }
 
+/// The state of a certificate that is missing says why, but that of one that cannot be renewed does not.
 fn certificate_row(node: &str, one: &Value) -> Value {
+    let state = one["state"].as_str().unwrap_or_default();
+    let is_told = one["error"].as_str().is_some_and(|error| state.contains(error));
     json!({
         "node": node,
         "identity": text(&one["identity"]),
         "state": text(&one["state"]),
-        "from": seconds(&one["validFrom"]),
         "until": seconds(&one["expirationTime"]),
-        "serial": text(&one["serialNumber"]),
+        "error": if is_told { String::new() } else { text(&one["error"]) },
     })
 }
 

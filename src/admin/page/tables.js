@@ -98,7 +98,8 @@ table("certificates", ["certificates", "time"], "No certificate is held.", () =>
       const left = row.until === null ? "none" : row.until > store.at ? span(row.until - store.at) : "ended";
       const good = row.state === "Available";
       const ends = row.until === null ? "" : clock(new Date(row.until * 1000).toISOString());
-      return [row.identity, [`${good ? "●" : "✕"} ${row.state}`, good ? "good" : "bad"], [left, "num"], ends, row.node];
+      const state = [`${good ? "●" : "✕"} ${row.state}`, good ? "good" : "bad"];
+      return [row.identity, state, [left, "num"], ends, row.node, [row.error, "wrap"]];
     }),
 );
 
@@ -106,9 +107,9 @@ table("nodes", ["nodes"], "No node is known.", () =>
   [...store.nodes].map(([name, row]) => {
     const state = !row.reachable
       ? ["✕ not reachable", "bad"]
-      : row.ready === false
-        ? ["△ not ready", "warn"]
-        : ["● ready", "good"];
+      : row.ready
+        ? ["● ready", "good"]
+        : ["△ not ready", "warn"];
     const facts = row.current ? "current" : row.age !== null ? `${span(row.age)} old` : "unknown";
     const remarks = row.error || [...row.red, ...row.notes].join("; ");
     const open = row.open === null ? "" : String(row.open);
@@ -121,7 +122,7 @@ views.push({
   sections: ["nodes", "pods", "connections", "certificates", "time"],
   show() {
     const [nodes, pods] = [[...store.nodes.values()], [...store.pods.values()]];
-    const up = nodes.filter((row) => row.reachable && row.ready !== false).length;
+    const up = nodes.filter((row) => row.reachable && row.ready).length;
     const captured = pods.filter((row) => row.state === "captured").length;
     const wanted = pods.filter((row) => row.state !== "releasing").length;
     let plain = 0;

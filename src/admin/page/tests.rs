@@ -91,6 +91,52 @@ fn of_the_history_only_new_entries_are_sent() {
 }
 
 #[test]
+fn what_a_node_does_not_say_is_not_taken_for_good() {
+    let shown = |nodes: Value| {
+        let made = Picture::of(&json!({"nodes": nodes}), &Picture::default(), at(100));
+        page(&made, &Asked::default(), ("", &[]), ("", ""))
+    };
+    for (node, state) in [
+        (Value::Null, "✕ not reachable"),
+        (json!({"node": "n1"}), "✕ not reachable"),
+        (json!({"node": "n1", "reachable": "yes"}), "✕ not reachable"),
+        (json!({"node": "n1", "reachable": true}), "△ not ready"),
+        (json!({"node": "n1", "reachable": true, "status": {"ready": null}}), "△ not ready"),
+    ] {
+        let page = shown(json!([node]));
+        assert!(page.contains(state) && page.contains("0 of 1") && !page.contains("● ready"), "{node}: {page}");
+    }
+    let well = json!([{"node": "n1", "reachable": true, "status": {"ready": true, "notes": ["worth knowing"]}}]);
+    assert!(shown(well.clone()).contains("● ready") && shown(well.clone()).contains("1 of 1"));
+    assert!(shown(well).contains("worth knowing"), "as with JavaScript");
+}
+
+#[test]
+fn a_certificate_says_once_why_it_is_missing_or_not_renewed() {
+    let row = |state: &str, error: Value| {
+        let one = json!({"identity": "spiffe://td/ns/a/sa/b", "state": state, "error": error});
+        let raw = json!({"nodes": [{"node": "n1", "reachable": true, "certificates": [one]}]});
+        let made = Picture::of(&raw, &Picture::default(), at(100));
+        page(&made, &Asked::default(), ("", &[]), ("", ""))
+    };
+    assert_eq!(row("Available", json!("the CA says no")).matches("the CA says no").count(), 1);
+    assert_eq!(row("Unavailable: the CA says no", json!("the CA says no")).matches("the CA says no").count(), 1);
+    assert!(row("Available", Value::Null).contains("Available"));
+}
+
+#[test]
+fn the_id_of_a_connection_is_a_bounded_text() {
+    let mut hostile = connection(1, "outbound", "HBONE", 5, 9);
+    hostile["id"] = json!({"any": "x".repeat(10_000)});
+    let mut long = connection(1, "outbound", "HBONE", 5, 9);
+    long["id"] = format!("\n{}", "x".repeat(10_000)).into();
+    let made = picture(&[hostile, long], &Picture::default(), 100);
+    for key in made.rows("connections").unwrap().keys() {
+        assert!(key.chars().count() < 310 && !key.contains('\n'), "{key}");
+    }
+}
+
+#[test]
 fn a_flow_that_both_nodes_see_counts_once() {
     let both = [
         connection(1, "outbound", "HBONE", 5, 0),
