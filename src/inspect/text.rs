@@ -1,6 +1,7 @@
 //! Text for people: tables, times, and colours where a terminal shows them.
 
 use crate::telemetry::log::brief;
+pub use crate::telemetry::units::bytes;
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
@@ -80,19 +81,6 @@ pub fn seconds(seconds: u64) -> String {
 pub fn ago(stamp: &Value, now: SystemTime) -> Option<String> {
     let at = humantime::parse_rfc3339(stamp.as_str()?).ok()?;
     Some(seconds(now.duration_since(at).unwrap_or_default().as_secs()))
-}
-
-/// A number of bytes with a unit.
-pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    let (mut whole, mut tenths, mut unit) = (count, 0, 0);
-    while whole >= 1024 && unit + 1 < UNITS.len() {
-        tenths = whole % 1024 * 10 / 1024;
-        whole /= 1024;
-        unit += 1;
-    }
-    let name = UNITS.get(unit).copied().unwrap_or_default();
-    if unit == 0 || whole >= 100 { format!("{whole} {name}") } else { format!("{whole}.{tenths} {name}") }
 }
 
 #[cfg(test)]

@@ -10,3 +10,4 @@ pub mod process;
 pub mod queue;
 pub mod ring;
 pub mod series;
+pub mod units;

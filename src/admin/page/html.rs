@@ -3,6 +3,7 @@
 
 use super::parts::Rows;
 use super::picture::Picture;
+use crate::telemetry::units::bytes;
 use serde_json::Value;
 use std::fmt::Write;
 use std::time::{Duration, UNIX_EPOCH};
@@ -101,20 +102,7 @@ fn time(seconds: u64) -> String {
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
 }
 
-/// Bytes for people: powers of 1024, three digits.
-pub fn bytes(count: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
-    let (mut unit, mut divisor) = (0, 1_u64);
-    while count / divisor >= 1024 && unit + 1 < UNITS.len() {
-        unit += 1;
-        divisor *= 1024;
-    }
-    let name = UNITS.get(unit).copied().unwrap_or_default();
-    let (whole, tenth) = (count / divisor, count % divisor * 10 / divisor);
-    if unit == 0 || whole >= 100 { format!("{whole} {name}") } else { format!("{whole}.{tenth} {name}") }
-}
-
-/// A duration for people: its two largest units.
+/// A duration for people: its two largest units, as `feed.js` writes it too.
 pub fn span(seconds: u64) -> String {
     let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
     let at = units.iter().position(|(length, _)| seconds >= *length).unwrap_or(units.len() - 1);

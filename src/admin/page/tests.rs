@@ -1,9 +1,10 @@
 //! Tests of the live page without a browser.
 
-use super::html::{Asked, bytes, escaped, page, span};
+use super::html::{Asked, escaped, page, span};
 use super::live::{LISTENERS_MAX, Live, Told};
 use super::parts::text;
 use super::picture::Picture;
+use crate::telemetry::units::bytes;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
