@@ -1,5 +1,6 @@
 //! What commands print.
 
+use crate::telemetry::printable::printable_lines;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -15,8 +16,13 @@ pub(super) fn say(text: &str) -> ExitCode {
 
 /// Prints to standard error, and gives the exit code.
 pub(super) fn fail(code: u8, text: &str) -> ExitCode {
-    for line in text.lines() {
+    warn(text);
+    ExitCode::from(code)
+}
+
+/// Prints to standard error. The text may have been written by others.
+pub(super) fn warn(text: &str) {
+    for line in printable_lines(text).lines() {
         let _ = writeln!(std::io::stderr(), "culvert: {line}");
     }
-    ExitCode::from(code)
 }

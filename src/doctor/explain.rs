@@ -1,5 +1,6 @@
 //! `culvert explain`: what would happen to a connection now, or what policies would change, as text or as JSON.
 
+use crate::telemetry::printable::printable_lines;
 use serde_json::Value;
 
 /// The query string of a question about a connection `from` a pod `to` an address.
@@ -48,7 +49,7 @@ fn text(answer: &Value) -> String {
     }
     lines.push(String::new());
     lines.push(format!("=> {}", said("result")));
-    printable(&lines.join("\n"))
+    printable_lines(&lines.join("\n"))
 }
 
 /// What policies would change: a line for each connection.
@@ -76,13 +77,7 @@ fn changes(answer: &Value) -> String {
             said("then")
         ));
     }
-    printable(&lines.join("\n"))
-}
-
-fn printable(text: &str) -> String {
-    // Names in the mesh facts are what others have written.
-    let shown = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
-    text.chars().map(shown).collect()
+    printable_lines(&lines.join("\n"))
 }
 
 #[cfg(test)]

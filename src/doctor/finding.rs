@@ -1,5 +1,6 @@
 //! Findings: the lines of doctor's report.
 
+use crate::telemetry::printable::printable;
 use std::fmt;
 use std::time::Duration;
 
@@ -30,7 +31,7 @@ impl fmt::Display for Finding {
             Verdict::Note => "note",
             Verdict::Fail => "FAIL",
         };
-        write!(f, "{word}  {:<12}  {}", self.check, self.text)
+        write!(f, "{word}  {:<12}  {}", self.check, printable(&self.text))
     }
 }
 

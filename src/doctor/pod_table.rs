@@ -1,6 +1,7 @@
 //! `culvert pods`: the pods of this node as the daemon lists them, as a table or as JSON.
 
 use crate::admin::page::notes::notes;
+use crate::telemetry::printable::printable;
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
@@ -46,8 +47,8 @@ fn row(pod: &Value, now: SystemTime) -> [String; 4] {
     let since = since(pod, now).map(|since| crate::telemetry::log::brief(since).to_string()).unwrap_or_default();
     let cells =
         [format!("{}/{}", text("namespace"), text("name")), text("state").to_owned(), since, notes(pod).join("; ")];
-    // A pod chooses the names of its own rules, so they may contain control characters.
-    cells.map(|cell| cell.chars().map(|c| if c.is_control() { '?' } else { c }).collect())
+    // A pod chooses the names of its own rules.
+    cells.map(|cell| printable(&cell))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Text for people: tables, times, and colours where a terminal shows them.
 
 use crate::telemetry::log::brief;
+pub use crate::telemetry::printable::printable;
 pub use crate::telemetry::units::bytes;
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
@@ -49,11 +50,6 @@ pub fn columns(rows: &[Vec<String>]) -> Vec<String> {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     rows.iter().map(line).collect()
-}
-
-/// A text from a daemon without control characters: names are what others have written.
-pub fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 /// The value at a path such as `/pods/total`, or null.

@@ -1,5 +1,6 @@
 //! Texts that others have written, the two ends of a connection, and flows from workload to workload.
 
+use crate::telemetry::printable::is_unseen;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -28,11 +29,7 @@ pub fn text(value: &Value) -> String {
         Value::Number(number) => return number.to_string(),
         _ => return String::new(),
     };
-    let unseen = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
-    };
-    let mut shown: String = all.chars().take(TEXT_MAX).map(|c| if unseen(c) { '\u{fffd}' } else { c }).collect();
+    let mut shown: String = all.chars().take(TEXT_MAX).map(|c| if is_unseen(c) { '\u{fffd}' } else { c }).collect();
     if all.chars().nth(TEXT_MAX).is_some() {
         shown.push('…');
     }
