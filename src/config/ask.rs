@@ -163,8 +163,8 @@ pub struct TopArgs {
     /// What to sort by: rate, bytes, connections, connect or pod.
     #[arg(long, value_name = "WORD", default_value = "rate")]
     pub sort: Sort,
-    /// Time between two looks.
-    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = humantime::parse_duration)]
+    /// Time between two looks, at least 100ms.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = interval)]
     pub interval: Duration,
     /// Print JSON once, after one interval.
     #[arg(long)]
@@ -172,6 +172,15 @@ pub struct TopArgs {
     /// Which daemons.
     #[command(flatten)]
     pub ask: AskArgs,
+}
+
+/// The shortest time between two looks. Each one asks every daemon for all its connections.
+const INTERVAL_MIN: Duration = Duration::from_millis(100);
+
+/// Reads the time between two looks.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if interval < INTERVAL_MIN { Err("use 100ms or more".to_owned()) } else { Ok(interval) }
 }
 
 /// What `culvert top` sorts by.
@@ -296,6 +305,15 @@ impl DoctorArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn daemons_are_not_asked_without_a_pause() {
+        assert_eq!(interval("100ms"), Ok(INTERVAL_MIN));
+        for text in ["0s", "99ms"] {
+            assert_eq!(interval(text), Err("use 100ms or more".to_owned()), "{text}");
+        }
+        assert!(interval("soon").is_err());
+    }
 
     #[test]
     fn an_admin_port_is_an_address_or_only_its_host_or_port() {
