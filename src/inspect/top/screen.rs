@@ -41,8 +41,9 @@ struct Shown {
 
 /// Shows flows until the user ends it.
 pub(super) async fn show(looks: &mut Looks<'_>, interval: Duration, order: Order) -> io::Result<Outcome> {
-    let mut terminal = ratatui::try_init()?;
+    // Before the first change of the terminal, of which a later one may fail.
     let _restored = Restored;
+    let mut terminal = ratatui::try_init()?;
     let mut shown = Shown { look: None, order, table: TableState::default(), paused: false, at: Instant::now() };
     let mut keys = Box::pin(run_blocking(next_event));
     let (mut ended, mut hung_up) = (signal(SignalKind::terminate())?, signal(SignalKind::hangup())?);
