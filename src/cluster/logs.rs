@@ -1,6 +1,6 @@
 //! The log of a daemon's pod, line by line, through the Kubernetes API.
 
-use super::{ClusterError, Daemon, Daemons};
+use super::{AskError, ClusterError, Daemon, Daemons};
 use crate::telemetry::log::with_causes;
 use futures_util::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt};
 use k8s_openapi::api::core::v1::Pod;
@@ -22,11 +22,13 @@ pub struct LogLines {
 }
 
 impl Daemons {
-    /// Reads the log of a daemon. `take` gets each line, without its end, and says whether to go on.
+    /// Reads the log of a daemon. `take` gets each line, without its end, and says whether to go on. The API has
+    /// `deadline` to answer, and for each line if further ones are not waited for.
     pub async fn log(
         &self,
         daemon: &Daemon,
         lines: &LogLines,
+        deadline: Duration,
         mut take: impl FnMut(&str) -> bool,
     ) -> Result<(), ClusterError> {
         let Some(client) = &self.client else {
@@ -34,6 +36,9 @@ impl Daemons {
                 "the log is in the Kubernetes API; on the node itself read it with the container runtime or journalctl";
             return Err(ClusterError::NotFound(text.to_owned()));
         };
+        if daemon.pod.is_empty() {
+            return Err(ClusterError::NotFound(daemon.down.clone().unwrap_or_default()));
+        }
         let pods: Api<Pod> = Api::namespaced(client.clone(), &daemon.namespace);
         let parameters = LogParams {
             follow: lines.follow,
@@ -43,10 +48,20 @@ impl Daemons {
             ..LogParams::default()
         };
         let api = |text: String| ClusterError::Api(format!("the log of {}/{}: {text}", daemon.namespace, daemon.pod));
-        let stream = pods.log_stream(&daemon.pod, &parameters).await.map_err(|error| api(with_causes(&error)))?;
+        let late = || api(AskError::Late(deadline).to_string());
+        let stream = tokio::time::timeout(deadline, pods.log_stream(&daemon.pod, &parameters)).await;
+        let stream = stream.map_err(|_| late())?.map_err(|error| api(with_causes(&error)))?;
         let mut stream = std::pin::pin!(stream);
         let mut line = Vec::new();
-        while read_line(&mut stream, &mut line).await.map_err(|error| api(error.to_string()))? {
+        loop {
+            let read = read_line(&mut stream, &mut line);
+            let read = match lines.follow {
+                true => read.await,
+                false => tokio::time::timeout(deadline, read).await.map_err(|_| late())?,
+            };
+            if !read.map_err(|error| api(error.to_string()))? {
+                break;
+            }
             if !take(String::from_utf8_lossy(&line).trim_end_matches(['\n', '\r'])) {
                 break;
             }

@@ -21,8 +21,9 @@ pub async fn run(
 ) -> Result<(), ClusterError> {
     let (daemon, place) = daemons.find_of_pod(pod, timeout).await?;
     let of = format!("{}/{} on node {}", daemon.namespace, daemon.pod, daemon.node);
-    say(Line::About(&format!("lines about {pod} from the log of {of}")));
-    daemons.log(&daemon, lines, |line| !is_about(line, &place) || say(Line::Log(&printable_line(line)))).await
+    say(Line::About(&printable(&format!("lines about {pod} from the log of {of}"))));
+    let take = |line: &str| !is_about(line, &place) || say(Line::Log(&printable_line(line)));
+    daemons.log(&daemon, lines, timeout, take).await
 }
 
 /// What is printed.
