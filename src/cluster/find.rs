@@ -1,15 +1,12 @@
 //! Finds the daemons: the pods with the label that istioctl and enrolment know too, one for each node.
 
+use super::candidates::{self, LABEL};
 use super::question::{Cluster, ClusterError, Daemon};
 use crate::telemetry::log::with_causes;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use std::collections::BTreeMap;
 use std::time::Duration;
-
-/// Label of the daemons' pods. It is ztunnel's, which istioctl finds the daemon by.
-const LABEL: &str = "app=ztunnel";
 
 /// Pods in one answer of the API.
 const PAGE: u32 = 500;
@@ -49,30 +46,27 @@ pub(super) async fn client(cluster: &Cluster) -> Result<kube::Client, ClusterErr
 /// The daemons that were asked for, one for each node, sorted by node.
 pub(super) async fn daemons(client: &kube::Client, cluster: &Cluster) -> Result<Vec<Daemon>, ClusterError> {
     let pods: Api<Pod> = match &cluster.namespace {
+        Some(namespace) if !is_label(namespace) => {
+            return Err(ClusterError::NotFound(format!("{namespace:?} is not the name of a namespace")));
+        }
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let mut found: BTreeMap<String, Pod> = BTreeMap::new();
+    let mut found = Vec::new();
     let mut parameters = ListParams::default().labels(LABEL).limit(PAGE);
     loop {
         let page = pods.list(&parameters).await.map_err(|error| refused(&error, cluster))?;
-        for pod in page.items {
-            let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
-            let better = found.get(&node).is_none_or(|other| rank(&pod) > rank(other));
-            if better && !is_done(&pod) {
-                found.insert(node, pod);
-            }
-        }
+        found.extend(page.items);
         match page.metadata.continue_.filter(|more| !more.is_empty()) {
             Some(more) => parameters = parameters.continue_token(&more),
             None => break,
         }
     }
-    if found.is_empty() {
+    let mut all = candidates::daemons(found);
+    if all.is_empty() {
         let place = cluster.namespace.as_deref().map_or("in no namespace".to_owned(), |name| format!("not in {name}"));
         return Err(ClusterError::NotFound(format!("there are no daemons: {place} is a pod with the label {LABEL}")));
     }
-    let mut all: Vec<Daemon> = found.into_iter().map(|(node, pod)| daemon(node, &pod)).collect();
     if !cluster.nodes.is_empty() {
         let missing = |name: &&String| !all.iter().any(|daemon| daemon.node == **name);
         let missing: Vec<Daemon> = cluster.nodes.iter().filter(missing).map(|node| without(node)).collect();
@@ -114,11 +108,27 @@ impl PodPlace {
 
     /// A pod of which only `NAMESPACE/NAME` is known.
     fn named(pod: &str) -> Result<Self, ClusterError> {
-        let Some((namespace, name)) = pod.split_once('/').filter(|(a, b)| !a.is_empty() && !b.is_empty()) else {
+        let names = pod.split_once('/').filter(|(namespace, name)| is_label(namespace) && is_subdomain(name));
+        let Some((namespace, name)) = names else {
             return Err(ClusterError::NotFound(format!("{pod:?} is not NAMESPACE/NAME of a pod")));
         };
         Ok(Self { namespace: namespace.to_owned(), name: name.to_owned(), node: String::new(), ips: Vec::new() })
     }
+}
+
+/// Whether a text is a DNS label, as names of namespaces are. Names go into the paths of requests as they are.
+fn is_label(text: &str) -> bool {
+    text.len() <= 63 && is_part(text)
+}
+
+/// Whether a text is a DNS subdomain, as names of pods are.
+fn is_subdomain(text: &str) -> bool {
+    text.len() <= 253 && text.split('.').all(is_part)
+}
+
+fn is_part(text: &str) -> bool {
+    let inner = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
 }
 
 /// Asks the API where a pod, `NAMESPACE/NAME`, runs.
@@ -145,88 +155,28 @@ fn refused(error: &kube::Error, cluster: &Cluster) -> ClusterError {
     })
 }
 
-fn daemon(node: String, pod: &Pod) -> Daemon {
-    let (name, namespace) = (pod.metadata.name.clone(), pod.metadata.namespace.clone());
-    let (name, namespace) = (name.unwrap_or_default(), namespace.unwrap_or_default());
-    let down = (!is_running(pod)).then(|| format!("its daemon {namespace}/{name} is not running: {}", state(pod)));
-    let node = if node.is_empty() { format!("(no node: {name})") } else { node };
-    Daemon { node, namespace, pod: name, down }
-}
-
 /// A node that was asked for and has no daemon.
 fn without(node: &str) -> Daemon {
     let down = Some("no daemon runs on this node, or there is no such node".to_owned());
-    Daemon { node: node.to_owned(), namespace: String::new(), pod: String::new(), down }
-}
-
-/// Which of two daemons of a node is asked, during an upgrade: one that stays, one that runs, the younger one.
-fn rank(pod: &Pod) -> impl PartialOrd + use<> {
-    let created = pod.metadata.creation_timestamp.as_ref().map(|time| time.0);
-    (pod.metadata.deletion_timestamp.is_none(), is_running(pod), created)
-}
-
-fn phase(pod: &Pod) -> &str {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("unknown")
-}
-
-/// Whether a pod has ended for good, as evicted ones have.
-fn is_done(pod: &Pod) -> bool {
-    matches!(phase(pod), "Succeeded" | "Failed")
-}
-
-/// Whether a container of the pod runs, so that its ports can be asked. It need not be ready.
-fn is_running(pod: &Pod) -> bool {
-    let containers = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
-    let runs = |all: &Vec<k8s_openapi::api::core::v1::ContainerStatus>| {
-        all.iter().any(|one| one.state.as_ref().is_some_and(|state| state.running.is_some()))
-    };
-    phase(pod) == "Running" && containers.is_none_or(runs)
-}
-
-/// Phase of a pod that does not run, and why its container waits.
-fn state(pod: &Pod) -> String {
-    let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
-    let reasons = statuses.into_iter().flatten().filter_map(|one| {
-        let state = one.state.as_ref()?;
-        let waiting = state.waiting.as_ref().and_then(|waiting| waiting.reason.clone());
-        waiting.or_else(|| state.terminated.as_ref().and_then(|ended| ended.reason.clone()))
-    });
-    let reasons: Vec<String> = reasons.collect();
-    if reasons.is_empty() { phase(pod).to_owned() } else { format!("{} ({})", phase(pod), reasons.join(", ")) }
+    Daemon { node: node.to_owned(), namespace: String::new(), pod: String::new(), down, note: None }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    fn pod(status: serde_json::Value, metadata: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({"metadata": metadata, "status": status})).unwrap()
-    }
 
     #[test]
-    fn a_daemon_that_does_not_run_is_named_with_the_reason() {
-        let named = json!({"name": "ztunnel-1", "namespace": "istio-system"});
-        let running = pod(json!({"phase": "Running"}), named.clone());
-        assert_eq!(daemon("n1".into(), &running).down, None);
-        let waiting = json!({"phase": "Pending", "containerStatuses": [{"name": "istio-proxy", "image": "", "imageID": "", "ready": false,
-            "restartCount": 0, "state": {"waiting": {"reason": "ImagePullBackOff"}}}]});
-        let why = daemon("n1".into(), &pod(waiting, named.clone())).down.unwrap();
-        assert_eq!(why, "its daemon istio-system/ztunnel-1 is not running: Pending (ImagePullBackOff)");
-        let crashed = json!({"phase": "Running", "containerStatuses": [{"name": "istio-proxy", "image": "", "imageID": "", "ready": false,
-            "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff"}}}]});
-        assert!(daemon("n1".into(), &pod(crashed, named)).down.unwrap().ends_with("Running (CrashLoopBackOff)"));
-    }
-
-    #[test]
-    fn during_an_upgrade_the_daemon_that_stays_is_asked() {
-        let old = pod(
-            json!({"phase": "Running"}),
-            json!({"deletionTimestamp": "2026-01-01T00:00:00Z", "creationTimestamp": "2025-01-01T00:00:00Z"}),
-        );
-        let new = pod(json!({"phase": "Running"}), json!({"creationTimestamp": "2026-01-01T00:00:00Z"}));
-        let coming = pod(json!({"phase": "Pending"}), json!({"creationTimestamp": "2026-01-02T00:00:00Z"}));
-        assert!(rank(&new) > rank(&old));
-        assert!(rank(&new) > rank(&coming));
+    fn only_names_that_pods_can_have_go_into_paths() {
+        for pod in ["shop/web-0", "a/b.c-1"] {
+            assert!(PodPlace::named(pod).is_ok(), "{pod}");
+        }
+        for pod in [
+            "web", "/", "a/", "/b", "a/b/c", "a/..", "../b", "a/b?c=d", "a/b%2f", "a/B", "a/b#", "a b/c", "a.b/c",
+            "a/-b",
+        ] {
+            let error = PodPlace::named(pod).unwrap_err().to_string();
+            assert!(error.contains("is not NAMESPACE/NAME"), "{pod}: {error}");
+        }
+        assert!(!is_label(&"a".repeat(64)) && is_label(&"a".repeat(63)));
     }
 }

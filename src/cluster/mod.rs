@@ -4,15 +4,18 @@
 //! Every question has a deadline and a limit for its answer. Many daemons are asked at the same time, and one that does
 //! not answer is named with the reason while the others are shown.
 
+mod candidates;
 mod find;
 mod line;
 mod logs;
 mod question;
+mod recent;
 
 pub use self::find::PodPlace;
 use self::line::Line;
 pub use self::logs::LogLines;
 pub use self::question::{Answer, AskError, Cluster, ClusterError, Daemon, Place, Question};
+pub use self::recent::Recent;
 use crate::task::Group;
 use crate::telemetry::log::with_causes;
 use futures_util::StreamExt;
@@ -20,6 +23,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Daemons that are asked at the same time.
 const AT_ONCE: usize = 32;
@@ -29,6 +33,8 @@ pub struct Daemons {
     place: Place,
     client: Option<kube::Client>,
     lines: Mutex<HashMap<Daemon, Line>>,
+    /// The last list, and when it was made.
+    found: Mutex<Option<(Instant, Recent)>>,
     tasks: Group,
 }
 
@@ -51,7 +57,7 @@ impl Daemons {
             Place::Here(_) => None,
             Place::Cluster(cluster) => Some(find::client(cluster).await?),
         };
-        Ok(Self { place, client, lines: Mutex::default(), tasks: Group::default() })
+        Ok(Self { place, client, lines: Mutex::default(), found: Mutex::default(), tasks: Group::default() })
     }
 
     /// Where they are.
@@ -61,13 +67,14 @@ impl Daemons {
 
     /// The daemons, sorted by node. There is at least one, and one for each node that was asked for.
     pub async fn find(&self, deadline: Duration) -> Result<Vec<Daemon>, ClusterError> {
-        match (&self.place, &self.client) {
+        let found = match (&self.place, &self.client) {
             (Place::Cluster(cluster), Some(client)) => {
                 let found = tokio::time::timeout(deadline, find::daemons(client, cluster)).await;
                 found.unwrap_or_else(|_| Err(ClusterError::Api(AskError::Late(deadline).to_string())))
             }
-            _ => Ok(vec![Daemon { node: String::new(), namespace: String::new(), pod: String::new(), down: None }]),
-        }
+            _ => Ok(vec![Daemon::default()]),
+        };
+        self.keep(found)
     }
 
     /// The daemon on the node of a pod, `NAMESPACE/NAME`, and what the API says about the pod. On this machine the
@@ -145,5 +152,46 @@ fn refused(error: &kube::Error) -> String {
     match text.contains("403") {
         true => format!("port-forward: {text}; your account needs the right to create pods/portforward"),
         false => format!("port-forward: {text}"),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// A pod of the DaemonSet that runs on n1.
+    pub(crate) fn daemon_pod(name: &str) -> Value {
+        let owner =
+            json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "ztunnel", "uid": "1", "controller": true});
+        json!({"metadata": {"name": name, "namespace": "istio-system", "ownerReferences": [owner]},
+            "spec": {"nodeName": "n1", "containers": []}, "status": {"phase": "Running"}})
+    }
+
+    /// Daemons of a cluster whose API lists these pods, fails where there is no list, and knows nothing else. It gets
+    /// the path of each request.
+    pub(crate) fn with_api(pods: impl Fn(&str) -> Option<Vec<Value>> + Clone + Send + Sync + 'static) -> Daemons {
+        let answer = move |request: axum::extract::Request| {
+            let (path, pods) = (request.uri().path(), pods(request.uri().path()));
+            let (status, body) = match pods {
+                Some(pods) if path == "/api/v1/pods" => {
+                    (200, json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": pods}))
+                }
+                Some(_) => (404, json!({"kind": "Status", "status": "Failure", "code": 404, "message": "not here"})),
+                None => (500, json!({"kind": "Status", "status": "Failure", "code": 500, "message": "away"})),
+            };
+            let answer = http::Response::builder().status(status).body(body.to_string()).unwrap();
+            async move { answer }
+        };
+        let client = kube::Client::new(axum::Router::new().fallback(answer), "default");
+        let cluster =
+            Cluster { kubeconfig: None, context: None, namespace: None, nodes: Vec::new(), admin_port: 15000 };
+        Daemons {
+            place: Place::Cluster(cluster),
+            client: Some(client),
+            lines: Mutex::default(),
+            found: Mutex::default(),
+            tasks: Group::default(),
+        }
     }
 }

@@ -72,7 +72,7 @@ pub enum AskError {
 }
 
 /// One daemon.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Daemon {
     /// Name of its node; empty for the daemon of this machine, which says it itself in `/status`.
     pub node: String,
@@ -82,6 +82,8 @@ pub struct Daemon {
     pub pod: String,
     /// Why it cannot be asked, if that is known.
     pub down: Option<String>,
+    /// What people should know about how it was found.
+    pub note: Option<String>,
 }
 
 impl Daemon {

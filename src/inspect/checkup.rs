@@ -119,7 +119,7 @@ mod tests {
         let page = json!({"ready": true, "version": "1", "now": "2026-01-01T00:00:00Z", "red": ["1 of 2 pods are not captured"],
             "notes": [], "pods": {"captured": 1, "total": 2}});
         let pods = json!([{"namespace": "a", "name": "b", "state": "failed", "reason": "no way", "otherRules": ["x"], "mayBypass": []}]);
-        let pods = Node { name: "n1".into(), pod: None, page: Ok(pods) };
+        let pods = Node { name: "n1".into(), pod: None, note: None, page: Ok(pods) };
         let found = about(&page, &pods, now);
         let lines: Vec<String> =
             found.into_iter().map(|(verdict, check, said)| format!("{verdict} {check} {said}")).collect();

@@ -219,7 +219,7 @@ mod tests {
 
     #[test]
     fn open_connections_are_shown_with_both_ends_and_those_in_plaintext_are_said_to_be() {
-        let node = Node { name: "n1".into(), pod: None, page: Ok(example()) };
+        let node = Node { name: "n1".into(), pod: None, note: None, page: Ok(example()) };
         let filter = Filter { limit: 10, ..Filter::default() };
         let expected = "\
 NODE  POD               FAR END                   ITS IDENTITY      PROTECTION              SENT     RECEIVED  OPEN FOR  RULE

@@ -5,15 +5,12 @@ use super::nodes::page;
 use crate::admin::dashboard::Dashboard;
 use crate::admin::page::{Live, Site, Told};
 use crate::admin::{Asked, Query};
-use crate::cluster::{Daemon, Daemons, Question};
+use crate::cluster::{Daemon, Daemons, Question, Recent};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// How long a list of daemons is used. Nodes come and go slowly.
-const FOUND_FOR: Duration = Duration::from_secs(20);
 
 /// How long a node that has not answered is not asked again, so that it does not delay the others at each turn.
 const DOWN_FOR: Duration = Duration::from_secs(20);
@@ -25,17 +22,8 @@ const PART_MAX: usize = 16 << 20;
 struct Shown {
     daemons: Daemons,
     timeout: Duration,
-    found: Mutex<Found>,
     /// Daemons that have not answered: when, and why.
     down: Mutex<HashMap<Daemon, (Instant, String)>>,
-}
-
-/// The daemons, when they were found, and why they could not be found since.
-#[derive(Clone)]
-struct Found {
-    all: Vec<Daemon>,
-    at: Instant,
-    error: Option<String>,
 }
 
 /// Finds the daemons and opens the port. Returns the number of daemons too.
@@ -44,10 +32,8 @@ pub async fn open(
     timeout: Duration,
     (port, title): (u16, &str),
 ) -> Result<(Dashboard, usize), String> {
-    let all = daemons.find(timeout).await.map_err(|error| error.to_string())?;
-    let count = all.len();
-    let found = Mutex::new(Found { all, at: Instant::now(), error: None });
-    let shown = Arc::new(Shown { daemons, timeout, found, down: Mutex::default() });
+    let count = daemons.find(timeout).await.map_err(|error| error.to_string())?.len();
+    let shown = Arc::new(Shown { daemons, timeout, down: Mutex::default() });
     let site = Site { live: Live::new(feed(&shown)), title: title.into(), links: &[] };
     let opened = Dashboard::bind(port, site, explain(shown)).await;
     Ok((opened.map_err(|error| format!("{error} Or use --port"))?, count))
@@ -72,7 +58,7 @@ fn explain(shown: Arc<Shown>) -> Asked {
 impl Shown {
     /// The parts of all nodes.
     async fn all(&self) -> Told {
-        let Found { all, error, .. } = self.found().await;
+        let Recent { all, error } = self.daemons.recent(self.timeout).await;
         let question = Question { max: PART_MAX, ..Question::get("/snapshot", self.timeout) };
         let down = self.down();
         let asked: Vec<Daemon> = all.iter().filter(|daemon| !down.contains_key(*daemon)).cloned().collect();
@@ -117,29 +103,13 @@ impl Shown {
         down.clone()
     }
 
-    /// The daemons, from a list that is not too old.
-    async fn found(&self) -> Found {
-        let known = self.found.lock().clone();
-        if known.at.elapsed() < FOUND_FOR {
-            return known;
-        }
-        let asked = self.daemons.find(self.timeout).await;
-        let new = match asked {
-            Ok(all) => Found { all, at: Instant::now(), error: None },
-            // Those that were known before are asked all the same.
-            Err(error) => Found { error: Some(error.to_string()), at: Instant::now(), ..known },
-        };
-        *self.found.lock() = new.clone();
-        new
-    }
-
     async fn explain(&self, query: &Query) -> Result<Value, String> {
         let pod = query.iter().find(|(name, _)| name == "from").map(|(_, pod)| pod.as_str()).unwrap_or_default();
         if pod.split('/').count() != 2 {
             return Err(format!("{pod:?} is not NAMESPACE/POD"));
         }
         let place = self.daemons.place_of_pod(pod, self.timeout).await.map_err(|error| error.to_string())?;
-        let daemon = place.daemon(&self.found().await.all).map_err(|error| error.to_string())?;
+        let daemon = place.daemon(&self.daemons.recent(self.timeout).await.all).map_err(|error| error.to_string())?;
         let asked = form_urlencoded::Serializer::new(String::new()).extend_pairs(query).finish();
         let question = Question::get(format!("/explain?{asked}"), self.timeout);
         let answer = self.daemons.ask(&daemon, &question).await.map_err(|error| error.to_string())?;

@@ -12,6 +12,8 @@ pub struct Node {
     pub name: String,
     /// Namespace and name of the daemon's pod, in a cluster.
     pub pod: Option<String>,
+    /// What people should know about how the daemon was found.
+    pub note: Option<String>,
     /// The page, or why there is none.
     pub page: Result<Value, String>,
 }
@@ -30,7 +32,7 @@ impl Node {
             false => daemon.node.clone(),
         };
         let pod = (!daemon.pod.is_empty()).then(|| format!("{}/{}", daemon.namespace, daemon.pod));
-        Self { name, pod, page }
+        Self { name, pod, note: daemon.note.clone(), page }
     }
 
     /// The line about a daemon that did not answer.
@@ -40,18 +42,27 @@ impl Node {
 
     /// For programs: the page under `key`, or the error.
     pub fn json(&self, key: &str) -> Value {
-        match &self.page {
+        let mut json = match &self.page {
             Ok(page) => json!({"node": self.name, "pod": self.pod, "reached": true, key: page}),
             Err(error) => json!({"node": self.name, "pod": self.pod, "reached": false, "error": error}),
+        };
+        if let (Some(note), Some(json)) = (&self.note, json.as_object_mut()) {
+            json.insert("note".to_owned(), note.as_str().into());
         }
+        json
     }
 }
 
 /// Asks all daemons for a page.
 pub async fn ask(daemons: &Daemons, path: &str, timeout: Duration) -> Result<Vec<Node>, ClusterError> {
     let all = daemons.find(timeout).await?;
-    let answers = daemons.ask_all(&all, &Question::get(path, timeout)).await;
-    Ok(all.iter().zip(answers).map(|(daemon, answer)| Node::new(daemon, page(answer))).collect())
+    Ok(ask_these(daemons, &all, &Question::get(path, timeout)).await)
+}
+
+/// Asks these daemons. The answers are in their order.
+pub async fn ask_these(daemons: &Daemons, all: &[Daemon], question: &Question) -> Vec<Node> {
+    let answers = daemons.ask_all(all, question).await;
+    all.iter().zip(answers).map(|(daemon, answer)| Node::new(daemon, page(answer))).collect()
 }
 
 /// How a command that only shows pages has ended.

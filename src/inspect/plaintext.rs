@@ -85,8 +85,8 @@ mod tests {
             {"pod": "shop/web", "since": "2026-01-01T00:00:00.000Z", "accepted": 2, "last_accepted": "2026-01-01T00:59:50.000Z",
              "opened": 0, "last_opened": null, "refused": 3, "open": 0, "uncaptured": 1, "peers": [{"peer": "10.0.0.9"}]},
         ]});
-        let silent = Node { name: "n2".into(), pod: None, page: Err("no answer within 5s".into()) };
-        let nodes = [Node { name: "n1".into(), pod: None, page: Ok(page) }, silent];
+        let silent = Node { name: "n2".into(), pod: None, note: None, page: Err("no answer within 5s".into()) };
+        let nodes = [Node { name: "n1".into(), pod: None, note: None, page: Ok(page) }, silent];
         let expected = "\
 NODE  POD       NONE SENT FOR  NONE RECEIVED FOR  OPEN NOW  REFUSED  WITH
 n1    shop/web  1h (ever)      10s                1         3        10.0.0.9

@@ -62,6 +62,7 @@ fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
     let mut wrong = Vec::new();
     let mut notes = Vec::new();
     for node in nodes {
+        notes.extend(node.note.iter().map(|note| format!("{}: {}", node.name, printable(note))));
         match &node.page {
             Err(error) => wrong.push(format!("{}: no answer: {}", node.name, printable(error))),
             Ok(status) => {
@@ -204,7 +205,7 @@ mod tests {
             "pods": {"captured": 2, "total": 2, "notCaptured": []}, "facts": {"current": true, "ageSeconds": 0},
             "certificates": {"next": {"secondsLeft": 7261}}, "connections": {"open": 5},
             "failures": {"total": 0, "byReason": []}});
-        Node { name: name.into(), pod: None, page: Ok(status) }
+        Node { name: name.into(), pod: None, note: None, page: Ok(status) }
     }
 
     fn red(name: &str) -> Node {
@@ -222,7 +223,7 @@ mod tests {
 
     #[test]
     fn the_screen_names_what_is_wrong_and_a_node_that_does_not_answer() {
-        let gone = Node { name: "n3".into(), pod: None, page: Err("no answer within 5s".into()) };
+        let gone = Node { name: "n3".into(), pod: None, note: None, page: Err("no answer within 5s".into()) };
         let now = humantime::parse_rfc3339("2026-01-01T00:01:30Z").unwrap();
         let expected = "\
 NODE  VERSION  READY      CAPTURED  FACTS    NEXT CERTIFICATE ENDS  CONNECTIONS  FAILED 5m

@@ -226,7 +226,7 @@ mod tests {
     use super::*;
 
     fn node(page: Value) -> Node {
-        Node { name: "n1".into(), pod: None, page: Ok(page) }
+        Node { name: "n1".into(), pod: None, note: None, page: Ok(page) }
     }
 
     fn open(id: u64, sent: u64, received: u64) -> Value {

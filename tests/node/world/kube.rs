@@ -186,10 +186,21 @@ impl Api {
     /// Adds the pod of a node's daemon, in which port-forwards do what `forward` says.
     pub fn daemon(&self, node: u8, status: Value, forward: Forward) {
         let name = format!("ztunnel-{node}");
-        let object = json!({"metadata": {"name": name, "namespace": "istio-system", "uid": name, "labels": {"app": "ztunnel"}},
+        let owner = json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "name": "ztunnel", "uid": "ztunnel", "controller": true});
+        let object = json!({"metadata": {"name": name, "namespace": "istio-system", "uid": name, "labels": {"app": "ztunnel"},
+                "ownerReferences": [owner]},
             "spec": {"nodeName": format!("n{node}"), "containers": []}, "status": status});
         self.put("pods", &format!("istio-system/{name}"), |_| Some(object));
         self.change_state(|state| drop(state.forwards.insert(name, forward)));
+    }
+
+    /// Adds a pod of namespace `other` with the label of the daemons that is on a node too. Nothing can be forwarded to
+    /// it.
+    pub fn impostor(&self, node: u8) {
+        let object = json!({"metadata": {"name": "impostor", "namespace": "other", "uid": "impostor", "labels": {"app": "ztunnel"},
+                "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "spec": {"nodeName": format!("n{node}"), "containers": []}, "status": {"phase": "Running"}});
+        self.put("pods", "other/impostor", |_| Some(object));
     }
 
     pub fn daemonset(&self, name: &str, object: Option<Value>) {
