@@ -88,24 +88,55 @@ pub enum Order {
     Pod,
 }
 
-/// Bytes of each connection, by node and number, at the last look.
-pub type Carried = HashMap<(String, u64), (u64, u64)>;
+/// What the connections of each node had carried when it last answered.
+pub type Carried = HashMap<String, Answered>;
 
-/// Takes connections together. `before` is what they had carried `since` ago; it is replaced by what they have carried
-/// now.
-pub fn flows(connections: &[Node], history: &[Node], before: &mut Carried, since: Option<Duration>) -> Vec<Flow> {
+/// The last answer of a node.
+#[derive(Debug, Default)]
+pub struct Answered {
+    /// When it was asked.
+    asked: Duration,
+    /// Bytes that were sent and received, by the number of the connection.
+    bytes: HashMap<u64, (u64, u64)>,
+}
+
+/// The time since a node's last answer, and what its connections had carried then.
+struct Since<'a> {
+    /// From question to question.
+    time: Duration,
+    /// The age that a connection has at most that was opened after the last answer was made.
+    age: Duration,
+    bytes: &'a HashMap<u64, (u64, u64)>,
+}
+
+/// Takes connections together. `before` is what they had carried at the last answer of each node; what they have carried
+/// now is put there. `asked` and `answered` are the times of this look, counted from any point in time.
+pub fn flows(
+    connections: &[Node],
+    history: &[Node],
+    before: &mut Carried,
+    (asked, answered): (Duration, Duration),
+) -> Vec<Flow> {
     let times = connect_times(history);
-    let mut now = Carried::new();
     let mut all: BTreeMap<Key, Flow> = BTreeMap::new();
+    before.retain(|name, _| connections.iter().any(|node| node.name == *name));
     for node in connections {
-        let list = node.page.as_ref().ok().and_then(Value::as_array);
-        for one in list.into_iter().flatten() {
+        // What is known of a node that does not answer now is kept for its next answer.
+        let Some(list) = node.page.as_ref().ok().and_then(Value::as_array) else { continue };
+        let last = before.remove(&node.name);
+        let since = last.as_ref().map(|last| Since {
+            time: asked.saturating_sub(last.asked),
+            age: answered.saturating_sub(last.asked),
+            bytes: &last.bytes,
+        });
+        let mut now = Answered { asked, bytes: HashMap::with_capacity(list.len()) };
+        for one in list {
             let key = key_of_open(&node.name, one);
             let flow = all.entry(key).or_insert_with_key(|key| begun(key, one, &times));
-            add(flow, one, since.map(|since| (&*before, since)), &mut now);
+            add(flow, one, since.as_ref(), &mut now);
         }
+        before.insert(node.name.clone(), now);
     }
-    *before = now;
     all.into_values().collect()
 }
 
@@ -140,9 +171,9 @@ fn begun(key: &Key, one: &Value, times: &BTreeMap<Key, Vec<f64>>) -> Flow {
     Flow { node, pod, is_outbound, far, own_identity, far_identity, protection, p50, p99, ..Flow::default() }
 }
 
-fn add(flow: &mut Flow, one: &Value, before: Option<(&Carried, Duration)>, now: &mut Carried) {
+fn add(flow: &mut Flow, one: &Value, since: Option<&Since<'_>>, now: &mut Answered) {
     let count = |key: &str| one[key].as_u64().unwrap_or(0);
-    let (sent, received, id) = (count("bytesSent"), count("bytesReceived"), (flow.node.clone(), count("id")));
+    let (sent, received, id) = (count("bytesSent"), count("bytesReceived"), count("id"));
     flow.connections += 1;
     flow.sent += sent;
     flow.received += received;
@@ -151,17 +182,17 @@ fn add(flow: &mut Flow, one: &Value, before: Option<(&Carried, Duration)>, now: 
     if protection == "PLAINTEXT" {
         flow.protection = protection;
     }
-    if let Some((before, since)) = before.filter(|(_, since)| !since.is_zero()) {
-        // A connection that is new has carried all of it since then.
-        let (sent_before, received_before) = before.get(&id).copied().unwrap_or_default();
-        let rate = |now: u64, before: u64| {
-            let bytes = u32::try_from(now.saturating_sub(before)).map_or(f64::from(u32::MAX), f64::from);
-            bytes / since.as_secs_f64()
-        };
+    if let Some(since) = since.filter(|since| !since.time.is_zero()) {
+        let is_new = Duration::from_millis(count("ageMs")) <= since.age;
+        // A connection that is new has carried all of it since then; of one that is not, nothing is known.
+        let before = since.bytes.get(&id).copied().or(is_new.then_some((0, 0)));
+        let (sent_before, received_before) = before.unwrap_or((sent, received));
+        #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / since.time.as_secs_f64();
         flow.sent_rate += rate(sent, sent_before);
         flow.received_rate += rate(received, received_before);
     }
-    now.insert(id, (sent, received));
+    now.bytes.insert(id, (sent, received));
 }
 
 fn key_of_open(node: &str, one: &Value) -> Key {
@@ -244,19 +275,47 @@ mod tests {
         };
         let history = [node(json!({"entries": (1..=100).map(|took| ended(f64::from(took))).collect::<Vec<_>>()}))];
         let mut before = Carried::new();
-        let first = flows(&[node(json!([open(1, 100, 0)]))], &history, &mut before, None);
+        let first = flows(&[node(json!([open(1, 100, 0)]))], &history, &mut before, at(0));
         assert_eq!((first[0].sent_rate, first[0].p50, first[0].p99), (0.0, Some(50.0), Some(99.0)));
         let mut plain = open(3, 1, 0);
         plain["tls"] = Value::Null;
         plain["protocol"] = json!("TCP");
-        let two = Some(Duration::from_secs(2));
-        let again = flows(&[node(json!([open(1, 300, 10), open(2, 50, 0), plain]))], &history, &mut before, two);
+        let again = flows(&[node(json!([open(1, 300, 10), open(2, 50, 0), plain]))], &history, &mut before, at(2));
         assert_eq!(again.len(), 1, "{again:?}");
         let flow = &again[0];
         assert_eq!((flow.connections, flow.sent, flow.received), (3, 351, 10));
         assert_eq!((flow.sent_rate, flow.received_rate), (125.5, 5.0));
         assert_eq!(flow.protection, "PLAINTEXT", "one in plaintext is what must be seen");
         assert_eq!((flow.own_identity.as_str(), flow.far.as_str()), ("td/ns/shop/sa/front", "web.shop"));
+    }
+
+    /// A look that begins and ends at this second.
+    fn at(second: u64) -> (Duration, Duration) {
+        (Duration::from_secs(second), Duration::from_secs(second))
+    }
+
+    #[test]
+    fn a_node_that_did_not_answer_for_a_while_has_the_rate_since_its_last_answer() {
+        let aged = |id, sent, age: u64| {
+            let mut one = open(id, sent, 0);
+            one["ageMs"] = json!(age);
+            one
+        };
+        let silent = || Node { name: "n1".into(), pod: None, note: None, page: Err("no answer within 5s".into()) };
+        let mut before = Carried::new();
+        let mut rate = |page: Option<Value>, second| {
+            let node = page.map_or_else(silent, node);
+            let all = flows(&[node], &[], &mut before, at(second));
+            all.first().map(|flow| flow.sent_rate)
+        };
+        let terabyte = 1 << 40;
+        assert_eq!(rate(Some(json!([aged(1, terabyte, 60_000)])), 10), Some(0.0));
+        assert_eq!(rate(None, 12), None);
+        assert_eq!(rate(None, 14), None);
+        // The second one is new, and the third one is older than the last answer.
+        let page = json!([aged(1, terabyte + 600, 66_000), aged(2, 60, 3_000), aged(3, terabyte, 50_000)]);
+        assert_eq!(rate(Some(page), 16), Some(110.0));
+        assert_eq!(rate(Some(json!([aged(1, 3 * terabyte, 68_000)])), 18).map(|rate| rate > 1e12), Some(true));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! One look at all daemons after another, and how a flow is shown.
 
 use super::flows::{Carried, Flow, flows};
-use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use crate::cluster::{ClusterError, Daemons, Question, Recent};
 use crate::inspect::Outcome;
 use crate::inspect::nodes::{self, Node};
-use crate::inspect::text::bytes;
+use crate::inspect::text::{bytes, printable};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -29,10 +29,9 @@ pub(super) const HEAD: [&str; 11] = [
 /// Asks daemons again and again.
 pub(super) struct Looks<'a> {
     daemons: &'a Daemons,
-    all: Vec<Daemon>,
     timeout: Duration,
     before: Carried,
-    last: Option<Instant>,
+    begun: Instant,
 }
 
 /// What one look has shown.
@@ -47,23 +46,26 @@ pub(super) struct Look {
 impl<'a> Looks<'a> {
     /// Finds the daemons.
     pub(super) async fn new(daemons: &'a Daemons, timeout: Duration) -> Result<Self, ClusterError> {
-        let all = daemons.find(timeout).await?;
-        Ok(Self { daemons, all, timeout, before: Carried::new(), last: None })
+        daemons.find(timeout).await?;
+        Ok(Self { daemons, timeout, before: Carried::new(), begun: Instant::now() })
     }
 
     /// Asks them all.
     pub(super) async fn next(&mut self) -> Look {
-        let ask = async |path: &str| {
-            let answers = self.daemons.ask_all(&self.all, &Question::get(path, self.timeout)).await;
-            let pairs = self.all.iter().zip(answers);
-            pairs.map(|(daemon, answer)| Node::new(daemon, nodes::page(answer))).collect::<Vec<_>>()
+        let Recent { all, error } = self.daemons.recent(self.timeout).await;
+        let ask = async |path| nodes::ask_these(self.daemons, &all, &Question::get(path, self.timeout)).await;
+        let asked = self.begun.elapsed();
+        let connections = ask("/connections").await;
+        let answered = self.begun.elapsed();
+        let history = ask(HISTORY).await;
+        let flows = flows(&connections, &history, &mut self.before, (asked, answered));
+        let mut silent: Vec<String> = connections.iter().filter_map(Node::silence).collect();
+        silent.extend(error.iter().map(|error| format!("the list of nodes is older: {}", printable(error))));
+        let outcome = match nodes::outcome(&connections) {
+            Outcome::Green if error.is_some() => Outcome::Red,
+            outcome => outcome,
         };
-        let (connections, history) = (ask("/connections").await, ask(HISTORY).await);
-        let now = Instant::now();
-        let since = self.last.replace(now).map(|last| now - last);
-        let flows = flows(&connections, &history, &mut self.before, since);
-        let silent = connections.iter().filter_map(Node::silence).collect();
-        Look { flows, silent, outcome: nodes::outcome(&connections) }
+        Look { flows, silent, outcome }
     }
 }
 
