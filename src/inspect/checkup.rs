@@ -4,33 +4,29 @@
 use super::nodes::{self, Node};
 use super::text::{printable, text};
 use super::{Outcome, Style};
-use crate::cluster::{ClusterError, Daemons};
+use crate::admin::page::notes::notes;
+use crate::cluster::{ClusterError, Daemons, Question};
 use serde_json::Value;
 use std::time::{Duration, SystemTime};
 
 /// Difference of clocks from which on it is worth a note. Certificates are valid by the clocks of all nodes.
 const CLOCKS_DIFFER: Duration = Duration::from_secs(30);
 
-/// Fields of `/pods` that people should know about, and what they mean.
-const NOTES: [(&str, &str); 4] = [
-    ("inboundUnverified", ""),
-    ("rulesUnread", "other rules cannot be read: "),
-    ("otherRules", "other rules may take its traffic first: "),
-    ("mayBypass", "can bypass its capture, by: "),
-];
-
 /// Asks all daemons. Returns what to print.
 pub async fn run(daemons: &Daemons, timeout: Duration, style: Style) -> Result<(String, Outcome), ClusterError> {
-    let status = nodes::ask(daemons, "/status", timeout).await?;
-    let pods = nodes::ask(daemons, "/pods", timeout).await?;
+    // Found once, so that both answers are of the same daemons.
+    let all = daemons.find(timeout).await?;
+    let status = nodes::ask_these(daemons, &all, &Question::get("/status", timeout)).await;
+    let pods = nodes::ask_these(daemons, &all, &Question::get("/pods", timeout)).await;
     let mut lines = Vec::new();
     let mut is_well = true;
     for (node, pods) in status.iter().zip(&pods) {
         lines.push(style.bold(&node.name));
-        let found = match &node.page {
+        let mut found = match &node.page {
             Err(error) => vec![("FAIL", "daemon", format!("no answer: {}", printable(error)))],
             Ok(page) => about(page, pods, SystemTime::now()),
         };
+        found.extend(node.note.iter().map(|note| ("note", "daemon", printable(note))));
         for (verdict, check, said) in found {
             is_well &= verdict != "FAIL";
             let line = format!("{verdict:<4}  {check:<12}  {said}");
@@ -83,7 +79,7 @@ fn about(page: &Value, pods: &Node, now: SystemTime) -> Vec<(&'static str, &'sta
         Ok(pods) => {
             for pod in pods.as_array().into_iter().flatten() {
                 found.extend(pod_notes(pod).into_iter().map(|said| ("note", "pod", said)));
-                if matches!(pod["state"].as_str(), Some("pending" | "failed")) {
+                if is_not_captured(pod) {
                     let said = format!("{} is {}: {}", name(pod), text(pod, "state"), text(pod, "reason"));
                     found.push(("FAIL", "pod", said));
                 }
@@ -97,21 +93,24 @@ fn name(pod: &Value) -> String {
     format!("{}/{}", text(pod, "namespace"), text(pod, "name"))
 }
 
+/// What people should know about a pod. Why it is not captured is said where that is.
 fn pod_notes(pod: &Value) -> Vec<String> {
-    let said = |value: &Value| match value {
-        Value::String(text) => Some(printable(text)),
-        Value::Array(list) if !list.is_empty() => {
-            Some(list.iter().filter_map(Value::as_str).map(printable).collect::<Vec<_>>().join(", "))
-        }
-        _ => None,
-    };
-    NOTES.iter().filter_map(|(key, what)| Some(format!("{}: {what}{}", name(pod), said(&pod[*key])?))).collect()
+    let reason = pod["reason"].as_str().filter(|_| is_not_captured(pod));
+    let others = notes(pod).into_iter().filter(|note| reason != Some(note.as_str()));
+    others.map(|note| format!("{}: {}", name(pod), printable(&note))).collect()
+}
+
+fn is_not_captured(pod: &Value) -> bool {
+    matches!(pod["state"].as_str(), Some("pending" | "failed"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::tests::{daemon_pod, with_api};
     use serde_json::json;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn what_a_daemon_says_about_itself_becomes_lines() {
@@ -129,9 +128,22 @@ mod tests {
                 "FAIL status 1 of 2 pods are not captured",
                 "ok daemon version 1 runs and is ready",
                 "note clock its clock and this one differ by 600 s: synchronise the clocks",
-                "note pod a/b: other rules may take its traffic first: x",
+                "note pod a/b: other rules: x",
                 "FAIL pod a/b is failed: no way",
             ]
         );
+    }
+
+    #[tokio::test]
+    async fn the_daemons_are_found_once() {
+        let lists = Arc::new(AtomicUsize::new(0));
+        let counted = lists.clone();
+        let daemons = with_api(move |path| {
+            counted.fetch_add(usize::from(path == "/api/v1/pods"), Ordering::Relaxed);
+            Some(vec![daemon_pod("ztunnel-1")])
+        });
+        let (text, outcome) = run(&daemons, Duration::from_secs(5), Style { colours: false }).await.unwrap();
+        assert_eq!(outcome, Outcome::Unknown, "{text}");
+        assert_eq!(lists.load(Ordering::Relaxed), 1);
     }
 }
