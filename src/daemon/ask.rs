@@ -1,6 +1,6 @@
 //! The commands that ask daemons: each finds them, asks, and prints.
 
-use super::print::{fail, say};
+use super::print::{fail, say, warn};
 use super::this_node::{admin_port, doctor_text};
 use super::version;
 use crate::cluster::{ClusterError, Daemons, LogLines, Place, Question};
@@ -12,10 +12,9 @@ use crate::doctor;
 use crate::inspect::connections::Filter;
 use crate::inspect::logs::Line;
 use crate::inspect::top::Order;
-use crate::inspect::{Outcome, Style, checkup, connections, logs, plaintext, report, status, top};
-use std::fs::OpenOptions;
+use crate::inspect::{Outcome, Style, checkup, connections, logs, nodes, plaintext, report, status, top};
+use crate::telemetry::printable::printable_lines;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
@@ -70,10 +69,11 @@ pub(super) fn checkup(args: &AskArgs) -> ExitCode {
 /// `culvert pods`.
 pub(super) fn pods(args: &PodsArgs) -> ExitCode {
     asked(&args.ask, async |daemons| {
-        each(daemons, &Question::get("/pods", args.ask.timeout), |status, body| {
-            doctor::pod_table::shown(status, body, args.json)
-        })
-        .await
+        let question = Question::get("/pods", args.ask.timeout);
+        match args.json && is_cluster(daemons) {
+            true => each_json(daemons, &question, "pods").await,
+            false => each(daemons, &question, |status, body| doctor::pod_table::shown(status, body, args.json)).await,
+        }
     })
 }
 
@@ -84,10 +84,13 @@ pub(super) fn explain(args: &ExplainArgs) -> ExitCode {
         (Some(file), ..) => {
             let text = std::fs::read_to_string(file);
             let text = text.map_err(|error| ClusterError::NotFound(format!("{}: {error}", file.display())))?;
-            each(daemons, &Question::post("/explain/policies", text, timeout), |status, body| {
-                doctor::explain::changes_of(status, body, args.json)
-            })
-            .await
+            let question = Question::post("/explain/policies", text, timeout);
+            match args.json && is_cluster(daemons) {
+                true => each_json(daemons, &question, "explain").await,
+                false => {
+                    each(daemons, &question, |status, body| doctor::explain::changes_of(status, body, args.json)).await
+                }
+            }
         }
         (None, Some(from), Some(to)) => {
             let (daemon, _) = daemons.find_of_pod(from, timeout).await?;
@@ -99,6 +102,20 @@ pub(super) fn explain(args: &ExplainArgs) -> ExitCode {
         }
         _ => Err(ClusterError::NotFound("use --from and --to, or --policy".to_owned())),
     })
+}
+
+fn is_cluster(daemons: &Daemons) -> bool {
+    matches!(daemons.place(), Place::Cluster(_))
+}
+
+/// Asks every daemon one question. Returns one document, and says to people which nodes did not answer.
+async fn each_json(daemons: &Daemons, question: &Question, key: &str) -> Result<(String, Outcome), ClusterError> {
+    let all = daemons.find(question.deadline).await?;
+    let nodes = nodes::ask_these(daemons, &all, question).await;
+    for silence in nodes.iter().filter_map(nodes::Node::silence) {
+        warn(&silence);
+    }
+    Ok((nodes::as_json(&nodes, key), nodes::outcome(&nodes)))
 }
 
 /// Asks every daemon one question, and shows each answer below the name of its node, if there are several.
@@ -118,7 +135,7 @@ async fn each(
         match text {
             Ok(text) if all.len() == 1 => texts.push(text.trim_end().to_owned()),
             Ok(text) => texts.push(format!("node {}\n{}\n", daemon.name(), text.trim_end())),
-            Err(error) => failed.push(error),
+            Err(error) => failed.push(printable_lines(&error)),
         }
     }
     match (texts.is_empty(), failed.is_empty()) {
@@ -149,14 +166,10 @@ pub(super) fn report(args: &ReportArgs) -> ExitCode {
         let about = [("version.txt", version::text() + "\n"), ("doctor.txt", doctor + "\n")];
         let written = match to_stdout {
             true => report::write(daemons, args.ask.timeout, &about, io::stdout()).await,
-            false => {
-                // Only its owner may read who talks to whom.
-                let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&name);
-                let file = file.map_err(|error| ClusterError::NotFound(format!("{}: {error}", name.display())))?;
-                report::write(daemons, args.ask.timeout, &about, io::BufWriter::new(file)).await
-            }
+            false => report::to_file(daemons, args.ask.timeout, &about, &name).await,
         };
-        let (text, outcome) = written.map_err(|error| ClusterError::NotFound(error.to_string()))?;
+        let (text, outcome) =
+            written.map_err(|error| ClusterError::NotFound(format!("{}: {error}", name.display())))?;
         match to_stdout {
             true => drop(writeln!(io::stderr(), "{text}")),
             false => return Ok((format!("{text}\nwritten to {}", name.display()), outcome)),

@@ -5,7 +5,7 @@ pub mod checkup;
 pub mod connections;
 pub mod dashboard;
 pub mod logs;
-mod nodes;
+pub mod nodes;
 pub mod plaintext;
 pub mod report;
 pub mod status;

@@ -3,10 +3,16 @@
 
 use super::Outcome;
 use super::nodes::page_name;
-use crate::cluster::{ClusterError, Daemon, Daemons, Question};
+use super::text::printable;
+use crate::cluster::{AskError, ClusterError, Daemon, Daemons, Question};
+use bytes::Bytes;
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use futures_util::StreamExt;
+use std::fs::OpenOptions;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The pages of a daemon: path, and file in the archive.
@@ -17,13 +23,34 @@ const PAGES: [(&str, &str); 9] = [
     ("/history?limit=5000", "history.json"),
     ("/plaintext", "plaintext.json"),
     ("/set_aside", "set_aside.json"),
-    ("/config_dump", "config_dump.json"),
     ("/kernel", "kernel.json"),
     ("/metrics", "metrics.txt"),
+    // The longest one, at the end: what comes after a late one is not asked for.
+    ("/config_dump", "config_dump.json"),
 ];
+
+/// Nodes that are asked at the same time. Their pages are in memory until they are written.
+const AT_ONCE: usize = 4;
 
 /// The longest page, in bytes.
 const PAGE_MAX: usize = 32 << 20;
+
+/// Writes the archive to a new file, which is removed again if that fails.
+pub async fn to_file(
+    daemons: &Daemons,
+    timeout: Duration,
+    about: &[(&str, String)],
+    path: &Path,
+) -> Result<(String, Outcome), ReportError> {
+    // Only its owner may read who talks to whom.
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(ReportError::Write)?;
+    let written = write(daemons, timeout, about, io::BufWriter::new(file)).await;
+    if written.is_err() {
+        // What is wrong with the folder is in the first error already.
+        let _ = std::fs::remove_file(path);
+    }
+    written
+}
 
 /// Writes the archive to `out`. `about` is text about this command and machine, by file name. Returns a line about each
 /// node for people.
@@ -41,9 +68,12 @@ pub async fn write(
         archive.add(name, text.as_bytes())?;
     }
     let (mut lines, mut missing, mut silent) = (Vec::new(), Vec::new(), 0);
-    for daemon in &all {
+    let mut asking = futures_util::stream::iter(&all).map(|daemon| collect(daemons, daemon, timeout)).buffered(AT_ONCE);
+    while let Some(Collected { daemon, pages, errors }) = asking.next().await {
         let folder = if daemon.node.is_empty() { "this-node".to_owned() } else { page_name(&daemon.node) };
-        let errors = collect(daemons, daemon, timeout, &folder, &mut archive).await?;
+        for (file, page) in pages {
+            archive.add(&format!("nodes/{folder}/{file}"), &page)?;
+        }
         silent += usize::from(errors.len() == PAGES.len());
         lines.push(match errors.first() {
             None => format!("{}: all pages", daemon.name()),
@@ -61,24 +91,35 @@ pub async fn write(
     Ok((lines.join("\n"), outcome))
 }
 
-/// Adds the pages of one daemon. Returns what could not be read.
-async fn collect<W: Write>(
-    daemons: &Daemons,
-    daemon: &Daemon,
-    timeout: Duration,
-    folder: &str,
-    archive: &mut Archive<W>,
-) -> Result<Vec<String>, io::Error> {
-    let mut errors = Vec::new();
+/// The pages of one daemon.
+struct Collected<'a> {
+    daemon: &'a Daemon,
+    /// File in the archive, and content.
+    pages: Vec<(&'static str, Bytes)>,
+    /// What could not be read.
+    errors: Vec<String>,
+}
+
+/// Asks one daemon for its pages. One that does not answer is not asked for the others.
+async fn collect<'a>(daemons: &Daemons, daemon: &'a Daemon, timeout: Duration) -> Collected<'a> {
+    let mut collected = Collected { daemon, pages: Vec::new(), errors: Vec::new() };
+    let mut silent = false;
     for (path, file) in PAGES {
+        if silent {
+            collected.errors.push(format!("{path}: not asked for after that"));
+            continue;
+        }
         let question = Question { max: PAGE_MAX, ..Question::get(path, timeout) };
         match daemons.ask(daemon, &question).await {
-            Ok(answer) if answer.status == 200 => archive.add(&format!("nodes/{folder}/{file}"), &answer.body)?,
-            Ok(answer) => errors.push(format!("{path}: status {}", answer.status)),
-            Err(error) => errors.push(format!("{path}: {error}")),
+            Ok(answer) if answer.status == 200 => collected.pages.push((file, answer.body)),
+            Ok(answer) => collected.errors.push(format!("{path}: status {}", answer.status)),
+            Err(error) => {
+                silent = !matches!(error, AskError::TooLong(_));
+                collected.errors.push(printable(&format!("{path}: {error}")));
+            }
         }
     }
-    Ok(errors)
+    collected
 }
 
 /// Why there is no archive.
@@ -137,7 +178,32 @@ missing.txt    what could not be read, and why
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::tests::{daemon_pod, with_api};
     use std::io::Read;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[tokio::test]
+    async fn a_node_that_cannot_be_reached_is_asked_once_and_no_file_is_left_after_an_error() {
+        let forwards = Arc::new(AtomicUsize::new(0));
+        let counted = forwards.clone();
+        let daemons = with_api(move |path| {
+            counted.fetch_add(usize::from(path.ends_with("/portforward")), Ordering::Relaxed);
+            Some(vec![daemon_pod("ztunnel-1")])
+        });
+        let timeout = Duration::from_secs(5);
+        let mut archive = Vec::new();
+        let (text, outcome) = write(&daemons, timeout, &[], &mut archive).await.unwrap();
+        assert!(text.starts_with("n1: 9 of 9 pages are missing: /status: port-forward"), "{text}");
+        assert_eq!((outcome, forwards.load(Ordering::Relaxed)), (Outcome::Unknown, 1));
+        let path = std::env::temp_dir().join(format!("culvert-report-test-{}.tar.gz", std::process::id()));
+        assert!(to_file(&with_api(|_| None), timeout, &[], &path).await.is_err());
+        assert!(!path.exists());
+        to_file(&daemons, timeout, &[], &path).await.unwrap();
+        assert!(to_file(&with_api(|_| None), timeout, &[], &path).await.is_err());
+        assert!(path.exists(), "the file of an earlier report stays");
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn the_archive_can_be_read_and_only_by_its_owner() {

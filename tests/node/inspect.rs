@@ -98,6 +98,12 @@ fn status_shows_all_nodes_and_names_those_that_do_not_answer() {
     );
     assert!(status["certificates"]["next"]["secondsLeft"].as_u64().unwrap() > 3600, "{status:#}");
 
+    // Another pod with the label is named and not asked.
+    c.api.impostor(1);
+    c.run(&["status"])
+        .has(0, &["n1: with the label app=ztunnel, but not controlled", "other/impostor", "green: 2 nodes"]);
+    c.run(&["status", "--namespace", "../x"]).has(3, &["is not the name of a namespace"]);
+
     // Nodes that cannot be asked are named with the reason, and the others are shown.
     c.api.daemon(
         3,
@@ -122,6 +128,10 @@ fn status_shows_all_nodes_and_names_those_that_do_not_answer() {
             "n6: no answer: no answer within 2s",
         ],
     );
+    let pods = c.run(&["pods", "--json", "--timeout", "2s"]);
+    pods.has(1, &["culvert: n5: no answer: port-forward:"]);
+    let nodes = pods.json()["nodes"].clone();
+    assert_eq!((&nodes[1]["pods"][0]["name"], &nodes[4]["reached"]), (&json!("server"), &json!(false)), "{nodes:#}");
     c.run(&["status", "--node", "n9"]).has(3, &["n9: no answer: no daemon runs on this node"]);
     c.run(&["status", "--node", "n4", "--json"]).has(3, &["\"reached\": false"]);
     c.run(&["status", "--namespace", "elsewhere"]).has(3, &["there are no daemons: not in elsewhere"]);
