@@ -91,6 +91,7 @@ async fn read_line(stream: &mut (impl AsyncBufRead + Unpin), line: &mut Vec<u8>)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::tests::with_api;
 
     #[tokio::test]
     async fn lines_are_read_to_the_last_one_and_long_ones_are_cut() {
@@ -102,5 +103,23 @@ mod tests {
             lengths.push(line.len());
         }
         assert_eq!(lengths, [4, 1 << 20, 5]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_api_that_says_nothing_is_late() {
+        let no_answer = axum::Router::new().fallback(std::future::pending::<()>);
+        let no_line = axum::Router::new().fallback(|| async {
+            axum::body::Body::from_stream(futures_util::stream::pending::<Result<bytes::Bytes, std::io::Error>>())
+        });
+        let daemon = Daemon { namespace: "a".into(), pod: "b".into(), ..Daemon::default() };
+        for api in [no_answer, no_line] {
+            let mut daemons = with_api(|_| None);
+            daemons.client = Some(kube::Client::new(api, "default"));
+            let deadline = Duration::from_secs(5);
+            let lines = LogLines::default();
+            let read = tokio::time::timeout(2 * deadline, daemons.log(&daemon, &lines, deadline, |_| true)).await;
+            let error = read.expect("it ends").unwrap_err().to_string();
+            assert_eq!(error, "the Kubernetes API: the log of a/b: no answer within 5s");
+        }
     }
 }
