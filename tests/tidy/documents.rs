@@ -42,14 +42,28 @@ fn lines(text: &str) -> Vec<(bool, &str)> {
 
 /// The anchors of a document's headings, as code hosts make them.
 pub(crate) fn anchors(text: &str) -> Vec<String> {
-    let headings = lines(text).into_iter().filter(|(code, line)| !code && line.starts_with('#'));
-    headings
-        .map(|(_, line)| {
-            let words = line.trim_start_matches('#').trim().to_lowercase();
-            let kept = words.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
-            kept.map(|c| if c == ' ' { '-' } else { c }).collect()
-        })
+    lines(text)
+        .into_iter()
+        .filter(|(code, line)| !code && line.starts_with('#'))
+        .map(|(_, line)| anchor(line))
         .collect()
+}
+
+/// The anchor of a heading.
+fn anchor(heading: &str) -> String {
+    let words = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = words.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+/// The lines of a document's contents list as they should be, and as they are: the list before the first section.
+fn contents(text: &str) -> (Vec<String>, Vec<String>) {
+    let all: Vec<&str> = lines(text).into_iter().filter(|(code, _)| !code).map(|(_, line)| line).collect();
+    let sections = all.iter().filter(|line| line.starts_with("## "));
+    let expected = sections.map(|line| format!("- [{}](#{})", line.trim_start_matches('#').trim(), anchor(line)));
+    let head = all.iter().take_while(|line| !line.starts_with("## "));
+    let listed = head.filter(|line| line.starts_with("- [") && line.contains("](#")).map(|line| (*line).to_owned());
+    (expected.collect(), listed.collect())
 }
 
 /// Why a link does not resolve, or `None` if it does.
@@ -95,6 +109,21 @@ fn links_lead_somewhere() {
     for bad in ["docs/none.md", "#none", "docs/glossary.md#none", "../outside.md"] {
         assert!(broken(&documents, Path::new("README.md"), bad).is_some(), "{bad} is seen");
     }
+}
+
+#[test]
+fn lists_of_contents_name_every_section() {
+    let mut seen = 0;
+    for (path, text) in documents() {
+        let (expected, listed) = contents(&text);
+        if !listed.is_empty() {
+            seen += 1;
+            assert_eq!(listed, expected, "{}: the list of contents and the sections", path.display());
+        }
+    }
+    assert!(seen > 5, "the lists were found");
+    let (expected, listed) = contents("- [A b?](#a-b)\n\n## A b?\n\n## C\n- [d](#d)\n");
+    assert_eq!((expected.len(), listed), (2, vec!["- [A b?](#a-b)".to_owned()]), "one that is left out is seen");
 }
 
 #[test]
