@@ -193,7 +193,8 @@ fn table(nodes: &[Node], head: &[&str], rows: Vec<Vec<String>>, (limit, none): (
         *first = style.bold(first);
     }
     if count == 0 {
-        lines = vec![none.to_owned()];
+        // Of nodes that do not answer nothing is known.
+        lines = nodes.iter().any(|node| node.page.is_ok()).then(|| none.to_owned()).into_iter().collect();
     }
     if count > limit {
         lines.push(format!("and {} more; use --limit, or --json for all", count - limit));
@@ -231,6 +232,15 @@ n1    shop/front  to    web.shop (10.1.0.2:8080)  td/ns/shop/sa/web  TLS 1.3 X25
         let mut page = example();
         keep(&mut page, &Filter { pod: Some("shop/web".into()), ..Filter::default() });
         assert_eq!(page.as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn nothing_is_said_of_nodes_that_do_not_answer() {
+        let silent = || Node { name: "n1".into(), pod: None, page: Err("late".into()) };
+        let (filter, style) = (Filter { limit: 10, ..Filter::default() }, Style { colours: false });
+        assert_eq!(open(&[silent()], &filter, style), "n1: no answer: late");
+        let well = Node { name: "n2".into(), pod: None, page: Ok(json!([])) };
+        assert_eq!(open(&[silent(), well], &filter, style), "no connection is open\nn1: no answer: late");
     }
 
     #[test]

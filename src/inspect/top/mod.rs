@@ -49,7 +49,9 @@ fn as_text(look: &Look) -> String {
     rows.extend(look.flows.iter().take(ROWS).map(|flow| cells(flow).to_vec()));
     let mut lines = columns(&rows);
     if look.flows.is_empty() {
-        lines = vec!["no connection is open".to_owned()];
+        // Of nodes that do not answer nothing is known.
+        let known = look.outcome != Outcome::Unknown;
+        lines = known.then(|| "no connection is open".to_owned()).into_iter().collect();
     }
     if look.flows.len() > ROWS {
         lines.push(format!("and {} more, which --json lists", look.flows.len() - ROWS));
