@@ -63,8 +63,11 @@ impl<'a> Checker<'a> {
         }
     }
 
-    /// Adds a fault of a setting.
+    /// Adds a fault of a setting. One that is read for several purposes has each of its faults once.
     pub(super) fn fault(&mut self, about: &About, what: &str) {
-        self.faults.push(format!("{}: {what}", about.names()));
+        let fault = format!("{}: {what}", about.names());
+        if !self.faults.contains(&fault) {
+            self.faults.push(fault);
+        }
     }
 }

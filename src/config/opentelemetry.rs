@@ -99,7 +99,9 @@ fn resource(c: &mut Checker<'_>, cluster_id: &str) -> Vec<(String, String)> {
                 put(key, value);
             }
         }
-        None => c.fault(&settings::RESOURCE_ATTRIBUTES.about, "expected key=value pairs, separated by commas"),
+        None => {
+            c.fault(&settings::RESOURCE_ATTRIBUTES.about, "is not valid: expected key=value pairs, separated by commas")
+        }
     }
     all
 }
@@ -292,6 +294,8 @@ mod tests {
                 "{name}={text}: {faults:?}"
             );
             assert!(!faults.iter().any(|fault| fault.contains("hunter2")), "{faults:?}");
+            assert!(faults.iter().all(|fault| fault.contains(" is not valid: expected ")), "{faults:?}");
+            assert_eq!(faults.len(), 1, "a setting that both signals share has its fault once: {faults:?}");
         }
     }
 }
