@@ -112,6 +112,7 @@ pub struct Board {
     pods: Mutex<BTreeMap<Text, PodStatus>>,
     by_state: Family<StateLabel, Gauge>,
     failures: Family<ReasonLabel, Counter>,
+    rewrites: Counter,
     repairs: Counter,
     uncaptured: Gauge,
     started: Counter,
@@ -142,9 +143,11 @@ impl Board {
         );
         let failures = "Failed attempts to capture a pod, by reason";
         registry.register("culvert_capture_failures", failures, self.failures.clone());
-        let repairs =
+        let rewrites =
             "Times that the rules in a pod were written again, because something had changed them or on schedule";
-        registry.register("culvert_redirection_rewrites", repairs, self.repairs.clone());
+        registry.register("culvert_redirection_rewrites", rewrites, self.rewrites.clone());
+        let repairs = "Times that the rules in a pod were written again because another program had changed them";
+        registry.register("culvert_redirection_repairs", repairs, self.repairs.clone());
         let uncaptured = "Pre-existing connections of captured pods, which continue in plaintext";
         registry.register("culvert_uncaptured_connections", uncaptured, self.uncaptured.clone());
         let started = "Pods captured (unstable)";
@@ -199,9 +202,10 @@ impl Board {
         self.failures.get_or_create(&ReasonLabel { reason: error.word() }).inc();
     }
 
-    /// Counts a write of a pod's rules, if it was not the first.
-    pub fn count_rewrite(&self, again: bool) {
-        if again {
+    /// Counts a write of a pod's rules that was not the first. `repair`: another program had changed them.
+    pub fn count_rewrite(&self, repair: bool) {
+        self.rewrites.inc();
+        if repair {
             self.repairs.inc();
         }
     }

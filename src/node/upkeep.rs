@@ -391,6 +391,7 @@ impl Upkeep {
                 tracing::warn!(namespace, name, %error, "the capture check failed; writing the rules again");
                 // A legacy table may have come in between. Without one the chains stay, and their counters with them.
                 self.recreate_chains = self.legacy.as_ref().is_some_and(|tables| !tables.is_empty());
+                self.repairing |= matches!(error, CaptureError::Redirect(redirect::RedirectError::ConcurrentChange));
                 self.write(capturer, board, spec, listening).await?;
                 self.observations.inbound_unverified = capturer.check(spec, listening).await?;
             }
@@ -450,8 +451,10 @@ impl Upkeep {
         self.taken_over = true;
         self.written = Some(listing);
         self.write_at = Instant::now() + REWRITE_EVERY;
-        self.repairing = false;
-        board.count_rewrite(again);
+        let repair = std::mem::take(&mut self.repairing);
+        if again {
+            board.count_rewrite(repair);
+        }
         Ok(())
     }
 }

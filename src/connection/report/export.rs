@@ -143,6 +143,12 @@ impl Metrics {
         let dropped = "Spans and log records that were dropped, by signal and reason: queue_full, unsent (the collector was away for too \
                        long) or rejected (by the collector). Alert if this rises";
         registry.register("culvert_otlp_dropped", dropped, self.dropped.clone());
+        // They appear from the start, so that alerts see the first one as a rise.
+        for signal in [Signal::Traces, Signal::Logs] {
+            for why in [Dropped::QueueFull, Dropped::Unsent, Dropped::Rejected] {
+                self.dropped(signal, why, 0);
+            }
+        }
     }
 
     /// Gives each family a series, for the documents.

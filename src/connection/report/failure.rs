@@ -64,6 +64,17 @@ pub enum Failure {
     Abandoned,
 }
 
+/// The node has no room for a connection at all.
+const LIMIT: (Reason, &str, Fault) = (Reason::Limit, "CONNECT", Fault::Us);
+/// It has none for more connections of the pod that has the most.
+const LARGEST_CONSUMER: (Reason, &str, Fault) = (Reason::LargestConsumer, "CONNECT", Fault::App);
+/// It has none for more connections of the peer that has the most.
+const LARGEST_PEER: (Reason, &str, Fault) = (Reason::LargestPeer, "CONNECT", Fault::Peer);
+/// It has none for more peers without an identity.
+const HANDSHAKE_LIMIT: (Reason, &str, Fault) = (Reason::HandshakeLimit, "CONNECT", Fault::Peer);
+/// The classifications of failures for lack of room.
+pub const OF_ROOM: [(Reason, &str, Fault); 4] = [LIMIT, LARGEST_CONSUMER, LARGEST_PEER, HANDSHAKE_LIMIT];
+
 /// The classification of a revoked certificate of the peer.
 const REVOKED: (Reason, &str, Fault) = (Reason::CertRevoked, "CERT_REVOKED", Fault::Peer);
 
@@ -90,10 +101,10 @@ impl Failure {
     /// The reason, the response flag of traffic metrics (source: ztunnel's response flags), and the fault.
     fn kind(&self) -> (Reason, &'static str, Fault) {
         match self {
-            Self::Budget(BudgetRefusal::Full { .. }) | Self::Queue(_) => (Reason::Limit, "CONNECT", Fault::Us),
-            Self::Budget(BudgetRefusal::LargestPod { .. }) => (Reason::LargestConsumer, "CONNECT", Fault::App),
-            Self::Budget(BudgetRefusal::LargestPeer { .. }) => (Reason::LargestPeer, "CONNECT", Fault::Peer),
-            Self::Handshakes(_) => (Reason::HandshakeLimit, "CONNECT", Fault::Peer),
+            Self::Budget(BudgetRefusal::Full { .. }) | Self::Queue(_) => LIMIT,
+            Self::Budget(BudgetRefusal::LargestPod { .. }) => LARGEST_CONSUMER,
+            Self::Budget(BudgetRefusal::LargestPeer { .. }) => LARGEST_PEER,
+            Self::Handshakes(_) => HANDSHAKE_LIMIT,
             Self::LocalWorkload(_) => (Reason::WorkloadUnknown, "CONNECT", Fault::Mesh),
             Self::Accept(error) => match error {
                 AcceptError::OriginalDestination(_) => (Reason::OriginalDestinationUnknown, "CONNECT", Fault::Us),

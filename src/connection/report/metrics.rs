@@ -2,6 +2,7 @@
 //! failures.
 
 use super::direction::Direction;
+use super::failure;
 use super::stage_times::StageTimes;
 use super::stages::{Stage, Stages};
 use crate::connection::authorize::Refusal;
@@ -245,6 +246,13 @@ impl Metrics {
         registry.register("culvert_tunnels_unused", unused, self.unused.clone());
         let failures = "Connections that failed, by reason, and by whose fault it was: peer, app, policy, mesh or us";
         registry.register("culvert_connection_failures", failures, self.failures.clone());
+        // Those that an alert sees the first one of appear from the start.
+        for (reason, _, fault) in failure::OF_ROOM {
+            for direction in ["inbound", "outbound"] {
+                let (reason, fault) = (reason.word(), fault.word());
+                drop(self.failures.get_or_create(&FailureLabels { direction, reason, fault }));
+            }
+        }
         let egress = "Decisions of egress policies about connections to destinations outside the mesh: allowed, logged, denied, \
                       and would_deny by a dry-run policy. Open connections are decided again when the policies change";
         let bypassed = "Connections to a pod whose workload has a waypoint that have not come through it. They are refused if \
@@ -315,6 +323,18 @@ mod tests {
     use crate::mesh::snapshot::tests::workload;
     use crate::mesh::{Facts, Workload};
     use std::time::Duration;
+
+    #[test]
+    fn lack_of_room_is_counted_from_zero() {
+        let (metrics, mut registry, mut text) = (Metrics::default(), Registry::default(), String::new());
+        metrics.register(&mut registry);
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for reason in ["limit", "largest_consumer", "largest_peer", "handshake_limit"] {
+            let of = format!("direction=\"inbound\",reason=\"{reason}\"");
+            let zero = |line: &str| line.contains(&of) && line.ends_with("} 0");
+            assert!(text.lines().any(zero), "{reason}: {text}");
+        }
+    }
 
     /// Scrapes after a sweep over many workloads, with one connection still open.
     #[test]

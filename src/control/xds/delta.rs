@@ -24,6 +24,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
 /// Type of policies.
 pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
+/// Both of them.
+pub const TYPES: [&str; 2] = [ADDRESS, AUTHORIZATION];
 
 /// Largest request that is sent. istiod accepts 4 MiB.
 const REQUEST_BYTES_MAX: usize = (4 << 20) - (64 << 10);

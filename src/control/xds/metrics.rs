@@ -57,6 +57,10 @@ impl Metrics {
         registry.register("istio_xds_message_bytes", help, self.bytes.clone());
         let help = "Resources of the control plane that were refused, or understood only in part. The log names them";
         registry.register("culvert_xds_resources_refused", help, self.refused.clone());
+        // They appear from the start, so that alerts see the first one as a rise.
+        for url in super::delta::TYPES {
+            drop(self.refused.get_or_create(&UrlLabel { url }));
+        }
         registry.register(
             "culvert_mesh_objects",
             "Workloads, services and policies that are known",
@@ -65,5 +69,19 @@ impl Metrics {
         registry.register("culvert_state_file_written", "Times that the state file was written", self.saved.clone());
         let help = "Times that the state file could not be written";
         registry.register("culvert_state_file_failures", help, self.save_failures.clone());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_resources_are_counted_from_zero() {
+        let (mut registry, mut text) = (Registry::default(), String::new());
+        Metrics::default().register(&mut registry);
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        let zero = |line: &&str| line.starts_with("culvert_xds_resources_refused_total{") && line.ends_with("} 0");
+        assert_eq!(text.lines().filter(zero).count(), 2, "{text}");
     }
 }
