@@ -236,10 +236,10 @@ n1    shop/front  to    web.shop (10.1.0.2:8080)  td/ns/shop/sa/web  TLS 1.3 X25
 
     #[test]
     fn nothing_is_said_of_nodes_that_do_not_answer() {
-        let silent = || Node { name: "n1".into(), pod: None, page: Err("late".into()) };
+        let silent = || Node { name: "n1".into(), pod: None, note: None, page: Err("late".into()) };
         let (filter, style) = (Filter { limit: 10, ..Filter::default() }, Style { colours: false });
         assert_eq!(open(&[silent()], &filter, style), "n1: no answer: late");
-        let well = Node { name: "n2".into(), pod: None, page: Ok(json!([])) };
+        let well = Node { name: "n2".into(), pod: None, note: None, page: Ok(json!([])) };
         assert_eq!(open(&[silent(), well], &filter, style), "no connection is open\nn1: no answer: late");
     }
 

@@ -20,8 +20,11 @@ pub async fn run(
     mut say: impl FnMut(Line<'_>) -> bool,
 ) -> Result<(), ClusterError> {
     let (daemon, place) = daemons.find_of_pod(pod, timeout).await?;
-    let of = format!("{}/{} on node {}", daemon.namespace, daemon.pod, daemon.node);
-    say(Line::About(&printable(&format!("lines about {pod} from the log of {of}"))));
+    // Without the API the daemon is known by its port only, and its log cannot be read.
+    if !daemon.pod.is_empty() {
+        let of = format!("{}/{} on node {}", daemon.namespace, daemon.pod, daemon.node);
+        say(Line::About(&printable(&format!("lines about {pod} from the log of {of}"))));
+    }
     let take = |line: &str| !is_about(line, &place) || say(Line::Log(&printable_line(line)));
     daemons.log(&daemon, lines, timeout, take).await
 }

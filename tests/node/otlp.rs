@@ -116,10 +116,11 @@ fn one_trace_follows_a_connection_over_both_nodes() {
     assert_eq!(paths.len(), 4, "{paths:?}");
     for node in [1, 2] {
         for path in ["/config_dump", "/history", "/connections", "/pods", "/"] {
-            let (_, text) = w.try_get(node, 15000, path).unwrap();
-            assert!(!text.contains(CANARY), "{path}: {text}");
+            let (status, text) = w.try_get(node, 15000, path).unwrap();
+            assert!(status == 200 && !text.contains(CANARY), "{path}: {status} {text}");
         }
-        assert!(!w.try_get(node, 15020, "/metrics").unwrap().1.contains(CANARY));
+        let (status, text) = w.try_get(node, 15020, "/metrics").unwrap();
+        assert!(status == 200 && !text.contains(CANARY), "{status} {text}");
         assert!(!w.log(node).iter().any(|line| line.to_string().contains(CANARY)));
         assert!(w.metric(node, "culvert_otlp_sent_total", &["traces"]) >= 2.0);
         assert_eq!(w.metric(node, "culvert_otlp_dropped_total", &[]), 0.0);
@@ -229,10 +230,11 @@ fn a_collector_that_is_gone_or_silent_or_stalled_costs_connections_nothing() {
     let dropped = |w: &World, node: u8, signal: &str| {
         w.metric(node, "culvert_otlp_dropped_total", &[signal, "reason=\"queue_full\""])
     };
+    let failed = |w: &World, node: u8, signal: &str| w.metric(node, "culvert_otlp_failed_requests_total", &[signal]);
     let mut longest = Duration::ZERO;
     for trouble in [Some(Mood::Silent), Some(Mood::Stalled), Some(Mood::Refuse(503)), None] {
-        let before: Vec<f64> =
-            [1, 2].iter().flat_map(|node| ["traces", "logs"].map(|signal| dropped(&w, *node, signal))).collect();
+        let each = [(1, "traces"), (1, "logs"), (2, "traces"), (2, "logs")];
+        let before = each.map(|(node, signal)| (dropped(&w, node, signal), failed(&w, node, signal)));
         match trouble {
             Some(mood) => collector.mood(mood),
             None => collector.down(),
@@ -247,13 +249,13 @@ fn a_collector_that_is_gone_or_silent_or_stalled_costs_connections_nothing() {
             ask(&client.netns, (server.v4, 8080), "x").unwrap();
             longest = longest.max(begun.elapsed());
         }
-        for (at, (node, signal)) in [(1, "traces"), (1, "logs"), (2, "traces"), (2, "logs")].into_iter().enumerate() {
+        for ((node, signal), before) in each.into_iter().zip(before) {
             // One batch is being sent, and the queue is full.
             eventually(&format!("{trouble:?}: node {node} counts what it drops of {signal}"), || {
-                dropped(&w, node, signal) - before[at] >= 60.0 - 16.0 - 4.0 - 4.0
+                dropped(&w, node, signal) - before.0 >= 60.0 - 16.0 - 4.0 - 4.0
             });
-            eventually("an attempt has failed", || {
-                w.metric(node, "culvert_otlp_failed_requests_total", &[signal]) > 0.0
+            eventually(&format!("{trouble:?}: an attempt of node {node} has failed"), || {
+                failed(&w, node, signal) > before.1
             });
         }
         collector.received().spans.clear();

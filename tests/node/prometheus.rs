@@ -166,8 +166,9 @@ fn dashboards_of_istio_kiali_and_our_own_find_what_they_ask_for() {
     for rule in &rules {
         assert_ne!(rule["health"], "err", "{rule}");
     }
-    let firing = prometheus.ask(r#"ALERTS{alertstate="firing"}"#);
-    assert!(rules.len() > 15 && firing.is_empty(), "nothing is wrong here: {firing:?}");
+    // Pending ones too: many would fire only after minutes.
+    let alerts = prometheus.ask("ALERTS");
+    assert!(rules.len() > 15 && alerts.is_empty(), "nothing is wrong here: {alerts:?}");
     for node in [1, 2] {
         reads_clean(&istio.w, node);
     }
