@@ -46,13 +46,14 @@ fn named((uid, pod): (Text, KnownPod)) -> (String, Text, KnownPod) {
 
 /// The peers by name, and at the end those that are counted together.
 fn peers(ledger: &Ledger, now: SystemTime) -> Value {
-    let mut peers: Vec<(String, &Counts)> = ledger.peers.iter().map(|(peer, of)| (peer.to_string(), of)).collect();
+    let (peers, others) = ledger.peers();
+    let mut peers: Vec<(String, Counts)> = peers.into_iter().map(|(peer, of)| (peer.to_string(), of)).collect();
     peers.sort_by(|a, b| a.0.cmp(&b.0));
-    if ledger.others != Counts::default() {
-        peers.push(("other".into(), &ledger.others));
+    if others != Counts::default() {
+        peers.push(("other".into(), others));
     }
-    let one = |(peer, of): (String, &Counts)| {
-        let mut entry = counts(of, now);
+    let one = |(peer, of): (String, Counts)| {
+        let mut entry = counts(&of, now);
         entry.insert("peer".into(), peer.into());
         Value::Object(entry)
     };

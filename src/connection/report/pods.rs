@@ -65,7 +65,7 @@ impl KnownPods {
     /// Adds a pod with plaintext, so that the document of all metrics can show its labels.
     pub fn fill_example(&self) {
         self.add(&"".into(), (&"".into(), &"".into()), |_| true);
-        self.plaintext(&"".into(), |ledger| ledger.refuse(&Peer::Service("".into())));
+        self.plaintext(&"".into(), |ledger| ledger.refuse(Direction::Inbound, &Peer::Service("".into())));
     }
 
     /// The namespace and name of a pod.
@@ -82,12 +82,12 @@ impl KnownPods {
 
     /// A plaintext connection begins to be carried.
     pub(super) fn plaintext_begins(&self, uid: &Text, direction: Direction, peer: &Peer) {
-        self.plaintext(uid, |ledger| ledger.begin(Action::of(direction), peer));
+        self.plaintext(uid, |ledger| ledger.begin(direction, peer));
     }
 
     /// It has ended.
     pub(super) fn plaintext_ends(&self, uid: &Text, direction: Direction, peer: &Peer) {
-        self.plaintext(uid, |ledger| ledger.end(Action::of(direction), peer));
+        self.plaintext(uid, |ledger| ledger.end(direction, peer));
     }
 
     /// All pods with their uids, one after the other, so that the lock is held for a moment only.

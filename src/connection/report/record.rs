@@ -300,7 +300,7 @@ impl Record {
         };
         let is_direct = self.opened.as_ref().is_some_and(|opened| opened.details.authority.is_none());
         if self.is_plaintext || (self.direction == Direction::Outbound && is_direct && failure.is_refusal()) {
-            self.reporter.pods.plaintext(&self.pod, |ledger| ledger.refuse(&self.peer()));
+            self.reporter.pods.plaintext(&self.pod, |ledger| ledger.refuse(self.direction, &self.peer()));
         }
     }
 
