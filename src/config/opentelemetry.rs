@@ -158,11 +158,17 @@ fn endpoint(c: &mut Checker<'_>, about: &About, text: &str, path: &str) -> Optio
     uri
 }
 
+/// Headers that belong to the transport. One from outside would make every request wrong.
+const RESERVED: [&str; 6] = ["connection", "content-length", "content-type", "host", "te", "transfer-encoding"];
+
 /// Reads headers.
 fn headers(c: &mut Checker<'_>, setting: &Setting<super::kind::Text>) -> Vec<(HeaderName, HeaderValue)> {
     let mut headers = Vec::new();
     for (name, value) in pairs(c.text(setting).unwrap_or_default()).unwrap_or_else(|| vec![Default::default()]) {
         match (HeaderName::try_from(name), HeaderValue::try_from(value)) {
+            (Ok(name), Ok(_)) if RESERVED.contains(&name.as_str()) => {
+                c.fault(&setting.about, &format!("the header {name} is not allowed: the exporter sets it"));
+            }
             (Ok(name), Ok(mut value)) => {
                 value.set_sensitive(true);
                 headers.push((name, value));
@@ -285,6 +291,8 @@ mod tests {
             ("OTEL_EXPORTER_OTLP_HEADERS", "hunter2"),
             ("OTEL_EXPORTER_OTLP_HEADERS", "a b=hunter2"),
             ("OTEL_EXPORTER_OTLP_LOGS_HEADERS", "a=hunter2%0a"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "Content-Type=hunter2"),
+            ("OTEL_EXPORTER_OTLP_HEADERS", "a=b,te=hunter2"),
             ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "a=hunter2%"),
             ("OTEL_RESOURCE_ATTRIBUTES", "hunter2"),
         ] {
