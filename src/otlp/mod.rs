@@ -10,6 +10,7 @@ pub mod transport;
 use crate::connection::report::export::{Dropped, Export, Outbox, Signal};
 use crate::task::backoff::Backoff;
 use crate::task::{Drain, thread};
+use crate::telemetry::limit::{LogLimit, shortened};
 use crate::telemetry::queue::{Limits, Queue};
 use encode::Payload;
 use opentelemetry_sdk::trace::Sampler;
@@ -102,7 +103,13 @@ async fn follow(
     stop: &crate::task::Signal,
 ) {
     let (Some(config), Some(queue)) = (config, queue) else { return };
-    let mut sender = Sender { signal, client: Client::new(config.endpoint), outbox, is_failing: false };
+    let mut sender = Sender {
+        signal,
+        client: Client::new(config.endpoint),
+        outbox,
+        is_failing: false,
+        refusals: LogLimit::default(),
+    };
     loop {
         let batch = tokio::select! {
             batch = queue.batch() => batch,
@@ -121,6 +128,8 @@ struct Sender<'a> {
     client: Client,
     outbox: &'a Outbox,
     is_failing: bool,
+    /// Limits the lines about what the collector refused.
+    refusals: LogLimit,
 }
 
 impl Sender<'_> {
@@ -166,8 +175,11 @@ impl Sender<'_> {
         if std::mem::take(&mut self.is_failing) {
             tracing::info!(signal, %endpoint, "the OpenTelemetry collector accepts data again");
         }
-        if rejected > 0 {
-            tracing::warn!(signal, %endpoint, rejected, message, "the OpenTelemetry collector refused a part of the data");
+        if rejected > 0
+            && let Some(suppressed) = self.refusals.allow()
+        {
+            let message = shortened(message.to_owned());
+            tracing::warn!(signal, %endpoint, rejected, message, suppressed, "the OpenTelemetry collector refused a part of the data");
         }
     }
 

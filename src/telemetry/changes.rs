@@ -1,14 +1,12 @@
 //! What has changed on this node, for the history that the admin port shows: one plain sentence for each change. The
 //! modules that notice a change say so here. Nothing secret is ever part of a sentence: no key, no token, no header.
 
+use super::limit::shortened;
 use super::ring::{Bounds, Ring};
 use std::time::SystemTime;
 
 /// Allocator's and ring's share of an entry, in bytes.
 const OVERHEAD: usize = 48;
-
-/// Longest sentence that is kept, in bytes: some repeat what another program has said.
-const TEXT_MAX: usize = 1_000;
 
 /// What has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,12 +71,7 @@ impl Changes {
         if !self.0.is_on() {
             return;
         }
-        let mut text = text.into();
-        if text.len() > TEXT_MAX {
-            let end = (0..=TEXT_MAX).rev().find(|end| text.is_char_boundary(*end));
-            text.truncate(end.unwrap_or_default());
-            text.push('…');
-        }
+        let text = shortened(text.into());
         let change = Change { at: SystemTime::now(), what, subject: subject.into(), text };
         let bytes = OVERHEAD + size_of::<Change>() + change.subject.capacity() + change.text.capacity();
         self.0.push(change, bytes);

@@ -1,8 +1,21 @@
 //! A limit for log lines that a peer can cause. Lines beyond it are counted, and the next line that is written states
-//! the number.
+//! the number. And a limit for texts that repeat what another program has said.
 
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
+
+/// Longest text that is repeated, in bytes.
+const TEXT_MAX: usize = 1_000;
+
+/// The beginning of a text, with a mark if it was longer.
+pub fn shortened(mut text: String) -> String {
+    if text.len() > TEXT_MAX {
+        let end = (0..=TEXT_MAX).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or_default());
+        text.push('…');
+    }
+    text
+}
 
 /// Allows at most [`LogLimit::PER_SECOND`] lines in each second.
 #[derive(Debug, Default)]
@@ -42,6 +55,13 @@ impl LogLimit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        let long = "ä".repeat(40_000);
+        assert_eq!(shortened(format!("a{long}")), format!("a{}…", "ä".repeat(499)));
+        assert_eq!(shortened("a".repeat(TEXT_MAX)), "a".repeat(TEXT_MAX));
+    }
 
     #[test]
     fn lines_beyond_the_limit_are_counted() {
