@@ -103,6 +103,8 @@ pub enum Dropped {
     Unsent,
     /// The collector refused it.
     Rejected,
+    /// Too many connections failed before their route was known.
+    Limited,
 }
 
 /// Counters of what is exported.
@@ -130,6 +132,7 @@ impl Metrics {
             Dropped::QueueFull => "queue_full",
             Dropped::Unsent => "unsent",
             Dropped::Rejected => "rejected",
+            Dropped::Limited => "limited",
         };
         self.dropped.get_or_create(&DroppedLabels { signal: signal.word(), reason }).inc_by(count);
     }
@@ -141,7 +144,8 @@ impl Metrics {
         let failed = "Requests to the OpenTelemetry collector that failed, by signal. Most are sent again";
         registry.register("culvert_otlp_failed_requests", failed, self.failed.clone());
         let dropped = "Spans and log records that were dropped, by signal and reason: queue_full, unsent (the collector was away for too \
-                       long) or rejected (by the collector). Alert if this rises";
+                       long), rejected (by the collector) or limited (too many connections failed before their route was \
+                       known). Alert if this rises";
         registry.register("culvert_otlp_dropped", dropped, self.dropped.clone());
         // They appear from the start, so that alerts see the first one as a rise.
         for signal in [Signal::Traces, Signal::Logs] {
@@ -197,11 +201,24 @@ impl Outbox {
         Trace { context, parent: parent_span.span_id() }
     }
 
+    /// The queues that a connection goes to.
+    fn queues(&self, is_sampled: bool) -> [(Signal, Option<&Queue<Arc<Export>>>); 2] {
+        [(Signal::Traces, self.spans.as_ref().filter(|_| is_sampled)), (Signal::Logs, self.logs.as_ref())]
+    }
+
+    /// Counts a connection that is not handed on, because too many like it have failed.
+    pub fn limited(&self, trace: Option<&Trace>) {
+        for (signal, queue) in self.queues(trace.is_some_and(|trace| trace.context.is_sampled())) {
+            if queue.is_some() {
+                self.metrics.dropped(signal, Dropped::Limited, 1);
+            }
+        }
+    }
+
     /// Hands a connection on. This never waits; what does not fit is counted.
     pub fn push(&self, export: Export) {
         let export = Arc::new(export);
-        let spans = self.spans.as_ref().filter(|_| export.trace.context.is_sampled());
-        for (signal, queue) in [(Signal::Traces, spans), (Signal::Logs, self.logs.as_ref())] {
+        for (signal, queue) in self.queues(export.trace.context.is_sampled()) {
             if queue.is_some_and(|queue| queue.push(export.clone()).is_err()) {
                 self.metrics.dropped(signal, Dropped::QueueFull, 1);
             }

@@ -37,7 +37,8 @@ pub struct Reporter {
     pub pods: KnownPods,
     /// Failures of the last minutes.
     pub recent: RecentFailures,
-    /// Limit for lines about connections that failed before their route was known, which any peer can cause.
+    /// Limit for reports of connections that failed before their route was known, which any peer can cause. Beyond it
+    /// they are only counted, so that they do not displace others from the log, the history and the export.
     pub early_failures: LogLimit,
     /// Limit for lines about tunnels that were cut.
     pub cut: LogLimit,
@@ -396,12 +397,15 @@ impl Drop for Record {
             }
         }
         let Some(opened) = self.opened.take() else {
-            // Ask the limit only for a failure, so that connections that ended well do not use up its lines.
-            if let Some(failure) = &self.failure
-                && let Some(suppressed) = self.reporter.early_failures.allow()
-            {
-                access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
-            }
+            // One that ended well is not kept, and does not use up the limit.
+            let Some(failure) = &self.failure else { return };
+            let Some(suppressed) = self.reporter.early_failures.allow() else {
+                if let Some(outbox) = &self.reporter.outbox {
+                    outbox.limited(self.trace.as_deref());
+                }
+                return;
+            };
+            access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
             return self.keep(None);
         };
         self.reporter.live.remove(opened.id);
@@ -491,5 +495,33 @@ fn labels(direction: Direction, details: &Details) -> TrafficLabels {
         source_zone: known(source.map(|w| &*w.locality.zone)),
         destination_region: known(destination.map(|w| &*w.locality.region)),
         destination_zone: known(destination.map(|w| &*w.locality.zone)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::connection::accept::AcceptError;
+    use crate::telemetry::queue::Limits;
+    use crate::telemetry::ring::Bounds;
+    use opentelemetry_sdk::trace::Sampler;
+
+    #[test]
+    fn early_failures_beyond_the_limit_are_only_counted() {
+        let limits = Limits { entries: 1_000, batch: 1_000, delay: Duration::from_secs(1) };
+        let outbox = Arc::new(Outbox::new(Sampler::AlwaysOn, Some(limits), Some(limits), Arc::default()));
+        let history = History::new(Bounds { entries: 1_000, bytes: 1 << 20 });
+        let reporter = Arc::new(Reporter { history, outbox: Some(outbox.clone()), ..Reporter::default() });
+        for _ in 0..500 {
+            let source = SocketAddr::from(([10, 0, 0, 1], 1));
+            Record::begin(&reporter, &"uid".into(), Direction::Inbound, source).finish(Err(AcceptError::Silent.into()));
+        }
+        let [_, (_, failed)] = reporter.history.rings();
+        let kept = failed.newest(usize::MAX, |_| true).len();
+        // The loop may take longer than a second, but not than three.
+        assert!((20..=60).contains(&kept), "{kept}");
+        let queues = [&outbox.spans, &outbox.logs].map(|queue| queue.as_ref().map_or(0, |queue| queue.len()));
+        assert_eq!(queues, [kept, kept]);
+        assert_eq!(reporter.recent.list().iter().map(|failures| failures.count).sum::<u64>(), 500);
     }
 }
