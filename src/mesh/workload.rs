@@ -158,6 +158,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// The name to show: the canonical one if it has none of its own.
+    pub fn shown_name(&self) -> &Text {
+        if self.name.is_empty() { &self.canonical_name } else { &self.name }
+    }
+
     /// The identity that this workload must present.
     pub fn identity(&self) -> Result<SpiffeName, NameError> {
         SpiffeName::new(&self.trust_domain, &self.namespace, &self.service_account)

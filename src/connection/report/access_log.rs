@@ -6,7 +6,6 @@ use super::direction::Direction;
 use super::failure::Failure;
 use super::live::ByteCounts;
 use super::stages::Stages;
-use crate::mesh::Workload;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -43,14 +42,14 @@ macro_rules! line {
         };
         tracing::event!(target: "access", $level,
             src.addr = %$source,
-            src.workload = source.map(name),
+            src.workload = source.map(|w| &**w.shown_name()),
             src.namespace = source.map(|w| &*w.namespace),
             src.identity = d.source_identity.as_ref().map(display),
             src.cluster = source.map(|w| &*w.cluster_id),
             dst.addr = hop.map(display),
             dst.hbone_addr = d.authority.as_deref().map(display),
             dst.service = d.service.as_ref().map(|s| &*s.key.hostname),
-            dst.workload = to.map(name),
+            dst.workload = to.map(|w| &**w.shown_name()),
             dst.namespace = to.map(|w| &*w.namespace),
             dst.identity = d.destination_identity.as_ref().map(display),
             dst.cluster = to.map(|w| &*w.cluster_id),
@@ -60,11 +59,6 @@ macro_rules! line {
             $($($rest)*,)?
             $message)
     }};
-}
-
-/// The name to show for a workload.
-fn name(workload: &Workload) -> &str {
-    if workload.name.is_empty() { &workload.canonical_name } else { &workload.name }
 }
 
 /// Writes the debug line for a connection whose route has become known.

@@ -73,9 +73,7 @@ pub struct Ends {
 
 impl From<Details> for Ends {
     fn from(details: Details) -> Self {
-        let name = |workload: Option<Arc<Workload>>| {
-            workload.map(|w| (w.namespace.clone(), if w.name.is_empty() { &w.canonical_name } else { &w.name }.clone()))
-        };
+        let name = |workload: Option<Arc<Workload>>| workload.map(|w| (w.namespace.clone(), w.shown_name().clone()));
         Self {
             source_workload: name(details.source_workload),
             source_identity: details.source_identity,

@@ -281,10 +281,7 @@ impl Record {
             }
         };
         match (workload, service) {
-            (Some(workload), _) => {
-                let name = if workload.name.is_empty() { &workload.canonical_name } else { &workload.name };
-                Peer::Workload(workload.namespace.clone(), name.clone())
-            }
+            (Some(workload), _) => Peer::Workload(workload.namespace.clone(), workload.shown_name().clone()),
             (None, Some(service)) => Peer::Service(service.key.hostname.clone()),
             (None, None) => Peer::Address(address.ip()),
         }
