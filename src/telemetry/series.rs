@@ -115,16 +115,29 @@ impl<L: Labels, M: Default> Series<L, M> {
     /// The metrics of a label set, which is created if needed.
     pub fn of(&self, labels: &L) -> SeriesHandle<L, M> {
         let table = &*self.0;
-        if let Some(set) = table.sets.read().get(labels) {
-            return SeriesHandle(set.clone());
+        let now = table.begun.elapsed().as_secs() + 1;
+        {
+            let sets = table.sets.read();
+            if let Some(set) = sets.get(labels) {
+                return SeriesHandle(set.clone());
+            }
+            // A client that causes many new names must not make every connection wait for the others' turns to write.
+            if sets.len() >= table.limits.max
+                && table.swept.load(Ordering::Relaxed) == now
+                && let Some(set) = sets.get(&labels.overflow())
+            {
+                table.overflowed.fetch_add(1, Ordering::Relaxed);
+                return SeriesHandle(set.clone());
+            }
         }
+        // Freed after the lock.
+        let mut _removed = Vec::new();
         let mut sets = table.sets.write();
         if sets.len() >= table.limits.max {
             // Once a second at most, or a client that causes many new names would make every connection search all of
             // them.
-            let now = table.begun.elapsed().as_secs() + 1;
             if table.swept.swap(now, Ordering::Relaxed) != now {
-                sets.retain(|_, set| !table.is_idle(set, 1));
+                _removed = sets.extract_if(|_, set| table.is_idle(set, 1)).collect();
             }
         }
         let is_full = sets.len() >= table.limits.max && !sets.contains_key(labels);
@@ -172,11 +185,13 @@ impl<L: Labels, M: Default> Series<L, M> {
             return Ok(());
         }
         keep(&mut gone);
+        // Freed after the lock.
+        let mut removed = Vec::new();
         let mut sets = self.0.sets.write();
-        for labels in gone {
+        for labels in &gone {
             // It may have been used again meanwhile.
-            if sets.get(&labels).is_some_and(|set| self.0.is_idle(set, 1)) {
-                sets.remove(&labels);
+            if sets.get(labels).is_some_and(|set| self.0.is_idle(set, 1)) {
+                removed.extend(sets.remove_entry(labels));
             }
         }
         Ok(())

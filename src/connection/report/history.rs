@@ -104,7 +104,7 @@ impl History {
 
     /// Whether connections are kept at all.
     pub fn is_on(&self) -> bool {
-        self.well.is_on()
+        self.well.is_on() || self.badly.is_on()
     }
 
     /// Keeps a connection that has ended.
