@@ -126,7 +126,11 @@ impl Capturer {
     pub fn listen(&self, spec: &PodSpec) -> Result<Listening, CaptureError> {
         let netns = spec.netns.open()?;
         self.refuse_host(&netns)?;
-        self.refuse_workload_of_its_own(&netns)?;
+        // Only now: later the rules are ours, whatever a process in the pod writes into them. With an agent, they are the
+        // agent's matter.
+        if self.config.redirect && !matches!(self.config.source, PodSource::Own(_)) {
+            own_rules::refuse(&netns)?;
+        }
         let held: Vec<IpAddr> = netns.addresses()?.into_iter().map(|(ip, _)| ip).collect();
         if let Some(missing) = spec.ips.first().filter(|_| !spec.ips.iter().any(|ip| held.contains(ip))) {
             return Err(not_the_pod(&netns, *missing, &held));
@@ -350,11 +354,11 @@ impl Capturer {
         let Some(_guard) = self.role.write_guard().filter(|_| self.config.redirect) else { return };
         let Ok(netns) = spec.netns.open() else { return };
         let Ok(_claim) = self.claims.claim(&netns, spec) else { return };
-        // Without our tables, equal routes belong to another program.
         // Without its rules, the traffic of a workload that carries itself would pass in plaintext.
         if self.refuse_host(&netns).is_err() || !matches!(own_rules::are_in(&netns), Ok(false)) {
             return;
         }
+        // Without our tables, equal routes belong to another program.
         let there = async |table| !matches!(nft::table(&netns, "inet", table).await, Ok(listed) if listed.is_null());
         let is_there = there(redirect::TABLE).await || (all && there(legs::TABLE).await);
         if !is_there {
@@ -366,20 +370,6 @@ impl Capturer {
         };
         if let Err(error) = removed {
             tracing::warn!(namespace = &*spec.namespace, name = &*spec.name, %error, "cannot remove the pod's rules");
-        }
-    }
-
-    /// Refuses a network namespace whose workload carries its own traffic. Later the rules are not asked: they are ours
-    /// then, whatever a process in the pod writes into them.
-    fn refuse_workload_of_its_own(&self, netns: &Netns) -> Result<(), CaptureError> {
-        // With an agent, the rules are the agent's matter.
-        if !self.config.redirect || matches!(self.config.source, PodSource::Own(_)) {
-            return Ok(());
-        }
-        match own_rules::are_in(netns) {
-            Ok(false) => Ok(()),
-            Ok(true) => Err(CaptureError::CarriesItself),
-            Err(error) => Err(CaptureError::RulesUnknown(error)),
         }
     }
 

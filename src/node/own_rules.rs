@@ -1,6 +1,7 @@
 //! The redirection of the network namespace that this process runs in. `culvert redirect` writes it before a daemon
 //! starts there that has no rights itself.
 
+use super::error::CaptureError;
 use super::nft::{self, NftError};
 use super::redirect::{self, OwnPackets, RedirectError, Redirection};
 use super::{preexisting, table_owner};
@@ -104,6 +105,17 @@ pub fn are_in(netns: &Netns) -> io::Result<bool> {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// Refuses to capture a pod that carries its own traffic.
+pub fn refuse(netns: &Netns) -> Result<(), CaptureError> {
+    match are_in(netns) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(CaptureError::CarriesItself),
+        // Without the right to read rules, none are written either, and that says which right is missing.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(error) => Err(CaptureError::RulesUnknown(error)),
     }
 }
 
