@@ -8,7 +8,7 @@
 //! | 1 | `hbone`, `rpc` |
 //! | 2 | `dns`, `identity` |
 //! | 3 | `connection`, `control`, `admin`, `cluster` |
-//! | 4 | `node`, `otlp` |
+//! | 4 | `node`, `otlp`, `control_plane` |
 //! | 5 | `config` |
 //! | 6 | `demo`, `doctor`, `inspect` |
 //! | 7 | `daemon` |
@@ -18,6 +18,7 @@ mod cluster;
 mod config;
 mod connection;
 mod control;
+mod control_plane;
 mod crypto;
 mod daemon;
 mod demo;

@@ -2,9 +2,10 @@
 //! variable; the argument takes precedence.
 
 use super::setting::About;
-use super::settings;
+use super::settings::{self, Group};
 use clap::{Arg, ArgMatches, Args, FromArgMatches};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 
 /// Options of `culvert cleanup`.
 #[derive(Clone, Debug, Args)]
@@ -42,32 +43,69 @@ pub struct DemoArgs {
 /// Columns of a line of help.
 const HELP_COLUMNS: usize = 100;
 
-/// Settings of the daemon as they were given, unchecked.
-#[derive(Clone, Debug, Default)]
-pub struct NodeArgs(BTreeMap<&'static str, String>);
+/// Which settings a command has.
+pub trait Settings: Clone + std::fmt::Debug + Default + Send + Sync + 'static {
+    /// Them, in groups.
+    fn groups() -> &'static [Group];
+}
 
-impl NodeArgs {
+/// `culvert node`.
+#[derive(Clone, Debug, Default)]
+pub struct OfNode;
+
+impl Settings for OfNode {
+    fn groups() -> &'static [Group] {
+        &settings::GROUPS
+    }
+}
+
+/// `culvert control`.
+#[derive(Clone, Debug, Default)]
+pub struct OfControl;
+
+impl Settings for OfControl {
+    fn groups() -> &'static [Group] {
+        &settings::CONTROL_GROUPS
+    }
+}
+
+/// Settings of the daemon as they were given, unchecked.
+pub type NodeArgs = SettingArgs<OfNode>;
+
+/// Settings of the control plane as they were given, unchecked.
+pub type ControlArgs = SettingArgs<OfControl>;
+
+/// Settings of a command as they were given, unchecked.
+#[derive(Clone, Debug, Default)]
+pub struct SettingArgs<S>(BTreeMap<&'static str, String>, PhantomData<S>);
+
+impl<S: Settings> SettingArgs<S> {
     /// The text of a setting, where it was given.
     pub(crate) fn get(&self, setting: &About) -> Option<&str> {
         self.0.get(setting.variable).map(String::as_str)
     }
 
+    /// The texts by variable.
+    pub(super) fn texts(&self) -> &BTreeMap<&'static str, String> {
+        &self.0
+    }
+
     /// Every setting that was given, with its text.
     pub(crate) fn given(&self) -> impl Iterator<Item = (&'static About, &str)> {
-        settings::all().filter_map(|setting| Some((setting, self.get(setting)?)))
+        settings::each(S::groups()).filter_map(|setting| Some((setting, self.get(setting)?)))
     }
 
     /// Settings by variable; those with unknown names are left out.
     pub fn of(values: &BTreeMap<String, String>) -> Self {
         let value = |setting: &About| Some((setting.variable, values.get(setting.variable)?.clone()));
-        Self(settings::all().filter_map(value).collect())
+        Self(settings::each(S::groups()).filter_map(value).collect(), PhantomData)
     }
 }
 
-impl Args for NodeArgs {
+impl<S: Settings> Args for SettingArgs<S> {
     fn augment_args(command: clap::Command) -> clap::Command {
         let mut command = command.next_line_help(true);
-        for group in &settings::GROUPS {
+        for group in S::groups() {
             for setting in group.settings {
                 let about = setting.about();
                 let accepts = setting.accepts().map(|accepts| format!(" [accepts: {accepts}]")).unwrap_or_default();
@@ -104,7 +142,7 @@ fn wrapped(text: &str) -> String {
     lines
 }
 
-impl FromArgMatches for NodeArgs {
+impl<S: Settings> FromArgMatches for SettingArgs<S> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let mut args = Self::default();
         args.update_from_arg_matches(matches)?;
@@ -112,7 +150,7 @@ impl FromArgMatches for NodeArgs {
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        for setting in settings::all() {
+        for setting in settings::each(S::groups()) {
             // Every setting is an argument of the command, so that the lookup does not fail.
             if let Ok(Some(text)) = matches.try_get_one::<String>(setting.flag) {
                 self.0.insert(setting.variable, text.clone());
@@ -123,7 +161,7 @@ impl FromArgMatches for NodeArgs {
 }
 
 #[cfg(test)]
-impl From<&[(&str, &str)]> for NodeArgs {
+impl<S: Settings> From<&[(&str, &str)]> for SettingArgs<S> {
     fn from(given: &[(&str, &str)]) -> Self {
         let args = Self::of(&given.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect());
         assert_eq!(args.0.len(), given.len(), "each is a setting, named once: {given:?}");

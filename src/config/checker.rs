@@ -1,27 +1,28 @@
 //! Reads settings one by one and collects every fault, each with the names of the setting, the value and what is
 //! expected.
 
-use super::args::NodeArgs;
+use super::args::{SettingArgs, Settings};
 use super::kind::Kind;
 use super::setting::{About, Setting};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Settings as they were given, and the faults found in them so far.
 pub(super) struct Checker<'a> {
-    args: &'a NodeArgs,
+    texts: &'a BTreeMap<&'static str, String>,
     /// Faults so far.
     pub(super) faults: Vec<String>,
 }
 
 impl<'a> Checker<'a> {
     /// Starts with no faults.
-    pub(super) fn new(args: &'a NodeArgs) -> Self {
-        Self { args, faults: Vec::new() }
+    pub(super) fn new<S: Settings>(args: &'a SettingArgs<S>) -> Self {
+        Self { texts: args.texts(), faults: Vec::new() }
     }
 
     /// The text of a setting as it was given, which may be empty.
     pub(super) fn given<K>(&self, setting: &Setting<K>) -> Option<&'a str> {
-        self.args.get(&setting.about)
+        self.texts.get(setting.about.variable).map(String::as_str)
     }
 
     /// The text of a setting, unless that is empty; else its default.

@@ -1,6 +1,6 @@
 //! The command line: which commands there are, and their options.
 
-use super::args::{CleanupArgs, DemoArgs, NodeArgs};
+use super::args::{CleanupArgs, ControlArgs, DemoArgs, NodeArgs};
 use super::ask::{
     ConnectionsArgs, DashboardArgs, DoctorArgs, ExplainArgs, LogsArgs, PodsArgs, ReportArgs, StatusArgs, TopArgs,
 };
@@ -33,6 +33,16 @@ pub enum Command {
     },
     /// Check the settings, the mesh file, the pods file and the built-in CA, and start nothing.
     Check(Box<NodeArgs>),
+    /// Run the control plane of a mesh without Istio: it serves mesh facts and certificates to the daemons of a cluster,
+    /// from what the Kubernetes API says.
+    Control {
+        /// What to do instead of running.
+        #[command(subcommand)]
+        command: Option<ControlCommand>,
+        /// Settings.
+        #[command(flatten)]
+        settings: Box<ControlArgs>,
+    },
     /// Manage the built-in certificate authority.
     Ca {
         /// The command.
@@ -92,6 +102,14 @@ pub enum Command {
     Cni,
     /// Print the version.
     Version,
+}
+
+/// Commands for the control plane.
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum ControlCommand {
+    /// Replace the root of the mesh, in steps during which both the old and the new one are trusted. Run it again until it
+    /// says that it is done.
+    RotateRoot,
 }
 
 /// Commands for the built-in certificate authority.

@@ -8,6 +8,7 @@ pub mod ask;
 pub mod check;
 mod checker;
 pub mod command_line;
+pub mod control;
 pub mod dedicated;
 mod duration;
 pub mod environment;

@@ -38,24 +38,7 @@ pub fn settings() -> Result<String, Error> {
          Durations are written as for ztunnel: `10s`, `1h30m`, `25` (seconds), `3m31`, `1M` (a minute).\n",
     );
     for group in &settings::GROUPS {
-        write!(
-            t,
-            "\n## {}\n\n| argument | variable | default | accepts | meaning |\n|---|---|---|---|---|\n",
-            group.title
-        )?;
-        for setting in group.settings {
-            let about = setting.about();
-            let default = match about.default {
-                SettingDefault::None => "none".to_owned(),
-                SettingDefault::Text(text) => format!("`{text}`"),
-                SettingDefault::Depends(words) => words.to_owned(),
-            };
-            let accepts = setting.accepts().unwrap_or_default();
-            row(
-                &mut t,
-                &[&format!("`--{}`", about.flag), &format!("`{}`", about.variable), &default, &accepts, about.help],
-            )?;
-        }
+        settings_of(&mut t, group)?;
     }
     t.push_str("\n## Variables with names of your choice\n\n| variable | meaning |\n|---|---|\n");
     for (prefix, meaning) in PREFIXES {
@@ -73,7 +56,31 @@ pub fn settings() -> Result<String, Error> {
         row(&mut t, &[&format!("`{}`", refused.variable), &accepted, refused.instead])?;
     }
     bounds(&mut t)?;
+    t.push_str("\n# Settings of `culvert control`\n");
+    for group in &settings::CONTROL_GROUPS {
+        settings_of(&mut t, group)?;
+    }
     Ok(t)
+}
+
+/// The table of a group of settings.
+fn settings_of(t: &mut String, group: &settings::Group) -> Result<(), Error> {
+    write!(
+        t,
+        "\n## {}\n\n| argument | variable | default | accepts | meaning |\n|---|---|---|---|---|\n",
+        group.title
+    )?;
+    for setting in group.settings {
+        let about = setting.about();
+        let default = match about.default {
+            SettingDefault::None => "none".to_owned(),
+            SettingDefault::Text(text) => format!("`{text}`"),
+            SettingDefault::Depends(words) => words.to_owned(),
+        };
+        let accepts = setting.accepts().unwrap_or_default();
+        row(t, &[&format!("`--{}`", about.flag), &format!("`{}`", about.variable), &default, &accepts, about.help])?;
+    }
+    Ok(())
 }
 
 /// The bounds on time that no setting changes.

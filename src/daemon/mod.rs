@@ -2,6 +2,7 @@
 
 mod ask;
 mod assemble;
+mod control;
 mod dashboard;
 pub mod docs;
 mod dump;
@@ -37,11 +38,12 @@ use crate::config::plugin::Call;
 use crate::config::setting::Setting;
 use crate::config::settings;
 use crate::config::{Config, Faults, dedicated};
+use crate::control::file as mesh_file;
 use crate::doctor::cleanup::Cleaned;
 use crate::identity::Builtin;
 use crate::node::{PodSource, own_rules};
-use crate::{control, node, sys};
 use crate::{demo, doctor};
+use crate::{node, sys};
 use clap::{CommandFactory, FromArgMatches};
 use std::io::Write;
 use std::path::PathBuf;
@@ -53,6 +55,7 @@ pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Node(args) | Command::Proxy { node: args, .. } => node_command(&args),
         Command::Check(args) => check_command(&args),
+        Command::Control { command, settings } => control::run(&settings, command),
         Command::Ca { command: CaCommand::Init { dir } } => match Builtin::init(&dir) {
             Ok(()) => say(&format!("CA created in {}: ca.pem, ca.key (mode 0600)", dir.display())),
             Err(error) => fail(1, &crate::telemetry::log::with_causes(&error)),
@@ -189,10 +192,10 @@ fn checked(args: &NodeArgs) -> Result<Config, Faults> {
     let config = check(args, &Environment::of_process(), machine());
     let mut faults = config.as_ref().err().map_or_else(Vec::new, |faults| faults.0.clone());
     let path = |setting: &Setting<File>| args.get(&setting.about).filter(|text| !text.is_empty()).map(PathBuf::from);
-    if let Some(Err(error)) = path(&settings::mesh::MESH_FILE).map(|path| control::file::read(&path)) {
+    if let Some(Err(error)) = path(&settings::mesh::MESH_FILE).map(|path| mesh_file::read(&path)) {
         faults.push(error.to_string());
     }
-    if let Some(Err(error)) = path(&settings::mesh::EGRESS_FILE).map(|path| control::file::read_egress(&path)) {
+    if let Some(Err(error)) = path(&settings::mesh::EGRESS_FILE).map(|path| mesh_file::read_egress(&path)) {
         faults.push(error.to_string());
     }
     if let Some(Err(error)) = path(&settings::pods::PODS_FILE).map(|path| node::pods_file::read(&path)) {

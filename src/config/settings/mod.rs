@@ -13,6 +13,7 @@ macro_rules! settings {
 
 pub mod certificates;
 pub mod connections;
+pub mod control;
 pub mod dedicated;
 pub mod dns;
 pub mod history;
@@ -33,7 +34,7 @@ pub struct Group {
     pub settings: &'static [&'static dyn Described],
 }
 
-/// All settings.
+/// All settings of `culvert node`.
 pub static GROUPS: [Group; 10] = [
     Group { title: "Mesh facts", settings: mesh::ALL },
     Group { title: "Certificates", settings: certificates::ALL },
@@ -47,7 +48,15 @@ pub static GROUPS: [Group; 10] = [
     Group { title: "Ending, logging and metrics", settings: process::ALL },
 ];
 
-/// All settings, one by one.
+/// All settings of `culvert control`.
+pub static CONTROL_GROUPS: [Group; 1] = [Group { title: "Control plane", settings: control::ALL }];
+
+/// All settings of `culvert node`, one by one.
 pub fn all() -> impl Iterator<Item = &'static About> {
-    GROUPS.iter().flat_map(|group| group.settings).map(|setting| setting.about())
+    each(&GROUPS)
+}
+
+/// The settings of these groups, one by one.
+pub fn each(groups: &'static [Group]) -> impl Iterator<Item = &'static About> {
+    groups.iter().flat_map(|group| group.settings).map(|setting| setting.about())
 }
