@@ -1,5 +1,6 @@
 //! A mesh of Istio: istiod announces the facts and signs certificates, culvert enrols pods by labels.
 
+mod commands;
 mod failures;
 mod install;
 mod rollouts;
