@@ -82,6 +82,11 @@ impl Tally {
         if self.open > 0 { Some(now) } else { self.ended }
     }
 
+    /// As it is when all that are open have ended.
+    fn ended_by(&self, now: SystemTime) -> Self {
+        Self { count: self.count, open: 0, ended: self.last(now) }
+    }
+
     fn add(&mut self, other: &Self) {
         self.count += other.count;
         self.open += other.open;
@@ -103,6 +108,11 @@ impl Counts {
         if let Some(tally) = self.0.get_mut(action as usize) {
             change(tally);
         }
+    }
+
+    /// As they are when all that are open have ended.
+    pub fn ended_by(&self, now: SystemTime) -> Self {
+        Self(self.0.map(|tally| tally.ended_by(now)))
     }
 
     /// Adds those of another pod or peer.

@@ -29,6 +29,17 @@ struct All {
     order: VecDeque<Text>,
 }
 
+impl All {
+    fn forget(&mut self, uid: &Text) {
+        let Some(mut gone) = self.by_uid.remove(uid) else { return };
+        gone.earlier.add(&gone.plaintext.total.ended_by(SystemTime::now()));
+        let of_its_name = |pod: &&mut KnownPod| pod.name == gone.name && pod.namespace == gone.namespace;
+        if let Some(heir) = self.by_uid.values_mut().find(of_its_name) {
+            heir.earlier.add(&gone.earlier);
+        }
+    }
+}
+
 /// What is known about a pod.
 #[derive(Clone, Debug)]
 pub struct KnownPod {
@@ -40,6 +51,8 @@ pub struct KnownPod {
     pub since: SystemTime,
     /// Its plaintext connections.
     pub plaintext: Ledger,
+    /// Those of earlier pods of its name that have been forgotten, so that its series does not go back.
+    earlier: Counts,
 }
 
 impl KnownPods {
@@ -51,14 +64,15 @@ impl KnownPods {
             return;
         }
         let (namespace, name) = (namespace.clone(), name.clone());
-        let pod = KnownPod { namespace, name, since: SystemTime::now(), plaintext: Ledger::default() };
+        let (plaintext, earlier) = Default::default();
+        let pod = KnownPod { namespace, name, since: SystemTime::now(), plaintext, earlier };
         all.by_uid.insert(uid.clone(), pod);
         all.order.push_back(uid.clone());
         if all.order.len() > PODS_MAX
             && let Some(gone) = all.order.iter().position(|uid| !here(uid))
             && let Some(uid) = all.order.remove(gone)
         {
-            all.by_uid.remove(&uid);
+            all.forget(&uid);
         }
     }
 
@@ -104,7 +118,9 @@ impl KnownPods {
     fn sums(&self) -> BTreeMap<(Text, Text), Counts> {
         let mut sums: BTreeMap<(Text, Text), Counts> = BTreeMap::new();
         for pod in self.0.lock().by_uid.values() {
-            sums.entry((pod.namespace.clone(), pod.name.clone())).or_default().add(&pod.plaintext.total);
+            let sum = sums.entry((pod.namespace.clone(), pod.name.clone())).or_default();
+            sum.add(&pod.plaintext.total);
+            sum.add(&pod.earlier);
         }
         sums
     }
@@ -168,6 +184,12 @@ mod tests {
             pods.plaintext_begins(&uid.into(), Direction::Inbound, &peer);
             pods.plaintext_ends(&uid.into(), Direction::Inbound, &peer);
         }
+        let others = |n: usize| Text::from(format!("other-{n}"));
+        // The old one is forgotten.
+        for n in 0..PODS_MAX {
+            pods.add(&others(n), (&"other".into(), &others(n)), |uid| &**uid != "old");
+        }
+        assert!(pods.name_of(&"old".into()).is_none() && pods.name_of(&"new".into()).is_some());
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
         let line = "culvert_plaintext_connections_total{namespace=\"shop\",pod=\"db-0\",action=\"accepted\"} 2\n";
