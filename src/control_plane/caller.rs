@@ -20,4 +20,6 @@ pub struct CallerPod {
     pub name: Text,
     /// Its uid.
     pub uid: Text,
+    /// The node that the token is bound to. Older API servers do not say it.
+    pub node: Option<Text>,
 }

@@ -12,6 +12,7 @@
 //! They share three things: the [`Catalog`] of what is served, the [`RunningPods`] by which callers are judged, and the
 //! [`Caller`] that the API says a token belongs to.
 
+pub mod ca;
 pub mod caller;
 pub mod catalog;
 pub mod running_pods;
@@ -32,6 +33,8 @@ pub struct Config {
     pub cluster: Cluster,
     /// Port for daemons.
     pub port: u16,
+    /// The certificate authority.
+    pub ca: ca::Config,
 }
 
 /// Names that are the same for a whole cluster.

@@ -10,6 +10,6 @@ mod provider;
 mod signatures;
 
 pub use handshake::{clock_reason, is_about_time, with_clock_reason};
-pub use pem::certificates_from_pem;
+pub use pem::{certificate_pem, certificates_from_pem};
 pub use provider::{ALPN_H2, only_post_quantum, provider};
 pub(crate) use signatures::delegate_signatures;

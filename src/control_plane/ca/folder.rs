@@ -1,0 +1,63 @@
+//! The signing key in a directory with the files of the Secret `cacerts`, such as a mounted volume.
+
+use super::issuing::Material;
+use super::kept::material;
+use super::secrets::Data;
+use aws_lc_rs::digest::{SHA256, digest};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// Files of the layout.
+const FILES: [&str; 8] =
+    ["ca-cert.pem", "ca-key.pem", "cert-chain.pem", "root-cert.pem", "ca-crl.pem", "tls.crt", "tls.key", "ca.crt"];
+/// Largest file, as large as a Secret may be.
+const BYTES_MAX: u64 = 1 << 20;
+
+/// Why a directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// A file cannot be read.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+    /// A file is missing.
+    #[error("{0} is missing")]
+    Missing(PathBuf),
+}
+
+/// Reads a directory. What is returned is unchecked.
+pub fn load(folder: &Path) -> Result<Material, FolderError> {
+    let (mut data, mut all) = (Data::new(), Vec::new());
+    for name in FILES {
+        let path = folder.join(name);
+        let read = read(&path).map_err(|source| FolderError::File { path, source })?;
+        if let Some(content) = read {
+            all.extend_from_slice(digest(&SHA256, &content).as_ref());
+            all.extend_from_slice(name.as_bytes());
+            data.insert(name.to_owned(), content.into());
+        }
+    }
+    let version: String = digest(&SHA256, &all).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let origin = format!("directory {}", folder.display());
+    material(&data, origin, version).map_err(|name| FolderError::Missing(folder.join(name)))
+}
+
+/// The content of a file; `None` if there is none.
+fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    let opened = match File::open(path) {
+        Ok(opened) => opened,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut content = Vec::new();
+    opened.take(BYTES_MAX + 1).read_to_end(&mut content)?;
+    match content.len() as u64 > BYTES_MAX {
+        true => Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("it has more than {BYTES_MAX} bytes"))),
+        false => Ok(Some(content)),
+    }
+}

@@ -1,0 +1,260 @@
+//! Writes the roots into a ConfigMap of every namespace, where daemons mount them to verify the control plane, and keeps
+//! them right if somebody changes or deletes one.
+//!
+//! Replicas do not fight. A ConfigMap that differs may be the work of another replica that knows newer roots. So before
+//! one is overwritten, the roots are loaded anew from where they come from: whoever wrote newer ones had read them there,
+//! so this replica then knows them too, and there is nothing left to write.
+
+use super::authority::Authority;
+use super::metrics::Metrics;
+use crate::mesh::Text;
+use crate::task::backoff::Backoff;
+use crate::telemetry::limit::{LogLimit, shortened};
+use crate::telemetry::log::with_causes;
+use futures_util::Stream;
+use futures_util::stream::{self, SelectAll, StreamExt};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::core::PartialObjectMeta;
+use kube::runtime::WatchStreamExt;
+use kube::runtime::watcher::{self, Event};
+use kube::{Api, Client};
+use serde_json::json;
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Namespaces that get nothing: the API makes them, and no pods of users run there.
+const EXCLUDED: [&str; 2] = ["kube-public", "kube-node-lease"];
+/// Writes at the same time.
+const AT_ONCE: usize = 8;
+/// How long one write may take.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Shortest and longest time between two rounds of writes. Somebody who changes a ConfigMap again and again causes one
+/// write in each.
+const ROUNDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long a watch runs before it is started again.
+const WATCH_SECONDS: u32 = 290;
+
+/// What is published.
+#[derive(Clone, Copy, Debug)]
+pub struct Published {
+    /// Name of the ConfigMap.
+    name: &'static str,
+    /// Its entry.
+    key: &'static str,
+    /// What it is to hold; `None` if nothing is to be written.
+    content: fn(&Authority) -> Option<Arc<str>>,
+    /// Whether a rotation waits until it is everywhere.
+    gates_rotation: bool,
+}
+
+/// The roots (source: istiod's namespace controller).
+pub const ROOTS: Published =
+    Published { name: "istio-ca-root-cert", key: "root-cert.pem", content: Authority::roots_pem, gates_rotation: true };
+
+/// The revoked certificates that came with the user's CA (source: the same).
+pub const CRL: Published =
+    Published { name: "istio-ca-crl", key: "ca-crl.pem", content: Authority::crl_pem, gates_rotation: false };
+
+/// A change that was seen.
+#[derive(Debug)]
+enum Seen {
+    Namespaces(Event<PartialObjectMeta<Namespace>>),
+    ConfigMaps(Event<ConfigMap>),
+}
+
+type Watches = SelectAll<Pin<Box<dyn Stream<Item = Result<Seen, watcher::Error>> + Send>>>;
+
+/// Publishes for as long as it is awaited.
+pub async fn run(client: Client, authority: Arc<Authority>, what: Published, metrics: Arc<Metrics>) {
+    let mut watches = watches(&client, what.name);
+    let mut publisher = Publisher { client, what, metrics, known: Known::default(), limit: LogLimit::default() };
+    let (mut changes, mut backoff) = (authority.changes(), Backoff::new(ROUNDS.0, ROUNDS.1));
+    let mut round_at = Instant::now();
+    loop {
+        let content = (what.content)(&authority);
+        let wrong = content.as_deref().map(|content| publisher.known.wrong(content)).unwrap_or_default();
+        publisher.say(&authority, content.clone(), wrong.len());
+        tokio::select! {
+            seen = watches.next() => match seen {
+                Some(Ok(seen)) => publisher.known.note(seen, what.key),
+                Some(Err(error)) => publisher.report("the namespaces and their ConfigMaps", &error),
+                None => return,
+            },
+            // The authority lives as long as this task.
+            _ = changes.changed() => {}
+            () = tokio::time::sleep_until(round_at), if !wrong.is_empty() => {
+                let done = publisher.round(&authority, wrong).await;
+                if done {
+                    backoff.reset();
+                }
+                round_at = Instant::now() + backoff.next().max(ROUNDS.0);
+            }
+        }
+    }
+}
+
+fn watches(client: &Client, name: &'static str) -> Watches {
+    let config = watcher::Config::default().timeout(WATCH_SECONDS);
+    let namespaces: Api<PartialObjectMeta<Namespace>> = Api::all(client.clone());
+    let namespaces = watcher::watcher(namespaces, config.clone()).default_backoff();
+    let config_maps: Api<ConfigMap> = Api::all(client.clone());
+    let config_maps = watcher::watcher(config_maps, config.fields(&format!("metadata.name={name}"))).default_backoff();
+    let mut all: Watches = SelectAll::new();
+    all.push(Box::pin(namespaces.map(|event| event.map(Seen::Namespaces))));
+    all.push(Box::pin(config_maps.map(|event| event.map(Seen::ConfigMaps))));
+    all
+}
+
+/// What the namespaces hold, as far as it was seen.
+#[derive(Debug, Default)]
+struct Known {
+    namespaces: BTreeSet<Text>,
+    /// The content by namespace; `None` for a ConfigMap without the entry.
+    contents: BTreeMap<Text, Option<Text>>,
+    /// Namespaces and contents of a list that is still arriving.
+    arriving: (BTreeSet<Text>, BTreeMap<Text, Option<Text>>),
+    /// Whether namespaces and ConfigMaps have been listed.
+    listed: (bool, bool),
+}
+
+impl Known {
+    fn note(&mut self, seen: Seen, key: &str) {
+        match seen {
+            Seen::Namespaces(event) => self.note_namespace(event),
+            Seen::ConfigMaps(event) => self.note_config_map(event, key),
+        }
+    }
+
+    fn note_namespace(&mut self, event: Event<PartialObjectMeta<Namespace>>) {
+        // A namespace that is being deleted takes nothing new.
+        let name = |namespace: &PartialObjectMeta<Namespace>| namespace.metadata.name.as_deref().map(Text::from);
+        let ends = |namespace: &PartialObjectMeta<Namespace>| namespace.metadata.deletion_timestamp.is_some();
+        match event {
+            Event::Init => self.arriving.0.clear(),
+            Event::InitApply(namespace) => self.arriving.0.extend(name(&namespace).filter(|_| !ends(&namespace))),
+            Event::InitDone => {
+                self.namespaces = std::mem::take(&mut self.arriving.0);
+                self.listed.0 = true;
+            }
+            Event::Apply(namespace) if !ends(&namespace) => self.namespaces.extend(name(&namespace)),
+            Event::Apply(namespace) | Event::Delete(namespace) => {
+                if let Some(name) = name(&namespace) {
+                    self.namespaces.remove(&name);
+                    self.contents.remove(&name);
+                }
+            }
+        }
+    }
+
+    fn note_config_map(&mut self, event: Event<ConfigMap>, key: &str) {
+        let read = |mut map: ConfigMap| {
+            let content = map.data.as_mut().and_then(|data| data.remove(key));
+            Some((Text::from(map.metadata.namespace?), content.map(Text::from)))
+        };
+        match event {
+            Event::Init => self.arriving.1.clear(),
+            Event::InitApply(map) => self.arriving.1.extend(read(map)),
+            Event::InitDone => {
+                self.contents = std::mem::take(&mut self.arriving.1);
+                self.listed.1 = true;
+            }
+            Event::Apply(map) => self.contents.extend(read(map)),
+            Event::Delete(map) => drop(map.metadata.namespace.and_then(|name| self.contents.remove(name.as_str()))),
+        }
+    }
+
+    /// The namespaces without this content, and whether they have another one. None before everything is listed.
+    fn wrong(&self, content: &str) -> Vec<(Text, bool)> {
+        if self.listed != (true, true) {
+            return Vec::new();
+        }
+        let wanted = self.namespaces.iter().filter(|name| !EXCLUDED.contains(&&***name));
+        let wrong = wanted.filter_map(|name| match self.contents.get(name) {
+            Some(Some(held)) if **held == *content => None,
+            other => Some((name.clone(), other.is_some())),
+        });
+        wrong.collect()
+    }
+}
+
+struct Publisher {
+    client: Client,
+    what: Published,
+    metrics: Arc<Metrics>,
+    known: Known,
+    limit: LogLimit,
+}
+
+impl Publisher {
+    /// Tells how many namespaces are without the content.
+    fn say(&self, authority: &Authority, content: Option<Arc<str>>, wrong: usize) {
+        if self.what.gates_rotation {
+            self.metrics.unpublished.set(i64::try_from(wrong).unwrap_or(i64::MAX));
+            let is_everywhere = self.known.listed == (true, true) && wrong == 0;
+            authority.set_published(content.filter(|_| is_everywhere));
+        }
+    }
+
+    /// Writes where the content is missing or another one. Returns whether all writes succeeded.
+    async fn round(&mut self, authority: &Authority, wrong: Vec<(Text, bool)>) -> bool {
+        let differs = wrong.iter().any(|(_, exists)| *exists);
+        if differs && !authority.confirm().await {
+            // What is in force may be older than what another replica has written.
+            return false;
+        }
+        let Some(content) = (self.what.content)(authority) else { return false };
+        let wrong = self.known.wrong(&content);
+        let (this, content) = (&*self, &*content);
+        let writes = stream::iter(wrong).map(|(namespace, exists)| async move {
+            let written = this.write(&namespace, exists, content).await;
+            (namespace, written)
+        });
+        let results: Vec<(Text, Result<(), String>)> = writes.buffer_unordered(AT_ONCE).collect().await;
+        let mut all = true;
+        for (namespace, written) in results {
+            match written {
+                Ok(()) => drop(self.known.contents.insert(namespace, Some(content.into()))),
+                Err(error) => {
+                    all = false;
+                    self.metrics.publish_failures.inc();
+                    if let Some(suppressed) = self.limit.allow() {
+                        let name = self.what.name;
+                        tracing::warn!(%namespace, name, error, suppressed, "the ConfigMap cannot be written; it is tried again");
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    async fn write(&self, namespace: &str, exists: bool, content: &str) -> Result<(), String> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        let (name, data) = (self.what.name, json!({self.what.key: content}));
+        let labels = json!({"istio.io/config": "true"});
+        let write = async {
+            if exists {
+                let patch = json!({"metadata": {"labels": labels}, "data": data});
+                return api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop);
+            }
+            let object = json!({"metadata": {"name": name, "labels": labels}, "data": data});
+            let object: ConfigMap = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+            api.create(&PostParams::default(), &object).await.map(drop)
+        };
+        match tokio::time::timeout(DEADLINE, write).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(shortened(with_causes(&error))),
+            Err(_) => Err(format!("no answer within {} s", DEADLINE.as_secs())),
+        }
+    }
+
+    fn report(&self, what: &str, error: &watcher::Error) {
+        if let Some(suppressed) = self.limit.allow() {
+            let error = shortened(with_causes(error));
+            tracing::warn!(error, suppressed, "the watch of {what} is interrupted");
+        }
+    }
+}

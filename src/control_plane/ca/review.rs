@@ -1,0 +1,172 @@
+//! Asks the Kubernetes API to whom a token belongs.
+//!
+//! A review that the API does not answer says nothing about the token: the caller is told to come back, and gets nothing.
+//! Answers are remembered for a short time by a hash of the token, because a daemon asks for many certificates in a row
+//! when it starts.
+
+use super::metrics::Metrics;
+use crate::control_plane::Caller;
+use crate::control_plane::caller::CallerPod;
+use crate::mesh::Text;
+use crate::telemetry::limit::shortened;
+use crate::telemetry::log::with_causes;
+use aws_lc_rs::digest::{SHA256, digest};
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus, UserInfo};
+use kube::api::PostParams;
+use kube::{Api, Client};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
+
+/// How long one review may take, with waiting for its turn.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Reviews that are open at the API at the same time.
+const AT_ONCE: usize = 16;
+/// Reviews that wait for their turn. Further ones are told to come back.
+const WAITING_MAX: usize = 512;
+/// How long an answer is remembered: a good one, and a refusal.
+const REMEMBERED: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(5));
+/// Answers that are remembered, good ones and refusals apart, so that bad tokens cannot displace good ones.
+const REMEMBERED_MAX: usize = 4096;
+/// Longest token.
+const TOKEN_BYTES_MAX: usize = 16 << 10;
+/// What the API puts before the name of a service account.
+const SERVICE_ACCOUNT: &str = "system:serviceaccount:";
+/// The group of all service accounts.
+const SERVICE_ACCOUNTS: &str = "system:serviceaccounts";
+
+/// Why it is not known to whom a token belongs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReviewError {
+    /// The token is not good, or not for this control plane.
+    #[error("the token is refused: {0}")]
+    Refused(String),
+    /// The API has not said it.
+    #[error("the Kubernetes API cannot be asked about the token: {0}")]
+    Unavailable(String),
+}
+
+/// Answers by the hash of the token, and until when they hold.
+type Remembered<T> = Mutex<HashMap<[u8; 32], (T, Instant)>>;
+
+/// Asks the Kubernetes API about tokens.
+pub struct Reviewer {
+    api: Api<TokenReview>,
+    audiences: Vec<String>,
+    turns: Semaphore,
+    places: Semaphore,
+    good: Remembered<Caller>,
+    bad: Remembered<String>,
+    metrics: Arc<Metrics>,
+}
+
+impl std::fmt::Debug for Reviewer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Reviewer({})", self.audiences.join(", "))
+    }
+}
+
+impl Reviewer {
+    /// Accepts tokens for one of these audiences.
+    pub fn new(client: Client, audiences: Vec<String>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            api: Api::all(client),
+            audiences,
+            turns: Semaphore::new(AT_ONCE),
+            places: Semaphore::new(AT_ONCE + WAITING_MAX),
+            good: Mutex::default(),
+            bad: Mutex::default(),
+            metrics,
+        }
+    }
+
+    /// The owner of a token.
+    pub async fn review(&self, token: &str) -> Result<Caller, ReviewError> {
+        let is_plausible = !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic());
+        if token.len() > TOKEN_BYTES_MAX || !is_plausible {
+            return Err(ReviewError::Refused("it is not a token".into()));
+        }
+        let hash = hash(token);
+        if let Some(caller) = recall(&self.good, &hash) {
+            return Ok(caller);
+        }
+        if let Some(reason) = recall(&self.bad, &hash) {
+            return Err(ReviewError::Refused(reason));
+        }
+        let reviewed = self.ask(token).await;
+        match &reviewed {
+            Ok(caller) => remember(&self.good, hash, caller.clone(), REMEMBERED.0),
+            Err(ReviewError::Refused(reason)) => remember(&self.bad, hash, reason.clone(), REMEMBERED.1),
+            Err(ReviewError::Unavailable(_)) => {}
+        }
+        reviewed
+    }
+
+    async fn ask(&self, token: &str) -> Result<Caller, ReviewError> {
+        let unavailable = |reason: &str| ReviewError::Unavailable(reason.to_owned());
+        let deadline = Instant::now() + DEADLINE;
+        let late = |_| unavailable(&format!("no answer within {} s", DEADLINE.as_secs()));
+        let _place = self.places.try_acquire().map_err(|_| unavailable("too many reviews wait"))?;
+        let turn = timeout_at(deadline, self.turns.acquire()).await.map_err(late)?;
+        let _turn = turn.map_err(|_| unavailable("the control plane ends"))?;
+        let spec = TokenReviewSpec { token: Some(token.to_owned()), audiences: Some(self.audiences.clone()) };
+        let review = TokenReview { spec, ..TokenReview::default() };
+        self.metrics.reviews.inc();
+        let answer = timeout_at(deadline, self.api.create(&PostParams::default(), &review)).await.map_err(late)?;
+        let answer = answer.map_err(|error| unavailable(&shortened(with_causes(&error))))?;
+        let status = answer.status.ok_or_else(|| unavailable("the answer has no status"))?;
+        caller(status, &self.audiences).map_err(ReviewError::Refused)
+    }
+}
+
+fn hash(token: &str) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest(&SHA256, token.as_bytes()).as_ref());
+    hash
+}
+
+fn recall<T: Clone>(remembered: &Remembered<T>, hash: &[u8; 32]) -> Option<T> {
+    let remembered = remembered.lock();
+    remembered.get(hash).filter(|(_, until)| *until > Instant::now()).map(|(answer, _)| answer.clone())
+}
+
+fn remember<T>(remembered: &Remembered<T>, hash: [u8; 32], answer: T, life: Duration) {
+    let (mut remembered, now) = (remembered.lock(), Instant::now());
+    if remembered.len() >= REMEMBERED_MAX {
+        remembered.retain(|_, (_, until)| *until > now);
+    }
+    if remembered.len() < REMEMBERED_MAX {
+        remembered.insert(hash, (answer, now + life));
+    }
+}
+
+/// The owner of a token, from the API's answer. The error says why there is none.
+fn caller(status: TokenReviewStatus, audiences: &[String]) -> Result<Caller, String> {
+    if status.authenticated != Some(true) {
+        return Err(shortened(status.error.unwrap_or_else(|| "the API does not accept it".into())));
+    }
+    // An API server that does not know audiences names none, and has not checked them.
+    if !status.audiences.unwrap_or_default().iter().any(|audience| audiences.contains(audience)) {
+        return Err(format!("it is not for the audience {}", audiences.join(" or ")));
+    }
+    let user = status.user.unwrap_or_default();
+    let owner = service_account(&user).ok_or("it is not a service account's")?;
+    let one = |key: &str| match user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice) {
+        Some([one]) if !one.is_empty() => Some(Text::from(one.as_str())),
+        _ => None,
+    };
+    let (name, uid) = (one("authentication.kubernetes.io/pod-name"), one("authentication.kubernetes.io/pod-uid"));
+    let node = one("authentication.kubernetes.io/node-name");
+    let pod = name.zip(uid).map(|(name, uid)| CallerPod { name, uid, node });
+    Ok(Caller { namespace: owner.0.into(), service_account: owner.1.into(), pod })
+}
+
+/// Namespace and name of a service account. Nobody else may be in its group, whatever another authenticator calls him.
+fn service_account(user: &UserInfo) -> Option<(&str, &str)> {
+    let in_group = user.groups.as_ref().is_some_and(|groups| groups.iter().any(|group| group == SERVICE_ACCOUNTS));
+    let (namespace, name) = user.username.as_ref()?.strip_prefix(SERVICE_ACCOUNT)?.split_once(':')?;
+    (in_group && !namespace.is_empty() && !name.is_empty() && !name.contains(':')).then_some((namespace, name))
+}
