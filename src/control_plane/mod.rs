@@ -15,6 +15,7 @@
 pub mod ca;
 pub mod caller;
 pub mod catalog;
+pub mod policies;
 pub mod running_pods;
 
 pub use caller::Caller;

@@ -1,0 +1,528 @@
+//! All objects, the policies that they come to, and which workloads list which of them. Pure.
+
+use super::authentication;
+use super::authorization;
+use super::levels::Levels;
+use super::object::{Kind, Labels, Object};
+use super::selectors::Selectors;
+use super::status::{Condition, Reason, Said, Wanted};
+use super::touched::Touched;
+use crate::control_plane::Cluster;
+use crate::mesh::{Policy, Text};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+/// What has changed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Changes {
+    /// Policies by their key, `namespace/name`; `None` for one that is gone.
+    pub policies: Vec<(Text, Option<Policy>)>,
+    /// The workloads whose lists may differ now.
+    pub workloads: Touched,
+    /// Statuses that objects should have and do not have.
+    pub statuses: Vec<Wanted>,
+}
+
+/// All AuthorizationPolicies and PeerAuthentications.
+#[derive(Debug)]
+pub struct Index {
+    root: Text,
+    /// Selectors of the AuthorizationPolicies that nodes get, by namespace and name.
+    selectors: BTreeMap<Text, Selectors<Text>>,
+    /// The selector of each AuthorizationPolicy that nodes get and that has one, by key.
+    selector_of: HashMap<Text, Labels>,
+    levels: Levels,
+    /// Namespaces whose PeerAuthentications have to be converted again.
+    stale: BTreeSet<Text>,
+    policies: Policies,
+    workloads: Touched,
+    statuses: BTreeMap<(Kind, Text, Text), Wanted>,
+}
+
+/// The policies, and what those that have changed were before.
+#[derive(Debug, Default)]
+struct Policies {
+    now: HashMap<Text, Policy>,
+    before: BTreeMap<Text, Option<Policy>>,
+}
+
+impl Policies {
+    fn put(&mut self, key: Text, policy: Option<Policy>) {
+        if self.now.get(&key) == policy.as_ref() {
+            return;
+        }
+        let old = match policy {
+            Some(policy) => self.now.insert(key.clone(), policy),
+            None => self.now.remove(&key),
+        };
+        self.before.entry(key).or_insert(old);
+    }
+
+    fn take(&mut self) -> Vec<(Text, Option<Policy>)> {
+        let changed = std::mem::take(&mut self.before).into_iter();
+        let pairs = changed.map(|(key, before)| (self.now.get(&key).cloned(), key, before));
+        pairs.filter(|(now, _, before)| now != before).map(|(now, key, _)| (key, now)).collect()
+    }
+}
+
+impl Index {
+    /// Without objects.
+    pub fn new(cluster: &Cluster) -> Self {
+        let root = cluster.namespace.clone();
+        Self {
+            levels: Levels::new(root.clone()),
+            root,
+            selectors: BTreeMap::new(),
+            selector_of: HashMap::new(),
+            stale: BTreeSet::new(),
+            policies: Policies::default(),
+            workloads: Touched::default(),
+            statuses: BTreeMap::new(),
+        }
+    }
+
+    /// Adds an AuthorizationPolicy, or replaces what was known of it.
+    pub fn set_authorization(&mut self, object: Object) {
+        let key = object.key();
+        // Only names that the API does not allow could be those of converted policies.
+        let converted = if object.name.contains('_') {
+            let condition = Condition::new(Reason::NotEnforced, "its name is not one that the API allows");
+            authorization::Converted { policy: None, selector: None, condition }
+        } else {
+            authorization::convert(&object, &self.root)
+        };
+        self.say(Kind::Authorization, &object, converted.condition);
+        let selector = converted.selector.filter(|_| converted.policy.is_some());
+        self.select(&object.namespace, &object.name, &key, selector);
+        if !object.name.contains('_') {
+            self.policies.put(key, converted.policy);
+        }
+    }
+
+    /// Removes an AuthorizationPolicy.
+    pub fn remove_authorization(&mut self, namespace: &str, name: &str) {
+        let (namespace, name): (Text, Text) = (namespace.into(), name.into());
+        let key: Text = format!("{namespace}/{name}").into();
+        self.select(&namespace, &name, &key, None);
+        if !name.contains('_') {
+            self.policies.put(key, None);
+        }
+        self.statuses.remove(&(Kind::Authorization, namespace, name));
+    }
+
+    /// Adds a PeerAuthentication, or replaces what was known of it.
+    pub fn set_authentication(&mut self, object: Object) {
+        self.statuses.remove(&(Kind::Authentication, object.namespace.clone(), object.name.clone()));
+        let touched = self.levels.set(&object);
+        self.touch(&object.namespace, touched);
+    }
+
+    /// Removes a PeerAuthentication.
+    pub fn remove_authentication(&mut self, namespace: &str, name: &str) {
+        let (namespace, name): (Text, Text) = (namespace.into(), name.into());
+        let touched = self.levels.remove(&namespace, &name);
+        self.policies.put(authentication::converted_key(&namespace, &name), None);
+        self.touch(&namespace, touched);
+        self.statuses.remove(&(Kind::Authentication, namespace, name));
+    }
+
+    /// The keys of the policies that a workload lists, in order. All of them are policies that nodes get.
+    pub fn of_workload(&self, namespace: &str, labels: &Labels) -> Vec<Text> {
+        let root = Some(&*self.root).filter(|root| *root != namespace);
+        let mut keys: Vec<Text> = self.levels.of_workload(namespace, labels).into_iter().collect();
+        for from in [namespace].into_iter().chain(root) {
+            let names =
+                self.selectors.get(from).into_iter().flat_map(|here| here.matching(labels, usize::MAX)).flatten();
+            keys.extend(names.map(|name| Text::from(format!("{from}/{name}"))));
+        }
+        keys.sort_unstable();
+        keys
+    }
+
+    /// What has changed since the last time.
+    pub fn take_changes(&mut self) -> Changes {
+        for namespace in std::mem::take(&mut self.stale) {
+            for (key, policy) in self.levels.converted(&namespace) {
+                self.policies.put(key, policy);
+            }
+            for (name, generation, condition) in self.levels.to_say(&namespace) {
+                let (kind, namespace) = (Kind::Authentication, namespace.clone());
+                let key = (kind, namespace.clone(), name.clone());
+                self.statuses.insert(key, Wanted { kind, namespace, name, generation, condition });
+            }
+        }
+        let strict = (!self.levels.is_empty()).then(|| authentication::static_policy(&self.root));
+        self.policies.put(authentication::static_key(&self.root), strict);
+        Changes {
+            policies: self.policies.take(),
+            workloads: std::mem::take(&mut self.workloads),
+            statuses: std::mem::take(&mut self.statuses).into_values().collect(),
+        }
+    }
+
+    /// Notes the status that an object should have, if it has another one.
+    fn say(&mut self, kind: Kind, object: &Object, condition: Condition) {
+        let (namespace, name, generation) = (object.namespace.clone(), object.name.clone(), object.generation);
+        let key = (kind, namespace.clone(), name.clone());
+        if Said::of(&object.status).is_some_and(|said| said.is(&condition, generation)) {
+            self.statuses.remove(&key);
+        } else {
+            self.statuses.insert(key, Wanted { kind, namespace, name, generation, condition });
+        }
+    }
+
+    /// Files the selector of an AuthorizationPolicy.
+    fn select(&mut self, namespace: &Text, name: &Text, key: &Text, selector: Option<Labels>) {
+        if self.selector_of.get(key) == selector.as_ref() {
+            return;
+        }
+        let here = self.selectors.entry(namespace.clone()).or_default();
+        if let Some(old) = self.selector_of.remove(key) {
+            here.remove(&old, name);
+        }
+        if let Some(new) = selector {
+            here.insert(&new, name.clone());
+            self.selector_of.insert(key.clone(), new);
+        }
+        if here.is_empty() {
+            self.selectors.remove(namespace);
+        }
+        let in_root = *namespace == self.root;
+        self.workloads.add(if in_root { Touched::All } else { Touched::one(namespace) });
+    }
+
+    /// Notes that PeerAuthentications of a namespace have changed.
+    fn touch(&mut self, namespace: &Text, touched: Touched) {
+        self.stale.insert(namespace.clone());
+        if touched == Touched::All {
+            self.stale.extend(self.levels.namespaces().cloned());
+        }
+        self.workloads.add(touched);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    const ROOT: &str = "istio-system";
+
+    fn index() -> Index {
+        let cluster = Cluster {
+            namespace: ROOT.into(),
+            trust_domain: "cluster.local".into(),
+            id: "Kubernetes".into(),
+            domain: "cluster.local".into(),
+        };
+        Index::new(&cluster)
+    }
+
+    fn object(namespace: &str, name: &str, created: i64, spec: Value) -> Object {
+        let created = Some(created);
+        Object { namespace: namespace.into(), name: name.into(), created, generation: 1, spec, ..Object::default() }
+    }
+
+    fn labels(list: &[(&str, &str)]) -> Labels {
+        list.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
+    }
+
+    fn listed(index: &Index, namespace: &str) -> Vec<String> {
+        index.of_workload(namespace, &labels(&[("app", "x"), ("tier", "1")])).iter().map(Text::to_string).collect()
+    }
+
+    fn mode(mode: &str) -> Value {
+        json!({"mtls": {"mode": mode}})
+    }
+
+    fn selected(mode: &str, ports: Value) -> Value {
+        json!({"selector": {"matchLabels": {"app": "x"}}, "mtls": {"mode": mode}, "portLevelMtls": ports})
+    }
+
+    const STATIC: &str = "istio-system/istio_converted_static_strict";
+
+    #[test]
+    fn the_lowest_level_with_a_mode_counts_and_the_oldest_of_a_level() {
+        let exempt = json!({"80": {"mode": "PERMISSIVE"}});
+        let converted = "a/converted_peer_authentication_w";
+        for (objects, expected) in [
+            (vec![], None),
+            (vec![object(ROOT, "m", 1, mode("STRICT"))], Some(STATIC)),
+            (
+                vec![object(ROOT, "m", 1, json!({"selector": {"matchLabels": {}}, "mtls": {"mode": "STRICT"}}))],
+                Some(STATIC),
+            ),
+            (vec![object(ROOT, "m", 1, selected("STRICT", Value::Null))], None),
+            (vec![object(ROOT, "m", 1, mode("STRICT")), object("a", "n", 1, mode("PERMISSIVE"))], None),
+            (vec![object(ROOT, "m", 1, mode("STRICT")), object("a", "n", 1, mode("UNSET"))], Some(STATIC)),
+            (vec![object(ROOT, "m", 2, mode("STRICT")), object(ROOT, "o", 1, mode("DISABLE"))], None),
+            (vec![object(ROOT, "m", 1, mode("STRICT")), object(ROOT, "o", 1, mode("DISABLE"))], Some(STATIC)),
+            (vec![object("b", "n", 1, mode("STRICT"))], None),
+            (vec![object("a", "n", 1, mode("STRICT")), object("a", "w", 1, selected("PERMISSIVE", Value::Null))], None),
+            (
+                vec![object("a", "n", 1, mode("PERMISSIVE")), object("a", "w", 1, selected("STRICT", Value::Null))],
+                Some(STATIC),
+            ),
+            (
+                vec![
+                    object("a", "v", 1, selected("STRICT", Value::Null)),
+                    object("a", "w", 2, selected("DISABLE", Value::Null)),
+                ],
+                Some(STATIC),
+            ),
+            (vec![object("a", "w", 1, selected("STRICT", exempt.clone()))], Some(converted)),
+            // Between a strict mesh and a workload, a namespace without a mode changes nothing.
+            (
+                vec![
+                    object(ROOT, "m", 1, mode("STRICT")),
+                    object("a", "n", 1, json!({})),
+                    object("a", "w", 1, selected("UNSET", exempt.clone())),
+                ],
+                Some(converted),
+            ),
+            (
+                vec![
+                    object(ROOT, "m", 1, mode("STRICT")),
+                    object("a", "w", 1, selected("UNSET", json!({"80": {"mode": "DISABLE"}}))),
+                ],
+                Some(converted),
+            ),
+            (vec![object("a", "w", 1, selected("UNSET", exempt.clone()))], None),
+        ] {
+            let mut index = index();
+            objects.iter().for_each(|object| index.set_authentication(object.clone()));
+            assert_eq!(listed(&index, "a"), Vec::from_iter(expected), "{objects:?}");
+            let keys: Vec<Text> = index.take_changes().policies.into_iter().map(|(key, _)| key).collect();
+            assert_eq!(keys.contains(&STATIC.into()), !objects.is_empty(), "{keys:?}");
+            assert!(expected.is_none_or(|key| keys.contains(&key.into())), "{keys:?}");
+            objects.iter().for_each(|object| index.remove_authentication(&object.namespace, &object.name));
+            assert!(index.take_changes().policies.iter().all(|(_, policy)| policy.is_none()));
+            assert!(index.policies.now.is_empty());
+        }
+    }
+
+    #[test]
+    fn workloads_list_the_policies_with_selectors_of_their_own_and_the_root_namespace() {
+        let mut index = index();
+        let app = json!({"selector": {"matchLabels": {"app": "x"}}});
+        let both = json!({"selector": {"matchLabels": {"app": "x", "tier": "1"}}});
+        let target = json!({"selector": {"matchLabels": {"app": "x"}}, "targetRefs": [{"kind": "Service"}]});
+        for (namespace, name, spec) in [
+            ("a", "q", app.clone()),
+            ("a", "p", both),
+            ("a", "whole", json!({})),
+            ("a", "other", json!({"selector": {"matchLabels": {"app": "y"}}})),
+            ("a", "target", target),
+            ("b", "p", app.clone()),
+            (ROOT, "r", app.clone()),
+        ] {
+            index.set_authorization(object(namespace, name, 1, spec));
+        }
+        assert_eq!(listed(&index, "a"), ["a/p", "a/q", "istio-system/r"]);
+        assert_eq!(listed(&index, ROOT), ["istio-system/r"]);
+        assert_eq!(listed(&index, "c"), ["istio-system/r"]);
+        assert_eq!(index.take_changes().workloads, Touched::All);
+        let touched = |index: &mut Index| index.take_changes().workloads;
+        index.set_authorization(object("a", "whole", 1, json!({"action": "DENY"})));
+        assert_eq!(touched(&mut index), Touched::default(), "policies without selectors are on no list");
+        index.set_authorization(object("a", "q", 1, json!({"action": "DENY", "selector": app["selector"]})));
+        assert_eq!(touched(&mut index), Touched::default(), "the list is the same");
+        index.set_authorization(object("a", "q", 1, json!({"action": "AUDIT", "selector": app["selector"]})));
+        assert_eq!((touched(&mut index), listed(&index, "a").len()), (Touched::one(&"a".into()), 2));
+        index.set_authentication(object("a", "n", 1, mode("STRICT")));
+        assert_eq!(touched(&mut index), Touched::one(&"a".into()));
+        index.set_authentication(object(ROOT, "m", 1, mode("PERMISSIVE")));
+        assert_eq!(touched(&mut index), Touched::one(&ROOT.into()));
+        index.set_authentication(object(ROOT, "m", 1, mode("STRICT")));
+        assert_eq!(touched(&mut index), Touched::All);
+    }
+
+    #[test]
+    fn a_name_that_the_api_does_not_allow_never_takes_the_place_of_a_converted_policy() {
+        let mut index = index();
+        index.set_authentication(object(ROOT, "m", 1, mode("STRICT")));
+        let before = index.take_changes().policies;
+        index.set_authorization(object(ROOT, "istio_converted_static_strict", 1, json!({})));
+        assert_eq!(index.take_changes().policies, []);
+        index.remove_authorization(ROOT, "istio_converted_static_strict");
+        assert_eq!(index.take_changes().policies, []);
+        assert_eq!(before.len(), 1);
+    }
+
+    /// The reasons of the statuses that are wanted, by name.
+    fn reasons(index: &mut Index) -> Vec<(String, Reason, String)> {
+        let one = |wanted: Wanted| (wanted.name.to_string(), wanted.condition.reason, wanted.condition.message);
+        index.take_changes().statuses.into_iter().map(one).collect()
+    }
+
+    #[test]
+    fn the_younger_of_one_level_is_told_so_and_again_when_the_older_is_gone() {
+        let mut index = index();
+        index.set_authentication(object("a", "old", 1, mode("STRICT")));
+        index.set_authentication(object("a", "young", 2, mode("PERMISSIVE")));
+        index.set_authentication(object("a", "wide", 1, selected("STRICT", Value::Null)));
+        let narrow = json!({"selector": {"matchLabels": {"app": "x", "tier": "1"}}});
+        index.set_authentication(object("a", "narrow", 2, narrow.clone()));
+        index.set_authentication(object("a", "before", 0, narrow));
+        index.set_authentication(object(ROOT, "root", 1, selected("STRICT", Value::Null)));
+        let said = reasons(&mut index);
+        let of =
+            |name: &str| said.iter().find(|(found, ..)| found == name).map(|(_, reason, why)| (*reason, why.as_str()));
+        assert_eq!(of("old"), Some((Reason::Accepted, "")));
+        let (reason, why) = of("young").unwrap();
+        assert!(reason == Reason::Shadowed && why.contains("PeerAuthentication old "), "{why}");
+        assert_eq!(of("wide").unwrap().0, Reason::Accepted, "it also selects others than the older one");
+        assert!(of("narrow").unwrap().1.contains("PeerAuthentication before "), "{said:?}");
+        assert_eq!(of("before").unwrap().0, Reason::Accepted);
+        assert_eq!(of("root").unwrap().0, Reason::NotEnforced);
+        assert_eq!(reasons(&mut index), [], "each is asked once");
+        index.remove_authentication("a", "old");
+        assert_eq!(reasons(&mut index), [("young".to_owned(), Reason::Accepted, String::new())]);
+    }
+
+    #[test]
+    fn an_object_that_says_what_it_should_is_left_alone() {
+        for (kind, spec) in [
+            (Kind::Authorization, json!({"rules": [{"to": [{"operation": {"paths": ["/"]}}]}]})),
+            (Kind::Authentication, json!({"mtls": {"mode": "DISABLE"}})),
+        ] {
+            let mut index = index();
+            let mut set = |object: &Object| {
+                match kind {
+                    Kind::Authorization => index.set_authorization(object.clone()),
+                    Kind::Authentication => index.set_authentication(object.clone()),
+                }
+                index.take_changes().statuses
+            };
+            let mut object = object("a", "p", 1, spec);
+            let wanted = set(&object).pop().unwrap();
+            assert_eq!((wanted.kind, wanted.generation, wanted.condition.reason), (kind, 1, Reason::PartlyEnforced));
+            // The write makes an event, which must not make another write.
+            object.status =
+                crate::control_plane::policies::status::merged(&object.status, &wanted, &json!("2026-01-01T00:00:00Z"));
+            assert_eq!(set(&object), []);
+            object.generation = 2;
+            assert_eq!(set(&object).len(), 1, "the status is about an older generation");
+            object.status = json!({});
+            assert_eq!(set(&object).len(), 1, "somebody has removed it");
+        }
+    }
+
+    fn specs() -> impl Strategy<Value = Value> {
+        let selector = prop_oneof![
+            Just(Value::Null),
+            Just(json!({"matchLabels": {"app": "x"}})),
+            Just(json!({"matchLabels": {"app": "x", "tier": "1"}})),
+            Just(json!({"matchLabels": {"app": "y"}})),
+        ];
+        let port = || prop_oneof![Just("UNSET"), Just("PERMISSIVE"), Just("DISABLE"), Just("STRICT")];
+        let rest = prop_oneof![
+            Just("ALLOW").prop_map(|action| json!({"action": action, "rules": [{}]})),
+            Just("DENY")
+                .prop_map(|action| json!({"action": action, "rules": [{"to": [{"operation": {"paths": ["/"]}}]}]})),
+            Just("AUDIT").prop_map(|action| json!({"action": action})),
+            (port(), prop::option::of(port())).prop_map(|(mode, port)| {
+                json!({"mtls": {"mode": mode}, "portLevelMtls": port.map(|mode| json!({"80": {"mode": mode}}))})
+            }),
+        ];
+        (selector, rest).prop_map(|(selector, mut rest)| {
+            rest["selector"] = selector;
+            rest
+        })
+    }
+
+    #[derive(Clone, Debug)]
+    struct Step {
+        kind: Kind,
+        namespace: &'static str,
+        name: &'static str,
+        set: Option<(i64, Value)>,
+        take: bool,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let one = (
+            prop_oneof![Just(Kind::Authorization), Just(Kind::Authentication)],
+            prop_oneof![Just("a"), Just("b"), Just(ROOT)],
+            prop_oneof![Just("p"), Just("q"), Just("r")],
+            prop::option::weighted(0.7, (0..3i64, specs())),
+            any::<bool>(),
+        );
+        let step = |(kind, namespace, name, set, take)| Step { kind, namespace, name, set, take };
+        prop::collection::vec(one.prop_map(step), 0..24)
+    }
+
+    fn apply(index: &mut Index, kind: Kind, namespace: &str, name: &str, set: Option<(i64, Value)>) {
+        match (kind, set) {
+            (Kind::Authorization, Some((age, spec))) => index.set_authorization(object(namespace, name, age, spec)),
+            (Kind::Authorization, None) => index.remove_authorization(namespace, name),
+            (Kind::Authentication, Some((age, spec))) => index.set_authentication(object(namespace, name, age, spec)),
+            (Kind::Authentication, None) => index.remove_authentication(namespace, name),
+        }
+    }
+
+    fn workloads() -> Vec<(&'static str, Labels)> {
+        let kinds =
+            [labels(&[]), labels(&[("app", "x")]), labels(&[("app", "x"), ("tier", "1")]), labels(&[("app", "y")])];
+        ["a", "b", "c", ROOT]
+            .into_iter()
+            .flat_map(|namespace| kinds.clone().map(|labels| (namespace, labels)))
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(600))]
+        /// Whoever follows the changes knows what a list from scratch says: policies, lists and statuses.
+        #[test]
+        fn changes_in_any_order_lead_to_what_a_list_from_scratch_gives(steps in steps()) {
+            let (mut followed, mut state) = (index(), BTreeMap::new());
+            let mut policies = BTreeMap::<Text, Policy>::new();
+            let mut lists: BTreeMap<(&str, Labels), Vec<Text>> =
+                workloads().into_iter().map(|workload| (workload, Vec::new())).collect();
+            let mut said = BTreeMap::new();
+            let last = steps.len().saturating_sub(1);
+            for (at, step) in steps.into_iter().enumerate() {
+                let Step { kind, namespace, name, set, take } = step;
+                apply(&mut followed, kind, namespace, name, set.clone());
+                match set {
+                    Some(set) => drop(state.insert((kind, namespace, name), set)),
+                    None => {
+                        state.remove(&(kind, namespace, name));
+                        said.remove(&(kind, Text::from(namespace), Text::from(name)));
+                    }
+                }
+                if !take && at != last {
+                    continue;
+                }
+                let changes = followed.take_changes();
+                for (key, policy) in changes.policies {
+                    match policy {
+                        Some(policy) => prop_assert_ne!(policies.insert(key, policy.clone()), Some(policy), "no change"),
+                        None => prop_assert!(policies.remove(&key).is_some(), "it was not there"),
+                    }
+                }
+                for ((namespace, labels), list) in lists.iter_mut().filter(|(workload, _)| changes.workloads.includes(workload.0)) {
+                    *list = followed.of_workload(namespace, labels);
+                }
+                for wanted in changes.statuses {
+                    said.insert((wanted.kind, wanted.namespace.clone(), wanted.name.clone()), wanted.condition);
+                }
+            }
+            let mut fresh = index();
+            for ((kind, namespace, name), set) in state {
+                apply(&mut fresh, kind, namespace, name, Some(set));
+            }
+            let all = fresh.take_changes();
+            let expected: BTreeMap<Text, Policy> =
+                all.policies.into_iter().filter_map(|(key, policy)| Some((key, policy?))).collect();
+            prop_assert_eq!(&policies, &expected);
+            for ((namespace, labels), list) in lists {
+                prop_assert_eq!(&list, &fresh.of_workload(namespace, &labels));
+                prop_assert!(list.iter().all(|key| policies.contains_key(key)), "every listed policy is sent");
+            }
+            let expected: BTreeMap<_, _> =
+                all.statuses.into_iter().map(|w| ((w.kind, w.namespace, w.name), w.condition)).collect();
+            prop_assert_eq!(said, expected);
+        }
+    }
+}
