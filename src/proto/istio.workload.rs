@@ -330,8 +330,11 @@ pub struct Workload {
     #[prost(string, tag = "18")]
     pub cluster_id: ::prost::alloc::string::String,
     /// Services of which it is an endpoint (namespace/hostname), with its port map for each.
-    #[prost(map = "string, message", tag = "22")]
-    pub services: ::std::collections::HashMap<::prost::alloc::string::String, PortList>,
+    #[prost(btree_map = "string, message", tag = "22")]
+    pub services: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        PortList,
+    >,
     /// Listener that receives its inbound streams instead of the original port.
     #[prost(message, optional, tag = "23")]
     pub application_tunnel: ::core::option::Option<ApplicationTunnel>,

@@ -71,6 +71,7 @@ const PURE: &[&str] = &[
     "control/xds/decode.rs",
     "control/xds/policy.rs",
     "control/xds/delta.rs",
+    "control/xds/encode.rs",
     "control/xds/resources.rs",
     "connection/authorize/decide.rs",
     "connection/authorize/matcher.rs",

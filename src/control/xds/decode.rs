@@ -25,7 +25,8 @@ const NAMES_MAX: usize = 200_000;
 pub struct Names(HashSet<Text>);
 
 impl Names {
-    fn text(&mut self, text: &str) -> Text {
+    /// The shared copy of a text.
+    pub fn text(&mut self, text: &str) -> Text {
         if let Some(known) = self.0.get(text) {
             return known.clone();
         }

@@ -8,6 +8,7 @@
 pub mod config;
 pub mod decode;
 pub mod delta;
+pub mod encode;
 mod error;
 pub mod freshness;
 pub mod metrics;
