@@ -16,6 +16,7 @@ pub mod ca;
 pub mod caller;
 pub mod catalog;
 pub mod policies;
+pub mod facts;
 pub mod running_pods;
 
 pub use caller::Caller;
