@@ -18,6 +18,7 @@ pub mod catalog;
 pub mod policies;
 pub mod facts;
 pub mod running_pods;
+pub mod watch;
 
 pub use caller::Caller;
 pub use catalog::Catalog;
