@@ -7,8 +7,15 @@
 use crate::mesh::Text;
 use bytes::Bytes;
 use rpds::HashTrieMapSync;
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::watch;
+
+/// How many batches of changes an edition remembers, and how many names in all. A stream that is further behind is
+/// brought up to date by comparing everything.
+const BATCHES_MAX: usize = 512;
+const NAMES_MAX: usize = 50_000;
 
 /// A type of resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,6 +71,20 @@ pub struct Edition {
     pub addresses: Resources,
     /// Policies.
     pub authorizations: Resources,
+    /// When it was made.
+    pub made: Option<Instant>,
+    /// The last batches of changes, oldest first.
+    recent: VecDeque<Arc<Batch>>,
+    /// How many names they have.
+    recent_names: usize,
+}
+
+/// Which names a batch of changes concerned.
+#[derive(Debug)]
+struct Batch {
+    /// The edition that it made.
+    number: u64,
+    names: Vec<(Kind, Text)>,
 }
 
 impl Edition {
@@ -75,8 +96,26 @@ impl Edition {
         }
     }
 
+    /// The names that changed after edition `number`, some of them several times. `None` if that was too long ago.
+    pub fn changed_since(&self, number: u64) -> Option<impl Iterator<Item = &(Kind, Text)>> {
+        let oldest = self.recent.front().map_or(self.number + 1, |batch| batch.number);
+        let later = self.recent.iter().filter(move |batch| batch.number > number);
+        (number + 1 >= oldest && number <= self.number).then(|| later.flat_map(|batch| &batch.names))
+    }
+
+    fn remember(&mut self, names: Vec<(Kind, Text)>) {
+        self.recent_names += names.len();
+        self.recent.push_back(Arc::new(Batch { number: self.number, names }));
+        while self.recent.len() > BATCHES_MAX || self.recent_names > NAMES_MAX {
+            let Some(oldest) = self.recent.pop_front() else { return };
+            self.recent_names -= oldest.names.len();
+        }
+    }
+
     fn apply(&mut self, changes: Vec<Change>) {
         self.number += 1;
+        self.made = Some(Instant::now());
+        self.remember(changes.iter().map(|(kind, name, _)| (*kind, name.clone())).collect());
         for (kind, name, resource) in changes {
             let resources = match kind {
                 Kind::Address => &mut self.addresses,
@@ -126,6 +165,28 @@ mod tests {
     fn resource(content: &str) -> Option<Arc<Resource>> {
         let (content, version) = (Bytes::copy_from_slice(content.as_bytes()), content.into());
         Some(Arc::new(Resource { content, version, aliases: vec![], services: vec![], node: "".into() }))
+    }
+
+    #[test]
+    fn what_has_changed_since_is_known_as_far_back_as_there_is_room() {
+        let catalog = Catalog::default();
+        let current = || catalog.follow().borrow().clone();
+        let since =
+            |number: u64| current().changed_since(number).map(|names| names.map(|(_, n)| n.to_string()).collect());
+        assert_eq!(since(0), Some(Vec::<String>::new()));
+        let set = |names: &[&str]| {
+            catalog.apply(names.iter().map(|name| (Kind::Address, (*name).into(), resource("1"))).collect());
+        };
+        set(&["a", "b"]);
+        set(&["a"]);
+        assert_eq!(since(0), Some(vec!["a".to_owned(), "b".into(), "a".into()]));
+        assert_eq!((since(1), since(2), since(3)), (Some(vec!["a".to_owned()]), Some(vec![]), None));
+        // A batch that has no room is not remembered, nor what was before it.
+        let many: Vec<String> = (0..=NAMES_MAX).map(|n| n.to_string()).collect();
+        set(&many.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!((since(2), since(3)), (None, Some(vec![])));
+        (0..=BATCHES_MAX).for_each(|_| set(&["c"]));
+        assert_eq!((since(3), since(4).map(|names| names.len())), (None, Some(BATCHES_MAX)));
     }
 
     #[test]

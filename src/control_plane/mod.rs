@@ -19,6 +19,7 @@ pub mod policies;
 pub mod facts;
 pub mod running_pods;
 pub mod watch;
+pub mod serve;
 
 pub use caller::Caller;
 pub use catalog::Catalog;
