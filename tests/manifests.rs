@@ -10,11 +10,13 @@
     reason = "a test says what is wrong by panicking"
 )]
 
-use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, ResourceQuota, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, ResourceQuota, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -89,6 +91,11 @@ fn is_understood<T: DeserializeOwned + Serialize>(document: &Value) {
 fn check(document: &Value) {
     match document["kind"].as_str().unwrap_or_default() {
         "DaemonSet" => is_understood::<DaemonSet>(document),
+        "Deployment" => is_understood::<Deployment>(document),
+        "Service" => is_understood::<Service>(document),
+        "PodDisruptionBudget" => is_understood::<PodDisruptionBudget>(document),
+        "Namespace" => is_understood::<Namespace>(document),
+        "CustomResourceDefinition" => is_understood::<CustomResourceDefinition>(document),
         "Job" => is_understood::<Job>(document),
         "ServiceAccount" => is_understood::<ServiceAccount>(document),
         "ClusterRole" => is_understood::<ClusterRole>(document),
@@ -103,13 +110,27 @@ fn check(document: &Value) {
             let rules = document["spec"]["groups"][0]["rules"].as_array().unwrap();
             assert!(rules.len() > 15 && rules.iter().all(|rule| rule["expr"].is_string() && rule["alert"].is_string()));
         }
-        "PodMonitor" => assert_eq!(document["spec"]["podMetricsEndpoints"][0]["port"], "ztunnel-stats"),
+        "PodMonitor" => {
+            let (app, port) = (
+                &document["spec"]["selector"]["matchLabels"]["app"],
+                &document["spec"]["podMetricsEndpoints"][0]["port"],
+            );
+            assert!(
+                app == "ztunnel" && port == "ztunnel-stats" || app == "culvert-control" && port == "control-stats",
+                "{document:#}"
+            );
+        }
         other => panic!("{other:?} is not expected: {document:#}"),
     }
 }
 
 fn of_kind<'a>(all: &'a [Value], kind: &str) -> Option<&'a Value> {
     all.iter().find(|document| document["kind"] == kind)
+}
+
+fn named<'a>(all: &'a [Value], kind: &str, name: &str) -> &'a Value {
+    let found = all.iter().find(|document| document["kind"] == kind && document["metadata"]["name"] == name);
+    found.unwrap_or_else(|| panic!("no {kind} {name}"))
 }
 
 fn container(set: &Value) -> &Value {
@@ -408,6 +429,37 @@ fn cases() -> Vec<(Value, Expectation)> {
         (json!({"resourceName": "1e3", "facts": "file", "standalone": {"configMap": "0x1"}}), |all| {
             assert_eq!(set(all)["metadata"]["name"], "1e3");
         }),
+        (
+            json!({"control": {"enabled": true, "replicas": 3, "env": {"CULVERT_CONTROL_PORT": "15012"}, "nodeSelector": {"a": "b"},
+                "tolerations": [{"operator": "Exists"}], "podLabels": {"pl": "3"}}, "podMonitor": {"enabled": true},
+                "global": {"networkPolicy": {"enabled": true}}, "multiCluster": {"clusterName": "c9"}, "resourceName": "tunnel"}),
+            |all| {
+                let of_control = named(all, "Deployment", "culvert-control");
+                assert_eq!(of_control["spec"]["replicas"], 3);
+                let pod = &of_control["spec"]["template"]["spec"];
+                assert_eq!(pod["nodeSelector"], json!({"kubernetes.io/os": "linux", "a": "b"}));
+                assert_eq!(pod["tolerations"], json!([{"operator": "Exists"}]));
+                assert_eq!(
+                    (variable(of_control, "CLUSTER_ID"), variable(of_control, "CULVERT_CONTROL_PORT")),
+                    (json!("c9"), json!("15012"))
+                );
+                let set = named(all, "DaemonSet", "tunnel");
+                assert_eq!(variable(set, "ISTIO_META_CLUSTER_ID"), "c9", "both know the cluster by one name");
+                named(all, "PodMonitor", "culvert-control");
+                named(all, "CustomResourceDefinition", "peerauthentications.security.istio.io");
+                let ports = &named(all, "NetworkPolicy", "culvert-control")["spec"]["ingress"][0]["ports"];
+                let ports: Vec<u64> =
+                    ports.as_array().unwrap().iter().map(|port| port["port"].as_u64().unwrap()).collect();
+                assert_eq!(ports, [15012, 15020, 15021], "the debug port is on loopback");
+            },
+        ),
+        (json!({"control": {"enabled": true}, "resourceScope": "cluster"}), |all| {
+            assert!(all.iter().all(|document| document["metadata"]["namespace"].is_null()));
+            named(all, "ClusterRole", "culvert-control-istio-system");
+        }),
+        (json!({"control": {"enabled": true}, "cleanup": {"enabled": true}}), |all| {
+            assert!(of_kind(all, "Deployment").is_none(), "the control plane goes with the daemon");
+        }),
         (json!({"resourceScope": "cluster"}), |all| {
             assert!(all.iter().all(|document| document["metadata"]["namespace"].is_null()) && all.len() == 2);
         }),
@@ -444,6 +496,11 @@ fn the_chart_renders_what_kubernetes_understands_for_every_value() {
         (json!({"facts": "file", "standalone": {"configMap": ""}}), "standalone.configMap: is empty"),
         (json!({"certificates": "builtin", "standalone": {"secret": ""}}), "standalone.secret: is empty"),
         (json!({"facts": "file", "egress": {"configMap": "x"}}), "egress.configMap: is set"),
+        (json!({"control": {"enabled": true}, "facts": "file"}), "leave facts and certificates"),
+        (json!({"control": {"enabled": true}, "certificates": "builtin"}), "leave facts and certificates"),
+        (json!({"control": {"enabled": true}, "xdsAddress": "x:1"}), "leave xdsAddress and caAddress"),
+        (json!({"control": {"enabled": true}, "revision": "a"}), "leave revision"),
+        (json!({"control": {"enabled": true, "replicas": 0}}), "control.replicas"),
     ] {
         let error = render(&bad).unwrap_err();
         assert!(error.contains(word), "{error}");
@@ -466,8 +523,114 @@ fn what_is_applied_by_hand_is_what_the_chart_gives() {
     let built = documents(&tool("kustomize", &["build", "daemonset/monitoring"]).unwrap());
     built.iter().for_each(check);
     assert_eq!(kinds(&built), ["\"ConfigMap\"", "\"PodMonitor\"", "\"PrometheusRule\""].map(str::to_owned).into());
-    let alone = fs::read_to_string(root().join("daemonset/daemonset.yaml")).unwrap();
-    documents(&alone).iter().for_each(check);
+    let beside_an_agent = fs::read_to_string(root().join("daemonset/daemonset.yaml")).unwrap();
+    documents(&beside_an_agent).iter().for_each(check);
+}
+
+/// The rules of a role as lines: group, resources, names and verbs.
+fn rights(role: &Value) -> Vec<String> {
+    let words = |list: &Value| {
+        let words = list.as_array().into_iter().flatten().map(|word| word.as_str().unwrap());
+        words.collect::<Vec<_>>().join(" ")
+    };
+    let line = |rule: &Value| {
+        assert_eq!(rule["nonResourceURLs"], Value::Null);
+        let [groups, resources, names, verbs] =
+            ["apiGroups", "resources", "resourceNames", "verbs"].map(|key| words(&rule[key]));
+        format!("{groups}/{resources}[{names}]: {verbs}")
+    };
+    role["rules"].as_array().unwrap().iter().map(line).collect()
+}
+
+#[test]
+fn a_mesh_without_istio_is_one_folder() {
+    let all = documents(&tool("kustomize", &["build", "daemonset/alone"]).unwrap());
+    all.iter().for_each(check);
+    // What the chart gives with one value, in a namespace that comes with it.
+    let rendered = documents(&render(&json!({"control": {"enabled": true}})).unwrap());
+    let names = |all: &[Value]| {
+        let name = |document: &Value| format!("{} {}", document["kind"], document["metadata"]["name"]);
+        all.iter().map(name).collect::<BTreeSet<_>>()
+    };
+    let namespace = BTreeSet::from(["\"Namespace\" \"istio-system\"".to_owned()]);
+    assert_eq!(names(&all), names(&rendered).union(&namespace).cloned().collect());
+    for (kind, name) in [("Deployment", "culvert-control"), ("DaemonSet", "ztunnel"), ("Service", "culvert-control")] {
+        assert_eq!(named(&all, kind, name), named(&rendered, kind, name));
+    }
+    // The daemons use it, and nothing of Istio's.
+    let set = named(&all, "DaemonSet", "ztunnel");
+    for name in ["XDS_ADDRESS", "CA_ADDRESS"] {
+        assert_eq!(variable(set, name), "culvert-control.istio-system.svc:15012");
+    }
+    let without = documents(&render(&json!({})).unwrap());
+    let mut same = set.clone();
+    for entry in same["spec"]["template"]["spec"]["containers"][0]["env"].as_array_mut().unwrap() {
+        if entry["value"] == "culvert-control.istio-system.svc:15012" {
+            entry["value"] = json!("istiod.istio-system.svc:15012");
+        }
+    }
+    assert_eq!(same, *of_kind(&without, "DaemonSet").unwrap(), "the daemon differs in nothing else");
+    let service = named(&all, "Service", "culvert-control");
+    let of_control = named(&all, "Deployment", "culvert-control");
+    let labels = of_control["spec"]["template"]["metadata"]["labels"].as_object().unwrap();
+    for selector in [
+        &service["spec"]["selector"],
+        &of_control["spec"]["selector"]["matchLabels"],
+        &named(&all, "PodDisruptionBudget", "culvert-control")["spec"]["selector"]["matchLabels"],
+    ] {
+        assert!(selector.as_object().unwrap().iter().all(|(key, value)| labels[key] == *value), "{selector}");
+    }
+    assert_eq!(labels["istio.io/dataplane-mode"], "none", "the daemons need it before they can capture anything");
+    for port in service["spec"]["ports"].as_array().unwrap() {
+        let ports = container(of_control)["ports"].as_array().unwrap();
+        assert!(ports.iter().any(|other| other["containerPort"] == port["targetPort"]));
+    }
+}
+
+#[test]
+fn the_control_plane_may_do_what_it_does_and_no_more() {
+    let all = documents(&tool("kustomize", &["build", "daemonset/alone"]).unwrap());
+    assert_eq!(
+        rights(named(&all, "ClusterRole", "culvert-control-istio-system")),
+        [
+            "/pods services nodes namespaces[]: list watch",
+            "discovery.k8s.io/endpointslices[]: list watch",
+            "security.istio.io/authorizationpolicies peerauthentications[]: list watch",
+            "gateway.networking.k8s.io/gateways gatewayclasses[]: list watch",
+            "security.istio.io/authorizationpolicies/status peerauthentications/status[]: patch",
+            "authentication.k8s.io/tokenreviews[]: create",
+            "/configmaps[]: create",
+            "/configmaps[istio-ca-root-cert]: get list watch update patch",
+        ]
+    );
+    assert_eq!(
+        rights(named(&all, "Role", "culvert-control")),
+        ["/secrets[]: create", "/secrets[cacerts istio-ca-secret]: get list watch update patch"]
+    );
+    let of_control = named(&all, "Deployment", "culvert-control");
+    let pod = &of_control["spec"]["template"]["spec"];
+    assert_eq!(pod["serviceAccountName"], "culvert-control");
+    assert_eq!((&pod["hostNetwork"], &pod["hostPID"]), (&Value::Null, &Value::Null));
+    let volumes = pod["volumes"].as_array().cloned().unwrap_or_default();
+    assert!(volumes.iter().all(|volume| volume["hostPath"].is_null()), "{volumes:?}");
+    let context = &pod["securityContext"];
+    assert_eq!(
+        (&context["runAsNonRoot"], &context["seccompProfile"]["type"]),
+        (&json!(true), &json!("RuntimeDefault"))
+    );
+    assert_ne!(context["runAsUser"], 0);
+    let context = &container(of_control)["securityContext"];
+    assert_eq!(
+        (&context["allowPrivilegeEscalation"], &context["readOnlyRootFilesystem"], &context["capabilities"]),
+        (&json!(false), &json!(true), &json!({"drop": ["ALL"]}))
+    );
+    assert!(container(of_control)["resources"]["requests"]["memory"].is_string());
+    // Two replicas, of which one is always there.
+    assert_eq!(of_control["spec"]["replicas"], 2);
+    assert_eq!(of_control["spec"]["strategy"]["rollingUpdate"], json!({"maxSurge": 1, "maxUnavailable": 0}));
+    assert_eq!(named(&all, "PodDisruptionBudget", "culvert-control")["spec"]["maxUnavailable"], 1);
+    let probe = &container(of_control)["readinessProbe"]["httpGet"];
+    assert_eq!((&probe["port"], &probe["path"]), (&json!(15021), &json!("/healthz/ready")));
 }
 
 fn promtool(arguments: &[&str]) {
@@ -517,6 +680,11 @@ fn manifests_set_what_the_daemon_reads_and_name_the_ports_it_has() {
     for (values, _) in cases() {
         let all = documents(&render(&values).unwrap());
         let Some(set) = of_kind(&all, "DaemonSet") else { continue };
+        let controls = all.iter().filter(|document| document["kind"] == "Deployment").flat_map(variables);
+        for (name, _) in controls.filter(|(name, _)| !OTHERS.contains(&name.as_str())) {
+            assert!(settings.contains(&format!("\"{name}\"")), "nobody reads {name}");
+            assert!(document.contains(&format!("`{name}`")), "docs/settings.md does not name {name}");
+        }
         for (name, _) in variables(set).iter().filter(|(name, _)| !OTHERS.contains(&name.as_str())) {
             assert!(settings.contains(&format!("\"{name}\"")), "nobody reads {name}");
             assert!(document.contains(&format!("`{name}`")), "docs/settings.md does not name {name}");

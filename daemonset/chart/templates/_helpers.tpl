@@ -25,8 +25,20 @@ annotations:
 {{- end }}
 {{- end }}
 
-{{- define "culvert.istiod" -}}
-istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.svc:15012
+{{- define "culvert.control" -}}culvert-control{{- end }}
+
+{{- define "culvert.controlLabels" -}}
+app.kubernetes.io/name: {{ include "culvert.control" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: culvert
+{{- with .Values.labels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- define "culvert.controlPlane" -}}
+{{- if .Values.control.enabled }}{{ include "culvert.control" . }}.{{ .Release.Namespace }}.svc:15012
+{{- else }}istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.svc:15012{{ end }}
 {{- end }}
 
 {{- define "culvert.cniBinDir" -}}
@@ -61,6 +73,12 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
 {{- if eq .Values.certificates "builtin" }}
 {{- if .Values.caAddress }}{{ fail "caAddress: is set, and certificates: builtin asks no CA" }}{{ end }}
 {{- if not .Values.standalone.secret }}{{ fail "standalone.secret: is empty, and certificates: builtin needs it" }}{{ end }}
+{{- end }}
+{{- if .Values.control.enabled }}
+{{- if or (ne .Values.facts "istiod") (ne .Values.certificates "istiod") }}{{ fail "control.enabled: serves mesh facts and certificates as istiod does; leave facts and certificates at istiod" }}{{ end }}
+{{- if or .Values.xdsAddress .Values.caAddress }}{{ fail "control.enabled: the daemons use it; leave xdsAddress and caAddress empty" }}{{ end }}
+{{- if .Values.revision }}{{ fail "control.enabled: has no revisions; leave revision empty" }}{{ end }}
+{{- if lt (int .Values.control.replicas) 1 }}{{ fail "control.replicas: there must be one at least" }}{{ end }}
 {{- end }}
 {{- if and .Values.cleanup.enabled (eq .Values.pods "agent") }}{{ fail "cleanup.enabled: with pods: agent a daemon cannot be seen from the node; where none runs: culvert cleanup --all" }}{{ end }}
 {{- if not (has .Values.platform (list "" "openshift" "gke" "eks" "k3s" "k3d" "kind" "minikube" "microk8s")) }}{{ fail (printf "platform: %q is not known; leave it empty" .Values.platform) }}{{ end }}
