@@ -21,6 +21,9 @@ const DEFAULT_VERSION: &str = "1.0.0";
 /// Size limit of a configuration, in bytes.
 const CONFIGURATION_MAX: u64 = 4 << 20;
 
+/// Name of the control plane's Deployment, in the namespace of the daemon.
+const CONTROL: &str = "culvert-control";
+
 // Error codes (CNI specification, section 5).
 const INVALID_ENVIRONMENT: u64 = 4;
 const CANNOT_DECODE: u64 = 6;
@@ -148,11 +151,12 @@ fn result(verb: Verb, configuration: &Configuration) -> Option<Value> {
 
 impl Configuration {
     /// Whether a pod is never captured and so need not wait for the daemon. The daemon's own pods are exempt, because
-    /// they would wait for themselves.
+    /// they would wait for themselves, and so are those of the control plane, because daemons wait for it.
     fn is_exempt(&self, call: &Call) -> bool {
+        let named = |name: &str| call.pod.strip_prefix(name).is_some_and(|rest| rest.starts_with('-'));
         let own = call.namespace == self.own_namespace
             && !self.own_name.is_empty()
-            && call.pod.strip_prefix(&self.own_name).is_some_and(|rest| rest.starts_with('-'));
+            && (named(&self.own_name) || named(CONTROL));
         own || self.exclude_namespaces.contains(&call.namespace)
     }
 
@@ -181,5 +185,40 @@ impl Configuration {
         let ips = self.prev_result.iter().filter_map(|result| result["ips"].as_array()).flatten();
         let address = |ip: &Value| ip["address"].as_str()?.split('/').next()?.parse().ok();
         ips.filter_map(address).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_that_the_daemon_needs_do_not_wait_for_it() {
+        let text = r#"{"excludeNamespaces": ["kube-system"], "ownNamespace": "istio-system", "ownName": "ztunnel"}"#;
+        let configuration: Configuration = serde_json::from_str(text).unwrap();
+        for (namespace, pod, exempt) in [
+            ("istio-system", "ztunnel-x2k9p", true),
+            ("istio-system", "culvert-control-5c9d7-x2k9p", true),
+            ("istio-system", "culvert-control", false),
+            ("istio-system", "culvert-controller-x2k9p", false),
+            ("istio-system", "web-1", false),
+            ("shop", "ztunnel-x2k9p", false),
+            ("shop", "culvert-control-5c9d7-x2k9p", false),
+            ("kube-system", "web-1", true),
+        ] {
+            let call =
+                Call { command: "ADD".into(), netns: None, pod: pod.into(), namespace: namespace.into(), uid: None };
+            assert_eq!(configuration.is_exempt(&call), exempt, "{namespace}/{pod}");
+        }
+        // Without a name of the daemon nothing says which namespace is culvert's.
+        let unnamed: Configuration = serde_json::from_str(r#"{"ownNamespace": ""}"#).unwrap();
+        let call = Call {
+            command: "ADD".into(),
+            netns: None,
+            pod: "culvert-control-1".into(),
+            namespace: String::new(),
+            uid: None,
+        };
+        assert!(!unnamed.is_exempt(&call));
     }
 }
