@@ -430,7 +430,7 @@ fn cases() -> Vec<(Value, Expectation)> {
             assert_eq!(set(all)["metadata"]["name"], "1e3");
         }),
         (
-            json!({"control": {"enabled": true, "replicas": 3, "env": {"CULVERT_CONTROL_PORT": "15012"}, "nodeSelector": {"a": "b"},
+            json!({"control": {"enabled": true, "replicas": 3, "issuer": "ClusterIssuer/mesh", "env": {"CULVERT_CONTROL_PORT": "15012"}, "nodeSelector": {"a": "b"},
                 "tolerations": [{"operator": "Exists"}], "podLabels": {"pl": "3"}}, "podMonitor": {"enabled": true},
                 "global": {"networkPolicy": {"enabled": true}}, "multiCluster": {"clusterName": "c9"}, "resourceName": "tunnel"}),
             |all| {
@@ -442,6 +442,13 @@ fn cases() -> Vec<(Value, Expectation)> {
                 assert_eq!(
                     (variable(of_control, "CLUSTER_ID"), variable(of_control, "CULVERT_CONTROL_PORT")),
                     (json!("c9"), json!("15012"))
+                );
+                assert_eq!(variable(of_control, "CA_TRUSTED_NODE_ACCOUNTS"), "istio-system/tunnel");
+                assert_eq!(variable(of_control, "CULVERT_CONTROL_CA_ISSUER"), "ClusterIssuer/mesh");
+                let rights = rights(named(all, "Role", "culvert-control"));
+                assert!(
+                    rights.contains(&"cert-manager.io/certificaterequests[]: create get delete".to_owned()),
+                    "{rights:?}"
                 );
                 let set = named(all, "DaemonSet", "tunnel");
                 assert_eq!(variable(set, "ISTIO_META_CLUSTER_ID"), "c9", "both know the cluster by one name");
@@ -600,12 +607,12 @@ fn the_control_plane_may_do_what_it_does_and_no_more() {
             "security.istio.io/authorizationpolicies/status peerauthentications/status[]: patch",
             "authentication.k8s.io/tokenreviews[]: create",
             "/configmaps[]: create",
-            "/configmaps[istio-ca-root-cert]: get list watch update patch",
+            "/configmaps[istio-ca-root-cert istio-ca-crl]: list watch patch",
         ]
     );
     assert_eq!(
         rights(named(&all, "Role", "culvert-control")),
-        ["/secrets[]: create", "/secrets[cacerts istio-ca-secret]: get list watch update patch"]
+        ["/secrets[]: create", "/secrets[culvert-ca cacerts istio-ca-secret]: get", "/secrets[culvert-ca]: patch",]
     );
     let of_control = named(&all, "Deployment", "culvert-control");
     let pod = &of_control["spec"]["template"]["spec"];
