@@ -15,11 +15,11 @@
 pub mod ca;
 pub mod caller;
 pub mod catalog;
-pub mod policies;
 pub mod facts;
+pub mod policies;
 pub mod running_pods;
-pub mod watch;
 pub mod serve;
+pub mod watch;
 
 pub use caller::Caller;
 pub use catalog::Catalog;
