@@ -65,6 +65,13 @@ impl Index {
         self.published.len()
     }
 
+    /// Whether nothing at all is known.
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        let (spaces, of_slices) = (self.spaces.is_empty(), self.published_of_slice.is_empty());
+        spaces && of_slices && self.nodes.is_empty() && self.pods_of_node.is_empty() && self.gateways.is_empty()
+    }
+
     /// Adds a pod or replaces it. One that has ended, or has no address, is as good as gone.
     pub fn set_pod(&mut self, pod: Pod) {
         if pod.ended || pod.ips.is_empty() {

@@ -24,3 +24,6 @@ mod workload;
 
 pub use index::Index;
 pub use read::Reader;
+
+#[cfg(test)]
+mod tests;
