@@ -16,7 +16,7 @@ mod outbox;
 pub use metrics::Metrics;
 
 use super::policies::status::Wanted;
-use super::{Catalog, Config, RunningPods, policies};
+use super::{Catalog, Cluster, Config, RunningPods, policies};
 use crate::telemetry::limit::LogLimit;
 use fold::Fold;
 use follow::{Follow, Source};
@@ -49,9 +49,18 @@ pub async fn run(
     metrics: Arc<Metrics>,
     statuses: mpsc::Sender<Wanted>,
 ) {
+    follow_cluster(client, &config.cluster, (catalog, pods, metrics), statuses).await;
+}
+
+async fn follow_cluster(
+    client: Client,
+    cluster: &Cluster,
+    (catalog, pods, metrics): (Arc<Catalog>, Arc<RunningPods>, Arc<Metrics>),
+    statuses: mpsc::Sender<Wanted>,
+) {
     let mut events = all_kinds(&client, &metrics);
     let mut watch = Watch {
-        fold: Fold::new(&config.cluster, pods),
+        fold: Fold::new(cluster, pods),
         catalog,
         metrics,
         left_out: LogLimit::default(),
@@ -156,3 +165,6 @@ impl Watch {
         self.pause = begun.elapsed().max(BATCH);
     }
 }
+
+#[cfg(test)]
+mod tests;
