@@ -117,7 +117,7 @@ impl PodPlace {
 }
 
 /// Whether a text is a DNS label, as names of namespaces are. Names go into the paths of requests as they are.
-fn is_label(text: &str) -> bool {
+pub(super) fn is_label(text: &str) -> bool {
     text.len() <= 63 && is_part(text)
 }
 

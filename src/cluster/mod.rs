@@ -5,6 +5,7 @@
 //! not answer is named with the reason while the others are shown.
 
 mod candidates;
+pub mod control_plane;
 mod find;
 mod line;
 mod logs;
@@ -92,6 +93,21 @@ impl Daemons {
             None => Ok(PodPlace::here(pod)),
             Some(client) => tokio::time::timeout(deadline, find::place_of(client, pod)).await.map_err(|_| late())?,
         }
+    }
+
+    /// The replicas of culvert's control plane in a namespace, and the policies of which it says that they are not enforced
+    /// as they are written. `None` on this machine, where there is no API to ask.
+    pub async fn control_plane(
+        &self,
+        namespace: &str,
+        deadline: Duration,
+    ) -> Option<Result<(Vec<control_plane::Replica>, Vec<control_plane::NotEnforced>), ClusterError>> {
+        let client = self.client.as_ref()?;
+        let replicas = tokio::time::timeout(deadline, control_plane::replicas(client, namespace)).await;
+        let replicas = replicas.unwrap_or_else(|_| Err(ClusterError::Api(AskError::Late(deadline).to_string())));
+        // Many policies take long to read, and are only worth a note.
+        let policies = tokio::time::timeout(deadline, control_plane::not_enforced(client)).await.unwrap_or_default();
+        Some(replicas.map(|replicas| (replicas, policies)))
     }
 
     /// Asks one daemon.

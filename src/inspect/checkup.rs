@@ -1,6 +1,7 @@
 //! `culvert doctor` for the nodes of a cluster: what each daemon says about itself. What only a look from inside the
 //! node can tell, such as the rights of the container, is left to `culvert doctor` there.
 
+use super::control_plane;
 use super::nodes::{self, Node};
 use super::text::{printable, text};
 use super::{Outcome, Style};
@@ -29,13 +30,24 @@ pub async fn run(daemons: &Daemons, timeout: Duration, style: Style) -> Result<(
         found.extend(node.note.iter().map(|note| ("note", "daemon", printable(note))));
         for (verdict, check, said) in found {
             is_well &= verdict != "FAIL";
-            let line = format!("{verdict:<4}  {check:<12}  {said}");
+            let line = line(verdict, check, &said);
             lines.push(match verdict {
                 "FAIL" => style.red(&line),
                 "note" => style.yellow(&line),
                 _ => line,
             });
         }
+        lines.push(String::new());
+    }
+    if let Some(control) = control_plane::look(daemons, &status, timeout).await {
+        let (red, notes) = (control.red(), control.notes());
+        is_well &= red.is_empty();
+        lines.push(style.bold("control plane"));
+        if red.is_empty() {
+            lines.push(line("ok", "replicas", &control.summary()));
+        }
+        lines.extend(red.iter().map(|said| style.red(&line("FAIL", "replicas", said))));
+        lines.extend(notes.iter().map(|said| style.yellow(&line("note", "control", said))));
         lines.push(String::new());
     }
     lines.push(
@@ -46,6 +58,10 @@ pub async fn run(daemons: &Daemons, timeout: Duration, style: Style) -> Result<(
         (outcome, _) => outcome,
     };
     Ok((lines.join("\n"), outcome))
+}
+
+fn line(verdict: &str, check: &str, said: &str) -> String {
+    format!("{verdict:<4}  {check:<12}  {said}")
 }
 
 /// The lines about one node: verdict, check, text.

@@ -3,6 +3,7 @@
 
 pub mod checkup;
 pub mod connections;
+mod control_plane;
 pub mod dashboard;
 pub mod logs;
 pub mod nodes;

@@ -1,5 +1,6 @@
 //! `culvert status`: is everything captured, current and about to stay so? One screen for all nodes, and an exit code.
 
+use super::control_plane::{self, ControlPlane};
 use super::nodes::{self, Node};
 use super::text::{ago, at, columns, printable, seconds, text};
 use super::{Outcome, Style};
@@ -28,7 +29,11 @@ pub async fn run(
     let end = Instant::now() + wait.unwrap_or_default();
     loop {
         let looked = nodes::ask(daemons, "/status", timeout).await;
-        let is_green = looked.as_ref().is_ok_and(|nodes| nodes.iter().all(is_green));
+        let control = match &looked {
+            Ok(nodes) => control_plane::look(daemons, nodes, timeout).await,
+            Err(_) => None,
+        };
+        let is_green = looked.as_ref().is_ok_and(|nodes| is_all_green(nodes, control.as_ref()));
         if is_green || Instant::now() + AGAIN > end {
             let nodes = looked?;
             let outcome = match (is_green, nodes.iter().any(|node| node.page.is_ok())) {
@@ -36,7 +41,8 @@ pub async fn run(
                 (false, true) => Outcome::Red,
                 (false, false) => Outcome::Unknown,
             };
-            let shown = if json { as_json(&nodes) } else { screen(&nodes, style, SystemTime::now()) };
+            let control = control.as_ref();
+            let shown = if json { as_json(&nodes, control) } else { screen(&nodes, control, style, SystemTime::now()) };
             return Ok((shown, outcome));
         }
         tokio::time::sleep(AGAIN).await;
@@ -48,18 +54,29 @@ fn is_green(node: &Node) -> bool {
     node.page.as_ref().is_ok_and(|status| status["green"] == true)
 }
 
-fn as_json(nodes: &[Node]) -> String {
-    let all = json!({
-        "green": nodes.iter().all(is_green),
+/// Whether everything is well.
+fn is_all_green(nodes: &[Node], control: Option<&ControlPlane>) -> bool {
+    nodes.iter().all(is_green) && control.is_none_or(|control| control.red().is_empty())
+}
+
+fn as_json(nodes: &[Node], control: Option<&ControlPlane>) -> String {
+    let mut all = json!({
+        "green": is_all_green(nodes, control),
         "nodes": nodes.iter().map(|node| node.json("status")).collect::<Vec<_>>(),
     });
+    if let Some(control) = control {
+        all["controlPlane"] = control.json();
+    }
     serde_json::to_string_pretty(&all).unwrap_or_default()
 }
 
 /// One screen: a table of the nodes, and below it what is wrong, what is worth knowing, and what failed lately.
-fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
+fn screen(nodes: &[Node], control: Option<&ControlPlane>, style: Style, now: SystemTime) -> String {
     let mut lines = table(nodes, style);
-    let mut wrong = Vec::new();
+    lines.extend(
+        control.into_iter().flat_map(|control| [String::new(), format!("control plane {}", control.summary())]),
+    );
+    let mut wrong = control.map(ControlPlane::red).unwrap_or_default();
     let mut notes = Vec::new();
     for node in nodes {
         notes.extend(node.note.iter().map(|note| format!("{}: {}", node.name, printable(note))));
@@ -73,14 +90,17 @@ fn screen(nodes: &[Node], style: Style, now: SystemTime) -> String {
             }
         }
     }
+    notes.extend(control.into_iter().flat_map(ControlPlane::notes));
+    let control_is_red = control.is_some_and(|control| !control.red().is_empty());
     section(&mut lines, &style.red("what is wrong"), wrong);
     section(&mut lines, &style.yellow("worth knowing"), notes);
     section(&mut lines, &style.bold("failed and refused connections of the last 5 minutes"), failures(nodes));
     let green = nodes.iter().filter(|node| is_green(node)).count();
     lines.push(String::new());
-    lines.push(match green == nodes.len() {
-        true => style.green(&format!("green: {}", count(green, "node"))),
-        false => style.red(&format!("red: {} of {}", nodes.len() - green, count(nodes.len(), "node"))),
+    lines.push(match (green == nodes.len(), control_is_red) {
+        (true, false) => style.green(&format!("green: {}", count(green, "node"))),
+        (true, true) => style.red("red: the control plane"),
+        (false, _) => style.red(&format!("red: {} of {}", nodes.len() - green, count(nodes.len(), "node"))),
     });
     lines.join("\n")
 }
@@ -240,16 +260,39 @@ failed and refused connections of the last 5 minutes
   3 inbound denied on n2: A DENY policy matched
 
 red: 2 of 3 nodes";
-        assert_eq!(screen(&[green("n1"), red("n2"), gone], Style { colours: false }, now), expected);
-        let coloured = screen(&[green("n1"), red("n2")], Style { colours: true }, now);
+        assert_eq!(screen(&[green("n1"), red("n2"), gone], None, Style { colours: false }, now), expected);
+        let coloured = screen(&[green("n1"), red("n2")], None, Style { colours: true }, now);
         assert!(coloured.contains("\u{1b}[31mn2") && !coloured.contains("\u{1b}[1mway"));
+    }
+
+    #[test]
+    fn the_control_plane_is_below_the_nodes_and_red_without_a_replica() {
+        let plain = Style { colours: false };
+        let (well, away) = (control_plane::tests::with(&[true, true]), control_plane::tests::with(&[false]));
+        let shown = screen(&[green("n1")], Some(&well), plain, SystemTime::now());
+        assert!(
+            shown.contains("\n\ncontrol plane istio-system/culvert-control: 2 of 2 replicas are ready\n"),
+            "{shown}"
+        );
+        assert!(
+            shown.contains("worth knowing\n  AuthorizationPolicy shop/p") && shown.ends_with("green: 1 node"),
+            "{shown}"
+        );
+        let shown = screen(&[green("n1")], Some(&away), plain, SystemTime::now());
+        assert!(shown.contains("what is wrong\n  istio-system/culvert-control: 0 of 1"), "{shown}");
+        assert!(shown.ends_with("red: the control plane"), "{shown}");
+        assert!(screen(&[red("n1")], Some(&away), plain, SystemTime::now()).ends_with("red: 1 of 1 node"));
+        let json: Value = serde_json::from_str(&as_json(&[green("n1")], Some(&away))).unwrap();
+        assert_eq!((&json["green"], &json["controlPlane"]["replicas"][0]["ready"]), (&json!(false), &json!(false)));
+        let json: Value = serde_json::from_str(&as_json(&[green("n1")], None)).unwrap();
+        assert_eq!((&json["green"], json.get("controlPlane")), (&json!(true), None));
     }
 
     #[test]
     fn many_green_nodes_are_counted_and_red_ones_are_all_shown() {
         let mut nodes: Vec<Node> = (0..100).map(|number| green(&format!("n{number}"))).collect();
         nodes.push(red("last"));
-        let shown = screen(&nodes, Style { colours: false }, SystemTime::now());
+        let shown = screen(&nodes, None, Style { colours: false }, SystemTime::now());
         assert!(shown.contains("and 76 nodes that are green") && shown.contains("\nlast "), "{shown}");
         assert!(shown.lines().count() < 45);
     }
