@@ -4,12 +4,14 @@
 //! state. Admin requests must name a loopback host and may not come from the page of another site, so that no web page in
 //! a browser can use the admin port.
 
+mod control_plane;
 pub mod dashboard;
 pub mod page;
 mod paths;
 mod rendered;
 mod turns;
 
+pub use self::control_plane::{ControlPages, ControlPorts};
 pub use self::rendered::Rendered;
 use self::turns::Turns;
 use crate::ports;
@@ -458,16 +460,25 @@ async fn quit(State(pages): State<Arc<Pages>>) -> &'static str {
 }
 
 async fn metrics(State(pages): State<Arc<Pages>>, headers: HeaderMap) -> Response {
+    exposed(&pages.metrics, &headers).await
+}
+
+/// Metrics in the format that a scraper accepts.
+async fn exposed(metrics: &Rendered, headers: &HeaderMap) -> Response {
     let accept = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let format = Format::accepted(accept);
-    match pages.metrics.text(format).await {
+    match metrics.text(format).await {
         Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], Body::from(text)).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
     }
 }
 
 async fn readiness(State(pages): State<Arc<Pages>>) -> Response {
-    let pending = pages.ready.pending();
+    ready_or_not(&pages.ready)
+}
+
+fn ready_or_not(ready: &Ready) -> Response {
+    let pending = ready.pending();
     if pending.is_empty() {
         return (StatusCode::OK, "ready\n").into_response();
     }

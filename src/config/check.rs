@@ -135,7 +135,8 @@ fn drain_deadline(c: &mut Checker<'_>) -> Duration {
     }
 }
 
-fn log_config(c: &mut Checker<'_>) -> telemetry::log::Config {
+/// Settings of the log.
+pub(super) fn log_config(c: &mut Checker<'_>) -> telemetry::log::Config {
     let filter = match c.text(&process::LOG) {
         Some(filter) if !filter.trim().is_empty() => filter.to_owned(),
         _ => c.read(&process::LOG),

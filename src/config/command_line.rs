@@ -109,7 +109,11 @@ pub enum Command {
 pub enum ControlCommand {
     /// Replace the root of the mesh, in steps during which both the old and the new one are trusted. Run it again until it
     /// says that it is done.
-    RotateRoot,
+    RotateRoot {
+        /// Begin another replacement although there has been one.
+        #[arg(long)]
+        again: bool,
+    },
 }
 
 /// Commands for the built-in certificate authority.

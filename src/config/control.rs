@@ -3,9 +3,11 @@
 use super::Faults;
 use super::args::ControlArgs;
 use super::checker::Checker;
+use super::setting::About;
 use super::settings::control;
 use crate::control_plane::ca::{self, Account, Source};
 use crate::control_plane::{Cluster, Config};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Checks the settings of the control plane.
@@ -19,8 +21,25 @@ pub fn check(args: &ControlArgs) -> Result<Config, Faults> {
         domain: c.read(&control::CLUSTER_DOMAIN).into(),
     };
     let ca = ca(c, &cluster);
-    let config = Config { kubeconfig: c.path(&control::KUBECONFIG), cluster, port: c.read(&control::PORT), ca };
+    let log = super::check::log_config(c);
+    let config = Config {
+        kubeconfig: c.path(&control::KUBECONFIG),
+        cluster,
+        port: c.read(&control::PORT),
+        ca,
+        log,
+        settings: given(args),
+    };
     if checker.faults.is_empty() { Ok(config) } else { Err(Faults(checker.faults)) }
+}
+
+/// The settings that were given, for the dump; of secret ones only that they were.
+fn given(args: &ControlArgs) -> BTreeMap<&'static str, String> {
+    let shown = |(about, text): (&About, &str)| match about.is_secret {
+        true => (about.variable, "(secret)".to_owned()),
+        false => (about.variable, text.to_owned()),
+    };
+    args.given().map(shown).collect()
 }
 
 fn ca(c: &mut Checker<'_>, cluster: &Cluster) -> ca::Config {

@@ -26,6 +26,8 @@ pub use catalog::Catalog;
 pub use running_pods::RunningPods;
 
 use crate::mesh::Text;
+use crate::telemetry;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Settings of the control plane.
@@ -39,6 +41,10 @@ pub struct Config {
     pub port: u16,
     /// The certificate authority.
     pub ca: ca::Config,
+    /// The log.
+    pub log: telemetry::log::Config,
+    /// The settings that were given, by variable, without secrets.
+    pub settings: BTreeMap<&'static str, String>,
 }
 
 /// Names that are the same for a whole cluster.

@@ -1,5 +1,6 @@
 //! `docs/settings.md` and `docs/metrics.md`, written from the code. `tests/tidy/` compares them with the files.
 
+use super::control_metrics::{self, ControlMetrics};
 use super::metrics::{GROUPS, Metrics, Readings, register_process};
 use crate::config::environment::{PREFIXES, REFUSED};
 use crate::config::setting::Default as SettingDefault;
@@ -130,6 +131,11 @@ pub fn metrics() -> Result<String, Error> {
     let mut of_process = Registry::default();
     register_process(&mut of_process, Box::new(readings));
     section(&mut t, "The process", &of_process)?;
+    t.push_str("\n# Metrics of `culvert control`\n\nThose of its process are named as above.\n");
+    let control = ControlMetrics::default();
+    for (title, register) in control_metrics::GROUPS {
+        section(&mut t, title, &control.example(register))?;
+    }
     Ok(t)
 }
 

@@ -29,17 +29,14 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 /// `/config_dump`.
 pub(super) fn config_dump(parts: &Parts) -> Value {
     let snapshot = parts.mesh.load();
-    let sorted = |mut all: Vec<(String, Value)>| {
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        Value::Array(all.into_iter().map(|(_, value)| value).collect())
-    };
+    let [workloads, services, policies] = facts(&snapshot);
     let live = parts.reporter.live.list();
     let state: Map<String, Value> =
         parts.board.list().iter().map(|pod| (pod.spec.uid.to_string(), workload_state(pod, &live))).collect();
     json!({
-        "workloads": sorted(snapshot.workloads().map(|w| (w.uid.to_string(), workload(w))).collect()),
-        "services": sorted(snapshot.services().map(|s| (s.key.hostname.to_string(), service(&snapshot, s))).collect()),
-        "policies": sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
+        "workloads": workloads,
+        "services": services,
+        "policies": policies,
         "egress": snapshot.egress.all().map(egress).collect::<Vec<_>>(),
         "stagedServices": staged(&snapshot),
         "staticConfig": {"workloads": [], "services": [], "policies": []},
@@ -53,6 +50,19 @@ pub(super) fn config_dump(parts: &Parts) -> Value {
         "version": version::shown(&parts.config),
         "config": dump_config::config(&parts.config),
     })
+}
+
+/// The workloads, services and policies of a mesh, each by name.
+pub(super) fn facts(snapshot: &Snapshot) -> [Value; 3] {
+    let sorted = |mut all: Vec<(String, Value)>| {
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        Value::Array(all.into_iter().map(|(_, value)| value).collect())
+    };
+    [
+        sorted(snapshot.workloads().map(|w| (w.uid.to_string(), workload(w))).collect()),
+        sorted(snapshot.services().map(|s| (s.key.hostname.to_string(), service(snapshot, s))).collect()),
+        sorted(snapshot.policies().map(|p| (p.key.to_string(), policy(p))).collect()),
+    ]
 }
 
 fn egress(policy: &EgressPolicy) -> Value {

@@ -175,8 +175,15 @@ impl Metrics {
     }
 }
 
-/// Registers the metrics of the process.
+/// Registers the metrics of the node's process.
 pub(super) fn register_process(registry: &mut Registry, readings: Read) {
+    register_any_process(registry);
+    telemetry::process::register_as_ztunnel(registry);
+    registry.register_collector(Box::new(Gauges(readings)));
+}
+
+/// Registers the metrics that every process of this program has.
+pub(super) fn register_any_process(registry: &mut Registry) {
     let build = vec![("component", "culvert".to_owned()), ("version", env!("CARGO_PKG_VERSION").to_owned())];
     let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let sources = telemetry::process::Sources {
@@ -186,7 +193,6 @@ pub(super) fn register_process(registry: &mut Registry, readings: Read) {
         begun: since_1970.map_or(0.0, |time| time.as_secs_f64()),
     };
     telemetry::process::register(registry, sources, build);
-    registry.register_collector(Box::new(Gauges(readings)));
 }
 
 /// Numbers that are read at each scrape.

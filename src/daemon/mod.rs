@@ -3,6 +3,8 @@
 mod ask;
 mod assemble;
 mod control;
+mod control_metrics;
+mod control_pages;
 mod dashboard;
 pub mod docs;
 mod dump;

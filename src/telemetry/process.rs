@@ -25,6 +25,10 @@ pub struct Sources {
 pub fn register(registry: &mut Registry, sources: Sources, build: Vec<(&'static str, String)>) {
     registry.register_collector(Box::new(ProcessCollector(sources)));
     registry.register("culvert_build", "Version of this process", Info::new(build));
+}
+
+/// Registers the version of a node's proxy as Istio does.
+pub fn register_as_ztunnel(registry: &mut Registry) {
     // Istio's dashboards count ztunnels by this metric.
     let istio = Family::<BuildLabels, Gauge>::default();
     let tag = concat!("culvert-", env!("CARGO_PKG_VERSION"));

@@ -24,6 +24,7 @@ mod authorization;
 mod capture;
 mod certificates;
 mod configuration;
+mod control;
 mod demo;
 mod dns;
 mod doctor;

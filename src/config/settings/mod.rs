@@ -49,7 +49,10 @@ pub static GROUPS: [Group; 10] = [
 ];
 
 /// All settings of `culvert control`.
-pub static CONTROL_GROUPS: [Group; 1] = [Group { title: "Control plane", settings: control::ALL }];
+pub static CONTROL_GROUPS: [Group; 2] = [
+    Group { title: "Control plane", settings: control::ALL },
+    Group { title: "Log of the control plane", settings: &[&process::LOG, &process::LOG_FORMAT] },
+];
 
 /// All settings of `culvert node`, one by one.
 pub fn all() -> impl Iterator<Item = &'static About> {

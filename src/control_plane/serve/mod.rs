@@ -15,6 +15,8 @@ mod difference;
 mod editions;
 mod grpc;
 mod index;
+#[doc(hidden)]
+pub mod measured;
 pub mod metrics;
 mod node;
 pub mod nodes;
@@ -22,9 +24,11 @@ mod session;
 mod shared;
 mod stream;
 mod subscription;
+#[cfg(test)]
+mod tests;
 
 pub use metrics::Metrics;
-pub use shared::{Authority, Config, Later};
+pub use shared::{Authority, Config};
 
 use self::nodes::Nodes;
 use self::shared::Shared;

@@ -130,7 +130,7 @@ mod tests {
     fn one_caller_leaves_streams_to_others() {
         let nodes = Arc::<Nodes>::default();
         let add = |uid: &str| {
-            let pod = Some(CallerPod { name: "p".into(), uid: uid.into() });
+            let pod = Some(CallerPod { name: "p".into(), uid: uid.into(), node: None });
             let caller = Caller { namespace: "istio-system".into(), service_account: "ztunnel".into(), pod };
             let client = Client { id: "".into(), node: "".into(), version: "".into() };
             let (peer, since) = (([10, 0, 0, 1], 1).into(), SystemTime::UNIX_EPOCH);

@@ -3,11 +3,17 @@
 use super::watch::WATCH_SECONDS;
 use crate::node::config::KubernetesConfig;
 use crate::telemetry::log::with_causes;
+use std::path::Path;
 use std::time::Duration;
 
 /// Makes the client, from the kubeconfig or from the account of the daemon's own pod. The error names the setting.
 pub async fn client(config: &KubernetesConfig) -> Result<kube::Client, String> {
-    let mut settings = match &config.kubeconfig {
+    client_with(config.kubeconfig.as_deref(), Duration::from_secs(u64::from(WATCH_SECONDS) + 10)).await
+}
+
+/// The same, with a limit on silence that must be longer than any watch.
+pub async fn client_with(kubeconfig: Option<&Path>, read_timeout: Duration) -> Result<kube::Client, String> {
+    let mut settings = match kubeconfig {
         Some(path) => {
             let read = kube::config::Kubeconfig::read_from(path).map_err(|error| with_causes(&error));
             let options = kube::config::KubeConfigOptions::default();
@@ -22,7 +28,7 @@ pub async fn client(config: &KubernetesConfig) -> Result<kube::Client, String> {
         })?,
     };
     settings.connect_timeout = Some(Duration::from_secs(5));
-    // Longer than any watch. It ends connections to a server that accepts them and sends nothing.
-    settings.read_timeout = Some(Duration::from_secs(u64::from(WATCH_SECONDS) + 10));
+    // It ends connections to a server that accepts them and sends nothing.
+    settings.read_timeout = Some(read_timeout);
     kube::Client::try_from(settings).map_err(|error| with_causes(&error))
 }

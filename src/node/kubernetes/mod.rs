@@ -24,5 +24,5 @@ pub mod uninstall;
 pub mod watch;
 
 pub use super::config::KubernetesConfig as Config;
-pub use client::client;
+pub use client::{client, client_with};
 pub use state::Enrolment;

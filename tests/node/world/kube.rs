@@ -239,17 +239,17 @@ fn put(state: &mut State, kind: &'static str, key: &str, change: impl FnOnce(Opt
     }
 }
 
-struct Request {
-    method: String,
-    path: String,
-    query: BTreeMap<String, String>,
-    metadata_only: bool,
+pub struct Request {
+    pub method: String,
+    pub path: String,
+    pub query: BTreeMap<String, String>,
+    pub metadata_only: bool,
     /// Key of a request for a WebSocket.
     websocket: Option<String>,
-    body: Vec<u8>,
+    pub body: Vec<u8>,
 }
 
-fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
+pub fn read(reader: &mut BufReader<&TcpStream>) -> Option<Request> {
     let mut line = String::new();
     reader.read_line(&mut line).ok().filter(|length| *length > 0)?;
     let mut words = line.split(' ');
@@ -323,13 +323,13 @@ fn serve(shared: &(Mutex<State>, Condvar), stream: &TcpStream) {
     }
 }
 
-fn send(mut stream: &TcpStream, code: u16, body: &Value) -> Option<()> {
+pub fn send(mut stream: &TcpStream, code: u16, body: &Value) -> Option<()> {
     let body = body.to_string();
     let head = format!("HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all((head + &body).as_bytes()).ok()
 }
 
-fn status(code: u16, message: &str) -> Value {
+pub fn status(code: u16, message: &str) -> Value {
     let reason = match code {
         404 => "NotFound",
         410 => "Expired",

@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod apps;
 pub mod certs;
+pub mod cluster_api;
 pub mod collector;
 pub mod control_plane;
 pub mod facts;
