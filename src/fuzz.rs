@@ -17,6 +17,7 @@ use crate::connection::authorize::Subject;
 use crate::connection::authorize::decide::Applicable;
 use crate::connection::choose::{Chance, ResolvedNames, route};
 use crate::control::xds::{decode, delta, policy, saved};
+use crate::control_plane::ca::csr;
 use crate::daemon::explain::{Question, Wanted, policies_in, question};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
@@ -28,6 +29,8 @@ use crate::node::zds::message;
 use crate::ports::in_pod;
 use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use crate::{admin, control, crypto, doctor};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use prost::Message;
 use rustls::pki_types::CertificateDer;
 use std::pin::pin;
@@ -96,6 +99,14 @@ pub fn certificate(data: &[u8]) {
 /// A file with revocation lists.
 pub fn crl(data: &[u8]) {
     let _ = revoked::parse(data);
+}
+
+/// A signing request of a daemon, in PEM, or as the bytes within it.
+pub fn csr(data: &[u8]) {
+    let _ = csr::public_key(&String::from_utf8_lossy(data));
+    let body = STANDARD.encode(data);
+    let _ =
+        csr::public_key(&format!("-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n"));
 }
 
 /// A mesh file.
@@ -238,7 +249,7 @@ mod tests {
     #[test]
     fn no_parser_panics_on_its_corpus() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 15] = [
+        let targets: [Target; 16] = [
             ("dns_request", super::dns_request),
             ("dns_answer", super::dns_answer),
             ("xds_resources", super::xds_resources),
@@ -246,6 +257,7 @@ mod tests {
             ("connect_request", super::connect_request),
             ("certificate", super::certificate),
             ("crl", super::crl),
+            ("csr", super::csr),
             ("mesh_file", super::mesh_file),
             ("http2_frames", super::http2_frames),
             ("http2_session", super::http2_session),

@@ -67,6 +67,8 @@ const PURE: &[&str] = &[
     "mesh/workload.rs",
     "hbone/request.rs",
     "control/yaml.rs",
+    "control_plane/ca/authorize.rs",
+    "control_plane/ca/csr.rs",
     "control/yaml_policies.rs",
     "control_plane/serve/difference.rs",
     "control_plane/serve/index.rs",
@@ -235,6 +237,7 @@ fn some_things_have_one_place() {
             &["tonic::", "prost::"],
             &[
                 "control/xds/",
+                "control_plane/ca/service.rs",
                 "control_plane/serve/",
                 "daemon/profile.rs",
                 "fuzz.rs",

@@ -105,7 +105,10 @@ impl Authority {
     /// An authority without a key. It has one once [`Authority::run`] has loaded it.
     pub fn new(client: Client, config: &Config, metrics: Arc<Metrics>) -> Result<Arc<Self>, rustls::Error> {
         let place = match &config.source {
-            Source::Secrets => Place::Secrets(Box::new(Kept::new(Secrets::new(client, &config.namespace)))),
+            Source::Secrets => {
+                let secrets = Secrets::new(client, &config.namespace);
+                Place::Secrets(Box::new(Kept::new(secrets, config.max_life)))
+            }
             Source::Folder(folder) => Place::Folder(folder.clone()),
             Source::CertManager(issuer) => {
                 Place::CertManager(Box::new(CertManager::new(client, &config.namespace, issuer.clone())))
@@ -301,5 +304,209 @@ fn step(state: &State) -> &'static str {
         Step::Settled { .. } => "done: only the new root is given out",
         Step::Announced { .. } => "both roots are given out, the old one signs",
         Step::Signing { .. } => "both roots are given out, the new one signs",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::super::rotate;
+    use super::*;
+    use crate::crypto::certificates_from_pem;
+    use crate::rpc::tls;
+    use crate::task::Group;
+    use rcgen::{CertificateParams, KeyPair};
+    use rustls::pki_types::CertificateDer;
+    use serde_json::json;
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+    const OWN: &str = "/api/v1/namespaces/istio-system/secrets/culvert-ca";
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+
+    fn config(source: Source) -> Config {
+        Config {
+            source,
+            namespace: "istio-system".into(),
+            trust_domain: "cluster.local".into(),
+            names: vec!["culvert-control.istio-system.svc".into(), "localhost".into()],
+            audiences: vec!["istio-ca".into()],
+            trusted: Vec::new(),
+            default_life: DAY,
+            max_life: DAY * 90,
+        }
+    }
+
+    fn authority(api: &FakeApi, source: Source, metrics: &Arc<Metrics>) -> Arc<Authority> {
+        Authority::new(api.client(), &config(source), metrics.clone()).unwrap()
+    }
+
+    fn csr() -> String {
+        CertificateParams::default().serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+    }
+
+    fn identity() -> SpiffeName {
+        SpiffeName::new("cluster.local", "shop", "web").unwrap()
+    }
+
+    fn folder(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("culvert-authority-{name}-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&path));
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// Writes a root of its own into a directory.
+    fn fill(folder: &std::path::Path) {
+        let data = super::super::own_root::OwnRoot::make(SystemTime::now()).unwrap().data().unwrap();
+        for name in ["ca-cert.pem", "ca-key.pem", "root-cert.pem"] {
+            std::fs::write(folder.join(name), &*data[name]).unwrap();
+        }
+    }
+
+    /// The certificate that a client sees who trusts `roots` and calls the server `host`.
+    async fn served(authority: &Authority, roots: &str, host: &str) -> Result<CertificateDer<'static>, String> {
+        let client = tls::client(&tls::Roots::Inline(roots.into()), host, None, b"h2").unwrap();
+        let (near, far) = tokio::io::duplex(1 << 16);
+        let server = TlsAcceptor::from(authority.server_config()).accept(far);
+        let client = TlsConnector::from(client.config).connect(client.name, near);
+        let (server, client) = tokio::join!(server, client);
+        let (client, _) = (client.map_err(|error| error.to_string())?, server.map_err(|error| error.to_string())?);
+        assert_eq!(client.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        Ok(client.get_ref().1.peer_certificates().unwrap()[0].clone())
+    }
+
+    #[tokio::test]
+    async fn it_signs_and_serves_once_it_has_a_key() {
+        let (api, metrics) = (FakeApi::default(), Arc::<Metrics>::default());
+        let authority = authority(&api, Source::Secrets, &metrics);
+        assert!(!authority.is_ready() && authority.roots_pem().is_none());
+        let refused = authority.sign(&csr(), &identity(), None).await;
+        assert!(matches!(refused, Err(SignError::NotReady(_))), "{refused:?}");
+        authority.load(false).await.unwrap();
+        assert!(authority.is_ready());
+        let roots = authority.roots_pem().unwrap();
+        let answer = authority.sign(&csr(), &identity(), None).await.unwrap();
+        assert_eq!((answer.len(), &*answer[1]), (2, &*roots));
+        for host in ["culvert-control.istio-system.svc", "localhost"] {
+            served(&authority, &roots, host).await.unwrap();
+        }
+        let error = served(&authority, &roots, "other.istio-system.svc").await.unwrap_err();
+        assert!(error.contains("not valid for name"), "{error}");
+        for (life, good) in [(DAY * 90, true), (DAY * 90 + Duration::from_secs(1), false), (Duration::MAX, false)] {
+            let signed = authority.sign(&csr(), &identity(), Some(life)).await;
+            assert_eq!(signed.is_ok(), good, "{life:?}");
+            assert!(good || matches!(signed, Err(SignError::TooLong { .. })));
+        }
+        assert!(matches!(authority.sign("x", &identity(), None).await, Err(SignError::Csr(_))));
+    }
+
+    #[tokio::test]
+    async fn a_bad_key_leaves_the_last_good_one_in_force_and_is_told() {
+        let (folder, metrics) = (folder("bad"), Arc::<Metrics>::default());
+        let authority = authority(&FakeApi::default(), Source::Folder(folder.clone()), &metrics);
+        let load = async || {
+            let loaded = authority.load(false).await;
+            authority.report(loaded.as_ref().err());
+            loaded.map_err(|error| error.to_string())
+        };
+        assert!(load().await.unwrap_err().contains("ca-cert.pem is missing"));
+        fill(&folder);
+        load().await.unwrap();
+        let first = authority.roots_pem().unwrap();
+        let before = metrics.load_failures.get();
+        std::fs::write(folder.join("ca-key.pem"), KeyPair::generate().unwrap().serialize_pem()).unwrap();
+        let error = load().await.unwrap_err();
+        assert!(error.contains("ca-key.pem is not the key of ca-cert.pem"), "{error}");
+        assert!(error.contains(&folder.display().to_string()) && !error.contains("PRIVATE"), "{error}");
+        assert_eq!((metrics.load_failures.get() - before, authority.roots_pem().unwrap()), (1, first.clone()));
+        authority.sign(&csr(), &identity(), None).await.unwrap();
+        served(&authority, &first, "localhost").await.unwrap();
+        // A good one is taken, and the server presents one from it without a restart.
+        let served_before = served(&authority, &first, "localhost").await.unwrap();
+        fill(&folder);
+        load().await.unwrap();
+        let second = authority.roots_pem().unwrap();
+        assert_ne!(first, second);
+        assert_ne!(served(&authority, &second, "localhost").await.unwrap(), served_before);
+        served(&authority, &first, "localhost").await.unwrap_err();
+        std::fs::remove_dir_all(&folder).unwrap();
+        load().await.unwrap_err();
+        assert!(authority.is_ready());
+    }
+
+    #[tokio::test]
+    async fn the_serving_certificate_is_renewed_at_half_of_its_life() {
+        let api = FakeApi::default();
+        let authority = authority(&api, Source::Secrets, &Arc::default());
+        authority.load(false).await.unwrap();
+        let (issuing, roots) = (authority.current.load_full().unwrap(), authority.roots_pem().unwrap());
+        let (names, now) = (&authority.config.names, SystemTime::now());
+        let first = served(&authority, &roots, "localhost").await.unwrap();
+        authority.serving.renew(&issuing, names, now + DAY / 2 - Duration::from_secs(5)).unwrap();
+        assert_eq!(served(&authority, &roots, "localhost").await.unwrap(), first);
+        authority.serving.renew(&issuing, names, now + DAY / 2 + Duration::from_secs(5)).unwrap();
+        assert_ne!(certificates_from_pem(roots.as_bytes()).unwrap()[0], first);
+        let renewed = authority.serving.renew(&issuing, names, now + DAY / 2 + Duration::from_secs(6)).unwrap();
+        assert!(renewed > now + DAY, "{renewed:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_follows_its_source_and_confirms_what_is_in_force() {
+        let (api, tasks) = (FakeApi::default(), Group::default());
+        let (authority, metrics) = (authority(&api, Source::Secrets, &Arc::default()), Arc::<Metrics>::default());
+        let other = Authority::new(api.client(), &config(Source::Secrets), metrics).unwrap();
+        tasks.spawn(authority.clone().run());
+        assert!(authority.confirm().await);
+        other.load(false).await.unwrap();
+        let changes = authority.changes();
+        // Another replica begins to replace the root: whoever confirms after that has both roots.
+        rotate::run(api.client(), &config(Source::Secrets), false).await.unwrap();
+        assert!(authority.confirm().await && changes.has_changed().unwrap());
+        let both = authority.roots_pem().unwrap();
+        assert_eq!(certificates_from_pem(both.as_bytes()).unwrap().len(), 2);
+        assert_ne!(other.roots_pem().unwrap(), both);
+        api.hook(|_, _, _| Answer::Is(503, json!({"kind": "Status", "code": 503, "message": "away"})));
+        assert!(!authority.confirm().await, "nobody has said that it is still so");
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let refused = authority.sign(&csr(), &identity(), None).await.unwrap_err().to_string();
+        assert!(refused.contains("has not been read for 30 s"), "{refused}");
+        api.hook(|_, _, _| Answer::Go);
+        tokio::time::sleep(LOAD_EVERY * 2).await;
+        authority.sign(&csr(), &identity(), None).await.unwrap();
+        tasks.cut();
+    }
+
+    #[tokio::test]
+    async fn a_rotation_waits_until_the_roots_are_everywhere() {
+        let api = FakeApi::default();
+        let mut config = config(Source::Secrets);
+        config.max_life = Duration::from_secs(10);
+        let authority = Authority::new(api.client(), &config, Arc::default()).unwrap();
+        authority.load(false).await.unwrap();
+        rotate::run(api.client(), &config, false).await.unwrap();
+        // As if it had begun long ago.
+        let since = |seconds: u64| {
+            use base64::Engine as _;
+            let state = json!({"longestLife": 10, "step": {"name": "announced", "since": seconds}}).to_string();
+            let mut secret = api.get(OWN).unwrap();
+            secret["data"]["rotation.json"] = base64::engine::general_purpose::STANDARD.encode(state).into();
+            api.put(OWN, secret);
+        };
+        since(1);
+        authority.load(false).await.unwrap();
+        assert!(!authority.advance().await, "they are nowhere");
+        authority.set_published(Some("old".into()));
+        assert!(!authority.advance().await, "others are everywhere");
+        let said = rotate::run(api.client(), &config, false).await.unwrap();
+        assert!(
+            said.contains("Step 1 of 3") && said.contains("waits until the roots are in every namespace"),
+            "{said}"
+        );
+        authority.set_published(authority.roots_pem());
+        assert!(authority.advance().await);
+        authority.load(false).await.unwrap();
+        let said = rotate::run(api.client(), &config, false).await.unwrap();
+        assert!(said.contains("Step 2 of 3"), "{said}");
+        assert!(!authority.advance().await, "its time has not come");
     }
 }

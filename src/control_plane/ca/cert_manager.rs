@@ -256,3 +256,118 @@ fn read(
     let origin = origin.to_owned();
     Ok((Material { origin, version, certificate, key, chain: Vec::new(), roots, crl: None }, renew))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::super::issuing::Issuing;
+    use super::*;
+    use parking_lot::Mutex;
+    use rcgen::CertificateSigningRequestParams;
+    use serde_json::Value;
+    use std::sync::Arc;
+
+    const FOLDER: &str = "/apis/cert-manager.io/v1/namespaces/istio-system/certificaterequests";
+
+    fn issuer() -> Issuer {
+        Issuer { kind: "ClusterIssuer".into(), name: "corp".into(), group: "cert-manager.io".into() }
+    }
+
+    fn cert_manager(api: &FakeApi) -> CertManager {
+        CertManager::new(api.client(), "istio-system", issuer())
+    }
+
+    struct Corp {
+        pem: String,
+        issuer: rcgen::Issuer<'static, KeyPair>,
+    }
+
+    fn corp() -> Corp {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, "corp");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let pem = params.self_signed(&key).unwrap().pem();
+        Corp { pem, issuer: rcgen::Issuer::new(params, key) }
+    }
+
+    /// Signs as cert-manager does: the request is made without a status, and has one when it is looked at again.
+    fn sign(api: &FakeApi, corp: Corp, names_ca: bool) {
+        let asked = Arc::<Mutex<Option<Value>>>::default();
+        api.hook(move |method, path, body| match (method.as_str(), path) {
+            ("POST", FOLDER) => {
+                *asked.lock() = Some(body["spec"].clone());
+                Answer::Go
+            }
+            ("GET", path) if path.starts_with(FOLDER) => {
+                let spec = asked.lock().clone().unwrap();
+                assert_eq!((&spec["isCA"], &spec["issuerRef"]["name"]), (&json!(true), &json!("corp")));
+                let csr = STANDARD.decode(spec["request"].as_str().unwrap()).unwrap();
+                let csr = CertificateSigningRequestParams::from_pem(&String::from_utf8(csr).unwrap()).unwrap();
+                let signed = csr.signed_by(&corp.issuer).unwrap().pem();
+                let ca = if names_ca { STANDARD.encode(&corp.pem) } else { String::new() };
+                let chain = if names_ca { signed } else { signed + &corp.pem };
+                let status = json!({"certificate": STANDARD.encode(chain), "ca": ca});
+                Answer::Is(200, json!({"metadata": {"name": "x"}, "status": status}))
+            }
+            _ => Answer::Go,
+        });
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_intermediate_is_had_from_an_issuer_and_its_request_removed() {
+        for names_ca in [true, false] {
+            let (api, corp) = (FakeApi::default(), corp());
+            let root = corp.pem.clone();
+            sign(&api, corp, names_ca);
+            let cert_manager = cert_manager(&api);
+            let material = cert_manager.load(false).await.unwrap();
+            let issuing = Issuing::new(&material, SystemTime::now()).unwrap();
+            let expected = certificates_from_pem(root.as_bytes()).unwrap();
+            assert_eq!(certificates_from_pem(issuing.roots_pem.as_bytes()).unwrap(), expected);
+            assert_eq!(issuing.answer(&CertificateDer::from(vec![1])).len(), 3, "the intermediate is sent along");
+            assert_eq!((api.count("POST", FOLDER), api.count("DELETE", FOLDER)), (1, 1));
+            // The certificate holds, and is not asked for again and again.
+            assert!(cert_manager.load(false).await.unwrap() == material);
+            assert!(cert_manager.load(true).await.unwrap() == material);
+            tokio::time::sleep(APART).await;
+            assert!(cert_manager.load(false).await.unwrap() == material);
+            assert!(cert_manager.load(true).await.unwrap() != material, "another one is wanted");
+            assert_eq!(api.count("POST", FOLDER), 2);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cert_manager_does_not_sign_is_an_error_that_says_why() {
+        let condition = |kind: &str, status: &str, reason: &str| json!({"conditions": [{"type": kind, "status": status, "reason": reason, "message": "policy says no"}]});
+        for (status, expected) in [
+            (condition("Denied", "True", "policy.cert-manager.io"), "policy says no"),
+            (condition("Ready", "False", "Failed"), "Failed: policy says no"),
+            (condition("Ready", "False", "Denied"), "Denied: policy says no"),
+            (condition("InvalidRequest", "True", "x"), "policy says no"),
+            (condition("Ready", "False", "Pending"), "not signed within 60 s"),
+            (json!({}), "not signed within 60 s"),
+            (json!({"certificate": "*"}), "not base64"),
+            (json!({"certificate": STANDARD.encode("x"), "ca": ""}), "names no root"),
+            (json!({"certificate": STANDARD.encode("x"), "ca": STANDARD.encode(corp().pem)}), "holds no certificate"),
+        ] {
+            let api = FakeApi::default();
+            let shown = status.clone();
+            api.hook(move |method, _, _| match method.as_str() {
+                "GET" => Answer::Is(200, json!({"metadata": {"name": "x"}, "status": status})),
+                _ => Answer::Go,
+            });
+            let cert_manager = cert_manager(&api);
+            let error = cert_manager.load(false).await.unwrap_err().to_string();
+            assert!(error.contains(expected), "{shown}: {error}");
+            assert_eq!(api.count("DELETE", FOLDER), 1, "{shown}");
+            // Asked again at once, it says the same without another request.
+            assert_eq!(cert_manager.load(false).await.unwrap_err().to_string(), error);
+            assert_eq!(api.count("POST", FOLDER), 1, "{shown}");
+        }
+        let api = FakeApi::default();
+        api.hook(|_, _, _| Answer::Is(404, json!({"kind": "Status", "code": 404, "message": "no such resource"})));
+        let error = cert_manager(&api).load(false).await.unwrap_err().to_string();
+        assert!(error.contains("no such resource"), "{error}");
+    }
+}

@@ -97,3 +97,82 @@ fn bits(number: &[u8]) -> usize {
     let Some([highest, rest @ ..]) = significant else { return 0 };
     rest.len() * 8 + (u8::BITS - highest.leading_zeros()) as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair};
+
+    fn request(key: &KeyPair) -> String {
+        CertificateParams::default().serialize_request(key).unwrap().pem().unwrap()
+    }
+
+    #[test]
+    fn requests_with_good_keys_are_read() {
+        for algorithm in [
+            &rcgen::PKCS_ECDSA_P256_SHA256,
+            &rcgen::PKCS_ECDSA_P384_SHA384,
+            &rcgen::PKCS_ED25519,
+            &rcgen::PKCS_RSA_SHA256,
+        ] {
+            let key = KeyPair::generate_for(algorithm).unwrap();
+            let read = public_key(&request(&key)).unwrap();
+            assert_eq!(rcgen::PublicKeyData::der_bytes(&read), key.public_key_raw(), "{algorithm:?}");
+        }
+        for pem in [
+            include_str!("../../../fuzz/corpus/csr/p256.pem"),
+            include_str!("../../../fuzz/corpus/csr/ed25519.pem"),
+            // It wishes to be a CA and somebody else. Nobody asks.
+            include_str!("../../../fuzz/corpus/csr/wishes.pem"),
+        ] {
+            public_key(pem).unwrap();
+        }
+    }
+
+    #[test]
+    fn requests_that_cannot_be_used_are_refused_for_a_reason() {
+        let good = include_str!("../../../fuzz/corpus/csr/p256.pem");
+        let der = CertificateSigningRequestDer::from_pem_slice(good.as_bytes()).unwrap();
+        let pem = |der: &[u8]| {
+            use base64::Engine as _;
+            let body = base64::engine::general_purpose::STANDARD.encode(der);
+            format!("-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n")
+        };
+        let (mut forged, mut longer) = (der.to_vec(), der.to_vec());
+        *forged.last_mut().unwrap() ^= 1;
+        longer.push(0);
+        for (text, reason) in [
+            (String::new(), "not a CERTIFICATE REQUEST in PEM"),
+            ("hello".into(), "not a CERTIFICATE REQUEST in PEM"),
+            ("-----BEGIN CERTIFICATE REQUEST-----\nMIIB".into(), "not a CERTIFICATE REQUEST in PEM"),
+            (good.replace("CERTIFICATE REQUEST", "CERTIFICATE"), "not a CERTIFICATE REQUEST in PEM"),
+            (format!("{good}{}", " ".repeat(BYTES_MAX)), "16384 at most"),
+            (pem(&[]), "cannot be parsed"),
+            (pem(&[0x30, 0]), "cannot be parsed"),
+            (pem(&der[..der.len() / 2]), "cannot be parsed"),
+            (pem(&longer), "cannot be parsed"),
+            (pem(&forged), "not signed by the key in it"),
+            (include_str!("../../../fuzz/corpus/csr/rsa1024.pem").into(), "has 1024 bits, from 2048 to 8192"),
+            (
+                include_str!("../../../fuzz/corpus/csr/sha1.pem").into(),
+                "algorithm that is not accepted (1.2.840.113549.1.1.5)",
+            ),
+            (include_str!("../../../fuzz/corpus/csr/pss.pem").into(), "algorithm that is not accepted"),
+            (include_str!("../../../fuzz/corpus/csr/secp256k1.pem").into(), "neither EC (P-256"),
+            (include_str!("../../../fuzz/corpus/csr/ed448.pem").into(), "neither EC (P-256"),
+            (include_str!("../../../fuzz/corpus/csr/dsa.pem").into(), "neither EC (P-256"),
+        ] {
+            let error = public_key(&text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}, expected {reason}");
+        }
+    }
+
+    #[test]
+    fn a_number_has_the_bits_from_its_highest_one() {
+        for (number, expected) in
+            [(&[][..], 0), (&[0, 0], 0), (&[1], 1), (&[0, 0x80], 8), (&[1, 0], 9), (&[0xff; 256], 2048)]
+        {
+            assert_eq!(bits(number), expected);
+        }
+    }
+}

@@ -61,3 +61,36 @@ fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
         false => Ok(Some(content)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_says_whether_any_file_has_changed_and_errors_name_the_file() {
+        let folder = std::env::temp_dir().join(format!("culvert-ca-folder-{}", std::process::id()));
+        drop(std::fs::remove_dir_all(&folder));
+        let error = load(&folder).unwrap_err().to_string();
+        assert!(error.contains("ca-key.pem is missing") || error.contains("ca-cert.pem is missing"), "{error}");
+        std::fs::create_dir_all(&folder).unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+        for (name, text) in [("ca-cert.pem", "a"), ("ca-key.pem", "b"), ("root-cert.pem", "c")] {
+            write(name, text);
+        }
+        let mut seen = vec![load(&folder).unwrap().version];
+        assert_eq!(load(&folder).unwrap().version, seen[0]);
+        for (name, text) in [("ca-cert.pem", "x"), ("ca-key.pem", "y"), ("cert-chain.pem", "y"), ("ca-crl.pem", "y")] {
+            write(name, text);
+            let version = load(&folder).unwrap().version;
+            assert!(!seen.contains(&version), "{name}");
+            seen.push(version);
+        }
+        assert_eq!(load(&folder).unwrap().crl.unwrap(), b"y");
+        write("ca-cert.pem", &"x".repeat(1 << 20));
+        load(&folder).unwrap();
+        write("ca-cert.pem", &"x".repeat((1 << 20) + 1));
+        let error = load(&folder).unwrap_err().to_string();
+        assert!(error.contains("ca-cert.pem") && error.contains("more than"), "{error}");
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}

@@ -328,3 +328,179 @@ fn validity(name: &'static str, parsed: &X509Certificate<'_>) -> Result<(SystemT
     let (from, to) = (time(parsed.validity().not_before), time(parsed.validity().not_after));
     from.zip(to).ok_or_else(|| entry(name, "its validity is impossible"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::verify::peer_name;
+    use rcgen::{BasicConstraints, DnType, IsCa};
+
+    struct Ca {
+        pem: String,
+        key: String,
+        issuer: rcgen::Issuer<'static, KeyPair>,
+    }
+
+    fn params(name: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+    }
+
+    fn made(params: CertificateParams, by: Option<&Ca>) -> Ca {
+        made_with(KeyPair::generate().unwrap(), params, by)
+    }
+
+    fn made_with(key: KeyPair, params: CertificateParams, by: Option<&Ca>) -> Ca {
+        let pem = match by {
+            Some(by) => params.signed_by(&key, &by.issuer).unwrap().pem(),
+            None => params.self_signed(&key).unwrap().pem(),
+        };
+        Ca { pem, key: key.serialize_pem(), issuer: rcgen::Issuer::new(params, key) }
+    }
+
+    fn material(signing: &Ca, chain: &str, roots: &str) -> Material {
+        Material {
+            origin: "test".into(),
+            certificate: signing.pem.clone().into_bytes(),
+            key: signing.key.clone().into_bytes().into(),
+            chain: chain.as_bytes().to_vec(),
+            roots: roots.as_bytes().to_vec(),
+            ..Material::default()
+        }
+    }
+
+    #[test]
+    fn a_leaf_is_what_peers_and_istio_expect() {
+        let root = made(params("root"), None);
+        let issuing = Issuing::new(&material(&root, "", &root.pem), SystemTime::now()).unwrap();
+        let (key, now) = (KeyPair::generate().unwrap(), SystemTime::now());
+        let name = SpiffeName::new("cluster.local", "shop", "web").unwrap();
+        let (leaf, end) = issuing.leaf(&key, Leaf::Workload(&name), Duration::from_secs(3600), now).unwrap();
+        assert_eq!((peer_name(&leaf).unwrap(), end), (name.clone(), now + Duration::from_secs(3600)));
+        let (_, parsed) = X509Certificate::from_der(&leaf).unwrap();
+        assert_eq!(parsed.subject().iter().count(), 0);
+        let san = parsed.subject_alternative_name().unwrap().unwrap();
+        assert!(san.critical && san.value.general_names.len() == 1);
+        let usage = parsed.key_usage().unwrap().unwrap().value;
+        assert!(usage.digital_signature() && usage.key_encipherment() && !usage.key_cert_sign());
+        let extended = parsed.extended_key_usage().unwrap().unwrap().value;
+        assert!(extended.server_auth && extended.client_auth);
+        assert!(!parsed.basic_constraints().unwrap().is_some_and(|constraints| constraints.value.ca));
+        let since_1970 = now.duration_since(UNIX_EPOCH).unwrap().as_secs().cast_signed();
+        assert_eq!(parsed.validity().not_before.timestamp(), since_1970 - 120);
+        assert_eq!(parsed.validity().not_after.timestamp(), since_1970 + 3600);
+        let (other, _) = issuing.leaf(&key, Leaf::Workload(&name), Duration::from_secs(3600), now).unwrap();
+        let (_, other) = X509Certificate::from_der(&other).unwrap();
+        assert_ne!(parsed.raw_serial(), other.raw_serial(), "each has a serial number of its own");
+        assert!(!format!("{issuing:?}").contains("KEY"));
+    }
+
+    #[test]
+    fn a_leaf_ends_at_the_latest_with_the_signing_certificate() {
+        let mut short = params("root");
+        short.not_after = OffsetDateTime::from(SystemTime::now() + Duration::from_secs(100));
+        let root = made(short, None);
+        let issuing = Issuing::new(&material(&root, "", ""), SystemTime::now()).unwrap();
+        let (key, name) = (KeyPair::generate().unwrap(), SpiffeName::new("c.l", "a", "b").unwrap());
+        for life in [Duration::from_secs(3600), Duration::MAX] {
+            let (leaf, end) = issuing.leaf(&key, Leaf::Workload(&name), life, SystemTime::now()).unwrap();
+            let (_, leaf) = X509Certificate::from_der(&leaf).unwrap();
+            assert_eq!(end, issuing.not_after);
+            assert_eq!(validity("", &leaf).unwrap().1, issuing.not_after);
+        }
+    }
+
+    #[test]
+    fn the_answer_has_the_leaf_then_each_intermediate_then_all_roots() {
+        let (old, new) = (made(params("old"), None), made(params("new"), None));
+        let middle = made(params("middle"), Some(&old));
+        let low = made(params("low"), Some(&middle));
+        let (key, name) = (KeyPair::generate().unwrap(), SpiffeName::new("c.l", "a", "b").unwrap());
+        let with_all = low.pem.clone() + &middle.pem + &old.pem;
+        // A chain with and without the signing certificate, and all of it in ca-cert.pem.
+        let mut in_one = material(&low, "", &(old.pem.clone() + &new.pem));
+        in_one.certificate = with_all.clone().into_bytes();
+        for material in [
+            material(&low, &with_all, &(old.pem.clone() + &new.pem)),
+            material(&low, &middle.pem, &(old.pem.clone() + "\nsome words\n" + &new.pem)),
+            in_one,
+        ] {
+            let issuing = Issuing::new(&material, SystemTime::now()).unwrap();
+            let (leaf, _) =
+                issuing.leaf(&key, Leaf::Workload(&name), Duration::from_secs(60), SystemTime::now()).unwrap();
+            let answer = issuing.answer(&leaf);
+            let ders: Vec<_> = answer.iter().map(|pem| certificates_from_pem(pem.as_bytes()).unwrap()).collect();
+            let pems = |pems: &[&Ca]| {
+                pems.iter().flat_map(|ca| certificates_from_pem(ca.pem.as_bytes()).unwrap()).collect::<Vec<_>>()
+            };
+            assert_eq!(ders, [vec![leaf], pems(&[&low]), pems(&[&middle]), pems(&[&old, &new])]);
+        }
+        let issuing = Issuing::new(&material(&old, &old.pem, &old.pem), SystemTime::now()).unwrap();
+        assert_eq!(issuing.answer(&CertificateDer::from(vec![1])).len(), 2, "a root is no intermediate");
+    }
+
+    #[test]
+    fn keys_of_every_kind_and_form_sign() {
+        for algorithm in [&rcgen::PKCS_ECDSA_P384_SHA384, &rcgen::PKCS_ED25519, &rcgen::PKCS_RSA_SHA256] {
+            let root = made_with(KeyPair::generate_for(algorithm).unwrap(), params("root"), None);
+            Issuing::new(&material(&root, "", ""), SystemTime::now()).unwrap();
+        }
+        // What `openssl ecparam -genkey` writes: parameters first.
+        let root = made(params("root"), None);
+        let mut with_parameters = material(&root, "", "");
+        let parameters = "-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n";
+        with_parameters.key = [parameters.as_bytes(), root.key.as_bytes()].concat().into();
+        Issuing::new(&with_parameters, SystemTime::now()).unwrap();
+    }
+
+    #[test]
+    fn what_does_not_belong_together_is_refused_by_name() {
+        let (root, other, now) = (made(params("root"), None), made(params("other"), None), SystemTime::now());
+        let (mut leaf, mut no_usage, mut old, mut early) = (params("a"), params("a"), params("a"), params("a"));
+        leaf.is_ca = IsCa::NoCa;
+        no_usage.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        old.not_after = OffsetDateTime::from(now - Duration::from_secs(1));
+        early.not_before = OffsetDateTime::from(now + Duration::from_secs(60));
+        let of = |params| {
+            let ca = made(params, None);
+            material(&ca, "", "")
+        };
+        let low = made(params("low"), Some(&root));
+        let mut other_key = material(&root, "", "");
+        other_key.key = other.key.clone().into_bytes().into();
+        let with = |change: fn(&mut Material)| {
+            let mut material = material(&root, "", &root.pem);
+            change(&mut material);
+            material
+        };
+        const EMPTY: &[u8] = b"-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n";
+        const BROKEN: &[u8] = b"-----BEGIN CERTIFICATE-----\n*\n-----END CERTIFICATE-----\n";
+        const NO_KEY: &[u8] = b"-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n";
+        for (material, reason) in [
+            (with(|m| m.certificate.clear()), "ca-cert.pem: holds no certificate"),
+            (with(|m| m.certificate = EMPTY.to_vec()), "ca-cert.pem: a certificate cannot be parsed"),
+            (with(|m| m.certificate = BROKEN.to_vec()), "ca-cert.pem: "),
+            (with(|m| m.key = Vec::new().into()), "ca-key.pem: "),
+            (with(|m| m.key = NO_KEY.to_vec().into()), "ca-key.pem: "),
+            (with(|m| m.roots = EMPTY.to_vec()), "root-cert.pem: "),
+            (with(|m| m.chain = EMPTY.to_vec()), "cert-chain.pem: "),
+            (with(|m| m.roots = m.roots.repeat(40)), "root-cert.pem: too many"),
+            (with(|m| m.crl = Some(vec![0xff])), "ca-crl.pem: is not text"),
+            (other_key, "ca-key.pem is not the key of ca-cert.pem"),
+            (of(leaf), "not a CA's certificate"),
+            (of(no_usage), "may not sign certificates"),
+            (of(old), "ca-cert.pem is not valid now"),
+            (of(early), "ca-cert.pem is not valid now"),
+            (material(&root, "", &other.pem), "does not lead to root-cert.pem"),
+            (material(&made(params("lower"), Some(&low)), "", &root.pem), "does not lead to root-cert.pem"),
+        ] {
+            let error = Issuing::new(&material, now).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}, expected {reason}");
+            assert!(!error.contains("KEY-----"), "{error}");
+        }
+    }
+}

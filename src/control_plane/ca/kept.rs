@@ -79,6 +79,8 @@ pub struct Kept {
     held: Mutex<Option<Held>>,
     /// When the API answered last.
     read: Mutex<Option<Instant>>,
+    /// The longest life that certificates may have.
+    max_life: Duration,
     /// Writes, one at a time.
     writing: tokio::sync::Mutex<()>,
 }
@@ -90,10 +92,10 @@ impl std::fmt::Debug for Kept {
 }
 
 impl Kept {
-    /// The Secrets of a namespace.
-    pub fn new(secrets: Secrets) -> Self {
+    /// The Secrets of a namespace, for certificates that may live for `max_life`.
+    pub fn new(secrets: Secrets, max_life: Duration) -> Self {
         let (in_force, held, read) = Default::default();
-        Self { secrets, in_force, held, read, writing: tokio::sync::Mutex::default() }
+        Self { secrets, in_force, held, read, max_life, writing: tokio::sync::Mutex::default() }
     }
 
     /// Reads what is in force. What is returned is unchecked.
@@ -183,13 +185,13 @@ impl Kept {
 
     /// Takes the next step of a rotation if its time has come. Returns the new state if it has.
     pub async fn advance(&self, now: SystemTime) -> Result<Option<State>, KeptError> {
-        let due = |root: &OwnRoot| root.state.next_at().is_some_and(|at| own_root::seconds(now) >= at);
+        let due = |root: &OwnRoot| root.state.next_at(self.max_life).is_some_and(|at| own_root::seconds(now) >= at);
         if !self.held.lock().as_ref().is_some_and(|held| due(&held.root)) {
             return Ok(None);
         }
         let mut advanced = false;
         let state = self.change(|root| {
-            advanced = root.advance(now);
+            advanced = root.advance(now, self.max_life);
             advanced
         });
         let state = state.await?;
@@ -252,9 +254,209 @@ pub fn material(data: &Data, origin: String, version: String) -> Result<Material
         _ => ("ca-cert.pem", "ca-key.pem", "root-cert.pem"),
     };
     let needed = |name: &'static str| take(name).ok_or(name);
-    let key: Zeroizing<Vec<u8>> = needed(key)?.clone();
     let certificate = needed(certificate)?.to_vec();
+    let key: Zeroizing<Vec<u8>> = needed(key)?.clone();
     let roots = needed(roots)?.to_vec();
     let crl = take("ca-crl.pem").map(|crl| crl.to_vec());
     Ok(Material { origin, version, certificate, key, chain: public("cert-chain.pem"), roots, crl })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::super::issuing::Issuing;
+    use super::*;
+    use serde_json::{Value, json};
+
+    const FOLDER: &str = "/api/v1/namespaces/istio-system/secrets";
+
+    fn kept(api: &FakeApi) -> Kept {
+        Kept::new(Secrets::new(api.client(), "istio-system"), Duration::from_secs(24 * 3600))
+    }
+
+    fn object(data: &Data) -> Value {
+        use base64::Engine as _;
+        let encode = |value: &Zeroizing<Vec<u8>>| base64::engine::general_purpose::STANDARD.encode(value);
+        let data: serde_json::Map<String, Value> =
+            data.iter().map(|(key, value)| (key.clone(), encode(value).into())).collect();
+        json!({"data": data})
+    }
+
+    /// Entries in istiod's layout, with a root that only they have.
+    fn layout() -> Data {
+        let mut data = OwnRoot::make(SystemTime::now()).unwrap().data().unwrap();
+        data.remove("rotation.json");
+        data
+    }
+
+    fn path(name: &str) -> String {
+        format!("{FOLDER}/{name}")
+    }
+
+    #[tokio::test]
+    async fn replicas_that_start_at_once_have_one_root() {
+        let api = FakeApi::default();
+        let replicas = [kept(&api), kept(&api), kept(&api)];
+        let loaded = futures_util::future::join_all(replicas.iter().map(Kept::load)).await;
+        let loaded: Vec<Material> = loaded.into_iter().map(Result::unwrap).collect();
+        assert!(loaded.iter().all(|material| *material == loaded[0]));
+        assert_eq!(api.count("POST", FOLDER), 3, "all of them have tried");
+        assert_eq!(loaded[0].origin, "Secret istio-system/culvert-ca");
+        let issuing = Issuing::new(&loaded[0], SystemTime::now()).unwrap();
+        let years = issuing.not_after.duration_since(SystemTime::now()).unwrap().as_secs() / (365 * 24 * 3600);
+        assert!((9..=10).contains(&years), "{years}");
+        // A replica that comes later finds it.
+        assert_eq!(kept(&api).load().await.unwrap(), loaded[0]);
+    }
+
+    #[tokio::test]
+    async fn a_mesh_that_comes_from_istio_keeps_its_root() {
+        let (api, mut of_istiod) = (FakeApi::default(), layout());
+        of_istiod.insert("root-cert.pem".into(), Zeroizing::default());
+        of_istiod.insert("cert-chain.pem".into(), Zeroizing::default());
+        api.put(&path(OF_ISTIOD), object(&of_istiod));
+        let taken = kept(&api).load().await.unwrap();
+        assert_eq!((&taken.certificate, &taken.key), (&of_istiod["ca-cert.pem"].to_vec(), &of_istiod["ca-key.pem"]));
+        assert_eq!((taken.roots, taken.origin), (taken.certificate, "Secret istio-system/culvert-ca".into()));
+        // Its own Secret counts from now on.
+        api.delete(&path(OF_ISTIOD));
+        assert_eq!(kept(&api).load().await.unwrap().key, of_istiod["ca-key.pem"]);
+        api.put(&path(OF_ISTIOD), object(&layout()));
+        assert_eq!(kept(&api).load().await.unwrap().key, of_istiod["ca-key.pem"]);
+    }
+
+    #[tokio::test]
+    async fn the_users_secret_counts_first_and_nothing_takes_its_place() {
+        let (api, plugged) = (FakeApi::default(), layout());
+        let kept = kept(&api);
+        let own = kept.load().await.unwrap();
+        api.put(&path(PLUGGED), object(&plugged));
+        let loaded = kept.load().await.unwrap();
+        assert_eq!((&loaded.key, &*loaded.origin), (&plugged["ca-key.pem"], "Secret istio-system/cacerts"));
+        assert_ne!(loaded.key, own.key);
+        // As cert-manager writes it.
+        let names = [("ca-cert.pem", "tls.crt"), ("ca-key.pem", "tls.key"), ("root-cert.pem", "ca.crt")];
+        let tls: Data = names.map(|(from, to)| (to.to_owned(), plugged[from].clone())).into();
+        api.put(&path(PLUGGED), object(&tls));
+        let as_tls = kept.load().await.unwrap();
+        assert_eq!((as_tls.certificate, as_tls.key, as_tls.roots), (loaded.certificate, loaded.key, loaded.roots));
+        for name in ["ca-cert.pem", "ca-key.pem", "root-cert.pem"] {
+            let mut lacking = plugged.clone();
+            lacking.remove(name);
+            api.put(&path(PLUGGED), object(&lacking));
+            let error = kept.load().await.unwrap_err().to_string();
+            assert_eq!(error, format!("the Secret istio-system/cacerts: {name} is missing"));
+        }
+        api.delete(&path(PLUGGED));
+        let error = kept.load().await.unwrap_err().to_string();
+        assert!(error.contains("istio-system/cacerts is gone"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_root_that_is_deleted_while_it_is_in_force_is_not_made_anew() {
+        let api = FakeApi::default();
+        let kept = kept(&api);
+        kept.load().await.unwrap();
+        api.delete(&path(OWN));
+        for _ in 0..2 {
+            let error = kept.load().await.unwrap_err().to_string();
+            assert!(error.contains("istio-system/culvert-ca is gone"), "{error}");
+        }
+        assert_eq!(api.count("POST", FOLDER), 1);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_no_secret_is_not_repeated() {
+        let api = FakeApi::default();
+        for (body, part) in [
+            (json!({"metadata": {}, "data": {"ca-key.pem": 7}}), "line 1"),
+            (json!({"metadata": {}, "data": "hunter2"}), "line 1"),
+            (json!({"metadata": {}, "data": {"ca-key.pem": "hunter2!"}}), "cannot be read"),
+        ] {
+            api.hook(move |_, _, _| Answer::Is(200, body.clone()));
+            let error = kept(&api).load().await.unwrap_err().to_string();
+            assert!(error.contains(part) && !error.contains("hunter2"), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_longest_life_is_kept_before_it_is_granted_whoever_else_writes() {
+        let api = FakeApi::default();
+        let (first, second) = (kept(&api), kept(&api));
+        assert!(matches!(first.grant(Duration::from_secs(60)).await, Err(KeptError::Stale)), "nothing is known yet");
+        for kept in [&first, &second] {
+            kept.load().await.unwrap();
+        }
+        let longest = || {
+            let secret = api.get(&path(OWN)).unwrap();
+            use base64::Engine as _;
+            let state = secret["data"]["rotation.json"].as_str().unwrap();
+            let state = base64::engine::general_purpose::STANDARD.decode(state).unwrap();
+            serde_json::from_slice::<State>(&state).unwrap().longest_life
+        };
+        for (kept, life, expected) in
+            [(&first, 60, 60), (&first, 30, 60), (&second, 50, 60), (&second, 90, 90), (&first, 80, 90)]
+        {
+            let writes = api.count("PATCH", OWN);
+            kept.grant(Duration::from_secs(life)).await.unwrap();
+            assert_eq!(longest(), expected);
+            assert!(life <= 60 || api.count("PATCH", OWN) > writes || life == 80, "{life}");
+        }
+        api.hook(|method, _, _| match method.as_str() {
+            "PATCH" => Answer::Is(500, json!({"kind": "Status", "code": 500, "message": "no"})),
+            _ => Answer::Go,
+        });
+        assert!(first.grant(Duration::from_secs(100)).await.is_err(), "what cannot be kept is not granted");
+        first.grant(Duration::from_secs(90)).await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_has_not_read_the_secret_for_long_grants_nothing() {
+        let api = FakeApi::default();
+        let kept = kept(&api);
+        kept.load().await.unwrap();
+        kept.grant(Duration::from_secs(60)).await.unwrap();
+        api.hook(|_, _, _| Answer::Is(503, json!({"kind": "Status", "code": 503, "message": "away"})));
+        tokio::time::sleep(LEASE).await;
+        kept.grant(Duration::from_secs(60)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        kept.load().await.unwrap_err();
+        assert!(matches!(kept.grant(Duration::from_secs(60)).await, Err(KeptError::Stale)));
+        api.hook(|_, _, _| Answer::Go);
+        kept.load().await.unwrap();
+        kept.grant(Duration::from_secs(60)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_rotation_is_begun_once_and_each_step_is_taken_by_one_replica() {
+        let api = FakeApi::default();
+        let (first, second) = (kept(&api), kept(&api));
+        let now = SystemTime::now();
+        assert!(matches!(first.rotate(false, now).await, Err(KeptError::None(_))));
+        let old = first.load().await.unwrap();
+        first.grant(Duration::from_secs(3600)).await.unwrap();
+        second.load().await.unwrap();
+        // The command runs in a process of its own, here twice at once.
+        let commands = [kept(&api), kept(&api)];
+        let begun = futures_util::future::join_all(commands.iter().map(|kept| kept.rotate(false, now))).await;
+        let begun: Vec<Rotation> = begun.into_iter().map(Result::unwrap).collect();
+        assert_eq!(begun.iter().filter(|what| matches!(what, Rotation::Begun(_))).count(), 1, "{begun:?}");
+        let later = |hours: u64| now + Duration::from_secs(3600 * hours);
+        for (hours, steps) in [(0, 0), (2, 1), (3, 0), (4, 1), (9, 0)] {
+            let mut taken = 0;
+            for kept in [&first, &second] {
+                kept.load().await.unwrap();
+            }
+            for kept in [&first, &second] {
+                taken += usize::from(kept.advance(later(hours)).await.unwrap().is_some());
+            }
+            assert_eq!(taken, steps, "after {hours} h");
+        }
+        let new = second.load().await.unwrap();
+        assert!(new.key != old.key && new.roots == new.certificate);
+        assert!(matches!(kept(&api).rotate(false, now).await, Ok(Rotation::Stands(_))), "done is done");
+        assert!(matches!(kept(&api).rotate(true, now).await, Ok(Rotation::Begun(_))));
+        api.put(&path(PLUGGED), object(&layout()));
+        assert!(matches!(kept(&api).rotate(true, now).await, Err(KeptError::NotOwn(_))));
+    }
 }

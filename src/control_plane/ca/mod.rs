@@ -20,6 +20,8 @@ pub mod authority;
 pub mod authorize;
 mod cert_manager;
 pub mod csr;
+#[cfg(test)]
+mod fake_api;
 mod folder;
 pub mod issuing;
 mod kept;

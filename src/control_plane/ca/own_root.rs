@@ -16,10 +16,9 @@
 //! a replica may not have heard of the step ([`LEASE`]), and differences between clocks.
 
 use super::issuing::Material;
-use super::secrets::{Data, Secret};
+use super::secrets::{Data, Entries, Secret};
 use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use time::OffsetDateTime;
@@ -27,8 +26,9 @@ use zeroize::{Zeroize, Zeroizing};
 
 /// A replica that has not read the Secret for this long signs nothing.
 pub const LEASE: Duration = Duration::from_secs(30);
-/// By how much clocks may differ, at most. Certificates that live shorter need better clocks.
-const CLOCKS: Duration = Duration::from_secs(300);
+/// By how much two clocks may differ. Where no certificate may live for longer than minutes, clocks must be better: half
+/// of that life.
+const CLOCKS: Duration = Duration::from_secs(150);
 /// Validity of a root.
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// How far in the past the validity of a root begins, because clocks differ.
@@ -91,17 +91,20 @@ impl State {
     /// One root, and nothing signed yet.
     const NEW: Self = Self { longest_life: 0, step: Step::Settled { finished: None } };
 
-    /// How long each step lasts.
-    pub fn wait(&self) -> Duration {
+    /// How long each step lasts, where certificates may live for `max_life`.
+    pub fn wait(&self, max_life: Duration) -> Duration {
         let longest = Duration::from_secs(self.longest_life);
-        longest.saturating_add(LEASE).saturating_add(longest.min(CLOCKS))
+        // Twice: between who begins a step and who ends it, and between who signs a certificate and who verifies it.
+        longest.saturating_add(LEASE).saturating_add((max_life / 2).min(CLOCKS) * 2)
     }
 
     /// When the next step may be taken, in seconds since 1970; `None` while there is nothing to wait for.
-    pub fn next_at(&self) -> Option<u64> {
+    pub fn next_at(&self, max_life: Duration) -> Option<u64> {
         match self.step {
             Step::Settled { .. } => None,
-            Step::Announced { since } | Step::Signing { since } => Some(since.saturating_add(self.wait().as_secs())),
+            Step::Announced { since } | Step::Signing { since } => {
+                Some(since.saturating_add(self.wait(max_life).as_secs()))
+            }
         }
     }
 }
@@ -167,9 +170,9 @@ impl OwnRoot {
     /// Reads the Secret.
     pub fn read(data: &Data) -> Result<Self, OwnRootError> {
         let signing = Pair { certificate: entry(data, CERTIFICATE)?, key: entry(data, KEY)? };
-        let next = match data.get(NEXT_KEY) {
-            Some(key) => Some(Pair { certificate: entry(data, NEXT_CERTIFICATE)?, key: key.clone() }),
-            None => None,
+        let next = match entry(data, NEXT_KEY) {
+            Ok(key) => Some(Pair { certificate: entry(data, NEXT_CERTIFICATE)?, key }),
+            Err(_) => None,
         };
         let state: State = serde_json::from_slice(&entry(data, STATE)?)?;
         if matches!(state.step, Step::Announced { .. }) && next.is_none() {
@@ -179,9 +182,9 @@ impl OwnRoot {
     }
 
     /// The entries of the Secret; `None` for one that is to be removed.
-    pub fn entries(&self) -> Result<BTreeMap<&'static str, Option<Zeroizing<Vec<u8>>>>, OwnRootError> {
+    pub fn entries(&self) -> Result<Entries, OwnRootError> {
         let next = self.next.as_ref();
-        Ok(BTreeMap::from([
+        Ok(Entries::from([
             (CERTIFICATE, Some(self.signing.certificate.clone())),
             (KEY, Some(self.signing.key.clone())),
             // istiod wants it, although it says nothing that the signing certificate does not say.
@@ -227,8 +230,8 @@ impl OwnRoot {
     }
 
     /// Takes the next step, if its time has come. Returns whether it has.
-    pub fn advance(&mut self, now: SystemTime) -> bool {
-        if self.state.next_at().is_none_or(|at| seconds(now) < at) {
+    pub fn advance(&mut self, now: SystemTime, max_life: Duration) -> bool {
+        if self.state.next_at(max_life).is_none_or(|at| seconds(now) < at) {
             return false;
         }
         match self.state.step {
@@ -255,4 +258,193 @@ fn entry(data: &Data, name: &'static str) -> Result<Zeroizing<Vec<u8>>, OwnRootE
 /// Whole seconds since 1970.
 pub fn seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    /// A root that is only a name.
+    fn named(number: usize) -> Pair {
+        let name = |kind: &str| Zeroizing::new(format!("{kind}{number}\n").into_bytes());
+        Pair { certificate: name("root"), key: name("key") }
+    }
+
+    fn settled(number: usize) -> OwnRoot {
+        let signing = named(number);
+        OwnRoot { roots: signing.certificate.clone(), signing, next: None, state: State::NEW }
+    }
+
+    fn at(seconds: u64) -> SystemTime {
+        UNIX_EPOCH + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn a_rotation_has_three_steps_and_keeps_one_key_at_the_end() {
+        let mut root = settled(0);
+        root.state.longest_life = 86_400;
+        assert!(!root.advance(at(1_000_000), DAY), "nothing to do");
+        assert!(root.begin(named(1), at(1_000_000)) && !root.begin(named(2), at(1_000_001)), "one at a time");
+        let wait = 86_400 + 30 + 300;
+        assert_eq!(root.state.wait(Duration::from_secs(16)).as_secs(), 86_400 + 30 + 16);
+        for (signs, before, step) in [("root0\n", 1_000_000, "announced"), ("root1\n", 1_000_000 + wait, "signing")] {
+            let material = root.material(String::new(), String::new());
+            assert_eq!((&*material.certificate, &*material.roots), (signs.as_bytes(), &b"root0\nroot1\n"[..]));
+            let kept = OwnRoot::read(&root.data().unwrap()).unwrap();
+            assert!(kept == root && String::from_utf8_lossy(&root.data().unwrap()[STATE]).contains(step));
+            assert!(!root.advance(at(before + wait - 1), DAY) && root.advance(at(before + wait), DAY), "{step}");
+        }
+        let entries = root.entries().unwrap();
+        let of = |name| entries[name].as_ref().map(|entry| String::from_utf8_lossy(entry).into_owned());
+        assert_eq!((of(ROOTS).unwrap(), of(KEY).unwrap()), ("root1\n".into(), "key1\n".into()));
+        assert_eq!((of(NEXT_KEY), of(NEXT_CERTIFICATE)), (None, None), "removed");
+        assert_eq!(root.state.step, Step::Settled { finished: Some(1_000_000 + 2 * wait) });
+    }
+
+    #[test]
+    fn a_secret_that_lacks_something_is_refused_by_name() {
+        let mut root = settled(0);
+        root.begin(named(1), at(0));
+        for name in [CERTIFICATE, KEY, ROOTS, STATE, NEXT_CERTIFICATE, NEXT_KEY] {
+            for empty in [false, true] {
+                let mut data = root.data().unwrap();
+                if empty {
+                    drop(data.insert(name.into(), Zeroizing::default()))
+                } else {
+                    drop(data.remove(name))
+                }
+                let error = OwnRoot::read(&data).unwrap_err().to_string();
+                assert!(error.contains("is missing"), "{name}: {error}");
+            }
+        }
+        for state in ["", "{}", "[1]", r#"{"longestLife":-1,"step":{"name":"settled","finished":null}}"#] {
+            let mut data = root.data().unwrap();
+            data.insert(STATE.into(), state.as_bytes().to_vec().into());
+            OwnRoot::read(&data).unwrap_err();
+        }
+        assert!(!format!("{root:?}").contains("key"), "{root:?}");
+    }
+
+    /// What happens in a mesh while roots are replaced.
+    #[derive(Clone, Debug)]
+    enum Happens {
+        /// Time passes, in hundredths of the longest life.
+        Time(u64),
+        /// A daemon asks a replica for a certificate with a life, in hundredths of the longest one.
+        Renew(usize, usize, u64),
+        /// A replica reads the Secret.
+        Read(usize),
+        /// A replica looks whether a step is due.
+        Look(usize),
+        /// Somebody runs the command.
+        Rotate(usize),
+    }
+
+    fn happens() -> impl Strategy<Value = Happens> {
+        prop_oneof![
+            4 => (1..60_u64).prop_map(Happens::Time),
+            6 => (0..4_usize, 0..3_usize, 1..=100_u64).prop_map(|(n, r, l)| Happens::Renew(n, r, l)),
+            3 => (0..3_usize).prop_map(Happens::Read),
+            3 => (0..3_usize).prop_map(Happens::Look),
+            1 => (0..3_usize).prop_map(Happens::Rotate),
+        ]
+    }
+
+    struct Replica {
+        copy: OwnRoot,
+        read: u64,
+    }
+
+    struct Daemon {
+        signer: String,
+        roots: BTreeSet<String>,
+        /// By the clock of the replica that signed.
+        until: u64,
+    }
+
+    /// A mesh of three replicas and four daemons, whose clocks differ.
+    struct Mesh {
+        now: u64,
+        life: u64,
+        secret: OwnRoot,
+        replicas: Vec<Replica>,
+        daemons: Vec<Option<Daemon>>,
+        /// Difference of each clock from the true time: replicas, then daemons.
+        clocks: Vec<i64>,
+        made: usize,
+    }
+
+    impl Mesh {
+        fn clock(&self, of: usize) -> u64 {
+            self.now.saturating_add_signed(self.clocks[of])
+        }
+
+        fn step(&mut self, what: &Happens) {
+            match *what {
+                Happens::Time(part) => self.now += (self.life * part / 100).max(1),
+                Happens::Read(replica) => {
+                    self.replicas[replica] = Replica { copy: self.secret.clone(), read: self.now };
+                }
+                Happens::Renew(daemon, replica, part) => {
+                    let life = (self.life * part / 100).max(1);
+                    if self.now - self.replicas[replica].read > LEASE.as_secs() {
+                        return;
+                    }
+                    // Kept first, whatever the replica's copy of the rest is.
+                    self.secret.state.longest_life = self.secret.state.longest_life.max(life);
+                    let issued = self.replicas[replica].copy.material(String::new(), String::new());
+                    let names = |pem: &[u8]| String::from_utf8_lossy(pem).lines().map(str::to_owned).collect();
+                    let signer = String::from_utf8_lossy(&issued.certificate).trim().to_owned();
+                    let until = self.clock(replica) + life;
+                    self.daemons[daemon] = Some(Daemon { signer, roots: names(&issued.roots), until });
+                }
+                Happens::Look(replica) => {
+                    let now = at(self.clock(replica));
+                    self.secret.advance(now, Duration::from_secs(self.life));
+                }
+                Happens::Rotate(replica) => {
+                    self.made += 1;
+                    let now = at(self.clock(replica));
+                    self.secret.begin(named(self.made), now);
+                }
+            }
+        }
+
+        /// Two daemons that cannot verify each other, although both have a valid certificate.
+        fn strangers(&self) -> Option<(usize, usize)> {
+            let sees = |of: usize, peer: usize| {
+                let (own, other) = (self.daemons[of].as_ref()?, self.daemons[peer].as_ref()?);
+                let clock = self.clock(self.replicas.len() + of);
+                let both_valid = own.until > clock && other.until > clock;
+                (both_valid && !own.roots.contains(&other.signer)).then_some((of, peer))
+            };
+            (0..4).flat_map(|of| (0..4).map(move |peer| (of, peer))).find_map(|(of, peer)| sees(of, peer))
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+        #[test]
+        fn at_no_time_do_two_daemons_hold_certificates_that_they_cannot_verify(
+            life in prop_oneof![4..400_u64, Just(86_400)],
+            offsets in prop::collection::vec(-100..=100_i64, 7),
+            story in prop::collection::vec(happens(), 1..300),
+        ) {
+            // Any two clocks differ by at most what the wait allows for.
+            let most = i64::try_from((life / 2).min(CLOCKS.as_secs())).unwrap() / 2;
+            let clocks = offsets.iter().map(|offset| offset * most / 100).collect();
+            let secret = settled(0);
+            let replicas = (0..3).map(|_| Replica { copy: secret.clone(), read: 1_000_000 }).collect();
+            let daemons = (0..4).map(|_| None).collect();
+            let mut mesh = Mesh { now: 1_000_000, life, secret, replicas, daemons, clocks, made: 0 };
+            for what in &story {
+                mesh.step(what);
+                prop_assert_eq!(mesh.strangers(), None, "after {:?} at {}", what, mesh.now);
+            }
+        }
+    }
 }

@@ -258,3 +258,155 @@ impl Publisher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::super::{Config, Source, rotate};
+    use super::*;
+    use crate::task::Group;
+
+    fn config() -> Config {
+        let day = Duration::from_secs(24 * 3600);
+        Config {
+            source: Source::Secrets,
+            namespace: "istio-system".into(),
+            trust_domain: "cluster.local".into(),
+            names: vec!["localhost".into()],
+            audiences: Vec::new(),
+            trusted: Vec::new(),
+            default_life: day,
+            max_life: day,
+        }
+    }
+
+    fn path(namespace: &str) -> String {
+        format!("/api/v1/namespaces/{namespace}/configmaps/{}", ROOTS.name)
+    }
+
+    struct Replica {
+        authority: Arc<Authority>,
+        metrics: Arc<Metrics>,
+    }
+
+    fn replica(api: &FakeApi, tasks: &Group) -> Replica {
+        let metrics = Arc::<Metrics>::default();
+        let authority = Authority::new(api.client(), &config(), metrics.clone()).unwrap();
+        tasks.spawn(authority.clone().run());
+        tasks.spawn(run(api.client(), authority.clone(), ROOTS, metrics.clone()));
+        Replica { authority, metrics }
+    }
+
+    fn namespaces(api: &FakeApi, names: &[&str]) {
+        for name in names {
+            api.put(&format!("/api/v1/namespaces/{name}"), json!({"metadata": {}}));
+        }
+    }
+
+    fn held(api: &FakeApi, namespace: &str) -> Option<String> {
+        api.get(&path(namespace))?["data"][ROOTS.key].as_str().map(str::to_owned)
+    }
+
+    /// Lets the paused clock run until something holds.
+    async fn until(what: &str, holds: impl Fn() -> bool) {
+        let within = async {
+            while !holds() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(600), within).await.unwrap_or_else(|_| panic!("{what}"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_namespace_has_the_roots_and_keeps_them() {
+        let (api, tasks) = (FakeApi::default(), Group::default());
+        namespaces(&api, &["istio-system", "shop", "kube-system", "kube-public", "kube-node-lease"]);
+        api.put(&path("shop"), json!({"data": {ROOTS.key: "old", "other": "stays"}}));
+        let one = replica(&api, &tasks);
+        let right = |namespace: &str| {
+            one.authority.roots_pem().is_some_and(|roots| held(&api, namespace).as_deref() == Some(&roots))
+        };
+        until("all have them", || ["istio-system", "shop", "kube-system"].iter().all(|name| right(name))).await;
+        assert!(held(&api, "kube-public").is_none() && held(&api, "kube-node-lease").is_none());
+        assert_eq!(api.get(&path("shop")).unwrap()["data"]["other"], "stays");
+        namespaces(&api, &["late"]);
+        until("so has a new one", || right("late")).await;
+        api.delete(&path("shop"));
+        until("a deleted one comes back", || right("shop")).await;
+        for change in [json!({"data": {ROOTS.key: "mine"}}), json!({"data": {}}), json!({})] {
+            api.put(&path("shop"), change);
+            until("a changed one is put right", || right("shop")).await;
+        }
+        // Nothing is written for a namespace that ends, or one that has ended.
+        api.put("/api/v1/namespaces/late", json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}));
+        api.delete(&path("late"));
+        let writes = api.count("POST", "configmaps");
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        assert_eq!(api.count("POST", "configmaps"), writes);
+        assert_eq!((one.metrics.unpublished.get(), one.metrics.publish_failures.get()), (0, 0));
+        tasks.cut();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_replicas_do_not_fight_over_what_only_one_of_them_knows() {
+        let (api, tasks) = (FakeApi::default(), Group::default());
+        namespaces(&api, &["istio-system", "shop"]);
+        let (one, two) = (replica(&api, &tasks), replica(&api, &tasks));
+        let everywhere =
+            |roots: &Arc<str>| ["istio-system", "shop"].iter().all(|name| held(&api, name).as_deref() == Some(roots));
+        until("published", || one.authority.roots_pem().is_some_and(|roots| everywhere(&roots))).await;
+        for _ in 0..3 {
+            let writes = api.count("PATCH", "configmaps");
+            rotate::run(api.client(), &config(), true).await.unwrap();
+            // The one learns of it first.
+            assert!(one.authority.confirm().await);
+            let new = one.authority.roots_pem().unwrap();
+            until("both know and all have it", || everywhere(&new) && two.authority.roots_pem() == Some(new.clone()))
+                .await;
+            tokio::time::sleep(Duration::from_secs(300)).await;
+            assert!(everywhere(&new), "it stays");
+            assert!(
+                api.count("PATCH", "configmaps") - writes <= 4,
+                "each namespace is written by each replica at most once"
+            );
+        }
+        tasks.cut();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_cannot_be_written_is_tried_again_and_holds_up_no_other() {
+        let (api, tasks) = (FakeApi::default(), Group::default());
+        namespaces(&api, &["istio-system", "shop", "closed"]);
+        api.hook(|method, path, _| match method.as_str() == "POST" && path.contains("/closed/") {
+            true => Answer::Is(403, json!({"kind": "Status", "code": 403, "message": "exceeded quota"})),
+            false => Answer::Go,
+        });
+        let one = replica(&api, &tasks);
+        until("the others have them", || held(&api, "shop").is_some() && held(&api, "istio-system").is_some()).await;
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let tried = api.count("POST", "/closed/");
+        assert!((5..60).contains(&tried), "{tried} times in ten minutes");
+        assert_eq!(one.metrics.unpublished.get(), 1);
+        api.hook(|_, _, _| Answer::Go);
+        until("it has them in the end", || held(&api, "closed").is_some()).await;
+        tasks.cut();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_overwritten_while_it_cannot_be_known_what_is_right() {
+        let (api, tasks) = (FakeApi::default(), Group::default());
+        namespaces(&api, &["shop"]);
+        let one = replica(&api, &tasks);
+        until("published", || held(&api, "shop").is_some()).await;
+        api.hook(|_, path, _| match path.contains("/secrets/") {
+            true => Answer::Is(503, json!({"kind": "Status", "code": 503, "message": "away"})),
+            false => Answer::Go,
+        });
+        api.put(&path("shop"), json!({"data": {ROOTS.key: "newer"}}));
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        assert_eq!(held(&api, "shop").as_deref(), Some("newer"));
+        api.hook(|_, _, _| Answer::Go);
+        until("now it is known", || held(&api, "shop").as_deref() == one.authority.roots_pem().as_deref()).await;
+        tasks.cut();
+    }
+}

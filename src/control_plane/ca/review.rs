@@ -170,3 +170,168 @@ fn service_account(user: &UserInfo) -> Option<(&str, &str)> {
     let (namespace, name) = user.username.as_ref()?.strip_prefix(SERVICE_ACCOUNT)?.split_once(':')?;
     (in_group && !namespace.is_empty() && !name.is_empty() && !name.contains(':')).then_some((namespace, name))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::*;
+    use serde_json::{Value, json};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn status(account: &str, extra: Value) -> Value {
+        let user = json!({"username": account, "groups": ["system:serviceaccounts"], "extra": extra});
+        json!({"authenticated": true, "audiences": ["istio-ca"], "user": user})
+    }
+
+    fn bound() -> Value {
+        let key = |name: &str| format!("authentication.kubernetes.io/{name}");
+        json!({key("pod-name"): ["web-1"], key("pod-uid"): ["w1"], key("node-name"): ["n1"]})
+    }
+
+    fn reviewer(api: &FakeApi) -> Reviewer {
+        Reviewer::new(api.client(), vec!["istio-ca".into()], Arc::default())
+    }
+
+    /// A reviewer of an API that gives each token the status of its name.
+    fn with(statuses: Vec<(&'static str, Value)>) -> (FakeApi, Reviewer) {
+        let api = FakeApi::default();
+        api.hook(move |method, path, body| {
+            assert_eq!((method.as_str(), path), ("POST", "/apis/authentication.k8s.io/v1/tokenreviews"));
+            assert_eq!(body["spec"]["audiences"], json!(["istio-ca"]));
+            let token = body["spec"]["token"].as_str().unwrap();
+            let status = statuses.iter().find(|(name, _)| *name == token).map(|(_, status)| status.clone());
+            Answer::Is(201, json!({"metadata": {}, "spec": {}, "status": status}))
+        });
+        let reviewer = reviewer(&api);
+        (api, reviewer)
+    }
+
+    #[tokio::test]
+    async fn a_token_belongs_to_whom_the_api_says_and_to_nobody_else() {
+        let good = "system:serviceaccount:shop:web";
+        let without = |key: &str| {
+            let mut status = status(good, bound());
+            status.as_object_mut().unwrap().remove(key);
+            status
+        };
+        let mut stranger = status(good, bound());
+        stranger["user"]["groups"] = json!(["system:authenticated"]);
+        let mut other = status(good, bound());
+        other["audiences"] = json!(["https://kubernetes.default.svc"]);
+        let refused = json!({"authenticated": false, "error": "token has expired"});
+        let node = "authentication.kubernetes.io/node-name";
+        let mut no_node = bound();
+        no_node.as_object_mut().unwrap().remove(node);
+        let two =
+            json!({"authentication.kubernetes.io/pod-name": ["a", "b"], "authentication.kubernetes.io/pod-uid": ["u"]});
+        let (_, reviewer) = with(vec![
+            ("good", status(good, bound())),
+            ("no-node", status(good, no_node)),
+            ("unbound", status(good, json!({}))),
+            ("two-pods", status(good, two)),
+            ("no-audiences", without("audiences")),
+            ("other-audience", other),
+            ("not-authenticated", without("authenticated")),
+            ("no-user", without("user")),
+            ("refused", refused),
+            ("stranger", stranger),
+            ("human", status("jane", bound())),
+            ("node", status("system:node:n1", bound())),
+            ("odd", status("system:serviceaccount:shop", bound())),
+            ("odder", status("system:serviceaccount:shop:web:x", bound())),
+        ]);
+        let web = |pod| Caller { namespace: "shop".into(), service_account: "web".into(), pod };
+        let pod = |node: Option<&str>| CallerPod { name: "web-1".into(), uid: "w1".into(), node: node.map(Text::from) };
+        for (token, expected) in [
+            ("good", Ok(web(Some(pod(Some("n1")))))),
+            ("no-node", Ok(web(Some(pod(None))))),
+            ("unbound", Ok(web(None))),
+            ("two-pods", Ok(web(None))),
+            ("no-audiences", Err("audience istio-ca")),
+            ("other-audience", Err("audience istio-ca")),
+            ("not-authenticated", Err("does not accept")),
+            ("no-user", Err("not a service account's")),
+            ("refused", Err("token has expired")),
+            ("stranger", Err("not a service account's")),
+            ("human", Err("not a service account's")),
+            ("node", Err("not a service account's")),
+            ("odd", Err("not a service account's")),
+            ("odder", Err("not a service account's")),
+            ("", Err("not a token")),
+            ("with space", Err("not a token")),
+            ("ünicode", Err("not a token")),
+            (&*"x".repeat(TOKEN_BYTES_MAX + 1), Err("not a token")),
+        ] {
+            match (reviewer.review(token).await, expected) {
+                (Ok(caller), Ok(expected)) => assert_eq!(caller, expected, "{token}"),
+                (Err(ReviewError::Refused(reason)), Err(expected)) => {
+                    assert!(reason.contains(expected), "{token}: {reason}")
+                }
+                (got, expected) => panic!("{token}: {got:?}, expected {expected:?}"),
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn answers_are_remembered_for_a_short_time_and_failures_are_not() {
+        let (api, reviewer) = with(vec![("good", status("system:serviceaccount:shop:web", bound()))]);
+        for (token, life) in [("good", REMEMBERED.0), ("bad", REMEMBERED.1)] {
+            let before = api.count("POST", "tokenreviews");
+            let ask = async || drop(reviewer.review(token).await);
+            for _ in 0..5 {
+                ask().await;
+            }
+            // Without a status the API has said nothing.
+            let expected = if token == "good" { 1 } else { 5 };
+            assert_eq!(api.count("POST", "tokenreviews") - before, expected, "{token}");
+            tokio::time::sleep(life).await;
+            ask().await;
+            assert_eq!(api.count("POST", "tokenreviews") - before, expected + 1, "{token}");
+        }
+        let (api, reviewer) = with(vec![("bad", json!({"authenticated": false}))]);
+        for _ in 0..5 {
+            reviewer.review("bad").await.unwrap_err();
+        }
+        assert_eq!(api.count("POST", "tokenreviews"), 1, "a refusal is an answer");
+        assert!(!format!("{:?}", reviewer.bad.lock()).contains("bad"), "no token is kept");
+    }
+
+    #[tokio::test]
+    async fn bad_tokens_take_no_room_from_good_ones_and_little_room_at_all() {
+        let (_, reviewer) = with(vec![("good", status("system:serviceaccount:shop:web", bound()))]);
+        for number in 0..REMEMBERED_MAX + 10 {
+            remember(&reviewer.bad, hash(&number.to_string()), String::new(), REMEMBERED.1);
+        }
+        assert_eq!(reviewer.bad.lock().len(), REMEMBERED_MAX);
+        reviewer.review("good").await.unwrap();
+        assert_eq!(reviewer.good.lock().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_the_api_is_away_nobody_is_refused_and_nobody_gets_in() {
+        let api = FakeApi::default();
+        let reviewer = Arc::new(reviewer(&api));
+        for code in [403, 500, 503] {
+            api.hook(move |_, _, _| Answer::Is(code, json!({"kind": "Status", "code": code, "message": "no"})));
+            assert!(matches!(reviewer.review("t").await, Err(ReviewError::Unavailable(_))), "{code}");
+        }
+        api.hook(|_, _, _| Answer::Is(201, json!("nonsense")));
+        assert!(matches!(reviewer.review("t").await, Err(ReviewError::Unavailable(_))));
+        let open = Arc::<AtomicUsize>::default();
+        let counted = open.clone();
+        api.hook(move |_, _, _| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Answer::Hang
+        });
+        let begun = Instant::now();
+        let many = (0..AT_ONCE + WAITING_MAX + 5).map(|number| {
+            let reviewer = reviewer.clone();
+            async move { reviewer.review(&number.to_string()).await.unwrap_err().to_string() }
+        });
+        let errors = futures_util::future::join_all(many).await;
+        assert!(begun.elapsed() <= DEADLINE, "{:?}", begun.elapsed());
+        assert_eq!(open.load(Ordering::Relaxed), AT_ONCE, "the others waited");
+        assert_eq!(errors.iter().filter(|error| error.contains("too many")).count(), 5);
+        assert_eq!(errors.iter().filter(|error| error.contains("no answer within 5 s")).count(), AT_ONCE + WAITING_MAX);
+    }
+}

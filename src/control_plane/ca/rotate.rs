@@ -37,9 +37,10 @@ pub async fn run(client: Client, config: &Config, again: bool) -> Result<String,
     }
     let secrets = Secrets::new(client, &config.namespace);
     let now = SystemTime::now();
-    match Kept::new(secrets).rotate(again, now).await {
-        Ok(Rotation::Begun(state)) => Ok(format!("The rotation has begun.\n{}", report(&state, now))),
-        Ok(Rotation::Stands(state)) => Ok(report(&state, now)),
+    let report = |state: &State| report(state, config.max_life, now);
+    match Kept::new(secrets, config.max_life).rotate(again, now).await {
+        Ok(Rotation::Begun(state)) => Ok(format!("The rotation has begun.\n{}", report(&state))),
+        Ok(Rotation::Stands(state)) => Ok(report(&state)),
         Err(KeptError::NotOwn(secret)) => Err(RotateError::NotOwn(format!("the Secret {secret}"))),
         Err(KeptError::None(_)) => Err(RotateError::None),
         Err(error) => Err(error.into()),
@@ -47,15 +48,15 @@ pub async fn run(client: Client, config: &Config, again: bool) -> Result<String,
 }
 
 /// How far a rotation is, in words.
-fn report(state: &State, now: SystemTime) -> String {
+fn report(state: &State, max_life: Duration, now: SystemTime) -> String {
     let time = |seconds: u64| {
         let at = UNIX_EPOCH.checked_add(Duration::from_secs(seconds)).unwrap_or(UNIX_EPOCH);
         humantime::format_rfc3339_seconds(at)
     };
     let life = humantime::format_duration(Duration::from_secs(state.longest_life));
-    let next_at = state.next_at().map(time);
+    let next_at = state.next_at(max_life).map(time);
     let next = next_at.map(|at| at.to_string()).unwrap_or_default();
-    let is_due = state.next_at().is_some_and(|at| at <= seconds(now));
+    let is_due = state.next_at(max_life).is_some_and(|at| at <= seconds(now));
     let late = match is_due {
         true => {
             "\nThat time is over: the step waits until the roots are in every namespace; see the metric culvert_control_namespaces_without_roots and the log of the control plane."

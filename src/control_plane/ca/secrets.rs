@@ -23,6 +23,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// The entries of a Secret.
 pub type Data = BTreeMap<String, Zeroizing<Vec<u8>>>;
 
+/// Entries to write; `None` for one that is to be removed.
+pub type Entries = BTreeMap<&'static str, Option<Zeroizing<Vec<u8>>>>;
+
 /// A Secret as it was read.
 pub struct Secret {
     /// Changes with the content.
@@ -141,12 +144,7 @@ impl Secrets {
 
     /// Sets the entries with a value and removes those without. [`Written::Lost`] if the Secret is not at `version` any
     /// more.
-    pub async fn patch(
-        &self,
-        name: &str,
-        version: &str,
-        entries: &BTreeMap<&str, Option<Zeroizing<Vec<u8>>>>,
-    ) -> Result<Written, SecretError> {
+    pub async fn patch(&self, name: &str, version: &str, entries: &Entries) -> Result<Written, SecretError> {
         let data: BTreeMap<&str, Option<String>> =
             entries.iter().map(|(key, value)| (*key, value.as_ref().map(|value| STANDARD.encode(value)))).collect();
         let body: Value = json!({"metadata": {"resourceVersion": version}, "data": data});

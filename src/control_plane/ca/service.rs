@@ -170,3 +170,207 @@ fn asked(request: &IstioCertificateRequest) -> Result<Option<String>, String> {
         Some(_) => Err(format!("{IMPERSONATED}: is not a text")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake_api::{Answer, FakeApi};
+    use super::super::{Account, Config, Source};
+    use super::*;
+    use crate::control_plane::running_pods::RunningPod;
+    use crate::crypto::certificates_from_pem;
+    use crate::identity::verify::peer_name;
+    use crate::task::Group;
+    use prost_types::value::Kind;
+    use rcgen::{CertificateParams, KeyPair};
+    use serde_json::json;
+    use tonic::Code;
+
+    fn config() -> Config {
+        Config {
+            source: Source::Secrets,
+            namespace: "istio-system".into(),
+            trust_domain: "cluster.local".into(),
+            names: vec!["localhost".into()],
+            audiences: vec!["istio-ca".into()],
+            trusted: vec![Account { namespace: "istio-system".into(), name: "ztunnel".into() }],
+            default_life: Duration::from_secs(24 * 3600),
+            max_life: Duration::from_secs(90 * 24 * 3600),
+        }
+    }
+
+    /// The reviews of an API that knows these tokens: `ztunnel` and `web`, and `other`, which is for another audience.
+    fn review(token: &str) -> Answer {
+        let extra = |pod: &str, uid: &str| json!({"authentication.kubernetes.io/pod-name": [pod], "authentication.kubernetes.io/pod-uid": [uid]});
+        let (account, extra) = match token {
+            "ztunnel" => ("istio-system:ztunnel", extra("ztunnel-1", "z1")),
+            "old" => ("istio-system:ztunnel", extra("ztunnel-1", "z0")),
+            "unbound" => ("istio-system:ztunnel", json!({})),
+            "web" | "other" => ("shop:web", extra("web-1", "w1")),
+            "away" => return Answer::Is(503, json!({"kind": "Status", "code": 503, "message": "away"})),
+            _ => return Answer::Is(201, json!({"metadata": {}, "spec": {}, "status": {"authenticated": false}})),
+        };
+        let audience = if token == "other" { "vault" } else { "istio-ca" };
+        let username = format!("system:serviceaccount:{account}");
+        let user = json!({"username": username, "groups": ["system:serviceaccounts"], "extra": extra});
+        let status = json!({"authenticated": true, "audiences": [audience], "user": user});
+        Answer::Is(201, json!({"metadata": {}, "spec": {}, "status": status}))
+    }
+
+    struct Fixture {
+        service: Service,
+        authority: Arc<Authority>,
+        pods: Arc<RunningPods>,
+        tasks: Group,
+    }
+
+    impl Drop for Fixture {
+        fn drop(&mut self) {
+            self.tasks.cut();
+        }
+    }
+
+    fn fixture() -> Fixture {
+        let (api, config, metrics) = (FakeApi::default(), config(), Arc::<Metrics>::default());
+        api.hook(|_, path, body| match path.ends_with("/tokenreviews") {
+            true => review(body["spec"]["token"].as_str().unwrap_or_default()),
+            false => Answer::Go,
+        });
+        let (pods, tasks) = (Arc::<RunningPods>::default(), Group::default());
+        for (namespace, name, uid, account, node) in [
+            ("istio-system", "ztunnel-1", "z1", "ztunnel", "n1"),
+            ("shop", "web-1", "w1", "web", "n1"),
+            ("shop", "cart-1", "c1", "cart", "n2"),
+        ] {
+            let [namespace, name, uid, service_account, node] = [namespace, name, uid, account, node].map(Into::into);
+            pods.set(RunningPod { namespace, name, uid, service_account, node });
+        }
+        pods.set_complete();
+        let authority = Authority::new(api.client(), &config, metrics.clone()).unwrap();
+        let reviewer = Arc::new(Reviewer::new(api.client(), config.audiences.clone(), metrics.clone()));
+        let rules = Rules { trusted: config.trusted, trust_domain: config.trust_domain };
+        let service = Service::new(authority.clone(), reviewer, pods.clone(), rules, metrics);
+        Fixture { service, authority, pods, tasks }
+    }
+
+    fn request(fields: Vec<(&str, Kind)>) -> IstioCertificateRequest {
+        let csr = CertificateParams::default().serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap();
+        let value = |(name, kind): (&str, Kind)| (name.to_owned(), prost_types::Value { kind: Some(kind) });
+        let metadata = Some(prost_types::Struct { fields: fields.into_iter().map(value).collect() });
+        IstioCertificateRequest { csr, validity_duration: 0, metadata }
+    }
+
+    fn for_identity(identity: &str) -> IstioCertificateRequest {
+        request(vec![(IMPERSONATED, Kind::StringValue(identity.into()))])
+    }
+
+    async fn running() -> Fixture {
+        let fixture = fixture();
+        fixture.tasks.spawn(fixture.authority.clone().run());
+        assert!(fixture.authority.confirm().await);
+        fixture
+    }
+
+    #[tokio::test]
+    async fn who_may_have_a_certificate_gets_it() {
+        let fixture = running().await;
+        let web = "spiffe://cluster.local/ns/shop/sa/web";
+        for (token, request, expected) in [
+            ("ztunnel", for_identity(web), web),
+            ("web", for_identity(web), web),
+            ("web", for_identity(""), web),
+            ("web", request(vec![]), web),
+            ("web", IstioCertificateRequest { metadata: None, ..request(vec![]) }, web),
+            ("web", request(vec![(IMPERSONATED, Kind::NullValue(0)), ("Other", Kind::BoolValue(true))]), web),
+            ("ztunnel", request(vec![]), "spiffe://cluster.local/ns/istio-system/sa/ztunnel"),
+        ] {
+            let answer = fixture.service.create_certificate(Some(token), request).await.unwrap();
+            let leaf = certificates_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
+            assert_eq!(peer_name(&leaf).unwrap().to_string(), expected);
+        }
+        assert_eq!(fixture.service.metrics.signed.get(), 7);
+    }
+
+    #[tokio::test]
+    async fn everybody_else_gets_nothing_and_learns_nothing() {
+        let fixture = running().await;
+        let web = || for_identity("spiffe://cluster.local/ns/shop/sa/web");
+        let text = |text: &str| request(vec![(IMPERSONATED, Kind::StringValue(text.into()))]);
+        let mut unusable = web();
+        unusable.csr = "x".into();
+        let mut long = web();
+        long.validity_duration = i64::MAX;
+        for (token, request, code, word) in [
+            (None, web(), Code::Unauthenticated, "bearer token"),
+            (Some("nobody"), web(), Code::Unauthenticated, "not accepted"),
+            (Some("other"), web(), Code::Unauthenticated, "not accepted"),
+            (Some("away"), web(), Code::Unavailable, "cannot be checked"),
+            (Some("old"), web(), Code::Unauthenticated, "not for the caller"),
+            (Some("unbound"), web(), Code::Unauthenticated, "not for the caller"),
+            (
+                Some("ztunnel"),
+                text("spiffe://cluster.local/ns/shop/sa/cart"),
+                Code::Unauthenticated,
+                "not for the caller",
+            ),
+            (Some("web"), text("spiffe://cluster.local/ns/shop/sa/cart"), Code::Unauthenticated, "not for the caller"),
+            (Some("ztunnel"), text("spiffe://other/ns/shop/sa/web"), Code::Unauthenticated, "not for the caller"),
+            (
+                Some("ztunnel"),
+                text("spiffe://cluster.local/ns/shop/sa/web/"),
+                Code::Unauthenticated,
+                "not for the caller",
+            ),
+            (
+                Some("ztunnel"),
+                text("spiffe://cluster.local/ns/shop/sa/web\n\u{202e}"),
+                Code::Unauthenticated,
+                "not for the caller",
+            ),
+            (Some("ztunnel"), text(&"x".repeat(1 << 20)), Code::Unauthenticated, "not for the caller"),
+            (
+                Some("ztunnel"),
+                request(vec![(IMPERSONATED, Kind::BoolValue(true))]),
+                Code::InvalidArgument,
+                "is not a text",
+            ),
+            (
+                Some("ztunnel"),
+                request(vec![(SIGNER, Kind::StringValue("x".into()))]),
+                Code::InvalidArgument,
+                "no other signers",
+            ),
+            (Some("ztunnel"), unusable, Code::InvalidArgument, "not a CERTIFICATE REQUEST"),
+            (Some("ztunnel"), long, Code::InvalidArgument, "7776000 s at most"),
+        ] {
+            let status = fixture.service.create_certificate(token, request).await.unwrap_err();
+            assert_eq!(status.code(), code, "{token:?}: {status}");
+            assert!(status.message().contains(word), "{token:?}: {status}");
+        }
+        assert_eq!(fixture.service.metrics.signed.get(), 0);
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_too_early_is_told_to_come_back() {
+        let fixture = fixture();
+        let web = || for_identity("spiffe://cluster.local/ns/shop/sa/web");
+        let status = fixture.service.create_certificate(Some("ztunnel"), web()).await.unwrap_err();
+        assert_eq!((status.code(), status.message()), (Code::Unavailable, "the CA cannot sign now"));
+        let empty = Service { pods: Arc::default(), ..fixture_service() };
+        let status = empty.create_certificate(Some("ztunnel"), web()).await.unwrap_err();
+        assert_eq!(status.code(), Code::Unavailable);
+        assert!(fixture.pods.is_complete() && !empty.pods.is_complete());
+    }
+
+    fn fixture_service() -> Service {
+        let Fixture { service, .. } = &fixture();
+        let Service { authority, reviewer, pods, rules, metrics, .. } = service;
+        let (authority, reviewer, pods) = (authority.clone(), reviewer.clone(), pods.clone());
+        Service::new(authority, reviewer, pods, rules.clone(), metrics.clone())
+    }
+
+    #[test]
+    fn what_a_caller_wrote_is_logged_without_what_a_terminal_would_act_on() {
+        let said = shown(&format!("a\n\u{1b}[31m\u{202e}{}", "b".repeat(1000)));
+        assert!(said.starts_with("a\\n\\u{1b}[31m\\u{202e}bbb") && said.len() < SHOWN_MAX * 2, "{said}");
+    }
+}
