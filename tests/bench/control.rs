@@ -248,4 +248,6 @@ fn main() {
         share(cpu("server"), used),
         share(cpu("client"), used_by_clients)
     );
+    assert_eq!(server.connected(), nodes + 1, "nobody was lost");
+    server.end();
 }

@@ -1,8 +1,8 @@
 //! A mesh by itself: `culvert control` serves facts and certificates from a Kubernetes API, to two nodes that know nothing
 //! else.
 
-use crate::world::cluster_api::{AUTHENTICATION, AUTHORIZATION, ClusterApi};
 use crate::world::certs::spiffe;
+use crate::world::cluster_api::{AUTHENTICATION, AUTHORIZATION, ClusterApi};
 use crate::world::sniffer::Sniffer;
 use crate::world::{Agent, Pod, World, apps, ask, connect, eventually, http, inside, subject};
 use nix::sys::signal::Signal;
@@ -60,7 +60,8 @@ impl Mesh {
         }
         for node in [1, 2] {
             let name = format!("ztunnel-{node}");
-            let labels = json!({"topology.kubernetes.io/region": "r", "topology.kubernetes.io/zone": format!("z{node}")});
+            let labels =
+                json!({"topology.kubernetes.io/region": "r", "topology.kubernetes.io/zone": format!("z{node}")});
             api.put("api/v1/nodes", &format!("n{node}"), Some(json!({"metadata": {"labels": labels}})));
             let own = pod(&name, "ztunnel", node, &[format!("172.30.0.{node}")], json!({}));
             api.put(PODS, &format!("istio-system/{name}"), Some(own));
@@ -84,7 +85,9 @@ impl Mesh {
         command.env("CLUSTER_ID", "c1").env("LOG_FORMAT", "json").env("RUST_BACKTRACE", "0");
         let ns = self.controls[number].netns.clone();
         let pid = self.w.start_in(&ns, &mut command, &format!("control-{number}.log"));
-        eventually("the control plane is ready", || self.control(number, 15021, "/healthz/ready").is_some_and(|a| a.0 == 200));
+        eventually("the control plane is ready", || {
+            self.control(number, 15021, "/healthz/ready").is_some_and(|a| a.0 == 200)
+        });
         eventually("its roots are in every namespace", || {
             let map = self.api.get("api/v1/configmaps", "istio-system/istio-ca-root-cert");
             let Some(root) = map.and_then(|map| map["data"]["root-cert.pem"].as_str().map(ToOwned::to_owned)) else {
@@ -160,8 +163,10 @@ impl Mesh {
     }
 
     fn policy(&self, name: &str, spec: Option<Value>) {
-        let object = spec.map(|spec| json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
-            "metadata": {"generation": 1}, "spec": spec}));
+        let object = spec.map(|spec| {
+            json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+            "metadata": {"generation": 1}, "spec": spec})
+        });
         self.api.put(AUTHORIZATION, &format!("ns/{name}"), object);
     }
 }
@@ -248,7 +253,10 @@ fn daemons_get_certificates_for_their_own_pods_and_strangers_get_nothing() {
     let mut mesh = Mesh::new();
     mesh.start_control(0);
     // A token that the API does not know, and one of an application.
-    mesh.api.state().tokens.insert("token-app".into(), ["ns", "client", "client", "uid-client", "n1"].map(ToOwned::to_owned));
+    mesh.api
+        .state()
+        .tokens
+        .insert("token-app".into(), ["ns", "client", "client", "uid-client", "n1"].map(ToOwned::to_owned));
     for (token, says) in [("nobody", "the token is not known"), ("token-app", "ns/client may not have mesh facts")] {
         std::fs::write(mesh.w.dir.join("token-1"), token).unwrap();
         let pid = mesh.start_node(1, 0, &[]);
@@ -265,7 +273,9 @@ fn daemons_get_certificates_for_their_own_pods_and_strangers_get_nothing() {
     // A daemon that asks for a pod of the other node, as a compromised one would: the first node's token on the second.
     std::fs::write(mesh.w.dir.join("token-2"), "token-1").unwrap();
     mesh.start_node(2, 0, &[]);
-    eventually("the second node is served its facts", || mesh.w.try_get(2, 15000, "/config_dump").is_some_and(|(_, dump)| dump.contains("c1//Pod/ns/server")));
+    eventually("the second node is served its facts", || {
+        mesh.w.try_get(2, 15000, "/config_dump").is_some_and(|(_, dump)| dump.contains("c1//Pod/ns/server"))
+    });
     eventually("no certificate for the server", || {
         mesh.control(0, 15020, "/metrics").unwrap().1.lines().any(|l| {
             l.starts_with("culvert_control_certificates_refused_total{reason=\"not_on_node\"}") && !l.ends_with(" 0")
@@ -291,7 +301,8 @@ fn change(mesh: &Mesh, random: &mut u64) {
         0..=4 => {
             let annotations = if variant == 0 { json!({}) } else { captured() };
             let ip = format!("10.9.{}.{}", id % 4, id);
-            let mut object = pod(&name, &format!("sa{}", id % 7), u8::try_from(1 + variant % 2).unwrap(), &[ip], annotations);
+            let mut object =
+                pod(&name, &format!("sa{}", id % 7), u8::try_from(1 + variant % 2).unwrap(), &[ip], annotations);
             object["metadata"]["labels"]["app"] = json!(app);
             object["metadata"]["labels"]["version"] = json!(format!("v{variant}"));
             if variant == 3 {
@@ -308,9 +319,11 @@ fn change(mesh: &Mesh, random: &mut u64) {
             mesh.api.put(SERVICES, &format!("ns/{app}"), (!gone).then(|| json!({"metadata": {}, "spec": spec})));
         }
         7 => {
-            let endpoint = |id: u64| json!({"addresses": [format!("10.9.{}.{}", id % 4, id)], "nodeName": "n1",
+            let endpoint = |id: u64| {
+                json!({"addresses": [format!("10.9.{}.{}", id % 4, id)], "nodeName": "n1",
                 "conditions": {"ready": id % 3 != 0, "serving": true},
-                "targetRef": {"kind": "Pod", "name": format!("p{id}"), "namespace": "ns", "uid": format!("uid-p{id}")}});
+                "targetRef": {"kind": "Pod", "name": format!("p{id}"), "namespace": "ns", "uid": format!("uid-p{id}")}})
+            };
             let endpoints: Vec<Value> = (0..=variant).map(|n| endpoint(id % 20 + n * 20)).collect();
             let object = json!({"metadata": {"labels": {"kubernetes.io/service-name": app}}, "addressType": "IPv4",
                 "endpoints": endpoints, "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}]});

@@ -26,10 +26,10 @@ pub struct Measured {
     pub address: SocketAddr,
     /// Its root certificate, in PEM. It is for `localhost`.
     pub root: String,
-    pub(super) catalog: Arc<Catalog>,
-    pub(super) server: Server,
-    pub(super) drain: Drain,
-    pub(super) tasks: Group,
+    catalog: Arc<Catalog>,
+    server: Server,
+    drain: Drain,
+    tasks: Group,
 }
 
 fn tls() -> io::Result<(String, Arc<rustls::ServerConfig>)> {
@@ -93,6 +93,21 @@ impl Measured {
     /// Sets workloads, in one batch. The version of each is what the function says.
     pub fn set(&self, workloads: impl Iterator<Item = u32>, version: impl Fn(u32) -> u64) {
         self.catalog.apply(workloads.map(|id| workload(id, version(id))).collect());
+    }
+
+    /// How many clients are connected.
+    pub fn connected(&self) -> usize {
+        self.server.nodes().list().len()
+    }
+
+    /// Asks everything to end in order.
+    pub fn end(&self) {
+        self.drain.gently();
+    }
+
+    /// Completes once everything has ended.
+    pub async fn ended(&self) {
+        self.tasks.finished().await;
     }
 
     /// Says that everything has been listed.

@@ -155,14 +155,6 @@ impl Session {
         heavy(&self.addresses, edition.addresses.size()) || heavy(&self.authorizations, edition.authorizations.size())
     }
 
-    /// The number of the edition that the client has been told.
-    pub fn at(&self, kind: Kind) -> u64 {
-        match kind {
-            Kind::Address => self.addresses.at(),
-            Kind::Authorization => self.authorizations.at(),
-        }
-    }
-
     /// The next response, if there is one that may be sent now.
     pub fn next(&mut self, view: &View<'_>) -> Option<Response> {
         loop {

@@ -101,8 +101,7 @@ async fn callers_are_refused_with_the_status_that_says_why() {
     let without_node = DeltaDiscoveryRequest { node: None, ..first(Kind::Address, "") };
     stream.send.send(without_node).await.unwrap();
     assert_eq!(stream.next().await.unwrap_err().code(), Code::InvalidArgument);
-    let shown = server.server.nodes().list();
-    assert!(shown.is_empty(), "none of them is listed: {shown:?}");
+    assert_eq!(server.connected(), 0, "none of them is listed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -138,8 +137,7 @@ async fn a_caller_has_few_streams_and_the_others_have_theirs() {
     let mut other = Stream::open(connect(&server, "modest", "").await).await.unwrap();
     other.ask().await;
     other.take().await;
-    let listed = server.server.nodes().list();
-    assert_eq!(listed.len(), open.len() + 1);
+    assert_eq!(server.connected(), open.len() + 1);
 }
 
 /// A client that reads nothing, and one that acknowledges nothing, hold up nobody; both get what they missed in one
@@ -190,13 +188,13 @@ async fn at_the_end_streams_are_closed_in_order_and_nothing_is_accepted() {
     stream.ask().await;
     stream.take().await;
     stream.take().await;
-    server.drain.gently();
+    server.end();
     let ended = stream.next().await.unwrap_err();
     assert_eq!((ended.code(), ended.message()), (Code::Unavailable, "transport is closing"));
     drop(stream);
-    timeout(PATIENCE, server.tasks.finished()).await.unwrap();
+    timeout(PATIENCE, server.ended()).await.unwrap();
     assert!(rpc::connect(&settings(&server, "1", "")).await.is_err());
-    assert!(server.server.nodes().list().is_empty());
+    assert_eq!(server.connected(), 0);
 }
 
 /// The client of a node, as it is: it learns everything, what changes, and what has changed while it was away.

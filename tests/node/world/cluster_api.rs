@@ -86,7 +86,8 @@ impl ClusterApi {
             if !namespace.is_empty() {
                 object["metadata"]["namespace"] = json!(namespace);
             }
-            let uid = before.as_ref().map_or_else(|| json!(format!("uid-{key}")), |before| before["metadata"]["uid"].clone());
+            let uid =
+                before.as_ref().map_or_else(|| json!(format!("uid-{key}")), |before| before["metadata"]["uid"].clone());
             if object["metadata"].get("uid").is_none() {
                 object["metadata"]["uid"] = uid;
             }
@@ -167,9 +168,8 @@ fn answer(shared: &(Mutex<State>, Condvar), stream: &TcpStream, request: &Reques
     if place.collection.ends_with("/tokenreviews") {
         return send(stream, 201, &review(&mut shared.0.lock().unwrap(), &request.body));
     }
-    let known = |state: &State| {
-        BUILT_IN.contains(&place.collection.as_str()) || state.installed.contains(&place.collection)
-    };
+    let known =
+        |state: &State| BUILT_IN.contains(&place.collection.as_str()) || state.installed.contains(&place.collection);
     if !known(&shared.0.lock().unwrap()) {
         return missing();
     }
@@ -308,8 +308,9 @@ fn watch(shared: &(Mutex<State>, Condvar), mut stream: &TcpStream, place: &Place
         }
         let from = state.history.partition_point(|(version, ..)| *version <= seen);
         let events = state.history[from..].iter().filter(|(_, key, ..)| concerns(place, key, request));
-        let lines: Vec<String> =
-            events.map(|(_, _, what, object)| format!("{}\n", json!({"type": what, "object": shown(object, request)}))).collect();
+        let lines: Vec<String> = events
+            .map(|(_, _, what, object)| format!("{}\n", json!({"type": what, "object": shown(object, request)})))
+            .collect();
         seen = state.version;
         drop(state);
         for line in lines {
