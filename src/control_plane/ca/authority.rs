@@ -86,8 +86,8 @@ pub struct Authority {
     config: Config,
     place: Place,
     current: ArcSwapOption<Issuing>,
-    /// Notified of each new key.
-    changed: watch::Sender<u64>,
+    /// The key for which everything is ready.
+    changed: watch::Sender<String>,
     serving: Arc<Serving>,
     server_config: Arc<ServerConfig>,
     metrics: Arc<Metrics>,
@@ -161,6 +161,9 @@ impl Authority {
         let Some(issuing) = self.current.load_full() else { return Ok(()) };
         let serving = self.serving.renew(&issuing, &self.config.names, SystemTime::now())?;
         self.metrics.set_expiry("serving", serving);
+        // Only now: whoever waits for this finds the server ready.
+        let key = format!("{} {}", issuing.origin, issuing.version);
+        self.changed.send_if_modified(|seen| std::mem::replace(seen, key.clone()) != key);
         Ok(())
     }
 
@@ -184,7 +187,6 @@ impl Authority {
         self.metrics.set_expiry("signing", issuing.not_after);
         self.metrics.set_expiry("root", issuing.roots_not_after);
         self.current.store(Some(Arc::new(issuing)));
-        self.changed.send_modify(|number| *number += 1);
         Ok(())
     }
 
@@ -274,8 +276,8 @@ impl Authority {
         self.current.load().as_ref().and_then(|issuing| issuing.crl.clone())
     }
 
-    /// A notice of each new key.
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    /// A notice of each new key, once the server is ready with it.
+    pub fn changes(&self) -> watch::Receiver<String> {
         self.changed.subscribe()
     }
 
@@ -380,10 +382,14 @@ mod tests {
         let (api, metrics) = (FakeApi::default(), Arc::<Metrics>::default());
         let authority = authority(&api, Source::Secrets, &metrics);
         assert!(!authority.is_ready() && authority.roots_pem().is_none());
+        let changes = authority.changes();
         let refused = authority.sign(&csr(), &identity(), None).await;
         assert!(matches!(refused, Err(SignError::NotReady(_))), "{refused:?}");
         authority.load(false).await.unwrap();
-        assert!(authority.is_ready());
+        assert!(authority.is_ready() && changes.has_changed().unwrap());
+        let changes = authority.changes();
+        authority.load(false).await.unwrap();
+        assert!(!changes.has_changed().unwrap(), "it is the same key");
         let roots = authority.roots_pem().unwrap();
         let answer = authority.sign(&csr(), &identity(), None).await.unwrap();
         assert_eq!((answer.len(), &*answer[1]), (2, &*roots));
