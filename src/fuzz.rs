@@ -14,25 +14,29 @@
 
 use crate::connection::accept::socks::{self, Reply, SocksTarget};
 use crate::connection::authorize::Subject;
-use crate::connection::authorize::decide::Applicable;
+use crate::connection::authorize::decide::{Applicable, Verdict};
 use crate::connection::choose::{Chance, ResolvedNames, route};
 use crate::control::xds::{decode, delta, policy, saved};
 use crate::control_plane::ca::csr;
+use crate::control_plane::Cluster;
+use crate::control_plane::policies::{Index, Kind, Object, status};
 use crate::daemon::explain::{Question, Wanted, policies_in, question};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
 use crate::dns::resolv_conf::ResolvConf;
 use crate::hbone::{self, Authority, ConnectRequest, RequestHead};
 use crate::identity::{istio_ca, revoked, verify};
-use crate::mesh::{Snapshot, SpiffeName, Update};
+use crate::mesh::{Snapshot, SpiffeName, Text, Update, Workload};
 use crate::node::zds::message;
 use crate::ports::in_pod;
 use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use crate::{admin, control, crypto, doctor};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use kube::core::DynamicObject;
 use prost::Message;
 use rustls::pki_types::CertificateDer;
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::sync::LazyLock;
 use std::task::{Context, Poll, Waker};
@@ -242,6 +246,68 @@ pub fn explain_policies(data: &[u8]) {
     }
 }
 
+/// Objects of the Kubernetes API, in a JSON list or one alone: what they come to decides about connections, is taken
+/// back with them, and is said in statuses that are written once.
+pub fn policy_objects(data: &[u8]) {
+    let objects: Vec<DynamicObject> = match serde_json::from_slice(data) {
+        Ok(serde_json::Value::Array(list)) => list.into_iter().filter_map(|o| serde_json::from_value(o).ok()).collect(),
+        Ok(one) => serde_json::from_value(one).into_iter().collect(),
+        Err(_) => return,
+    };
+    let [namespace, trust_domain, id, domain] =
+        ["istio-system", "cluster.local", "Kubernetes", "cluster.local"].map(Text::from);
+    let mut index = Index::new(&Cluster { namespace, trust_domain, id, domain });
+    let set = |index: &mut Index, peers: bool, object: Object| match peers {
+        true => index.set_authentication(object),
+        false => index.set_authorization(object),
+    };
+    let objects: Vec<(bool, Object)> = objects
+        .iter()
+        .map(|o| (o.types.as_ref().is_some_and(|types| types.kind == "PeerAuthentication"), Object::from_dynamic(o)))
+        .collect();
+    objects.iter().for_each(|(peers, object)| set(&mut index, *peers, object.clone()));
+    let changes = index.take_changes();
+    let mut snapshot = small_mesh().clone();
+    let policies = changes.policies.into_iter().map(|(_, policy)| policy.expect("nothing has been removed")).collect();
+    snapshot.apply(2, Update { policies, ..Update::default() });
+    let labels = objects.iter().filter_map(|(_, object)| object.spec.get("selector")?.get("matchLabels")?.as_object());
+    let labels: BTreeMap<String, String> =
+        labels.flatten().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect();
+    for workload in snapshot.workloads() {
+        for labels in [&labels, &BTreeMap::new()] {
+            let policies = index.of_workload(&workload.namespace, labels);
+            let workload = Workload { policies, ..(**workload).clone() };
+            let (source, destination) = ([10, 0, 0, 1].into(), ([10, 0, 0, 2], 80).into());
+            for peer in [None, workload.identity().ok()] {
+                let subject = Subject { peer, source, destination };
+                let verdict = Applicable::for_workload(&snapshot, &workload).verdict(&subject);
+                assert!(!matches!(verdict, Verdict::Unknown(_)), "{verdict:?}: a policy is listed and not sent");
+            }
+        }
+    }
+    for wanted in changes.statuses {
+        assert!(wanted.condition.message.chars().count() < 3_000, "a status must stay short");
+        let of_wanted = |(peers, object): &&(bool, Object)| {
+            *peers == (wanted.kind == Kind::Authentication)
+                && (&object.namespace, &object.name) == (&wanted.namespace, &wanted.name)
+        };
+        // A later object of the same name has taken the place of an earlier one.
+        let (peers, mut object) = objects.iter().rfind(of_wanted).cloned().expect("it is about one of the objects");
+        object.status = status::merged(&object.status, &wanted, &"2026-01-01T00:00:00Z".into());
+        set(&mut index, peers, object);
+    }
+    let again = index.take_changes();
+    assert_eq!((again.policies.len(), again.statuses.len()), (0, 0), "a status that is written changes nothing");
+    for (peers, object) in objects {
+        match peers {
+            true => index.remove_authentication(&object.namespace, &object.name),
+            false => index.remove_authorization(&object.namespace, &object.name),
+        }
+    }
+    let gone = index.take_changes();
+    assert!(gone.policies.iter().all(|(_, policy)| policy.is_none()) && gone.statuses.is_empty());
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -266,6 +332,7 @@ mod tests {
             ("socks_request", super::socks_request),
             ("explain_question", super::explain_question),
             ("explain_policies", super::explain_policies),
+            ("policy_objects", super::policy_objects),
         ];
         for (name, target) in targets {
             let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);

@@ -248,3 +248,6 @@ fn may_run(config: &Config) -> anyhow::Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod policy_twin;

@@ -88,6 +88,17 @@ const PURE: &[&str] = &[
     "connection/choose/route.rs",
     "connection/choose/standing.rs",
     "connection/choose/waypoint.rs",
+    "control_plane/policies/authentication.rs",
+    "control_plane/policies/authorization.rs",
+    "control_plane/policies/index.rs",
+    "control_plane/policies/levels.rs",
+    "control_plane/policies/notes.rs",
+    "control_plane/policies/object.rs",
+    "control_plane/policies/rules.rs",
+    "control_plane/policies/selectors.rs",
+    "control_plane/policies/status/mod.rs",
+    "control_plane/policies/touched.rs",
+    "control_plane/policies/values.rs",
 ];
 
 /// The largest number of lines in a file, without its tests.

@@ -12,6 +12,9 @@ pub const STATIC: &str = "istio_converted_static_strict";
 /// Beginning of the names of converted policies. No Kubernetes name contains an underscore.
 pub const CONVERTED: &str = "converted_peer_authentication_";
 
+/// Fields of the spec.
+pub(super) const FIELDS: [&str; 3] = ["mtls", "portLevelMtls", "selector"];
+
 /// What is demanded of peers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -54,7 +57,7 @@ pub fn read(object: &Object, notes: &mut Notes) -> Authentication {
         return Authentication { mode: Mode::Strict, ..Authentication::default() };
     }
     for (name, value) in spec.as_object().into_iter().flatten() {
-        if !value.is_null() && !["selector", "mtls", "portLevelMtls"].contains(&name.as_str()) {
+        if !value.is_null() && !FIELDS.contains(&name.as_str()) {
             notes.differs(|| format!("spec.{} is not known here", brief(name)));
         }
     }

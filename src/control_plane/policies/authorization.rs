@@ -1,15 +1,18 @@
 //! Converts an AuthorizationPolicy into a policy of the mesh. Pure; accepts any JSON.
 
 use super::notes::Notes;
-use super::object::{Labels, Object, present, quoted, selector};
+use super::object::{Labels, Object, brief, present, quoted, selector};
 use super::rules::rules;
 use super::status::{Condition, Reason};
 use crate::mesh::Policy;
-use crate::mesh::policy::{Action, PolicyScope};
+use crate::mesh::policy::{Action, PolicyScope, Rule};
 use serde_json::Value;
 
 /// Annotation by which a policy is only evaluated and logged.
 pub const DRY_RUN: &str = "istio.io/dry-run";
+
+/// Fields of the spec.
+pub(super) const FIELDS: [&str; 6] = ["action", "provider", "rules", "selector", "targetRef", "targetRefs"];
 
 /// What an AuthorizationPolicy comes to.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +68,7 @@ fn not_for_nodes(spec: &Value) -> Option<String> {
     }
 }
 
-type Read = (Option<Labels>, Action, Vec<crate::mesh::policy::Rule>);
+type Read = (Option<Labels>, Action, Vec<Rule>);
 
 /// Reads what a policy says. The error is about parts without which nothing is known of it.
 fn read(object: &Object, notes: &mut Notes) -> Result<Read, String> {
@@ -89,24 +92,20 @@ fn read(object: &Object, notes: &mut Notes) -> Result<Read, String> {
         None => &[][..],
         Some(list) => list.as_array().ok_or("spec.rules is not a list")?,
     };
-    const KNOWN: [&str; 6] = ["action", "provider", "rules", "selector", "targetRef", "targetRefs"];
-    let foreign = spec.as_object().into_iter().flatten().find(|(name, value)| !value.is_null() && !is_in(&KNOWN, name));
+    let foreign = |(name, value): &(&String, &Value)| !value.is_null() && !FIELDS.contains(&name.as_str());
+    let foreign = spec.as_object().into_iter().flatten().find(foreign);
     let rules = match (foreign, action) {
         (Some((name, _)), Action::Allow) => {
-            notes.differs(|| format!("spec.{name} is not known here: the policy allows nothing"));
+            notes.differs(|| format!("spec.{} is not known here: the policy allows nothing", brief(name)));
             Vec::new()
         }
         (Some((name, _)), Action::Deny) => {
-            notes.differs(|| format!("spec.{name} is not known here: the policy denies without regard to it"));
+            notes.differs(|| format!("spec.{} is not known here: the policy denies without regard to it", brief(name)));
             rules(list, action, &object.namespace, notes)
         }
         (None, _) => rules(list, action, &object.namespace, notes),
     };
     Ok((selector, action, rules))
-}
-
-fn is_in(known: &[&str], name: &str) -> bool {
-    known.contains(&name)
 }
 
 /// Reads the annotation as Istio does. A value that cannot be read does not switch enforcement off.
@@ -129,13 +128,7 @@ fn scope(object: &Object, selector: Option<&Labels>, root: &str) -> PolicyScope 
     }
 }
 
-fn policy(
-    object: &Object,
-    scope: PolicyScope,
-    action: Action,
-    dry_run: bool,
-    rules: Vec<crate::mesh::policy::Rule>,
-) -> Policy {
+fn policy(object: &Object, scope: PolicyScope, action: Action, dry_run: bool, rules: Vec<Rule>) -> Policy {
     let (namespace, name) = (object.namespace.clone(), object.name.clone());
     Policy { name, namespace, key: object.key(), scope, action, dry_run, rules }
 }
@@ -143,7 +136,7 @@ fn policy(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mesh::policy::{Attribute, Match, Rule, ServiceAccountMatch, StringMatch};
+    use crate::mesh::policy::{Attribute, Match, ServiceAccountMatch, StringMatch};
     use serde_json::json;
 
     fn object(spec: Value) -> Object {
@@ -263,7 +256,10 @@ mod tests {
             vec![Match { destination_ports: any_of(vec![80]), ..m() }],
         ];
         for (rules, reason, message) in both(rule) {
-            assert_eq!((rules, reason, &*message), (vec![expected.clone()], Reason::Accepted, ""));
+            assert_eq!(
+                (rules, reason, &*message),
+                (vec![expected.clone()], Reason::Accepted, "enforced as it is written")
+            );
         }
         for (rules, reason, _) in both(json!({})) {
             assert_eq!((rules, reason), (vec![Vec::new()], Reason::Accepted), "a rule without tests: everything");

@@ -35,6 +35,15 @@ struct Namespace {
     selected: Selectors<Age>,
 }
 
+/// What a change of one object comes to.
+#[derive(Debug)]
+pub struct Effect {
+    /// Whose demands may differ now.
+    pub touched: Touched,
+    /// Whether other objects of its namespace may be converted in another way now, or be said something else.
+    pub others: bool,
+}
+
 /// One object.
 #[derive(Debug)]
 struct Entry {
@@ -74,6 +83,13 @@ impl Namespace {
         Some(entry)
     }
 
+    /// All objects, or one.
+    fn objects<'a>(&'a self, one: Option<&'a Text>) -> impl Iterator<Item = (&'a Text, &'a Entry)> {
+        let found = one.and_then(|name| self.by_name.get_key_value(name));
+        let all = one.is_none().then_some(&self.by_name).into_iter().flatten();
+        found.into_iter().chain(all)
+    }
+
     /// The oldest one that selects these labels.
     fn of_labels(&self, labels: &Labels) -> Option<&Entry> {
         let oldest = self.selected.matching(labels, usize::MAX).filter_map(|mut ages| ages.next()).min()?;
@@ -92,8 +108,8 @@ impl Levels {
         self.namespaces.is_empty()
     }
 
-    /// Adds an object, or replaces it. Says whose demands may differ now.
-    pub fn set(&mut self, object: &Object) -> Touched {
+    /// Adds an object, or replaces it.
+    pub fn set(&mut self, object: &Object) -> Effect {
         let mut notes = Notes::default();
         let authentication = authentication::read(object, &mut notes);
         let entry = Entry {
@@ -108,18 +124,21 @@ impl Levels {
     }
 
     /// Removes an object.
-    pub fn remove(&mut self, namespace: &Text, name: &str) -> Touched {
+    pub fn remove(&mut self, namespace: &Text, name: &str) -> Effect {
         self.replace(namespace, name, None)
     }
 
-    fn replace(&mut self, namespace: &Text, name: &str, new: Option<Entry>) -> Touched {
+    fn replace(&mut self, namespace: &Text, name: &str, new: Option<Entry>) -> Effect {
         let mesh_before = self.mesh_is_strict();
         let here = self.namespaces.entry(namespace.clone()).or_default();
         let mode_before = here.mode();
         let old = here.remove(name);
         let part = |entry: &Entry| (entry.authentication.clone(), entry.age.clone());
-        let selected = |entry: Option<&Entry>| entry.filter(|entry| entry.authentication.selector.is_some()).map(part);
-        let differs = selected(old.as_ref()) != selected(new.as_ref());
+        let (before, after) = (old.as_ref().map(part), new.as_ref().map(part));
+        let others = before != after;
+        let selects =
+            |part: &Option<(Authentication, Age)>| part.as_ref().is_some_and(|part| part.0.selector.is_some());
+        let differs = others && (selects(&before) || selects(&after));
         if let Some(new) = new {
             here.insert(new);
         }
@@ -127,11 +146,14 @@ impl Levels {
         if here.by_name.is_empty() {
             self.namespaces.remove(namespace);
         }
-        if mesh_before != self.mesh_is_strict() {
-            return Touched::All;
-        }
-        let touched = mode_before != mode || (differs && *namespace != self.root);
-        Touched::Namespaces(touched.then(|| namespace.clone()).into_iter().collect())
+        let touched = if mesh_before != self.mesh_is_strict() {
+            Touched::All
+        } else if mode_before != mode || (differs && *namespace != self.root) {
+            Touched::one(namespace)
+        } else {
+            Touched::default()
+        };
+        Effect { touched, others }
     }
 
     fn mesh_is_strict(&self) -> bool {
@@ -168,8 +190,8 @@ impl Levels {
         self.namespaces.keys()
     }
 
-    /// The converted policy of each object of a namespace, by its key.
-    pub fn converted(&self, namespace: &Text) -> Vec<(Text, Option<Policy>)> {
+    /// The converted policy of each object of a namespace, or of one, by its key.
+    pub fn converted(&self, namespace: &Text, one: Option<&Text>) -> Vec<(Text, Option<Policy>)> {
         let strict = self.is_strict(namespace);
         let rules = |entry: &Entry| -> Option<Vec<Rule>> {
             entry.authentication.selector.as_ref().filter(|_| *namespace != self.root)?;
@@ -178,19 +200,20 @@ impl Levels {
                 Demand::Nothing | Demand::Everywhere => None,
             }
         };
-        let one = |(name, entry): (&Text, &Entry)| {
+        let convert = |(name, entry): (&Text, &Entry)| {
             let policy = rules(entry).map(|rules| authentication::converted_policy(namespace, name, rules));
             (authentication::converted_key(namespace, name), policy)
         };
-        self.namespaces.get(namespace).into_iter().flat_map(|here| &here.by_name).map(one).collect()
+        self.namespaces.get(namespace).into_iter().flat_map(|here| here.objects(one)).map(convert).collect()
     }
 
-    /// The objects of a namespace whose status should be another one: name, generation and condition. Each is said once.
-    pub fn to_say(&mut self, namespace: &Text) -> Vec<(Text, i64, Condition)> {
+    /// The objects of a namespace, or the one, whose status should be another one: name, generation and condition. Each is
+    /// said once.
+    pub fn unsaid(&mut self, namespace: &Text, one: Option<&Text>) -> Vec<(Text, i64, Condition)> {
         let in_root = *namespace == self.root;
         let Some(here) = self.namespaces.get_mut(namespace) else { return Vec::new() };
         let conditions: Vec<_> =
-            here.by_name.iter().map(|(name, entry)| (name.clone(), condition(here, entry, in_root))).collect();
+            here.objects(one).map(|(name, entry)| (name.clone(), condition(here, entry, in_root))).collect();
         let mut wanted = Vec::new();
         for (name, condition) in conditions {
             let Some(entry) = here.by_name.get_mut(&name) else { continue };

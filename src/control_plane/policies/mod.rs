@@ -36,3 +36,6 @@ mod values;
 pub use index::{Changes, Index};
 pub use object::{Kind, Object};
 pub use touched::Touched;
+
+#[cfg(test)]
+mod definitions;

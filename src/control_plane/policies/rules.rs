@@ -13,7 +13,7 @@ use serde_json::Value;
 use std::fmt;
 
 /// Fields that need HTTP, a token of the user, or a proxy's word.
-const HTTP: [&str; 10] = [
+pub(super) const HTTP: [&str; 10] = [
     "hosts",
     "notHosts",
     "methods",
@@ -26,7 +26,7 @@ const HTTP: [&str; 10] = [
     "notRemoteIpBlocks",
 ];
 /// Fields of a source that are tested here.
-const SOURCE: [&str; 8] = [
+pub(super) const SOURCE: [&str; 8] = [
     "namespaces",
     "notNamespaces",
     "principals",
@@ -37,9 +37,9 @@ const SOURCE: [&str; 8] = [
     "notIpBlocks",
 ];
 /// Fields of an operation that are tested here.
-const OPERATION: [&str; 2] = ["ports", "notPorts"];
+pub(super) const OPERATION: [&str; 2] = ["ports", "notPorts"];
 /// Fields of a condition.
-const CONDITION: [&str; 3] = ["key", "values", "notValues"];
+pub(super) const CONDITION: [&str; 3] = ["key", "values", "notValues"];
 
 /// Converts rules. The effect of all that differs from what is written is noted.
 pub fn rules(list: &[Value], action: Action, namespace: &str, notes: &mut Notes) -> Vec<Rule> {

@@ -75,8 +75,10 @@ impl Condition {
             (false, true) if otherwise == Reason::Accepted => Reason::NeverMatches,
             (false, _) => otherwise,
         };
-        let texts = [message.to_owned(), notes.text()].into_iter().filter(|text| !text.is_empty());
-        Self { reason, message: texts.collect::<Vec<_>>().join("; ") }
+        let texts: Vec<String> =
+            [message.to_owned(), notes.text()].into_iter().filter(|text| !text.is_empty()).collect();
+        let message = if texts.is_empty() { "enforced as it is written".to_owned() } else { texts.join("; ") };
+        Self { reason, message }
     }
 }
 

@@ -140,3 +140,77 @@ impl Queue {
         Some(waiting)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Reason;
+    use super::*;
+
+    fn wanted(name: &str, message: &str) -> Wanted {
+        let condition = Condition::new(Reason::Accepted, message);
+        Wanted { kind: Kind::Authorization, namespace: "a".into(), name: name.into(), generation: 1, condition }
+    }
+
+    #[test]
+    fn the_last_status_of_an_object_counts_and_one_is_in_flight() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        assert!(
+            queue.add(wanted("p", "1"), now) && queue.add(wanted("p", "2"), now) && queue.add(wanted("q", "1"), now)
+        );
+        assert_eq!(queue.next(now), None, "they settle first");
+        let later = now + SETTLE;
+        assert_eq!(queue.due(), Some(later));
+        assert_eq!((queue.next(later), queue.next(later)), (Some(wanted("p", "2")), Some(wanted("q", "1"))));
+        // A newer one waits for the one in flight, and takes its place if that fails.
+        queue.add(wanted("p", "3"), later);
+        let later = later + SETTLE;
+        assert_eq!((queue.next(later), queue.due()), (None, None));
+        assert_eq!(queue.ended(wanted("p", "2"), &Outcome::Failed, later), None);
+        assert_eq!(queue.next(later), Some(wanted("p", "3")));
+        queue.ended(wanted("p", "3"), &Outcome::Needless, later);
+        queue.ended(wanted("q", "1"), &Outcome::Written, later);
+        assert!(queue.waiting.is_empty() && queue.in_flight.is_empty() && queue.due.is_empty());
+    }
+
+    #[test]
+    fn what_fails_is_tried_less_and_less_often_however_often_it_is_wanted() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        queue.add(wanted("p", "1"), now);
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            now = queue.due().unwrap();
+            let one = queue.next(now).unwrap();
+            waits.push(queue.ended(one, &Outcome::Failed, now).unwrap());
+            let due = queue.due();
+            queue.add(wanted("p", "1"), now);
+            assert_eq!(queue.due(), due, "wanting it again changes nothing");
+        }
+        assert!(waits[0] <= BACKOFF.0 && waits[11] >= BACKOFF.1 / 2 && waits[11] <= BACKOFF.1, "{waits:?}");
+    }
+
+    #[test]
+    fn the_same_status_is_not_written_again_at_once() {
+        let (mut queue, mut now) = (Queue::default(), Instant::now());
+        let mut waits = Vec::new();
+        for _ in 0..10 {
+            queue.add(wanted("p", "1"), now);
+            let due = queue.due().unwrap();
+            waits.push((due - now).as_secs());
+            now = due;
+            let one = queue.next(now).unwrap();
+            queue.ended(one, &Outcome::Written, now);
+        }
+        assert_eq!(waits, [0, 60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]);
+        queue.add(wanted("p", "2"), now);
+        assert_eq!(queue.due(), Some(now + SETTLE), "another one is");
+    }
+
+    #[test]
+    fn the_queue_has_an_end() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        assert!((0..WAITING_MAX).all(|n| queue.add(wanted(&n.to_string(), "1"), now)));
+        assert!(!queue.add(wanted("more", "1"), now));
+        assert!(queue.add(wanted("1", "2"), now), "one of those that wait may change");
+        assert_eq!((queue.waiting.len(), queue.due.len()), (WAITING_MAX, WAITING_MAX));
+    }
+}

@@ -84,7 +84,12 @@ fn ended(queue: &mut Queue, wanted: Wanted, result: Result<Outcome, WriteError>,
 /// Writes one status, if the object says something else.
 async fn one(client: &Client, wanted: &Wanted) -> Result<Outcome, WriteError> {
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &wanted.namespace, &wanted.kind.resource());
-    let Some(object) = api.get_opt(&wanted.name).await? else { return Ok(Outcome::Needless) };
+    let object = match api.get(&wanted.name).await {
+        Ok(object) => object,
+        // The object is gone, or the definition of its kind.
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(Outcome::Needless),
+        Err(error) => return Err(error.into()),
+    };
     let Some(patch) = patch(&object, wanted) else { return Ok(Outcome::Needless) };
     let params = PatchParams { field_manager: Some(FIELD_MANAGER.into()), ..PatchParams::default() };
     match api.patch_status(&wanted.name, &params, &Patch::Merge(patch)).await {
@@ -106,4 +111,199 @@ fn patch(object: &DynamicObject, wanted: &Wanted) -> Option<Value> {
     let now = serde_json::to_value(Time(Timestamp::now())).unwrap_or_default();
     let meta = json!({"uid": object.metadata.uid, "resourceVersion": object.metadata.resource_version});
     Some(json!({"metadata": meta, "status": merged(status, wanted, &now)}))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Condition, Reason};
+    use super::*;
+    use crate::control_plane::policies::object::Kind;
+    use http::{Request, Response, StatusCode};
+    use kube::client::Body;
+    use parking_lot::Mutex;
+    use std::collections::BTreeMap;
+    use std::convert::Infallible;
+    use std::future::Future;
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use std::task::{Context, Poll};
+
+    /// An API server with statuses only.
+    #[derive(Clone, Default)]
+    struct Api(Arc<Mutex<State>>);
+
+    #[derive(Default)]
+    struct State {
+        /// Objects by path.
+        objects: BTreeMap<String, Value>,
+        /// Patches that were accepted, with their query.
+        written: Vec<(String, Value)>,
+        /// All requests.
+        requests: usize,
+        /// How many requests are answered with 500.
+        failing: usize,
+    }
+
+    const PATH: &str = "/apis/security.istio.io/v1/namespaces/a/authorizationpolicies/p";
+
+    impl State {
+        fn answer(&mut self, path: &str, query: &str, body: Option<Value>) -> (u16, Value) {
+            self.requests += 1;
+            let failure =
+                |code: u16| (code, json!({"kind": "Status", "status": "Failure", "code": code, "message": "no"}));
+            if self.failing > 0 {
+                self.failing -= 1;
+                return failure(500);
+            }
+            let Some(object) = self.objects.get_mut(path.trim_end_matches("/status")) else { return failure(404) };
+            let Some(patch) = body else { return (200, object.clone()) };
+            assert!(path.ends_with("/status") && query.contains("fieldManager=culvert-control"), "{path}?{query}");
+            let version = &object["metadata"]["resourceVersion"];
+            if patch["metadata"]["resourceVersion"] != *version || patch["metadata"]["uid"] != object["metadata"]["uid"]
+            {
+                return failure(409);
+            }
+            let next = version.as_str().unwrap().parse::<u64>().unwrap() + 1;
+            object["metadata"]["resourceVersion"] = json!(next.to_string());
+            for (name, value) in patch["status"].as_object().unwrap() {
+                object["status"][name] = value.clone();
+            }
+            self.written.push((query.to_owned(), patch));
+            (200, object.clone())
+        }
+    }
+
+    impl tower_service::Service<Request<Body>> for Api {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<Body>) -> Self::Future {
+            let state = self.0.clone();
+            Box::pin(async move {
+                let (head, body) = request.into_parts();
+                let bytes = body.collect_bytes().await.unwrap();
+                let body = (head.method == http::Method::PATCH).then(|| serde_json::from_slice(&bytes).unwrap());
+                let (code, answer) = state.lock().answer(head.uri.path(), head.uri.query().unwrap_or_default(), body);
+                let mut response = Response::new(Body::from(serde_json::to_vec(&answer).unwrap()));
+                *response.status_mut() = StatusCode::from_u16(code).unwrap();
+                Ok(response)
+            })
+        }
+    }
+
+    impl Api {
+        /// With one object.
+        fn new(status: Value) -> Self {
+            let api = Self::default();
+            let meta = json!({"namespace": "a", "name": "p", "uid": "u", "resourceVersion": "1", "generation": 1});
+            let object = json!({"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": meta, "status": status});
+            api.0.lock().objects.insert(PATH.to_owned(), object);
+            api
+        }
+
+        fn client(&self) -> Client {
+            Client::new(self.clone(), "default")
+        }
+
+        fn said(&self) -> Option<Said> {
+            Said::of(&self.0.lock().objects[PATH]["status"])
+        }
+
+        fn counts(&self) -> (usize, usize) {
+            let state = self.0.lock();
+            (state.requests, state.written.len())
+        }
+    }
+
+    fn wanted(message: &str) -> Wanted {
+        let condition = Condition::new(Reason::PartlyEnforced, message);
+        Wanted { kind: Kind::Authorization, namespace: "a".into(), name: "p".into(), generation: 1, condition }
+    }
+
+    fn says(api: &Api, wanted: &Wanted) -> bool {
+        api.said().is_some_and(|said| said.is(&wanted.condition, wanted.generation))
+    }
+
+    /// Runs writers until nothing has happened for a while, by the paused clock.
+    async fn run(apis: &[&Api], all: &[Wanted]) {
+        let mut senders = Vec::new();
+        let mut writers = FuturesUnordered::new();
+        for api in apis {
+            let (sender, receiver) = mpsc::channel(8);
+            for wanted in all {
+                sender.try_send(wanted.clone()).unwrap();
+            }
+            senders.push(sender);
+            writers.push(write(api.client(), receiver));
+        }
+        assert!(timeout(Duration::from_secs(600), writers.next()).await.is_err(), "a writer has ended");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_status_is_written_once_beside_those_of_others() {
+        let api = Api::new(json!({"conditions": [{"type": "WaypointAccepted", "status": "True"}]}));
+        run(&[&api], &[wanted("early"), wanted("m")]).await;
+        assert!(says(&api, &wanted("m")));
+        assert_eq!(api.counts(), (2, 1), "one read, one write");
+        assert_eq!(api.0.lock().objects[PATH]["status"]["conditions"][0]["type"], "WaypointAccepted");
+        run(&[&api], &[wanted("m")]).await;
+        assert_eq!(api.counts(), (3, 1), "it says so already");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_replicas_write_once() {
+        let api = Api::new(Value::Null);
+        run(&[&api, &api], &[wanted("m")]).await;
+        assert!(says(&api, &wanted("m")));
+        assert_eq!(api.counts().1, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_object_that_is_gone_or_newer_is_left_alone() {
+        let api = Api::new(Value::Null);
+        run(&[&api], &[Wanted { name: "other".into(), ..wanted("m") }]).await;
+        run(&[&api], &[Wanted { generation: 2, ..wanted("m") }]).await;
+        assert_eq!(api.counts(), (2, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_are_tried_again() {
+        let api = Api::new(Value::Null);
+        api.0.lock().failing = 5;
+        run(&[&api], &[wanted("m")]).await;
+        assert!(says(&api, &wanted("m")));
+        assert_eq!(api.counts(), (7, 1));
+    }
+
+    /// Replicas of two versions that disagree: each hears of the other's write and wants its own again.
+    #[tokio::test(start_paused = true)]
+    async fn replicas_that_disagree_write_seldom() {
+        let api = Api::new(Value::Null);
+        let (first, first_receiver) = mpsc::channel(8);
+        let (second, second_receiver) = mpsc::channel(8);
+        let watch = async {
+            loop {
+                for (sender, message) in [(&first, "1"), (&second, "2")] {
+                    if !says(&api, &wanted(message)) {
+                        sender.send(wanted(message)).await.unwrap();
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        let all = futures_util::future::join3(
+            write(api.client(), first_receiver),
+            write(api.client(), second_receiver),
+            watch,
+        );
+        let hours = 6;
+        assert!(timeout(Duration::from_secs(hours * 3600), all).await.is_err());
+        let writes = api.counts().1;
+        assert!((4..40).contains(&writes), "{writes} writes in {hours} hours");
+    }
 }
