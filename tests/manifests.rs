@@ -617,6 +617,7 @@ fn the_control_plane_may_do_what_it_does_and_no_more() {
     let of_control = named(&all, "Deployment", "culvert-control");
     let pod = &of_control["spec"]["template"]["spec"];
     assert_eq!(pod["serviceAccountName"], "culvert-control");
+    assert_eq!(pod["enableServiceLinks"], false, "the variables of its Service have names of settings");
     assert_eq!((&pod["hostNetwork"], &pod["hostPID"]), (&Value::Null, &Value::Null));
     let volumes = pod["volumes"].as_array().cloned().unwrap_or_default();
     assert!(volumes.iter().all(|volume| volume["hostPath"].is_null()), "{volumes:?}");
@@ -663,13 +664,15 @@ fn each_alert_fires_when_it_should_and_only_then() {
         let case = case.unwrap_or_else(|| panic!("{name} has no case"));
         let fired = case["alert_rule_test"][0]["exp_alerts"].as_array().unwrap();
         assert_eq!((&case["alert_rule_test"][0]["alertname"], fired.len()), (&json!(name), 1), "{name} fires once");
-        // Of what one daemon does, and not of what others do. One rule is about the DaemonSet.
+        // Of what one process does, and not of what others do. Two rules are about what runs them.
         let series = |of: &str| {
             case["input_series"].as_array().unwrap().iter().any(|one| one["series"].to_string().contains(of))
         };
-        let [bad, good] = match fired[0]["exp_labels"]["daemonset"].as_str() {
-            None => [r#"instance=\"n1\""#, r#"instance=\"n2\""#],
-            Some(_) => [r#"daemonset=\"ztunnel\""#, r#"daemonset=\"other\""#],
+        let labels = &fired[0]["exp_labels"];
+        let [bad, good] = match (labels["daemonset"].is_string(), labels["deployment"].is_string()) {
+            (true, _) => [r#"daemonset=\"ztunnel\""#, r#"daemonset=\"other\""#],
+            (_, true) => [r#"deployment=\"culvert-control\""#, r#"deployment=\"other\""#],
+            _ => [r#"instance=\"n1\""#, r#"instance=\"n2\""#],
         };
         assert!(series(bad) && series(good), "{name}: one series fires it and one does not");
     }

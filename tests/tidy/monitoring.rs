@@ -7,8 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 /// Metrics of others: of Prometheus itself, and of kube-state-metrics.
-const OTHERS: [&str; 3] =
-    ["up", "kube_daemonset_status_desired_number_scheduled", "kube_daemonset_status_number_ready"];
+const OTHERS: [&str; 4] = [
+    "up",
+    "kube_daemonset_status_desired_number_scheduled",
+    "kube_daemonset_status_number_ready",
+    "kube_deployment_status_replicas_available",
+];
 
 /// Labels that come with the target of a scrape.
 const OF_TARGETS: [&str; 2] = ["instance", "job"];
