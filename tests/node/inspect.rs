@@ -142,6 +142,38 @@ fn status_shows_all_nodes_and_names_those_that_do_not_answer() {
 }
 
 #[test]
+fn status_shows_the_control_plane_where_the_daemons_use_it() {
+    let mut w = World::new();
+    w.write_pods(1, &[]);
+    // It cannot be reached here; what counts is that the daemon says where it has its facts from.
+    w.start_node(1, &[("LOCAL_XDS_PATH", ""), ("XDS_ADDRESS", "culvert-control.istio-system.svc:15012")]);
+    let api = Api::start(&w, 1);
+    api.daemon(1, running(), Forward::To(w.ns("n1")));
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(subject());
+        command.args(arguments).env_clear().env("KUBECONFIG", &api.kubeconfig);
+        said(inside(&w.ns("n1"), || command.output()).unwrap())
+    };
+    let summary = |said: &str| format!("control plane istio-system/culvert-control: {said} replicas are ready");
+    run(&["status"]).has(1, &[&summary("0 of 0"), "0 of 0 replicas are ready: daemons go on with what they know"]);
+    for node in [1, 2] {
+        api.control(node, true);
+    }
+    let well = run(&["status"]);
+    well.has(1, &[&summary("2 of 2"), "red: 1 of 1 node"]);
+    assert!(!well.out.contains("go on with what they know"), "{}", well.out);
+    api.control(2, false);
+    run(&["status"]).has(1, &[&summary("1 of 2"), "culvert-control-2 on n2 is not ready (Running)"]);
+    let shape = run(&["status", "--json"]).json()["controlPlane"].clone();
+    assert_eq!(shape["namespace"], "istio-system");
+    let ready = |at: usize| shape["replicas"][at]["ready"].clone();
+    assert_eq!((ready(0), ready(1), ready(2)), (json!(true), json!(false), Value::Null));
+    run(&["doctor", "--cluster"]).has(1, &["control plane\n", "1 of 2 replicas are ready"]);
+    // Where facts come from a file, there is none to look for.
+    assert!(!Cluster::new().run(&["status"]).out.contains("control plane"));
+}
+
+#[test]
 fn status_is_red_while_a_pod_is_not_captured_and_waits_until_it_is() {
     let mut c = Cluster::new();
     let late = c.w.add_pod("late", 2);

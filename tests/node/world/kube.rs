@@ -194,6 +194,16 @@ impl Api {
         self.change_state(|state| drop(state.forwards.insert(name, forward)));
     }
 
+    /// Adds a replica of the control plane, or changes whether it is ready.
+    pub fn control(&self, node: u8, ready: bool) {
+        let name = format!("culvert-control-{node}");
+        let ready = if ready { "True" } else { "False" };
+        let object = json!({"metadata": {"name": name, "namespace": "istio-system", "uid": name, "labels": {"app": "culvert-control"}},
+            "spec": {"nodeName": format!("n{node}"), "containers": []},
+            "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": ready}]}});
+        self.put("pods", &format!("istio-system/{name}"), |_| Some(object));
+    }
+
     /// Adds a pod of namespace `other` with the label of the daemons that is on a node too. Nothing can be forwarded to
     /// it.
     pub fn impostor(&self, node: u8) {
