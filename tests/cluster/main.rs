@@ -20,4 +20,5 @@ mod world;
 
 mod agent;
 mod alone;
+mod control;
 mod istio;

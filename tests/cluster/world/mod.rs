@@ -30,6 +30,8 @@ pub enum Mode {
     Istio,
     Agent,
     Alone,
+    /// culvert's own control plane, which the scenarios install.
+    Control,
 }
 
 /// A running cluster. Only one runs at a time.
@@ -47,6 +49,7 @@ impl Mode {
             Self::Istio => "test-istio",
             Self::Agent => "test-agent",
             Self::Alone => "test-alone",
+            Self::Control => "test-control",
         }
     }
 
@@ -55,6 +58,7 @@ impl Mode {
             Self::Istio => &[],
             Self::Agent => &["--agent"],
             Self::Alone => &["--alone"],
+            Self::Control => &["--control", "--bare"],
         }
     }
 
@@ -85,8 +89,13 @@ impl Cluster {
     /// Removes what failed scenarios leave.
     fn forget(&self) {
         self.kubectl(&["-n", SHOP, "delete", "pods,jobs,deployments", "-l", "made-by=scenario", "--wait=false"]);
-        if self.mode != Mode::Alone {
-            self.kubectl(&["delete", "peerauthentications,authorizationpolicies", "-A", "--all"]);
+        match self.mode {
+            Mode::Alone => {}
+            // They go with their definitions, when the control plane is removed.
+            Mode::Control => drop(self.kubectl(&["label", "namespace", SHOP, "istio.io/dataplane-mode-"])),
+            Mode::Istio | Mode::Agent => {
+                self.kubectl(&["delete", "peerauthentications,authorizationpolicies", "-A", "--all"]);
+            }
         }
     }
 
