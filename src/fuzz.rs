@@ -17,8 +17,8 @@ use crate::connection::authorize::Subject;
 use crate::connection::authorize::decide::{Applicable, Verdict};
 use crate::connection::choose::{Chance, ResolvedNames, route};
 use crate::control::xds::{decode, delta, policy, saved};
-use crate::control_plane::ca::csr;
 use crate::control_plane::Cluster;
+use crate::control_plane::ca::csr;
 use crate::control_plane::policies::{Index, Kind, Object, status};
 use crate::daemon::explain::{Question, Wanted, policies_in, question};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn no_parser_panics_on_its_corpus() {
         type Target = (&'static str, fn(&[u8]));
-        let targets: [Target; 16] = [
+        let targets: [Target; 17] = [
             ("dns_request", super::dns_request),
             ("dns_answer", super::dns_answer),
             ("xds_resources", super::xds_resources),
