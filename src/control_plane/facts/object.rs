@@ -228,7 +228,7 @@ pub enum GatewayAddress {
     Ip(IpAddr),
 }
 
-/// A Gateway that is a waypoint and has an address.
+/// A Gateway that has an address, so that it can be a waypoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gateway {
     /// Namespace.

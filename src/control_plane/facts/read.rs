@@ -345,12 +345,9 @@ impl Reader {
         })
     }
 
-    /// Reads a Gateway. `None` for one that is no waypoint, or has no address yet.
+    /// Reads a Gateway. `None` for one that has no address yet.
     pub fn gateway(&mut self, gateway: &api::Gateway) -> Option<super::object::Gateway> {
         let id = Id { kind: "Gateway", metadata: &gateway.metadata };
-        if !waypoint::is_waypoint(gateway) {
-            return None;
-        }
         let (namespace, name) = self.key(id)?;
         let mut faults = Vec::new();
         let read = waypoint::gateway(gateway, namespace, name, &mut faults);

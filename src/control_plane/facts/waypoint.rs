@@ -1,4 +1,4 @@
-//! Waypoints: which Gateways are waypoints, who asks for them, and who gets them.
+//! Waypoints: who asks for which Gateway, and who gets it. A Gateway of any class is a waypoint if somebody asks for it.
 //!
 //! Only what attaches to a Gateway is told to daemons; the proxy behind it is the user's. A waypoint that does not
 //! exist, is not ready, takes no such traffic or does not admit the namespace is not sent, and traffic goes direct, as
@@ -14,8 +14,6 @@ use crate::ports;
 use serde_json::Value;
 use std::net::IpAddr;
 
-/// Class of the Gateways that are waypoints.
-const CLASS: &str = "istio-waypoint";
 const USE: &str = "istio.io/use-waypoint";
 const USE_NAMESPACE: &str = "istio.io/use-waypoint-namespace";
 const FOR: &str = "istio.io/waypoint-for";
@@ -31,11 +29,6 @@ pub fn asked(metadata: &Metadata, namespace: &str, names: &mut Names) -> Asked {
             Asked::Gateway((names.text(namespace), names.text(name)))
         }
     }
-}
-
-/// Whether a Gateway is a waypoint.
-pub fn is_waypoint(gateway: &api::Gateway) -> bool {
-    gateway.spec.get("gatewayClassName").and_then(Value::as_str) == Some(CLASS)
 }
 
 /// Reads a waypoint; `None` if it has no address.

@@ -36,7 +36,8 @@ pub fn nowhere() -> Locality {
 
 /// The fact of a pod.
 pub fn of_pod(pod: &Pod, around: Around<'_>) -> Workload {
-    let label = |keys: [&str; 3]| keys.into_iter().filter_map(|key| pod.labels.get(key)).find(|text| !text.is_empty());
+    // One that is there counts, even if it is empty.
+    let label = |keys: [&str; 3]| keys.into_iter().find_map(|key| pod.labels.get(key));
     let names = ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"];
     let revisions = ["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"];
     let service_account =

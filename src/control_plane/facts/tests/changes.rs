@@ -84,8 +84,7 @@ prop_compose! {
         (namespace, name) in place(), node in select(&NODES[..]), zone in select(vec!["", "z1", "z2"]),
         asking in asking(), labels in labels(), network in select(vec!["", "", "net1"]),
         distribution in select(vec!["", "PreferSameNode"]),
-        (from, class, takes) in (select(vec!["Same", "All", "Selector"]), select(vec!["istio-waypoint", "istio-waypoint", "istio"]),
-            select(vec!["all", "service", "workload"])),
+        (from, takes) in (select(vec!["Same", "All", "Selector"]), select(vec!["all", "service", "workload"])),
         (binding, address) in (select(vec!["", "PROXY/15088"]), select(vec!["", "wp.a"])),
         which in 0u8..3,
     ) -> Value {
@@ -98,7 +97,7 @@ prop_compose! {
             ),
             _ => json!({"kind": "Gateway", "metadata": {"namespace": namespace, "name": name, "labels": {"istio.io/waypoint-for": takes},
                     "annotations": {"ambient.istio.io/waypoint-inbound-binding": binding}},
-                "spec": {"gatewayClassName": class, "listeners": [{"port": 15008, "protocol": "HBONE",
+                "spec": {"gatewayClassName": "istio-waypoint", "listeners": [{"port": 15008, "protocol": "HBONE",
                     "allowedRoutes": {"namespaces": {"from": from, "selector": {"matchLabels": labels}}}}]},
                 "status": {"addresses": [{"type": "Hostname", "value": address}]}}),
         }

@@ -91,7 +91,7 @@ fn names_for_telemetry_come_from_labels_first() {
     let labels = |labels: Value| json!({"metadata": {"labels": labels}});
     for (other, name, revision) in [
         (json!({}), "web", "latest"),
-        (labels(json!({"app": ""})), "p", "latest"),
+        (labels(json!({"app": ""})), "", "latest"),
         (labels(json!({"app.kubernetes.io/name": "k", "app.kubernetes.io/version": "2", "version": "1"})), "k", "2"),
         (
             labels(json!({"service.istio.io/canonical-name": "c", "app.kubernetes.io/name": "k", "version": "1"})),

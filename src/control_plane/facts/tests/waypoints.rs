@@ -69,11 +69,10 @@ fn an_object_says_which_waypoint_it_uses_or_its_namespace_does() {
 }
 
 #[test]
-fn only_a_waypoint_with_an_address_counts() {
+fn a_gateway_of_any_class_with_an_address_counts() {
     let address = |list: Value| json!({"status": {"addresses": list}});
     for (other, expected) in [
-        (json!({"spec": {"gatewayClassName": "istio"}}), None),
-        (json!({"spec": {"gatewayClassName": null}}), None),
+        (json!({"spec": {"gatewayClassName": "other"}}), Some("a/wp.a.svc.cluster.local:15008")),
         (address(json!([])), None),
         (address(json!(null)), None),
         (json!({"status": null}), None),
