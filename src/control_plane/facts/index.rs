@@ -2,6 +2,7 @@
 //! [`Index::take_changes`] makes these anew and returns those that differ.
 
 use super::object::{Asked, Endpoint, Gateway, Key, Namespace, Node, Pod, Service, Slice};
+use super::read::Faults;
 use super::space::Space;
 use super::workload::{Around, nowhere, of_endpoint, of_pod};
 use super::{resource, service};
@@ -11,6 +12,11 @@ use crate::mesh::workload::Locality;
 use crate::mesh::{GatewayRef, Text};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+
+/// Most services of one workload.
+const SERVICES_MAX: usize = 250;
+/// Most ports of all services of one workload.
+const PORTS_MAX: usize = 4_000;
 
 /// The keys of the policies that select a pod of a namespace with some labels.
 pub type Policies<'a> = &'a dyn Fn(&str, &BTreeMap<String, String>) -> Vec<Text>;
@@ -28,6 +34,7 @@ pub struct Index {
     /// The workloads of each slice among these.
     published_of_slice: HashMap<Key, Vec<Text>>,
     marked: Marked,
+    faults: Faults,
 }
 
 /// What may have changed.
@@ -57,10 +64,12 @@ impl Index {
             published: HashMap::new(),
             published_of_slice: HashMap::new(),
             marked: Marked::default(),
+            faults: Faults::default(),
         }
     }
 
     /// How many workloads and services are known.
+    #[cfg(test)]
     pub fn facts(&self) -> usize {
         self.published.len()
     }
@@ -236,6 +245,11 @@ impl Index {
         self.marked.pods_of.insert(namespace.clone());
     }
 
+    /// What was left out since the last call.
+    pub fn take_faults(&mut self) -> Faults {
+        std::mem::take(&mut self.faults)
+    }
+
     /// Whether facts may have changed.
     pub fn has_changes(&self) -> bool {
         let m = &self.marked;
@@ -255,6 +269,13 @@ impl Index {
         for (namespace, name) in &marked.pods {
             let uid = crate::mesh::workload::pod_uid(&self.cluster.id, namespace, name);
             let new = self.pod(namespace, name, policies);
+            let new = new.map(|(resource, left_out)| {
+                if left_out > 0 {
+                    let fault = format!("Pod {namespace}/{name}: belongs to too many services or ports; {left_out} services are left out");
+                    self.faults.add(fault);
+                }
+                resource
+            });
             self.publish(uid, new, &mut changes);
         }
         for (namespace, name) in &marked.services {
@@ -343,10 +364,14 @@ impl Index {
         admitted.then(|| gateway.reference(&self.network()))
     }
 
-    fn pod(&self, namespace: &Text, name: &Text, policies: Policies<'_>) -> Option<Resource> {
+    /// A pod's resource, and how many of its services were left out.
+    fn pod(&self, namespace: &Text, name: &Text, policies: Policies<'_>) -> Option<(Resource, usize)> {
         let space = self.spaces.get(namespace)?;
         let pod = space.pods.get(name)?;
-        let services = space.services_of(pod);
+        let mut services = space.services_of(pod);
+        let all = services.len();
+        services.truncate(few(&services));
+        let left_out = all - services.len();
         let (waypoint, application_tunnel) = match &pod.gateway {
             None => (self.waypoint(namespace, space, &pod.asked, false), None),
             // The pods of a gateway have no waypoint before them.
@@ -365,7 +390,7 @@ impl Index {
             application_tunnel,
             policies: policies(namespace, &pod.labels),
         };
-        Some(resource::workload(&of_pod(pod, around), names))
+        Some((resource::workload(&of_pod(pod, around), names), left_out))
     }
 
     /// The name of a service's resource, and the resource.
@@ -406,4 +431,14 @@ impl Index {
 fn asks(space: &Space, gateways: &HashSet<Key>) -> bool {
     let asked = space.namespace.as_ref().map(|namespace| &namespace.asked);
     matches!(asked, Some(Asked::Gateway(gateway)) if gateways.contains(gateway))
+}
+
+/// How many of these services a workload may have: their ports are repeated for each of their pods.
+fn few(services: &[&Service]) -> usize {
+    let mut ports = 0;
+    let fits = |service: &&&Service| {
+        ports += service.ports.len();
+        ports <= PORTS_MAX
+    };
+    services.iter().take(SERVICES_MAX).take_while(fits).count()
 }

@@ -38,6 +38,23 @@ pub enum Asked {
     Gateway(Key),
 }
 
+/// Ports by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NamedPorts(Box<[(Text, u16)]>);
+
+impl NamedPorts {
+    /// These ports.
+    pub fn of(ports: BTreeMap<Text, u16>) -> Self {
+        Self(ports.into_iter().collect())
+    }
+
+    /// The port with a name.
+    pub fn get(&self, name: &str) -> Option<u16> {
+        let at = self.0.binary_search_by(|(known, _)| (**known).cmp(name)).ok()?;
+        self.0.get(at).map(|(_, number)| *number)
+    }
+}
+
 /// A pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pod {
@@ -60,7 +77,7 @@ pub struct Pod {
     /// How it accepts traffic.
     pub tunnel: Tunnel,
     /// Named TCP ports of its containers.
-    pub ports: Box<[(Text, u16)]>,
+    pub ports: NamedPorts,
     /// Whether it uses its node's network.
     pub host_network: bool,
     /// Whether it is ready and not being deleted.
@@ -172,7 +189,7 @@ pub struct Slice {
     /// Endpoints.
     pub endpoints: Vec<Endpoint>,
     /// TCP ports by the name of the service port.
-    pub ports: Vec<(Text, u16)>,
+    pub ports: NamedPorts,
 }
 
 /// A node.

@@ -5,7 +5,8 @@
 
 use super::api::{self, Metadata};
 use super::object::{
-    Asked, Distribution, Endpoint, Labels, Namespace, Node, Pod, PodRef, Service, ServicePort, Slice, Target, Tunnel,
+    Asked, Distribution, Endpoint, Labels, NamedPorts, Namespace, Node, Pod, PodRef, Service, ServicePort, Slice,
+    Target, Tunnel,
 };
 use super::owner::workload_name;
 use super::waypoint;
@@ -13,7 +14,8 @@ use crate::control::xds::decode::Names;
 use crate::mesh::address::is_link_local;
 use crate::mesh::workload::Locality;
 use crate::mesh::{ServiceKey, SpiffeName, Text};
-use std::collections::HashSet;
+use crate::telemetry::limit::shortened;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 /// Annotation of a pod that its node's daemon has captured, and the value that says so.
@@ -35,6 +37,8 @@ const NETWORK: &str = "topology.istio.io/network";
 
 /// Most addresses of one object. Kubernetes has two.
 const ADDRESSES_MAX: usize = 16;
+/// Most ports of a service. Each is repeated for each of its pods.
+const PORTS_MAX: usize = 2_000;
 /// Most endpoints of a slice; the API allows no more.
 const ENDPOINTS_MAX: usize = 1_000;
 /// Most sets of labels that are remembered for sharing.
@@ -49,6 +53,16 @@ pub struct Faults {
     pub named: Vec<String>,
     /// How many there were.
     pub count: u64,
+}
+
+impl Faults {
+    /// Adds one.
+    pub fn add(&mut self, fault: String) {
+        self.count += 1;
+        if self.named.len() < FAULTS_MAX {
+            self.named.push(shortened(fault));
+        }
+    }
 }
 
 /// Reads objects. It remembers texts and labels, so that objects share them.
@@ -79,13 +93,10 @@ impl Reader {
     }
 
     fn fault(&mut self, id: Id<'_>, what: &str) {
-        self.faults.count += 1;
-        if self.faults.named.len() < FAULTS_MAX {
-            let (namespace, name) = (id.metadata.namespace.as_deref(), id.metadata.name.as_deref());
-            let slash = if namespace.is_some() { "/" } else { "" };
-            let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
-            self.faults.named.push(format!("{} {namespace}{slash}{name}: {what}", id.kind));
-        }
+        let (namespace, name) = (id.metadata.namespace.as_deref(), id.metadata.name.as_deref());
+        let slash = if namespace.is_some() { "/" } else { "" };
+        let (namespace, name) = (namespace.unwrap_or_default(), name.unwrap_or_default());
+        self.faults.add(format!("{} {namespace}{slash}{name}: {what}", id.kind));
     }
 
     /// Namespace and name; `None` if these cannot be parts of an identity or of a resource's name.
@@ -174,22 +185,25 @@ impl Reader {
     }
 
     /// Named TCP ports of the containers that run beside each other. Of two with one name, the first counts.
-    fn container_ports(&mut self, id: Id<'_>, spec: &api::PodSpec) -> Box<[(Text, u16)]> {
+    fn container_ports(&mut self, id: Id<'_>, spec: &api::PodSpec) -> NamedPorts {
         let beside = |container: &&api::Container| container.restart_policy.as_deref() == Some("Always");
         let init = spec.init_containers.iter().flatten().filter(beside);
-        let mut ports: Vec<(Text, u16)> = Vec::new();
-        for port in spec.containers.iter().flatten().chain(init).flat_map(|c| c.ports.iter().flatten()) {
-            let Some(name) = port.name.as_deref().filter(|name| !name.is_empty() && is_tcp(port.protocol.as_deref()))
-            else {
-                continue;
-            };
-            match port.container_port.and_then(port_number) {
-                Some(_) if ports.iter().any(|(known, _)| **known == *name) => {}
-                Some(number) => ports.push((self.names.text(name), number)),
-                None => self.fault(id, &format!("container port {name:?} has no valid number")),
+        let all = spec.containers.iter().flatten().chain(init).flat_map(|c| c.ports.iter().flatten());
+        let named = all.filter(|port| port.name.as_deref().is_some_and(|name| !name.is_empty()));
+        let tcp = named.filter(|port| is_tcp(port.protocol.as_deref()));
+        self.named_ports(id, tcp.map(|port| (port.name.as_deref().unwrap_or_default(), port.container_port)))
+    }
+
+    /// Ports by name. Of two with one name, the first counts.
+    fn named_ports<'a>(&mut self, id: Id<'_>, all: impl Iterator<Item = (&'a str, Option<i64>)>) -> NamedPorts {
+        let mut ports = BTreeMap::new();
+        for (name, number) in all {
+            match number.and_then(port_number) {
+                Some(number) => drop(ports.entry(self.names.text(name)).or_insert(number)),
+                None => self.fault(id, &format!("port {name:?} has no valid number")),
             }
         }
-        ports.into()
+        NamedPorts::of(ports)
     }
 
     fn asked(&mut self, metadata: &Metadata, namespace: &str) -> Asked {
@@ -260,6 +274,10 @@ impl Reader {
                 self.fault(id, &format!("port {number} has no valid target"));
                 continue;
             };
+            if known.len() >= PORTS_MAX {
+                self.fault(id, &format!("more than {PORTS_MAX} ports; the rest is left out"));
+                break;
+            }
             if known.insert(number) {
                 let (name, tcp) = (self.names.text(said), is_tcp(port.protocol.as_deref()));
                 ports.push(ServicePort { number, name, target, tcp });
@@ -304,19 +322,11 @@ impl Reader {
         Some(Slice { service: self.names.text(service), namespace, name, endpoints, ports })
     }
 
-    fn slice_ports(&mut self, id: Id<'_>, slice: &api::EndpointSlice) -> Vec<(Text, u16)> {
-        let mut ports = Vec::new();
-        for port in slice.ports.iter().flatten().filter(|p| is_tcp(p.protocol.as_deref())) {
-            let name = port.name.as_deref().unwrap_or_default();
-            match port.port {
-                None => {}
-                Some(number) => match port_number(number) {
-                    Some(number) => ports.push((self.names.text(name), number)),
-                    None => self.fault(id, &format!("port {name:?} has no valid number")),
-                },
-            }
-        }
-        ports
+    /// The TCP ports of a slice. One without a number stands for all ports, of which nothing is known here.
+    fn slice_ports(&mut self, id: Id<'_>, slice: &api::EndpointSlice) -> NamedPorts {
+        let tcp = slice.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref()));
+        let numbered = tcp.filter(|port| port.port.is_some());
+        self.named_ports(id, numbered.map(|port| (port.name.as_deref().unwrap_or_default(), port.port)))
     }
 
     /// Reads a node.

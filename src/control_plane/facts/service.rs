@@ -59,14 +59,13 @@ fn load_balancer(service: &Service, of_namespace: Option<Distribution>) -> Optio
 pub fn ports_at(service: &Service, pod: &Pod) -> Ports {
     let target = |target: &Target| match target {
         Target::Number(number) => Some(*number),
-        Target::Name(name) => pod.ports.iter().find(|(known, _)| known == name).map(|(_, number)| *number),
+        Target::Name(name) => pod.ports.get(name),
     };
     service.ports.iter().filter_map(|port| Some((port.number, target(&port.target)?))).collect()
 }
 
 /// The port map of a service at the endpoints of a slice that are no pods: its TCP ports, by name.
 pub fn ports_in(service: &Service, slice: &Slice) -> Ports {
-    let number = |name: &Text| slice.ports.iter().find(|(known, _)| known == name).map(|(_, number)| *number);
     let tcp = service.ports.iter().filter(|port| port.tcp);
-    tcp.filter_map(|port| Some((port.number, number(&port.name)?))).collect()
+    tcp.filter_map(|port| Some((port.number, slice.ports.get(&port.name)?))).collect()
 }

@@ -56,9 +56,9 @@ impl Fold {
         !self.has_published || self.policies_changed || self.index.has_changes()
     }
 
-    /// What was left out since the last call.
-    pub fn take_faults(&mut self) -> Faults {
-        self.reader.take_faults()
+    /// What was left out since the last call, of objects and of facts.
+    pub fn take_faults(&mut self) -> [Faults; 2] {
+        [self.reader.take_faults(), self.index.take_faults()]
     }
 
     /// Takes note of an event.

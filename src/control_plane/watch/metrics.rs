@@ -62,7 +62,8 @@ impl Metrics {
         registry.register("culvert_control_batches", help, self.batches.clone());
         let help = "Changes of workloads, services and policies that were published";
         registry.register("culvert_control_changes", help, self.changes.clone());
-        let help = "Values of objects that make no sense and were left out. The log names them";
+        let help =
+            "Values of objects that were left out because they make no sense or are too many. The log names them";
         registry.register("culvert_control_values_left_out", help, self.left_out.clone());
         registry.register_collector(Box::new(self.last_event.clone()));
     }

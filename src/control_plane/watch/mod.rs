@@ -139,15 +139,20 @@ impl Watch {
         let kind = event.kind();
         self.fold.apply(event);
         self.metrics.set_objects(kind, self.fold.count(kind));
-        let faults = self.fold.take_faults();
-        self.metrics.count_left_out(faults.count);
-        for fault in faults.named {
-            if let Some(suppressed) = self.left_out.allow() {
-                tracing::warn!(suppressed, "a part of an object of the Kubernetes API makes no sense: {fault}");
-            }
-        }
+        self.say_faults();
         if self.due.is_none() && self.fold.is_complete() && self.fold.has_changes() {
             self.due = Some(Instant::now() + self.pause);
+        }
+    }
+
+    fn say_faults(&mut self) {
+        for faults in self.fold.take_faults() {
+            self.metrics.count_left_out(faults.count);
+            for fault in faults.named {
+                if let Some(suppressed) = self.left_out.allow() {
+                    tracing::warn!(suppressed, "a part of an object of the Kubernetes API is left out: {fault}");
+                }
+            }
         }
     }
 
@@ -162,6 +167,7 @@ impl Watch {
             self.catalog.set_complete();
             tracing::info!(resources = count, "every kind of object has been listed; daemons are served");
         }
+        self.say_faults();
         self.pause = begun.elapsed().max(BATCH);
     }
 }

@@ -109,7 +109,9 @@ fn ports_that_make_no_sense_are_left_out_by_name() {
     let faults = world.faults();
     assert_eq!(faults.len(), 7);
     assert!(faults.iter().all(|fault| fault.starts_with("Service a/s: port ")), "{faults:?}");
-    assert_eq!(World::of(&[service(json!({"spec": {"ports": many}}))]).service("a", "s").unwrap().ports.len(), 5_000);
+    let mut world = World::of(&[service(json!({"spec": {"ports": many}}))]);
+    assert_eq!(world.service("a", "s").unwrap().ports.len(), 2_000);
+    assert_eq!(world.faults(), ["Service a/s: more than 2000 ports; the rest is left out"]);
 }
 
 #[test]
@@ -274,4 +276,19 @@ fn the_api_server_is_an_endpoint_of_its_service() {
     let world = World::of(&[service, slice]);
     let w = world.workload("Kubernetes/discovery.k8s.io/EndpointSlice/default/kubernetes/172.18.0.2").unwrap();
     assert_eq!(w.services.values().next(), Some(&[(443, 6443)].into()));
+}
+
+#[test]
+fn the_services_and_ports_of_one_pod_are_bounded() {
+    let named = |n: usize, ports: usize| {
+        let ports: Vec<Value> = (1..=ports).map(|port| json!({"port": port})).collect();
+        service(json!({"metadata": {"name": format!("s{n:03}")}, "spec": {"ports": ports}}))
+    };
+    for (services, ports, kept) in [(250, 1, 250), (251, 1, 250), (3, 2_000, 2)] {
+        let mut objects: Vec<Value> = (0..services).map(|n| named(n, ports)).collect();
+        objects.push(pod(json!({})));
+        let mut world = World::of(&objects);
+        assert_eq!(world.pod("a", "p").unwrap().services.len(), kept);
+        assert_eq!(world.index.take_faults().count, u64::from(services > kept), "{services} of {ports}");
+    }
 }
