@@ -20,7 +20,7 @@ use tracing_subscriber::{EnvFilter, reload};
 
 /// Silences libraries that log an error at each attempt, where the daemon reports it once in its own words. A filter
 /// that names the target overrides this.
-const SILENCED: &str = "kube_client=off";
+const SILENCED: [&str; 2] = ["kube_client=off", "kube_runtime=off"];
 
 /// Settings of the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,14 +89,15 @@ fn parse(filter: &str) -> Result<EnvFilter, LogError> {
             return Err(LogError::Level(word.to_owned()));
         }
     }
-    EnvFilter::try_new(format!("{SILENCED},{filter}")).map_err(|error| LogError::Filter(filter.to_owned(), error))
+    EnvFilter::try_new(format!("{},{filter}", SILENCED.join(",")))
+        .map_err(|error| LogError::Filter(filter.to_owned(), error))
 }
 
 impl LogControl {
     /// The current filter.
     pub fn current(&self) -> String {
         let all = self.handle.with_current(ToString::to_string).unwrap_or_default();
-        all.split(',').filter(|part| *part != SILENCED).collect::<Vec<_>>().join(",")
+        all.split(',').filter(|part| !SILENCED.contains(part)).collect::<Vec<_>>().join(",")
     }
 
     /// Restores the filter with which the log was started.
