@@ -1,14 +1,25 @@
 //! The watch against an API in memory, in simulated time.
 
 mod api;
+mod folds;
 
 use super::*;
-use crate::control_plane::catalog::Edition;
+use crate::control_plane::catalog::{self, Edition};
 use crate::control_plane::policies::status::Wanted;
+use crate::mesh::Text;
 use crate::task::Group;
 use api::Api as Fake;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+
+fn cluster() -> Cluster {
+    Cluster {
+        namespace: "istio-system".into(),
+        trust_domain: "cluster.local".into(),
+        id: "c1".into(),
+        domain: "cluster.local".into(),
+    }
+}
 
 /// A watch of an API.
 struct World {
@@ -27,13 +38,7 @@ impl World {
         let (sender, statuses) = mpsc::channel(room);
         let group = Group::default();
         let (editions, running, counted) = (catalog.follow(), pods.clone(), Arc::clone(&metrics));
-        let cluster = crate::control_plane::Cluster {
-            namespace: "istio-system".into(),
-            trust_domain: "cluster.local".into(),
-            id: "c1".into(),
-            domain: "cluster.local".into(),
-        };
-        group.spawn(async move { follow_cluster(client, &cluster, (catalog, running, counted), sender).await });
+        group.spawn(async move { follow_cluster(client, &cluster(), (catalog, running, counted), sender).await });
         Self { api, editions, pods, metrics, statuses, group }
     }
 
