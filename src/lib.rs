@@ -54,5 +54,7 @@ pub use connection::report::measured as measured_history;
 #[doc(hidden)]
 pub use control_plane::serve::measured as measured_control;
 #[doc(hidden)]
+pub use control_plane::watch::measured as measured_facts;
+#[doc(hidden)]
 pub use daemon::docs;
 pub use daemon::{cli, run, run_as_plugin};

@@ -9,6 +9,7 @@
 mod fold;
 mod follow;
 mod known;
+pub mod measured;
 mod metrics;
 mod object;
 mod outbox;
