@@ -453,7 +453,10 @@ fn cases() -> Vec<(Value, Expectation)> {
                 let set = named(all, "DaemonSet", "tunnel");
                 assert_eq!(variable(set, "ISTIO_META_CLUSTER_ID"), "c9", "both know the cluster by one name");
                 named(all, "PodMonitor", "culvert-control");
-                named(all, "CustomResourceDefinition", "peerauthentications.security.istio.io");
+                for kind in ["authorizationpolicies", "peerauthentications"] {
+                    let kind = named(all, "CustomResourceDefinition", &format!("{kind}.security.istio.io"));
+                    assert_eq!(kind["metadata"]["annotations"]["helm.sh/resource-policy"], "keep", "policies outlive it");
+                }
                 let ports = &named(all, "NetworkPolicy", "culvert-control")["spec"]["ingress"][0]["ports"];
                 let ports: Vec<u64> =
                     ports.as_array().unwrap().iter().map(|port| port["port"].as_u64().unwrap()).collect();
@@ -603,7 +606,7 @@ fn the_control_plane_may_do_what_it_does_and_no_more() {
             "/pods services nodes namespaces[]: list watch",
             "discovery.k8s.io/endpointslices[]: list watch",
             "security.istio.io/authorizationpolicies peerauthentications[]: list watch",
-            "gateway.networking.k8s.io/gateways gatewayclasses[]: list watch",
+            "gateway.networking.k8s.io/gateways[]: list watch",
             "security.istio.io/authorizationpolicies/status peerauthentications/status[]: patch",
             "authentication.k8s.io/tokenreviews[]: create",
             "/configmaps[]: create",
