@@ -6,6 +6,8 @@
 //! While the API is away or silent, what is served stays; when it is back, objects that have vanished in the meantime
 //! are removed. Nothing is served before every kind has been listed once.
 
+#[cfg(test)]
+mod corpus;
 mod fold;
 mod follow;
 mod known;

@@ -217,9 +217,11 @@ SERVICES = [
 ]
 
 
-def endpoint(addresses, target=None, **conditions):
+def endpoint(addresses, target=None, uid="", **conditions):
+    """With an empty uid, the recorder fills in that of the pod."""
     one = {"addresses": addresses, "conditions": conditions}
-    return one | ({"targetRef": {"kind": "Pod", "namespace": "slices", "name": target}} if target else {})
+    reference = {"kind": "Pod", "namespace": "slices", "name": target, **({} if uid is None else {"uid": uid})}
+    return one | ({"targetRef": reference} if target else {})
 
 
 SLICES = [
@@ -230,8 +232,12 @@ SLICES = [
     endpoints("slices", "to-pods-1", "to-pods", [endpoint(["10.3.0.1"], "chosen", ready=True), endpoint(["10.3.0.2"], "chosen-not-ready", ready=False)], [{"name": "http", "port": 8080, "protocol": "TCP"}]),
     service("slices", "to-pods-by-name", [served(80, "web", "http")]),
     endpoints("slices", "to-pods-by-name-1", "to-pods-by-name", [endpoint(["10.3.0.1"], "chosen", ready=True)], [{"name": "http", "port": 8081, "protocol": "TCP"}]),
+    service("slices", "to-a-pod-without-uid", [served(80)]),
+    endpoints("slices", "to-a-pod-without-uid-1", "to-a-pod-without-uid", [endpoint(["10.3.0.1"], "chosen", None, ready=True)], [{"port": 80, "protocol": "TCP"}]),
+    service("slices", "to-an-earlier-pod", [served(80)]),
+    endpoints("slices", "to-an-earlier-pod-1", "to-an-earlier-pod", [endpoint(["10.3.0.1"], "chosen", "uid-of-another", ready=True)], [{"port": 80, "protocol": "TCP"}]),
     service("slices", "to-a-pod-that-is-gone", [served(80)]),
-    endpoints("slices", "to-a-pod-that-is-gone-1", "to-a-pod-that-is-gone", [endpoint(["10.3.0.9"], "gone", ready=True)], [{"port": 80, "protocol": "TCP"}]),
+    endpoints("slices", "to-a-pod-that-is-gone-1", "to-a-pod-that-is-gone", [endpoint(["10.3.0.9"], "gone", "uid-of-gone", ready=True)], [{"port": 80, "protocol": "TCP"}]),
     service("slices", "to-addresses", [served(80, 8080, "http"), served(90, 9090, "other"), served(53, 53, "dns", "UDP")]),
     endpoints("slices", "to-addresses-1", "to-addresses", [endpoint(["198.51.100.1"], ready=True), endpoint(["198.51.100.2"], ready=False), endpoint(["198.51.100.3"]), endpoint(["198.51.100.4"], ready=False, serving=True, terminating=True)], [{"name": "http", "port": 8080, "protocol": "TCP"}, {"name": "dns", "port": 53, "protocol": "UDP"}]),
     endpoints("slices", "to-addresses-2", "to-addresses", [endpoint(["198.51.100.1"], ready=True)], [{"name": "other", "port": 9090, "protocol": "TCP"}]),
