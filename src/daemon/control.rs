@@ -15,7 +15,7 @@ use crate::config::args::ControlArgs;
 use crate::config::command_line::ControlCommand;
 use crate::config::control::check;
 use crate::control_plane::ca::{self, Authority, ReviewError, Reviewer, Rules, Source, publish};
-use crate::control_plane::serve::{self, Server};
+use crate::control_plane::serve::{self, Denied, Server};
 use crate::control_plane::{Catalog, Config, RunningPods, policies, watch};
 use crate::node::kubernetes::client_with;
 use crate::ports;
@@ -31,12 +31,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tonic::Status;
 
 /// How many statuses of policies may wait to be written. More stay with the watch.
 const STATUSES: usize = 256;
 /// How long streams may take to end.
 const LAST_STREAMS: Duration = Duration::from_secs(15);
+/// How often it is looked whether certificates can be signed, until they can.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How long blocking work may continue after its runtime has ended.
 const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 
@@ -161,8 +162,8 @@ fn wait_until_ready(ready: &Ready, catalog: &Arc<Catalog>, authority: &Arc<Autho
     background.spawn(async move {
         let mut changes = authority.changes();
         while !authority.is_ready() {
-            // The authority lives as long as this task.
-            let _ = changes.changed().await;
+            // The serving certificate comes a moment after the key, of which alone there is a notice.
+            let _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()).await;
         }
         drop(signing);
     });
@@ -189,8 +190,8 @@ fn callers(
             let reviewer = reviewer.clone();
             Box::pin(async move {
                 reviewer.review(&token).await.map_err(|error| match error {
-                    ReviewError::Refused(_) => Status::unauthenticated(error.to_string()),
-                    ReviewError::Unavailable(_) => Status::unavailable(error.to_string()),
+                    ReviewError::Refused(_) => Denied::Refused(error.to_string()),
+                    ReviewError::Unavailable(_) => Denied::Unavailable(error.to_string()),
                 })
             })
         }),

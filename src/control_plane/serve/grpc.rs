@@ -17,8 +17,6 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tonic::Status;
 
-/// Largest request. A client that holds 200,000 resources lists them in about 20 MiB.
-const REQUEST_BYTES_MAX: usize = 32 << 20;
 /// Requests up to this size are read without asking for memory.
 const SMALL: usize = 64 << 10;
 /// The memory for larger ones, in units of [`SMALL`].
@@ -42,13 +40,14 @@ pub struct Message {
 pub struct Messages {
     body: Incoming,
     buffer: BytesMut,
+    max: usize,
     budget: Arc<Semaphore>,
 }
 
 impl Messages {
-    /// The messages in this body.
-    pub fn new(body: Incoming, budget: Arc<Semaphore>) -> Self {
-        Self { body, buffer: BytesMut::new(), budget }
+    /// The messages in this body, each of at most `max` bytes.
+    pub fn new(body: Incoming, max: usize, budget: Arc<Semaphore>) -> Self {
+        Self { body, buffer: BytesMut::new(), max, budget }
     }
 
     /// The next message; `None` at the end. It may not be dropped before it is done.
@@ -73,9 +72,9 @@ impl Messages {
             return Err(Status::unimplemented("compressed messages are not read here"));
         }
         let length = usize::try_from(length).unwrap_or(usize::MAX);
-        if length > REQUEST_BYTES_MAX {
+        if length > self.max {
             // In the words by which a client knows that it should ask without the versions of what it holds.
-            let text = format!("grpc: received message larger than max ({length} vs. {REQUEST_BYTES_MAX})");
+            let text = format!("grpc: received message larger than max ({length} vs. {})", self.max);
             return Err(Status::resource_exhausted(text));
         }
         let memory = match u32::try_from(length.div_ceil(SMALL)) {

@@ -1,7 +1,7 @@
 //! A server for measurements and tests: it listens on loopback, has a certificate of its own, and takes every token for
 //! that of a daemon's pod whose uid the token is.
 
-use super::{Authority, Config, Metrics, Server};
+use super::{Authority, Config, Denied, Metrics, Server};
 use crate::control_plane::Caller;
 use crate::control_plane::Catalog;
 use crate::control_plane::caller::CallerPod;
@@ -59,7 +59,7 @@ fn authority(tls: Arc<rustls::ServerConfig>) -> Authority {
     Authority {
         review: Box::new(move |token| {
             let reviewed = match token.starts_with(BAD) {
-                true => Err(Status::unauthenticated("the token is not accepted")),
+                true => Err(Denied::Refused("the token is not accepted".into())),
                 false => Ok(caller(&token)),
             };
             Box::pin(std::future::ready(reviewed))

@@ -41,7 +41,6 @@ pub(super) struct CallLabel {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct TypeLabel {
-    #[allow(clippy::struct_field_names, reason = "the label's name")]
     pub(super) of: &'static str,
 }
 

@@ -28,7 +28,7 @@ mod subscription;
 mod tests;
 
 pub use metrics::Metrics;
-pub use shared::{Authority, Config};
+pub use shared::{Authority, Config, Denied};
 
 use self::nodes::Nodes;
 use self::shared::Shared;

@@ -230,4 +230,6 @@ impl Session {
 }
 
 #[cfg(test)]
+mod random;
+#[cfg(test)]
 mod tests;

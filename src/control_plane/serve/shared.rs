@@ -32,8 +32,26 @@ pub struct Config {
 /// A future that has been boxed.
 pub type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
+/// Why it is not known whose a token is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// It is not good.
+    Refused(String),
+    /// It cannot be checked now.
+    Unavailable(String),
+}
+
+impl From<Denied> for Status {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::Refused(why) => Status::unauthenticated(why),
+            Denied::Unavailable(why) => Status::unavailable(why),
+        }
+    }
+}
+
 /// Says whose a token is. It has a deadline of its own.
-pub type Review = Box<dyn Fn(String) -> Later<Result<Caller, Status>> + Send + Sync>;
+pub type Review = Box<dyn Fn(String) -> Later<Result<Caller, Denied>> + Send + Sync>;
 
 /// Signs a certificate for the owner of a token. It has a deadline of its own.
 pub type Sign = Box<

@@ -42,6 +42,8 @@ fn first(kind: Kind, id: &str) -> DeltaDiscoveryRequest {
 }
 
 struct Stream {
+    /// It is closed with its last handle.
+    _client: AggregatedDiscoveryServiceClient<Connection>,
     send: mpsc::Sender<DeltaDiscoveryRequest>,
     responses: tonic::Streaming<DeltaDiscoveryResponse>,
 }
@@ -53,7 +55,7 @@ impl Stream {
         let mut client = AggregatedDiscoveryServiceClient::with_origin(connection, origin)
             .max_decoding_message_size(MESSAGE_BYTES_MAX);
         let responses = client.delta_aggregated_resources(ReceiverStream::new(requests)).await?.into_inner();
-        Ok(Self { send, responses })
+        Ok(Self { _client: client, send, responses })
     }
 
     async fn next(&mut self) -> Result<Option<DeltaDiscoveryResponse>, Status> {
@@ -116,7 +118,7 @@ async fn certificates_come_from_the_authority() {
     assert_eq!(ask("1", "mine").await.unwrap().into_inner().cert_chain, ["mine", "root"]);
     assert_eq!(ask("bad", "mine").await.unwrap_err().code(), Code::Unauthenticated);
     let long = "x".repeat(100_000);
-    assert_eq!(ask("1", &long).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(ask("1", &long).await.unwrap_err().code(), Code::ResourceExhausted);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,4 +238,28 @@ async fn a_node_is_kept_in_step() {
         stop.at_once();
         running.finished().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_list_of_what_is_held_is_read_and_one_that_is_too_long_is_refused() {
+    let server = Measured::start().await.unwrap();
+    server.set(0..10, |_| 0);
+    server.set_complete();
+    let held = |name: &str, count: usize| DeltaDiscoveryRequest {
+        initial_resource_versions: (0..count).map(|n| (format!("{name}-{n}"), "1".to_owned())).collect(),
+        ..first(Kind::Address, ID)
+    };
+    let mut stream = Stream::open(connect(&server, "1", "").await).await.unwrap();
+    stream.send.send(first(Kind::Authorization, ID)).await.unwrap();
+    stream.send.send(held("gone", 50_000)).await.unwrap();
+    stream.take().await;
+    let response = stream.next().await.unwrap().unwrap();
+    assert_eq!((response.resources.len(), response.removed_resources.len()), (10, 50_000));
+    let mut stream = Stream::open(connect(&server, "2", "").await).await.unwrap();
+    stream.send.send(first(Kind::Authorization, ID)).await.unwrap();
+    stream.take().await;
+    stream.send.send(held(&"x".repeat(33 << 20), 1)).await.unwrap();
+    let refused = stream.next().await.unwrap_err();
+    // The words by which a node knows that it should come back without the list.
+    assert!(refused.code() == Code::ResourceExhausted && refused.message().contains("larger than max"), "{refused}");
 }

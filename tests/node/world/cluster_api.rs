@@ -247,7 +247,8 @@ fn review(state: &mut State, body: &[u8]) -> Value {
     review["status"] = match known {
         Some([namespace, account, pod, uid, node]) => json!({
             "authenticated": true, "audiences": ["istio-ca"],
-            "user": {"username": format!("system:serviceaccount:{namespace}:{account}"), "extra": {
+            "user": {"username": format!("system:serviceaccount:{namespace}:{account}"),
+                "groups": ["system:serviceaccounts", format!("system:serviceaccounts:{namespace}")], "extra": {
                 "authentication.kubernetes.io/pod-name": [pod], "authentication.kubernetes.io/pod-uid": [uid],
                 "authentication.kubernetes.io/node-name": [node],
             }},
