@@ -322,7 +322,7 @@ fn authorizations() -> impl Strategy<Value = (Value, bool)> {
 }
 
 fn authentications() -> impl Strategy<Value = (Value, bool)> {
-    let mode = || prop::sample::select(&["UNSET", "PERMISSIVE", "DISABLE", "STRICT"][..]);
+    let mode = || prop::sample::select(&["UNSET", "UNSET", "PERMISSIVE", "DISABLE", "STRICT", "STRICT"][..]);
     (selectors(), prop::option::of(mode()), prop::option::of(mode()), prop::option::of(mode())).prop_map(
         |(selector, all, first, second)| {
             let mut spec = json!({"selector": selector, "mtls": all.map(|mode| json!({"mode": mode}))});

@@ -19,7 +19,7 @@ pub(super) const FIELDS: [&str; 6] = ["action", "provider", "rules", "selector",
 pub struct Converted {
     /// The policy, unless it is not for nodes.
     pub policy: Option<Policy>,
-    /// The labels of the workloads that it applies to; `None` if it applies to all of its scope.
+    /// The labels of the workloads that it applies to; `None` if it applies to all of its scope, or there is no policy.
     pub selector: Option<Labels>,
     /// What is said of it.
     pub condition: Condition,
@@ -319,6 +319,11 @@ mod tests {
                 source(json!({"ipBlocks": ["10.0.0.0/8"], "notIpBlocks": ["x", "10.0.0.1"]})),
                 None,
                 Some(ips(vec!["10.0.0.0/8"], vec!["10.0.0.1/32"])),
+            ),
+            (
+                source(json!({"ipBlocks": ["10.0.0.0/33"], "notIpBlocks": ["10.0.0.1"]})),
+                None,
+                Some(ips(vec![], vec!["10.0.0.1/32"])),
             ),
             (source(json!({"ipBlocks": "10.0.0.1"})), None, None),
             (source(json!({"ipBlocks": [null]})), None, None),

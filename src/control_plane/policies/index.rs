@@ -91,8 +91,7 @@ impl Index {
             authorization::convert(&object, &self.root)
         };
         self.say(Kind::Authorization, &object, converted.condition);
-        let selector = converted.selector.filter(|_| converted.policy.is_some());
-        self.select(&object.namespace, &object.name, &key, selector);
+        self.select(&object.namespace, &object.name, &key, converted.selector);
         if !object.name.contains('_') {
             self.policies.put(key, converted.policy);
         }
@@ -302,6 +301,21 @@ mod tests {
     }
 
     #[test]
+    fn what_the_levels_above_say_changes_the_policies_of_workloads() {
+        let mut index = index();
+        index.set_authentication(object("a", "w", 1, selected("UNSET", json!({"80": {"mode": "DISABLE"}}))));
+        index.take_changes();
+        let key = Text::from("a/converted_peer_authentication_w");
+        for (namespace, name) in [(ROOT, "m"), ("a", "n")] {
+            index.set_authentication(object(namespace, name, 1, mode("STRICT")));
+            let policies = index.take_changes().policies;
+            assert!(matches!(policies.as_slice(), [(found, Some(_))] if *found == key), "{policies:?}");
+            index.remove_authentication(namespace, name);
+            assert_eq!(index.take_changes().policies, [(key.clone(), None)]);
+        }
+    }
+
+    #[test]
     fn workloads_list_the_policies_with_selectors_of_their_own_and_the_root_namespace() {
         let mut index = index();
         let app = json!({"selector": {"matchLabels": {"app": "x"}}});
@@ -409,23 +423,27 @@ mod tests {
         }
     }
 
-    fn specs() -> impl Strategy<Value = Value> {
+    fn specs(kind: Kind) -> impl Strategy<Value = Value> {
         let selector = prop_oneof![
             Just(Value::Null),
             Just(json!({"matchLabels": {"app": "x"}})),
             Just(json!({"matchLabels": {"app": "x", "tier": "1"}})),
             Just(json!({"matchLabels": {"app": "y"}})),
         ];
-        let port = || prop_oneof![Just("UNSET"), Just("PERMISSIVE"), Just("DISABLE"), Just("STRICT")];
-        let rest = prop_oneof![
-            Just("ALLOW").prop_map(|action| json!({"action": action, "rules": [{}]})),
-            Just("DENY")
-                .prop_map(|action| json!({"action": action, "rules": [{"to": [{"operation": {"paths": ["/"]}}]}]})),
-            Just("AUDIT").prop_map(|action| json!({"action": action})),
-            (port(), prop::option::of(port())).prop_map(|(mode, port)| {
-                json!({"mtls": {"mode": mode}, "portLevelMtls": port.map(|mode| json!({"80": {"mode": mode}}))})
-            }),
-        ];
+        let mode = || prop::sample::select(&["UNSET", "UNSET", "PERMISSIVE", "DISABLE", "STRICT", "STRICT"][..]);
+        let rest = match kind {
+            Kind::Authorization => prop::sample::select(vec![
+                json!({"action": "ALLOW", "rules": [{}]}),
+                json!({"action": "DENY", "rules": [{"to": [{"operation": {"paths": ["/"]}}]}]}),
+                json!({"action": "AUDIT"}),
+            ])
+            .boxed(),
+            Kind::Authentication => (mode(), prop::option::of(mode()))
+                .prop_map(|(mode, port)| {
+                    json!({"mtls": {"mode": mode}, "portLevelMtls": port.map(|mode| json!({"80": {"mode": mode}}))})
+                })
+                .boxed(),
+        };
         (selector, rest).prop_map(|(selector, mut rest)| {
             rest["selector"] = selector;
             rest
@@ -442,15 +460,15 @@ mod tests {
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let one = (
-            prop_oneof![Just(Kind::Authorization), Just(Kind::Authentication)],
-            prop_oneof![Just("a"), Just("b"), Just(ROOT)],
-            prop_oneof![Just("p"), Just("q"), Just("r")],
-            prop::option::weighted(0.7, (0..3i64, specs())),
-            any::<bool>(),
-        );
-        let step = |(kind, namespace, name, set, take)| Step { kind, namespace, name, set, take };
-        prop::collection::vec(one.prop_map(step), 0..24)
+        let kind = prop_oneof![1 => Just(Kind::Authorization), 2 => Just(Kind::Authentication)];
+        let one = kind.prop_flat_map(|kind| {
+            let namespace = prop_oneof![Just("a"), Just("b"), Just(ROOT)];
+            let name = prop_oneof![Just("p"), Just("q"), Just("r")];
+            let set = prop::option::weighted(0.7, (0..3i64, specs(kind)));
+            let step = move |(namespace, name, set, take)| Step { kind, namespace, name, set, take };
+            (namespace, name, set, any::<bool>()).prop_map(step)
+        });
+        prop::collection::vec(one, 0..24)
     }
 
     fn apply(index: &mut Index, kind: Kind, namespace: &str, name: &str, set: Option<(i64, Value)>) {
