@@ -1,4 +1,5 @@
-//! The corpus: what is served for a cluster, compared with what a real istiod has served for the same objects.
+//! The corpus: what is served for a cluster, compared with what a real istiod has served for the same objects. Only for
+//! tests: `#[cfg(test)]`.
 //!
 //! `tests/corpus/README.md` says what is in the files. Differences are listed in `tests/corpus/differences.txt`, with the
 //! reason for each; one that is not listed is a fault, and so is one that is listed and is none.
