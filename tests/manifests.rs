@@ -455,7 +455,10 @@ fn cases() -> Vec<(Value, Expectation)> {
                 named(all, "PodMonitor", "culvert-control");
                 for kind in ["authorizationpolicies", "peerauthentications"] {
                     let kind = named(all, "CustomResourceDefinition", &format!("{kind}.security.istio.io"));
-                    assert_eq!(kind["metadata"]["annotations"]["helm.sh/resource-policy"], "keep", "policies outlive it");
+                    assert_eq!(
+                        kind["metadata"]["annotations"]["helm.sh/resource-policy"], "keep",
+                        "policies outlive it"
+                    );
                 }
                 let ports = &named(all, "NetworkPolicy", "culvert-control")["spec"]["ingress"][0]["ports"];
                 let ports: Vec<u64> =
@@ -605,7 +608,7 @@ fn the_control_plane_may_do_what_it_does_and_no_more() {
         [
             "/pods services nodes namespaces[]: list watch",
             "discovery.k8s.io/endpointslices[]: list watch",
-            "security.istio.io/authorizationpolicies peerauthentications[]: list watch",
+            "security.istio.io/authorizationpolicies peerauthentications[]: get list watch",
             "gateway.networking.k8s.io/gateways[]: list watch",
             "security.istio.io/authorizationpolicies/status peerauthentications/status[]: patch",
             "authentication.k8s.io/tokenreviews[]: create",

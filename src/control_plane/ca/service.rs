@@ -10,6 +10,7 @@ use crate::control_plane::{Caller, RunningPods};
 use crate::mesh::SpiffeName;
 use crate::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
 use crate::telemetry::limit::LogLimit;
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 use tonic::Status;
@@ -44,13 +45,15 @@ impl Service {
         Self { authority, reviewer, pods, rules, metrics, limit: LogLimit::default() }
     }
 
-    /// Signs a certificate. `token` is what follows `Bearer ` in the request's header.
+    /// Signs a certificate. `token` is what follows `Bearer ` in the request's header; the request itself is read once
+    /// it is known whose that is.
     pub async fn create_certificate(
         &self,
         token: Option<&str>,
-        request: IstioCertificateRequest,
+        request: impl Future<Output = Result<IstioCertificateRequest, Status>>,
     ) -> Result<IstioCertificateResponse, Status> {
         let caller = self.caller(token).await?;
+        let request = request.await?;
         let asked = asked(&request).map_err(|reason| self.invalid(&caller, "metadata", reason))?;
         let identity = match &asked {
             Some(text) => SpiffeName::parse(text),
@@ -185,6 +188,10 @@ mod tests {
     use serde_json::json;
     use tonic::Code;
 
+    fn ready(request: IstioCertificateRequest) -> std::future::Ready<Result<IstioCertificateRequest, Status>> {
+        std::future::ready(Ok(request))
+    }
+
     fn config() -> Config {
         Config {
             source: Source::Secrets,
@@ -283,7 +290,7 @@ mod tests {
             ("web", request(vec![(IMPERSONATED, Kind::NullValue(0)), ("Other", Kind::BoolValue(true))]), web),
             ("ztunnel", request(vec![]), "spiffe://cluster.local/ns/istio-system/sa/ztunnel"),
         ] {
-            let answer = fixture.service.create_certificate(Some(token), request).await.unwrap();
+            let answer = fixture.service.create_certificate(Some(token), ready(request)).await.unwrap();
             let leaf = certificates_from_pem(answer.cert_chain[0].as_bytes()).unwrap().remove(0);
             assert_eq!(peer_name(&leaf).unwrap().to_string(), expected);
         }
@@ -342,7 +349,7 @@ mod tests {
             (Some("ztunnel"), unusable, Code::InvalidArgument, "not a CERTIFICATE REQUEST"),
             (Some("ztunnel"), long, Code::InvalidArgument, "7776000 s at most"),
         ] {
-            let status = fixture.service.create_certificate(token, request).await.unwrap_err();
+            let status = fixture.service.create_certificate(token, ready(request)).await.unwrap_err();
             assert_eq!(status.code(), code, "{token:?}: {status}");
             assert!(status.message().contains(word), "{token:?}: {status}");
         }
@@ -353,10 +360,10 @@ mod tests {
     async fn whoever_comes_too_early_is_told_to_come_back() {
         let fixture = fixture();
         let web = || for_identity("spiffe://cluster.local/ns/shop/sa/web");
-        let status = fixture.service.create_certificate(Some("ztunnel"), web()).await.unwrap_err();
+        let status = fixture.service.create_certificate(Some("ztunnel"), ready(web())).await.unwrap_err();
         assert_eq!((status.code(), status.message()), (Code::Unavailable, "the CA cannot sign now"));
         let empty = Service { pods: Arc::default(), ..fixture_service() };
-        let status = empty.create_certificate(Some("ztunnel"), web()).await.unwrap_err();
+        let status = empty.create_certificate(Some("ztunnel"), ready(web())).await.unwrap_err();
         assert_eq!(status.code(), Code::Unavailable);
         assert!(fixture.pods.is_complete() && !empty.pods.is_complete());
     }

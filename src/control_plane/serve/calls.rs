@@ -73,18 +73,25 @@ impl Calls {
             }
         };
         self.known.cancel();
+        let place = match self.shared.nodes.place(&caller) {
+            Ok(place) => place,
+            Err(error) => {
+                let status = Status::resource_exhausted(error.to_string());
+                self.ended(FACTS.1, &status);
+                return Answer::status(&status);
+            }
+        };
         let (sender, response) = Answer::stream(PIECES);
-        let messages = Messages::new(body, FACTS_BYTES_MAX, self.shared.budget.clone());
-        let tasks = self.tasks.clone();
-        tasks.spawn(self.stream(caller, messages, sender));
+        let messages = Messages::new(body, FACTS_BYTES_MAX, self.shared.budget.clone()).in_turn(place.large.clone());
+        let (tasks, origin) = (self.tasks.clone(), Origin { caller, peer: self.peer, place });
+        tasks.spawn(self.stream(origin, messages, sender));
         response
     }
 
-    async fn stream(self, caller: Caller, messages: Messages, sender: Sender) {
+    async fn stream(self, origin: Origin, messages: Messages, sender: Sender) {
         self.shared.metrics.streams.inc();
         // Also where the connection is cut.
         let _counted = Counted(self.shared.clone());
-        let origin = Origin { caller, peer: self.peer };
         let status = Box::pin(stream::serve(&self.shared, origin, messages, &sender, &self.stop)).await;
         self.ended(FACTS.1, &status);
         sender.end(&status);
@@ -111,11 +118,13 @@ impl Calls {
         self.check_cluster(&parts.headers)?;
         let token = token(&parts.headers);
         let mut messages = Messages::new(body, CERTIFICATE_BYTES_MAX, self.shared.budget.clone());
-        let message = messages.next().await?.ok_or_else(|| Status::invalid_argument("there is no request"))?;
-        let bytes = message.bytes;
-        let request = IstioCertificateRequest::decode(bytes);
-        let request = request.map_err(|_| Status::invalid_argument("the request cannot be decoded"))?;
-        (self.shared.authority.sign)(token, request).await
+        // Nothing of a stranger's request is kept: it is read once the token is good.
+        let request = async move {
+            let message = messages.next().await?.ok_or_else(|| Status::invalid_argument("there is no request"))?;
+            let request = IstioCertificateRequest::decode(message.bytes);
+            request.map_err(|_| Status::invalid_argument("the request cannot be decoded"))
+        };
+        (self.shared.authority.sign)(token, Box::pin(request)).await
     }
 
     /// Who calls, if it may have mesh facts.

@@ -32,7 +32,14 @@ pub struct Message {
     /// Its bytes.
     pub bytes: Bytes,
     /// The memory is free for others when this is dropped.
-    pub memory: Option<OwnedSemaphorePermit>,
+    pub memory: Option<Memory>,
+}
+
+/// Memory that is set aside for a large message, and its caller's turn to have one.
+#[derive(Debug)]
+pub struct Memory {
+    _units: OwnedSemaphorePermit,
+    _turn: Option<OwnedSemaphorePermit>,
 }
 
 /// The messages of a request.
@@ -42,12 +49,19 @@ pub struct Messages {
     buffer: BytesMut,
     max: usize,
     budget: Arc<Semaphore>,
+    /// The turn of the caller to have a large message.
+    turn: Option<Arc<Semaphore>>,
 }
 
 impl Messages {
     /// The messages in this body, each of at most `max` bytes.
     pub fn new(body: Incoming, max: usize, budget: Arc<Semaphore>) -> Self {
-        Self { body, buffer: BytesMut::new(), max, budget }
+        Self { body, buffer: BytesMut::new(), max, budget, turn: None }
+    }
+
+    /// The same, of which only one is large while it has this turn.
+    pub fn in_turn(self, turn: Arc<Semaphore>) -> Self {
+        Self { turn: Some(turn), ..self }
     }
 
     /// The next message; `None` at the end. It may not be dropped before it is done.
@@ -78,7 +92,7 @@ impl Messages {
             return Err(Status::resource_exhausted(text));
         }
         let memory = match u32::try_from(length.div_ceil(SMALL)) {
-            Ok(units) if units > 1 => self.budget.clone().acquire_many_owned(units).await.ok(),
+            Ok(units) if units > 1 => self.memory(units).await,
             _ => None,
         };
         while self.buffer.len() < 5 + length {
@@ -90,6 +104,15 @@ impl Messages {
             self.buffer = BytesMut::new();
         }
         Ok(Message { bytes, memory })
+    }
+
+    /// Waits for memory, which is never refused.
+    async fn memory(&self, units: u32) -> Option<Memory> {
+        let turn = match &self.turn {
+            Some(turn) => Some(turn.clone().acquire_owned().await.ok()?),
+            None => None,
+        };
+        Some(Memory { _turn: turn, _units: self.budget.clone().acquire_many_owned(units).await.ok()? })
     }
 
     async fn need_more(&mut self) -> Result<(), Status> {

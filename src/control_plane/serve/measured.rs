@@ -65,13 +65,14 @@ fn authority(tls: Arc<rustls::ServerConfig>) -> Authority {
             Box::pin(std::future::ready(reviewed))
         }),
         sign: Box::new(|token, request| {
-            let signed = match token {
-                Some(token) if !token.starts_with(BAD) => {
-                    Ok(IstioCertificateResponse { cert_chain: vec![request.csr, "root".into()] })
+            Box::pin(async move {
+                match token {
+                    Some(token) if !token.starts_with(BAD) => {
+                        Ok(IstioCertificateResponse { cert_chain: vec![request.await?.csr, "root".into()] })
+                    }
+                    _ => Err(Status::unauthenticated("the token is not accepted")),
                 }
-                _ => Err(Status::unauthenticated("the token is not accepted")),
-            };
-            Box::pin(std::future::ready(signed))
+            })
         }),
         tls: Box::new(move || Some(tls.clone())),
     }

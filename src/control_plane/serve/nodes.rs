@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
+use tokio::sync::Semaphore;
 
 /// How many streams one caller may have. A daemon has one, and for a moment two while it reconnects; on some nodes two
 /// daemons run during an upgrade, with tokens of their own.
@@ -65,15 +66,34 @@ pub struct Nodes(Mutex<Inner>);
 struct Inner {
     next: u64,
     all: BTreeMap<u64, Arc<Mutex<Connected>>>,
-    by_caller: BTreeMap<(Text, Text, Text), usize>,
+    by_caller: BTreeMap<CallerKey, Streams>,
+}
+
+/// Namespace, service account, and uid of the pod.
+type CallerKey = (Text, Text, Text);
+
+/// The streams of one caller.
+#[derive(Debug)]
+struct Streams {
+    count: usize,
+    /// The turn to have a large request.
+    large: Arc<Semaphore>,
+}
+
+/// The place of one stream among those of its caller. It is free again when this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    nodes: Arc<Nodes>,
+    caller: CallerKey,
+    /// One caller has one large request at a time, so that it leaves memory for others.
+    pub large: Arc<Semaphore>,
 }
 
 /// The entry of one client, which goes when this is dropped.
 #[derive(Debug)]
 pub struct Entry {
-    nodes: Arc<Nodes>,
+    place: Place,
     number: u64,
-    caller: (Text, Text, Text),
     /// The entry.
     pub state: Arc<Mutex<Connected>>,
 }
@@ -84,21 +104,30 @@ pub struct Entry {
 pub struct TooMany;
 
 impl Nodes {
-    /// Adds a client.
-    pub fn add(self: &Arc<Self>, connected: Connected) -> Result<Entry, TooMany> {
-        let of = &connected.caller;
+    /// A place for a stream of this caller, before anything of it is read.
+    pub fn place(self: &Arc<Self>, of: &Caller) -> Result<Place, TooMany> {
         let pod = of.pod.as_ref().map_or_else(|| "".into(), |pod| pod.uid.clone());
         let caller = (of.namespace.clone(), of.service_account.clone(), pod);
         let mut inner = self.0.lock();
-        let count = inner.by_caller.entry(caller.clone()).or_default();
-        if *count >= STREAMS_OF_ONE {
+        let new = || Streams { count: 0, large: Arc::new(Semaphore::new(1)) };
+        let streams = inner.by_caller.entry(caller.clone()).or_insert_with(new);
+        if streams.count >= STREAMS_OF_ONE {
             return Err(TooMany);
         }
-        *count += 1;
+        streams.count += 1;
+        let large = streams.large.clone();
+        drop(inner);
+        Ok(Place { nodes: self.clone(), caller, large })
+    }
+
+    /// Adds a client.
+    pub fn add(self: &Arc<Self>, place: Place, connected: Connected) -> Entry {
+        let mut inner = self.0.lock();
         inner.next += 1;
         let (number, state) = (inner.next, Arc::new(Mutex::new(connected)));
         inner.all.insert(number, state.clone());
-        Ok(Entry { nodes: self.clone(), number, caller, state })
+        drop(inner);
+        Entry { place, number, state }
     }
 
     /// All of them, in the order in which they came.
@@ -110,11 +139,16 @@ impl Nodes {
 
 impl Drop for Entry {
     fn drop(&mut self) {
+        self.place.nodes.0.lock().all.remove(&self.number);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
         let mut inner = self.nodes.0.lock();
-        inner.all.remove(&self.number);
-        if let Some(count) = inner.by_caller.get_mut(&self.caller) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
+        if let Some(streams) = inner.by_caller.get_mut(&self.caller) {
+            streams.count = streams.count.saturating_sub(1);
+            if streams.count == 0 {
                 inner.by_caller.remove(&self.caller);
             }
         }
@@ -134,7 +168,9 @@ mod tests {
             let caller = Caller { namespace: "istio-system".into(), service_account: "ztunnel".into(), pod };
             let client = Client { id: "".into(), node: "".into(), version: "".into() };
             let (peer, since) = (([10, 0, 0, 1], 1).into(), SystemTime::UNIX_EPOCH);
-            nodes.add(Connected { client, caller, peer, since, on_demand: false, told: Default::default() })
+            let place = nodes.place(&caller)?;
+            let told = Default::default();
+            Ok::<_, TooMany>(nodes.add(place, Connected { client, caller, peer, since, on_demand: false, told }))
         };
         let mut greedy: Vec<Entry> = (0..100).map_while(|_| add("1").ok()).collect();
         assert_eq!(greedy.len(), STREAMS_OF_ONE);

@@ -53,10 +53,11 @@ impl From<Denied> for Status {
 /// Says whose a token is. It has a deadline of its own.
 pub type Review = Box<dyn Fn(String) -> Later<Result<Caller, Denied>> + Send + Sync>;
 
+/// A request for a certificate that is read once it is known who asks.
+pub type Asked = Later<Result<IstioCertificateRequest, Status>>;
+
 /// Signs a certificate for the owner of a token. It has a deadline of its own.
-pub type Sign = Box<
-    dyn Fn(Option<String>, IstioCertificateRequest) -> Later<Result<IstioCertificateResponse, Status>> + Send + Sync,
->;
+pub type Sign = Box<dyn Fn(Option<String>, Asked) -> Later<Result<IstioCertificateResponse, Status>> + Send + Sync>;
 
 /// TLS of the port, by the certificate that is valid now; `None` while there is none.
 pub type Tls = Box<dyn Fn() -> Option<Arc<rustls::ServerConfig>> + Send + Sync>;
@@ -88,7 +89,7 @@ pub(super) struct Shared {
     pub(super) index: RwLock<Index>,
     pub(super) nodes: Arc<Nodes>,
     /// Turns of those who make a first answer.
-    pub(super) heavy: Semaphore,
+    pub(super) heavy: Arc<Semaphore>,
     /// Memory for large requests.
     pub(super) budget: Arc<Semaphore>,
 }
@@ -103,7 +104,7 @@ impl Shared {
             differences: Differences::default(),
             index: RwLock::default(),
             nodes: Arc::default(),
-            heavy: Semaphore::new(HEAVY),
+            heavy: Arc::new(Semaphore::new(HEAVY)),
             budget: Arc::new(Semaphore::new(grpc::BUDGET)),
         }
     }

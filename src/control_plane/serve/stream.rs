@@ -1,10 +1,10 @@
 //! One stream of mesh facts: reads requests, and sends what the session says, when an edition or a request makes it
 //! say something.
 
-use super::grpc::{Message, Messages, Sender};
+use super::grpc::{Memory, Message, Messages, Sender};
 use super::metrics::{of, word};
 use super::node;
-use super::nodes::{Connected, Entry};
+use super::nodes::{Connected, Entry, Place};
 use super::session::{Received, Response, Session};
 use super::shared::Shared;
 use super::subscription::View;
@@ -17,16 +17,17 @@ use crate::task::thread::run_blocking;
 use crate::telemetry::limit::shortened;
 use bytes::Bytes;
 use prost::Message as _;
+use prost::encoding::{DecodeContext, decode_key, skip_field};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tonic::Status;
 
-/// How long the first request may take.
-const FIRST_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the first request may take, with the wait for memory where it is large.
+const FIRST_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the first answer waits for a client that has asked for addresses only.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How long a client may leave a response without an answer. It may have to read a whole mesh first.
@@ -34,10 +35,13 @@ const ACKNOWLEDGED: Duration = Duration::from_secs(120);
 /// Requests from this size on are decoded off the runtime.
 const LARGE: usize = 64 << 10;
 
+/// Most names, versions and other parts of a request. Each needs far more memory than it has bytes.
+const PARTS_MAX: usize = 300_000;
+
 /// A request, and the memory that was set aside for it.
 struct Request {
     request: DeltaDiscoveryRequest,
-    memory: Option<OwnedSemaphorePermit>,
+    memory: Option<Memory>,
 }
 
 /// Reads requests until the end, or until nobody wants them.
@@ -56,15 +60,37 @@ async fn read(mut messages: Messages, out: mpsc::Sender<Result<Request, Status>>
 }
 
 async fn decode(message: Message) -> Result<Request, Status> {
-    let Message { bytes, memory } = message;
-    let decoded = match bytes.len() < LARGE {
-        true => Some(DeltaDiscoveryRequest::decode(bytes)),
-        false => run_blocking(move || DeltaDiscoveryRequest::decode(bytes)).await,
+    let is_large = message.bytes.len() >= LARGE;
+    // The memory stays set aside for as long as the work takes, whatever becomes of the stream.
+    let decode = move || {
+        let Message { bytes, memory } = message;
+        let parts = parts(bytes.clone());
+        if parts > PARTS_MAX {
+            // In the words by which a client knows that it should ask without the versions of what it holds.
+            let text = format!("grpc: received message larger than max ({parts} vs. {PARTS_MAX} names and versions)");
+            return Err(Status::resource_exhausted(text));
+        }
+        let request = DeltaDiscoveryRequest::decode(bytes);
+        let request = request.map_err(|_| Status::invalid_argument("the request cannot be decoded"))?;
+        Ok(Request { request, memory })
     };
-    match decoded {
-        Some(Ok(request)) => Ok(Request { request, memory }),
-        _ => Err(Status::invalid_argument("the request cannot be decoded")),
+    match is_large {
+        false => decode(),
+        true => run_blocking(decode).await.unwrap_or_else(|| Err(Status::internal("the request cannot be decoded"))),
     }
+}
+
+/// How many fields a message has, those in its inner messages not counted. What cannot be decoded ends the count.
+fn parts(mut bytes: Bytes) -> usize {
+    let mut count = 0;
+    while !bytes.is_empty() {
+        let Ok((tag, wire)) = decode_key(&mut bytes) else { break };
+        if skip_field(wire, tag, &mut bytes, DecodeContext::default()).is_err() {
+            break;
+        }
+        count += 1;
+    }
+    count
 }
 
 /// Where a stream comes from.
@@ -72,6 +98,8 @@ async fn decode(message: Message) -> Result<Request, Status> {
 pub(super) struct Origin {
     pub(super) caller: Caller,
     pub(super) peer: SocketAddr,
+    /// Its place among the streams of its caller.
+    pub(super) place: Place,
 }
 
 /// Serves a stream until its end. Returns the status that it ends with.
@@ -113,7 +141,7 @@ struct Stream {
     entry: Entry,
     editions: watch::Receiver<Arc<Edition>>,
     /// The memory of requests that are not answered yet.
-    memory: Vec<OwnedSemaphorePermit>,
+    memory: Vec<Memory>,
     /// Until when each type's last response has to be acknowledged.
     acknowledge_by: BTreeMap<Kind, Instant>,
     patience: Instant,
@@ -121,7 +149,7 @@ struct Stream {
 
 impl Stream {
     fn open(shared: &Arc<Shared>, origin: Origin, first: &DeltaDiscoveryRequest) -> Result<Self, Status> {
-        let Origin { caller, peer } = origin;
+        let Origin { caller, peer, place } = origin;
         let client = node::client(first.node.as_ref(), &caller).map_err(|error| match error.is_denial() {
             true => Status::permission_denied(error.to_string()),
             false => Status::invalid_argument(error.to_string()),
@@ -129,7 +157,7 @@ impl Stream {
         let session = Session::new(client.node.clone());
         let since = SystemTime::now();
         let connected = Connected { client, caller, peer, since, on_demand: false, told: Default::default() };
-        let entry = shared.nodes.add(connected).map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let entry = shared.nodes.add(place, connected);
         let (editions, now) = (shared.editions.follow(), Instant::now());
         let shared = shared.clone();
         Ok(Self {
@@ -221,7 +249,16 @@ impl Stream {
             let current = self.editions.borrow_and_update().clone();
             let Some((response, bytes)) = self.next(current).await? else { break };
             self.acknowledge_by.insert(response.kind, Instant::now() + ACKNOWLEDGED);
-            self.note(&response, bytes.iter().map(Bytes::len).sum());
+            // The client's names are answered. How fast it reads the answer is no reason to keep the memory.
+            if !self.session.waits_for_policies() {
+                self.memory.clear();
+            }
+            let size = bytes.iter().map(Bytes::len).sum();
+            if size > MESSAGE_BYTES_MAX {
+                let text = format!("the answer has {size} bytes, and daemons accept {MESSAGE_BYTES_MAX}");
+                return Err(Status::out_of_range(text));
+            }
+            self.note(&response, size);
             let sending = timeout(ACKNOWLEDGED, sender.send(bytes)).await;
             sending
                 .map_err(|_| Status::unavailable("the client does not read"))?
@@ -239,10 +276,12 @@ impl Stream {
             return Ok(next(&mut self.session, &self.shared, &current));
         }
         let given_up = |_| Status::unavailable("the control plane is ending");
-        let _turn = self.shared.heavy.acquire().await.map_err(given_up)?;
+        let turn = self.shared.heavy.clone().acquire_owned().await.map_err(given_up)?;
         let mut session = std::mem::replace(&mut self.session, Session::new("".into()));
         let shared = self.shared.clone();
         let work = move || {
+            // Also where the stream ends meanwhile.
+            let _turn = turn;
             let response = next(&mut session, &shared, &current);
             (session, response)
         };
@@ -260,12 +299,6 @@ impl Stream {
             metrics.push_seconds.observe(made.elapsed().as_secs_f64());
         }
         let mut state = self.entry.state.lock();
-        if bytes > MESSAGE_BYTES_MAX
-            && let Some(suppressed) = metrics.log.allow()
-        {
-            let (node, max) = (&*state.client.id, MESSAGE_BYTES_MAX);
-            tracing::error!(node, bytes, max, suppressed, "a response is larger than what daemons accept");
-        }
         let told = state.told(response.kind);
         (told.sent, told.sent_at) = (response.edition.number, Some(SystemTime::now()));
     }

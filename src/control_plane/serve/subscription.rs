@@ -17,6 +17,8 @@ use std::sync::Arc;
 /// How many names one client may ask for, and how many bytes they may have.
 const NAMES_MAX: usize = 70_000;
 const NAME_BYTES_MAX: usize = 16 << 20;
+/// Longest name.
+const NAME_MAX: usize = 1024;
 
 /// A list of this many resources is long.
 pub(super) const MANY: usize = 1_000;
@@ -76,7 +78,7 @@ impl Part {
 
 /// A client asks for more than is served.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("more than {NAMES_MAX} names, or {NAME_BYTES_MAX} bytes of names, are asked for")]
+#[error("more than {NAMES_MAX} names, {NAME_BYTES_MAX} bytes of names, or a name of more than {NAME_MAX} bytes")]
 pub struct TooMuch;
 
 /// What is wanted.
@@ -99,6 +101,8 @@ pub struct Subscription {
     unanswered: bool,
     /// Names that have just been asked for, and are to be answered whether or not they are known.
     asked: BTreeSet<Text>,
+    /// Their bytes, those of names that have been taken back included.
+    asked_bytes: usize,
     /// The edition that the client has been told.
     at: Arc<Edition>,
     /// The response that it has not acknowledged yet.
@@ -107,8 +111,8 @@ pub struct Subscription {
 
 impl Subscription {
     pub(super) fn new(kind: Kind) -> Self {
-        let (held, asked, at) = Default::default();
-        Self { kind, interest: None, held, unanswered: false, asked, at, outstanding: None }
+        let (held, asked, asked_bytes, at) = Default::default();
+        Self { kind, interest: None, held, unanswered: false, asked, asked_bytes, at, outstanding: None }
     }
 
     pub(super) fn is_wanted(&self) -> bool {
@@ -174,13 +178,21 @@ impl Subscription {
 
     fn ask(&mut self, names: Vec<String>) -> Result<(), TooMuch> {
         for name in names.into_iter().filter(|name| name != "*") {
+            // Names of resources are names of objects and hosts, so that a longer one is none.
+            if name.len() > NAME_MAX {
+                return Err(TooMuch);
+            }
             let name = Text::from(name);
             if let Some(Interest::Named(named)) = &mut self.interest {
                 named.want(name.clone())?;
-            } else if self.asked.len() >= NAMES_MAX {
+            }
+            let bytes = name.len();
+            if self.asked.insert(name) {
+                self.asked_bytes += bytes;
+            }
+            if self.asked.len() > NAMES_MAX || self.asked_bytes > NAME_BYTES_MAX {
                 return Err(TooMuch);
             }
-            self.asked.insert(name);
         }
         Ok(())
     }
@@ -194,6 +206,7 @@ impl Subscription {
     pub(super) fn tell(&mut self, to: &Arc<Edition>, node: &Text, view: &View<'_>) -> Vec<Part> {
         let from = std::mem::replace(&mut self.at, to.clone());
         let asked = std::mem::take(&mut self.asked);
+        self.asked_bytes = 0;
         let first = std::mem::take(&mut self.unanswered);
         let mut parts = match &mut self.interest {
             None => Vec::new(),
