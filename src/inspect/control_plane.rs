@@ -67,17 +67,16 @@ impl ControlPlane {
 
     /// For programs.
     pub fn json(&self) -> Value {
-        let mut json = json!({
-            "namespace": self.namespace,
-            "policiesNotEnforced": self.not_enforced.iter().map(|policy| json!({"kind": policy.kind, "name": policy.name,
-                "reason": policy.reason, "message": policy.message})).collect::<Vec<_>>(),
-        });
+        let policy = |policy: &NotEnforced| json!({"kind": policy.kind, "name": policy.name, "reason": policy.reason, "message": policy.message});
         let replica = |replica: &Replica| json!({"pod": replica.pod, "node": replica.node, "ready": replica.ready, "phase": replica.phase});
+        let policies: Vec<Value> = self.not_enforced.iter().map(policy).collect();
         match &self.replicas {
-            Ok(all) => json["replicas"] = all.iter().map(replica).collect(),
-            Err(error) => json["error"] = error.as_str().into(),
+            Ok(all) => {
+                let replicas: Vec<Value> = all.iter().map(replica).collect();
+                json!({"namespace": self.namespace, "replicas": replicas, "policiesNotEnforced": policies})
+            }
+            Err(error) => json!({"namespace": self.namespace, "error": error, "policiesNotEnforced": policies}),
         }
-        json
     }
 }
 

@@ -60,13 +60,12 @@ fn is_all_green(nodes: &[Node], control: Option<&ControlPlane>) -> bool {
 }
 
 fn as_json(nodes: &[Node], control: Option<&ControlPlane>) -> String {
-    let mut all = json!({
-        "green": is_all_green(nodes, control),
-        "nodes": nodes.iter().map(|node| node.json("status")).collect::<Vec<_>>(),
-    });
-    if let Some(control) = control {
-        all["controlPlane"] = control.json();
-    }
+    let green = is_all_green(nodes, control);
+    let nodes: Vec<Value> = nodes.iter().map(|node| node.json("status")).collect();
+    let all = match control {
+        Some(control) => json!({"green": green, "nodes": nodes, "controlPlane": control.json()}),
+        None => json!({"green": green, "nodes": nodes}),
+    };
     serde_json::to_string_pretty(&all).unwrap_or_default()
 }
 
