@@ -81,8 +81,8 @@ fn mesh() -> Cluster {
 }
 
 /// Why a policy's status does not have this reason.
-fn has_not_said(cluster: &Cluster, kind: &str, name: &str, reason: &str) -> Option<String> {
-    let object = cluster.get(&[kind, "-n", SHOP, name]);
+fn has_not_said(cluster: &Cluster, namespace: &str, kind: &str, name: &str, reason: &str) -> Option<String> {
+    let object = cluster.get(&[kind, "-n", namespace, name]);
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let said = conditions.iter().find(|condition| condition["type"] == "Accepted").cloned().unwrap_or_default();
     (said["reason"] != reason).then(|| said.to_string())
@@ -131,8 +131,9 @@ fn a_bare_cluster_becomes_a_mesh_and_is_bare_again() {
 #[test]
 fn policies_are_in_force_for_as_long_as_they_are_there_and_say_what_they_mean() {
     let cluster = mesh();
-    let wire = Sniffer::start(&cluster, "n1");
     cluster.mutual_tls("STRICT");
+    // From here on no outsider asks for anything.
+    let wire = Sniffer::start(&cluster, "n1");
     cluster.works();
     for (action, principal) in [("DENY", "front"), ("ALLOW", "nobody")] {
         cluster.apply(&format!(
@@ -144,7 +145,9 @@ fn policies_are_in_force_for_as_long_as_they_are_there_and_say_what_they_mean() 
                 (0..8).find_map(|_| cluster.ask("shop/front", node, "http://web.shop/").ok())
             });
         }
-        eventually("its status says so", || has_not_said(&cluster, "authorizationpolicy", "scenario", "Accepted"));
+        eventually("its status says so", || {
+            has_not_said(&cluster, SHOP, "authorizationpolicy", "scenario", "Accepted")
+        });
         cluster.kubectl(&["-n", SHOP, "delete", "authorizationpolicy", "scenario"]);
         cluster.works();
     }
@@ -154,15 +157,16 @@ fn policies_are_in_force_for_as_long_as_they_are_there_and_say_what_they_mean() 
          selector: {matchLabels: {app: web}}\n  rules: [{to: [{operation: {methods: [GET]}}]}]\n",
     );
     eventually("its status says what does not hold", || {
-        has_not_said(&cluster, "authorizationpolicy", "http", "PartlyEnforced")
+        has_not_said(&cluster, SHOP, "authorizationpolicy", "http", "PartlyEnforced")
     });
     eventually("it is in force", || cluster.ask("shop/front", "n1", "http://web.shop/").ok());
     let status = cluster.run(&["culvert", "status"]);
     assert!(status.contains("AuthorizationPolicy shop/http is not enforced as it is written"), "{status}");
     cluster.kubectl(&["-n", SHOP, "delete", "authorizationpolicy", "http"]);
     cluster.works();
-    cluster.mutual_tls("PERMISSIVE");
     assert_eq!(wire.found(), 0);
+    cluster.mutual_tls("PERMISSIVE");
+    eventually("its status says so", || has_not_said(&cluster, SYSTEM, "peerauthentication", "default", "Accepted"));
 }
 
 /// A token as the kubelet gives it to a pod.
@@ -280,6 +284,8 @@ fn without_the_control_plane_traffic_goes_on_and_new_connections_too() {
     });
     // Connections that begin now, in both directions, under the same policies.
     cluster.works();
+    assert_eq!(wire.found(), 0);
+    // What an outsider sends is in plaintext, and is refused.
     cluster.ask("plain/outsider", "n1", "http://web.shop/").unwrap_err();
     eventually("it is seen that there is none", || {
         let said = cluster.try_run(&["culvert", "status"]).err().unwrap_or_default();
@@ -291,6 +297,7 @@ fn without_the_control_plane_traffic_goes_on_and_new_connections_too() {
     cluster.kubectl(&["-n", SYSTEM, "scale", CONTROL, "--replicas=2"]);
     cluster.rolled_out(SYSTEM, CONTROL);
     // What is new is announced again.
+    let wire = Sniffer::start(&cluster, "n1");
     cluster.restart(SHOP, "deployment/web");
     cluster.rolled_out(SHOP, "deployment/web");
     cluster.works();
