@@ -14,11 +14,13 @@
 //! | an object that cannot be read | ignored | every connection of its scope is refused (PeerAuthentication: STRICT) |
 //! | a principal with `spiffe://` | never matches | is the principal without it |
 //! | a range of IPv4-mapped addresses | never matches | is the IPv4 range |
-//! | an AuthorizationPolicy with an empty selector | applies to nothing | applies to its namespace, or the mesh |
+//! | an AuthorizationPolicy with an empty selector | selects workloads one by one, and misses some | applies to its namespace, or the mesh |
+//! | a workload without labels | every selector selects it | none does |
 //! | annotation `istio.io/dry-run` | left out, unless istiod is told to send it | sent, evaluated and logged |
 //! | PeerAuthentication without mode below STRICT, with DISABLE at a port | the port stays strict | the port is exempt, as PERMISSIVE |
 //! | the same with a PeerAuthentication without mode between it and a STRICT mesh | everything is permissive | only the exempt ports are |
 //! | `portLevelMtls` without selector | left out | a STRICT port makes the whole level STRICT |
+//! | a PeerAuthentication that is STRICT with exempt ports, below a STRICT level | has one clause twice | has it once; the meaning is the same |
 //! | label `istio.io/rev` of another control plane | the object is ignored | the object counts |
 
 mod authentication;
