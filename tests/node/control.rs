@@ -18,13 +18,13 @@ const SERVICES: &str = "api/v1/services";
 const SLICES: &str = "apis/discovery.k8s.io/v1/endpointslices";
 
 /// Two nodes, a client on the first and a server on the second, and a place for each of two control planes.
-struct Mesh {
-    w: World,
-    api: ClusterApi,
+pub struct Mesh {
+    pub w: World,
+    pub api: ClusterApi,
     agents: [Agent; 2],
     controls: [Pod; 2],
     /// The file of roots, as the kubelet mounts it.
-    root_file: PathBuf,
+    pub root_file: PathBuf,
 }
 
 /// A running pod.
@@ -47,7 +47,7 @@ fn ips(pod: &Pod) -> Vec<String> {
 }
 
 impl Mesh {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let mut w = World::new();
         let (client, server) = (w.mesh_pod("client", 1), w.mesh_pod("server", 2));
         apps::serve(&server.netns, 8080, apps::who);
@@ -80,9 +80,15 @@ impl Mesh {
 
     /// Starts a control plane and waits until it is ready.
     fn start_control(&mut self, number: usize) -> u32 {
+        self.start_control_with(number, &[])
+    }
+
+    /// The same with further settings.
+    pub fn start_control_with(&mut self, number: usize, settings: &[(&str, &str)]) -> u32 {
         let mut command = Command::new(subject());
         command.arg("control").env("KUBECONFIG", &self.api.kubeconfig).env("POD_NAMESPACE", "istio-system");
         command.env("CLUSTER_ID", "c1").env("LOG_FORMAT", "json").env("RUST_BACKTRACE", "0");
+        command.envs(settings.iter().copied());
         let ns = self.controls[number].netns.clone();
         let pid = self.w.start_in(&ns, &mut command, &format!("control-{number}.log"));
         eventually("the control plane is ready", || {
@@ -109,13 +115,13 @@ impl Mesh {
         serde_json::from_str(&body).unwrap()
     }
 
-    fn control_log(&self, number: usize) -> Vec<Value> {
+    pub fn control_log(&self, number: usize) -> Vec<Value> {
         let text = std::fs::read_to_string(self.w.logs.join(format!("control-{number}.log"))).unwrap();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// Starts a node's daemon with what its chart sets, by the token of `token`'s pod.
-    fn start_node(&mut self, node: u8, control: usize, settings: &[(&str, &str)]) -> u32 {
+    pub fn start_node(&mut self, node: u8, control: usize, settings: &[(&str, &str)]) -> u32 {
         let address = format!("{}:15012", self.controls[control].v4);
         let host = "istiod.istio-system.svc";
         let mut command = Command::new(subject());
@@ -142,11 +148,11 @@ impl Mesh {
         }
     }
 
-    fn server(&self) -> IpAddr {
+    pub fn server(&self) -> IpAddr {
         self.w.pods.iter().find(|pod| pod.name == "server").unwrap().v4
     }
 
-    fn request(&self) -> std::io::Result<String> {
+    pub fn request(&self) -> std::io::Result<String> {
         ask(&self.w.ns("client"), (self.server(), 8080), "x")
     }
 

@@ -25,6 +25,7 @@ mod capture;
 mod certificates;
 mod configuration;
 mod control;
+mod control_root;
 mod demo;
 mod dns;
 mod doctor;

@@ -10,6 +10,7 @@ use culvert::proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Reso
 use culvert::proto::istio::{security as auth, workload as wl};
 use prost::Message;
 use serde_json::{Value, json};
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,8 +25,12 @@ pub struct Load {
 impl Load {
     /// New connections from client to server, one after the other.
     pub fn start(istio: &Istio) -> Self {
+        Self::between(istio.w.ns("client"), istio.server())
+    }
+
+    /// New connections from a namespace to a server, one after the other.
+    pub fn between(ns: String, server: IpAddr) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-        let (ns, server) = (istio.w.ns("client"), istio.server());
         let (stopped, counted) = (stop.clone(), done.clone());
         let thread = std::thread::spawn(move || {
             let mut failures = Vec::new();
