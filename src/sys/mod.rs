@@ -18,6 +18,7 @@ pub mod netns;
 pub mod netns_watch;
 pub mod nftables;
 pub mod original_dst;
+pub mod pipe;
 pub mod poller;
 pub mod process;
 pub mod scratch;

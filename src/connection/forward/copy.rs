@@ -1,15 +1,21 @@
-//! Copying between two TCP sockets. Memory is used only for what the receiver does not take at once.
+//! Copying between two TCP sockets. Memory is used only for what the receiver does not take at once. What large transfers
+//! carry is moved by the kernel instead of copied.
 
 use super::error::ForwardError;
 use crate::hbone::Meter;
 use crate::hbone::carry::{Silent, deliver_last_bytes, end_writing, unless_silent};
 use crate::sys::leg::Leg;
-use crate::sys::scratch::{PassError, pass_now, write_all};
+use crate::sys::pipe::pass_through_pipe;
+use crate::sys::scratch::{PassError, SCRATCH_BYTES, pass_now, write_all};
+use bytes::Bytes;
 use futures_util::future::OptionFuture;
 use std::io;
 use std::pin::pin;
 use std::time::Duration;
 use tokio::net::TcpStream;
+
+/// Fewest bytes of one pass for which moving them costs less than copying them.
+const BULK_BYTES: usize = 64 * 1024;
 
 /// Copies both ways until both directions have ended. Once one has, the other may be silent for at most `silence`. If
 /// one side breaks, this returns when what it had sent before has arrived at the other side, or after [`LAST_BYTES`].
@@ -58,13 +64,14 @@ pub async fn both_ways(
 /// Copies until `from` has ended, and then sends FIN to `to`; or until one of them breaks, which is recorded in its
 /// [`Leg`].
 async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
+    let mut is_bulk = false;
     loop {
         // Reads that succeed at once never yield to the runtime by themselves; other tasks must get their turn.
         tokio::task::consume_budget().await;
         if let Err(error) = from.socket.readable().await {
             return from.record_error(error);
         }
-        match pass_now(from.socket, to.socket) {
+        match pass(from.socket, to.socket, &mut is_bulk) {
             Ok((0, _)) => break,
             Ok((length, rest)) => {
                 if !rest.is_empty()
@@ -87,10 +94,25 @@ async fn one_way(from: &Leg<'_>, to: &Leg<'_>, count: impl Fn(usize)) {
     }
 }
 
+/// Reads the waiting bytes and writes as many of them as fit, as [`pass_now`] does. A direction that had more bytes than
+/// one read takes carries bulk, until a pass is small.
+fn pass(from: &TcpStream, to: &TcpStream, is_bulk: &mut bool) -> Result<(usize, Bytes), PassError> {
+    if *is_bulk && let Some((length, rest)) = pass_through_pipe(from, to)? {
+        *is_bulk = length >= BULK_BYTES;
+        return Ok((length, rest));
+    }
+    let (length, rest) = pass_now(from, to)?;
+    *is_bulk = length == SCRATCH_BYTES;
+    Ok((length, rest))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::sys::leg::LAST_BYTES;
+    use crate::sys::pipe::testing;
+    use socket2::SockRef;
+    use std::net::Shutdown;
     use std::sync::atomic::{AtomicU64, Ordering};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
@@ -148,6 +170,126 @@ mod tests {
         client.shutdown().await.unwrap();
         let ended = both_ways(&app, &far, &Count::default(), Duration::from_millis(50)).await;
         assert!(matches!(ended, Err(ForwardError::HalfClosedSilence(_))), "{ended:?}");
+    }
+
+    /// A pair of which the second one has room for more than one read.
+    async fn roomy_pair() -> (TcpStream, TcpStream) {
+        let (near, far) = pair().await;
+        SockRef::from(&far).set_recv_buffer_size(1 << 20).unwrap();
+        far.set_nodelay(true).unwrap();
+        (near, far)
+    }
+
+    /// Bytes that show where they belong.
+    fn pattern(length: usize) -> Vec<u8> {
+        (0..length).map(|n| u8::try_from(n % 251).unwrap()).collect()
+    }
+
+    async fn send(mut client: TcpStream, bytes: &[u8]) -> TcpStream {
+        client.write_all(bytes).await.unwrap();
+        client.shutdown().await.unwrap();
+        client
+    }
+
+    async fn receive(mut server: TcpStream) -> Vec<u8> {
+        let mut all = Vec::new();
+        server.read_to_end(&mut all).await.unwrap();
+        all
+    }
+
+    #[tokio::test]
+    async fn bulk_is_moved_where_there_is_a_pipe_and_copied_where_there_is_none() {
+        let body = pattern(5_000_000);
+        for has_pipe in [true, false] {
+            if !has_pipe {
+                testing::forbid();
+            }
+            let ((client, app), (far, server)) = (roomy_pair().await, roomy_pair().await);
+            let count = Count::default();
+            let proxy = both_ways(&app, &far, &count, Duration::from_secs(30));
+            let (ended, _client, received) = tokio::join!(proxy, send(client, &body), receive(server));
+            ended.unwrap();
+            assert!(received == body, "{} bytes, {has_pipe}", received.len());
+            assert_eq!(count.total(), 5_000_000);
+            assert_eq!(testing::has_pipe(), has_pipe);
+        }
+    }
+
+    #[tokio::test]
+    async fn receivers_that_wait_take_the_pipe_from_nobody() {
+        let body = pattern(8_000_000);
+        let count = Count::default();
+        let ((client, app), (far, waiting)) = (roomy_pair().await, pair().await);
+        let stalled = both_ways(&app, &far, &count, Duration::from_secs(30));
+        let other = async {
+            // All that fits is on its way.
+            while !testing::has_pipe() || far.try_io(tokio::io::Interest::WRITABLE, || Ok(())).is_ok() {
+                tokio::task::yield_now().await;
+            }
+            let ((client, app), (far, server)) = (roomy_pair().await, roomy_pair().await);
+            let count = Count::default();
+            let proxy = both_ways(&app, &far, &count, Duration::from_secs(30));
+            let (ended, _client, received) = tokio::join!(proxy, send(client, &body), receive(server));
+            ended.unwrap();
+            assert!(received == body, "{} bytes", received.len());
+            receive(waiting).await
+        };
+        let (ended, _client, received) = tokio::join!(stalled, send(client, &body), other);
+        ended.unwrap();
+        assert!(received == body, "{} bytes", received.len());
+        assert_eq!(count.total(), 8_000_000);
+    }
+
+    #[tokio::test]
+    async fn small_messages_are_copied() {
+        let ((mut client, app), (far, mut server)) = (pair().await, pair().await);
+        let count = Count::default();
+        let proxy = both_ways(&app, &far, &count, Duration::from_secs(30));
+        let exchanges = async {
+            let mut message = pattern(1024);
+            for _ in 0..100 {
+                client.write_all(&message).await.unwrap();
+                server.read_exact(&mut message).await.unwrap();
+                server.write_all(&message).await.unwrap();
+                client.read_exact(&mut message).await.unwrap();
+            }
+            client.shutdown().await.unwrap();
+            server.shutdown().await.unwrap();
+        };
+        tokio::join!(proxy, exchanges).0.unwrap();
+        assert_eq!((count.total(), testing::has_pipe()), (204_800, false));
+    }
+
+    #[tokio::test]
+    async fn urgent_data_behind_bulk_is_in_its_place() {
+        for ends_first in [true, false] {
+            let ((mut client, app), (far, server)) = (roomy_pair().await, roomy_pair().await);
+            SockRef::from(&app).set_out_of_band_inline(true).unwrap();
+            // The first read is full, so the next pass is one through the pipe, and finds the urgent byte.
+            let bulk = pattern(SCRATCH_BYTES);
+            client.write_all(&bulk).await.unwrap();
+            SockRef::from(&client).send_out_of_band(b"!").unwrap();
+            client.write_all(b"after").await.unwrap();
+            if ends_first {
+                client.shutdown().await.unwrap();
+            }
+            Leg::new(&client).drained().await;
+            let count = Count::default();
+            let proxy = both_ways(&app, &far, &count, Duration::from_secs(30));
+            let read = async {
+                let mut all = vec![0; SCRATCH_BYTES + 6];
+                let mut server = server;
+                server.read_exact(&mut all).await.unwrap();
+                SockRef::from(&client).shutdown(Shutdown::Write).unwrap();
+                server.shutdown().await.unwrap();
+                all
+            };
+            let both = async { tokio::join!(proxy, read) };
+            let (ended, all) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("nothing waits");
+            ended.unwrap();
+            assert!(all.starts_with(&bulk) && all.ends_with(b"!after"), "{ends_first}");
+            assert!(testing::has_pipe());
+        }
     }
 
     /// The server writes more than the client reads, and then resets.
