@@ -346,6 +346,8 @@ impl Tunnel {
         };
         let reset = stream.app.reset;
         stream.app.carried = Some(carried);
+        // It would keep the memory of the task that opened the connection for as long as that lasts.
+        stream.app.waker = None;
         if let Err(error) = watched {
             return self.finish(key, Err(CarryError::App(error)), work);
         }

@@ -57,3 +57,24 @@ async fn a_connection_allocates_little() {
     assert!(each <= EACH, "{each} allocations for a connection");
     pair.finish().await;
 }
+
+#[tokio::test]
+async fn an_open_connection_keeps_nothing_of_the_task_that_opened_it() {
+    struct Opener;
+    impl std::task::Wake for Opener {
+        fn wake(self: Arc<Self>) {}
+    }
+    let mut pair = pair(1 << 30).await;
+    let request = connect();
+    let (near, far) = tokio::join!(pair.tunnel.open(&request), pair.streams.recv());
+    let (near, far, opener) = (near.unwrap(), far.unwrap(), Arc::new(Opener));
+    let waker = Waker::from(opener.clone());
+    for stream in [&near, &far] {
+        // As one that waits to learn whether its peer gives up.
+        assert!(stream.poll_state(&mut Context::from_waker(&waker), |_| Poll::<()>::Pending).is_pending());
+    }
+    drop(waker);
+    assert_eq!(Arc::strong_count(&opener), 3);
+    let _open = (carry(near, SILENCE).await, carry(far, SILENCE).await);
+    assert_eq!(Arc::strong_count(&opener), 1);
+}
