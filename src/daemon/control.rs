@@ -182,7 +182,7 @@ fn callers(
     pods: Arc<RunningPods>,
     metrics: &ControlMetrics,
 ) -> serve::Authority {
-    let rules = Rules { trusted: config.ca.trusted.clone(), trust_domain: config.cluster.trust_domain.clone() };
+    let rules = Rules { trusted: config.ca.trusted.clone(), trust_domain: config.ca.trust_domain.clone() };
     let service = ca::Service::new(authority.clone(), reviewer.clone(), pods, rules, metrics.ca.clone());
     let (service, authority) = (Arc::new(service), authority.clone());
     serve::Authority {

@@ -68,6 +68,15 @@ pub enum Token {
     Literal(String),
 }
 
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "Token({})", path.display()),
+            Self::Literal(_) => f.write_str("Token(given)"),
+        }
+    }
+}
+
 /// Why there is no connection to the control plane.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {

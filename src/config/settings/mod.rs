@@ -34,6 +34,12 @@ pub struct Group {
     pub settings: &'static [&'static dyn Described],
 }
 
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.title)
+    }
+}
+
 /// All settings of `culvert node`.
 pub static GROUPS: [Group; 10] = [
     Group { title: "Mesh facts", settings: mesh::ALL },

@@ -152,12 +152,24 @@ impl Authority {
     }
 
     async fn load(&self, wanted: bool) -> Result<(), LoadError> {
-        let material = match &self.place {
+        let loaded = match self.fetch(wanted).await {
+            Ok(material) => self.put(&material),
+            Err(error) => Err(error),
+        };
+        // Also where the key could not be loaded: the one in force stays, and so must the port that serves it.
+        let served = self.renew_serving();
+        loaded.and(served)
+    }
+
+    async fn fetch(&self, wanted: bool) -> Result<Material, LoadError> {
+        Ok(match &self.place {
             Place::Secrets(kept) => kept.load().await?,
             Place::Folder(path) => folder::load(path)?,
             Place::CertManager(cert_manager) => cert_manager.load(wanted).await?,
-        };
-        self.put(&material)?;
+        })
+    }
+
+    fn renew_serving(&self) -> Result<(), LoadError> {
         let Some(issuing) = self.current.load_full() else { return Ok(()) };
         let serving = self.serving.renew(&issuing, &self.config.names, SystemTime::now())?;
         self.metrics.set_expiry("serving", serving);
@@ -259,6 +271,11 @@ impl Authority {
     /// Settings of the control plane's server: TLS 1.3, HTTP/2, and always the current certificate.
     pub fn server_config(&self) -> Arc<ServerConfig> {
         self.server_config.clone()
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Whether there is a key, and a serving certificate.

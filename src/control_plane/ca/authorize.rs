@@ -30,6 +30,15 @@ pub struct Rules {
     pub trust_domain: Text,
 }
 
+impl Rules {
+    /// Whether the caller is a daemon.
+    pub fn is_trusted(&self, caller: &Caller) -> bool {
+        let is_caller =
+            |account: &Account| account.namespace == caller.namespace && account.name == caller.service_account;
+        self.trusted.iter().any(is_caller)
+    }
+}
+
 /// Why a caller does not get a certificate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -88,8 +97,7 @@ pub fn may_have(caller: &Caller, identity: &SpiffeName, pods: &RunningPods, rule
     if identity.namespace == caller.namespace && identity.service_account == caller.service_account {
         return Ok(());
     }
-    let is_caller = |account: &Account| account.namespace == caller.namespace && account.name == caller.service_account;
-    if !rules.trusted.iter().any(is_caller) {
+    if !rules.is_trusted(caller) {
         return Err(Refusal::NotTrusted);
     }
     match pods.runs(&pod.node, &identity.namespace, &identity.service_account) {

@@ -65,6 +65,13 @@ pub struct Config {
     pub max_life: Duration,
 }
 
+impl Config {
+    /// Whether daemons, or the control plane, run in this namespace.
+    pub fn has_daemons(&self, namespace: &str) -> bool {
+        *self.namespace == *namespace || self.trusted.iter().any(|account| *account.namespace == *namespace)
+    }
+}
+
 /// Where the signing key comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {

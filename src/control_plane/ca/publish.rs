@@ -71,13 +71,14 @@ type Watches = SelectAll<Pin<Box<dyn Stream<Item = Result<Seen, watcher::Error>>
 /// Publishes for as long as it is awaited.
 pub async fn run(client: Client, authority: Arc<Authority>, what: Published, metrics: Arc<Metrics>) {
     let mut watches = watches(&client, what.name);
-    let mut publisher = Publisher { client, what, metrics, known: Known::default(), limit: LogLimit::default() };
+    let (known, refusing, limit) = Default::default();
+    let mut publisher = Publisher { client, what, metrics, known, refusing, limit };
     let (mut changes, mut backoff) = (authority.changes(), Backoff::new(ROUNDS.0, ROUNDS.1));
     let mut round_at = Instant::now();
     loop {
         let content = (what.content)(&authority);
         let wrong = content.as_deref().map(|content| publisher.known.wrong(content)).unwrap_or_default();
-        publisher.say(&authority, content.clone(), wrong.len());
+        publisher.say(&authority, content.clone(), &wrong);
         tokio::select! {
             seen = watches.next() => match seen {
                 Some(Ok(seen)) => publisher.known.note(seen, what.key),
@@ -186,49 +187,74 @@ struct Publisher {
     what: Published,
     metrics: Arc<Metrics>,
     known: Known,
+    /// Namespaces that refuse the ConfigMap, and when they are tried again. The others do not wait for them.
+    refusing: BTreeMap<Text, Instant>,
     limit: LogLimit,
 }
 
 impl Publisher {
     /// Tells how many namespaces are without the content.
-    fn say(&self, authority: &Authority, content: Option<Arc<str>>, wrong: usize) {
+    fn say(&self, authority: &Authority, content: Option<Arc<str>>, wrong: &[(Text, bool)]) {
         if self.what.gates_rotation {
-            self.metrics.unpublished.set(i64::try_from(wrong).unwrap_or(i64::MAX));
-            let is_everywhere = self.known.listed == (true, true) && wrong == 0;
+            self.metrics.unpublished.set(i64::try_from(wrong.len()).unwrap_or(i64::MAX));
+            // Others are read by nobody whom a rotation concerns, and their owners may refuse the ConfigMap for ever.
+            let is_missed = wrong.iter().any(|(namespace, _)| authority.config().has_daemons(namespace));
+            let is_everywhere = self.known.listed == (true, true) && !is_missed;
             authority.set_published(content.filter(|_| is_everywhere));
         }
     }
 
     /// Writes where the content is missing or another one. Returns whether all writes succeeded.
     async fn round(&mut self, authority: &Authority, wrong: Vec<(Text, bool)>) -> bool {
-        let differs = wrong.iter().any(|(_, exists)| *exists);
+        // What is in other namespaces may be their owners' doing. The own one is written first, so it tells.
+        let own = authority.config().namespace.clone();
+        let differs = wrong.iter().any(|(namespace, exists)| *exists && *namespace == own);
         if differs && !authority.confirm().await {
             // What is in force may be older than what another replica has written.
             return false;
         }
         let Some(content) = (self.what.content)(authority) else { return false };
         let wrong = self.known.wrong(&content);
-        let (this, content) = (&*self, &*content);
+        self.refusing.retain(|namespace, _| wrong.iter().any(|(other, _)| other == namespace));
+        let (own, mut others): (Vec<_>, Vec<_>) = wrong.into_iter().partition(|(namespace, _)| *namespace == own);
+        if !self.write_all(own, &content).await.is_empty() {
+            return false;
+        }
+        let now = Instant::now();
+        others.retain(|(namespace, _)| self.refusing.get(namespace).is_none_or(|until| *until <= now));
+        let tried = others.len();
+        let failed = self.write_all(others, &content).await;
+        // Where many are tried and all refuse, it is the API that does not work.
+        if tried > 1 && failed.len() == tried {
+            return false;
+        }
+        self.refusing.extend(failed.into_iter().map(|namespace| (namespace, now + ROUNDS.1)));
+        true
+    }
+
+    /// Writes to these namespaces. Returns those where it failed.
+    async fn write_all(&mut self, wrong: Vec<(Text, bool)>, content: &str) -> Vec<Text> {
+        let this = &*self;
         let writes = stream::iter(wrong).map(|(namespace, exists)| async move {
             let written = this.write(&namespace, exists, content).await;
             (namespace, written)
         });
         let results: Vec<(Text, Result<(), String>)> = writes.buffer_unordered(AT_ONCE).collect().await;
-        let mut all = true;
+        let mut failed = Vec::new();
         for (namespace, written) in results {
             match written {
                 Ok(()) => drop(self.known.contents.insert(namespace, Some(content.into()))),
                 Err(error) => {
-                    all = false;
                     self.metrics.publish_failures.inc();
                     if let Some(suppressed) = self.limit.allow() {
                         let name = self.what.name;
                         tracing::warn!(%namespace, name, error, suppressed, "the ConfigMap cannot be written; it is tried again");
                     }
+                    failed.push(namespace);
                 }
             }
         }
-        all
+        failed
     }
 
     async fn write(&self, namespace: &str, exists: bool, content: &str) -> Result<(), String> {

@@ -77,7 +77,12 @@ impl Service {
         }
         // Zero and less mean the CA's default.
         let life = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
-        match self.authority.sign(&request.csr, &identity, life.map(Duration::from_secs)).await {
+        let mut life = life.map(Duration::from_secs);
+        if !self.rules.is_trusted(&caller) {
+            // A rotation of the root waits for the longest life, which is not any pod's to choose.
+            life = life.map(|life| life.min(self.authority.config().default_life));
+        }
+        match self.authority.sign(&request.csr, &identity, life).await {
             Ok(cert_chain) => {
                 self.metrics.signed.inc();
                 Ok(IstioCertificateResponse { cert_chain })

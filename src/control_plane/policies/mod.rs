@@ -35,7 +35,7 @@ pub mod status;
 mod touched;
 mod values;
 
-pub use index::{Changes, Index};
+pub use index::Index;
 pub use object::{Kind, Object};
 pub use touched::Touched;
 

@@ -19,6 +19,7 @@ pub enum Kind {
 
 impl Kind {
     /// Both kinds.
+    #[cfg(test)]
     pub const ALL: [Self; 2] = [Self::Authorization, Self::Authentication];
 
     /// The kind's name.

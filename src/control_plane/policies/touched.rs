@@ -34,6 +34,7 @@ impl Touched {
     }
 
     /// Whether a namespace is among them.
+    #[cfg(test)]
     pub fn includes(&self, namespace: &str) -> bool {
         match self {
             Self::All => true,
