@@ -6,6 +6,7 @@ use super::shared::Shared;
 use super::stream::{self, Origin};
 use crate::control_plane::Caller;
 use crate::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
+use crate::task::slots::Slot;
 use crate::task::{Group, Signal};
 use crate::telemetry::limit::shortened;
 use http::{HeaderMap, Method, Request, StatusCode, header};
@@ -114,6 +115,7 @@ impl Calls {
     }
 
     async fn sign(&self, request: Request<Incoming>) -> Result<IstioCertificateResponse, Status> {
+        let _asking = self.asking()?;
         let (parts, body) = request.into_parts();
         self.check_cluster(&parts.headers)?;
         let token = token(&parts.headers);
@@ -131,6 +133,7 @@ impl Calls {
     async fn caller(&self, headers: &HeaderMap) -> Result<Caller, Status> {
         self.check_cluster(headers)?;
         let token = token(headers).ok_or_else(|| Status::unauthenticated("there is no bearer token"))?;
+        let _asking = self.asking()?;
         let caller = (self.shared.authority.review)(token).await?;
         let is_caller =
             |(namespace, account): &(_, _)| *namespace == caller.namespace && *account == caller.service_account;
@@ -141,6 +144,12 @@ impl Calls {
             )));
         }
         Ok(caller)
+    }
+
+    /// A slot for a call whose caller is not known yet.
+    fn asking(&self) -> Result<Slot, Status> {
+        let slot = self.shared.asking.take(self.peer.ip());
+        slot.map_err(|error| Status::unavailable(format!("too many calls are being looked at: {error}")))
     }
 
     fn check_cluster(&self, headers: &HeaderMap) -> Result<(), Status> {

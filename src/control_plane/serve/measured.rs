@@ -47,6 +47,8 @@ fn tls() -> io::Result<(String, Arc<rustls::ServerConfig>)> {
 
 /// Tokens that begin with this are refused.
 const BAD: &str = "bad";
+/// With this token, nobody ever signs.
+const HANGS: &str = "hangs";
 /// Tokens that begin with this are of another service account.
 const OTHER: &str = "other";
 
@@ -67,6 +69,7 @@ fn authority(tls: Arc<rustls::ServerConfig>) -> Authority {
         sign: Box::new(|token, request| {
             Box::pin(async move {
                 match token {
+                    Some(token) if token == HANGS => std::future::pending().await,
                     Some(token) if !token.starts_with(BAD) => {
                         Ok(IstioCertificateResponse { cert_chain: vec![request.await?.csr, "root".into()] })
                     }

@@ -9,6 +9,7 @@ use super::nodes::Nodes;
 use crate::control_plane::Caller;
 use crate::mesh::Text;
 use crate::proto::istio::v1::auth::{IstioCertificateRequest, IstioCertificateResponse};
+use crate::task::slots::Slots;
 use parking_lot::RwLock;
 use std::fmt;
 use std::future::Future;
@@ -17,6 +18,9 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
+/// Calls whose token or request is being looked at: of all, and of one address.
+const ASKING: usize = 512;
+const ASKING_OF_ONE: usize = 64;
 /// How many first answers are made at the same time.
 const HEAVY: usize = 2;
 
@@ -88,6 +92,8 @@ pub(super) struct Shared {
     pub(super) differences: Differences,
     pub(super) index: RwLock<Index>,
     pub(super) nodes: Arc<Nodes>,
+    /// Calls whose token or request is being looked at, so that bad tokens from one address leave room for others.
+    pub(super) asking: Arc<Slots>,
     /// Turns of those who make a first answer.
     pub(super) heavy: Arc<Semaphore>,
     /// Memory for large requests.
@@ -104,6 +110,7 @@ impl Shared {
             differences: Differences::default(),
             index: RwLock::default(),
             nodes: Arc::default(),
+            asking: Slots::new(ASKING, ASKING_OF_ONE),
             heavy: Arc::new(Semaphore::new(HEAVY)),
             budget: Arc::new(Semaphore::new(grpc::BUDGET)),
         }

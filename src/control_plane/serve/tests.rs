@@ -122,6 +122,29 @@ async fn certificates_come_from_the_authority() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn calls_that_wait_for_a_decision_are_limited_for_each_address() {
+    let server = Measured::start().await.unwrap();
+    let call = async |token: &str| {
+        let origin = "https://localhost".parse().unwrap();
+        let connection = connect(&server, token, "c1").await;
+        let mut client = IstioCertificateServiceClient::with_origin(connection, origin);
+        client.create_certificate(IstioCertificateRequest { csr: "mine".into(), ..Default::default() }).await
+    };
+    assert!(call("1").await.is_ok());
+    let waiting = futures_util::future::join_all((0..64).map(|_| call("hangs")));
+    let refused = async {
+        loop {
+            match call("1").await {
+                Ok(_) => tokio::task::yield_now().await,
+                Err(status) => break status,
+            }
+        }
+    };
+    let status = tokio::select! { status = refused => status, _ = waiting => panic!("nobody decides about them") };
+    assert!(status.code() == Code::Unavailable && status.message().contains("too many calls"), "{status}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_caller_has_few_streams_and_the_others_have_theirs() {
     let server = Measured::start().await.unwrap();
     server.set_complete();
