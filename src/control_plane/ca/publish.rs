@@ -421,14 +421,17 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nothing_is_overwritten_while_it_cannot_be_known_what_is_right() {
         let (api, tasks) = (FakeApi::default(), Group::default());
-        namespaces(&api, &["shop"]);
+        namespaces(&api, &["istio-system", "shop"]);
         let one = replica(&api, &tasks);
         until("published", || held(&api, "shop").is_some()).await;
         api.hook(|_, path, _| match path.contains("/secrets/") {
             true => Answer::Is(503, json!({"kind": "Status", "code": 503, "message": "away"})),
             false => Answer::Go,
         });
-        api.put(&path("shop"), json!({"data": {ROOTS.key: "newer"}}));
+        // Another replica, which writes its own namespace first.
+        for namespace in ["istio-system", "shop"] {
+            api.put(&path(namespace), json!({"data": {ROOTS.key: "newer"}}));
+        }
         tokio::time::sleep(Duration::from_secs(600)).await;
         assert_eq!(held(&api, "shop").as_deref(), Some("newer"));
         api.hook(|_, _, _| Answer::Go);
