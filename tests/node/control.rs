@@ -327,7 +327,7 @@ fn change(mesh: &Mesh, random: &mut u64) {
         7 => {
             let endpoint = |id: u64| {
                 json!({"addresses": [format!("10.9.{}.{}", id % 4, id)], "nodeName": "n1",
-                "conditions": {"ready": id % 3 != 0, "serving": true},
+                "conditions": {"ready": !id.is_multiple_of(3), "serving": true},
                 "targetRef": {"kind": "Pod", "name": format!("p{id}"), "namespace": "ns", "uid": format!("uid-p{id}")}})
             };
             let endpoints: Vec<Value> = (0..=variant).map(|n| endpoint(id % 20 + n * 20)).collect();

@@ -130,7 +130,7 @@ fn fields(message: &impl Debug) -> Fields {
 }
 
 /// Ports in an order in which equal lists are equal, without the application's protocols; and those.
-fn ports(ports: &mut Vec<Port>) -> String {
+fn ports(ports: &mut [Port]) -> String {
     ports.sort_by_key(|port| (port.service_port, port.target_port));
     let protocols = ports.iter().map(|port| (port.service_port, port.app_protocol().as_str_name()));
     let protocols = format!("{:?}", protocols.filter(|(_, name)| *name != "UNKNOWN").collect::<Vec<_>>());
