@@ -6,6 +6,7 @@ pub mod exposition;
 pub mod limit;
 pub mod lines;
 pub mod log;
+pub mod outage;
 pub mod printable;
 pub mod process;
 pub mod queue;

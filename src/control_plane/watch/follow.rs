@@ -6,6 +6,7 @@ use super::object::{Event, Item, Key, Kind};
 use crate::mesh::Text;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::{brief, with_causes};
+use crate::telemetry::outage::Outage;
 use futures_util::StreamExt;
 use futures_util::stream::{self, BoxStream};
 use kube::runtime::watcher::{self, Error};
@@ -21,8 +22,6 @@ use tokio::time::Instant;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// A watch that has not failed for this long counts as connected, even without events.
 const SETTLED: Duration = Duration::from_secs(8);
-/// Time between log lines while the API stays away.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// Objects of one page of a list.
 const PAGE: u32 = 500;
 /// How long the API must say that it does not know a kind before that is believed. It may not know it yet.
@@ -55,8 +54,7 @@ pub struct Follow<K> {
     source: Source<K>,
     events: Events<K>,
     backoff: Backoff,
-    /// Since when the API has been away, and when that was logged last.
-    away: Option<(Instant, Instant)>,
+    outage: Outage,
     /// Whether the list is complete.
     listed: bool,
     /// Since when the API has said that it does not know the kind.
@@ -71,7 +69,7 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
         let follow = Self {
             events: source.events(),
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
-            away: None,
+            outage: Outage::default(),
             listed: false,
             unknown: None,
             connected: metrics.connected(source.kind),
@@ -132,8 +130,8 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
         }
         self.connected.set(1);
         self.backoff.reset();
-        if let Some((since, _)) = self.away.take() {
-            let away = brief(since.elapsed());
+        if let Some(away) = self.outage.over() {
+            let away = brief(away);
             tracing::info!(resource, %away, "connected to the Kubernetes API again");
         }
     }
@@ -145,15 +143,11 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
         }
         self.unknown = None;
         self.failures.inc();
-        let (resource, error, now) = (self.source.kind.name(), with_causes(error), Instant::now());
-        match &mut self.away {
-            Some((_, said)) if said.elapsed() < SAY_AGAIN => {
-                tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted");
-            }
-            away => {
-                let since = away.map_or(now, |(since, _)| since);
-                *away = Some((since, now));
-                let away = brief(since.elapsed());
+        let (resource, error) = (self.source.kind.name(), with_causes(error));
+        match self.outage.failed() {
+            None => tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted"),
+            Some(away) => {
+                let away = brief(away);
                 tracing::warn!(
                     resource,
                     error,

@@ -6,6 +6,7 @@ use crate::mesh::Text;
 use crate::node::selectors::Labels;
 use crate::task::backoff::Backoff;
 use crate::telemetry::log::{brief, with_causes};
+use crate::telemetry::outage::Outage;
 use futures_util::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::{Namespace, Pod};
 use kube::core::PartialObjectMeta;
@@ -31,9 +32,6 @@ pub const WATCH_SECONDS: u32 = 120;
 const STREAMING: Duration = Duration::from_secs(15);
 /// A watch that has not failed for this long counts as connected, even without events.
 const SETTLED: Duration = Duration::from_secs(8);
-
-/// Time between log lines while the API stays away.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// An event of the API.
 #[derive(Debug)]
@@ -158,8 +156,7 @@ struct Watch<'a, K, F> {
     listed: bool,
     begun: Instant,
     backoff: Backoff,
-    /// Since when the API has been away, and when that was logged last.
-    away: Option<(Instant, Instant)>,
+    outage: Outage,
     connected: Gauge,
     failures: &'a Counter,
 }
@@ -175,8 +172,8 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
     fn is_there(&mut self) {
         self.connected.set(1);
         self.backoff.reset();
-        if let Some((since, _)) = self.away.take() {
-            let away = brief(since.elapsed());
+        if let Some(away) = self.outage.over() {
+            let away = brief(away);
             tracing::info!(resource = self.resource, %away, "connected to the Kubernetes API again");
         }
     }
@@ -187,15 +184,11 @@ impl<K, F: Fn(watcher::Config) -> Events<K>> Watch<'_, K, F> {
         if self.streaming && !self.listed && refuses_streaming(error) {
             return self.without_streaming("the Kubernetes API refuses streamed lists");
         }
-        let (resource, error, now) = (self.resource, with_causes(error), Instant::now());
-        match &mut self.away {
-            Some((_, said)) if said.elapsed() < SAY_AGAIN => {
-                tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted");
-            }
-            away => {
-                let since = away.map_or(now, |(since, _)| since);
-                *away = Some((since, now));
-                let away = brief(since.elapsed());
+        let (resource, error) = (self.resource, with_causes(error));
+        match self.outage.failed() {
+            None => tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted"),
+            Some(away) => {
+                let away = brief(away);
                 tracing::warn!(
                     resource,
                     error,
@@ -253,7 +246,7 @@ async fn follow<K: Send + 'static, T>(
         listed: false,
         begun: Instant::now(),
         backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
-        away: None,
+        outage: Outage::default(),
         connected: metrics.connected.get_or_create(&label).clone(),
         failures: &metrics.failures.get_or_create(&label).clone(),
     };
