@@ -32,6 +32,9 @@ const PATH: &str = "https://localhost/envoy.service.discovery.v3.AggregatedDisco
 /// How often changes are made, as the watch does.
 const BATCH: Duration = Duration::from_millis(20);
 
+/// How long the last changes may take to reach all clients.
+const LATE: Duration = Duration::from_secs(20);
+
 /// The beginning of a response.
 #[derive(Clone, PartialEq, Message)]
 struct Head {
@@ -98,7 +101,11 @@ async fn message(body: &mut RecvStream, buffer: &mut BytesMut) -> BytesMut {
 }
 
 async fn client(number: usize, shared: Arc<Shared>) {
-    let tcp = tokio::net::TcpStream::connect(shared.address).await.expect("it listens");
+    // As nodes have: the server limits what comes from one address.
+    let [.., high, low] = u32::try_from(number).expect("not so many").to_be_bytes();
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.bind((std::net::Ipv4Addr::new(127, 1, high, low), 0).into()).expect("loopback has it");
+    let tcp = socket.connect(shared.address).await.expect("it listens");
     tcp.set_nodelay(true).expect("a socket");
     let name = ServerName::try_from("localhost").expect("a name");
     let tls = shared.connector.connect(name, tcp).await.expect("TLS");
@@ -227,14 +234,18 @@ fn main() {
         due += BATCH;
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
-    std::thread::sleep(Duration::from_secs(1));
-    let (took, ages) = (at.elapsed().as_secs_f64(), shared.ages.lock().expect("no panic"));
     let made = usize::try_from(next).expect("64 bits");
+    let all = u64::try_from(made * (nodes + 1)).expect("64 bits");
+    let reached = || shared.ages.lock().expect("no panic").len();
+    while reached() < all && at.elapsed() < Duration::from_secs(seconds as u64) + LATE {
+        std::thread::sleep(BATCH);
+    }
+    let (took, ages) = (at.elapsed().as_secs_f64(), shared.ages.lock().expect("no panic"));
     let share = |now: Duration, before: Duration| (now - before).as_secs_f64() / took;
     println!(
         "{changes} changes a second for {seconds} s: {made} changes reached {} times of {} ({:.1} responses a second and node)",
         ages.len(),
-        made * (nodes + 1),
+        all,
         (shared.responses.load(Ordering::Relaxed) - responses) as f64 / took / (nodes + 1) as f64
     );
     println!(
