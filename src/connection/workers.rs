@@ -20,7 +20,6 @@ use crate::task::{Group, thread};
 use parking_lot::Mutex;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -217,21 +216,14 @@ impl Workers {
 async fn run(worker: Arc<Worker>, accepted: mpsc::Receiver<AcceptedSocket>, stop: CancellationToken) {
     // As tasks: to wake the future that a runtime blocks on takes two system calls, also on the runtime's own thread.
     let (own, engine, main) = (Group::default(), worker.engine.clone(), worker.clone());
-    let spawn = |part: Pin<Box<dyn Future<Output = ()> + Send>>| {
-        // Without one of its parts, even one that panicked, a worker would take connections and not carry them.
-        let ends = stop.clone().drop_guard();
-        own.spawn(async move {
-            part.await;
-            drop(ends);
-        });
-    };
-    spawn(Box::pin(async move { main.ticks.run().await }));
-    spawn(Box::pin(begin_journeys(worker, accepted)));
-    spawn(Box::pin(async move {
+    // Without one of its parts, even one that panicked, a worker would take connections and not carry them.
+    own.spawn_part(&stop, async move { main.ticks.run().await });
+    own.spawn_part(&stop, begin_journeys(worker, accepted));
+    own.spawn_part(&stop, async move {
         if let Err(error) = engine.run().await {
             tracing::error!(%error, "cannot watch the sockets of tunnels; the worker ends");
         }
-    }));
+    });
     stop.cancelled().await;
     own.cut();
     own.finished().await;

@@ -24,6 +24,7 @@ use crate::task::thread::Dedicated;
 use crate::task::{Drain, Group, Ready, thread};
 use crate::telemetry::log::{self, LogControl};
 use anyhow::Context;
+use futures_util::future::BoxFuture;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 /// How many statuses of policies may wait to be written. More stay with the watch.
 const STATUSES: usize = 256;
@@ -87,11 +89,14 @@ async fn assemble(config: Config, log: LogControl) -> anyhow::Result<()> {
     let own = Netns::open(Path::new("/proc/self/ns/net")).and_then(|netns| netns.has_ipv6());
     let ipv6 = own.unwrap_or(false);
 
-    watch_objects(&config, &client, (&catalog, &pods), &metrics, &background);
+    // Without one of its parts, even one that panicked, it would serve old facts and stay ready.
+    let whole = CancellationToken::new();
+    let part = |work: BoxFuture<'static, ()>| background.spawn_part(&whole, work);
+    watch_objects(&config, &client, (&catalog, &pods), &metrics, part);
     let authority = Authority::new(client.clone(), &config.ca, metrics.ca.clone()).context("TLS cannot be set up")?;
     let reviewer = Reviewer::new(client.clone(), config.ca.audiences.clone(), metrics.ca.clone());
     let reviewer = Arc::new(reviewer);
-    keep_certificates(&client, &authority, &metrics, &background);
+    keep_certificates(&client, &authority, &metrics, part);
     wait_until_ready(&ready, &catalog, &authority, &background);
 
     let server = Server::new(
@@ -105,11 +110,13 @@ async fn assemble(config: Config, log: LogControl) -> anyhow::Result<()> {
     let address = SocketAddr::new(any, config.port);
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     let stop = drain.signal();
-    serving.spawn(server.serve(listener, catalog, stop));
+    serving.spawn_part(&whole, server.serve(listener, catalog, stop));
     say_start(&config, any);
 
-    let name = signals.next().await;
-    tracing::info!(signal = name, "ending: daemons go on with what they know");
+    tokio::select! {
+        name = signals.next() => tracing::info!(signal = name, "ending: daemons go on with what they know"),
+        () = whole.cancelled() => anyhow::bail!("a part of the control plane has ended; start it again, and report this"),
+    }
     let _ending = ready.wait_for("ending");
     drain.gently();
     tokio::select! {
@@ -131,20 +138,25 @@ fn watch_objects(
     client: &kube::Client,
     (catalog, pods): (&Arc<Catalog>, &Arc<RunningPods>),
     metrics: &ControlMetrics,
-    background: &Group,
+    part: impl Fn(BoxFuture<'static, ()>),
 ) {
     let (wanted, statuses) = mpsc::channel(STATUSES);
-    background.spawn(policies::status::write(client.clone(), statuses));
+    part(Box::pin(policies::status::write(client.clone(), statuses)));
     let (config, client, catalog, pods) = (config.clone(), client.clone(), catalog.clone(), pods.clone());
     let metrics = metrics.watch.clone();
-    background.spawn(async move { watch::run(client, &config, catalog, pods, metrics, wanted).await });
+    part(Box::pin(async move { watch::run(client, &config, catalog, pods, metrics, wanted).await }));
 }
 
 /// Loads and renews the CA, and publishes its roots.
-fn keep_certificates(client: &kube::Client, authority: &Arc<Authority>, metrics: &ControlMetrics, background: &Group) {
-    background.spawn(authority.clone().run());
+fn keep_certificates(
+    client: &kube::Client,
+    authority: &Arc<Authority>,
+    metrics: &ControlMetrics,
+    part: impl Fn(BoxFuture<'static, ()>),
+) {
+    part(Box::pin(authority.clone().run()));
     for what in [publish::ROOTS, publish::CRL] {
-        background.spawn(publish::run(client.clone(), authority.clone(), what, metrics.ca.clone()));
+        part(Box::pin(publish::run(client.clone(), authority.clone(), what, metrics.ca.clone())));
     }
 }
 

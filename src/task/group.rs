@@ -25,6 +25,15 @@ impl Group {
         });
     }
 
+    /// Spawns a part of something that cannot go on without it: `whole` is cancelled once the part ends, also by a panic.
+    pub fn spawn_part(&self, whole: &CancellationToken, part: impl Future<Output = ()> + Send + 'static) {
+        let ends = whole.clone().drop_guard();
+        self.spawn(async move {
+            part.await;
+            drop(ends);
+        });
+    }
+
     /// Spawns a task on a given runtime.
     pub fn spawn_on(&self, work: impl Future<Output = ()> + Send + 'static, runtime: &tokio::runtime::Handle) {
         let _inside = runtime.enter();
@@ -58,5 +67,26 @@ impl<F: Future + Send + 'static> hyper::rt::Executor<F> for Group {
         self.spawn(async move {
             work.await;
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_a_part_is_the_end_of_the_whole_however_it_comes() {
+        let (tasks, stays) = (Group::default(), CancellationToken::new());
+        tasks.spawn_part(&stays, std::future::pending());
+        for part in
+            [Box::pin(async {}) as std::pin::Pin<Box<dyn Future<Output = ()> + Send>>, Box::pin(async { panic!() })]
+        {
+            let whole = CancellationToken::new();
+            tasks.spawn_part(&whole, part);
+            whole.cancelled().await;
+        }
+        assert!(!stays.is_cancelled());
+        tasks.cut();
+        stays.cancelled().await;
     }
 }
