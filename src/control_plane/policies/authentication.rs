@@ -75,7 +75,15 @@ pub fn read(object: &Object, notes: &mut Notes) -> Authentication {
             for (name, value) in list {
                 let port_mode = port_mode(name, value, notes);
                 match super::values::port(name) {
-                    Ok(port) => drop(ports.insert(port, port_mode)),
+                    // Written in two ways, such as 80 and 080.
+                    Ok(port) => {
+                        if ports.insert(port, port_mode).is_some_and(|other| other != port_mode) {
+                            notes.differs(|| {
+                                format!("spec.portLevelMtls: port {port} is there twice: STRICT for all ports")
+                            });
+                            strict_somewhere = true;
+                        }
+                    }
                     Err(fault) => {
                         strict_somewhere |= port_mode == Mode::Strict;
                         let effect = if port_mode == Mode::Strict { "STRICT for all ports" } else { "left out" };

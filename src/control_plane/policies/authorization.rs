@@ -4,6 +4,7 @@ use super::notes::Notes;
 use super::object::{Labels, Object, brief, present, quoted, selector};
 use super::rules::rules;
 use super::status::{Condition, Reason};
+use crate::control::xds::encode;
 use crate::mesh::Policy;
 use crate::mesh::policy::{Action, PolicyScope, Rule};
 use serde_json::Value;
@@ -13,6 +14,9 @@ pub const DRY_RUN: &str = "istio.io/dry-run";
 
 /// Fields of the spec.
 pub(super) const FIELDS: [&str; 6] = ["action", "provider", "rules", "selector", "targetRef", "targetRefs"];
+
+/// Largest policy, in the form in which nodes get it. All policies together are one answer, which has a limit too.
+const BYTES_MAX: usize = 256 << 10;
 
 /// What an AuthorizationPolicy comes to.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,21 +39,30 @@ pub fn convert(object: &Object, root: &str) -> Converted {
     let read = read(object, &mut notes);
     let (selector, action, rules) = match read {
         Ok(read) => read,
-        Err(fault) => {
-            let where_to = if *object.namespace == *root { "the mesh" } else { "the namespace" };
-            let message =
-                format!("{fault}: until it is mended, every connection to workloads of {where_to} is refused");
-            let policy = policy(object, scope(object, None, root), Action::Deny, dry_run, vec![Vec::new()]);
-            let condition = Condition::new(Reason::Unreadable, message);
-            return Converted { policy: Some(policy), selector: None, condition };
-        }
+        Err(fault) => return refuse_all(object, root, dry_run, &fault),
     };
     let (otherwise, message) = match dry_run {
         true => (Reason::DryRun, "evaluated and logged, not enforced"),
         false => (Reason::Accepted, ""),
     };
     let policy = policy(object, scope(object, selector.as_ref(), root), action, dry_run, rules);
+    let size = encode::policy(&policy).len();
+    if size > BYTES_MAX {
+        return refuse_all(object, root, dry_run, &format!("it has {size} bytes for nodes, {BYTES_MAX} at most"));
+    }
     Converted { policy: Some(policy), selector, condition: Condition::of_notes(&notes, otherwise, message) }
+}
+
+/// A policy that takes the place of one that cannot be used, and refuses every connection that it may be about.
+fn refuse_all(object: &Object, root: &str, dry_run: bool, fault: &str) -> Converted {
+    let where_to = if *object.namespace == *root { "the mesh" } else { "the namespace" };
+    let effect = match dry_run {
+        true => format!("it logs that it would refuse every connection to workloads of {where_to}"),
+        false => format!("every connection to workloads of {where_to} is refused"),
+    };
+    let policy = policy(object, scope(object, None, root), Action::Deny, dry_run, vec![Vec::new()]);
+    let condition = Condition::new(Reason::Unreadable, format!("{fault}: until it is mended, {effect}"));
+    Converted { policy: Some(policy), selector: None, condition }
 }
 
 /// Why a policy is not sent to nodes; `None` if it is.

@@ -22,8 +22,9 @@ use tokio::time::Instant;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 /// A watch that has not failed for this long counts as connected, even without events.
 const SETTLED: Duration = Duration::from_secs(8);
-/// Objects of one page of a list.
+/// Objects of one page of a list; of kinds whose objects may be as large as the API permits, fewer.
 const PAGE: u32 = 500;
+const PAGE_OF_LARGE: u32 = 50;
 /// How long the API must say that it does not know a kind before that is believed. It may not know it yet.
 const ABSENT_AFTER: Duration = Duration::from_secs(2);
 
@@ -44,7 +45,9 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Source<K> 
     }
 
     fn events(&self) -> Events<K> {
-        let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
+        // The optional kinds are those whose objects are kept whole.
+        let page = if self.kind.is_optional() { PAGE_OF_LARGE } else { PAGE };
+        let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(page);
         watcher::watcher(self.api.clone(), config).boxed()
     }
 }
