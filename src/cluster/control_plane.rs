@@ -2,11 +2,13 @@
 //! are not enforced as they are written.
 
 use super::find::is_label;
-use super::question::ClusterError;
+use super::question::{AskError, ClusterError};
 use crate::telemetry::log::with_causes;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ApiResource, DynamicObject, ListParams};
 use serde_json::Value;
+use std::time::Duration;
+use tokio::time::timeout;
 
 /// Name of its Deployment and its Service, and the label of its pods.
 const NAME: &str = "culvert-control";
@@ -44,6 +46,15 @@ pub struct NotEnforced {
     pub message: String,
 }
 
+/// Policies that are not enforced as they are written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policies {
+    /// Those that were found, a limited number.
+    pub not_enforced: Vec<NotEnforced>,
+    /// Why there may be more.
+    pub incomplete: Option<String>,
+}
+
 /// The namespace of the control plane, if a daemon that has its facts from `address` uses culvert's.
 pub fn namespace_of(address: &str) -> Option<&str> {
     let host = address.rsplit_once("://").map_or(address, |(_, host)| host);
@@ -76,9 +87,20 @@ fn replica(pod: Pod) -> Option<Replica> {
     Some(Replica { pod: pod.metadata.name.unwrap_or_default(), node, ready, phase })
 }
 
-/// The policies that are not enforced as they are written. An account that may not read policies sees none.
-pub(super) async fn not_enforced(client: &kube::Client) -> Vec<NotEnforced> {
+/// The policies that are not enforced as they are written.
+pub(super) async fn not_enforced(client: &kube::Client, deadline: Duration) -> Policies {
     let mut found = Vec::new();
+    let incomplete = match timeout(deadline, find(client, &mut found)).await {
+        Ok(Ok(())) if found.len() > POLICIES_MAX => Some(format!("only the first {POLICIES_MAX} are shown")),
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(with_causes(&error)),
+        Err(_) => Some(AskError::Late(deadline).to_string()),
+    };
+    found.truncate(POLICIES_MAX);
+    Policies { not_enforced: found, incomplete }
+}
+
+async fn find(client: &kube::Client, found: &mut Vec<NotEnforced>) -> Result<(), kube::Error> {
     for (kind, plural) in KINDS {
         let resource = ApiResource {
             group: "security.istio.io".into(),
@@ -89,8 +111,13 @@ pub(super) async fn not_enforced(client: &kube::Client) -> Vec<NotEnforced> {
         };
         let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
         let mut parameters = ListParams::default().limit(PAGE);
-        while found.len() < POLICIES_MAX {
-            let Ok(page) = api.list(&parameters).await else { break };
+        while found.len() <= POLICIES_MAX {
+            let page = match api.list(&parameters).await {
+                Ok(page) => page,
+                // Without the definition of the kind there are none.
+                Err(kube::Error::Api(status)) if status.code == 404 => break,
+                Err(error) => return Err(error),
+            };
             found.extend(page.items.iter().filter_map(|object| said_of(kind, object)));
             match page.metadata.continue_.filter(|more| !more.is_empty()) {
                 Some(more) => parameters = parameters.continue_token(&more),
@@ -98,14 +125,18 @@ pub(super) async fn not_enforced(client: &kube::Client) -> Vec<NotEnforced> {
             }
         }
     }
-    found.truncate(POLICIES_MAX);
-    found
+    Ok(())
 }
 
 fn said_of(kind: &'static str, object: &DynamicObject) -> Option<NotEnforced> {
     let conditions = object.data.pointer("/status/conditions").and_then(Value::as_array)?;
     let text = |condition: &Value, key: &str| condition[key].as_str().unwrap_or_default().to_owned();
     let condition = conditions.iter().find(|one| one["type"] == "Accepted" && one["status"] == "False")?;
+    // What is said of an earlier version says nothing of this one.
+    let said_of = condition["observedGeneration"].as_i64();
+    if said_of.is_some_and(|said_of| object.metadata.generation.is_some_and(|generation| said_of != generation)) {
+        return None;
+    }
     let part = |part: &Option<String>| part.clone().unwrap_or_default();
     let name = format!("{}/{}", part(&object.metadata.namespace), part(&object.metadata.name));
     Some(NotEnforced { kind, name, reason: text(condition, "reason"), message: text(condition, "message") })
@@ -149,6 +180,13 @@ mod tests {
         let expected =
             NotEnforced { kind: "K", name: "shop/p".into(), reason: "PartlyEnforced".into(), message: "rule 1".into() };
         assert_eq!(said_of("K", &object(json!([of_istio, no]))), Some(expected));
+        for (observed, is_said) in [(json!(2), true), (json!(1), false), (json!("2"), true)] {
+            let mut no = no.clone();
+            no["observedGeneration"] = observed;
+            let mut object = object(json!([no]));
+            object.metadata.generation = Some(2);
+            assert_eq!(said_of("K", &object).is_some(), is_said, "{object:?}");
+        }
     }
 
     #[test]

@@ -95,19 +95,21 @@ impl Daemons {
         }
     }
 
-    /// The replicas of culvert's control plane in a namespace, and the policies of which it says that they are not enforced
-    /// as they are written. `None` on this machine, where there is no API to ask.
+    /// The replicas of culvert's control plane in a namespace. `None` on this machine, where there is no API to ask.
     pub async fn control_plane(
         &self,
         namespace: &str,
         deadline: Duration,
-    ) -> Option<Result<(Vec<control_plane::Replica>, Vec<control_plane::NotEnforced>), ClusterError>> {
+    ) -> Option<Result<Vec<control_plane::Replica>, ClusterError>> {
         let client = self.client.as_ref()?;
         let replicas = tokio::time::timeout(deadline, control_plane::replicas(client, namespace)).await;
-        let replicas = replicas.unwrap_or_else(|_| Err(ClusterError::Api(AskError::Late(deadline).to_string())));
-        // Many policies take long to read, and are only worth a note.
-        let policies = tokio::time::timeout(deadline, control_plane::not_enforced(client)).await.unwrap_or_default();
-        Some(replicas.map(|replicas| (replicas, policies)))
+        Some(replicas.unwrap_or_else(|_| Err(ClusterError::Api(AskError::Late(deadline).to_string()))))
+    }
+
+    /// The policies of which the control plane says that they are not enforced as they are written.
+    pub async fn policies_not_enforced(&self, deadline: Duration) -> control_plane::Policies {
+        let Some(client) = self.client.as_ref() else { return control_plane::Policies::default() };
+        control_plane::not_enforced(client, deadline).await
     }
 
     /// Asks one daemon.

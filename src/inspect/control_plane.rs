@@ -2,7 +2,7 @@
 
 use super::nodes::Node;
 use super::text::{at, printable};
-use crate::cluster::control_plane::{self, NotEnforced, Replica};
+use crate::cluster::control_plane::{self, NotEnforced, Policies, Replica};
 use crate::cluster::{ClusterError, Daemons};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -11,10 +11,10 @@ use std::time::Duration;
 pub struct ControlPlane {
     namespace: String,
     replicas: Result<Vec<Replica>, String>,
-    not_enforced: Vec<NotEnforced>,
+    policies: Policies,
 }
 
-/// Looks at the control plane that these daemons say they have their facts from; `None` if it is not culvert's.
+/// Looks at the replicas of the control plane that these daemons say they have their facts from; `None` if it is not culvert's.
 pub async fn look(daemons: &Daemons, nodes: &[Node], timeout: Duration) -> Option<ControlPlane> {
     let addresses = nodes.iter().filter_map(|node| at(node.page.as_ref().ok()?, "/facts/from").as_str());
     let namespace = addresses.filter_map(control_plane::namespace_of).next()?.to_owned();
@@ -23,11 +23,13 @@ pub async fn look(daemons: &Daemons, nodes: &[Node], timeout: Duration) -> Optio
 }
 
 impl ControlPlane {
-    fn new(namespace: String, found: Result<(Vec<Replica>, Vec<NotEnforced>), ClusterError>) -> Self {
-        match found {
-            Ok((replicas, not_enforced)) => Self { namespace, replicas: Ok(replicas), not_enforced },
-            Err(error) => Self { namespace, replicas: Err(error.to_string()), not_enforced: Vec::new() },
-        }
+    fn new(namespace: String, found: Result<Vec<Replica>, ClusterError>) -> Self {
+        Self { namespace, replicas: found.map_err(|error| error.to_string()), policies: Policies::default() }
+    }
+
+    /// Reads what is said of policies. They are only worth notes, and many take long to read.
+    pub async fn read_policies(&mut self, daemons: &Daemons, timeout: Duration) {
+        self.policies = daemons.policies_not_enforced(timeout).await;
     }
 
     /// How many replicas are ready, in a line.
@@ -57,26 +59,32 @@ impl ControlPlane {
             let node = if node.is_empty() { "no node".to_owned() } else { node };
             format!("control plane: {pod} on {node} is not ready ({phase})")
         });
-        let policies = self.not_enforced.iter().map(|policy| {
+        let policies = self.policies.not_enforced.iter().map(|policy| {
             let (name, reason, message) =
                 (printable(&policy.name), printable(&policy.reason), printable(&policy.message));
             format!("{} {name} is not enforced as it is written ({reason}): {message}", policy.kind)
         });
-        waits.chain(policies).collect()
+        let incomplete = self.policies.incomplete.iter();
+        let incomplete =
+            incomplete.map(|why| format!("policies that are not enforced may be missing here: {}", printable(why)));
+        waits.chain(policies).chain(incomplete).collect()
     }
 
     /// For programs.
     pub fn json(&self) -> Value {
         let policy = |policy: &NotEnforced| json!({"kind": policy.kind, "name": policy.name, "reason": policy.reason, "message": policy.message});
         let replica = |replica: &Replica| json!({"pod": replica.pod, "node": replica.node, "ready": replica.ready, "phase": replica.phase});
-        let policies: Vec<Value> = self.not_enforced.iter().map(policy).collect();
-        match &self.replicas {
-            Ok(all) => {
-                let replicas: Vec<Value> = all.iter().map(replica).collect();
-                json!({"namespace": self.namespace, "replicas": replicas, "policiesNotEnforced": policies})
-            }
-            Err(error) => json!({"namespace": self.namespace, "error": error, "policiesNotEnforced": policies}),
+        let policies: Vec<Value> = self.policies.not_enforced.iter().map(policy).collect();
+        let mut all = json!({"namespace": self.namespace, "policiesNotEnforced": policies});
+        let (key, value) = match &self.replicas {
+            Ok(replicas) => ("replicas", Value::from(replicas.iter().map(replica).collect::<Vec<Value>>())),
+            Err(error) => ("error", json!(error)),
+        };
+        let why = self.policies.incomplete.as_ref().map(|why| ("policiesError", json!(why)));
+        if let Some(all) = all.as_object_mut() {
+            all.extend([Some((key, value)), why].into_iter().flatten().map(|(key, value)| (key.to_owned(), value)));
         }
+        all
     }
 }
 
@@ -98,7 +106,9 @@ pub(super) mod tests {
             reason: "PartlyEnforced".into(),
             message: "rule 1 needs \u{1b}[1mHTTP".into(),
         };
-        ControlPlane::new("istio-system".into(), Ok((ready.iter().enumerate().map(replica).collect(), vec![policy])))
+        let replicas = ready.iter().enumerate().map(replica).collect();
+        let policies = Policies { not_enforced: vec![policy], incomplete: None };
+        ControlPlane { policies, ..ControlPlane::new("istio-system".into(), Ok(replicas)) }
     }
 
     #[test]
@@ -128,6 +138,10 @@ pub(super) mod tests {
         let unseen = ControlPlane::new("mesh".into(), Err(ClusterError::Api("forbidden".into())));
         assert!(unseen.red().is_empty() && unseen.summary().contains("forbidden"));
         assert_eq!(unseen.json()["error"], "the Kubernetes API: forbidden");
+        let mut without = with(&[true]);
+        without.policies = Policies { not_enforced: Vec::new(), incomplete: Some("forbidden".into()) };
+        assert_eq!(without.notes(), ["policies that are not enforced may be missing here: forbidden"]);
+        assert_eq!(without.json()["policiesError"], "forbidden");
         assert_eq!(with(&[true]).json()["replicas"][0]["ready"], true);
     }
 }

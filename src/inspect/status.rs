@@ -29,7 +29,7 @@ pub async fn run(
     let end = Instant::now() + wait.unwrap_or_default();
     loop {
         let looked = nodes::ask(daemons, "/status", timeout).await;
-        let control = match &looked {
+        let mut control = match &looked {
             Ok(nodes) => control_plane::look(daemons, nodes, timeout).await,
             Err(_) => None,
         };
@@ -41,6 +41,9 @@ pub async fn run(
                 (false, true) => Outcome::Red,
                 (false, false) => Outcome::Unknown,
             };
+            if let Some(control) = &mut control {
+                control.read_policies(daemons, timeout).await;
+            }
             let control = control.as_ref();
             let shown = if json { as_json(&nodes, control) } else { screen(&nodes, control, style, SystemTime::now()) };
             return Ok((shown, outcome));
