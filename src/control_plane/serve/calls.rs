@@ -1,6 +1,6 @@
 //! The calls of one connection: who may make them, and who answers.
 
-use super::grpc::{Answer, Answered, Messages, Sender};
+use super::grpc::{Answer, Answered, FACTS_BYTES_MAX, Messages, Sender};
 use super::metrics::CallLabel;
 use super::shared::Shared;
 use super::stream::{self, Origin};
@@ -26,8 +26,6 @@ const FACTS: (&str, &str) =
 const CERTIFICATE: (&str, &str) = ("/istio.v1.auth.IstioCertificateService/CreateCertificate", "certificate");
 /// How long a call for a certificate may take.
 const CERTIFICATE_DEADLINE: Duration = Duration::from_secs(20);
-/// Largest request for facts. A client that holds 200,000 resources lists them in about 20 MiB.
-const FACTS_BYTES_MAX: usize = 32 << 20;
 /// Largest request for a certificate. It is read before it is known who asks.
 const CERTIFICATE_BYTES_MAX: usize = 64 << 10;
 /// How many pieces of responses may wait to be read. At most one response of each type waits.
@@ -83,7 +81,7 @@ impl Calls {
             }
         };
         let (sender, response) = Answer::stream(PIECES);
-        let messages = Messages::new(body, FACTS_BYTES_MAX, self.shared.budget.clone()).in_turn(place.large.clone());
+        let messages = Messages::new(body, FACTS_BYTES_MAX, self.shared.budget.clone()).of_caller(place.large.clone());
         let (tasks, origin) = (self.tasks.clone(), Origin { caller, peer: self.peer, place });
         tasks.spawn(self.stream(origin, messages, sender));
         response

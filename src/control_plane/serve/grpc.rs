@@ -17,10 +17,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tonic::Status;
 
+/// Largest request for facts. A client that holds 200,000 resources lists them in about 20 MiB.
+pub const FACTS_BYTES_MAX: usize = 32 << 20;
 /// Requests up to this size are read without asking for memory.
 const SMALL: usize = 64 << 10;
 /// The memory for larger ones, in units of [`SMALL`].
 pub const BUDGET: usize = (128 << 20) / SMALL;
+/// The memory that one caller may have: the largest request, or a few smaller ones, as a client makes one for each type.
+pub const OF_ONE: usize = FACTS_BYTES_MAX / SMALL;
+/// How long the rest of a message may be silent.
+const SILENT: Duration = Duration::from_secs(10);
 /// How long one message may take from its first byte to its last, with the wait for memory.
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(50);
 /// Answers up to this size are sent in one piece.
@@ -35,11 +41,11 @@ pub struct Message {
     pub memory: Option<Memory>,
 }
 
-/// Memory that is set aside for a large message, and its caller's turn to have one.
+/// Memory that is set aside for a large message: of all, and of its caller.
 #[derive(Debug)]
 pub struct Memory {
     _units: OwnedSemaphorePermit,
-    _turn: Option<OwnedSemaphorePermit>,
+    _of_caller: Option<OwnedSemaphorePermit>,
 }
 
 /// The messages of a request.
@@ -49,19 +55,19 @@ pub struct Messages {
     buffer: BytesMut,
     max: usize,
     budget: Arc<Semaphore>,
-    /// The turn of the caller to have a large message.
-    turn: Option<Arc<Semaphore>>,
+    /// The memory of the caller for large messages.
+    of_caller: Option<Arc<Semaphore>>,
 }
 
 impl Messages {
     /// The messages in this body, each of at most `max` bytes.
     pub fn new(body: Incoming, max: usize, budget: Arc<Semaphore>) -> Self {
-        Self { body, buffer: BytesMut::new(), max, budget, turn: None }
+        Self { body, buffer: BytesMut::new(), max, budget, of_caller: None }
     }
 
-    /// The same, of which only one is large while it has this turn.
-    pub fn in_turn(self, turn: Arc<Semaphore>) -> Self {
-        Self { turn: Some(turn), ..self }
+    /// The same, where large messages need memory of their caller too.
+    pub fn of_caller(self, memory: Arc<Semaphore>) -> Self {
+        Self { of_caller: Some(memory), ..self }
     }
 
     /// The next message; `None` at the end. It may not be dropped before it is done.
@@ -108,15 +114,17 @@ impl Messages {
 
     /// Waits for memory, which is never refused.
     async fn memory(&self, units: u32) -> Option<Memory> {
-        let turn = match &self.turn {
-            Some(turn) => Some(turn.clone().acquire_owned().await.ok()?),
+        let of_caller = match &self.of_caller {
+            Some(memory) => Some(memory.clone().acquire_many_owned(units).await.ok()?),
             None => None,
         };
-        Some(Memory { _turn: turn, _units: self.budget.clone().acquire_many_owned(units).await.ok()? })
+        Some(Memory { _of_caller: of_caller, _units: self.budget.clone().acquire_many_owned(units).await.ok()? })
     }
 
     async fn need_more(&mut self) -> Result<(), Status> {
-        match self.read_more().await? {
+        // Whose connection is cut must not keep memory for long: it comes back and needs it.
+        let silent = |_| Status::deadline_exceeded("a message stopped in its middle");
+        match timeout(SILENT, self.read_more()).await.map_err(silent)?? {
             true => Ok(()),
             false => Err(Status::invalid_argument("the request ends within a message")),
         }

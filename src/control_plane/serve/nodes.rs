@@ -1,5 +1,6 @@
 //! The daemons that are connected, for the debug page, and a limit on the streams of each.
 
+use super::grpc::OF_ONE;
 use super::node::Client;
 use crate::control_plane::Caller;
 use crate::control_plane::catalog::Kind;
@@ -76,7 +77,7 @@ type CallerKey = (Text, Text, Text);
 #[derive(Debug)]
 struct Streams {
     count: usize,
-    /// The turn to have a large request.
+    /// The memory that its large requests may have.
     large: Arc<Semaphore>,
 }
 
@@ -85,7 +86,7 @@ struct Streams {
 pub struct Place {
     nodes: Arc<Nodes>,
     caller: CallerKey,
-    /// One caller has one large request at a time, so that it leaves memory for others.
+    /// The memory that large requests of one caller may have, so that it leaves memory for others.
     pub large: Arc<Semaphore>,
 }
 
@@ -109,7 +110,7 @@ impl Nodes {
         let pod = of.pod.as_ref().map_or_else(|| "".into(), |pod| pod.uid.clone());
         let caller = (of.namespace.clone(), of.service_account.clone(), pod);
         let mut inner = self.0.lock();
-        let new = || Streams { count: 0, large: Arc::new(Semaphore::new(1)) };
+        let new = || Streams { count: 0, large: Arc::new(Semaphore::new(OF_ONE)) };
         let streams = inner.by_caller.entry(caller.clone()).or_insert_with(new);
         if streams.count >= STREAMS_OF_ONE {
             return Err(TooMany);
@@ -174,6 +175,11 @@ mod tests {
         };
         let mut greedy: Vec<Entry> = (0..100).map_while(|_| add("1").ok()).collect();
         assert_eq!(greedy.len(), STREAMS_OF_ONE);
+        // A client asks for each type at once, with a long list each.
+        let half = u32::try_from(OF_ONE / 2).unwrap();
+        let take = || greedy[0].place.large.clone().try_acquire_many_owned(half);
+        let (_addresses, _policies) = (take().unwrap(), take().unwrap());
+        assert!(take().is_err(), "and leaves memory for others");
         let other = add("2").unwrap();
         assert_eq!(nodes.list().len(), STREAMS_OF_ONE + 1);
         greedy.pop();

@@ -38,6 +38,11 @@ const LARGE: usize = 64 << 10;
 /// Most names, versions and other parts of a request. Each needs far more memory than it has bytes.
 const PARTS_MAX: usize = 300_000;
 
+/// The fields for names that are asked for or taken back, and for versions.
+const NAMES_AND_VERSIONS: [u32; 3] = [3, 4, 5];
+/// Most bytes of all other fields. Their inner parts are not counted, and need even more memory.
+const OTHERS_MAX: usize = 1 << 20;
+
 /// A request, and the memory that was set aside for it.
 struct Request {
     request: DeltaDiscoveryRequest,
@@ -64,7 +69,10 @@ async fn decode(message: Message) -> Result<Request, Status> {
     // The memory stays set aside for as long as the work takes, whatever becomes of the stream.
     let decode = move || {
         let Message { bytes, memory } = message;
-        let parts = parts(bytes.clone());
+        let (parts, others) = parts(bytes.clone());
+        if others > OTHERS_MAX {
+            return Err(Status::invalid_argument("the description of the node, or an error, is too long"));
+        }
         if parts > PARTS_MAX {
             // In the words by which a client knows that it should ask without the versions of what it holds.
             let text = format!("grpc: received message larger than max ({parts} vs. {PARTS_MAX} names and versions)");
@@ -80,17 +88,22 @@ async fn decode(message: Message) -> Result<Request, Status> {
     }
 }
 
-/// How many fields a message has, those in its inner messages not counted. What cannot be decoded ends the count.
-fn parts(mut bytes: Bytes) -> usize {
-    let mut count = 0;
+/// How many fields a request has, and how many bytes all have that are neither names nor versions. What cannot be decoded
+/// ends the count.
+fn parts(mut bytes: Bytes) -> (usize, usize) {
+    let (mut count, mut others) = (0, 0);
     while !bytes.is_empty() {
+        let before = bytes.len();
         let Ok((tag, wire)) = decode_key(&mut bytes) else { break };
         if skip_field(wire, tag, &mut bytes, DecodeContext::default()).is_err() {
             break;
         }
         count += 1;
+        if !NAMES_AND_VERSIONS.contains(&tag) {
+            others += before - bytes.len();
+        }
     }
-    count
+    (count, others)
 }
 
 /// Where a stream comes from.

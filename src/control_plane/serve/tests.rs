@@ -287,4 +287,13 @@ async fn a_long_list_of_what_is_held_is_read_and_one_that_is_too_long_is_refused
     let refused = stream.next().await.unwrap_err();
     // The words by which a node knows that it should come back without the list.
     assert!(refused.code() == Code::ResourceExhausted && refused.message().contains("larger than max"), "{refused}");
+    // What else a request may say is short, because its inner parts need far more memory than they have bytes.
+    let mut stream = Stream::open(connect(&server, "3", "").await).await.unwrap();
+    let list = prost_types::ListValue { values: vec![Default::default(); 600_000] };
+    let list = prost_types::Value { kind: Some(prost_types::value::Kind::ListValue(list)) };
+    let metadata = prost_types::Struct { fields: [("X".to_owned(), list)].into() };
+    let node = Some(Node { id: ID.into(), metadata: Some(metadata), ..Default::default() });
+    stream.send.send(DeltaDiscoveryRequest { node, ..first(Kind::Address, ID) }).await.unwrap();
+    let refused = stream.next().await.unwrap_err();
+    assert!(refused.code() == Code::InvalidArgument && refused.message().contains("too long"), "{refused}");
 }
