@@ -95,7 +95,7 @@ pub struct Authority {
     begun: AtomicU64,
     ended: watch::Sender<Loaded>,
     wanted: Notify,
-    /// The roots that are in every namespace.
+    /// The roots that are in every namespace, except in those that refuse them.
     published: Mutex<Option<Arc<str>>>,
     /// What was said last about a key that cannot be loaded, and when.
     said: Mutex<Option<(String, Instant)>>,
@@ -218,7 +218,11 @@ impl Authority {
             return;
         }
         let in_force = self.current.load().as_ref().map_or_else(|| "none".to_owned(), |held| held.origin.clone());
-        tracing::warn!(error, in_force, "the CA's signing key cannot be loaded; the last good one stays in force");
+        tracing::warn!(
+            error,
+            in_force,
+            "the CA's signing key cannot be loaded, or the serving certificate not renewed; what is in force stays"
+        );
         *said = Some((error, Instant::now()));
     }
 
@@ -306,12 +310,12 @@ impl Authority {
         matches!(tokio::time::timeout(CONFIRMED_WITHIN, later).await, Ok(Ok(loaded)) if loaded.1)
     }
 
-    /// Says that these roots are in every namespace.
+    /// Says that these roots are in every namespace, except in those that refuse them.
     pub fn set_published(&self, roots: Option<Arc<str>>) {
         *self.published.lock() = roots;
     }
 
-    fn is_published(&self) -> bool {
+    pub(super) fn is_published(&self) -> bool {
         let roots = self.roots_pem();
         roots.is_some() && *self.published.lock() == roots
     }

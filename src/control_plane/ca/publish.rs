@@ -35,6 +35,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 /// Shortest and longest time between two rounds of writes. Somebody who changes a ConfigMap again and again causes one
 /// write in each.
 const ROUNDS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long a namespace has to refuse the ConfigMap before a rotation of the root no longer waits for it.
+const REFUSES_AFTER: Duration = Duration::from_secs(600);
 /// How long a watch runs before it is started again.
 const WATCH_SECONDS: u32 = 290;
 
@@ -71,8 +73,8 @@ type Watches = SelectAll<Pin<Box<dyn Stream<Item = Result<Seen, watcher::Error>>
 /// Publishes for as long as it is awaited.
 pub async fn run(client: Client, authority: Arc<Authority>, what: Published, metrics: Arc<Metrics>) {
     let mut watches = watches(&client, what.name);
-    let (known, refusing, limit) = Default::default();
-    let mut publisher = Publisher { client, what, metrics, known, refusing, limit };
+    let (known, refusing, reached, limit) = Default::default();
+    let mut publisher = Publisher { client, what, metrics, known, refusing, reached, limit };
     let (mut changes, mut backoff) = (authority.changes(), Backoff::new(ROUNDS.0, ROUNDS.1));
     let mut round_at = Instant::now();
     loop {
@@ -182,29 +184,54 @@ impl Known {
     }
 }
 
+/// A namespace in which the ConfigMap cannot be written, by a quota or a webhook of its owner.
+struct Refusing {
+    since: Instant,
+    backoff: Backoff,
+    try_at: Instant,
+}
+
 struct Publisher {
     client: Client,
     what: Published,
     metrics: Arc<Metrics>,
     known: Known,
-    /// Namespaces that refuse the ConfigMap, and when they are tried again. The others do not wait for them.
-    refusing: BTreeMap<Text, Instant>,
+    /// Namespaces that refuse the ConfigMap. The others do not wait for them.
+    refusing: BTreeMap<Text, Refusing>,
+    /// Namespaces that have had the present content at some time. Their owners may remove it again and again.
+    reached: (Option<Arc<str>>, BTreeSet<Text>),
     limit: LogLimit,
 }
 
 impl Publisher {
     /// Tells how many namespaces are without the content.
-    fn say(&self, authority: &Authority, content: Option<Arc<str>>, wrong: &[(Text, bool)]) {
-        if self.what.gates_rotation {
-            self.metrics.unpublished.set(i64::try_from(wrong.len()).unwrap_or(i64::MAX));
-            // Others are read by nobody whom a rotation concerns, and their owners may refuse the ConfigMap for ever.
-            let is_missed = wrong.iter().any(|(namespace, _)| authority.config().has_daemons(namespace));
-            let is_everywhere = self.known.listed == (true, true) && !is_missed;
-            authority.set_published(content.filter(|_| is_everywhere));
+    fn say(&mut self, authority: &Authority, content: Option<Arc<str>>, wrong: &[(Text, bool)]) {
+        if !self.what.gates_rotation {
+            return;
         }
+        self.metrics.unpublished.set(i64::try_from(wrong.len()).unwrap_or(i64::MAX));
+        let (of, reached) = &mut self.reached;
+        if *of != content {
+            reached.clear();
+            of.clone_from(&content);
+        }
+        let is_complete = content.is_some() && self.known.listed == (true, true);
+        if is_complete {
+            let wrong: BTreeSet<&Text> = wrong.iter().map(|(namespace, _)| namespace).collect();
+            reached.retain(|namespace| self.known.namespaces.contains(namespace));
+            reached.extend(self.known.namespaces.iter().filter(|namespace| !wrong.contains(namespace)).cloned());
+        }
+        let refuses =
+            |namespace: &Text| self.refusing.get(namespace).is_some_and(|it| it.since.elapsed() >= REFUSES_AFTER);
+        let is_missed = |(namespace, _): &(Text, bool)| {
+            authority.config().has_daemons(namespace) || !(reached.contains(namespace) || refuses(namespace))
+        };
+        let is_everywhere = is_complete && !wrong.iter().any(is_missed);
+        authority.set_published(content.filter(|_| is_everywhere));
     }
 
-    /// Writes where the content is missing or another one. Returns whether all writes succeeded.
+    /// Writes where the content is missing or another one. Returns whether it could be known what is right, and was
+    /// written in the own namespace.
     async fn round(&mut self, authority: &Authority, wrong: Vec<(Text, bool)>) -> bool {
         // What is in other namespaces may be their owners' doing. The own one is written first, so it tells.
         let own = authority.config().namespace.clone();
@@ -215,20 +242,19 @@ impl Publisher {
         }
         let Some(content) = (self.what.content)(authority) else { return false };
         let wrong = self.known.wrong(&content);
-        self.refusing.retain(|namespace, _| wrong.iter().any(|(other, _)| other == namespace));
+        let names: BTreeSet<&Text> = wrong.iter().map(|(namespace, _)| namespace).collect();
+        self.refusing.retain(|namespace, _| names.contains(namespace));
         let (own, mut others): (Vec<_>, Vec<_>) = wrong.into_iter().partition(|(namespace, _)| *namespace == own);
         if !self.write_all(own, &content).await.is_empty() {
             return false;
         }
         let now = Instant::now();
-        others.retain(|(namespace, _)| self.refusing.get(namespace).is_none_or(|until| *until <= now));
-        let tried = others.len();
-        let failed = self.write_all(others, &content).await;
-        // Where many are tried and all refuse, it is the API that does not work.
-        if tried > 1 && failed.len() == tried {
-            return false;
+        others.retain(|(namespace, _)| self.refusing.get(namespace).is_none_or(|it| it.try_at <= now));
+        for namespace in self.write_all(others, &content).await {
+            let new = || Refusing { since: now, backoff: Backoff::new(ROUNDS.0, ROUNDS.1), try_at: now };
+            let refusing = self.refusing.entry(namespace).or_insert_with(new);
+            refusing.try_at = Instant::now() + refusing.backoff.next();
         }
-        self.refusing.extend(failed.into_iter().map(|namespace| (namespace, now + ROUNDS.1)));
         true
     }
 
@@ -402,17 +428,24 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_cannot_be_written_is_tried_again_and_holds_up_no_other() {
         let (api, tasks) = (FakeApi::default(), Group::default());
-        namespaces(&api, &["istio-system", "shop", "closed"]);
-        api.hook(|method, path, _| match method.as_str() == "POST" && path.contains("/closed/") {
+        namespaces(&api, &["istio-system", "shop", "closed", "closed-too"]);
+        api.hook(|method, path, _| match method.as_str() == "POST" && path.contains("/closed") {
             true => Answer::Is(403, json!({"kind": "Status", "code": 403, "message": "exceeded quota"})),
             false => Answer::Go,
         });
         let one = replica(&api, &tasks);
         until("the others have them", || held(&api, "shop").is_some() && held(&api, "istio-system").is_some()).await;
-        tokio::time::sleep(Duration::from_secs(600)).await;
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        assert!(!one.authority.is_published(), "it may yet succeed");
+        tokio::time::sleep(Duration::from_secs(300)).await;
         let tried = api.count("POST", "/closed/");
         assert!((5..60).contains(&tried), "{tried} times in ten minutes");
-        assert_eq!(one.metrics.unpublished.get(), 1);
+        assert_eq!(one.metrics.unpublished.get(), 2);
+        namespaces(&api, &["new"]);
+        let begun = Instant::now();
+        until("a new one does not wait for them", || held(&api, "new").is_some()).await;
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        until("a rotation does not wait for them for ever", || one.authority.is_published()).await;
         api.hook(|_, _, _| Answer::Go);
         until("it has them in the end", || held(&api, "closed").is_some()).await;
         tasks.cut();

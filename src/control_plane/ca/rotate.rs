@@ -59,7 +59,7 @@ fn report(state: &State, max_life: Duration, now: SystemTime) -> String {
     let is_due = state.next_at(max_life).is_some_and(|at| at <= seconds(now));
     let late = match is_due {
         true => {
-            "\nThat time is over: the step waits until the roots are in every namespace; see the metric culvert_control_namespaces_without_roots and the log of the control plane."
+            "\nThat time is over: the step waits until the roots are in every namespace, except those that have refused them for ten minutes and run no daemons; see the metric culvert_control_namespaces_without_roots and the log of the control plane."
         }
         false => "",
     };

@@ -129,7 +129,7 @@ impl Service {
     fn refused(&self, caller: &Caller, identity: &str, label: &'static str, reason: &str) -> Status {
         self.metrics.count_refused(label);
         if let Some(suppressed) = self.limit.allow() {
-            let identity = shown(identity);
+            let (identity, reason) = (shown(identity), shown(reason));
             let (account, pod) = (account(caller), pod(caller));
             tracing::warn!(account, pod, identity, reason, suppressed, "a request for a certificate is refused");
         }
@@ -140,7 +140,7 @@ impl Service {
     fn invalid(&self, caller: &Caller, label: &'static str, reason: String) -> Status {
         self.metrics.count_refused(label);
         if let Some(suppressed) = self.limit.allow() {
-            let (account, pod) = (account(caller), pod(caller));
+            let (account, pod, reason) = (account(caller), pod(caller), shown(&reason));
             tracing::warn!(account, pod, reason, suppressed, "a request for a certificate cannot be used");
         }
         Status::invalid_argument(reason)
