@@ -38,8 +38,6 @@ use tokio_util::sync::CancellationToken;
 const STATUSES: usize = 256;
 /// How long streams may take to end.
 const LAST_STREAMS: Duration = Duration::from_secs(15);
-/// How often it is looked whether certificates can be signed, until they can.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
 /// How long blocking work may continue after its runtime has ended.
 const BLOCKING_GRACE: Duration = Duration::from_secs(1);
 
@@ -173,10 +171,8 @@ fn wait_until_ready(ready: &Ready, catalog: &Arc<Catalog>, authority: &Arc<Autho
     let authority = authority.clone();
     background.spawn(async move {
         let mut changes = authority.changes();
-        while !authority.is_ready() {
-            // The serving certificate comes a moment after the key, of which alone there is a notice.
-            let _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()).await;
-        }
+        // The notice comes once the server is ready with the key. The authority lives as long as this task.
+        while !authority.is_ready() && changes.changed().await.is_ok() {}
         drop(signing);
     });
 }

@@ -59,7 +59,7 @@ settings! {
     MAX_TTL: Time = Setting::new("max-workload-cert-ttl", "MAX_WORKLOAD_CERT_TTL", Time::CERTIFICATE)
         .or("2160h")
         .help(
-            "Longest life of certificates that may be asked for. A rotation of the root takes twice the longest life that was \
+            "Longest life of certificates that daemons may ask for; any other pod gets at most DEFAULT_WORKLOAD_CERT_TTL. A rotation of the root takes twice the longest life that was \
              ever asked for.",
         );
 }
