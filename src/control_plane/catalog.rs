@@ -46,7 +46,7 @@ pub struct Resource {
     pub content: Bytes,
     /// Changes when the content does: a hash of it, the same in every replica.
     pub version: Text,
-    /// Further names by which daemons ask for it: `network/ip`, `network/ip/length`.
+    /// Further names by which daemons ask for it: `network/ip`.
     pub aliases: Vec<Text>,
     /// For a workload: the names of its services. Whoever asks for a service needs its workloads too.
     pub services: Vec<Text>,

@@ -19,6 +19,8 @@ use std::net::IpAddr;
 
 /// How many names are remembered for sharing. When there are more, all are forgotten and sharing starts again.
 const NAMES_MAX: usize = 200_000;
+/// Longest text that is shared, in bytes.
+const SHARED_MAX: usize = 256;
 
 /// Shared texts, so that fifty thousand workloads in ten namespaces need ten namespace names.
 #[derive(Debug, Default)]
@@ -29,6 +31,9 @@ impl Names {
     pub fn text(&mut self, text: &str) -> Text {
         if let Some(known) = self.0.get(text) {
             return known.clone();
+        }
+        if text.len() > SHARED_MAX {
+            return text.into();
         }
         if self.0.len() >= NAMES_MAX {
             self.0.clear();

@@ -35,14 +35,18 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label of the control plane's namespace, with the name of the network.
 const NETWORK: &str = "topology.istio.io/network";
 
+/// What is said of an address that is left out.
+const NO_ADDRESS: &str = "is no address at which other nodes can reach it";
+
 /// Most addresses of one object. Kubernetes has two.
 const ADDRESSES_MAX: usize = 16;
 /// Most ports of a service. Each is repeated for each of its pods.
 const PORTS_MAX: usize = 2_000;
 /// Most endpoints of a slice; the API allows no more.
 const ENDPOINTS_MAX: usize = 1_000;
-/// Most sets of labels that are remembered for sharing.
-const LABELS_MAX: usize = 100_000;
+/// Largest set of labels that is shared, in bytes, and how many are before those that nobody has any more are forgotten.
+const SHARED_BYTES_MAX: usize = 4 << 10;
+const SHARED_MIN: usize = 1_000;
 /// Most faults that are kept until they are taken. Further ones are counted only.
 const FAULTS_MAX: usize = 100;
 
@@ -71,6 +75,8 @@ pub struct Reader {
     domain: Text,
     names: Names,
     labels: HashSet<Labels>,
+    /// When there are this many, those that nobody has any more are forgotten.
+    labels_room: usize,
     faults: Faults,
 }
 
@@ -84,7 +90,13 @@ struct Id<'a> {
 impl Reader {
     /// A reader for a cluster whose DNS names have this domain.
     pub fn new(domain: Text) -> Self {
-        Self { domain, names: Names::default(), labels: HashSet::new(), faults: Faults::default() }
+        Self {
+            domain,
+            names: Names::default(),
+            labels: HashSet::new(),
+            labels_room: SHARED_MIN,
+            faults: Faults::default(),
+        }
     }
 
     /// What was left out since the last call.
@@ -116,10 +128,14 @@ impl Reader {
         if let Some(known) = self.labels.get(labels) {
             return known.clone();
         }
-        if self.labels.len() >= LABELS_MAX {
-            self.labels.clear();
-        }
         let new = Labels::new(labels.clone());
+        if labels.iter().map(|(key, value)| key.len() + value.len()).sum::<usize>() > SHARED_BYTES_MAX {
+            return new;
+        }
+        if self.labels.len() >= self.labels_room {
+            self.labels.retain(|labels| Labels::strong_count(labels) > 1);
+            self.labels_room = SHARED_MIN.max(2 * self.labels.len());
+        }
         self.labels.insert(new.clone());
         new
     }
@@ -138,7 +154,7 @@ impl Reader {
                     break;
                 }
                 Some(ip) => ips.push(ip),
-                None => self.fault(id, &format!("{text:?} is not an address")),
+                None => self.fault(id, &format!("{text:?} {NO_ADDRESS}")),
             }
         }
         ips
@@ -225,7 +241,7 @@ impl Reader {
         let wanted: Vec<&str> = all.filter(|ip| !ip.is_empty() && *ip != "None").collect();
         if let Some(odd) = wanted.iter().find(|ip| parse_ip(ip).is_none()) {
             // With a part of its addresses, connections to the other part would miss the mesh.
-            self.fault(id, &format!("left out: {odd:?} is not an address"));
+            self.fault(id, &format!("left out: {odd:?} {NO_ADDRESS}"));
             return None;
         }
         let families = spec.ip_families.as_deref().unwrap_or_default();
@@ -303,7 +319,12 @@ impl Reader {
             if let Some(target) = target {
                 let is_near = target.namespace.as_deref().is_none_or(|other| *other == *namespace);
                 let Some(pod) = target.name.as_deref().filter(|name| is_near && !name.is_empty()) else {
-                    self.fault(id, "an endpoint stands for a pod of another namespace, or without a name");
+                    let part = |part: &Option<String>| part.clone().unwrap_or_default();
+                    let (of, pod) = (part(&target.namespace), part(&target.name));
+                    self.fault(
+                        id,
+                        &format!("an endpoint stands for the pod {of}/{pod}: of another namespace, or without a name"),
+                    );
                     continue;
                 };
                 let uid = target.uid.as_deref().filter(|uid| !uid.is_empty()).map(Text::from);
@@ -312,7 +333,7 @@ impl Reader {
             }
             let said = endpoint.addresses.iter().flatten().next().map(String::as_str).unwrap_or_default();
             let Some(ip) = parse_ip(said) else {
-                self.fault(id, &format!("{said:?} is not an address"));
+                self.fault(id, &format!("{said:?} {NO_ADDRESS}"));
                 continue;
             };
             let ready = endpoint.conditions.as_ref().and_then(|c| c.ready).unwrap_or(true);

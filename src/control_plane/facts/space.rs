@@ -1,7 +1,7 @@
 //! The objects of one namespace, and which of them belong together.
 
 use super::label_index::LabelIndex;
-use super::object::{Endpoint, Namespace, Pod, Service, Slice};
+use super::object::{Endpoint, Namespace, Pod, PodRef, Service, Slice};
 use crate::mesh::Text;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -24,8 +24,8 @@ pub struct Space {
     label_of_service: HashMap<Text, (String, String)>,
     /// Slices by service.
     slices_of_service: HashMap<Text, BTreeSet<Text>>,
-    /// Slices by pod that they refer to.
-    slices_of_pod: HashMap<Text, Vec<Text>>,
+    /// Slices by pod that they refer to, with the uids by which they do; without one, any pod of the name is meant.
+    slices_of_pod: HashMap<Text, BTreeMap<Text, Vec<Option<Text>>>>,
 }
 
 impl Space {
@@ -92,7 +92,7 @@ impl Space {
     fn endpoints(&self, service: &Service, pods: &mut BTreeSet<Text>) {
         if service.selector.is_empty() {
             let slices = self.slices_of(&service.name).filter_map(|slice| self.slices.get(slice));
-            pods.extend(slices.flat_map(referred).cloned());
+            pods.extend(slices.flat_map(referred).map(|pod| pod.name.clone()));
             return;
         }
         let with = |(key, value): (&String, &String)| self.pods_by_label.get(key, value);
@@ -117,10 +117,8 @@ impl Space {
             self.referred_by(&new, &mut pods);
             self.slices_of_service.entry(new.service.clone()).or_default().insert(name.clone());
             for pod in referred(&new) {
-                let slices = self.slices_of_pod.entry(pod.clone()).or_default();
-                if !slices.contains(name) {
-                    slices.push(name.clone());
-                }
+                let slices = self.slices_of_pod.entry(pod.name.clone()).or_default();
+                slices.entry(name.clone()).or_default().push(pod.uid.clone());
             }
             self.slices.insert(name.clone(), new);
         }
@@ -130,7 +128,7 @@ impl Space {
     /// The pods of a slice count only where the service has no selector.
     fn referred_by(&self, slice: &Slice, pods: &mut BTreeSet<Text>) {
         if self.services.get(&slice.service).is_some_and(|service| service.selector.is_empty()) {
-            pods.extend(referred(slice).cloned());
+            pods.extend(referred(slice).map(|pod| pod.name.clone()));
         }
     }
 
@@ -142,10 +140,10 @@ impl Space {
             }
         }
         for pod in referred(old) {
-            if let Some(slices) = self.slices_of_pod.get_mut(pod) {
-                slices.retain(|slice| *slice != old.name);
+            if let Some(slices) = self.slices_of_pod.get_mut(&pod.name) {
+                slices.remove(&old.name);
                 if slices.is_empty() {
-                    self.slices_of_pod.remove(pod);
+                    self.slices_of_pod.remove(&pod.name);
                 }
             }
         }
@@ -164,12 +162,12 @@ impl Space {
             let known = candidates.filter_map(|name| self.services.get(name));
             services.extend(known.filter(|service| selects(service, pod)).map(|service| (&service.name, service)));
         }
-        for slice in self.slices_of_pod.get(&pod.name).into_iter().flatten().filter_map(|name| self.slices.get(name)) {
-            let service = self.services.get(&slice.service).filter(|service| service.selector.is_empty());
-            if let Some(service) = service.filter(|_| refers_to(slice, pod)) {
-                services.insert(&service.name, service);
-            }
-        }
+        // Not those that refer to an earlier pod of the same name.
+        let is_meant = |uids: &Vec<Option<Text>>| uids.iter().any(|uid| uid.as_ref().is_none_or(|uid| *uid == pod.uid));
+        let slices = self.slices_of_pod.get(&pod.name).into_iter().flatten().filter(|(_, uids)| is_meant(uids));
+        let of_slices = slices.filter_map(|(name, _)| self.services.get(&self.slices.get(name)?.service));
+        let of_slices = of_slices.filter(|service| service.selector.is_empty());
+        services.extend(of_slices.map(|service| (&service.name, service)));
         services.into_values().collect()
     }
 }
@@ -179,18 +177,10 @@ fn selects(service: &Service, pod: &Pod) -> bool {
     !service.selector.is_empty() && service.selector.iter().all(|(key, value)| pod.labels.get(key) == Some(value))
 }
 
-/// The names of the pods that a slice refers to.
-fn referred(slice: &Slice) -> impl Iterator<Item = &Text> {
+/// The pods that a slice refers to.
+fn referred(slice: &Slice) -> impl Iterator<Item = &PodRef> {
     slice.endpoints.iter().filter_map(|endpoint| match endpoint {
-        Endpoint::Pod(pod) => Some(&pod.name),
+        Endpoint::Pod(pod) => Some(pod),
         Endpoint::Address { .. } => None,
-    })
-}
-
-/// Whether a slice refers to this very pod, and not to an earlier one of the same name.
-fn refers_to(slice: &Slice, pod: &Pod) -> bool {
-    slice.endpoints.iter().any(|endpoint| match endpoint {
-        Endpoint::Pod(other) => other.name == pod.name && other.uid.as_ref().is_none_or(|uid| *uid == pod.uid),
-        Endpoint::Address { .. } => false,
     })
 }

@@ -123,7 +123,10 @@ fn all_addresses_count_and_each_once() {
     assert_eq!(world.pod("a", "p").unwrap().ips.len(), 1);
     assert_eq!(
         world.faults(),
-        ["Pod a/p: \"10.0.0.300\" is not an address", "Pod a/p: \"127.0.0.1\" is not an address"]
+        [
+            "Pod a/p: \"10.0.0.300\" is no address at which other nodes can reach it",
+            "Pod a/p: \"127.0.0.1\" is no address at which other nodes can reach it"
+        ]
     );
 }
 

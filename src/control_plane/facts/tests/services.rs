@@ -230,6 +230,20 @@ fn the_slices_of_a_service_without_selector_name_its_pods() {
 }
 
 #[test]
+fn what_the_endpoints_of_one_slice_come_to_is_bounded() {
+    let ports =
+        |count: u32| (1..=count).map(|port| json!({"name": format!("p{port}"), "port": port})).collect::<Vec<_>>();
+    let endpoints = |count: u32| (1..=count).map(|n| json!({"addresses": [format!("192.0.{}.{}", n / 250, n % 250)]}));
+    for (count, each, kept) in [(1_000, 1, 1_000), (1_000, 20, 1_000), (1_000, 2_000, 10), (11, 2_000, 10), (3, 0, 3)] {
+        let service = with(bare_service(), json!({"spec": {"ports": ports(each)}}));
+        let slice = slice(json!({"endpoints": endpoints(count).collect::<Vec<_>>(), "ports": ports(each)}));
+        let mut world = World::of(&[service, slice]);
+        assert_eq!(world.known.len() - 1, kept, "{count} endpoints of {each} ports");
+        assert_eq!(world.index.take_faults().count, u64::from(kept < count as usize));
+    }
+}
+
+#[test]
 fn endpoints_that_are_no_pods_are_workloads_of_their_own() {
     let endpoints = json!([{"addresses": ["192.0.2.1", "192.0.2.9"]}, {"addresses": ["192.0.2.2"], "conditions": {"ready": false}},
         {"addresses": ["192.0.2.3"], "conditions": {"ready": true}}, {"addresses": ["192.0.2.3"]}, {"addresses": ["x"]},
