@@ -39,16 +39,20 @@ fn apply(cluster: &Cluster) {
     apply_folder(cluster, &folder());
 }
 
-/// An overlay of the folder, in which daemons have a further setting.
-fn overlay(cluster: &Cluster, name: &str, value: &str) -> String {
+/// An overlay of the folder, in which these kinds of object, by name, have further settings.
+fn overlay(cluster: &Cluster, settings: &[(&str, &str, &str)], value: &str) -> String {
     let overlay = cluster.folder().join("overlay");
     let _ = fs::create_dir(&overlay);
     let up = overlay.strip_prefix(root()).unwrap().components().map(|_| "../").collect::<String>();
-    let text = format!(
-        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{up}daemonset/alone]\npatches:\n\
-         - target: {{kind: DaemonSet, name: ztunnel}}\n  patch: '[{{\"op\": \"add\", \"path\": \"/spec/template/spec/containers/0/env/-\", \
-         \"value\": {{\"name\": \"{name}\", \"value\": \"{value}\"}}}}]'\n"
+    let mut text = format!(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [{up}daemonset/alone]\npatches:\n"
     );
+    for (kind, name, setting) in settings {
+        text += &format!(
+            "- target: {{kind: {kind}, name: {name}}}\n  patch: '[{{\"op\": \"add\", \"path\": \"/spec/template/spec/containers/0/env/-\", \
+             \"value\": {{\"name\": \"{setting}\", \"value\": \"{value}\"}}}}]'\n"
+        );
+    }
     fs::write(overlay.join("kustomization.yaml"), text).unwrap();
     overlay.to_str().unwrap().to_owned()
 }
@@ -339,7 +343,13 @@ fn the_root_is_replaced_under_load() {
     let cluster = bare();
     // Certificates that live for seconds, because a rotation takes as long as they do, twice. The root must not have
     // signed longer ones.
-    apply_folder(&cluster, &overlay(&cluster, "SECRET_TTL", "40s"));
+    let settings = [
+        ("DaemonSet", "ztunnel", "SECRET_TTL"),
+        ("Deployment", "culvert-control", "DEFAULT_WORKLOAD_CERT_TTL"),
+        // The time for clocks that differ is at most this too.
+        ("Deployment", "culvert-control", "MAX_WORKLOAD_CERT_TTL"),
+    ];
+    apply_folder(&cluster, &overlay(&cluster, &settings, "40s"));
     enrol(&cluster);
     let root_of = |cluster: &Cluster| {
         let map = cluster.get(&["configmap", "-n", SHOP, "istio-ca-root-cert"]);
@@ -347,7 +357,7 @@ fn the_root_is_replaced_under_load() {
     };
     let before = root_of(&cluster);
     let wire = Sniffer::start(&cluster, "n1");
-    let loads = Load::from_both_nodes(&cluster, 10, 300);
+    let loads = Load::from_both_nodes(&cluster, 10, 360);
     let rotate = || {
         let exec = ["-n", SYSTEM, "exec", CONTROL, "--", "culvert", "control", "rotate-root"];
         cluster.try_kubectl(&exec).unwrap_or_else(|why| why)

@@ -1,9 +1,9 @@
 //! Policies: which connections are refused, by which rule, and which open connections a change ends.
 
 use crate::world::facts::principal;
-use crate::world::{World, apps, ask, connect, eventually};
+use crate::world::{World, alive, apps, ask, connect, eventually};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -30,10 +30,6 @@ fn open(w: &World, from: &str) -> TcpStream {
     let mut stream = connect(&w.ns(from), (server(w), 9000)).unwrap();
     assert!(alive(&mut stream));
     stream
-}
-
-fn alive(stream: &mut TcpStream) -> bool {
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
 }
 
 fn refused(w: &World, from: &str) -> bool {

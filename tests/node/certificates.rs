@@ -1,10 +1,10 @@
 //! The CA refuses, hangs, rotates its root or has another clock, and certificates are revoked. Pods with a valid
 //! certificate keep it, and revoked peers are cut off.
 
-use crate::istio::{Istio, alive};
+use crate::istio::Istio;
 use crate::world::certs::spiffe;
 use crate::world::control_plane::{Ca, Root};
-use crate::world::{Agent, World, ask, eventually, replace};
+use crate::world::{Agent, World, alive, ask, eventually, replace};
 use crate::xds::Load;
 use serde_json::Value;
 use std::time::{Duration, Instant};

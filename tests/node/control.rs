@@ -4,12 +4,11 @@
 use crate::world::certs::spiffe;
 use crate::world::cluster_api::{AUTHENTICATION, AUTHORIZATION, ClusterApi};
 use crate::world::sniffer::Sniffer;
-use crate::world::{Agent, Pod, World, apps, ask, connect, eventually, http, inside, subject};
+use crate::world::{Agent, Pod, World, alive, apps, ask, connect, eventually, http, inside, subject};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -177,10 +176,6 @@ impl Mesh {
     }
 }
 
-fn alive(stream: &mut TcpStream) -> bool {
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
-}
-
 #[test]
 fn without_istio_pods_talk_mutual_tls_under_policies_and_go_on_while_it_is_away() {
     let mut mesh = Mesh::new();
@@ -212,8 +207,9 @@ fn without_istio_pods_talk_mutual_tls_under_policies_and_go_on_while_it_is_away(
     // Every peer has to show who it is.
     let strict = json!({"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"generation": 1},
         "spec": {"mtls": {"mode": "STRICT"}}});
-    mesh.api.put(AUTHENTICATION, "ns/default", Some(strict));
     let node = mesh.w.ns("n1");
+    assert!(ask(&node, (mesh.server(), 8080), "x").is_ok_and(|answer| !answer.is_empty()), "plaintext is allowed");
+    mesh.api.put(AUTHENTICATION, "ns/default", Some(strict));
     eventually("plaintext from the node is refused", || {
         ask(&node, (mesh.server(), 8080), "x").map_or(true, |answer| answer.is_empty())
     });
@@ -227,8 +223,11 @@ fn without_istio_pods_talk_mutual_tls_under_policies_and_go_on_while_it_is_away(
     for _ in 0..10 {
         mesh.request().unwrap();
     }
+    assert!(alive(&mut open), "an open connection goes on");
+    let root = std::fs::read(&mesh.root_file).unwrap();
     mesh.policy("no-client", Some(json!({"action": "DENY", "rules": rules})));
     let pid = mesh.start_control(0);
+    assert!(root == std::fs::read(&mesh.root_file).unwrap(), "it has the same root");
     eventually("the change is known", || mesh.request().is_err());
     mesh.policy("no-client", None);
     eventually("and the next", || mesh.request().is_ok());
@@ -349,7 +348,7 @@ fn change(mesh: &Mesh, random: &mut u64) {
     }
 }
 
-/// Ten thousand changes, with broken watches and a daemon that asks for addresses one by one in between. Then a control
+/// Ten thousand changes, with broken watches in between. Then a control
 /// plane that lists everything anew serves what the first one does, by the same versions; and both nodes know it.
 #[test]
 fn after_ten_thousand_changes_a_node_knows_what_a_list_from_scratch_says() {

@@ -1,9 +1,9 @@
 //! How the daemon ends.
 
-use crate::world::{Pod, World, apps, ask, connect, eventually, inside};
+use crate::world::{Pod, World, alive, apps, ask, connect, eventually, inside};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::net::TcpStream;
 
 fn world(settings: &[(&str, &str)]) -> (World, Pod, Pod, TcpStream) {
@@ -19,10 +19,6 @@ fn world(settings: &[(&str, &str)]) -> (World, Pod, Pod, TcpStream) {
     let mut live = connect(&client.netns, (server.v4, 9000)).unwrap();
     assert!(alive(&mut live));
     (w, client, server, live)
-}
-
-fn alive(stream: &mut TcpStream) -> bool {
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
 }
 
 fn message(w: &World, node: u8, text: &'static str) -> Value {

@@ -1,6 +1,6 @@
 //! The node of a peer disappears silently: no FIN and no reset ever arrives.
 
-use crate::istio::alive;
+use crate::world::alive;
 use crate::world::{PATIENCE, World, apps, connect, eventually, ip_in, output_in};
 use serde_json::Value;
 use std::io::Write;

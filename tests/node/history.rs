@@ -256,7 +256,7 @@ fn how_both_legs_do_is_shown_when_somebody_asks() {
     w.start();
     let open = [&client, &plain].map(|from| {
         let mut open = crate::world::connect(&from.netns, (server.v4, 9000)).unwrap();
-        assert!(crate::istio::alive(&mut open));
+        assert!(crate::world::alive(&mut open));
         open
     });
     for (node, count) in [(1, 1), (2, 2)] {

@@ -3,9 +3,8 @@
 
 use crate::world::agent::uid;
 use crate::world::wire::ADDRESS;
-use crate::world::{Agent, ControlPlane, Pod, World, apps, ask, connect, eventually};
+use crate::world::{Agent, ControlPlane, Pod, World, alive, apps, ask, connect, eventually};
 use serde_json::{Value, json};
-use std::io::{Read, Write};
 use std::net::TcpStream;
 
 /// Two nodes in an Istio mesh.
@@ -95,10 +94,6 @@ impl Istio {
     fn dump(&self, node: u8) -> Value {
         self.w.json(node, "/config_dump")
     }
-}
-
-pub fn alive(stream: &mut TcpStream) -> bool {
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
 }
 
 #[test]

@@ -1022,7 +1022,7 @@ fn legacy_rules_that_come_before_ours_are_overtaken_and_named() {
     c.start();
     assert!(ask(&ns, (server, 8080), "x").is_ok());
     let mut open = connect(&ns, (server, 9000)).unwrap();
-    assert!(crate::istio::alive(&mut open));
+    assert!(crate::world::alive(&mut open));
     // The tables are created with their first rule, and are evaluated before ours.
     for args in [
         "-t nat -N ISTIO_OUTPUT",
@@ -1045,7 +1045,7 @@ fn legacy_rules_that_come_before_ours_are_overtaken_and_named() {
     });
     let failed = c.w.log(1).iter().any(|l| l["message"].as_str().is_some_and(|m| m.contains("pod not captured")));
     assert!(!failed, "it was never said to be refused");
-    assert!(crate::istio::alive(&mut open), "what was open goes on");
+    assert!(crate::world::alive(&mut open), "what was open goes on");
 }
 
 /// The folders and the configuration of a node's CNI.

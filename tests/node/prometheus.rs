@@ -1,10 +1,10 @@
 //! A real Prometheus scrapes daemons that carry traffic. The queries of Istio's ztunnel and mesh dashboards and of Kiali's
 //! graph, our own dashboard and our alerting rules are asked of it. promtool reads the metrics.
 
-use crate::istio::{Istio, alive};
+use crate::istio::Istio;
 use crate::world::names::{answer, ask as ask_dns, question};
 use crate::world::{
-    World, apps, ask, certs, connect, eventually, http, inside, output_in, peer_script, python_env, replace,
+    World, alive, apps, ask, certs, connect, eventually, http, inside, output_in, peer_script, python_env, replace,
 };
 use serde_json::{Value, json};
 use std::fs;

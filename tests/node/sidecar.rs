@@ -5,13 +5,12 @@ use crate::world::facts::principal;
 use crate::world::names::{answer, container, kubernetes_conf};
 use crate::world::sniffer::Sniffer;
 use crate::world::{
-    ControlPlane, Pod, World, apps, ask, connect, eventually, http, inside, is_reset, output_in, subject,
+    ControlPlane, Pod, World, alive, apps, ask, connect, eventually, http, inside, is_reset, output_in, subject,
 };
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{IpAddr, TcpStream};
+use std::net::IpAddr;
 use std::os::unix::fs::chown;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -364,8 +363,4 @@ fn the_daemon_of_a_workload_that_has_ended_ends_at_once() {
     assert!(daemon.wait().success());
     assert!(from.elapsed() < Duration::from_secs(2), "{:?}: {}", from.elapsed(), s.log());
     assert!(s.log().contains("every connection had finished"));
-}
-
-fn alive(stream: &mut TcpStream) -> bool {
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut [0; 4]).is_ok()
 }

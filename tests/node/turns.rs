@@ -1,7 +1,7 @@
 //! Two daemons on one node, as during an upgrade: one is active, the other one is on standby and serves what it has.
 
-use crate::istio::alive;
 use crate::kubernetes::{Cluster, Cni, cluster, has_rules};
+use crate::world::alive;
 use crate::world::{Pod, ask, connect, eventually, http, inside, output_in, subject};
 use std::fs;
 use std::io::Write;

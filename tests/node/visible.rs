@@ -1,6 +1,6 @@
 //! What operators see: config_dump, metrics, readiness, logging, the access log.
 
-use crate::istio::alive;
+use crate::world::alive;
 use crate::world::{Pod, World, apps, ask, connect, eventually, http, inside, output_in, peer_script, python_env};
 use serde_json::{Value, json};
 

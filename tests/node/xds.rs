@@ -1,10 +1,10 @@
 //! The control plane dies, stalls, lies, forgets and comes back. The known facts stay in force, and traffic continues.
 
-use crate::istio::{Istio, alive};
+use crate::istio::Istio;
 use crate::world::certs::spiffe;
 use crate::world::facts::{hostname, principal};
 use crate::world::wire::{self, ADDRESS, AUTHORIZATION};
-use crate::world::{apps, ask, eventually, is_reset, output_in};
+use crate::world::{alive, apps, ask, eventually, is_reset, output_in};
 use culvert::proto::culvert::state::SavedState;
 use culvert::proto::envoy::service::discovery::v3::{DeltaDiscoveryResponse, Resource};
 use culvert::proto::istio::{security as auth, workload as wl};

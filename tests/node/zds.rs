@@ -1,9 +1,9 @@
 //! The node's agent hands over pods, forgets them, dies and comes back. Each message is answered, and no pod is ever
 //! carried as another one.
 
-use crate::istio::{Istio, alive};
+use crate::istio::Istio;
 use crate::world::agent::uid;
-use crate::world::{Agent, Pod, World, ask, connect, eventually, http, inside};
+use crate::world::{Agent, Pod, World, alive, ask, connect, eventually, http, inside};
 use crate::xds::Load;
 use culvert::proto::istio::workload::zds;
 use nix::sys::signal::Signal;

@@ -479,6 +479,16 @@ pub fn connect(ns: &str, to: impl Into<SocketAddr>) -> std::io::Result<TcpStream
     })
 }
 
+/// Whether a connection to an echo still carries bytes. One that is silent is neither alive nor ended.
+pub fn alive(stream: &mut TcpStream) -> bool {
+    let done = stream.write_all(b"ping").and_then(|()| stream.read_exact(&mut [0; 4]));
+    if let Err(error) = &done {
+        let is_silent = matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut);
+        assert!(!is_silent, "an open connection carries nothing and does not end");
+    }
+    done.is_ok()
+}
+
 /// Sends a line and reads everything until the other end closes.
 pub fn ask(ns: &str, to: impl Into<SocketAddr>, line: &str) -> std::io::Result<String> {
     let mut stream = connect(ns, to)?;
