@@ -32,8 +32,11 @@ const PATH: &str = "https://localhost/envoy.service.discovery.v3.AggregatedDisco
 /// How often changes are made, as the watch does.
 const BATCH: Duration = Duration::from_millis(20);
 
-/// How long the last changes may take to reach all clients.
-const LATE: Duration = Duration::from_secs(20);
+/// The last changes have reached all clients once no further one is read for this time. A workload that is changed again
+/// before it is read is read once.
+const QUIET: Duration = Duration::from_secs(2);
+/// How long the clients may take to begin.
+const BEGIN: Duration = Duration::from_secs(120);
 
 /// The beginning of a response.
 #[derive(Clone, PartialEq, Message)]
@@ -180,7 +183,10 @@ fn runtime(name: &str, threads: usize) -> tokio::runtime::Runtime {
 
 /// Waits until all clients know everything.
 fn wait(shared: &Shared, count: usize) {
+    let begun = Instant::now();
     while shared.ready.load(Ordering::Relaxed) < count {
+        let ready = shared.ready.load(Ordering::Relaxed);
+        assert!(begun.elapsed() < BEGIN, "{ready} of {count} clients know everything");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -237,10 +243,15 @@ fn main() {
     let made = usize::try_from(next).expect("64 bits");
     let all = u64::try_from(made * (nodes + 1)).expect("64 bits");
     let reached = || shared.ages.lock().expect("no panic").len();
-    while reached() < all && at.elapsed() < Duration::from_secs(seconds as u64) + LATE {
+    let (mut seen, mut grew) = (reached(), Instant::now());
+    while seen < all && grew.elapsed() < QUIET {
         std::thread::sleep(BATCH);
+        let now = reached();
+        if now > seen {
+            (seen, grew) = (now, Instant::now());
+        }
     }
-    let (took, ages) = (at.elapsed().as_secs_f64(), shared.ages.lock().expect("no panic"));
+    let (took, ages) = ((grew - at).as_secs_f64(), shared.ages.lock().expect("no panic"));
     let share = |now: Duration, before: Duration| (now - before).as_secs_f64() / took;
     println!(
         "{changes} changes a second for {seconds} s: {made} changes reached {} times of {} ({:.1} responses a second and node)",
