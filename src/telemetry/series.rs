@@ -115,7 +115,7 @@ impl<L: Labels, M: Default> Series<L, M> {
     /// The metrics of a label set, which is created if needed.
     pub fn of(&self, labels: &L) -> SeriesHandle<L, M> {
         let table = &*self.0;
-        let now = table.begun.elapsed().as_secs() + 1;
+        let now = || table.begun.elapsed().as_secs() + 1;
         {
             let sets = table.sets.read();
             if let Some(set) = sets.get(labels) {
@@ -123,7 +123,7 @@ impl<L: Labels, M: Default> Series<L, M> {
             }
             // A client that causes many new names must not make every connection wait for the others' turns to write.
             if sets.len() >= table.limits.max
-                && table.swept.load(Ordering::Relaxed) == now
+                && table.swept.load(Ordering::Relaxed) == now()
                 && let Some(set) = sets.get(&labels.overflow())
             {
                 table.overflowed.fetch_add(1, Ordering::Relaxed);
@@ -136,6 +136,7 @@ impl<L: Labels, M: Default> Series<L, M> {
         if sets.len() >= table.limits.max {
             // Once a second at most, or a client that causes many new names would make every connection search all of
             // them.
+            let now = now();
             if table.swept.swap(now, Ordering::Relaxed) != now {
                 _removed = sets.extract_if(|_, set| table.is_idle(set, 1)).collect();
             }
