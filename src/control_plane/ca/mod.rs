@@ -28,6 +28,7 @@ mod kept;
 pub mod metrics;
 mod own_root;
 pub mod publish;
+mod quota;
 pub mod review;
 pub mod rotate;
 mod secrets;

@@ -5,6 +5,7 @@
 use super::authority::{Authority, SignError};
 use super::authorize::{Refusal, Rules, may_have};
 use super::metrics::Metrics;
+use super::quota::Quota;
 use super::review::{ReviewError, Reviewer};
 use crate::control_plane::{Caller, RunningPods};
 use crate::mesh::SpiffeName;
@@ -30,6 +31,7 @@ pub struct Service {
     pods: Arc<RunningPods>,
     rules: Rules,
     metrics: Arc<Metrics>,
+    quota: Quota,
     limit: LogLimit,
 }
 
@@ -42,7 +44,7 @@ impl Service {
         rules: Rules,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { authority, reviewer, pods, rules, metrics, limit: LogLimit::default() }
+        Self { authority, reviewer, pods, rules, metrics, quota: Quota::default(), limit: LogLimit::default() }
     }
 
     /// Signs a certificate. `token` is what follows `Bearer ` in the request's header; the request itself is read once
@@ -75,10 +77,15 @@ impl Service {
                 return Err(self.refused(&caller, &identity.to_string(), refusal.label(), &refusal.to_string()));
             }
         }
+        let is_daemon = self.rules.is_trusted(&caller);
+        let who = caller.pod.as_ref().map_or_else(|| account(&caller).into(), |pod| pod.uid.clone());
+        if !self.quota.take(&who, is_daemon) {
+            return Err(self.too_often(&caller));
+        }
         // Zero and less mean the CA's default.
         let life = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
         let mut life = life.map(Duration::from_secs);
-        if !self.rules.is_trusted(&caller) {
+        if !is_daemon {
             // A rotation of the root waits for the longest life, which is not any pod's to choose.
             life = life.map(|life| life.min(self.authority.config().default_life));
         }
@@ -134,6 +141,16 @@ impl Service {
             tracing::warn!(account, pod, identity, reason, suppressed, "a request for a certificate is refused");
         }
         Status::unauthenticated("this certificate is not for the caller")
+    }
+
+    /// Notes a request of a caller that has asked for too many.
+    fn too_often(&self, caller: &Caller) -> Status {
+        self.metrics.count_refused("too_often");
+        if let Some(suppressed) = self.limit.allow() {
+            let (account, pod) = (account(caller), pod(caller));
+            tracing::warn!(account, pod, suppressed, "a pod asks for too many certificates and has to wait");
+        }
+        Status::resource_exhausted("too many certificates in this minute")
     }
 
     /// Notes a request that cannot be used, and says why: it comes from a caller that is known.
@@ -300,6 +317,24 @@ mod tests {
             assert_eq!(peer_name(&leaf).unwrap().to_string(), expected);
         }
         assert_eq!(fixture.service.metrics.signed.get(), 7);
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_asks_again_and_again_waits_and_its_daemon_does_not() {
+        let fixture = running().await;
+        let ask = async |token| fixture.service.create_certificate(Some(token), ready(request(vec![]))).await;
+        for _ in 0..10 {
+            ask("web").await.unwrap();
+        }
+        let status = ask("web").await.unwrap_err();
+        assert_eq!(
+            (status.code(), status.message()),
+            (Code::ResourceExhausted, "too many certificates in this minute")
+        );
+        for _ in 0..20 {
+            ask("ztunnel").await.unwrap();
+        }
+        assert_eq!(fixture.service.metrics.signed.get(), 30);
     }
 
     #[tokio::test]
