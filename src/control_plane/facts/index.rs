@@ -15,8 +15,6 @@ use std::sync::Arc;
 
 /// Most services of one workload.
 const SERVICES_MAX: usize = 250;
-/// Most ports of all endpoints of one slice that are no pods. The service's ports are repeated for each.
-const SLICE_PORTS_MAX: usize = 20_000;
 /// Most ports of all services of one workload.
 const PORTS_MAX: usize = 4_000;
 
@@ -173,7 +171,15 @@ impl Index {
 
     fn change_slice(&mut self, key: Key, slice: Option<Slice>) {
         let Some(space) = self.spaces.get_mut(&key.0) else { return };
+        let had_too_many = space.has_too_many_addresses();
         let Some(pods) = space.set_slice(&key.1, slice) else { return };
+        if space.has_too_many_addresses() != had_too_many {
+            self.marked.slices.extend(space.slices.keys().map(|slice| (key.0.clone(), slice.clone())));
+            if !had_too_many {
+                let fault = "EndpointSlices have too many endpoints that are no pods; all of these are left out";
+                self.faults.add(format!("Namespace {}: {fault}", key.0));
+            }
+        }
         self.marked.pods.extend(pods.into_iter().map(|pod| (key.0.clone(), pod)));
         self.tidy(&key.0);
         self.marked.slices.insert(key);
@@ -285,14 +291,7 @@ impl Index {
             self.publish(resource, new, &mut changes);
         }
         for key in &marked.slices {
-            let (new, left_out) = self.slice(key);
-            if left_out > 0 {
-                let (namespace, name) = key;
-                let fault = format!(
-                    "EndpointSlice {namespace}/{name}: too many ports at its endpoints; {left_out} endpoints are left out"
-                );
-                self.faults.add(fault);
-            }
+            let new = self.slice(key);
             let names: Vec<Text> = new.keys().cloned().collect();
             let before = if names.is_empty() {
                 self.published_of_slice.remove(key)
@@ -416,29 +415,25 @@ impl Index {
         (service.resource.clone(), Some(resource::service(&fact)))
     }
 
-    /// The workloads of the endpoints of a slice that are no pods, and how many were left out. Of two with one address, the
-    /// first counts.
-    fn slice(&self, (namespace, name): &Key) -> (BTreeMap<Text, Resource>, usize) {
-        let (mut resources, mut left_out) = (BTreeMap::new(), 0);
-        let found = self.spaces.get(namespace).and_then(|space| {
+    /// The workloads of the endpoints of a slice that are no pods. Of two with one address, the first counts.
+    fn slice(&self, (namespace, name): &Key) -> BTreeMap<Text, Resource> {
+        let mut resources = BTreeMap::new();
+        let found = self.spaces.get(namespace).filter(|space| !space.has_too_many_addresses()).and_then(|space| {
             let slice = space.slices.get(name)?;
             Some((slice, space.services.get(&slice.service)?))
         });
-        let Some((slice, service)) = found else { return (resources, left_out) };
+        let Some((slice, service)) = found else { return resources };
         let mut known = BTreeSet::new();
         let network = self.network();
         for endpoint in &slice.endpoints {
             let Endpoint::Address { ip, ready } = endpoint else { continue };
-            if !known.contains(ip) && (known.len() + 1) * service.ports.len() > SLICE_PORTS_MAX {
-                // Connections to the service go to the others.
-                left_out += 1;
-            } else if known.insert(*ip) {
+            if known.insert(*ip) {
                 let fact = of_endpoint(slice, service, (*ip, *ready), &self.cluster, &network);
                 let new = resource::workload(&fact, vec![service.resource.clone()]);
                 resources.insert(fact.uid, new);
             }
         }
-        (resources, left_out)
+        resources
     }
 }
 

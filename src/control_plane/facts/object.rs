@@ -48,6 +48,11 @@ impl NamedPorts {
         Self(ports.into_iter().collect())
     }
 
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The port with a name.
     pub fn get(&self, name: &str) -> Option<u16> {
         let at = self.0.binary_search_by(|(known, _)| (**known).cmp(name)).ok()?;

@@ -5,6 +5,10 @@ use super::object::{Endpoint, Namespace, Pod, PodRef, Service, Slice};
 use crate::mesh::Text;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+/// Most endpoints of all slices of a namespace that are no pods, with their ports: each is a workload of its own, which
+/// every daemon gets.
+const ADDRESSES_MAX: usize = 100_000;
+
 /// The objects of one namespace.
 #[derive(Debug, Default)]
 pub struct Space {
@@ -22,6 +26,8 @@ pub struct Space {
     services_by_label: LabelIndex,
     /// That label of each service.
     label_of_service: HashMap<Text, (String, String)>,
+    /// Endpoints of all slices that are no pods, with their ports.
+    addresses: usize,
     /// Slices by service.
     slices_of_service: HashMap<Text, BTreeSet<Text>>,
     /// Slices by pod that they refer to, with the uids by which they do; without one, any pod of the name is meant.
@@ -103,6 +109,11 @@ impl Space {
         pods.extend(candidates.filter(is_selected).cloned());
     }
 
+    /// Whether its slices have more endpoints that are no pods than daemons can be told of.
+    pub fn has_too_many_addresses(&self) -> bool {
+        self.addresses > ADDRESSES_MAX
+    }
+
     /// Replaces a slice, or removes it. Returns the pods whose services may differ now; `None` if nothing has changed.
     pub fn set_slice(&mut self, name: &Text, slice: Option<Slice>) -> Option<BTreeSet<Text>> {
         if self.slices.get(name) == slice.as_ref() {
@@ -111,10 +122,12 @@ impl Space {
         let mut pods = BTreeSet::new();
         if let Some(old) = self.slices.remove(name) {
             self.forget_slice(&old);
+            self.addresses -= addresses(&old);
             self.referred_by(&old, &mut pods);
         }
         if let Some(new) = slice {
             self.referred_by(&new, &mut pods);
+            self.addresses += addresses(&new);
             self.slices_of_service.entry(new.service.clone()).or_default().insert(name.clone());
             for pod in referred(&new) {
                 let slices = self.slices_of_pod.entry(pod.name.clone()).or_default();
@@ -175,6 +188,12 @@ impl Space {
 /// Whether a service selects a pod. One without selector selects none.
 fn selects(service: &Service, pod: &Pod) -> bool {
     !service.selector.is_empty() && service.selector.iter().all(|(key, value)| pod.labels.get(key) == Some(value))
+}
+
+/// The endpoints of a slice that are no pods, with their ports.
+fn addresses(slice: &Slice) -> usize {
+    let count = slice.endpoints.iter().filter(|endpoint| matches!(endpoint, Endpoint::Address { .. })).count();
+    count * (1 + slice.ports.len())
 }
 
 /// The pods that a slice refers to.

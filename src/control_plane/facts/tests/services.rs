@@ -230,17 +230,36 @@ fn the_slices_of_a_service_without_selector_name_its_pods() {
 }
 
 #[test]
-fn what_the_endpoints_of_one_slice_come_to_is_bounded() {
+fn endpoints_that_are_no_pods_are_left_out_while_a_namespace_has_too_many() {
     let ports =
         |count: u32| (1..=count).map(|port| json!({"name": format!("p{port}"), "port": port})).collect::<Vec<_>>();
-    let endpoints = |count: u32| (1..=count).map(|n| json!({"addresses": [format!("192.0.{}.{}", n / 250, n % 250)]}));
-    for (count, each, kept) in [(1_000, 1, 1_000), (1_000, 20, 1_000), (1_000, 2_000, 10), (11, 2_000, 10), (3, 0, 3)] {
-        let service = with(bare_service(), json!({"spec": {"ports": ports(each)}}));
-        let slice = slice(json!({"endpoints": endpoints(count).collect::<Vec<_>>(), "ports": ports(each)}));
-        let mut world = World::of(&[service, slice]);
-        assert_eq!(world.known.len() - 1, kept, "{count} endpoints of {each} ports");
-        assert_eq!(world.index.take_faults().count, u64::from(kept < count as usize));
+    let named = |name: &str, count: u32, each: u32| {
+        let address = |n: u32| json!({"addresses": [format!("192.0.{}.{}", n / 250, n % 250)]});
+        let endpoints = (1..=count).map(address).collect::<Vec<_>>();
+        slice(json!({"metadata": {"name": name}, "endpoints": endpoints, "ports": ports(each)}))
+    };
+    let service = with(bare_service(), json!({"spec": {"ports": ports(20)}}));
+    let mut world = World::of(&[service, named("s-1", 1_000, 20)]);
+    let workloads = |world: &World| world.known.len() - 1;
+    assert_eq!((workloads(&world), world.index.take_faults().count), (1_000, 0));
+    for (count, each) in [(1_000, 99), (40, 2_000)] {
+        world.set(&named("big", count, each));
+        world.publish();
+        assert_eq!((workloads(&world), world.index.take_faults().count), (0, 1), "{count} endpoints of {each} ports");
+        world.set(&named("big", 1, each));
+        world.publish();
+        assert_eq!((workloads(&world), world.index.take_faults().count), (1_001, 0));
+        world.remove("EndpointSlice", "a", "big");
+        world.publish();
+        assert_eq!(workloads(&world), 1_000);
     }
+    // Pods are counted by nobody: they cost their owner more than anybody else.
+    let pods = json!([{"addresses": ["10.0.0.1"], "targetRef": {"kind": "Pod", "name": "p"}}]);
+    let of_pods =
+        slice(json!({"metadata": {"name": "pods"}, "endpoints": vec![pods[0].clone(); 900], "ports": ports(500)}));
+    world.set(&of_pods);
+    world.publish();
+    assert_eq!((workloads(&world), world.index.take_faults().count), (1_000, 0));
 }
 
 #[test]
