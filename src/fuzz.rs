@@ -19,7 +19,7 @@ use crate::connection::choose::{Chance, ResolvedNames, route};
 use crate::control::xds::{decode, delta, policy, saved};
 use crate::control_plane::Cluster;
 use crate::control_plane::ca::csr;
-use crate::control_plane::policies::{Index, Kind, Object, status};
+use crate::control_plane::policies::{Index, Kind, Object, Written, status};
 use crate::daemon::explain::{Question, Wanted, policies_in, question};
 use crate::dns::answer::{MeshAnswer, MeshRecord};
 use crate::dns::message as dns;
@@ -33,7 +33,6 @@ use crate::proto::envoy::service::discovery::v3::DeltaDiscoveryResponse;
 use crate::{admin, control, crypto, doctor};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use kube::core::DynamicObject;
 use prost::Message;
 use rustls::pki_types::CertificateDer;
 use std::collections::BTreeMap;
@@ -249,9 +248,9 @@ pub fn explain_policies(data: &[u8]) {
 /// Objects of the Kubernetes API, in a JSON list or one alone: what they come to decides about connections, is taken
 /// back with them, and is said in statuses that are written once.
 pub fn policy_objects(data: &[u8]) {
-    let objects: Vec<DynamicObject> = match serde_json::from_slice(data) {
-        Ok(serde_json::Value::Array(list)) => list.into_iter().filter_map(|o| serde_json::from_value(o).ok()).collect(),
-        Ok(one) => serde_json::from_value(one).into_iter().collect(),
+    let objects: Vec<serde_json::Value> = match serde_json::from_slice(data) {
+        Ok(serde_json::Value::Array(list)) => list,
+        Ok(one) => vec![one],
         Err(_) => return,
     };
     let [namespace, trust_domain, id, domain] =
@@ -261,14 +260,17 @@ pub fn policy_objects(data: &[u8]) {
         true => index.set_authentication(object),
         false => index.set_authorization(object),
     };
-    let objects: Vec<(bool, Object)> = objects
-        .iter()
-        .map(|o| (o.types.as_ref().is_some_and(|types| types.kind == "PeerAuthentication"), Object::from_dynamic(o)))
-        .collect();
+    let read = |value: serde_json::Value| {
+        let peers = value.get("kind").is_some_and(|kind| kind == "PeerAuthentication");
+        let written: Written = serde_json::from_value(value).ok()?;
+        Some((peers, Object::from(written)))
+    };
+    let objects: Vec<(bool, Object)> = objects.into_iter().filter_map(read).collect();
     objects.iter().for_each(|(peers, object)| set(&mut index, *peers, object.clone()));
     let changes = index.take_changes();
     let mut snapshot = small_mesh().clone();
-    let policies = changes.policies.into_iter().map(|(_, policy)| policy.expect("nothing has been removed")).collect();
+    let policies =
+        changes.policies.into_iter().map(|(_, policy)| (*policy.expect("nothing has been removed")).clone()).collect();
     snapshot.apply(2, Update { policies, ..Update::default() });
     let labels = objects.iter().filter_map(|(_, object)| object.spec.get("selector")?.get("matchLabels")?.as_object());
     let labels: BTreeMap<String, String> =

@@ -785,7 +785,7 @@ fn helm_commands_in_the_documents_render() {
         while let Some(word) = words.next() {
             match word {
                 // Options for installed releases, and the reader's own values.
-                "--reuse-values" | "--wait" => {}
+                "--reuse-values" | "--reset-then-reuse-values" | "--wait" => {}
                 "-f" if words.peek().is_some_and(|file| file.chars().all(char::is_uppercase)) => drop(words.next()),
                 "-f" => panic!("{command}: a file of the reader's is written in capitals"),
                 word => arguments.push(word.replace("\"$IMAGE\"", "registry.example.com/culvert:1")),

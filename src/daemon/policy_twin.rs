@@ -379,7 +379,8 @@ fn decided(objects: &[(Kind, &[Object])], namespace: &str, labels: &Labels, subj
             }
         }
     }
-    let policies = index.take_changes().policies.into_iter().filter_map(|(_, policy)| policy).collect();
+    let policies =
+        index.take_changes().policies.into_iter().filter_map(|(_, policy)| policy.as_deref().cloned()).collect();
     let mut server = workload(namespace, "server", "10.0.0.1");
     server.policies = index.of_workload(namespace, labels);
     let snapshot = Snapshot::build(1, Facts { policies, ..Facts::default() });

@@ -1,6 +1,7 @@
 //! Objects of the Kubernetes API, only with the fields that are needed. Everything else is skipped while the JSON is
 //! read, which saves most of the time and memory of a list.
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use serde_json::Value;
@@ -47,6 +48,10 @@ pub struct Metadata {
     pub annotations: Option<Map>,
     /// Owners.
     pub owner_references: Option<Vec<Owner>>,
+    /// Counts the changes of its spec, of kinds that have one.
+    pub generation: Option<i64>,
+    /// When it was created.
+    pub creation_timestamp: Option<Time>,
     /// Whether it is being deleted.
     pub deletion_timestamp: Option<IgnoredAny>,
 }

@@ -5,21 +5,29 @@ use super::authorization;
 use super::levels::{Effect, Levels};
 use super::object::{Kind, Labels, Object};
 use super::selectors::Selectors;
+use super::served::{self, Served, too_many_key};
 use super::status::{Condition, Reason, Said, Wanted};
 use super::touched::Touched;
 use crate::control_plane::Cluster;
+use crate::mesh::policy::PolicyScope;
 use crate::mesh::{Policy, Text};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+/// Most policies that one workload lists.
+pub const LISTED_MAX: usize = 256;
 
 /// What has changed.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Changes {
     /// Policies by their key, `namespace/name`; `None` for one that is gone.
-    pub policies: Vec<(Text, Option<Policy>)>,
+    pub policies: Vec<(Text, Option<Arc<Policy>>)>,
     /// The workloads whose lists may differ now.
     pub workloads: Touched,
     /// Statuses that objects should have and do not have.
     pub statuses: Vec<Wanted>,
+    /// Namespaces that have too many policies now and had not before.
+    pub closed: Vec<Text>,
 }
 
 /// All AuthorizationPolicies and PeerAuthentications.
@@ -33,35 +41,19 @@ pub struct Index {
     levels: Levels,
     /// PeerAuthentications that have to be looked at again: a namespace with a name, or with none for all of them.
     stale: BTreeSet<(Text, Option<Text>)>,
-    policies: Policies,
+    /// AuthorizationPolicies by namespace and name, with what is to be said of them.
+    authorizations: BTreeMap<Text, BTreeMap<Text, Stated>>,
+    policies: Served,
     workloads: Touched,
     statuses: BTreeMap<(Kind, Text, Text), Wanted>,
 }
 
-/// The policies, and what those that have changed were before.
-#[derive(Debug, Default)]
-struct Policies {
-    now: HashMap<Text, Policy>,
-    before: BTreeMap<Text, Option<Policy>>,
-}
-
-impl Policies {
-    fn put(&mut self, key: Text, policy: Option<Policy>) {
-        if self.now.get(&key) == policy.as_ref() {
-            return;
-        }
-        let old = match policy {
-            Some(policy) => self.now.insert(key.clone(), policy),
-            None => self.now.remove(&key),
-        };
-        self.before.entry(key).or_insert(old);
-    }
-
-    fn take(&mut self) -> Vec<(Text, Option<Policy>)> {
-        let changed = std::mem::take(&mut self.before).into_iter();
-        let pairs = changed.map(|(key, before)| (self.now.get(&key).cloned(), key, before));
-        pairs.filter(|(now, _, before)| now != before).map(|(now, key, _)| (key, now)).collect()
-    }
+/// What is said of an AuthorizationPolicy, and what should be.
+#[derive(Debug)]
+struct Stated {
+    generation: i64,
+    said: Option<Said>,
+    condition: Condition,
 }
 
 impl Index {
@@ -70,11 +62,12 @@ impl Index {
         let root = cluster.namespace.clone();
         Self {
             levels: Levels::new(root.clone()),
+            policies: Served::new(root.clone()),
             root,
             selectors: BTreeMap::new(),
             selector_of: HashMap::new(),
             stale: BTreeSet::new(),
-            policies: Policies::default(),
+            authorizations: BTreeMap::new(),
             workloads: Touched::default(),
             statuses: BTreeMap::new(),
         }
@@ -90,11 +83,15 @@ impl Index {
         } else {
             authorization::convert(&object, &self.root)
         };
-        self.say(Kind::Authorization, &object, converted.condition);
+        let stated =
+            Stated { generation: object.generation, said: Said::of(&object.status), condition: converted.condition };
+        let here = self.authorizations.entry(object.namespace.clone()).or_default();
+        here.insert(object.name.clone(), stated);
         self.select(&object.namespace, &object.name, &key, converted.selector);
         if !object.name.contains('_') {
-            self.policies.put(key, converted.policy);
+            self.policies.put(&object.namespace, &key, converted.policy);
         }
+        self.say(&object.namespace, Some(&object.name));
     }
 
     /// Removes an AuthorizationPolicy.
@@ -103,7 +100,13 @@ impl Index {
         let key: Text = format!("{namespace}/{name}").into();
         self.select(&namespace, &name, &key, None);
         if !name.contains('_') {
-            self.policies.put(key, None);
+            self.policies.put(&namespace, &key, None);
+        }
+        if let Some(here) = self.authorizations.get_mut(&namespace) {
+            here.remove(&name);
+            if here.is_empty() {
+                self.authorizations.remove(&namespace);
+            }
         }
         self.statuses.remove(&(Kind::Authorization, namespace, name));
     }
@@ -119,53 +122,91 @@ impl Index {
     pub fn remove_authentication(&mut self, namespace: &str, name: &str) {
         let (namespace, name): (Text, Text) = (namespace.into(), name.into());
         let effect = self.levels.remove(&namespace, &name);
-        self.policies.put(authentication::converted_key(&namespace, &name), None);
+        self.policies.put(&namespace, &authentication::converted_key(&namespace, &name), None);
         self.touch(&namespace, &name, effect);
         self.statuses.remove(&(Kind::Authentication, namespace, name));
     }
 
-    /// The keys of the policies that a workload lists, in order. All of them are policies that nodes get.
+    /// The keys of the policies that a workload lists, in order. All of them are policies that nodes get. Whoever would
+    /// list too many lists one that refuses everything.
     pub fn of_workload(&self, namespace: &str, labels: &Labels) -> Vec<Text> {
+        // Of a closed namespace nothing is served but the policy that refuses everything, which applies to all of it.
+        let own = Some(namespace).filter(|namespace| !self.policies.is_closed(namespace));
         let root = Some(&*self.root).filter(|root| *root != namespace);
-        let mut keys: Vec<Text> = self.levels.of_workload(namespace, labels).into_iter().collect();
-        for from in [namespace].into_iter().chain(root) {
+        let mut keys: Vec<Text> = own.and_then(|own| self.levels.of_workload(own, labels)).into_iter().collect();
+        for from in own.into_iter().chain(root) {
             let names =
                 self.selectors.get(from).into_iter().flat_map(|here| here.matching(labels, usize::MAX)).flatten();
-            keys.extend(names.map(|name| Text::from(format!("{from}/{name}"))));
+            keys.extend(names.take(LISTED_MAX + 1).map(|name| Text::from(format!("{from}/{name}"))));
+        }
+        if keys.len() > LISTED_MAX {
+            return vec![too_many_key(&self.root)];
         }
         keys.sort_unstable();
         keys
     }
 
+    /// Whether these are the keys of a workload that would list too many.
+    pub fn is_too_many(&self, keys: &[Text]) -> bool {
+        matches!(keys, [only] if *only == too_many_key(&self.root))
+    }
+
+    /// How many namespaces have too many policies.
+    pub fn closed(&self) -> usize {
+        self.policies.closed()
+    }
+
     /// What has changed since the last time.
     pub fn take_changes(&mut self) -> Changes {
-        for (namespace, one) in std::mem::take(&mut self.stale) {
-            for (key, policy) in self.levels.converted(&namespace, one.as_ref()) {
-                self.policies.put(key, policy);
+        let mut stale = std::mem::take(&mut self.stale);
+        for (namespace, one) in &stale {
+            for (key, policy) in self.levels.converted(namespace, one.as_ref()) {
+                self.policies.put(namespace, &key, policy);
             }
-            for (name, generation, condition) in self.levels.unsaid(&namespace, one.as_ref()) {
-                let (kind, namespace) = (Kind::Authentication, namespace.clone());
+        }
+        let (root, strict) = (&self.root, !self.levels.is_empty());
+        let strict = strict.then(|| authentication::static_policy(root));
+        self.policies.put(root, &authentication::static_key(root), strict);
+        let many =
+            (self.selector_of.len() > LISTED_MAX).then(|| served::refuse_all(root, PolicyScope::WorkloadSelector));
+        self.policies.put(root, &too_many_key(root), many);
+        let turned = self.policies.take_turned();
+        for namespace in &turned {
+            self.say(namespace, None);
+            self.workloads.add(Touched::one(namespace));
+            stale.insert((namespace.clone(), None));
+        }
+        for (namespace, one) in stale {
+            let (kind, closed) = (Kind::Authentication, self.policies.is_closed(&namespace));
+            for (name, generation, condition) in self.levels.unsaid(&namespace, one.as_ref(), closed) {
                 let key = (kind, namespace.clone(), name.clone());
+                let namespace = namespace.clone();
                 self.statuses.insert(key, Wanted { kind, namespace, name, generation, condition });
             }
         }
-        let strict = (!self.levels.is_empty()).then(|| authentication::static_policy(&self.root));
-        self.policies.put(authentication::static_key(&self.root), strict);
         Changes {
             policies: self.policies.take(),
             workloads: std::mem::take(&mut self.workloads),
             statuses: std::mem::take(&mut self.statuses).into_values().collect(),
+            closed: turned.into_iter().filter(|namespace| self.policies.is_closed(namespace)).collect(),
         }
     }
 
-    /// Notes the status that an object should have, if it has another one.
-    fn say(&mut self, kind: Kind, object: &Object, condition: Condition) {
-        let (namespace, name, generation) = (object.namespace.clone(), object.name.clone(), object.generation);
-        let key = (kind, namespace.clone(), name.clone());
-        if Said::of(&object.status).is_some_and(|said| said.is(&condition, generation)) {
-            self.statuses.remove(&key);
-        } else {
-            self.statuses.insert(key, Wanted { kind, namespace, name, generation, condition });
+    /// Notes the statuses that AuthorizationPolicies of a namespace, or one of them, should have and do not have.
+    fn say(&mut self, namespace: &Text, one: Option<&Text>) {
+        let Some(here) = self.authorizations.get(namespace) else { return };
+        let found = one.and_then(|name| here.get_key_value(name)).into_iter();
+        let all = one.is_none().then_some(here).into_iter().flatten();
+        let (kind, closed) = (Kind::Authorization, self.policies.is_closed(namespace));
+        for (name, Stated { generation, said, condition }) in found.chain(all) {
+            let (key, generation) = ((kind, namespace.clone(), name.clone()), *generation);
+            let condition = condition.in_namespace(closed);
+            if said.as_ref().is_some_and(|said| said.is(&condition, generation)) {
+                self.statuses.remove(&key);
+            } else {
+                let (namespace, name) = (namespace.clone(), name.clone());
+                self.statuses.insert(key, Wanted { kind, namespace, name, generation, condition });
+            }
         }
     }
 
@@ -202,6 +243,7 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mesh::policy::Action;
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
@@ -296,7 +338,7 @@ mod tests {
             assert!(expected.is_none_or(|key| keys.contains(&key.into())), "{keys:?}");
             objects.iter().for_each(|object| index.remove_authentication(&object.namespace, &object.name));
             assert!(index.take_changes().policies.iter().all(|(_, policy)| policy.is_none()));
-            assert!(index.policies.now.is_empty());
+            assert!(index.policies.is_empty());
         }
     }
 
@@ -349,6 +391,70 @@ mod tests {
         assert_eq!(touched(&mut index), Touched::one(&ROOT.into()));
         index.set_authentication(object(ROOT, "m", 1, mode("STRICT")));
         assert_eq!(touched(&mut index), Touched::All);
+    }
+
+    #[test]
+    fn a_namespace_with_too_many_policies_is_closed_says_so_and_opens_again() {
+        let mut index = index();
+        let app = json!({"selector": {"matchLabels": {"app": "x"}}});
+        let values: Vec<String> = (0..20_000).map(|n| format!("{n:08}")).collect();
+        let large = json!({"rules": [{"from": [{"source": {"namespaces": values}}]}]});
+        index.set_authorization(object("a", "target", 1, json!({"targetRefs": [{"kind": "Service"}]})));
+        index.set_authorization(object("a", "listed", 1, app.clone()));
+        index.set_authentication(object("a", "peers", 1, selected("STRICT", json!({"80": {"mode": "PERMISSIVE"}}))));
+        index.set_authorization(object(ROOT, "root", 1, app));
+        (0..10).for_each(|n| index.set_authorization(object("a", &format!("large{n}"), 1, large.clone())));
+        (0..10).for_each(|n| index.set_authorization(object(ROOT, &format!("large{n}"), 1, large.clone())));
+        let all = index.take_changes();
+        let of = |all: &Changes, reason: Reason| all.statuses.iter().filter(|w| w.condition.reason == reason).count();
+        assert_eq!((all.closed, index.closed()), (vec![Text::from("a")], 1));
+        assert_eq!(listed(&index, "a"), ["istio-system/root"], "what is not served is not listed");
+        let mut known: BTreeMap<Text, Arc<Policy>> =
+            all.policies.into_iter().filter_map(|(key, policy)| Some((key, policy?))).collect();
+        let in_a = |known: &BTreeMap<Text, Arc<Policy>>| known.keys().filter(|key| key.starts_with("a/")).count();
+        assert!(in_a(&known) == 1 && known.contains_key("a/culvert_too_many_policies"), "{:?}", known.keys());
+        let said = Changes { statuses: all.statuses, ..Changes::default() };
+        assert_eq!(
+            (of(&said, Reason::TooMany), of(&said, Reason::NotEnforced), of(&said, Reason::Accepted)),
+            (12, 1, 11)
+        );
+        for n in 0..5 {
+            index.remove_authorization("a", &format!("large{n}"));
+        }
+        let opened = index.take_changes();
+        assert_eq!((&opened.workloads, &opened.closed), (&Touched::one(&"a".into()), &vec![]));
+        assert_eq!((of(&opened, Reason::TooMany), of(&opened, Reason::Accepted)), (0, 7));
+        for (key, policy) in opened.policies {
+            match policy {
+                Some(policy) => drop(known.insert(key, policy)),
+                None => drop(known.remove(&key).unwrap()),
+            }
+        }
+        assert_eq!(in_a(&known), 7);
+        assert_eq!(listed(&index, "a"), ["a/converted_peer_authentication_peers", "a/listed", "istio-system/root"]);
+    }
+
+    #[test]
+    fn a_workload_that_would_list_too_many_policies_lists_one_that_refuses_everything() {
+        let mut index = index();
+        let add = |index: &mut Index, n: usize| {
+            let name = format!("p{n}");
+            index.set_authorization(object("a", &name, 1, json!({"selector": {"matchLabels": {"app": "x"}}})));
+        };
+        (0..LISTED_MAX).for_each(|n| add(&mut index, n));
+        assert_eq!(index.take_changes().policies.len(), LISTED_MAX);
+        assert_eq!(listed(&index, "a").len(), LISTED_MAX);
+        add(&mut index, LISTED_MAX);
+        let changes = index.take_changes();
+        let key = "istio-system/culvert_too_many_policies";
+        assert_eq!(listed(&index, "a"), [key]);
+        assert!(index.is_too_many(&index.of_workload("a", &labels(&[("app", "x")]))));
+        assert_eq!(index.of_workload("a", &labels(&[("app", "y")])), Vec::<Text>::new());
+        let policy = changes.policies.iter().find(|(found, _)| **found == *key).unwrap().1.clone().unwrap();
+        assert_eq!((policy.action, policy.rules.len(), policy.scope), (Action::Deny, 1, PolicyScope::WorkloadSelector));
+        index.remove_authorization("a", "p0");
+        assert_eq!(index.take_changes().policies, [("a/p0".into(), None), (key.into(), None)]);
+        assert_eq!(listed(&index, "a").len(), LISTED_MAX);
     }
 
     #[test]
@@ -495,7 +601,7 @@ mod tests {
         #[test]
         fn changes_in_any_order_lead_to_what_a_list_from_scratch_gives(steps in steps()) {
             let (mut followed, mut state) = (index(), BTreeMap::new());
-            let mut policies = BTreeMap::<Text, Policy>::new();
+            let mut policies = BTreeMap::<Text, Arc<Policy>>::new();
             let mut lists: BTreeMap<(&str, Labels), Vec<Text>> =
                 workloads().into_iter().map(|workload| (workload, Vec::new())).collect();
             let mut said = BTreeMap::new();
@@ -532,7 +638,7 @@ mod tests {
                 apply(&mut fresh, kind, namespace, name, Some(set));
             }
             let all = fresh.take_changes();
-            let expected: BTreeMap<Text, Policy> =
+            let expected: BTreeMap<Text, Arc<Policy>> =
                 all.policies.into_iter().filter_map(|(key, policy)| Some((key, policy?))).collect();
             prop_assert_eq!(&policies, &expected);
             for ((namespace, labels), list) in lists {

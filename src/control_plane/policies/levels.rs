@@ -208,12 +208,14 @@ impl Levels {
     }
 
     /// The objects of a namespace, or the one, whose status should be another one: name, generation and condition. Each is
-    /// said once.
-    pub fn unsaid(&mut self, namespace: &Text, one: Option<&Text>) -> Vec<(Text, i64, Condition)> {
+    /// said once. `closed`: the namespace has too many policies.
+    pub fn unsaid(&mut self, namespace: &Text, one: Option<&Text>, closed: bool) -> Vec<(Text, i64, Condition)> {
         let in_root = *namespace == self.root;
         let Some(here) = self.namespaces.get_mut(namespace) else { return Vec::new() };
-        let conditions: Vec<_> =
-            here.objects(one).map(|(name, entry)| (name.clone(), condition(here, entry, in_root))).collect();
+        let conditions: Vec<_> = here
+            .objects(one)
+            .map(|(name, entry)| (name.clone(), condition(here, entry, in_root).in_namespace(closed)))
+            .collect();
         let mut wanted = Vec::new();
         for (name, condition) in conditions {
             let Some(entry) = here.by_name.get_mut(&name) else { continue };

@@ -21,6 +21,8 @@
 //! | the same with a PeerAuthentication without mode between it and a STRICT mesh | everything is permissive | only the exempt ports are |
 //! | `portLevelMtls` without selector | left out | a STRICT port makes the whole level STRICT |
 //! | a PeerAuthentication that is STRICT with exempt ports, below a STRICT level | has one clause twice | has it once; the meaning is the same |
+//! | a namespace with more than 4,096 policies, or 2 MiB of them, apart from the root namespace | all are served | every connection to its workloads is refused |
+//! | a workload that more than 256 policies select | it lists all of them | every connection to it is refused |
 //! | label `istio.io/rev` of another control plane | the object is ignored | the object counts |
 
 mod authentication;
@@ -31,12 +33,14 @@ mod notes;
 mod object;
 mod rules;
 mod selectors;
+mod served;
+mod shallow;
 pub mod status;
 mod touched;
 mod values;
 
-pub use index::Index;
-pub use object::{Kind, Object};
+pub use index::{Index, LISTED_MAX};
+pub use object::{Kind, Object, Written};
 pub use touched::Touched;
 
 #[cfg(test)]

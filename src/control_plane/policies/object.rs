@@ -1,7 +1,10 @@
 //! The objects that are converted, as far as their meaning depends on them. Pure.
 
+use super::shallow::shallow;
+use crate::control_plane::facts::api::{HasMetadata, Metadata};
 use crate::mesh::Text;
-use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::core::{ApiResource, GroupVersionKind};
+use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -41,6 +44,23 @@ impl Kind {
     }
 }
 
+/// An object as the API gives it, with what is needed of it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Written {
+    metadata: Metadata,
+    #[serde(deserialize_with = "shallow")]
+    spec: Value,
+    #[serde(deserialize_with = "shallow")]
+    status: Value,
+}
+
+impl HasMetadata for Written {
+    fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+}
+
 /// An AuthorizationPolicy or a PeerAuthentication.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Object {
@@ -63,25 +83,24 @@ pub struct Object {
 }
 
 impl Object {
-    /// Takes what is needed from an object of the API.
-    pub fn from_dynamic(object: &DynamicObject) -> Self {
-        let meta = &object.metadata;
-        let part = |name: &str| object.data.get(name).cloned().unwrap_or_default();
-        Self {
-            namespace: meta.namespace.as_deref().unwrap_or_default().into(),
-            name: meta.name.as_deref().unwrap_or_default().into(),
-            created: meta.creation_timestamp.as_ref().map(|time| time.0.as_second()),
-            generation: meta.generation.unwrap_or_default(),
-            labels: meta.labels.clone().unwrap_or_default(),
-            annotations: meta.annotations.clone().unwrap_or_default(),
-            spec: part("spec"),
-            status: part("status"),
-        }
-    }
-
     /// `namespace/name`.
     pub fn key(&self) -> Text {
         format!("{}/{}", self.namespace, self.name).into()
+    }
+}
+
+impl From<Written> for Object {
+    fn from(Written { metadata, spec, status }: Written) -> Self {
+        Self {
+            namespace: metadata.namespace.unwrap_or_default().into(),
+            name: metadata.name.unwrap_or_default().into(),
+            created: metadata.creation_timestamp.map(|time| time.0.as_second()),
+            generation: metadata.generation.unwrap_or_default(),
+            labels: metadata.labels.unwrap_or_default(),
+            annotations: metadata.annotations.unwrap_or_default(),
+            spec,
+            status,
+        }
     }
 }
 
@@ -132,19 +151,19 @@ mod tests {
 
     #[test]
     fn what_matters_is_taken_from_an_object_of_the_api() {
-        let dynamic: DynamicObject = serde_json::from_value(json!({
+        let written: Written = serde_json::from_value(json!({
             "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
             "metadata": {"namespace": "a", "name": "p", "generation": 3, "creationTimestamp": "1970-01-01T00:01:00Z",
                 "labels": {"x": "y"}, "annotations": {"istio.io/dry-run": "true"}},
             "spec": {"action": "DENY"}, "status": {"observedGeneration": 2},
         }))
         .unwrap();
-        let object = Object::from_dynamic(&dynamic);
+        let object = Object::from(written);
         assert_eq!((&*object.key(), object.created, object.generation), ("a/p", Some(60), 3));
         assert_eq!((object.labels["x"].as_str(), object.annotations["istio.io/dry-run"].as_str()), ("y", "true"));
         assert_eq!((&object.spec["action"], &object.status["observedGeneration"]), (&json!("DENY"), &json!(2)));
-        let bare: DynamicObject = serde_json::from_value(json!({"metadata": {}})).unwrap();
-        assert_eq!(Object::from_dynamic(&bare), Object { namespace: "".into(), name: "".into(), ..Object::default() });
+        let bare: Written = serde_json::from_value(json!({"metadata": {}})).unwrap();
+        assert_eq!(Object::from(bare), Object { namespace: "".into(), name: "".into(), ..Object::default() });
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub struct Metrics {
     pub(super) calls: Family<CallLabel, Counter>,
     pub(super) streams: Gauge,
     pub(super) resources: Family<TypeLabel, Gauge>,
+    pub(super) resource_bytes: Family<TypeLabel, Gauge>,
     pub(super) responses: Family<TypeLabel, Counter>,
     pub(super) bytes: Family<TypeLabel, Counter>,
     pub(super) refused: Family<TypeLabel, Counter>,
@@ -65,6 +66,7 @@ impl Default for Metrics {
             calls: Family::default(),
             streams: Gauge::default(),
             resources: Family::default(),
+            resource_bytes: Family::default(),
             responses: Family::default(),
             bytes: Family::default(),
             refused: Family::default(),
@@ -92,6 +94,9 @@ impl Metrics {
         registry.register("culvert_control_streams", help, self.streams.clone());
         let help = "Workloads and services, and policies, that are served";
         registry.register("culvert_control_resources", help, self.resources.clone());
+        let help = "Bytes of all workloads and services, and of all policies. A daemon that begins gets each in one answer, \
+                    which may have 200 MiB. Alert above 150 MiB";
+        registry.register("culvert_control_resource_bytes", help, self.resource_bytes.clone());
         registry.register("culvert_control_responses", "Responses with mesh facts", self.responses.clone());
         registry.register("culvert_control_response_bytes", "Bytes of responses with mesh facts", self.bytes.clone());
         let help = "Responses of which a daemon refused a part. The log names the resources. Alert on a rise";
@@ -104,6 +109,7 @@ impl Metrics {
             drop(self.bytes.get_or_create(&of(kind)));
             drop(self.refused.get_or_create(&of(kind)));
             drop(self.resources.get_or_create(&of(kind)));
+            drop(self.resource_bytes.get_or_create(&of(kind)));
         }
         for reason in ["handshake", "silent", "full"] {
             drop(self.not_served.get_or_create(&ReasonLabel { reason }));
@@ -116,8 +122,11 @@ impl Metrics {
 
     pub(super) fn set_resources(&self, edition: &Edition) {
         for kind in Kind::ALL {
-            let count = i64::try_from(edition.of(kind).size()).unwrap_or(i64::MAX);
-            self.resources.get_or_create(&of(kind)).set(count);
+            for (family, value) in
+                [(&self.resources, edition.of(kind).size()), (&self.resource_bytes, edition.bytes(kind))]
+            {
+                family.get_or_create(&of(kind)).set(i64::try_from(value).unwrap_or(i64::MAX));
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 use super::fold::Fold;
 use super::object::{Event, Item, Kind};
 use crate::control_plane::catalog::{self, Catalog};
-use crate::control_plane::{Cluster, RunningPods};
+use crate::control_plane::{Cluster, RunningPods, policies};
 use crate::mesh::Text;
 use crate::proto::istio::security::Authorization;
 use crate::proto::istio::workload::{Address, Port, address};
@@ -56,6 +56,10 @@ fn read<T: serde::de::DeserializeOwned>(object: &Value) -> Box<T> {
     Box::new(serde_json::from_value(object.clone()).unwrap())
 }
 
+fn read_policy(object: &Value) -> Box<policies::Object> {
+    Box::new((*read::<policies::Written>(object)).into())
+}
+
 fn item(kind: Kind, object: &Value) -> Item {
     match kind {
         Kind::Pods => Item::Pod(read(object)),
@@ -64,8 +68,8 @@ fn item(kind: Kind, object: &Value) -> Item {
         Kind::Nodes => Item::Node(read(object)),
         Kind::Namespaces => Item::Namespace(read(object)),
         Kind::Gateways => Item::Gateway(read(object)),
-        Kind::AuthorizationPolicies => Item::Authorization(read(object)),
-        Kind::PeerAuthentications => Item::Authentication(read(object)),
+        Kind::AuthorizationPolicies => Item::Authorization(read_policy(object)),
+        Kind::PeerAuthentications => Item::Authentication(read_policy(object)),
     }
 }
 

@@ -7,9 +7,12 @@ use crate::control_plane::catalog::{self, Change};
 use crate::control_plane::facts::object::Pod;
 use crate::control_plane::facts::read::Faults;
 use crate::control_plane::facts::{Index, Reader, resource};
-use crate::control_plane::policies::{self, Touched};
+use crate::control_plane::policies::{self, LISTED_MAX, Touched};
 use crate::control_plane::running_pods::RunningPod;
 use crate::control_plane::{Cluster, RunningPods};
+use crate::mesh::Text;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// What is known of the cluster.
@@ -19,6 +22,8 @@ pub struct Fold {
     index: Index,
     policies: policies::Index,
     policies_changed: bool,
+    /// What was left out of policies.
+    faults: Faults,
     running: Arc<RunningPods>,
     known: [Known; Kind::ALL.len()],
     has_published: bool,
@@ -34,6 +39,7 @@ impl Fold {
             index: Index::new(cluster),
             policies: policies::Index::new(cluster),
             policies_changed: false,
+            faults: Faults::default(),
             running,
             known: Default::default(),
             has_published: false,
@@ -56,9 +62,14 @@ impl Fold {
         !self.has_published || self.policies_changed || self.index.has_changes()
     }
 
-    /// What was left out since the last call, of objects and of facts.
-    pub fn take_faults(&mut self) -> [Faults; 2] {
-        [self.reader.take_faults(), self.index.take_faults()]
+    /// What was left out since the last call, of objects, of facts and of policies.
+    pub fn take_faults(&mut self) -> [Faults; 3] {
+        [self.reader.take_faults(), self.index.take_faults(), std::mem::take(&mut self.faults)]
+    }
+
+    /// How many namespaces have too many policies.
+    pub fn closed(&self) -> usize {
+        self.policies.closed()
     }
 
     /// Takes note of an event.
@@ -75,7 +86,11 @@ impl Fold {
                 known.remove(&key);
                 self.remove(kind, &key);
             }
-            Event::Listed(_) => {
+            Event::Listed(_) | Event::Absent(_) => {
+                if matches!(event, Event::Absent(_)) {
+                    // As if the list were empty.
+                    known.begin();
+                }
                 for key in known.end() {
                     self.remove(kind, &key);
                 }
@@ -83,7 +98,6 @@ impl Fold {
                     self.running.set_complete();
                 }
             }
-            Event::Absent(_) => known.is_absent(),
         }
     }
 
@@ -115,11 +129,11 @@ impl Fold {
             },
             Item::Authorization(object) => {
                 self.policies_changed = true;
-                self.policies.set_authorization(policies::Object::from_dynamic(&object));
+                self.policies.set_authorization(*object);
             }
             Item::Authentication(object) => {
                 self.policies_changed = true;
-                self.policies.set_authentication(policies::Object::from_dynamic(&object));
+                self.policies.set_authentication(*object);
             }
         }
     }
@@ -176,8 +190,25 @@ impl Fold {
         for wanted in changed.statuses {
             self.outbox.add(wanted);
         }
-        let policies = &self.policies;
-        let mut changes = self.index.take_changes(&|namespace, labels| policies.of_workload(namespace, labels));
+        for namespace in changed.closed {
+            self.faults.add(format!(
+                "Namespace {namespace}: too many policies, so every connection to its workloads is refused"
+            ));
+        }
+        let (policies, refused) = (&self.policies, RefCell::new(BTreeMap::<Text, usize>::new()));
+        let listed = |namespace: &str, labels: &BTreeMap<String, String>| {
+            let keys = policies.of_workload(namespace, labels);
+            if policies.is_too_many(&keys) {
+                *refused.borrow_mut().entry(namespace.into()).or_default() += 1;
+            }
+            keys
+        };
+        let mut changes = self.index.take_changes(&listed);
+        for (namespace, pods) in refused.into_inner() {
+            self.faults.add(format!(
+                "Namespace {namespace}: more than {LISTED_MAX} policies select each of {pods} pods, so every connection to these is refused"
+            ));
+        }
         for (key, policy) in changed.policies {
             let new = policy.map(|policy| Arc::new(resource::policy(&policy)));
             changes.push((catalog::Kind::Authorization, key, new));

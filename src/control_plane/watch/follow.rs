@@ -27,6 +27,8 @@ const PAGE: u32 = 500;
 const PAGE_OF_LARGE: u32 = 50;
 /// How long the API must say that it does not know a kind before that is believed. It may not know it yet.
 const ABSENT_AFTER: Duration = Duration::from_secs(2);
+/// The same of a kind that it has known. An API server that begins must not be believed at once: policies would be lifted.
+const REMOVED_AFTER: Duration = Duration::from_secs(300);
 
 /// The events of the library.
 type Events<K> = BoxStream<'static, Result<watcher::Event<K>, Error>>;
@@ -60,6 +62,8 @@ pub struct Follow<K> {
     outage: Outage,
     /// Whether the list is complete.
     listed: bool,
+    /// Whether there has been a complete list.
+    is_known: bool,
     /// Since when the API has said that it does not know the kind.
     unknown: Option<Instant>,
     connected: Gauge,
@@ -74,6 +78,7 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
             outage: Outage::default(),
             listed: false,
+            is_known: false,
             unknown: None,
             connected: metrics.connected(source.kind),
             failures: metrics.failures(source.kind),
@@ -102,7 +107,7 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
                 }
                 Some(Ok(watcher::Event::Delete(object))) => Event::Gone(kind, key(&object)),
                 Some(Ok(watcher::Event::InitDone)) => {
-                    self.listed = true;
+                    (self.listed, self.is_known) = (true, true);
                     Event::Listed(kind)
                 }
                 Some(Err(error)) => match self.failed(&error).await {
@@ -146,32 +151,58 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Follow<K> 
         }
         self.unknown = None;
         self.failures.inc();
-        let (resource, error) = (self.source.kind.name(), with_causes(error));
+        let (resource, text) = (self.source.kind.name(), with_causes(error));
         match self.outage.failed() {
-            None => tracing::debug!(resource, error, "the watch of the Kubernetes API is interrupted"),
+            None => tracing::debug!(resource, error = text, "the watch of the Kubernetes API is interrupted"),
             Some(away) => {
                 let away = brief(away);
                 tracing::warn!(
                     resource,
-                    error,
+                    error = text,
                     %away,
                     "the watch of the Kubernetes API is interrupted; what is known stays served, and changes wait"
                 );
             }
         }
-        tokio::time::sleep(self.backoff.next()).await;
+        // The library goes on after an event that it cannot read, and nobody would know what it said. It takes most of
+        // these for answers of the API.
+        if matches!(error, Error::WatchFailed(kube::Error::SerdeError(_) | kube::Error::Api(_))) {
+            self.again().await;
+        } else {
+            tokio::time::sleep(self.backoff.next()).await;
+        }
         None
     }
 
     /// The API does not know the kind: its definition is not installed, or not yet.
     async fn is_unknown(&mut self) -> Option<Event> {
-        let resource = self.source.kind.name();
-        if self.unknown.is_none() {
-            tracing::info!(resource, "the Kubernetes API does not know this kind of object; waiting for it");
+        let (resource, was_known) = (self.source.kind.name(), self.is_known);
+        match (self.unknown, was_known) {
+            (Some(_), _) => {}
+            (None, false) => {
+                tracing::info!(resource, "the Kubernetes API does not know this kind of object; waiting for it");
+            }
+            (None, true) => {
+                let after = brief(REMOVED_AFTER);
+                tracing::warn!(
+                    resource,
+                    %after,
+                    "the Kubernetes API does not know this kind of object any longer; its objects stay in force until it \
+                     has said so for a while"
+                );
+            }
         }
         let since = *self.unknown.get_or_insert_with(Instant::now);
         self.again().await;
-        (since.elapsed() >= ABSENT_AFTER).then_some(Event::Absent(self.source.kind))
+        let after = if was_known { REMOVED_AFTER } else { ABSENT_AFTER };
+        if since.elapsed() < after {
+            return None;
+        }
+        if was_known {
+            tracing::warn!(resource, "the definition of this kind of object is gone, and so are its objects");
+        }
+        self.is_known = false;
+        Some(Event::Absent(self.source.kind))
     }
 }
 

@@ -52,10 +52,4 @@ impl Known {
         self.all = seen;
         gone
     }
-
-    /// The API does not know the kind, so there are none; but those that are known stay, because a kind goes only after
-    /// its objects, and an answer may be wrong.
-    pub fn is_absent(&mut self) {
-        self.listed |= self.all.is_empty();
-    }
 }

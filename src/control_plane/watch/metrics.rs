@@ -46,6 +46,7 @@ pub struct Metrics {
     batches: Counter,
     changes: Counter,
     left_out: Counter,
+    closed: Gauge,
     last_event: LastEvent,
 }
 
@@ -65,6 +66,9 @@ impl Metrics {
         let help =
             "Values of objects that were left out because they make no sense or are too many. The log names them";
         registry.register("culvert_control_values_left_out", help, self.left_out.clone());
+        let help =
+            "Namespaces with too many policies, where every connection is refused. The log names them. Alert above 0";
+        registry.register("culvert_control_closed_namespaces", help, self.closed.clone());
         registry.register_collector(Box::new(self.last_event.clone()));
     }
 
@@ -96,6 +100,11 @@ impl Metrics {
     /// Counts values that were left out.
     pub(super) fn count_left_out(&self, count: u64) {
         self.left_out.inc_by(count);
+    }
+
+    /// Sets how many namespaces have too many policies.
+    pub(super) fn set_closed(&self, count: usize) {
+        self.closed.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
     /// Counts the failures of a kind.

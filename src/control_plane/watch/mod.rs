@@ -25,9 +25,8 @@ use fold::Fold;
 use follow::{Follow, Source};
 use futures_util::StreamExt;
 use futures_util::stream::{BoxStream, SelectAll};
-use kube::core::DynamicObject;
 use kube::{Api, Client};
-use object::{Event, Item, Kind, Watched};
+use object::{Event, Item, Kind, Policy, Watched};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -97,8 +96,8 @@ async fn at(due: Option<Instant>) {
 
 /// The events of all kinds.
 fn all_kinds(client: &Client, metrics: &Metrics) -> SelectAll<BoxStream<'static, Event>> {
-    let policy = |kind: Kind, of: policies::Kind, item: fn(Box<DynamicObject>) -> Item| {
-        let api: Api<DynamicObject> = Api::all_with(client.clone(), &of.resource());
+    let policy = |kind: Kind, of: policies::Kind, item: fn(Box<Policy>) -> Item| {
+        let api: Api<Policy> = Api::all_with(client.clone(), &of.resource());
         Follow::events(Source::new(kind, api, item), metrics)
     };
     let mut all = SelectAll::new();
@@ -108,8 +107,12 @@ fn all_kinds(client: &Client, metrics: &Metrics) -> SelectAll<BoxStream<'static,
     all.push(typed(client, Kind::Nodes, Item::Node, metrics));
     all.push(typed(client, Kind::Namespaces, Item::Namespace, metrics));
     all.push(typed(client, Kind::Gateways, Item::Gateway, metrics));
-    all.push(policy(Kind::AuthorizationPolicies, policies::Kind::Authorization, Item::Authorization));
-    all.push(policy(Kind::PeerAuthentications, policies::Kind::Authentication, Item::Authentication));
+    all.push(policy(Kind::AuthorizationPolicies, policies::Kind::Authorization, |policy| {
+        Item::Authorization(Box::new(policy.content))
+    }));
+    all.push(policy(Kind::PeerAuthentications, policies::Kind::Authentication, |policy| {
+        Item::Authentication(Box::new(policy.content))
+    }));
     all
 }
 
@@ -164,6 +167,7 @@ impl Watch {
         self.due = None;
         let changes = self.fold.take_changes();
         self.metrics.count_batch(changes.len());
+        self.metrics.set_closed(self.fold.closed());
         let count = changes.len();
         self.catalog.apply(changes);
         if !std::mem::replace(&mut self.is_complete, true) {

@@ -1,9 +1,10 @@
 //! The kinds of objects that are followed, and their events.
 
 use crate::control_plane::facts::api::{self, HasMetadata};
+use crate::control_plane::policies;
 use crate::mesh::Text;
 use kube::Resource;
-use kube::core::{DynamicObject, DynamicResourceScope, ObjectMeta};
+use kube::core::{ApiResource, DynamicResourceScope, ObjectMeta};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
@@ -79,9 +80,9 @@ pub enum Item {
     /// A Gateway.
     Gateway(Box<Object<api::Gateway>>),
     /// An AuthorizationPolicy.
-    Authorization(Box<DynamicObject>),
+    Authorization(Box<policies::Object>),
     /// A PeerAuthentication.
-    Authentication(Box<DynamicObject>),
+    Authentication(Box<policies::Object>),
 }
 
 /// Namespace (empty if it has none) and name of an object.
@@ -98,7 +99,7 @@ pub enum Event {
     Gone(Kind, Key),
     /// The list is complete.
     Listed(Kind),
-    /// The API does not know this kind.
+    /// The API does not know this kind, so it has no objects.
     Absent(Kind),
 }
 
@@ -165,6 +166,16 @@ impl Watched for api::Gateway {
     const PLURAL: &'static str = "gateways";
 }
 
+/// Metadata as the library asks for it.
+fn meta(own: &api::Metadata) -> ObjectMeta {
+    ObjectMeta {
+        name: own.name.clone(),
+        namespace: own.namespace.clone(),
+        resource_version: own.resource_version.clone(),
+        ..ObjectMeta::default()
+    }
+}
+
 /// An object, with the metadata that the library asks for.
 #[derive(Clone, Debug)]
 pub struct Object<T> {
@@ -176,14 +187,7 @@ pub struct Object<T> {
 impl<'de, T: Watched> Deserialize<'de> for Object<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let content = T::deserialize(deserializer)?;
-        let own = content.metadata();
-        let metadata = ObjectMeta {
-            name: own.name.clone(),
-            namespace: own.namespace.clone(),
-            resource_version: own.resource_version.clone(),
-            ..ObjectMeta::default()
-        };
-        Ok(Self { metadata, content })
+        Ok(Self { metadata: meta(content.metadata()), content })
     }
 }
 
@@ -209,6 +213,50 @@ impl<T: Watched> Resource for Object<T> {
 
     fn metadata_api() -> bool {
         T::ONLY_METADATA
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+/// A policy, of the kind that the list is of.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    metadata: ObjectMeta,
+    /// What is needed of it.
+    pub content: policies::Object,
+}
+
+impl<'de> Deserialize<'de> for Policy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let written = policies::Written::deserialize(deserializer)?;
+        Ok(Self { metadata: meta(written.metadata()), content: written.into() })
+    }
+}
+
+impl Resource for Policy {
+    type DynamicType = ApiResource;
+    type Scope = DynamicResourceScope;
+
+    fn kind(of: &ApiResource) -> Cow<'_, str> {
+        of.kind.as_str().into()
+    }
+
+    fn group(of: &ApiResource) -> Cow<'_, str> {
+        of.group.as_str().into()
+    }
+
+    fn version(of: &ApiResource) -> Cow<'_, str> {
+        of.version.as_str().into()
+    }
+
+    fn plural(of: &ApiResource) -> Cow<'_, str> {
+        of.plural.as_str().into()
     }
 
     fn meta(&self) -> &ObjectMeta {

@@ -8,6 +8,7 @@ pub use write::write;
 
 use super::notes::Notes;
 use super::object::Kind;
+use super::served;
 use crate::mesh::Text;
 use serde_json::{Value, json};
 
@@ -31,6 +32,8 @@ pub enum Reason {
     Shadowed,
     /// It cannot be read, so every connection that it may be about is refused.
     Unreadable,
+    /// Its namespace has too many policies, so every connection to the workloads there is refused.
+    TooMany,
 }
 
 impl Reason {
@@ -44,6 +47,7 @@ impl Reason {
             Self::NotEnforced => "NotEnforced",
             Self::Shadowed => "Shadowed",
             Self::Unreadable => "Unreadable",
+            Self::TooMany => "TooManyPolicies",
         }
     }
 
@@ -79,6 +83,18 @@ impl Condition {
             [message.to_owned(), notes.text()].into_iter().filter(|text| !text.is_empty()).collect();
         let message = if texts.is_empty() { "enforced as it is written".to_owned() } else { texts.join("; ") };
         Self { reason, message }
+    }
+
+    /// What is said instead while the object's namespace is closed, because it has too many policies. What is not
+    /// enforced at all still is not.
+    pub fn in_namespace(&self, closed: bool) -> Self {
+        if !closed || self.reason == Reason::NotEnforced {
+            return self.clone();
+        }
+        let (count, kib) = (served::COUNT_MAX, served::BYTES_MAX >> 10);
+        let most = format!("{count} policies and {kib} KiB of them at most");
+        let effect = "until there are fewer, every connection to its workloads is refused";
+        Self::new(Reason::TooMany, format!("the namespace has too many policies ({most}): {effect}"))
     }
 }
 

@@ -154,7 +154,12 @@ fn status(code: u16) -> Value {
 }
 
 fn response(code: u16, lines: Vec<Value>) -> Response<Body> {
-    let text: String = lines.into_iter().map(|line| format!("{line}\n")).collect();
+    let text = |line: Value| match line.get("object") {
+        // The type comes first, so that readers know what follows.
+        Some(object) => format!("{{\"type\":{},\"object\":{object}}}\n", line["type"]),
+        None => format!("{line}\n"),
+    };
+    let text: String = lines.into_iter().map(text).collect();
     Response::builder().status(code).body(Body::from(text.into_bytes())).unwrap()
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::control_plane::catalog::Resource;
+use crate::control_plane::policies;
 use crate::control_plane::running_pods::RunningPod;
 use crate::control_plane::watch::object::Item;
 use proptest::collection::vec;
@@ -80,7 +81,7 @@ fn key(object: &Value) -> (Text, Text) {
 }
 
 fn set(kind: Kind, object: &Value) -> Event {
-    let read = || serde_json::from_value(object.clone()).unwrap();
+    let read = || Box::new(serde_json::from_value::<policies::Written>(object.clone()).unwrap().into());
     let item = match kind {
         Kind::Pods => Item::Pod(serde_json::from_value(object.clone()).unwrap()),
         Kind::AuthorizationPolicies => Item::Authorization(read()),

@@ -131,11 +131,57 @@ async fn a_kind_that_the_cluster_lacks_is_waited_for_without_holding_up_the_othe
     lacking.iter().for_each(|plural| world.api.set_unknown(plural, false));
     world.api.set("authorizationpolicies", policy(json!({})));
     world.until(|edition| edition.authorizations.contains_key("a/allow")).await;
-    // A kind that is known and then not any more keeps its objects.
-    world.api.set_unknown("authorizationpolicies", true);
-    world.api.forget();
-    tokio::time::sleep(Duration::from_secs(600)).await;
-    assert!(world.editions.borrow().authorizations.contains_key("a/allow"));
+    // A kind that is known and then not any more keeps its objects for a while.
+    for away in [240, 600] {
+        world.api.set_unknown("authorizationpolicies", true);
+        world.api.forget();
+        tokio::time::sleep(Duration::from_secs(away)).await;
+        assert_eq!(world.editions.borrow().authorizations.contains_key("a/allow"), away == 240, "after {away} s");
+        world.api.set_unknown("authorizationpolicies", false);
+        world.until(|edition| edition.authorizations.contains_key("a/allow")).await;
+    }
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_nests_without_end_hides_no_other_object() {
+    let nested = (0..500).fold(json!(1), |inner, _| json!([inner]));
+    let api = Fake::default();
+    let named = |name: &str| {
+        let mut policy = policy(json!({"rules": [{}]}));
+        policy["metadata"]["name"] = name.into();
+        policy
+    };
+    let mut hostile = named("hostile");
+    hostile["status"] = json!({"conditions": nested, "more": nested});
+    hostile["metadata"]["managedFields"] = json!([{"fieldsV1": nested}]);
+    hostile["more"] = nested.clone();
+    api.set("authorizationpolicies", hostile);
+    api.set("authorizationpolicies", named("other"));
+    let mut world = World::start(api, 10);
+    let first = world.until(|edition| edition.complete).await;
+    assert_eq!(first.authorizations.size(), 2);
+    let mut later = named("later");
+    later["spec"]["more"] = nested;
+    world.api.set("authorizationpolicies", later);
+    world.until(|edition| edition.authorizations.contains_key("a/later")).await;
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_that_cannot_be_read_makes_a_new_list() {
+    let api = Fake::default();
+    let mut world = World::start(api, 10);
+    world.until(|edition| edition.complete).await;
+    let mut strange = policy(json!({}));
+    strange["metadata"]["labels"] = json!("none");
+    world.api.set("authorizationpolicies", strange);
+    let lists = world.api.lists("authorizationpolicies");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(world.api.lists("authorizationpolicies") > lists, "what it said would be lost");
+    assert!(world.metrics.failures(Kind::AuthorizationPolicies).get() > 0);
+    world.api.set("authorizationpolicies", policy(json!({})));
+    world.until(|edition| edition.authorizations.contains_key("a/allow")).await;
     world.end().await;
 }
 
