@@ -73,6 +73,8 @@ pub struct Edition {
     pub authorizations: Resources,
     /// When it was made.
     pub made: Option<Instant>,
+    /// Bytes of the resources of each type.
+    bytes: [usize; Kind::ALL.len()],
     /// The last batches of changes, oldest first.
     recent: VecDeque<Arc<Batch>>,
     /// How many names they have.
@@ -94,6 +96,11 @@ impl Edition {
             Kind::Address => &self.addresses,
             Kind::Authorization => &self.authorizations,
         }
+    }
+
+    /// Bytes of all resources of a type. A daemon that begins gets them in one answer.
+    pub fn bytes(&self, kind: Kind) -> usize {
+        self.bytes.get(kind as usize).copied().unwrap_or_default()
     }
 
     /// The names that changed after edition `number`, some of them several times. `None` if that was too long ago.
@@ -121,6 +128,10 @@ impl Edition {
                 Kind::Address => &mut self.addresses,
                 Kind::Authorization => &mut self.authorizations,
             };
+            if let Some(bytes) = self.bytes.get_mut(kind as usize) {
+                let size = |resource: Option<&Arc<Resource>>| resource.map_or(0, |resource| resource.content.len());
+                *bytes = *bytes + size(resource.as_ref()) - size(resources.get(&name));
+            }
             match resource {
                 Some(resource) => resources.insert_mut(name, resource),
                 None => drop(resources.remove_mut(&name)),
@@ -196,9 +207,10 @@ mod tests {
             .apply(vec![(Kind::Address, "a".into(), resource("1")), (Kind::Authorization, "p".into(), resource("1"))]);
         let followed = catalog.follow();
         let first = followed.borrow().clone();
-        catalog.apply(vec![(Kind::Address, "a".into(), None), (Kind::Address, "b".into(), resource("2"))]);
+        catalog.apply(vec![(Kind::Address, "a".into(), None), (Kind::Address, "b".into(), resource("22"))]);
         assert!(followed.has_changed().unwrap());
         let second = followed.borrow().clone();
+        assert_eq!(Kind::ALL.map(|kind| (first.bytes(kind), second.bytes(kind))), [(1, 2), (1, 1)]);
         assert!(first.addresses.contains_key("a") && !first.addresses.contains_key("b"));
         assert!(!second.addresses.contains_key("a") && second.addresses.contains_key("b"));
         assert!(second.of(Kind::Authorization).contains_key("p") && second.number == first.number + 1);

@@ -145,11 +145,11 @@ impl Metrics {
         registry.register("culvert_otlp_failed_requests", failed, self.failed.clone());
         let dropped = "Spans and log records that were dropped, by signal and reason: queue_full, unsent (the collector was away for too \
                        long), rejected (by the collector) or limited (too many connections failed before their route was \
-                       known). Alert if this rises";
+                       known). Alert if this rises for another reason than limited, which any peer can cause";
         registry.register("culvert_otlp_dropped", dropped, self.dropped.clone());
         // They appear from the start, so that alerts see the first one as a rise.
         for signal in [Signal::Traces, Signal::Logs] {
-            for why in [Dropped::QueueFull, Dropped::Unsent, Dropped::Rejected] {
+            for why in [Dropped::QueueFull, Dropped::Unsent, Dropped::Rejected, Dropped::Limited] {
                 self.dropped(signal, why, 0);
             }
         }

@@ -499,14 +499,18 @@ fn labels(direction: Direction, details: &Details) -> TrafficLabels {
 mod tests {
     use super::*;
     use crate::connection::accept::AcceptError;
+    use crate::connection::report::export;
     use crate::telemetry::queue::Limits;
     use crate::telemetry::ring::Bounds;
     use opentelemetry_sdk::trace::Sampler;
+    use prometheus_client::registry::Registry;
 
     #[test]
     fn early_failures_beyond_the_limit_are_only_counted() {
         let limits = Limits { entries: 1_000, batch: 1_000, delay: Duration::from_secs(1) };
-        let outbox = Arc::new(Outbox::new(Sampler::AlwaysOn, Some(limits), Some(limits), Arc::default()));
+        let (metrics, mut registry) = (Arc::<export::Metrics>::default(), Registry::default());
+        metrics.register(&mut registry);
+        let outbox = Arc::new(Outbox::new(Sampler::AlwaysOn, Some(limits), Some(limits), metrics));
         let history = History::new(Bounds { entries: 1_000, bytes: 1 << 20 });
         let reporter = Arc::new(Reporter { history, outbox: Some(outbox.clone()), ..Reporter::default() });
         for _ in 0..500 {
@@ -515,10 +519,16 @@ mod tests {
         }
         let [_, (_, failed)] = reporter.history.rings();
         let kept = failed.newest(usize::MAX, |_| true).len();
-        // The loop may take longer than a second, but not than three.
-        assert!((20..=60).contains(&kept), "{kept}");
+        assert!((20..500).contains(&kept), "{kept}");
         let queues = [&outbox.spans, &outbox.logs].map(|queue| queue.as_ref().map_or(0, |queue| queue.len()));
         assert_eq!(queues, [kept, kept]);
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+        for signal in ["traces", "logs"] {
+            let counted =
+                format!("culvert_otlp_dropped_total{{signal=\"{signal}\",reason=\"limited\"}} {}\n", 500 - kept);
+            assert!(text.contains(&counted), "{counted}{text}");
+        }
         assert_eq!(reporter.recent.list().iter().map(|failures| failures.count).sum::<u64>(), 500);
     }
 }
