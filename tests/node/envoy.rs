@@ -2,9 +2,10 @@
 
 use crate::world::certs::{self, Files};
 use crate::world::sniffer::Sniffer;
-use crate::world::{Pod, World, apps, ask, eventually, python_env};
+use crate::world::{Pod, World, apps, connect, eventually, python_env};
 use serde_json::{Value, json};
-use std::net::IpAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr};
 use std::process::Command;
 
 /// Starts Envoy in a pod's namespace and waits until it listens on `port`. Returns its process.
@@ -21,6 +22,15 @@ pub fn start(w: &mut World, pod: &Pod, port: u16, config: &Value) -> u32 {
     };
     eventually("Envoy listens", listening);
     pid
+}
+
+/// Sends a line and reads everything. This end stays open until then, because Envoy resets a connection that is half
+/// closed before Envoy has reached the far side.
+fn ask(ns: &str, to: impl Into<SocketAddr>, line: &str) -> std::io::Result<String> {
+    let (mut stream, mut answer) = (connect(ns, to)?, String::new());
+    stream.write_all(format!("{line}\n").as_bytes())?;
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 pub fn log(w: &World, pod: &Pod) -> String {

@@ -29,6 +29,8 @@ const AT_ONCE: usize = 16;
 const AT_ONCE_AWAITED: usize = 2 * AT_ONCE;
 /// First and longest wait after a failure.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(30));
+/// Longest wait after a failure while a pod's start waits: the plugin must learn of an API that is there again.
+const AWAITED_MAX: Duration = Duration::from_secs(1);
 /// How long to wait for the API to return a value that it has accepted, before it is sent again.
 const ECHO: Duration = Duration::from_secs(10);
 /// Phrases of the API server for a pod that has another uid, or none: about the patch itself, and about its effect.
@@ -97,6 +99,8 @@ struct PatchState {
     backoff: Backoff,
     /// Why the value could not be written; `Ok` once the API has accepted it.
     result: Result<(), String>,
+    /// Whether the last attempt has failed.
+    failed: bool,
 }
 
 /// Result of a patch.
@@ -147,6 +151,9 @@ impl Annotator {
             return;
         }
         let now = Instant::now();
+        if let Some(sent) = self.in_flight.get_mut(&pod.uid).filter(|sent| awaited && sent.failed) {
+            sent.again_at = sent.again_at.map(|at| at.min(now + AWAITED_MAX));
+        }
         match self.in_flight.get(&pod.uid) {
             Some(sent) if sent.value == value && sent.again_at.is_none_or(|at| now < at) => return,
             // One patch per pod at a time, so that the last value wins.
@@ -161,6 +168,7 @@ impl Annotator {
             again_at: None,
             backoff: Backoff::new(BACKOFF.0, BACKOFF.1),
             result: Ok(()),
+            failed: false,
         });
         if sent.value != value || sent.result.is_ok() {
             sent.result = Err("the Kubernetes API has not accepted it yet".into());
@@ -198,6 +206,7 @@ impl Annotator {
     /// Records the result of a patch.
     pub fn ended(&mut self, PatchOutcome { uid, result }: PatchOutcome) {
         let Some(sent) = self.in_flight.get_mut(&uid) else { return };
+        sent.failed = matches!(result, Err(PatchFailure::Other(_)));
         let wait = match result {
             Ok(()) => {
                 sent.result = Ok(());
@@ -340,5 +349,35 @@ mod tests {
         assert!(why(&annotator, &first).ends_with("another value is being written first"));
         (100..200).for_each(|n| annotator.ensure(&pod(n), Some(ENABLED), true));
         assert_eq!(annotator.patches_in_flight().count(), AT_ONCE_AWAITED, "these are limited too");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_a_start_waits_for_it_a_patch_that_failed_is_tried_again_soon() {
+        let client = Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
+        let mut annotator = Annotator::new(client, Arc::default(), Group::default());
+        let pod = PodFacts { uid: "u".into(), ..PodFacts::default() };
+        for _ in 0..10 {
+            annotator.ensure(&pod, Some(ENABLED), false);
+            let result = Err(PatchFailure::Other("away".into()));
+            annotator.ended(PatchOutcome { uid: pod.uid.clone(), result });
+            tokio::time::advance(BACKOFF.1).await;
+        }
+        let in_flight = |annotator: &Annotator| annotator.patches_in_flight().count();
+        annotator.ensure(&pod, Some(ENABLED), false);
+        let result = Err(PatchFailure::Other("away".into()));
+        annotator.ended(PatchOutcome { uid: pod.uid.clone(), result });
+        tokio::time::advance(2 * AWAITED_MAX).await;
+        annotator.ensure(&pod, Some(ENABLED), false);
+        assert_eq!(in_flight(&annotator), 0, "nobody waits for it");
+        annotator.ensure(&pod, Some(ENABLED), true);
+        assert_eq!(in_flight(&annotator), 0, "not at once");
+        tokio::time::advance(AWAITED_MAX).await;
+        annotator.ensure(&pod, Some(ENABLED), true);
+        assert_eq!(in_flight(&annotator), 1, "a start waits for it");
+        // What the API has accepted is not sent again and again while it has not said so itself.
+        annotator.ended(PatchOutcome { uid: pod.uid.clone(), result: Ok(()) });
+        tokio::time::advance(2 * AWAITED_MAX).await;
+        annotator.ensure(&pod, Some(ENABLED), true);
+        assert_eq!(in_flight(&annotator), 0);
     }
 }
