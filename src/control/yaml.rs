@@ -294,6 +294,7 @@ impl FileWorkload {
             },
             services,
             capacity: self.capacity,
+            known: Default::default(),
         };
         match workload.identity() {
             Err(error) if workload.protocol == Protocol::Hbone => Err(fault(error.to_string())),

@@ -5,14 +5,20 @@
 //! identity.
 
 use std::fmt;
+use std::ops::Deref;
 use std::sync::Arc;
 
 /// A shared, immutable string. Names are cloned for every connection, so clones must be cheap.
 pub type Text = Arc<str>;
 
-/// The identity of a workload: the SPIFFE name that its certificate contains.
+/// The identity of a workload: the SPIFFE name that its certificate contains. Clones share its parts, because every open
+/// connection keeps several.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SpiffeName {
+pub struct SpiffeName(Arc<SpiffeParts>);
+
+/// The parts of a [`SpiffeName`].
+#[derive(PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SpiffeParts {
     /// Trust domain, e.g. `cluster.local`; always lower case.
     pub trust_domain: Text,
     /// Kubernetes namespace.
@@ -38,6 +44,14 @@ pub enum NameError {
     Key(String),
 }
 
+impl Deref for SpiffeName {
+    type Target = SpiffeParts;
+
+    fn deref(&self) -> &SpiffeParts {
+        &self.0
+    }
+}
+
 impl SpiffeName {
     /// Builds a name from its three parts, with the same checks as [`SpiffeName::parse`].
     pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, NameError> {
@@ -45,11 +59,11 @@ impl SpiffeName {
         if ![trust_domain, namespace, service_account].into_iter().all(Self::is_part) {
             return Err(NameError::Character(whole()));
         }
-        Ok(Self {
+        Ok(Self(Arc::new(SpiffeParts {
             trust_domain: trust_domain.into(),
             namespace: namespace.into(),
             service_account: service_account.into(),
-        })
+        })))
     }
 
     /// Whether a text can be a trust domain, namespace or service account of a name.
@@ -72,11 +86,22 @@ impl SpiffeName {
 
     /// The name without `spiffe://`, which policies' principals are compared with.
     pub fn principal(&self) -> String {
-        format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+        self.principal_in(&self.trust_domain)
+    }
+
+    /// The principal that the same account has in another trust domain.
+    pub fn principal_in(&self, trust_domain: &str) -> String {
+        format!("{trust_domain}/ns/{}/sa/{}", self.namespace, self.service_account)
     }
 }
 
 impl fmt::Display for SpiffeName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&*self.0, f)
+    }
+}
+
+impl fmt::Debug for SpiffeParts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "spiffe://{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
     }
@@ -148,6 +173,11 @@ mod tests {
         ] {
             assert!(SpiffeName::parse(bad).is_err(), "{bad:?} must be refused");
         }
+    }
+
+    #[test]
+    fn an_identity_is_one_pointer() {
+        assert_eq!(size_of::<Option<SpiffeName>>(), size_of::<usize>());
     }
 
     #[test]

@@ -409,6 +409,7 @@ pub mod tests {
             locality: Locality { region: "".into(), zone: "".into(), subzone: "".into() },
             services: BTreeMap::new(),
             capacity: 1,
+            known: Default::default(),
         }
     }
 

@@ -4,6 +4,7 @@ use super::address::GatewayRef;
 use super::name::{NameError, ServiceKey, SpiffeName, Text};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::OnceLock;
 
 /// How a workload accepts traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +103,26 @@ pub fn pod_uid(cluster: &str, namespace: &str, name: &str) -> Text {
     format!("{cluster}//Pod/{namespace}/{name}").into()
 }
 
+/// The identity of a workload, once somebody has asked for it. A copy of a workload may be changed, so it does not take
+/// the identity with it.
+#[derive(Debug, Default)]
+pub struct KnownIdentity(OnceLock<SpiffeName>);
+
+impl Clone for KnownIdentity {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for KnownIdentity {
+    /// It says nothing that the workload does not say.
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for KnownIdentity {}
+
 /// One workload, whether it is in the mesh or only announced by it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
@@ -155,6 +176,8 @@ pub struct Workload {
     pub services: BTreeMap<ServiceKey, Ports>,
     /// Relative weight among the endpoints of a service.
     pub capacity: u32,
+    /// What [`Workload::identity`] has given before.
+    pub known: KnownIdentity,
 }
 
 impl Workload {
@@ -163,9 +186,16 @@ impl Workload {
         if self.name.is_empty() { &self.canonical_name } else { &self.name }
     }
 
-    /// The identity that this workload must present.
+    /// The identity that this workload must present. All who ask share one name.
     pub fn identity(&self) -> Result<SpiffeName, NameError> {
-        SpiffeName::new(&self.trust_domain, &self.namespace, &self.service_account)
+        // Compared, because the workload may have been made of another one, with other names.
+        if let Some(known) = self.known.0.get().filter(|known| self.has_identity(known)) {
+            return Ok(known.clone());
+        }
+        let new = SpiffeName::new(&self.trust_domain, &self.namespace, &self.service_account)?;
+        // Fails if it has been set meanwhile.
+        let _ = self.known.0.set(new.clone());
+        Ok(new)
     }
 
     /// Whether `identity` is the one that this workload must present.
@@ -173,5 +203,25 @@ impl Workload {
         self.service_account == identity.service_account
             && self.namespace == identity.namespace
             && self.trust_domain == identity.trust_domain
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mesh::snapshot::tests::workload;
+
+    #[test]
+    fn all_who_ask_for_an_identity_share_it_and_a_changed_workload_has_its_own() {
+        let one = workload("a", "one", "10.0.0.1");
+        let first = one.identity().unwrap();
+        assert!(std::ptr::eq(&*one.identity().unwrap(), &*first));
+        for other in
+            [Workload { namespace: "b".into(), ..one.clone() }, Workload { service_account: "other".into(), ..one }]
+        {
+            let expected = format!("spiffe://cluster.local/ns/{}/sa/{}", other.namespace, other.service_account);
+            assert_eq!(other.identity().unwrap().to_string(), expected);
+            assert_eq!(other.identity().unwrap().to_string(), expected);
+        }
     }
 }

@@ -40,8 +40,7 @@ impl<'a> MatchInput<'a> {
             principals.push(peer.principal());
             let same = domains.contains(&peer.trust_domain);
             let others = domains.iter().filter(|domain| same && **domain != peer.trust_domain);
-            let other = |domain: &Text| SpiffeName { trust_domain: domain.clone(), ..peer.clone() }.principal();
-            principals.extend(others.map(other));
+            principals.extend(others.map(|domain| peer.principal_in(domain)));
         }
         Self { subject, principals }
     }

@@ -91,6 +91,7 @@ pub(crate) fn workload(number: u32) -> Workload {
         locality: Locality { region: "r".into(), zone: "z".into(), subzone: "".into() },
         services: Default::default(),
         capacity: 1,
+        known: Default::default(),
     }
 }
 

@@ -156,6 +156,7 @@ fn workload(w: wire::Workload, names: &mut Names, faults: &mut Vec<String>) -> R
             subzone: names.text(&locality.subzone),
         },
         capacity: w.capacity.unwrap_or(1),
+        known: Default::default(),
     })
 }
 

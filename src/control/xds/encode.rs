@@ -357,7 +357,7 @@ mod tests {
             Workload {
                 uid, name, namespace, trust_domain, service_account, ips, network, protocol, network_mode, waypoint,
                 network_gateway, canonical_name, canonical_revision, workload_name, workload_type, hostname, node,
-                native_tunnel, application_tunnel, policies, health, cluster_id, services, capacity,
+                native_tunnel, application_tunnel, policies, health, cluster_id, services, capacity, known: Default::default(),
                 locality: Locality { region, zone, subzone },
             }
         }

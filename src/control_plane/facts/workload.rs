@@ -68,6 +68,7 @@ pub fn of_pod(pod: &Pod, around: Around<'_>) -> Workload {
         locality: around.locality,
         services: around.services.iter().map(|service| (service.key.clone(), ports_at(service, pod))).collect(),
         capacity: 1,
+        known: Default::default(),
     }
 }
 
@@ -107,6 +108,7 @@ pub fn of_endpoint(
         locality: nowhere(),
         services: [(service.key.clone(), ports_in(service, slice))].into(),
         capacity: 1,
+        known: Default::default(),
     }
 }
 
