@@ -118,27 +118,26 @@ pub(super) fn pod_names(parts: &Parts) -> HashMap<Text, String> {
 
 /// One connection of `/connections`.
 pub(super) fn connection(id: u64, c: &Connection, names: &HashMap<Text, String>) -> Value {
-    let name = |identity: &Option<crate::mesh::SpiffeName>| identity.as_ref().map(ToString::to_string);
     json!({
         "id": id,
         "pod": &*c.pod,
         "podName": names.get(&c.pod),
         "direction": c.direction.word(),
-        "protocol": c.protocol,
+        "protocol": c.protocol(),
         "src": c.source.to_string(),
         "dst": c.destination.to_string(),
-        "actualDst": c.actual.to_string(),
-        "hboneAddr": c.authority,
-        "service": c.service.as_deref(),
-        "srcIdentity": name(&c.source_identity),
-        "gateway": c.gateway.as_deref(),
-        "gatewayIdentity": c.gateway_identity.get().map(ToString::to_string),
-        "dstIdentity": c.destination_identity.get().map(ToString::to_string),
+        "actualDst": c.details.actual.to_string(),
+        "hboneAddr": c.details.authority.as_ref().map(ToString::to_string),
+        "service": c.details.service.as_ref().map(|service| &*service.key.hostname),
+        "srcIdentity": c.details.source_identity.as_ref().map(ToString::to_string),
+        "gateway": c.details.gateway.as_deref(),
+        "gatewayIdentity": c.gateway_identity().map(ToString::to_string),
+        "dstIdentity": c.destination_identity().map(ToString::to_string),
         "bytesSent": c.bytes.up.load(Ordering::Relaxed),
         "bytesReceived": c.bytes.down.load(Ordering::Relaxed),
         "ageMs": u64::try_from(c.since.elapsed().as_millis()).unwrap_or(u64::MAX),
-        "tls": c.tls.get().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
-        "rule": c.rule,
+        "tls": c.tls().map(|t| json!({"version": t.version, "keyExchange": t.key_exchange, "cipher": t.cipher})),
+        "rule": c.details.rule.as_deref(),
     })
 }
 
@@ -224,9 +223,11 @@ fn workload_state(pod: &PodStatus, live: &[(u64, std::sync::Arc<Connection>)]) -
         let one = |(_, c): &(u64, std::sync::Arc<Connection>)| {
             let original = match direction {
                 Direction::Outbound => Value::from(c.destination.to_string()),
-                Direction::Inbound => c.service.as_deref().map_or(Value::Null, Value::from),
+                Direction::Inbound => {
+                    c.details.service.as_ref().map_or(Value::Null, |service| (*service.key.hostname).into())
+                }
             };
-            json!({"src": c.source.to_string(), "originalDst": original, "actualDst": c.actual.to_string(), "protocol": c.protocol})
+            json!({"src": c.source.to_string(), "originalDst": original, "actualDst": c.details.actual.to_string(), "protocol": c.protocol()})
         };
         all.map(one).collect::<Vec<Value>>()
     };

@@ -184,7 +184,7 @@ fn connection(ended: &Ended, parts: &Parts) -> Value {
         "outcome": outcome(ended),
         "reason": failure.map(|failure| failure.reason().word()),
         "error": failure.map(ToString::to_string),
-        "rule": failure.and_then(|failure| failure.rule()).or_else(|| ends.and_then(|ends| ends.rule.clone())),
+        "rule": failure.and_then(|failure| failure.rule()).or_else(|| ends.and_then(|ends| ends.rule.as_deref().map(str::to_owned))),
         "next_step": failure.map(|failure| failure.reason().advice()),
         "pod": pod_name(parts, &ended.pod),
         "source": {

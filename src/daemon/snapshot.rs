@@ -4,6 +4,7 @@ use super::parts::Parts;
 use super::{dump, history, status};
 use crate::connection::report::Direction;
 use crate::connection::report::live::Connection;
+use crate::hbone::Authority;
 use crate::mesh::{Snapshot, SpiffeName, Text, Workload};
 use crate::task::Ready;
 use serde_json::{Value, json};
@@ -80,7 +81,7 @@ struct Names {
 impl Names {
     /// The source and the destination, each as `namespace/workload`, where it is known.
     fn of(&self, c: &Connection) -> [Option<String>; 2] {
-        let source = self.workload(c.source.ip()).filter(|found| fits(found, c.source_identity.as_ref()));
+        let source = self.workload(c.source.ip()).filter(|found| fits(found, c.details.source_identity.as_ref()));
         let destination = match c.direction {
             Direction::Inbound => self.workload(c.destination.ip()).map(|found| name(found)),
             Direction::Outbound => self.far_end(c),
@@ -100,14 +101,13 @@ impl Names {
 
     /// The workload that an outbound connection reaches, or else its service.
     fn far_end(&self, c: &Connection) -> Option<String> {
-        let authority = c.authority.as_deref().map(str::parse::<SocketAddr>);
-        let at = match authority {
-            Some(Ok(address)) => Some(address.ip()).filter(|_| c.gateway.is_none()),
-            Some(Err(_)) => None,
-            None => Some(c.actual.ip()),
+        let at = match &c.details.authority {
+            Some(Authority::Address(address)) => Some(address.ip()).filter(|_| c.details.gateway.is_none()),
+            Some(Authority::Host(..)) => None,
+            None => Some(c.details.actual.ip()),
         };
         let service = || {
-            let service = self.mesh.services_by_hostname(c.service.as_deref()?).first()?;
+            let service = self.mesh.services_by_hostname(&c.details.service.as_ref()?.key.hostname).first()?;
             Some(format!("{}/{}", service.key.namespace, service.name))
         };
         at.and_then(|ip| self.workload(ip)).map(|found| name(found)).or_else(service)

@@ -36,7 +36,7 @@ impl Sockets {
 
     /// How both legs of a connection do; null for a leg that is not found, such as one that has just ended.
     pub(super) fn show(&self, connection: &Connection) -> Value {
-        let Connection { direction, source, actual, .. } = *connection;
+        let (direction, source, actual) = (connection.direction, connection.source, connection.details.actual);
         let find = |port: u16, peer: SocketAddr| {
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
             self.0.get(&connection.pod)?.get(&(port, peer))

@@ -229,6 +229,17 @@ fn verify_own(webpki: &dyn ClientCertVerifier, signed: &SignedCertificate) -> Re
     }
 }
 
+/// What the far end of a tunnel has proven. All connections of the tunnel share it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Proven {
+    /// Its identity.
+    pub identity: SpiffeName,
+    /// The identity of the gateway, if the tunnel leads through one to another network.
+    pub gateway: Option<SpiffeName>,
+    /// What its handshake agreed on.
+    pub tls: TlsFacts,
+}
+
 /// What a finished handshake agreed on, for the admin port and the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TlsFacts {

@@ -20,6 +20,6 @@ pub mod verify;
 
 pub use authority::{CertificateAuthority, Signer};
 pub use builtin::Builtin;
-pub use credentials::{Credentials, TlsFacts};
+pub use credentials::{Credentials, Proven, TlsFacts};
 pub use revoked::{Chain, Distrust};
 pub use store::CertificateStore;

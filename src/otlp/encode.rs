@@ -206,7 +206,8 @@ fn attributes(export: &Export) -> Vec<KeyValue> {
         all.put("culvert.encrypted", Value::BoolValue(ends.is_encrypted));
         all.some("culvert.rule", ends.rule.as_deref());
     }
-    all.some("culvert.authority", export.authority.as_deref());
+    let authority = export.authority.as_ref().map(ToString::to_string);
+    all.some("culvert.authority", authority.as_deref());
     all.some("culvert.tried", ended.tried.as_deref());
     for (stage, took) in ended.stages.all() {
         all.put(&format!("culvert.stage.{}", stage.word()), seconds(took));

@@ -5,7 +5,7 @@ use super::error::{AcceptError, HANDSHAKE_DEADLINE, SILENCE_DEADLINE};
 use crate::hbone::ping::GONE_AFTER;
 use crate::hbone::{self, Buffers, Engine};
 use crate::identity::verify::peer_name;
-use crate::identity::{Chain, Credentials, Distrust, TlsFacts};
+use crate::identity::{Chain, Credentials, Distrust, Proven, TlsFacts};
 use crate::mesh::address::canonical;
 use crate::mesh::{SpiffeName, Text};
 use crate::sys::socket::{LegOptions, set_tunnel_options};
@@ -43,8 +43,8 @@ pub struct TunnelPeer {
     pub source: SocketAddr,
     /// Address and port in the pod that the peer connected to.
     pub local: SocketAddr,
-    /// TLS version, key exchange and cipher.
-    pub tls: TlsFacts,
+    /// What it has proven, for those who look at its connections.
+    pub proven: Arc<Proven>,
     /// The peer's certificate chain; it signals when a certificate in it is revoked or expires.
     pub chain: Chain,
     /// Why all its connections have been told to stop, if they have.
@@ -86,8 +86,8 @@ pub async fn handshake(
     let name = Text::from(identity.to_string());
     let mut server = hbone::Server::start(engine, tls, config, &buffers.account(&name))?;
     server.settled().await?;
-    let peer =
-        TunnelPeer { identity, name, source: canonical(source), local, tls: facts, chain, stop: OnceLock::new() };
+    let proven = Arc::new(Proven { identity: identity.clone(), gateway: None, tls: facts });
+    let peer = TunnelPeer { identity, name, source: canonical(source), local, proven, chain, stop: OnceLock::new() };
     Ok(AcceptedTunnel { peer, server })
 }
 

@@ -10,7 +10,7 @@ use crate::mesh::policy::Action;
 use crate::mesh::{Policy, Snapshot, Text, Workload};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 /// The rule that decided, for logs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,12 @@ impl Permit {
     /// The ALLOW rule that matched; `None` if no ALLOW policy applies to the workload.
     pub fn rule(&self) -> Option<&RuleName> {
         self.rule.as_ref()
+    }
+
+    /// What it says, for those who look at the connection. Without a rule, all connections share the text.
+    pub fn text(&self) -> Text {
+        static WITHOUT_RULE: LazyLock<Text> = LazyLock::new(|| Permit { rule: None }.to_string().into());
+        if self.rule.is_some() { self.to_string().into() } else { WITHOUT_RULE.clone() }
     }
 }
 

@@ -11,7 +11,7 @@ use super::error::TunnelDialError;
 use crate::connection::accept::TunnelStop;
 use crate::hbone::client::Driver;
 use crate::hbone::{Authority, Tunnel, TunnelError};
-use crate::identity::{Chain, TlsFacts};
+use crate::identity::{Chain, Proven, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
 use crate::task::{Group, Signal};
 use parking_lot::Mutex;
@@ -149,8 +149,8 @@ struct KeyTunnels {
 #[derive(Debug)]
 struct PooledTunnel {
     handle: Tunnel,
-    tls: TlsFacts,
-    peer: SpiffeName,
+    /// What its far end has proven, and the gateway on the way.
+    proven: Arc<Proven>,
     chain: Chain,
     /// The gateway's tunnel that it is inside of.
     outer: Option<OuterTunnel>,
@@ -183,24 +183,14 @@ impl Lease {
         &self.tunnel.handle
     }
 
-    /// TLS version, key exchange and cipher.
-    pub fn tls(&self) -> TlsFacts {
-        self.tunnel.tls
-    }
-
     /// The daemon's port of the tunnel's TCP connection; 0 for a tunnel inside another one.
     pub fn port(&self) -> u16 {
         self.tunnel.port
     }
 
-    /// Identity that the far end has proven.
-    pub fn peer(&self) -> &SpiffeName {
-        &self.tunnel.peer
-    }
-
-    /// Identity that the gateway has proven, if the tunnel leads through one to another network.
-    pub fn gateway(&self) -> Option<&SpiffeName> {
-        self.tunnel.outer.as_ref().map(|outer| &outer.peer)
+    /// What the far end has proven, and the gateway on the way.
+    pub fn proven(&self) -> &Arc<Proven> {
+        &self.tunnel.proven
     }
 
     /// If the tunnel was not open at `begun`: how long TCP, and then TLS and HTTP/2, have been waited for since then.
@@ -219,7 +209,7 @@ impl Lease {
 
     /// What a tunnel inside this one has to know.
     pub(super) fn as_outer(&self) -> OuterTunnel {
-        OuterTunnel { peer: self.tunnel.peer.clone(), stop: self.tunnel.stop.clone() }
+        OuterTunnel { peer: self.tunnel.proven.identity.clone(), stop: self.tunnel.stop.clone() }
     }
 
     /// Takes the tunnel out of the pool, because it is going away. Its other streams continue.
@@ -346,10 +336,10 @@ impl Pool {
                 return;
             }
             Ok(dialled) => {
+                let gateway = dialled.outer.as_ref().map(|outer| outer.peer.clone());
                 let tunnel = PooledTunnel {
                     handle: dialled.tunnel,
-                    tls: dialled.tls,
-                    peer: dialled.peer,
+                    proven: Arc::new(Proven { identity: dialled.peer, gateway, tls: dialled.tls }),
                     outer: dialled.outer,
                     chain: dialled.chain,
                     stop: Arc::default(),
@@ -408,7 +398,7 @@ impl Pool {
         if driver.is_going_away() {
             (self.going_away)(key);
         }
-        let (peer, chain, stop) = (tunnel.peer.clone(), tunnel.chain.clone(), tunnel.stop.clone());
+        let (proven, chain, stop) = (tunnel.proven.clone(), tunnel.chain.clone(), tunnel.stop.clone());
         drop(tunnel);
         let ended = match ended {
             Some(ended) => ended,
@@ -431,7 +421,7 @@ impl Pool {
             }
         };
         if let Err(error) = ended {
-            (self.broken)(key, &peer, &error);
+            (self.broken)(key, &proven.identity, &error);
         }
     }
 }

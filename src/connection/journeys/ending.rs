@@ -81,7 +81,7 @@ pub enum CarriedBy {
 
 impl Ending for CarriedEnd {
     fn meter(&self) -> &impl Meter {
-        &self.live.bytes
+        &*self.live
     }
 
     fn stop(&self) -> Option<Stop> {

@@ -4,7 +4,7 @@
 use super::ending::{CarriedBy, CarriedEnd, ResetUnlessDone};
 use super::lookup::{check_waypoint, facts_for, own_credentials, own_facts};
 use crate::connection::accept::{AcceptError, AcceptedTunnel, TunnelPeer, TunnelStop, tunnel as tunnelled};
-use crate::connection::authorize::{self, Registration, Subject};
+use crate::connection::authorize::{self, Permit, Registration, Subject};
 use crate::connection::budget::Reservation;
 use crate::connection::choose;
 use crate::connection::dial::{self, DialError};
@@ -258,12 +258,11 @@ async fn admit(
         destination_identity: workload.identity().ok(),
         service: target.service.or(by_host).or_else(|| by_target(target.address.port())),
         actual: target.address,
-        authority: Some(request.authority.to_string()),
+        authority: Some(request.authority.clone()),
         gateway: None,
-        gateway_identity: None,
-        rule: permit.as_ref().ok().map(ToString::to_string),
+        rule: permit.as_ref().ok().map(Permit::text),
     });
-    let _known = live.tls.set(peer.tls);
+    record.proven(&peer.proven);
     drop(snapshot);
     let client = peer.source.ip();
     let (permit, netns) = (permit?, &pod.netns);

@@ -64,7 +64,7 @@ pub async fn carry(
                     why = revoked(outside) => why,
                 }
             };
-            let result = forward::over_tcp(&app, &far, &live.bytes, silence, stop).await;
+            let result = forward::over_tcp(&app, &far, &*live, silence, stop).await;
             note_reset(in_flight.as_ref(), &live, &result);
             if result.is_ok() {
                 far.done();
@@ -234,7 +234,7 @@ impl Outbound<'_> {
             NextHop::Direct { .. } | NextHop::Tunnel(_) | NextHop::Gateway(_) => None,
         };
         let allowed = outside.as_ref().map_or(Ok(None), Outside::authorize);
-        let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(ToString::to_string));
+        let rule = allowed.as_ref().ok().and_then(|by| by.as_ref().map(|by| by.to_string().into()));
         let live = record.attempted(Details { rule, ..self.details(route) });
         allowed?;
         Ok((live, outside))
@@ -254,9 +254,8 @@ impl Outbound<'_> {
             destination_workload: route.workload.clone(),
             service: route.service.clone(),
             actual: route.next_hop.to(),
-            authority: hop.map(|hop| hop.authority.to_string()),
+            authority: hop.map(|hop| hop.authority.clone()),
             gateway,
-            gateway_identity: None,
             rule: None,
         }
     }
@@ -272,8 +271,7 @@ impl Outbound<'_> {
                 let Opening { dial, tls, connect } = opened.took;
                 record.laps([(Stage::Dial, dial), (Stage::Tls, tls), (Stage::Connect, Some(connect))]);
                 live.leg_port.store(opened.lease.port(), Ordering::Relaxed);
-                let _known = live.tls.set(opened.lease.tls());
-                record.proven(opened.lease.peer(), opened.lease.gateway());
+                record.proven(opened.lease.proven());
             }
         }
         record.open();

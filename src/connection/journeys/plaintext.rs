@@ -3,7 +3,7 @@
 
 use super::ending::{ResetUnlessDone, stop_signal, unless_client_resets};
 use super::lookup::{check_waypoint, own_facts};
-use crate::connection::authorize::Subject;
+use crate::connection::authorize::{Permit, Subject};
 use crate::connection::pod::Pod;
 use crate::connection::report::stages::Stage;
 use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
@@ -61,8 +61,7 @@ async fn plaintext_steps(
         actual: destination,
         authority: None,
         gateway: None,
-        gateway_identity: None,
-        rule: permit.as_ref().ok().map(ToString::to_string),
+        rule: permit.as_ref().ok().map(Permit::text),
     });
     drop(snapshot);
     let permit = permit?;
@@ -73,7 +72,7 @@ async fn plaintext_steps(
     record.open();
     let (client, app) = (client.watched()?, app.watched()?);
     let silence = shared.config.hbone.half_closed_silence;
-    forward::over_tcp(&app, &client, &live.bytes, silence, stop_signal(pod, Some(&registration))).await?;
+    forward::over_tcp(&app, &client, &*live, silence, stop_signal(pod, Some(&registration))).await?;
     client.done();
     app.done();
     Ok(())

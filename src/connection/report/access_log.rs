@@ -1,26 +1,17 @@
 //! The access log: one line for each connection at its end (target `access`), with ztunnel's field names in ztunnel's
 //! order.
 
-use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
-use super::live::ByteCounts;
+use super::live::Connection;
 use super::stages::Stages;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// The data of a connection's end, in addition to its [`Details`].
+/// The data of a connection's end, in addition to what is known of it while it is open.
 #[derive(Debug)]
 pub struct Summary<'a> {
-    /// Direction of the connection.
-    pub direction: Direction,
-    /// Address that opened it.
-    pub source: SocketAddr,
-    /// The destination, if it became known.
-    pub destination: Option<SocketAddr>,
-    /// Bytes carried.
-    pub bytes: &'a ByteCounts,
     /// How long it was open.
     pub duration: Duration,
     /// Why it failed or was refused; `None` if it ended well.
@@ -33,54 +24,51 @@ pub struct Summary<'a> {
 
 /// Writes a line with the fields that all lines about a connection with a known route have, and then the given fields.
 macro_rules! line {
-    ($level:expr, $message:literal, $direction:expr, $source:expr, $destination:expr, $details:expr $(, $($rest:tt)*)?) => {{
-        let d: &Details = $details;
+    ($level:expr, $message:literal, $connection:expr $(, $($rest:tt)*)?) => {{
+        let c: &Connection = $connection;
+        let d = &c.details;
         let (source, to) = (d.source_workload.as_deref(), d.destination_workload.as_deref());
-        let hop = match $direction {
-            Direction::Outbound => Some(d.actual),
-            Direction::Inbound => $destination.or(Some(d.actual)),
+        let hop = match c.direction {
+            Direction::Outbound => d.actual,
+            Direction::Inbound => c.destination,
         };
         tracing::event!(target: "access", $level,
-            src.addr = %$source,
+            src.addr = %c.source,
             src.workload = source.map(|w| &**w.shown_name()),
             src.namespace = source.map(|w| &*w.namespace),
             src.identity = d.source_identity.as_ref().map(display),
             src.cluster = source.map(|w| &*w.cluster_id),
-            dst.addr = hop.map(display),
-            dst.hbone_addr = d.authority.as_deref().map(display),
+            dst.addr = %hop,
+            dst.hbone_addr = d.authority.as_ref().map(display),
             dst.service = d.service.as_ref().map(|s| &*s.key.hostname),
             dst.workload = to.map(|w| &**w.shown_name()),
             dst.namespace = to.map(|w| &*w.namespace),
-            dst.identity = d.destination_identity.as_ref().map(display),
+            dst.identity = c.destination_identity().map(display),
             dst.cluster = to.map(|w| &*w.cluster_id),
             dst.gateway = d.gateway.as_deref(),
-            dst.gateway_identity = d.gateway_identity.as_ref().map(display),
-            direction = $direction.word(),
+            dst.gateway_identity = c.gateway_identity().map(display),
+            direction = c.direction.word(),
             $($($rest)*,)?
             $message)
     }};
 }
 
 /// Writes the debug line for a connection whose route has become known.
-pub fn opened(direction: Direction, source: SocketAddr, destination: Option<SocketAddr>, details: &Details) {
-    line!(tracing::Level::DEBUG, "connection opened", direction, source, destination, details);
+pub fn opened(connection: &Connection) {
+    line!(tracing::Level::DEBUG, "connection opened", connection);
 }
 
 /// Writes the line for the end of a connection whose route was known.
-pub fn complete(summary: &Summary<'_>, details: &Details) {
+pub fn complete(summary: &Summary<'_>, connection: &Connection) {
     // "Sent" is what the pod of this node sent: outbound the client, inbound the server.
-    let sent = summary.bytes.up.load(Ordering::Relaxed);
-    let received = summary.bytes.down.load(Ordering::Relaxed);
+    let sent = connection.bytes.up.load(Ordering::Relaxed);
+    let received = connection.bytes.down.load(Ordering::Relaxed);
     let duration = format!("{}ms", summary.duration.as_millis());
-    let (direction, source, destination) = (summary.direction, summary.source, summary.destination);
     match summary.failure {
         None => line!(
             tracing::Level::INFO,
             "connection complete",
-            direction,
-            source,
-            destination,
-            details,
+            connection,
             bytes_sent = sent,
             bytes_recv = received,
             duration = duration.as_str(),
@@ -90,10 +78,7 @@ pub fn complete(summary: &Summary<'_>, details: &Details) {
         Some(failure) => line!(
             tracing::Level::ERROR,
             "connection complete",
-            direction,
-            source,
-            destination,
-            details,
+            connection,
             bytes_sent = sent,
             bytes_recv = received,
             duration = duration.as_str(),

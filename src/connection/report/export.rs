@@ -2,6 +2,7 @@
 //! bounded queue, as a few shared pointers; `otlp` takes it out, encodes and sends it on a thread of its own.
 
 use super::history::Ended;
+use crate::hbone::Authority;
 use crate::identity::TlsFacts;
 use crate::mesh::{Service, Workload};
 use crate::telemetry::exemplar;
@@ -55,7 +56,7 @@ pub struct Export {
     /// The service that was dialled.
     pub service: Option<Arc<Service>>,
     /// The CONNECT authority, if it went through a tunnel.
-    pub authority: Option<String>,
+    pub authority: Option<Authority>,
     /// TLS version, key exchange and cipher of the tunnel.
     pub tls: Option<TlsFacts>,
     /// Its place in a trace.

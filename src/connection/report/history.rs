@@ -41,7 +41,7 @@ pub struct Ended {
     /// Why it failed or was refused; `None` if it ended well.
     pub failure: Option<Failure>,
     /// The endpoints that were tried before, and why each was left.
-    pub tried: Option<String>,
+    pub tried: Option<Box<str>>,
     /// What it carried, from the pod and to the pod.
     pub bytes: (u64, u64),
     /// How long it was open.
@@ -68,21 +68,23 @@ pub struct Ends {
     /// Whether it went through a tunnel.
     pub is_encrypted: bool,
     /// The rule that allowed it.
-    pub rule: Option<String>,
+    pub rule: Option<Text>,
 }
 
-impl From<Details> for Ends {
-    fn from(details: Details) -> Self {
-        let name = |workload: Option<Arc<Workload>>| workload.map(|w| (w.namespace.clone(), w.shown_name().clone()));
+impl Ends {
+    /// The ends of a connection. Without its workloads and its service: the facts of long ago would stay in memory.
+    pub fn of(details: &Details, destination_identity: Option<&SpiffeName>) -> Self {
+        let name =
+            |workload: &Option<Arc<Workload>>| workload.as_ref().map(|w| (w.namespace.clone(), w.shown_name().clone()));
         Self {
-            source_workload: name(details.source_workload),
-            source_identity: details.source_identity,
-            destination_workload: name(details.destination_workload),
-            destination_identity: details.destination_identity,
-            service: details.service.map(|service| service.key.hostname.clone()),
+            source_workload: name(&details.source_workload),
+            source_identity: details.source_identity.clone(),
+            destination_workload: name(&details.destination_workload),
+            destination_identity: destination_identity.cloned(),
+            service: details.service.as_ref().map(|service| service.key.hostname.clone()),
             actual: details.actual,
             is_encrypted: details.authority.is_some(),
-            rule: details.rule,
+            rule: details.rule.clone(),
         }
     }
 }
@@ -134,7 +136,7 @@ impl Ended {
                 + identity(&ends.source_identity)
                 + identity(&ends.destination_identity)
                 + ends.service.as_ref().map_or(0, |service| service.len())
-                + ends.rule.as_ref().map_or(0, String::capacity)
+                + ends.rule.as_ref().map_or(0, |rule| rule.len())
         });
         // Nothing else says how much memory an error holds; its text says about that.
         let mut length = Length(0);
@@ -146,7 +148,7 @@ impl Ended {
             + ends
             + length.0
             + self.pod.len()
-            + self.tried.as_ref().map_or(0, String::capacity)
+            + self.tried.as_ref().map_or(0, |tried| tried.len())
     }
 }
 

@@ -1,8 +1,11 @@
 //! The list of live connections, which the admin port shows.
 
+use super::details::Details;
 use super::direction::Direction;
-use crate::identity::TlsFacts;
+use super::metrics::{Traffic, TrafficLabels};
+use crate::identity::{Proven, TlsFacts};
 use crate::mesh::{SpiffeName, Text};
+use crate::telemetry::series::SeriesHandle;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use std::collections::BTreeMap;
@@ -11,37 +14,24 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// One live connection. Bytes are counted while it is open; everything else is set once.
+/// One live connection. Its record, the list of live connections and what carries it share it. Bytes are counted while it
+/// is open; everything else is set once.
 #[derive(Debug)]
 pub struct Connection {
+    /// Its number in the list of live connections.
+    pub id: u64,
     /// Uid of the pod that it belongs to.
     pub pod: Text,
     /// Direction of the connection.
     pub direction: Direction,
-    /// `HBONE` if it goes through a tunnel, else `TCP`.
-    pub protocol: &'static str,
     /// Address that opened it.
     pub source: SocketAddr,
     /// Outbound: the original destination. Inbound: the address in the pod that was connected to.
     pub destination: SocketAddr,
-    /// Outbound: the address that the daemon connects to. Inbound: the application's address.
-    pub actual: SocketAddr,
-    /// The CONNECT authority, if it goes through a tunnel.
-    pub authority: Option<String>,
-    /// Host name of the service that was dialled, if it is known.
-    pub service: Option<Text>,
-    /// Identity of the source: inbound the one that TLS proved, outbound the pod's own.
-    pub source_identity: Option<SpiffeName>,
-    /// Identity of the destination: inbound the pod's own, outbound once the far end has proven it.
-    pub destination_identity: OnceLock<SpiffeName>,
-    /// Uid of the gateway's workload through which another network is reached.
-    pub gateway: Option<Text>,
-    /// Identity of the gateway, once it has proven it.
-    pub gateway_identity: OnceLock<SpiffeName>,
-    /// TLS version, key exchange and cipher, once there is a tunnel.
-    pub tls: OnceLock<TlsFacts>,
-    /// The rule that allowed it.
-    pub rule: Option<String>,
+    /// What is known since its route is.
+    pub details: Details,
+    /// What the far end of its tunnel has proven, once there is one.
+    pub proven: OnceLock<Arc<Proven>>,
     /// The daemon's port of the leg that it connected, or of the tunnel that carries the connection from here; 0 while
     /// there is none.
     pub leg_port: AtomicU16,
@@ -49,41 +39,59 @@ pub struct Connection {
     pub since: Instant,
     /// Bytes carried so far.
     pub bytes: ByteCounts,
+    /// The traffic metrics to which they are added as well.
+    pub traffic: SeriesHandle<TrafficLabels, Traffic>,
 }
 
-/// Bytes of one connection. Each count is added to the traffic metrics as well.
+/// Bytes of one connection.
 #[derive(Debug, Default)]
 pub struct ByteCounts {
     /// Bytes from the application to the far side.
     pub up: AtomicU64,
     /// Bytes from the far side to the application.
     pub down: AtomicU64,
-    /// When the connection began; not known where nothing asks how long it took.
-    pub begun: Option<Instant>,
-    /// One more than the microseconds from then to the first byte of `up`; 0 before it.
+    /// One more than the microseconds from the begin of the connection to the first byte of `up`; 0 before it.
     pub first_up: AtomicU32,
     /// The same of `down`.
     pub first_down: AtomicU32,
-    /// The traffic metric that `up` is added to.
-    pub up_metric: Counter,
-    /// The traffic metric that `down` is added to.
-    pub down_metric: Counter,
 }
 
-impl ByteCounts {
-    fn note_first(&self, first: &AtomicU32) {
-        if let Some(begun) = self.begun {
-            let micros = u32::try_from(begun.elapsed().as_micros()).unwrap_or(u32::MAX);
-            first.store(micros.saturating_add(1), Ordering::Relaxed);
+impl Connection {
+    /// Identity of the destination, if it is known: inbound the pod's own, outbound once the far end has proven it.
+    pub fn destination_identity(&self) -> Option<&SpiffeName> {
+        match self.direction {
+            Direction::Inbound => self.details.destination_identity.as_ref(),
+            Direction::Outbound => self.proven.get().map(|proven| &proven.identity),
         }
+    }
+
+    /// Identity of the gateway to another network, once it has proven it.
+    pub fn gateway_identity(&self) -> Option<&SpiffeName> {
+        self.proven.get().and_then(|proven| proven.gateway.as_ref())
+    }
+
+    /// TLS version, key exchange and cipher, once there is a tunnel.
+    pub fn tls(&self) -> Option<&TlsFacts> {
+        self.proven.get().map(|proven| &proven.tls)
+    }
+
+    /// Whether it goes through a tunnel.
+    pub fn is_encrypted(&self) -> bool {
+        self.details.authority.is_some()
+    }
+
+    /// `HBONE` if it goes through a tunnel, else `TCP`.
+    pub fn protocol(&self) -> &'static str {
+        if self.is_encrypted() { "HBONE" } else { "TCP" }
     }
 
     /// How long the first byte of the answer took: after the first byte of the client, or, where the server speaks first,
     /// after the connection was open, which was at `open` after its begin.
-    pub fn first_byte(&self, direction: Direction, open: Duration) -> Option<Duration> {
-        let (client, server) = match direction {
-            Direction::Outbound => (&self.first_up, &self.first_down),
-            Direction::Inbound => (&self.first_down, &self.first_up),
+    pub fn first_byte(&self, open: Duration) -> Option<Duration> {
+        let ByteCounts { first_up, first_down, .. } = &self.bytes;
+        let (client, server) = match self.direction {
+            Direction::Outbound => (first_up, first_down),
+            Direction::Inbound => (first_down, first_up),
         };
         let at = |first: &AtomicU32| {
             let micros = first.load(Ordering::Relaxed).checked_sub(1)?;
@@ -93,24 +101,42 @@ impl ByteCounts {
         let asked = at(client).filter(|client| *client <= server).unwrap_or(open).max(open);
         Some(server.saturating_sub(asked))
     }
+
+    fn count(&self, bytes: usize, count: &AtomicU64, first: &AtomicU32, metric: &Counter) {
+        if count.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+            let micros = u32::try_from(self.since.elapsed().as_micros()).unwrap_or(u32::MAX);
+            first.store(micros.saturating_add(1), Ordering::Relaxed);
+        }
+        metric.inc_by(bytes as u64);
+    }
 }
 
-impl crate::hbone::Meter for ByteCounts {
+impl crate::hbone::Meter for Connection {
     fn up(&self, bytes: usize) {
-        if self.up.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
-            self.note_first(&self.first_up);
-        }
-        self.up_metric.inc_by(bytes as u64);
+        // The metric `received` counts from client to server: outbound from the application, inbound towards it.
+        let metric = match self.direction {
+            Direction::Outbound => &self.traffic.received,
+            Direction::Inbound => &self.traffic.sent,
+        };
+        self.count(bytes, &self.bytes.up, &self.bytes.first_up, metric);
     }
 
     fn down(&self, bytes: usize) {
-        if self.down.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
-            self.note_first(&self.first_down);
-        }
-        self.down_metric.inc_by(bytes as u64);
+        let metric = match self.direction {
+            Direction::Outbound => &self.traffic.sent,
+            Direction::Inbound => &self.traffic.received,
+        };
+        self.count(bytes, &self.bytes.down, &self.bytes.first_down, metric);
     }
 
     fn total(&self) -> u64 {
+        self.bytes.total()
+    }
+}
+
+impl ByteCounts {
+    /// All bytes, in both directions.
+    pub fn total(&self) -> u64 {
         self.up.load(Ordering::Relaxed).wrapping_add(self.down.load(Ordering::Relaxed))
     }
 }
@@ -123,11 +149,14 @@ pub struct LiveConnections {
 }
 
 impl LiveConnections {
-    /// Adds a connection and returns its number, by which it is removed.
-    pub fn add(&self, connection: &Arc<Connection>) -> u64 {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        self.all.lock().insert(id, connection.clone());
-        id
+    /// A number for a new connection.
+    pub fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Adds a connection.
+    pub fn add(&self, connection: &Arc<Connection>) {
+        self.all.lock().insert(connection.id, connection.clone());
     }
 
     /// Removes a connection.

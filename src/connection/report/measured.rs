@@ -3,11 +3,12 @@
 use super::details::Details;
 use super::direction::Direction;
 use super::failure::Failure;
-use super::history::{Ended, History};
+use super::history::{Ended, Ends, History};
 use super::stage_times::StageTimes;
 use super::stages::{Stage, Stages};
 use crate::connection::authorize::Refusal;
 use crate::connection::choose::measured::workload;
+use crate::hbone::Authority;
 use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::ring::Bounds;
 use std::net::SocketAddr;
@@ -59,9 +60,8 @@ impl Endings {
             destination_identity: Some(self.identity.clone()),
             service: None,
             actual: self.address,
-            authority: Some("10.0.0.1:8080".into()),
+            authority: Some(Authority::Address(self.address)),
             gateway: None,
-            gateway_identity: None,
             rule: Some("shop/allow-web rule 1".into()),
         };
         let failure = refused.then(|| Failure::Refused(Refusal::NotAllowed("shop/allow-web, shop/allow-all".into())));
@@ -76,7 +76,7 @@ impl Endings {
             direction: Direction::Inbound,
             source: self.address,
             destination: Some(self.address),
-            ends: Some(ending.details.into()),
+            ends: Some(Ends::of(&ending.details, ending.details.destination_identity.as_ref())),
             failure: ending.failure,
             tried: None,
             bytes: (1, 1),

@@ -320,6 +320,7 @@ impl Collector for TrafficCollector {
 mod tests {
     use super::*;
     use crate::connection::report::{Details, Direction, Failure, Record, Reporter};
+    use crate::hbone::Meter;
     use crate::mesh::snapshot::tests::workload;
     use crate::mesh::{Facts, Workload};
     use std::time::Duration;
@@ -355,7 +356,6 @@ mod tests {
                 actual: to,
                 authority: None,
                 gateway: None,
-                gateway_identity: None,
                 rule: None,
             });
             (record, connection)
@@ -376,8 +376,9 @@ mod tests {
             record.finish(if n < 100 { Err(Failure::LocalWorkload("x".into())) } else { Ok(()) });
         }
         assert_eq!(scrape(), ([301, 300, 100], 0));
-        connection.bytes.down_metric.inc_by(7);
+        connection.down(7);
         assert_eq!(scrape(), ([1, 0, 0], 7), "open connections are still counted");
+        drop(connection);
         kept.finish(Ok(()));
         assert_eq!(scrape(), ([1, 1, 0], 7));
         assert_eq!(scrape(), ([0, 0, 0], 0));

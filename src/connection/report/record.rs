@@ -6,19 +6,20 @@ use super::details::Details;
 use super::direction::Direction;
 use super::export::{Export, Outbox, Trace};
 use super::failure::Failure;
-use super::history::{Ended, History};
+use super::history::{Ended, Ends, History};
+use super::labels::labels;
 use super::live::{ByteCounts, Connection, LiveConnections};
-use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, Traffic, TrafficLabels, UNKNOWN};
+use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, TrafficLabels};
 use super::plaintext::Peer;
 use super::pods::KnownPods;
 use super::recent::RecentFailures;
 use super::stages::{Stage, Stages};
 use crate::connection::headers;
 use crate::hbone::TunnelError;
-use crate::mesh::{Service, SpiffeName, Text, Workload};
+use crate::identity::Proven;
+use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::exemplar::TraceId;
 use crate::telemetry::limit::LogLimit;
-use crate::telemetry::series::SeriesHandle;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -64,38 +65,89 @@ impl Reporter {
     }
 }
 
-/// The record of one connection or stream.
+/// The record of one connection or stream. What it knows of an open connection is in a [`Connection`], which it shares with
+/// the list of live ones.
 #[derive(Debug)]
 pub struct Record {
     reporter: Arc<Reporter>,
+    known: Known,
+    stages: Stages,
+    failure: Option<Box<Failure>>,
+    finished: bool,
+    /// Whether the traffic metrics have counted it as opened.
+    is_counted: bool,
+    /// Whether the client has sent plaintext to the pod.
+    is_plaintext: bool,
+    /// The endpoints that were tried before, and why each was left.
+    tried: Option<Box<str>>,
+    /// Its place in a trace, once something asks for it.
+    trace: Option<Box<Trace>>,
+    /// Its trace, if that is recorded, here or by its peer.
+    recorded: Option<Box<TraceId>>,
+}
+
+/// What a record knows.
+#[derive(Debug)]
+enum Known {
+    /// The route is not known yet.
+    Begun(Box<Begun>),
+    /// The route is known.
+    Routed(Arc<Connection>),
+}
+
+/// What is known of a connection from its begin.
+#[derive(Clone, Debug)]
+struct Begun {
     pod: Text,
     direction: Direction,
     source: SocketAddr,
     destination: Option<SocketAddr>,
     start: Instant,
-    opened: Option<OpenRecord>,
-    failure: Option<Failure>,
-    finished: bool,
-    /// The endpoints that were tried before, and why each was left.
-    tried: Option<String>,
-    stages: Stages,
-    /// Whether the client has sent plaintext to the pod.
-    is_plaintext: bool,
-    /// Its place in a trace, once something asks for it.
-    trace: Option<Box<Trace>>,
-    /// Its trace, if that is recorded, here or by its peer.
-    recorded: Option<TraceId>,
 }
 
-/// The part of a record that exists once the route is known.
-#[derive(Debug)]
-struct OpenRecord {
-    id: u64,
-    /// Whether the traffic metrics have counted it as opened.
-    is_counted: bool,
-    traffic: SeriesHandle<TrafficLabels, Traffic>,
-    details: Details,
-    connection: Arc<Connection>,
+impl Known {
+    fn pod(&self) -> &Text {
+        match self {
+            Self::Begun(begun) => &begun.pod,
+            Self::Routed(connection) => &connection.pod,
+        }
+    }
+
+    fn direction(&self) -> Direction {
+        match self {
+            Self::Begun(begun) => begun.direction,
+            Self::Routed(connection) => connection.direction,
+        }
+    }
+
+    fn source(&self) -> SocketAddr {
+        match self {
+            Self::Begun(begun) => begun.source,
+            Self::Routed(connection) => connection.source,
+        }
+    }
+
+    fn destination(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Begun(begun) => begun.destination,
+            Self::Routed(connection) => Some(connection.destination),
+        }
+    }
+
+    /// Time since its begin.
+    fn elapsed(&self) -> Duration {
+        match self {
+            Self::Begun(begun) => begun.start.elapsed(),
+            Self::Routed(connection) => connection.since.elapsed(),
+        }
+    }
+
+    fn connection(&self) -> Option<&Arc<Connection>> {
+        match self {
+            Self::Begun(_) => None,
+            Self::Routed(connection) => Some(connection),
+        }
+    }
 }
 
 impl Record {
@@ -107,27 +159,27 @@ impl Record {
         source: SocketAddr,
         start: Instant,
     ) -> Self {
-        let mut record = Self::begin(reporter, pod, direction, source);
-        record.start = start;
+        let mut record = Self::new(reporter, Begun { pod: pod.clone(), direction, source, destination: None, start });
         record.lap(Stage::Queue);
         record
     }
 
     /// A stage has ended.
     pub fn lap(&mut self, stage: Stage) {
-        self.stages.lap(stage, self.start.elapsed());
+        self.stages.lap(stage, self.known.elapsed());
     }
 
     /// Several stages have ended, and took these times.
     pub fn laps(&mut self, stages: impl IntoIterator<Item = (Stage, Option<Duration>)>) {
-        self.stages.laps(stages, self.start.elapsed());
+        self.stages.laps(stages, self.known.elapsed());
     }
 
     /// The last stage before the connection is open has ended.
     pub fn open(&mut self) {
         self.stages.open();
         if self.is_carried_in_plaintext() {
-            self.reporter.pods.plaintext_begins(&self.pod, self.direction, &self.peer());
+            let (pod, direction) = (self.known.pod(), self.known.direction());
+            self.reporter.pods.plaintext_begins(pod, direction, &self.peer());
         }
     }
 
@@ -138,19 +190,20 @@ impl Record {
 
     /// Begins a record.
     pub fn begin(reporter: &Arc<Reporter>, pod: &Text, direction: Direction, source: SocketAddr) -> Self {
+        let start = Instant::now();
+        Self::new(reporter, Begun { pod: pod.clone(), direction, source, destination: None, start })
+    }
+
+    fn new(reporter: &Arc<Reporter>, begun: Begun) -> Self {
         Self {
             reporter: reporter.clone(),
-            pod: pod.clone(),
-            direction,
-            source,
-            destination: None,
-            start: Instant::now(),
-            opened: None,
+            known: Known::Begun(Box::new(begun)),
+            stages: Stages::default(),
             failure: None,
             finished: false,
-            tried: None,
-            stages: Stages::default(),
+            is_counted: false,
             is_plaintext: false,
+            tried: None,
             trace: None,
             recorded: None,
         }
@@ -160,7 +213,7 @@ impl Record {
     pub fn traced(&mut self, traceparent: Option<&str>) {
         self.trace = self.reporter.outbox.as_ref().map(|outbox| Box::new(outbox.begin(traceparent)));
         let own = self.trace.as_ref().and_then(|trace| trace.recorded());
-        self.recorded = own.or_else(|| traceparent.and_then(TraceId::recorded));
+        self.recorded = own.or_else(|| traceparent.and_then(TraceId::recorded)).map(Box::new);
     }
 
     /// The `traceparent` header for the next leg: of the connection's own span where there are spans, else of a trace
@@ -174,7 +227,10 @@ impl Record {
 
     /// Sets the destination.
     pub fn destination(&mut self, destination: SocketAddr) {
-        self.destination = Some(destination);
+        // Not called once the route is known, which leads there.
+        if let Known::Begun(begun) = &mut self.known {
+            begun.destination = Some(destination);
+        }
     }
 
     /// Sets the route. From now on the connection is counted and in the list of live connections.
@@ -186,75 +242,60 @@ impl Record {
 
     /// Notes that an endpoint was left, and why.
     pub fn tried(&mut self, endpoint: &str) {
-        let before = self.tried.take().map(|before| before + "; ").unwrap_or_default();
-        self.tried = Some(before + endpoint);
+        let before = self.tried.take().map(|before| before.into_string() + "; ").unwrap_or_default();
+        self.tried = Some((before + endpoint).into());
     }
 
     /// The far side is open, or its last attempt has failed: the connection is counted for this endpoint.
     pub fn connected(&mut self) {
-        if let Some(opened) = self.opened.as_mut().filter(|opened| !opened.is_counted) {
-            opened.is_counted = true;
-            opened.traffic.opened.inc();
+        if let Known::Routed(connection) = &self.known
+            && !std::mem::replace(&mut self.is_counted, true)
+        {
+            connection.traffic.opened.inc();
         }
     }
 
     /// Sets the route of an attempt, in place of that of an earlier one. From now on the connection is in the list of
     /// live connections.
     pub fn attempted(&mut self, details: Details) -> Arc<Connection> {
-        if let Some(earlier) = self.opened.take() {
-            self.reporter.live.remove(earlier.id);
-        }
-        let traffic = self.reporter.metrics.traffic.of(&labels(self.direction, &details));
-        let (received, sent) = (traffic.received.clone(), traffic.sent.clone());
-        // The metric `received` counts from client to server: outbound from the application, inbound towards it.
-        let (up_metric, down_metric) = match self.direction {
-            Direction::Outbound => (received, sent),
-            Direction::Inbound => (sent, received),
+        let since = match &self.known {
+            Known::Begun(begun) => begun.start,
+            Known::Routed(earlier) => {
+                self.reporter.live.remove(earlier.id);
+                earlier.since
+            }
         };
         let connection = Arc::new(Connection {
-            pod: self.pod.clone(),
-            direction: self.direction,
-            protocol: if details.authority.is_some() { "HBONE" } else { "TCP" },
-            source: self.source,
-            destination: self.destination.unwrap_or(details.actual),
-            actual: details.actual,
-            authority: details.authority.clone(),
-            service: details.service.as_ref().map(|service| service.key.hostname.clone()),
-            source_identity: details.source_identity.clone(),
-            destination_identity: details.destination_identity.clone().map(OnceLock::from).unwrap_or_default(),
-            gateway: details.gateway.clone(),
-            gateway_identity: OnceLock::new(),
-            tls: OnceLock::new(),
-            rule: details.rule.clone(),
+            id: self.reporter.live.number(),
+            pod: self.known.pod().clone(),
+            direction: self.known.direction(),
+            source: self.known.source(),
+            destination: self.known.destination().unwrap_or(details.actual),
+            traffic: self.reporter.metrics.traffic.of(&labels(self.known.direction(), &details)),
+            details,
+            proven: OnceLock::new(),
             leg_port: AtomicU16::new(0),
-            since: self.start,
-            bytes: ByteCounts { begun: Some(self.start), up_metric, down_metric, ..ByteCounts::default() },
+            since,
+            bytes: ByteCounts::default(),
         });
-        let id = self.reporter.live.add(&connection);
-        self.opened = Some(OpenRecord { id, is_counted: false, traffic, details, connection: connection.clone() });
-        if let Some(opened) = &self.opened {
-            let (source, destination) = (self.source, self.destination);
-            access_log::opened(self.direction, source, destination, &opened.details);
-        }
+        self.reporter.live.add(&connection);
+        access_log::opened(&connection);
+        self.is_counted = false;
+        self.known = Known::Routed(connection.clone());
         connection
     }
 
-    /// Sets the identity that the destination has proven, and that of the gateway on the way.
-    pub fn proven(&mut self, destination: &SpiffeName, gateway: Option<&SpiffeName>) {
-        if let Some(opened) = &mut self.opened {
-            opened.details.destination_identity = Some(destination.clone());
-            opened.details.gateway_identity = gateway.cloned();
-            // Fails if it was set before; a connection has one destination.
-            let _ = opened.connection.destination_identity.set(destination.clone());
-            if let Some(gateway) = gateway {
-                let _ = opened.connection.gateway_identity.set(gateway.clone());
-            }
+    /// Sets what the far end of the connection's tunnel has proven.
+    pub fn proven(&mut self, proven: &Arc<Proven>) {
+        if let Known::Routed(connection) = &self.known {
+            // Fails if it was set before; a connection has one tunnel.
+            let _ = connection.proven.set(proven.clone());
         }
     }
 
     /// Sets how the connection ended, and writes the record.
     pub fn finish(mut self, result: Result<(), Failure>) {
-        self.failure = result.err();
+        self.failure = result.err().map(Box::new);
         self.finished = true;
     }
 }
@@ -262,17 +303,16 @@ impl Record {
 impl Record {
     /// Whether the connection is open, and not in a tunnel.
     fn is_carried_in_plaintext(&self) -> bool {
-        let is_plain = |opened: &OpenRecord| opened.details.authority.is_none();
-        self.stages.is_open() && self.opened.as_ref().is_some_and(is_plain)
+        self.stages.is_open() && self.known.connection().is_some_and(|connection| !connection.is_encrypted())
     }
 
     /// The far end, by the best name that is known.
     fn peer(&self) -> Peer {
-        let details = self.opened.as_ref().map(|opened| &opened.details);
-        let (workload, service, address) = match self.direction {
-            Direction::Inbound => (details.and_then(|d| d.source_workload.as_ref()), None, self.source),
+        let details = self.known.connection().map(|connection| &connection.details);
+        let (workload, service, address) = match self.known.direction() {
+            Direction::Inbound => (details.and_then(|d| d.source_workload.as_ref()), None, self.known.source()),
             Direction::Outbound => {
-                let actual = details.map_or(self.destination.unwrap_or(self.source), |d| d.actual);
+                let actual = details.map_or(self.known.destination().unwrap_or(self.known.source()), |d| d.actual);
                 (
                     details.and_then(|d| d.destination_workload.as_ref()),
                     details.and_then(|d| d.service.as_ref()),
@@ -290,26 +330,27 @@ impl Record {
     /// Counts the end of a plaintext connection. Towards the pod, plaintext has arrived whatever stood against it;
     /// outbound none was sent if it was refused.
     fn end_plaintext(&self) {
+        let (pod, direction) = (self.known.pod(), self.known.direction());
         let Some(failure) = &self.failure.as_ref().filter(|_| !self.stages.is_open()) else {
             if self.is_carried_in_plaintext() {
-                self.reporter.pods.plaintext_ends(&self.pod, self.direction, &self.peer());
+                self.reporter.pods.plaintext_ends(pod, direction, &self.peer());
             }
             return;
         };
-        let is_direct = self.opened.as_ref().is_some_and(|opened| opened.details.authority.is_none());
-        if self.is_plaintext || (self.direction == Direction::Outbound && is_direct && failure.is_refusal()) {
-            self.reporter.pods.plaintext(&self.pod, |ledger| ledger.refuse(self.direction, &self.peer()));
+        let is_direct = self.known.connection().is_some_and(|connection| !connection.is_encrypted());
+        if self.is_plaintext || (direction == Direction::Outbound && is_direct && failure.is_refusal()) {
+            self.reporter.pods.plaintext(pod, |ledger| ledger.refuse(direction, &self.peer()));
         }
     }
 
     /// The stage that failed, if one did, and the first byte.
     fn end_stages(&mut self) {
         if !self.stages.is_open() {
-            if let Some(stage) = self.failure.as_ref().and_then(Failure::stage) {
+            if let Some(stage) = self.failure.as_ref().and_then(|failure| failure.stage()) {
                 self.lap(stage);
             }
-        } else if let Some(opened) = &self.opened
-            && let Some(took) = opened.connection.bytes.first_byte(self.direction, self.stages.until())
+        } else if let Some(connection) = self.known.connection()
+            && let Some(took) = connection.first_byte(self.stages.until())
         {
             self.stages.add(Stage::FirstByte, took);
         }
@@ -317,64 +358,50 @@ impl Record {
 
     /// Moves what the record knows into the history, and hands it on. A connection that ended well before its route was
     /// known was none: a tunnel, whose streams have their own records, or a capture check.
-    fn keep(&mut self, opened: Option<OpenRecord>) {
+    fn keep(&mut self) {
         let (history, outbox) = (&self.reporter.history, self.reporter.outbox.as_ref());
-        let duration = self.start.elapsed();
-        if (!history.is_on() && outbox.is_none()) || (opened.is_none() && self.failure.is_none()) {
+        let connection = self.known.connection();
+        if (!history.is_on() && outbox.is_none()) || (connection.is_none() && self.failure.is_none()) {
             return;
         }
-        let bytes = opened.as_ref().map_or((0, 0), |opened| {
-            let bytes = &opened.connection.bytes;
+        let bytes = connection.map_or((0, 0), |connection| {
+            let bytes = &connection.bytes;
             (bytes.up.load(Ordering::Relaxed), bytes.down.load(Ordering::Relaxed))
         });
-        let (details, tls) = opened.map(|opened| (opened.details, opened.connection.tls.get().copied())).unzip();
-        let export = outbox.map(|_| details.as_ref().map(Shared::of).unwrap_or_default());
         let ended = Arc::new(Ended {
             at: SystemTime::now(),
-            pod: self.pod.clone(),
-            direction: self.direction,
-            source: self.source,
-            destination: self.destination,
-            ends: details.map(Into::into),
-            failure: self.failure.take(),
+            pod: self.known.pod().clone(),
+            direction: self.known.direction(),
+            source: self.known.source(),
+            destination: self.known.destination(),
+            ends: connection.map(|connection| Ends::of(&connection.details, connection.destination_identity())),
+            failure: self.failure.take().map(|failure| *failure),
             tried: self.tried.take(),
             bytes,
-            duration,
+            duration: self.known.elapsed(),
             stages: self.stages,
         });
-        if let (Some(outbox), Some(Shared { source, destination, service, authority })) = (outbox, export) {
+        if let Some(outbox) = outbox {
             let trace = self.trace.take().map_or_else(|| outbox.begin(None), |trace| *trace);
-            let (ended, tls) = (ended.clone(), tls.flatten());
-            outbox.push(Export { ended, source, destination, service, authority, tls, trace });
+            let details = connection.map(|connection| &connection.details);
+            outbox.push(Export {
+                ended: ended.clone(),
+                source: details.and_then(|details| details.source_workload.clone()),
+                destination: details.and_then(|details| details.destination_workload.clone()),
+                service: details.and_then(|details| details.service.clone()),
+                authority: details.and_then(|details| details.authority.clone()),
+                tls: connection.and_then(|connection| connection.tls().copied()),
+                trace,
+            });
         }
         history.push(ended);
-    }
-}
-
-/// What the history does not keep of a connection's details.
-#[derive(Default)]
-struct Shared {
-    source: Option<Arc<Workload>>,
-    destination: Option<Arc<Workload>>,
-    service: Option<Arc<Service>>,
-    authority: Option<String>,
-}
-
-impl Shared {
-    fn of(details: &Details) -> Self {
-        Self {
-            source: details.source_workload.clone(),
-            destination: details.destination_workload.clone(),
-            service: details.service.clone(),
-            authority: details.authority.clone(),
-        }
     }
 }
 
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
-            self.failure = Some(Failure::Abandoned);
+            self.failure = Some(Box::new(Failure::Abandoned));
         }
         self.connected();
         self.end_stages();
@@ -383,17 +410,18 @@ impl Drop for Record {
         if self.failure.is_some() && self.trace.is_none() && self.reporter.outbox.is_some() {
             self.traced(None);
         }
-        let metrics = &self.reporter.metrics;
-        metrics.stages.count(self.direction, &self.stages);
+        let (metrics, direction) = (&self.reporter.metrics, self.known.direction());
+        metrics.stages.count(direction, &self.stages);
         if let Some(failure) = &self.failure {
-            let (direction, reason, fault) = (self.direction.word(), failure.word(), failure.fault().word());
-            metrics.failures.get_or_create(&FailureLabels { direction, reason, fault }).inc(self.recorded);
-            self.reporter.recent.count(self.direction, failure.reason());
+            let labels =
+                FailureLabels { direction: direction.word(), reason: failure.word(), fault: failure.fault().word() };
+            metrics.failures.get_or_create(&labels).inc(self.recorded.as_deref().copied());
+            self.reporter.recent.count(direction, failure.reason());
             if failure.is_revocation() {
-                metrics.revoked.get_or_create(&ReporterLabel { reporter: self.direction.reporter() }).inc();
+                metrics.revoked.get_or_create(&ReporterLabel { reporter: direction.reporter() }).inc();
             }
         }
-        let Some(opened) = self.opened.take() else {
+        let Some(connection) = self.known.connection() else {
             // One that ended well is not kept, and does not use up the limit.
             let Some(failure) = &self.failure else { return };
             let Some(suppressed) = self.reporter.early_failures.allow() else {
@@ -402,30 +430,27 @@ impl Drop for Record {
                 }
                 return;
             };
-            access_log::failed_early(self.direction, self.source, self.destination, failure, suppressed);
-            return self.keep(None);
+            let (source, destination) = (self.known.source(), self.known.destination());
+            access_log::failed_early(direction, source, destination, failure, suppressed);
+            return self.keep();
         };
-        self.reporter.live.remove(opened.id);
-        let response_flags = self.failure.as_ref().map_or("-", Failure::flag);
+        self.reporter.live.remove(connection.id);
+        let (traffic, response_flags) = (&connection.traffic, self.failure.as_ref().map_or("-", |why| why.flag()));
         if response_flags == "-" {
-            opened.traffic.closed.inc();
+            traffic.closed.inc();
         } else {
-            let failed = metrics.traffic.of(&TrafficLabels { response_flags, ..opened.traffic.labels().clone() });
+            let failed = metrics.traffic.of(&TrafficLabels { response_flags, ..traffic.labels().clone() });
             failed.closed.inc();
             failed.failed.inc();
         }
         let summary = access_log::Summary {
-            direction: self.direction,
-            source: self.source,
-            destination: self.destination,
-            bytes: &opened.connection.bytes,
-            duration: self.start.elapsed(),
-            failure: self.failure.as_ref(),
+            duration: self.known.elapsed(),
+            failure: self.failure.as_deref(),
             tried: self.tried.as_deref(),
             stages: self.reporter.logs_stages.then_some(&self.stages),
         };
-        access_log::complete(&summary, &opened.details);
-        self.keep(Some(opened));
+        access_log::complete(&summary, connection);
+        self.keep();
     }
 }
 
@@ -448,50 +473,6 @@ impl SocketCount {
 impl Drop for SocketCount {
     fn drop(&mut self) {
         self.reporter.metrics.sockets.get_or_create(&self.label).dec();
-    }
-}
-
-/// The labels of a connection's traffic.
-fn labels(direction: Direction, details: &Details) -> TrafficLabels {
-    let known = |text: Option<&str>| match text {
-        Some(text) if !text.is_empty() => text.to_owned(),
-        _ => UNKNOWN.to_owned(),
-    };
-    let (source, destination) = (details.source_workload.as_deref(), details.destination_workload.as_deref());
-    let service = details.service.as_deref();
-    let tls = details.source_identity.is_some();
-    let principal = |identity: Option<&SpiffeName>| known(identity.map(ToString::to_string).as_deref());
-    // Behind a gateway, the workload may stand for many, of which each has its own identity.
-    let destination_identity =
-        destination.filter(|_| details.gateway.is_none()).and_then(|workload| workload.identity().ok());
-    TrafficLabels {
-        reporter: direction.reporter(),
-        source_workload: known(source.map(|w| &*w.workload_name)),
-        source_canonical_service: known(source.map(|w| &*w.canonical_name)),
-        source_canonical_revision: known(source.map(|w| &*w.canonical_revision)),
-        source_workload_namespace: known(source.map(|w| &*w.namespace)),
-        source_principal: principal(details.source_identity.as_ref()),
-        source_app: known(source.map(|w| &*w.canonical_name)),
-        source_version: known(source.map(|w| &*w.canonical_revision)),
-        source_cluster: known(source.map(|w| &*w.cluster_id)),
-        destination_service: known(service.map(|s| &*s.key.hostname)),
-        destination_service_namespace: known(service.map(|s| &*s.key.namespace)),
-        destination_service_name: known(service.map(|s| &*s.name)),
-        destination_workload: known(destination.map(|w| &*w.workload_name)),
-        destination_canonical_service: known(destination.map(|w| &*w.canonical_name)),
-        destination_canonical_revision: known(destination.map(|w| &*w.canonical_revision)),
-        destination_workload_namespace: known(destination.map(|w| &*w.namespace)),
-        destination_principal: principal(destination_identity.as_ref()),
-        destination_app: known(destination.map(|w| &*w.canonical_name)),
-        destination_version: known(destination.map(|w| &*w.canonical_revision)),
-        destination_cluster: known(destination.map(|w| &*w.cluster_id)),
-        request_protocol: "tcp",
-        response_flags: "-",
-        connection_security_policy: if tls { "mutual_tls" } else { "unknown" },
-        source_region: known(source.map(|w| &*w.locality.region)),
-        source_zone: known(source.map(|w| &*w.locality.zone)),
-        destination_region: known(destination.map(|w| &*w.locality.region)),
-        destination_zone: known(destination.map(|w| &*w.locality.zone)),
     }
 }
 
