@@ -245,18 +245,19 @@ async fn begin_journeys(worker: Arc<Worker>, mut sockets: mpsc::Receiver<Accepte
                 _socket: None,
             };
             match journey {
+                // Boxed, so that each needs only the memory of its own kind.
                 Journey::Outbound(reservation) => {
-                    journeys::outbound(&worker, &pod, accepted, counted(load, active, reservation)).await;
+                    Box::pin(journeys::outbound(&worker, &pod, accepted, counted(load, active, reservation))).await;
                 }
                 Journey::Socks(reservation) => {
-                    journeys::socks(&worker, &pod, accepted, counted(load, active, reservation)).await;
+                    Box::pin(journeys::socks(&worker, &pod, accepted, counted(load, active, reservation))).await;
                 }
                 Journey::Plaintext(_reservation) => {
-                    journeys::plaintext(&worker, &pod, accepted).await;
+                    Box::pin(journeys::plaintext(&worker, &pod, accepted)).await;
                     drop((load, active));
                 }
                 Journey::Tunnel(slot) => {
-                    journeys::tunnel(&worker, &pod, accepted, slot).await;
+                    Box::pin(journeys::tunnel(&worker, &pod, accepted, slot)).await;
                     drop((load, active));
                 }
             }

@@ -15,12 +15,13 @@ pub struct Group {
 impl Group {
     /// Spawns a task on the runtime of the calling thread. It runs to its end, or until [`Group::cut`].
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let cut = self.cut.clone();
+        // Boxed: what a block captures and then moves is in its state twice, and the state is copied at each move.
+        let (cut, mut work) = (self.cut.clone(), Box::pin(work));
         self.tracker.spawn(async move {
             tokio::select! {
                 biased;
                 () = cut.cancelled() => {}
-                () = work => {}
+                () = &mut work => {}
             }
         });
     }

@@ -8,15 +8,16 @@
 
 use super::decide::{Applicable, Permit, PolicyChanges, Refusal, RuleName, Verdict};
 use super::matcher::Subject;
+use crate::hbone::Stopper;
 use crate::mesh::{self, Policy, Snapshot, Text, Update, Workload};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
 
 /// How long a connection waits for a policy that its workload names but that is not known yet.
 pub const POLICY_WAIT: Duration = Duration::from_secs(5);
@@ -96,19 +97,38 @@ struct NewestRules {
 #[derive(Debug)]
 struct ConnectionEntry {
     subject: Subject,
-    stop: CancellationToken,
-    refusal: OnceLock<Refusal>,
-    on_stop: OnceLock<StopCall>,
-    /// What its permit is based on, once it has one.
-    basis: Mutex<Option<PermitBasis>>,
+    /// Why it is no longer allowed. Nearly all connections never have a reason, so it is only a pointer.
+    refusal: OnceLock<Box<Refusal>>,
+    state: Mutex<EntryState>,
 }
 
-/// Tells a connection to stop. It may be called more than once.
-struct StopCall(Box<dyn Fn() + Send + Sync>);
+/// What changes about a registered connection.
+#[derive(Debug, Default)]
+struct EntryState {
+    /// What its permit is based on, once it has one.
+    basis: Option<PermitBasis>,
+    waiting: Waiting,
+}
 
-impl fmt::Debug for StopCall {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("StopCall")
+/// Who has to learn that a connection is no longer allowed.
+#[derive(Debug, Default)]
+enum Waiting {
+    /// Nobody yet.
+    #[default]
+    Nobody,
+    /// The task that carries it.
+    Task(Waker),
+    /// The engine that carries it.
+    Engine(Stopper),
+}
+
+impl Waiting {
+    fn tell(self) {
+        match self {
+            Self::Nobody => {}
+            Self::Task(waker) => waker.wake(),
+            Self::Engine(stopper) => stopper.stop(),
+        }
     }
 }
 
@@ -151,7 +171,7 @@ impl Drop for Registration {
 impl Registration {
     /// Resolves when the connection is no longer allowed.
     pub async fn revoked(&self) {
-        self.entry.stop.cancelled().await;
+        poll_fn(|context| self.entry.poll_refused(context)).await;
     }
 
     /// The moment when the connection is no longer allowed, for a connection that no task waits for.
@@ -161,7 +181,7 @@ impl Registration {
 
     /// The reason why the connection is no longer allowed; `None` while it is.
     pub fn reason(&self) -> Option<Refusal> {
-        self.entry.refusal.get().cloned()
+        self.entry.refusal.get().map(|refusal| Refusal::clone(refusal))
     }
 
     /// Uid of the destination workload.
@@ -199,36 +219,44 @@ pub struct Revocation {
 }
 
 impl Revocation {
-    /// Calls `stop` as soon as the connection is no longer allowed.
-    pub fn call(self, stop: impl Fn() + Send + Sync + 'static) {
-        // Fails only if there is one already; a connection has one.
-        let _ = self.entry.on_stop.set(StopCall(Box::new(stop)));
+    /// Stops the connection as soon as it is no longer allowed.
+    pub fn stops(self, stopper: Stopper) {
+        self.entry.wait(Waiting::Engine(stopper));
         if self.entry.refusal.get().is_some() {
-            self.entry.call_stop();
+            self.entry.tell();
         }
     }
 }
 
 impl ConnectionEntry {
     fn basis(&self) -> Option<PermitBasis> {
-        self.basis.lock().clone()
+        self.state.lock().basis.clone()
     }
 
     fn set_basis(&self, basis: Option<PermitBasis>) {
-        *self.basis.lock() = basis;
+        self.state.lock().basis = basis;
     }
 
     fn refuse(&self, refusal: Refusal) {
         // Fails if it was refused before; the first reason stays.
-        let _ = self.refusal.set(refusal);
-        self.stop.cancel();
-        self.call_stop();
+        let _ = self.refusal.set(Box::new(refusal));
+        self.tell();
     }
 
-    fn call_stop(&self) {
-        if let Some(StopCall(call)) = self.on_stop.get() {
-            call();
-        }
+    /// Notes who has to learn of a refusal. The caller then looks whether there is one already: whoever refuses tells
+    /// those who are noted after that, and the lock puts one of both first.
+    fn wait(&self, waiting: Waiting) {
+        self.state.lock().waiting = waiting;
+    }
+
+    fn tell(&self) {
+        let waiting = std::mem::take(&mut self.state.lock().waiting);
+        waiting.tell();
+    }
+
+    fn poll_refused(&self, context: &mut Context<'_>) -> Poll<()> {
+        self.wait(Waiting::Task(context.waker().clone()));
+        if self.refusal.get().is_some() { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 
@@ -266,13 +294,8 @@ impl TurnBudget {
 impl Permits {
     /// Registers a connection to `workload`. Call this before asking for the connection's permit.
     pub fn register(self: &Arc<Self>, workload: &Arc<Workload>, subject: &Subject) -> Registration {
-        let entry = Arc::new(ConnectionEntry {
-            subject: subject.clone(),
-            stop: CancellationToken::new(),
-            refusal: OnceLock::new(),
-            on_stop: OnceLock::new(),
-            basis: Mutex::default(),
-        });
+        let entry =
+            Arc::new(ConnectionEntry { subject: subject.clone(), refusal: OnceLock::new(), state: Mutex::default() });
         let (id, uid) = (self.next.fetch_add(1, Ordering::Relaxed), workload.uid.clone());
         let of_workload =
             || WorkloadEntry { workload: workload.clone(), newest: None, evaluated: None, live: HashMap::new() };
@@ -472,6 +495,12 @@ mod tests {
     use crate::mesh::snapshot::tests::workload;
     use crate::mesh::{Facts, Store, Update};
     use proptest::prelude::*;
+
+    #[test]
+    fn what_is_kept_for_each_connection_is_small() {
+        let (entry, registration) = (size_of::<ConnectionEntry>(), size_of::<Registration>());
+        assert!(entry <= 176 && registration <= 40, "{entry} and {registration} bytes");
+    }
 
     fn deny_port(name: &str, scope: PolicyScope, port: u16) -> Policy {
         let mut test = Match::default();

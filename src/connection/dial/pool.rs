@@ -273,7 +273,8 @@ impl Pool {
                 } else {
                     let (send, outcome) = watch::channel(None);
                     tunnels.dialling = Some(outcome.clone());
-                    self.tasks.spawn(self.clone().dial(key.clone(), drain.clone(), dial(), send));
+                    // Boxed: dialling needs more memory than an open tunnel, which must not keep it.
+                    self.tasks.spawn(self.clone().dial(key.clone(), drain.clone(), Box::pin(dial()), send));
                     outcome
                 }
             };

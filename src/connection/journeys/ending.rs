@@ -61,10 +61,6 @@ pub struct CarriedEnd {
     pub record: Record,
     /// The connection in the list of live ones.
     pub live: Arc<Connection>,
-    /// Entry of the application's socket, if the daemon opened it.
-    pub entry: Option<OpenLeg>,
-    /// Counts it at the endpoint that was chosen for it.
-    pub in_flight: Option<InFlight>,
     /// The tunnel that carries it.
     pub tunnel: CarriedBy,
     /// What counts it.
@@ -73,10 +69,11 @@ pub struct CarriedEnd {
 
 /// The tunnel that carries a connection.
 pub enum CarriedBy {
-    /// A tunnel to a peer, with the connection's slot on it.
-    Outbound(Lease),
-    /// A tunnel from a peer, with the connection's permit.
-    Inbound(Arc<TunnelPeer>, Registration),
+    /// A tunnel to a peer, with the connection's slot on it, and what counts the connection at the endpoint that was chosen
+    /// for it.
+    Outbound(Lease, Option<InFlight>),
+    /// A tunnel from a peer, with the connection's permit, and the entry of the application's socket.
+    Inbound(Arc<TunnelPeer>, Registration, Option<OpenLeg>),
 }
 
 impl Ending for CarriedEnd {
@@ -86,8 +83,8 @@ impl Ending for CarriedEnd {
 
     fn stop(&self) -> Option<Stop> {
         let (tunnel, refused) = match &self.tunnel {
-            CarriedBy::Outbound(lease) => (lease.stop(), None),
-            CarriedBy::Inbound(peer, permit) => (peer.stop.get().copied(), permit.reason()),
+            CarriedBy::Outbound(lease, _) => (lease.stop(), None),
+            CarriedBy::Inbound(peer, permit, _) => (peer.stop.get().copied(), permit.reason()),
         };
         refused.map(Stop::Revoked).or_else(|| {
             tunnel.map(|why| match why {
@@ -99,11 +96,14 @@ impl Ending for CarriedEnd {
     }
 
     fn finish(self, app: std::net::TcpStream, result: Result<(), ForwardError>) {
-        note_reset(self.in_flight.as_ref(), &self.live, &result);
-        // In this order: once the socket is closed, another connection may have the same ends.
-        drop(self.entry);
+        let Self { record, live, mut tunnel, _counted } = self;
+        match &mut tunnel {
+            CarriedBy::Outbound(_, in_flight) => note_reset(in_flight.as_ref(), &live, &result),
+            CarriedBy::Inbound(_, _, entry) => drop(entry.take()),
+        }
+        // After its entry: once the socket is closed, another connection may have the same ends.
         drop(app);
-        self.record.finish(result.map_err(Failure::from));
+        record.finish(result.map_err(Failure::from));
     }
 }
 

@@ -196,8 +196,8 @@ async fn stream(
     let counted =
         Counted { _load: None, _active: active, _reservation: reservation, _task: worker.tasks.token(), _socket: None };
     let revocation = permit.revocation();
-    let tunnel = CarriedBy::Inbound(peer.clone(), permit);
-    let ending = CarriedEnd { record, live, entry, in_flight: None, tunnel, _counted: counted };
+    let tunnel = CarriedBy::Inbound(peer.clone(), permit, entry);
+    let ending = CarriedEnd { record, live, tunnel, _counted: counted };
     // Answers 200, now that the application's socket is open.
     let stream = incoming.accept(baggage.as_deref());
     let silence = worker.shared.config.hbone.half_closed_silence;
@@ -205,7 +205,7 @@ async fn stream(
     if peer.stop.get().is_some() {
         stopper.stop();
     }
-    revocation.call(move || stopper.stop());
+    revocation.stops(stopper);
 }
 
 /// A stream that is allowed, with the open socket to its application.

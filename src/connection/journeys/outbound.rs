@@ -73,10 +73,11 @@ pub async fn carry(
             record.finish(result.map_err(Failure::from));
         }
         FarSide::Tunnel(OpenedStream { stream, lease, .. }) => match app.into_parts() {
-            Ok((app, entry)) => {
-                let tunnel = CarriedBy::Outbound(lease);
+            // The daemon has accepted this socket, so it has no entry of those that the daemon opened.
+            Ok((app, _)) => {
+                let tunnel = CarriedBy::Outbound(lease, in_flight);
                 let _counted = Counted { _socket: Some(count), ..counted };
-                let ending = CarriedEnd { record, live, entry, in_flight, tunnel, _counted };
+                let ending = CarriedEnd { record, live, tunnel, _counted };
                 forward::over_stream(app, stream, silence, &worker.tasks, ending);
             }
             Err(error) => record.finish(Err(ForwardError::App(error).into())),

@@ -20,6 +20,7 @@ use crate::identity::Proven;
 use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::exemplar::TraceId;
 use crate::telemetry::limit::LogLimit;
+use prometheus_client::metrics::gauge::Gauge;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -456,23 +457,20 @@ impl Drop for Record {
 
 /// Counts an accepted socket until it is dropped.
 #[derive(Debug)]
-pub struct SocketCount {
-    reporter: Arc<Reporter>,
-    label: ReporterLabel,
-}
+pub struct SocketCount(Gauge);
 
 impl SocketCount {
     /// Counts one socket.
     pub fn new(reporter: &Arc<Reporter>, direction: Direction) -> Self {
-        let label = ReporterLabel { reporter: direction.reporter() };
-        reporter.metrics.sockets.get_or_create(&label).inc();
-        Self { reporter: reporter.clone(), label }
+        let gauge = reporter.metrics.sockets.get_or_create_owned(&ReporterLabel { reporter: direction.reporter() });
+        gauge.inc();
+        Self(gauge)
     }
 }
 
 impl Drop for SocketCount {
     fn drop(&mut self) {
-        self.reporter.metrics.sockets.get_or_create(&self.label).dec();
+        self.0.dec();
     }
 }
 
