@@ -10,8 +10,8 @@ use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::ops::Deref;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// The value of all labels from outside of what is counted beyond the limit.
@@ -72,6 +72,8 @@ struct LabelSet<L, M> {
     begun: Instant,
     /// When the last handle was dropped, in seconds since `begun`.
     used: AtomicU64,
+    /// Whether it has been removed from the table.
+    is_gone: AtomicBool,
 }
 
 /// A handle on the metrics of one label set, which is kept for as long as a handle exists.
@@ -82,6 +84,17 @@ impl<L, M> SeriesHandle<L, M> {
     /// The labels. Beyond the limit these are the common ones, not those that were asked for.
     pub fn labels(&self) -> &L {
         &self.0.labels
+    }
+}
+
+/// Finds the metrics of a label set again without its labels. It does not keep them.
+#[derive(Debug)]
+pub struct SeriesTrace<L, M>(Weak<LabelSet<L, M>>);
+
+impl<L, M> SeriesHandle<L, M> {
+    /// By which the label set is found again.
+    pub fn trace(&self) -> SeriesTrace<L, M> {
+        SeriesTrace(Arc::downgrade(&self.0))
     }
 }
 
@@ -138,7 +151,7 @@ impl<L: Labels, M: Default> Series<L, M> {
             // them.
             let now = now();
             if table.swept.swap(now, Ordering::Relaxed) != now {
-                _removed = sets.extract_if(|_, set| table.is_idle(set, 1)).collect();
+                _removed = sets.extract_if(|_, set| table.may_go(set)).collect();
             }
         }
         let is_full = sets.len() >= table.limits.max && !sets.contains_key(labels);
@@ -149,9 +162,17 @@ impl<L: Labels, M: Default> Series<L, M> {
         }
         let labels = Arc::new(labels);
         let (metrics, begun, used) = (M::default(), table.begun, AtomicU64::new(0));
-        let set = Arc::new(LabelSet { labels: labels.clone(), metrics, begun, used });
+        let set = Arc::new(LabelSet { labels: labels.clone(), metrics, begun, used, is_gone: AtomicBool::new(false) });
         sets.insert(labels, set.clone());
         SeriesHandle(set)
+    }
+
+    /// The metrics of a label set that was used before; `None` if it has been removed since then.
+    pub fn again(&self, trace: &SeriesTrace<L, M>) -> Option<SeriesHandle<L, M>> {
+        // Under the lock, because nothing is removed meanwhile: what is counted later would be lost.
+        let _sets = self.0.sets.read();
+        let set = trace.0.upgrade().filter(|set| !set.is_gone.load(Ordering::Relaxed));
+        set.map(SeriesHandle)
     }
 
     /// How often a label set was asked for beyond the limit, and the common one was given instead.
@@ -191,7 +212,7 @@ impl<L: Labels, M: Default> Series<L, M> {
         let mut sets = self.0.sets.write();
         for labels in &gone {
             // It may have been used again meanwhile.
-            if sets.get(labels).is_some_and(|set| self.0.is_idle(set, 1)) {
+            if sets.get(labels).is_some_and(|set| self.0.may_go(set)) {
                 removed.extend(sets.remove_entry(labels));
             }
         }
@@ -204,6 +225,13 @@ impl<L, M> Table<L, M> {
     fn is_idle(&self, set: &Arc<LabelSet<L, M>>, known: usize) -> bool {
         let idle = self.begun.elapsed().as_secs().saturating_sub(set.used.load(Ordering::Relaxed));
         Arc::strong_count(set) <= known && idle >= self.limits.idle.as_secs()
+    }
+
+    /// Whether a label set of the table may be removed. Then it is, so it is marked.
+    fn may_go(&self, set: &Arc<LabelSet<L, M>>) -> bool {
+        let may_go = self.is_idle(set, 1);
+        set.is_gone.store(may_go, Ordering::Relaxed);
+        may_go
     }
 }
 
@@ -262,6 +290,22 @@ mod tests {
             (1, 1),
             "a label set stays until it has been idle for long"
         );
+    }
+
+    #[test]
+    fn a_label_set_is_found_again_until_it_is_removed() {
+        let series = Counts::new(Config { max: 10, idle: Duration::ZERO });
+        let trace = count(&series, "one").trace();
+        series.again(&trace).unwrap().fetch_add(1, Ordering::Relaxed);
+        let open = series.again(&trace).unwrap();
+        assert_eq!((shown(&series), shown(&series).len()), (vec![("one".to_owned(), 2)], 1), "it is in use");
+        drop(open);
+        assert_eq!(shown(&series).len(), 1);
+        assert!(series.again(&trace).is_none());
+        let trace = count(&series, "two").trace();
+        let removed: Vec<_> = series.0.sets.write().extract_if(|_, set| series.0.may_go(set)).collect();
+        assert!(series.again(&trace).is_none(), "it exists for a moment, but nobody would see what is counted there");
+        drop(removed);
     }
 
     #[test]

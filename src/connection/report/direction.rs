@@ -1,7 +1,7 @@
 //! The direction of a connection.
 
 /// The direction of a connection, as seen from the pod of this node.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// Opened by the pod.
     Outbound,

@@ -175,3 +175,14 @@ impl LiveConnections {
         all.iter().map(|(id, connection)| (*id, connection.clone())).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_kept_for_each_connection_is_small() {
+        let connection = size_of::<Connection>();
+        assert!(connection <= 304, "{connection} bytes");
+    }
+}

@@ -7,7 +7,7 @@ use super::direction::Direction;
 use super::export::{Export, Outbox, Trace};
 use super::failure::Failure;
 use super::history::{Ended, Ends, History};
-use super::labels::labels;
+use super::labels::KnownLabels;
 use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, TrafficLabels};
 use super::plaintext::Peer;
@@ -31,6 +31,8 @@ use std::time::{Duration, Instant, SystemTime};
 pub struct Reporter {
     /// Metrics of connections.
     pub metrics: Metrics,
+    /// The traffic metrics that connections have used, by their facts.
+    pub labels: KnownLabels,
     /// The list of live connections.
     pub live: LiveConnections,
     /// The latest connections that have ended.
@@ -266,20 +268,22 @@ impl Record {
                 earlier.since
             }
         };
+        let Reporter { live, metrics, labels, .. } = &*self.reporter;
+        let traffic = labels.traffic(&metrics.traffic, self.known.direction(), &details);
         let connection = Arc::new(Connection {
-            id: self.reporter.live.number(),
+            id: live.number(),
             pod: self.known.pod().clone(),
             direction: self.known.direction(),
             source: self.known.source(),
             destination: self.known.destination().unwrap_or(details.actual),
-            traffic: self.reporter.metrics.traffic.of(&labels(self.known.direction(), &details)),
+            traffic,
             details,
             proven: OnceLock::new(),
             leg_port: AtomicU16::new(0),
             since,
             bytes: ByteCounts::default(),
         });
-        self.reporter.live.add(&connection);
+        live.add(&connection);
         access_log::opened(&connection);
         self.is_counted = false;
         self.known = Known::Routed(connection.clone());
