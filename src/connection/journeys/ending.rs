@@ -8,7 +8,7 @@ use crate::connection::dial::direct::{DialledLeg, OpenLeg};
 use crate::connection::dial::pool::Lease;
 use crate::connection::forward::{Ending, ForwardError, Stop};
 use crate::connection::pod::Pod;
-use crate::connection::report::{Failure, Record, live::Connection};
+use crate::connection::report::{Failure, Record};
 use crate::connection::worker::Counted;
 use crate::hbone::Meter;
 use crate::identity::Distrust;
@@ -59,8 +59,6 @@ pub async fn stop_signal(pod: &Pod, permit: Option<&Registration>) -> Stop {
 pub struct CarriedEnd {
     /// Its record.
     pub record: Record,
-    /// The connection in the list of live ones.
-    pub live: Arc<Connection>,
     /// The tunnel that carries it.
     pub tunnel: CarriedBy,
     /// What counts it.
@@ -78,7 +76,7 @@ pub enum CarriedBy {
 
 impl Ending for CarriedEnd {
     fn meter(&self) -> &impl Meter {
-        &*self.live
+        &self.record
     }
 
     fn stop(&self) -> Option<Stop> {
@@ -96,9 +94,9 @@ impl Ending for CarriedEnd {
     }
 
     fn finish(self, app: std::net::TcpStream, result: Result<(), ForwardError>) {
-        let Self { record, live, mut tunnel, _counted } = self;
+        let Self { record, mut tunnel, _counted } = self;
         match &mut tunnel {
-            CarriedBy::Outbound(_, in_flight) => note_reset(in_flight.as_ref(), &live, &result),
+            CarriedBy::Outbound(_, in_flight) => note_reset(in_flight.as_ref(), &record, &result),
             CarriedBy::Inbound(_, _, entry) => drop(entry.take()),
         }
         // After its entry: once the socket is closed, another connection may have the same ends.
@@ -108,11 +106,11 @@ impl Ending for CarriedEnd {
 }
 
 /// Notes against an endpoint that it has reset a connection before any byte was carried.
-pub fn note_reset(in_flight: Option<&InFlight>, live: &Connection, result: &Result<(), ForwardError>) {
+pub fn note_reset(in_flight: Option<&InFlight>, carried: &impl Meter, result: &Result<(), ForwardError>) {
     let by_endpoint = matches!(result, Err(ForwardError::Far(_) | ForwardError::Reset(_) | ForwardError::Tunnel(_)));
     if let Some(in_flight) = in_flight
         && by_endpoint
-        && live.bytes.total() == 0
+        && carried.total() == 0
     {
         in_flight.failed(Evidence::Reset);
     }
@@ -192,6 +190,6 @@ mod tests {
     #[test]
     fn what_ends_with_a_connection_is_small() {
         let (end, record) = (size_of::<CarriedEnd>(), size_of::<Record>());
-        assert!(end <= 280 && record <= 112, "{end} bytes, of which the record has {record}");
+        assert!(end <= 240 && record <= 80, "{end} bytes, of which the record has {record}");
     }
 }

@@ -12,7 +12,7 @@ use crate::connection::forward::{self, ForwardError};
 use crate::connection::headers;
 use crate::connection::pod::Pod;
 use crate::connection::report::stages::Stage;
-use crate::connection::report::{Details, Direction, Failure, Record, live::Connection, record::SocketCount};
+use crate::connection::report::{Details, Direction, Failure, Record, record::SocketCount};
 use crate::connection::worker::{Accepted, Counted, Worker};
 use crate::hbone::request::RequestError;
 use crate::hbone::{self, ConnectRequest, Incoming, TunnelError};
@@ -184,7 +184,7 @@ async fn stream(
             return record.finish(Err(failure));
         }
     };
-    let AdmittedStream { app, permit, live, baggage, preface } = admitted;
+    let AdmittedStream { app, permit, baggage, preface } = admitted;
     // It fits into the socket's empty send buffer.
     if let Err(error) = (&*app).write_all(&preface) {
         return record.finish(Err(ForwardError::App(error).into()));
@@ -197,7 +197,7 @@ async fn stream(
         Counted { _load: None, _active: active, _reservation: reservation, _task: worker.tasks.token(), _socket: None };
     let revocation = permit.revocation();
     let tunnel = CarriedBy::Inbound(peer.clone(), permit, entry);
-    let ending = CarriedEnd { record, live, tunnel, _counted: counted };
+    let ending = CarriedEnd { record, tunnel, _counted: counted };
     // Answers 200, now that the application's socket is open.
     let stream = incoming.accept(baggage.as_deref());
     let silence = worker.shared.config.hbone.half_closed_silence;
@@ -212,7 +212,6 @@ async fn stream(
 struct AdmittedStream {
     app: ResetUnlessDone,
     permit: Registration,
-    live: Arc<Connection>,
     baggage: Option<String>,
     /// What the application receives before the stream: a PROXY protocol header, or nothing.
     preface: Vec<u8>,
@@ -286,7 +285,7 @@ async fn admit(
     record.lap(Stage::Dial);
     record.open();
     let baggage = shared.config.response_baggage.then(|| headers::baggage(&workload));
-    Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, live, baggage, preface })
+    Ok(AdmittedStream { app: ResetUnlessDone::dialled(app), permit: registration, baggage, preface })
 }
 
 /// The HTTP status with which a stream is refused (source: ztunnel's inbound HBONE handling).

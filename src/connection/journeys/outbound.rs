@@ -65,7 +65,7 @@ pub async fn carry(
                 }
             };
             let result = forward::over_tcp(&app, &far, &*live, silence, stop).await;
-            note_reset(in_flight.as_ref(), &live, &result);
+            note_reset(in_flight.as_ref(), &*live, &result);
             if result.is_ok() {
                 far.done();
                 app.done();
@@ -77,7 +77,7 @@ pub async fn carry(
             Ok((app, _)) => {
                 let tunnel = CarriedBy::Outbound(lease, in_flight);
                 let _counted = Counted { _socket: Some(count), ..counted };
-                let ending = CarriedEnd { record, live, tunnel, _counted };
+                let ending = CarriedEnd { record, tunnel, _counted };
                 forward::over_stream(app, stream, silence, &worker.tasks, ending);
             }
             Err(error) => record.finish(Err(ForwardError::App(error).into())),

@@ -8,6 +8,7 @@ pub mod direction;
 pub mod export;
 pub mod failure;
 pub mod history;
+pub mod known;
 pub mod labels;
 pub mod live;
 pub mod measured;

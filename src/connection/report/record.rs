@@ -7,6 +7,7 @@ use super::direction::Direction;
 use super::export::{Export, Outbox, Trace};
 use super::failure::Failure;
 use super::history::{Ended, Ends, History};
+use super::known::{Begun, Known};
 use super::labels::KnownLabels;
 use super::live::{ByteCounts, Connection, LiveConnections};
 use super::metrics::{CutLabels, FailureLabels, Metrics, ReporterLabel, TrafficLabels};
@@ -15,7 +16,7 @@ use super::pods::KnownPods;
 use super::recent::RecentFailures;
 use super::stages::{Stage, Stages};
 use crate::connection::headers;
-use crate::hbone::TunnelError;
+use crate::hbone::{Meter, TunnelError};
 use crate::identity::Proven;
 use crate::mesh::{SpiffeName, Text};
 use crate::telemetry::exemplar::TraceId;
@@ -75,82 +76,25 @@ pub struct Record {
     reporter: Arc<Reporter>,
     known: Known,
     stages: Stages,
-    failure: Option<Box<Failure>>,
+    /// What few connections have.
+    rare: Option<Box<Rare>>,
     finished: bool,
     /// Whether the traffic metrics have counted it as opened.
     is_counted: bool,
     /// Whether the client has sent plaintext to the pod.
     is_plaintext: bool,
+}
+
+/// What few open connections have.
+#[derive(Debug, Default)]
+struct Rare {
+    failure: Option<Failure>,
     /// The endpoints that were tried before, and why each was left.
     tried: Option<Box<str>>,
     /// Its place in a trace, once something asks for it.
-    trace: Option<Box<Trace>>,
+    trace: Option<Trace>,
     /// Its trace, if that is recorded, here or by its peer.
-    recorded: Option<Box<TraceId>>,
-}
-
-/// What a record knows.
-#[derive(Debug)]
-enum Known {
-    /// The route is not known yet.
-    Begun(Box<Begun>),
-    /// The route is known.
-    Routed(Arc<Connection>),
-}
-
-/// What is known of a connection from its begin.
-#[derive(Clone, Debug)]
-struct Begun {
-    pod: Text,
-    direction: Direction,
-    source: SocketAddr,
-    destination: Option<SocketAddr>,
-    start: Instant,
-}
-
-impl Known {
-    fn pod(&self) -> &Text {
-        match self {
-            Self::Begun(begun) => &begun.pod,
-            Self::Routed(connection) => &connection.pod,
-        }
-    }
-
-    fn direction(&self) -> Direction {
-        match self {
-            Self::Begun(begun) => begun.direction,
-            Self::Routed(connection) => connection.direction,
-        }
-    }
-
-    fn source(&self) -> SocketAddr {
-        match self {
-            Self::Begun(begun) => begun.source,
-            Self::Routed(connection) => connection.source,
-        }
-    }
-
-    fn destination(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Begun(begun) => begun.destination,
-            Self::Routed(connection) => Some(connection.destination),
-        }
-    }
-
-    /// Time since its begin.
-    fn elapsed(&self) -> Duration {
-        match self {
-            Self::Begun(begun) => begun.start.elapsed(),
-            Self::Routed(connection) => connection.since.elapsed(),
-        }
-    }
-
-    fn connection(&self) -> Option<&Arc<Connection>> {
-        match self {
-            Self::Begun(_) => None,
-            Self::Routed(connection) => Some(connection),
-        }
-    }
+    recorded: Option<TraceId>,
 }
 
 impl Record {
@@ -202,30 +146,31 @@ impl Record {
             reporter: reporter.clone(),
             known: Known::Begun(Box::new(begun)),
             stages: Stages::default(),
-            failure: None,
+            rare: None,
             finished: false,
             is_counted: false,
             is_plaintext: false,
-            tried: None,
-            trace: None,
-            recorded: None,
         }
     }
 
     /// The connection continues the trace that its peer's `traceparent` header names.
     pub fn traced(&mut self, traceparent: Option<&str>) {
-        self.trace = self.reporter.outbox.as_ref().map(|outbox| Box::new(outbox.begin(traceparent)));
-        let own = self.trace.as_ref().and_then(|trace| trace.recorded());
-        self.recorded = own.or_else(|| traceparent.and_then(TraceId::recorded)).map(Box::new);
+        let trace = self.reporter.outbox.as_ref().map(|outbox| outbox.begin(traceparent));
+        let own = trace.as_ref().and_then(Trace::recorded);
+        let recorded = own.or_else(|| traceparent.and_then(TraceId::recorded));
+        if trace.is_some() || recorded.is_some() || self.rare.is_some() {
+            let rare = self.rare.get_or_insert_default();
+            (rare.trace, rare.recorded) = (trace, recorded);
+        }
     }
 
     /// The `traceparent` header for the next leg: of the connection's own span where there are spans, else of a trace
     /// that nothing records.
     pub fn traceparent(&mut self) -> String {
-        if self.trace.is_none() {
+        if self.trace().is_none() {
             self.traced(None);
         }
-        self.trace.as_ref().map_or_else(headers::traceparent, |trace| trace.header())
+        self.trace().map_or_else(headers::traceparent, Trace::header)
     }
 
     /// Sets the destination.
@@ -245,8 +190,9 @@ impl Record {
 
     /// Notes that an endpoint was left, and why.
     pub fn tried(&mut self, endpoint: &str) {
-        let before = self.tried.take().map(|before| before.into_string() + "; ").unwrap_or_default();
-        self.tried = Some((before + endpoint).into());
+        let tried = &mut self.rare.get_or_insert_default().tried;
+        let before = tried.take().map(|before| before.into_string() + "; ").unwrap_or_default();
+        *tried = Some((before + endpoint).into());
     }
 
     /// The far side is open, or its last attempt has failed: the connection is counted for this endpoint.
@@ -300,12 +246,26 @@ impl Record {
 
     /// Sets how the connection ended, and writes the record.
     pub fn finish(mut self, result: Result<(), Failure>) {
-        self.failure = result.err().map(Box::new);
         self.finished = true;
+        if let Err(failure) = result {
+            self.fail(failure);
+        }
     }
 }
 
 impl Record {
+    fn fail(&mut self, failure: Failure) {
+        self.rare.get_or_insert_default().failure = Some(failure);
+    }
+
+    fn failure(&self) -> Option<&Failure> {
+        self.rare.as_ref()?.failure.as_ref()
+    }
+
+    fn trace(&self) -> Option<&Trace> {
+        self.rare.as_ref()?.trace.as_ref()
+    }
+
     /// Whether the connection is open, and not in a tunnel.
     fn is_carried_in_plaintext(&self) -> bool {
         self.stages.is_open() && self.known.connection().is_some_and(|connection| !connection.is_encrypted())
@@ -336,7 +296,7 @@ impl Record {
     /// outbound none was sent if it was refused.
     fn end_plaintext(&self) {
         let (pod, direction) = (self.known.pod(), self.known.direction());
-        let Some(failure) = &self.failure.as_ref().filter(|_| !self.stages.is_open()) else {
+        let Some(failure) = self.failure().filter(|_| !self.stages.is_open()) else {
             if self.is_carried_in_plaintext() {
                 self.reporter.pods.plaintext_ends(pod, direction, &self.peer());
             }
@@ -351,7 +311,7 @@ impl Record {
     /// The stage that failed, if one did, and the first byte.
     fn end_stages(&mut self) {
         if !self.stages.is_open() {
-            if let Some(stage) = self.failure.as_ref().and_then(|failure| failure.stage()) {
+            if let Some(stage) = self.failure().and_then(Failure::stage) {
                 self.lap(stage);
             }
         } else if let Some(connection) = self.known.connection()
@@ -366,13 +326,14 @@ impl Record {
     fn keep(&mut self) {
         let (history, outbox) = (&self.reporter.history, self.reporter.outbox.as_ref());
         let connection = self.known.connection();
-        if (!history.is_on() && outbox.is_none()) || (connection.is_none() && self.failure.is_none()) {
+        if (!history.is_on() && outbox.is_none()) || (connection.is_none() && self.failure().is_none()) {
             return;
         }
         let bytes = connection.map_or((0, 0), |connection| {
             let bytes = &connection.bytes;
             (bytes.up.load(Ordering::Relaxed), bytes.down.load(Ordering::Relaxed))
         });
+        let rare = self.rare.take().map(|rare| *rare).unwrap_or_default();
         let ended = Arc::new(Ended {
             at: SystemTime::now(),
             pod: self.known.pod().clone(),
@@ -380,14 +341,14 @@ impl Record {
             source: self.known.source(),
             destination: self.known.destination(),
             ends: connection.map(|connection| Ends::of(&connection.details, connection.destination_identity())),
-            failure: self.failure.take().map(|failure| *failure),
-            tried: self.tried.take(),
+            failure: rare.failure,
+            tried: rare.tried,
             bytes,
             duration: self.known.elapsed(),
             stages: self.stages,
         });
         if let Some(outbox) = outbox {
-            let trace = self.trace.take().map_or_else(|| outbox.begin(None), |trace| *trace);
+            let trace = rare.trace.unwrap_or_else(|| outbox.begin(None));
             let details = connection.map(|connection| &connection.details);
             outbox.push(Export {
                 ended: ended.clone(),
@@ -406,21 +367,21 @@ impl Record {
 impl Drop for Record {
     fn drop(&mut self) {
         if !self.finished {
-            self.failure = Some(Box::new(Failure::Abandoned));
+            self.fail(Failure::Abandoned);
         }
         self.connected();
         self.end_stages();
         self.end_plaintext();
         // A failure is counted with its trace as the example.
-        if self.failure.is_some() && self.trace.is_none() && self.reporter.outbox.is_some() {
+        if self.failure().is_some() && self.trace().is_none() && self.reporter.outbox.is_some() {
             self.traced(None);
         }
         let (metrics, direction) = (&self.reporter.metrics, self.known.direction());
         metrics.stages.count(direction, &self.stages);
-        if let Some(failure) = &self.failure {
+        if let Some(failure) = self.failure() {
             let labels =
                 FailureLabels { direction: direction.word(), reason: failure.word(), fault: failure.fault().word() };
-            metrics.failures.get_or_create(&labels).inc(self.recorded.as_deref().copied());
+            metrics.failures.get_or_create(&labels).inc(self.rare.as_ref().and_then(|rare| rare.recorded));
             self.reporter.recent.count(direction, failure.reason());
             if failure.is_revocation() {
                 metrics.revoked.get_or_create(&ReporterLabel { reporter: direction.reporter() }).inc();
@@ -428,10 +389,10 @@ impl Drop for Record {
         }
         let Some(connection) = self.known.connection() else {
             // One that ended well is not kept, and does not use up the limit.
-            let Some(failure) = &self.failure else { return };
+            let Some(failure) = self.failure() else { return };
             let Some(suppressed) = self.reporter.early_failures.allow() else {
                 if let Some(outbox) = &self.reporter.outbox {
-                    outbox.limited(self.trace.as_deref());
+                    outbox.limited(self.trace());
                 }
                 return;
             };
@@ -440,7 +401,7 @@ impl Drop for Record {
             return self.keep();
         };
         self.reporter.live.remove(connection.id);
-        let (traffic, response_flags) = (&connection.traffic, self.failure.as_ref().map_or("-", |why| why.flag()));
+        let (traffic, response_flags) = (&connection.traffic, self.failure().map_or("-", Failure::flag));
         if response_flags == "-" {
             traffic.closed.inc();
         } else {
@@ -450,12 +411,30 @@ impl Drop for Record {
         }
         let summary = access_log::Summary {
             duration: self.known.elapsed(),
-            failure: self.failure.as_deref(),
-            tried: self.tried.as_deref(),
+            failure: self.failure(),
+            tried: self.rare.as_ref().and_then(|rare| rare.tried.as_deref()),
             stages: self.reporter.logs_stages.then_some(&self.stages),
         };
         access_log::complete(&summary, connection);
         self.keep();
+    }
+}
+
+impl Meter for Record {
+    fn up(&self, bytes: usize) {
+        if let Known::Routed(connection) = &self.known {
+            connection.up(bytes);
+        }
+    }
+
+    fn down(&self, bytes: usize) {
+        if let Known::Routed(connection) = &self.known {
+            connection.down(bytes);
+        }
+    }
+
+    fn total(&self) -> u64 {
+        self.known.connection().map_or(0, |connection| connection.total())
     }
 }
 
