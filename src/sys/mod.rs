@@ -7,6 +7,7 @@
 
 #[cfg(test)]
 pub mod allocations;
+pub mod allocator;
 pub mod clock;
 pub mod conntrack;
 pub mod datagram;

@@ -43,6 +43,16 @@ fn every_fault_of_a_configuration_is_reported_at_once_with_exit_code_2() {
 }
 
 #[test]
+fn the_allocator_reads_its_settings() {
+    // It finds them by the name of a symbol, which a linker may leave out.
+    let output = run(&["version"], &[("_RJEM_MALLOC_CONF", "confirm_conf:true")]);
+    let said = errors(&output);
+    for setting in ["narenas_ratio:1", "dirty_decay_ms:1000", "muzzy_decay_ms:0"] {
+        assert!(said.contains(&format!("Set conf value: {setting}\n")), "{setting}: {said}");
+    }
+}
+
+#[test]
 fn check_names_what_is_wrong_with_each_file_and_starts_nothing() {
     let w = World::new();
     let (mesh, pods) = (w.dir.join("mesh.yaml"), w.dir.join("pods.yaml"));
