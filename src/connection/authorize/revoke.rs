@@ -494,6 +494,7 @@ mod tests {
     use crate::mesh::policy::{Action, Match, Policy, PolicyScope};
     use crate::mesh::snapshot::tests::workload;
     use crate::mesh::{Facts, Store, Update};
+    use crate::task::Group;
     use proptest::prelude::*;
 
     #[test]
@@ -552,6 +553,23 @@ mod tests {
         assert!(allowed.reason().is_none());
         drop((denied, allowed));
         assert!(permits.by_workload().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_wakes_the_task_of_its_connection_and_one_that_comes_later_sees_it() {
+        let (mesh, permits) = (Store::default(), Arc::new(Permits::default()));
+        let server = workload("a", "server", "10.0.0.2");
+        mesh.replace(Facts { workloads: vec![server.clone()], ..Facts::default() });
+        let [waits, comes_later] =
+            [permitted(&mesh, &permits, &server, 80).await, permitted(&mesh, &permits, &server, 80).await];
+        let tasks = Group::default();
+        tasks.spawn(async move { waits.revoked().await });
+        tokio::task::yield_now().await;
+        assert_eq!(tasks.len(), 1);
+        mesh.update(Update { policies: vec![deny_port("deny", PolicyScope::Global, 80)], ..Update::default() });
+        permits.evaluate_all(&mesh, &mut WaitingForPolicy::new()).await;
+        tokio::time::timeout(POLICY_WAIT, tasks.finished()).await.unwrap();
+        tokio::time::timeout(POLICY_WAIT, comes_later.revoked()).await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
