@@ -41,6 +41,7 @@ mod values;
 
 pub use index::{Index, LISTED_MAX};
 pub use object::{Kind, Object, Written};
+pub use served::{BYTES_MAX, COUNT_MAX};
 pub use touched::Touched;
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use crate::control_plane::catalog::{self, Change};
 use crate::control_plane::facts::object::Pod;
 use crate::control_plane::facts::read::Faults;
 use crate::control_plane::facts::{Index, Reader, resource};
-use crate::control_plane::policies::{self, LISTED_MAX, Touched};
+use crate::control_plane::policies::{self, BYTES_MAX, COUNT_MAX, LISTED_MAX, Touched};
 use crate::control_plane::running_pods::RunningPod;
 use crate::control_plane::{Cluster, RunningPods};
 use crate::mesh::Text;
@@ -192,7 +192,8 @@ impl Fold {
         }
         for namespace in changed.closed {
             self.faults.add(format!(
-                "Namespace {namespace}: too many policies, so every connection to its workloads is refused"
+                "Namespace {namespace}: has more than {COUNT_MAX} policies, or {} MiB of them; all are left out, and every connection to its workloads is refused until there are fewer",
+                BYTES_MAX >> 20
             ));
         }
         let (policies, refused) = (&self.policies, RefCell::new(BTreeMap::<Text, usize>::new()));
@@ -206,7 +207,7 @@ impl Fold {
         let mut changes = self.index.take_changes(&listed);
         for (namespace, pods) in refused.into_inner() {
             self.faults.add(format!(
-                "Namespace {namespace}: more than {LISTED_MAX} policies select each of {pods} pods, so every connection to these is refused"
+                "Namespace {namespace}: more than {LISTED_MAX} policies select each of {pods} pods; all are left out there, and every connection to these pods is refused until there are fewer"
             ));
         }
         for (key, policy) in changed.policies {

@@ -47,7 +47,7 @@ impl<K: Resource + DeserializeOwned + Clone + Debug + Send + 'static> Source<K> 
     }
 
     fn events(&self) -> Events<K> {
-        // The optional kinds are those whose objects are kept whole.
+        // The optional kinds are those whose objects may be large.
         let page = if self.kind.is_optional() { PAGE_OF_LARGE } else { PAGE };
         let config = watcher::Config::default().timeout(WATCH_SECONDS).page_size(page);
         watcher::watcher(self.api.clone(), config).boxed()
